@@ -124,11 +124,6 @@ _RUN_HELP = {
 }
 
 
-def _whole(epochs: int) -> int:
-    """Make `--epochs` a whole number: the type of the option is that of this argument."""
-    return epochs
-
-
 def sweep(
     run: Annotated[
         RunOptions,
@@ -148,7 +143,6 @@ def sweep(
             only="num_train_epochs patience metric",
             help={"num_train_epochs": "Maximum number of epochs."},
             defaults={"num_train_epochs": 8},
-            parse={"num_train_epochs": _whole},
         ),
     ],
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws, the split, the weights and the row order.")] = 0,
