@@ -68,16 +68,9 @@ def _print_times(report: dict[str, Any]) -> None:
         print_text(note)
 
 
-def parse_lists(texts: list[str]) -> list[str] | None:
-    """Return the names in texts with commas; None if there is none."""
-    return split_names(",".join(texts)) if texts else None
-
-
 _BENCH = Fields("Backbone and data", of=Workbench, defaults={"backbone": "demo"})
 _REPORT = Fields(
-    "Report",
-    defaults={"data": ",".join(DATA)},
-    parse={"data": split_names, "methods": split_names, "only": parse_lists},
+    "Report", defaults={"data": ",".join(DATA)}, parse=dict.fromkeys(("data", "methods", "only"), split_names)
 )
 
 

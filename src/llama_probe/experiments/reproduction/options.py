@@ -35,7 +35,7 @@ class ReproductionOptions:
     output: Path = field(metadata={"help": "Folder for the report, the plots and the heads."})
     data: Sequence[str] = setting(DATA, "Data sets with commas, each NAME or NAME:SPLIT (the split to train on).")
     methods: Sequence[str] | None = setting(None, f"{', '.join(METHODS)}, with commas. Default: all.")
-    only: Sequence[str] | None = setting(None, f"{', '.join(PARTS)}, with commas. Repeatable. Default: all.")
+    only: Sequence[str] | None = setting(None, f"{', '.join(PARTS)}, with commas. Default: all.")
     epochs: int = setting(6, "Maximum number of epochs of each head.")
     patience: int = setting(3, "Stop a head after this many epochs without gain.")
     shots: int = setting(4, "Examples of each label in few-shot prompts.")
