@@ -16,9 +16,11 @@ from tiny_engine import HEADS, HIDDEN
 from tiny_families import TINY
 from tiny_families import tiny as make_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.model_executor.model_loader.weight_utils import download_weights_from_hf
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
 from llama_probe.heads.match import describe
@@ -27,6 +29,7 @@ from llama_probe.vllm import compatibility, engine_kwargs
 from llama_probe.vllm.__main__ import server_arguments
 from llama_probe.vllm.backbone_check import check_heads
 from llama_probe.vllm.compatibility import check_config
+from llama_probe.vllm.connector import ProbeConnector
 from llama_probe.vllm.settings import ProbeSettings
 
 
@@ -185,12 +188,23 @@ def test_a_complete_config_is_checked_as_well(tiny):
     with pytest.raises(ProbeError, match="decode_context_parallel_size=2"):
         check_config(config)
     config.parallel_config.decode_context_parallel_size = 1
+    config.scheduler_config.scheduler_cls = None
+    with pytest.raises(ProbeError, match="its scheduler None"):
+        check_config(config)
+    config.scheduler_config.scheduler_cls = compatibility.SCHEDULER
     config.kv_transfer_config.kv_connector = "OffloadingConnector"
     with pytest.raises(ProbeError, match="ProbeConnector"):
         check_config(config)
     config.additional_config = {}
     with pytest.raises(ProbeError, match=r"llama_probe.vllm.engine_kwargs"):
         ProbeSettings.of(config)
+
+
+def test_an_engine_of_another_model_class(tiny):
+    kwargs = engine_kwargs(tiny.backbone, tiny.heads) | {"hf_overrides": {}}
+    config = EngineArgs(**kwargs).create_engine_config()
+    with pytest.raises(ProbeError, match=r"its model class is LlamaForCausalLM .*engine_kwargs"):
+        ProbeConnector(config, KVConnectorRole.WORKER, KVCacheConfig(1, [], []))
 
 
 def test_a_stored_prompt_is_read_in_one_chunk(tiny):

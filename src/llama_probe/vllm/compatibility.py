@@ -106,9 +106,15 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_config(config: VllmConfig) -> None:
-    """Raise `ProbeError` if a complete config does not go with heads."""
+    """Raise `ProbeError` if a complete config does not go with heads, or lacks a part of what they need."""
     for restriction in RESTRICTIONS:
         restriction.check_config(config)
+    architecture, scheduler = config.model_config.architecture, config.scheduler_config.scheduler_cls
+    if not architecture.startswith(PREFIX) or scheduler != SCHEDULER:
+        raise ProbeError(
+            f"this engine has heads, but its model class is {architecture} and its scheduler {scheduler}: pass all arguments "
+            "that llama_probe.vllm.engine_kwargs returns"
+        )
     transfer = config.kv_transfer_config
     connector = getattr(transfer, "kv_connector", None)
     if connector == CONNECTOR:

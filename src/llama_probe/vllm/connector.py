@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from ..errors import ProbeError
 from .answers import answer
 from .cache_plan import CachePlan
+from .compatibility import check_config
 from .scoring import Scorer, ScoringRequest
 from .settings import ProbeSettings
 from .state_cache import FEATURES, STATES, StateCache, cache_growth
@@ -58,6 +59,7 @@ class ProbeConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self.settings = ProbeSettings.of(vllm_config)
+        check_config(vllm_config)
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise ProbeError(f"this model has {len(groups)} kinds of caches, and states can be kept beside one alone")
