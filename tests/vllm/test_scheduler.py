@@ -158,4 +158,4 @@ def test_nothing_is_kept_of_requests_that_are_gone(scheduler):
     scheduler.finish_requests(["gone", "waiting"], RequestStatus.FINISHED_ABORTED)
     assert answer(scheduler, step, {"gone": BAD, "waiting": FINE}) == {}
     connector = scheduler.connector
-    assert not connector._answers and not connector._prompts and not connector._running
+    assert not connector._answers and not connector._prompts

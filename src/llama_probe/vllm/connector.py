@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,7 @@ class ProbeConnector(KVConnectorBase_V1):
         if len(groups) != 1:
             raise ProbeError(f"this model has {len(groups)} kinds of caches, and states can be kept beside one alone")
         self._block_size = groups[0].kv_cache_spec.block_size
-        # In the scheduler's process: requests that are not finished, those whose prompts are not complete, and answers.
-        self._running: set[str] = set()
+        # In the scheduler's process: requests whose prompts are not complete, and answers to the others.
         self._prompts: dict[str, Request] = {}
         self._answers: dict[str, dict[str, Any]] = {}
         # In a worker
@@ -78,7 +78,6 @@ class ProbeConnector(KVConnectorBase_V1):
     # In the scheduler's process
 
     def on_new_request(self, request: Request) -> None:
-        self._running.add(request.request_id)
         self._prompts[request.request_id] = request
 
     def on_longer_prompt(self, request: Request) -> None:
@@ -115,23 +114,20 @@ class ProbeConnector(KVConnectorBase_V1):
         guards = {rule.head for rule in self.settings.rules}
         return [name for name in self.settings.heads if name in asked or name in guards]
 
-    def take_in(self, scored: ScoredPrompts) -> None:
-        """Keep what the workers found until the requests are finished."""
-        for request_id, found in scored.found.items():
-            if request_id in self._running:  # not aborted meanwhile
-                self._answers[request_id] = answer(self.settings, found)
+    def take_in(self, request_id: str, found: Mapping[str, list[float] | str]) -> None:
+        """Keep what the workers found of a running request until it is finished."""
+        self._answers[request_id] = answer(self.settings, found)
 
     def refuse_unscored(self, request_id: str) -> None:
         """Halt a request that has a token and no scores: a guard that has not read its prompt lets nothing through."""
         if self.settings.halt_on is not None and request_id not in self._answers:
-            self.take_in(ScoredPrompts({request_id: {}}))
+            self.take_in(request_id, {})
 
     def answer(self, request_id: str) -> dict[str, Any] | None:
         """Return the answer for a running request; `None` before its prompt is complete."""
         return self._answers.get(request_id)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self._running.discard(request.request_id)
         self._prompts.pop(request.request_id, None)
         return False, self._answers.pop(request.request_id, None)
 
