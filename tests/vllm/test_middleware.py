@@ -52,10 +52,17 @@ def client_of(engine: Engine) -> TestClient:
             yield 'event: response.in_progress\ndata: {"type": "response.in_progress", "response": {}}\n\n'
             async for _ in engine.generate(None, params, "resp_1_0"):
                 pass
-            data = {"type": "response.completed", "response": {"status": "completed"}}
+            data = {
+                "type": "response.completed",
+                "response": {"status": "completed", "kv_transfer_params": engine.known},
+            }
             yield f"event: response.completed\ndata: {json.dumps(data)}\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
+
+    @app.get("/v1/responses/1")
+    async def stored():
+        return {"object": "response", "status": "completed", "kv_transfer_params": engine.known}
 
     @app.post("/fails")
     async def fails():
@@ -118,8 +125,16 @@ def test_a_stream_that_begins_before_its_prompt_is_read_waits_for_the_scores():
     kinds = [event["type"].removeprefix("response.") for event in events]
     assert kinds == ["created", "in_progress", "incomplete"]
     assert events[0]["response"]["kv_transfer_params"] == known
-    assert events[-1]["response"] == {"status": "incomplete", "incomplete_details": {"reason": "content_filter"}}
+    halted = {"status": "incomplete", "incomplete_details": {"reason": "content_filter"}, "kv_transfer_params": known}
+    assert events[-1]["response"] == halted
     assert "event: response.incomplete\n" in response.text and "response.completed" not in response.text
+
+
+@pytest.mark.parametrize("halted", [None, {"head": "guard"}])
+def test_a_stored_response_says_that_it_was_halted(halted):
+    engine = Engine({"probes": {"guard": BAD}, "halted": halted})
+    said = client_of(engine).get("/v1/responses/1").json()
+    assert said["status"] == ("incomplete" if halted else "completed") and engine.asked == 0
 
 
 def test_a_stream_that_fails_before_its_scores_is_an_error():

@@ -61,8 +61,10 @@ def metrics(url: str) -> dict[str, float]:
 def url(tiny, flagged, tmp_path_factory):
     options = '--tensor-parallel-size 2 --max-num-batched-tokens 64 --api-key none --compilation-config \'{"backend": "eager"}\''
     arguments = guarded(tiny, list(HEADS), flagged["threshold"], options)
-    with serving(arguments, tmp_path_factory.mktemp("server") / "log") as url:
-        yield url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+        with serving(arguments, tmp_path_factory.mktemp("server") / "log") as url:
+            yield url
 
 
 @pytest.fixture
@@ -119,16 +121,20 @@ def test_responses(client, tiny, chats, flagged):
     for text, ids in chats.items():
         whole = client.responses.create(input=text, **options)
         events = list(client.responses.create(input=text, stream=True, **options))
+        later = next(iter(client.responses.create(input=text, stream=True, background=True, **options))).response
         assert events[0].type == "response.created"
         tiny.check(whole.kv_transfer_params["probes"], ids)
         tiny.check(events[0].response.kv_transfer_params["probes"], ids)
-        for response in (whole, events[-1].response):
+        stored = client.responses.retrieve(whole.id)
+        replayed = list(client.responses.retrieve(later.id, stream=True))[-1]
+        for response in (whole, events[-1].response, stored, replayed.response):
             if flagged[text]:
                 assert (response.status, response.incomplete_details.reason) == ("incomplete", "content_filter")
                 assert response.output_text == "" and response.kv_transfer_params["halted"]["head"] == "guard"
             else:
                 assert response.incomplete_details is None or response.incomplete_details.reason == "max_output_tokens"
-        assert events[-1].type == ("response.incomplete" if flagged[text] else "response.completed")
+        for last in (events[-1], replayed):
+            assert last.type == ("response.incomplete" if flagged[text] else "response.completed")
 
 
 def test_messages(url, tiny, chats, flagged):

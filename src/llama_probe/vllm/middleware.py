@@ -26,6 +26,7 @@ from .settings import ProbeSettings
 
 _BEAM = re.compile(r"-[0-9a-f]+-beam-\d+$")  # ends the id of a request that a beam search makes
 _NEXT_TOKEN = "generative-scoring-"  # begins the ids of requests for the next token's probabilities
+_STORED = "/v1/responses/"  # begins the paths of responses to earlier requests
 _UNSCORED = b"event: response."  # a stream of /v1/responses begins before its prompt is read
 
 
@@ -49,7 +50,10 @@ class ProbeStreams:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama-probe-texts")
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        method = scope["method"] if scope["type"] == "http" else None
+        if method != "POST":
+            if method == "GET" and _path(scope).startswith(_STORED):
+                send = _Response(send, Scores(is_stored=True)).send
             await self.app(scope, receive, send)
             return
         state = scope["app"].state

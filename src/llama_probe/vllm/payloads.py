@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 HALTED = "content_filter"
 _REFUSAL = {"stop_reason": "refusal", "stop_sequence": None}
+_INCOMPLETE = {"status": "incomplete", "incomplete_details": {"reason": HALTED}}
 _DATA, _END = b"data: ", b"[DONE]"
 _EVENTS = tuple(
     b"event: " + name for name in (b"message_start", b"message_delta", b"response.created", b"response.completed")
@@ -27,14 +28,16 @@ class Scores:
     Attributes:
         model: name under which it is served.
         has_text: vLLM writes what it sends of a halted request, because there is a text to send.
+        is_stored: the response is one to an earlier request, and has the scores in it.
         request_id: of the engine's request for the last prompt.
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
         told: choices of a stream that have them.
     """
 
-    model: str
+    model: str = ""
     has_text: bool = False
+    is_stored: bool = False
     request_id: str = ""
     copies: int = 1
     prompts: list[dict[str, Any] | None] = field(default_factory=list)
@@ -49,7 +52,7 @@ class Scores:
     @property
     def are_known(self) -> bool:
         """True if the scores of some prompt are known."""
-        return any(self.prompts)
+        return self.is_stored or any(self.prompts)
 
     @property
     def last(self) -> dict[str, Any] | None:
@@ -67,19 +70,17 @@ class Scores:
 
     def complete(self, body: bytes) -> bytes:
         """Return a complete response with scores in each of several choices, and with the halt."""
-        halted = _is_halted(self.last)
-        if len(self.prompts) < 2 and not halted:
-            return body
         payload = json.loads(body)
-        if "choices" in payload:
-            if len(self.prompts) > 1:
-                payload["kv_transfer_params"] = None
-                for choice in payload["choices"]:
-                    choice["kv_transfer_params"] = self._of(choice["index"])
-        elif halted and payload.get("object") == "response":
-            _cut_short(payload)
-        elif halted and payload.get("type") == "message":
+        if "choices" in payload and len(self.prompts) > 1:
+            payload["kv_transfer_params"] = None
+            for choice in payload["choices"]:
+                choice["kv_transfer_params"] = self._of(choice["index"])
+        elif payload.get("object") == "response" and _is_halted(payload.get("kv_transfer_params")):
+            payload |= _INCOMPLETE
+        elif payload.get("type") == "message" and _is_halted(self.last):
             payload |= _REFUSAL
+        else:
+            return body
         return json.dumps(payload, ensure_ascii=False).encode()
 
     def stream(self, body: bytes) -> bytes:
@@ -100,9 +101,9 @@ class Scores:
                 payload["message"]["kv_transfer_params"] = self.last
             case "message_delta" if _is_halted(self.last):
                 payload["delta"] |= _REFUSAL
-            case "response.completed" if _is_halted(self.last):
+            case "response.completed" if _is_halted(payload["response"].get("kv_transfer_params")):
                 payload["type"], name = "response.incomplete", b"event: response.incomplete\n"
-                _cut_short(payload["response"])
+                payload["response"] |= _INCOMPLETE
         return name + _data(payload)
 
     def _chunk(self, event: bytes) -> bytes:
@@ -140,10 +141,6 @@ class Scores:
 
 def _is_halted(known: Mapping[str, Any] | None) -> bool:
     return bool(known and known.get("halted"))
-
-
-def _cut_short(response: dict[str, Any]) -> None:
-    response |= {"status": "incomplete", "incomplete_details": {"reason": HALTED}}
 
 
 def _data(payload: dict[str, Any]) -> bytes:
