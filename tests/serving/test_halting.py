@@ -154,9 +154,13 @@ class TestReplies:
         assert passes[:2] == [9, 4] and sum(passes) == 9 + 4 + 5, "it is written once, after the prompts were read"
         assert len(out.probe_logits["mood"]) == 3, "the heads have read the prompts, not the re-prompt"
 
-    @pytest.mark.parametrize("reply", [[[1, 2]], 5, ["No."], [1.5]])
+    @pytest.mark.parametrize("reply", [[[1, 2]], 5, ["No."], [1.5], torch.eye(99), ["No."] * 999])
     def test_replies_that_are_refused(self, model, passes, prompts, reply):
-        refused(passes, "halt_reply", lambda: model.generate(prompts, halt_on="mood", halt_reply=reply))
+        refused(
+            passes,
+            "^halt_reply=.{1,60} must be token ids",
+            lambda: model.generate(prompts, halt_on="mood", halt_reply=reply),
+        )
 
     @pytest.mark.parametrize("ids", [[[3, 4]], torch.ones(2, 3, dtype=torch.long)])
     def test_reprompts_that_are_refused(self, ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import reprlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -182,7 +183,8 @@ def _checked(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:
     except (TypeError, ValueError, RuntimeError):
         ids = None
     if ids is None or ids.dim() != 1 or (ids.is_floating_point() and len(ids)):
-        raise ProbeError(f"halt_reply={reply!r} must be token ids, a text or a Reprompt")
+        shown = " ".join(reprlib.repr(reply).split())  # a tensor's text has many lines
+        raise ProbeError(f"halt_reply={shown} must be token ids, a text or a Reprompt")
     return ids.long()
 
 
