@@ -326,7 +326,16 @@ def test_options_in_parts_that_go_with_heads(tiny):
 
 @pytest.mark.parametrize(
     "line",
-    ["--help", "--halt-on guard={", "--halt-on nobody", "-dcp 2", "--enable-dbo", "--model x", "--hf-overrides.x 1"],
+    [
+        "--help",
+        "--halt-on guard={",
+        "--halt-on nobody",
+        "-dcp 2",
+        "--enable-dbo",
+        "--model x",
+        "--hf-overrides.x 1",
+        "--pipeline-par 2",
+    ],
 )
 def test_help_and_refusals_import_next_to_nothing(line):
     command = [sys.executable, "-X", "importtime", "-m", "llama_probe.vllm", "lm", "--probe", "head", *line.split()]

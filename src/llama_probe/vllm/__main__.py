@@ -130,9 +130,9 @@ def _check_parsed(words: Sequence[str]) -> None:
 
 
 def _check_left(names: set[str]) -> None:
-    """Refuse options that heads must know of, among those that are left for vLLM's parser."""
+    """Refuse options that heads must know of, among those that are left for vLLM's parser. It takes abbreviations."""
     for name in _READ_HERE:
-        if name in names:
+        if any(left and name.startswith(left) for left in names):
             place = "as the first argument" if name == "model" else "under its full name, JSON in one piece"
             raise ProbeError(f"{_option(name)} is refused here: heads need it on the command line, {place}")
 
