@@ -11,7 +11,7 @@ from torch import nn
 from llama_probe.vllm import cache_plan, scoring
 from llama_probe.vllm.cache_plan import CachePlan, Projector
 from llama_probe.vllm.scoring import Scorer, ScoringRequest
-from llama_probe.vllm.state_cache import StateCache
+from llama_probe.vllm.state_cache import FEATURES, STATES, StateCache
 
 
 LAYERS, HIDDEN, BLOCK = list(range(5)), 32, 8
@@ -34,11 +34,13 @@ class Reads(StateCache):
         return super().read(states, block_ids)
 
 
-def make_cache(reads: list, blocks: int, kernel_block_size: int, num_states: int, width: int) -> StateCache:
+def make_cache(
+    plan: CachePlan, reads: list, blocks: int, kernel_block_size: int, num_states: int, width: int
+) -> StateCache:
     """What is not written holds no numbers, as what other requests have left may."""
     cache = Reads.__new__(Reads)
     nn.Module.__init__(cache)
-    cache.ranks, cache.head_size, cache.width, cache.reads = 1, width, width, reads
+    cache.ranks, cache.head_size, cache.width, cache.plan, cache.reads = 1, width, width, plan, reads
     cache.kv_cache = torch.full((blocks, num_states, kernel_block_size, width), torch.nan)
     return cache
 
@@ -49,13 +51,13 @@ class Served:
     def __init__(self, projected: bool, blocks: int, kernel_block_size: int = BLOCK, runs: bool = True):
         self.plan, self.reads = PLANS[projected], []
         sizes = (len(self.plan.layers), HIDDEN), (1, self.plan.width)
-        makes = functools.partial(make_cache, self.reads, blocks, kernel_block_size)
-        self.caches = [makes(*size) if all(size) else None for size in sizes]
-        self.scorer = Scorer(self.plan, *self.caches, BLOCK, runs)
+        makes = functools.partial(make_cache, self.plan, self.reads, blocks, kernel_block_size)
+        self.caches = {kind: makes(*size) for kind, size in zip((STATES, FEATURES), sizes, strict=True) if all(size)}
+        self.scorer = Scorer(self.caches, BLOCK, runs)
 
     def fill(self, lengths: list[int], heads: list[list[str]]):
         """Random prompts in random blocks of the scheduler's: requests, and by request the states `[layers, tokens, hidden_size]`."""
-        size, blocks = self.scorer.kernel_block_size, len(next(filter(None, self.caches)).kv_cache)
+        size, blocks = self.scorer.kernel_block_size, len(next(iter(self.caches.values())).kv_cache)
         free = torch.randperm(blocks * size // BLOCK).tolist()
         requests, states, projector = [], {}, Projector(HEADS, self.plan)
         for number, (length, names) in enumerate(zip(lengths, heads, strict=True)):
@@ -64,11 +66,11 @@ class Served:
             requests.append(ScoringRequest(f"request-{number}", ids, length, block_ids, names))
             states[f"request-{number}"] = written = torch.randn(len(LAYERS), length, HIDDEN)
             features = projector.project(dict(enumerate(written)))[None] if self.plan.width else None
-            kept = written[self.plan.layers], features
-            for cache, numbers in zip(self.caches, kept, strict=True):
-                for token in range(length if cache is not None else 0):
+            kept = {STATES: written[self.plan.layers], FEATURES: features}
+            for kind, cache in self.caches.items():
+                for token in range(length):
                     slot = block_ids[token // BLOCK] * BLOCK + token % BLOCK
-                    cache.kv_cache[slot // size, :, slot % size] = numbers[:, token]
+                    cache.kv_cache[slot // size, :, slot % size] = kept[kind][:, token]
         return requests, states
 
 
@@ -136,7 +138,7 @@ def test_nothing_to_score():
 def test_what_is_no_number_stays_with_its_prompt(projected):
     served = Served(projected, 20)
     requests, states = served.fill([10, 9], [["mha", "last"]] * 2)
-    for cache in filter(None, served.caches):
+    for cache in served.caches.values():
         cache.kv_cache[requests[0].block_ids[0]] = torch.nan
     found = served.scorer.score(requests)
     assert not any(map(math.isfinite, found["request-0"]["mha"]))

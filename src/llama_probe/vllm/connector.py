@@ -19,11 +19,10 @@ from vllm.logger import init_logger
 
 from ..errors import ProbeError
 from .answers import answer
-from .cache_plan import CachePlan
 from .compatibility import check_config
 from .scoring import Scorer, ScoringRequest
 from .settings import ProbeSettings
-from .state_cache import FEATURES, STATES, StateCache, cache_growth
+from .state_cache import StateCache, cache_growth
 
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what loggers of its own name say
@@ -136,14 +135,12 @@ class ProbeConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if not get_pp_group().is_last_rank:
             return  # the last stage has the states of all
-        caches = get_layers_from_vllm_config(self._vllm_config, StateCache)
+        caches = get_layers_from_vllm_config(self._vllm_config, StateCache).values()
         runs = get_tensor_model_parallel_rank() == 0
         if runs:
             times = cache_growth(self._kv_cache_config.kv_cache_groups[0])
             logger.info("What heads need makes the KV cache %.2f times as large", times)
-        plan = CachePlan(self.settings.read_heads())
-        by_kind = {kind: cache for kind in (STATES, FEATURES) for name, cache in caches.items() if kind in name}
-        self._scorer = Scorer(plan, by_kind.get(STATES), by_kind.get(FEATURES), self._block_size, runs)
+        self._scorer = Scorer({cache.kind: cache for cache in caches}, self._block_size, runs)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass

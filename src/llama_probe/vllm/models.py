@@ -50,11 +50,10 @@ def _probed(name: str) -> type[nn.Module]:
             # vLLM orders its caches by the number in their names, and the layers have those below.
             if self._plan.layers:
                 name = maybe_prefix(prefix, f"{STATES}.{last}")
-                width = vllm_config.model_config.get_hidden_size()
-                self.probe_states = StateCache(vllm_config, len(self._plan.layers), width, name)
+                self.probe_states = StateCache(vllm_config, self._plan, STATES, name)
             if self._plan.readers:
                 name = maybe_prefix(prefix, f"{FEATURES}.{last + 1}")
-                self.probe_features = StateCache(vllm_config, 1, self._plan.width, name)
+                self.probe_features = StateCache(vllm_config, self._plan, FEATURES, name)
                 self._projector = Projector(heads, self._plan)
 
         @functools.wraps(base.forward)  # vLLM reads the signature

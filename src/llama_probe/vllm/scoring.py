@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,7 @@ from ..errors import ProbeError
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask
 from ..serving.reader import StateReader
-from .cache_plan import CachePlan
-from .state_cache import StateCache
+from .state_cache import FEATURES, STATES, StateCache
 
 
 # States are read in pieces of about so many tokens, several layers of a short prompt at once: a long prompt's states never lie in
@@ -48,20 +47,17 @@ class Scorer:
     """Runs heads on what is cached.
 
     Args:
-        plan: of the heads. With tensor parallelism all ranks have them, to read the same of the cache, and rank 0 runs them.
-        states, features: where both are kept; `None` if they are not.
+        caches: of states and of features, if there are any. With tensor parallelism all ranks have the plan of heads, to read
+            the same of the cache, and rank 0 runs them.
         block_size: tokens a block of the scheduler's; the cache may split them.
         runs: whether this rank runs the heads.
     """
 
-    def __init__(
-        self, plan: CachePlan, states: StateCache | None, features: StateCache | None, block_size: int, runs: bool
-    ):
-        self.plan, self.states, self.features = plan, states, features
-        self.block_size, self.runs = block_size, runs
-        cache = features if states is None else states
-        self.device, self.kernel_block_size = cache.kv_cache.device, cache.kernel_block_size
-        self.heads = {name: head.to(self.device) for name, head in (plan.whole | plan.readers).items()}
+    def __init__(self, caches: Mapping[str, StateCache], block_size: int, runs: bool):
+        self.caches, self.block_size, self.runs = caches, block_size, runs
+        cache = next(iter(caches.values()))
+        self.plan, self.device, self.kernel_block_size = cache.plan, cache.kv_cache.device, cache.kernel_block_size
+        self.heads = {name: head.to(self.device) for name, head in (self.plan.whole | self.plan.readers).items()}
 
     @torch.inference_mode()
     def score(self, requests: Sequence[ScoringRequest]) -> dict[str, dict[str, list[float] | str]]:
@@ -124,7 +120,7 @@ class Scorer:
             if reader is not None:
                 reader.begin({name: mask[:, tokens] for name, mask in masks.items()}, last)
             for states in _neighbours(places, _TOKENS // (part.numel() * self.kernel_block_size)):
-                hidden = self._numbers(self.states, states, part, padding, tokens)  # [S, prompts, tokens, D]
+                hidden = self._numbers(STATES, states, part, padding, tokens)  # [S, prompts, tokens, D]
                 if reader is not None:
                     for layer, each in zip(self.plan.layers[states], hidden, strict=True):
                         reader.on_state(layer, each)
@@ -138,7 +134,7 @@ class Scorer:
         """Return logits by head, of the same prompts, for heads that read features."""
         states = {name: self.heads[name].init_state() for name in masks}
         for tokens, part, last in self._pieces(blocks, masks):
-            features = self._numbers(self.features, slice(0, 1), part, padding, tokens)[0]  # [prompts, tokens, F]
+            features = self._numbers(FEATURES, slice(0, 1), part, padding, tokens)[0]  # [prompts, tokens, F]
             for name, state in states.items() if self.runs else ():
                 head, mask = self.heads[name], masks[name][:, tokens]
                 counted = mask.any(dim=0).nonzero().flatten().tolist()
@@ -152,10 +148,10 @@ class Scorer:
         return {name: self.heads[name].finish(state).logits for name, state in states.items()} if self.runs else {}
 
     def _numbers(
-        self, cache: StateCache, states: slice, blocks: torch.Tensor, padding: torch.Tensor | None, tokens: slice
+        self, kind: str, states: slice, blocks: torch.Tensor, padding: torch.Tensor | None, tokens: slice
     ) -> torch.Tensor:
         """Return what is cached of some tokens, `[S, prompts, tokens, width]`, 0 behind the end of a prompt."""
-        found = cache.read(states, blocks)[:, :, : tokens.stop - tokens.start]
+        found = self.caches[kind].read(states, blocks)[:, :, : tokens.stop - tokens.start]
         return found if padding is None else found.masked_fill(padding[:, tokens, None], 0)
 
     def _mask(self, head: ProbeModel, request: ScoringRequest) -> torch.Tensor:

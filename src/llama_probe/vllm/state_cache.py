@@ -19,6 +19,8 @@ from vllm.model_executor.models.extract_hidden_states import (
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, KVCacheSpec
 
+from .cache_plan import CachePlan
+
 
 STATES, FEATURES = "probe_states", "probe_features"  # names of the layers
 # States of so many tokens are written in one call. Of more, a stack would cost time, and double what the model holds of them.
@@ -48,15 +50,19 @@ class StateCache(CacheOnlyAttentionLayer):
     keeps its share of every state: `width / ranks` of the dimensions, rounded up.
 
     Args:
-        num_states: number of states a token; 1 for features.
-        width: numbers of a state.
-        prefix: the layer's name; must contain a number that no other layer's does.
+        plan: of the heads; the connector finds it here.
+        kind: what of the plan is kept: `STATES`, or `FEATURES`, which are one state of another width.
+        prefix: the layer's name; must contain the kind, and a number that no other layer's does.
     """
 
-    def __init__(self, vllm_config: VllmConfig, num_states: int, width: int, prefix: str):
-        self.ranks, self.width = get_tensor_model_parallel_world_size(), width
-        share = -(-width // self.ranks)
+    def __init__(self, vllm_config: VllmConfig, plan: CachePlan, kind: str, prefix: str):
+        num_states, self.width = len(plan.layers), vllm_config.model_config.get_hidden_size()
+        if kind == FEATURES:
+            num_states, self.width = 1, plan.width
+        self.ranks = get_tensor_model_parallel_world_size()
+        share = -(-self.width // self.ranks)
         super().__init__(num_states, share, vllm_config.cache_config, prefix)
+        self.plan, self.kind = plan, kind
         self.attn_backend = _Backend
         self.start = get_tensor_model_parallel_rank() * share
 
