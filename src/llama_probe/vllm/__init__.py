@@ -12,13 +12,20 @@ heads alone with `SamplingParams(extra_args={"kv_transfer_params": {"probes": [n
 `"kv_transfer_params": {"probes": [names]}`; those in `halt_on` run in any case. `kv_transfer_params` is the one field that
 vLLM lets a plugin fill in from the engine to the HTTP response.
 
-How it works, by file: `models` are vLLM's model classes with a cache (`state_cache`) of hidden states, or of the numbers that
-heads make of them (`cache_plan`), paged, and filled and shared between requests as the keys and values are; so prompts may come
-in chunks, or be found in the prefix cache.
-`connector` notes which prompts are complete after a step, has their heads run on what is cached (`scoring`), and
-takes the logits to the scheduler's process, where `scheduler` adds what they mean (`answers`) to the outputs, and ends
-requests that are halted before a token is delivered. `middleware`, `payloads`, `label_routes` and `metrics` are for what
-clients see over HTTP.
+The way of a request, by file:
+
+1. `middleware` checks the body of an HTTP request, and leaves the rest to vLLM's server. For `/v1/moderations` and `/classify`
+   it asks that server for completions instead (`label_routes`).
+2. `scheduler` begins the prompt as vLLM does: in chunks, or with a part of it from the prefix cache. Its `connector` notes which
+   prompts are complete after a step, and tells the workers.
+3. `models` are vLLM's model classes with a cache (`state_cache`) of hidden states, or of the numbers that heads make of them
+   (`cache_plan`). It is paged, filled and shared between requests as the keys and values are.
+4. In a worker `connector` has the heads run on what is cached of complete prompts (`scoring`), and returns their logits.
+5. `scheduler` ends a request that is halted before a token is delivered, and adds what the logits mean (`answers`) to outputs.
+6. `middleware` puts that into the response (`payloads`), and counts it (`metrics`).
+
+Before, `__main__` and `engine` make the arguments of an engine, and refuse what does not go with heads (`compatibility`,
+`backbone_check`). `settings` takes the heads to all processes, in which `plugin` registers the model classes.
 """
 
 import importlib
