@@ -35,6 +35,31 @@ MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     """Return the command line of vLLM's server for one of ours. Options that are not ours go through."""
+    ours, rest = _parser().parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))
+    check_arguments(vars(ours))
+    _check_left({re.split("[.=]", word)[0].removeprefix("--").replace("-", "_") for word in rest if word[:2] == "--"})
+    if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
+        raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
+    ours.probe, ours.halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
+    if unknown := [name for name in ours.halt_on or {} if not _may_be_named(name, ours.probe)]:
+        raise ProbeError(f"--halt-on names {', '.join(unknown)}, and no --probe does")
+    _check_memory()
+    transfer = transfer_config(ours.kv_transfer_config)
+    given = {name: value for name, value in vars(ours).items() if value is not None}
+    of_server = {name: given.pop(name, None) for name in ("hide_scores", "halt_reply")}
+    # From here on imports take seconds: all that is known without them was refused before.
+    check_version(ours.allow_untested_vllm)
+    _check_parsed(rest)
+    arguments = heads.engine_kwargs(**given)
+    arguments["additional_config"][KEY] |= of_server
+    arguments["kv_transfer_config"] = transfer
+    words = ["--middleware", MIDDLEWARE]
+    for name, value in arguments.items():
+        words += [_option(name), value if isinstance(value, str) else json.dumps(value)]
+    return words + rest
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         description="Serve a model with heads over OpenAI's API. Options of vLLM's own server may follow.",
@@ -66,28 +91,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     for name, short in _RESTRICTED.items():
         theirs.add_argument(*short, _option(name), type=_json_or_text, help=argparse.SUPPRESS)
     theirs.add_argument("--enable-dbo", action="store_true", default=None, help=argparse.SUPPRESS)
-    ours, rest = parser.parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))
-    check_arguments(vars(ours))
-    _check_left({re.split("[.=]", word)[0].removeprefix("--").replace("-", "_") for word in rest if word[:2] == "--"})
-    if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
-        raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
-    ours.probe, ours.halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
-    if unknown := [name for name in ours.halt_on or {} if not _may_be_named(name, ours.probe)]:
-        raise ProbeError(f"--halt-on names {', '.join(unknown)}, and no --probe does")
-    _check_memory()
-    transfer = transfer_config(ours.kv_transfer_config)
-    given = {name: value for name, value in vars(ours).items() if value is not None}
-    of_server = {name: given.pop(name, None) for name in ("hide_scores", "halt_reply")}
-    # From here on imports take seconds: all that is known without them was refused before.
-    check_version(ours.allow_untested_vllm)
-    _check_parsed(rest)
-    arguments = heads.engine_kwargs(**given)
-    arguments["additional_config"][KEY] |= of_server
-    arguments["kv_transfer_config"] = transfer
-    words = ["--middleware", MIDDLEWARE]
-    for name, value in arguments.items():
-        words += [_option(name), value if isinstance(value, str) else json.dumps(value)]
-    return words + rest
+    return parser
 
 
 def _option(name: str) -> str:
