@@ -17,8 +17,13 @@ from ..hub.transport import HubOptions, check_within_reach
 from ..serving.halting import HaltSpec, options_by_head
 from ..serving.sources import ProbeSpec, named_sources
 from .backbone_check import check_heads
-from .compatibility import SCHEDULER, check_arguments, check_version, probed_architecture, transfer_config
-from .settings import KEY, ProbeSettings
+from .compatibility import KEY, SCHEDULER, check_arguments, check_version, probed_architecture, transfer_config
+from .settings import ProbeSettings
+
+
+_FUNCTIONS = (
+    "halt_on takes no functions here, because the engine decides in another process: name heads and thresholds"
+)
 
 
 def engine_kwargs(
@@ -58,6 +63,8 @@ def engine_kwargs(
     """
     check_version(allow_untested_vllm)
     check_arguments(kwargs)
+    if callable(halt_on):
+        raise ProbeError(_FUNCTIONS)
     transfer = transfer_config(kwargs.pop("kv_transfer_config", None))
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
     if not isinstance(overrides, Mapping) or "architectures" in overrides:
@@ -81,14 +88,9 @@ def engine_kwargs(
         heads[name] = str(folder)
     if not heads:
         raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
-    functions = (
-        "halt_on takes no functions here, because the engine decides in another process: name heads and thresholds"
-    )
-    if callable(halt_on):
-        raise ProbeError(functions)
     settings = ProbeSettings(heads, None if halt_on is None else options_by_head(halt_on), allow_untested_vllm)
     if any(rule.ask is not None for rule in settings.rules):
-        raise ProbeError(functions)
+        raise ProbeError(_FUNCTIONS)
     probe_strict = halt_on is not None if probe_strict is None else probe_strict
     if compare_fingerprints:
         check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"))
