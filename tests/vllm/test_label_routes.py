@@ -10,8 +10,9 @@ from fastapi.testclient import TestClient
 
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.vllm.answers import answer
+from llama_probe.vllm.compatibility import KEY
 from llama_probe.vllm.middleware import ProbeStreams
-from llama_probe.vllm.settings import KEY, ProbeSettings
+from llama_probe.vllm.settings import ProbeSettings
 
 
 TOKENIZER = make_tokenizer()

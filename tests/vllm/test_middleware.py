@@ -10,10 +10,9 @@ from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRATEGIES
 
-from llama_probe.vllm.compatibility import ARCHITECTURES, PREFIX
+from llama_probe.vllm.compatibility import ARCHITECTURES, KEY, PREFIX
 from llama_probe.vllm.middleware import ProbeStreams
 from llama_probe.vllm.payloads import Scores
-from llama_probe.vllm.settings import KEY
 
 
 BAD = {"label": "bad", "score": 0.981234, "scores": {"fine": 0.018766, "bad": 0.981234}}

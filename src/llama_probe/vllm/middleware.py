@@ -25,6 +25,7 @@ from .settings import ProbeSettings
 
 
 _BEAM = re.compile(r"-[0-9a-f]+-beam-\d+$")  # ends the id of a request that a beam search makes
+_scores: ContextVar[Scores] = ContextVar("llama_probe_scores")  # of the HTTP request that a task serves
 _NEXT_TOKEN = "generative-scoring-"  # begins the ids of requests for the next token's probabilities
 _STORED = "/v1/responses/"  # begins the paths of responses to earlier requests
 _UNSCORED = b"event: response."  # a stream of /v1/responses begins before its prompt is read
@@ -187,9 +188,6 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
     raise HTTPException(
         400, f"kv_transfer_params.probes is {json.dumps(asked)[:200]}; it must be a list of heads, of {known}"
     )
-
-
-_scores: ContextVar[Scores] = ContextVar("llama_probe_scores")
 
 
 def _listen(engine: Any, settings: ProbeSettings) -> None:
