@@ -71,23 +71,20 @@ class ProbeSettings:
 
     @cached_property
     def flags(self) -> list[HaltRule]:
-        """Return the rules by which a label is flagged: those of `halt_on`, and the heads' own thresholds for other heads and labels.
+        """The rules by which labels are flagged, by head and label: those of `halt_on`, else the heads' own thresholds.
 
         A head of two labels flags the second, a multi-label head any. Others flag what `halt_on` names.
         """
-        rules = {(rule.head, rule.index): rule for rule in self.rules}
+        flags: list[HaltRule] = []
         for name, config in self.configs.items():
+            rules = {rule.index: rule for rule in self.rules if rule.head == name}
             labels = list(config.id2label.values())
-            if config.problem_type == "multi_label_classification":
-                own = labels
-            elif config.problem_type == "regression" or len(labels) > 2 or any(head == name for head, _ in rules):
-                own = []
-            else:
-                own = labels[1:]
-            for rule in (HaltRule.create(name, config, label) for label in own):
-                rules.setdefault((name, rule.index), rule)
-        order = list(self.heads)
-        return sorted(rules.values(), key=lambda rule: (order.index(rule.head), rule.index))
+            if config.problem_type != "multi_label_classification":
+                labels = [] if rules or len(labels) > 2 or config.problem_type == "regression" else labels[1:]
+            own = (HaltRule.create(name, config, label) for label in labels)
+            rules = {rule.index: rule for rule in own} | rules
+            flags += [rules[index] for index in sorted(rules)]
+        return flags
 
     def read_heads(self) -> dict[str, ProbeModel]:
         """Load the heads, by name, on the CPU and in eval mode."""
