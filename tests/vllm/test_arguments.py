@@ -372,15 +372,25 @@ def test_a_server_that_nobody_stopped_exits_with_one_line(monkeypatch, is_stoppe
         server.main()
 
 
-def test_an_engine_that_does_not_start_is_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("Engine core initialization failed.\nSee root cause above."),
+            "Engine core .* root cause .*SPACE",
+        ),
+        (ValueError("1 validation error\n  max_model_len is too large"), "1 validation error max_model_len .*large"),
+    ],
+)
+def test_an_engine_that_does_not_start_is_one_line(monkeypatch, error, line):
     def fail():
-        raise RuntimeError("Engine core initialization failed.\nSee root cause above.")
+        raise error
 
     monkeypatch.setattr(server, "server_arguments", list)
     monkeypatch.setattr(sys, "argv", ["server"])
     monkeypatch.setattr(entry, "build_and_serve", entry.build_and_serve)
     monkeypatch.setattr(entry, "main", fail)
-    with pytest.raises(SystemExit, match=r"^error: Engine core .* root cause .*SPACE$"):
+    with pytest.raises(SystemExit, match=f"^error: {line}$"):
         server.main()
 
 

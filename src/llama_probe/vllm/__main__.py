@@ -189,6 +189,10 @@ def serve(words: Sequence[str]) -> None:
     sys.argv = [sys.argv[0], *words]
     try:
         entry.main()
+    except ProbeError:
+        raise
+    except ValueError as error:  # an option's value that vLLM refuses when it makes its config
+        raise ProbeError(" ".join(str(error).split())) from error
     except RuntimeError as error:
         said = " ".join(str(error).split())
         raise ProbeError(
