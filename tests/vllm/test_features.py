@@ -7,6 +7,7 @@ from tiny_engine import PROMPTS, SIZES, TinyServing, generate, make_serving, nex
 from tiny_families import TINY
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.sampling_params import RequestOutputKind
 
 from llama_probe.heads.aggregator import Aggregator
@@ -18,6 +19,7 @@ from llama_probe.vllm.compatibility import ARCHITECTURES
 NEW = 20
 FAMILIES = {
     "states": "mistral",
+    "bfloat16": "mistral",
     "ngram": "phi3",
     "draft_model": "qwen3",
     "connector": "qwen3_moe",
@@ -61,6 +63,16 @@ def test_states(tiny, threshold, monkeypatch):
         monkeypatch.setattr(kind, "projected", Aggregator.projected)
     with running(tiny, threshold, block_size=32) as llm:
         check(llm, tiny, threshold, times=2)
+
+
+def test_bfloat16(tiny, threshold):
+    """Heads are in fp32 beside a model that is not."""
+    with running(tiny, threshold, dtype="bfloat16") as llm:
+        for ids, output in zip(PROMPTS, generate(llm, PROMPTS), strict=True):
+            said = torch.tensor(output.kv_transfer_params["probes"]["tone"]["logits"])
+            torch.testing.assert_close(said, tiny.reference(ids).probe_logits["tone"][0], rtol=0, atol=0.05)
+        heads = get_kv_transfer_group()._scorer.heads.values()
+        assert {weight.dtype for head in heads for weight in head.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])

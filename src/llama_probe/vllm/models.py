@@ -45,8 +45,9 @@ def _probed(name: str) -> type[nn.Module]:
                 reserve_aux_intermediate_tensor_slots(self)
             if not get_pp_group().is_last_rank:
                 return
-            heads = settings.read_heads()
-            self._plan = CachePlan(heads)
+            with torch.device("cpu"):  # vLLM builds a model for another device
+                heads = settings.read_heads()
+                self._plan = CachePlan(heads)
             # vLLM orders its caches by the number in their names, and the layers have those below.
             if self._plan.layers:
                 name = maybe_prefix(prefix, f"{STATES}.{last}")

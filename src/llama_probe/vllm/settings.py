@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
@@ -87,6 +85,5 @@ class ProbeSettings:
         return flags
 
     def read_heads(self) -> dict[str, ProbeModel]:
-        """Load the heads, by name, on the CPU and in eval mode."""
-        with torch.device("cpu"):  # vLLM asks for them while it builds a model for another device
-            return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}
+        """Load the heads, by name, in eval mode."""
+        return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}
