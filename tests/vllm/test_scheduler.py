@@ -54,7 +54,7 @@ def answer(scheduler, step: SchedulerOutput, found: dict[str, list[float]]):
     """What the workers return of a step: a token of each request whose prompt is complete, and logits."""
     names = list(step.num_scheduled_tokens)
     tokens = [
-        [7] if name in found or name not in scheduler.requests or scheduler.connector.answer(name) else []
+        [7] if name in found or name not in scheduler.requests or scheduler.connector.get_answer(name) else []
         for name in names
     ]
     meta = ScoredPrompts({name: {"guard": logits} for name, logits in found.items()}) if found else None
@@ -107,7 +107,7 @@ def test_halted_requests_end_without_a_token(scheduler):
         assert set(ahead.num_scheduled_tokens) == {"bad", "fine"}
         assert set(answer(scheduler, ahead, {})) == {"fine"}
     assert set(scheduler.schedule().num_scheduled_tokens) == {"fine"}
-    assert "bad" not in scheduler.requests and scheduler.connector.answer("bad") is None
+    assert "bad" not in scheduler.requests and scheduler.connector.get_answer("bad") is None
 
 
 def test_a_score_that_is_no_number_halts_its_prompt_and_no_other(scheduler):
@@ -148,7 +148,7 @@ def test_a_prompt_that_comes_in_pieces_is_scored_after_each(scheduler):
     out = answer(scheduler, step, {"talk": BAD})["talk"]
     assert (out.new_token_ids, out.stop_reason) == ([], "guard")
     assert out.kv_transfer_params["probes"]["guard"]["logits"] == BAD
-    assert "talk" not in scheduler.requests and scheduler.connector.answer("talk") is None
+    assert "talk" not in scheduler.requests and scheduler.connector.get_answer("talk") is None
 
 
 def test_nothing_is_kept_of_requests_that_are_gone(scheduler):

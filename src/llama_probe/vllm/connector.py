@@ -122,7 +122,7 @@ class ProbeConnector(KVConnectorBase_V1):
         if self.settings.halt_on is not None and request_id not in self._answers:
             self.take_in(request_id, {})
 
-    def answer(self, request_id: str) -> dict[str, Any] | None:
+    def get_answer(self, request_id: str) -> dict[str, Any] | None:
         """Return the answer for a running request; `None` before its prompt is complete."""
         return self._answers.get(request_id)
 

@@ -33,7 +33,7 @@ class _Probed:
                 # way: so all that may be delivered carry it.
                 request = self.requests.get(output.request_id)
                 if output.kv_transfer_params is None and request is not None and _may_be_delivered(request):
-                    output.kv_transfer_params = self.probes.answer(output.request_id)
+                    output.kv_transfer_params = self.probes.get_answer(output.request_id)
         return outputs
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
@@ -44,7 +44,7 @@ class _Probed:
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], is_stale: bool = False):
         if new_token_ids and not is_stale:
             self.probes.refuse_unscored(request.request_id)
-        known = self.probes.answer(request.request_id)
+        known = self.probes.get_answer(request.request_id)
         halted = known and known.get("halted")
         if not halted:
             return super()._update_request_with_output(request, new_token_ids, is_stale=is_stale)
