@@ -23,9 +23,10 @@ class _Probed:
         from_workers = model_runner_output.kv_connector_output
         said = from_workers and from_workers.kv_connector_worker_meta
         for scored in getattr(said, "metadata", [said]):  # of a MultiConnector, by connector
-            for request_id, found in scored.found.items() if isinstance(scored, ScoredPrompts) else ():
-                if request_id in self.requests:  # not aborted meanwhile
-                    self.probes.take_in(request_id, found)
+            if isinstance(scored, ScoredPrompts):
+                for request_id, found in scored.found.items():
+                    if request_id in self.requests:  # not aborted meanwhile
+                        self.probes.take_in(request_id, found)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for batch in outputs.values():
             for output in batch.outputs:
