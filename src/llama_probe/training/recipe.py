@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from ..backbone.loading import backbone_target, model_id
 from ..data.sources import setting
+from ..data.texts import LabelledTexts
 from ..errors import ProbeError
 from ..heads import get_probe_type, probe_types
+from ..heads.configuration import ProbeConfig
 
 
 AUTO = "auto"
@@ -97,3 +100,24 @@ def complete(recipe: Recipe, head: dict[str, Any], rows: int) -> tuple[Recipe, d
     found = {key: value for key, value in defaults.items() if key in own and getattr(recipe, key) is None}
     further = {key: value for key, value in defaults.items() if key not in own and head.get(key) is None}
     return replace(recipe, **found), {**head, "probe_type": name, **further}
+
+
+def head_config(head: dict[str, Any], rows: LabelledTexts, backbone: str | None) -> ProbeConfig:
+    """Return the config of a new head for the labels of its training rows.
+
+    Args:
+        head: fields of `ProbeConfig`, as `complete` returns them. `token_scope` defaults to `"last_user"`.
+        backbone: name of the backbone, whose sizes are checked before it is loaded. None: it is loaded.
+
+    Raises:
+        ProbeError: a field is not allowed or does not fit the backbone, or the Hub does not answer.
+    """
+    target = None if backbone is None else backbone_target(backbone)
+    known = {
+        "token_scope": "last_user",
+        "hidden_size": target and target.hidden_size,
+        "num_hidden_layers": target and target.num_hidden_layers,
+        "base_model_name_or_path": backbone and model_id(backbone),
+    }
+    labels = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
+    return ProbeConfig(**{**known, **head, **labels})

@@ -16,7 +16,7 @@ from transformers import ProgressCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..backbone.loading import DEMO, DEMO_NOTE, backbone_target, load_backbone, model_id, weights_digest
+from ..backbone.loading import DEMO, DEMO_NOTE, load_backbone, weights_digest
 from ..data.prompts import PromptFormat, split_reply
 from ..data.sources import FOLDS, DataSources
 from ..data.states import StateCache
@@ -38,7 +38,7 @@ from .arguments import SHARED, ProbeTrainingArguments
 from .fitting import fit_classifier
 from .loss import ProbeLoss
 from .options import RunOptions
-from .recipe import Recipe, complete
+from .recipe import Recipe, complete, head_config
 from .results import add_results, describe_rows, judge
 from .rows import TrainingData, as_dataset
 from .trainer import STATES, ProbeTrainer
@@ -129,15 +129,7 @@ class TrainingRun(RunOptions):
         train, folds = parts["train"], []
         if parts["validation"] is train:
             folds = train.folds(self.data.folds or FOLDS, self.seeds[0])
-        target = backbone_target(self.backbone)  # its sizes, before it is loaded
-        config = ProbeConfig(
-            **{"token_scope": "last_user", **head},
-            hidden_size=target and target.hidden_size,
-            num_hidden_layers=target and target.num_hidden_layers,
-            id2label=dict(enumerate(train.label_names)),
-            problem_type=train.problem_type,
-            base_model_name_or_path=model_id(self.backbone),
-        )
+        config = head_config(head, train, self.backbone)
         recipe = replace(recipe, metric=recipe.metric or default_metric(config))
         self._check(parts, recipe, config, labels)
         lm, tokenizer = load_backbone(self.backbone, self.dtype)

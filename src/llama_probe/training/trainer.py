@@ -26,7 +26,7 @@ from transformers import (
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutput
 
 from ..backbone.decoder import is_tensor_parallel
-from ..backbone.loading import load_backbone, model_id
+from ..backbone.loading import load_backbone
 from ..data.memory import is_table, is_tokenized, rows_in_memory
 from ..data.prompts import EncodedTexts, PromptFormat
 from ..data.states import ProbeCollator, StateCache
@@ -43,7 +43,7 @@ from ..heads.rules import PROMPT_FORMATS
 from ..hub.card import CardFacts
 from .arguments import ProbeTrainingArguments
 from .loss import ProbeLoss
-from .recipe import COMMON, Recipe, complete
+from .recipe import COMMON, Recipe, complete, head_config
 from .results import add_results, decide
 from .rows import CutReplies, as_dataset, labels_of
 
@@ -177,19 +177,11 @@ class ProbeTrainer(Trainer):
         rows = rows_in_memory("train_dataset", data, self._columns, names, head.get("problem_type"))
         _, head = complete(self.args.recipe(), head, len(rows))
         has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
-        by_name = not isinstance(backbone, nn.Module)
-        config = ProbeConfig(
-            **{
-                "token_scope": "response" if has_replies else "last_user",
-                "max_length": MAX_LENGTH,
-                "base_model_name_or_path": model_id(str(backbone)) if by_name else None,
-                **head,
-                "id2label": dict(enumerate(rows.label_names)),
-                "problem_type": rows.problem_type,
-            }
-        )
-        if by_name:
-            backbone, tokenizer = load_backbone(str(backbone))
+        scope = {"token_scope": "response"} if has_replies else {}
+        name = None if isinstance(backbone, nn.Module) else str(backbone)
+        config = head_config({"max_length": MAX_LENGTH, **scope, **head}, rows, name)
+        if name is not None:
+            backbone, tokenizer = load_backbone(name)
             self._tokenizer = self._tokenizer or tokenizer
         return ProbeModel(config, backbone=backbone), rows
 
