@@ -24,8 +24,8 @@ from llama_probe.data.states import PromptDataset
 from llama_probe.distributed import check_shared, claimed
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head
+from llama_probe.training.options import CHECKPOINTS
 from llama_probe.training.results import judge
-from llama_probe.training.run import CHECKPOINTS
 
 
 def write_rows(path: Path, count: int) -> None:

@@ -17,7 +17,8 @@ from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.training import run as training_run
-from llama_probe.training.run import CHECKPOINTS, _last_checkpoint
+from llama_probe.training.options import CHECKPOINTS
+from llama_probe.training.run import _last_checkpoint
 from llama_probe.training.sweep import Sweep
 
 
@@ -200,6 +201,10 @@ class TestRefusals:
         monkeypatch.setattr(training_run, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
         with pytest.raises(ProbeError, match=list(head)[-1]):
             run_of(tmp_path, backbone_folder, head=head).run()
+
+    def test_an_option_that_the_kind_does_not_have(self, tmp_path):
+        with pytest.raises(ProbeError, match="num_members"):
+            run_of(tmp_path, head={"probe_type": "gate", "options": {"num_members": 2}})  # before the rows are read
 
     @pytest.mark.parametrize("seeds", [[], [2**32]])
     def test_seeds(self, tmp_path, seeds):

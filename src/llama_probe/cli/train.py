@@ -104,6 +104,7 @@ def train(
     ] = 1,
 ) -> Result:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
+    run.check_free()
     backbone_target(run.backbone)  # raises if the Hub must be asked and does not answer
     from ..training.run import TrainingRun  # takes seconds to import
 

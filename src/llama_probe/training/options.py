@@ -11,8 +11,11 @@ from ..data.sources import setting
 from ..errors import ProbeError
 from ..heads import get_probe_type
 from ..heads.rules import RenderedFormat
+from ..hub.folder import is_head_folder
 
 
+MAX_LENGTH = 512  # tokens of a prompt, if the user does not say
+CHECKPOINTS, SETUP_NAME = ".checkpoints", "setup.json"  # what a stopped run leaves in its folder
 SWEEP_NAME, HEAD_FOLDER = "sweep.json", "head"  # what a sweep leaves in its folder
 
 
@@ -29,7 +32,7 @@ class RunOptions:
     backbone: str = "demo"
     prompt_format: RenderedFormat = setting("chat", "The model's chat template, or texts as they are.")
     system_prompt: str | None = setting(None, "A system turn of your own.")
-    max_length: int | None = setting(512, "Cut prompts to this many tokens.")
+    max_length: int | None = setting(MAX_LENGTH, "Cut prompts to this many tokens.")
     dtype: DtypeName = "auto"
     cache: bool = setting(True, "Run the backbone once and keep its hidden states on disk while training.")
     cache_dir: Path | None = setting(None, "Keep the hidden states here for later runs.")
@@ -42,6 +45,12 @@ class RunOptions:
             raise ProbeError(f"max_length={self.max_length} must be at least 1")
         if self.cache_dir is not None and self.cache is False:
             raise ProbeError(f"cache_dir={str(self.cache_dir)!r} and cache=False (--no-cache) exclude each other")
+
+    def check_free(self) -> None:
+        """Raise `ProbeError` if `output` holds a head that may not be replaced."""
+        stopped = self.resume and (self.output / CHECKPOINTS / SETUP_NAME).is_file()
+        if not self.overwrite and not stopped and is_head_folder(self.output):
+            raise ProbeError(f"{self.output} holds a finished head: --overwrite replaces it")
 
 
 @dataclass

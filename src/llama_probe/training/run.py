@@ -33,19 +33,15 @@ from ..heads.configuration import ProbeConfig
 from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
-from ..hub.folder import check_output, is_head_folder
+from ..hub.folder import check_output
 from .arguments import SHARED, ProbeTrainingArguments
 from .fitting import fit_classifier
 from .loss import ProbeLoss
-from .options import RunOptions
-from .recipe import Recipe, complete, head_config
+from .options import CHECKPOINTS, SETUP_NAME, RunOptions
+from .recipe import AUTO, Recipe, complete, head_config
 from .results import add_results, describe_rows, judge
 from .rows import TrainingData, as_dataset
 from .trainer import STATES, ProbeTrainer
-
-
-CHECKPOINTS = ".checkpoints"
-_SETUP_NAME = "setup.json"
 
 
 @dataclass(kw_only=True)
@@ -76,6 +72,8 @@ class TrainingRun(RunOptions):
         scope = self.head.get("token_scope", "last_user")
         if "later_turns" in self.data.augment and scope in ("last_user", "response"):
             raise ProbeError(f"token_scope={scope!r} does not read augment=['later_turns']: use 'user'")
+        if self.head.get("probe_type", AUTO) != AUTO:  # an unknown option is refused before the rows are read
+            ProbeConfig(**{name: value for name, value in self.head.items() if value is not None})
 
     def run(self) -> dict[str, Any]:
         """Train, measure and save.
@@ -92,14 +90,9 @@ class TrainingRun(RunOptions):
         """
         with process_group():
             check_output(self.output)
-            on_main(self._check_free)
+            on_main(self.check_free)
             with claimed(self.output), self.prepare() as data:
                 return self._train_all(data)
-
-    def _check_free(self) -> None:
-        stopped = self.resume and (self.output / CHECKPOINTS / _SETUP_NAME).is_file()
-        if not self.overwrite and not stopped and is_head_folder(self.output):
-            raise ProbeError(f"{self.output} holds a finished head: --overwrite replaces it")
 
     def _train_all(self, data: TrainingData) -> dict[str, Any]:
         checkpoints = self.output / CHECKPOINTS
@@ -115,7 +108,7 @@ class TrainingRun(RunOptions):
 
     def _open_checkpoints(self, folder: Path, data: TrainingData) -> None:
         """Keep the checkpoints of this very training, or start with none; `ProbeError` if they are of another one."""
-        path = folder / _SETUP_NAME
+        path = folder / SETUP_NAME
         if not (self.resume and path.is_file()):
             shutil.rmtree(folder, ignore_errors=True)
         same_settings(path, data.settings())

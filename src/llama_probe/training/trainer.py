@@ -43,12 +43,12 @@ from ..heads.rules import PROMPT_FORMATS
 from ..hub.card import CardFacts
 from .arguments import ProbeTrainingArguments
 from .loss import ProbeLoss
+from .options import MAX_LENGTH
 from .recipe import COMMON, Recipe, complete, head_config
 from .results import add_results, decide
 from .rows import CutReplies, as_dataset, labels_of
 
 
-MAX_LENGTH = 512  # tokens of a prompt, if the head does not say
 STATES = ".states"
 
 
