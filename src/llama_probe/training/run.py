@@ -246,8 +246,8 @@ class TrainingRun(RunOptions):
         )
         if is_main():
             probe.save_pretrained(self.output)
-            write_plots(self.output)
-            write_card(self.output)
+            if write_plots(self.output):
+                write_card(self.output)  # shows the plots
         return probe.results
 
 
