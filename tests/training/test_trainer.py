@@ -197,6 +197,7 @@ class TestProbeTrainer:
         trainer = mood(tmp_path, model_init=model_init, processing_class=make_tokenizer(), num_train_epochs=1)
         best = trainer.hyperparameter_search(n_trials=2)
         assert len(made) >= 3 and 0 <= best.objective <= 1 and "learning_rate" in best.hyperparameters
+        assert all(hasattr(trainer.args, name) for name in best.hyperparameters), "to train with"
         assert made[-1].config.id2label == {0: "bad", 1: "good"} and made[-1].config.prompt_format == "chat"
 
     def test_own_callables(self, tmp_path):
@@ -230,14 +231,17 @@ class TestProbeTrainer:
             ({"rows": {"words": ["a", "b"], "label": [1, 0]}}, "words"),
             ({"rows": ANSWERS, "column_mapping": {"review": "text"}}, "review"),
             ({"model": head(probe_type="muli", vocab_size=260)}, "muli"),
+            ({"args": {"metric_for_best_model": "r2"}}, "r2"),
+            ({"args": {"metric_for_best_model": "eval_f2"}}, "f2"),
             ({"held_back": {"test": PromptDataset([[1]], np.zeros(1))}}, "same length"),
         ],
     )
     def test_mistakes_beside_those_of_the_page_on_troubleshooting(self, tmp_path, changes, words):
         changes = {"model": head(make_lm(vocab_size=260)), "processing_class": make_tokenizer(), **changes}
         given = {"train_dataset": changes.pop("rows", ANSWERS), "eval_dataset": changes.pop("held_back", ANSWERS)}
+        args = ProbeTrainingArguments(str(tmp_path), use_cpu=True, **changes.pop("args", {}))
         with pytest.raises(ProbeError, match=words):
-            ProbeTrainer(args=ProbeTrainingArguments(str(tmp_path), use_cpu=True), **given, **changes)
+            ProbeTrainer(args=args, **given, **changes)
 
 
 def test_learns_and_leaves_the_backbone_bit_identical(tmp_path):

@@ -244,12 +244,11 @@ class ProbeTrainer(Trainer):
         recipe, _ = complete(args.recipe(), {"probe_type": config.probe_type}, len(train or ()))
         self._label_smoothing = recipe.label_smoothing
         args.fill(recipe)
-        if args.metric_for_best_model is None:
-            args.metric_for_best_model = default_metric(config)
-            if validation is not None and not self._own_metrics:
-                check_metric(args.metric_for_best_model, labels_of(validation), config)
+        metric = args.metric_for_best_model = args.metric_for_best_model or default_metric(config)
         if args.greater_is_better is None:
-            args.greater_is_better = not args.metric_for_best_model.endswith("loss")
+            args.greater_is_better = not metric.endswith("loss")
+            if args.greater_is_better and validation is not None and not self._own_metrics:
+                check_metric(metric.removeprefix("eval_"), labels_of(validation), config)
         check_threshold_rule(config, recipe.max_false_positive_rate, recipe.threshold_rule)
         return recipe
 
@@ -329,7 +328,9 @@ class ProbeTrainer(Trainer):
         return {
             "learning_rate": trial.suggest_float("learning_rate", *space["learning_rate"], log=True),
             "weight_decay": trial.suggest_float("weight_decay", *space["weight_decay"]),
-            "per_device_train_batch_size": trial.suggest_categorical("batch_size", space["batch_size"]),
+            "per_device_train_batch_size": trial.suggest_categorical(
+                "per_device_train_batch_size", space["batch_size"]
+            ),
         }
 
     # Files and the Hub
