@@ -115,7 +115,6 @@ class ProbeTrainer(Trainer):
         if unknown := [name for name in probe_config or {} if name not in known]:
             raise ProbeError(f"probe_config has no {unknown[0]!r}; learning rates and the like go into args=")
         self._columns, self._tokenizer = column_mapping, processing_class
-        self._prompts: PromptFormat | None = None
         self._recorded: dict[str, Any] = {}
         self._own_metrics = compute_metrics is not None
         self.logits: torch.Tensor | None = None
@@ -221,15 +220,12 @@ class ProbeTrainer(Trainer):
         """Return the head's own format of prompts; one that is not known is the template of the tokenizer."""
         if self._tokenizer is None:
             raise ProbeError(f"{name} has texts: pass the backbone's tokenizer, processing_class=tokenizer")
-        if self._prompts is None:
-            config = probe.config
-            if config.prompt_format in PROMPT_FORMATS:
-                self._prompts = PromptFormat.from_config(config, self._tokenizer)
-            else:
-                kind = "chat" if self._tokenizer.chat_template else "raw"
-                self._prompts = PromptFormat.create(self._tokenizer, kind, config.system_prompt, config.max_length)
-            self._record(probe, **self._prompts.config_fields())
-        return self._prompts
+        config = probe.config
+        if config.prompt_format not in PROMPT_FORMATS:
+            config = config.replace(prompt_format="chat" if self._tokenizer.chat_template else "raw")
+        prompts = PromptFormat.from_config(config, self._tokenizer)
+        self._record(probe, **prompts.config_fields())
+        return prompts
 
     def _record(self, probe: ProbeModel, **fields) -> None:
         """Write fields into the config of this head, and of those that `model_init` makes."""
