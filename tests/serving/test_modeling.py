@@ -17,7 +17,14 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeCache, ProbeError
+from llama_probe import (
+    AutoModelForProbedGeneration,
+    LlamaForProbedGeneration,
+    ProbeCache,
+    ProbeConfig,
+    ProbeError,
+    ProbeModel,
+)
 from llama_probe.serving import session as generation
 
 
@@ -121,6 +128,12 @@ class TestSavingTheBackbone:
         assert not hasattr(model.config, "probe_heads")
         loaded.save_pretrained(tmp_path / "again", save_probes=False)
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) is LlamaForCausalLM
+
+    def test_heads_know_the_backbone_under_its_new_name(self, lm, token):
+        lm.config._name_or_path = "org/tiny"
+        head = ProbeModel(ProbeConfig(probe_type="gate"), backbone=lm)
+        LlamaForProbedGeneration.from_causal_lm(lm, head).push_to_hub("alice/guarded")
+        LlamaForProbedGeneration.from_pretrained("alice/guarded", probe_strict=True)
 
     def test_tensors_of_heads_are_left_out_of_a_state_dict(self, model, tmp_path):
         assert any(name.startswith("probes.") for name in model.state_dict())

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..backbone.decoder import Decoder, find_decoder, target_of
+from ..backbone.fingerprint import backbone_facts
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone, describe
@@ -205,6 +206,9 @@ class ProbeHostMixin:
         vars(plain.config).pop(SAVED_HEADS, None)
         if names := list(saved):
             setattr(plain.config, SAVED_HEADS, names)
+            base = backbone_facts(self)["base_model_name_or_path"]
+            if base is not None and not Path(base).exists():  # the heads know the backbone by this name
+                plain.config.base_model_name_or_path = base
         return plain
 
     def _require_free(self, name: str) -> None:
