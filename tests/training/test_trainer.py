@@ -233,6 +233,7 @@ class TestProbeTrainer:
             ({"model": head(probe_type="muli", vocab_size=260)}, "muli"),
             ({"args": {"metric_for_best_model": "r2"}}, "r2"),
             ({"args": {"metric_for_best_model": "eval_f2"}}, "f2"),
+            ({"held_back": "rows.csv"}, "eval_dataset"),
             ({"held_back": {"test": PromptDataset([[1]], np.zeros(1))}}, "same length"),
         ],
     )

@@ -13,11 +13,6 @@ from .tables import Columns, LabelNames, dataset_columns
 from .texts import LabelledTexts, label_rows
 
 
-def is_table(data: Any) -> bool:
-    """Return True for rows that `rows_in_memory` reads, and False for a torch data set."""
-    return isinstance(data, (Mapping, list, tuple)) or hasattr(data, "column_names") or hasattr(data, "columns")
-
-
 def rows_in_memory(
     name: str,
     data: Any,
@@ -38,7 +33,7 @@ def rows_in_memory(
         label_names, problem_type: see `read_labelled`.
 
     Raises:
-        ProbeError: a column is missing, or a text or label is not allowed.
+        ProbeError: `data` is no table, a column is missing, or a text or label is not allowed.
     """
     columns, own_names = _read_columns(name, data)
     renamed = column_mapping or {}
@@ -96,6 +91,8 @@ def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
         if len({len(values) if isinstance(values, list) else -1 for values in columns.values()} | {-1}) != 2:
             raise ProbeError(f"{name} must hold lists of the same length: {', '.join(columns) or 'no columns'}")
         return columns, {}
+    if not isinstance(data, (list, tuple)):
+        raise ProbeError(f"{name} must be labelled rows, such as a datasets.Dataset, not {type(data).__name__}")
     rows = list(data)
     if rows and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in rows):
         rows = [{"text": text, "label": label} for text, label in rows]

@@ -27,7 +27,7 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutpu
 
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
-from ..data.memory import is_table, is_tokenized, rows_in_memory
+from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import EncodedTexts, PromptFormat
 from ..data.states import ProbeCollator, StateCache
 from ..data.texts import LabelledTexts, check_labels, ends_with_reply
@@ -169,9 +169,6 @@ class ProbeTrainer(Trainer):
 
     def _create_head(self, backbone: Any, head: dict[str, Any], data: Any) -> tuple[ProbeModel, LabelledTexts]:
         """Read the training rows, load the backbone, and make a head for the labels of the rows."""
-        if not is_table(data):
-            kind = type(data).__name__
-            raise ProbeError(f"train_dataset must be labelled rows, such as a datasets.Dataset, not {kind}")
         names = list(head["id2label"].values()) if head.get("id2label") else None
         rows = rows_in_memory("train_dataset", data, self._columns, names, head.get("problem_type"))
         _, head = complete(self.args.recipe(), head, len(rows))
@@ -188,7 +185,7 @@ class ProbeTrainer(Trainer):
         """Read a table with the labels of the head, whose config records what the labels of training rows are called."""
         rows = data
         if not isinstance(data, LabelledTexts):
-            if data is None or not is_table(data):
+            if data is None or isinstance(data, Dataset):
                 return data
             names = list(probe.config.id2label.values())
             unnamed = learned and names == list(ProbeConfig(num_labels=len(names)).id2label.values())
