@@ -23,7 +23,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
-from transformers.trainer_utils import HubStrategy, IntervalStrategy, TrainOutput
+from transformers.trainer_utils import EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput
 
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
@@ -116,7 +116,6 @@ class ProbeTrainer(Trainer):
             raise ProbeError(f"probe_config has no {unknown[0]!r}; learning rates and the like go into args=")
         self._columns, self._tokenizer = column_mapping, processing_class
         self._recorded: dict[str, Any] = {}
-        self._own_metrics = compute_metrics is not None
         self.logits: torch.Tensor | None = None
         if backbone is not None:
             model, train_dataset = self._create_head(backbone, dict(probe_config or {}), train_dataset)
@@ -134,7 +133,7 @@ class ProbeTrainer(Trainer):
             raise ProbeError(f"probe_type={model.config.probe_type!r} is fitted: use llama-probe train")
         train = self._label("train_dataset", train_dataset, model, learned=True)
         validation = self._label("eval_dataset", eval_dataset, model)
-        recipe = self._complete(model.config, train, validation)
+        recipe = self._complete(model.config, train, validation, compute_metrics is not None)
         if compute_loss_func is None:
             balanced = recipe.class_weights == "balanced" and train is not None
             labels = labels_of(train) if balanced else np.empty(0)
@@ -151,7 +150,7 @@ class ProbeTrainer(Trainer):
             processing_class=self._tokenizer,
             model_init=model_init,
             compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics or metrics_of(model.config),
+            compute_metrics=compute_metrics or self._measure,
             callbacks=callbacks,
             **kwargs,
         )
@@ -229,7 +228,7 @@ class ProbeTrainer(Trainer):
         self._recorded |= fields
         probe.config = probe.config.replace(**fields)
 
-    def _complete(self, config: ProbeConfig, train: Any, validation: Any) -> Recipe:
+    def _complete(self, config: ProbeConfig, train: Any, validation: Any, own_metrics: bool) -> Recipe:
         """Fill in what the arguments leave open, and check them against the rows."""
         args = self.args
         if validation is None:
@@ -240,7 +239,7 @@ class ProbeTrainer(Trainer):
         metric = args.metric_for_best_model = args.metric_for_best_model or default_metric(config)
         if args.greater_is_better is None:
             args.greater_is_better = not metric.endswith("loss")
-            if args.greater_is_better and validation is not None and not self._own_metrics:
+            if args.greater_is_better and validation is not None and not own_metrics:
                 check_metric(metric.removeprefix("eval_"), labels_of(validation), config)
         check_threshold_rule(config, recipe.max_false_positive_rate, recipe.threshold_rule)
         return recipe
@@ -298,9 +297,10 @@ class ProbeTrainer(Trainer):
             dtype=probe.config.base_model_dtype,
             card=CardFacts(),
         )
-        if not self._own_metrics:
-            self.compute_metrics = metrics_of(probe.config)
         return probe.results
+
+    def _measure(self, evaluated: EvalPrediction) -> dict[str, float | None]:
+        return metrics_of(self.model.config)(evaluated)  # the config changes when the head is judged
 
     def hyperparameter_search(
         self, hp_space: Callable | None = None, compute_objective: Callable | None = None, n_trials: int = 20, **kwargs
