@@ -254,6 +254,7 @@ TRAIN = "train --train {rows} --output {out} "
         ("generate x --halt-reply No.", "--halt-on"),
         (TRAIN + "--epoch 3", "--epoch"),
         (TRAIN + "--option rank=low", "--option"),
+        (TRAIN + "--probe-type gate --option num_members=2", "num_members"),
         (TRAIN + "--layers top", "--layers"),
         (TRAIN + "--epochs 0", "--epochs=0"),
         (TRAIN + "--no-cache --cache-dir kept", "--no-cache"),

@@ -4,7 +4,7 @@ import pytest
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.heads import Aggregator, get_probe_type, probe_types
-from llama_probe.training.recipe import Recipe, complete
+from llama_probe.training.recipe import Recipe, check_head, complete
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,11 @@ def test_given_values_stay():
 def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(ProbeError, match=f"^{name}={value}"):
         Recipe(**{name: value})
+
+
+def test_fields_that_a_kind_does_not_take_are_refused():
+    fields = {"options": {"num_members": 2}, "dropout": None}
+    check_head(fields)  # the kind may be chosen to have it
+    check_head({"probe_type": "multimax", **fields})
+    with pytest.raises(ProbeError, match="num_members"):
+        check_head({"probe_type": "gate", **fields})

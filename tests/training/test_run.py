@@ -202,10 +202,6 @@ class TestRefusals:
         with pytest.raises(ProbeError, match=list(head)[-1]):
             run_of(tmp_path, backbone_folder, head=head).run()
 
-    def test_an_option_that_the_kind_does_not_have(self, tmp_path):
-        with pytest.raises(ProbeError, match="num_members"):
-            run_of(tmp_path, head={"probe_type": "gate", "options": {"num_members": 2}})  # before the rows are read
-
     @pytest.mark.parametrize("seeds", [[], [2**32]])
     def test_seeds(self, tmp_path, seeds):
         with pytest.raises(ProbeError, match="seeds"):

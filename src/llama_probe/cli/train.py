@@ -18,7 +18,7 @@ from ..heads import get_probe_type, probe_types
 from ..heads.configuration import ProbeConfig
 from ..hub.card import CardFacts, with_spread
 from ..training.options import HEAD_FOLDER, SWEEP_NAME, RunOptions, SweepOptions
-from ..training.recipe import AUTO, Recipe
+from ..training.recipe import AUTO, Recipe, check_head
 from .console import print_table
 from .options import Fields, Result, command_line, split_names
 
@@ -105,6 +105,7 @@ def train(
 ) -> Result:
     """Train a head on labelled rows and write its folder: config, weights, results and card."""
     run.check_free()
+    check_head(head)
     backbone_target(run.backbone)  # raises if the Hub must be asked and does not answer
     from ..training.run import TrainingRun  # takes seconds to import
 

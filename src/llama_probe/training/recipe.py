@@ -102,6 +102,12 @@ def complete(recipe: Recipe, head: dict[str, Any], rows: int) -> tuple[Recipe, d
     return replace(recipe, **found), {**head, "probe_type": name, **further}
 
 
+def check_head(head: dict[str, Any]) -> None:
+    """Raise `ProbeError` for fields of `ProbeConfig` that are not allowed. A kind that is not chosen yet allows all."""
+    if head.get("probe_type", AUTO) != AUTO:
+        ProbeConfig(**{name: value for name, value in head.items() if value is not None})
+
+
 def head_config(head: dict[str, Any], rows: LabelledTexts, backbone: str | None) -> ProbeConfig:
     """Return the config of a new head for the labels of its training rows.
 

@@ -38,7 +38,7 @@ from .arguments import SHARED, ProbeTrainingArguments
 from .fitting import fit_classifier
 from .loss import ProbeLoss
 from .options import CHECKPOINTS, SETUP_NAME, RunOptions
-from .recipe import AUTO, Recipe, complete, head_config
+from .recipe import Recipe, complete, head_config
 from .results import add_results, describe_rows, judge
 from .rows import TrainingData, as_dataset
 from .trainer import STATES, ProbeTrainer
@@ -72,8 +72,6 @@ class TrainingRun(RunOptions):
         scope = self.head.get("token_scope", "last_user")
         if "later_turns" in self.data.augment and scope in ("last_user", "response"):
             raise ProbeError(f"token_scope={scope!r} does not read augment=['later_turns']: use 'user'")
-        if self.head.get("probe_type", AUTO) != AUTO:  # an unknown option is refused before the rows are read
-            ProbeConfig(**{name: value for name, value in self.head.items() if value is not None})
 
     def run(self) -> dict[str, Any]:
         """Train, measure and save.
