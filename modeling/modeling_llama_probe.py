@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 import os
+import reprlib
 import threading
 import torch
 import weakref
@@ -33,8 +34,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 from typing import Any, ClassVar
 from .backbone_llama_probe import (
-    Decoder, Pass, cached_tokens, capturing, check_seen, copy_cache, find_decoder, handing_states_to, plan_passes,
-    repeat_cache, stay_in_layers, target_of, without_peft,
+    Decoder, Pass, backbone_name, cached_tokens, capturing, check_seen, copy_cache, find_decoder, handing_states_to,
+    plan_passes, repeat_cache, stay_in_layers, target_of, without_peft,
 )
 from .configuration_llama_probe import (
     HubOptions, ProbeConfig, ProbeError, Target, _needs_package, check_name, check_place, check_within_reach,
@@ -1632,7 +1633,8 @@ def _checked(reply: HaltReply | None, tokenizer) -> torch.Tensor | Reprompt:
     except (TypeError, ValueError, RuntimeError):
         ids = None
     if ids is None or ids.dim() != 1 or (ids.is_floating_point() and len(ids)):
-        raise ProbeError(f"halt_reply={reply!r} must be token ids, a text or a Reprompt")
+        shown = " ".join(reprlib.repr(reply).split())  # a tensor's text has many lines
+        raise ProbeError(f"halt_reply={shown} must be token ids, a text or a Reprompt")
     return ids.long()
 
 
@@ -1775,6 +1777,9 @@ class ProbeHostMixin:
         vars(plain.config).pop(SAVED_HEADS, None)
         if names := list(saved):
             setattr(plain.config, SAVED_HEADS, names)
+            base = backbone_name(self)
+            if base is not None and not Path(base).exists():  # the heads know the backbone by this name
+                plain.config.base_model_name_or_path = base
         return plain
 
     def _require_free(self, name: str) -> None:

@@ -134,6 +134,12 @@ def find_decoder(lm: nn.Module) -> Decoder:
     )
 
 
+def backbone_name(lm: nn.Module) -> str | None:
+    """Return the name that a head records of a backbone. An exported or saved model keeps it in its config."""
+    config = without_peft(lm).config
+    return getattr(config, "base_model_name_or_path", None) or config._name_or_path or None
+
+
 def target_of(lm: nn.Module) -> Target:
     """Return the target for which a loaded LM's heads are looked up."""
     decoder = find_decoder(lm)

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from .capture import collect_hidden_states
-from .decoder import find_decoder, without_peft
+from .decoder import backbone_name, find_decoder, without_peft
 
 
 _TOKENS, _DEPTHS, _DIRECTIONS = 32, 4, 8
@@ -87,8 +87,7 @@ def backbone_facts(lm: nn.Module) -> dict[str, Any]:
     base = without_peft(lm)
     config = base.config
     return {
-        # An exported repository has another name, and gives the name of its backbone in the config.
-        "base_model_name_or_path": getattr(config, "base_model_name_or_path", None) or config._name_or_path or None,
+        "base_model_name_or_path": backbone_name(base),
         "base_model_revision": getattr(config, "_commit_hash", None),
         "base_model_type": config.model_type,
         # A probed class adds heads to a plain class, and the plain one is recorded.

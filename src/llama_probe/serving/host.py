@@ -15,8 +15,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..backbone.decoder import Decoder, find_decoder, target_of
-from ..backbone.fingerprint import backbone_facts
+from ..backbone.decoder import Decoder, backbone_name, find_decoder, target_of
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone, describe
@@ -206,7 +205,7 @@ class ProbeHostMixin:
         vars(plain.config).pop(SAVED_HEADS, None)
         if names := list(saved):
             setattr(plain.config, SAVED_HEADS, names)
-            base = backbone_facts(self)["base_model_name_or_path"]
+            base = backbone_name(self)
             if base is not None and not Path(base).exists():  # the heads know the backbone by this name
                 plain.config.base_model_name_or_path = base
         return plain
