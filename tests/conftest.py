@@ -20,7 +20,7 @@ from reproduction_fixture import copies, everything, finished, reproduction  # n
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llama_probe import ProbeConfig, ProbeModel
+from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeModel
 from llama_probe.evaluation import plots
 from llama_probe.evaluation.reading import Reading
 from llama_probe.heads.novelty import Novelty, novelty_layers
@@ -83,12 +83,31 @@ def with_novelty(probe: ProbeModel, seed: int = 0, rank: int = 6) -> ProbeModel:
     return probe
 
 
+def probed(heads=None, **lm_changes) -> LlamaForProbedGeneration:
+    """A fresh tiny model with these heads."""
+    return LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes), heads)
+
+
 save_head, read_head = ProbeModel.save_pretrained, ProbeModel.from_pretrained
 
 
 def make_prompts(rows: int = 3, length: int = 9, seed: int = 0) -> torch.Tensor:
     """Prompt ids without special tokens."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(prompts: torch.Tensor) -> torch.Tensor:
+    """A mask of prompts of which the first has three columns of padding before it."""
+    mask = torch.ones_like(prompts)
+    mask[0, :3] = 0
+    return mask
+
+
+def expected_logits(probe: ProbeModel, ids: torch.Tensor, mask: torch.Tensor | None = None, lm=None) -> torch.Tensor:
+    """A head's logits from a plain `output_hidden_states` pass and its whole-tensor path."""
+    with torch.no_grad():
+        states = (lm or make_lm())(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        return probe(hidden_states=states, attention_mask=mask).logits
 
 
 @pytest.fixture

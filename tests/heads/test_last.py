@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts
+from conftest import HIDDEN, LAYERS, VOCAB, make_probe, make_prompts, probed
 
-from llama_probe import LlamaForProbedGeneration, ProbeConfig
+from llama_probe import ProbeConfig
 from llama_probe.experiments.reproduction.comparison import candidates_of
 from llama_probe.experiments.reproduction.methods import HEADS
 
@@ -47,7 +47,7 @@ def test_only_one_layer_is_read():
 @pytest.mark.parametrize("kind", ["last", "muli"])
 def test_what_is_kept_is_one_item_and_not_all(kind):
     probe = make_probe(probe_type=kind, normalize="none", vocab_size=VOCAB)
-    model, prompts = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": probe}), make_prompts(rows=2, length=50)
+    model, prompts = probed({"a": probe}), make_prompts(rows=2, length=50)
     passed, written = model(prompts, use_cache=True), model.generate(prompts, max_new_tokens=2, probe_state=True)
     for out in (passed, written):
         state = out.probe_state.heads["a"].state

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts, read_head, save_head
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe, make_prompts, probed, read_head, save_head
 from peft import LoraConfig, get_peft_model
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
@@ -51,7 +51,7 @@ def test_generate_gives_what_the_lms_logits_say(padding):
         ids, mask = ids.flip(1), mask.flip(1)
     probe = muli(num_labels=3)
     expected = expected_of(probe, ids, mask)
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": muli(num_labels=3, lm=None)})
+    model = probed({"a": muli(num_labels=3, lm=None)})
     plain = make_lm().generate(ids, attention_mask=mask, max_new_tokens=3)
     for kwargs in ({}, {"prefill_chunk_size": 2}, {"num_beams": 2}, {"cache_implementation": "static"}):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=3, **kwargs)
@@ -75,7 +75,7 @@ def test_it_holds_a_weight_a_token_and_nothing_of_the_lm(tmp_path):
 
 def test_a_head_for_another_vocabulary_is_refused():
     with pytest.raises(ProbeError, match=r"120 next tokens.* 97"):
-        LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=120), {"a": muli(lm=None)})
+        probed({"a": muli(lm=None)}, vocab_size=120)
 
 
 def test_without_an_lm_it_says_what_to_do():
@@ -90,7 +90,7 @@ COPIES = [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))]
 
 
 def attached(probe, seed=0):
-    return LlamaForProbedGeneration.from_causal_lm(make_lm(seed), {"a": probe})
+    return probed({"a": probe}, seed=seed)
 
 
 class TestWhichLM:

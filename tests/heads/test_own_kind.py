@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_prompts
+from conftest import HIDDEN, LAYERS, make_lm, make_prompts, probed
 from own_kind_fixture import CODE
 
-from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.heads import Aggregator, import_kinds, register_probe_type, registry
 
 
@@ -17,7 +17,7 @@ def test_the_code_lies_beside_the_head_and_is_not_run_unasked(own_kind):
 
 
 def test_trusted_it_serves(own_kind):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+    model = probed()
     with pytest.raises(ProbeError, match="trust_remote_code"):
         model.load_probe(own_kind)
     model.load_probe(own_kind, trust_remote_code=True)

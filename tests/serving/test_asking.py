@@ -1,9 +1,9 @@
 """`halt_on` with `unsure` and `ask`: another judge decides on prompts in the band, before the first token."""
 
 import pytest
-from conftest import make_lm, make_probe, make_tokenizer
+from conftest import make_probe, make_tokenizer, probed
 
-from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe import ProbeError
 from llama_probe.data.prompts import PromptFormat
 
 
@@ -15,7 +15,7 @@ def served():
     tokenizer = make_tokenizer()
     prompts = PromptFormat.create(tokenizer)
     head = make_probe(probe_type="gate", token_scope="user", **prompts.config_fields())
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), {"guard": head})
+    model = probed({"guard": head}, vocab_size=260)
     inputs = prompts.batch(TEXTS)
     scores = model.classify(**inputs)["guard"].probabilities[:, 1].tolist()
     return model, tokenizer, inputs, scores

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, save_head
+from conftest import make_probe, probed, save_head
 from huggingface_hub.utils import _http
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -25,7 +25,7 @@ def head(tmp_path):
 def test_probe_gives_the_probed_class(auto_class, backbone_folder, head, prompts):
     model = auto_class.from_pretrained(backbone_folder, probe=head)
     assert type(model) is LlamaForProbedGeneration and model.active_probes == ["toxic"]
-    reference = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), {"toxic": head})
+    reference = probed({"toxic": head}, vocab_size=260)
     out, expected = (m.generate(prompts, max_new_tokens=3) for m in (model, reference))
     assert torch.equal(out.sequences, expected.sequences)
     assert torch.equal(out.probe_logits["toxic"], expected.probe_logits["toxic"])

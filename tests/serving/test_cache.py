@@ -2,19 +2,21 @@
 
 import copy
 import gc
+import itertools
 
 import pytest
 import torch
-from conftest import LAYERS, VOCAB, make_lm, make_probe, make_prompts
+from conftest import HIDDEN, LAYERS, VOCAB, make_probe, make_prompts, probed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from observers import hooks_in_passes, passes_of
+from observers import passes_of
 from test_reply import KINDS as REPLY_KINDS
 from tiny_families import make
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeCache, ProbeError
+from llama_probe import AutoModelForProbedGeneration, ProbeCache, ProbeError
+from llama_probe.heads.rules import TURN_SCOPES
 from llama_probe.serving.session import session_of
 
 
@@ -25,14 +27,14 @@ KINDS = {
 }
 
 
-def probed(*names, **lm_changes):
-    heads = {name: make_probe(seed=i, **KINDS[name]) for i, name in enumerate(names or KINDS)}
-    return LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes), heads)
+def of_kinds(*names, **lm_changes):
+    """A model with a head of each of these kinds, or of all."""
+    return probed({name: make_probe(seed=i, **KINDS[name]) for i, name in enumerate(names or KINDS)}, **lm_changes)
 
 
 @pytest.fixture
 def model():
-    return probed("gate", "mha")
+    return of_kinds("gate", "mha")
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,7 @@ MODES = {
 )
 def test_a_conversation_of_ten_turns(mode, cache_type):
     """Each turn runs its own tokens and nothing else, and is scored as the whole conversation is."""
-    model, fresh = probed(), probed()
+    model, fresh = of_kinds(), of_kinds()
     widths = passes_of(model)
     kwargs = {"max_new_tokens": 5, "eos_token_id": None, **MODES[mode]}
     ids, state = make_prompts(1, 9), True
@@ -101,10 +103,12 @@ def test_a_conversation_of_ten_turns(mode, cache_type):
     behind=st.integers(0, 3),
     pad=st.sampled_from([0, 2]),
     repeats=st.sampled_from([1, 2]),
+    picked=st.lists(st.integers(0, 5), min_size=1, max_size=4),
     seed=st.integers(0, 1000),
 )
-def test_batches_with_padding_and_replies_that_end(padding, more, behind, pad, repeats, seed):
-    model = probed(pad_token_id=pad, seed=seed)
+def test_batches_with_padding_and_replies_that_end(padding, more, behind, pad, repeats, picked, seed):
+    """Any rows of them go on, once those of the cache and of the state are selected."""
+    model = of_kinds(pad_token_id=pad, seed=seed)
     ids = make_prompts(len(padding), 7, seed=seed)
     mask = torch.ones_like(ids)
     for row, width in enumerate(padding):
@@ -117,10 +121,12 @@ def test_batches_with_padding_and_replies_that_end(padding, more, behind, pad, r
     )
     replies = first.sequences[:, 7:]
     ended = (replies == 2).cumsum(1) - (replies == 2).int() > 0
-    rows = len(first.sequences)
-    new = make_prompts(rows, more, seed=seed + 1)
-    ids = torch.cat([first.sequences, new], 1)
-    mask = torch.cat([mask.repeat_interleave(repeats, 0), (~ended).long(), torch.ones_like(new)], 1)
+    rows = torch.tensor(picked) % len(first.sequences)
+    first.cache.batch_select_indices(rows)
+    first.probe_state.batch_select_indices(rows)
+    new = make_prompts(len(rows), more, seed=seed + 1)
+    ids = torch.cat([first.sequences[rows], new], 1)
+    mask = torch.cat([mask.repeat_interleave(repeats, 0)[rows], (~ended[rows]).long(), torch.ones_like(new)], 1)
     if behind:  # padding on the right as well
         ids, mask = torch.nn.functional.pad(ids, (0, behind), value=pad), torch.nn.functional.pad(mask, (0, behind))
     call = {"attention_mask": mask, "max_new_tokens": 2}
@@ -136,7 +142,7 @@ class TestSharedPrefix:
         return make_prompts(1, 6, seed=9)
 
     def test_it_is_run_once_for_many_prompts(self, prefix):
-        model = probed(*[name for name in KINDS if name != "reply"])
+        model = of_kinds(*[name for name in KINDS if name != "reply"])
         widths = passes_of(model)
         shared = model(prefix, use_cache=True)
         for seed in (1, 2):  # the state stays as it is, the cache is copied
@@ -165,21 +171,11 @@ class TestSharedPrefix:
             torch.testing.assert_close(output.logits, expected[name].logits)
         assert shared.cache.get_seq_length() == 6 and shared.cache.layers[0].keys.requires_grad, "it stays as it is"
 
-    def test_rows_are_selected_as_those_of_the_cache(self, model):
-        ids = make_prompts(3, 6)
-        out = model(ids, use_cache=True)
-        rows = torch.tensor([2, 0])
-        out.cache.batch_select_indices(rows)
-        out.probe_state.batch_select_indices(rows)
-        ids = torch.cat([ids[rows], make_prompts(2, 3, seed=1)], 1)
-        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=1)
-        assert_same(found.probe_logits, model.generate(ids, max_new_tokens=1).probe_logits)
-
     @pytest.mark.parametrize("scope", ["content", "all"])
     @pytest.mark.parametrize("length", [2, 4, 6])
     def test_around_the_constant_prefix(self, prefix, scope, length):
         """A part of it, the whole of it, or more: none of it counts."""
-        model = probed("gate")
+        model = of_kinds("gate")
         model.add_probe("content", make_probe(token_scope=scope, prefix_ids=prefix[0, :4].tolist()))
         shared = model(prefix[:, :length], use_cache=True)
         assert list(shared.probe_logits) == (["gate", "content"] if length > 4 else ["gate"]), "nothing to read yet"
@@ -189,7 +185,7 @@ class TestSharedPrefix:
 
     def test_a_prompt_that_leaves_the_constant_prefix(self, prefix):
         head = make_probe(token_scope="content", prefix_ids=prefix[0, :4].tolist())
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"content": head})
+        model = probed({"content": head})
         shared = model(prefix[:, :2], use_cache=True)
         ids = torch.cat([prefix[:, :2], make_prompts(1, 5)], 1)
         with pytest.raises(ProbeError, match=r"tokens that 'content' reads: of the 2 tokens .* other ones count now"):
@@ -200,17 +196,15 @@ USER, REPLY, END = 5, 8, 9
 TURNS = {"user": {"ids": [USER], "skip": 0}, "assistant": {"ids": [REPLY], "skip": 0}}
 
 
-@pytest.mark.parametrize("kind", ["gate", "mha"])
-@pytest.mark.parametrize("scope", ["last_user", "user", "turns"])
 class TestTurns:
     """A chat that goes on is scored as the whole chat is."""
 
-    def model(self, kind, scope):
-        head = make_probe(probe_type=kind, token_scope=scope, turn_markers=TURNS)
-        return LlamaForProbedGeneration.from_causal_lm(make_lm(), {"turns": head})
+    @pytest.fixture(params=itertools.product(["gate", "mha"], TURN_SCOPES), ids="-".join)
+    def model(self, request):
+        kind, scope = request.param
+        return probed({"turns": make_probe(probe_type=kind, token_scope=scope, turn_markers=TURNS)})
 
-    def test_with_replies_of_the_model(self, kind, scope):
-        model = self.model(kind, scope)
+    def test_with_replies_of_the_model(self, model):
         ids, state = torch.tensor([[1, USER, 10, 11, 12, END, REPLY], [1, USER, 20, 21, 22, END, REPLY]]), {}
         ways = {"max_new_tokens": 3, "suppress_tokens": [USER, REPLY]}
         for asked in ([30, 31], [32], [33, 34, 35]):
@@ -220,21 +214,17 @@ class TestTurns:
             turn = torch.tensor([[END, USER, *asked, END, REPLY]]).expand(2, -1)
             ids = torch.cat([out.sequences, turn], 1)
 
-    def test_a_reply_that_goes_on(self, kind, scope):
-        model = self.model(kind, scope)
+    def test_a_reply_that_goes_on(self, model):
         ids = torch.tensor([[1, USER, 10, 11, 12, END, REPLY]])
         ways = {"max_new_tokens": 3, "suppress_tokens": [USER, REPLY]}
         out = model.generate(ids, probe_state=True, **ways)
         longer = model.generate(out.sequences, cache=out.cache, probe_state=out.probe_state, **ways)
-        prompt = model.classify(ids)["turns"].logits
-        if scope == "user":
-            torch.testing.assert_close(longer.probe_logits["turns"], prompt)
-        else:
-            assert_same(longer.probe_logits, model.generate(out.sequences, **ways).probe_logits)
+        skips_it = model.probes["turns"].config.token_scope == "user"
+        expected = out if skips_it else model.generate(out.sequences, **ways)
+        assert_same(longer.probe_logits, expected.probe_logits)
 
     @pytest.mark.parametrize("cuts", [(3,), (7, 9), (9,), (1, 2, 8, 11)])
-    def test_in_pieces(self, kind, scope, cuts):
-        model = self.model(kind, scope)
+    def test_in_pieces(self, model, cuts):
         ids = torch.tensor([[1, USER, 10, 11, END, REPLY, 12, 13, END, USER, 14, 15, END, REPLY]])
         state, first = {}, 0
         for last in (*cuts, ids.shape[1]):
@@ -245,7 +235,7 @@ class TestTurns:
 
 class TestForward:
     def test_ones_own_decoding_loop(self):
-        model = probed(*[name for name in KINDS if name != "reply"])
+        model = of_kinds(*[name for name in KINDS if name != "reply"])
         ids = make_prompts(2, 6)
         out = model(ids, use_cache=True)
         for step in range(4):
@@ -277,16 +267,8 @@ class TestForward:
 
 
 class TestCost:
-    def test_nothing_is_kept_or_read_unless_asked(self, model, prompts):
-        found = hooks_in_passes(model)
-        out = model.generate(prompts, max_new_tokens=3, eos_token_id=None)
-        assert found == [LAYERS + 1, 0, 0] and out.probe_state is None
-        found.clear()
-        out = model.generate(prompts, max_new_tokens=3, eos_token_id=None, probe_state=True)
-        assert found == [LAYERS + 1] * 3 and out.probe_token_logits is None
-
     def test_decoding_reads_many_tokens_of_all_layers_at_once_and_scores_none(self, prompts, monkeypatch):
-        model = probed("mha")
+        model = of_kinds("mha")
         stage = model.probes["mha"].token_stage
         shapes, update, results, result = [], stage.update, [], stage.result
         monkeypatch.setattr(
@@ -308,7 +290,7 @@ class TestCost:
                 return sum(floats(part) for part in state)
             return state.numel() if state is not None and state.is_floating_point() else 0
 
-        model = probed(kind)
+        model = of_kinds(kind)
         sizes = [
             floats(model(make_prompts(2, length), use_cache=True).probe_state.heads[kind].state) for length in (5, 15)
         ]
@@ -336,7 +318,7 @@ class TestHalting:
     @pytest.mark.parametrize("reply", [None, [5, 6, 7]])
     def test_a_reply_that_was_halted_midway(self, prompts, reply):
         """What is put in place of the rest was never run."""
-        model = probed("mean", "reply")
+        model = of_kinds("mean", "reply")
         halting = {"on_probe_token": lambda scores: [scores.step == 2], "halt_reply": reply}
         out = model.generate(prompts[:1], max_new_tokens=9, probe_state=True, **halting)
         assert out.probe_halts[0].token == 2 and (reply is None or out.sequences[0, 12:].tolist() == reply)
@@ -458,18 +440,14 @@ class TestRefusals:
             ({"return_dict_in_generate": False}, "return_dict_in_generate=False"),
             ({"probe_state": "yes"}, "probe_state is a str"),
             ({"probes": []}, "none is active"),
+            ({"inputs": None, "inputs_embeds": torch.randn(3, 9, HIDDEN)}, "probe_state needs input_ids"),
         ],
     )
     def test_settings(self, model, prompts, kwargs, words):
         widths = passes_of(model)
         with pytest.raises(ProbeError, match=words):
-            model.generate(prompts, max_new_tokens=2, **{"probe_state": True, **kwargs})
+            model.generate(**{"inputs": prompts, "max_new_tokens": 2, "probe_state": True, **kwargs})
         assert not widths
-
-    def test_embeddings(self, model, prompts):
-        embeds = model.get_input_embeddings()(prompts)
-        with pytest.raises(ProbeError, match="probe_state needs input_ids"):
-            model.generate(inputs_embeds=embeds, probe_state=True)
 
     def test_classify(self, model):
         """Positions behind padding in the cache are not known."""

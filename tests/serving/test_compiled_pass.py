@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import HIDDEN, VOCAB, make_lm, make_prompts
+from conftest import HIDDEN, VOCAB, make_lm, make_prompts, padded, probed
 from conftest import make_probe as make_probe_of_any_size
 from functorch.compile import make_boxed_func
 from test_probe import KINDS
@@ -50,12 +50,6 @@ def with_compiled_forward(model, backend="eager"):
     """As the documentation of transformers has it."""
     model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
     return model
-
-
-def padded(prompts):
-    mask = torch.ones_like(prompts)
-    mask[0, :3] = 0
-    return mask
 
 
 USER, REPLY = 3, 4
@@ -202,8 +196,7 @@ def test_a_row_without_a_token_that_counts_has_no_score(prompts):
 
 @torch.no_grad()
 def test_an_lm_that_breaks_the_graph_itself(prompts, monkeypatch):
-    lm = make_lm(num_hidden_layers=1)
-    model = LlamaForProbedGeneration.from_causal_lm(lm, {"a": make_probe_of_any_size(num_hidden_layers=1)})
+    model = probed({"a": make_probe_of_any_size(num_hidden_layers=1)}, num_hidden_layers=1)
     expected, mlp = model(prompts), model.model.layers[0].mlp
     forward = mlp.forward
 
@@ -315,7 +308,7 @@ def kept_at_once(model, ids):
 def test_states_are_not_kept_until_the_lm_has_run(monkeypatch):
     monkeypatch.setattr(reader, "state_budget", lambda device: 1)
     deep = 3
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=deep))
+    model = probed(num_hidden_layers=deep)
     ids = torch.randint(2, VOCAB, (1, 64))
     plain = kept_at_once(model, ids)
     for kind in ("gate", "mha"):

@@ -7,12 +7,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, make_lm, make_probe, make_prompts, make_tokenizer
+from conftest import VOCAB, expected_logits, make_lm, make_probe, make_prompts, make_tokenizer, padded, probed
 from observers import Recorder, passes_of
 from test_session import MODES as SESSION_MODES
 from transformers import GenerationConfig
 
-from llama_probe import Halt, LlamaForProbedGeneration, ProbeConfig, ProbeError, Reprompt
+from llama_probe import Halt, ProbeConfig, ProbeError, Reprompt
 from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
 from llama_probe.serving.halting import Halter, HaltRule
@@ -28,13 +28,9 @@ def flag(*rows):
     return lambda outputs: [i in rows for i in range(len(outputs["mood"].logits))]
 
 
-def probed(lm=None, **changes):
-    return LlamaForProbedGeneration.from_causal_lm(lm or make_lm(), {"mood": make_probe(**changes)})
-
-
 @pytest.fixture
 def model():
-    return probed(id2label={0: "fine", 1: "awful"})
+    return probed({"mood": make_probe(id2label={0: "fine", 1: "awful"})})
 
 
 @pytest.fixture
@@ -62,7 +58,7 @@ def test_nothing_is_decoded_if_all_are_halted(model, passes, prompts, mode):
 
 @pytest.mark.parametrize("mode, eos", [*((mode, 2) for mode in MODES), ("greedy", None), ("beams", None)])
 def test_the_others_get_what_they_would_have_got(prompts, mode, eos):
-    model = probed(make_lm(eos_token_id=eos))
+    model = probed({"mood": make_probe()}, eos_token_id=eos)
     torch.manual_seed(3)
     free = model.generate(prompts, max_new_tokens=5, **MODES[mode])
     torch.manual_seed(3)
@@ -137,7 +133,7 @@ class TestReplies:
         assert out.sequences[2, 9:].tolist() == [5, 6, 7, 8, 9, 10]
 
     def test_a_text(self):
-        model = probed(make_lm(vocab_size=260))
+        model = probed({"mood": make_probe()}, vocab_size=260)
         tokenizer, ids, text = make_tokenizer(), make_prompts(1), "I would rather not."
         streamer = Recorder()
         out = model.generate(ids, halt_on=flag(0), halt_reply=text, tokenizer=tokenizer, streamer=streamer)
@@ -289,16 +285,14 @@ class TestRules:
     @pytest.mark.parametrize("kind", probe_types())
     def test_an_lm_that_gives_nan_lets_nothing_through(self, kind, scope, prompts):
         head = make_probe(probe_type=kind, token_scope=scope, vocab_size=VOCAB)
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"mood": head})
+        model = probed({"mood": head})
         model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
-        mask = torch.ones_like(prompts)
-        mask[0, :3] = 0
+        mask = padded(prompts)
         for kwargs in ({}, {"prefill_chunk_size": 2}):
             halting = {"halt_on": {"mood": {"label": "LABEL_1", "threshold": 1.0}}, **kwargs}
             out = model.generate(prompts, attention_mask=mask, max_new_tokens=2, **halting)
             assert out.probe_logits["mood"].isnan().all() and all(out.probe_halts)
-        states = model(prompts, attention_mask=mask, output_hidden_states=True).hidden_states
-        assert head(hidden_states=states, attention_mask=mask).logits.isnan().all()
+        assert expected_logits(head, prompts, mask, model).isnan().all()
 
     @pytest.mark.parametrize(
         "changes, options, words",

@@ -7,20 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 import accelerate
 import pytest
 import torch
-from conftest import VOCAB, make_lm, make_probe, make_prompts, save_head
+from conftest import VOCAB, make_lm, make_probe, make_prompts, padded, probed, save_head
 from observers import assert_no_hooks
 from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
+from llama_probe import ProbeConfig, ProbeError
 from llama_probe.heads import probe_types
 from llama_probe.serving import host
 
 
 @pytest.fixture
 def model():
-    return LlamaForProbedGeneration.from_causal_lm(make_lm())
+    return probed()
 
 
 @pytest.fixture
@@ -73,8 +73,7 @@ def test_heads_score_alike_while_the_lm_is_trained(model, prompts, scope):
 @pytest.mark.parametrize("kind", probe_types())
 def test_gradients_flow_through_an_attached_head_in_training(model, prompts, kind):
     head = model.add_probe("mood", make_probe(probe_type=kind, vocab_size=VOCAB, dropout=0.5))
-    mask = torch.ones_like(prompts)
-    mask[0, :3] = 0
+    mask = padded(prompts)
     expected = model(prompts, attention_mask=mask).probe_logits["mood"]
     assert not expected.requires_grad, "in eval mode a pass keeps nothing"
     model.train()
@@ -119,7 +118,7 @@ def test_load_and_save(model, folder, tmp_path):
 @pytest.mark.parametrize("change", ["compiled", "offloaded"])
 def test_what_is_without_heads_runs_without_them(folder, prompts, change):
     """Also where the instance has a forward of its own, which runs the model with its heads."""
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
+    model = probed()
     if change == "offloaded":
         accelerate.cpu_offload(model, execution_device="cpu")
     else:
@@ -153,7 +152,7 @@ def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
         (lambda: model.set_active_probes(["a", "zzz"]), "'zzz'.* a$"),
         (lambda: model.delete_probe("zzz"), "'zzz'"),
         (lambda: model.save_probe(tmp_path / "x", "zzz"), "'zzz'"),
-        (lambda: LlamaForProbedGeneration.from_causal_lm(make_lm()).save_probe(tmp_path), "none is attached"),
+        (lambda: probed().save_probe(tmp_path), "none is attached"),
     ]
     for attempt, words in attempts:
         with pytest.raises(ProbeError, match=words):

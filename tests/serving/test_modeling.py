@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import LAYERS, make_lm, make_probe, make_prompts
+from conftest import expected_logits, make_lm, make_probe, make_prompts, padded, probed
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -31,31 +31,24 @@ from llama_probe.serving import session as generation
 @pytest.fixture
 def model():
     heads = {"a": make_probe(id2label={0: "no", 1: "yes"}), "b": make_probe(seed=1, probe_type="gate", num_labels=3)}
-    return LlamaForProbedGeneration.from_causal_lm(make_lm(), heads)
-
-
-def whole(probe, ids, mask=None, lm=None):
-    with torch.no_grad():
-        states = (lm or make_lm())(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        return probe(hidden_states=states, attention_mask=mask).logits
+    return probed(heads)
 
 
 class TestForward:
     def test_equals_the_plain_output_and_adds_logits(self, model, prompts):
-        mask = torch.ones_like(prompts)
-        mask[0, :3] = 0
+        mask = padded(prompts)
         plain = make_lm()(prompts, attention_mask=mask, labels=prompts)
         out = model(prompts, attention_mask=mask, labels=prompts)
         assert torch.equal(out.logits, plain.logits) and torch.equal(out.loss, plain.loss)
         for name in ("a", "b"):
-            torch.testing.assert_close(out.probe_logits[name], whole(model.probes[name], prompts, mask))
+            torch.testing.assert_close(out.probe_logits[name], expected_logits(model.probes[name], prompts, mask))
         assert out.probe_labels["a"] == model.classify(prompts, mask)["a"].labels
 
     def test_positional_arguments_and_tuples(self, model, prompts):
         mask = torch.ones_like(prompts)
         out = model(prompts, mask, return_dict=False)
         assert torch.equal(out[0], make_lm()(prompts, mask).logits)
-        torch.testing.assert_close(out[-1]["a"], whole(model.probes["a"], prompts))
+        torch.testing.assert_close(out[-1]["a"], expected_logits(model.probes["a"], prompts))
         assert isinstance(model(prompts, probe_state=True, return_dict=False)[-1], ProbeCache)
 
     @torch.no_grad()
@@ -73,30 +66,15 @@ class TestForward:
         assert tuned(input_ids=prompts, attention_mask=torch.ones_like(prompts)).probe_logits is None
         assert len(said) == 1 and "probe_logits is None" in said[0] and "get_base_model().classify" in said[0]
         torch.testing.assert_close(
-            tuned.get_base_model().classify(prompts)["a"].logits, whole(model.probes["a"], prompts)
+            tuned.get_base_model().classify(prompts)["a"].logits, expected_logits(model.probes["a"], prompts)
         )
 
-    def test_the_backbone_can_still_be_trained(self, model, prompts):
-        out = model(prompts, labels=prompts)
-        out.loss.backward()
-        assert model.model.layers[0].mlp.up_proj.weight.grad is not None
-        assert all(parameter.grad is None for parameter in model.probes.parameters())
 
-
-class TestClassify:
-    def test_skips_the_lm_head(self, model, prompts):
-        calls = []
-        model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
-        found = model.classify(prompts)
-        assert not calls and found.keys() == {"a", "b"}
-
-    def test_weights_on_request(self, model, prompts):
-        mask = torch.ones_like(prompts)
-        mask[1, -2:] = 0
-        out = model.classify(prompts, attention_mask=mask, output_attentions=True)["a"]
-        assert out.token_weights.shape == (len(prompts), LAYERS + 1, prompts.shape[1])
-        assert out.layer_weights.shape == (len(prompts), LAYERS + 1)
-        assert not out.token_weights[1, :, -2:].any()
+def test_classify_skips_the_lm_head(model, prompts):
+    calls = []
+    model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = model.classify(prompts)
+    assert not calls and found.keys() == {"a", "b"}
 
 
 class TestSavingTheBackbone:
@@ -167,7 +145,7 @@ class TestConversion:
         assert type(lm) is LlamaForCausalLM and not hasattr(lm, "probes")
         del lm.forward
         LlamaForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
-        torch.testing.assert_close(lm(prompts).probe_logits["a"], whole(make_probe(), prompts))
+        torch.testing.assert_close(lm(prompts).probe_logits["a"], expected_logits(make_probe(), prompts))
 
     def test_another_class(self):
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
@@ -188,7 +166,7 @@ class TestCompiled:
     def test_layers_one_by_one(self):
         """Prompts of a second length are traced with lengths that are no numbers."""
         heads = {scope: make_probe(num_hidden_layers=2, token_scope=scope) for scope in ("prompt", "all")}
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=2), heads)
+        model = probed(heads, num_hidden_layers=2)
         plain = copy.deepcopy(model)
         for layer in model.model.layers:
             layer.compile(backend="eager")
@@ -201,7 +179,7 @@ class TestCompiled:
 
     def test_a_decoder_that_ran_before_hides_its_states(self, prompts):
         head = make_probe(num_hidden_layers=1)
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=1), {"a": head})
+        model = probed({"a": head}, num_hidden_layers=1)
         model.model.compile(backend="eager")
         model.generate(prompts, max_new_tokens=3, probes=[])
         with pytest.raises(ProbeError, match="skip_nnmodule_hook_guards"):

@@ -5,10 +5,9 @@ import copy
 import accelerate
 import pytest
 import torch
-from conftest import LAYERS, make_lm, make_probe
+from conftest import LAYERS, expected_logits, make_lm, make_probe, padded, probed
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from test_modeling import whole
 from transformers import AutoModelForCausalLM
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
@@ -28,8 +27,7 @@ ALL_KINDS = {
 
 def check_all_kinds(model, prompts):
     """Every way to a score gives that of the states which the same model returns by `output_hidden_states`."""
-    mask = torch.ones_like(prompts)
-    mask[0, :3] = 0
+    mask = padded(prompts)
     # as generate() counts positions: others are rounded otherwise in half precision
     inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
     call = {"attention_mask": mask, "max_new_tokens": 4, "eos_token_id": None}
@@ -79,9 +77,9 @@ def test_lora_inside_and_around(prompts):
         return get_peft_model(model, lora)
 
     adapted = adapt(make_lm())
-    expected = whole(make_probe(), prompts, lm=adapted)
-    assert not torch.allclose(expected, whole(make_probe(), prompts))
-    around = adapt(LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()}))
+    expected = expected_logits(make_probe(), prompts, lm=adapted)
+    assert not torch.allclose(expected, expected_logits(make_probe(), prompts))
+    around = adapt(probed({"a": make_probe()}))
     torch.testing.assert_close(around.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
     inside = AutoModelForProbedGeneration.from_causal_lm(adapted, {"a": make_probe()})
     assert type(inside) is LlamaForProbedGeneration
@@ -90,7 +88,7 @@ def test_lora_inside_and_around(prompts):
 
 
 def test_lora_on_all_linear_layers_leaves_heads_alone(prompts, tmp_path):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), ALL_KINDS)
+    model = probed(ALL_KINDS)
     before = {name: tensor.clone() for name, tensor in model.probes.state_dict().items()}
     around = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).train()
     around(input_ids=prompts, labels=prompts).loss.backward()
@@ -104,7 +102,7 @@ def test_lora_on_all_linear_layers_leaves_heads_alone(prompts, tmp_path):
 @torch.no_grad()
 def test_virtual_tokens_before_the_prompt(prompts):
     """PEFT's prompt tuning runs the LM over embeddings, of which the prompt's are not the first: only a mask can tell."""
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
+    model = probed({"a": make_probe()})
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises(ProbeError, match=r"does not run the LM over the prompt as it was given.*PEFT's prompt tuning"):
         tuned.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=2)
@@ -116,7 +114,7 @@ def test_virtual_tokens_before_the_prompt(prompts):
 
 def test_heads_that_were_offloaded_with_the_model_are_refused(prompts):
     """accelerate leaves them no weights, and takes these back for modules that it sees called, which heads are not."""
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": make_probe()})
+    model = probed({"a": make_probe()})
     accelerate.cpu_offload(model, execution_device="cpu")
     for call in (model, model.classify, model.generate):
         with pytest.raises(ProbeError, match="offload"):
@@ -126,7 +124,7 @@ def test_heads_that_were_offloaded_with_the_model_are_refused(prompts):
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloaded_layers(prompts, tmp_path, place):
     """accelerate rebuilds the outputs, which know their labels all the same."""
-    plain = LlamaForProbedGeneration.from_causal_lm(make_lm(), copy.deepcopy(ALL_KINDS))
+    plain = probed(copy.deepcopy(ALL_KINDS))
     expected = plain(prompts, use_cache=True)
     make_lm().save_pretrained(tmp_path / "lm")
     # with one device only for all, accelerate puts no hook around the whole

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_prompts, make_tokenizer, with_novelty
+from conftest import make_lm, make_probe, make_prompts, make_tokenizer, probed, with_novelty
 from torch.nn.functional import pad
 from transformers import DynamicCache, pipeline
 
@@ -19,7 +19,7 @@ def head(**changes):
 @pytest.fixture
 def model():
     heads = {"a": head(), "b": head(probe_type="mha", layers=[0, 2, 4]), "old": make_probe(seed=2)}
-    return LlamaForProbedGeneration.from_causal_lm(make_lm(), heads)
+    return probed(heads)
 
 
 def assert_same(found, expected):
@@ -85,7 +85,7 @@ def test_abstaining(model, prompts):
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
 def test_abstaining_of_other_heads(prompts, kind):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": head(problem_type=kind)})
+    model = probed({"a": head(problem_type=kind)})
     assert model.classify(prompts, abstain_at=0)["a"].labels == [None] * 3
     assert None not in model.classify(prompts, abstain_at=1)["a"].labels
 
@@ -98,7 +98,7 @@ def test_outputs_can_be_copied_and_pickled(model, prompts):
 
 
 def test_a_model_without_it_returns_none(prompts):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"old": make_probe()})
+    model = probed({"old": make_probe()})
     assert model(prompts).probe_novelty is None and model.classify(prompts)["old"].novelty is None
 
 

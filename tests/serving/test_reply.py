@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import LAYERS, VOCAB, make_lm, make_probe, make_prompts
+from conftest import LAYERS, VOCAB, make_lm, make_probe, make_prompts, probed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import Recorder, assert_no_hooks, hooks_in_passes, passes_of
 from transformers import LogitsProcessor
 
-from llama_probe import Halt, LlamaForProbedGeneration, ProbeError, Reprompt
+from llama_probe import Halt, ProbeError, Reprompt
 
 
 KINDS = {
@@ -30,10 +30,6 @@ MODES = {
     "no cache": {"use_cache": False},
     "guidance": {"guidance_scale": 1.5},
 }
-
-
-def probed(heads, **lm_changes):
-    return LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes), heads)
 
 
 def both_scopes(**changes):
@@ -135,21 +131,21 @@ def test_what_is_said_of_the_prompt(prompts):
     assert model.generate(prompts, max_new_tokens=3).probe_token_logits is None
 
 
-@pytest.mark.parametrize("scope, hooks", [("prompt", 0), ("content", 0), ("response", LAYERS + 1)])
-def test_only_heads_that_read_the_reply_cost_anything_in_decoding(prompts, scope, hooks):
+@pytest.mark.parametrize(
+    "scope, kwargs, hooks",
+    [
+        ("prompt", {}, [LAYERS + 1, 0, 0]),
+        ("content", {}, [LAYERS + 1, 0, 0]),
+        ("response", {}, [0, LAYERS + 1, LAYERS + 1]),
+        ("prompt", {"probe_state": True}, [LAYERS + 1] * 3),
+    ],
+)
+def test_a_pass_costs_something_only_where_a_head_reads_it(prompts, scope, kwargs, hooks):
     model = probed({"a": make_probe(token_scope=scope)})
     found = hooks_in_passes(model)
-    model.generate(prompts, max_new_tokens=3, eos_token_id=None)
-    assert found == [0 if scope == "response" else LAYERS + 1, hooks, hooks]
-
-
-def test_layers_are_handled_together(prompts, monkeypatch):
-    model = probed({"a": make_probe(token_scope="all")})
-    stage = model.probes["a"].token_stage
-    slots, update = [], stage.update
-    monkeypatch.setattr(stage, "update", lambda state, x, *rest: (slots.append(len(x)), update(state, x, *rest))[1])
-    model.generate(prompts, max_new_tokens=4, eos_token_id=None)
-    assert slots == [LAYERS + 1] * 4
+    out = model.generate(prompts, max_new_tokens=3, eos_token_id=None, **kwargs)
+    assert found == hooks
+    assert (out.probe_token_logits is None) == (scope != "response") and (out.probe_state is None) == (not kwargs)
 
 
 def test_prompts_given_as_embeddings(prompts):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_prompts, make_tokenizer
+from conftest import expected_logits, make_lm, make_probe, make_prompts, make_tokenizer, probed
 from observers import Recorder, passes_of
 from peft import LoraConfig, get_peft_model
 from transformers import BatchEncoding, GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe import ProbeError
 
 
 KINDS = ("pooling", "gate", "mha", "attentive", "multimax", "last")
@@ -18,21 +18,15 @@ def heads(**changes):
     return {kind: make_probe(seed=i, probe_type=kind, num_labels=2 + i, **changes) for i, kind in enumerate(KINDS)}
 
 
-def probed(**lm_changes):
-    return LlamaForProbedGeneration.from_causal_lm(make_lm(**lm_changes), heads())
+@pytest.fixture
+def model():
+    return probed(heads())
 
 
-def reference(prompt_ids, attention_mask=None):
-    """Logits from a plain `output_hidden_states` pass and the heads' whole-tensor path."""
-    with torch.no_grad():
-        states = make_lm()(prompt_ids, attention_mask=attention_mask, output_hidden_states=True).hidden_states
-        return {
-            name: head(hidden_states=states, attention_mask=attention_mask).logits for name, head in heads().items()
-        }
-
-
-def assert_same(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+def assert_scores(out, ids, mask=None):
+    """The output has the logits of a plain pass over these prompts."""
+    expected = {name: expected_logits(head, ids, mask) for name, head in heads().items()}
+    torch.testing.assert_close(out.probe_logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def left_padded(prompts):
@@ -56,10 +50,10 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_equals_the_plain_model(mode, prompts):
+def test_equals_the_plain_model(mode, model, prompts):
     kwargs = {"max_new_tokens": 6, **MODES[mode]}
     ids, mask = left_padded(prompts)
-    plain_model, model = make_lm(), probed()
+    plain_model = make_lm()
     plain_passes, passes = passes_of(plain_model), passes_of(model)
     torch.manual_seed(5)
     plain = plain_model.generate(ids, attention_mask=mask, **kwargs)
@@ -67,61 +61,58 @@ def test_equals_the_plain_model(mode, prompts):
     out = model.generate(ids, attention_mask=mask, **kwargs)
     assert torch.equal(out.sequences, plain if isinstance(plain, torch.Tensor) else plain.sequences)
     assert passes == plain_passes, "no forward pass is added"
-    assert_same(out.probe_logits, reference(ids, mask))
+    assert_scores(out, ids, mask)
 
 
 @pytest.mark.parametrize(
     "kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": make_lm(seed=1)}, {"assistant_early_exit": 2}]
 )
-def test_speculative_decoding(kwargs):
+def test_speculative_decoding(kwargs, model):
     ids = make_prompts(rows=1, length=6).repeat(1, 2)  # a repeated prompt, so that the look-up finds candidates
     kwargs = {"max_new_tokens": 8, "do_sample": False, **kwargs}
-    out = probed().generate(ids, **kwargs)
+    out = model.generate(ids, **kwargs)
     assert torch.equal(out.sequences, make_lm().generate(ids, **kwargs))
-    assert_same(out.probe_logits, reference(ids))
+    assert_scores(out, ids)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_probed_assistant_runs_without_its_heads(wrapped):
+def test_a_probed_assistant_runs_without_its_heads(wrapped, model):
     ids = make_prompts(rows=1)
-    assistant = LlamaForProbedGeneration.from_causal_lm(make_lm(seed=1))
-    assistant.add_probe("own", make_probe())
+    assistant = probed({"own": make_probe()}, seed=1)
     if wrapped:
         assistant = get_peft_model(assistant, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    out = probed().generate(ids, assistant_model=assistant, max_new_tokens=8, do_sample=False)
-    assert_same(out.probe_logits, reference(ids))
+    out = model.generate(ids, assistant_model=assistant, max_new_tokens=8, do_sample=False)
+    assert_scores(out, ids)
 
 
-def test_inputs_embeds(prompts):
-    model = probed()
+def test_inputs_embeds(model, prompts):
     embeds = model.get_input_embeddings()(prompts)
     out = model.generate(inputs_embeds=embeds, max_new_tokens=4)
     assert torch.equal(out.sequences, make_lm().generate(inputs_embeds=embeds, max_new_tokens=4))
-    assert_same(out.probe_logits, reference(prompts))
+    assert_scores(out, prompts)
 
 
 @pytest.mark.parametrize("eos", [2, [2, 3], torch.tensor(2), torch.tensor([2, 3])])
-def test_padding_is_found_without_a_mask(prompts, eos):
+def test_padding_is_found_without_a_mask(model, prompts, eos):
     ids, mask = left_padded(prompts)
     for pad, expected in ((0, mask), (torch.tensor(0), mask), (2, None)):
-        out = probed().generate(ids, max_new_tokens=2, eos_token_id=eos, pad_token_id=pad)
-        assert_same(out.probe_logits, reference(ids, expected))
+        out = model.generate(ids, max_new_tokens=2, eos_token_id=eos, pad_token_id=pad)
+        assert_scores(out, ids, expected)
 
 
-def test_custom_generate_that_calls_the_model_itself(prompts):
+def test_custom_generate_that_calls_the_model_itself(model, prompts):
     def greedy(model, input_ids, generation_config, **kwargs):
         out = model(input_ids, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
         assert type(model(token, cache=out.cache)) is type(make_lm()(token)), "the prompt has been read"
         return GenerateDecoderOnlyOutput(sequences=torch.cat([input_ids, token], 1))
 
-    out = probed().generate(prompts, custom_generate=greedy, max_new_tokens=1)
+    out = model.generate(prompts, custom_generate=greedy, max_new_tokens=1)
     assert torch.equal(out.sequences, make_lm().generate(prompts, max_new_tokens=1))
-    assert_same(out.probe_logits, reference(prompts))
+    assert_scores(out, prompts)
 
 
-def test_heads_stay_in_fp32_under_autocast(prompts):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(), heads())
+def test_heads_stay_in_fp32_under_autocast(model, prompts):
     model.add_probe("reply", make_probe(probe_type="mha", token_scope="all"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = make_lm()(prompts, output_hidden_states=True).hidden_states
@@ -135,8 +126,8 @@ def test_heads_stay_in_fp32_under_autocast(prompts):
     assert out.probe_token_logits["reply"].dtype == torch.float32
 
 
-def test_a_config_stays_as_it_is_and_nothing_is_said_of_it(prompts, caplog):
-    model, config = probed(), GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=2)
+def test_a_config_stays_as_it_is_and_nothing_is_said_of_it(model, prompts, caplog):
+    config = GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=2)
     model.add_probe("reply", make_probe(token_scope="all"))
     before = config.to_dict()
     with caplog.at_level("WARNING"):
@@ -145,15 +136,15 @@ def test_a_config_stays_as_it_is_and_nothing_is_said_of_it(prompts, caplog):
     assert out.probe_logits and out.probe_token_logits["reply"].shape[1] == 2
 
 
-def test_arguments_by_their_place(prompts):
+def test_arguments_by_their_place(model, prompts):
     config, streamer = GenerationConfig(max_new_tokens=2, pad_token_id=0), Recorder()
-    out = probed().generate(prompts[:1], config, None, [], None, None, None, streamer, halt_on=lambda outputs: [False])
+    out = model.generate(prompts[:1], config, None, [], None, None, None, streamer, halt_on=lambda outputs: [False])
     assert out.probe_halts == [None] and streamer.ended == 1 and streamer.reply == out.sequences[0, 9:].tolist()
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2, "num_return_sequences": 2}, {"stop_strings": ["zzz"]}])
 def test_texts_with_a_tokenizer(kwargs):
-    model, tokenizer = probed(vocab_size=260), make_tokenizer()
+    model, tokenizer = probed(heads(), vocab_size=260), make_tokenizer()
     inputs = tokenizer(["Hi", "And another one"], return_tensors="pt", padding=True, padding_side="left")
     out = model.generate(**inputs, max_new_tokens=4, tokenizer=tokenizer, **kwargs)
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
@@ -166,8 +157,7 @@ def test_texts_with_a_tokenizer(kwargs):
     assert model.generate(**inputs, max_new_tokens=2).texts is None
 
 
-def test_a_tensor_on_request(prompts):
-    model = probed()
+def test_a_tensor_on_request(model, prompts):
     plain = make_lm().generate(prompts, max_new_tokens=3)
     assert torch.equal(model.generate(prompts, max_new_tokens=3, return_dict_in_generate=False), plain)
     config = GenerationConfig(max_new_tokens=3, return_dict_in_generate=False, eos_token_id=2, pad_token_id=0)
@@ -175,10 +165,10 @@ def test_a_tensor_on_request(prompts):
 
 
 class TestRefusals:
-    def test_only_the_new_tokens_beside_a_cache(self, prompts):
+    def test_only_the_new_tokens_beside_a_cache(self, model, prompts):
         cache = make_lm()(prompts[:, :5], use_cache=True).cache
         with pytest.raises(ProbeError, match="attention_mask has the shape"):
-            probed().generate(prompts[:, 5:], attention_mask=torch.ones_like(prompts), cache=cache, max_new_tokens=2)
+            model.generate(prompts[:, 5:], attention_mask=torch.ones_like(prompts), cache=cache, max_new_tokens=2)
 
     def test_a_cached_prefix_that_no_head_reads_is_fine(self, prompts):
         prompts[:, :3] = torch.tensor([7, 8, 9])
@@ -187,16 +177,15 @@ class TestRefusals:
             "content": make_probe(token_scope="content", prefix_ids=[7, 8, 9]),
             "reply": make_probe(token_scope="response"),
         }
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), heads)
+        model = probed(heads)
         whole = model.generate(prompts, max_new_tokens=3)
         cache = make_lm()(prompts[:, :3], use_cache=True).cache
         reused = model.generate(prompts, cache=cache, max_new_tokens=3)
         assert torch.equal(whole.sequences, reused.sequences)
-        assert_same(reused.probe_logits, whole.probe_logits)
+        torch.testing.assert_close(reused.probe_logits, whole.probe_logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(reused.probe_token_logits, whole.probe_token_logits, equal_nan=True)
 
-    def test_no_prompt(self, prompts):
-        model = probed()
+    def test_no_prompt(self, model, prompts):
         for call in (
             model,
             lambda: model.generate(max_new_tokens=2),
@@ -207,29 +196,28 @@ class TestRefusals:
                 call()
 
     @pytest.mark.parametrize("wrong", [lambda ids: BatchEncoding({"input_ids": ids}), torch.Tensor.tolist])
-    def test_prompts_that_are_no_tensor(self, prompts, wrong):
+    def test_prompts_that_are_no_tensor(self, model, prompts, wrong):
         """What `**` was forgotten before, and plain lists."""
         with pytest.raises(ProbeError, match="input_ids must be a tensor"):
-            probed().generate(wrong(prompts), max_new_tokens=2)
+            model.generate(wrong(prompts), max_new_tokens=2)
 
-    def test_an_empty_row(self, prompts):
+    def test_an_empty_row(self, model, prompts):
         mask = torch.ones_like(prompts)
         mask[1] = 0
         with pytest.raises(ProbeError, match=r"rows \[1\]"):
-            probed().generate(prompts, attention_mask=mask, max_new_tokens=2)
+            model.generate(prompts, attention_mask=mask, max_new_tokens=2)
 
-    def test_a_pass_over_a_part_of_the_prompt(self, prompts):
+    def test_a_pass_over_a_part_of_the_prompt(self, model, prompts):
         def half(model, input_ids, generation_config, **kwargs):
-            kwargs["attention_mask"] = None
-            kwargs["position_ids"] = None
+            kwargs |= {"attention_mask": None, "position_ids": None}
             return model._sample(input_ids=input_ids[:, :4], generation_config=generation_config, **kwargs)
 
         with pytest.raises(ProbeError, match="as it was given"):
-            probed().generate(prompts, custom_generate=half, max_new_tokens=1)
+            model.generate(prompts, custom_generate=half, max_new_tokens=1)
 
-    def test_a_layer_that_does_not_run_over_the_whole_prompt(self, prompts):
+    def test_a_layer_that_does_not_run_over_the_whole_prompt(self, model, prompts):
         """It is found out before anything is written."""
-        model, streamer = probed(), Recorder()
+        streamer = Recorder()
         model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, -1:])
         with pytest.raises(ProbeError, match="state 4 has 1 tokens of 9"):
             model.generate(prompts[:1], streamer=streamer, max_new_tokens=4)
@@ -237,11 +225,12 @@ class TestRefusals:
 
     def test_content_scope_needs_ids_or_a_mask(self, prompts):
         head = make_probe(token_scope="content", prefix_ids=prompts[0, :3].tolist())
-        model = LlamaForProbedGeneration.from_causal_lm(make_lm(), {"a": head})
+        model = probed({"a": head})
         embeds = model.get_input_embeddings()(prompts[:1])
         with pytest.raises(ProbeError, match="probe_mask"):
             model.generate(inputs_embeds=embeds, max_new_tokens=2)
         mask = torch.ones(1, prompts.shape[1])
         mask[:, :3] = 0
         out = model.generate(inputs_embeds=embeds, probe_mask=mask, max_new_tokens=2)
-        assert_same(out.probe_logits, model.generate(prompts[:1], max_new_tokens=2).probe_logits)
+        ids = model.generate(prompts[:1], max_new_tokens=2)
+        torch.testing.assert_close(out.probe_logits, ids.probe_logits, atol=1e-5, rtol=1e-5)
