@@ -97,11 +97,8 @@ def test_models_and_outputs_pickle(family, tmp_path):
     with torch.no_grad():
         outputs = [model(**inputs), model.generate(**inputs, max_new_tokens=2)]
         torch.save(model, tmp_path / "model.pt")
-        for copied in (
-            pickle.loads(pickle.dumps(model)),
-            copy.deepcopy(model),
-            torch.load(tmp_path / "model.pt", weights_only=False),
-        ):
+        saved = torch.load(tmp_path / "model.pt", weights_only=False)
+        for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), saved):
             assert type(copied) is type(model) and copied.active_probes == ["mha"]
             assert torch.equal(copied(**inputs).probe_logits["mha"], outputs[0].probe_logits["mha"])
     for output in outputs:
@@ -218,38 +215,22 @@ class TestImages:
 UNKNOWN = {
     "bloom": ("BloomForCausalLM", {"n_head": 4}),
     "falcon": ("FalconForCausalLM", {}),
-    "falcon_h1": (
-        "FalconH1ForCausalLM",
-        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8},
-    ),
-    "gemma4_text": (
-        "Gemma4ForCausalLM",
-        {
-            "head_dim": 8,
-            "global_head_dim": 8,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": VOCAB,
-            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-            "num_kv_shared_layers": 1,
-        },
-    ),
-    "gpt_neo": (
-        "GPTNeoForCausalLM",
-        {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4, "num_heads": 4},
-    ),
+    "falcon_h1": ("FalconH1ForCausalLM", {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8,
+    }),
+    "gemma4_text": ("Gemma4ForCausalLM", {
+        "head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_kv_shared_layers": 1,
+    }),
+    "gpt_neo": ("GPTNeoForCausalLM", {
+        "attention_types": [[["global", "local", "global"], 1]], "window_size": 4, "num_heads": 4,
+    }),
     "opt": ("OPTForCausalLM", {"word_embed_proj_dim": HIDDEN, "ffn_dim": 48}),
-    "jamba": (
-        "JambaForCausalLM",
-        {
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "use_mamba_kernels": False,
-            "mamba_d_state": 4,
-            "mamba_dt_rank": 4,
-        },
-    ),
-}
+    "jamba": ("JambaForCausalLM", {
+        "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4,
+    }),
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -276,10 +257,8 @@ class TestUnknownFamilies:
         """From its shared layers on Gemma 4 runs over the last tokens alone, unless heads read the others."""
         lm = make("gemma4_text", *UNKNOWN["gemma4_text"])
         ids = padded_prompts()["input_ids"][1:2].repeat(1, 2)
-        tokens, logits = (
-            lm.generate(ids, max_new_tokens=4, do_sample=False, **kwargs),
-            lm(ids, logits_to_keep=2).logits,
-        )
+        tokens = lm.generate(ids, max_new_tokens=4, do_sample=False, **kwargs)
+        logits = lm(ids, logits_to_keep=2).logits
         model = AutoModelForProbedGeneration.from_causal_lm(lm, make_heads())
         expected = {name: output.logits for name, output in model.classify(ids).items()}
         out = model.generate(ids, max_new_tokens=4, do_sample=False, **kwargs)

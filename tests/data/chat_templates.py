@@ -19,6 +19,7 @@ def _turns(opening, closing, generation, trim=False, head=""):
 
 
 _ROLE = "{{ message['role'] }}"
+_HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 _ALTERNATE = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for message in messages %}{% if message['role'] not in ('user', 'assistant') %}"
@@ -67,13 +68,7 @@ FAMILIES = {
         "gpt2",
     ),
     "llama3": (
-        _turns(
-            f"<|start_header_id|>{_ROLE}<|end_header_id|>\n\n",
-            "<|eot_id|>",
-            "<|start_header_id|>assistant<|end_header_id|>\n\n",
-            trim=True,
-            head="<|begin_of_text|>",
-        ),
+        _turns(_HEADER.format(_ROLE), "<|eot_id|>", _HEADER.format("assistant"), trim=True, head="<|begin_of_text|>"),
         ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
         "llama3",
     ),
@@ -109,10 +104,7 @@ NO_MARKERS = {
 _TEXT = [
     "system user assistant tool developer functions look Instructions model You help are the a of " * 20,
     "Be kind to users. How do I bake bread? Mix flour, water and salt: then wait 12 hours. Yes. No! " * 20,
-    *(
-        ending.join(["word", "a:", "|>", "b"] * 3)
-        for ending in ("\n", "\n\n", "\n\n\n", " ", "    ", "\t", "\r\n") * 20
-    ),
+    *(end.join(["word", "a:", "|>", "b"] * 3) for end in ("\n", "\n\n", "\n\n\n", " ", "    ", "\t", "\r\n") * 20),
 ]
 
 
@@ -128,12 +120,9 @@ def chat_tokenizer(family: str) -> PreTrainedTokenizerFast:
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         if split == "llama3":
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
+            by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            parts = [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), by_bytes]
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(

@@ -208,11 +208,8 @@ class TestNamedDataSets:
     def test_without_a_validation_split(self, copies):
         data = DataSources("toxicchat", data_dir=copies, validation_share=0.25)
         assert (data.eval, data.test, data.slice_columns) == (None, "toxicchat:test", ["human_annotation"])
-        assert {name: len(rows) for name, rows in data.read(seed=0).items()} == {
-            "train": 15,
-            "validation": 5,
-            "test": 20,
-        }
+        counts = {name: len(rows) for name, rows in data.read(seed=0).items()}
+        assert counts == {"train": 15, "validation": 5, "test": 20}
 
     def test_given_values_stay(self, copies, train):
         data = DataSources("emotion", eval=train, test="toxicchat", slice_columns=["jailbreaking"], data_dir=copies)

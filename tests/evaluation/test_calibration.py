@@ -89,12 +89,8 @@ def test_a_threshold_between_neighbours_keeps_them_apart(place):
 @pytest.mark.parametrize(
     "scores, positives, rate, threshold",
     [
-        (
-            [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8],
-            [0, 0, 1, 0, 1, 0, 1, 1],
-            0.25,
-            0.45,
-        ),  # the row at 0.6: three of four
+        # the row at 0.6: three of four
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8], [0, 0, 1, 0, 1, 0, 1, 1], 0.25, 0.45),
         ([0.2, 0.6], [1, 0], 0.0, 0.8),  # nothing can be flagged
         ([0.6, 0.6], [1, 0], 0.5, 0.8),  # both or none
         ([1.0, 0.3], [0, 1], 0.0, 1.0),  # too many negative rows have a probability of 1: a warning

@@ -16,12 +16,15 @@ from llama_probe.serving import auto
 from llama_probe.serving.sources import load_or_find_head
 
 
+AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForProbedGeneration)
+
+
 @pytest.fixture
 def head(tmp_path):
     return save_head(make_probe(), tmp_path / "toxic")
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForProbedGeneration])
+@pytest.mark.parametrize("auto_class", [AutoModel, *AUTO_CLASSES])
 def test_probe_gives_the_probed_class(auto_class, backbone_folder, head, prompts):
     model = auto_class.from_pretrained(backbone_folder, probe=head)
     assert type(model) is LlamaForProbedGeneration and model.active_probes == ["toxic"]
@@ -75,13 +78,7 @@ class TestAHeadsId:
         return "alice/mood", where
 
     @pytest.mark.parametrize(
-        "auto_class",
-        [
-            AutoModelForProbedGeneration,
-            AutoModelForCausalLM,
-            LlamaForProbedGeneration,
-            AutoModelForSequenceClassification,
-        ],
+        "auto_class", [*AUTO_CLASSES, LlamaForProbedGeneration, AutoModelForSequenceClassification]
     )
     def test_models(self, auto_class, place, prompts):
         model, info = auto_class.from_pretrained(place[0], **place[1], output_loading_info=True)
@@ -91,14 +88,13 @@ class TestAHeadsId:
     def test_config_and_tokenizer(self, place, backbone_folder):
         config = AutoConfig.from_pretrained(place[0], **place[1])
         assert config.model_type == "llama_probe_head" and config.id2label == {0: "no", 1: "yes"}
-        assert (
-            Path(config.base_model_name_or_path).name == backbone_folder.name and config.probe["probe_type"] == "mha"
-        )
+        assert Path(config.base_model_name_or_path).name == backbone_folder.name
+        assert config.probe["probe_type"] == "mha"
         tokenizer = AutoTokenizer.from_pretrained(place[0], **place[1])
         assert tokenizer.chat_template == AutoTokenizer.from_pretrained(backbone_folder).chat_template
 
     def test_what_is_neither(self, tmp_path):
-        for auto_class in (AutoConfig, AutoModelForCausalLM, AutoTokenizer, AutoModelForProbedGeneration):
+        for auto_class in (AutoConfig, AutoTokenizer, *AUTO_CLASSES):
             with pytest.raises(OSError):
                 auto_class.from_pretrained(str(tmp_path / "nothing"))
 
