@@ -7,7 +7,6 @@ from conftest import make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_probe import LlamaForProbedGeneration
 from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.evaluation.detection import apply_rules, detection, follow_replies, halting_rules
 
@@ -46,17 +45,6 @@ def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cach
             with torch.no_grad():
                 expected = probe(input_ids=whole, probe_mask=mask).logits[0]
             torch.testing.assert_close(logits[n - 1], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_the_scores_are_those_of_generate():
-    lm, probe = make_lm(), make_probe(token_scope="response", probe_type="mha")
-    model = LlamaForProbedGeneration.from_causal_lm(lm, {"guard": probe})
-    out = model.generate(make_prompts(2, PROMPT), max_new_tokens=8, eos_token_id=None, do_sample=False)
-    masks = [[False] * PROMPT + [True] * 8] * 2
-    probe.set_backbone(model)
-    found = follow_replies(probe, PromptDataset(out.sequences.tolist(), np.zeros(2, dtype=int), masks), [8, 8])
-    for row, logits in enumerate(found):
-        assert np.allclose(logits[:-1], out.probe_token_logits["guard"][row], atol=1e-5)
 
 
 def test_the_delay_is_counted_in_tokens_read():
