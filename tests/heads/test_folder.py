@@ -282,9 +282,8 @@ def test_hostile_configs(folder, content, words):
 
 
 def _huge_header(path):
-    header = json.dumps(
-        {"classifier.bias": {"dtype": "F32", "shape": [75_000_000], "data_offsets": [0, 300_000_000]}}
-    ).encode()
+    declared = {"dtype": "F32", "shape": [75_000_000], "data_offsets": [0, 300_000_000]}
+    header = json.dumps({"classifier.bias": declared}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
 
 
@@ -294,31 +293,21 @@ def _long_header(path):
     path.write_bytes(struct.pack("<Q", 2**20 + 8) + data[8:end].ljust(2**20 + 8) + data[end:])
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-100]),
-        lambda path: path.write_bytes(path.read_bytes()[:40]),
-        lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
-        _long_header,
-        lambda path: path.write_bytes(path.read_bytes() + bytes(2**21)),
-        lambda path: path.write_bytes(b"\x80\x04\x95" + b"cos\nsystem\n" * 10),
-        _huge_header,
-    ],
-    ids=[
-        "empty",
-        "truncated",
-        "cut header",
-        "endless header",
-        "long header",
-        "too large",
-        "a pickle",
-        "300 MB declared",
-    ],
-)
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "cut header": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "endless header": lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
+    "long header": _long_header,
+    "too large": lambda path: path.write_bytes(path.read_bytes() + bytes(2**21)),
+    "a pickle": lambda path: path.write_bytes(b"\x80\x04\x95" + b"cos\nsystem\n" * 10),
+    "300 MB declared": _huge_header,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_weights(folder, damage):
-    damage(folder / WEIGHTS_NAME)
+    DAMAGES[damage](folder / WEIGHTS_NAME)
     with pytest.raises(ProbeError, match="is damaged or not a safetensors file"):
         read_head(folder)
 

@@ -14,6 +14,7 @@ from llama_probe.heads.muli import token_log_odds
 
 
 LM = make_lm()
+STATES = [torch.randn(1, 3, HIDDEN)] * (LAYERS + 1)
 
 
 def muli(seed=0, lm=LM, **changes):
@@ -79,9 +80,8 @@ def test_a_head_for_another_vocabulary_is_refused():
 
 
 def test_without_an_lm_it_says_what_to_do():
-    states = [torch.randn(1, 3, HIDDEN)] * (LAYERS + 1)
     with pytest.raises(ProbeError, match="has no LM"):
-        muli(lm=None)(hidden_states=states)
+        muli(lm=None)(hidden_states=STATES)
     with pytest.raises(ProbeError, match="vocab_size"):
         ProbeModel(ProbeConfig(probe_type="muli", hidden_size=HIDDEN, num_hidden_layers=LAYERS))
 
@@ -178,7 +178,7 @@ class TestWhichLM:
         clone = copied(probe)
         assert len(pickle.dumps(probe)) < 10_000 and clone.backbone is None and probe.backbone is not None
         with pytest.raises(ProbeError, match="has no LM"):
-            clone(hidden_states=[torch.randn(1, 3, HIDDEN)] * (LAYERS + 1))
+            clone(hidden_states=STATES)
         clone.bind(probe.backbone)
         ids = make_prompts()
         states = probe.backbone(ids, output_hidden_states=True).hidden_states
@@ -190,7 +190,7 @@ class TestWhichLM:
         gone = weakref.ref(model)
         del model
         assert gone() is None, "and no reference cycle keeps it"
-        assert probe(hidden_states=[torch.randn(1, 3, HIDDEN)] * (LAYERS + 1)).logits.shape == (1, 2)
+        assert probe(hidden_states=STATES).logits.shape == (1, 2)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_prompts, probed
+from conftest import HIDDEN, LAYERS, expected_logits, make_prompts, probed
 from own_kind_fixture import CODE
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
@@ -24,8 +24,7 @@ def test_trusted_it_serves(own_kind):
     ids = make_prompts()
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
-    states = make_lm()(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    expected = model.probes["head"](hidden_states=states, attention_mask=mask).logits
+    expected = expected_logits(model.probes["head"], ids, mask)
     for kwargs in ({}, {"prefill_chunk_size": 2}):
         out = model.generate(ids, attention_mask=mask, max_new_tokens=2, **kwargs)
         torch.testing.assert_close(out.probe_logits["head"], expected, atol=1e-5, rtol=0)

@@ -306,12 +306,14 @@ def test_wrong_options(kind, options, words):
         ProbeConfig(probe_type=kind, options=options)
 
 
+STATES = tuple(torch.randn(2, 5, HIDDEN) for _ in range(LAYERS + 1))
+
+
 def test_states_in_any_form_and_dtype():
     probe = make_probe()
-    states = tuple(torch.randn(2, 5, HIDDEN) for _ in range(LAYERS + 1))
-    expected = probe(hidden_states=states).logits
-    torch.testing.assert_close(probe(hidden_states=torch.stack(states, dim=1)).logits, expected)
-    half = probe(hidden_states=[state.bfloat16() for state in states]).logits
+    expected = probe(hidden_states=STATES).logits
+    torch.testing.assert_close(probe(hidden_states=torch.stack(STATES, dim=1)).logits, expected)
+    half = probe(hidden_states=[state.bfloat16() for state in STATES]).logits
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, expected, atol=0.05, rtol=0.05)
 
@@ -336,39 +338,24 @@ def test_the_backbone_is_frozen_and_outside_the_module_tree():
     assert not lm.training
 
 
-def test_ids_and_states_give_the_same(prompts):
-    lm = make_lm()
-    probe = ProbeModel(ProbeConfig(downcast=4, layers=[0, 2, 4]), backbone=lm).eval()
-    mask = torch.ones_like(prompts)
-    mask[0, :3] = 0
-    states = lm(prompts, attention_mask=mask, output_hidden_states=True).hidden_states
-    by_ids = probe(input_ids=prompts, attention_mask=mask, labels=torch.tensor([0, 1, 1]))
-    by_states = probe(hidden_states=states, attention_mask=mask, labels=torch.tensor([0, 1, 1]))
-    torch.testing.assert_close(by_ids.logits, by_states.logits)
-    torch.testing.assert_close(by_ids.loss, by_states.loss)
-
-
 def test_dropouts_act_in_training_only():
     probe = make_probe(dropout=0.5, layer_dropout=0.5)
-    states = [torch.randn(2, 5, HIDDEN) for _ in range(LAYERS + 1)]
-    assert torch.equal(probe(hidden_states=states).logits, probe(hidden_states=states).logits)
+    assert torch.equal(probe(hidden_states=STATES).logits, probe(hidden_states=STATES).logits)
     probe.train()
-    assert not torch.equal(probe(hidden_states=states).logits, probe(hidden_states=states).logits)
+    assert not torch.equal(probe(hidden_states=STATES).logits, probe(hidden_states=STATES).logits)
 
 
 class TestRefusals:
-    states = [torch.randn(2, 5, HIDDEN) for _ in range(LAYERS + 1)]
-
     @pytest.mark.parametrize(
         "inputs, words",
         [
             ({}, "either input_ids"),
             ({"input_ids": make_prompts()}, "backbone"),
-            ({"hidden_states": states[:-1]}, "4 tensors.* 5 tensors"),
+            ({"hidden_states": STATES[:-1]}, "4 tensors.* 5 tensors"),
             ({"hidden_states": torch.randn(2, 4, 5, HIDDEN)}, r"\[batch, 5 .*tokens, 32\]"),
-            ({"hidden_states": [state[..., :-1] for state in states]}, "32"),
-            ({"hidden_states": states, "attention_mask": torch.ones(2, 4)}, "mask has the shape"),
-            ({"hidden_states": states, "attention_mask": torch.tensor([[1] * 5, [0] * 5])}, r"rows \[1\]"),
+            ({"hidden_states": [state[..., :-1] for state in STATES]}, "32"),
+            ({"hidden_states": STATES, "attention_mask": torch.ones(2, 4)}, "mask has the shape"),
+            ({"hidden_states": STATES, "attention_mask": torch.tensor([[1] * 5, [0] * 5])}, r"rows \[1\]"),
         ],
     )
     def test_wrong_inputs(self, inputs, words):
@@ -385,7 +372,7 @@ class TestRefusals:
     def test_a_part_of_the_layers(self):
         probe = make_probe()
         state = probe.init_state()
-        probe.step(state, [0, 1], probe.prepare(torch.stack(self.states[:2])))
+        probe.step(state, [0, 1], probe.prepare(torch.stack(STATES[:2])))
         with pytest.raises(ProbeError):
             probe.finish(state)
 
@@ -393,12 +380,4 @@ class TestRefusals:
         probe = make_probe()
         state = probe.init_state(output_attentions=True)
         with pytest.raises(ProbeError, match="output_attentions"):
-            probe.step(state, [0], probe.prepare(self.states[0][None, :, :3]), last=False)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_heads_compile_without_a_graph_break(name):
-    probe = make_probe(probe_type=name)
-    x = torch.randn(len(probe.layer_indices), 2, 6, HIDDEN)
-    mask = torch.ones(2, 6, dtype=torch.bool)
-    assert torch._dynamo.explain(probe.score)(x, mask).graph_break_count == 0
+            probe.step(state, [0], probe.prepare(STATES[0][None, :, :3]), last=False)
