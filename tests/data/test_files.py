@@ -89,6 +89,7 @@ def test_a_large_file_is_never_held(tmp_path, name):
         ("a.jsonl", b'{"text": "a"}\n["text"]', "row 1"),
         ("a.csv", b"text,label\na,0\nI say, no,1\n", "row 1"),
         ("a.csv", b"text,label,text\na,0,b\n", "2 columns 'text'"),
+        ("b.parquet", b"PAR1 and nothing else", r"b\.parquet"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, content, words):
