@@ -116,6 +116,12 @@ def lm() -> LlamaForCausalLM:
 
 
 @pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def no_plots(monkeypatch):
     """Training runs draw nothing: plots take longer than the training of a tiny head."""
     monkeypatch.setattr(plots, "find_spec", lambda name: None)

@@ -20,6 +20,8 @@ from llama_probe.heads.rules import TURN_SCOPES
 from llama_probe.serving.session import session_of
 
 
+pytestmark = pytest.mark.usefixtures("no_grad")
+
 KINDS = {
     **REPLY_KINDS,
     "follows": {"probe_type": "mha", "token_scope": "all"},
@@ -35,12 +37,6 @@ def of_kinds(*names, **lm_changes):
 @pytest.fixture
 def model():
     return of_kinds("gate", "mha")
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def assert_same(found, expected):

@@ -21,7 +21,7 @@ from llama_probe.serving import reader
 
 
 @pytest.fixture(autouse=True)
-def anew():
+def anew(no_grad):
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -69,7 +69,6 @@ FORMS = [
 ]
 
 
-@torch.no_grad()
 def test_one_graph_gives_the_scores(prompts):
     model = make_model(forms=FORMS)
     mask = padded(prompts)
@@ -83,7 +82,6 @@ def test_one_graph_gives_the_scores(prompts):
     assert out.probe_labels == expected.probe_labels
 
 
-@torch.no_grad()
 def test_another_length_is_traced_once_and_its_number_is_none():
     model, counter = make_model(probe_type="gate"), CompileCounter()
     run = torch.compile(model, backend=counter, fullgraph=True)
@@ -93,14 +91,12 @@ def test_another_length_is_traced_once_and_its_number_is_none():
     assert counter.frame_count == 2
 
 
-@torch.no_grad()
 def test_half_precision():
     model = make_model(torch.bfloat16, [{"probe_type": "gate"}, {"probe_type": "mha"}])
     ids = make_prompts(length=140)
     torch.testing.assert_close(compiled(model)(ids).probe_logits, model(ids).probe_logits, rtol=0.02, atol=0.02)
 
 
-@torch.no_grad()
 def test_autocast_is_for_the_lm(prompts):
     model = make_model(probe_type="mha")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -159,7 +155,6 @@ class TestGenerate:
         assert out.probe_state.get_seq_length() == expected.probe_state.get_seq_length()
 
 
-@torch.no_grad()
 def test_a_pass_that_goes_on_from_a_cache_is_plain(prompts):
     model = make_model()
     run = compiled(model)
@@ -169,7 +164,6 @@ def test_a_pass_that_goes_on_from_a_cache_is_plain(prompts):
     assert first.probe_state is None  # it is kept where probe_state asks for it
 
 
-@torch.no_grad()
 def test_heads_come_and_go(prompts):
     model = make_model()
     run = compiled(model)
@@ -183,7 +177,6 @@ def test_heads_come_and_go(prompts):
     assert isinstance(compiled(make_model())(prompts, return_dict=False)[-1]["a"], torch.Tensor)
 
 
-@torch.no_grad()
 def test_a_row_without_a_token_that_counts_has_no_score(prompts):
     """An error over values would break the graph."""
     mask = torch.ones_like(prompts)
@@ -194,7 +187,6 @@ def test_a_row_without_a_token_that_counts_has_no_score(prompts):
         out.probe_labels  # noqa: B018
 
 
-@torch.no_grad()
 def test_an_lm_that_breaks_the_graph_itself(prompts, monkeypatch):
     model = probed({"a": make_probe_of_any_size(num_hidden_layers=1)}, num_hidden_layers=1)
     expected, mlp = model(prompts), model.model.layers[0].mlp
@@ -209,7 +201,6 @@ def test_an_lm_that_breaks_the_graph_itself(prompts, monkeypatch):
     torch.testing.assert_close(out.probe_logits, expected.probe_logits)
 
 
-@torch.no_grad()
 def test_copies_and_pickles_of_a_compiled_model(prompts):
     """Its layers keep hooks, which are put there once and do nothing in a pass that is not compiled."""
     model = make_model()
@@ -221,6 +212,7 @@ def test_copies_and_pickles_of_a_compiled_model(prompts):
         assert len(other.model.layers[0]._forward_pre_hooks) == len(other.model.norm._forward_hooks) == 1
 
 
+@torch.enable_grad()
 def test_gradients_are_the_lms_own(prompts):
     model = make_model()
     out = torch.compile(model, backend="aot_eager")(prompts, labels=prompts)
@@ -231,7 +223,6 @@ def test_gradients_are_the_lms_own(prompts):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@torch.no_grad()
 def test_with_the_compiler_that_torch_takes_by_itself():
     model, prompts = make_model(probe_type="mha"), make_prompts(length=260)
     model.add_probe("b", make_probe(seed=1, probe_type="multimax"))
@@ -304,7 +295,6 @@ def kept_at_once(model, ids):
     return found[0]
 
 
-@torch.no_grad()
 def test_states_are_not_kept_until_the_lm_has_run(monkeypatch):
     monkeypatch.setattr(reader, "state_budget", lambda device: 1)
     deep = 3

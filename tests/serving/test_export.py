@@ -11,7 +11,8 @@ from conftest import make_lm, make_probe, make_tokenizer, read_head, save_head
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from tiny_families import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, ProbeModel
 from llama_probe.hub.folder import HEAD_FILES, read_results
@@ -115,9 +116,7 @@ def test_results_of_a_head_go_along(export, tmp_path):
 
 
 def test_other_families_are_refused_before_they_are_loaded(export, tmp_path, monkeypatch):
-    sizes = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    mistral = MistralForCausalLM(MistralConfig(**sizes, vocab_size=260, num_key_value_heads=2))
-    mistral.save_pretrained(tmp_path / "mistral")
+    tiny("mistral").save_pretrained(tmp_path / "mistral")
     monkeypatch.setattr("llama_probe.serving.export.load_backbone", lambda *args, **kwargs: pytest.fail("was loaded"))
     with pytest.raises(ProbeError, match="only LlamaForCausalLM"):
         export(tmp_path / "x", backbone=tmp_path / "mistral")

@@ -8,14 +8,8 @@ import torch
 from conftest import expected_logits, make_lm, make_probe, make_prompts, padded, probed
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-)
+from tiny_families import tiny
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from llama_probe import (
     AutoModelForProbedGeneration,
@@ -148,10 +142,8 @@ class TestConversion:
         torch.testing.assert_close(lm(prompts).probe_logits["a"], expected_logits(make_probe(), prompts))
 
     def test_another_class(self):
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
-        other = MistralForCausalLM(MistralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
         with pytest.raises(ProbeError, match="AutoModelForProbedGeneration"):
-            LlamaForProbedGeneration.from_causal_lm(other)
+            LlamaForProbedGeneration.from_causal_lm(tiny("mistral"))
 
 
 class TestCompiled:
