@@ -42,8 +42,8 @@ def make_model(dtype=torch.float32, forms=None, **changes):
     return LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=LAYERS).to(dtype), heads)
 
 
-def compiled(model, backend="eager"):
-    return torch.compile(model, backend=backend, fullgraph=True)
+def compiled(model):
+    return torch.compile(model, backend="eager", fullgraph=True)
 
 
 def with_compiled_forward(model, backend="eager"):

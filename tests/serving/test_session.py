@@ -201,12 +201,6 @@ class TestRefusals:
         with pytest.raises(ProbeError, match="input_ids must be a tensor"):
             model.generate(wrong(prompts), max_new_tokens=2)
 
-    def test_an_empty_row(self, model, prompts):
-        mask = torch.ones_like(prompts)
-        mask[1] = 0
-        with pytest.raises(ProbeError, match=r"rows \[1\]"):
-            model.generate(prompts, attention_mask=mask, max_new_tokens=2)
-
     def test_a_pass_over_a_part_of_the_prompt(self, model, prompts):
         def half(model, input_ids, generation_config, **kwargs):
             kwargs |= {"attention_mask": None, "position_ids": None}
