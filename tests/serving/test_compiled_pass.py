@@ -105,10 +105,6 @@ def test_autocast_is_for_the_lm(prompts):
     torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-4, atol=1e-4)
 
 
-def first_is_halted(outputs):
-    return [True, False, False]
-
-
 class TestGenerate:
     def test_as_without_compiling(self, prompts):
         model, run = make_model(), with_compiled_forward(make_model())
@@ -117,7 +113,7 @@ class TestGenerate:
             {"num_beams": 2, "num_return_sequences": 2},
             {"cache_implementation": "static"},
             {"return_dict_in_generate": False},
-            {"halt_on": first_is_halted},
+            {"halt_on": lambda outputs: [True, False, False]},
             {"halt_on": {"a": {"threshold": 0.0}}, "halt_reply": [5, 6]},
         ):
             asked = {"attention_mask": padded(prompts), "max_new_tokens": 2, "do_sample": False, **asked}
@@ -304,3 +300,30 @@ def test_states_are_not_kept_until_the_lm_has_run(monkeypatch):
     for kind in ("gate", "mha"):
         model.add_probe(kind, make_probe_of_any_size(vocab_size=VOCAB, num_hidden_layers=deep, probe_type=kind))
     assert kept_at_once(model, ids) <= plain + 2
+
+
+class TestParts:
+    """Of the LM, compiled by themselves with torch's stock settings."""
+
+    def test_layers_one_by_one(self):
+        """Prompts of a second length are traced with lengths that are no numbers."""
+        model, plain = (make_model(forms=[{"token_scope": "prompt"}, {"token_scope": "all"}]) for _ in range(2))
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        for length in (7, 8):
+            ids = make_prompts(length=length)
+            out, expected = (lm.generate(ids, max_new_tokens=4, do_sample=False) for lm in (model, plain))
+            assert torch.equal(out.sequences, expected.sequences)
+            torch.testing.assert_close(out.probe_logits, expected.probe_logits)
+            torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
+
+    def test_a_decoder_that_ran_before_hides_its_states(self, prompts):
+        model = make_model()
+        model.model.compile(backend="eager")
+        model.generate(prompts, max_new_tokens=3, probes=[])
+        with pytest.raises(ProbeError, match="skip_nnmodule_hook_guards"):
+            model.generate(prompts, max_new_tokens=3)
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            torch._dynamo.reset()
+            model.generate(prompts, max_new_tokens=3, probes=[])
+            model.generate(prompts, max_new_tokens=3)

@@ -1,11 +1,11 @@
-"""The probed classes: forward, classify, saving the backbone, other families, compiled layers."""
+"""The probed classes: forward, classify, saving the backbone, and what they are made from."""
 
 import copy
 import json
 
 import pytest
 import torch
-from conftest import expected_logits, make_lm, make_probe, make_prompts, padded, probed
+from conftest import expected_logits, make_lm, make_probe, padded, probed
 from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_families import tiny
@@ -144,39 +144,3 @@ class TestConversion:
     def test_another_class(self):
         with pytest.raises(ProbeError, match="AutoModelForProbedGeneration"):
             LlamaForProbedGeneration.from_causal_lm(tiny("mistral"))
-
-
-class TestCompiled:
-    """By `torch.compile`, with its stock settings."""
-
-    @pytest.fixture(autouse=True)
-    def anew(self):
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
-
-    def test_layers_one_by_one(self):
-        """Prompts of a second length are traced with lengths that are no numbers."""
-        heads = {scope: make_probe(num_hidden_layers=2, token_scope=scope) for scope in ("prompt", "all")}
-        model = probed(heads, num_hidden_layers=2)
-        plain = copy.deepcopy(model)
-        for layer in model.model.layers:
-            layer.compile(backend="eager")
-        for length in (7, 8):
-            ids = make_prompts(length=length)
-            out, expected = (lm.generate(ids, max_new_tokens=4, do_sample=False) for lm in (model, plain))
-            assert torch.equal(out.sequences, expected.sequences)
-            torch.testing.assert_close(out.probe_logits, expected.probe_logits)
-            torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
-
-    def test_a_decoder_that_ran_before_hides_its_states(self, prompts):
-        head = make_probe(num_hidden_layers=1)
-        model = probed({"a": head}, num_hidden_layers=1)
-        model.model.compile(backend="eager")
-        model.generate(prompts, max_new_tokens=3, probes=[])
-        with pytest.raises(ProbeError, match="skip_nnmodule_hook_guards"):
-            model.generate(prompts, max_new_tokens=3)
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-            torch._dynamo.reset()
-            model.generate(prompts, max_new_tokens=3, probes=[])
-            model.generate(prompts, max_new_tokens=3)
