@@ -213,7 +213,7 @@ class TestRefusals:
         """It is found out before anything is written."""
         streamer = Recorder()
         model.model.layers[-1].register_forward_hook(lambda module, args, output: output[:, -1:])
-        with pytest.raises(ProbeError, match="state 4 has 1 tokens of 9"):
+        with pytest.raises(ProbeError, match="a state has 1 tokens of 9"):
             model.generate(prompts[:1], streamer=streamer, max_new_tokens=4)
         assert streamer.tokens == [prompts[0].tolist()]
 

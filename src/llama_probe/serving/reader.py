@@ -101,15 +101,10 @@ class StateReader:
         """Take a state `[rows, columns, hidden_size]` of the announced pass. It must not change afterwards."""
         if layer not in self.layers:
             return
-        if hidden.shape[1] < self._columns.stop:
-            raise ProbeError(f"state {layer} has {hidden.shape[1]} tokens of {self._columns.stop}: no part is scored")
-        self._seen.add(layer)
-        hidden = hidden[self._rows, self._columns]
-        if self._held and (hidden.device, hidden.dtype) != (self._held[0][1].device, self._held[0][1].dtype):
-            self._flush()  # the next layers are on another device
+        # The LM's weights have just gone through the cache: here each further operation of Python takes 10 times as long.
         if not self._held:
             # At most two of these are there at once, in fp32: the states and their stack, or the stack and its normalised copy.
-            size, budget = 2 * 4 * hidden.numel(), state_budget(hidden.device)
+            size, budget = 2 * 4 * hidden[self._rows, self._columns].numel(), state_budget(hidden.device)
             self._group = next((group for group in (len(self.layers), *_GROUPS) if group * size <= budget), 1)
         self._held.append((layer, hidden))
         if len(self._held) >= self._group:
@@ -117,29 +112,36 @@ class StateReader:
 
     def end(self) -> None:
         """Read what is held at the end of a pass."""
-        check_seen(self.layers, self._seen)
+        check_seen(self.layers, self._seen.union(layer for layer, _ in self._held))
         self._flush()
 
     def _flush(self) -> None:
-        if not self._held:
-            return
-        layers, states = zip(*self._held, strict=True)
-        self._held = []
-        x = states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)  # [S, B, n, D]
-        del states
-        if not x.shape[2]:
-            return
-        with torch.set_grad_enabled(self._differentiable):
-            prepared: dict[Any, torch.Tensor] = {}  # heads that normalise alike share the result
-            inputs = {}
-            for name, head in self.heads.items():
-                key = head.input_format(x)
-                if key not in prepared:
-                    prepared[key] = head.prepare(x)
-                inputs[name] = prepared[key]
-            del x
-            for name, head in self.heads.items():
-                head.step(self.states[name], layers, inputs[name], self._masks[name], self._last)
+        while self._held:
+            layers, x = self._stack()
+            if not x.shape[2]:
+                continue
+            with torch.set_grad_enabled(self._differentiable):
+                prepared: dict[Any, torch.Tensor] = {}  # heads that normalise alike share the result
+                inputs = {}
+                for name, head in self.heads.items():
+                    key = head.input_format(x)
+                    if key not in prepared:
+                        prepared[key] = head.prepare(x)
+                    inputs[name] = prepared[key]
+                del x
+                for name, head in self.heads.items():
+                    head.step(self.states[name], layers, inputs[name], self._masks[name], self._last)
+
+    def _stack(self) -> tuple[tuple[int, ...], torch.Tensor]:
+        """Return the first layers that are held on one device, and their states `[S, rows, n, hidden_size]`. Hold the others."""
+        kinds = [(hidden.device, hidden.dtype) for _, hidden in self._held]
+        count = next((place for place, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
+        group, self._held = self._held[:count], self._held[count:]
+        if short := [hidden.shape[1] for _, hidden in group if hidden.shape[1] < self._columns.stop]:
+            raise ProbeError(f"a state has {short[0]} tokens of {self._columns.stop}: no part is scored")
+        layers, states = zip(*((layer, hidden[self._rows, self._columns]) for layer, hidden in group), strict=True)
+        self._seen.update(layers)
+        return layers, states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
 
     def results(self, names: Collection[str] | None = None) -> dict[str, ProbeOutput]:
         """Score what was read: a `ProbeOutput` of each head, or of those in `names`."""
