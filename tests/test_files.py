@@ -1,12 +1,14 @@
 """Writing to disk: nothing half-written, a full disk is named, and places that cannot hold a folder are refused."""
 
+import os
+
 import pytest
 import torch
 from conftest import make_probe, save_head
 from kills import full_disk
 from safetensors.torch import save_file
 
-from llama_probe import ProbeError
+from llama_probe import ProbeError, files
 from llama_probe.files import new_folder, remove_leftovers, write_atomically
 from llama_probe.hub.folder import check_output
 
@@ -66,3 +68,28 @@ def test_leftovers_of_killed_processes_are_told_from_files_in_use(tmp_path):
 
     write_atomically({tmp_path / "a.json": write})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_save_that_begins_while_the_state_of_a_folder_is_taken_changes_it(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old")
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    (staged / "a").write_text("new")
+    waiting = [staged]
+
+    def then_save(function):
+        def call(*args, **kwargs):
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if waiting:
+                    waiting.pop().rename(tmp_path / files.PENDING)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("stat", "listdir"):
+            patch.setattr(files.os, name, then_save(getattr(os, name)))
+        before = files.folder_state(tmp_path, "a")
+    files.settle(tmp_path)
+    assert files.folder_state(tmp_path, "a") != before, "what was read in between may be of both"

@@ -138,15 +138,16 @@ def current_file(folder: str | os.PathLike, name: str) -> Path:
 
 def folder_state(folder: str | os.PathLike, name: str) -> tuple:
     """Return what changes whenever `replace_files` replaces a file, or moves any file to its place."""
-    try:
+    identity, pending = None, []
+    for path in (current_file(folder, name), Path(folder) / name):
+        with suppress(OSError):  # there is none, or it has just moved to its place
+            status = os.stat(path)
+            identity = status.st_ino, status.st_mtime_ns, status.st_size
+            break
+    # Listed last: else a save that begins in between might move its files unnoticed.
+    with suppress(OSError):
         pending = sorted(os.listdir(Path(folder) / PENDING))
-    except OSError:
-        pending = []
-    try:
-        status = os.stat(current_file(folder, name))
-    except OSError:
-        return (pending,)
-    return pending, status.st_ino, status.st_mtime_ns, status.st_size
+    return identity, pending
 
 
 def settle(folder: str | os.PathLike) -> None:

@@ -146,6 +146,7 @@ def test_a_head_that_is_read_while_others_are_saved(tmp_path):
         while True:
             for head in heads:
                 save_head(head, tmp_path / "head")
+                time.sleep(0.02)  # or no read would ever be of one head
     found, deadline = [], time.monotonic() + 60
     try:
         while len(found) < 60 or len(set(found)) < 2:  # both, or any order would pass
