@@ -33,7 +33,8 @@ def test_models_of_every_size_have_one(layers, hidden, vocab):
     torch.manual_seed(0)
     one, other = (fingerprint(LlamaForCausalLM(config)) for _ in range(2))
     assert len(one) == 32 and distance(one, one) == 0
-    assert distance(one, other) > 0.06, "unrelated models are farther apart than the rounding of a dtype explains"
+    # 8 dimensions leave more to chance: there 4-bit rounding, 0.4, may explain as much.
+    assert distance(one, other) > (0.06 if hidden == 8 else 0.4), "unrelated models are farther apart than rounding"
 
 
 @pytest.mark.parametrize(
