@@ -44,6 +44,8 @@ attack: $(VENV)/.test
 # once: beside their folder, pytest would drop the files.
 VLLM_TESTS := $(addprefix tests/vllm/test_,features.py server.py demo.py)
 VLLM_TESTS += $(filter-out $(VLLM_TESTS),$(wildcard tests/vllm/test_*.py))
+# Offline scores must be the same with the older release of transformers that vLLM needs.
+VLLM_TESTS += tests/serving/test_texts.py
 
 test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
 	$(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"
