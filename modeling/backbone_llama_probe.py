@@ -113,9 +113,9 @@ class Decoder:
 
     def run(self, **inputs: Any) -> Any:
         """Run the backbone without its LM head on arguments of the decoder, or of its wrapper (`pixel_values`)."""
-        inputs = {
-            self.cache_name if name == "cache" else name: value for name, value in inputs.items() if value is not None
-        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if "cache" in inputs:
+            inputs[self.cache_name] = inputs.pop("cache")
         names = inspect.signature(self.model.forward).parameters
         if self.wrapper is not None and not inputs.keys() <= names.keys():
             if self.wrapper.base_model is not self.wrapper:

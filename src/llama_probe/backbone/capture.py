@@ -138,12 +138,10 @@ def collect_hidden_states(
     device = decoder.input_device
     input_ids = input_ids.to(device)
     attention_mask = None if attention_mask is None else attention_mask.to(device)
-    cached = {"use_cache": False}
-    if prefix is not None:
-        cached = {"use_cache": True, decoder.cache_name: repeat_cache(prefix, len(input_ids))}
+    cache = None if prefix is None else repeat_cache(prefix, len(input_ids))
     states: dict[int, torch.Tensor] = {}
     with torch.no_grad(), capturing(decoder, states.__setitem__, layers):
-        decoder.run(input_ids=input_ids, attention_mask=attention_mask, **cached)
+        decoder.run(input_ids=input_ids, attention_mask=attention_mask, cache=cache, use_cache=cache is not None)
     check_seen(layers, states)
     return [states[layer] for layer in layers]
 

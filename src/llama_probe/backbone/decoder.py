@@ -68,13 +68,14 @@ class Decoder:
     def run(self, **inputs: Any) -> Any:
         """Run the backbone without its LM head on arguments of the decoder, or of its wrapper (`pixel_values`).
 
-        The KV cache is `cache`, whatever the version of transformers calls it.
+        Pass the KV cache as `cache`: its name in the model depends on the version of transformers.
+
         Without `position_ids`, positions are counted as in `generate()`, from the first token that is not padding. Else
         models with learned positions (GPT-2) would see another prompt behind left padding.
         """
-        inputs = {
-            self.cache_name if name == "cache" else name: value for name, value in inputs.items() if value is not None
-        }
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if "cache" in inputs:
+            inputs[self.cache_name] = inputs.pop("cache")
         names = inspect.signature(self.model.forward).parameters
         if self.wrapper is not None and not inputs.keys() <= names.keys():
             if self.wrapper.base_model is not self.wrapper:
