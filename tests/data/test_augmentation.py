@@ -57,6 +57,17 @@ def test_rare_labels_are_copied_as_often(rows):
     assert np.bincount(copies(rows, ["lead_in"], 0, share=0.8).labels).tolist() == [28, 20]
 
 
+def test_rows_of_a_multi_label_head_are_copied_once_and_draw_from_rows_without_a_label(rows):
+    labels = np.zeros((80, 2), np.float32)
+    labels[40:] = 1, 0
+    labels[40:45, 1] = 1
+    new = copies(rows_of(rows.texts, labels, "multi_label_classification"), ["earlier_turns"], 0, share=0.375)
+    assert len({text[-1]["content"] for text in new.texts}) == len(new) == 30
+    assert (new.labels == labels[new.columns["id"]]).all()
+    assert new.labels[:, 1].sum() == 5, "all rows with the rare label"
+    assert not any("BAD" in text[0]["content"] for text in new.texts)
+
+
 def test_chats_keep_their_turns_and_their_system_prompt(rows):
     chat = [
         {"role": "system", "content": "mine"},
@@ -84,5 +95,7 @@ def test_refused(rows):
         augment(rows, ["system_prompt"], 0)
     with pytest.raises(ProbeError, match="label 0"):
         augment(rows_of(["a", "b"], [1, 1]), ["quote"], 0)
-    with pytest.raises(ProbeError, match="multi_label"):
+    with pytest.raises(ProbeError, match="without one"):
         augment(rows_of(["a", "b"], [[1.0, 0.0], [0.0, 1.0]], "multi_label_classification"), ["quote"], 0)
+    with pytest.raises(ProbeError, match="regression"):
+        augment(rows_of(["a", "b"], [[0.5], [0.7]], "regression"), ["quote"], 0)

@@ -106,32 +106,38 @@ def augment(
     """Return the rows, and behind them wrapped copies of some of them with the same labels.
 
     Each augmentation copies a random share of the rows: as many of each label, while there are rows with it. Lead-ins,
-    documents and other turns are texts of the rows with label 0.
+    documents and other turns are texts of the rows with label 0 (multi-label: without a label).
 
     Raises:
-        ProbeError: a name or the share is not allowed, the rows are not single-label, or there is nothing to draw from.
+        ProbeError: a name or the share is not allowed, the labels are values, or there is nothing to draw from.
     """
     check_augmentations(names, share, bool(system_prompts))
     if not names:
         return rows
-    if rows.labels.ndim != 1:
-        raise ProbeError(f"augment={list(names)} needs rows with one label each, not {rows.problem_type}")
-    harmless = [
-        text for text, label in zip(rows.texts, rows.labels, strict=True) if label == 0 and isinstance(text, str)
-    ]
+    if rows.problem_type == "regression":
+        raise ProbeError(f"augment={list(names)} needs rows with labels, not {rows.problem_type}")
+    groups = _rows_by_label(rows.labels)
+    harmless = [rows.texts[row] for row in groups[0] if isinstance(rows.texts[row], str)]
     if not harmless and set(names) != {"system_prompt"}:
-        raise ProbeError(f"augment={list(names)} draws from the texts with label 0, and there are none")
+        raise ProbeError(f"augment={list(names)} draws from the texts with label 0 or without one, and there are none")
     augmenter, parts = Augmenter(harmless, system_prompts, np.random.default_rng(seed)), [rows]
     for name in names:
-        copies = rows.select(_draw(rows.labels, max(1, round(share * len(rows))), augmenter.rng))
+        copies = rows.select(_draw(groups, max(1, round(share * len(rows))), augmenter.rng))
         parts.append(replace(copies, texts=[_wrap(getattr(augmenter, name), text) for text in copies.texts]))
     return LabelledTexts.join(parts)
 
 
-def _draw(labels: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
-    """Return `count` random rows, of each label in turn."""
-    by_label = [rng.permutation(np.flatnonzero(labels == label)).tolist() for label in np.unique(labels)]
-    turns = (row for rows in zip_longest(*by_label) for row in rows if row is not None)
+def _rows_by_label(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the rows with each label, those with label 0 first; of a multi-label head those without a label first."""
+    if labels.ndim == 1:
+        return [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
+    return [np.flatnonzero(~labels.any(axis=1)), *(np.flatnonzero(column) for column in labels.T)]
+
+
+def _draw(groups: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> list[int]:
+    """Return `count` random rows, of each group in turn."""
+    drawn = [rng.permutation(rows).tolist() for rows in groups]
+    turns = dict.fromkeys(row for rows in zip_longest(*drawn) for row in rows if row is not None)
     return sorted(islice(turns, count))
 
 
