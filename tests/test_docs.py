@@ -25,6 +25,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 # What the pages speak of as bundled: folders of these names come first.
 HEADS = {
     "safety": ("multimax", ("harmless", "harmful")),
+    "safety-categories": ("multimax", ("violence", "hate", "sexual", "self-harm", "crime", "privacy")),
     "toxicchat-mha": ("mha", ("non-toxic", "toxic")),
     "toxicchat-gate": ("gate", ("non-toxic", "toxic")),
     "sst2-mha": ("mha", ("negative", "positive")),
@@ -40,7 +41,8 @@ def desk(backbone_folder, tmp_path, monkeypatch, hub):
     for seed, (name, (kind, labels)) in enumerate(HEADS.items()):
         probe = make_probe(
             seed, probe_type=kind, id2label=dict(enumerate(labels)), base_model_name_or_path=str(backbone_folder),
-            token_scope="last_user", **({"thresholds": {"fpr-0.5%": 0.9}} if len(labels) == 2 else {}), **fields,
+            token_scope="last_user", **({"thresholds": {"fpr-0.5%": 0.9}} if len(labels) == 2 else {}),
+            problem_type=f"{'multi' if name == 'safety-categories' else 'single'}_label_classification", **fields,
         )  # fmt: skip
         save_head(with_novelty(probe) if name == "emotion-mha" else probe, tmp_path / name)
     monkeypatch.chdir(tmp_path)
