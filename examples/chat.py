@@ -25,7 +25,7 @@ MESSAGES = 10  # earlier messages that the model sees
 
 def main(
     backbone: Annotated[str, typer.Option(help="'demo', a folder or a Hub id.")] = "demo",
-    probe: Annotated[str, typer.Option(help="The guard. It halts at the last of its labels.")] = "safety",
+    probe: Annotated[str, typer.Option(help="The guard: a head that flags one of two labels.")] = "safety",
     threshold: Annotated[
         float | None, typer.Option(min=0, max=1, help="Halt from this probability on. Default: the guard's own.")
     ] = None,
@@ -38,16 +38,17 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModel.from_pretrained(path, probe={"guard": probe})
     config = model.probes["guard"].config
-    label = list(config.id2label.values())[-1]
+    flagged = config.need_flagged_index("a guard")
+    label = config.id2label[flagged]
     if threshold is None:
-        threshold = threshold_of(config, config.num_labels - 1) or 0.5
+        threshold = threshold_of(config, flagged) or 0.5
     # No maximum length: the guard reads the end of the chat.
     prompts = replace(PromptFormat.from_config(config, tokenizer), max_length=None)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def guard(outputs):
         """Decide after the prompt, before the first token. A NaN score halts."""
-        score = outputs["guard"].probabilities[0, -1].item()
+        score = outputs["guard"].probabilities[0, flagged].item()
         passed = score < threshold
         colour = "green" if passed else "red"
         told = "" if passed else f", halted from {threshold:.2f} on"

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import torch
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -781,6 +781,10 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a number from 0 to 1, a list of these",
         lambda value: _is_share(value) or _is_list_of(_is_share, value),
     ),
+    "flagged": (
+        "a list of different label names",
+        lambda value: _is_list_of(_is_name, value) and len(set(value)) == len(value),
+    ),
     "thresholds": ("{name: a number from 0 to 1} with printable names", _are_thresholds),
     "novelty": ("{'layers': [ascending state indices], 'rank': a whole number from 1}", _is_novelty),
     "fingerprint": ("a list of numbers", lambda value: _is_list_of(_is_number, value)),
@@ -799,6 +803,11 @@ def check_fields(config: Any) -> None:
         allowed, holds = RULES[field.name]
         if not holds(value):
             raise ProbeError(f"{field.name}={value!r} must be {allowed}")
+
+
+def flagged_by_default(label_names: Sequence[str]) -> list[str]:
+    """Return the labels to flag if nobody has named one: `LABEL_1`, if rows had the labels 0 and 1 without names."""
+    return ["LABEL_1"] if list(label_names) == ["LABEL_0", "LABEL_1"] else []
 
 
 def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tuple[int, dict[int, str]]:
@@ -863,6 +872,7 @@ class ProbeConfig:
     base_model_quantization: str | None = None
     fingerprint: list[float] | None = None
 
+    flagged: list[str] | None = None
     threshold: float | list[float] | None = None
     thresholds: dict[str, float] | None = None
     temperature: float = 1.0
@@ -883,6 +893,7 @@ class ProbeConfig:
             self.causal = self.reads_reply
         if self.reads_reply and not self.causal:
             raise ProbeError(f"causal=False is not allowed with token_scope={self.token_scope!r}: replies grow")
+        self._check_flagged()
         self._check_thresholds()
         if self.layers != "all":
             self.layers = sorted(self.layers)
@@ -898,9 +909,18 @@ class ProbeConfig:
                 )
         kind.check(self)
 
+    def _check_flagged(self) -> None:
+        names, single = list(self.id2label.values()), self.problem_type == "single_label_classification"
+        if self.flagged is None:
+            return
+        if self.problem_type == "regression":
+            raise ProbeError(f"flagged={self.flagged} must be None: a regression has no labels")
+        most = len(names) - single  # one of them must be left for what is not flagged
+        if not set(self.flagged) <= set(names) or len(self.flagged) > most:
+            raise ProbeError(f"flagged={self.flagged} must be at most {most} of the labels: {', '.join(names)}")
+
     def _check_thresholds(self) -> None:
-        multi_label = self.problem_type == "multi_label_classification"
-        two = self.num_labels == 2 and self.problem_type == "single_label_classification"
+        multi_label, two = self.problem_type == "multi_label_classification", self.has_two_labels
         found = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
         if isinstance(self.threshold, list):
             fits = multi_label and len(self.threshold) == self.num_labels
@@ -911,6 +931,36 @@ class ProbeConfig:
             raise ProbeError(f"threshold={self.threshold!r} {needed}, not {found}")
         if self.thresholds and not two:
             raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {found}")
+
+    @property
+    def has_two_labels(self) -> bool:
+        """True if the head gives one of two labels."""
+        return self.num_labels == 2 and self.problem_type == "single_label_classification"
+
+    @property
+    def flagged_labels(self) -> list[str]:
+        """Names of the labels that the head flags; see `flagged`."""
+        names = list(self.id2label.values())
+        if self.flagged is not None or self.problem_type != "single_label_classification":
+            return self.flagged or []
+        has_threshold = self.threshold is not None or self.thresholds
+        return names[1:] if self.has_two_labels and has_threshold else flagged_by_default(names)
+
+    @property
+    def flagged_index(self) -> int | None:
+        """Index of the flagged one of two labels; None for other heads, and for a head that flags none."""
+        flagged = self.flagged_labels if self.has_two_labels else []
+        return self.label2id[flagged[0]] if flagged else None
+
+    def need_flagged_index(self, purpose: str) -> int:
+        """Return `flagged_index`."""
+        names = list(self.id2label.values())
+        if not self.has_two_labels:
+            raise ProbeError(f"{purpose} needs a head with two labels; this one has {', '.join(names)}")
+        if self.flagged_index is None:
+            way = f"flagged=[{names[0]!r}], or on the command line train or calibrate --flag {names[0]}"
+            raise ProbeError(f"{purpose} needs the label to flag; name it, {way}; labels: {', '.join(names)}")
+        return self.flagged_index
 
     def check_supports_novelty(self) -> None:
         """Raise `ProbeError` unless `supports_novelty`."""
@@ -949,7 +999,11 @@ class ProbeConfig:
     get_text_config = _needs_package("get_text_config")
 
     def replace(self, **changes) -> ProbeConfig:
-        """Return a checked copy with some fields changed."""
+        """Return a checked copy with some fields changed. Flagged labels stay flagged if `id2label` gives them other names."""
+        if self.flagged and changes.get("id2label") and "flagged" not in changes:
+            _, names = named_labels(None, changes["id2label"])
+            indices = [self.label2id[name] for name in self.flagged]
+            changes["flagged"] = [names[index] for index in indices if index in names] or None
         return dataclasses.replace(self, **changes)
 
     from_pretrained = _needs_package("from_pretrained")
@@ -976,6 +1030,8 @@ class ProbeConfig:
             raise ProbeError(f"a probe config must be a JSON object, not {type(values).__name__}")
         names = {item.name for item in dataclasses.fields(cls)}
         config = cls(**{key: value for key, value in values.items() if key in names})
+        if "flagged" not in values and config.num_labels == 2 and config.problem_type != "regression":
+            config = config.replace(flagged=[config.id2label[1]])  # earlier versions flagged the second of two
         if values.get("label2id") not in (None, config.label2id):
             raise ProbeError("label2id contradicts id2label; leave label2id out")
         return config, sorted(values.keys() - names - {"label2id", "config_sha256"})

@@ -848,7 +848,7 @@ def threshold_of(config: ProbeConfig, index: int) -> float | None:
     if config.problem_type == "multi_label_classification":
         threshold = 0.5 if config.threshold is None else config.threshold
         return threshold[index] if isinstance(threshold, list) else threshold
-    return config.threshold if index == 1 else None
+    return config.threshold if index == config.flagged_index else None
 
 
 def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
@@ -859,7 +859,8 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
         thresholds = [threshold_of(config, index) for index in range(config.num_labels)]
         return probs >= torch.as_tensor(thresholds, device=probs.device)
     if config.threshold is not None:
-        return (probs[:, 1] >= config.threshold).long()
+        flagged = config.flagged_index
+        return torch.where(probs[:, flagged] >= config.threshold, flagged, 1 - flagged)
     return probs.argmax(dim=-1)
 
 

@@ -1307,30 +1307,39 @@ class HaltRule:
     ask: Judge | None = None
 
     @classmethod
+    def create_all(cls, head: str, config: ProbeConfig, label: str | None = None, **options: Any) -> list[HaltRule]:
+        """Return the rules for the options of one head in `halt_on`: for its `label`, else for each that the head flags."""
+        names, regression = list(config.id2label.values()), config.problem_type == "regression"
+        labels = names if regression else config.flagged_labels
+        labels = labels if label is None else [label]
+        if not labels or (regression and len(labels) > 1):
+            way = f"{{{head!r}: {{'label': {names[0]!r}}}}} or --halt-on {head}:{names[0]}"
+            raise ProbeError(f"halt_on: {head!r} flags no label; name it, {way}; labels: {', '.join(names)}")
+        return [cls.create(head, config, name, **options) for name in labels]
+
+    @classmethod
     def create(
         cls,
         head: str,
         config: ProbeConfig,
-        label: str | None = None,
+        label: str,
         threshold: float | str | None = None,
         patience: int = 1,
         unsure: Sequence[float] | None = None,
         ask: Judge | None = None,
     ) -> HaltRule:
-        """Return the rule for the options of one head in `halt_on`. A threshold may be a name in the head's `thresholds`."""
+        """Return the rule for one label. A threshold may be a name in the head's `thresholds`."""
         names, regression = list(config.id2label.values()), config.problem_type == "regression"
-        if label is None and len(names) > (1 if regression else 2):
-            raise ProbeError(f"halt_on: {head!r} needs a label, such as {{{head!r}: {{'label': {names[-1]!r}}}}}")
-        label = names[-1] if label is None else label
         if label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
-        index, known = names.index(label), config.thresholds or {}
-        if isinstance(threshold, str) and label == names[-1]:
+        index = names.index(label)
+        known = config.thresholds if config.thresholds and index == config.flagged_index else {}
+        if isinstance(threshold, str):
             threshold = known.get(threshold, threshold)
         if threshold is not None:
             low, high = (-math.inf, math.inf) if regression else (0, 1)
             if not _is_number(threshold) or not low <= threshold <= high:
-                named = f"from 0 to 1, or for {names[-1]!r} one of: {', '.join(known) or 'none'}"
+                named = f"from 0 to 1, or for {label!r} one of: {', '.join(known) or 'none'}"
                 allowed = "a number" if regression else named
                 raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
             threshold = float(threshold)
@@ -1349,6 +1358,11 @@ class HaltRule:
             if config.token_scope == "response":
                 raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
         return cls(head, config, index, threshold, patience, unsure, ask)
+
+    def __str__(self) -> str:
+        score = "value" if self.config.problem_type == "regression" else "probability"
+        limit = "where the head gives it" if self.threshold is None else f"from a {score} of {self.threshold:.3g} on"
+        return f"{self.head} halts on {self.config.id2label[self.index]!r} {limit}"
 
     def halts(self, output: ProbeOutput) -> list[Halt | None]:
         """Return the reason to halt each row, or `None`, without regard to patience."""
@@ -1397,7 +1411,7 @@ class Halter:
         self.rules: list[HaltRule] = []
         self.halts: list[Halt | None] | None = None
         self.texts: Callable[[str, list[int]], list[str]] | None = None
-        self._streaks: dict[str, list[int]] = {}
+        self._streaks: dict[tuple[str, int], list[int]] = {}  # by head and label
         if not configs:
             raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
         if on_token is not None and not any(config.reads_reply for config in configs.values()):
@@ -1409,7 +1423,7 @@ class Halter:
         for name, options in options_by_head(spec).items():
             if name not in configs:
                 raise ProbeError(f"halt_on: no head {name!r} is active; active: {', '.join(configs)}")
-            self.rules.append(HaltRule.create(name, configs[name], **options))
+            self.rules += HaltRule.create_all(name, configs[name], **options)
 
     @property
     def follows(self) -> bool:
@@ -1463,11 +1477,11 @@ class Halter:
         """Repeat the entries of `halts` for the return sequences of each prompt."""
         repeats = rows // len(self.halts)
         self.halts = [halt for halt in self.halts for _ in range(repeats)]
-        self._streaks = {head: [n for n in counts for _ in range(repeats)] for head, counts in self._streaks.items()}
+        self._streaks = {key: [n for n in counts for _ in range(repeats)] for key, counts in self._streaks.items()}
 
     def _patient(self, rule: HaltRule, flags: list[Halt | None], counted: list[bool]) -> list[Halt | None]:
         """Return the flags that last as long as the rule's patience. Tokens that do not count change nothing."""
-        streaks = self._streaks.setdefault(rule.head, [0] * len(flags))
+        streaks = self._streaks.setdefault((rule.head, rule.index), [0] * len(flags))
         for row, flag in enumerate(flags):
             if counted[row]:
                 streaks[row] = 0 if flag is None else streaks[row] + 1

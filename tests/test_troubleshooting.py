@@ -28,8 +28,12 @@ def desk(tmp_path_factory):
         lm, tokenizer = make_lm(vocab_size=260), make_tokenizer()
         lm.save_pretrained("backbone")
         tokenizer.save_pretrained("backbone")
-        fields = PromptFormat.create(tokenizer).config_fields() | {"id2label": {0: "fine", 1: "rude"}}
+        fields = PromptFormat.create(tokenizer).config_fields() | {
+            "id2label": {0: "fine", 1: "rude"},
+            "flagged": ["rude"],
+        }
         save_head(make_probe(base_model_name_or_path="backbone", **fields), "guard")
+        save_head(make_probe(base_model_name_or_path="backbone", id2label={0: "cold", 1: "warm"}), "tone")
         save_head(make_probe(hidden_size=64), "larger")
         (folder / "checkpoint").mkdir()
         (folder / "checkpoint" / "training_args.bin").touch()

@@ -21,7 +21,9 @@ def run_of(
     recipe = {name: changes.pop(name) for name in list(changes) if name in Recipe.__dataclass_fields__}
     return TrainingRun(
         backbone=str(backbone),
-        data=DataSources(**{"train": write(folder / f"{rows}.jsonl", rows), "label_names": ["0", "1"], **changes}),
+        data=DataSources(
+            **{"train": write(folder / f"{rows}.jsonl", rows), "label_names": ["0", "1"], "flagged": ["1"], **changes}
+        ),
         output=folder / "head",
         head=head or {"probe_type": "gate"},
         recipe=Recipe(num_train_epochs=epochs, **recipe),

@@ -46,8 +46,9 @@ tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(BACKBONE))
 model = AutoModel.from_pretrained(resolve_backbone(BACKBONE), probe=HEADS, dtype="float32")
 CONFIGS = {name: head.config for name, head in model.probes.items()}
 GUARD = next(iter(CONFIGS))
-FLAG = list(CONFIGS[GUARD].id2label.values())[-1]
-OWN = round(threshold_of(CONFIGS[GUARD], CONFIGS[GUARD].num_labels - 1) or 0.5, 3)
+FLAGGED = CONFIGS[GUARD].need_flagged_index("the first of the heads")
+FLAG = CONFIGS[GUARD].id2label[FLAGGED]
+OWN = round(threshold_of(CONFIGS[GUARD], FLAGGED) or 0.5, 3)
 # No maximum length: the guard reads the end of the chat.
 PROMPTS = replace(PromptFormat.from_config(CONFIGS[GUARD], tokenizer), max_length=None)
 THREAD = ThreadPoolExecutor(1)  # one reply at a time

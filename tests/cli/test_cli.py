@@ -22,7 +22,7 @@ def trained(rows, backbone_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("heads") / "mood"
     results = succeed(
         "train", "--backbone", backbone_folder, "--probe-type", "gate", "--train", rows / "train.jsonl", "--test", rows / "test.jsonl",
-        "--label-names", "fine,awful", "--slice-column", "half", "--output", output, "--epochs", 3, "--learning-rate", 0.03,
+        "--label-names", "fine,awful", "--flag", "awful", "--slice-column", "half", "--output", output, "--epochs", 3, "--learning-rate", 0.03,
         "--num-seeds", 2, "--folds", 0, "--max-length", 64, "--license", "cc0-1.0", "--dataset", "me/moods", "--limit", "other moods",
         "--max-false-positive-rate", 0.1, "--json",
     )  # fmt: skip

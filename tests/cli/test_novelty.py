@@ -33,7 +33,7 @@ def heads(rows, backbone_folder, tmp_path_factory):
         for name, option in (("new", "--novelty"), ("old", "--no-novelty")):
             succeed(
                 "train", "--backbone", backbone_folder, "--probe-type", "gate", "--train", rows / "train.jsonl", "--epochs", 1,
-                "--validation-share", 0.25, "--folds", 0, "--output", folder / name, option, "--label-names", "fine,awful",
+                "--validation-share", 0.25, "--folds", 0, "--output", folder / name, option, "--label-names", "fine,awful", "--flag", "awful",
             )  # fmt: skip
     return folder
 

@@ -12,7 +12,9 @@ SYSTEM = ["You sell shoes.", "Answer in French."]
 
 
 def rows_of(texts, labels, problem_type="single_label_classification"):
-    return LabelledTexts(texts, np.array(labels), ["safe", "unsafe"], problem_type, {"id": list(range(len(texts)))})
+    return LabelledTexts(
+        texts, np.array(labels), ["safe", "unsafe"], problem_type, {"id": list(range(len(texts)))}, ["unsafe"]
+    )
 
 
 @pytest.fixture
@@ -93,9 +95,24 @@ def test_a_quote_can_be_long(rows):
 def test_refused(rows):
     with pytest.raises(ProbeError, match="system_prompt"):
         augment(rows, ["system_prompt"], 0)
-    with pytest.raises(ProbeError, match="label 0"):
+    with pytest.raises(ProbeError, match="flagged"):
         augment(rows_of(["a", "b"], [1, 1]), ["quote"], 0)
-    with pytest.raises(ProbeError, match="without one"):
+    with pytest.raises(ProbeError, match="flagged"):
         augment(rows_of(["a", "b"], [[1.0, 0.0], [0.0, 1.0]], "multi_label_classification"), ["quote"], 0)
     with pytest.raises(ProbeError, match="regression"):
         augment(rows_of(["a", "b"], [[0.5], [0.7]], "regression"), ["quote"], 0)
+
+
+def test_lead_ins_come_from_what_is_not_flagged(rows):
+    """Also if the label to flag is the first: BAD rows would teach a guard that harm may stand anywhere."""
+    turned = LabelledTexts(
+        rows.texts, 1 - rows.labels, ["unsafe", "safe"], rows.problem_type, rows.columns, ["unsafe"]
+    )
+    texts = copies(turned, ["lead_in"], 0).texts
+    assert all(
+        turns(text)[-1]["content"].count("BAD") == old.count("BAD")
+        for text, old in zip(texts, rows.texts, strict=True)
+    )
+    turned.flagged = None
+    with pytest.raises(ProbeError, match="--flag"):
+        augment(turned, ["lead_in"], 0)

@@ -226,6 +226,19 @@ class TestNamedDataSets:
         with pytest.raises(ProbeError, match="safe, unsafe"):
             DataSources("emotion", test="xstest", data_dir=copies).read(seed=0)
 
+    def test_the_label_to_flag_is_known_by_name(self, tmp_path, copies):
+        parts = DataSources("toxicchat", test="xstest", data_dir=copies).read(seed=0)
+        assert parts["train"].flagged == parts["test"].flagged == ["toxic"]
+        named = DataSources("toxicchat", data_dir=copies, label_names=["toxic", "non-toxic"], test="xstest")
+        assert named.read(seed=0)["train"].flagged == ["toxic"], "its own names are matched, whatever their order"
+        renamed = DataSources("toxicchat", data_dir=copies, label_names=["ok", "rude"], validation_share=0.2)
+        assert renamed.read(seed=0)["train"].flagged == ["rude"]
+        own = write(tmp_path / "own.jsonl", [{"text": f"a {i}", "label": "ab"[i % 2]} for i in range(20)])
+        assert DataSources(own, folds=2).read(seed=0)["train"].flagged is None
+        assert DataSources(own, folds=2, flagged=["a"]).read(seed=0)["train"].flagged == ["a"]
+        with pytest.raises(ProbeError, match=r"flagged=.*c.* a, b"):
+            DataSources(own, flagged=["c"]).read(seed=0)
+
     def test_columns_of_files_beside_a_name(self, tmp_path, copies):
         own = write(tmp_path / "own.jsonl", [{"q": f"a {i}", "y": i % 2} for i in range(20)])
         parts = DataSources(own, test="toxicchat", text_column="q", label_column="y", data_dir=copies).read(seed=0)

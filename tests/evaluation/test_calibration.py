@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from llama_probe import ProbeError
+from llama_probe import ProbeConfig, ProbeError
 from llama_probe.evaluation.calibration import (
     best_f1_threshold,
     calibrate,
@@ -218,9 +218,9 @@ def test_a_rate_is_kept_to_and_used_up(twentieths, rate):
     [
         (CONFIG, [], 100, "rates"),
         (CONFIG, [0.1, 0.1], 100, "rates"),
-        (CONFIG, [1.0], 100, "rates"),
+        (CONFIG, [0.51], 100, "rates"),
         (CONFIG, [0.1, 0.005], 199, "200 rows"),
-        (THREE, [0.1], 100, "not 3"),
+        (THREE, [0.1], 100, "two labels"),
         (make_probe(token_scope="response").config, [0.1], 100, "token_scope"),
     ],
 )
@@ -229,8 +229,42 @@ def test_rates_that_are_refused(config, rates, rows, named):
         check_rates(config, rates, rows)
 
 
-def test_rows_that_no_threshold_passes():
-    certain = torch.tensor([[0.0, 1000.0]]).repeat(20, 1)
-    with pytest.raises(ProbeError, match="probability of 1"):
-        with_rates(CONFIG, certain, [0.1])
-    assert with_rates(CONFIG, logits_of([0.5] * 20), [0.1]).threshold > 0.5
+@pytest.mark.parametrize(
+    "probs, told",
+    [
+        ([0.9999999] * 20, "100%"),  # the rows have the flagged label, or the other label is meant
+        ([0.1] * 10 + [0.9995] * 10, "flags nothing"),
+        ([1e-5 * i for i in range(1, 21)], "flags nearly all"),
+    ],
+)
+def test_thresholds_that_are_no_use(probs, told):
+    with pytest.raises(ProbeError, match=told):
+        with_rates(CONFIG, logits_of(probs), [0.1])
+
+
+def test_rows_of_one_score():
+    assert with_rates(CONFIG, logits_of([0.4] * 20), [0.1]).threshold > 0.4
+
+
+@pytest.mark.parametrize("flagged", [0, 1])
+def test_either_label_can_be_the_flagged_one(flagged):
+    """Two heads that differ in the order of their labels alone."""
+    config = ProbeConfig(id2label={flagged: "bad", 1 - flagged: "good"}, flagged=["bad"], temperature=2.0)
+    logits, labels = logits_of([0.01 * i for i in range(1, 99)]), torch.tensor([0, 0, 1] * 32 + [1, 1])
+    order = [0, 1] if flagged else [1, 0]
+    found = calibrate(config, logits[:, order], labels if flagged else 1 - labels)
+    other = calibrate(CONFIG.replace(id2label={0: "good", 1: "bad"}, flagged=["bad"]), logits, labels)
+    assert found.threshold == pytest.approx(other.threshold) and found.flagged == ["bad"]
+    rated = with_rates(config, logits[:, order], [0.1, 0.02])
+    assert rated.thresholds == pytest.approx(with_rates(CONFIG, logits, [0.1, 0.02]).thresholds)
+    assert rated.flagged == ["bad"] and with_rates(CONFIG, logits, [0.1]).flagged == ["yes"]
+
+
+def test_no_thresholds_without_a_flagged_label():
+    config = ProbeConfig(id2label={0: "bad", 1: "good"})
+    with pytest.raises(ProbeError, match=r"flagged=\['bad'\].* --flag bad"):
+        check_rates(config, [0.1], 100)
+    with pytest.raises(ProbeError, match=r"max_false_positive_rate=0.1 .* --flag"):
+        check_threshold_rule(config, 0.1, "best-f1")
+    fitted = calibrate(config, logits_of([0.2, 0.6, 0.9, 0.4]), torch.tensor([0, 1, 1, 0]))
+    assert fitted.threshold is None and fitted.flagged is None and fitted.temperature != 1

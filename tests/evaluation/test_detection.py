@@ -70,7 +70,7 @@ def test_rules_keep_to_the_false_halts(seed, limit):
     for label in labels:
         positive = rng.beta(1 + label, 2, size=rng.integers(1, 15))
         followed.append(torch.from_numpy(np.stack([1 - positive, positive], axis=1)).log())
-    config = make_probe(token_scope="response", id2label={0: "fine", 1: "awful"}).config
+    config = make_probe(token_scope="response", id2label={0: "fine", 1: "awful"}, flagged=["awful"]).config
     rules = halting_rules(config, followed, labels, limit)
     assert list(rules) == ["awful"] and sum(rule["chosen"] for rule in rules["awful"]) == 1
     assert all(rule["validation"]["false_halts"] <= limit for rule in rules["awful"])

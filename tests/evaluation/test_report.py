@@ -33,7 +33,7 @@ def with_backbone(**changes):
 
 @pytest.mark.parametrize("kind", ["pooling", "gate", "mha"])
 def test_layer_weights_by_label(dataset, kind):
-    probe = with_backbone(probe_type=kind, layers=[0, 2, LAYERS], id2label={0: "no", 1: "yes"})
+    probe = with_backbone(probe_type=kind, layers=[0, 2, LAYERS], id2label={0: "no", 1: "yes"}, flagged=["yes"])
     found = inspect_head(probe, dataset, LABELS, batch_tokens=14)
     assert found["layer_weights"]["layers"] == [0, 2, LAYERS]
     for index, weights in enumerate(found["layer_weights"]["by_label"].values()):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.heads.decision import ProbeOutput
+from llama_probe.heads.decision import ProbeOutput, predictions
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4}
@@ -129,3 +129,58 @@ def test_a_config_by_the_name_of_its_head(tmp_path):
     assert ProbeConfig.from_pretrained(tmp_path / "a" / "head").threshold == 0.25
     with pytest.raises(ProbeError, match="'toxicat'"):
         ProbeConfig.from_pretrained("toxicat")
+
+
+class TestFlagged:
+    def test_a_name_and_no_place(self):
+        for names in (("bad", "good"), ("good", "bad")):
+            config = ProbeConfig(id2label=dict(enumerate(names)), flagged=["bad"], threshold=0.3)
+            assert config.flagged_index == names.index("bad") and config.flagged_labels == ["bad"]
+            probs = torch.tensor([[0.35, 0.65], [0.65, 0.35]])
+            assert predictions(probs, config).tolist() == ([0, 0] if names[0] == "bad" else [1, 1])
+
+    def test_nobody_has_named_one(self):
+        config = ProbeConfig(id2label={0: "bad", 1: "good"})
+        assert config.flagged_labels == [] and config.flagged_index is None
+        with pytest.raises(ProbeError, match="--flag bad; labels: bad, good"):
+            config.need_flagged_index("this")
+        assert ProbeConfig().flagged_labels == ["LABEL_1"], "labels 0 and 1 say themselves which is which"
+        for other in ({"num_labels": 3}, {"num_labels": 1, "problem_type": "regression"}):
+            assert ProbeConfig(**other).flagged_labels == []
+
+    def test_heads_of_earlier_versions_flag_the_second(self):
+        values = ProbeConfig(id2label={0: "bad", 1: "good"}).to_dict()
+        assert ProbeConfig.from_dict(values)[0].flagged_labels == []
+        del values["flagged"]
+        assert ProbeConfig.from_dict(values)[0].flagged == ["good"]
+        assert ProbeConfig.from_dict(values | {"id2label": None, "label2id": None, "num_labels": 3})[0].flagged is None
+        by_threshold = ProbeConfig(id2label={0: "bad", 1: "good"}, threshold=0.3)
+        assert by_threshold.flagged_labels == ["good"]
+
+    def test_other_names_of_the_labels(self):
+        config = ProbeConfig(id2label={0: "bad", 1: "good"}, flagged=["bad"])
+        assert config.replace(id2label={0: "rude", 1: "fine"}).flagged == ["rude"]
+        assert config.replace(id2label={0: "fine", 1: "rude"}, flagged=["rude"]).flagged_index == 1
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"flagged": ["worse"]},
+            {"flagged": ["LABEL_0", "LABEL_1"]},
+            {"flagged": []},
+            {"flagged": "LABEL_1"},
+            {"flagged": ["LABEL_1", "LABEL_1"], "num_labels": 3},
+            {"flagged": ["LABEL_0"], "problem_type": "regression"},
+        ],
+    )
+    def test_refused(self, changes):
+        with pytest.raises(ProbeError, match=r"^flagged="):
+            ProbeConfig(**changes)
+
+    def test_several(self):
+        three = ProbeConfig(num_labels=3, flagged=["LABEL_0", "LABEL_2"])
+        assert three.flagged_labels == ["LABEL_0", "LABEL_2"] and three.flagged_index is None
+        assert (
+            ProbeConfig(problem_type="multi_label_classification", flagged=["LABEL_0", "LABEL_1"]).flagged_index
+            is None
+        )

@@ -30,7 +30,7 @@ def flag(*rows):
 
 @pytest.fixture
 def model():
-    return probed({"mood": make_probe(id2label={0: "fine", 1: "awful"})})
+    return probed({"mood": make_probe(id2label={0: "fine", 1: "awful"}, flagged=["awful"])})
 
 
 @pytest.fixture
@@ -258,7 +258,8 @@ class TestRules:
     )
     def test_what_a_rule_halts(self, logits, changes, options, halted):
         config, output = output_of(logits, **changes)
-        found = HaltRule.create("h", config, **options).halts(output)
+        (rule,) = HaltRule.create_all("h", config, **options)
+        found = rule.halts(output)
         assert [halt is not None for halt in found] == halted
 
     def test_as_the_head_decides(self, model, prompts):
@@ -270,6 +271,36 @@ class TestRules:
         config, output = output_of([[2.0, 0.0], [0.0, 0.5]], id2label={0: "no", 1: "yes"}, temperature=2.0)
         found = HaltRule.create("h", config, "no", 0.6).halts(output)
         assert found[1] is None and found[0] == Halt("h", "no", pytest.approx(1 / (1 + math.exp(-1))), 0.6)
+
+    @pytest.mark.parametrize("bad", [0, 1])
+    def test_the_label_that_the_head_flags(self, prompts, bad):
+        """By its name: two heads with the same scores and their labels in turned order halt the same."""
+        head = make_probe()
+        config = head.config.replace(id2label={bad: "bad", 1 - bad: "good"}, flagged=["bad"])
+        if not bad:
+            for name in ("weight", "bias"):
+                getattr(head.classifier, name).data = getattr(head.classifier, name).data.flip(0)
+        expected = [
+            halt is not None for halt in probed({"h": make_probe()}).generate(prompts, halt_on="h").probe_halts
+        ]
+        head.config = config
+        out = probed({"h": head}).generate(prompts, halt_on="h")
+        assert [halt is not None for halt in out.probe_halts] == expected
+        assert {halt.label for halt in out.probe_halts if halt} <= {"bad"}
+
+    def test_each_of_several_labels_that_the_head_flags(self):
+        logits = (3 * torch.eye(3) - 1).tolist()
+        for changes, label in (({}, None), ({**SEVERAL, "threshold": 0.5}, None), ({}, "LABEL_1")):
+            config, output = output_of(logits, **{"num_labels": 3, "flagged": ["LABEL_0", "LABEL_2"], **changes})
+            found = Halter({"h": {} if label is None else {"label": label}}, {"h": config}).decide({"h": output}, 3)
+            labels = [halt and halt.label for halt in found]
+            assert labels == (["LABEL_0", None, "LABEL_2"] if label is None else [None, "LABEL_1", None])
+
+    def test_a_head_that_flags_nothing(self):
+        config = ProbeConfig(id2label={0: "bad", 1: "good"})
+        with pytest.raises(ProbeError, match=r"\{'h': \{'label': 'bad'\}\} or --halt-on h:bad; labels: bad, good"):
+            Halter("h", {"h": config})
+        assert Halter({"h": {"label": "good"}}, {"h": config}).rules[0].index == 1
 
     def test_the_first_rule_counts(self):
         config, output = output_of([[0.0, 1.0], [1.0, 0.0]])
@@ -310,7 +341,7 @@ class TestRules:
     )
     def test_options_that_a_head_refuses(self, changes, options, words):
         with pytest.raises(ProbeError, match=words):
-            HaltRule.create("h", ProbeConfig(probe_type="gate", **changes), **options)
+            HaltRule.create_all("h", ProbeConfig(probe_type="gate", **changes), **options)
 
     @pytest.mark.parametrize(
         "spec, words",

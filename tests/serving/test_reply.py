@@ -41,7 +41,9 @@ def both_scopes(**changes):
 
 
 def guard(labels=("fine", "awful"), **changes):
-    return make_probe(token_scope="response", probe_type="gate", id2label=dict(enumerate(labels)), **changes)
+    return make_probe(
+        token_scope="response", probe_type="gate", id2label=dict(enumerate(labels)), flagged=[labels[-1]], **changes
+    )
 
 
 @pytest.fixture

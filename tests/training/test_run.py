@@ -59,7 +59,12 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path, rat
     words = ("fine, all is good", "fine, BAD BAD BAD BAD!")
     lines = [{"ask": f"number {i}?", "text": words[i % 2] + "!" * (i % 3), "label": i % 2} for i in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    changes = {"train": str(tmp_path / "a.jsonl"), "prompt_column": "ask", "label_names": ["fine", "awful"]}
+    changes = {
+        "train": str(tmp_path / "a.jsonl"),
+        "prompt_column": "ask",
+        "label_names": ["fine", "awful"],
+        "flagged": ["awful"],
+    }
     changes |= {"head": {"probe_type": "gate", "token_scope": "response"}, "test_share": 0.25}
     run = run_of(tmp_path, backbone_folder, 4, learning_rate=0.03, max_false_positive_rate=rate, **changes)
     results = run.run()

@@ -112,7 +112,9 @@ class TestProbeTrainer:
 
     def test_from_rows_to_a_head_that_serves(self, tmp_path, backbone_folder):
         lm_and_head = tmp_path / "head"
-        trainer = mood(tmp_path / "out", backbone=str(backbone_folder), probe_config={"probe_type": "gate"})
+        trainer = mood(
+            tmp_path / "out", backbone=str(backbone_folder), probe_config={"probe_type": "gate", "flagged": ["bad"]}
+        )
         trainer.train()
         assert trainer.evaluate(ANSWERS)["eval_accuracy"] > 0.9, "with the threshold that was fitted"
         trainer.save_model(str(lm_and_head))

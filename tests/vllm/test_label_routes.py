@@ -19,7 +19,7 @@ TOKENIZER = make_tokenizer()
 MULTI = {"problem_type": "multi_label_classification", "threshold": [0.3, 0.9]}
 KINDS = {
     "guard": {"id2label": {0: "fine", 1: "bad"}, "threshold": 0.25},
-    "raw": {"id2label": {0: "no", 1: "yes"}, "prompt_format": "raw"},
+    "raw": {"id2label": {0: "no", 1: "yes"}, "flagged": ["yes"], "prompt_format": "raw"},
     "mood": {"id2label": {0: "sad", 1: "glad", 2: "calm"}},
     "topics": {"id2label": {0: "a", 1: "b"}, **MULTI},
     "size": {"num_labels": 1, "problem_type": "regression"},

@@ -32,6 +32,12 @@ def calibrate(
             help="Share of these rows that may be flagged. The first gives the head's own threshold. Repeatable."
         ),
     ] = [0.02, 0.005],  # noqa: B006 - typer copies it
+    flag: Annotated[
+        str | None,
+        typer.Option(
+            help="Label that the thresholds are for. Default: the one that the head flags. It is saved with the head."
+        ),
+    ] = None,
     novelty_data: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,6 +59,8 @@ def calibrate(
         raise ProbeError("calibrate needs rows: give --benign for thresholds, or --novelty-data")
     if novelty_validation and not novelty_data:
         raise ProbeError(f"--novelty-validation {novelty_validation[0]} needs --novelty-data")
+    if flag is not None and not benign:
+        raise ProbeError(f"--flag {flag} needs --benign, rows to fit its thresholds on")
     with process_group():
         head = scored.load()
         # These take seconds to import.
@@ -62,7 +70,10 @@ def calibrate(
 
         if novelty_data:
             novelty_layers(head.config)
+        if flag is not None:
+            head.config = head.config.replace(flagged=[flag], threshold=None, thresholds=None)
         if benign:
+            head.config.need_flagged_index("--benign")
             check_rates(head.config, rate)
 
         def read(sources: list[str] | None, split: str, limit: int | None = max_rows) -> list:
@@ -78,6 +89,7 @@ def calibrate(
         if benign:
             head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts), progress=True), rate)
             later["thresholds_from"] = {
+                "flagged": head.config.flagged[0],
                 "sources": list(map(short_name, benign)),
                 "rows": len(texts),
                 "rates": dict(zip(head.config.thresholds, rate, strict=True)),
@@ -104,6 +116,7 @@ def _print(probe: str, found: dict[str, Any]) -> None:
         counts = found["novelty"]["rows"]
         print_text(f"{probe}: novelty fitted on {counts['train']:,} rows, calibrated on {counts['validation']:,}")
     if "thresholds" in found:
+        label = found["flagged"]
         rows = [(name, f"{threshold:.4f}") for name, threshold in found["thresholds"].items()]
         title = f"{probe} on {found['rows']:,} rows that it should not flag"
-        print_table(title, ("threshold", "from a probability of"), rows)
+        print_table(title, ("threshold", f"{label} from a probability of"), rows)

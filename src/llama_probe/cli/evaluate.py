@@ -83,7 +83,6 @@ def evaluate(
         head = scored.load()
         # These take seconds to import.
         from ..evaluation import detection, report
-        from ..evaluation.metrics import is_binary
         from ..evaluation.novelty import against_others
         from ..evaluation.prediction import predict_rows
         from ..evaluation.wrappings import kept_labels
@@ -93,8 +92,8 @@ def evaluate(
         rules = measured_rules(head.results) if head.config.reads_reply else {}
         labelled = read_rows(data, head.config, benign, **columns).at_most(max_rows, seed=0)
         slices = _slices(labelled.columns, data, slice_column)
-        if ask and not is_binary(head.config):
-            raise ProbeError(f"--ask needs a head with two labels; {probe} has {head.config.num_labels}")
+        if ask:
+            head.config.need_flagged_index("--ask")
         verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
         place = {"split": "test", "data_dir": columns["data_dir"], "max_text": columns["max_text"]}
         others = {}
@@ -114,8 +113,8 @@ def evaluate(
         if not is_main():
             return None
         result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
-        if is_binary(head.config):
-            result = report.without_undefined(result, labelled.labels)
+        if (flagged := head.config.flagged_index) is not None:
+            result = report.without_undefined(result, labelled.labels, flagged)
             result["flagged"] = report.flagged_share(head.config, logits)
         if followed is not None and rules:
             result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
@@ -156,6 +155,8 @@ def _print_report(title: str, result: dict[str, Any], temperature: float, bootst
         parts["all rows"]["intervals"] = result["intervals"]
     for column, values in result.get("slices", {}).items():
         parts |= {f"{column} = {value}": part for value, part in values.items()}
+    if found := result.get("flagged"):
+        title += f", for the label {found['label']}"
     _print_parts(title, parts)
     if "labels" in result:
         _print_parts("each label against the others", result["labels"])
@@ -167,7 +168,7 @@ def _print_report(title: str, result: dict[str, Any], temperature: float, bootst
             f"{_cell(found, 'error_uncalibrated', ' ')} at temperature 1."
         )
     if found := result.get("flagged"):
-        for name, part in {"Flagged": found, **found.get("named", {})}.items():
+        for name, part in {f"Flagged as {found['label']}": found, **found.get("named", {})}.items():
             low, high = part["interval"]
             print_text(
                 f"{name}, from a probability of {part['threshold']:.3f} on: {part['share']:.1%} of the rows "

@@ -61,7 +61,7 @@ class HeadOptions:
 
 # Fields of `DataSources` that say where labelled rows have what; arguments of `read_rows`.
 ROW_FIELDS = "text_column label_column prompt_column data_dir max_text"
-BENIGN = "The rows need no label column: all of them have the first label."
+BENIGN = "The rows need no label column: none of them has the label that the head flags."
 
 
 def read_rows(source: str, config: ProbeConfig, benign: bool, **options: Any) -> Any:
@@ -69,10 +69,9 @@ def read_rows(source: str, config: ProbeConfig, benign: bool, **options: Any) ->
     from ..data.texts import read_labelled  # needs datasets
 
     names = list(config.id2label.values())
-    if benign and (config.num_labels, config.problem_type) != (2, "single_label_classification"):
-        raise ProbeError(f"--benign needs a head with two labels; this one has {', '.join(names)}")
-    options |= {"label_names": names, "problem_type": config.problem_type, "split": "test", "benign": benign}
-    return read_labelled(source, **options)
+    label = names[1 - config.need_flagged_index("--benign")] if benign else None
+    options |= {"label_names": names, "problem_type": config.problem_type, "split": "test"}
+    return read_labelled(source, label_of_all=label, **options)
 
 
 def read_texts(source: str, config: ProbeConfig, limit: int | None, **options: Any) -> list[Any]:
@@ -80,7 +79,7 @@ def read_texts(source: str, config: ProbeConfig, limit: int | None, **options: A
     from ..data.texts import read_labelled  # needs datasets
 
     names, kind = list(config.id2label.values()), "single_label_classification"
-    rows = read_labelled(source, label_names=names, problem_type=kind, benign=True, **options)
+    rows = read_labelled(source, label_names=names, problem_type=kind, label_of_all=names[0], **options)
     return rows.at_most(limit, seed=0).texts
 
 

@@ -25,7 +25,7 @@ from ..heads.probe import ProbeModel
 from ..hub.transport import HubOptions
 from ..serving.halting_words import read_halting
 from ..serving.sources import read_heads
-from .console import print_table, printable
+from .console import print_table, print_text, printable
 from .options import HEADS_BACKBONE, PROBES, TRUST_REMOTE_CODE, Fields, Result, backbone_of
 
 
@@ -85,7 +85,8 @@ def generate(
     if rules:
         from ..serving.halting import Halter
 
-        Halter(rules, configs)  # raises
+        for rule in Halter(rules, configs).rules:
+            print_text(str(rule))
     model, tokenizer = served.attach(heads)
     # A prompt that gets a reply stays whole.
     prompt_format = PromptFormat.from_config(next(iter(configs.values())).replace(max_length=None), tokenizer)

@@ -119,7 +119,7 @@ def train(
     return results, partial(_print, results, job.output)
 
 
-_DATA = "train eval test data_dir text_column label_column label_names validation_share max_rows"
+_DATA = "train eval test data_dir text_column label_column label_names flagged validation_share max_rows"
 _RUN_HELP = {
     "output": "Folder for the table, the plot and the best head.",
     "cache": "Keep hidden states on disk instead of one backbone pass an epoch. Default: only with --cache-dir.",
@@ -195,6 +195,8 @@ def _print(results: dict[str, Any], output: Path) -> None:
                 cells += [with_spread(value, ".4f")] if len(seeds) > 1 else []
                 rows.append((f"{split} ({summary['rows']})", metric, *cells))
     print_table(title, ("rows", "metric", *seeds, *(["mean ± sd"] if len(seeds) > 1 else [])), rows, left=2)
+    flagged = ", ".join(results["flagged"]) or "no label; name one with --flag, here or in calibrate, or in halt_on"
+    print(f"flagged: {flagged}")
     print(f"head written to {output}")
 
 

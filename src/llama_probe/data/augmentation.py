@@ -9,6 +9,7 @@ from itertools import islice, zip_longest
 import numpy as np
 
 from ..errors import ProbeError
+from ..heads.rules import flagged_by_default
 from .prompts import Text, as_chat
 from .texts import LabelledTexts
 
@@ -106,25 +107,39 @@ def augment(
     """Return the rows, and behind them wrapped copies of some of them with the same labels.
 
     Each augmentation copies a random share of the rows: as many of each label, while there are rows with it. Lead-ins,
-    documents and other turns are texts of the rows with label 0 (multi-label: without a label).
+    documents and other turns are texts of the rows that have no flagged label (multi-label: no label).
 
     Raises:
-        ProbeError: a name or the share is not allowed, the labels are values, or there is nothing to draw from.
+        ProbeError: a name or the share is not allowed, the labels are values, none is flagged, or there is nothing to draw
+            from.
     """
     check_augmentations(names, share, bool(system_prompts))
     if not names:
         return rows
     if rows.problem_type == "regression":
         raise ProbeError(f"augment={list(names)} needs rows with labels, not {rows.problem_type}")
+    harmless: list[str] = []
+    if set(names) != {"system_prompt"}:
+        harmless = [rows.texts[row] for row in _harmless_rows(rows) if isinstance(rows.texts[row], str)]
+        if not harmless:
+            raise ProbeError(f"augment={list(names)} draws from the texts without a flagged label, and there are none")
     groups = _rows_by_label(rows.labels)
-    harmless = [rows.texts[row] for row in groups[0] if isinstance(rows.texts[row], str)]
-    if not harmless and set(names) != {"system_prompt"}:
-        raise ProbeError(f"augment={list(names)} draws from the texts with label 0 or without one, and there are none")
     augmenter, parts = Augmenter(harmless, system_prompts, np.random.default_rng(seed)), [rows]
     for name in names:
         copies = rows.select(_draw(groups, max(1, round(share * len(rows))), augmenter.rng))
         parts.append(replace(copies, texts=[_wrap(getattr(augmenter, name), text) for text in copies.texts]))
     return LabelledTexts.join(parts)
+
+
+def _harmless_rows(rows: LabelledTexts) -> np.ndarray:
+    if rows.labels.ndim == 2:
+        return np.flatnonzero(~rows.labels.any(axis=1))
+    names = rows.label_names
+    if not (flagged := rows.flagged or flagged_by_default(names)):
+        raise ProbeError(
+            f"augment needs the labels to flag, flagged=[{names[0]!r}] or --flag {names[0]}; of {', '.join(names)}"
+        )
+    return np.flatnonzero(~np.isin(rows.labels, [names.index(name) for name in flagged]))
 
 
 def _rows_by_label(labels: np.ndarray) -> list[np.ndarray]:

@@ -29,6 +29,7 @@ class Benchmark:
         splits: split -> split on the Hub.
         text, label: a column, or a function of a row. A label is an index, a name, or a list of either.
         label_names: names by index.
+        flagged: the one of two labels that a head is to find; see `ProbeConfig`.
         license, note: licence as the Hub spells it; origin and licence in a sentence, for cards.
         problem_type: as in `ProbeConfig`.
         exchange: columns of the prompts and the replies, for heads that read replies.
@@ -46,6 +47,7 @@ class Benchmark:
     label_names: tuple[str, ...]
     license: str
     note: str
+    flagged: str | None = None
     problem_type: str = "single_label_classification"
     exchange: tuple[str, str] | None = None
     columns: tuple[str, ...] = ()
@@ -115,6 +117,7 @@ _ALL = (
         text="user_input",
         label="toxicity",
         label_names=("non-toxic", "toxic"),
+        flagged="toxic",
         license="cc-by-nc-4.0",
         note="ToxicChat 0124 (prompts of real users of a chat service), CC BY-NC 4.0: non-commercial use only.",
         columns=("conv_id", "human_annotation", "jailbreaking"),
@@ -132,6 +135,7 @@ _ALL = (
         text="prompt",
         label="prompt_harm_label",
         label_names=("unharmful", "harmful"),
+        flagged="harmful",
         license="odc-by",
         note="WildGuardMix (synthetic, adversarial and real prompts with a label of their harm), ODC-BY.",
         columns=("adversarial", "subcategory"),
@@ -147,6 +151,7 @@ _ALL = (
         text="text",
         label="label",
         label_names=("negative", "positive"),
+        flagged="positive",
         license="other",
         note="IMDB Large Movie Review Dataset v1.0 (Maas et al. 2011); its authors state no licence.",
         question="Is this film review negative or positive? Answer with one word.",
@@ -162,6 +167,7 @@ _ALL = (
         text="sentence",
         label="label",
         label_names=("negative", "positive"),
+        flagged="positive",
         license="unknown",
         note="SST-2 (Stanford Sentiment Treebank, two classes); its authors state no licence (research use).",
         question="Is the sentiment of this sentence from a film review negative or positive? Answer with one word.",
@@ -203,6 +209,7 @@ _ALL = (
         text="prompt",
         label="label",
         label_names=("safe", "unsafe"),
+        flagged="unsafe",
         license="cc-by-4.0",
         note="XSTest v2 (250 safe prompts that look unsafe, 200 unsafe ones), CC BY 4.0.",
         columns=("id", "type", "focus", "note"),
@@ -215,6 +222,7 @@ _ALL = (
         text="prompt",
         label=_any_category,
         label_names=("unflagged", "flagged"),
+        flagged="flagged",
         license="mit",
         note="OpenAI's moderation evaluation set (1,680 texts, flagged in any of 8 categories), MIT.",
         columns=_MODERATION_CATEGORIES,
@@ -229,6 +237,7 @@ _ALL = (
         text="text",
         label=_aegis_vote,
         label_names=("unharmful", "harmful"),
+        flagged="harmful",
         license="cc-by-4.0",
         note="Aegis 1.0 (prompts, label by majority of the annotators), CC BY 4.0.",
         columns=("id",),
@@ -242,6 +251,7 @@ _ALL = (
         text=_dialogue,
         label=lambda row: None if row["is_safe"] is None else int(not row["is_safe"]),
         label_names=("unharmful", "harmful"),
+        flagged="harmful",
         license="cc-by-nc-4.0",
         note="BeaverTails-30k (pairs of question and answer), CC BY-NC 4.0: non-commercial use only.",
         exchange=("prompt", "response"),
@@ -256,6 +266,7 @@ _ALL = (
         text="prompt",
         label=lambda row: 1,
         label_names=("unharmful", "harmful"),
+        flagged="harmful",
         license="mit",
         note="AdvBench (520 harmful requests, no harmless ones), MIT.",
     ),

@@ -69,6 +69,12 @@ class DataSources:
     text_column: str = setting("text", "Column of the texts.")
     label_column: str = setting("label", "Column of the labels.")
     label_names: list[str] | None = setting(None, "Names of the labels 0, 1, ..., with commas.")
+    flagged: list[str] | None = setting(
+        None,
+        "Label to find, by name: halt_on halts on it; of two labels, thresholds and metrics are for it. Repeatable. Default: that "
+        "of a named --train, else none.",
+        "--flag",
+    )
     problem_type: ProblemType | None = setting(None, "What labels are. Default: told by the labels.")
     validation_share: float | None = setting(
         None,
@@ -93,7 +99,7 @@ class DataSources:
     augment: list[str] = setting(
         list,
         f"Add wrapped copies of training rows: {', '.join(AUGMENTATIONS)}. What is added comes from rows "
-        "with label 0, and from --system-prompts. Repeatable.",
+        "without a flagged label, and from --system-prompts. Repeatable.",
     )
     augment_share: float = setting(
         SHARE, "Copies that each --augment makes, as a share of the training rows: as many of each label."
@@ -268,4 +274,7 @@ class DataSources:
             text, label = "text", "label"
             if prompt is not None and benchmark.exchange is not None:
                 prompt = benchmark.exchange[0]
-        return read_labelled(source, text, label, names, kind, split, self.data_dir, prompt, self.max_text)
+        rows = read_labelled(source, text, label, names, kind, split, self.data_dir, prompt, self.max_text)
+        if wrong := sorted(set(self.flagged or ()) - set(rows.label_names)):
+            raise ProbeError(f"flagged={wrong} must be labels of {source}: {', '.join(rows.label_names)}")
+        return replace(rows, flagged=self.flagged or rows.flagged)

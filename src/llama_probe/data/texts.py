@@ -39,6 +39,7 @@ class LabelledTexts:
         label_names: names by index.
         problem_type: as in `ProbeConfig`.
         columns: further columns of the data, to slice results by.
+        flagged: names of the labels to flag; see `ProbeConfig`.
     """
 
     texts: list[Text]
@@ -46,6 +47,7 @@ class LabelledTexts:
     label_names: list[str]
     problem_type: str
     columns: Columns
+    flagged: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -144,7 +146,8 @@ class LabelledTexts:
         else:
             labels = np.zeros((len(self), len(new)), dtype=self.labels.dtype)
             labels[:, index] = self.labels
-        return replace(self, labels=labels, label_names=new)
+        flagged = self.flagged and [new[index[old.index(name)]] for name in self.flagged]
+        return replace(self, labels=labels, label_names=new, flagged=flagged)
 
 
 def check_labels(name: str, rows: LabelledTexts) -> None:
@@ -185,7 +188,7 @@ def read_labelled(
     data_dir: str | os.PathLike | None = None,
     prompt_column: str | None = None,
     max_text: int = MAX_TEXT,
-    benign: bool = False,
+    label_of_all: str | None = None,
 ) -> LabelledTexts:
     """Read labelled rows; see `read_labels` for the meaning of labels.
 
@@ -199,7 +202,7 @@ def read_labelled(
         data_dir: local copies of the data sets known by name; see `read_benchmark`.
         prompt_column: column of the prompts, texts or chat messages, if the texts are replies to them.
         max_text: characters of the longest text; see also `InputFile.read`.
-        benign: read no label column: every row has the first of `label_names`.
+        label_of_all: read no label column: every row has this one of `label_names`.
 
     Raises:
         ProbeError: the source cannot be read or is too large, a column is missing, a text or label is empty, or labels
@@ -211,6 +214,7 @@ def read_labelled(
         if len(set(needed)) < len(needed):
             raise ProbeError(f"columns {', '.join(needed)}: texts, prompts and labels need columns of their own")
         columns, names = read_table(source, split, needed[:-1], max_text)
+        flagged = None
         own_names = None if problem_type == "regression" else names.get(label_column)
     else:
         benchmark, own_split = known
@@ -221,21 +225,31 @@ def read_labelled(
             raise ProbeError(
                 f"{source} is read by text_column='text', label_column='label', prompt_column={prompts!r} or None"
             )
-        if not benign and problem_type not in (None, benchmark.problem_type):
+        if label_of_all is None and problem_type not in (None, benchmark.problem_type):
             raise ProbeError(f"problem_type: {source} is for {benchmark.problem_type}, not for {problem_type}")
         columns = read_benchmark(benchmark, own_split or split, data_dir)
         own_names, problem_type = benchmark.label_names, problem_type or benchmark.problem_type
+        flagged = benchmark.flagged and [benchmark.flagged]
         if prompt_column is not None:
             text_column = replies
-    if benign:
-        own_names, columns[label_column] = None, [label_names[0]] * len(next(iter(columns.values())))
+    if label_of_all is not None:
+        own_names, flagged, columns[label_column] = None, None, [label_of_all] * len(next(iter(columns.values())))
     for name in (text_column, label_column, prompt_column):
         if name is not None and name not in columns:
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
     if known is not None and prompt_column is not None:
         columns.pop("text", None)  # the replies are read in its place
     return label_rows(
-        source, columns, text_column, label_column, label_names, own_names, problem_type, prompt_column, max_text
+        source,
+        columns,
+        text_column,
+        label_column,
+        label_names,
+        own_names,
+        problem_type,
+        prompt_column,
+        max_text,
+        flagged,
     )
 
 
@@ -249,11 +263,13 @@ def label_rows(
     problem_type: str | None = None,
     prompt_column: str | None = None,
     max_text: int = MAX_TEXT,
+    flagged: list[str] | None = None,
 ) -> LabelledTexts:
     """Return columns as labelled rows; see `read_labelled`.
 
     Args:
         own_names: names that the data itself gives its labels; they are matched with `label_names`.
+        flagged: those of them to flag.
     """
     columns = dict(columns)
     texts, values = columns.pop(text_column), columns.pop(label_column)
@@ -271,7 +287,8 @@ def label_rows(
                 raise ProbeError(f"{source}: row {row} has no prompt, or its reply is not a text")
             text = exchange(_read_text(source, row, prompt), text)
         found.append(text)
-    rows = LabelledTexts(found, *read_labels(source, values, own_names or label_names, problem_type), columns)
+    labels = read_labels(source, values, own_names or label_names, problem_type)
+    rows = LabelledTexts(found, *labels, columns, flagged)
     return rows.renamed(label_names) if own_names and label_names else rows
 
 

@@ -26,9 +26,9 @@ def asked(
     shares: Sequence[float],
     verdicts: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """Return recall and false alarms of a head with two labels that asks a judge about the rows nearest to its threshold.
+    """Return recall and false alarms of a head that asks a judge about the rows nearest to its threshold.
 
-    A cheap score in front of an expensive judge, as in arXiv 2601.11516.
+    The head flags one of two labels. A cheap score in front of an expensive judge, as in arXiv 2601.11516.
 
     Args:
         logits (`[rows, 2]`), labels (`[rows]`): scores and true labels.
@@ -39,19 +39,20 @@ def asked(
         For each share: `share`, the `band` of probabilities that is asked about (None if empty), `recall` and
         `false_alarms`, which are None without rows of that label.
     """
-    threshold = threshold_of(config, 1)
+    index = config.need_flagged_index("asked")
+    threshold = threshold_of(config, index)
     threshold = 0.5 if threshold is None else threshold
-    distance = log_odds(logits.float(), config)[:, 1].numpy() - np.log(threshold / (1 - threshold))
-    scores = probabilities(logits.float(), config)[:, 1].numpy()
+    distance = log_odds(logits.float(), config)[:, index].numpy() - np.log(threshold / (1 - threshold))
+    scores = probabilities(logits.float(), config)[:, index].numpy()
     judged = labels if verdicts is None else verdicts
     nearest, found = np.argsort(np.abs(distance), kind="stable"), []
     for share in shares:
         rows = nearest[: round(share * len(labels))]
         flagged = distance >= 0
-        flagged[rows] = judged[rows] == 1
+        flagged[rows] = judged[rows] == index
         band = [float(scores[rows].min()), float(scores[rows].max())] if len(rows) else None
         recall, alarms = (
-            float(flagged[labels == label].mean()) if (labels == label).any() else None for label in (1, 0)
+            float(flagged[labels == label].mean()) if (labels == label).any() else None for label in (index, 1 - index)
         )
         found.append({"share": share, "band": band, "recall": recall, "false_alarms": alarms})
     return found

@@ -14,7 +14,7 @@ import torch
 from scipy.stats import binomtest
 
 from ..heads.configuration import ProbeConfig
-from .metrics import is_binary, ranking_scores, truth_and_predictions
+from .metrics import ranking_scores, truth_and_predictions
 
 
 # Maps weights `[resamples, rows]`, how often each row counts, to numbers `[resamples]` or `[resamples, labels]` by name.
@@ -65,8 +65,8 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         counts = {"f1": _ratio(2 * tp, given + support), "precision": _ratio(tp, given), "recall": _ratio(tp, support)}
         areas = dict(zip(("auprc", "auroc"), np.stack([r.areas(weights) for r in rankings], axis=2), strict=True))
         found = {"accuracy": weights @ right / weights.sum(axis=1)}
-        if is_binary(config):
-            found |= {name: values[:, 1] for name, values in {**counts, **areas}.items()}
+        if config.flagged_index is not None:
+            found |= {name: values[:, config.flagged_index] for name, values in {**counts, **areas}.items()}
         else:
             # A mean leaves out labels that no row has or is given, and areas that are undefined (NaN).
             met = (given + support > 0).sum(axis=1).astype(np.float64)

@@ -16,13 +16,17 @@ from transformers.utils import logging
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import check_numbers, probabilities, probe_loss, threshold_of
-from .metrics import has_label, is_binary
+from .metrics import has_label
 
 
 logger = logging.get_logger(__name__)
 
 BEST_F1 = "best-f1"
 
+# A threshold outside of these flags next to nothing, or nearly all that is unlike the rows it was fitted on.
+_LOWEST, _HIGHEST = 0.001, 0.999
+# A head that gives the flagged label to a larger share of rows that should not be flagged has learned the other label.
+_MOST_FLAGGED = 0.9
 _BINS = 10  # bins of equal width that compare confidence with frequency
 
 
@@ -97,14 +101,14 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
 def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = None) -> None:
     """Raise `ProbeError` unless a head can have a threshold for each rate, fitted on a number of rows.
 
-    Rates are different, above 0 and below 1. The head has two labels and reads prompts. There is at least one row over a rate.
+    Rates are different, above 0 and at most 0.5. The head flags one of two labels and reads prompts. There is at least one row
+    over a rate.
     """
-    if not is_binary(config) or config.reads_reply:
-        raise ProbeError(
-            f"rates need a head of prompts with two labels, not {config.num_labels} with token_scope={config.token_scope!r}"
-        )
-    if not rates or not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
-        raise ProbeError(f"rates={list(rates)} must be different numbers above 0 and below 1")
+    config.need_flagged_index("rates")
+    if config.reads_reply:
+        raise ProbeError(f"rates need a head of prompts, not token_scope={config.token_scope!r}")
+    if not rates or not all(0 < rate <= 0.5 for rate in rates) or len(set(rates)) < len(rates):
+        raise ProbeError(f"rates={list(rates)} must be different numbers above 0 and at most 0.5")
     least = math.ceil(1 / min(rates) - 1e-9)
     if rows is not None and rows < least:
         raise ProbeError(f"rates={list(rates)}: {min(rates):g} needs at least {least:,} rows, not {rows:,}")
@@ -114,23 +118,29 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     """Return `config` with a named threshold for each share of harmless rows that it may flag; the first is its own.
 
     Args:
-        logits (`torch.FloatTensor` of shape `[rows, 2]`): of rows that label 1 does not fit.
+        logits (`torch.FloatTensor` of shape `[rows, 2]`): of rows that the flagged label does not fit.
         rates: see `check_rates`. The name of 0.005 is `fpr-0.5%`.
 
     Raises:
-        ProbeError: a logit is not a number, or no threshold keeps to a rate, because more rows have a probability of 1.
+        ProbeError: a logit is not a number; or the head gives nearly all rows the flagged label, or a threshold would flag
+            nothing or nearly all: the wrong label is flagged, or these are the wrong rows.
     """
     check_numbers(logits)
-    ranked, found = np.sort(probabilities(logits.float(), config)[:, 1].numpy())[::-1], {}
+    index, found = config.need_flagged_index("rates"), {}
+    label, ranked = config.id2label[index], np.sort(probabilities(logits.float(), config)[:, index].numpy())[::-1]
+    if (share := float((ranked >= 0.5).mean())) > _MOST_FLAGGED:
+        raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flag")
     for rate in rates:
         lower = ranked[int(rate * len(ranked) + 1e-9)]
-        if lower >= 1:
-            raise ProbeError(
-                f"rate={rate:g}: more of the {len(ranked):,} rows have a probability of 1; no threshold keeps to it"
-            )
         higher = ranked[ranked > lower]
-        found[f"fpr-{100 * rate:g}%"] = _halfway(higher[-1] if len(higher) else 1.0, lower)
-    return config.replace(threshold=next(iter(found.values())), thresholds=found)
+        threshold = _halfway(higher[-1] if len(higher) else 1.0, lower)
+        if not _LOWEST <= threshold <= _HIGHEST:
+            does = "nothing" if threshold > _HIGHEST else "nearly all"
+            raise ProbeError(
+                f"rate={rate:g} gives {label!r} the threshold {threshold:.5f}, which flags {does} of other rows"
+            )
+        found[f"fpr-{100 * rate:g}%"] = threshold
+    return config.replace(flagged=[label], threshold=next(iter(found.values())), thresholds=found)
 
 
 def _halfway(upper: float, lower: float) -> float:
@@ -147,11 +157,13 @@ def check_threshold_rule(config: ProbeConfig, max_false_positive_rate: float | N
     """Raise `ProbeError` if the rule or the rate is not allowed, or the head has no threshold."""
     if threshold_rule not in _THRESHOLD_RULES:
         raise ProbeError(f"threshold_rule={threshold_rule!r} must be one of: {', '.join(_THRESHOLD_RULES)}")
-    rate, has_threshold = max_false_positive_rate, is_binary(config) or config.problem_type.startswith("multi_label")
-    if rate is not None and not (has_threshold and 0 <= rate < 1):
-        raise ProbeError(
-            f"max_false_positive_rate={rate!r} must be at least 0 and below 1, for two labels or a multi-label head"
-        )
+    rate = max_false_positive_rate
+    if rate is None:
+        return
+    if config.problem_type != "multi_label_classification":
+        config.need_flagged_index(f"max_false_positive_rate={rate!r}")
+    if not 0 <= rate < 1:
+        raise ProbeError(f"max_false_positive_rate={rate!r} must be at least 0 and below 1")
 
 
 def calibrate(
@@ -163,8 +175,8 @@ def calibrate(
 ) -> ProbeConfig:
     """Return `config` with the temperature and the thresholds that suit validation rows.
 
-    Heads of two labels and multi-label heads get thresholds. Regression heads are returned unchanged. A label that no row
-    or each row has keeps the default threshold.
+    Heads that flag one of two labels and multi-label heads get thresholds. Regression heads are returned unchanged. A label
+    that no row or each row has keeps the default threshold.
 
     Args:
         logits (`torch.FloatTensor` of shape `[rows, num_labels]`), labels: of validation rows.
@@ -178,7 +190,8 @@ def calibrate(
     check_numbers(logits)
     if config.problem_type == "regression":
         return config
-    config = config.replace(temperature=fit_temperature(logits, labels, config), threshold=None, thresholds=None)
+    temperature, flagged = fit_temperature(logits, labels, config), config.flagged_labels or None
+    config = config.replace(temperature=temperature, flagged=flagged, threshold=None, thresholds=None)
     probs, truth = probabilities(logits.float(), config).numpy(), labels.numpy()
 
     def choose(scores: np.ndarray, positives: np.ndarray, default: float | None) -> float | None:
@@ -190,14 +203,16 @@ def calibrate(
 
     if config.problem_type == "multi_label_classification":
         return config.replace(threshold=[choose(probs[:, i], truth[:, i], 0.5) for i in range(config.num_labels)])
-    return config.replace(threshold=choose(probs[:, 1], truth, None)) if is_binary(config) else config
+    if (index := config.flagged_index) is None:
+        return config
+    return config.replace(threshold=choose(probs[:, index], truth == index, None))
 
 
 def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, Any]:
     """Compare the confidence of a head with how often it is right (Guo et al., arXiv 1706.04599).
 
-    Two labels and multi-label heads: the probability of each (positive) label against how often it holds. More labels:
-    the largest probability against how often its label is right.
+    Heads that flag one of two labels and multi-label heads: the probability of the flagged or of each label against how often
+    it holds. Others: the largest probability against how often its label is right.
 
     Returns:
         `error`: expected calibration error with the saved temperature; `error_uncalibrated`: the same at temperature 1;
@@ -235,8 +250,8 @@ def _confidence(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
     probs = probabilities(logits.float(), config).numpy()
     if config.problem_type == "multi_label_classification":
         return probs, labels.astype(float)
-    if is_binary(config):
-        return probs[:, 1:], (labels == 1).astype(float)[:, None]
+    if (index := config.flagged_index) is not None:
+        return probs[:, index : index + 1], (labels == index).astype(float)[:, None]
     return probs.max(axis=1, keepdims=True), (probs.argmax(axis=1) == labels).astype(float)[:, None]
 
 
@@ -248,13 +263,13 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     """Return what each threshold would give: 0.1 to 0.9, and the saved one.
 
     Returns:
-        By name, for label 1 of two or each label of a multi-label head that occurs: rows with `threshold`, `precision`
-        (None if nothing is flagged), `recall`, `flagged` (share of all rows) and `saved`. Empty for other heads.
+        By name, for the flagged one of two labels or each label of a multi-label head that occurs: rows with `threshold`,
+        `precision` (None if nothing is flagged), `recall`, `flagged` (share of all rows) and `saved`. Empty for other heads.
     """
     probs, tables = probabilities(logits.float(), config).numpy(), {}
     for index in range(config.num_labels):
         positive = has_label(labels, index, config)
-        is_judged = config.problem_type == "multi_label_classification" or (is_binary(config) and index == 1)
+        is_judged = config.problem_type == "multi_label_classification" or index == config.flagged_index
         if not is_judged or not positive.any():
             continue
         saved = threshold_of(config, index)

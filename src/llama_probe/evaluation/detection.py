@@ -15,7 +15,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import probabilities
 from ..heads.probe import ProbeModel
 from .calibration import highest_recall_threshold
-from .metrics import has_label, is_binary
+from .metrics import has_label
 from .prediction import states_for
 
 
@@ -118,7 +118,7 @@ def halting_rules(
 ) -> dict[str, list[dict[str, Any]]]:
     """Return, for each label and each patience of `PATIENCES`, the threshold that detects most replies.
 
-    Labels are the second of two, else all. Regression heads have none. Labels of no row or of each row are skipped.
+    Labels are the flagged one of two, else all. Regression heads have none. Labels of no row or of each row are skipped.
 
     Args:
         config: of the head.
@@ -131,7 +131,7 @@ def halting_rules(
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for index, name in config.id2label.items():
-        if config.problem_type == "regression" or (is_binary(config) and index != 1):
+        if config.problem_type == "regression" or config.flagged_index not in (None, index):
             continue
         positives = has_label(labels, index, config)
         if not 0 < positives.sum() < len(positives):

@@ -57,8 +57,9 @@ def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
 
     Returns:
         Classes: `accuracy`, `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`; the last two rank the rows by
-        `log_odds`. Of two labels they are those of label 1, else means over the labels: the first three over labels that
-        some row has or is given, the last two over labels that some rows have and others do not (None if there are none).
+        `log_odds`. If one of two labels is flagged, they are those of that label. Else they are means over the labels: the
+        first three over labels that some row has or is given, the last two over labels that some rows have and others do not
+        (None if there are none).
         Regression: `mse`, `mae` and `r2` (None if all rows have the same value).
 
     Raises:
@@ -75,7 +76,8 @@ def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
         }
     truth, predicted = truth_and_predictions(logits, labels, config)
     ranked = ranking_scores(logits, config)
-    met = [1] if is_binary(config) else np.flatnonzero((truth | predicted).any(axis=0))
+    flagged = config.flagged_index
+    met = [flagged] if flagged is not None else np.flatnonzero((truth | predicted).any(axis=0))
     parts = _score_columns(truth[:, met], predicted[:, met], ranked[:, met])
     found: dict[str, float | None] = {"accuracy": float((truth == predicted).all(axis=1).mean())}
     for name in _CLASS_METRICS[1:]:
@@ -83,11 +85,6 @@ def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
         undefined = None if name in ("auprc", "auroc") else 0.0
         found[name] = float(np.mean(values)) if values else undefined
     return found
-
-
-def is_binary(config: ProbeConfig) -> bool:
-    """Return True for a head of two labels, of which label 1 is the one to find."""
-    return config.problem_type == "single_label_classification" and config.num_labels == 2
 
 
 def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray:
@@ -170,7 +167,9 @@ def default_metric(config: ProbeConfig) -> str:
     """Return the metric that chooses a head by default. AUPRC needs no threshold."""
     if config.problem_type == "regression":
         return "r2"
-    return "auprc" if is_binary(config) or config.problem_type == "multi_label_classification" else "accuracy"
+    if config.has_two_labels and config.flagged_index is None:
+        return "auroc"  # the same for both labels
+    return "auprc" if config.has_two_labels or config.problem_type == "multi_label_classification" else "accuracy"
 
 
 def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:

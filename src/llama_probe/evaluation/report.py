@@ -138,29 +138,29 @@ def detailed_report(
 
 
 def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
-    """Return how many rows get label 1 from a head with two labels.
+    """Return how many rows get the flagged label of a head with two labels.
 
     Returns:
-        `share`, its 95 % `interval` (Wilson, 1927), and the `threshold`. If the head has further thresholds, `named` has the
-        same of each.
+        The `label`, the `share`, its 95 % `interval` (Wilson, 1927), and the `threshold`. If the head has further thresholds,
+        `named` has the last three of each.
     """
-    probs = probabilities(logits.float(), config)
+    probs, index = probabilities(logits.float(), config), config.need_flagged_index("flagged_share")
 
     def share(config: ProbeConfig) -> dict[str, Any]:
-        flagged = predictions(probs, config)
+        flagged = predictions(probs, config) == index
         interval = list(share_interval(int(flagged.sum()), len(flagged)))
         threshold = 0.5 if config.threshold is None else config.threshold
         return {"share": float(flagged.double().mean()), "interval": interval, "threshold": threshold}
 
     named = {name: share(config.replace(threshold=value)) for name, value in (config.thresholds or {}).items()}
-    return share(config) | ({"named": named} if named else {})
+    return {"label": config.id2label[index], **share(config), **({"named": named} if named else {})}
 
 
-def without_undefined(result: dict[str, Any], labels: np.ndarray) -> dict[str, Any]:
-    """Return a report of a head with two labels in which metrics are None that need rows of a label that none has."""
+def without_undefined(result: dict[str, Any], labels: np.ndarray, flagged: int) -> dict[str, Any]:
+    """Return a report in which metrics of the `flagged` one of two labels are None if they need rows of a label that none has."""
     found, undefined = set(labels.tolist()), set()
     if len(found) < 2:
-        undefined = {"f1", "precision"} | ({"recall"} if 1 not in found else set())
+        undefined = {"f1", "precision"} | ({"recall"} if flagged not in found else set())
     return {key: None if key in undefined else value for key, value in result.items()}
 
 

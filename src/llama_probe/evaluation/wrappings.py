@@ -12,7 +12,6 @@ from ..data.states import PromptDataset
 from ..errors import ProbeError
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
-from .metrics import is_binary
 from .prediction import predict_logits
 
 
@@ -74,7 +73,7 @@ def kept_labels(
 
     Args:
         head: a head that reads prompts, bound to its backbone.
-        texts: texts. Of a head with two labels, those count to which it gives label 1.
+        texts: texts. Of a head that flags one of two labels, those count to which it gives that.
         prompts: the format of the head.
         most: texts that are wrapped, at most: the first that count.
 
@@ -90,9 +89,12 @@ def kept_labels(
             "wrappings are for heads that label prompts of a chat (token_scope, problem_type, prompt_format)"
         )
     plain = _labels(head, texts, prompts, progress)
-    rows = (np.flatnonzero(plain == 1) if is_binary(config) else np.arange(len(texts)))[:most]
+    flagged = config.flagged_index
+    rows = (np.arange(len(texts)) if flagged is None else np.flatnonzero(plain == flagged))[:most]
     if not len(rows):
-        raise ProbeError(f"wrappings: the head gives no row the label {config.id2label[1]!r}; pass rows that it flags")
+        raise ProbeError(
+            f"wrappings: the head gives no row the label {config.id2label[flagged]!r}; pass rows that it flags"
+        )
     kept = {}
     for name, turns in wrappings(prompts).items():
         if name == "second turn" and config.token_scope == "last_user":

@@ -19,7 +19,17 @@ from ..hub.folder import CODE_NAME, CONFIG_NAME, check_output, read_config_value
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 from .registry import get_probe_type, import_kinds, probe_types
-from .rules import REPLY_SCOPES, UNKNOWN_FORMAT, Normalize, Pool, ProblemType, TokenScope, check_fields, named_labels
+from .rules import (
+    REPLY_SCOPES,
+    UNKNOWN_FORMAT,
+    Normalize,
+    Pool,
+    ProblemType,
+    TokenScope,
+    check_fields,
+    flagged_by_default,
+    named_labels,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -74,7 +84,11 @@ class ProbeConfig:
             backbone, its commit on the Hub, its `model_type` and its class.
         base_model_dtype, base_model_quantization: format of the backbone's weights in training; None if not quantised.
         fingerprint: 32 numbers that summarise the backbone's states for a fixed input.
-        threshold: two labels: probability of label 1 from which label 1 is given (None: the larger one wins).
+        flagged: names of the labels that the head is there to find, such as `["harmful"]`: `halt_on` halts on them, and of two
+            labels thresholds and metrics are those of the flagged one. None: `halt_on` must name a label, but for labels without
+            names, of which `LABEL_1` is flagged. Heads of earlier versions flag the second of two labels, and so does a
+            `threshold` that is given without `flagged`. `flagged_labels` has all this.
+        threshold: two labels: probability of the flagged label from which it is given (None: the larger one wins).
             Multi-label: one value, or one a label (None: 0.5).
         thresholds: further thresholds of a head of two labels, by name, such as `{"fpr-2%": 0.31}`.
         temperature: logits are divided by it before they become probabilities. Positive.
@@ -121,6 +135,7 @@ class ProbeConfig:
     base_model_quantization: str | None = None
     fingerprint: list[float] | None = None
 
+    flagged: list[str] | None = None
     threshold: float | list[float] | None = None
     thresholds: dict[str, float] | None = None
     temperature: float = 1.0
@@ -141,6 +156,7 @@ class ProbeConfig:
             self.causal = self.reads_reply
         if self.reads_reply and not self.causal:
             raise ProbeError(f"causal=False is not allowed with token_scope={self.token_scope!r}: replies grow")
+        self._check_flagged()
         self._check_thresholds()
         if self.layers != "all":
             self.layers = sorted(self.layers)
@@ -156,9 +172,18 @@ class ProbeConfig:
                 )
         kind.check(self)
 
+    def _check_flagged(self) -> None:
+        names, single = list(self.id2label.values()), self.problem_type == "single_label_classification"
+        if self.flagged is None:
+            return
+        if self.problem_type == "regression":
+            raise ProbeError(f"flagged={self.flagged} must be None: a regression has no labels")
+        most = len(names) - single  # one of them must be left for what is not flagged
+        if not set(self.flagged) <= set(names) or len(self.flagged) > most:
+            raise ProbeError(f"flagged={self.flagged} must be at most {most} of the labels: {', '.join(names)}")
+
     def _check_thresholds(self) -> None:
-        multi_label = self.problem_type == "multi_label_classification"
-        two = self.num_labels == 2 and self.problem_type == "single_label_classification"
+        multi_label, two = self.problem_type == "multi_label_classification", self.has_two_labels
         found = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
         if isinstance(self.threshold, list):
             fits = multi_label and len(self.threshold) == self.num_labels
@@ -169,6 +194,43 @@ class ProbeConfig:
             raise ProbeError(f"threshold={self.threshold!r} {needed}, not {found}")
         if self.thresholds and not two:
             raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {found}")
+
+    @property
+    def has_two_labels(self) -> bool:
+        """True if the head gives one of two labels."""
+        return self.num_labels == 2 and self.problem_type == "single_label_classification"
+
+    @property
+    def flagged_labels(self) -> list[str]:
+        """Names of the labels that the head flags; see `flagged`."""
+        names = list(self.id2label.values())
+        if self.flagged is not None or self.problem_type != "single_label_classification":
+            return self.flagged or []
+        has_threshold = self.threshold is not None or self.thresholds
+        return names[1:] if self.has_two_labels and has_threshold else flagged_by_default(names)
+
+    @property
+    def flagged_index(self) -> int | None:
+        """Index of the flagged one of two labels; None for other heads, and for a head that flags none."""
+        flagged = self.flagged_labels if self.has_two_labels else []
+        return self.label2id[flagged[0]] if flagged else None
+
+    def need_flagged_index(self, purpose: str) -> int:
+        """Return `flagged_index`.
+
+        Args:
+            purpose: what needs it; it begins the message.
+
+        Raises:
+            ProbeError: there is none.
+        """
+        names = list(self.id2label.values())
+        if not self.has_two_labels:
+            raise ProbeError(f"{purpose} needs a head with two labels; this one has {', '.join(names)}")
+        if self.flagged_index is None:
+            way = f"flagged=[{names[0]!r}], or on the command line train or calibrate --flag {names[0]}"
+            raise ProbeError(f"{purpose} needs the label to flag; name it, {way}; labels: {', '.join(names)}")
+        return self.flagged_index
 
     def check_supports_novelty(self) -> None:
         """Raise `ProbeError` unless `supports_novelty`."""
@@ -209,7 +271,11 @@ class ProbeConfig:
         return SimpleNamespace(**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _AnyToken()))
 
     def replace(self, **changes) -> ProbeConfig:
-        """Return a checked copy with some fields changed."""
+        """Return a checked copy with some fields changed. Flagged labels stay flagged if `id2label` gives them other names."""
+        if self.flagged and changes.get("id2label") and "flagged" not in changes:
+            _, names = named_labels(None, changes["id2label"])
+            indices = [self.label2id[name] for name in self.flagged]
+            changes["flagged"] = [names[index] for index in indices if index in names] or None
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -257,6 +323,8 @@ class ProbeConfig:
             raise ProbeError(f"a probe config must be a JSON object, not {type(values).__name__}")
         names = {item.name for item in dataclasses.fields(cls)}
         config = cls(**{key: value for key, value in values.items() if key in names})
+        if "flagged" not in values and config.num_labels == 2 and config.problem_type != "regression":
+            config = config.replace(flagged=[config.id2label[1]])  # earlier versions flagged the second of two
         if values.get("label2id") not in (None, config.label2id):
             raise ProbeError("label2id contradicts id2label; leave label2id out")
         return config, sorted(values.keys() - names - {"label2id", "config_sha256"})

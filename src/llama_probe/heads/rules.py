@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from ..errors import ProbeError
@@ -123,6 +123,10 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a number from 0 to 1, a list of these",
         lambda value: _is_share(value) or _is_list_of(_is_share, value),
     ),
+    "flagged": (
+        "a list of different label names",
+        lambda value: _is_list_of(_is_name, value) and len(set(value)) == len(value),
+    ),
     "thresholds": ("{name: a number from 0 to 1} with printable names", _are_thresholds),
     "novelty": ("{'layers': [ascending state indices], 'rank': a whole number from 1}", _is_novelty),
     "fingerprint": ("a list of numbers", lambda value: _is_list_of(_is_number, value)),
@@ -144,6 +148,11 @@ def check_fields(config: Any) -> None:
         allowed, holds = RULES[field.name]
         if not holds(value):
             raise ProbeError(f"{field.name}={value!r} must be {allowed}")
+
+
+def flagged_by_default(label_names: Sequence[str]) -> list[str]:
+    """Return the labels to flag if nobody has named one: `LABEL_1`, if rows had the labels 0 and 1 without names."""
+    return ["LABEL_1"] if list(label_names) == ["LABEL_0", "LABEL_1"] else []
 
 
 def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tuple[int, dict[int, str]]:

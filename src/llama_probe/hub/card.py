@@ -223,7 +223,13 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     # A config written by hand may leave fields out; None reads as the default in each sentence.
     config = defaultdict(lambda: None, {"probe_type": "mha"} | config)
     names = config["id2label"] or {index: f"LABEL_{index}" for index in range(config["num_labels"] or 2)}
-    return config | {"labels": [str(names[index]) for index in sorted(names, key=int)]}
+    config |= {"labels": [str(names[index]) for index in sorted(names, key=int)]}
+    # As `ProbeConfig.flagged_labels`: heads of earlier versions, with a threshold, or without names flag the second of two.
+    second = config["labels"][1:] if len(names) == 2 and config["problem_type"] != "regression" else []
+    is_older = "flagged" not in config or config["threshold"] is not None or config["thresholds"]
+    if not config["flagged"] and (is_older or second == ["LABEL_1"]):
+        config["flagged"] = second
+    return config
 
 
 def _card(folder: Path, config: dict[str, Any], results, plots: Sequence[str], source, license, tags) -> ModelCard:
@@ -233,8 +239,9 @@ def _card(folder: Path, config: dict[str, Any], results, plots: Sequence[str], s
     source = source or folder.resolve().name
     name, base = default_name(source), config["base_model_name_or_path"]
     values |= {"config": config, "results": results, "facts": asdict(facts), "name": name, "source": source}
-    chosen = [rule for rule in measured_rules(results).get(config["labels"][-1], []) if rule["chosen"]]
-    values["halt"] = {"label": config["labels"][-1], "threshold": 0.5}
+    label = (config["flagged"] or config["labels"])[0]
+    chosen = [rule for rule in measured_rules(results).get(label, []) if rule["chosen"]]
+    values["halt"] = {"label": label, "threshold": 0.5}
     if chosen:
         values["halt"] |= {"threshold": round(chosen[0]["threshold"], 3), "patience": chosen[0]["patience"]}
     scores = {}

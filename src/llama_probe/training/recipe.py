@@ -124,6 +124,7 @@ def head_config(head: dict[str, Any], rows: LabelledTexts, backbone: str | None)
         "hidden_size": target and target.hidden_size,
         "num_hidden_layers": target and target.num_hidden_layers,
         "base_model_name_or_path": backbone and model_id(backbone),
+        "flagged": rows.flagged,
     }
     labels = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
     return ProbeConfig(**{**known, **head, **labels})

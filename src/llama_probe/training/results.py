@@ -98,6 +98,7 @@ def add_results(
     results = {
         "backbone": probe.config.base_model_name_or_path,
         "probe_type": probe.config.probe_type,
+        "flagged": probe.config.flagged_labels,
         "num_parameters": probe.num_parameters(),
         "data": rows,
         "recipe": asdict(recipe),

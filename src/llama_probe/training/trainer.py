@@ -190,8 +190,10 @@ class ProbeTrainer(Trainer):
             unnamed = learned and names == list(ProbeConfig(num_labels=len(names)).id2label.values())
             given = None if unnamed else names
             rows = rows_in_memory(name, data, self._columns, given, probe.config.problem_type)
+            # An alphabetical order does not say which label is flagged.
+            flagged = probe.config.flagged if rows.label_names == names else rows.flagged
             if unnamed and len(rows.label_names) == len(names):
-                self._record(probe, id2label=dict(enumerate(rows.label_names)))
+                self._record(probe, id2label=dict(enumerate(rows.label_names)), flagged=flagged)
             rows = rows.renamed(list(probe.config.id2label.values()))
         if learned:
             check_labels(name, rows)

@@ -140,6 +140,8 @@ class ProbeConnector(KVConnectorBase_V1):
         if runs:
             times = cache_growth(self._kv_cache_config.kv_cache_groups[0])
             logger.info("What heads need makes the KV cache %.2f times as large", times)
+            for rule in self.settings.rules:
+                logger.info("halt_on: %s", rule)
         self._scorer = Scorer({cache.kind: cache for cache in caches}, self._block_size, runs)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

@@ -71,14 +71,16 @@ class ProbeSettings:
     def flags(self) -> list[HaltRule]:
         """The rules by which labels are flagged, by head and label: those of `halt_on`, else the heads' own thresholds.
 
-        A head of two labels flags the second, a multi-label head any. Others flag what `halt_on` names.
+        A head flags what its config names (`flagged`), a multi-label head that names none any label. `halt_on` adds what it
+        names, and takes the place of what a head of exclusive labels flags.
         """
         flags: list[HaltRule] = []
         for name, config in self.configs.items():
             rules = {rule.index: rule for rule in self.rules if rule.head == name}
-            labels = list(config.id2label.values())
-            if config.problem_type != "multi_label_classification":
-                labels = [] if rules or len(labels) > 2 or config.problem_type == "regression" else labels[1:]
+            if config.problem_type == "multi_label_classification":
+                labels = config.flagged_labels or list(config.id2label.values())
+            else:
+                labels = [] if rules else config.flagged_labels
             own = (HaltRule.create(name, config, label) for label in labels)
             rules = {rule.index: rule for rule in own} | rules
             flags += [rules[index] for index in sorted(rules)]

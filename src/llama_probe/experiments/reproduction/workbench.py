@@ -23,7 +23,7 @@ from ...heads.configuration import ProbeConfig
 from ...heads.match import describe
 
 
-# Data sets that are compared by F1 and AUPRC of label 1, as in the paper. The others are compared by accuracy.
+# Data sets that are compared by F1 and AUPRC of the flagged label, as in the paper. The others are compared by accuracy.
 SAFETY = ("toxicchat", "wildguardmix")
 
 
@@ -129,7 +129,8 @@ class Task:
     @cached_property
     def labels(self) -> ProbeConfig:
         """A config with the labels alone: enough to turn the logits of any method into metrics."""
-        return ProbeConfig(probe_type="pooling", id2label=dict(enumerate(self.parts["train"].label_names)))
+        rows = self.parts["train"]
+        return ProbeConfig(probe_type="pooling", id2label=dict(enumerate(rows.label_names)), flagged=rows.flagged)
 
     @cached_property
     def config(self) -> ProbeConfig:
