@@ -939,7 +939,7 @@ class ProbeConfig:
 
     @property
     def flagged_labels(self) -> list[str]:
-        """Names of the labels that the head flags; see `flagged`."""
+        """Names of the labels that the head flags."""
         names = list(self.id2label.values())
         if self.flagged is not None or self.problem_type != "single_label_classification":
             return self.flagged or []
@@ -1000,6 +1000,9 @@ class ProbeConfig:
 
     def replace(self, **changes) -> ProbeConfig:
         """Return a checked copy with some fields changed. Flagged labels stay flagged if `id2label` gives them other names."""
+        has_threshold = any(changes.get(name) is not None for name in ("threshold", "thresholds"))
+        if self.has_two_labels and has_threshold and "flagged" not in changes:
+            self.need_flagged_index("threshold")
         if self.flagged and changes.get("id2label") and "flagged" not in changes:
             _, names = named_labels(None, changes["id2label"])
             indices = [self.label2id[name] for name in self.flagged]

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_line import refuse, succeed
+from command_line import call, refuse, succeed
 
 from llama_probe import ProbeModel
 from llama_probe.heads.configuration import read_config
@@ -55,6 +55,7 @@ def test_the_flagged_label_halts_calibrates_and_is_measured(train, backbone_fold
     served = ("--probe", head, "--backbone", backbone_folder)
     args = ("generate", *PROMPTS, "--probe", head, "--backbone", backbone_folder, "--max-new-tokens", 1)
     found = succeed(*args, "--halt-on", "guard", "--json")
+    assert f"guard halts on '{bad}'" in call(*args, "--halt-on", "guard").stderr
     assert [row["halted"] is not None for row in found] == [True, False] and found[0]["halted"]["label"] == bad
     harmless, harmful = tmp_path / "harmless.jsonl", tmp_path / "harmful.jsonl"
     for path, word in ((harmless, "kind"), (harmful, "BAD!!")):

@@ -155,7 +155,15 @@ class TestFlagged:
         assert ProbeConfig.from_dict(values)[0].flagged == ["good"]
         assert ProbeConfig.from_dict(values | {"id2label": None, "label2id": None, "num_labels": 3})[0].flagged is None
         by_threshold = ProbeConfig(id2label={0: "bad", 1: "good"}, threshold=0.3)
-        assert by_threshold.flagged_labels == ["good"]
+        assert by_threshold.flagged_labels == by_threshold.replace(threshold=0.6).flagged_labels == ["good"]
+
+    @pytest.mark.parametrize("changes", [{"threshold": 0.3}, {"threshold": 0.0}, {"thresholds": {"low": 0.3}}])
+    def test_a_threshold_that_comes_later_flags_nothing_by_its_place(self, changes):
+        config = ProbeConfig(id2label={0: "harmful", 1: "harmless"})
+        with pytest.raises(ProbeError, match=r"threshold needs the label to flag.*harmful, harmless"):
+            config.replace(**changes)
+        assert config.replace(**changes, flagged=["harmful"]).flagged_index == 0
+        assert ProbeConfig().replace(**changes).flagged_labels == ["LABEL_1"]
 
     def test_other_names_of_the_labels(self):
         config = ProbeConfig(id2label={0: "bad", 1: "good"}, flagged=["bad"])

@@ -155,8 +155,8 @@ def _print_report(title: str, result: dict[str, Any], temperature: float, bootst
         parts["all rows"]["intervals"] = result["intervals"]
     for column, values in result.get("slices", {}).items():
         parts |= {f"{column} = {value}": part for value, part in values.items()}
-    if found := result.get("flagged"):
-        title += f", for the label {found['label']}"
+    if flagged := result.get("flagged"):
+        title += f", for the label {flagged['label']}"
     _print_parts(title, parts)
     if "labels" in result:
         _print_parts("each label against the others", result["labels"])

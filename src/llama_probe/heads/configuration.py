@@ -84,10 +84,8 @@ class ProbeConfig:
             backbone, its commit on the Hub, its `model_type` and its class.
         base_model_dtype, base_model_quantization: format of the backbone's weights in training; None if not quantised.
         fingerprint: 32 numbers that summarise the backbone's states for a fixed input.
-        flagged: names of the labels that the head is there to find, such as `["harmful"]`: `halt_on` halts on them, and of two
-            labels thresholds and metrics are those of the flagged one. None: `halt_on` must name a label, but for labels without
-            names, of which `LABEL_1` is flagged. Heads of earlier versions flag the second of two labels, and so does a
-            `threshold` that is given without `flagged`. `flagged_labels` has all this.
+        flagged: names of the labels that the head is there to find, such as `["harmful"]`. `halt_on` halts on them. Thresholds
+            and metrics of a head of two labels are those of the flagged one. None: `flagged_labels` has the defaults.
         threshold: two labels: probability of the flagged label from which it is given (None: the larger one wins).
             Multi-label: one value, or one a label (None: 0.5).
         thresholds: further thresholds of a head of two labels, by name, such as `{"fpr-2%": 0.31}`.
@@ -202,7 +200,11 @@ class ProbeConfig:
 
     @property
     def flagged_labels(self) -> list[str]:
-        """Names of the labels that the head flags; see `flagged`."""
+        """Names of the labels that the head flags.
+
+        Defaults to the second of two labels if a threshold is given to the constructor, as in earlier versions, or if the labels
+        have no names. Else to none: `halt_on` must then name a label.
+        """
         names = list(self.id2label.values())
         if self.flagged is not None or self.problem_type != "single_label_classification":
             return self.flagged or []
@@ -271,7 +273,14 @@ class ProbeConfig:
         return SimpleNamespace(**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _AnyToken()))
 
     def replace(self, **changes) -> ProbeConfig:
-        """Return a checked copy with some fields changed. Flagged labels stay flagged if `id2label` gives them other names."""
+        """Return a checked copy with some fields changed. Flagged labels stay flagged if `id2label` gives them other names.
+
+        Raises:
+            ProbeError: a value is not allowed, or a head that flags none of two labels gets a threshold without `flagged`.
+        """
+        has_threshold = any(changes.get(name) is not None for name in ("threshold", "thresholds"))
+        if self.has_two_labels and has_threshold and "flagged" not in changes:
+            self.need_flagged_index("threshold")
         if self.flagged and changes.get("id2label") and "flagged" not in changes:
             _, names = named_labels(None, changes["id2label"])
             indices = [self.label2id[name] for name in self.flagged]
