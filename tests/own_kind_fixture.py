@@ -40,10 +40,11 @@ def own_kind(tmp_path, monkeypatch):
     config = ProbeConfig(probe_type="top", hidden_size=32, num_hidden_layers=4)
     ProbeModel(config).save_pretrained(tmp_path / "head")
     forget()
-    return tmp_path / "head"
+    yield tmp_path / "head"
+    forget()  # the test may have loaded it, and the next one imports it anew
 
 
 def forget():
-    del registry._PROBE_TYPES["top"]
+    registry._PROBE_TYPES.pop("top", None)
     for name in [name for name in sys.modules if name.startswith(("top_", "probe_kind_"))]:
         del sys.modules[name]
