@@ -1,6 +1,8 @@
 """Tiny random models: every test runs on them, without a network and within seconds."""
 
 import gc
+import gzip
+import json
 import os
 
 
@@ -16,7 +18,6 @@ import pytest
 import torch
 from hub_server.fixture import alices_token, hub  # noqa: F401 - fixtures for all tests
 from own_kind_fixture import own_kind  # noqa: F401
-from reproduction_fixture import copies, everything, finished, reproduction  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -181,6 +182,32 @@ def make_reading(
         label="yes" if label is None else label,
         probabilities={"no": 0.25, "yes": 0.75} if probabilities is None else probabilities,
     )
+
+
+@pytest.fixture(scope="session")
+def copies(tmp_path_factory) -> Path:
+    """Local copies of data sets known by name, a few rows each."""
+    folder = tmp_path_factory.mktemp("copies")
+
+    def put(name, split, count, shift=0, labels=2):
+        rows = []
+        for i in range(shift, shift + count):
+            words = ("kind", "rude", "odd", "sad", "shy", "loud")[i % labels]
+            label = [i % 3 + 1, 27] if name == "goemotions" else i % labels
+            rows.append({"text": f"{words} no {i}", "label": label, "human_annotation": i % 4 < 2})
+        path = folder / name / f"{split}.jsonl.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+    put("toxicchat", "train", 40)
+    put("toxicchat", "test", 12, 100)
+    put("emotion", "train", 30, labels=6)
+    put("emotion", "validation", 12, 60, labels=6)
+    put("emotion", "test", 12, 80, labels=6)
+    put("xstest", "test", 8, 200)
+    put("goemotions", "train", 40)
+    put("goemotions", "test", 12, 100)
+    return folder
 
 
 @pytest.fixture(scope="session")

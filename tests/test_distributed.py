@@ -37,7 +37,6 @@ def write_rows(path: Path, count: int) -> None:
     "words, told",
     [
         (["inspect", "x"], "inspect runs in one process"),
-        (["reproduce", "--output", "x"], "reproduce runs in one process"),
         (["classify", "x"], "give files with"),
     ],
 )

@@ -11,6 +11,7 @@ import sys
 import pytest
 from repository import ROOT
 
+from llama_probe import ProbeError
 from llama_probe.backbone import loading
 
 
@@ -33,6 +34,54 @@ def run(name: str, *options: str, lines: tuple[str, ...] = ()) -> str:
             if ended.code:
                 raise
     return printed.getvalue()
+
+
+@pytest.fixture
+def tables(copies, tmp_path, monkeypatch):
+    """A function that writes the tables of the paper into `tmp_path / "out"` from a few rows, and returns `tables.md`."""
+    monkeypatch.syspath_prepend(FOLDER / "paper")
+
+    def write(backbone, *options: str) -> str:
+        places = ("--backbone", str(backbone), "--data-dir", str(copies), "--output", str(tmp_path / "out"))
+        assert "tables written" in run("paper/tables.py", *places, "--epochs", "1", "--shots", "1", *options)
+        return (tmp_path / "out" / "tables.md").read_text()
+
+    return write
+
+
+def test_the_tables_of_the_paper_resume(tables, backbone_folder, tmp_path):
+    options = ("--data", "toxicchat", "--max-length", "64", "--seeds", "2")
+    text = tables(backbone_folder, "--methods", "tfidf,gate", "--only", "main,ood,layers", *options)
+    assert "| `tfidf` |" in text and "| `gate` | 258 |" in text and "mha (paper only)" in text
+    assert text.count("±") == 1 + 4 + 3 and "| method | xstest |" in text and "## Layer weights on toxicchat" in text
+    changed = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.json")}
+    again = tables(backbone_folder, "--methods", "gate,pooling", "--only", "main,few-labels,downcast", *options)
+    assert all(path.stat().st_mtime_ns == time for path, time in changed.items())
+    for part in ("| `pooling` | 66 |", "## Few labels: toxicchat, auprc", "`mha` by downcast"):
+        assert part in again
+    with pytest.raises(ProbeError, match="max_rows"):
+        tables(backbone_folder, "--max-rows", "20", *options)
+
+
+def test_the_baselines_of_the_paper(tables, backbone_folder):
+    names = ("zero-shot", "few-shot", "prototypes", "layer-linear", "muli")
+    text = tables(backbone_folder, "--methods", ",".join(names), "--only", "main", "--data", "emotion", "--seeds", "1")
+    for name in names:
+        assert f"\n| `{name}` | " in text
+    assert text.count("| 1.000 | 1.000 |") >= 2, "a linear model of the states tells the words apart"
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_paper_on_the_demo_backbone(tables, tmp_path):
+    options = ("--data", "toxicchat", "--seeds", "1", "--max-rows", "16", "--trials", "1")
+    text = tables("demo", "--methods", "tfidf,muli,mha", "--only", "main,sensitivity", *options)
+    assert "| `mha` | 1,328,258 |" in text and "| `muli` |" in text and "## Sensitivity on toxicchat" in text
+
+
+def test_a_guard_that_reads_first_is_timed(backbone_folder):
+    options = ("--backbone", str(backbone_folder), "--guard", str(backbone_folder), "--tokens", "8", "--pairs", "1")
+    lines = run("paper/serving.py", *options, "--kind", "gate").splitlines()
+    assert lines[0].startswith("gate: ") and "(paper: 1.17)" in lines[0] and lines[1].startswith("guard ")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -55,13 +55,12 @@ def test_train_writes_a_head_folder(trained):
 
 def test_benchmark(served, backbone_folder):
     args = ("benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8)
-    timed = (*args, "--batch-size", 2, "--pairs", 1, "--device", "cpu", "--guard", backbone_folder, "--random-weights")
-    systems = ["base", "base again", "mood", "mha", "2 x mha", "naive mood", "naive mha", "guard tiny-chat"]
+    timed = (*args, "--batch-size", 2, "--pairs", 1, "--device", "cpu", "--random-weights")
+    systems = ["base", "base again", "mood", "mha", "2 x mha"]
     assert [row["system"] for row in succeed(*timed, "--json")["rows"]] == systems
-    shown = succeed(*timed, "--no-naive")
-    for part in ("batch 2, 8 tokens, 1 new", "2 x mha", "guard tiny-chat", "base again", "random weights"):
+    shown = succeed(*timed)
+    for part in ("batch 2, 8 tokens, 1 new", "2 x mha", "base again", "random weights"):
         assert part in shown
-    assert "naive" not in shown
     counted = (*args, "--operations", "--as", "cuda")
     report = succeed(*counted, "--json")
     assert report["as_device"] == "cuda"
@@ -262,7 +261,7 @@ TRAIN = "train --train {rows} --output {out} "
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, line, named):
     words = line.format(rows=rows / "train.jsonl", out=tmp_path / "out", backbone=backbone_folder).split()
-    if words[0] in ("train", "sweep", "reproduce"):
+    if words[0] in ("train", "sweep"):
         words += ["--backbone", backbone_folder]
     assert named in refuse(*words)
     assert not (tmp_path / "out").exists()

@@ -129,7 +129,6 @@ import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__""
         "llama-probe drift --input=x --probe=x",
         "llama-probe calibrate --benign=x --probe=x",
         "llama-probe sweep --train=x.csv --output=x",
-        "llama-probe reproduce --output=x --dtype=x",
         "llama-probe plot x --output=x",
         "llama-probe export x --probe=x",
         "llama-probe benchmark --probe=x",

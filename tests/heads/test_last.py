@@ -1,13 +1,10 @@
 """The last-token probe: which item it takes, and that nothing else is read."""
 
-import numpy as np
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, VOCAB, make_probe, make_prompts, probed
 
 from llama_probe import ProbeConfig
-from llama_probe.experiments.reproduction.comparison import candidates_of
-from llama_probe.experiments.reproduction.methods import HEADS
 
 
 MASKS = {
@@ -39,9 +36,6 @@ def test_only_one_layer_is_read():
     for layers, read in (("all", [LAYERS]), ([3, 1], [3])):
         config = ProbeConfig(probe_type="last", layers=layers, **sizes)
         assert config.layer_indices == read and config.layers == (layers if layers == "all" else sorted(layers))
-    base = ProbeConfig(probe_type="gate", **sizes)
-    (candidate,) = candidates_of(HEADS["last-token"], "last-token", base, np.array([0, 1]), 0)
-    assert candidate.config.layer_indices == [LAYERS]
 
 
 @pytest.mark.parametrize("kind", ["last", "muli"])

@@ -7,9 +7,8 @@ import torch
 from conftest import HIDDEN, VOCAB, make_lm
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_probe.experiments.benchmark.measure import peak_memory
-from llama_probe.experiments.benchmark.models import held_bytes
-from llama_probe.experiments.benchmark.serving_systems import Load, fresh_config, plain_system, systems
+from llama_probe.experiments.benchmark import Systems, fresh_config
+from llama_probe.experiments.measure import peak_memory
 from llama_probe.heads import mean_attention
 from llama_probe.serving import reader
 from llama_probe.serving.auto import AutoModelForProbedGeneration
@@ -20,7 +19,7 @@ DEEP = 12  # deep enough for several groups of layers
 KINDS = ("pooling", "gate", "mha", "attentive", "multimax")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model():
     model = AutoModelForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=DEEP))
     for kind in KINDS:
@@ -30,12 +29,6 @@ def model():
     return model
 
 
-def each_system(model, many=0, naive=False):
-    plain = model._without_probes()
-    yield plain_system(plain)
-    yield from systems(model, plain, many, naive)
-
-
 @pytest.mark.parametrize(
     "batch_size, tokens, dtype",
     [(3, 100, torch.float32), (1, 40, torch.float32), (2, 60, torch.bfloat16)],
@@ -43,35 +36,37 @@ def each_system(model, many=0, naive=False):
 def test_memory_above_the_plain_models(model, batch_size, tokens, dtype, monkeypatch):
     """Beside its parameters, which are there before the call, a head takes at most the reader's budget."""
     model.to(dtype)
-    load = Load.create(batch_size, tokens, 1, VOCAB, CPU)
-    layer = load.input_ids.numel() * HIDDEN * 4
+    systems = Systems(model, many=4)
+    prompts = systems.draw(batch_size, tokens)
+    size = prompts["input_ids"].numel() * HIDDEN
+    layer = size * 4
     budget = 2 * 2 * layer  # of two layers in fp32
     monkeypatch.setattr(reader, "state_budget", lambda device: budget)
-    monkeypatch.setattr(mean_attention, "_SCORES", load.input_ids.numel() * HIDDEN // 4)
+    monkeypatch.setattr(mean_attention, "_SCORES", size // 4)
     peaks = {}
-    for system in each_system(model, many=4, naive=True):
-        system.serve(load, None)
-        peaks[system.name] = peak_memory(lambda system=system: system.serve(load, None), CPU)
-    model.to(torch.float32)
+    for name in systems.heads:
+        systems.serve(name, prompts)
+        peaks[name] = peak_memory(lambda name=name: systems.serve(name, prompts), CPU)
+    whole = peak_memory(lambda: systems.plain(**prompts, output_hidden_states=True), CPU)
     above = {name: peak - peaks["base"] for name, peak in peaks.items()}
     assert above["base again"] == 0
     summaries = (DEEP + 1) * batch_size * HIDDEN * 4  # one vector a layer, what is kept of the tokens
     for kind in KINDS:
         assert above[kind] <= budget + summaries, kind
     assert above["4 x mha"] <= budget + 4 * summaries
-    whole = (DEEP + 1) * load.input_ids.numel() * HIDDEN * dtype.itemsize
-    assert all(above[f"naive {kind}"] > whole for kind in KINDS), "where the tensor is made, it is seen"
+    states = (DEEP + 1) * size * dtype.itemsize
+    assert whole > states > max(above[kind] for kind in KINDS), "where all states are kept, they are seen"
 
 
 @pytest.mark.parametrize("new_tokens", [1, 4])
 def test_heads_run_in_passes_that_are_there_anyway(model, new_tokens):
-    load, passes = Load.create(2, 9, new_tokens, VOCAB, CPU), []
+    systems, passes = Systems(model, many=3), []
     handle = model.model.register_forward_hook(lambda *_: passes.append(1))
     counts = {}
-    for system in each_system(model, many=3):
+    for name in systems.heads:
         passes.clear()
-        system.serve(load, None)
-        counts[system.name] = len(passes)
+        systems.serve(name, systems.draw(2, 9), new_tokens)
+        counts[name] = len(passes)
     handle.remove()
     assert set(counts) == {"base", "base again", *KINDS, "3 x mha"}
     assert set(counts.values()) == {new_tokens}
@@ -96,11 +91,9 @@ def operations(call) -> int:
 @pytest.mark.parametrize("tokens", [31, 100])
 def test_operations_are_those_of_the_formulas(model, tokens):
     states = DEEP + 1
-    load = Load.create(1, tokens, 1, VOCAB, CPU)
-    found = {
-        system.name: operations(lambda system=system: system.serve(load, None))
-        for system in each_system(model, many=8)
-    }
+    systems = Systems(model, many=8)
+    prompts = systems.draw(1, tokens)
+    found = {name: operations(lambda name=name: systems.serve(name, prompts)) for name in systems.heads}
     config = model.config
     keys = config.num_key_value_heads * HIDDEN // config.num_attention_heads
     weights = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * keys + 3 * HIDDEN * config.intermediate_size
@@ -119,9 +112,3 @@ def test_operations_are_those_of_the_formulas(model, tokens):
 
     assert heads["mha"] == states * attention(tokens) + attention(states) + classifier
     assert heads["8 x mha"] == 8 * heads["mha"]
-
-
-def test_many_heads_are_gone_afterwards(model):
-    before = held_bytes([model])
-    assert [system.name for system in each_system(model, many=2)][-1] == "2 x mha"
-    assert held_bytes([model]) == before and list(model.probes) == list(KINDS)

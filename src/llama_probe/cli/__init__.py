@@ -53,9 +53,6 @@ COMMANDS = {
     "sweep": Entry("train", "Search kinds and hyper-parameters; all configurations share each pass of the backbone.",
         "backbone output train eval test text_column label_column probe_types trials keep num_train_epochs resume as_json",
         "llama-probe sweep --train rows.csv --probe-type gate --probe-type multimax --trials 20 --output search"),
-    "reproduce": Entry("experiments", "Write the tables of arXiv 2601.13288 for a backbone; a stopped run resumes.",
-        "backbone output data methods only max_rows seeds as_json",
-        "llama-probe reproduce --data sst2 --only main --max-rows 500 --output report"),
     "evaluate": Entry("evaluate", "Score a head on labelled rows, with its saved temperature and threshold.",
         "probe data text_column label_column slice_column record backbone bootstrap as_json",
         "llama-probe evaluate --probe my-head --data test.csv",
@@ -65,7 +62,7 @@ COMMANDS = {
         "llama-probe calibrate --probe my-head --benign ordinary-prompts.csv --rate 0.01"),
     "drift": Entry("drift", "Compare a log of served prompts with the rows that a head was trained on.", "",
         "llama-probe drift --probe my-head --input log.jsonl"),
-    "benchmark": Entry("experiments", "Measure what heads cost while the model serves, next to the plain model.",
+    "benchmark": Entry("benchmark", "Measure what heads cost while the model serves, next to the plain model.",
         "backbone probes kinds tokens batch_sizes new_tokens pairs device dtype operations as_json",
         "llama-probe benchmark --probe safety",
         "llama-probe benchmark --probe safety --operations --as cuda"),
@@ -89,7 +86,7 @@ COMMANDS = {
 _DIVIDED = ("train", "sweep", "evaluate", "calibrate", "classify")
 
 # Commands that process many batches of hidden states.
-_MANY_BATCHES = (*_DIVIDED, "reproduce", "drift")
+_MANY_BATCHES = (*_DIVIDED, "drift")
 
 # Commands that load heads, so that --import can register a kind for them.
 _OWN_KINDS = (*_DIVIDED, "drift", "generate", "inspect", "export", "push", "plot")

@@ -277,9 +277,9 @@ def drift_plot(
     )
 
 
-def mark_layers(axes: Axes, count: int, linestyle: str = "--") -> None:
+def mark_layers(axes: Axes, count: int) -> None:
     """Name the layers on the x axis, and draw a line at the weight of each if all counted alike."""
-    axes.axhline(1 / count, color="0.7", linestyle=linestyle, linewidth=1)
+    axes.axhline(1 / count, color="0.7", linestyle="--", linewidth=1)
     axes.set_xlabel("layer (0: embeddings)")
     axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
 

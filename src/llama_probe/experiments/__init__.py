@@ -1,3 +1,6 @@
-"""Costs of serving with heads (`benchmark`), and the tables (`reproduction`) and figures (`paper`) of arXiv 2601.13288."""
+"""`llama-probe benchmark`: what heads cost while a model serves.
 
-__all__ = ["benchmark", "paper", "reproduction"]
+`options`: what to measure. `measure`: time, memory and operations of a call. `benchmark`: the model with heads and without.
+"""
+
+__all__ = ["benchmark", "measure", "options"]

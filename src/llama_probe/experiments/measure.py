@@ -1,11 +1,11 @@
-"""Time and memory of calls. Two calls are timed in turn and compared as ratios: seconds drift with the load of a machine."""
+"""Time, memory and operations of calls."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 
 # A timed call gets a function that it calls after each new token.
-Token = Callable[[], None]
-Timed = Callable[[Token], Any]
-
-
-class Timing(NamedTuple):
-    """Seconds of one call, and of each new token after the first. `None` if there is none."""
-
-    seconds: float
-    seconds_a_step: float | None = None
+Timed = Callable[[Callable[[], None]], Any]
+# Seconds of a call, and of each new token after the first, or None.
+Timing = tuple[float, float | None]
+# Operations that touch no data, beside views.
+_METADATA = {getattr(torch.ops.aten, n) for n in ("_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty")}
 
 
 def time_call(call: Timed, device: torch.device) -> Timing:
@@ -37,8 +33,7 @@ def time_call(call: Timed, device: torch.device) -> Timing:
     start = read_clock()
     call(lambda: marks.append(read_clock()))
     seconds = read_clock() - start
-    steps = len(marks) - 1
-    return Timing(seconds, (marks[-1] - marks[0]) / steps if steps > 0 else None)
+    return seconds, (marks[-1] - marks[0]) / (len(marks) - 1) if len(marks) > 1 else None
 
 
 def time_pairs(
@@ -56,48 +51,46 @@ def time_pairs(
 def spread(values: Iterable[float]) -> dict[str, Any]:
     """Return `median`, `quartiles` (first and third) and `runs` of some numbers."""
     values = list(values)
-    low, middle, high = (float(value) for value in np.percentile(values, (25, 50, 75)))
+    low, middle, high = map(float, np.percentile(values, (25, 50, 75)))
     return {"median": middle, "quartiles": [low, high], "runs": len(values)}
 
 
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     """Return the bytes that a call holds at its peak, above those held at its start.
 
-    On CUDA the allocator counts them. On the CPU all tensors are counted, without a kernel's own scratch memory. Other devices
-    give `None`.
+    On CUDA the allocator counts them. Elsewhere all tensors are counted, without a kernel's own scratch memory.
     """
-    if device.type == "cpu":
-        with TensorMemory() as memory:
-            call()
-        return memory.peak
     if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
+        with Meter() as meter:
+            call()
+        return meter.peak
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
     call()
-    torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - start
 
 
-class TensorMemory(TorchDispatchMode):
-    """Count the bytes of tensors that are made inside the block: alive (`held`), and most at once (`peak`).
+class Meter(TorchDispatchMode):
+    """Count operations and the bytes of new tensors inside the block.
 
-    A view shares the memory of its base.
+    Attributes:
+        operations: dispatched, without views and allocations. On a GPU each is a kernel launch.
+        held, peak: bytes of tensors that are alive, and most at once. A view shares the memory of its base.
     """
 
     def __init__(self):
         super().__init__()
-        self.held = self.peak = 0
+        self.operations = self.held = self.peak = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = {id(storage) for storage in _storages((args, kwargs))}
-        output = func(*args, **kwargs)
+        is_metadata = getattr(func, "is_view", False) or getattr(func, "overloadpacket", func) in _METADATA
+        self.operations += not is_metadata
+        inputs = {id(storage) for storage in _storages((args, kwargs))}
+        output = func(*args, **(kwargs or {}))
         for storage in _storages(output):
             # An input that is also an output is a view, or was changed in place.
-            if id(storage) not in given and id(storage) not in self._alive:
+            if id(storage) not in inputs and id(storage) not in self._alive:
                 self._alive.add(id(storage))
                 self.held += storage.nbytes()
                 self.peak = max(self.peak, self.held)

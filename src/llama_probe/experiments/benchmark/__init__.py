@@ -1,1 +1,0 @@
-"""`llama-probe benchmark`: the cost of heads while a model serves, beside other ways to the same labels."""
