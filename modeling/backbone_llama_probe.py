@@ -10,13 +10,11 @@ import inspect
 import threading
 import torch
 import transformers
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
-from math import prod
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
@@ -308,54 +306,6 @@ def prefill(lm: nn.Module, ids: Sequence[int]) -> transformers.Cache | None:
     with torch.no_grad():
         cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
     return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
-
-
-# From backbone/next_token.py
-
-# Config fields with a factor of the logits (Cohere, Falcon-H1) or a divisor (Granite).
-_FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
-
-
-class NextToken:
-    """The map from the last hidden state to the logits of the next token: output embeddings, factor and softcap."""
-
-    def __init__(self, lm: nn.Module):
-        lm = without_peft(lm)
-        config = lm.config.get_text_config(decoder=True)
-        factors = (getattr(config, name, None) or 1.0 for name in _FACTORS)
-        divisors = (getattr(config, name, None) or 1.0 for name in _DIVISORS)
-        self.factor = prod(factors) / prod(divisors)
-        # Gemma 2, arXiv 2408.00118, section 2: softcap * tanh(logits / softcap)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        self._dtype = lm.dtype
-        self._embeddings = lm.get_output_embeddings()
-        self._lm = weakref.ref(lm)
-        if self._embeddings is None:
-            raise ProbeError(f"{type(lm).__name__} has no output embeddings: load it with AutoModelForCausalLM")
-
-    @property
-    def lm(self) -> nn.Module | None:
-        """The LM without PEFT, or None if it is gone."""
-        return self._lm()
-
-    @property
-    def embeddings(self) -> nn.Module:
-        """The LM's output embeddings."""
-        lm = self.lm
-        return self._embeddings if lm is None else lm.get_output_embeddings()
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Map last hidden states `[rows, D]` to fp32 logits `[rows, vocab_size]`, on the output embeddings' device."""
-        embeddings = self.embeddings
-        weight = next(embeddings.parameters(), None)
-        device = hidden.device if weight is None or weight.is_meta else weight.device
-        dtype = getattr(getattr(embeddings, "weight", None), "dtype", None)
-        if dtype is None or not dtype.is_floating_point or dtype.itemsize == 1:
-            dtype = self._dtype  # quantized weights have a dtype for storage
-        logits = embeddings(hidden.to(device, dtype)).float() * self.factor
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    check = lambda self: None
 
 
 # From backbone/fingerprint.py

@@ -67,6 +67,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# The complete files of a save, until each is in its place; and the end of a name that marks one of them as removed.
+PENDING, _GONE = ".new-files", ".gone"
+
 
 def check_writable(folder: Path, content: str) -> None:
     """Check, before any work is done, that a folder can be made or written into."""
@@ -500,6 +503,8 @@ def check_name(name: str) -> str:
 # From heads/registry.py
 
 _PROBE_TYPES: dict[str, type[Any]] = {}
+# Kinds of earlier versions, with what is in their place.
+_GONE = {"muli": "a baseline of examples/paper"}
 
 
 def register_probe_type(name: str):
@@ -522,6 +527,8 @@ def probe_types() -> list[str]:
 
 def get_probe_type(name: str) -> type[Any]:
     """Return the class that is registered under `name`, or raise `ProbeError`."""
+    if isinstance(name, str) and name in _GONE and name not in _PROBE_TYPES:
+        raise ProbeError(f"probe_type={name!r} is gone: it is {_GONE[name]} now")
     if not isinstance(name, str) or name not in _PROBE_TYPES:
         raise ProbeError(f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, your own")
     return _PROBE_TYPES[name]

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import ModelOutput, logging
 from typing import Any, ClassVar, NamedTuple
-from .backbone_llama_probe import NextToken, find_decoder, target_of, template_hash, without_peft
+from .backbone_llama_probe import find_decoder, target_of, template_hash
 from .configuration_llama_probe import (
     CARD_NAME, CODE_NAME, CONFIG_NAME, HALF_PAIR, HEAD_FILES, HubOptions, PLOT_NAMES, PROMPT_FORMATS, ProbeConfig,
     ProbeError, RESULTS_NAME, TURN_SCOPES, WEIGHTS_NAME, _needs_package, check_writable, current_file, get_probe_type,
@@ -77,19 +77,13 @@ def device_type(device: torch.device) -> str:
 class Classifier(nn.Module):
     """The linear map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`."""
 
-    lm: nn.Module | None = None
-
     def __init__(self, in_features: int, num_labels: int):
         super().__init__()
-        self.in_features = in_features
         self.weight = nn.Parameter(torch.empty(num_labels, in_features))
         self.bias = nn.Parameter(torch.empty(num_labels))
         self.reset_parameters()
 
     reset_parameters = nn.Linear.reset_parameters
-
-    def attach(self, lm: nn.Module, check: bool = True) -> None:
-        """Take from the frozen LM what the map needs beside hidden states; most maps need nothing. See `ProbeModel.bind`."""
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
@@ -119,7 +113,6 @@ class Aggregator(nn.Module, ABC):
     search_space: ClassVar[dict[str, tuple[float, float] | list]] = {}
     options: ClassVar[dict[str, tuple[float | None, str]]] = {}
     half: ClassVar[bool] = False
-    convex: ClassVar[bool] = False
     causal: bool = False
 
     def __init__(self, num_slots: int, config: ProbeConfig):
@@ -743,84 +736,6 @@ def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:
     return (valid[:, None, :] & (others < itself)) | (others == itself)
 
 
-# From heads/muli.py
-
-class LogOddsClassifier(Classifier):
-    """A linear map of the log odds of every next token: f(p) = log p - log(1 - p), p from the frozen LM's own output head."""
-
-    def __init__(self, config: ProbeConfig):
-        if config.vocab_size is None:
-            raise ProbeError("vocab_size is None: put it in the ProbeConfig of a muli head or pass backbone=")
-        super().__init__(config.vocab_size, config.num_labels)
-        self.next_token: NextToken | None = None
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "next_token": None}
-
-    @property
-    def lm(self) -> nn.Module | None:
-        return None if self.next_token is None else self.next_token.lm
-
-    def attach(self, lm: nn.Module, check: bool = True) -> None:
-        found = NextToken(lm)
-        self._check_width(getattr(found.embeddings, "out_features", self.in_features))
-        if check:
-            found.check()
-        self.next_token = found
-
-    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
-        if self.next_token is None:
-            raise ProbeError("this muli head has no LM: attach it, pass backbone= or call bind(lm)")
-        with torch.no_grad():  # there is nothing to train before the linear map
-            logits = self.next_token(pooled)
-            self._check_width(logits.shape[-1])
-            return token_log_odds(logits.log_softmax(dim=-1)).to(self.weight.device)
-
-    def _check_width(self, width: int) -> None:
-        if width != self.in_features:
-            raise ProbeError(f"this LM has {width} next tokens, and the muli head is for {self.in_features}")
-
-
-@register_probe_type("muli")
-class MuliAggregator(LastItemAggregator):
-    """The final state of the last token, as it is: the classifier makes next-token logits of it."""
-
-    # Only the L1 penalty regularises the fit.
-    recipe = {"learning_rate": 1e-3, "label_smoothing": 0.0, "dropout": 0.0, "layer_dropout": 0.0}
-    options = {"l1": (None, "strength of the L1 penalty; chosen by validation rows if not given")}
-    normalize = "none"
-    convex = True
-
-    @classmethod
-    def check(cls, config):
-        super().check(config)
-        strength = config.options.get("l1", 1.0)
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 < strength < float("inf"):
-            raise ProbeError(f"options['l1']={strength!r} must be a number above 0")
-        if config.problem_type == "regression":
-            raise ProbeError("problem_type='regression' is not for probe_type='muli'; other kinds do regression")
-        if config.normalize != "none":
-            raise ProbeError(f"normalize={config.normalize!r} must be 'none' with probe_type='muli'")
-        last = config.num_hidden_layers
-        if config.layers != "all" and (len(config.layers) != 1 or last not in (None, *config.layers)):
-            raise ProbeError(f"layers={config.layers!r} must be 'all': probe_type='muli' reads the final state alone")
-
-    @classmethod
-    def create_classifier(cls, config):
-        return LogOddsClassifier(config)
-
-
-def token_log_odds(log_p: torch.Tensor) -> torch.Tensor:
-    """log p - log(1 - p) of log-probabilities of any shape, fp32. Bounded where p is 1 to fp32's precision."""
-    # Each form of log(1 - p) is exact where the other is not (Maechler 2012, "Accurately computing log(1 - exp(-|a|))").
-    near_one = (-torch.expm1(log_p)).clamp_min(2.0**-24).log()
-    return log_p - torch.where(log_p > -0.7, near_one, torch.log1p(-log_p.exp()))
-
-
 # From heads/decision.py
 
 def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
@@ -1381,24 +1296,14 @@ class ProbeModel(nn.Module):
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
-        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None. See `bind`."""
+        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None. Copies of the head have none."""
         if backbone is not None:
             match(backbone, self.config)
-            self.bind(backbone)
             backbone.requires_grad_(False)
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
 
     set_novelty = _needs_package("set_novelty")
-
-    def bind(self, lm: nn.Module, check: bool = True) -> None:
-        """Give the head what its kind needs of the frozen LM beside hidden states. `set_backbone` and attaching call this."""
-        other = self.classifier.lm
-        if other is not None and other is not without_peft(lm):
-            attached = any(head is self for head in getattr(other, "probes", {}).values())
-            if attached or self.backbone is not None:
-                raise ProbeError(f"this {self.config.probe_type} head serves another LM: attach copy.deepcopy(head)")
-        self.classifier.attach(lm, check)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "backbone": None}

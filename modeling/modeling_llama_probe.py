@@ -1682,12 +1682,6 @@ class ProbeHostMixin:
         self.probes = nn.ModuleDict()
         self._active_probes: tuple[str, ...] = ()
 
-    def __setstate__(self, state) -> None:
-        super().__setstate__(state)
-        for head in self.probes.values():  # a copied or unpickled head has no LM; one of a shallow copy keeps its LM
-            if head.classifier.lm is None:
-                head.bind(self, check=False)
-
     @property
     def _decoder(self) -> Decoder:
         return find_decoder(self)
@@ -1821,7 +1815,6 @@ class ProbeHostMixin:
                 raise ProbeError(f"head {name!r}: add_probe takes a ProbeConfig or a ProbeModel, not {probe!r}")
         device = self._decoder.device
         for head in heads.values():
-            head.bind(self)
             head.to(device).eval()
         with _CHANGING:
             for name in heads:

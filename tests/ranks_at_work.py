@@ -44,10 +44,6 @@ def sweep(folder: Path, name: str) -> Sweep:
     return Sweep(training=run(folder, name, cache=False), trials=4)
 
 
-def sparse(folder: Path, name: str) -> dict:
-    return run(folder, name, head={"probe_type": "muli", "options": {"l1": 0.01}}).run()
-
-
 def scored(folder: Path, name: str) -> dict:
     """A scoring job of one head over the rows, in chunks of five."""
     rows, head, backbone = (str(folder / part) for part in ("rows.jsonl", "mood", "backbone"))
@@ -128,7 +124,6 @@ def main(folder: Path) -> None:
             "inspection": inspect_head(head, dataset, LABELS, batch_tokens=14),
             "folded": run(folder, "folded", folds=2, cache=False).run(),
             "scored": scored(folder, "scored"),
-            "sparse": sparse(folder, "sparse"),
             "sweep": sweep(folder, "sweep").run(),
             "sharded": sharded(folder),
             "in_parts": in_parts(folder),

@@ -118,10 +118,6 @@ class TestTwoNodes:
         assert all(torch.equal(tensor, heads[1][name]) for name, tensor in heads[0].items())
         assert not list((folder / "sweep").glob(".*")), "no part of a checkpoint is left"
 
-    def test_a_fit_is_that_of_one_process(self, found, folder):
-        alone = ranks_at_work.sparse(folder, "fitted-alone")
-        assert found[0]["sparse"]["runs"] == json.loads(json.dumps(alone["runs"]))
-
     def test_a_scoring_job_writes_what_one_process_writes(self, found, folder):
         alone = ranks_at_work.scored(folder, "scored-alone")
         assert found[0]["scored"] == alone and alone["rows"] == 41 and len(alone["parts"]) == 9

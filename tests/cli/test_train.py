@@ -57,19 +57,6 @@ def test_a_head_of_one_layer(train, backbone_folder, tmp_path):
     assert succeed("classify", "good morning", *served)[0]["labels"]["a"].startswith("LABEL_")
 
 
-def test_a_fitted_head(train, rows, backbone_folder, tmp_path):
-    args = (*train, "--probe-type", "muli")
-    (fitted,) = succeed(*args, "--test", rows / "test.jsonl", "--output", tmp_path / "a", "--json")["runs"]
-    assert read_config(tmp_path / "a").options == {"l1": fitted["l1"]}
-    head = ("--probe", tmp_path / "a", "--backbone", backbone_folder, "--json")
-    found = succeed("evaluate", *head, "--data", rows / "test.jsonl", "--bootstrap", 0)
-    assert found["auprc"] == pytest.approx(fitted["test"]["auprc"], abs=0.02)
-    assert len(succeed("generate", "good morning", *head)[0]["probabilities"]["a"]) == 2
-    succeed(*args, "--option", "l1=9", "--output", tmp_path / "b")
-    assert not ProbeModel.from_pretrained(tmp_path / "b").classifier.weight.any()
-    assert "normalize" in refuse(*args, "--normalize", "rms", "--output", tmp_path / "c")
-
-
 def test_a_kind_of_ones_own(train, backbone_folder, tmp_path, monkeypatch):
     known = dict(registry._PROBE_TYPES)
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(known))

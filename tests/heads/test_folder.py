@@ -21,6 +21,7 @@ from llama_probe import ProbeError
 from llama_probe.data.files import InputFile
 from llama_probe.data.texts import read_labelled
 from llama_probe.files import PENDING, current_file
+from llama_probe.heads import probe_types
 from llama_probe.heads.configuration import read_config
 from llama_probe.hub.card import write_card
 from llama_probe.hub.folder import (
@@ -47,7 +48,7 @@ def change_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), "config_sha256": None, **changes}))
 
 
-@pytest.mark.parametrize("kind", ["pooling", "gate", "mha"])
+@pytest.mark.parametrize("kind", probe_types())
 def test_round_trip_is_bit_exact(tmp_path, kind):
     probe = make_probe(probe_type=kind, num_labels=3, layers=[0, 2, 4], prefix_ids=[5, 6], token_scope="content")
     back = read_head(save_head(probe, tmp_path / "one"))
@@ -268,6 +269,7 @@ def test_unknown_keys_are_reported_and_left_out(folder, caplog):
         (b"[" * 100_000, "not valid JSON"),
         (b'{"threshold": 0.9, "threshold": 0.3}', "'threshold' occurs twice"),
         (b'{"probe_type": "pickle"}', "probe_type='pickle'"),
+        (b'{"probe_type": "muli"}', "probe_type='muli' is gone.*examples/paper"),
         (b'{"hidden_size": 1e400}', "hidden_size"),
         (b'{"num_hidden_layers": 99999999999}', "num_hidden_layers"),
         (b'{"probe_type": "gate"}', "hidden_size and num_hidden_layers"),

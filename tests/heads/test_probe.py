@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.heads import repeat_rows
+from llama_probe.heads import probe_types, repeat_rows
 
 
-KINDS = ("pooling", "gate", "mha", "attentive", "multimax", "last")
+KINDS = probe_types()
 
 
 @st.composite

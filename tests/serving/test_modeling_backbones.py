@@ -20,7 +20,6 @@ ALL_KINDS = {
     "attentive": make_probe(seed=3, probe_type="attentive"),
     "multimax": make_probe(seed=3, probe_type="multimax"),
     "last": make_probe(seed=4, probe_type="last", layers=[2]),
-    "muli": make_probe(seed=5, probe_type="muli", vocab_size=97),
     "follows": make_probe(seed=6, probe_type="mha", token_scope="all"),
 }
 

@@ -9,14 +9,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llama_probe.experiments.benchmark import Systems, fresh_config
 from llama_probe.experiments.measure import peak_memory
-from llama_probe.heads import mean_attention
+from llama_probe.heads import mean_attention, probe_types
 from llama_probe.serving import reader
 from llama_probe.serving.auto import AutoModelForProbedGeneration
 
 
 CPU = torch.device("cpu")
 DEEP = 12  # deep enough for several groups of layers
-KINDS = ("pooling", "gate", "mha", "attentive", "multimax")
+KINDS = probe_types()
 
 
 @pytest.fixture

@@ -2,24 +2,20 @@
 
 import pytest
 import torch
-from conftest import LAYERS, VOCAB, make_lm, make_probe, make_prompts, probed
+from conftest import LAYERS, make_lm, make_probe, make_prompts, probed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import Recorder, assert_no_hooks, hooks_in_passes, passes_of
 from transformers import LogitsProcessor
 
 from llama_probe import Halt, ProbeError, Reprompt
+from llama_probe.heads import probe_types
 
 
 KINDS = {
-    "mean": {"probe_type": "pooling"},
+    **{kind: {"probe_type": kind} for kind in probe_types()},
     "max": {"probe_type": "pooling", "pool": "max"},
-    "gate": {"probe_type": "gate"},
-    "attentive": {"probe_type": "attentive"},
     "multimax": {"probe_type": "multimax", "options": {"num_maxima": 3, "num_members": 2}},
-    "last": {"probe_type": "last"},
-    "muli": {"probe_type": "muli", "vocab_size": VOCAB},
-    "mha": {"probe_type": "mha"},
     "mha-max": {"probe_type": "mha", "pool": "max", "layers": [0, 2, 4]},
 }
 MODES = {

@@ -9,9 +9,10 @@ from transformers import BatchEncoding, GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from llama_probe import ProbeError
+from llama_probe.heads import probe_types
 
 
-KINDS = ("pooling", "gate", "mha", "attentive", "multimax", "last")
+KINDS = probe_types()
 
 
 def heads(**changes):

@@ -104,8 +104,6 @@ def test_weights_of_extra_rows(backbone_folder, tmp_path):
     assert "0 and 0.25" in (tmp_path / "head" / "README.md").read_text()
     with pytest.raises(ProbeError, match="extra_weights"):
         run_of(tmp_path, **changes).run()
-    with pytest.raises(ProbeError, match="extra"):
-        run_of(tmp_path, head={"probe_type": "muli"}, extra=changes["extra"]).run()
 
 
 def test_later_turns_are_for_heads_that_read_earlier_ones(tmp_path):

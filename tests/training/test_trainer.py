@@ -232,7 +232,6 @@ class TestProbeTrainer:
             ({"model": head()}, "backbone"),
             ({"rows": {"words": ["a", "b"], "label": [1, 0]}}, "words"),
             ({"rows": ANSWERS, "column_mapping": {"review": "text"}}, "review"),
-            ({"model": head(probe_type="muli", vocab_size=260)}, "muli"),
             ({"args": {"metric_for_best_model": "r2"}}, "r2"),
             ({"args": {"metric_for_best_model": "eval_f2"}}, "f2"),
             ({"held_back": "rows.csv"}, "eval_dataset"),

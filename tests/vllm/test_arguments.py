@@ -243,7 +243,6 @@ def test_models_without_a_place_for_heads(tiny, tmp_path, monkeypatch):
     [
         ({"hidden_size": 32}, "hidden_size=32"),
         ({"token_scope": "all"}, "token_scope='all'"),
-        ({"probe_type": "muli", "vocab_size": 260}, "muli"),
     ],
 )
 def test_heads_that_do_not_fit(tiny, tmp_path, config, reason):

@@ -2,7 +2,7 @@
 
 - `loading`: loads it. `families`: where the models of each family keep their layers. `decoder`: these parts of one model.
 - `capture`: its hidden states, from hooks while it runs. `passes`: which prompts run together. `cache`: its KV cache.
-- `fingerprint`: tells it from a fine-tuned copy. `next_token`: its next-token logits, which `muli` heads read.
+- `fingerprint`: tells it from a fine-tuned copy.
 """
 
-__all__ = ["cache", "capture", "decoder", "families", "fingerprint", "loading", "next_token", "passes"]
+__all__ = ["cache", "capture", "decoder", "families", "fingerprint", "loading", "passes"]

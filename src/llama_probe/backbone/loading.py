@@ -195,7 +195,7 @@ def name_of_backbone(model_id: str | None) -> str:
 def weights_digest(lm: nn.Module) -> str:
     """Return a digest of an LM's shapes, dtypes, config and a sample of each weight, to tell two checkpoints apart.
 
-    An LM head that is not tied to the embeddings is included: `muli` heads and prompting read it.
+    An LM head that is not tied to the embeddings is included.
     """
     decoder = find_decoder(lm)
     # The same weights give other hidden states with another rope_theta or rms_norm_eps.

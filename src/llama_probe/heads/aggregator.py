@@ -24,24 +24,15 @@ class Classifier(nn.Module):
     """The linear map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`.
 
     It is no `nn.Linear`: methods that adapt or quantise all linear layers of an LM then leave its heads alone.
-
-    Attributes:
-        lm: the LM that was last given to `attach`, if the map needs it and it still exists; else None.
     """
-
-    lm: nn.Module | None = None
 
     def __init__(self, in_features: int, num_labels: int):
         super().__init__()
-        self.in_features = in_features
         self.weight = nn.Parameter(torch.empty(num_labels, in_features))
         self.bias = nn.Parameter(torch.empty(num_labels))
         self.reset_parameters()
 
     reset_parameters = nn.Linear.reset_parameters
-
-    def attach(self, lm: nn.Module, check: bool = True) -> None:
-        """Take from the frozen LM what the map needs beside hidden states; most maps need nothing. See `ProbeModel.bind`."""
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
@@ -84,7 +75,6 @@ class Aggregator(nn.Module, ABC):
             choices. Combinations that `check` refuses are skipped.
         options: names of `ProbeConfig.options`, each with its default and a help text.
         half: if True, `update` takes states in the LM's half precision, where there are many of them. Otherwise it gets fp32.
-        convex: if True, the classifier alone is learned, as a convex problem (`llama_probe.training.fitting`).
         causal: of an instance; if True, an item may only depend on itself and earlier items.
     """
 
@@ -100,7 +90,6 @@ class Aggregator(nn.Module, ABC):
     search_space: ClassVar[dict[str, tuple[float, float] | list]] = {}
     options: ClassVar[dict[str, tuple[float | None, str]]] = {}
     half: ClassVar[bool] = False
-    convex: ClassVar[bool] = False
     causal: bool = False
 
     def __init__(self, num_slots: int, config: ProbeConfig):

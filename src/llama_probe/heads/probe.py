@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 
 from ..backbone.capture import collect_hidden_states
-from ..backbone.decoder import target_of, without_peft
+from ..backbone.decoder import target_of
 from ..errors import ProbeError
 from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
@@ -86,10 +86,9 @@ class ProbeModel(nn.Module):
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
-        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None. See `bind`."""
+        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None. Copies of the head have none."""
         if backbone is not None:
             match(backbone, self.config)
-            self.bind(backbone)
             backbone.requires_grad_(False)
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
@@ -98,26 +97,6 @@ class ProbeModel(nn.Module):
         """Give the head a fitted `Novelty`, made from `settings` as `ProbeConfig.novelty`. Its results stay true."""
         self.config = self.config.replace(novelty=settings, weights_sha256=None)
         self.novelty = novelty.to(self.device)
-
-    def bind(self, lm: nn.Module, check: bool = True) -> None:
-        """Give the head what its kind needs of the frozen LM beside hidden states. `set_backbone` and attaching call this.
-
-        Most kinds need nothing. It stays outside the module tree, and remains if the backbone is taken away. It is not copied
-        or pickled with the head, and neither is the backbone.
-
-        Args:
-            lm: a causal LM, or a PEFT model around one.
-            check: if False, the LM is a copy of one that was checked.
-
-        Raises:
-            ProbeError: `lm` does not have it, or the head already uses that of another LM.
-        """
-        other = self.classifier.lm
-        if other is not None and other is not without_peft(lm):
-            attached = any(head is self for head in getattr(other, "probes", {}).values())
-            if attached or self.backbone is not None:
-                raise ProbeError(f"this {self.config.probe_type} head serves another LM: attach copy.deepcopy(head)")
-        self.classifier.attach(lm, check)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "backbone": None}

@@ -16,6 +16,8 @@ from ..errors import ProbeError
 
 
 _PROBE_TYPES: dict[str, type[Any]] = {}
+# Kinds of earlier versions, with what is in their place.
+_GONE = {"muli": "a baseline of examples/paper"}
 
 
 def register_probe_type(name: str):
@@ -42,6 +44,8 @@ def probe_types() -> list[str]:
 
 def get_probe_type(name: str) -> type[Any]:
     """Return the class that is registered under `name`, or raise `ProbeError`."""
+    if isinstance(name, str) and name in _GONE and name not in _PROBE_TYPES:
+        raise ProbeError(f"probe_type={name!r} is gone: it is {_GONE[name]} now")
     if not isinstance(name, str) or name not in _PROBE_TYPES:
         raise ProbeError(f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}, your own")
     return _PROBE_TYPES[name]

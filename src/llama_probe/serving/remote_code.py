@@ -23,10 +23,10 @@ from .pipeline import TASK
 _FILES = {
     "configuration": "errors files hub/folder hub/transport hub/resolve heads/registry heads/turns heads/rules "
     "heads/configuration",
-    "backbone": "backbone/families backbone/decoder backbone/cache backbone/capture backbone/next_token "
+    "backbone": "backbone/families backbone/decoder backbone/cache backbone/capture "
     "backbone/fingerprint backbone/passes",
     "heads": "heads/states heads/device heads/aggregator heads/low_rank heads/pooling heads/gate heads/last "
-    "heads/attentive heads/multimax heads/mean_attention heads/attention heads/muli heads/decision heads/scope "
+    "heads/attentive heads/multimax heads/mean_attention heads/attention heads/decision heads/scope "
     "heads/stream heads/novelty heads/match heads/folder heads/probe data/turns data/prompts",
     "modeling": "serving/sources serving/arguments serving/cache serving/outputs serving/reader serving/prefill serving/reply "
     "serving/session serving/texts serving/streaming serving/halting serving/halting_run serving/host serving/modeling",
@@ -80,7 +80,6 @@ _SIMPLER = {
     "heads_on_hub": "lambda repo_id, options: []",
     "_known": "lambda *arguments: 'no heads are bundled'",
     "load_or_find_head": "lambda load, place, kwargs: load()",
-    "NextToken.check": "lambda self: None",
     "Target.read": 'classmethod(lambda cls, place, kwargs, options: cls(str(place), 0, 0, kwargs.get("revision")))',
     "learn_turn_markers": "lambda render: None",  # heads have them
     "probed_class": "lambda causal_lm_class: LlamaForProbedGeneration",

@@ -1,4 +1,4 @@
-"""Training with the Trainer, sweeps, and convex fits."""
+"""Training with the Trainer, and sweeps."""
 
 from .allocator import keep_freed_memory
 from .recipe import Recipe, complete

@@ -58,17 +58,14 @@ class SweepOptions:
     """Settings of a search. The metadata of each field has its help."""
 
     # The default is that of arXiv 2601.13288.
-    probe_types: Sequence[str] = setting(
-        ("pooling", "gate", "mha"), "A kind to search, unless it is fitted. Repeatable.", "probe-type"
-    )
+    probe_types: Sequence[str] = setting(("pooling", "gate", "mha"), "A kind to search. Repeatable.", "probe-type")
     trials: int = setting(100, "Configurations to draw.")
     keep: float = setting(0.5, "Share of configurations that continues after the epochs 1, 2, 4, ...; 1 for all.")
     resume: bool = setting(False, "Resume a sweep that was stopped.")
 
     def __post_init__(self):
         for name in self.probe_types:
-            if get_probe_type(name).convex:
-                raise ProbeError(f"probe_type={name!r} is fitted and cannot be searched: use llama-probe train")
+            get_probe_type(name)  # raises
         if self.trials < 1:
             raise ProbeError(f"trials={self.trials} must be at least 1")
         if not 0 < self.keep <= 1:

@@ -40,7 +40,7 @@ class Recipe:
     )
     gradient_accumulation_steps: int = setting(1, "Steps to accumulate before each update.")
     weight_decay: float = setting(0.05, "Weight decay.")
-    label_smoothing: float | None = setting(None, "Label smoothing. Default: by kind (0.05; 0 for a fitted head).")
+    label_smoothing: float | None = setting(None, "Label smoothing. Default: by kind (0.05).")
     focal_gamma: float = setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
     class_weights: str | None = setting(None, "'balanced', or one weight a label with commas.")
     patience: int | None = setting(3, "Stop after this many epochs without a better metric.")

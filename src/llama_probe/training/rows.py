@@ -20,7 +20,6 @@ from ..data.sources import DataSources
 from ..data.states import PromptDataset, StateCache, StateDataset
 from ..data.texts import LabelledTexts
 from ..heads.configuration import ProbeConfig
-from ..heads.probe import ProbeModel
 from .recipe import Recipe
 
 
@@ -38,7 +37,6 @@ class TrainingData:
         config: config of the head, with prompts and backbone filled in.
         recipe: recipe without open fields; its `metric` is set.
         lm: the frozen backbone; None if the states are cached.
-        head: an untrained head, bound to the backbone.
         cache: states to delete after the run.
         folds: row indices of `train`, a fold each; empty if the validation rows are not those of `train`.
         sources: where the rows come from.
@@ -52,7 +50,6 @@ class TrainingData:
     config: ProbeConfig
     recipe: Recipe
     lm: PreTrainedModel | None
-    head: ProbeModel
     cache: StateCache | None
     folds: list[np.ndarray]
     sources: DataSources

@@ -35,7 +35,6 @@ from ..heads.probe import ProbeModel
 from ..hub.card import CardFacts, write_card
 from ..hub.folder import check_output
 from .arguments import SHARED, ProbeTrainingArguments
-from .fitting import fit_classifier
 from .loss import ProbeLoss
 from .options import CHECKPOINTS, SETUP_NAME, RunOptions
 from .recipe import Recipe, complete, head_config
@@ -52,7 +51,7 @@ class TrainingRun(RunOptions):
         data: the rows; see `DataSources`.
         head: fields of `ProbeConfig`. Open fields here and in `recipe` are filled in by `complete`.
         recipe: hyper-parameters; see `Recipe`.
-        seeds: one head each. The first also splits the rows. A head that is fitted uses the first alone.
+        seeds: one head each. The first also splits the rows.
         card: facts for the card that are not measured.
 
     Raises:
@@ -95,8 +94,7 @@ class TrainingRun(RunOptions):
     def _train_all(self, data: TrainingData) -> dict[str, Any]:
         checkpoints = self.output / CHECKPOINTS
         on_main(lambda: self._open_checkpoints(checkpoints, data))
-        seeds = self.seeds[:1] if get_probe_type(data.config.probe_type).convex else self.seeds
-        trained = [self._train(seed, data, checkpoints / f"seed-{seed}") for seed in seeds]
+        trained = [self._train(seed, data, checkpoints / f"seed-{seed}") for seed in self.seeds]
         runs = [run for _, run, _ in trained]
         probe, run, logits = max(trained, key=lambda one: one[1]["validation"][data.recipe.metric])
         results = self.save(probe, data, runs, run["seed"], logits)
@@ -126,8 +124,7 @@ class TrainingRun(RunOptions):
         lm, tokenizer = load_backbone(self.backbone, self.dtype)
         prompts = PromptFormat.create(tokenizer, self.prompt_format, self.system_prompt, self.max_length)
         config = describe(lm, config.replace(**prompts.config_fields()))
-        untrained = ProbeModel(config)
-        untrained.bind(lm)
+        ProbeModel(config)  # raises
         check_shared(self.output)
         cache = StateCache(self.cache_dir or self.output / STATES) if self.cache else None
         datasets: dict[str, Dataset] = {}
@@ -144,7 +141,6 @@ class TrainingRun(RunOptions):
             config=config,
             recipe=recipe,
             lm=lm if cache is None else None,
-            head=untrained,
             cache=cache if self.cache_dir is None else None,
             folds=folds,
             sources=self.data,
@@ -161,10 +157,6 @@ class TrainingRun(RunOptions):
             raise ProbeError(
                 f"extra_weights={weights} must have 1 value: probe_type={config.probe_type!r} has {members} members"
             )
-        if kind.convex and recipe.focal_gamma:
-            raise ProbeError(f"focal_gamma={recipe.focal_gamma} must be 0: probe_type={config.probe_type!r} is fitted")
-        if kind.convex and "extra" in parts:
-            raise ProbeError(f"extra={self.data.extra} must be empty: probe_type={config.probe_type!r} is fitted")
         if config.reads_reply:
             for rows in parts.values():
                 for text in rows.texts:
@@ -175,26 +167,19 @@ class TrainingRun(RunOptions):
     ) -> tuple[ProbeModel, dict[str, Any], torch.Tensor]:
         """Return a head, its results, and logits of the validation rows by heads that have not learned from them."""
         datasets, trained = data.datasets, data.trained
-        if get_probe_type(data.config.probe_type).convex:
-            probe, loss = data.head, ProbeLoss.create(data.recipe, data.config, data.labels)
-            if data.lm is not None:
-                probe.to(data.lm.device).set_backbone(data.lm)
-            parts = datasets["train"], datasets["validation"]
-            logits, facts = fit_classifier(probe, *parts, loss, data.recipe.metric, data.lm, data.folds)
+        if data.folds:
+            logits = torch.empty(len(datasets["train"]), data.config.num_labels)
+            bar = tqdm(data.folds, desc="folds", unit=" folds", leave=False, disable=not is_main())
+            for number, held in enumerate(bar):
+                rest = Subset(trained, np.setdiff1d(np.arange(len(trained)), held).tolist())
+                part = self._fit(seed, data, rest, None, checkpoints / f"fold-{number}").model
+                logits[torch.from_numpy(held)] = predict_logits(part, Subset(datasets["train"], held.tolist()))
+            trainer = self._fit(seed, data, trained, None, checkpoints / "all")
         else:
-            if data.folds:
-                logits = torch.empty(len(datasets["train"]), data.config.num_labels)
-                bar = tqdm(data.folds, desc="folds", unit=" folds", leave=False, disable=not is_main())
-                for number, held in enumerate(bar):
-                    rest = Subset(trained, np.setdiff1d(np.arange(len(trained)), held).tolist())
-                    part = self._fit(seed, data, rest, None, checkpoints / f"fold-{number}").model
-                    logits[torch.from_numpy(held)] = predict_logits(part, Subset(datasets["train"], held.tolist()))
-                trainer = self._fit(seed, data, trained, None, checkpoints / "all")
-            else:
-                trainer = self._fit(seed, data, trained, datasets["validation"], checkpoints)
-                logits = predict_logits(trainer.model, datasets["validation"])
-            probe, facts = trainer.model, {"epochs": trainer.state.epoch}
-        return probe, {"seed": seed, **facts, **judge(probe, data, logits)}, logits
+            trainer = self._fit(seed, data, trained, datasets["validation"], checkpoints)
+            logits = predict_logits(trainer.model, datasets["validation"])
+        probe = trainer.model
+        return probe, {"seed": seed, "epochs": trainer.state.epoch, **judge(probe, data, logits)}, logits
 
     def _fit(
         self, seed: int, data: TrainingData, train: Dataset, validation: Dataset | None, checkpoints: Path

@@ -43,7 +43,7 @@ class SharedTraining:
     gradients for every step of every candidate. The results and the checkpoint are those of one process.
 
     Args:
-        candidates: at least one, for the same backbone and labels; none of a `convex` kind.
+        candidates: at least one, for the same backbone and labels.
         train, validation: two `PromptDataset` (with `lm`) or two `StateDataset`.
         metric: metric to compare candidates by; larger is better.
         folder: folder of the checkpoint.

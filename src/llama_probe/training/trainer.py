@@ -129,8 +129,6 @@ class ProbeTrainer(Trainer):
             raise ProbeError(f"model must be a ProbeModel, not {kind}; backbone= takes a language model")
         if is_tensor_parallel(model.backbone):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
-        if get_probe_type(model.config.probe_type).convex:
-            raise ProbeError(f"probe_type={model.config.probe_type!r} is fitted: use llama-probe train")
         train = self._label("train_dataset", train_dataset, model, learned=True)
         validation = self._label("eval_dataset", eval_dataset, model)
         recipe = self._complete(model.config, train, validation, compute_metrics is not None)

@@ -10,7 +10,6 @@ from transformers import AutoConfig
 
 from ..backbone.loading import resolve_backbone
 from ..errors import ProbeError
-from ..heads.aggregator import Classifier
 from ..heads.probe import ProbeModel
 from ..hub.resolve import Target, resolve_head
 from ..hub.transport import HubOptions, check_within_reach
@@ -119,9 +118,4 @@ def _check_head(name: str, head: ProbeModel, target: Target) -> None:
         raise ProbeError(
             f"head {name!r} follows replies (token_scope={config.token_scope!r}), which vLLM scores too late: "
             "async scheduling is a token ahead. generate() of transformers runs it"
-        )
-    if type(head.classifier).attach is not Classifier.attach:
-        raise ProbeError(
-            f"head {name!r} ({config.probe_type}) needs the LM's output embeddings, and on vLLM a head reads states alone; "
-            "generate() of transformers runs it"
         )
