@@ -5,6 +5,7 @@ Run it with `python examples/fingerprint_distances.py` (extra `demo`); `--steps 
 
 import argparse
 import copy
+from importlib.util import find_spec
 
 import torch
 
@@ -33,6 +34,22 @@ def rounded(lm, bits: int, group: int | None = None):
             scale = weights.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
             parameter.data = ((weights / scale).round() * scale).reshape(parameter.shape)
     return lm
+
+
+def torchao_copies(lm):
+    """Yield copies that torchao quantised, in bf16, with a title."""
+    from torchao import quantization
+    from torchao.quantization.granularity import PerGroup
+
+    four_bits = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64))
+    for title, config in (
+        ("int8 weights", quantization.Int8WeightOnlyConfig()),
+        ("int8 weights, activations", quantization.Int8DynamicActivationInt8WeightConfig()),
+        ("int4 weights, groups of 64", four_bits),
+    ):
+        copied = copy.deepcopy(lm).bfloat16()
+        quantization.quantize_(copied, config)
+        yield title, copied
 
 
 def trained(lm, tokenizer, steps: list[int], learning_rate: float):
@@ -64,6 +81,9 @@ if __name__ == "__main__":
     show("8 bits, a scale a row", rounded(lm, 8))
     show("4 bits, a scale for 32 weights", rounded(lm, 4, 32))
     show("4 bits, a scale for 64 weights", rounded(lm, 4, 64))
+    if find_spec("torchao"):
+        for title, copied in torchao_copies(lm):
+            show(f"torchao, {title}", copied)
     for rate in ("1e-5", "5e-5"):
         for number, changed in trained(lm, tokenizer, steps, float(rate)):
             show(f"{number} steps at {rate}", changed)

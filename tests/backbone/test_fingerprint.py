@@ -42,7 +42,7 @@ def test_models_of_every_size_have_one(layers, hidden, vocab):
     [
         (("float32", None), ("float32", None), 0.003),
         (("float32", None), ("bfloat16", None), 0.02),
-        (("bfloat16", None), ("float16", "bitsandbytes-8bit"), 0.06),
+        (("bfloat16", None), ("float16", "bitsandbytes-8bit"), 0.1),
         (("bfloat16", None), ("float32", "gguf-q4_1"), 0.4),
         (("float32", "gguf-q4_1"), ("float32", "gguf-q4_1"), 0.003),
         ((None, None), ("float32", None), 0.02),
@@ -58,8 +58,36 @@ def test_tolerance(recorded, found, expected):
         ({"quant_method": "gptq", "bits": 4}, "gptq-4bit"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes-4bit"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao-8bit"),
+        (
+            {"quant_method": "torchao", "quant_type": "Float8WeightOnlyConfig(set_inductor_config=True)"},
+            "torchao-8bit",
+        ),
+        (
+            {
+                "quant_method": "torchao",
+                "quant_type": {
+                    "default": {
+                        "_type": "Int8DynamicActivationIntxWeightConfig",
+                        "_data": {
+                            "weight_dtype": {"_type": "torch.dtype", "_data": "int4"},
+                            "scale_dtype": "bfloat16",
+                        },
+                    }
+                },
+            },
+            "torchao-4bit",
+        ),
     ],
 )
 def test_quantization_is_recorded(lm, quantization, name):
     lm.config.quantization_config = quantization
+    assert backbone_facts(lm)["base_model_quantization"] == name
+
+
+@pytest.mark.parametrize("packed, name", [("Int4Tensor", "torchao-4bit"), ("Int8Tensor", "torchao-8bit")])
+def test_weights_that_were_quantised_in_place_are_recorded(lm, packed, name):
+    """`torchao.quantization.quantize_` leaves no trace in the config."""
+    weight = lm.model.layers[0].mlp.up_proj.weight
+    weight.__class__ = type(packed, (torch.nn.Parameter,), {"__module__": "torchao.quantization"})
     assert backbone_facts(lm)["base_model_quantization"] == name

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from conftest import HIDDEN, LAYERS, VOCAB, make_lm, read_head, save_head
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.fingerprint import fingerprint
+from llama_probe.backbone.loading import load_backbone
+from llama_probe.heads import match as matching
 from llama_probe.heads.match import check_backbone, compare, describe, match
 
 
@@ -20,13 +23,15 @@ def verdicts(config, lm) -> dict[str, str]:
     return {check.field: check.verdict for check in compare(config, lm)}
 
 
-def rounded_to_8_bits(lm):
+def rounded(lm, bits, settings, group=None):
+    """A copy with rounded matrices, with one scale a row, or one for each `group` weights."""
     lm = copy.deepcopy(lm)
     for parameter in lm.parameters():
         if parameter.dim() == 2:
-            scale = parameter.data.abs().amax(dim=1, keepdim=True) / 127
-            parameter.data = (parameter.data / scale).round() * scale
-    lm.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+            weights = parameter.data.reshape(-1, group or parameter.shape[1])
+            scale = weights.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+            parameter.data = ((weights / scale).round() * scale).reshape(parameter.shape)
+    lm.config.quantization_config = settings
     return lm
 
 
@@ -64,7 +69,11 @@ def test_a_head_keeps_its_record_on_another_backbone(lm, tmp_path):
 @pytest.mark.parametrize("copied", ["bfloat16", "float16", "8bit"])
 def test_a_copy_in_another_precision_is_the_same_backbone(lm, copied):
     config = described(lm)
-    other = rounded_to_8_bits(lm) if copied == "8bit" else copy.deepcopy(lm).to(getattr(torch, copied))
+    other = (
+        rounded(lm, 8, {"quant_method": "bitsandbytes", "load_in_8bit": True})
+        if copied == "8bit"
+        else copy.deepcopy(lm).to(getattr(torch, copied))
+    )
     other.config._name_or_path = "/somewhere/tiny"
     assert fingerprint(other) != config.fingerprint
     found = verdicts(config, other)
@@ -79,6 +88,56 @@ def test_a_fine_tuned_copy_is_another_backbone(lm):
     with pytest.raises(ProbeError, match="'head' has a fingerprint"):
         check_backbone("head", config, other, strict=True)
     assert verdicts(config, other.to(torch.bfloat16))["fingerprint"] == "differs"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_copy_is_called_so(lm, bits):
+    config = described(lm)
+    other = rounded(lm, bits, {"quant_method": "torchao", "quant_type": f"Int{bits}WeightOnlyConfig"})
+    other.config._name_or_path = "org/tiny"
+    check_backbone("head", config, other, strict=True)
+    guesses = {check.field: check.guess for check in compare(config, other) if check.guess}
+    assert guesses == {"fingerprint": f"a quantised copy (torchao-{bits}bit)"}
+    assert not any(check.guess for check in compare(described(other), other)), "nothing is new"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_copy_of_the_demo_backbone_is_called_so(bits):
+    lm, _ = load_backbone("demo", "float32", device="cpu")
+    del lm.config.dequantized_from
+    config = described(lm)
+    other = rounded(lm, bits, {"quant_method": "torchao", "quant_type": f"Int{bits}WeightOnlyConfig"}, group=32)
+    check_backbone("head", config, other, strict=True)
+    (guess,) = [check.guess for check in compare(config, other) if check.guess]
+    assert guess == f"a quantised copy (torchao-{bits}bit)"
+
+
+@pytest.mark.parametrize(
+    "apart, quantization, guess",
+    [
+        (0.001, None, None),
+        (0.2, None, "a quantised copy, or fine-tuned since"),
+        (0.5, None, "fine-tuned since, or another model"),
+        (1.2, None, "another model"),
+        (0.05, 8, "a quantised copy (torchao-8bit)"),
+        (0.2, 8, "a quantised copy (torchao-8bit), or fine-tuned since"),
+        (0.2, 4, "a quantised copy (torchao-4bit)"),
+        (0.5, 4, "a quantised copy (torchao-4bit), or fine-tuned since"),
+        (1.2, 4, "another model"),
+    ],
+)
+def test_a_distance_tells_a_quantised_copy_from_another_model(lm, monkeypatch, apart, quantization, guess):
+    config = described(lm)
+    monkeypatch.setattr(matching, "distance", lambda recorded, found: apart)
+    if quantization:
+        lm.config.quantization_config = {"quant_method": "torchao", "quant_type": f"Int{quantization}WeightOnlyConfig"}
+    lm.config._name_or_path = "org/tiny"
+    (check,) = [check for check in compare(config, lm) if check.field == "fingerprint"]
+    assert check.guess == guess
+    if check.verdict == "differs":
+        with pytest.raises(ProbeError, match=rf"\({re.escape(guess)}\?\)"):
+            check_backbone("head", config, lm, strict=True)
 
 
 def test_all_that_differs_is_one_warning(lm, caplog):

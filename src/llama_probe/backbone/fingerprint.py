@@ -1,13 +1,14 @@
 """Summarizes what a backbone computes in 32 numbers, to tell a fine-tuned copy from the original.
 
-Rounding moves a fingerprint a little: on SmolLM2-135M-Instruct a bf16 copy by 0.6 %, 8-bit weights by 2 %, 4-bit weights by
-20 to 25 %. Training moves it further: 5 steps of AdamW at 1e-5 by 1.5 %, 20 steps at 5e-5 by 18 %
-(`python examples/fingerprint_distances.py`). The tolerance depends on the coarser precision of the two sides.
+Rounding moves a fingerprint a little: on SmolLM2-135M-Instruct a bf16 copy by 0.6 %, 8-bit weights by 2 %, 8-bit weights
+and activations by 7 %, 4-bit weights by 20 to 25 %. Training moves it further: 5 steps of AdamW at 1e-5 by 1.5 %, 20 steps at
+5e-5 by 18 % (`python examples/fingerprint_distances.py`). The tolerance depends on the coarser precision of the two sides.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from .decoder import backbone_name, find_decoder, without_peft
 _TOKENS, _DEPTHS, _DIRECTIONS = 32, 4, 8
 
 # Largest relative distance that rounding explains, by bits a weight of the coarser side.
-_TOLERANCES = {32: 0.003, 16: 0.02, 8: 0.06, 4: 0.4}
+_TOLERANCES = {32: 0.003, 16: 0.02, 8: 0.1, 4: 0.4}
+ROUNDING = max(_TOLERANCES.values())
+UNRELATED = 0.8  # farther apart than copies that are fine-tuned; unrelated models are at about 1.4
 
 
 def fingerprint(lm: nn.Module, vocab_size: int | None = None) -> list[float]:
@@ -94,7 +97,7 @@ def backbone_facts(lm: nn.Module) -> dict[str, Any]:
         "base_model_class": getattr(base, "_causal_lm_class", type(base)).__name__,
         "vocab_size": _vocab_size(base),
         "base_model_dtype": str(base.dtype).removeprefix("torch."),
-        "base_model_quantization": _quantization(config),
+        "base_model_quantization": _quantization(base),
     }
 
 
@@ -102,17 +105,24 @@ def _vocab_size(lm: nn.Module) -> int:
     return without_peft(lm).config.get_text_config(decoder=True).vocab_size
 
 
-def _quantization(config) -> str | None:
-    settings = getattr(config, "quantization_config", None)
+def _quantization(lm: nn.Module) -> str | None:
+    """Return method and bits of quantised weights, such as `bitsandbytes-4bit`."""
+    settings = getattr(lm.config, "quantization_config", None)
     if settings is None:
-        return getattr(config, "dequantized_from", None)  # set by `demo_backbone` in `loading.py`
+        # `torchao.quantization.quantize_` changes the weights, and not the config.
+        packed = next((weight for weight in lm.parameters() if type(weight).__module__.startswith("torchao.")), None)
+        if packed is None:
+            return getattr(lm.config, "dequantized_from", None)  # set by `demo_backbone` in `loading.py`
+        settings = {"quant_method": "torchao", "quant_type": (type(packed), getattr(packed, "target_dtype", None))}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "quantized"
-    bits = settings.get("bits") or settings.get("nbits")
+    # torchao names the types of weights and activations: `Int8WeightOnlyConfig`, `torch.int4`.
+    widths = re.findall(r"(?:int|float)(\d+)", str(settings.get("quant_type")).lower())
+    bits = settings.get("bits") or settings.get("nbits") or min(map(int, widths), default=None)
     for name, value in (("load_in_4bit", 4), ("load_in_8bit", 8)):
         if settings.get(name) or settings.get(f"_{name}"):
             bits = value
-    return f"{method}-{bits}bit" if bits else str(method)  # such as `bitsandbytes-4bit`
+    return f"{method}-{bits}bit" if bits else str(method)
 
 
 def _bits(dtype: str | None, quantization: str | None) -> int:

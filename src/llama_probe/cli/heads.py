@@ -82,9 +82,12 @@ def _print_checks(probe: str, backbone: str, checks: list[Check]) -> None:
         rows.append((check.field, *cells, _VERDICTS.get(check.verdict, check.verdict)))
     print_table(f"{probe} on {backbone}", ("", "the head was trained with", "this backbone", "verdict"), rows, left=4)
     differing = [check for check in checks if check.verdict == "differs"]
+    guess = next((check.guess for check in checks if check.guess), None)  # from the fingerprints
     if any(check.fatal for check in differing):
         print("The head cannot run on this backbone: it was made for a model of another size.")
     elif differing:
-        print("The head runs on this backbone, but its scores may be meaningless.")
+        print(f"The head runs on this backbone{f' ({guess}?)' if guess else ''}, but its scores may be meaningless.")
+    elif guess:
+        print(f"The head belongs to this backbone, which is {guess} of the one that it was trained on.")
     else:
         print("The head belongs to this backbone: nothing that was recorded differs.")

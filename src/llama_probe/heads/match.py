@@ -15,7 +15,15 @@ from transformers.utils import logging
 
 from ..backbone.capture import check_states
 from ..backbone.decoder import find_decoder
-from ..backbone.fingerprint import backbone_facts, distance, fingerprint, template_hash, tolerance
+from ..backbone.fingerprint import (
+    ROUNDING,
+    UNRELATED,
+    backbone_facts,
+    distance,
+    fingerprint,
+    template_hash,
+    tolerance,
+)
 from ..errors import ProbeError
 from .configuration import ProbeConfig
 from .rules import TURN_SCOPES
@@ -25,6 +33,7 @@ logger = logging.get_logger(__name__)
 
 _SIZES = ("hidden_size", "num_hidden_layers")
 _PRECISION = ("base_model_dtype", "base_model_quantization")
+_ANOTHER = "another model"
 
 
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
@@ -71,6 +80,7 @@ class Check:
         recorded, found: its value in the head and in the backbone; `None` if not known.
         verdict: `"same"`, `"differs"`, `"unknown"`, or `"explained"` if it differs but the fingerprints agree.
         fatal: if True, a head cannot run on a backbone where the field differs.
+        guess: what a distance of fingerprints suggests that this backbone is; None if it is the head's.
     """
 
     field: str
@@ -78,6 +88,7 @@ class Check:
     found: Any
     verdict: str
     fatal: bool = False
+    guess: str | None = None
 
 
 def compare(
@@ -156,18 +167,33 @@ def _explain(check: Check) -> str:
     if check.field == "base_model_name_or_path":
         return f"was trained on {check.recorded}, this backbone is {check.found}"
     if check.field == "fingerprint":
-        return f"has a fingerprint {check.found} away from this backbone's (fine-tuned since, or another model?)"
+        return f"has a fingerprint {check.found} away from this backbone's ({check.guess}?)"
     return f"was trained with {check.field} {check.recorded}, here it is {check.found}"
 
 
 def _compare_fingerprints(config: ProbeConfig, facts: dict[str, Any], take_fingerprint: Callable | None) -> Check:
-    allowed = tolerance(tuple(getattr(config, name) for name in _PRECISION), tuple(facts[name] for name in _PRECISION))
+    recorded, found = (tuple(map(get, _PRECISION)) for get in (vars(config).get, facts.get))
+    allowed = tolerance(recorded, found)
     wanted = f"within {allowed:.1%}"
     # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
     if take_fingerprint is None or (config.vocab_size or 0) > facts["vocab_size"]:
         return Check("fingerprint", wanted, None, "unknown")
     apart = distance(config.fingerprint, take_fingerprint(config.vocab_size))
-    return Check("fingerprint", wanted, f"{apart:.2%}", "same" if apart <= allowed else "differs")
+    quantization = found[1] if found[1] != recorded[1] else None
+    verdict = "same" if apart <= allowed else "differs"
+    return Check("fingerprint", wanted, f"{apart:.2%}", verdict, guess=_guess(apart, allowed, quantization))
+
+
+def _guess(apart: float, allowed: float, quantization: str | None) -> str | None:
+    """Return what a distance suggests, for the quantization of this backbone if the head was trained without it."""
+    if apart > UNRELATED:
+        return _ANOTHER
+    quantised = f"a quantised copy ({quantization})" if quantization else "a quantised copy"
+    if apart <= allowed:
+        return quantised if quantization else None
+    if quantization or apart <= ROUNDING:
+        return f"{quantised}, or fine-tuned since"
+    return f"fine-tuned since, or {_ANOTHER}"
 
 
 def _verdict(recorded: Any, found: Any, name: str = "") -> str:
