@@ -172,7 +172,8 @@ def backbone_name(lm: nn.Module) -> str | None:
 def target_of(lm: nn.Module) -> Target:
     """Return the target for which a loaded LM's heads are looked up."""
     decoder = find_decoder(lm)
-    return Target(decoder.name_or_path, decoder.hidden_size, decoder.num_hidden_layers)
+    sizes = decoder.hidden_size, decoder.num_hidden_layers
+    return Target(decoder.name_or_path, *sizes, model_type=decoder.model_type)
 
 
 def _usable(device: torch.device) -> torch.device:

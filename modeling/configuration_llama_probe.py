@@ -360,6 +360,16 @@ def hide_secrets(text: str, token: str | bool | None = None) -> str:
 
 # From hub/resolve.py
 
+# Bundled heads by their shorter alias, which is the name of their recipe too.
+ALIASES = {
+    "beavertails": "beavertails-mha",
+    "emotion": "emotion-multimax",
+    "imdb": "imdb-multimax",
+    "safety": "safety-multimax",
+    "safety-categories": "safety-categories-multimax",
+    "sst2": "sst2-multimax",
+    "toxicchat": "toxicchat-multimax",
+}
 _ALIAS = re.compile(r"[\w-]+")
 _ATTRIBUTES = frozenset(dir(nn.ModuleDict()))  # torch allows no module with such a name
 
@@ -369,25 +379,29 @@ class Target:
     """The backbone that a head is looked up for: an alias names another head on each backbone."""
 
     name_or_path: str | None
-    hidden_size: int
-    num_hidden_layers: int
+    hidden_size: int | None
+    num_hidden_layers: int | None
     revision: str | None = None
+    model_type: str | None = None
 
     read = classmethod(lambda cls, place, kwargs, options: cls(str(place), 0, 0, kwargs.get("revision")))
 
     def fits(self, hidden_size: int | None, num_hidden_layers: int | None) -> bool:
-        """Return True if a head of these sizes fits this backbone."""
-        return (hidden_size, num_hidden_layers) == (self.hidden_size, self.num_hidden_layers)
+        """Return True if a head of these sizes fits this backbone, as far as its sizes are known."""
+        sizes = (self.hidden_size, self.num_hidden_layers)
+        return sizes == (hidden_size, num_hidden_layers) or self.hidden_size is None
 
 
 bundled_heads = lambda target=None: {}
+
+
+bundled_alias = lambda source, folder: None
 
 
 def resolve_head(
     source: str | os.PathLike,
     target: Target | None = None,
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
-    namespace: str | None = None,
     *,
     only_config: bool = False,
 ) -> Path:
@@ -397,62 +411,44 @@ def resolve_head(
     if os.path.isdir(source):  # unlike that of pathlib, it does not raise for a name that is too long
         return Path(source)
     if is_alias(source):
-        return _resolve_alias(source, target, options, namespace, only_config)
+        return _resolve_alias(source, target, options, only_config)
     if os.path.isfile(source):
         raise ProbeError(f"probe={str(source)!r} is a file: give the head's folder, {str(Path(source).parent)!r}")
     reference = HubReference.parse(str(source))
     if reference is None:
-        told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
-        raise ProbeError(f"{told}; {_known(target)}")
+        raise ProbeError(
+            f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder); "
+            f"bundled heads: {', '.join(_bundled_names())}"
+        )
     return download_head(reference, without_waiting(reference, options), only_config=only_config)
 
 
-def _resolve_alias(
-    alias: str, target: Target | None, options: HubOptions, namespace: str | None, only_config: bool
-) -> Path:
-    told = f"probe={alias!r} is neither a folder nor a bundled head"
-    if (chosen := _choose(alias, bundled_heads(target))) is not None:
+def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_config: bool) -> Path:
+    heads, backbone = bundled_heads(target), target and target.name_or_path
+    if bundled := heads.get(alias) or heads.get(ALIASES.get(alias, "")):
         if options.revision is None:
-            return chosen
-        told = f"probe={alias!r} is a bundled head and has no revision {options.revision!r}"
-    found = [told, _known(target)]  # and names of heads that exist, for the message
-    for place, revision in _places(target, options, namespace):
-        if isinstance(place, Path):
-            heads = list_heads(place)
-            if (chosen := _choose(alias, heads)) is not None:
-                return chosen
-            found.append(f"in {place}: {', '.join(heads) or 'none'}")
-            continue
-        reference = HubReference(place, revision, alias)
-        try:
-            options = without_waiting(reference, options)
-            return download_head(reference, options, only_config=only_config)
-        except ProbeError as error:
-            found.append(str(error))
-    raise ProbeError("; ".join(found))
-
-
-_choose = lambda alias, heads: heads.get(alias)
-
-
-def _places(target: Target | None, options: HubOptions, namespace: str | None) -> Iterator[tuple[Path | str, Any]]:
-    """Give the folders and Hub ids where an alias may be for a target, with the revision to ask for."""
-    namespace = namespace or os.environ.get("LLAMA_PROBE_NAMESPACE")
-    if namespace and not (isinstance(namespace, str) and re.fullmatch(r"[\w.-]+", namespace)):
-        raise ProbeError(f"namespace={namespace!r} must be the name of a user or organisation on the Hub")
-    if target is None or not target.name_or_path:
-        return
-    local = os.path.isdir(target.name_or_path)
-    if local:
-        yield Path(target.name_or_path), None
-    if namespace:
-        yield f"{namespace}/{Path(target.name_or_path).name}-probes", options.revision
-    if not local and target.name_or_path.count("/") == 1:
+            return bundled
+        raise ProbeError(f"probe={alias!r} is a bundled head and has no revision {options.revision!r}")
+    elsewhere = []  # heads that exist there, for the message
+    if backbone and os.path.isdir(backbone):
+        heads = list_heads(backbone)
+        if alias in heads:
+            return heads[alias]
+        elsewhere = [f"in {backbone}: {', '.join(heads)}"] if heads else []
+    elif backbone and backbone.count("/") == 1 and not os.path.exists(backbone):
         # One repository holds both: the head and the backbone come from the same commit.
-        yield target.name_or_path, options.revision or target.revision
+        reference = HubReference(backbone, options.revision or target.revision, alias)
+        try:
+            return download_head(reference, without_waiting(reference, options), only_config=only_config)
+        except ProbeError as error:
+            elsewhere = [str(error)]
+    raise ProbeError(no_bundled_head(alias, backbone, *elsewhere))
 
 
-_known = lambda *arguments: 'no heads are bundled'
+no_bundled_head = lambda alias, backbone, *details: "; ".join([f"probe={alias!r} is no head, and none are bundled", *details])
+
+
+_bundled_names = lambda: []
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:

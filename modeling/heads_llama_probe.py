@@ -28,9 +28,10 @@ from typing import Any, ClassVar, NamedTuple
 from .backbone_llama_probe import find_decoder, target_of, template_hash
 from .configuration_llama_probe import (
     CARD_NAME, CODE_NAME, CONFIG_NAME, HALF_PAIR, HEAD_FILES, HubOptions, PLOT_NAMES, PROMPT_FORMATS, ProbeConfig,
-    ProbeError, RESULTS_NAME, TURN_SCOPES, WEIGHTS_NAME, _needs_package, check_writable, current_file, get_probe_type,
-    is_head_folder, kind_code, make_folder, package_version, read_config, read_results, register_probe_type,
-    remove_leftovers, replace_files, resolve_head, training_results, turn_mask, with_subfolder,
+    ProbeError, RESULTS_NAME, TURN_SCOPES, Target, WEIGHTS_NAME, _needs_package, bundled_alias, check_writable,
+    current_file, default_name, get_probe_type, is_head_folder, kind_code, make_folder, package_version, read_config,
+    read_results, register_probe_type, remove_leftovers, replace_files, resolve_head, training_results, turn_mask,
+    with_subfolder,
 )
 
 
@@ -1169,7 +1170,7 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
 describe = lambda lm, config: match(lm, config)
 
 
-check_backbone = lambda name, config, lm, strict=False: _needs_package("strict=True")() if strict else match(lm, config)
+check_backbone = lambda name, config, lm, strict=False, alias=None: _needs_package("strict=True")() if strict else match(lm, config)
 
 
 # From heads/folder.py
@@ -1284,6 +1285,7 @@ class ProbeModel(nn.Module):
             )
         self.config = config
         self.results: dict[str, Any] | None = None
+        self.alias: str | None = None  # of a bundled head, which `check_backbone` attaches to no other model
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         kind = get_probe_type(config.probe_type)
@@ -1331,17 +1333,28 @@ class ProbeModel(nn.Module):
         backbone: nn.Module | None = None,
         *,
         subfolder: str | None = None,
-        namespace: str | None = None,
         **options,
     ) -> ProbeModel:
         """Load a head from a folder, from the Hub, or by its alias (see `resolve_head`), on the CPU and in eval mode."""
         target = None if backbone is None else target_of(backbone)
-        hub = HubOptions(**options)
-        folder = resolve_head(with_subfolder(source, subfolder), target, hub, namespace)
-        probe = read_settled(folder, lambda: cls._read(folder, hub.trust_remote_code))
+        source = with_subfolder(source, subfolder)
+        probe = cls.load_for(source, target, HubOptions(**options))
         if backbone is not None:
-            check_backbone(folder.name, probe.config, backbone)
+            check_backbone(default_name(source), probe.config, backbone, alias=probe.alias)
             probe.set_backbone(backbone)
+        return probe
+
+    @classmethod
+    def load_for(
+        cls,
+        source: str | os.PathLike,
+        target: Target | None = None,
+        options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+    ) -> ProbeModel:
+        """Load a head for a backbone that need not be loaded; see `resolve_head`."""
+        folder = resolve_head(source, target, options)
+        probe = read_settled(folder, lambda: cls._read(folder, options.trust_remote_code))
+        probe.alias = bundled_alias(source, folder)
         return probe.eval()
 
     @classmethod

@@ -39,7 +39,7 @@ from .backbone_llama_probe import (
 )
 from .configuration_llama_probe import (
     HubOptions, ProbeConfig, ProbeError, Target, _needs_package, check_name, check_place, check_within_reach,
-    default_name, is_alias, marker_mask, resolve_head, with_subfolder,
+    default_name, is_alias, marker_mask, with_subfolder,
 )
 from .heads_llama_probe import (
     DecidedMixin, MeanStates, Novelty, ProbeModel, ProbeOutput, ProbeState, PromptFormat, Text, abstain_levels,
@@ -80,14 +80,12 @@ def read_heads(
     spec: ProbeSpec | None,
     target: Target | None = None,
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
-    namespace: str | None = None,
 ) -> dict[str, ProbeModel]:
     """Load all heads of a `probe=` argument, by name (see `named_sources`); `resolve_head` explains the others."""
     heads: dict[str, ProbeModel] = {}
     for name, source in named_sources(spec).items():
         if not isinstance(source, ProbeModel):
-            folder = resolve_head(source, target, options, namespace)
-            source = ProbeModel.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+            source = ProbeModel.load_for(source, target, options)
         heads[name] = source
     return heads
 
@@ -125,14 +123,13 @@ def load_with_heads(
     kwargs: Mapping[str, Any],
     probe: ProbeSpec | None = None,
     revision: str | None = None,
-    namespace: str | None = None,
 ) -> tuple[Any, dict[str, ProbeModel]]:
     """Return what `load(place, *args, **kwargs)` gives, and the heads for it, which are loaded first."""
     check_within_reach(place, kwargs)
     if probe is not None:
         options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
         target = Target.read(place, kwargs, options) if any(map(is_alias, sources.values())) else None
-        heads = read_heads(sources, target, options, namespace)
+        heads = read_heads(sources, target, options)
         return load(place, *args, **kwargs), heads
     loaded = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
     if not isinstance(head := loaded, HeadPlace):
@@ -1707,7 +1704,6 @@ class ProbeHostMixin:
         revision: str | None = None,
         *,
         subfolder: str | None = None,
-        namespace: str | None = None,
         strict: bool = False,
         **options,
     ) -> str:
@@ -1715,8 +1711,7 @@ class ProbeHostMixin:
         source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
         self._require_free(name)
-        hub = HubOptions(revision, **options)
-        self._attach(read_heads({name: source}, target_of(self), hub, namespace), strict=strict)
+        self._attach(read_heads({name: source}, target_of(self), HubOptions(revision, **options)), strict=strict)
         return name
 
     def delete_probe(self, name: str) -> None:
@@ -1807,7 +1802,7 @@ class ProbeHostMixin:
         for name, probe in probes.items():
             self._require_free(name)
             if isinstance(probe, ProbeModel):
-                check_backbone(name, probe.config, self, strict)
+                check_backbone(name, probe.config, self, strict, alias=probe.alias)
                 heads[name] = probe
             elif isinstance(probe, ProbeConfig):
                 heads[name] = ProbeModel(describe(self, probe))
@@ -1943,13 +1938,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
         *model_args,
         probe: ProbeSpec | None = None,
         probe_revision: str | None = None,
-        probe_namespace: str | None = None,
         probe_strict: bool = False,
         **kwargs,
     ):
         """Load a model as `PreTrainedModel.from_pretrained` does, with heads."""
         load, place = super().from_pretrained, pretrained_model_name_or_path
-        loaded, heads = load_with_heads(load, place, model_args, kwargs, probe, probe_revision, probe_namespace)
+        loaded, heads = load_with_heads(load, place, model_args, kwargs, probe, probe_revision)
         model_of(loaded)._attach(heads, probe_strict)
         return loaded
 

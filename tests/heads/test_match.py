@@ -1,5 +1,6 @@
 """What a head records of its backbone, compared with other backbones."""
 
+import contextlib
 import copy
 import logging
 import re
@@ -138,6 +139,20 @@ def test_a_distance_tells_a_quantised_copy_from_another_model(lm, monkeypatch, a
     if check.verdict == "differs":
         with pytest.raises(ProbeError, match=rf"\({re.escape(guess)}\?\)"):
             check_backbone("head", config, lm, strict=True)
+
+
+@pytest.mark.parametrize("apart, refused", [(0.7, False), (0.9, True)])
+def test_a_bundled_head_is_for_no_unrelated_model(lm, monkeypatch, apart, refused):
+    config = described(lm)
+    monkeypatch.setattr(matching, "distance", lambda recorded, found: apart)
+    check_backbone("head", config, lm)
+    with pytest.raises(ProbeError, match="no bundled head") if refused else contextlib.nullcontext():
+        check_backbone("head", config, lm, alias="safety")
+
+
+def test_a_gguf_file_is_a_copy_of_the_model_that_it_is_named_after(lm, tmp_path):
+    lm.config._name_or_path = str(tmp_path / "Tiny-Q8_0.gguf")
+    assert verdicts(described(lm), lm)["base_model_name_or_path"] == "same"
 
 
 def test_all_that_differs_is_one_warning(lm, caplog):

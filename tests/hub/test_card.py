@@ -73,7 +73,7 @@ def test_a_head_without_results(tmp_path, values):
     assert ("`LABEL_2`" in card.content) == ("num_labels" in values)
     assert card.data.license == "mit" and "mine" in card.data.tags and not card.data.eval_results
     with pytest.raises(ProbeError, match=r"no results\.json"):
-        results_table([folder])
+        results_table({"head": folder})
 
 
 def test_a_saved_head_gets_a_card_that_a_person_may_edit(folder):
@@ -142,7 +142,7 @@ def test_bundled_cards_are_what_their_folders_give(alias):
 def test_a_page_shows_the_bundled_results():
     text = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
     shown = text.split("<!-- results -->\n")[1].split("\n<!-- /results -->")[0]
-    assert shown == results_table(bundled_heads().values())
+    assert shown == results_table(bundled_heads())
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_hostile_texts_begin_nothing_of_their_own(folder):
         line for line in plain.splitlines() if line.startswith(marks)
     ]
     assert r"| a \| b # Evil &lt;img src=x> \[here](x) |" in text
-    assert r"\| y" in results_table([folder]) and "<script>" not in results_table([folder])
+    assert r"\| y" in results_table({"head": folder}) and "<script>" not in results_table({"head": folder})
 
 
 @pytest.mark.parametrize(

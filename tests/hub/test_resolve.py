@@ -1,24 +1,39 @@
 """Names of heads: folders, Hub ids, aliases, lists and dicts."""
 
-import json
-import math
+import logging
 
 import pytest
+import torch
 from conftest import make_lm, make_probe, save_head
 from hub_server.heads import plain, plant_model, same_weights
 from huggingface_hub.utils import _http
 from transformers import AutoModel
 
-from llama_probe import ProbeError
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.heads.match import describe
+from llama_probe.hub import resolve
 from llama_probe.hub.folder import CONFIG_NAME, WEIGHTS_NAME
-from llama_probe.hub.resolve import Target, best_head, bundled_heads, check_name, default_name, resolve_head
+from llama_probe.hub.resolve import (
+    ALIASES,
+    Target,
+    bundled_heads,
+    check_name,
+    default_name,
+    model_name,
+    resolve_head,
+)
 from llama_probe.hub.transport import HubOptions
 from llama_probe.serving.sources import read_heads
 
 
-def test_bundled_heads_are_readable_and_fit_one_backbone():
-    heads = bundled_heads(Target("HuggingFaceTB/SmolLM2-135M-Instruct", 576, 30))
-    assert heads == bundled_heads() and {"toxicchat-mha", "toxicchat-gate", "sst2-mha", "emotion-mha"} <= set(heads)
+def test_bundled_heads_of_the_demo_backbone_are_readable():
+    heads = bundled_heads(Target("HuggingFaceTB/SmolLM2-135M-Instruct", 576, 30, model_type="llama"))
+    assert heads.items() <= bundled_heads().items() and {
+        "toxicchat-mha",
+        "toxicchat-gate",
+        "sst2-mha",
+        "emotion-mha",
+    } <= set(heads)
     for alias, head in read_heads(list(heads)).items():
         assert head.config.base_model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
         assert not any(name.startswith("LABEL_") for name in head.config.id2label.values())
@@ -58,7 +73,7 @@ def test_an_unknown_alias_lists_the_known_ones(target):
     with pytest.raises(ProbeError, match=r"'toxicchat-lstm'.*toxicchat-mha"):
         resolve_head("toxicchat-lstm", target)
     if target:
-        with pytest.raises(ProbeError, match=r"bundled heads: none for hidden_size=32.*LLAMA_PROBE_NAMESPACE"):
+        with pytest.raises(ProbeError, match=r"no bundled head for org/tiny; they are for SmolLM2-135M-Instruct"):
             resolve_head("toxicchat-mha", target)
 
 
@@ -90,115 +105,136 @@ def test_any_folder_has_a_name_that_a_head_may_have(tmp_path, folder, name):
     assert default_name(tmp_path / folder) == check_name(name)
 
 
-class TestAliasesWithoutAKind:
-    """`toxicchat` is the best of `toxicchat-gate`, `toxicchat-mha`, ... by validation."""
+@pytest.mark.parametrize(
+    "name_or_path, name",
+    [
+        ("org/Tiny-Instruct", "tiny-instruct"),
+        ("/models/tiny-instruct", "tiny-instruct"),
+        ("/models/Tiny-Instruct-Q4_K_M.gguf", "tiny-instruct"),
+        ("org/Tiny-Instruct-GGUF", "tiny-instruct"),
+        ("tiny.bf16.gguf", "tiny"),
+        ("org/Qwen2.5-0.5B", "qwen2.5-0.5b"),
+    ],
+)
+def test_model_name_leaves_out_owner_folders_and_precision(name_or_path, name):
+    assert model_name(name_or_path) == name
+
+
+class TestBundledAliases:
+    """An alias names the head of the backbone that is loaded: by its name, or else by sizes, type and fingerprint."""
 
     @pytest.fixture
-    def heads(self, tmp_path):
-        """A function that makes the head folders of a backbone: (alias, kind, validation score, metric)."""
+    def bundle(self, tmp_path, monkeypatch):
+        """Heads for org/Demo, in another folder for org/Twin of the same sizes, and for org/Small."""
+        bundle = tmp_path / "bundle"
+        for seed, (place, sizes) in enumerate({"": {}, "twin/": {}, "small/": {"hidden_size": 16}}.items()):
+            base = f"org/{place.strip('/').title() or 'Demo'}"
+            config = ProbeConfig(probe_type="gate", base_model_name_or_path=base)
+            save_head(ProbeModel(describe(make_lm(seed, **sizes), config)), bundle / f"{place}safety-multimax")
+        monkeypatch.setattr(resolve, "_bundle", lambda: bundle)
+        return bundle
 
-        def make(*rows):
-            for alias, kind, score, metric in rows:
-                folder = save_head(make_probe(probe_type=kind), tmp_path / alias)
-                if score is not None:
-                    summary = {"validation": {metric: {"mean": score}}, "test": {metric: {"mean": 1 - score}}}
-                    results = {"recipe": {"metric": metric}, "summary": summary, "num_parameters": 10 + len(kind)}
-                    (folder / "results.json").write_text(json.dumps(results))
-            return {alias: tmp_path / alias for alias, *_ in rows}
-
-        return make
-
-    def test_the_best_by_validation(self, heads):
-        rows = ("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", 0.8, "f1"), ("other-mha", "mha", 0.9, "f1")
-        found = heads(*rows, ("other-pooling", "pooling", 0.9, "f1"))
-        assert best_head("mood", found).name == "mood-mha"
-        assert best_head("other", found).name == "other-mha", "of equal ones the smaller"
-        assert best_head("mo", found) is None and best_head("mood-mha", found) is None
-
-    def test_what_cannot_be_compared_is_left_out(self, heads):
-        found = heads(
-            ("mood-pooling", "pooling", None, ""),
-            ("mood-gate", "gate", 0.9, "auprc"),
-            ("mood-mha", "mha", 0.6, "f1"),
-            ("mood-attentive", "attentive", 0.5, "f1"),
-            ("mood-large", "mha", 0.99, "f1"),
-        )
-        assert best_head("mood", found).name == "mood-mha", "`large` is no kind, and auprc is not f1"
-        assert best_head("mood", {"mood-pooling": found["mood-pooling"]}) is None
-
-    @pytest.mark.parametrize("score", [math.nan, math.inf])
-    def test_what_is_no_number_is_left_out(self, heads, score):
-        found = heads(("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", score, "f1"))
-        for order in (found, dict(reversed(found.items()))):
-            assert best_head("mood", order).name == "mood-gate"
-
-    @pytest.mark.parametrize("alias", ["toxicchat", "sst2", "emotion"])
-    def test_bundled_ones(self, alias):
-        rivals = {name: folder for name, folder in bundled_heads().items() if name.startswith(f"{alias}-")}
-        assert resolve_head(alias) == best_head(alias, rivals)
+    @pytest.mark.parametrize("alias, name", [*ALIASES.items(), ("toxicchat-gate", "toxicchat-gate")])
+    def test_an_alias_is_a_line_in_a_table(self, alias, name):
+        assert resolve_head(alias) == bundled_heads()[name]
         assert list(read_heads(alias)) == [alias], "the head is called as it was asked for"
-        for name in (alias, f"{alias}-mha"):
-            with pytest.raises(ProbeError, match=f"^probe='{name}' is a bundled head and has no revision 'v2'"):
-                resolve_head(name, options=HubOptions("v2"))
+        with pytest.raises(ProbeError, match=f"^probe='{alias}' is a bundled head and has no revision 'v2'"):
+            resolve_head(alias, options=HubOptions("v2"))
 
-    def test_beside_the_backbone(self, heads, tmp_path):
-        heads(("mood-gate", "gate", 0.7, "f1"), ("mood-mha", "mha", 0.6, "f1"))
+    @pytest.mark.parametrize(
+        "target, folder",
+        [
+            (None, "safety-multimax"),
+            (Target("me/demo", 32, 4), "safety-multimax"),
+            (Target("/models/Twin", 32, 4, model_type="llama"), "twin/safety-multimax"),
+            (Target("/models/twin-Q4_K_M.gguf", 32, 4), "twin/safety-multimax"),
+            (Target("me/renamed", 16, 4, model_type="llama"), "small/safety-multimax"),
+            (Target(None, 16, 4), "small/safety-multimax"),
+            (Target.read("/models/Small.Q4_1.gguf", {}, HubOptions()), "small/safety-multimax"),
+        ],
+    )
+    @pytest.mark.parametrize("alias", ["safety", "safety-multimax"])
+    def test_the_head_of_the_backbone(self, bundle, alias, target, folder):
+        assert resolve_head(alias, target) == bundle / folder
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            Target("org/llama-8b", 64, 4),
+            Target("org/small", 32, 3),
+            Target("me/renamed", 32, 4),  # of two backbones
+            Target("renamed.gguf", None, None),
+            Target("org/small", 16, 4, model_type="qwen2"),
+        ],
+    )
+    def test_another_backbone_is_refused_with_the_command_that_makes_a_head(self, bundle, target):
+        name = target.name_or_path
+        with pytest.raises(ProbeError) as raised:
+            resolve_head("safety", target, HubOptions(local_files_only=True))
+        for words in (
+            f"no bundled head for {name}",
+            "Demo, Small, Twin",
+            f"train safety --backbone {name} --output DIR",
+        ):
+            assert words in str(raised.value) and "\n" not in str(raised.value)
+        with pytest.raises(ProbeError) as raised:
+            resolve_head("safety-multimax", target, HubOptions(local_files_only=True))
+        assert "llama-probe train" not in str(raised.value), "no recipe has this name"
+
+    def test_all_are_listed_with_their_backbones(self, bundle):
+        assert list(bundled_heads()) == ["safety-multimax", "small/safety-multimax", "twin/safety-multimax"]
+
+    def test_an_unrelated_model_of_the_same_sizes_is_refused(self, bundle, tmp_path):
+        make_lm(seed=5, hidden_size=16).save_pretrained(tmp_path / "other")
+        for load in (
+            lambda: AutoModel.from_pretrained(tmp_path / "other", probe="safety"),
+            lambda: AutoModel.from_pretrained(tmp_path / "other", probe=[]).load_probe("safety"),
+            lambda: ProbeModel.from_pretrained("safety", make_lm(seed=5, hidden_size=16)),
+        ):
+            with pytest.raises(ProbeError, match=r"no bundled head for .* train safety --backbone"):
+                load()
+        explicit = AutoModel.from_pretrained(tmp_path / "other", probe=bundle / "small" / "safety-multimax")
+        assert explicit.active_probes == ["safety-multimax"], "it was asked for by its folder"
+
+    def test_a_fine_tuned_copy_is_warned_of(self, bundle, tmp_path, caplog):
+        lm = make_lm(seed=2, hidden_size=16)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in lm.parameters():
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        lm.save_pretrained(tmp_path / "tuned")
+        with caplog.at_level(logging.WARNING):
+            assert AutoModel.from_pretrained(tmp_path / "tuned", probe="safety").active_probes == ["safety"]
+        assert "fine-tuned since" in caplog.text
+
+
+class TestAliasesOfTheBackbonesOwnHeads:
+    """A head that lies in the folder or in the repository of a backbone has its name as an alias there."""
+
+    def test_in_its_folder(self, tmp_path):
+        save_head(make_probe(probe_type="gate"), tmp_path / "mood")
         make_lm().save_pretrained(tmp_path)
         model = AutoModel.from_pretrained(tmp_path, probe="mood")
         assert model.probes["mood"].config.probe_type == "gate"
-        with pytest.raises(ProbeError, match=r"in .*: mood-gate, mood-mha"):
+        with pytest.raises(ProbeError, match=r"in .*: mood"):
             model.load_probe("weather")
 
-
-class TestAliases:
-    @pytest.fixture
-    def named(self, hub):
-        """Alice's heads for org/tiny."""
-        for alias in ("mood", "toxicchat-mha"):  # the second is bundled for another backbone
-            plant_model(hub, "alice/tiny-probes", make_probe(seed=4), f"{alias}/")
-        return "alice"
-
-    @pytest.mark.parametrize("how", ["argument", "variable"])
-    def test_a_namespace(self, hub, named, how, monkeypatch):
-        arguments = {"probe_namespace": named} if how == "argument" else {}
-        if how == "variable":
-            monkeypatch.setenv("LLAMA_PROBE_NAMESPACE", named)
-        lm = AutoModel.from_pretrained(plain(hub), probe=["mood", "toxicchat-mha"], **arguments)
-        assert lm.active_probes == ["mood", "toxicchat-mha"]
-        assert same_weights(lm.probes["toxicchat-mha"], make_probe(seed=4))
-        for namespace in ("a/b", 3):
-            with pytest.raises(ProbeError, match="namespace="):
-                AutoModel.from_pretrained(plain(hub), probe="mood", probe_namespace=namespace)
-
-    def test_one_alias_is_another_head_on_another_backbone(self, hub, named, monkeypatch, tmp_path):
-        monkeypatch.setenv("LLAMA_PROBE_NAMESPACE", named)
-        make_lm(hidden_size=16).save_pretrained(tmp_path / "small")
-        plant_model(hub, "alice/small-probes", make_probe(hidden_size=16), "mood/")
-        assert AutoModel.from_pretrained(tmp_path / "small", probe="mood").probes["mood"].config.hidden_size == 16
-        assert AutoModel.from_pretrained(plain(hub), probe="mood").probes["mood"].config.hidden_size == 32
-
-    def test_a_head_in_the_backbones_own_repository(self, hub, named):
+    def test_in_its_repository(self, hub):
         backbone = plain(hub)
         plant_model(hub, backbone, make_probe(seed=6), "mine/")
         model = AutoModel.from_pretrained(backbone, probe="mine")
         assert same_weights(model.probes["mine"], make_probe(seed=6))
         with pytest.raises(ProbeError, match=r"heads in it: org/tiny:mine$"):
             model.load_probe("weather")
-        with pytest.raises(ProbeError, match=r"alice/tiny-probes:mood, .*org/tiny:mine"):
-            model.load_probe("weather", namespace=named)
-        assert hub.count("GET", "/api/models/alice/tiny-probes") == 1, "names of heads are asked for once"
 
-    def test_a_hub_out_of_reach_is_asked_once(self, hub, named, monkeypatch):
+    def test_a_hub_out_of_reach_is_asked_once(self, hub, monkeypatch):
         backbone = plain(hub)
-        plant_model(hub, backbone, make_probe(), "mine/")
+        plant_model(hub, backbone, make_probe(), "mood/")
         target = Target(backbone, 32, 4)
-        cached = resolve_head("mood", target, namespace=named)
+        cached = resolve_head("mood", target)
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: pytest.fail("the client repeats its request"))
         with hub.down():
-            assert resolve_head("mood", target, namespace=named) == cached
-            for alias in ("moood", "mine"):
-                with pytest.raises(ProbeError, match=r"org/tiny:mine is not in the cache|org/tiny:moood is not in"):
-                    resolve_head(alias, target, namespace=named)
+            assert resolve_head("mood", target) == cached
+            with pytest.raises(ProbeError, match=r"org/tiny:moood is not in the cache"):
+                resolve_head("moood", target)
             with pytest.raises(ProbeError, match=r"alice/tiny-probes:moood is not in"):
                 resolve_head("alice/tiny-probes:moood")
-        assert resolve_head("mine", target, namespace=named).name == "mine"

@@ -16,7 +16,7 @@ from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import Check, compare
 from ..heads.probe import ProbeModel
 from ..hub.card import results_table
-from ..hub.resolve import bundled_heads, resolve_head
+from ..hub.resolve import bundled_heads
 from ..hub.transport import HubOptions
 from .console import print_table
 from .options import Dtype, Result, Revision, TrustRemoteCode, check_revision
@@ -51,12 +51,11 @@ def inspect(
             raise ProbeError("--backbone and --revision need a head: name it first")
         heads = bundled_heads()
         configs = {alias: read_config(folder) for alias, folder in heads.items()}
-        show = partial(print, results_table(heads.values())) if markdown else partial(_print_heads, configs)
+        show = partial(print, results_table(heads)) if markdown else partial(_print_heads, configs)
         return {alias: config.to_dict() for alias, config in configs.items()}, show
     check_revision(probe, revision)
     target = None if backbone is None else backbone_target(backbone)
-    folder = resolve_head(probe, target, HubOptions(revision))
-    head = ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    head = ProbeModel.load_for(probe, target, HubOptions(revision, trust_remote_code=trust_remote_code))
     if backbone is not None:
         lm, tokenizer = load_backbone(backbone, dtype)
         lm.config._name_or_path = model_id(backbone)

@@ -19,7 +19,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.folder import check_output, is_head_folder
-from ..hub.resolve import resolve_head
+from ..hub.transport import HubOptions
 from .options import HEADS_BACKBONE, PROBE, TRUST_REMOTE_CODE, backbone_of
 
 
@@ -42,14 +42,14 @@ class HeadOptions:
     def load(self) -> ProbeModel:
         """Load the head without its backbone."""
         self.backbone = backbone_of(self.probe, self.backbone)
-        folder = resolve_head(self.probe, backbone_target(self.backbone))
-        self.head = ProbeModel.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
+        options = HubOptions(trust_remote_code=self.trust_remote_code)
+        self.head = ProbeModel.load_for(self.probe, backbone_target(self.backbone), options)
         return self.head
 
     def attach(self) -> None:
         """Load the backbone, and bind the head to it."""
         lm, tokenizer = load_backbone(self.backbone, self.dtype)
-        check_backbone(self.probe, self.head.config, lm)
+        check_backbone(self.probe, self.head.config, lm, alias=self.head.alias)
         self.head.to(lm.device).set_backbone(lm)
         self.prompts = PromptFormat.from_config(self.head.config, tokenizer)
 

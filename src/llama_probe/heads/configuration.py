@@ -288,12 +288,10 @@ class ProbeConfig:
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_pretrained(
-        cls, source: str | os.PathLike, *, subfolder: str | None = None, namespace: str | None = None, **options
-    ) -> ProbeConfig:
+    def from_pretrained(cls, source: str | os.PathLike, *, subfolder: str | None = None, **options) -> ProbeConfig:
         """Load the config of a head without its weights. The arguments are those of `ProbeModel.from_pretrained`."""
         hub = HubOptions(**options)
-        folder = resolve_head(with_subfolder(source, subfolder), options=hub, namespace=namespace, only_config=True)
+        folder = resolve_head(with_subfolder(source, subfolder), options=hub, only_config=True)
         return read_config(folder, hub.trust_remote_code)
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..backbone.capture import check_states
-from ..backbone.decoder import find_decoder
+from ..backbone.decoder import backbone_name, find_decoder
 from ..backbone.fingerprint import (
     ROUNDING,
     UNRELATED,
@@ -25,6 +25,7 @@ from ..backbone.fingerprint import (
     tolerance,
 )
 from ..errors import ProbeError
+from ..hub.resolve import model_name, no_bundled_head
 from .configuration import ProbeConfig
 from .rules import TURN_SCOPES
 
@@ -119,7 +120,7 @@ def compare(
         recorded = getattr(config, name)
         verdict = _verdict(recorded, found, name)
         # Copies of one backbone may differ in these.
-        local_copy = name == "base_model_name_or_path" and found is not None and Path(found).is_dir()
+        local_copy = name == "base_model_name_or_path" and found is not None and Path(found).exists()
         if verdict == "differs" and same_behaviour and (name in ("base_model_revision", *_PRECISION) or local_copy):
             verdict = "explained"
         checks.append(Check(name, recorded, found, verdict))
@@ -135,6 +136,7 @@ def check_backbone(
     lm: nn.Module,
     strict: bool = False,
     take_fingerprint: Callable[[int | None], list[float]] | None = None,
+    alias: str | None = None,
 ) -> None:
     """Log one warning with all that tells this backbone from the one that a head was trained on.
 
@@ -142,9 +144,11 @@ def check_backbone(
         name: the head's name in the message.
         strict: raise instead of the warning.
         take_fingerprint: see `compare`.
+        alias: of a bundled head, which is for one backbone and its copies.
 
     Raises:
-        ProbeError: the sizes differ, `check_states` refuses the backbone, or with `strict` anything else differs.
+        ProbeError: the sizes differ, `check_states` refuses the backbone, with `alias` the fingerprint is that of another
+            model, or with `strict` anything else differs.
     """
     match(lm, config)
     check_states(lm)
@@ -153,6 +157,9 @@ def check_backbone(
             f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
         )
     checks = compare(config, lm, take_fingerprint=take_fingerprint)
+    apart = next((check.found for check in checks if check.guess == _ANOTHER), None)
+    if alias is not None and apart is not None:
+        raise ProbeError(no_bundled_head(alias, backbone_name(lm), f"its fingerprint is {apart} away from theirs"))
     # A head is often trained in one dtype and served in another: by itself this means nothing.
     telling = [check for check in checks if check.verdict == "differs" and check.field not in _PRECISION]
     if not telling:
@@ -201,5 +208,5 @@ def _verdict(recorded: Any, found: Any, name: str = "") -> str:
     if name != "base_model_quantization" and (recorded is None or found is None):
         return "unknown"
     if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
-        recorded, found = Path(recorded).name.lower(), Path(found).name.lower()
+        recorded, found = model_name(recorded), model_name(found)
     return "same" if recorded == found else "differs"

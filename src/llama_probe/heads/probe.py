@@ -18,7 +18,7 @@ from ..backbone.decoder import target_of
 from ..errors import ProbeError
 from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
-from ..hub.resolve import resolve_head, with_subfolder
+from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss
@@ -74,6 +74,7 @@ class ProbeModel(nn.Module):
             )
         self.config = config
         self.results: dict[str, Any] | None = None
+        self.alias: str | None = None  # of a bundled head, which `check_backbone` attaches to no other model
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
         kind = get_probe_type(config.probe_type)
@@ -126,26 +127,37 @@ class ProbeModel(nn.Module):
         backbone: nn.Module | None = None,
         *,
         subfolder: str | None = None,
-        namespace: str | None = None,
         **options,
     ) -> ProbeModel:
         """Load a head from a folder, from the Hub, or by its alias (see `resolve_head`), on the CPU and in eval mode.
 
         Args:
             backbone: the frozen LM that aliases are for, and that turns `input_ids` into states in `forward`.
-            subfolder, namespace: as in `load_probe`.
+            subfolder: as in `load_probe`.
             options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
 
         Raises:
             ProbeError: there is no such head, its config or weights are damaged, or it was made for another backbone.
         """
         target = None if backbone is None else target_of(backbone)
-        hub = HubOptions(**options)
-        folder = resolve_head(with_subfolder(source, subfolder), target, hub, namespace)
-        probe = read_settled(folder, lambda: cls._read(folder, hub.trust_remote_code))
+        source = with_subfolder(source, subfolder)
+        probe = cls.load_for(source, target, HubOptions(**options))
         if backbone is not None:
-            check_backbone(folder.name, probe.config, backbone)
+            check_backbone(default_name(source), probe.config, backbone, alias=probe.alias)
             probe.set_backbone(backbone)
+        return probe
+
+    @classmethod
+    def load_for(
+        cls,
+        source: str | os.PathLike,
+        target: Target | None = None,
+        options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+    ) -> ProbeModel:
+        """Load a head for a backbone that need not be loaded; see `resolve_head`."""
+        folder = resolve_head(source, target, options)
+        probe = read_settled(folder, lambda: cls._read(folder, options.trust_remote_code))
+        probe.alias = bundled_alias(source, folder)
         return probe.eval()
 
     @classmethod

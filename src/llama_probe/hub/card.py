@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -140,20 +140,20 @@ def read_card(folder: str | os.PathLike) -> ModelCard:
         raise ProbeError(f"{CARD_NAME} cannot be read as a card; mend its metadata or delete it: {reason}") from None
 
 
-def results_table(folders: Iterable[str | os.PathLike]) -> str:
-    """Return a Markdown table of heads with their test results: mean and standard deviation over the seeds."""
+def results_table(folders: Mapping[str, str | os.PathLike]) -> str:
+    """Return a Markdown table of heads, by name, with their test results: mean and standard deviation over the seeds."""
     metrics = ("accuracy", "f1", "auprc")
     lines = [
         "| head | kind | parameters | labels | test rows | seeds | accuracy | F1 | AUPRC |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
-    for folder in folders:
+    for name, folder in folders.items():
         config, results = _complete(read_config_values(folder)), training_results(read_results(folder))
         if results is None:
             raise ProbeError(f"{folder} has no {RESULTS_NAME}: the head was never evaluated")
         summary = results["summary"].get("test") or dict.fromkeys((*metrics, "rows"))
         values = [
-            f"`{Path(folder).resolve().name}`",
+            f"`{name}`",
             config["probe_type"],
             f"{results['num_parameters']:,}",
             cell(", ".join(config["labels"])),

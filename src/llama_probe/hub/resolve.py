@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,22 @@ import transformers
 from torch import nn
 
 from ..errors import ProbeError
-from .folder import list_heads, read_config_values, read_results
+from .folder import list_heads, read_config_values
 from .transport import HubOptions, HubReference, check_subfolder, download_head, without_waiting
 
 
+# Bundled heads by their shorter alias, which is the name of their recipe too.
+ALIASES = {
+    "beavertails": "beavertails-mha",
+    "emotion": "emotion-multimax",
+    "imdb": "imdb-multimax",
+    "safety": "safety-multimax",
+    "safety-categories": "safety-categories-multimax",
+    "sst2": "sst2-multimax",
+    "toxicchat": "toxicchat-multimax",
+}
 _ALIAS = re.compile(r"[\w-]+")
+_PRECISION = re.compile(r"([-._](gguf|i?q\d\w*|b?fp?(16|32)))+$")  # at the end of a GGUF file's name
 _ATTRIBUTES = frozenset(dir(nn.ModuleDict()))  # torch allows no module with such a name
 
 
@@ -28,14 +38,16 @@ class Target:
 
     Attributes:
         name_or_path: folder or Hub id of the backbone.
-        hidden_size, num_hidden_layers: its sizes.
+        hidden_size, num_hidden_layers: its sizes; None for a GGUF file that is not loaded.
         revision: its branch, tag or commit.
+        model_type: that of its config; None fits any.
     """
 
     name_or_path: str | None
-    hidden_size: int
-    num_hidden_layers: int
+    hidden_size: int | None
+    num_hidden_layers: int | None
     revision: str | None = None
+    model_type: str | None = None
 
     @classmethod
     def read(cls, name_or_path: str | os.PathLike, kwargs: Mapping[str, Any], options: HubOptions) -> Target | None:
@@ -44,6 +56,8 @@ class Target:
         `kwargs` are those of its `from_pretrained`, for `revision` and `subfolder`.
         """
         revision = kwargs.get("revision")
+        if str(name_or_path).endswith(".gguf"):  # reading it takes half a minute
+            return cls(str(name_or_path), None, None, revision)
         try:
             config = transformers.AutoConfig.from_pretrained(
                 name_or_path,
@@ -53,58 +67,63 @@ class Target:
                 cache_dir=options.cache_dir,
                 local_files_only=options.local_files_only,
                 trust_remote_code=False,
-            ).get_text_config(decoder=True)
-            return cls(str(name_or_path), config.hidden_size, config.num_hidden_layers, revision)
+            )
+            text = config.get_text_config(decoder=True)
+            return cls(str(name_or_path), text.hidden_size, text.num_hidden_layers, revision, config.model_type)
         except (OSError, ValueError, AttributeError):  # a LoRA folder, remote code: loading tells what is wrong
             return None
 
     def fits(self, hidden_size: int | None, num_hidden_layers: int | None) -> bool:
-        """Return True if a head of these sizes fits this backbone."""
-        return (hidden_size, num_hidden_layers) == (self.hidden_size, self.num_hidden_layers)
+        """Return True if a head of these sizes fits this backbone, as far as its sizes are known."""
+        sizes = (self.hidden_size, self.num_hidden_layers)
+        return sizes == (hidden_size, num_hidden_layers) or self.hidden_size is None
+
+
+def model_name(name_or_path: str) -> str:
+    """Return a model's name in lower case, without owner, folders and the precision of a GGUF file."""
+    return _PRECISION.sub("", Path(name_or_path).name.lower())
+
+
+def _bundle() -> Path | None:
+    """Return the folder `hub_cards`: a folder for each head of the demo backbone, and one for each other backbone."""
+    package = Path(__file__).resolve().parents[1]
+    # An editable install or a checkout has the second.
+    return next((path / "hub_cards" for path in (package, package.parents[1]) if (path / "hub_cards").is_dir()), None)
 
 
 def bundled_heads(target: Target | None = None) -> dict[str, Path]:
-    """Return the folders of the heads that ship with the package, by alias; with a target only those that fit it."""
-    package = Path(__file__).resolve().parents[1]
-    # An editable install or a checkout has the second.
-    places = (package / "hub_cards", package.parents[1] / "hub_cards")
-    root = next((path for path in places if path.is_dir()), None)
-    heads = {} if root is None else list_heads(root)
+    """Return the folders of the heads that ship with the package, by name.
+
+    Without a target these are all: `NAME` for the demo backbone, `BACKBONE/NAME` for another one. With a target they are
+    those of its backbone, by `NAME`: the one of its name, or else the only one of its sizes and type.
+    """
+    if (bundle := _bundle()) is None:
+        return {}
+    heads = list_heads(bundle)
+    for folder in sorted(path for path in bundle.iterdir() if path.is_dir() and path.name not in heads):
+        heads |= {f"{folder.name}/{name}": head for name, head in list_heads(folder).items()}
     if target is None:
         return heads
-    sizes = ("hidden_size", "num_hidden_layers")
-    return {alias: head for alias, head in heads.items() if target.fits(*map(read_config_values(head).get, sizes))}
+    by_backbone: dict[str, dict[str, Path]] = {}
+    for folder in heads.values():
+        config = read_config_values(folder)
+        is_type = target.model_type in (None, config["base_model_type"])
+        if is_type and target.fits(config["hidden_size"], config["num_hidden_layers"]):
+            by_backbone.setdefault(model_name(config["base_model_name_or_path"]), {})[folder.name] = folder
+    if len(by_backbone) == 1:
+        return next(iter(by_backbone.values()))
+    return by_backbone.get(model_name(target.name_or_path or ""), {})
 
 
-def best_head(alias: str, heads: Mapping[str, Path]) -> Path | None:
-    """Return the head among `alias-KIND` with the best validation score, or None if there is none.
-
-    Heads are compared by the mean over seeds of the metric they were chosen by; the smaller one wins a tie. Heads
-    without results, and heads chosen by another metric than most, do not take part.
-    """
-    ranked: dict[str, list[tuple[float, int, Path]]] = {}
-    for name, folder in heads.items():
-        stem, _, kind = name.rpartition("-")
-        if stem != alias or read_config_values(folder).get("probe_type") != kind:
-            continue
-        try:
-            results = read_results(folder)
-            metric = results["recipe"]["metric"]
-            score = float(results["summary"]["validation"][metric]["mean"])
-            if math.isfinite(score):
-                ranked.setdefault(metric, []).append((score, -int(results["num_parameters"]), folder))
-        except (TypeError, KeyError, ValueError, OverflowError):  # no results, or none that can be compared
-            continue
-    if not ranked:
-        return None
-    return max(max(ranked.values(), key=len), key=lambda entry: entry[:2])[2]
+def bundled_alias(source: str | os.PathLike, folder: Path) -> str | None:
+    """Return a source if it is an alias that `resolve_head` found among the bundled heads, in `folder`."""
+    return source if is_alias(source) and _bundle() in folder.parents else None
 
 
 def resolve_head(
     source: str | os.PathLike,
     target: Target | None = None,
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
-    namespace: str | None = None,
     *,
     only_config: bool = False,
 ) -> Path:
@@ -112,12 +131,10 @@ def resolve_head(
 
     Args:
         source: in this order, a folder; a Hub id (`user/repo`, with `@revision` and `:subfolder`); or an alias. An
-            alias names a head that is bundled for the target, in the target's own folder, in the repository
-            `NAMESPACE/TARGET-probes`, or in the target's own repository. On the Hub it is a subfolder. An alias without
-            a kind is the best of the kinds; see `best_head`.
-        target: the backbone. Without one, an alias names a bundled head.
+            alias names a head that is bundled for the target, in the target's own folder, or in a subfolder of the
+            target's own repository.
+        target: the backbone. Without one, an alias names a head of the demo backbone.
         options: for the Hub. The revision is the head's.
-        namespace: a Hub user. Defaults to the variable `LLAMA_PROBE_NAMESPACE`.
         only_config: fetch the head's config, but not its weights, results, card and plots.
 
     Raises:
@@ -128,69 +145,57 @@ def resolve_head(
     if os.path.isdir(source):  # unlike that of pathlib, it does not raise for a name that is too long
         return Path(source)
     if is_alias(source):
-        return _resolve_alias(source, target, options, namespace, only_config)
+        return _resolve_alias(source, target, options, only_config)
     if os.path.isfile(source):
         raise ProbeError(f"probe={str(source)!r} is a file: give the head's folder, {str(Path(source).parent)!r}")
     reference = HubReference.parse(str(source))
     if reference is None:
-        told = f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder)"
-        raise ProbeError(f"{told}; {_known(target)}")
+        raise ProbeError(
+            f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder); "
+            f"bundled heads: {', '.join(_bundled_names())}"
+        )
     return download_head(reference, without_waiting(reference, options), only_config=only_config)
 
 
-def _resolve_alias(
-    alias: str, target: Target | None, options: HubOptions, namespace: str | None, only_config: bool
-) -> Path:
-    told = f"probe={alias!r} is neither a folder nor a bundled head"
-    if (chosen := _choose(alias, bundled_heads(target))) is not None:
+def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_config: bool) -> Path:
+    heads, backbone = bundled_heads(target), target and target.name_or_path
+    if bundled := heads.get(alias) or heads.get(ALIASES.get(alias, "")):
         if options.revision is None:
-            return chosen
-        told = f"probe={alias!r} is a bundled head and has no revision {options.revision!r}"
-    found = [told, _known(target)]  # and names of heads that exist, for the message
-    for place, revision in _places(target, options, namespace):
-        if isinstance(place, Path):
-            heads = list_heads(place)
-            if (chosen := _choose(alias, heads)) is not None:
-                return chosen
-            found.append(f"in {place}: {', '.join(heads) or 'none'}")
-            continue
-        reference = HubReference(place, revision, alias)
-        try:
-            options = without_waiting(reference, options)
-            return download_head(reference, options, only_config=only_config)
-        except ProbeError as error:
-            found.append(str(error))
-    raise ProbeError("; ".join(found))
-
-
-def _choose(alias: str, heads: Mapping[str, Path]) -> Path | None:
-    return heads.get(alias) or best_head(alias, heads)
-
-
-def _places(target: Target | None, options: HubOptions, namespace: str | None) -> Iterator[tuple[Path | str, Any]]:
-    """Give the folders and Hub ids where an alias may be for a target, with the revision to ask for."""
-    namespace = namespace or os.environ.get("LLAMA_PROBE_NAMESPACE")
-    if namespace and not (isinstance(namespace, str) and re.fullmatch(r"[\w.-]+", namespace)):
-        raise ProbeError(f"namespace={namespace!r} must be the name of a user or organisation on the Hub")
-    if target is None or not target.name_or_path:
-        return
-    local = os.path.isdir(target.name_or_path)
-    if local:
-        yield Path(target.name_or_path), None
-    if namespace:
-        yield f"{namespace}/{Path(target.name_or_path).name}-probes", options.revision
-    if not local and target.name_or_path.count("/") == 1:
+            return bundled
+        raise ProbeError(f"probe={alias!r} is a bundled head and has no revision {options.revision!r}")
+    elsewhere = []  # heads that exist there, for the message
+    if backbone and os.path.isdir(backbone):
+        heads = list_heads(backbone)
+        if alias in heads:
+            return heads[alias]
+        elsewhere = [f"in {backbone}: {', '.join(heads)}"] if heads else []
+    elif backbone and backbone.count("/") == 1 and not os.path.exists(backbone):
         # One repository holds both: the head and the backbone come from the same commit.
-        yield target.name_or_path, options.revision or target.revision
+        reference = HubReference(backbone, options.revision or target.revision, alias)
+        try:
+            return download_head(reference, without_waiting(reference, options), only_config=only_config)
+        except ProbeError as error:
+            elsewhere = [str(error)]
+    raise ProbeError(no_bundled_head(alias, backbone, *elsewhere))
 
 
-def _known(target: Target | None) -> str:
-    everything = ", ".join(bundled_heads()) or "none"
-    if target is None:
-        return f"bundled heads: {everything}"
-    fitting = ", ".join(bundled_heads(target)) or "none"
-    sizes = f"hidden_size={target.hidden_size}, num_hidden_layers={target.num_hidden_layers}"
-    return f"bundled heads: {fitting} for {sizes}, of {everything}; set LLAMA_PROBE_NAMESPACE to look for others"
+def no_bundled_head(alias: str, backbone: str | None, *details: str) -> str:
+    """Return the message that an alias names no head for a backbone, with the command that makes one."""
+    names = (alias, ALIASES.get(alias))
+    configs = [read_config_values(folder) for folder in bundled_heads().values() if folder.name in names]
+    if not configs:
+        known = f"bundled heads: {', '.join(_bundled_names())}"
+        return "; ".join([f"probe={alias!r} is neither a folder nor a bundled head", known, *details])
+    backbone = backbone or "this backbone"
+    bases = ", ".join(dict.fromkeys(Path(config["base_model_name_or_path"]).name for config in configs))
+    parts = [f"probe={alias!r}: no bundled head for {backbone}", f"they are for {bases}", *details]
+    if alias in ALIASES:
+        parts.append(f"make one: llama-probe train {alias} --backbone {backbone} --output DIR")
+    return "; ".join(parts)
+
+
+def _bundled_names() -> list[str]:
+    return sorted({*ALIASES, *(folder.name for folder in bundled_heads().values())})
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:

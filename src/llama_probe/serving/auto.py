@@ -40,7 +40,6 @@ class AutoModelForProbedGeneration:
         *model_args,
         probe: ProbeSpec | None = None,
         probe_revision: str | None = None,
-        probe_namespace: str | None = None,
         probe_strict: bool = False,
         **kwargs,
     ):
@@ -48,8 +47,8 @@ class AutoModelForProbedGeneration:
 
         Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
         """
-        load, place = load_causal_lm, pretrained_model_name_or_path
-        loaded, heads = load_with_heads(load, place, model_args, kwargs, probe, probe_revision, probe_namespace)
+        place = pretrained_model_name_or_path
+        loaded, heads = load_with_heads(load_causal_lm, place, model_args, kwargs, probe, probe_revision)
         cls.from_causal_lm(model_of(loaded), heads, probe_strict)
         return loaded
 
@@ -140,7 +139,7 @@ def _wrapped(original: Callable, on_head: Callable, takes_probe: bool) -> Callab
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         place = pretrained_model_name_or_path
         if takes_probe and (probe := kwargs.pop("probe", None)) is not None:
-            # kwargs has probe_revision=, probe_namespace= and probe_strict= as well
+            # kwargs has probe_revision= and probe_strict= as well
             return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=probe, **kwargs)
         load = functools.partial(original, cls)
         if LOADING_PLAIN.get():

@@ -82,7 +82,7 @@ def export_repository(
     if any(type(module).__module__.startswith("peft.") for module in lm.modules()):
         raise ProbeError("the backbone carries a PEFT adapter: merge it first (model.merge_and_unload())")
     for name, head in heads.items():
-        check_backbone(name, head.config, lm)
+        check_backbone(name, head.config, lm, alias=head.alias)
     if license is None:
         logger.warning("the card states no licence: pass license=, the strictest of the backbone's and the heads'")
     known = [model_id(backbone), *(head.config.base_model_name_or_path for head in heads.values())]

@@ -77,7 +77,6 @@ class ProbeHostMixin:
         revision: str | None = None,
         *,
         subfolder: str | None = None,
-        namespace: str | None = None,
         strict: bool = False,
         **options,
     ) -> str:
@@ -87,7 +86,6 @@ class ProbeHostMixin:
             id_or_path: a head folder, a Hub id or an alias; see `resolve_head`.
             name: the head's name on the model. Defaults to that of the folder, subfolder or repository.
             revision, subfolder: those of a Hub id that names none itself.
-            namespace: user or organisation that an alias is looked up in.
             strict: raise instead of warn if the head was trained on another backbone; see `check_backbone`.
             options: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
 
@@ -97,8 +95,7 @@ class ProbeHostMixin:
         source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
         self._require_free(name)
-        hub = HubOptions(revision, **options)
-        self._attach(read_heads({name: source}, target_of(self), hub, namespace), strict=strict)
+        self._attach(read_heads({name: source}, target_of(self), HubOptions(revision, **options)), strict=strict)
         return name
 
     def delete_probe(self, name: str) -> None:
@@ -219,7 +216,7 @@ class ProbeHostMixin:
         for name, probe in probes.items():
             self._require_free(name)
             if isinstance(probe, ProbeModel):
-                check_backbone(name, probe.config, self, strict)
+                check_backbone(name, probe.config, self, strict, alias=probe.alias)
                 heads[name] = probe
             elif isinstance(probe, ProbeConfig):
                 heads[name] = ProbeModel(describe(self, probe))

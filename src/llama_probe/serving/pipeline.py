@@ -50,8 +50,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     Args:
         model: a loaded causal LM, which gets the heads in place. `pipeline(...)` takes a path or a Hub id.
         tokenizer: not changed; the pipeline uses a copy that pads on the left.
-        probe, probe_revision, probe_namespace, probe_strict: see `LlamaForProbedGeneration.from_pretrained`. Heads that the
-            model already has run as well.
+        probe, probe_revision, probe_strict: see `LlamaForProbedGeneration.from_pretrained`. Heads that the model
+            already has run as well.
         kwargs: those of `TextGenerationPipeline`.
 
     Raises:
@@ -65,14 +65,13 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         *,
         probe: ProbeSpec | None = None,
         probe_revision: str | None = None,
-        probe_namespace: str | None = None,
         probe_strict: bool = False,
         **kwargs,
     ):
         if probe is not None:
             # If one repository has both, the head is taken from the backbone's commit.
             target = replace(target_of(model), revision=getattr(model.config, "_commit_hash", None))
-            probe = read_heads(probe, target, HubOptions(probe_revision), probe_namespace)
+            probe = read_heads(probe, target, HubOptions(probe_revision))
         model = AutoModelForProbedGeneration.from_causal_lm(model, probe, probe_strict)
         _name_classes(model.config)
         super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)

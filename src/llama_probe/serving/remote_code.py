@@ -71,21 +71,23 @@ _SIMPLER = {
     "*(current_file(folder, name).write_bytes(content) for name, content in contents.items()), "
     "*(current_file(folder, name).unlink(missing_ok=True) for name in gone)]",
     "find_modules": 'lambda lm, depth: (_modules(lm, _LLAMA, depth), "table")',
-    "check_backbone": "lambda name, config, lm, strict=False: "
+    "check_backbone": "lambda name, config, lm, strict=False, alias=None: "
     '_needs_package("strict=True")() if strict else match(lm, config)',
     "describe": "lambda lm, config: match(lm, config)",
     "bundled_heads": "lambda target=None: {}",
+    "bundled_alias": "lambda source, folder: None",
+    "no_bundled_head": "lambda alias, backbone, *details: "
+    '"; ".join([f"probe={alias!r} is no head, and none are bundled", *details])',
+    "_bundled_names": "lambda: []",
     "check_within_reach": "lambda place, kwargs=None: None",
     "without_waiting": "lambda reference, options: options",
     "heads_on_hub": "lambda repo_id, options: []",
-    "_known": "lambda *arguments: 'no heads are bundled'",
     "load_or_find_head": "lambda load, place, kwargs: load()",
     "Target.read": 'classmethod(lambda cls, place, kwargs, options: cls(str(place), 0, 0, kwargs.get("revision")))',
     "learn_turn_markers": "lambda render: None",  # heads have them
     "probed_class": "lambda causal_lm_class: LlamaForProbedGeneration",
     "_in_time": "lambda ask, what: ask()",
     "_is_intact": "lambda path: True",
-    "_choose": "lambda alias, heads: heads.get(alias)",
 }
 
 _HEADER = """\

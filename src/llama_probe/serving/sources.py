@@ -49,7 +49,6 @@ def read_heads(
     spec: ProbeSpec | None,
     target: Target | None = None,
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
-    namespace: str | None = None,
 ) -> dict[str, ProbeModel]:
     """Load all heads of a `probe=` argument, by name (see `named_sources`); `resolve_head` explains the others.
 
@@ -59,8 +58,7 @@ def read_heads(
     heads: dict[str, ProbeModel] = {}
     for name, source in named_sources(spec).items():
         if not isinstance(source, ProbeModel):
-            folder = resolve_head(source, target, options, namespace)
-            source = ProbeModel.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+            source = ProbeModel.load_for(source, target, options)
         heads[name] = source
     return heads
 
@@ -132,7 +130,6 @@ def load_with_heads(
     kwargs: Mapping[str, Any],
     probe: ProbeSpec | None = None,
     revision: str | None = None,
-    namespace: str | None = None,
 ) -> tuple[Any, dict[str, ProbeModel]]:
     """Return what `load(place, *args, **kwargs)` gives, and the heads for it, which are loaded first.
 
@@ -143,7 +140,7 @@ def load_with_heads(
     if probe is not None:
         options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
         target = Target.read(place, kwargs, options) if any(map(is_alias, sources.values())) else None
-        heads = read_heads(sources, target, options, namespace)
+        heads = read_heads(sources, target, options)
         return load(place, *args, **kwargs), heads
     loaded = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
     if not isinstance(head := loaded, HeadPlace):

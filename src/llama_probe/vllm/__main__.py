@@ -76,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
         "--hide-scores", action="store_true", help="send labels and halts alone: no logits, probabilities, thresholds"
     )
     parser.add_argument("--probe-revision", help="of heads on the Hub that name none")
-    parser.add_argument("--probe-namespace", help="whose heads aliases stand for")
     strict = "refuse heads of another backbone; else a warning. Default: with --halt-on"
     parser.add_argument("--probe-strict", action=argparse.BooleanOptionalAction, help=strict)
     sizes = "compare sizes alone, which spares reading the weights once more"

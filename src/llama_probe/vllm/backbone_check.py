@@ -6,6 +6,7 @@ import functools
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +37,7 @@ def check_heads(
     revision: str | None = None,
     strict: bool = False,
     cache_dir: str | None = None,
+    aliases: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
     """Warn of heads, whose configs are by name, that were trained on another backbone; see `check_backbone`.
 
@@ -45,9 +47,10 @@ def check_heads(
     Args:
         model, revision: folder or Hub id of a model of one of `ARCHITECTURES`.
         cache_dir: where vLLM keeps what it fetches (its `download_dir`), so that this is fetched once.
+        aliases: by name, the aliases of bundled heads.
 
     Raises:
-        ProbeError: with `strict`, instead of each of these warnings.
+        ProbeError: a head with an alias is for an unrelated model; with `strict`, instead of each of these warnings.
     """
     with tempfile.TemporaryDirectory() as scratch, _one_thread():
         try:
@@ -74,7 +77,7 @@ def check_heads(
             return
         take = functools.cache(functools.partial(fingerprint, lm))
         for name, config in configs.items():
-            check_backbone(name, config, lm, strict, take)
+            check_backbone(name, config, lm, strict, take, aliases.get(name))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from ..backbone.loading import resolve_backbone
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
-from ..hub.resolve import Target, resolve_head
+from ..hub.resolve import Target, bundled_alias, resolve_head
 from ..hub.transport import HubOptions, check_within_reach
 from ..serving.halting import HaltSpec, options_by_head
 from ..serving.sources import ProbeSpec, named_sources
@@ -31,7 +31,6 @@ def engine_kwargs(
     *,
     halt_on: HaltSpec | None = None,
     probe_revision: str | None = None,
-    probe_namespace: str | None = None,
     probe_strict: bool | None = None,
     compare_fingerprints: bool = True,
     allow_untested_vllm: bool = False,
@@ -49,7 +48,7 @@ def engine_kwargs(
         halt_on: requests that get no reply: a head's name, several, or a dict of names with `label` and `threshold`; see
             `Halter`. They end before their first token is delivered, with the finish reason `"stop"` and the head's name as
             the stop reason. A prompt that such a head cannot score gets no reply either.
-        probe_revision, probe_namespace: see `LlamaForProbedGeneration.from_pretrained`.
+        probe_revision: see `LlamaForProbedGeneration.from_pretrained`.
         probe_strict: raise instead of warn if a head was trained on another backbone, or if the weights cannot be compared.
             Defaults to True with `halt_on`: a guard that means nothing here must not serve.
         compare_fingerprints: compare more than sizes, which reads the weights once.
@@ -74,15 +73,16 @@ def engine_kwargs(
     check_within_reach(model)
     options = HubOptions(probe_revision)
     target = Target.read(model, kwargs, options)
-    if target is None:
+    if target is None or target.hidden_size is None:
         raise ProbeError(f"the config of {model!r} cannot be read, or names no sizes: heads cannot be matched to it")
     hf_config = AutoConfig.from_pretrained(model, revision=target.revision)
     architecture = probed_architecture(hf_config.architectures, kwargs.get("pipeline_parallel_size", 1))
-    heads = {}
+    heads, aliases = {}, {}
     for name, source in named_sources(probe).items():
         if isinstance(source, ProbeModel):
             raise ProbeError(f"probe={name!r} is in memory, and the engine's processes read folders: save it first")
-        folder = resolve_head(source, target, options, probe_namespace).resolve()
+        folder = resolve_head(source, target, options).resolve()
+        aliases[name] = bundled_alias(source, folder)
         _check_head(name, ProbeModel.from_pretrained(folder), target)
         heads[name] = str(folder)
     if not heads:
@@ -92,7 +92,7 @@ def engine_kwargs(
         raise ProbeError(_FUNCTIONS)
     probe_strict = halt_on is not None if probe_strict is None else probe_strict
     if compare_fingerprints:
-        check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"))
+        check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"), aliases)
     # On a GPU vLLM would choose its second model runner, with which heads were not tested.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     from vllm.config import KVTransferConfig
