@@ -14,7 +14,6 @@ from transformers import AutoModel, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 
 from llama_probe import Halt
-from llama_probe.backbone.loading import resolve_backbone
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.decision import threshold_of
 
@@ -34,9 +33,8 @@ def main(
     """Chat until a line is empty."""
     logging.disable_progress_bar()
     console = Console(highlight=False, emoji=False)
-    path = resolve_backbone(backbone)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModel.from_pretrained(path, probe={"guard": probe})
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    model = AutoModel.from_pretrained(backbone, probe={"guard": probe})
     config = model.probes["guard"].config
     flagged = config.need_flagged_index("a guard")
     label = config.id2label[flagged]

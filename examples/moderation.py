@@ -6,7 +6,6 @@ Run it with `python examples/moderation.py` (extra `demo`).
 from transformers import AutoModel, AutoTokenizer
 
 from llama_probe import Reprompt
-from llama_probe.backbone.loading import demo_backbone
 
 
 PROMPTS = (
@@ -19,9 +18,8 @@ REFUSE = (
     "something else."
 )
 
-path = demo_backbone()
-tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-model = AutoModel.from_pretrained(path, probe="safety")
+tokenizer = AutoTokenizer.from_pretrained("demo", padding_side="left")
+model = AutoModel.from_pretrained("demo", probe="safety")
 
 
 def render(*texts):

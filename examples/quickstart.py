@@ -6,12 +6,11 @@ Run it with `python examples/quickstart.py` (extra `demo`).
 from transformers import AutoModel, AutoTokenizer
 
 import llama_probe  # noqa: F401 - adds the argument probe= to AutoModel
-from llama_probe.backbone.loading import demo_backbone
 
 
-path = demo_backbone()  # or a Hub id or folder that the heads were trained for
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModel.from_pretrained(path, probe=["safety", "sst2-mha"])
+backbone = "demo"  # or a Hub id or folder that the heads were trained for
+tokenizer = AutoTokenizer.from_pretrained(backbone)
+model = AutoModel.from_pretrained(backbone, probe=["safety", "sst2-mha"])
 
 chat = [{"role": "user", "content": "This film was a delight from start to finish."}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
-from llama_probe.backbone.loading import demo_backbone
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.data.sources import DataSources
 from llama_probe.training.run import TrainingRun
@@ -86,7 +85,7 @@ with tempfile.TemporaryDirectory() as folder:
     data = DataSources(str(rows), label_names=list(PROMPTS), folds=None)
     run = TrainingRun(Path(folder) / "topic", data=data)
     results = run.run()
-    model = AutoModel.from_pretrained(demo_backbone(), probe={"topic": run.output})
+    model = AutoModel.from_pretrained("demo", probe={"topic": run.output})
 
 validation = results["summary"]["validation"]["accuracy"]["mean"]
 print(
@@ -94,7 +93,7 @@ print(
     f"{validation:.0%} on {results['data']['validation']['rows']} prompts"
 )
 
-tokenizer = AutoTokenizer.from_pretrained(demo_backbone())
+tokenizer = AutoTokenizer.from_pretrained("demo")
 inputs = PromptFormat.from_config(model.probes["topic"].config, tokenizer).batch(REQUESTS)
 out = model.generate(**inputs, max_new_tokens=12, do_sample=False, tokenizer=tokenizer)
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from typing import Any
 from .configuration_llama_probe import ProbeError, Target
 
@@ -385,3 +385,13 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 def _batches(rows: list[int], prompts: Sequence[Sequence[int]], batch_tokens: int, more: int = 0) -> list[list[int]]:
     batches = length_batches([len(prompts[row]) + more for row in rows], batch_tokens)
     return [[rows[i] for i in batch] for batch in batches]
+
+
+# From backbone/loading.py
+
+logger = logging.get_logger(__name__)
+
+DEMO = "demo"
+
+
+resolve_backbone = lambda name, kwargs=None: name

@@ -34,12 +34,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput, logging
 from typing import Any, ClassVar
 from .backbone_llama_probe import (
-    Decoder, Pass, backbone_name, cached_tokens, capturing, check_seen, copy_cache, find_decoder, handing_states_to,
-    plan_passes, repeat_cache, stay_in_layers, target_of, without_peft,
+    DEMO, Decoder, Pass, backbone_name, cached_tokens, capturing, check_seen, copy_cache, find_decoder,
+    handing_states_to, plan_passes, repeat_cache, resolve_backbone, stay_in_layers, target_of, without_peft,
 )
 from .configuration_llama_probe import (
     HubOptions, ProbeConfig, ProbeError, Target, _needs_package, check_name, check_place, check_within_reach,
-    default_name, is_alias, marker_mask, with_subfolder,
+    default_name, is_alias, is_head_folder, marker_mask, with_subfolder,
 )
 from .heads_llama_probe import (
     DecidedMixin, MeanStates, Novelty, ProbeModel, ProbeOutput, ProbeState, PromptFormat, Text, abstain_levels,
@@ -113,6 +113,11 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
     return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
 
 
+def place_of_model(place: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return the place with the demo backbone's folder for its names; see `is_demo`. A head in a folder `./demo` stays."""
+    return place if place == DEMO and is_head_folder(DEMO) else resolve_backbone(place, kwargs)
+
+
 load_or_find_head = lambda load, place, kwargs: load()
 
 
@@ -125,6 +130,7 @@ def load_with_heads(
     revision: str | None = None,
 ) -> tuple[Any, dict[str, ProbeModel]]:
     """Return what `load(place, *args, **kwargs)` gives, and the heads for it, which are loaded first."""
+    place = place_of_model(place, kwargs)
     check_within_reach(place, kwargs)
     if probe is not None:
         options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, TextIteratorStreamer
 
 from llama_probe import Halt
-from llama_probe.backbone.loading import DEMO, DEMO_MODEL_ID, model_id, resolve_backbone
+from llama_probe.backbone.loading import DEMO, DEMO_MODEL_ID, model_id
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.heatmap import heat_map
 from llama_probe.evaluation.reading import Reading, token_texts
@@ -42,8 +42,8 @@ EXAMPLES = (
 WELCOME = ("Type a message", "the heads read along")
 MESSAGES = 6  # earlier messages that the model sees
 
-tokenizer = AutoTokenizer.from_pretrained(resolve_backbone(BACKBONE))
-model = AutoModel.from_pretrained(resolve_backbone(BACKBONE), probe=HEADS, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
+model = AutoModel.from_pretrained(BACKBONE, probe=HEADS, dtype="float32")
 CONFIGS = {name: head.config for name, head in model.probes.items()}
 GUARD = next(iter(CONFIGS))
 FLAGGED = CONFIGS[GUARD].need_flagged_index("the first of the heads")

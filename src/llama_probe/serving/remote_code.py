@@ -24,7 +24,7 @@ _FILES = {
     "configuration": "errors files hub/folder hub/transport hub/resolve heads/registry heads/turns heads/rules "
     "heads/configuration",
     "backbone": "backbone/families backbone/decoder backbone/cache backbone/capture "
-    "backbone/fingerprint backbone/passes",
+    "backbone/fingerprint backbone/passes backbone/loading",
     "heads": "heads/states heads/device heads/aggregator heads/low_rank heads/pooling heads/gate heads/last "
     "heads/attentive heads/multimax heads/mean_attention heads/attention heads/decision heads/scope "
     "heads/stream heads/novelty heads/match heads/folder heads/probe data/turns data/prompts",
@@ -79,6 +79,7 @@ _SIMPLER = {
     "no_bundled_head": "lambda alias, backbone, *details: "
     '"; ".join([f"probe={alias!r} is no head, and none are bundled", *details])',
     "_bundled_names": "lambda: []",
+    "resolve_backbone": "lambda name, kwargs=None: name",
     "check_within_reach": "lambda place, kwargs=None: None",
     "without_waiting": "lambda reference, options: options",
     "heads_on_hub": "lambda repo_id, options: []",

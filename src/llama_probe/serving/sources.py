@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backbone.loading import DEMO, resolve_backbone
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
@@ -106,6 +107,11 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
     return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
 
 
+def place_of_model(place: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Return the place with the demo backbone's folder for its names; see `is_demo`. A head in a folder `./demo` stays."""
+    return place if place == DEMO and is_head_folder(DEMO) else resolve_backbone(place, kwargs)
+
+
 def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
     """Return what `load` gives, or the `HeadPlace` if the place is that of a head. If it is neither, raise what `load` raises.
 
@@ -136,6 +142,7 @@ def load_with_heads(
     `token`, `cache_dir` and the offline settings among `kwargs` apply to the heads too. Without `probe`, heads that are saved
     beside the model are loaded. The place of a head stands for its backbone with this head.
     """
+    place = place_of_model(place, kwargs)
     check_within_reach(place, kwargs)
     if probe is not None:
         options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
