@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModel, AutoTokenizer
 
+from llama_probe import ProbeTrainer
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.data.sources import DataSources
-from llama_probe.training.run import TrainingRun
 
 
 PROMPTS = {
@@ -81,11 +80,13 @@ with tempfile.TemporaryDirectory() as folder:
     rows = Path(folder) / "prompts.jsonl"
     lines = [json.dumps({"text": text, "label": topic}) for topic, texts in PROMPTS.items() for text in texts]
     rows.write_text("\n".join(lines))
-    # As `llama-probe train` does: kind, learning rate and epochs follow from the number of rows, and folds validate.
-    data = DataSources(str(rows), label_names=list(PROMPTS), folds=None)
-    run = TrainingRun(Path(folder) / "topic", data=data)
-    results = run.run()
-    model = AutoModel.from_pretrained("demo", probe={"topic": run.output})
+    # Kind, learning rate and epochs follow from the number of rows, and folds validate.
+    recipe = {"labels": {"names": list(PROMPTS)}, "train": [str(rows)]}
+    trainer = ProbeTrainer.from_recipe(recipe, backbone="demo", output_dir=Path(folder) / "topic")
+    trainer.train()
+    trainer.save_model()
+    results = trainer.results
+    model = AutoModel.from_pretrained("demo", probe={"topic": Path(folder) / "topic"})
 
 validation = results["summary"]["validation"]["accuracy"]["mean"]
 print(

@@ -114,14 +114,15 @@ CONFIG_NAME = "probe_config.json"
 WEIGHTS_NAME = "probe_model.safetensors"
 RESULTS_NAME = "results.json"
 CARD_NAME = "README.md"
+RECIPE_NAME = "recipe.yaml"  # of a head that a recipe made
 CODE_NAME = "probe_kind.py"  # of a kind that the package does not have
 PLOT_NAMES = ("calibration.png", "layer_weights.png")
 
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
-HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
+HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, RECIPE_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
 
 # Keys of results.json that are written after training, or again after it: by `evaluate --record` and `calibrate`.
-LATER_RESULTS = ("evaluations", "thresholds_from", "novelty")
+LATER_RESULTS = ("evaluations", "thresholds_from", "novelty", "measured")
 
 MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
 

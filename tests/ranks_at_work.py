@@ -12,16 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.loading import weights_digest
-from llama_probe.data.sources import DataSources
 from llama_probe.data.states import PromptDataset, StateCache
 from llama_probe.distributed import gather, merge_rows, process_group, rank, share, world_size
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head
 from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.training.arguments import ProbeTrainingArguments
-from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun
-from llama_probe.training.sweep import Sweep
 from llama_probe.training.trainer import ProbeTrainer
 
 
@@ -32,16 +29,21 @@ def prompts() -> list[list[int]]:
     return [make_prompts(1, 5 + row % 4, seed=row)[0].tolist() for row in range(13)]
 
 
-def run(folder: Path, name: str, **changes) -> TrainingRun:
+def run(folder: Path, name: str, rows: Path | None = None, backbone: str | None = None, **sections) -> TrainingRun:
     """A short one on the rows that the test has written."""
-    data = DataSources(train=str(folder / "rows.jsonl"), folds=changes.pop("folds", 0), test_share=0.3)
-    recipe = Recipe(num_train_epochs=2, learning_rate=0.03)
-    values = {"backbone": str(folder / "backbone"), "head": {"probe_type": "gate"}} | changes
-    return TrainingRun(output=folder / name, data=data, recipe=recipe, **values)
+    values = {
+        "train": [str(rows or folder / "rows.jsonl")],
+        "validation": {"folds": 0},
+        "test": {"share": 0.3},
+        "head": {"probe_type": "gate"},
+        **sections,
+    }
+    values["training"] = {"num_train_epochs": 2, "learning_rate": 0.03, **sections.get("training", {})}
+    return TrainingRun(recipe=values, backbone=backbone or str(folder / "backbone"), output=folder / name)
 
 
-def sweep(folder: Path, name: str) -> Sweep:
-    return Sweep(training=run(folder, name, cache=False), trials=4)
+def search(folder: Path, name: str) -> TrainingRun:
+    return run(folder, name, search={"trials": 4})
 
 
 def scored(folder: Path, name: str) -> dict:
@@ -122,9 +124,9 @@ def main(folder: Path) -> None:
             "world_size": world_size(),
             "logits": predict_logits(head, dataset, batch_tokens=14).tolist(),
             "inspection": inspect_head(head, dataset, LABELS, batch_tokens=14),
-            "folded": run(folder, "folded", folds=2, cache=False).run(),
+            "folded": run(folder, "folded", validation={"folds": 2}, training={"cache_states": False}).run(),
             "scored": scored(folder, "scored"),
-            "sweep": sweep(folder, "sweep").run(),
+            "search": search(folder, "search").run(),
             "sharded": sharded(folder),
             "in_parts": in_parts(folder),
         }

@@ -14,7 +14,6 @@ import torch
 from conftest import LAYERS, make_lm, make_probe, make_prompts, read_head
 from launcher import finish, free_port, torchrun
 from ranks_at_work import LABELS, prompts
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -23,9 +22,8 @@ from llama_probe.cli import app
 from llama_probe.data.states import PromptDataset
 from llama_probe.distributed import check_shared, claimed
 from llama_probe.evaluation.prediction import predict_logits
-from llama_probe.evaluation.report import inspect_head
-from llama_probe.training.options import CHECKPOINTS
-from llama_probe.training.results import judge
+from llama_probe.evaluation.report import inspect_head, report
+from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -108,15 +106,14 @@ class TestTwoNodes:
         assert found[0]["logits"] == predict_logits(head, dataset, batch_tokens=14).tolist()
         assert found[0]["inspection"] == json.loads(json.dumps(inspect_head(head, dataset, LABELS, batch_tokens=14)))
 
-    def test_a_sweep_finds_what_one_process_finds(self, found, folder):
-        alone = ranks_at_work.sweep(folder, "alone").run()
-        together = found[0]["sweep"]
-        assert together["processes"] == 2 and alone["processes"] == 1
-        for name in ("number", "scores", "status", "best_epoch", "options"):
-            assert [t[name] for t in together["trials"]] == [t[name] for t in alone["trials"]]
-        heads = [load_file(folder / name / "head" / "probe_model.safetensors") for name in ("sweep", "alone")]
-        assert all(torch.equal(tensor, heads[1][name]) for name, tensor in heads[0].items())
-        assert not list((folder / "sweep").glob(".*")), "no part of a checkpoint is left"
+    def test_a_search_trains_heads_side_by_side(self, found, folder):
+        trials = found[0]["search"]["search"]
+        assert len(trials) == 4 and trials[0]["score"] == max(trial["score"] for trial in trials)
+        alone = ranks_at_work.search(folder, "alone").run()
+        assert {trial["name"]: trial["values"] for trial in trials} == {
+            t["name"]: t["values"] for t in alone["search"]
+        }
+        assert not list((folder / "search").glob(".*")), "no part of a checkpoint is left"
 
     def test_a_scoring_job_writes_what_one_process_writes(self, found, folder):
         alone = ranks_at_work.scored(folder, "scored-alone")
@@ -155,10 +152,10 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     arguments = [
         "-m", "llama_probe.cli", "train", "--backbone", backbone_folder, "--probe-type", "gate",
         "--train", tmp_path / "rows.jsonl", "--folds", 0, "--batch-size", 8, "--learning-rate", 0.03, "--max-length", 64,
-        "--epochs", 10, "--patience", 10, "--output", output, "--cache-dir", tmp_path / "two", "--resume", "--json",
+        "--epochs", 10, "--set", "training.patience=10", "--output", output, "--cache-dir", tmp_path / "two", "--resume", "--json",
     ]  # fmt: skip
     process = torchrun(*arguments)
-    saved = output / CHECKPOINTS / "seed-0"
+    saved = output / CHECKPOINTS
     deadline = time.monotonic() + 200
     while not list(saved.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -184,13 +181,14 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     assert not any(f" {step}/50 " in done.stderr for step in range(1, last + 1)), "it did only what was left"
     assert not (output / CHECKPOINTS).exists()
     # The states on disk are those of one process, and so are the scores of the head on them.
-    alone = ranks_at_work.run(tmp_path, "alone", backbone=str(backbone_folder), max_length=64)
-    alone.cache_dir = tmp_path / "one"
-    alone.data.test_share = None
-    prepared = alone.prepare()
+    alone = ranks_at_work.run(
+        tmp_path, "alone", tmp_path / "rows.jsonl", test={}, head={"probe_type": "gate", "max_length": 64},
+        training={"cache_dir": str(tmp_path / "one")}, backbone=str(backbone_folder),
+    )  # fmt: skip
+    prepared = PreparedRun.create(alone.recipe, alone.output, alone.backbone)
     for entry in (tmp_path / "one").iterdir():
         for name in ("states.bin", "meta.json"):
             assert (entry / name).read_bytes() == (tmp_path / "two" / entry.name / name).read_bytes()
     head = read_head(output)
-    judged = judge(head, prepared, predict_logits(head, prepared.datasets["validation"]))
-    assert {name: run[name] for name in judged} == json.loads(json.dumps(judged))
+    logits = predict_logits(head, prepared.datasets["validation"])
+    assert run["validation"] == json.loads(json.dumps(report(head.config, logits, prepared.rows.validation.labels)))

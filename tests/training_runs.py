@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from llama_probe.data.sources import DataSources
-from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import TrainingRun
 
 
@@ -15,19 +13,17 @@ def write(path: Path, count: int, words=("bad", "good")) -> str:
 
 
 def run_of(
-    folder: Path, backbone="never-loaded", epochs=1, rows=40, head=None, resume=False, seeds=(0,), **changes
+    folder: Path, backbone="never-loaded", rows=40, resume=False, train=None, training=None, **sections
 ) -> TrainingRun:
-    """A short run on rows of its own; `changes` go to the recipe or the data."""
-    recipe = {name: changes.pop(name) for name in list(changes) if name in Recipe.__dataclass_fields__}
+    """A short run on rows of its own; `sections` are those of its recipe."""
+    values = {
+        "labels": {"names": ["0", "1"], "flagged": ["1"]},
+        "train": train or [write(folder / f"{rows}.jsonl", rows)],
+        "head": {"probe_type": "gate"},
+        "validation": {"folds": 0},
+        "training": {"num_train_epochs": 1, **(training or {})},
+    }
+    recipe = {name: value for name, value in {**values, **sections}.items() if value is not None}
     return TrainingRun(
-        backbone=str(backbone),
-        data=DataSources(
-            **{"train": write(folder / f"{rows}.jsonl", rows), "label_names": ["0", "1"], "flagged": ["1"], **changes}
-        ),
-        output=folder / "head",
-        head=head or {"probe_type": "gate"},
-        recipe=Recipe(num_train_epochs=epochs, **recipe),
-        seeds=list(seeds),
-        resume=resume,
-        overwrite=not resume,
+        recipe=recipe, backbone=str(backbone), output=folder / "head", resume=resume, overwrite=not resume
     )

@@ -85,7 +85,7 @@ def fit_head(
         eval_dataset=None if validation is None else task.table(validation),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(judge=False)
+    trainer.train()
     probe = trainer.model.eval()
     shutil.rmtree(scratch)
     chosen = {"epochs": trainer.state.epoch, "best": trainer.state.best_metric}

@@ -12,11 +12,12 @@ import torch
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.backbone.loading import load_backbone
 from llama_probe.data import PromptFormat, find_benchmark
-from llama_probe.data.sources import DataSources
 from llama_probe.data.states import StateCache
 from llama_probe.data.texts import LabelledTexts, read_labelled
 from llama_probe.evaluation.calibration import calibrate
 from llama_probe.evaluation.report import report
+from llama_probe.training.recipe import Recipe
+from llama_probe.training.recipe_rows import read_rows
 
 
 # These are compared by F1 and AUPRC of the flagged label, as in the paper. The others are compared by accuracy.
@@ -59,11 +60,10 @@ class Task:
 
     def __init__(self, bench: Bench, source: str):
         self.bench, self.source, self.benchmark = bench, source, find_benchmark(source)[0]
-        limits = {"max_rows": bench.max_rows, "max_eval_rows": bench.max_rows, "data_dir": bench.data_dir}
-        sources = DataSources(source, folds=0, **limits)
-        parts = sources.read(0)
-        self.train, self.validation, self.test = (parts[name] for name in ("train", "validation", "test"))
-        self.slices = {name: self.test.columns[name] for name in sources.slice_columns}
+        limit = {"max_rows": bench.max_rows}
+        recipe = {"train": [source], **limit, "validation": {"folds": 0, **limit}, "test": limit}
+        rows = read_rows(Recipe.load(recipe), bench.data_dir)
+        self.train, self.validation, self.test, self.slices = rows.train, rows.validation, rows.test, rows.slices
         self.is_safety = self.benchmark.name in SAFETY
         # For choices by validation rows. AUPRC needs no threshold.
         self.metric = "auprc" if self.is_safety else "accuracy"

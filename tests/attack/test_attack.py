@@ -34,7 +34,6 @@ from llama_probe.heads.decision import ProbeOutput
 from llama_probe.hub.card import MARKER, write_card
 from llama_probe.hub.folder import CARD_NAME, HEAD_FILES, WEIGHTS_NAME, is_head_folder
 from llama_probe.hub.publish import pull_head
-from llama_probe.training.sweep import Sweep
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("attack")]
@@ -192,20 +191,21 @@ def resumed(tally, tmp_path, run, judge, last) -> None:
 
 def test_kills_of_train(tally, backbone_folder, tmp_path):
     def run(resume):
-        training = run_of(tmp_path, backbone_folder, 1, 20, resume=resume, folds=None, validation_share=0.3)
+        training = run_of(tmp_path, backbone_folder, 20, resume, validation={"share": 0.3})
         training.output = tmp_path / "killed"
         return training.run()
 
     resumed(tally, tmp_path, run, lambda output: bool(read_head(output).results), 60)
 
 
-def test_kills_of_sweep(tally, backbone_folder, tmp_path):
+def test_kills_of_a_search(tally, backbone_folder, tmp_path):
     def run(resume):
-        training = run_of(tmp_path, backbone_folder, 2, 20, validation_share=0.3)
-        training.output, training.cache = tmp_path / "killed", False
-        return Sweep(training=training, probe_types=("gate", "pooling"), trials=2, resume=resume).run()
+        sections = {"search": {"trials": 2, "probe_types": ["gate", "pooling"]}, "validation": {"share": 0.3}}
+        training = run_of(tmp_path, backbone_folder, 20, resume, training={"cache_states": False}, **sections)
+        training.output = tmp_path / "killed"
+        return training.run()
 
-    resumed(tally, tmp_path, run, lambda output: bool(read_head(output / "head").results), 60)
+    resumed(tally, tmp_path, run, lambda output: bool(read_head(output).results), 60)
 
 
 def test_kills_of_classify(tally, backbone_folder, tmp_path):

@@ -22,9 +22,10 @@ def trained(rows, backbone_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("heads") / "mood"
     results = succeed(
         "train", "--backbone", backbone_folder, "--probe-type", "gate", "--train", rows / "train.jsonl", "--test", rows / "test.jsonl",
-        "--label-names", "fine,awful", "--flag", "awful", "--slice-column", "half", "--output", output, "--epochs", 3, "--learning-rate", 0.03,
-        "--num-seeds", 2, "--folds", 0, "--max-length", 64, "--license", "cc0-1.0", "--dataset", "me/moods", "--limit", "other moods",
-        "--max-false-positive-rate", 0.1, "--json",
+        "--label-names", "fine,awful", "--flag", "awful", "--set", "slice_columns=[half]", "--output", output, "--epochs", 3, "--learning-rate", 0.03,
+        "--num-seeds", 2, "--folds", 0, "--max-length", 64, "--license", "cc0-1.0",
+        "--set", "card={license: cc0-1.0, dataset: me/moods, limits: [other moods]}",
+        "--set", "training.max_false_positive_rate=0.1", "--json",
     )  # fmt: skip
     return output, results
 
@@ -38,7 +39,8 @@ def served(trained, backbone_folder):
 def test_train_writes_a_head_folder(trained):
     output, results = trained
     assert sorted(path.name for path in output.iterdir()) == [
-        "README.md", "calibration.png", "layer_weights.png", "probe_config.json", "probe_model.safetensors", "results.json",
+        "README.md", "calibration.png", "layer_weights.png", "probe_config.json", "probe_model.safetensors", "recipe.yaml",
+        "results.json",
     ]  # fmt: skip
     assert json.loads((output / "results.json").read_text()) == results
     config = read_config(output)
@@ -252,16 +254,16 @@ TRAIN = "train --train {rows} --output {out} "
         ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),
         ("generate x --halt-reply No.", "--halt-on"),
         (TRAIN + "--epoch 3", "--epoch"),
-        (TRAIN + "--option rank=low", "--option"),
-        (TRAIN + "--probe-type gate --option num_members=2", "num_members"),
+        (TRAIN + "--set head.options.num_members=low", "num_members"),
+        (TRAIN + "--probe-type gate --set head.options.num_members=2", "num_members"),
         (TRAIN + "--layers top", "--layers"),
         (TRAIN + "--epochs 0", "--epochs=0"),
-        (TRAIN + "--no-cache --cache-dir kept", "--no-cache"),
+        (TRAIN + "--set training.cache_states=false --cache-dir kept", "cache_states"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, line, named):
     words = line.format(rows=rows / "train.jsonl", out=tmp_path / "out", backbone=backbone_folder).split()
-    if words[0] in ("train", "sweep"):
+    if words[0] == "train":
         words += ["--backbone", backbone_folder]
     assert named in refuse(*words)
     assert not (tmp_path / "out").exists()

@@ -36,7 +36,7 @@ def train(backbone_folder, tmp_path_factory):
             "--epochs",
             20,
         )
-        rate = ("--learning-rate", 0.03, "--folds", 0, "--no-novelty")
+        rate = ("--learning-rate", 0.03, "--folds", 0, "--set", "training.novelty=false")
         return output, succeed("train", *args, *rate, *options)
 
     return run
@@ -99,6 +99,6 @@ def test_max_false_positive_rate_needs_the_label(backbone_folder, tmp_path):
         "text,label\n" + "".join(f"number {i},{('bad', 'good')[i % 2]}\n" for i in range(40))
     )
     args = ("train", "--backbone", backbone_folder, "--train", tmp_path / "rows.csv", "--output", tmp_path / "head")
-    assert "--flag" in refuse(*args, "--max-false-positive-rate", 0.1)
+    assert "--flag" in refuse(*args, "--set", "training.max_false_positive_rate=0.1")
     assert "flagged=['worse']" in refuse(*args, "--flag", "worse").replace("--flag=", "flagged=")
     assert not (tmp_path / "head").exists()

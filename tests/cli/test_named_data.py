@@ -20,7 +20,7 @@ def train(copies, backbone_folder):
 @pytest.fixture(scope="module")
 def trained(train, tmp_path_factory):
     output = tmp_path_factory.mktemp("named") / "tox"
-    return output, succeed(*train, "--train", "toxicchat", "--output", output, "--dataset-name", "My chats")
+    return output, succeed(*train, "--train", "toxicchat", "--output", output, "--set", "card.dataset_name=My chats")
 
 
 def test_train_by_name(trained, copies):
@@ -38,7 +38,8 @@ def test_train_by_name(trained, copies):
 
 def test_the_card_says_what_further_rows_are(train, copies, tmp_path):
     rows = ("--train", copies / "xstest" / "test.jsonl.gz", "--label-names", "safe,unsafe")
-    results = succeed(*train, *rows, "--extra", "toxicchat", "--extra-weight", 0.5, "--output", tmp_path / "head")
+    extra = ("--train", "toxicchat", "--set", "train.1.extra=true", "--set", "train.1.weights=[0.5]")
+    results = succeed(*train, *rows, *extra, "--output", tmp_path / "head")
     assert results["data"]["extra"] == {"source": "toxicchat", "rows": 40, "weights": [0.5]}
     note = "No licence of the training rows was stated. Further rows: ToxicChat 0124 ("
     assert results["card"]["data_note"].startswith(note) and "non-commercial" in results["card"]["data_note"]

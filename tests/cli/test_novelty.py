@@ -30,10 +30,10 @@ def heads(rows, backbone_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("heads")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llama_probe.evaluation.plots.find_spec", lambda name: None)
-        for name, option in (("new", "--novelty"), ("old", "--no-novelty")):
+        for name, option in (("new", "training.novelty=true"), ("old", "training.novelty=false")):
             succeed(
                 "train", "--backbone", backbone_folder, "--probe-type", "gate", "--train", rows / "train.jsonl", "--epochs", 1,
-                "--validation-share", 0.25, "--folds", 0, "--output", folder / name, option, "--label-names", "fine,awful", "--flag", "awful",
+                "--set", "validation.share=0.25", "--set", option, "--output", folder / name, "--label-names", "fine,awful", "--flag", "awful",
             )  # fmt: skip
     return folder
 

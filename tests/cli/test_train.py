@@ -1,8 +1,9 @@
-"""`llama-probe train` and `llama-probe sweep`, apart from what test_cli.py says of them."""
+"""`llama-probe train`, apart from what test_cli.py says of them."""
 
 import json
 
 import pytest
+import yaml
 from command_line import call, refuse, succeed, write_rows
 from own_kind_fixture import CODE
 
@@ -26,7 +27,7 @@ def train(rows, backbone_folder):
 
 def test_a_finished_head_is_not_replaced_in_silence(train, tmp_path):
     args = (*train, "--output", tmp_path / "a")
-    succeed(*args, "--probe-type", "pooling", "--no-cache")
+    succeed(*args, "--probe-type", "pooling", "--set", "training.cache_states=false")
     before = (tmp_path / "a" / "probe_model.safetensors").read_bytes()
     for more in ((), ("--resume",), ("--resume", "--learning-rate", 0.5)):
         assert "--overwrite" in refuse(*args, "--probe-type", "gate", *more)
@@ -42,7 +43,7 @@ def test_a_stopped_run_says_how_to_go_on(train, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("llama_probe.training.run.judge", stop)
+        patched.setattr("llama_probe.training.trainer.finish", stop)
         stopped = call(*args)
     assert stopped.returncode == 130 and "--resume" in stopped.stderr
     succeed(*args, "--resume")
@@ -83,15 +84,57 @@ def test_a_kind_of_ones_own(train, backbone_folder, tmp_path, monkeypatch):
         assert name in refuse("inspect", tmp_path / "mine", "--import", tmp_path / name)
 
 
-def test_sweep(rows, backbone_folder, tmp_path):
-    arguments = (
-        "sweep", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--probe-type", "gate", "--probe-type",
-        "attentive", "--trials", 3, "--epochs", 2, "--output", tmp_path / "sweep",
-    )  # fmt: skip
-    shown = succeed(*arguments)
-    assert "3 configurations by validation auprc" in shown and "--probe-type" in shown
-    best = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"][0]
-    words = ("--backbone", backbone_folder, "--train", rows / "train.jsonl", "--output", tmp_path / "head")
-    succeed("train", *words, *best["options"].split(), "--epochs=1")
-    assert read_config(tmp_path / "head").probe_type == best["params"]["probe_type"]
-    assert "--resume" in refuse(*arguments)
+class TestRecipes:
+    @pytest.fixture
+    def recipe(self, rows, tmp_path):
+        values = {
+            "name": "mood",
+            "labels": {"names": ["good", "bad"], "flagged": ["bad"]},
+            "train": [{"rows": "moods", "name": "moods"}],
+            "validation": {"share": 0.2},
+            "head": {"probe_type": "gate", "layers": [0.5, 1.0]},
+            "training": {"num_train_epochs": 1},
+        }
+        (tmp_path / "mood.yaml").write_text(json.dumps(values))
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "moods.jsonl").write_text((rows / "train.jsonl").read_text())
+        return ("train", tmp_path / "mood.yaml", "--data-dir", tmp_path / "data", "--output", tmp_path / "a")
+
+    def test_a_head_by_a_recipe(self, recipe, backbone_folder, tmp_path):
+        words = (*recipe, "--backbone", backbone_folder)
+        told = succeed(*words, "--dry-run")
+        assert "60 rows" in told and "tokens a second" in told and "GB of hidden states" in told
+        assert not (tmp_path / "a").exists()
+        results = succeed(*words, "--set", "training.learning_rate=1e-3", "--seed", 3, "--json")
+        assert results["recipe"]["learning_rate"] == 1e-3 and results["chosen_seed"] == 3
+        assert read_config(tmp_path / "a").layers == [2, 4] and read_config(tmp_path / "a").flagged == ["bad"]
+        written = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
+        assert written["training"] == {"num_train_epochs": 1, "learning_rate": 1e-3} and written["seed"] == 3
+        assert "recipe.yaml" not in refuse(
+            "train", tmp_path / "a", "--output", tmp_path / "b"
+        )  # its rows are not here
+
+    def test_refusals(self, recipe, rows, backbone_folder, tmp_path):
+        words = (*recipe, "--backbone", backbone_folder)
+        for more, named in (
+            (("--set", "head.kind=gate"), "'kind'"),
+            (("--set", "train.0.rows=other"), "other/train.jsonl.gz"),
+            (("--train", rows / "train.jsonl"), "--train and the recipe"),
+            (("--licence", "commercial"), "licence"),
+        ):
+            assert named in refuse(*words, *more)
+        for first, named in (("no-such", "safety"), (tmp_path / "none.yaml", "none.yaml")):
+            assert named in refuse("train", first, "--output", tmp_path / "b")
+        assert "safety" in refuse("train", "--output", tmp_path / "b")
+        assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+    def test_rows_in_place_of_a_recipe(self, rows, backbone_folder, tmp_path):
+        words = ("--backbone", backbone_folder, "--epochs", 1, "--folds", 0, "--output", tmp_path / "a", "--json")
+        assert succeed("train", rows / "train.jsonl", *words)["data"]["train"]["rows"] == 51
+
+    def test_a_search(self, rows, backbone_folder, tmp_path):
+        words = ("--backbone", backbone_folder, "--train", rows / "train.jsonl", "--epochs", 2, "--folds", 0)
+        search = ("--set", "search={trials: 3, probe_types: [gate, attentive]}", "--output", tmp_path / "a")
+        assert "3 configurations by validation auprc" in succeed("train", *words, *search)
+        best = json.loads((tmp_path / "a" / "results.json").read_text())["search"][0]
+        assert read_config(tmp_path / "a").probe_type == best["values"]["probe_type"]

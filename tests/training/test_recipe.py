@@ -1,36 +1,47 @@
-"""Defaults for what the user leaves open."""
+"""Recipes: what a file may say, and defaults for what it leaves open."""
 
 import pytest
+import yaml
 
-from llama_probe import ProbeConfig, ProbeError
-from llama_probe.heads import Aggregator, get_probe_type, probe_types
-from llama_probe.training.recipe import Recipe, check_head, complete
+from llama_probe import ProbeConfig, ProbeError, ProbeTrainingArguments
+from llama_probe.heads import get_probe_type, probe_types
+from llama_probe.training.defaults import complete_head, layers_at
+from llama_probe.training.recipe import Recipe, recipe_names
+from llama_probe.training.search import Search, draw_trials
+
+
+MINIMAL = {"train": [{"rows": "toxicchat"}]}
+
+
+def changed(**sections):
+    return {**MINIMAL, **sections}
 
 
 @pytest.mark.parametrize(
     "rows, kind",
     [(1, "pooling"), (128, "pooling"), (129, "gate"), (512, "gate"), (513, "multimax"), (10**7, "multimax")],
 )
-def test_nothing_stays_open(rows, kind):
-    recipe, head = complete(Recipe(), {}, rows)
-    assert None not in (recipe.learning_rate, recipe.num_train_epochs, recipe.per_device_train_batch_size)
+def test_a_kind_for_so_many_rows(rows, kind):
+    head = complete_head({}, rows)
     config = ProbeConfig(hidden_size=576, num_hidden_layers=30, **head)
     assert config.probe_type == kind and config.dropout == get_probe_type(kind).recipe["dropout"]
-
-
-@pytest.mark.parametrize("kind", probe_types())
-def test_a_given_kind_stays(kind):
-    recipe, head = complete(Recipe(), {"probe_type": kind}, 50)
-    assert head["probe_type"] == kind and recipe.learning_rate == get_probe_type(kind).recipe["learning_rate"]
-    assert get_probe_type(kind).recipe.keys() == Aggregator.recipe.keys()
+    args = ProbeTrainingArguments(use_cpu=True)
+    args.fill(kind, rows)
+    assert None not in (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size)
 
 
 def test_given_values_stay():
-    given = Recipe(learning_rate=5.0, num_train_epochs=1, per_device_train_batch_size=2, label_smoothing=0.0)
     wanted = {"probe_type": "mha", "dropout": 0.0, "layer_dropout": 0.0, "downcast": 4}
-    recipe, head = complete(given, wanted, 20)
-    assert recipe == given and head == wanted
-    assert recipe is not given and head is not wanted, "copies"
+    assert complete_head(wanted, 20) == wanted
+    given = {
+        "learning_rate": 5.0,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "label_smoothing_factor": 0.0,
+    }
+    args = ProbeTrainingArguments(use_cpu=True, **given)
+    args.fill("mha", 20)
+    assert {name: getattr(args, name) for name in given} == given
 
 
 @pytest.mark.parametrize(
@@ -41,16 +52,132 @@ def test_given_values_stay():
         ("per_device_train_batch_size", 2**31),
         ("patience", 0),
         ("focal_gamma", float("inf")),
+        ("cache_states", "always"),
     ],
 )
 def test_numbers_out_of_range_are_refused(name, value):
-    with pytest.raises(ProbeError, match=f"^{name}={value}"):
-        Recipe(**{name: value})
+    with pytest.raises(ProbeError, match=f"{name}="):
+        ProbeTrainingArguments(use_cpu=True, **{name: value})
+    if name != "cache_states":
+        with pytest.raises(ProbeError, match=f"{name}="):
+            Recipe.load(changed(training={name: value}))
 
 
-def test_fields_that_a_kind_does_not_take_are_refused():
-    fields = {"options": {"num_members": 2}, "dropout": None}
-    check_head(fields)  # the kind may be chosen to have it
-    check_head({"probe_type": "multimax", **fields})
-    with pytest.raises(ProbeError, match="num_members"):
-        check_head({"probe_type": "gate", **fields})
+def test_layers_are_parts_of_the_depth():
+    assert layers_at([0.0, 0.5, 1.0, 0.51], 24) == [0, 12, 24] and layers_at([0.2, 0.9], 30) == [6, 27]
+    with pytest.raises(ProbeError, match=r"1\.5"):
+        layers_at([0.5, 1.5], 24)
+
+
+class TestFile:
+    def test_what_is_written_is_read(self, tmp_path):
+        values = changed(name="mine", head={"probe_type": "gate", "layers": [0.5]}, training={"learning_rate": 1e-3})
+        recipe = Recipe.load(values)
+        (tmp_path / "mine.yaml").write_text(recipe.write())
+        assert Recipe.load(tmp_path / "mine.yaml") == recipe == Recipe.load(recipe)
+        assert list(yaml.safe_load(recipe.write())) == list(values), "in the order in which it was written"
+
+    def test_settings_change_fields(self, tmp_path):
+        (tmp_path / "a.yaml").write_text(
+            "train: [{rows: toxicchat}, {rows: xstest, max_rows: 5}]\ntraining: {learning_rate: 1e-2}\n"
+        )
+        settings = ["training.learning_rate=1e-3", "train.1.max_rows=7", "labels.flagged=[toxic]", "head.dropout=0.3"]
+        recipe = Recipe.load(tmp_path / "a.yaml", settings)
+        assert recipe.training == {"learning_rate": 0.001} and recipe.train[1].max_rows == 7
+        assert recipe.labels.flagged == ["toxic"] and recipe.head == {"dropout": 0.3}
+        assert "max_rows: 7" in recipe.write() and Recipe.load(tmp_path / "a.yaml").train[1].max_rows == 5
+
+    def test_folders_of_this_machine_are_not_written(self, tmp_path):
+        rows = tmp_path / "data" / "rows.csv"
+        rows.parent.mkdir()
+        rows.write_text("text,label\na,0\n")
+        written = Recipe.load({"train": [str(rows)]}).write()
+        assert str(tmp_path) not in written and "data/rows.csv" in written
+
+    @pytest.mark.parametrize(
+        "values, named",
+        [
+            ({}, "train"),
+            (changed(trian=[]), "'trian'"),
+            (changed(head={"probe": "gate"}), "'probe'"),
+            (changed(head={"id2label": {}}), "'id2label'"),
+            (changed(head={"probe_type": "gate", "options": {"num_members": 2}}), "num_members"),
+            (changed(measure={"sources": ["xstest", "xstest"]}), "'xstest'"),
+            (changed(measure={"sources": ["xstest"], "wrappings": "aegis"}), "wrappings='aegis'"),
+            (changed(labels={"flag": ["a"]}), "labels has no field 'flag'"),
+            (changed(labels={"flagged": "toxic"}), "labels.*flagged"),
+            (changed(train=[{"rows": "toxicchat", "column": "x"}]), r"train\[0\] has no field 'column'"),
+            (changed(train=[{"rows": "toxicchat", "max_rows": 0}]), r"train\[0\].max_rows=0"),
+            (changed(train=[{"rows": "toxicchat", "repeat": 0}]), r"repeat=0"),
+            (changed(train=[{"rows": "toxicchat", "part": [0.5, 0.5]}]), r"part="),
+            (changed(train=[{"rows": "toxicchat", "weights": [-1.0]}]), r"weights="),
+            (changed(train=["toxicchat", "toxicchat"]), "'toxicchat'"),
+            (changed(train=["rows.csv"]), "rows.csv"),
+            (changed(validation={"share": 7}), "validation.share=7"),
+            (changed(validation={"share": 0.2, "folds": 3}), "share and folds"),
+            (changed(validation={"folds": 1}), "folds=1"),
+            (changed(test={"share": 0.2, "sources": ["xstest"]}), "share and sources"),
+            (changed(copies={"names": ["rot13"]}), "rot13"),
+            (changed(copies={"names": ["lead_in"], "share": 1.5}), "1.5"),
+            (changed(copies={"names": ["system_prompt"]}), "system_prompts"),
+            (changed(copies={"names": ["later_turns"]}), "token_scope"),
+            (changed(hold_out={"lists": ["advbench"]}), "hold_out.lists names 'advbench'"),
+            (changed(seeds=0), "seeds=0"),
+            (changed(seed=2**32), "seed=4294967296"),
+            (changed(max_rows=0), "max_rows=0"),
+            (changed(head=[1]), "head="),
+            (changed(search={"trials": -1}), "trials=-1"),
+            (changed(search={"probe_types": ["lstm"]}), "lstm"),
+        ],
+    )
+    def test_wrong_fields(self, values, named):
+        with pytest.raises(ProbeError, match=named):
+            Recipe.load(values)
+
+    @pytest.mark.parametrize("text, named", [("a: [", "YAML"), ("- a", "mapping"), ("seed: 1\nseed: 2", "'seed'")])
+    def test_files_that_are_no_recipe(self, tmp_path, text, named):
+        (tmp_path / "a.yaml").write_text(text)
+        with pytest.raises(ProbeError, match=named):
+            Recipe.load(tmp_path / "a.yaml")
+
+    def test_names_that_there_are_not(self, tmp_path):
+        for name in ("no-such-recipe", tmp_path / "b.yaml", tmp_path):
+            with pytest.raises(ProbeError, match="no recipe"):
+                Recipe.load(name)
+        assert "safety" in recipe_names()
+
+    @pytest.mark.parametrize("setting", ["seed", "train.5.rows=1", "name.x=1", "seed=[", "train.x=1"])
+    def test_settings_that_cannot_be(self, setting):
+        with pytest.raises(ProbeError, match="--set"):
+            Recipe.load(changed(name="a"), [setting])
+
+
+class TestNamedData:
+    def test_a_single_data_set_brings_its_parts_and_facts(self, copies):
+        recipe = Recipe.load({"train": ["emotion"]})
+        assert (recipe.card.license, recipe.card.dataset) == ("other", "dair-ai/emotion") or recipe.card.dataset
+        for train, expected in (
+            ("emotion", ("emotion:validation", "emotion:test")),
+            ("toxicchat", (None, "toxicchat:test")),
+        ):
+            parts = Recipe.load({"train": [train]}).named_parts(None)
+            assert tuple(part.sources[0].rows if part.sources else None for part in parts) == expected
+        given = Recipe.load({"train": ["emotion"], "validation": {"share": 0.2}, "test": {"share": 0.1}}).named_parts(
+            None
+        )
+        assert not given[0].sources and not given[1].sources
+
+
+@pytest.mark.parametrize("hidden_size", [32, 576, 3072])
+def test_every_draw_can_be_built(hidden_size):
+    base = ProbeConfig(probe_type="pooling", hidden_size=hidden_size, num_hidden_layers=2)
+    search = Search(trials=30, probe_types=list(probe_types()))
+    trials = draw_trials(search, base, seed=0)
+    assert [trial.values for trial in draw_trials(search, base, seed=0).values()] == [
+        t.values for t in trials.values()
+    ]
+    assert {trial.config.probe_type for trial in trials.values()} == set(probe_types()) and len(trials) == 30
+    for trial in trials.values():
+        assert 1e-5 <= trial.training["learning_rate"] <= 3e-2
+    with pytest.raises(ProbeError, match="hidden_size"):
+        draw_trials(Search(trials=1, probe_types=["mha"]), base.replace(hidden_size=7), 0)

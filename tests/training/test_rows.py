@@ -3,17 +3,17 @@
 import numpy as np
 import torch
 from conftest import HIDDEN, LAYERS
-from torch.utils.data import ConcatDataset, StackDataset
+from torch.utils.data import StackDataset
 
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.data.states import ProbeCollator, PromptDataset
 from llama_probe.training.loss import ProbeLoss
-from llama_probe.training.rows import CutReplies, WeightedRows
+from llama_probe.training.rows import TrainingRows
 
 
 def test_replies_are_cut_and_prompts_are_not():
     ids, masks = [[1, 2, 3, 4, 5], [6, 7, 8]], [[False, False, True, True, True], [False, True, True]]
-    rows = CutReplies(PromptDataset(ids, np.array([0, 1]), masks), [3, 2])
+    rows = TrainingRows(PromptDataset(ids, np.array([0, 1]), masks), reply_lengths=[3, 2])
     torch.manual_seed(0)
     seen = [rows[row] for row in (0, 1) * 60]
     for row, most in ((0, 5), (1, 3)):
@@ -35,7 +35,8 @@ EXTRA = np.arange(16) % 2
 
 
 def mixed(extra_labels, weights):
-    return ConcatDataset([state_rows(OWN), WeightedRows(state_rows(extra_labels, seed=1), weights)])
+    dataset = state_rows(OWN) + state_rows(extra_labels, seed=1)
+    return TrainingRows(dataset, row_weights=[None] * len(OWN) + [weights] * len(extra_labels))
 
 
 def test_rows_without_a_weight_count_for_one():

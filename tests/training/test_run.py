@@ -1,25 +1,24 @@
-"""Runs from rows to a head folder: folds, further rows, and resuming after a stop."""
+"""Runs from a recipe to a head folder: folds, extra rows, twins, and resuming after a stop."""
 
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import make_lm, read_head
-from torch.utils.data import Subset
 from training_runs import run_of, write
 
-from llama_probe import ProbeError
+from llama_probe import ProbeError, ProbeTrainer
+from llama_probe.backbone.loading import load_backbone
 from llama_probe.distributed import claimed
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.probe import ProbeModel
-from llama_probe.training import run as training_run
-from llama_probe.training.options import CHECKPOINTS
-from llama_probe.training.run import _last_checkpoint
-from llama_probe.training.sweep import Sweep
+from llama_probe.training import prepared, trainer
+from llama_probe.training.prepared import CHECKPOINTS
+from llama_probe.training.run import last_checkpoint
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -31,26 +30,34 @@ def interrupt(*_):
 
 def test_folds(backbone_folder, tmp_path):
     """Every row trains, and is judged by a head that has not seen it."""
-    run = run_of(tmp_path, backbone_folder, 2, 30, seeds=(4, 5), learning_rate=0.03, folds=2)
+    run = run_of(
+        tmp_path,
+        backbone_folder,
+        30,
+        None,
+        None,
+        {"num_train_epochs": 2, "learning_rate": 0.03},
+        validation={"folds": 2},
+        seeds=2,
+        seed=4,
+    )
     results = run.run()
     assert results["data"]["train"]["rows"] == results["data"]["validation"]["rows"] == 30
     assert results["data"]["validation"]["source"] == "2 folds of train"
     assert [found["epochs"] for found in results["runs"]] == [2.0, 2.0], "nothing stops it early"
     chosen = next(found for found in results["runs"] if found["seed"] == results["chosen_seed"])
-    data = run.prepare()
-    train, labels, held = data.datasets["train"], data.parts["train"].labels, data.folds[0]
-    probe, _, logits = run._train(results["chosen_seed"], data, tmp_path / "d")
-    assert not torch.allclose(predict_logits(probe, train), logits, atol=1e-3), "the head itself has seen all rows"
-    # The same by hand, for one fold.
-    rest = Subset(train, np.setdiff1d(np.arange(30), held).tolist())
-    part = run._fit(results["chosen_seed"], data, rest, None, tmp_path / "c").model
-    expected = predict_logits(part, Subset(train, held.tolist()))
-    assert torch.allclose(logits[torch.from_numpy(held)], expected, atol=1e-6)
-    head = read_head(run.output)
+    again = ProbeTrainer.from_recipe(run.recipe, backbone=str(backbone_folder), output_dir=tmp_path / "again")
+    assert list(again.heads) == [f"seed-{seed}{fold}" for seed in (4, 5) for fold in ("", "-fold-0", "-fold-1")]
+    again.train()
+    head, name, rows = read_head(run.output), f"seed-{chosen['seed']}", again._run.rows
+    logits = torch.empty(30, 2)
+    for number, fold in enumerate(rows.folds):
+        logits[fold] = predict_logits(again.heads[f"{name}-fold-{number}"], again._run.datasets["train"])[fold]
+    assert not torch.allclose(predict_logits(again.heads[name], again._run.datasets["train"]), logits, atol=1e-3)
     assert head.config.temperature == chosen["temperature"] and head.config.threshold == chosen["threshold"]
-    assert chosen["validation"]["f1"] == pytest.approx(score_logits(logits, labels, head.config)["f1"])
+    assert chosen["validation"]["f1"] == pytest.approx(score_logits(logits, rows.train.labels, head.config)["f1"])
     found = results["inspection"]["calibration"]["error"]
-    assert found == pytest.approx(reliability(logits, labels, head.config)["error"], abs=1e-3)
+    assert found == pytest.approx(reliability(logits, rows.train.labels, head.config)["error"], abs=1e-3)
     assert "2 folds" in (run.output / "README.md").read_text()
 
 
@@ -59,14 +66,14 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path, rat
     words = ("fine, all is good", "fine, BAD BAD BAD BAD!")
     lines = [{"ask": f"number {i}?", "text": words[i % 2] + "!" * (i % 3), "label": i % 2} for i in range(100)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    changes = {
-        "train": str(tmp_path / "a.jsonl"),
-        "prompt_column": "ask",
-        "label_names": ["fine", "awful"],
-        "flagged": ["awful"],
+    sections = {
+        "train": [{"rows": str(tmp_path / "a.jsonl"), "prompt_column": "ask"}],
+        "labels": {"names": ["fine", "awful"], "flagged": ["awful"]},
+        "head": {"probe_type": "gate", "token_scope": "response"},
+        "test": {"share": 0.25},
+        "training": {"num_train_epochs": 4, "learning_rate": 0.03, "max_false_positive_rate": rate},
     }
-    changes |= {"head": {"probe_type": "gate", "token_scope": "response"}, "test_share": 0.25}
-    run = run_of(tmp_path, backbone_folder, 4, learning_rate=0.03, max_false_positive_rate=rate, **changes)
+    run = run_of(tmp_path, backbone_folder, **sections)
     results = run.run()
     found = results["runs"][0]["halting"]
     assert found["max_false_halts"] == (0.05 if rate is None else 0)
@@ -85,8 +92,10 @@ def test_extra_rows_are_trained_on(backbone_folder, tmp_path, folds):
     test = write(tmp_path / "t.jsonl", 30, ("XX is", "OO is"))
 
     def results(further):
-        changes = {"test": test, "folds": folds, "extra": further, "learning_rate": 0.03, "patience": None}
-        return run_of(tmp_path, backbone_folder, 6, **changes).run()
+        train = [write(tmp_path / "40.jsonl", 40), *({"rows": rows, "extra": True} for rows in further)]
+        training = {"num_train_epochs": 6, "learning_rate": 0.03, "patience": None}
+        sections = {"test": {"sources": [test]}, "validation": {"folds": folds}}
+        return run_of(tmp_path, backbone_folder, train=train, training=training, **sections).run()
 
     found = results([extra])
     assert found["data"]["extra"]["rows"] == 60 and found["data"]["extra"]["source"].endswith("e.jsonl")
@@ -97,20 +106,117 @@ def test_extra_rows_are_trained_on(backbone_folder, tmp_path, folds):
 
 
 def test_weights_of_extra_rows(backbone_folder, tmp_path):
-    changes = {"extra": [write(tmp_path / "b.jsonl", 60)], "extra_weights": [0.0, 0.25]}
+    extra = {"rows": write(tmp_path / "b.jsonl", 60), "weights": [0.0, 0.25], "extra": True}
+    train = [write(tmp_path / "a.jsonl", 40), extra]
     head = {"probe_type": "multimax", "options": {"num_members": 2, "num_maxima": 1}}
-    results = run_of(tmp_path, backbone_folder, head=head, **changes).run()
+    results = run_of(tmp_path, backbone_folder, train=train, head=head).run()
     assert results["data"]["extra"]["weights"] == [0.0, 0.25] and "weights" not in results["data"]["train"]
     assert "0 and 0.25" in (tmp_path / "head" / "README.md").read_text()
-    with pytest.raises(ProbeError, match="extra_weights"):
-        run_of(tmp_path, **changes).run()
+    with pytest.raises(ProbeError, match="weights"):
+        run_of(tmp_path, train=train).run()
 
 
-def test_later_turns_are_for_heads_that_read_earlier_ones(tmp_path):
-    for scope in ("last_user", "response"):
-        with pytest.raises(ProbeError, match="token_scope"):
-            run_of(tmp_path, augment=["later_turns"], head={"token_scope": scope})
-    run_of(tmp_path, augment=["later_turns"], head={"token_scope": "user"})
+class TestTwins:
+    """A twin has not learned from the sources that it is measured on, nor from pieces cut from them."""
+
+    @pytest.fixture
+    def recipe(self, tmp_path):
+        numbers: dict[str, list[str]] = {}
+
+        def rows(name, count, label):
+            # Numbers tell the source to the test; some texts say what those of the other label say.
+            first = 1000 * len(list(tmp_path.glob("*.jsonl")))
+            numbers[name] = [str((first + i) * 7919 % 90000 + 10000) for i in range(count)]
+            words = [("kind", "BAD!!")[label != (i % 4 == 0)] for i in range(count)]
+            lines = [{"text": f"{w} {number}", "label": label} for w, number in zip(words, numbers[name], strict=True)]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+            return {"rows": str(tmp_path / f"{name}.jsonl")}
+
+        return numbers, {
+            "name": "tiny",
+            "labels": {"names": ["harmless", "harmful"], "flagged": ["harmful"]},
+            "train": [
+                rows("ask", 40, 1),
+                rows("list", 30, 1),
+                rows("talk", 80, 0),
+                {**rows("chat", 40, 0), "repeat": 2},
+            ],
+            "validation": {"share": 0.2},
+            "copies": {"names": ["lead_in", "earlier_turns"], "share": 0.3},
+            "head": {"probe_type": "gate", "token_scope": "user", "layers": [0.5, 1.0]},
+            "training": {"num_train_epochs": 6, "learning_rate": 0.03},
+            "calibration": {"sources": [rows("mild", 60, 0)], "rates": [0.1, 0.05]},
+            "hold_out": {"lists": ["list"], "talks": ["talk"]},
+            "measure": {"sources": [rows("seen", 20, 1), rows("other", 20, 0)], "wrappings": "seen"},
+        }
+
+    def test_what_is_measured(self, recipe, backbone_folder, tmp_path):
+        numbers, recipe = recipe
+        trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
+        assert list(trainer.heads) == ["seed-0", "twin-lists", "twin-talks"]
+        rows, run = trainer._run.rows, trainer._run
+        for twin, source in (("lists", "list"), ("talks", "talk")):
+            held, texts = set(rows.held_out[twin].tolist()), list(map(json.dumps, rows.train.texts))
+            told = {row for row, text in enumerate(texts) if any(number in text for number in numbers[source])}
+            assert held == told, "copies with a lead-in from these rows as well"
+            places = {run.places[place] for place in run.left_out[f"twin-{twin}"]}
+            assert places == held
+        assert sorted(map(run.places.count, set(run.places)))[-1] == 2, "repeated rows"
+        trainer.train()
+        trainer.save_model()
+        measured = trainer.results["measured"]
+        assert [(part["name"], part["twin"], part["rows"]) for part in measured["parts"]] == [
+            ("seen", None, 20), ("other", None, 20), ("list", "lists", 30), ("talk", "talks", 80),
+        ]  # fmt: skip
+        assert measured["rates"] == ["fpr-10%", "fpr-5%"] and measured["wrappings"]["rows"]
+        shares = {part["name"]: part for part in measured["parts"]}
+        assert set(shares["list"]["labels"]) == {"harmful"} and set(shares["talk"]["labels"]) == {"harmless"}
+        found = shares["list"]["labels"]["harmful"]
+        assert found["fpr-10%"]["share"] >= found["fpr-5%"]["share"] and "tfidf" in shares["seen"]
+        saved = read_head(tmp_path / "head")
+        assert saved.config.layers == [2, 4] and saved.config.thresholds.keys() == {"fpr-10%", "fpr-5%"}
+        assert saved.results["measured"] == measured and saved.results["data"]["calibration"]["rows"] == 60
+        card = (tmp_path / "head" / "README.md").read_text()
+        assert "On rows that it was not trained on" in card and "| list (twin without lists) | harmful | 30 |" in card
+        written = (tmp_path / "head" / "recipe.yaml").read_text()
+        assert yaml.safe_load(written)["hold_out"] == recipe["hold_out"] and str(tmp_path) not in written
+
+    def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path):
+        _, recipe = recipe
+        settings = ["hold_out={}", "measure={}", "training.num_train_epochs=1"]
+        lm, tokenizer = load_backbone(str(backbone_folder))
+        trainer = ProbeTrainer.from_recipe(
+            recipe, backbone=lm, processing_class=tokenizer, output_dir=tmp_path / "head", settings=settings
+        )
+        trainer.train()
+        trainer.save_model(tmp_path / "other")
+        assert read_head(tmp_path / "other").config.layers == [2, 4] and not (tmp_path / "head").exists()
+        with pytest.raises(ProbeError, match="processing_class"):
+            ProbeTrainer.from_recipe(recipe, backbone=lm, settings=settings)
+        with pytest.raises(ProbeError, match="licence"):
+            ProbeTrainer.from_recipe(recipe, backbone=lm, licence="free")
+
+    def test_a_search_keeps_the_best(self, recipe, backbone_folder, tmp_path):
+        _, recipe = recipe
+        settings = [
+            "search={trials: 4, probe_types: [gate, pooling]}",
+            "hold_out={}",
+            "measure={}",
+            "training.num_train_epochs=2",
+        ]
+        trainer = ProbeTrainer.from_recipe(
+            recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head", settings=settings
+        )
+        trainer.train()
+        trials = trainer.results["search"]
+        assert [trial["values"]["probe_type"] for trial in trials].count("gate") == 2 and len(trials) == 4
+        assert (
+            trials[0]["score"]
+            == max(trial["score"] for trial in trials)
+            == trainer.results["runs"][0]["validation"]["auprc"]
+        )
+        assert trainer.results["probe_type"] == trials[0]["values"]["probe_type"]
+        assert trainer.results["recipe"]["learning_rate"] == trials[0]["values"]["learning_rate"]
 
 
 class TestResuming:
@@ -119,13 +225,15 @@ class TestResuming:
         """A run that was stopped after its training, and a function that resumes it with changes."""
         shutil.copytree(backbone_folder, tmp_path / "backbone")
 
-        def resumed(resume=True, **changes):
-            return run_of(tmp_path, tmp_path / "backbone", resume=resume, **changes)
+        def resumed(resume=True, rows=40, **changes):
+            return run_of(tmp_path, tmp_path / "backbone", rows, resume, training=changes)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(training_run, "judge", interrupt)
+            patched.setattr(trainer, "finish", interrupt)
             resumed(resume=False).run()
-        assert (tmp_path / "head" / CHECKPOINTS / "seed-0").is_dir() and (tmp_path / "head" / ".states").is_dir()
+        assert (
+            list((tmp_path / "head" / CHECKPOINTS).glob("checkpoint-*")) and (tmp_path / "head" / ".states").is_dir()
+        )
         return resumed
 
     def test_the_same_training(self, stopped, tmp_path, monkeypatch):
@@ -136,6 +244,12 @@ class TestResuming:
         stopped().run()
         assert steps and not any(steps), "nothing was left to train"
         assert not (tmp_path / "head" / CHECKPOINTS).exists() and not (tmp_path / "head" / ".states").exists()
+
+    def test_a_new_one_is_refused(self, backbone_folder, tmp_path, stopped):
+        run = run_of(tmp_path, backbone_folder)
+        run.overwrite = False
+        with pytest.raises(ProbeError, match=r"stopped run.*--resume"):
+            run.run()
 
     def test_another_training_is_refused(self, stopped, tmp_path):
         for changes, name in (({"learning_rate": 0.5}, "learning_rate"), ({"rows": 42}, "train")):
@@ -151,21 +265,21 @@ class TestResuming:
     def test_other_folds_are_refused(self, backbone_folder, tmp_path, monkeypatch):
         """Folds are drawn by the first seed: heads of another one have learned from rows that are held out now."""
 
-        monkeypatch.setattr(training_run, "judge", interrupt)
+        monkeypatch.setattr(trainer, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_of(tmp_path, backbone_folder, rows=30, folds=2).run()
-        with pytest.raises(ProbeError, match="folds"):
-            run_of(tmp_path, backbone_folder, rows=30, folds=2, seeds=[1], resume=True).run()
+            run_of(tmp_path, backbone_folder, 30, validation={"folds": 2}).run()
+        with pytest.raises(ProbeError, match=r"seed|learned"):
+            run_of(tmp_path, backbone_folder, 30, True, validation={"folds": 2}, seed=1).run()
 
 
 def test_half_of_a_checkpoint_is_none(tmp_path):
-    assert _last_checkpoint(tmp_path / "none") is None
+    assert last_checkpoint(tmp_path / "none") is None
     for step in (5, 10, 15):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
     for step in (5, 10):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
-    assert _last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 class TestOutput:
@@ -176,7 +290,7 @@ class TestOutput:
             raise RuntimeError("out of order")
 
         (tmp_path / "head" / "checkpoints").mkdir(parents=True)
-        monkeypatch.setattr(training_run, "judge", fail)
+        monkeypatch.setattr(trainer, "finish", fail)
         with pytest.raises(RuntimeError, match="out of order"):
             run_of(tmp_path, backbone_folder).run()
         assert not (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()
@@ -187,29 +301,59 @@ class TestOutput:
 
 
 class TestRefusals:
-    def test_a_metric_that_is_not_defined_on_the_validation_rows(self, tmp_path):
-        run = run_of(tmp_path, eval=write(tmp_path / "alike.jsonl", 1))
-        for wanted in (run, Sweep(training=run, trials=2)):
-            with pytest.raises(ProbeError, match="auprc"):
-                wanted.run()
+    """Before the backbone is loaded."""
+
+    @pytest.fixture(autouse=True)
+    def never_loaded(self, monkeypatch):
+        monkeypatch.setattr(prepared, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
+
+    def test_a_metric_that_is_not_defined_on_the_validation_rows(self, tmp_path, backbone_folder):
+        alike = {"sources": [write(tmp_path / "alike.jsonl", 1)]}
+        with pytest.raises(ProbeError, match="auprc"):
+            run_of(tmp_path, backbone_folder, validation=alike).run()
         assert not (tmp_path / "head").exists(), "before any work"
 
     @pytest.mark.parametrize("weights", ["nan,1", "-1,2", "a,b", "0,0"])
-    def test_class_weights(self, tmp_path, weights):
+    def test_class_weights(self, tmp_path, backbone_folder, weights):
         with pytest.raises(ProbeError, match="class_weights"):
-            run_of(tmp_path, class_weights=weights).run()
+            run_of(tmp_path, backbone_folder, training={"class_weights": weights}).run()
 
-    @pytest.mark.parametrize("head", [{"layers": [99]}, {"probe_type": "mha", "downcast": 5}])
-    def test_sizes_that_the_backbone_does_not_have(self, tmp_path, backbone_folder, monkeypatch, head):
-        monkeypatch.setattr(training_run, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
+    @pytest.mark.parametrize("head", [{"layers": [99]}, {"layers": [0.5, 7.5]}, {"probe_type": "mha", "downcast": 5}])
+    def test_sizes_that_the_backbone_does_not_have(self, tmp_path, backbone_folder, head):
         with pytest.raises(ProbeError, match=list(head)[-1]):
             run_of(tmp_path, backbone_folder, head=head).run()
 
-    @pytest.mark.parametrize("seeds", [[], [2**32]])
-    def test_seeds(self, tmp_path, seeds):
-        with pytest.raises(ProbeError, match="seeds"):
-            run_of(tmp_path, seeds=seeds)
+    @pytest.mark.parametrize("name", ["lr", "output_dir"])
+    def test_arguments_that_there_are_not(self, tmp_path, name):
+        with pytest.raises(ProbeError, match=name):
+            run_of(tmp_path, training={name: 1}).run()
 
-    def test_a_training_that_diverges(self, tmp_path, backbone_folder):
-        with pytest.raises(ProbeError, match="no number"):
-            run_of(tmp_path, backbone_folder, 2, learning_rate=1e38).run()
+    def test_a_disk_that_is_too_small(self, tmp_path, backbone_folder, monkeypatch):
+        monkeypatch.setattr(prepared, "free_bytes", lambda _: 1000)
+        with pytest.raises(ProbeError, match="cache_states"):
+            run_of(tmp_path, backbone_folder, training={"cache_states": True}).run()
+
+    def test_too_few_rows_to_calibrate_on(self, tmp_path, backbone_folder):
+        calibration = {"sources": [write(tmp_path / "b.jsonl", 30)], "rates": [0.01]}
+        with pytest.raises(ProbeError, match="at least 100 rows"):
+            run_of(tmp_path, backbone_folder, calibration=calibration).run()
+
+
+def test_a_training_that_diverges(tmp_path, backbone_folder):
+    with pytest.raises(ProbeError, match=r"no.* numbers?"):
+        run_of(tmp_path, backbone_folder, training={"num_train_epochs": 2, "learning_rate": 1e38}).run()
+
+
+def test_states_that_do_not_fit_are_not_cached(tmp_path, backbone_folder, monkeypatch, caplog):
+    whole = run_of(tmp_path, backbone_folder).run()
+    monkeypatch.setattr(prepared, "free_bytes", lambda _: 1000)
+    found = run_of(tmp_path, backbone_folder).run()
+    assert "no hidden states on disk" in caplog.text and found["runs"][0]["validation"] == pytest.approx(
+        whole["runs"][0]["validation"], abs=0.02
+    )
+
+
+def test_an_estimate_writes_nothing(tmp_path, backbone_folder):
+    estimate = run_of(tmp_path, backbone_folder).estimate()
+    assert estimate.rows == 40 and estimate.tokens > 400 and estimate.bytes > 0 and estimate.seconds > 0
+    assert not (tmp_path / "head").exists()

@@ -28,7 +28,7 @@ from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.decision import ProbeOutput, probe_loss
 from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
 from llama_probe.training.loss import ProbeLoss, balanced_weights
-from llama_probe.training.rows import CutReplies
+from llama_probe.training.rows import TrainingRows
 from llama_probe.training.trainer import STATES
 
 
@@ -169,7 +169,7 @@ class TestProbeTrainer:
     def test_replies(self, tmp_path, backbone_folder):
         rows = {"prompt": ["How was it?"] * 32, "response": [text for text, _ in ANSWERS], "label": [0, 1] * 16}
         trainer = mood(tmp_path, rows, rows, backbone=str(backbone_folder), num_train_epochs=1)
-        assert trainer.model.config.token_scope == "response" and isinstance(trainer.train_dataset, CutReplies)
+        assert trainer.model.config.token_scope == "response" and isinstance(trainer.train_dataset, TrainingRows)
         trainer.train()
         assert trainer.logits.shape == (32, 2)
 

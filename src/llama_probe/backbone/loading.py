@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
@@ -166,17 +167,30 @@ def load_backbone(
     """
     if isinstance(dtype, str):
         check_dtype(dtype)
+    tokenizer = load_tokenizer(name)
+    path = resolve_backbone(name)
+    with _explained(name, path):
+        lm = load_causal_lm(_find_gguf(path) or path, dtype=dtype)
+    return lm.to(choose_device() if device is None else device).eval(), tokenizer
+
+
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+    """Load the tokenizer of a backbone, and no weights; see `load_backbone`."""
     path = resolve_backbone(name)
     gguf = _find_gguf(path)
     check_within_reach(path)
-    try:
+    with _explained(name, path):
         place = {"gguf_file": gguf.name} if gguf is not None else {}
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path if gguf is None else gguf.parent, **place)
-        lm = load_causal_lm(gguf or path, dtype=dtype)
+        return transformers.AutoTokenizer.from_pretrained(path if gguf is None else gguf.parent, **place)
+
+
+@contextmanager
+def _explained(name: str, path: str) -> Iterator[None]:
+    try:
+        yield
     except (ImportError, OSError, ValueError) as error:  # the first if the package gguf is missing
         missing = "" if os.path.exists(path) else f" There is no folder {path!r} either."
         raise ProbeError(f"the backbone {name!r} cannot be loaded: {first_line(error)}{missing}") from error
-    return lm.to(choose_device() if device is None else device).eval(), tokenizer
 
 
 def choose_device(name: str = "auto") -> torch.device:

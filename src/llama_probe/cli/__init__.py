@@ -45,14 +45,11 @@ COMMANDS = {
         "prompts probe backbone input output text_column resume as_json",
         'llama-probe classify "How do I pick a lock?"',
         'llama-probe classify --input "rows/*.parquet" --output labels'),
-    "train": Entry("train", "Train a head on labelled rows and write its folder: config, weights, results and card.",
-        "backbone output train eval test text_column label_column label_names probe_type num_train_epochs learning_rate "
-        "num_seeds resume as_json",
-        "llama-probe train --train rows.csv --output my-head",
-        "llama-probe train --train sst2 --probe-type multimax --num-seeds 3 --output sst2-head"),
-    "sweep": Entry("train", "Search kinds and hyper-parameters; all configurations share each pass of the backbone.",
-        "backbone output train eval test text_column label_column probe_types trials keep num_train_epochs resume as_json",
-        "llama-probe sweep --train rows.csv --probe-type gate --probe-type multimax --trials 20 --output search"),
+    "train": Entry("train", "Train a head by a recipe, or on labelled rows, and write its folder: config, weights, results, recipe and card.",
+        "recipe backbone output train test text_column label_column flag data_dir probe_type epochs set_ resume dry_run as_json",
+        "llama-probe train safety --backbone Qwen/Qwen2.5-1.5B-Instruct --output guard",
+        "llama-probe train --train rows.csv --flag bad --output my-head",
+        "llama-probe train sst2 --set head.probe_type=gate --num-seeds 3 --output sst2-head"),
     "evaluate": Entry("evaluate", "Score a head on labelled rows, with its saved temperature and threshold.",
         "probe data text_column label_column slice_column record backbone bootstrap as_json",
         "llama-probe evaluate --probe my-head --data test.csv",
@@ -83,7 +80,7 @@ COMMANDS = {
 # fmt: on
 
 # Commands that divide their work among the processes of torchrun.
-_DIVIDED = ("train", "sweep", "evaluate", "calibrate", "classify")
+_DIVIDED = ("train", "evaluate", "calibrate", "classify")
 
 # Commands that process many batches of hidden states.
 _MANY_BATCHES = (*_DIVIDED, "drift")

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..data.sources import ROWS_HELP, DataSources
+from ..data.sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers
 from .console import print_table, print_text
-from .inputs import HeadOptions, check_head_folder, read_texts
+from .inputs import HeadOptions, RowOptions, check_head_folder, read_texts
 from .options import Fields, Result, short_name
 
 
@@ -21,7 +21,7 @@ def calibrate(
     scored: Annotated[
         HeadOptions, Fields("Head", help={"probe": "A head folder. Its thresholds, or its novelty, are replaced."})
     ],
-    columns: Annotated[dict[str, Any], Fields("Data", of=DataSources, only="text_column data_dir max_text")],
+    columns: Annotated[dict[str, Any], Fields("Data", of=RowOptions, only="text_column data_dir max_text")],
     benign: Annotated[
         list[str] | None,
         typer.Option(help=f"Rows to flag seldom; they need no label column: {ROWS_HELP}. Repeatable."),

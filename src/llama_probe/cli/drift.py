@@ -11,12 +11,11 @@ import typer
 
 from ..data.files import InputFile
 from ..data.prompts import is_text
-from ..data.sources import DataSources
 from ..errors import ProbeError
 from ..files import check_writable, make_folder, write_atomically
 from ..heads.novelty import FAR
 from .console import print_table, print_text
-from .inputs import HeadOptions
+from .inputs import HeadOptions, RowOptions
 from .options import Fields, Result
 
 
@@ -29,7 +28,7 @@ def drift(
         list[str],
         typer.Option(help="Files of served prompts in their order, or a pattern: jsonl, csv, tsv or parquet."),
     ],
-    columns: Annotated[dict[str, Any], Fields("Data", of=DataSources, only="text_column max_text")],
+    columns: Annotated[dict[str, Any], Fields("Data", of=RowOptions, only="text_column max_text")],
     output: Annotated[Path | None, typer.Option(help="Folder for drift.png: novelty and scores over the log.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Rows to name as most worth labelling.")] = 20,
     max_rows: Annotated[int, typer.Option(min=1, help="Rows to read at most, spread evenly over the log.")] = 5000,

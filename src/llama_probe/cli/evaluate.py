@@ -11,7 +11,7 @@ import typer
 
 from ..data.known import find_benchmark
 from ..data.labels import read_labels
-from ..data.sources import ROWS_HELP, DataSources
+from ..data.sources import ROWS_HELP
 from ..data.states import PromptDataset
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
@@ -20,7 +20,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.novelty import FAR
 from ..hub.folder import measured_rules, read_results
 from .console import print_table, print_text
-from .inputs import BENIGN, ROW_FIELDS, HeadOptions, check_head_folder, check_source, read_rows, read_texts
+from .inputs import BENIGN, HeadOptions, RowOptions, check_head_folder, check_source, read_rows, read_texts
 from .options import Fields, Result, short_name
 
 
@@ -31,7 +31,7 @@ _MAX_AGAINST = 500  # rows of each other kind of texts
 def evaluate(
     scored: Annotated[HeadOptions, Fields("Head", defaults={"probe": "safety"})],
     data: Annotated[str, typer.Option(help=f"Labelled rows to measure the head on: {ROWS_HELP}.")],
-    columns: Annotated[dict[str, Any], Fields("Data", of=DataSources, only=ROW_FIELDS)],
+    columns: Annotated[dict[str, Any], Fields("Data", of=RowOptions)],
     benign: Annotated[bool, typer.Option("--benign", help=BENIGN)] = False,
     slice_column: Annotated[
         list[str] | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..backbone.loading import DtypeName, backbone_target, load_backbone
+from ..data.files import MAX_TEXT
 from ..data.known import find_benchmark
 from ..data.prompts import PromptFormat
 from ..data.sources import setting
@@ -59,8 +61,27 @@ class HeadOptions:
         return PromptDataset(ids, np.zeros(len(ids)), masks)
 
 
-# Fields of `DataSources` that say where labelled rows have what; arguments of `read_rows`.
-ROW_FIELDS = "text_column label_column prompt_column data_dir max_text"
+@dataclass
+class RowOptions:
+    """Places of texts and labels in rows; arguments of `read_rows` and `read_texts`."""
+
+    text_column: str = setting("text", "Column of the texts.")
+    label_column: str = setting("label", "Column of the labels.")
+    prompt_column: str | None = setting(
+        None, "Column of the prompts, where the texts are the replies to them; for heads that read replies."
+    )
+    data_dir: str | os.PathLike | None = setting(
+        None, "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."
+    )
+    max_text: int = setting(
+        MAX_TEXT, "Characters of the longest text; a file may have 512 times as many. Guards the memory."
+    )
+
+    def __post_init__(self):
+        if self.max_text < 1:
+            raise ProbeError(f"max_text={self.max_text} must be at least 1")
+
+
 BENIGN = "The rows need no label column: none of them has the label that the head flags."
 
 

@@ -2,7 +2,7 @@
 
 A command takes a dataclass like any other argument. Every field with a `help` in its metadata becomes an option:
 
-    def train(data: Annotated[DataSources, Fields("Data", defaults={"folds": None})], ...): ...
+    def evaluate(columns: Annotated[dict[str, Any], Fields("Data", of=RowOptions)], ...): ...
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import typer
 
 from ..backbone.loading import load_backbone
 from ..data.prompts import PromptFormat
-from ..data.sources import ROWS_HELP, DataSources
+from ..data.sources import ROWS_HELP
 from ..data.states import PromptDataset
 from ..errors import ProbeError
 from ..evaluation import plots
@@ -24,7 +24,7 @@ from ..files import Content, check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..hub.resolve import check_name, default_name
 from .console import print_table
-from .inputs import BENIGN, ROW_FIELDS, HeadOptions, check_source, read_rows
+from .inputs import BENIGN, HeadOptions, RowOptions, check_source, read_rows
 from .options import Fields, Result
 
 
@@ -40,7 +40,7 @@ class _Drawing(NamedTuple):
 def plot(
     output: Annotated[Path, typer.Option(help="Folder for the files. Files of the same names are replaced.")],
     options: Annotated[dict[str, Any], Fields("Head", of=HeadOptions, only="backbone dtype trust_remote_code")],
-    columns: Annotated[dict[str, Any], Fields("Data", of=DataSources, only=ROW_FIELDS)],
+    columns: Annotated[dict[str, Any], Fields("Data", of=RowOptions)],
     probe: Annotated[str, typer.Argument(help="Head: a folder, a Hub id or an alias.", metavar="HEAD")] = "safety",
     text: Annotated[list[str] | None, typer.Option(help="A text for the head to read. Repeatable.")] = None,
     data: Annotated[str | None, typer.Option(help=f"Labelled rows to measure the head on: {ROWS_HELP}.")] = None,

@@ -15,7 +15,7 @@ from rich.text import Text
 from ..backbone.loading import DtypeName, backbone_target, load_backbone
 from ..data.files import MAX_TEXT
 from ..data.prompts import PromptFormat, check_alike
-from ..data.sources import DataSources, setting
+from ..data.sources import setting
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
@@ -26,6 +26,7 @@ from ..hub.transport import HubOptions
 from ..serving.halting_words import read_halting
 from ..serving.sources import read_heads
 from .console import print_table, print_text, printable
+from .inputs import RowOptions
 from .options import HEADS_BACKBONE, PROBES, TRUST_REMOTE_CODE, Fields, Result, backbone_of
 
 
@@ -114,7 +115,7 @@ def generate(
 
 def classify(
     served: Annotated[_ServedHeads, Fields("Head")],
-    columns: Annotated[dict[str, Any], Fields("Data", of=DataSources, only="text_column prompt_column")],
+    columns: Annotated[dict[str, Any], Fields("Data", of=RowOptions, only="text_column prompt_column")],
     prompts: Annotated[
         list[str] | None,
         typer.Argument(help="Prompts. Default: lines of standard input. With --input: further files."),

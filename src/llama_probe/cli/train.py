@@ -1,48 +1,228 @@
-"""`llama-probe train` and `llama-probe sweep`."""
+"""`llama-probe train`."""
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
-from ..backbone.loading import backbone_target
+from ..backbone.loading import DtypeName, backbone_target
+from ..data.files import kind_of
 from ..data.known import find_benchmark
-from ..data.sources import DataSources
+from ..data.sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..heads import get_probe_type, probe_types
-from ..heads.configuration import ProbeConfig
-from ..hub.card import CardFacts, with_spread
-from ..training.options import HEAD_FOLDER, SWEEP_NAME, RunOptions, SweepOptions
-from ..training.recipe import AUTO, Recipe, check_head
-from .console import print_table
-from .options import Fields, Result, command_line, split_names
+from ..hub.card import with_spread
+from ..training.defaults import AUTO
+from ..training.recipe import Recipe, recipe_names
+from .console import print_table, print_text
+from .options import BACKBONE, Result, command_line, split_names
 
 
-def parse_layers(text: str) -> str | list[int]:
-    """Return "all", or the state indices of a text with commas."""
-    if text.strip() == "all":
-        return "all"
+_RECIPE_HELP = f"A recipe: {', '.join(recipe_names())}, or a YAML file; or training rows, as --train."
+_KINDS_HELP = f"Kind of head: {', '.join(probe_types())}; auto: by number of rows."
+# Options that are short for a field of the recipe.
+_FIELDS = {
+    "label_names": "labels.names",
+    "flag": "labels.flagged",
+    "max_rows": "max_rows",
+    "max_length": "head.max_length",
+    "probe_type": "head.probe_type",
+    "layers": "head.layers",
+    "learning_rate": "training.learning_rate",
+    "epochs": "training.num_train_epochs",
+    "batch_size": "training.per_device_train_batch_size",
+    "cache_dir": "training.cache_dir",
+    "token_scope": "head.token_scope",
+    "folds": "validation.folds",
+    "seed": "seed",
+    "num_seeds": "seeds",
+    "license": "card.license",
+}
+
+
+def train(
+    output: Annotated[Path, typer.Option(help="Folder for the head.")],
+    recipe: Annotated[str | None, typer.Argument(help=_RECIPE_HELP, show_default=False)] = None,
+    backbone: Annotated[str, typer.Option(help=BACKBONE)] = "demo",
+    train: Annotated[
+        list[str] | None, typer.Option(help=f"Training rows: {ROWS_HELP}. Given again, the rows of all of them.")
+    ] = None,
+    eval: Annotated[
+        str | None,
+        typer.Option(help="Validation rows. Default: those of a named --train, else a part of the training rows."),
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Test rows, scored once at the end. Default: those of a named --train.")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column of the prompts, if the texts are replies to them.")
+    ] = None,
+    label_names: Annotated[str | None, typer.Option(help="Names of the labels 0, 1, ..., with commas.")] = None,
+    flag: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Label to find, by name: halt_on halts on it; thresholds and metrics are for it. Repeatable."
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Local copies of the sources, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."),
+    ] = None,
+    licence: Annotated[
+        Literal["commercial"] | None,
+        typer.Option(help="Leave out the rows whose licence forbids commercial use, or is not known."),
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Training rows at most, drawn at random.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens. Default: 512.")] = None,
+    probe_type: Annotated[str | None, typer.Option(help=_KINDS_HELP)] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="all, state indices with commas (0,5,30), or parts of the depth (0.25,0.5,1.0)."),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: by kind.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs at most. Default: by number of rows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes.")] = None,
+    token_scope: Annotated[
+        str | None,
+        typer.Option(help="Tokens that the head reads: last_user, user, turns, prompt, content, response or all."),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Judge each of so many folds by a head that has not learned from it; 0: hold rows back."),
+    ] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Keep the hidden states here for later runs.")] = None,
+    seed: Annotated[int | None, typer.Option(help="First seed.")] = None,
+    num_seeds: Annotated[
+        int | None, typer.Option(help="Train this many heads side by side and keep the best by validation.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Licence of the head, for its card.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a field of the recipe: training.patience=2, head.dropout=0.3. Repeatable."),
+    ] = None,
+    dtype: Annotated[DtypeName, typer.Option(help="dtype of the backbone.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Resume a run that was stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the head that --output holds.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how many rows, tokens, hours and GB it takes, and stop.")
+    ] = False,
+) -> Result:
+    """Train a head by a recipe, or on labelled rows, and write its folder: config, weights, results, recipe and card."""
+    given = {
+        "label_names": None if label_names is None else split_names(label_names),
+        "flag": flag or None,
+        "max_rows": max_rows,
+        "max_length": max_length,
+        "probe_type": None if probe_type is None else parse_kind(probe_type),
+        "layers": None if layers is None else parse_layers(layers),
+        "learning_rate": learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "cache_dir": cache_dir,
+        "token_scope": token_scope,
+        "folds": folds,
+        "seed": seed,
+        "num_seeds": num_seeds,
+        "license": license,
+    }
+    settings = [
+        f"{_FIELDS[name]}={yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}"
+        for name, value in given.items()
+        if value is not None
+    ]
+    columns = {"text_column": text_column, "label_column": label_column, "prompt_column": prompt_column}
+    source = _recipe_source(recipe, train or [], eval, test, columns)
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ProbeError(f"--layers {text!r} must be all, or state indices with commas, such as 0,5,30") from None
+        loaded = Recipe.load(source, [*settings, *(set_ or [])])
+    except ProbeError as error:
+        raise ProbeError(_by_option(str(error), given)) from None
+    backbone_target(backbone)  # raises if the Hub must be asked and does not answer
+    from ..training.run import TrainingRun  # takes seconds to import
+
+    job = TrainingRun(
+        recipe=loaded,
+        backbone=backbone,
+        output=output,
+        dtype=dtype,
+        data_dir=data_dir,
+        commercial=licence == "commercial",
+        resume=resume,
+        overwrite=overwrite,
+        command=command_line(),
+    )
+    with process_group():
+        if dry_run:
+            estimate = job.estimate()
+            return (
+                (vars(estimate) | {"seconds": estimate.seconds}, partial(print_text, str(estimate)))
+                if is_main()
+                else None
+            )
+        results = job.run()
+        if not is_main():
+            return None
+    return results, partial(_print, results, output)
 
 
-def parse_options(pairs: list[str]) -> dict[str, int | float]:
-    """Return the numbers by name of `NAME=NUMBER` pairs."""
-    options = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            options[name] = int(value) if value.lstrip("-").isdigit() else float(value)
-        except ValueError:
-            raise ProbeError(f"--option {pair!r} must be NAME=NUMBER, such as num_queries=4") from None
-    return options
+def _by_option(message: str, given: dict[str, Any]) -> str:
+    """Return a message that begins with a field, with the name of the option that gave it."""
+    for name, path in _FIELDS.items():
+        field = path.rpartition(".")[2]
+        if given[name] is not None and (found := re.match(rf"(?:{re.escape(path)}|{field})(?==)", message)):
+            return f"--{name.replace('_', '-')}{message[found.end() :]}"
+    return message
+
+
+def _recipe_source(
+    recipe: str | None, train: list[str], eval: str | None, test: str | None, columns: dict[str, str | None]
+) -> str | dict[str, Any]:
+    """Return the recipe that was named, or one of the rows that were given."""
+    is_rows = (
+        recipe is not None
+        and recipe not in recipe_names()
+        and (find_benchmark(recipe) or kind_of(Path(recipe)) or os.path.isdir(recipe))
+    )
+    if is_rows and not (os.path.isdir(recipe) and (Path(recipe) / "recipe.yaml").is_file()):
+        train, recipe = [recipe, *train], None
+    if recipe is None and not train:
+        raise ProbeError(
+            f"train needs a recipe ({', '.join(recipe_names())}, or a .yaml file) or --train, training rows"
+        )
+    named = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in {**columns, "train": train, "eval": eval, "test": test}.items()
+    }
+    if recipe is not None:
+        if wrong := [option for option, value in named.items() if value]:
+            raise ProbeError(
+                f"{wrong[0]} and the recipe {recipe} exclude each other: --set changes a field of the recipe"
+            )
+        return recipe
+    given = {name: value for name, value in columns.items() if value is not None}
+
+    def source(rows: str) -> dict[str, Any]:
+        return {"rows": rows} if find_benchmark(rows) and "prompt_column" not in given else {"rows": rows, **given}
+
+    values: dict[str, Any] = {"train": [source(rows) for rows in train]}
+    for part, rows in (("validation", eval), ("test", test)):
+        if rows is not None:
+            values[part] = {"sources": [source(rows)]}
+    if (
+        len({find_benchmark(rows) is None for rows in (*train, *filter(None, (eval, test)))}) == 1
+        and given
+        and find_benchmark(train[0])
+    ):
+        raise ProbeError(f"text_column, label_column, prompt_column are for files, not for {', '.join(train)}")
+    return values
 
 
 def parse_kind(name: str) -> str:
@@ -52,136 +232,16 @@ def parse_kind(name: str) -> str:
     return name
 
 
-_KIND_OPTIONS = "; ".join(
-    f"{kind}: " + ", ".join(f"{name} ({text})" for name, (_, text) in get_probe_type(kind).options.items())
-    for kind in probe_types()
-    if get_probe_type(kind).options
-)
-_HEAD = Fields(
-    "Head",
-    of=ProbeConfig,
-    help={
-        "probe_type": f"Kind of head: {', '.join(probe_types())}; auto: by number of rows.",
-        "layers": "State indices with commas, 0 (embeddings) to the number of layers, or all.",
-        "token_scope": "last_user (the user's last turn), user (all turns of users), turns (all turns), prompt (every token) or "
-        "content (without the constant prefix); response (the reply) or all (content and reply) for a head that follows replies, "
-        "from rows with --prompt-column or chats that end with the assistant.",
-        "pool": "How pooling and mha pool.",
-        "num_attention_heads": "Attention heads of mha.",
-        "downcast": "mha works in hidden_size / downcast dimensions.",
-        "options": f"NAME=NUMBER of the kind. Repeatable. {_KIND_OPTIONS}.",
-        "normalize": "How states are normalised before the token stage. Default: by kind.",
-        "dropout": "Dropout on summaries. Default: by kind.",
-        "layer_dropout": "Probability that a layer is zeroed in a training step. Default: by kind.",
-    },
-    names={"options": "option"},
-    defaults={"probe_type": "auto", "token_scope": "last_user", "dropout": None, "layer_dropout": None},
-    parse={"probe_type": parse_kind, "layers": parse_layers, "options": parse_options},
-)
-_CARD = Fields(
-    "Card",
-    help={
-        "license": "Licence of the head. Default: that of a named --train.",
-        "dataset": "Hub id of the data. Default: that of a named --train.",
-        "dataset_name": "Name of the data. Default: that of a named --train.",
-        "data_note": "Licence and origin of the data. Default: that of a named --train.",
-        "language": "Language of the data. Default: that of a named --train.",
-        "limits": "A limit to state in the card. Repeatable.",
-    },
-    names={"limits": "limit"},
-)
-
-
-def train(
-    run: Annotated[RunOptions, Fields("Runtime")],
-    data: Annotated[DataSources, Fields("Data", defaults={"folds": None}, parse={"label_names": split_names})],
-    head: Annotated[dict[str, Any], _HEAD],
-    recipe: Annotated[Recipe, Fields("Optimisation")],
-    card: Annotated[CardFacts, _CARD],
-    seed: Annotated[int, typer.Option(min=0, help="First seed.", rich_help_panel="Optimisation")] = 0,
-    num_seeds: Annotated[
-        int, typer.Option(min=1, max=1000, help="Train this many heads and keep the best by validation.")
-    ] = 1,
-) -> Result:
-    """Train a head on labelled rows and write its folder: config, weights, results and card."""
-    run.check_free()
-    check_head(head)
-    backbone_target(run.backbone)  # raises if the Hub must be asked and does not answer
-    from ..training.run import TrainingRun  # takes seconds to import
-
-    seeds = list(range(seed, seed + num_seeds))
-    facts = _describe_data(card, data)
-    job = TrainingRun(data=data, head=head, recipe=recipe, seeds=seeds, card=facts, **vars(run))
-    with process_group():
-        results = job.run()
-        if not is_main():
-            return None
-    return results, partial(_print, results, job.output)
-
-
-_DATA = "train eval test data_dir text_column label_column label_names flagged validation_share max_rows"
-_RUN_HELP = {
-    "output": "Folder for the table, the plot and the best head.",
-    "cache": "Keep hidden states on disk instead of one backbone pass an epoch. Default: only with --cache-dir.",
-}
-
-
-def sweep(
-    run: Annotated[
-        RunOptions,
-        Fields(
-            "Runtime",
-            only="backbone output max_length prompt_format dtype cache cache_dir",
-            help=_RUN_HELP,
-            defaults={"cache": None},
-        ),
-    ],
-    data: Annotated[DataSources, Fields("Data", only=_DATA, parse={"label_names": split_names})],
-    search: Annotated[SweepOptions, Fields("Search")],
-    recipe: Annotated[
-        Recipe,
-        Fields(
-            "Search",
-            only="num_train_epochs patience metric",
-            help={"num_train_epochs": "Maximum number of epochs."},
-            defaults={"num_train_epochs": 8},
-        ),
-    ],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws, the split, the weights and the row order.")] = 0,
-    license: Annotated[str | None, typer.Option(help="Licence of the best head, for its card.")] = None,
-) -> Result:
-    """Search kinds and hyper-parameters; all configurations share each pass of the backbone."""
-    backbone_target(run.backbone)  # raises if the Hub must be asked and does not answer
-    # These take seconds to import.
-    from ..training.run import TrainingRun
-    from ..training.sweep import Sweep
-
-    if run.cache is None:
-        run.cache = run.cache_dir is not None
-    card = _describe_data(CardFacts(license=license), data)
-    job = TrainingRun(data=data, recipe=recipe, seeds=[seed], card=card, **vars(run))
-    with process_group():
-        result = Sweep(training=job, **vars(search)).run()
-        if not is_main():
-            return None
-    return result, partial(_print_sweep, result, job.output)
-
-
-def _describe_data(card: CardFacts, data: DataSources) -> CardFacts:
-    """Fill in what is known about named data sets, and the command."""
-    changes: dict[str, Any] = {"command": command_line()}
-    sources = [*data.train, *data.extra]
-    if len(data.train) == 1 and (known := find_benchmark(data.train[0])) is not None:
-        found = known[0]
-        facts = {"license": found.license, "dataset": found.hub_id, "dataset_name": found.title}
-        facts |= {"data_note": found.note, "language": "en"}
-        changes |= {name: value for name, value in facts.items() if not getattr(card, name)}
-    card = dataclasses.replace(card, **changes)
-    notes = [found[0].note for source in sources if (found := find_benchmark(source)) is not None]
-    if further := [note for note in dict.fromkeys(notes) if note not in (card.data_note or "")]:
-        words = [card.data_note or "No licence of the training rows was stated.", "Further rows:", *further]
-        card.data_note = " ".join(words)
-    return card
+def parse_layers(text: str) -> str | list[int] | list[float]:
+    """Return "all", or the state indices or parts of the depth in a text with commas."""
+    if text.strip() == "all":
+        return "all"
+    try:
+        return [float(part) if "." in part else int(part) for part in text.split(",")]
+    except ValueError:
+        raise ProbeError(
+            f"--layers {text!r} must be all, or state indices with commas, such as 0,5,30, or parts, such as 0.5,1.0"
+        ) from None
 
 
 def _print(results: dict[str, Any], output: Path) -> None:
@@ -195,18 +255,41 @@ def _print(results: dict[str, Any], output: Path) -> None:
                 cells += [with_spread(value, ".4f")] if len(seeds) > 1 else []
                 rows.append((f"{split} ({summary['rows']})", metric, *cells))
     print_table(title, ("rows", "metric", *seeds, *(["mean ± sd"] if len(seeds) > 1 else [])), rows, left=2)
+    if search := results.get("search"):
+        _print_search(search, results["recipe"]["metric"])
+    if measured := results.get("measured"):
+        _print_measured(measured)
     flagged = ", ".join(results["flagged"]) or "no label; name one with --flag, here or in calibrate, or in halt_on"
     print(f"flagged: {flagged}")
     print(f"head written to {output}")
 
 
-def _print_sweep(result: dict[str, Any], output: Path) -> None:
-    metric = result["metric"]
+def _print_search(trials: list[dict[str, Any]], metric: str) -> None:
     rows = []
-    for place, trial in enumerate(result["trials"][:20], start=1):
+    for place, trial in enumerate(trials[:20], start=1):
+        values = (
+            f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in trial["values"].items()
+        )
         score = "-" if trial["score"] is None else f"{trial['score']:.4f}"
-        numbers = (score, str(trial["best_epoch"]), f"{trial['num_parameters']:,}")
-        rows.append((str(place), trial["options"], trial["status"], *numbers))
-    columns = ("", "options of llama-probe train", "status", metric, "epoch", "parameters")
-    print_table(f"{len(result['trials'])} configurations by validation {metric}", columns, rows, left=3)
-    print(f"the best head is in {output / HEAD_FOLDER}; all configurations in {output / SWEEP_NAME}")
+        rows.append((str(place), ", ".join(values), score, f"{trial['num_parameters']:,}"))
+    print_table(
+        f"{len(trials)} configurations by validation {metric}",
+        ("", "configuration", metric, "parameters"),
+        rows,
+        left=2,
+    )
+
+
+def _print_measured(measured: dict[str, Any]) -> None:
+    rows = []
+    rates = measured["rates"] or ["threshold"]
+    for part in measured["parts"]:
+        name = part["name"] if part["twin"] is None else f"{part['name']} (twin without {part['twin']})"
+        auroc = "-" if part.get("auroc") is None else f"{part['auroc']:.3f}"
+        for label, shares in part.get("labels", {"all": {"rows": part["rows"]}}).items():
+            cells = [f"{shares[rate]['share']:.3f}" if rate in shares else "-" for rate in rates]
+            rows.append((name, label, f"{shares['rows']:,}", *cells, auroc))
+    print_table(
+        "share flagged on rows that were not learned from", ("rows", "label", "number", *rates, "AUROC"), rows, left=2
+    )

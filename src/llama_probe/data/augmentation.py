@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
 
 import numpy as np
@@ -36,12 +36,14 @@ _BREAKS = (" ", "\n", "\n\n")
 class Augmenter:
     """The texts that augmentations draw from, and the state of the draw. Each public method is an augmentation.
 
-    `harmless` texts are for lead-ins, quotes and other turns, `system_prompts` for system turns.
+    `harmless` texts are for lead-ins, quotes and other turns, `system_prompts` for system turns. `drawn` are the places of the
+    harmless texts that were drawn; the caller may clear it.
     """
 
     harmless: Sequence[str]
     system_prompts: Sequence[str]
     rng: np.random.Generator
+    drawn: set[int] = field(default_factory=set)
 
     def lead_in(self, messages: Chat) -> Chat:
         """Put the first words of a harmless text before the last text of the user."""
@@ -71,10 +73,15 @@ class Augmenter:
         return [{"role": "system", "content": self._one(self.system_prompts)}, *messages]
 
     def _user_turn(self) -> dict[str, str]:
-        return {"role": "user", "content": " ".join(self._one(self.harmless).split(" ")[: _TURN_WORDS[1]])}
+        return {"role": "user", "content": " ".join(self._harmless().split(" ")[: _TURN_WORDS[1]])}
 
     def _reply(self) -> dict[str, str]:
         return {"role": "assistant", "content": self._words(*_TURN_WORDS)}
+
+    def _harmless(self) -> str:
+        place = int(self.rng.integers(len(self.harmless)))
+        self.drawn.add(place)
+        return self.harmless[place]
 
     def _one(self, items: Sequence[str]) -> str:
         return items[int(self.rng.integers(len(items)))]
@@ -84,7 +91,7 @@ class Augmenter:
         count = round(float(np.exp(self.rng.uniform(np.log(least), np.log(most)))))
         words: list[str] = []
         while len(words) < count:
-            words += self._one(self.harmless).split(" ")
+            words += self._harmless().split(" ")
         return " ".join(words[:count]).strip()
 
 
@@ -107,7 +114,8 @@ def augment(
     """Return the rows, and behind them wrapped copies of some of them with the same labels.
 
     Each augmentation copies a random share of the rows: as many of each label, while there are rows with it. Lead-ins,
-    documents and other turns are texts of the rows that have no flagged label (multi-label: no label).
+    documents and other turns are texts of the rows that have no flagged label (multi-label: no label). A column `source` of a copy
+    names the sources of all texts in it, with `+` between them.
 
     Raises:
         ProbeError: a name or the share is not allowed, the labels are values, none is flagged, or there is nothing to draw
@@ -118,16 +126,24 @@ def augment(
         return rows
     if rows.problem_type == "regression":
         raise ProbeError(f"augment={list(names)} needs rows with labels, not {rows.problem_type}")
-    harmless: list[str] = []
+    harmless: list[int] = []
     if set(names) != {"system_prompt"}:
-        harmless = [rows.texts[row] for row in _harmless_rows(rows) if isinstance(rows.texts[row], str)]
+        harmless = [row for row in _harmless_rows(rows).tolist() if isinstance(rows.texts[row], str)]
         if not harmless:
             raise ProbeError(f"augment={list(names)} draws from the texts without a flagged label, and there are none")
     groups = _rows_by_label(rows.labels)
-    augmenter, parts = Augmenter(harmless, system_prompts, np.random.default_rng(seed)), [rows]
+    texts, rng = [rows.texts[row] for row in harmless], np.random.default_rng(seed)
+    augmenter, parts, sources = Augmenter(texts, system_prompts, rng), [rows], rows.columns.get("source")
     for name in names:
         copies = rows.select(_draw(groups, max(1, round(share * len(rows))), augmenter.rng))
-        parts.append(replace(copies, texts=[_wrap(getattr(augmenter, name), text) for text in copies.texts]))
+        wrapped: list[Text] = []
+        for place, text in enumerate(copies.texts):
+            augmenter.drawn.clear()
+            wrapped.append(_wrap(getattr(augmenter, name), text))
+            if sources is not None:
+                drawn = {sources[harmless[drawn_place]] for drawn_place in augmenter.drawn}
+                copies.columns["source"][place] = "+".join(sorted({copies.columns["source"][place], *drawn}))
+        parts.append(replace(copies, texts=wrapped))
     return LabelledTexts.join(parts)
 
 

@@ -74,7 +74,8 @@ def find_benchmark(source: str | None) -> tuple[Benchmark, str | None] | None:
     Return None for anything else: a file, a folder (`./imdb`) or another Hub data set.
     """
     name, _, split = str(source).partition(":")
-    return (BENCHMARKS[name], split or None) if name in BENCHMARKS else None
+    known = name in BENCHMARKS and not split.startswith(":")  # `imdb::test` is a split of a file or folder of rows
+    return (BENCHMARKS[name], split or None) if known else None
 
 
 _MODERATION_CATEGORIES = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")

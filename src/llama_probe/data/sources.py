@@ -1,31 +1,32 @@
-"""Sources of the rows of a training run, and their split into parts."""
+"""Sources of labelled rows, as a recipe or a command names them."""
 
 from __future__ import annotations
 
-import math
+import hashlib
 import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
 from ..errors import ProbeError
-from ..heads.rules import ProblemType
-from .augmentation import AUGMENTATIONS, SHARE, augment, check_augmentations
-from .files import MAX_TEXT
-from .known import BENCHMARKS, Benchmark, find_benchmark
-from .tables import TablePlace, read_table
-from .texts import LabelledTexts, benchmark_splits, check_labels, read_labelled
+from .files import KINDS, MAX_TEXT
+from .known import BENCHMARKS, find_benchmark
+from .tables import TablePlace
+from .texts import LabelledTexts, Labels, read_labelled
 
-
-logger = logging.get_logger(__name__)
-
-FEW_ROWS, FOLDS, VALIDATION_SHARE = 400, 5, 0.15
 
 ROWS_HELP = (
     f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data set, "
     "ID@REVISION:CONFIGURATION:SPLIT or less of it"
 )
+SOURCE = "source"  # column of the rows of a recipe: the names of the sources that a row has words of
+
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+# Licences that forbid commercial use, or grant nothing that one could name.
+_NOT_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research|educational|unknown|none|other", re.IGNORECASE)
 
 
 def setting(default: Any, help: str, option: str | None = None) -> Any:
@@ -39,242 +40,186 @@ def setting(default: Any, help: str, option: str | None = None) -> Any:
     return field(**given, metadata={"help": help} | ({"option": option} if option else {}))
 
 
-@dataclass
-class DataSources:
-    """Sources of the training, validation, test and extra rows. The metadata of each field has its help.
+def allows_commercial_use(licence: str | None) -> bool:
+    """Return True if a licence is known and does not forbid commercial use."""
+    return licence is not None and _NOT_COMMERCIAL.search(licence) is None
 
-    If `train` is one data set known by name, `eval` and `test` default to its validation and test splits, and
-    `slice_columns` to those of the table if `test` is known by name. A single source may be given as a text.
+
+@dataclass(kw_only=True)
+class Source:
+    """Rows of one source.
+
+    With a folder of local copies, `FOLDER/NAME/SPLIT.jsonl.gz` (or another format) is read instead of the Hub. Its rows have the
+    columns of the Hub, or the columns `text` and `label`.
+
+    Attributes:
+        rows: a data set known by name (`NAME` or `NAME:SPLIT`), a file or folder, or a Hub data set
+            (`ID@REVISION:CONFIGURATION:SPLIT`, or less of it).
+        name: name in tables and in a folder of copies. Defaults to the last part of `rows`.
+        text_column, label_column: columns of rows that are not known by name.
+        prompt_column: column of the prompts, if the texts are replies to them.
+        label: label of every row, which then need no label column.
+        label_map: value of the label column -> label; None leaves the rows out.
+        where: column -> the values that its rows may have.
+        part: take the texts whose hash is in this part of [0, 1]. The same text is always in the same part.
+        licence: licence of the rows. Defaults to that of a data set known by name.
+        licence_column: column with the licence of each row.
+        note: origin and licence in a sentence, for the card.
+        max_rows: rows at most, drawn at random.
+        repeat: learn each row so many times an epoch.
+        weights: weights of its rows in the loss; the members of a head of several use them in turn. Defaults to 1.
+        extra: learn from the rows, and choose and measure nothing by them: none is held back.
+        local: fields that differ in a folder of local copies.
 
     Raises:
-        ProbeError: a value is not allowed, or two of them exclude each other.
+        ProbeError: a value is not allowed, or a file does not exist.
     """
 
-    train: list[str] = field(metadata={"help": f"Training rows: {ROWS_HELP}. Given again, the rows of all of them."})
-    eval: str | None = setting(
-        None, "Validation rows; default: those of a named --train, else a part of the training rows."
-    )
-    test: str | None = setting(
-        None, "Test rows, scored once at the end; nothing is chosen by them. Default: those of a named --train."
-    )
-    extra: list[str] = setting(
-        list, "Further rows to train on, of another source; nothing is chosen or measured by them. May be given again."
-    )
-    extra_weights: list[float] = setting(
-        lambda: [1.0],
-        "Weight of the rows of --extra in the loss; the other rows weigh 1. Given again, the members of a head of "
-        "several take turns: with 0 and 0.3 every other one learns without them.",
-        "--extra-weight",
-    )
-    text_column: str = setting("text", "Column of the texts.")
-    label_column: str = setting("label", "Column of the labels.")
-    label_names: list[str] | None = setting(None, "Names of the labels 0, 1, ..., with commas.")
-    flagged: list[str] | None = setting(
-        None,
-        "Label to find, by name: halt_on halts on it; of two labels, thresholds and metrics are for it. Repeatable. Default: that "
-        "of a named --train, else none.",
-        "--flag",
-    )
-    problem_type: ProblemType | None = setting(None, "What labels are. Default: told by the labels.")
-    validation_share: float | None = setting(
-        None,
-        "Share of the training rows held back instead of --eval or --folds; "
-        f"{VALIDATION_SHARE} where rows are held back and it is not given.",
-    )
-    test_share: float | None = setting(
-        None, "Share of the training rows held back as test rows, before anything else, without --test."
-    )
-    folds: int | None = setting(
-        0,
-        "Without --eval: train on all rows, and validate each of this many folds by a head trained on the others; 0 "
-        f"holds a share back. Default: {FOLDS} for fewer than {FEW_ROWS} rows, else 0.",
-    )
-    slice_columns: list[str] = setting(
-        list, "Report test rows also by this column; a named data set may have its own.", "--slice-column"
-    )
-    max_rows: list[int] | None = setting(
-        None,
-        "Use at most this many training rows, drawn at random. Given again, this many of each --train in turn; 0 for all.",
-    )
-    augment: list[str] = setting(
-        list,
-        f"Add wrapped copies of training rows: {', '.join(AUGMENTATIONS)}. What is added comes from rows "
-        "without a flagged label, and from --system-prompts. Repeatable.",
-    )
-    augment_share: float = setting(
-        SHARE, "Copies that each --augment makes, as a share of the training rows: as many of each label."
-    )
-    system_prompts: str | None = setting(
-        None, "File with texts for --augment system_prompt, in the column of the texts."
-    )
-    max_extra_rows: int | None = setting(None, "Use at most this many rows of each --extra, drawn at random.")
-    max_eval_rows: int | None = None
-    data_dir: str | os.PathLike | None = setting(
-        None, "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."
-    )
-    prompt_column: str | None = setting(
-        None, "Column of the prompts, where the texts are the replies to them; for heads that read replies."
-    )
-    max_text: int = setting(
-        MAX_TEXT, "Characters of the longest text; a file may have 512 times as many. Guards the memory."
-    )
+    rows: str
+    name: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    prompt_column: str | None = None
+    label: str | list[str] | None = None
+    label_map: dict[Any, str | list[str] | None] | None = None
+    where: dict[str, list[Any]] | None = None
+    part: list[float | int] | None = None
+    licence: str | None = None
+    licence_column: str | None = None
+    note: str | None = None
+    max_rows: int | None = None
+    repeat: int = 1
+    weights: list[float | int] | None = None
+    extra: bool = False
+    local: dict[str, Any] | None = None
 
-    def __post_init__(self) -> None:
-        self.train = [self.train] if isinstance(self.train, str) else self.train
-        self.max_rows = [self.max_rows] if isinstance(self.max_rows, int) else self.max_rows
-        self._check()
-        if len(self.train) == 1 and (known := find_benchmark(self.train[0])):
-            name, others = known[0].name, set(benchmark_splits(known[0], self.data_dir)) - {known[1] or "train"}
-            if not (self.eval or self.folds or self.validation_share) and "validation" in others:
-                self.eval = f"{name}:validation"
-            if self.test is None and self.test_share is None and "test" in others:
-                self.test = f"{name}:test"
-        if self.validation_share is None:
-            self.validation_share = VALIDATION_SHARE
-        elif self.folds is None:
-            self.folds = 0
-        if not self.slice_columns and (tested := self._benchmark(self.test)):
-            self.slice_columns = list(tested.slices)
-        sources = [source for source in (*self.train, self.eval, self.test, *self.extra) if source is not None]
-        files = [source for source in sources if find_benchmark(source) is None]
-        for source in files:
-            TablePlace.parse(source)  # raises for a file that does not exist
-        prompts = {known.exchange[0] for known in map(self._benchmark, sources) if known and known.exchange}
-        own = (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, *prompts)
-        if own and not files:
-            raise ProbeError(f"text_column, label_column, prompt_column are for files, not for {', '.join(sources)}")
+    def __post_init__(self):
+        if not isinstance(self.rows, str):
+            raise ProbeError(f"rows={self.rows!r} must name a data set, a file or a Hub data set")
+        benchmark = find_benchmark(self.rows)
+        if benchmark is not None:
+            self.licence = self.licence or benchmark[0].license
+            self.note = self.note or benchmark[0].note
+            if (self.text_column, self.label_column) != ("text", "label"):
+                raise ProbeError(f"text_column, label_column and prompt_column are for files, not for {self.rows}")
+            if self.prompt_column is not None:
+                if benchmark[0].exchange is None:
+                    raise ProbeError(f"text_column, label_column, prompt_column are for files, not for {self.rows}")
+                self.prompt_column = benchmark[0].exchange[0]
+        for name in ("max_rows", "repeat"):
+            if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value >= 1):
+                raise ProbeError(f"{name}={value} must be a whole number from 1")
+        if self.part is not None and not (len(self.part) == 2 and 0 <= self.part[0] < self.part[1] <= 1):
+            raise ProbeError(f"part={self.part} must be two numbers, from 0 to 1, the first one smaller")
+        if self.weights is not None and (min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf")):
+            raise ProbeError(f"weights={self.weights} must be at least 0, and not all 0")
+        for name in ("label_map", "where", "local"):
+            if not isinstance(value := getattr(self, name), (dict, type(None))):
+                raise ProbeError(f"{name}={value!r} must be a mapping")
+        if self.label_map is not None:
+            self.label_map = {str(value): label for value, label in self.label_map.items()}
+        if self.where is not None:
+            self.where = {name: value if isinstance(value, list) else [value] for name, value in self.where.items()}
+        if self.local is not None:
+            replace(self, **self.local, local=None)  # raises
+        if self.name is None:
+            self.name = self.rows.partition(":")[0] if benchmark else _short_name(self.rows)
 
-    def _check(self) -> None:
-        if self.folds is not None and (self.folds < 0 or self.folds == 1):
-            raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
-        limits = self.max_rows
-        if limits is not None and (len(limits) not in (1, len(self.train)) or min(limits) < (len(limits) == 1)):
-            raise ProbeError(f"max_rows={limits} must be one number from 1, or one from 0 for each of train")
-        check_augmentations(self.augment, self.augment_share, self.system_prompts is not None)
-        if self.system_prompts is not None and "system_prompt" not in self.augment:
-            raise ProbeError(f"system_prompts={self.system_prompts!r} needs augment=['system_prompt']")
-        for name in ("max_text", "max_extra_rows", "max_eval_rows"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ProbeError(f"{name}={value} must be at least 1")
-        for name in ("validation_share", "test_share"):
-            if (value := getattr(self, name)) is not None and not 0 < value < 1:
-                raise ProbeError(f"{name}={value} must lie between 0 and 1")
-        for group in (("eval", "folds", "validation_share"), ("test", "test_share")):
-            given = [f"{name}={getattr(self, name)}" for name in group if getattr(self, name)]
-            if len(given) > 1:
-                raise ProbeError(f"{' and '.join(given)} cannot be used together: leave one out")
-        weights = self.extra_weights
-        if min(weights) < 0 or not 0 < sum(weights) < math.inf or (weights != [1.0] and not self.extra):
-            raise ProbeError(f"extra_weights={weights} must be at least 0, not all 0, and needs extra")
-
-    @staticmethod
-    def _benchmark(source: str | None) -> Benchmark | None:
-        known = find_benchmark(source)
-        return None if known is None else known[0]
-
-    def read(self, seed: int) -> dict[str, LabelledTexts]:
-        """Return the rows of `train`, `validation` and, if given, `test` and `extra`.
-
-        With folds, `train` and `validation` are the same object.
-
-        Args:
-            seed: seed of the splits and of the rows that are drawn.
+    def find(self, data_dir: str | os.PathLike | None = None) -> Source:
+        """Return the source with the place of its rows: a local copy, if there is a folder of copies.
 
         Raises:
-            ProbeError: a source cannot be read, the parts do not have the same labels, or there is one label alone to
-                learn.
+            ProbeError: there is no such file, and it cannot be a Hub data set.
         """
-        parts = self._read_train(seed)
-        train = parts.pop("train")
-        few = self.eval is None and len(train) < FEW_ROWS
-        if few if self.folds is None else self.folds:
-            validation = train
-            if self.augment:
-                raise ProbeError(f"augment={self.augment} cannot be used with folds: set eval or validation_share")
-        elif self.eval is None:
-            train, validation = train.split(self.validation_share, seed)
-        else:
-            validation = self._read(self.eval, "validation", train)
-        if validation is not train:
-            validation = validation.at_most(self.max_eval_rows, seed)
-        if self.test is not None:
-            parts["test"] = self._read(self.test, "test", train)
-        tested, there = self._benchmark(self.test), parts["test"].columns if "test" in parts else {}
-        missing = [column for column in self.slice_columns if column not in there]
-        if not set(missing) <= set(tested.slices if tested else ()):  # a local copy may lack a slice of the table
-            raise ProbeError(f"slice_columns={missing} must be columns of test rows: {', '.join(there) or 'none'}")
-        self.slice_columns = [column for column in self.slice_columns if column in there]
-        tests = {name: rows.at_most(self.max_eval_rows, seed) for name, rows in parts.items()}
-        parts = {"train": train, "validation": validation, **tests}
-        if self.extra:
-            parts["extra"] = self._read_extra(parts, seed)
-        self._check_parts(parts)
-        if self.augment:
-            parts["train"] = self._augment(train, seed)
-        return parts
+        if data_dir is not None and self.local is not None:
+            return replace(self, **self.local, local=None, name=self.name).find(data_dir)
+        if find_benchmark(self.rows) is not None or os.path.exists(self.rows):
+            return self
+        place = TablePlace.parse(self.rows)
+        split = place.split or "train"
+        copy_name = f"{_short_name(place.id)}/{split}.jsonl.gz"
+        if data_dir is None:
+            if not _HUB_ID.fullmatch(place.id):
+                raise ProbeError(
+                    f"{self.rows!r} is no file, data set known by name or Hub id; --data-dir DIR has {copy_name}"
+                )
+            return self
+        for path in (Path(data_dir) / _short_name(place.id) / split, Path(data_dir) / _short_name(place.id)):
+            for suffix in (ending + zipped for ending in KINDS for zipped in ("", ".gz")):
+                if (file := path.with_name(path.name + suffix)).is_file():
+                    return replace(self, rows=str(file), name=self.name)
+        raise ProbeError(f"{self.name}: there is no {Path(data_dir) / copy_name}")
 
-    def _read_train(self, seed: int) -> dict[str, LabelledTexts]:
-        """Return the rows of all sources of `train`, and of `test` if a share of these is held back."""
-        found: dict[str, list[LabelledTexts]] = {}
-        limits = self.max_rows or [0]
-        several = len(limits) > 1
-        for number, source in enumerate(self.train):
-            rows = self._read(source, "train", found["train"][0] if found else None)
-            if self.test_share is not None:
-                rows, test = rows.split(self.test_share, seed)
-                found.setdefault("test", []).append(test)
-            found.setdefault("train", []).append(rows.at_most(limits[number] or None if several else None, seed))
-        parts = {name: LabelledTexts.join(each) for name, each in found.items()}
-        if not several:
-            parts["train"] = parts["train"].at_most(limits[0] or None, seed)
-        return parts
+    def read(
+        self,
+        labels: Labels | None = None,
+        data_dir: str | os.PathLike | None = None,
+        split: str = "train",
+        seed: int = 0,
+        max_text: int = MAX_TEXT,
+        commercial: bool = False,
+    ) -> LabelledTexts:
+        """Return the rows, with the columns of the source and the column `source`.
 
-    def _augment(self, rows: LabelledTexts, seed: int) -> LabelledTexts:
-        prompts = []
-        if "system_prompt" in self.augment:
-            columns, _ = read_table(self.system_prompts, text_columns=[self.text_column])
-            if self.text_column not in columns:
-                raise ProbeError(f"system_prompts={self.system_prompts!r} has no column {self.text_column!r}")
-            prompts = [text for text in columns[self.text_column] if text]
-        return augment(rows, self.augment, seed, prompts, self.augment_share)
+        Args:
+            labels: what the labels are. Defaults to what the source itself says.
+            data_dir: folder of local copies.
+            split: split to read, if `rows` names none.
+            seed: seed of the rows that are drawn.
+            max_text: characters of the longest text.
+            commercial: leave out the rows whose licence forbids commercial use, or is not known.
 
-    def _check_parts(self, parts: dict[str, LabelledTexts]) -> None:
-        """Check that there is something to learn, and warn of rows and labels that make the scores misleading."""
-        train = parts["train"]
-        texts = set(map(str, train.texts))
-        for name in ("validation", "test"):
-            rows = parts.get(name, train)
-            if rows is not train and (seen := sum(str(text) in texts for text in rows.texts)):
-                logger.warning(f"{seen} of {len(rows)} {name} rows have a text that is among the training rows")
-        learned = [parts[name] for name in ("train", "extra") if name in parts]
-        check_labels(", ".join(self.train), LabelledTexts.join(learned))
+        Raises:
+            ProbeError: the source cannot be read, or a row does not have a label of `labels`.
+        """
+        place, labels = self.find(data_dir), labels or Labels()
+        if commercial and place.licence_column is None and not allows_commercial_use(place.licence):
+            return LabelledTexts.none(labels)
+        rows = read_labelled(
+            place.rows,
+            place.text_column,
+            place.label_column,
+            labels.names,
+            labels.problem_type,
+            split,
+            data_dir,
+            place.prompt_column,
+            max_text,
+            label_of_all=place.label,
+            label_map=place.label_map,
+            where=place.where,
+            skip_empty=not os.path.exists(self.rows),
+        )
+        keep = range(len(rows))
+        if place.part is not None:
+            keep = [row for row in keep if place.part[0] <= _hash_of(rows.texts[row]) < place.part[1]]
+        if commercial and (column := place.licence_column) is not None:
+            if column not in rows.columns:
+                raise ProbeError(
+                    f"{self.name} has no column {column!r} with licences; it has: {', '.join(rows.columns)}"
+                )
+            keep = [row for row in keep if allows_commercial_use(rows.columns[column][row])]
+        rows = (rows if len(keep) == len(rows) else rows.select(list(keep))).at_most(self.max_rows, seed)
+        return replace(rows, columns=rows.columns | {SOURCE: [self.name] * len(rows)})
 
-    def _read_extra(self, parts: dict[str, LabelledTexts], seed: int) -> LabelledTexts:
-        """Return the rows of all sources of `extra` without validation and test rows."""
-        train = parts["train"]
-        judged = {str(text) for name in ("validation", "test") if name in parts for text in parts[name].texts}
-        found = []
-        for source in self.extra:
-            benchmark = self._benchmark(source)
-            has_train = benchmark is None or "train" in benchmark_splits(benchmark, self.data_dir)
-            rows = self._read(source, "train" if has_train else "test", train)
-            allowed = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in judged])
-            found.append(allowed.at_most(self.max_extra_rows, seed))
-            if left_out := len(rows) - len(allowed):
-                logger.warning(f"{left_out} rows of {source} are skipped: they are validation or test rows as well")
-        if not any(map(len, found)):
-            raise ProbeError(f"extra={self.extra} has no rows beside the validation and test rows")
-        return replace(LabelledTexts.join(found), columns={})
 
-    def _read(self, source: str, split: str, like: LabelledTexts | None = None) -> LabelledTexts:
-        names = self.label_names if like is None else like.label_names
-        kind = self.problem_type if like is None else like.problem_type
-        text, label, prompt = self.text_column, self.label_column, self.prompt_column
-        if benchmark := self._benchmark(source):
-            text, label = "text", "label"
-            if prompt is not None and benchmark.exchange is not None:
-                prompt = benchmark.exchange[0]
-        rows = read_labelled(source, text, label, names, kind, split, self.data_dir, prompt, self.max_text)
-        if wrong := sorted(set(self.flagged or ()) - set(rows.label_names)):
-            raise ProbeError(f"flagged={wrong} must be labels of {source}: {', '.join(rows.label_names)}")
-        return replace(rows, flagged=self.flagged or rows.flagged)
+def _short_name(rows: str) -> str:
+    place = TablePlace.parse(rows) if not os.path.exists(rows) else TablePlace(rows)
+    return (
+        re.sub(r"(\.\w+)?(\.gz)?$", "", Path(place.id).name)
+        if Path(place.id).suffix in (*KINDS, ".gz")
+        else Path(place.id).name
+    )
+
+
+def _hash_of(text: Any) -> float:
+    """Return a number from 0 to 1 that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(str(text).encode()).digest()[:6]) / 2**48
+
+
+def parse_sources(values: Sequence[Any], at: str, create: Callable[..., Source]) -> list[Source]:
+    """Return the sources of a list in a recipe; a text is the `rows` of one."""
+    return [
+        create(f"{at}[{place}]", {"rows": value} if isinstance(value, str) else value)
+        for place, value in enumerate(values)
+    ]

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -73,13 +73,15 @@ class PromptDataset(Dataset):
 class StateDataset(Dataset):
     """Hidden states of an entry of a `StateCache`, mapped from disk, and labels as in `LabelledTexts`.
 
-    Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and `labels`. S is the number
-    of states L+1, or of the layers that the head reads.
+    Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and `labels`.
+
+    Args:
+        layers: the indices of the S states, ascending.
     """
 
-    def __init__(self, folder: Path, labels: np.ndarray):
+    def __init__(self, folder: Path, labels: np.ndarray, layers: Sequence[int]):
         meta = json.loads((folder / _META).read_text(encoding="utf-8"))
-        self.labels = labels
+        self.labels, self.layers = labels, list(layers)
         self.tokens: list[list[int]] = meta["tokens"]
         self.offsets = list(accumulate(map(len, self.tokens), initial=0))
         self.num_states, self.hidden_size = meta["shape"]
@@ -136,15 +138,20 @@ class StateCache:
         scope = [config.token_scope, config.prefix_ids, config.turn_markers]
         parts = [_FORMAT, str(self.dtype), scope, prompts, masks, weights_digest(lm)]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-        entries = [self.folder / key.hexdigest()[:32]]  # with all states of all counted tokens
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
-        if (reads, len(layers)) != ("all", config.num_hidden_layers + 1):
+        every = list(range(config.num_hidden_layers + 1))
+        entries = {self.folder / key.hexdigest()[:32]: every}  # all states of all counted tokens
+        if (reads, layers) != ("all", every):
             key.update(json.dumps([reads, layers]).encode())
-            entries.append(self.folder / key.hexdigest()[:32])
+            entries[self.folder / key.hexdigest()[:32]] = layers
         entry = on_main(lambda: next(filter(_is_whole, entries), None))
         if entry is None:
-            self._compute(entry := entries[-1], lm, config, prompts, batch_tokens, masks)
-        return StateDataset(entry, labels)
+            self._compute(entry := list(entries)[-1], lm, config, prompts, batch_tokens, masks)
+        return StateDataset(entry, labels, entries[entry])
+
+    def bytes_of(self, config: ProbeConfig, tokens: int) -> int:
+        """Return the bytes that the states of `tokens` tokens take on disk, for a head with this config."""
+        return tokens * len(config.layer_indices) * config.hidden_size * self.dtype.itemsize
 
     def delete(self) -> None:
         """Remove the cache from disk."""
@@ -217,7 +224,7 @@ class StateCache:
 def _is_whole(entry: Path) -> bool:
     """Return True if an entry of the cache can be read."""
     try:
-        StateDataset(entry, np.empty(0))
+        StateDataset(entry, np.empty(0), [])
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
         return False
     return True
@@ -229,8 +236,8 @@ class ProbeCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return `labels`, `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`.
 
-        The batch also has `probe_mask` `[B, T]` if the rows have one, and `row_weights` `[B, W]` if one of them has.
-        The other rows then weigh 1. The memory of `hidden_states` is `[S, B, T, D]`, as heads compute.
+        The batch also has `probe_mask` `[B, T]` and `learned_by` `[B, H]` if the rows have them, and `row_weights` `[B, W]` if
+        one of them has. The other rows then weigh 1. The memory of `hidden_states` is `[S, B, T, D]`, as heads compute.
         """
         lengths = [len(row["input_ids"]) for row in rows]
         labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))
@@ -249,6 +256,8 @@ class ProbeCollator:
             batch["input_ids"] = pad_sequence([torch.as_tensor(row["input_ids"]) for row in rows], batch_first=True)
         if "probe_mask" in rows[0]:
             batch["probe_mask"] = pad_sequence([torch.as_tensor(row["probe_mask"]) for row in rows], batch_first=True)
+        if "learned_by" in rows[0]:
+            batch["learned_by"] = torch.from_numpy(np.stack([row["learned_by"] for row in rows]))
         weights = [row.get("row_weights") for row in rows]
         if (some := next(filter(None, weights), None)) is not None:
             batch["row_weights"] = torch.tensor([each or [1.0] * len(some) for each in weights])
@@ -310,16 +319,56 @@ def iterate_states(
 
 
 class SharedStates:
-    """The hidden states `[S, B, T, D]` of all layers, or of those that every head reads, normalised once for all heads."""
+    """Hidden states `[S, B, T, D]`, normalised once for all heads that read them.
 
-    def __init__(self, states: torch.Tensor):
-        self.states = states
+    Args:
+        layers: the indices of the S states, ascending.
+    """
+
+    def __init__(self, states: torch.Tensor, layers: Sequence[int]):
+        self.states, self.layers = states, list(layers)
         self._normalized: dict[str, torch.Tensor] = {}
+
+    def raw(self, probe: ProbeModel) -> torch.Tensor:
+        """Return the states of the layers that the head reads, as the LM gave them."""
+        return self._select(self.states, probe)
 
     def __call__(self, probe: ProbeModel) -> torch.Tensor:
         """Return the argument of `probe.score`: normalised states of the layers that the head reads."""
         kind = probe.config.normalize
         if kind not in self._normalized:
             self._normalized[kind] = probe.normalize(self.states)
-        x = self._normalized[kind]
-        return x if len(probe.layer_indices) == len(x) else x[probe.layer_indices]
+        return self._select(self._normalized[kind], probe)
+
+    def _select(self, states: torch.Tensor, probe: ProbeModel) -> torch.Tensor:
+        wanted = probe.layer_indices
+        return states if wanted == self.layers else states[[self.layers.index(layer) for layer in wanted]]
+
+
+def shared_layers(configs: Iterable[ProbeConfig]) -> list[int]:
+    """Return the indices of the states that at least one of several heads reads, ascending."""
+    return sorted({layer for config in configs for layer in config.layer_indices})
+
+
+def shared_config(configs: Sequence[ProbeConfig]) -> ProbeConfig:
+    """Return a config that reads what several heads read together, for a `StateCache`.
+
+    Raises:
+        ProbeError: the heads do not read the same tokens.
+    """
+    first = configs[0]
+    for name in ("token_scope", "prompt_format", "system_prompt", "max_length"):
+        if len(values := {str(getattr(config, name)) for config in configs}) > 1:
+            raise ProbeError(f"heads of one run read the same tokens, not {name}={', '.join(sorted(values))}")
+    layers = shared_layers(configs)
+    if all(config.probe_type == first.probe_type and config.layer_indices == layers for config in configs):
+        return first
+    return first.replace(probe_type="pooling", options={}, layers=layers)
+
+
+def layers_of(dataset: Dataset) -> list[int] | None:
+    """Return the layers of the hidden states that a data set, or the one that it wraps, holds. None if it has prompts."""
+    while not hasattr(dataset, "layers"):
+        if (dataset := getattr(dataset, "dataset", None)) is None:
+            return None
+    return dataset.layers

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..errors import ProbeError
+from ..heads.rules import ProblemType
 from .files import MAX_TEXT, check_length, kind_of
 from .known import Benchmark, HubSplit, find_benchmark
 from .labels import read_labels
@@ -52,6 +53,13 @@ class LabelledTexts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @classmethod
+    def none(cls, labels: Labels) -> LabelledTexts:
+        """Return no rows, with these labels."""
+        kind, names = labels.problem_type or "single_label_classification", list(labels.names or ())
+        shape, dtype = ((0,), np.int64) if kind == "single_label_classification" else ((0, len(names)), np.float32)
+        return cls([], np.zeros(shape, dtype), names, kind, {})
+
     def select(self, rows: Sequence[int]) -> LabelledTexts:
         """Return some of the rows."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
@@ -68,6 +76,7 @@ class LabelledTexts:
     @classmethod
     def join(cls, parts: Sequence[LabelledTexts]) -> LabelledTexts:
         """Return the rows of all parts, whose labels are alike. Columns that are not in all parts are dropped."""
+        parts = [part for part in parts if len(part)] or parts[:1]
         first = parts[0]
         if len(parts) == 1:
             return first
@@ -150,6 +159,21 @@ class LabelledTexts:
         return replace(self, labels=labels, label_names=new, flagged=flagged)
 
 
+@dataclass(kw_only=True)
+class Labels:
+    """What the labels of rows are.
+
+    Attributes:
+        names: names by index. Defaults to what the rows say.
+        flagged: names of the labels to flag; see `ProbeConfig`.
+        problem_type: as in `ProbeConfig`. Defaults to what the rows say.
+    """
+
+    names: list[str] | None = None
+    flagged: list[str] | None = None
+    problem_type: ProblemType | None = None
+
+
 def check_labels(name: str, rows: LabelledTexts) -> None:
     """Check that training rows have several labels. Warn of labels that no row, or one or two rows, have: a typing error?
 
@@ -188,7 +212,10 @@ def read_labelled(
     data_dir: str | os.PathLike | None = None,
     prompt_column: str | None = None,
     max_text: int = MAX_TEXT,
-    label_of_all: str | None = None,
+    label_of_all: str | Sequence[str] | None = None,
+    label_map: Mapping[str, Any] | None = None,
+    where: Mapping[str, Sequence[Any]] | None = None,
+    skip_empty: bool = False,
 ) -> LabelledTexts:
     """Read labelled rows; see `read_labels` for the meaning of labels.
 
@@ -202,7 +229,10 @@ def read_labelled(
         data_dir: local copies of the data sets known by name; see `read_benchmark`.
         prompt_column: column of the prompts, texts or chat messages, if the texts are replies to them.
         max_text: characters of the longest text; see also `InputFile.read`.
-        label_of_all: read no label column: every row has this one of `label_names`.
+        label_of_all: read no label column: every row has this one, or these, of `label_names`.
+        label_map: text of a value of the label column -> label; None leaves the row out.
+        where: column -> the values that its rows may have. Other rows are left out.
+        skip_empty: leave out rows without a text or a label, with a warning, instead of refusing them.
 
     Raises:
         ProbeError: the source cannot be read or is too large, a column is missing, a text or label is empty, or labels
@@ -232,13 +262,21 @@ def read_labelled(
         flagged = benchmark.flagged and [benchmark.flagged]
         if prompt_column is not None:
             text_column = replies
+    if where is not None:
+        columns = _select_where(source, columns, where)
     if label_of_all is not None:
-        own_names, flagged, columns[label_column] = None, None, [label_of_all] * len(next(iter(columns.values())))
+        label_map, own_names, flagged = None, None, None
+        columns[label_column] = [label_of_all] * len(next(iter(columns.values())))
+    if label_map is not None:
+        columns = _map_labels(source, columns, label_column, label_map, own_names if known is not None else None)
+        own_names, flagged = None, None
     for name in (text_column, label_column, prompt_column):
         if name is not None and name not in columns:
             raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
     if known is not None and prompt_column is not None:
         columns.pop("text", None)  # the replies are read in its place
+    if skip_empty:
+        columns = _full_rows(source, columns, text_column, label_column)
     return label_rows(
         source,
         columns,
@@ -292,6 +330,47 @@ def label_rows(
     return rows.renamed(label_names) if own_names and label_names else rows
 
 
+def _select_where(source: str, columns: Columns, where: Mapping[str, Sequence[Any]]) -> Columns:
+    for name in where:
+        if name not in columns:
+            raise ProbeError(f"{source} has no column {name!r} for where; it has: {', '.join(columns)}")
+    wanted = {name: set(map(str, values)) for name, values in where.items()}
+    count = len(next(iter(columns.values())))
+    rows = [row for row in range(count) if all(str(columns[name][row]) in wanted[name] for name in wanted)]
+    if not rows:
+        raise ProbeError(
+            f"{source} has no rows where {' and '.join(f'{name} is one of {list(where[name])}' for name in where)}"
+        )
+    return {name: [values[row] for row in rows] for name, values in columns.items()}
+
+
+def _full_rows(source: str, columns: Columns, text_column: str, label_column: str) -> Columns:
+    """Return the rows that have a text and a label. Warn of others."""
+    pairs = list(zip(columns[text_column], columns[label_column], strict=True))
+    full = [row for row, pair in enumerate(pairs) if not _is_empty(*pair)]
+    if missing := len(pairs) - len(full):
+        logger.warning(f"{missing} rows of {source} have no text or no label and are skipped.")
+        columns = {name: [values[row] for row in full] for name, values in columns.items()}
+    return columns
+
+
+def _map_labels(
+    source: str, columns: Columns, label_column: str, label_map: Mapping[str, Any], names: Sequence[str] | None
+) -> Columns:
+    """Return the rows with their labels mapped, without those that are mapped to None. `names` are those of indices."""
+    if label_column not in columns:
+        raise ProbeError(f"{source} has no column {label_column!r}; it has: {', '.join(columns)}")
+    known = dict(enumerate(names or ()))
+    values = [
+        str(known.get(value, value)) if isinstance(value, int) else str(value) for value in columns[label_column]
+    ]
+    if unknown := sorted({value for value in values if value not in label_map}):
+        raise ProbeError(f"{source}: the label {unknown[0]!r} is not in label_map: {', '.join(label_map)}")
+    rows = [row for row, value in enumerate(values) if label_map[value] is not None]
+    kept = {name: [column[row] for row in rows] for name, column in columns.items()}
+    return kept | {label_column: [label_map[values[row]] for row in rows]}
+
+
 def read_benchmark(benchmark: Benchmark, split: str, data_dir: str | os.PathLike | None) -> Columns:
     """Return the columns `text`, `label` and further ones of a data set known by name, without rows that lack either.
 
@@ -316,12 +395,7 @@ def read_benchmark(benchmark: Benchmark, split: str, data_dir: str | os.PathLike
             raise ProbeError(f"{benchmark.hub_id} cannot be loaded: {reason(error)} (or pass data_dir)") from error
     if data_dir is None or not {"text", "label"} <= columns.keys():
         columns = benchmark.convert(columns)
-    pairs = zip(columns["text"], columns["label"], strict=True)
-    full = [row for row, pair in enumerate(pairs) if not _is_empty(*pair)]
-    if missing := len(columns["text"]) - len(full):
-        logger.warning(f"{missing} rows of {benchmark.name}:{split} have no text or no label and are skipped.")
-        columns = {name: [values[row] for row in full] for name, values in columns.items()}
-    return columns
+    return _full_rows(f"{benchmark.name}:{split}", columns, "text", "label")
 
 
 def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None) -> dict[str, Path | HubSplit]:

@@ -39,7 +39,8 @@ def follow_replies(
         divide the rows, and each rank gets all results.
     """
     found: dict[int, torch.Tensor] = {}
-    for rows, states, mask in states_for([probe], dataset, batch_tokens, progress):
+    for rows, shared, mask in states_for([probe], dataset, batch_tokens, progress):
+        states = shared.raw(probe)
         counted = [states[:, i, columns].transpose(0, 1) for i, columns in enumerate(mask)]  # [n, S, D] each
         starts = [len(row_states) - lengths[row] for row, row_states in zip(rows, counted, strict=True)]
         before = [row_states[:start] for row_states, start in zip(counted, starts, strict=True)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -90,16 +88,6 @@ def write_plots(folder: Path) -> list[Path]:
     for path in {folder / name for name in PLOT_NAMES} - set(writers):
         path.unlink(missing_ok=True)
     return list(writers)
-
-
-def write_sensitivity_plot(results: Path) -> Path | None:
-    """Draw `sensitivity.png` beside a `sweep.json`. Return its path, or None if matplotlib is not installed."""
-    if find_spec("matplotlib") is None:
-        return None
-    path = results.with_name("sensitivity.png")
-    sweep = json.loads(results.read_text(encoding="utf-8"))
-    write_atomically({path: png_writer(partial(sensitivity_plot, sweep))})
-    return path
 
 
 def calibration_plot(inspection: dict[str, Any]) -> Figure:
@@ -214,37 +202,6 @@ def outcomes_plot(inspection: dict[str, Any]) -> Figure:
         "To the right the rows that have a label: those to which the head gives it, and those where it misses it. To the "
         "left the rows without the label that get it all the same.",
     )
-
-
-def sensitivity_plot(sweep: dict[str, Any]) -> Figure:
-    """Draw the validation metric of a sweep against each parameter, a color a kind of head (the paper's figure 3)."""
-    trials = sweep["trials"]
-    # Parameters that differ only in the range they are drawn from share an axis.
-    shared = r".*(learning_rate|num_attention_heads).*"
-    merged = [{re.sub(shared, r"\1", name): value for name, value in trial["params"].items()} for trial in trials]
-    names = [name for name in dict.fromkeys(name for params in merged for name in params) if name != "probe_type"]
-    kinds = sorted({params["probe_type"] for params in merged})
-    lines = -(-len(names) // 3)
-    figure = new_figure((9.6, 2.4 * lines))
-    panels = figure.subplots(lines, 3, squeeze=False, sharey=True).ravel()
-    for axes, name in zip(panels, names, strict=False):
-        for color, kind in enumerate(kinds):
-            points = [
-                (params[name], trial["score"])
-                for params, trial in zip(merged, trials, strict=True)
-                if params["probe_type"] == kind and name in params and trial["score"] is not None
-            ]
-            if points:
-                axes.scatter(*zip(*points, strict=True), s=10, alpha=0.7, label=kind, color=f"C{color}")
-        if name == "learning_rate":
-            axes.set_xscale("log")
-        axes.set_xlabel(name, fontsize=8)
-        axes.tick_params(labelsize=7)
-    for axes in panels[len(names) :]:
-        axes.set_axis_off()
-    panels[0].set_ylabel(f"validation {sweep['metric']}", fontsize=8)
-    panels[0].legend(fontsize=7)
-    return figure
 
 
 def drift_plot(

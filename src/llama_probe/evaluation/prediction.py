@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch.utils.data import Dataset
 
-from ..data.states import SharedStates, iterate_states
+from ..data.states import SharedStates, iterate_states, layers_of, shared_layers
 from ..distributed import merge_rows
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
@@ -73,9 +73,8 @@ def score_batches(
     Raises:
         ProbeError: no token of a row counts.
     """
-    for rows, states, mask in states_for(probes, dataset, batch_tokens, progress):
+    for rows, shared, mask in states_for(probes, dataset, batch_tokens, progress):
         check_rows(mask)
-        shared = SharedStates(states)
         with torch.no_grad():
             outputs = [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
         yield rows, outputs
@@ -83,15 +82,17 @@ def score_batches(
 
 def states_for(
     probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Yield what `iterate_states` yields of this rank's batches, with all layers for several heads, else those it reads."""
+) -> Iterator[tuple[list[int], SharedStates, torch.Tensor]]:
+    """Yield row numbers, states that the heads read, and the mask `[B, T]` of this rank's batches; see `iterate_states`."""
     for probe in probes:
         probe.eval()
-    lm = None if len(dataset) and "hidden_states" in dataset[0] else probes[0].backbone
-    layers = probes[0].layer_indices if len(probes) == 1 else None
+    layers, lm = layers_of(dataset), None
+    if layers is None:
+        layers, lm = shared_layers(probe.config for probe in probes), probes[0].backbone
+        if len(dataset) and (states := dataset[0].get("hidden_states")) is not None:  # of a data set of the user's
+            every = range(probes[0].config.num_hidden_layers + 1)
+            layers, lm = every if len(states) == len(every) else probes[0].layer_indices, None
     for rows, states, mask in iterate_states(
         dataset, probes[0].config, lm, batch_tokens, progress, layers, divided=True
     ):
-        if layers is not None and len(states) != len(layers):  # the cache has layers that this head does not read
-            states = states[layers]
-        yield rows, states, mask
+        yield rows, SharedStates(states, layers), mask

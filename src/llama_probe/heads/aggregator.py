@@ -71,7 +71,7 @@ class Aggregator(nn.Module, ABC):
         recipe: default hyper-parameters of training: fields of `Recipe` and of `ProbeConfig`.
         auto_up_to: `probe_type="auto"` takes, of all kinds, the smallest value that is at least the number of training rows.
             0: never.
-        search_space: further hyper-parameters of a sweep, by field or option: a tuple (low, high) is a range, a list has
+        search_space: further hyper-parameters of a search, by field or option: a tuple (low, high) is a range, a list has
             choices. Combinations that `check` refuses are skipped.
         options: names of `ProbeConfig.options`, each with its default and a help text.
         half: if True, `update` takes states in the LM's half precision, where there are many of them. Otherwise it gets fp32.

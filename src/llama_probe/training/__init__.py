@@ -1,7 +1,7 @@
-"""Training with the Trainer, and sweeps."""
+"""Training with the Trainer: recipes, heads side by side, searches."""
 
 from .allocator import keep_freed_memory
-from .recipe import Recipe, complete
+from .recipe import Recipe
 
 
-__all__ = ["Recipe", "complete", "keep_freed_memory"]
+__all__ = ["Recipe", "keep_freed_memory"]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from ..errors import ProbeError
-from .recipe import Recipe
-
-
-WARMUP = 0.1  # share of all steps
+from ..heads import get_probe_type
+from .defaults import check_numbers, schedule
 
 
 @dataclass
@@ -22,12 +21,23 @@ class ProbeTrainingArguments(TrainingArguments):
     Args:
         learning_rate, num_train_epochs, per_device_train_batch_size, label_smoothing_factor: default to a choice by the kind
             of the head and the number of rows.
-        focal_gamma, class_weights, max_false_positive_rate, threshold_rule: see `Recipe`.
-        hub_strategy: when to push: `"end"` or `"every_save"`.
+        load_best_model_at_end: keep the weights of the best evaluation, in memory and in checkpoints. It needs evaluations,
+            and no checkpoints.
+        focal_gamma: exponent of the focal loss; 0 for plain cross-entropy.
+        class_weights: `"balanced"`, or one weight a label with commas.
         patience: stop after this many evaluations without a better metric. None: never.
-        cache_states: run the backbone once and keep its hidden states on disk while training.
+        max_false_positive_rate: choose the threshold of the highest recall that flags at most this share of the negative
+            evaluation rows. Defaults to `threshold_rule`.
+        threshold_rule: `"expected-f1"`, the threshold of the best F1 that a logistic fit to the evaluation rows expects, or
+            `"best-f1"`, that of the rows themselves, which depends more on chance.
+        hub_strategy: when to push: `"end"` or `"every_save"`.
+        cache_states: run the backbone once and keep its hidden states on disk while training. `"auto"`: if they fit on the disk
+            and there is more than one epoch.
         cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
         novelty: fit how unlike the training data a prompt is, if the head can tell it and there are rows enough.
+
+    Raises:
+        ProbeError: a number is not allowed.
     """
 
     learning_rate: float | None = None
@@ -37,12 +47,11 @@ class ProbeTrainingArguments(TrainingArguments):
     weight_decay: float = 0.05
     label_smoothing_factor: float | None = None
     lr_scheduler_type: str = "cosine"
-    warmup_steps: float = WARMUP
+    warmup_steps: float = 0.1  # share of all steps
     eval_strategy: str = "epoch"
     save_strategy: str = "epoch"
     save_total_limit: int | None = 1
     load_best_model_at_end: bool = True
-    restore_callback_states_from_checkpoint: bool = True  # early stopping counts on
     train_sampling_strategy: str = "group_by_length"
     remove_unused_columns: bool = False  # the collator takes what it needs
     label_names: list[str] | None = field(default_factory=lambda: ["labels"])
@@ -57,36 +66,48 @@ class ProbeTrainingArguments(TrainingArguments):
     patience: int | None = 3
     max_false_positive_rate: float | None = None
     threshold_rule: str = "expected-f1"
-    cache_states: bool = True
+    cache_states: bool | str = "auto"
     cache_dir: str | None = None
     novelty: bool = True
 
     def __post_init__(self):
-        if self.cache_dir is not None and not self.cache_states:
+        if self.cache_dir is not None and self.cache_states is False:
             raise ProbeError(f"cache_dir={self.cache_dir!r} and cache_states=False exclude each other")
-        given = self.metric_for_best_model, self.greater_is_better
+        if self.cache_states not in (True, False, "auto"):
+            raise ProbeError(f"cache_states={self.cache_states!r} must be True, False or 'auto'")
+        check_numbers(vars(self))
+        given = self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end
+        self.load_best_model_at_end = False  # the parent's needs a checkpoint for each evaluation
         super().__post_init__()
         # The parent takes the loss if no metric is given. The metric depends on the labels, which are not known yet.
-        self.metric_for_best_model, self.greater_is_better = given
-        self.recipe()
+        self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end = given
 
-    def recipe(self) -> Recipe:
-        """Return the hyper-parameters of training, with open fields."""
-        return Recipe(
-            label_smoothing=self.label_smoothing_factor,
-            metric=self.metric_for_best_model,
-            **{name: getattr(self, name) for name in SHARED},
-        )
+    def fill(self, probe_type: str, rows: int) -> None:
+        """Choose what is open by the kind of the head and the number of rows."""
+        epochs, batch_size = schedule(rows)
+        recipe = get_probe_type(probe_type).recipe
+        open_fields = {
+            "num_train_epochs": epochs,
+            "per_device_train_batch_size": math.ceil(batch_size / (max(1, self.n_gpu) * self.world_size)),
+            "learning_rate": recipe["learning_rate"],
+            "label_smoothing_factor": recipe["label_smoothing"],
+        }
+        for name, value in open_fields.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
-    def fill(self, recipe: Recipe) -> None:
-        """Take what is open from a complete recipe, whose batch size is that of all processes."""
-        self.label_smoothing_factor = 0.0  # the parent would smooth a second time
-        if self.per_device_train_batch_size is None:
-            devices = max(1, self.n_gpu) * self.world_size
-            self.per_device_train_batch_size = math.ceil(recipe.per_device_train_batch_size / devices)
-        for name in ("learning_rate", "num_train_epochs"):
-            setattr(self, name, getattr(recipe, name))
+    def describe(self) -> dict[str, Any]:
+        """Return what `results.json` says of the training. Rows of a step are those of all processes."""
+        names = "learning_rate num_train_epochs gradient_accumulation_steps weight_decay focal_gamma class_weights patience"
+        values = {name: getattr(self, name) for name in names.split()}
+        return values | {
+            "per_device_train_batch_size": self.train_batch_size * self.world_size,
+            "label_smoothing": self.label_smoothing_factor,
+            "metric": self.metric_for_best_model.removeprefix("eval_"),
+            "max_false_positive_rate": self.max_false_positive_rate,
+            "threshold_rule": self.threshold_rule,
+        }
 
 
-# Fields of `Recipe` that are fields of `ProbeTrainingArguments` by the same name.
-SHARED = tuple(item.name for item in fields(Recipe) if item.name not in ("label_smoothing", "metric"))
+# Names of the arguments, for messages and for the command line.
+ARGUMENT_NAMES = frozenset(item.name for item in fields(ProbeTrainingArguments) if item.init)

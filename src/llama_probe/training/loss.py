@@ -12,7 +12,6 @@ import torch
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, probe_loss
-from .recipe import Recipe
 
 
 @dataclass
@@ -41,19 +40,26 @@ class ProbeLoss:
             raise ProbeError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
 
     @classmethod
-    def create(cls, recipe: Recipe, config: ProbeConfig, labels: np.ndarray) -> ProbeLoss:
-        """Build the loss of a recipe. Balanced class weights are those of `labels`."""
-        given, weights = recipe.class_weights, None
-        if given == "balanced":
+    def create(
+        cls,
+        config: ProbeConfig,
+        labels: np.ndarray,
+        class_weights: str | None,
+        label_smoothing: float,
+        focal_gamma: float,
+    ) -> ProbeLoss:
+        """Build the loss that training arguments describe. Balanced class weights are those of `labels`."""
+        weights = None
+        if class_weights == "balanced":
             weights = balanced_weights(labels, config)
-        elif given is not None:
+        elif class_weights is not None:
             try:
-                weights = [float(value) for value in given.split(",")]
+                weights = [float(value) for value in class_weights.split(",")]
             except ValueError:
                 weights = []
             if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
-                raise ProbeError(f"class_weights={given!r} must be 'balanced', or numbers from 0, not all 0")
-        return cls(config, weights, recipe.label_smoothing, recipe.focal_gamma)
+                raise ProbeError(f"class_weights={class_weights!r} must be 'balanced', or numbers from 0, not all 0")
+        return cls(config, weights, label_smoothing, focal_gamma)
 
     def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Return the mean loss over the rows of all accumulated batches; the Trainer counts their labels."""

@@ -1,130 +1,374 @@
-"""Hyper-parameters of training, and defaults for those that the user does not set."""
+"""A recipe: how a head is made, in a file of a page. Labels, sources, copies, head, training, calibration, measurements."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
 
-from ..backbone.loading import backbone_target, model_id
-from ..data.sources import setting
-from ..data.texts import LabelledTexts
-from ..errors import ProbeError
-from ..heads import get_probe_type, probe_types
+import yaml
+from huggingface_hub.dataclasses import type_validator
+
+from ..data.augmentation import SHARE, check_augmentations
+from ..data.known import find_benchmark
+from ..data.sources import Source
+from ..data.texts import Labels, benchmark_splits
+from ..errors import ProbeError, first_line
 from ..heads.configuration import ProbeConfig
+from ..hub.card import CardFacts
+from ..hub.folder import RECIPE_NAME
+from .defaults import check_head, check_numbers
+from .search import Search
 
 
-AUTO = "auto"
-Metric = Literal["accuracy", "f1", "precision", "recall", "auprc", "auroc", "r2"]
+FEW_ROWS, FOLDS, VALIDATION_SHARE = 400, 5, 0.15
+_FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+# The head's own fields, which come from its labels and its backbone.
+_DERIVED = {"id2label", "num_labels", "problem_type", "flagged", "hidden_size", "num_hidden_layers"}
 
 
-@dataclass
-class Recipe:
-    """Hyper-parameters of training. Fields of `TrainingArguments` have their names there.
-
-    `complete` fills in the fields that default to None, except `patience`, `metric`, `class_weights` and
-    `max_false_positive_rate`.
+@dataclass(kw_only=True)
+class Held:
+    """Rows that a head does not learn from: to choose by (`validation`), or to measure on (`test`).
 
     Attributes:
-        per_device_train_batch_size: rows of a step over all processes: each process gets an equal share, rounded up.
-        patience: epochs. None, or training with folds: no head stops early.
-
-    Raises:
-        ProbeError: a number is not allowed.
+        share: share of the training rows that is held back.
+        folds: hold nothing back: judge each of so many folds by a head that has not learned from it. Validation alone.
+        sources: rows of their own.
+        max_rows: rows at most, drawn at random.
     """
 
-    learning_rate: float | None = setting(None, "Peak learning rate. Default: by kind.")
-    num_train_epochs: float | None = setting(None, "Epochs at most. Default: by number of rows.", "epochs")
-    per_device_train_batch_size: int | None = setting(
-        None, "Rows a step, over all processes. Default: by number of rows.", "batch_size"
-    )
-    gradient_accumulation_steps: int = setting(1, "Steps to accumulate before each update.")
-    weight_decay: float = setting(0.05, "Weight decay.")
-    label_smoothing: float | None = setting(None, "Label smoothing. Default: by kind (0.05).")
-    focal_gamma: float = setting(0.0, "Exponent of the focal loss; 0 for plain cross-entropy.")
-    class_weights: str | None = setting(None, "'balanced', or one weight a label with commas.")
-    patience: int | None = setting(3, "Stop after this many epochs without a better metric.")
-    metric: Metric | None = setting(None, "Validation metric to choose by. Default: by problem type.")
-    max_false_positive_rate: float | None = setting(
-        None,
-        "Choose the threshold of the highest recall that flags at most this share of the negative validation rows, "
-        "such as 0.01. Default: --threshold-rule.",
-    )
-    threshold_rule: Literal["expected-f1", "best-f1"] = setting(
-        "expected-f1",
-        "expected-f1: the threshold of the best F1 that a logistic fit to the validation rows expects. best-f1: that of "
-        "the rows themselves, which depends more on chance.",
-    )
+    share: float | int | None = None
+    folds: int | None = None
+    sources: list = field(default_factory=list)
+    max_rows: int | None = None
 
     def __post_init__(self):
-        for name in ("learning_rate", "num_train_epochs"):
-            self._check(name, lambda value: 0 < value < math.inf, "above 0")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "patience"):
-            self._check(name, lambda value: 1 <= value < 2**31, "at least 1 and below 2**31")
-        for name in ("weight_decay", "focal_gamma"):
-            self._check(name, lambda value: 0 <= value < math.inf, "at least 0")
-
-    def _check(self, name: str, is_allowed, allowed: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not is_allowed(value):
-            raise ProbeError(f"{name}={value} must be {allowed}")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ProbeError(f"share={self.share} must lie between 0 and 1")
+        if self.folds is not None and (self.folds < 0 or self.folds == 1):
+            raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
+        if len(given := [name for name in ("share", "folds", "sources") if getattr(self, name)]) > 1:
+            raise ProbeError(f"{' and '.join(given)} cannot be used together: leave one out")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ProbeError(f"max_rows={self.max_rows} must be at least 1")
 
 
-# Hyper-parameters of every kind, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
-COMMON = {
-    "learning_rate": (1e-5, 3e-3),
-    "batch_size": [8, 16, 32, 64],
-    "weight_decay": (0.0, 0.05),
-    "label_smoothing": (0.0, 0.1),
-    "dropout": (0.0, 0.4),
-    "layer_dropout": (0.0, 0.3),
-}
+@dataclass(kw_only=True)
+class Copies:
+    """Wrapped copies of training rows.
 
-# Rows at most, epochs, batch size. Chosen on validation rows of the demo backbone: fewer rows need more passes over them.
-SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
-
-
-def complete(recipe: Recipe, head: dict[str, Any], rows: int) -> tuple[Recipe, dict[str, Any]]:
-    """Return copies in which the open fields are filled in, from the kind of the head and the number of rows.
-
-    In `head`, fields of `ProbeConfig`, these are `probe_type="auto"` (or none) and dropouts that are None.
+    Attributes:
+        names: augmentations; see `Augmenter`. A name may occur again.
+        share: copies that each of them makes, as a share of the training rows.
+        system_prompts: rows whose texts are system prompts. They need no label.
     """
-    name = head.get("probe_type", AUTO)
-    if name == AUTO:
-        # As a class declares it itself: a kind that derives from another is not chosen in its place.
-        suited = {name: vars(get_probe_type(name)).get("auto_up_to", 0) for name in probe_types()}
-        name = min((name for name, up_to in suited.items() if rows <= up_to), key=suited.get)
-    _, epochs, batch_size = next(entry for entry in SCHEDULES if rows <= entry[0])
-    defaults = {"num_train_epochs": epochs, "per_device_train_batch_size": batch_size, **get_probe_type(name).recipe}
-    own = {item.name for item in fields(Recipe)}
-    found = {key: value for key, value in defaults.items() if key in own and getattr(recipe, key) is None}
-    further = {key: value for key, value in defaults.items() if key not in own and head.get(key) is None}
-    return replace(recipe, **found), {**head, "probe_type": name, **further}
+
+    names: list[str] = field(default_factory=list)
+    share: float | int = SHARE
+    system_prompts: Any = None
+
+    def __post_init__(self):
+        check_augmentations(self.names, self.share, self.system_prompts is not None)
 
 
-def check_head(head: dict[str, Any]) -> None:
-    """Raise `ProbeError` for fields of `ProbeConfig` that are not allowed. A kind that is not chosen yet allows all."""
-    if head.get("probe_type", AUTO) != AUTO:
-        ProbeConfig(**{name: value for name, value in head.items() if value is not None})
+@dataclass(kw_only=True)
+class Calibration:
+    """Rows that should rarely be flagged. Their labels do not count.
+
+    Attributes:
+        rates: shares of them that may be flagged. The first gives the head's own threshold.
+    """
+
+    sources: list = field(default_factory=list)
+    rates: list = field(default_factory=lambda: [0.02, 0.01, 0.005])
 
 
-def head_config(head: dict[str, Any], rows: LabelledTexts, backbone: str | None) -> ProbeConfig:
-    """Return the config of a new head for the labels of its training rows.
+@dataclass(kw_only=True)
+class Measure:
+    """Further measurements, for the card.
 
-    Args:
-        head: fields of `ProbeConfig`, as `complete` returns them. `token_scope` defaults to `"last_user"`.
-        backbone: name of the backbone, whose sizes are checked before it is loaded. None: it is loaded.
+    Attributes:
+        sources: rows that no head has learned from, each measured by itself.
+        wrappings: also measure how many labels stay if the rows of this name are wrapped in twelve ways.
+        tfidf: measure TF-IDF with logistic regression on the same rows.
+    """
+
+    sources: list = field(default_factory=list)
+    wrappings: str | None = None
+    tfidf: bool = True
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """How a head is made: all that a run needs beside a backbone, an output folder and a device.
+
+    Attributes:
+        name, about: name of the recipe, and what the head tells, in a sentence.
+        labels: names of the labels, and those to flag.
+        train: sources to learn from. max_rows: training rows at most, drawn at random from all of them.
+        validation: rows to choose by. Defaults to the validation rows of a single `train` that is known by name; else to 5
+            folds for fewer than 400 rows, or a share of 0.15.
+        test: rows to measure on. Defaults to the test rows of a single `train` that is known by name.
+        slice_columns: columns of the test rows to report by.
+        copies: wrapped copies of training rows.
+        head: fields of `ProbeConfig`; `layers` may be parts of the depth, 0.0 to 1.0.
+        training: fields of `ProbeTrainingArguments` that differ from its defaults. Rows of a step are those of all devices.
+        seeds: heads to train; the best by validation is kept. seed: the first seed, also of draws and splits.
+        search: configurations to try instead.
+        calibration: rows that should rarely be flagged.
+        hold_out: name -> names of training sources. A twin of the head is trained without them, and measured on them.
+        measure: further rows to measure the head and its twins on.
+        card: facts for the card that are not measured.
+        values: the recipe as it was written, with the settings that were changed.
 
     Raises:
-        ProbeError: a field is not allowed or does not fit the backbone, or the Hub does not answer.
+        ProbeError: a field is unknown or its value is not allowed.
     """
-    target = None if backbone is None else backbone_target(backbone)
-    known = {
-        "token_scope": "last_user",
-        "hidden_size": target and target.hidden_size,
-        "num_hidden_layers": target and target.num_hidden_layers,
-        "base_model_name_or_path": backbone and model_id(backbone),
-        "flagged": rows.flagged,
-    }
-    labels = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
-    return ProbeConfig(**{**known, **head, **labels})
+
+    name: str | None = None
+    about: str | None = None
+    labels: Labels = field(default_factory=Labels)
+    train: list[Source] = field(default_factory=list)
+    max_rows: int | None = None
+    validation: Held = field(default_factory=Held)
+    test: Held = field(default_factory=Held)
+    slice_columns: list[str] = field(default_factory=list)
+    copies: Copies = field(default_factory=Copies)
+    head: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    seeds: int = 1
+    seed: int = 0
+    search: Search = field(default_factory=Search)
+    calibration: Calibration = field(default_factory=Calibration)
+    hold_out: dict[str, list[str]] = field(default_factory=dict)
+    measure: Measure = field(default_factory=Measure)
+    card: CardFacts = field(default_factory=CardFacts)
+    values: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def load(cls, source: str | os.PathLike | Mapping[str, Any] | Recipe, settings: Sequence[str] = ()) -> Recipe:
+        """Read a recipe.
+
+        Args:
+            source: name of a recipe of the package, a YAML file, a head folder with a `recipe.yaml`, or the values themselves.
+            settings: fields to change, `training.learning_rate=1e-3`; values are YAML.
+
+        Raises:
+            ProbeError: there is no such recipe, or a field or a value is not allowed. The message names it.
+        """
+        if isinstance(source, Recipe):
+            source = source.values
+        values = dict(source) if isinstance(source, Mapping) else _read_yaml(find_recipe(source))
+        values = copy.deepcopy(values)
+        for setting in settings:
+            _set(values, setting)
+        recipe = _parse(cls, "", {name: value for name, value in values.items() if value is not None})
+        recipe.values = values
+        return recipe
+
+    def __post_init__(self):
+        if not self.train:
+            raise ProbeError("train=[] must name at least one source of training rows")
+        names = [source.name for source in self.train]
+        if twice := next((name for name in names if names.count(name) > 1 or "+" in name), None):
+            raise ProbeError(f"train: the name {twice!r} must be of one source, without a plus; give it another name")
+        for twin, held in self.hold_out.items():
+            if unknown := [name for name in held if name not in names]:
+                raise ProbeError(
+                    f"hold_out.{twin} names {unknown[0]!r}, which is no source of train: {', '.join(names)}"
+                )
+        measured = [source.name for source in self.measure.sources]
+        if twice := next((name for name in measured if measured.count(name) > 1), None):
+            raise ProbeError(f"measure.sources: the name {twice!r} must be of one source; give it another name")
+        if self.measure.wrappings not in (None, *measured):
+            raise ProbeError(f"measure.wrappings={self.measure.wrappings!r} must be one of: {', '.join(measured)}")
+        if self.seeds < 1 or not 0 <= self.seed <= 2**32 - self.seeds:
+            raise ProbeError(f"seeds={self.seeds} and seed={self.seed} must be at least 1 and 0, and below 2**32")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ProbeError(f"max_rows={self.max_rows} must be at least 1")
+        self._check_head()
+        check_numbers(self.training)
+        self._fill_from_name()
+
+    def _check_head(self) -> None:
+        if unknown := sorted(set(self.head) - ({item.name for item in fields(ProbeConfig)} - _DERIVED)):
+            raise ProbeError(f"head has no {unknown[0]!r}; it takes fields of ProbeConfig, and labels are a section")
+        check_head(self.head)
+        scope = self.head.get("token_scope", "last_user")
+        if "later_turns" in self.copies.names and scope in ("last_user", "response"):
+            raise ProbeError(f"token_scope={scope!r} does not read copies of later_turns: use 'user'")
+
+    def _fill_from_name(self) -> None:
+        """Take facts for the card from a single source that is known by name."""
+        known = find_benchmark(self.train[0].rows) if len(self.train) == 1 else None
+        facts = self.card
+        if known is not None:
+            benchmark = known[0]
+            given = {"license": benchmark.license, "dataset": benchmark.hub_id, "dataset_name": benchmark.title}
+            given |= {"data_note": benchmark.note, "language": "en"}
+            self.card = replace(facts, **{name: value for name, value in given.items() if not getattr(facts, name)})
+
+    def named_parts(self, data_dir: str | os.PathLike | None) -> tuple[Held, Held]:
+        """Return `validation` and `test`, with the further splits of a single `train` that is known by name."""
+        validation, test = self.validation, self.test
+        known = find_benchmark(self.train[0].rows) if len(self.train) == 1 else None
+        if known is not None:
+            splits = set(benchmark_splits(known[0], data_dir)) - {known[1] or "train"}
+            if "validation" in splits and not (validation.share or validation.folds or validation.sources):
+                validation = replace(validation, sources=[Source(rows=f"{known[0].name}:validation")])
+            if "test" in splits and not (test.share or test.sources):
+                test = replace(test, sources=[Source(rows=f"{known[0].name}:test")])
+        return validation, test
+
+    def write(self) -> str:
+        """Return the recipe as YAML, without folders of this machine."""
+        written = _without_folders(self.values)
+        return yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the recipes of the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def find_recipe(source: str | os.PathLike) -> Path:
+    """Return the file of a recipe: of the package by its name, a YAML file, or that of a head folder."""
+    path = Path(source)
+    if path.is_dir() and (path / RECIPE_NAME).is_file():
+        return path / RECIPE_NAME
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ProbeError(f"there is no recipe {path}")
+        return path
+    if str(source) not in recipe_names():
+        raise ProbeError(
+            f"there is no recipe {str(source)!r}; there are {', '.join(recipe_names())}, or give a .yaml file"
+        )
+    return _FOLDER / f"{source}.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, as in YAML 1.2, and no key occurs twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.YAMLError(f"the key {twice!r} occurs twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ProbeError(f"{path} cannot be read as YAML: {first_line(error)}") from None
+    if not isinstance(values, dict):
+        raise ProbeError(f"{path} must be a YAML mapping with the sections of a recipe")
+    return values
+
+
+def _set(values: Any, setting: str) -> None:
+    """Change a field of a recipe: `training.learning_rate=1e-3`, `train.0.max_rows=100`."""
+    path, equals, text = setting.partition("=")
+    if not equals:
+        raise ProbeError(f"--set {setting!r} must be FIELD=VALUE, such as training.learning_rate=1e-3")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ProbeError(f"--set {setting!r}: the value is not YAML: {first_line(error)}") from None
+    *parents, last = path.split(".")
+    for name in parents:
+        if isinstance(values, dict):
+            values[name] = {} if values.get(name) is None else values[name]
+        values = _item(values, name, setting)
+    if isinstance(values, list):
+        _item(values, last, setting)
+        values[int(last)] = value
+    elif isinstance(values, dict):
+        values[last] = value
+    else:
+        raise ProbeError(f"--set {setting!r}: {'.'.join(parents)} has no fields")
+
+
+def _item(values: Any, name: str, setting: str) -> Any:
+    if isinstance(values, list) and name.isdecimal() and int(name) < len(values):
+        return values[int(name)]
+    if isinstance(values, dict):
+        return values[name]
+    raise ProbeError(f"--set {setting!r}: there is no {name!r}")
+
+
+_SECTIONS: dict[str, type] = {
+    "labels": Labels,
+    "validation": Held,
+    "test": Held,
+    "copies": Copies,
+    "search": Search,
+    "calibration": Calibration,
+    "measure": Measure,
+    "card": CardFacts,
+}
+
+
+def _parse(owner: type, at: str, values: Any) -> Any:
+    """Return a dataclass of the values of a section. Errors begin with the path of the field."""
+    if not isinstance(values, Mapping):
+        raise ProbeError(f"{at or 'the recipe'} must have fields, not the value {values!r}")
+    allowed = [item.name for item in fields(owner) if item.name != "values"]
+    if unknown := [name for name in values if name not in allowed]:
+        raise ProbeError(f"{at or 'the recipe'} has no field {unknown[0]!r}; it has: {', '.join(allowed)}")
+    inside, parsed, hints = f"{at}." if at else "", {}, get_type_hints(owner)
+    for name, value in values.items():
+        if owner is Recipe and name in _SECTIONS:
+            value = _parse(_SECTIONS[name], name, value)
+        elif name in ("train", "sources"):
+            value = _sources(inside + name, value)
+        elif owner is Copies and name == "system_prompts" and value is not None:
+            (value,) = _sources(inside + name, [value])
+        else:
+            try:
+                type_validator(name, value, hints[name])
+            except TypeError:
+                kind = re.sub(r"typing\.|<class '|'>|NoneType", "", str(hints[name])).strip(" |")
+                raise ProbeError(f"{inside}{name}={value!r} must be {kind}") from None
+        parsed[name] = value
+    try:
+        return owner(**parsed)
+    except ProbeError as error:
+        is_field = re.split(r"\W", str(error), maxsplit=1)[0] in allowed
+        raise ProbeError(f"{inside if is_field or not at else f'{at}: '}{error}") from None
+    except (TypeError, ValueError) as error:
+        raise ProbeError(f"{at or 'the recipe'}: {first_line(error)}") from None
+
+
+def _sources(at: str, values: Any) -> list[Source]:
+    values = values if isinstance(values, list) else [values]
+    return [
+        _parse(Source, f"{at}[{i}]", {"rows": value} if isinstance(value, str) else value)
+        for i, value in enumerate(values)
+    ]
+
+
+def _without_folders(value: Any, name: str = "") -> Any:
+    """Return values in which paths of this machine have their last two parts alone."""
+    if isinstance(value, dict):
+        return {key: _without_folders(part, key) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part, name) for part in value]
+    return (
+        "/".join(Path(value).parts[-2:])
+        if name in ("rows", "train", "sources") and isinstance(value, str) and os.path.exists(value)
+        else value
+    )

@@ -1,72 +1,245 @@
-"""Results of a training run: what is written to `results.json` of a head folder."""
+"""Results of a training: thresholds, measurements, the choice of the head, and what is written to its folder."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers.utils import logging
 
-from ..distributed import world_size
-from ..evaluation.calibration import calibrate
+from ..backbone.loading import DEMO, DEMO_NOTE
+from ..distributed import is_main, world_size
+from ..errors import ProbeError
+from ..evaluation.calibration import calibrate, with_rates
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
 from ..evaluation.metrics import summarize
 from ..evaluation.novelty import can_fit, fit_novelty
-from ..evaluation.prediction import predict_logits
+from ..evaluation.plots import write_plots
+from ..evaluation.prediction import predict_logits, predict_together
 from ..evaluation.report import inspect_head, report
-from ..files import environment
+from ..files import environment, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
-from ..hub.card import CardFacts
-from .recipe import Recipe
-from .rows import TrainingData, labels_of
+from ..hub.card import CardFacts, write_card
+from ..hub.folder import RECIPE_NAME
+from .arguments import ProbeTrainingArguments
+from .measure import measure
+from .prepared import PreparedRun
+from .rows import TrainingRows, labels_of
 
 
-def judge(probe: ProbeModel, data: TrainingData, logits: torch.Tensor) -> dict[str, Any]:
-    """Fit the head's temperature and threshold on the validation rows, and measure it on these and the test rows.
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Finished:
+    """The head of a recipe, with its results."""
+
+    head: ProbeModel
+    results: dict[str, Any]
+    recipe: str
+
+    def save(self, folder: Path) -> None:
+        """Write the head's folder: weights, config, results, recipe, plots and card."""
+        if not is_main():
+            return
+        self.head.save_pretrained(folder)
+        write_atomically({folder / RECIPE_NAME: self.recipe})
+        if write_plots(folder):
+            write_card(folder)  # shows the plots
+
+
+def finish(run: PreparedRun, progress: Mapping[str, Any], epochs: float) -> Finished:
+    """Judge the heads of a recipe, choose the best, calibrate and measure it.
 
     Args:
-        probe: a trained head. Its config is replaced.
-        logits (`[rows, num_labels]`): logits of the validation rows.
+        progress: how each head has done; see `Progress`.
+        epochs: epochs of the training.
 
     Returns:
-        What `decide` returns; with test rows `test`, see `report`; for a head that follows replies `halting`, see
-        `halting_rules`.
+        The chosen head, with `results` as `add_results` makes them.
     """
-    parts = data.parts
-    probe.config, result = decide(probe.config, logits, parts["validation"].labels, data.recipe)
-    if "test" in parts:
-        slices = {column: parts["test"].columns[column] for column in data.sources.slice_columns}
-        logits = predict_logits(probe, data.datasets["test"])
-        result["test"] = report(probe.config, logits, parts["test"].labels, slices)
-    if probe.config.reads_reply and not data.folds:  # with folds the head has learned from the validation rows
-        result["halting"] = _halting(probe, data)
-    return result
+    rows, recipe, args = run.rows, run.recipe, run.args
+    logits_by_head = _judged_logits(run)
+    runs: dict[str, dict[str, Any]] = {}
+    for name in run.candidates:
+        probe, logits = run.heads[name], logits_by_head[name]
+        if not bool(logits.isfinite().all()):
+            continue  # it diverged
+        probe.config, decided = decide(probe.config, logits, rows.judged.labels, args)
+        runs[name] = {"seed": run.seed_of(name), "epochs": progress[name].epochs or epochs, **decided}
+        if rows.test is not None:
+            tested = predict_logits(probe, run.datasets["test"])
+            runs[name]["test"] = report(probe.config, tested, rows.test.labels, rows.slices)
+        if probe.config.reads_reply and not rows.folds:  # with folds the head has learned from the validation rows
+            runs[name]["halting"] = _halting(probe, run)
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    if not runs:
+        raise ProbeError(f"no head of {len(run.candidates)} gives a number for {metric}: use a smaller learning_rate")
+    chosen = max(runs, key=lambda name: runs[name]["validation"][metric])
+    head, logits = run.heads[chosen], logits_by_head[chosen]
+    head.set_backbone(run.lm)
+    shown = "validation" if rows.test is None else "test"
+    add_results(
+        head,
+        rows=_describe_rows(run),
+        training=args.describe() | {name.removesuffix("_factor"): v for name, v in run.training_of(chosen).items()},
+        runs=[runs[chosen]] if run.trials else list(runs.values()),
+        inspected=(shown, _part(run, shown), logits if shown == "validation" else None),
+        novelty=_novelty_rows(run, logits) if args.novelty else None,
+        dtype=run.dtype,
+        card=_card(run),
+        chosen=runs[chosen]["seed"],
+    )
+    if run.trials:
+        head.results["search"] = _describe_search(run, runs, metric)
+    if rows.calibration is not None:
+        fitted = _calibrate(run, head)
+        head.results |= {} if fitted is None else {"thresholds_from": fitted}
+    if rows.measured or rows.held_rows:
+        head.results["measured"] = measure(run, head, _calibrated_twins(run, logits_by_head))
+    return Finished(head, head.results, recipe.write())
+
+
+def _judged_logits(run: PreparedRun) -> dict[str, torch.Tensor]:
+    """Return logits of the judged rows, by head; with folds by heads that have not learned from them."""
+    names = list(run.heads)
+    if not run.rows.folds:
+        found = predict_together(list(run.heads.values()), run.datasets["validation"], progress=True)
+        return dict(zip(names, found, strict=True))
+    found = predict_together(list(run.heads.values()), _part(run, "validation"), progress=True)
+    every = dict(zip(names, found, strict=True))
+    for name in run.candidates:
+        judged = torch.empty_like(every[name])
+        for number, fold in enumerate(run.rows.folds):
+            judged[fold] = every[f"{name}-fold-{number}"][fold]
+        every[name] = judged
+    return every
+
+
+def _part(run: PreparedRun, name: str) -> Dataset:
+    """Return the data set of a part; the validation rows of a run with folds are the plain rows of `train`."""
+    if name == "validation" and run.rows.folds:
+        return TrainingRows(run.datasets["train"], range(run.rows.num_plain))
+    return run.datasets[name]
+
+
+def _novelty_rows(run: PreparedRun, logits: torch.Tensor) -> tuple[Dataset, Dataset, torch.Tensor]:
+    """Return rows to fit novelty on, rows to calibrate it on (with folds a quarter of the plain rows), and logits of these."""
+    count, plain = len(run.rows.train), run.rows.num_plain
+    if not run.rows.folds:
+        return TrainingRows(run.datasets["train"]), run.datasets["validation"], logits
+    held = sorted(np.random.default_rng(0).permutation(plain).tolist()[: plain // 4])
+    rest = sorted(set(range(count)) - set(held))
+    return TrainingRows(run.datasets["train"], rest), TrainingRows(run.datasets["train"], held), logits[held]
+
+
+def _calibrate(run: PreparedRun, probe: ProbeModel) -> dict[str, Any] | None:
+    """Fit the thresholds of a head on the calibration rows, and return what `results.json` says of them.
+
+    None if they do not fit: a head is not thrown away for its thresholds.
+    """
+    rates, logits = run.recipe.calibration.rates, predict_logits(probe, run.datasets["calibration"], progress=True)
+    try:
+        probe.config = with_rates(probe.config, logits, rates)
+    except ProbeError as error:
+        logger.warning(f"no thresholds were fitted on the calibration rows: {error}")
+        return None
+    return {
+        "flagged": probe.config.flagged[0],
+        "sources": [source.name for source in run.recipe.calibration.sources],
+        "rows": len(run.rows.calibration),
+        "rates": dict(zip(probe.config.thresholds, rates, strict=True)),
+    }
+
+
+def _calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor]) -> dict[str, ProbeModel]:
+    """Return the twins with temperature and thresholds, fitted on rows that they may know."""
+    twins = {}
+    for name, held in run.rows.held_rows.items():
+        probe, judged = run.heads[f"twin-{name}"], run.rows.judged
+        texts = {str(text) for rows in held.values() for text in rows.texts}
+        known = [row for row, text in enumerate(judged.texts) if str(text) not in texts]
+        logits = logits_by_head[f"twin-{name}"][known]
+        probe.config, _ = decide(probe.config, logits, judged.labels[known], run.args)
+        if run.rows.calibration is not None:
+            _calibrate(run, probe)
+        twins[name] = probe
+    return twins
+
+
+def _describe_rows(run: PreparedRun) -> dict[str, dict[str, Any]]:
+    """Return `source` and `rows` of each part, the `weights` of extra rows, and what a licence has left out."""
+    rows = run.rows
+    counts = {"train": len(rows.train) - rows.num_extra, "validation": len(rows.judged), "extra": rows.num_extra}
+    counts["test"] = 0 if rows.test is None else len(rows.test)
+    counts["calibration"] = 0 if rows.calibration is None else len(rows.calibration)
+    described = {
+        name: {"source": rows.sources[name]["source"], "rows": count} for name, count in counts.items() if count
+    }
+    if "extra" in described and rows.sources["extra"].get("weights"):
+        described["extra"]["weights"] = rows.sources["extra"]["weights"]
+    if rows.not_commercial:
+        described["train"]["not_commercial"] = rows.not_commercial
+    return described
+
+
+def _card(run: PreparedRun) -> CardFacts:
+    facts = run.recipe.card
+    notes = [source.note for source in run.recipe.train if source.note]
+    further = [note for note in dict.fromkeys(notes) if note not in (facts.data_note or "")]
+    data_note = facts.data_note
+    if further:
+        data_note = " ".join([data_note or "No licence of the training rows was stated.", "Further rows:", *further])
+    if left_out := run.rows.not_commercial:
+        words = ", ".join(f"{count:,} rows of {name}" for name, count in left_out.items())
+        data_note = f"{data_note or ''} Left out, because their licences forbid commercial use or are not known: {words}.".strip()
+    limits = [*facts.limits, *([DEMO_NOTE] if run.backbone == DEMO else [])]
+    return replace(facts, limits=limits, data_note=data_note, command=run.command or facts.command)
+
+
+def _describe_search(run: PreparedRun, runs: Mapping[str, dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """Return the trials of a search, best first; a trial that diverged has the score None."""
+    scores = {name: runs[name]["validation"][metric] if name in runs else None for name in run.trials}
+    order = sorted(scores, key=lambda name: -1e9 if scores[name] is None else scores[name], reverse=True)
+    return [
+        {
+            "name": name,
+            "score": scores[name],
+            "epochs": runs[name]["epochs"] if name in runs else None,
+            "num_parameters": run.heads[name].num_parameters(),
+            "values": run.trials[name].values,
+        }
+        for name in order
+    ]
 
 
 def decide(
-    config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, recipe: Recipe
+    config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, args: ProbeTrainingArguments
 ) -> tuple[ProbeConfig, dict[str, Any]]:
     """Fit temperature and threshold on validation rows, and measure these.
 
     Returns:
         The config with both, and `temperature`, `threshold` and `validation`.
     """
-    rules = recipe.max_false_positive_rate, recipe.threshold_rule
+    rules = args.max_false_positive_rate, args.threshold_rule
     config = calibrate(config, logits, torch.from_numpy(labels), *rules)
     fitted = {"temperature": config.temperature, "threshold": config.threshold}
     return config, {**fitted, "validation": report(config, logits, labels)}
 
 
-def _halting(probe: ProbeModel, data: TrainingData) -> dict[str, Any]:
+def _halting(probe: ProbeModel, run: PreparedRun) -> dict[str, Any]:
     """Choose halting rules on the validation rows, and measure them on the test rows; see `halting_rules`."""
-    rate = data.recipe.max_false_positive_rate
+    rate = run.args.max_false_positive_rate
     limit = MAX_FALSE_HALTS if rate is None else rate
-    labels = {name: data.parts[name].labels for name in ("validation", "test") if name in data.parts}
-    followed = {name: follow_replies(probe, data.datasets[name], data.reply_lengths[name]) for name in labels}
+    parts = run.rows.parts()
+    labels = {name: parts[name].labels for name in ("validation", "test") if name in parts}
+    followed = {name: follow_replies(probe, run.datasets[name], run.reply_lengths[name]) for name in labels}
     rules = halting_rules(probe.config, followed["validation"], labels["validation"], limit)
     if "test" in followed:
         rules = apply_rules(probe.config, rules, followed["test"], labels["test"])
@@ -76,7 +249,7 @@ def _halting(probe: ProbeModel, data: TrainingData) -> dict[str, Any]:
 def add_results(
     probe: ProbeModel,
     rows: dict[str, dict[str, Any]],
-    recipe: Recipe,
+    training: dict[str, Any],
     runs: list[dict[str, Any]],
     inspected: tuple[str, Dataset, torch.Tensor | None],
     novelty: tuple[Dataset, Dataset, torch.Tensor] | None,
@@ -88,6 +261,7 @@ def add_results(
 
     Args:
         rows: of each part its `source` and the number of its `rows`.
+        training: training arguments; see `ProbeTrainingArguments.describe`.
         runs: results of each seed. chosen: seed of `probe`. Defaults to the first.
         inspected: split, data set and, if known, logits `[rows, num_labels]`; see `inspect_head`.
         novelty: arguments of `fit_novelty`, which is skipped if there are too few rows. None: it is not wanted.
@@ -101,7 +275,7 @@ def add_results(
         "flagged": probe.config.flagged_labels,
         "num_parameters": probe.num_parameters(),
         "data": rows,
-        "recipe": asdict(recipe),
+        "recipe": training,
         "runs": runs,
         "chosen_seed": runs[0]["seed"] if chosen is None else chosen,
         "summary": {name: summarize([run[name] for run in runs]) for name in splits},
@@ -114,23 +288,3 @@ def add_results(
         sources = [rows[name]["source"] for name in ("train", "extra") if name in rows]
         results["novelty"] = {"sources": sources, **fit_novelty(probe, *novelty)}
     probe.results = results
-
-
-def describe_rows(data: TrainingData) -> dict[str, dict[str, Any]]:
-    """Return `source` and `rows` of each part, and the `weights` of further rows."""
-    rows = {name: {"source": _source(name, data), "rows": len(part)} for name, part in data.parts.items()}
-    if "extra" in rows and data.sources.extra_weights != [1.0]:
-        rows["extra"]["weights"] = data.sources.extra_weights
-    return rows
-
-
-def _source(name: str, data: TrainingData) -> str:
-    given = data.sources
-    found = {"train": given.train, "validation": [given.eval], "test": [given.test], "extra": given.extra}[name]
-    if found == [None]:
-        if name == "validation" and data.folds:
-            return f"{len(data.folds)} folds of train"
-        share = given.validation_share if name == "validation" else given.test_share
-        return f"{share or 0:.0%} of train"
-    # Paths differ between machines; the last two parts identify the file.
-    return ", ".join("/".join(Path(source).parts[-2:]) for source in found)

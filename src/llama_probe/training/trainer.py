@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,16 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-)
-from transformers.trainer_utils import EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput, get_last_checkpoint
+from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
@@ -36,20 +36,53 @@ from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
 from ..evaluation.metrics import compute_metrics as metrics_of
 from ..evaluation.prediction import predict_logits
+from ..files import write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.decision import NO_NUMBER_BECAUSE
 from ..heads.probe import ProbeModel
 from ..heads.rules import PROMPT_FORMATS
 from ..hub.card import CardFacts
 from .arguments import ProbeTrainingArguments
+from .defaults import MAX_LENGTH, SEARCH_SPACE, complete_head, head_config
+from .estimate import free_bytes
+from .head_group import GroupLoss, HeadGroup
 from .loss import ProbeLoss
-from .options import MAX_LENGTH
-from .recipe import COMMON, Recipe, complete, head_config
-from .results import add_results, decide
-from .rows import CutReplies, as_dataset, labels_of
+from .prepared import PreparedRun
+from .recipe import Recipe
+from .results import Finished, add_results, decide, finish
+from .rows import TrainingRows, as_dataset, labels_of
 
+
+logger = logging.get_logger(__name__)
 
 STATES = ".states"
+BEST_NAME = "best.safetensors"  # of a checkpoint: the best weights of each head so far, and its scores
+
+
+@dataclass
+class Progress:
+    """How a head does in its training.
+
+    Attributes:
+        scores: the metric of each evaluation until the head stopped, larger is better; minus infinity if it diverged.
+        epochs: epochs until then.
+        weights: weights of the best evaluation.
+    """
+
+    scores: list[float] = field(default_factory=list)
+    epochs: float = 0.0
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def best(self) -> float:
+        """The best score; minus infinity before the first."""
+        return max(self.scores, default=-math.inf)
+
+    def has_stopped(self, patience: int | None) -> bool:
+        """Return True if there was no better score in `patience` evaluations."""
+        waited = len(self.scores) - 1 - self.scores.index(self.best) if self.scores else 0
+        return patience is not None and waited >= patience
 
 
 class ProbeTrainer(Trainer):
@@ -60,13 +93,17 @@ class ProbeTrainer(Trainer):
     only the head. The frozen backbone may be sharded with FSDP: apply `fully_shard` to each layer and to the decoder
     (`lm.model`), which is what heads run.
 
+    Several heads of one data set learn side by side, from one pass of the backbone: each as if it were alone, with its best
+    epoch. `from_recipe` makes all of this from a recipe.
+
     Example:
         >>> trainer = ProbeTrainer(backbone="HuggingFaceTB/SmolLM2-135M-Instruct", train_dataset=[("Well done!", "good"), ...])
         >>> trainer.train()
         >>> trainer.save_model("mood")
 
     Args:
-        model: a head; with a backbone if the rows are texts or token ids.
+        model: a head, or heads by name; with a backbone if the rows are texts or token ids. Heads by name read the same tokens;
+            their layers, kinds and seeds may differ.
         args: defaults to `ProbeTrainingArguments()`.
         data_collator, compute_loss_func, compute_metrics: default to `ProbeCollator`, the `ProbeLoss` that `args` describe, and
             the metrics of the head's problem type.
@@ -78,9 +115,14 @@ class ProbeTrainer(Trainer):
         backbone: instead of `model`: a folder, a Hub id, `"demo"`, or a loaded LM. The head is then made for the labels.
         probe_config: fields of `ProbeConfig` of the head for `backbone`. Missing fields are chosen.
         column_mapping: names from the rows to the columns above, such as `{"review": "text"}`.
+        head_args: head -> the training arguments of it that differ: `learning_rate`, `weight_decay`, `label_smoothing_factor`,
+            `focal_gamma`, `class_weights`. For heads by name.
+        left_out: head -> numbers of the training rows that it does not learn from. For heads by name.
 
     Attributes:
-        logits (`[rows, num_labels]`): logits of the evaluation rows after training.
+        heads: the heads by name; a single one has the name `"head"`.
+        progress: how each head has done in the evaluations, by name.
+        logits (`[rows, num_labels]`): logits of the evaluation rows after training; of several heads a dict by name.
 
     Raises:
         ProbeError: the rows, the head and the arguments do not fit each other.
@@ -88,7 +130,7 @@ class ProbeTrainer(Trainer):
 
     def __init__(
         self,
-        model: ProbeModel | None = None,
+        model: ProbeModel | Mapping[str, ProbeModel] | None = None,
         args: ProbeTrainingArguments | None = None,
         data_collator: Callable | None = None,
         train_dataset: Any = None,
@@ -102,6 +144,8 @@ class ProbeTrainer(Trainer):
         backbone: str | os.PathLike | PreTrainedModel | None = None,
         probe_config: Mapping[str, Any] | None = None,
         column_mapping: Mapping[str, str] | None = None,
+        head_args: Mapping[str, Mapping[str, Any]] | None = None,
+        left_out: Mapping[str, Sequence[int]] | None = None,
         **kwargs,
     ):
         self.args = args = copy.copy(args) if args is not None else ProbeTrainingArguments()
@@ -116,7 +160,9 @@ class ProbeTrainer(Trainer):
             raise ProbeError(f"probe_config has no {unknown[0]!r}; learning rates and the like go into args=")
         self._columns, self._tokenizer = column_mapping, processing_class
         self._recorded: dict[str, Any] = {}
-        self.logits: torch.Tensor | None = None
+        self._run: PreparedRun | None = None
+        self._chosen: Finished | None = None
+        self.logits: torch.Tensor | dict[str, torch.Tensor] | None = None
         if backbone is not None:
             model, train_dataset = self._create_head(backbone, dict(probe_config or {}), train_dataset)
             config, lm = model.config, model.backbone
@@ -124,51 +170,148 @@ class ProbeTrainer(Trainer):
         elif model is None:
             self.model_init = model_init
             model = super().call_model_init()
-        if not isinstance(model, ProbeModel):
+        if isinstance(model, Mapping):
+            model = HeadGroup(model)
+        elif not isinstance(model, ProbeModel | HeadGroup):
             kind = type(model).__name__
             raise ProbeError(f"model must be a ProbeModel, not {kind}; backbone= takes a language model")
+        self._heads = dict(model.heads) if isinstance(model, HeadGroup) else {"head": model}
+        self.progress = {name: Progress() for name in self._heads}
+        self._head_args = {name: dict((head_args or {}).get(name, {})) for name in self._heads}
+        for given in (head_args or {}, left_out or {}):
+            if unknown := [name for name in given if name not in self._heads or not isinstance(model, HeadGroup)]:
+                raise ProbeError(
+                    f"there is no head {unknown[0]!r} in model={{name: head}}; heads: {', '.join(self._heads)}"
+                )
         if is_tensor_parallel(model.backbone):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
         train = self._label("train_dataset", train_dataset, model, learned=True)
         validation = self._label("eval_dataset", eval_dataset, model)
-        recipe = self._complete(model.config, train, validation, compute_metrics is not None)
+        self._complete(model.config, train, validation, compute_metrics is not None)
         if compute_loss_func is None:
-            balanced = recipe.class_weights == "balanced" and train is not None
-            labels = labels_of(train) if balanced else np.empty(0)
-            compute_loss_func = ProbeLoss.create(recipe, model.config, labels)
-        callbacks = list(callbacks or [])
-        if args.patience is not None and args.load_best_model_at_end:
-            callbacks.append(EarlyStoppingCallback(early_stopping_patience=args.patience))
-        super().__init__(
-            model=model if model_init is None else None,
-            args=args,
-            data_collator=data_collator or ProbeCollator(),
-            train_dataset=self._encode("train_dataset", train, model, learned=True),
-            eval_dataset=self._encode("eval_dataset", validation, model),
-            processing_class=self._tokenizer,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics or self._measure,
-            callbacks=callbacks,
+            losses = {name: self._create_loss(name, train) for name in self._heads}
+            compute_loss_func = GroupLoss(losses) if isinstance(model, HeadGroup) else losses["head"]
+        learned = self._encode("train_dataset", train, model, learned=True)
+        if left_out:
+            learned = self._divide(learned, left_out)
+        judged = self._encode("eval_dataset", validation, model)
+        with warnings.catch_warnings():
+            # The parent smooths no labels of several at once. The loss does.
+            warnings.filterwarnings("ignore", message="Label smoothing is not compatible")
+            super().__init__(
+                model=model if model_init is None else None,
+                args=args,
+                data_collator=data_collator or ProbeCollator(),
+                train_dataset=learned,
+                eval_dataset=judged,
+                processing_class=self._tokenizer,
+                model_init=model_init,
+                compute_loss_func=compute_loss_func,
+                compute_metrics=compute_metrics or self._measure,
+                callbacks=[_KeepBest(self), *(callbacks or [])],
+                **kwargs,
+            )
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: str | os.PathLike | Mapping[str, Any] | Recipe,
+        *,
+        backbone: str | os.PathLike | PreTrainedModel,
+        output_dir: str | os.PathLike = "head",
+        settings: Sequence[str] = (),
+        data_dir: str | os.PathLike | None = None,
+        licence: str | None = None,
+        dtype: str = "auto",
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ) -> ProbeTrainer:
+        """Prepare a recipe: read its rows, load the backbone, compute the hidden states, and make the heads.
+
+        `train()` then trains, calibrates and measures, and `save_model()` writes the head into `output_dir` with its recipe,
+        results and card. Checkpoints are in `output_dir` until then.
+
+        Example:
+            >>> trainer = ProbeTrainer.from_recipe("safety", backbone="Qwen/Qwen2.5-1.5B-Instruct", output_dir="guard")
+            >>> trainer.train()
+            >>> trainer.save_model()
+
+        Args:
+            recipe: name of a recipe of the package, a YAML file, a head folder, or its values; see `Recipe`.
+            backbone: `"demo"`, a folder, a Hub id, or a loaded LM (with `processing_class`, its tokenizer).
+            settings: fields to change, such as `"training.learning_rate=1e-3"`.
+            data_dir: folder of local copies of the sources: `DIR/NAME/SPLIT.jsonl.gz`.
+            licence: `"commercial"` leaves out the rows whose licence forbids commercial use, or is not known.
+            dtype: of the backbone's weights.
+            kwargs: of `ProbeTrainer`, and `command`, the line that the card shows.
+
+        Raises:
+            ProbeError: a field of the recipe is wrong, a source cannot be read, or the disk is too small. Raised before the
+                backbone is loaded.
+        """
+        if licence not in (None, "commercial"):
+            raise ProbeError(f"licence={licence!r} must be None or 'commercial'")
+        given = backbone if isinstance(backbone, nn.Module) else str(backbone)
+        settings_of_run = {"data_dir": data_dir, "dtype": dtype, "commercial": licence == "commercial"}
+        settings_of_run |= {name: kwargs.pop(name) for name in ("command", "max_text") if name in kwargs}
+        run = PreparedRun.create(
+            Recipe.load(recipe, settings), Path(output_dir), given, processing_class, **settings_of_run
+        )
+        return cls.from_prepared(run, **kwargs)
+
+    @classmethod
+    def from_prepared(cls, run: PreparedRun, **kwargs) -> ProbeTrainer:
+        """Return the trainer of a recipe that is ready to train. See `from_recipe`."""
+        trainer = cls(
+            run.heads,
+            run.args,
+            None,
+            run.learned(),
+            run.datasets.get("validation"),
+            compute_loss_func=GroupLoss({name: run.loss(name) for name in run.heads}),
+            head_args={name: run.training_of(name) for name in run.heads},
             **kwargs,
         )
+        trainer._run = run
+        return trainer
 
     # Rows
 
+    @property
+    def heads(self) -> dict[str, ProbeModel]:
+        """The heads by name; a single one has the name `"head"`."""
+        return self._heads if isinstance(self.model, HeadGroup) else {"head": self.model}
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """What was measured of the head of a recipe, or of a single head; None before `judge`."""
+        head = next(iter(self.heads.values())) if self._chosen is None else self._chosen.head
+        return head.results
+
     @cached_property
-    def _cache(self) -> StateCache | None:
-        if not self.args.cache_states:
-            return None
+    def _cache(self) -> StateCache:
         cache = StateCache(self.args.cache_dir or Path(self.args.output_dir) / STATES)
         if self.args.cache_dir is None:
             weakref.finalize(self, cache.delete)
         return cache
 
+    def _keeps_states(self, config: ProbeConfig, tokens: int) -> bool:
+        """Return True if hidden states are cached, for rows of so many tokens. `"auto"` says what it chose."""
+        wanted = self.args.cache_states
+        if wanted != "auto":
+            return bool(wanted)
+        needed, free = self._cache.bytes_of(config, tokens), free_bytes(self._cache.folder)
+        if needed < 0.9 * free and self.args.num_train_epochs > 1:
+            return True
+        why = f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free" if needed >= 0.9 * free else "one epoch"
+        logger.warning(f"hidden states are not cached ({why}): the backbone runs each epoch")
+        return False
+
     def _create_head(self, backbone: Any, head: dict[str, Any], data: Any) -> tuple[ProbeModel, LabelledTexts]:
         """Read the training rows, load the backbone, and make a head for the labels of the rows."""
         names = list(head["id2label"].values()) if head.get("id2label") else None
         rows = rows_in_memory("train_dataset", data, self._columns, names, head.get("problem_type"))
-        _, head = complete(self.args.recipe(), head, len(rows))
+        head = complete_head(head, len(rows))
         has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
         scope = {"token_scope": "response"} if has_replies else {}
         name = None if isinstance(backbone, nn.Module) else str(backbone)
@@ -178,8 +321,27 @@ class ProbeTrainer(Trainer):
             self._tokenizer = self._tokenizer or tokenizer
         return ProbeModel(config, backbone=backbone), rows
 
-    def _label(self, name: str, data: Any, probe: ProbeModel, learned: bool = False) -> LabelledTexts | Dataset | None:
-        """Read a table with the labels of the head, whose config records what the labels of training rows are called."""
+    def _create_loss(self, name: str, train: LabelledTexts | Dataset | None) -> ProbeLoss:
+        """Return the loss that the arguments describe for a head."""
+        values = {
+            field_name: self._head_args[name].get(field_name, getattr(self.args, field_name))
+            for field_name in ("class_weights", "label_smoothing_factor", "focal_gamma")
+        }
+        balanced = values["class_weights"] == "balanced" and train is not None
+        labels = labels_of(train) if balanced else np.empty(0)
+        return ProbeLoss.create(self._heads[name].config, labels, *values.values())
+
+    def _divide(self, learned: Dataset, left_out: Mapping[str, Sequence[int]]) -> TrainingRows:
+        """Return the training rows with the heads that learn from each."""
+        learned_by = np.ones((len(learned), len(self._heads)), dtype=bool)
+        for column, name in enumerate(self._heads):
+            learned_by[list(left_out.get(name, [])), column] = False
+        return TrainingRows(learned, learned_by=learned_by)
+
+    def _label(
+        self, name: str, data: Any, probe: ProbeModel | HeadGroup, learned: bool = False
+    ) -> LabelledTexts | Dataset | None:
+        """Read a table with the labels of the heads, whose configs record what the labels of training rows are called."""
         rows = data
         if not isinstance(data, LabelledTexts):
             if data is None or isinstance(data, Dataset):
@@ -197,7 +359,7 @@ class ProbeTrainer(Trainer):
             check_labels(name, rows)
         return rows
 
-    def _encode(self, name: str, rows: Any, probe: ProbeModel, learned: bool = False) -> Dataset | None:
+    def _encode(self, name: str, rows: Any, probe: ProbeModel | HeadGroup, learned: bool = False) -> Dataset | None:
         """Return rows as prompts, or as their hidden states."""
         if not isinstance(rows, LabelledTexts):
             return rows
@@ -209,10 +371,13 @@ class ProbeTrainer(Trainer):
             encoded = EncodedTexts(rows.texts, masks, list(map(sum, masks)) if follows else None)
         else:
             encoded = self._format(name, probe).encode_for(probe.config, rows.texts)
-        dataset = as_dataset(encoded, rows.labels, probe.config, probe.backbone, self._cache)
-        return CutReplies(dataset, encoded.reply_lengths) if learned and encoded.reply_lengths else dataset
+        cached = self._keeps_states(probe.config, sum(map(len, encoded.ids)))
+        cache = self._cache if cached else None
+        dataset = as_dataset(encoded, rows.labels, probe.config, probe.backbone, cache)
+        is_cut = learned and encoded.reply_lengths
+        return TrainingRows(dataset, reply_lengths=encoded.reply_lengths) if is_cut else dataset
 
-    def _format(self, name: str, probe: ProbeModel) -> PromptFormat:
+    def _format(self, name: str, probe: ProbeModel | HeadGroup) -> PromptFormat:
         """Return the head's own format of prompts; one that is not known is the template of the tokenizer."""
         if self._tokenizer is None:
             raise ProbeError(f"{name} has texts: pass the backbone's tokenizer, processing_class=tokenizer")
@@ -223,26 +388,24 @@ class ProbeTrainer(Trainer):
         self._record(probe, **prompts.config_fields())
         return prompts
 
-    def _record(self, probe: ProbeModel, **fields) -> None:
-        """Write fields into the config of this head, and of those that `model_init` makes."""
-        self._recorded |= fields
-        probe.config = probe.config.replace(**fields)
+    def _record(self, probe: ProbeModel | HeadGroup, **changes) -> None:
+        """Write fields into the configs of these heads, and of those that `model_init` makes."""
+        self._recorded |= changes
+        for each in (probe, *(self._heads.values() if isinstance(probe, HeadGroup) else ())):
+            each.config = each.config.replace(**changes)
 
-    def _complete(self, config: ProbeConfig, train: Any, validation: Any, own_metrics: bool) -> Recipe:
+    def _complete(self, config: ProbeConfig, train: Any, validation: Any, own_metrics: bool) -> None:
         """Fill in what the arguments leave open, and check them against the rows."""
         args = self.args
         if validation is None:
-            args.eval_strategy, args.do_eval, args.load_best_model_at_end = IntervalStrategy.NO, False, False
-        recipe, _ = complete(args.recipe(), {"probe_type": config.probe_type}, len(train or ()))
-        self._label_smoothing = recipe.label_smoothing
-        args.fill(recipe)
+            args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
+        args.fill(config.probe_type, len(train or ()))
         metric = args.metric_for_best_model = args.metric_for_best_model or default_metric(config)
         if args.greater_is_better is None:
             args.greater_is_better = not metric.endswith("loss")
             if args.greater_is_better and validation is not None and not own_metrics:
                 check_metric(metric.removeprefix("eval_"), labels_of(validation), config)
-        check_threshold_rule(config, recipe.max_false_positive_rate, recipe.threshold_rule)
-        return recipe
+        check_threshold_rule(config, args.max_false_positive_rate, args.threshold_rule)
 
     def _table(self, name: str, data: Any) -> Dataset | None:
         return self._encode(name, self._label(name, data, self.model), self.model)
@@ -263,44 +426,163 @@ class ProbeTrainer(Trainer):
         probe.config = probe.config.replace(**self._recorded)
         return probe
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *, judge: bool = True, **kwargs
-    ) -> TrainOutput:
-        """Train the head; see `Trainer.train`. Then `judge` it, if there are evaluation rows and unless `judge` is False."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
+        """Train the heads; see `Trainer.train`. Then `judge` them, if there are evaluation rows."""
+        self.progress = {name: Progress() for name in self._heads}
+        is_new = not resume_from_checkpoint and trial is None and self._run is None and self.args.should_save
+        if is_new and (stopped := _last_checkpoint_of(self.args.output_dir)):
+            logger.warning(
+                f"{stopped} is of an earlier run: train(resume_from_checkpoint=True) continues a stopped one"
+            )
         output = super().train(resume_from_checkpoint, trial, **kwargs)
-        if judge and trial is None and self.eval_dataset is not None:
+        if trial is None and (self.eval_dataset is not None or self._run is not None):
             self.judge()
         return output
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Do a step, in which dropout draws numbers of its own: a head learns the same beside others as alone."""
+        seed = int(torch.randint(2**62, ()))
+        device = self.args.device
+        devices = [] if device.type == "cpu" else [device.index or 0]
+        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+            torch.manual_seed(seed)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer, with groups of parameters for each of several heads."""
+        if self.optimizer is not None or not isinstance(self.model, HeadGroup):
+            return super().create_optimizer(model)
+        groups = []
+        for name, head in self.heads.items():
+            decayed, given = self.get_decay_parameter_names(head), self._head_args[name]
+            rate = {"lr": given.get("learning_rate", self.args.learning_rate)}
+            decay = given.get("weight_decay", self.args.weight_decay)
+            for is_decayed in (True, False):
+                parameters = [p for key, p in head.named_parameters() if (key in decayed) == is_decayed]
+                groups.append({"params": parameters, "weight_decay": decay if is_decayed else 0.0, **rate})
+        optimizer, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = optimizer(groups, **kwargs)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        if not isinstance(self.model, HeadGroup):
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        limit = self.args.max_grad_norm
+        return torch.stack([nn.utils.clip_grad_norm_(head.parameters(), limit) for head in self.heads.values()]).max()
+
+    def note_evaluation(self, metrics: dict[str, Any]) -> bool:
+        """Note the metric of each head after an evaluation. Return True if no head improves any more.
+
+        Raises:
+            ProbeError: no head gives numbers.
+        """
+        metric = self.args.metric_for_best_model.removeprefix("eval_")
+        sign = 1 if self.args.greater_is_better else -1
+        for name, head in self.heads.items():
+            progress, value = self.progress[name], metrics.get(f"eval_{self._metric_name(name, metric)}")
+            if progress.has_stopped(self.args.patience):
+                continue
+            score = -math.inf if value is None or not math.isfinite(value) else sign * value
+            if score > progress.best or not progress.scores:
+                progress.weights = {key: tensor.detach().clone() for key, tensor in head.state_dict().items()}
+            progress.scores.append(score)
+            progress.epochs = self.state.epoch
+        if all(progress.best == -math.inf for progress in self.progress.values()):
+            raise ProbeError(f"none of {len(self.heads)} heads gives numbers: {NO_NUMBER_BECAUSE}")
+        return all(progress.has_stopped(self.args.patience) for progress in self.progress.values())
+
+    def load_best(self) -> None:
+        """Load the weights of the best evaluation into each head that was evaluated."""
+        for name, head in self.heads.items():
+            if self.progress[name].weights:
+                head.load_state_dict(self.progress[name].weights)
+
+    def _load_best_model(self) -> None:
+        pass  # each head has its own best epoch; see `load_best`
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / BEST_NAME
+        if not path.is_file():
+            return
+        with safe_open(path, framework="pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+        for key, tensor in load_file(path).items():
+            name, _, parameter = key.partition("/")
+            self.progress[name].weights[parameter] = tensor
+        for name, values in progress.items():
+            self.progress[name].scores = [-math.inf if score is None else score for score in values["scores"]]
+            self.progress[name].epochs = values["epochs"]
+
+    def _save_progress(self, folder: Path) -> None:
+        """Write best weights and scores of the heads into a checkpoint."""
+        tensors = {
+            f"{name}/{key}": tensor.cpu().contiguous()
+            for name, progress in self.progress.items()
+            for key, tensor in progress.weights.items()
+        }
+        values = {
+            name: {
+                "scores": [score if math.isfinite(score) else None for score in progress.scores],
+                "epochs": progress.epochs,
+            }
+            for name, progress in self.progress.items()
+        }
+        metadata = {"progress": json.dumps(values)}
+        write_atomically({folder / BEST_NAME: lambda path: save_file(tensors, path, metadata=metadata)})
+
     def judge(self) -> dict[str, Any]:
-        """Fit temperature and threshold on the evaluation rows, fit novelty, and measure the head on the evaluation rows.
+        """Fit temperature and threshold on the evaluation rows, fit novelty, and measure the heads on the evaluation rows.
+
+        With a recipe: also calibrate and measure as it says, and choose the best head.
 
         Returns:
-            The head's `results`, which `save_model` writes into `results.json` and the card.
+            The head's `results`, which `save_model` writes into `results.json` and the card; of several heads a dict by name.
         """
-        probe, train, validation = self.model, self.train_dataset, self.eval_dataset
-        recipe = replace(
-            self.args.recipe(),
-            label_smoothing=self._label_smoothing,
-            per_device_train_batch_size=self.args.train_batch_size * self.args.world_size,
-        )
-        self.logits = predict_logits(probe, validation)
-        probe.config, found = decide(probe.config, self.logits, labels_of(validation), recipe)
+        if self._run is not None:
+            self._chosen = finish(self._run, self.progress, self.state.epoch)
+            return self._chosen.results
+        train, validation, results, logits_by_head = self.train_dataset, self.eval_dataset, {}, {}
         parts = {"train": train, "validation": validation}
-        add_results(
-            probe,
-            rows={name: {"source": "own rows", "rows": len(part)} for name, part in parts.items() if part is not None},
-            recipe=recipe,
-            runs=[{"seed": self.args.seed, "epochs": self.state.epoch, **found}],
-            inspected=("validation", validation, self.logits),
-            novelty=(train, validation, self.logits) if self.args.novelty and train is not None else None,
-            dtype=probe.config.base_model_dtype,
-            card=CardFacts(),
-        )
-        return probe.results
+        rows = {name: {"source": "own rows", "rows": len(part)} for name, part in parts.items() if part is not None}
+        for name, probe in self.heads.items():
+            logits = logits_by_head[name] = predict_logits(probe, validation)
+            if isinstance(self.model, HeadGroup) and not bool(logits.isfinite().all()):
+                continue  # it diverged, and has no results
+            probe.config, decided = decide(probe.config, logits, labels_of(validation), self.args)
+            add_results(
+                probe,
+                rows=rows,
+                training=self.args.describe() | _described(self._head_args[name]),
+                runs=[{"seed": self.args.seed, "epochs": self.state.epoch, **decided}],
+                inspected=("validation", validation, logits),
+                novelty=(train, validation, logits) if self.args.novelty and train is not None else None,
+                dtype=probe.config.base_model_dtype,
+                card=CardFacts(),
+            )
+            results[name] = probe.results
+        if not isinstance(self.model, HeadGroup):
+            self.logits = logits_by_head["head"]
+            return results["head"]
+        self.logits = logits_by_head
+        return results
+
+    def _metric_name(self, head: str, metric: str) -> str:
+        return f"{head}_{metric}" if isinstance(self.model, HeadGroup) else metric
 
     def _measure(self, evaluated: EvalPrediction) -> dict[str, float | None]:
-        return metrics_of(self.model.config)(evaluated)  # the config changes when the head is judged
+        # The configs change when the heads are judged.
+        if not isinstance(self.model, HeadGroup):
+            return metrics_of(self.model.config)(evaluated)
+        metric, values = self.args.metric_for_best_model.removeprefix("eval_"), {}
+        for place, (name, head) in enumerate(self.heads.items()):
+            predictions = evaluated.predictions[:, place]
+            is_number = bool(np.isfinite(predictions).all())
+            part = EvalPrediction(predictions=predictions, label_ids=evaluated.label_ids)
+            values[name] = metrics_of(head.config)(part)[metric] if is_number else -math.inf
+        named = {self._metric_name(name, metric): value for name, value in values.items()}
+        return named | {metric: max(value for value in values.values())}
 
     def hyperparameter_search(
         self, hp_space: Callable | None = None, compute_objective: Callable | None = None, n_trials: int = 20, **kwargs
@@ -317,13 +599,11 @@ class ProbeTrainer(Trainer):
         return super().hyperparameter_search(hp_space or self._suggest, compute_objective, n_trials, **kwargs)
 
     def _suggest(self, trial: Any) -> dict[str, Any]:
-        space = COMMON | get_probe_type(self.model.config.probe_type).search_space
+        space = SEARCH_SPACE | get_probe_type(self.model.config.probe_type).search_space
         return {
             "learning_rate": trial.suggest_float("learning_rate", *space["learning_rate"], log=True),
             "weight_decay": trial.suggest_float("weight_decay", *space["weight_decay"]),
-            "per_device_train_batch_size": trial.suggest_categorical(
-                "per_device_train_batch_size", space["batch_size"]
-            ),
+            "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", [8, 16, 32, 64]),
         }
 
     # Files and the Hub
@@ -332,11 +612,25 @@ class ProbeTrainer(Trainer):
         """Write the head into a folder: config, weights, results and card. Checkpoints have the Trainer's own files."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                self._save_progress(Path(output_dir or self.args.output_dir))
             return
         if self.args.should_save:
-            self.model.save_pretrained(output_dir or self.args.output_dir)
+            self._save_heads(output_dir)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
+
+    def _save_heads(self, output_dir: str | None) -> None:
+        """Write the head of a recipe, a single head, or several heads into folders of their names."""
+        if self._run is not None:
+            if self._chosen is None:
+                raise ProbeError("the recipe has no head yet: call train() first")
+            self._chosen.save(Path(output_dir or self._run.output))
+            self._run.clean()
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        for name, head in self.heads.items():
+            head.save_pretrained(folder / name if isinstance(self.model, HeadGroup) else folder)
 
     def push_to_hub(
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None, **kwargs
@@ -355,11 +649,40 @@ class ProbeTrainer(Trainer):
             repo_id = self.hub_model_id
         if not self.is_world_process_zero():
             return None
-        self.model.save_pretrained(self.args.output_dir)  # before the Hub can refuse
+        if isinstance(self.model, HeadGroup) and self._run is None:
+            raise ProbeError("push each of several heads by itself: trainer.heads[name].push_to_hub(repo_id)")
+        head = self.model if self._chosen is None else self._chosen.head
+        self._save_heads(None)  # before the Hub can refuse
         kwargs["revision"] = kwargs.get("revision") or self.args.hub_revision
-        return self.model.push_to_hub(repo_id, token=token, commit_message=commit_message, **kwargs)
+        return head.push_to_hub(repo_id, token=token, commit_message=commit_message, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The parent would upload training_args.bin, a pickle, and weights without a config.
         if self.args.hub_strategy != HubStrategy.END:
             self.push_to_hub(f"Training in progress, epoch {self.state.epoch:.0f}")
+
+
+class _KeepBest(TrainerCallback):
+    """Keeps the best weights of each head, stops when none improves any more, and loads them at the end."""
+
+    def __init__(self, trainer: ProbeTrainer):
+        self.trainer = weakref.proxy(trainer)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Note an evaluation during the training."""
+        if self.trainer.is_in_train and args.load_best_model_at_end and self.trainer.note_evaluation(metrics or {}):
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Load the best weights."""
+        if args.load_best_model_at_end:
+            self.trainer.load_best()
+
+
+def _described(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return training arguments by the names of `results.json`."""
+    return {name.removesuffix("_factor"): value for name, value in arguments.items()}
+
+
+def _last_checkpoint_of(folder: str) -> str | None:
+    return get_last_checkpoint(folder) if os.path.isdir(folder) else None

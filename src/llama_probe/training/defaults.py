@@ -1,0 +1,124 @@
+"""Defaults of heads and of training, by kind and number of rows, for what the user leaves open."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ..backbone.loading import backbone_target, model_id
+from ..data.texts import LabelledTexts
+from ..errors import ProbeError
+from ..heads import get_probe_type, probe_types
+from ..heads.configuration import ProbeConfig
+
+
+AUTO = "auto"
+MAX_LENGTH = 512  # tokens of a prompt
+
+_RANGES = {
+    "above 0": ("learning_rate", "num_train_epochs"),
+    "at least 1 and below 2**31": (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "patience",
+    ),
+    "at least 0": ("weight_decay", "focal_gamma"),
+}
+
+# Hyper-parameters of every kind, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
+SEARCH_SPACE = {
+    "learning_rate": (1e-5, 3e-3),
+    "weight_decay": (0.0, 0.05),
+    "label_smoothing_factor": (0.0, 0.1),
+    "dropout": (0.0, 0.4),
+    "layer_dropout": (0.0, 0.3),
+}
+
+# Rows at most, epochs, batch size. Chosen on validation rows of the demo backbone: fewer rows need more passes over them.
+_SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
+
+
+def schedule(rows: int) -> tuple[int, int]:
+    """Return epochs and rows a step over all processes, for so many rows."""
+    return next(entry[1:] for entry in _SCHEDULES if rows <= entry[0])
+
+
+def check_numbers(values: dict[str, Any]) -> None:
+    """Raise `ProbeError` for a number of training that is out of its range. None is allowed."""
+    is_allowed = {
+        "above 0": lambda value: 0 < value < math.inf,
+        "at least 1 and below 2**31": lambda value: 1 <= value < 2**31,
+        "at least 0": lambda value: 0 <= value < math.inf,
+    }
+    for allowed, names in _RANGES.items():
+        for name in names:
+            if (value := values.get(name)) is not None and not is_allowed[allowed](value):
+                raise ProbeError(f"{name}={value} must be {allowed}")
+
+
+def complete_head(head: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Return fields of `ProbeConfig` with a kind for `"auto"` or none, and the kind's dropouts for those that are None."""
+    name = head.get("probe_type", AUTO)
+    if name == AUTO:
+        # As a class declares it itself: a kind that derives from another is not chosen in its place.
+        suited = {kind: vars(get_probe_type(kind)).get("auto_up_to", 0) for kind in probe_types()}
+        name = min((kind for kind, up_to in suited.items() if rows <= up_to), key=suited.get)
+    recipe = get_probe_type(name).recipe
+    dropouts = {field: recipe[field] for field in ("dropout", "layer_dropout") if head.get(field) is None}
+    return {**head, "probe_type": name, **dropouts}
+
+
+def check_head(head: dict[str, Any]) -> None:
+    """Raise `ProbeError` for fields of `ProbeConfig` that are not allowed. A kind that is not chosen yet allows all."""
+    if head.get("probe_type", AUTO) != AUTO:
+        given = {name: value for name, value in head.items() if value is not None}
+        if is_depths(given.get("layers")):
+            given["layers"] = list(range(len(given["layers"])))
+        ProbeConfig(**given)
+
+
+def head_config(head: dict[str, Any], rows: LabelledTexts, backbone: str | None) -> ProbeConfig:
+    """Return the config of a new head for the labels of its training rows.
+
+    Args:
+        head: fields of `ProbeConfig`, as `complete_head` returns them. `token_scope` defaults to `"last_user"`. `layers` may be
+            parts of the depth; see `layers_at`.
+        backbone: name of the backbone, whose sizes are checked before it is loaded. None: it is loaded.
+
+    Raises:
+        ProbeError: a field is not allowed or does not fit the backbone, or the Hub does not answer.
+    """
+    target = None if backbone is None else backbone_target(backbone)
+    known = {
+        "token_scope": "last_user",
+        "hidden_size": target and target.hidden_size,
+        "num_hidden_layers": target and target.num_hidden_layers,
+        "base_model_name_or_path": backbone and model_id(backbone),
+        "flagged": rows.flagged,
+    }
+    if is_depths(head.get("layers")):
+        depth = head.get("num_hidden_layers") if target is None else target.num_hidden_layers
+        if depth is None:
+            raise ProbeError(f"layers={head['layers']} are parts of a depth that is not known yet: name the backbone")
+        head = {**head, "layers": layers_at(head["layers"], depth)}
+    labels = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
+    return ProbeConfig(**{**known, **head, **labels})
+
+
+def is_depths(layers: Any) -> bool:
+    """Return True if layers are named as parts of the depth."""
+    return isinstance(layers, (list, tuple)) and any(isinstance(layer, float) for layer in layers)
+
+
+def layers_at(depths: list[float], num_hidden_layers: int) -> list[int]:
+    """Return the state indices at parts of the depth, 0.0 (embeddings) to 1.0 (the last layer), each once.
+
+    Raises:
+        ProbeError: a part is not from 0 to 1.
+    """
+    if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
+        raise ProbeError(
+            f"layers={wrong[0]} must be a part of the depth, from 0.0 to 1.0, or all must be whole numbers"
+        )
+    return sorted({round(depth * num_hidden_layers) for depth in depths})

@@ -1,0 +1,94 @@
+"""How much a run has to do, said before it starts: rows, tokens, time and bytes on disk."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..backbone.capture import collect_hidden_states
+from ..backbone.passes import length_batches
+
+
+_TRIAL_SECONDS, _TRIAL_TOKENS = 3.0, 512  # a trial pass ends after the first batch that exceeds the time
+_OVERHEAD = (
+    1.4  # of heads and files, as a multiple of the pass; measured with one head of 8 layers on the demo backbone
+)
+
+
+@dataclass
+class Estimate:
+    """The work of a run.
+
+    Attributes:
+        rows, tokens: prompts that the backbone reads, and their tokens, each once.
+        bytes: of the hidden states on disk, if they are cached.
+        tokens_per_second: of the backbone, from a trial pass; None before it.
+        passes: times that the backbone reads the rows: 1 with a cache.
+    """
+
+    rows: int
+    tokens: int
+    bytes: int
+    tokens_per_second: float | None = None
+    passes: float = 1
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of the whole run; None before the trial pass."""
+        if self.tokens_per_second is None:
+            return None
+        return _OVERHEAD * self.passes * self.tokens / self.tokens_per_second
+
+    def __str__(self) -> str:
+        parts = [f"{self.rows:,} rows, {_short(self.tokens)} tokens"]
+        if self.seconds is not None:
+            parts.append(f"about {_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens a second")
+        parts.append(
+            f"{self.bytes / 1e9:.2f} GB of hidden states on disk" if self.bytes else "no hidden states on disk"
+        )
+        return ", ".join(parts)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes that are free where a folder is, or will be."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+@torch.no_grad()
+def trial_speed(lm: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[int]) -> float:
+    """Return the tokens a second of a backbone on some of the prompts, by a trial of a few seconds."""
+    lengths = [len(ids) for ids in prompts]
+    batches = length_batches(lengths, _TRIAL_TOKENS)
+    middle = len(batches) // 2
+    tokens, start = 0, None
+    for number, rows in enumerate([batches[middle], *batches[middle:]]):
+        width = max(lengths[row] for row in rows)
+        ids = torch.tensor([list(prompts[row]) + [prompts[row][-1]] * (width - lengths[row]) for row in rows])
+        collect_hidden_states(lm, layers, ids)
+        if number == 0:  # the first pass also makes what later ones find made
+            start = time.monotonic()
+            continue
+        tokens += ids.numel()
+        if time.monotonic() - start > _TRIAL_SECONDS:
+            break
+    return tokens / max(time.monotonic() - start, 1e-6)
+
+
+def _short(number: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,122 @@
+"""Heads that learn side by side: one batch of hidden states, a loss a head, and each head as if it were alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+
+from ..backbone.capture import collect_hidden_states
+from ..data.states import SharedStates, counted_tokens, shared_config, shared_layers
+from ..errors import ProbeError
+from ..heads.decision import ProbeOutput
+from ..heads.probe import ProbeModel
+from ..heads.scope import check_rows
+
+
+Loss = Callable[..., torch.Tensor]
+
+
+@dataclass
+class GroupOutput(ModelOutput):
+    """The predictions of several heads for a batch.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `[batch, heads, num_labels]`): of each head, in their order.
+
+    Attributes:
+        by_head: the `ProbeOutput` of each head. It is no field: the Trainer would gather it.
+    """
+
+    logits: torch.Tensor | None = None
+
+    by_head = None
+
+
+class HeadGroup(nn.Module):
+    """Heads of one data set that a `ProbeTrainer` trains together, from one pass of the backbone.
+
+    Dropout draws the same numbers for each head as for a head that is alone.
+
+    Args:
+        heads: heads by name, for the same labels and the same tokens. They may read different layers, and be of any kind.
+
+    Raises:
+        ProbeError: the heads do not have the same labels, sizes or tokens.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, heads: Mapping[str, ProbeModel]):
+        super().__init__()
+        configs = [head.config for head in heads.values()]
+        for name in ("id2label", "problem_type", "hidden_size", "num_hidden_layers"):
+            if len(values := {str(getattr(config, name)) for config in configs}) > 1:
+                raise ProbeError(f"heads of one run need the same {name}, not {' and '.join(sorted(values))}")
+        self.config = shared_config(configs)
+        self.layers = shared_layers(configs)
+        self.heads = nn.ModuleDict(heads)
+
+    @property
+    def backbone(self) -> nn.Module | None:
+        """The frozen LM of the heads."""
+        return next(iter(self.heads.values())).backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the heads."""
+        return next(iter(self.heads.values())).device
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        probe_mask: torch.Tensor | None = None,
+        row_weights: torch.Tensor | None = None,
+        learned_by: torch.Tensor | None = None,
+    ) -> GroupOutput:
+        """Score a batch of `ProbeCollator` with each head.
+
+        Args:
+            learned_by (`torch.BoolTensor` of shape `[batch, heads]`, *optional*): the rows that each head learns from.
+                Defaults to all.
+        """
+        if hidden_states is None:
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+            mask = counted_tokens(self.config, batch if probe_mask is None else {"probe_mask": probe_mask}).bool()
+            states = torch.stack(collect_hidden_states(self.backbone, self.layers, input_ids, attention_mask))
+            layers = None
+        else:
+            states, mask = hidden_states.transpose(0, 1), attention_mask.bool()  # [S, B, T, D]
+            layers = range(self.config.num_hidden_layers + 1) if len(states) > len(self.layers) else None
+        mask = mask.to(self.device)
+        check_rows(mask)
+        shared = SharedStates(states, layers or self.layers)
+        outputs: dict[str, ProbeOutput] = {}
+        for index, (name, head) in enumerate(self.heads.items()):
+            if self.training:
+                torch.manual_seed(torch.initial_seed())  # the Trainer sets a seed for each step
+            outputs[name] = head.score(shared(head), mask)
+            outputs[name].row_weights = row_weights
+            if learned_by is not None:
+                learned = learned_by[:, index : index + 1].float()  # [B, 1]
+                outputs[name].row_weights = learned if row_weights is None else row_weights * learned
+        output = GroupOutput(logits=torch.stack([output.logits for output in outputs.values()], dim=1))
+        output.by_head = outputs
+        return output
+
+
+@dataclass
+class GroupLoss:
+    """The Trainer's `compute_loss_func=` for a `HeadGroup`: the sum of the losses of its heads."""
+
+    losses: Mapping[str, Loss]
+
+    def __call__(self, outputs: GroupOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """Return the sum; see `ProbeLoss`."""
+        parts = [loss(outputs.by_head[name], labels, num_items_in_batch) for name, loss in self.losses.items()]
+        return torch.stack(parts).sum()

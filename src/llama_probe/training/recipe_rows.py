@@ -1,0 +1,299 @@
+"""The rows of a recipe: read, split, copied, and divided among the heads of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..data.augmentation import augment
+from ..data.files import MAX_TEXT
+from ..data.known import find_benchmark
+from ..data.sources import SOURCE, Source
+from ..data.texts import LabelledTexts, Labels, check_labels
+from ..distributed import is_main
+from ..errors import ProbeError
+from .recipe import FEW_ROWS, FOLDS, VALIDATION_SHARE, Held, Recipe
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class RecipeRows:
+    """The rows of a recipe, by what they are for.
+
+    Attributes:
+        train: rows to learn from: those that may be judged, then `extra` ones, then copies.
+        num_plain, num_extra: rows of the first and the second kind.
+        validation, test: rows to choose by and to measure on; None if there are none. With folds `validation` is None.
+        folds: row numbers of `train`, a fold each.
+        calibration: rows that should rarely be flagged; None if there are none.
+        measured: further rows to measure on, by name.
+        repeats: how often each row of `train` is learned in an epoch.
+        weights: weights of each row of `train` in the loss, or None.
+        held_out: twin -> the rows of `train` that it does not learn from. held_rows: twin -> the rows to measure it on, by source.
+        slices: column -> values of the test rows to report by.
+        not_commercial: source -> rows that its licence has left out.
+        sources: what `results.json` says of each part.
+    """
+
+    train: LabelledTexts
+    num_plain: int
+    num_extra: int
+    validation: LabelledTexts | None
+    test: LabelledTexts | None
+    folds: list[np.ndarray]
+    calibration: LabelledTexts | None
+    measured: dict[str, LabelledTexts]
+    repeats: list[int]
+    weights: list[list[float] | None] | None
+    held_out: dict[str, np.ndarray]
+    held_rows: dict[str, dict[str, LabelledTexts]]
+    slices: dict[str, list[Any]]
+    not_commercial: dict[str, int]
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def judged(self) -> LabelledTexts:
+        """The rows that heads are chosen by: `validation`, or with folds the plain rows of `train`."""
+        return self.validation if self.validation is not None else self.train.select(range(self.num_plain))
+
+    def parts(self) -> dict[str, LabelledTexts]:
+        """Return all rows by the name of their part."""
+        named = {
+            "train": self.train,
+            "validation": self.validation,
+            "test": self.test,
+            "calibration": self.calibration,
+        }
+        named |= {f"measure.{name}": rows for name, rows in self.measured.items()}
+        named |= {f"{twin}.{name}": rows for twin, parts in self.held_rows.items() for name, rows in parts.items()}
+        return {name: rows for name, rows in named.items() if rows is not None}
+
+    def digest(self) -> dict[str, str]:
+        """Return a digest of each part that heads learn from or are chosen by."""
+        learned = json.dumps([self.repeats, self.weights, [fold.tolist() for fold in self.folds]])
+        learned += json.dumps({twin: rows.tolist() for twin, rows in self.held_out.items()})
+        found = {"train": self.train.digest(), "learned": hashlib.sha256(learned.encode()).hexdigest()}
+        return found | ({} if self.validation is None else {"validation": self.validation.digest()})
+
+
+def read_rows(
+    recipe: Recipe, data_dir: str | os.PathLike | None = None, max_text: int = MAX_TEXT, commercial: bool = False
+) -> RecipeRows:
+    """Read and divide the rows of a recipe.
+
+    Args:
+        data_dir: folder of local copies; see `Source`.
+        max_text: characters of the longest text.
+        commercial: leave out rows whose licence forbids commercial use, or is not known.
+
+    Raises:
+        ProbeError: a source cannot be read, its labels do not fit, or there is one label alone to learn.
+    """
+    reader = _Reader(recipe, data_dir, max_text, commercial)
+    held_validation, held_test = recipe.named_parts(data_dir)
+    for source in recipe.train:
+        source.find(data_dir)  # raises before anything is read
+    # Closed also where a source is refused: the message begins a line.
+    with tqdm(recipe.train, desc="sources", unit=" sources", leave=False, disable=not is_main()) as bar:
+        by_source = {source.name: reader.read(source, "train") for source in bar}
+    whole, extra = _joined(recipe, by_source, False), _joined(recipe, by_source, True)
+    if whole is None:
+        raise ProbeError(
+            "train has no rows that may be judged by: at least one source needs extra=False and a licence"
+        )
+    test = reader.join(held_test, "test")
+    if held_test.share:
+        whole, test = whole.split(held_test.share, recipe.seed)
+    test = None if test is None else test.at_most(held_test.max_rows, recipe.seed)
+    plain = whole.at_most(recipe.max_rows, recipe.seed)
+    few = len(plain) < FEW_ROWS and not recipe.copies.names and not (held_validation.share or held_validation.sources)
+    folds, validation = held_validation.folds, reader.join(held_validation, "validation")
+    folds = FOLDS if folds is None and few else folds
+    if folds:
+        if recipe.copies.names:
+            raise ProbeError("copies cannot be used with folds: set validation.share, or validation.sources")
+        validation = None
+    else:
+        if validation is None:
+            plain, validation = plain.split(held_validation.share or VALIDATION_SHARE, recipe.seed)
+        validation = validation.at_most(held_validation.max_rows, recipe.seed)
+    extra = _without_judged(extra, [plain if folds else validation, test])
+    check_labels(
+        ", ".join(source.name for source in recipe.train), LabelledTexts.join([plain, *([extra] if extra else [])])
+    )
+    for name, rows in (("validation", validation), ("test", test)):
+        _warn_of_learned(name, rows, plain)
+    copied = augment(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
+    copies = copied.select(range(len(plain), len(copied)))
+    train = LabelledTexts.join([plain, *([extra] if extra else []), copies])
+    names = train.columns[SOURCE]
+    held_out, held_rows = _held_out(recipe, by_source, names, train.texts)
+    first = {source.name: source for source in recipe.train}
+    learned = range(len(train) - len(copies))
+    weights = [first[names[row]].weights if row in learned else None for row in range(len(train))]
+    return RecipeRows(
+        train=train,
+        num_plain=len(plain),
+        num_extra=len(extra) if extra else 0,
+        validation=validation,
+        test=test,
+        folds=plain.folds(folds, recipe.seed) if folds else [],
+        calibration=reader.calibration(),
+        measured=reader.measured(),
+        repeats=[first[names[row]].repeat if row in learned else 1 for row in range(len(train))],
+        weights=weights if any(weights) else None,
+        held_out=held_out,
+        held_rows=held_rows,
+        slices=_slices(recipe, held_test, test),
+        not_commercial=reader.not_commercial,
+        sources=_describe(recipe, held_validation, held_test, folds),
+    )
+
+
+class _Reader:
+    """Reads the sources of a recipe, with the labels of the first one."""
+
+    def __init__(self, recipe: Recipe, data_dir: str | os.PathLike | None, max_text: int, commercial: bool):
+        self.recipe, self.data_dir, self.max_text, self.commercial = recipe, data_dir, max_text, commercial
+        self.labels, self.not_commercial = recipe.labels, {}
+
+    def read(self, source: Source, split: str, labels: Labels | None = None) -> LabelledTexts:
+        limits = {"seed": self.recipe.seed, "max_text": self.max_text}
+        rows = source.read(labels or self.labels, self.data_dir, split, **limits, commercial=self.commercial)
+        if self.commercial:
+            every = source.read(labels or self.labels, self.data_dir, split, **limits)
+            if left_out := len(every) - len(rows):
+                self.not_commercial[source.name] = left_out
+        if labels is not None or not len(rows):
+            return rows
+        if wrong := sorted(set(self.recipe.labels.flagged or ()) - set(rows.label_names)):
+            raise ProbeError(f"flagged={wrong} must be among the labels {', '.join(rows.label_names)}")
+        flagged = self.recipe.labels.flagged or rows.flagged
+        if self.labels.names is None:
+            self.labels = Labels(names=rows.label_names, flagged=flagged, problem_type=rows.problem_type)
+        return replace(rows, flagged=flagged)
+
+    def join(self, held: Held, split: str) -> LabelledTexts | None:
+        """Return the rows of the sources of `validation` or `test`, None if it has none."""
+        return self._join(split, [self.read(source, split) for source in held.sources])
+
+    def _join(self, name: str, parts: Sequence[LabelledTexts]) -> LabelledTexts | None:
+        if parts and not any(map(len, parts)):
+            raise ProbeError(f"{name} has no rows whose licence allows commercial use")
+        return LabelledTexts.join(parts) if parts else None
+
+    def measured(self) -> dict[str, LabelledTexts]:
+        """Return the rows to measure on, by source, without those that a licence has left out."""
+        found = {source.name: self.read(source, "test") for source in self.recipe.measure.sources}
+        return {name: rows for name, rows in found.items() if len(rows)}
+
+    def calibration(self) -> LabelledTexts | None:
+        sources = self.recipe.calibration.sources
+        if not sources:
+            return None
+        names = self.labels.names or []
+        flagged = self.recipe.labels.flagged or self.labels.flagged
+        harmless = next((name for name in names if name not in (flagged or ())), None)
+        if len(names) != 2 or flagged is None or harmless is None:
+            raise ProbeError(f"calibration needs one flagged label of two, not {flagged} of {', '.join(names)}")
+        return self._join("calibration", [self.read(replace(source, label=harmless), "train") for source in sources])
+
+    def system_prompts(self) -> Sequence[str]:
+        source = self.recipe.copies.system_prompts
+        if source is None:
+            return []
+        labels = Labels(names=["text", "none"], problem_type="single_label_classification")
+        return [
+            text for text in self.read(replace(source, label="text"), "all", labels).texts if isinstance(text, str)
+        ]
+
+
+def _slices(recipe: Recipe, held_test: Held, test: LabelledTexts | None) -> dict[str, list[Any]]:
+    """Return the columns to report by: those of the recipe, or those of a single test source that is known by name."""
+    columns = {} if test is None else test.columns
+    if missing := [name for name in recipe.slice_columns if name not in columns]:
+        raise ProbeError(f"slice_columns={missing} must be columns of test rows: {', '.join(columns) or 'none'}")
+    named = find_benchmark(held_test.sources[0].rows) if len(held_test.sources) == 1 else None
+    wanted = recipe.slice_columns or (named[0].slices if named else ())
+    return {name: columns[name] for name in wanted if name in columns}  # a local copy may lack one
+
+
+def _joined(recipe: Recipe, by_source: dict[str, LabelledTexts], extra: bool) -> LabelledTexts | None:
+    parts = [by_source[source.name] for source in recipe.train if source.extra == extra]
+    parts = [part for part in parts if len(part)]
+    return LabelledTexts.join(parts) if parts else None
+
+
+def _without_judged(extra: LabelledTexts | None, judged: Sequence[LabelledTexts | None]) -> LabelledTexts | None:
+    """Return extra rows without those whose text is judged by."""
+    if extra is None:
+        return None
+    texts = {str(text) for rows in judged if rows is not None for text in rows.texts}
+    allowed = extra.select([row for row, text in enumerate(extra.texts) if str(text) not in texts])
+    if left_out := len(extra) - len(allowed):
+        logger.warning(f"{left_out} extra rows are skipped: they are validation or test rows as well")
+    if not len(allowed):
+        raise ProbeError("the extra sources of train have no rows beside the validation and test rows")
+    return allowed
+
+
+def _warn_of_learned(name: str, rows: LabelledTexts | None, train: LabelledTexts) -> None:
+    if rows is None:
+        return
+    learned = set(map(str, train.texts))
+    if seen := sum(str(text) in learned for text in rows.texts):
+        logger.warning(f"{seen} of {len(rows)} {name} rows have a text that is among the training rows")
+
+
+def _held_out(
+    recipe: Recipe, by_source: dict[str, LabelledTexts], names: Sequence[str], texts: Sequence[Any]
+) -> tuple[dict[str, np.ndarray], dict[str, dict[str, LabelledTexts]]]:
+    """Return for each twin the rows of `train` with words of its sources, or with one of their texts, and its own rows."""
+    held_out, held_rows = {}, {}
+    for twin, sources in recipe.hold_out.items():
+        held_rows[twin] = {name: by_source[name] for name in sources if len(by_source[name])}
+        same = {str(text) for rows in held_rows[twin].values() for text in rows.texts}
+        told = (
+            set(name.split("+")) & set(sources) or str(text) in same for name, text in zip(names, texts, strict=True)
+        )
+        held_out[twin] = np.flatnonzero([bool(value) for value in told])
+        if len(held_out[twin]) == len(texts):
+            raise ProbeError(f"hold_out.{twin} leaves no rows to learn from")
+    return held_out, {twin: rows for twin, rows in held_rows.items() if rows}
+
+
+def _describe(recipe: Recipe, validation: Held, test: Held, folds: int | None) -> dict[str, dict[str, Any]]:
+    """Return the `source` of each part, for `results.json`."""
+
+    def names(sources: Sequence[Source]) -> str:
+        # Paths differ between machines; the last two parts identify the file.
+        written = (
+            "/".join(Path(source.rows).parts[-2:]) if os.path.exists(source.rows) else source.rows
+            for source in sources
+        )
+        return ", ".join(written)
+
+    held = {
+        "validation": f"{folds} folds of train" if folds else f"{validation.share or VALIDATION_SHARE:.0%} of train",
+        "test": f"{test.share or 0:.0%} of train",
+    }
+    found = {"train": {"source": names([source for source in recipe.train if not source.extra])}}
+    for name, part in (("validation", validation), ("test", test)):
+        found[name] = {"source": names(part.sources) or held[name]}
+    extra = [source for source in recipe.train if source.extra]
+    found["extra"] = {"source": names(extra)}
+    if weights := next((source.weights for source in extra if source.weights), None):
+        found["extra"]["weights"] = weights
+    found["calibration"] = {"source": names(recipe.calibration.sources)}
+    return found

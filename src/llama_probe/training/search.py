@@ -1,0 +1,94 @@
+"""A search: configurations that Optuna draws, trained side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ProbeError
+from ..heads import get_probe_type
+from ..heads.configuration import ProbeConfig
+from .defaults import SEARCH_SPACE
+
+
+_TRAINING = ("learning_rate", "weight_decay", "label_smoothing_factor")
+_ATTEMPTS = 100  # draws for one trial that fits the backbone
+
+
+@dataclass(kw_only=True)
+class Search:
+    """Configurations to try beside each other. The best by validation is kept.
+
+    Attributes:
+        trials: number of configurations; 0 for no search.
+        probe_types: kinds to draw from.
+    """
+
+    trials: int = 0
+    probe_types: list[str] = field(default_factory=lambda: ["pooling", "gate", "mha"])
+
+    def __post_init__(self):
+        if self.trials < 0:
+            raise ProbeError(f"trials={self.trials} must be at least 0")
+        for name in self.probe_types:
+            get_probe_type(name)  # raises
+
+
+@dataclass
+class Trial:
+    """A configuration that was drawn: its values by name, the config of its head, and training arguments that differ."""
+
+    values: dict[str, Any]
+    config: ProbeConfig
+    training: dict[str, Any]
+
+
+def draw_trials(search: Search, base: ProbeConfig, seed: int) -> dict[str, Trial]:
+    """Draw the configurations of a search over `SEARCH_SPACE` and the kinds' own `search_space`, by head.
+
+    Args:
+        base: config that the draws must fit.
+
+    Raises:
+        ProbeError: a kind has no choices that fit the backbone.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # One a kind: kinds may give a field of the same name other choices.
+    studies = {
+        kind: optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed + place))
+        for place, kind in enumerate(search.probe_types)
+    }
+    trials: dict[str, Trial] = {}
+    for number in range(search.trials):
+        kind = search.probe_types[number % len(search.probe_types)]
+        for _ in range(_ATTEMPTS):
+            values = {
+                "probe_type": kind,
+                **_draw(studies[kind].ask(), SEARCH_SPACE | get_probe_type(kind).search_space),
+            }
+            with suppress(ProbeError):
+                trials[f"trial-{number}"] = _trial(base, values)
+                break
+        else:
+            raise ProbeError(f"probe_type={kind!r} has no choices that fit hidden_size={base.hidden_size}")
+    return trials
+
+
+def _draw(trial: Any, space: dict[str, tuple[float, float] | Sequence[Any]]) -> dict[str, Any]:
+    return {
+        name: trial.suggest_categorical(name, choices)
+        if isinstance(choices, list)
+        else trial.suggest_float(name, *choices, log=name == "learning_rate")
+        for name, choices in space.items()
+    }
+
+
+def _trial(base: ProbeConfig, values: dict[str, Any]) -> Trial:
+    training = {name: values[name] for name in _TRAINING}
+    options = {name: value for name, value in values.items() if name in get_probe_type(values["probe_type"]).options}
+    head = {name: value for name, value in values.items() if name not in training and name not in options}
+    return Trial(values, base.replace(**head, options=options), training)

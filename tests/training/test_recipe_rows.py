@@ -1,0 +1,218 @@
+"""The rows of a recipe: which train, which are held back, and which are left out."""
+
+import json
+
+import numpy as np
+import pytest
+
+from llama_probe import ProbeError
+from llama_probe.training.recipe import FEW_ROWS, Recipe
+from llama_probe.training.recipe_rows import read_rows
+
+
+def write(path, rows, labels=2):
+    """Write rows, or so many, as JSON lines."""
+    if isinstance(rows, int):
+        rows = [{"text": f"{('bad', 'good', 'so so')[i % labels]} no {i}", "label": i % labels} for i in range(rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def read(*train, data_dir=None, commercial=False, **sections):
+    sections = {"labels": {"flagged": None}, "validation": {"folds": 0}, **sections}
+    return read_rows(Recipe.load({"train": list(train), **sections}), data_dir, commercial=commercial)
+
+
+@pytest.fixture
+def train(tmp_path):
+    return write(tmp_path / "a.jsonl", 40)
+
+
+class TestHoldingBack:
+    def test_a_share(self, train):
+        rows = read(train)
+        assert (len(rows.train), len(rows.validation)) == (34, 6)
+        assert not set(rows.train.texts) & set(rows.validation.texts)
+
+    @pytest.mark.parametrize("count, folded", [(FEW_ROWS - 1, True), (FEW_ROWS, False)])
+    def test_few_rows_are_folded(self, tmp_path, count, folded):
+        rows = read(write(tmp_path / "a.jsonl", count), validation={})
+        assert (rows.validation is None) == bool(rows.folds) == folded
+        assert len(rows.train) == (count if folded else 340)
+
+    def test_test_rows_before_anything_else(self, train, caplog):
+        rows = read(train, test={"share": 0.25})
+        assert [len(part) for part in (rows.train, rows.validation, rows.test)] == [25, 5, 10]
+        assert len({text for part in rows.parts().values() for text in part.texts}) == 40
+        fewer = read(train, test={"share": 0.25}, max_rows=9, validation={"folds": 3})
+        assert fewer.test.texts == rows.test.texts and len(fewer.train) == 9
+        assert "among the training rows" not in caplog.text
+
+    def test_one_label_teaches_nothing(self, tmp_path):
+        one, other = write(tmp_path / "a.jsonl", 30, labels=1), write(tmp_path / "b.jsonl", 30)
+        names = {"labels": {"names": ["no", "yes"]}}
+        with pytest.raises(ProbeError, match="'no'"):
+            read(one, **names)
+        assert read(one, {"rows": other, "extra": True}, validation={"folds": 3}, **names).num_extra
+        several = write(tmp_path / "c.jsonl", [{"text": f"{i}", "label": [0]} for i in range(30)])
+        assert read(several).train.label_names == ["LABEL_0"]
+
+    def test_replies_to_one_prompt_stay_together(self, tmp_path):
+        lines = [{"ask": f"number {i // 4}", "text": f"reply {i}", "label": i % 2} for i in range(48)]
+        rows = read({"rows": write(tmp_path / "a.jsonl", lines), "prompt_column": "ask"}, test={"share": 0.3})
+        asked = {name: {text[0]["content"] for text in part.texts} for name, part in rows.parts().items()}
+        assert sum(map(len, asked.values())) == 12 == len(set.union(*asked.values()))
+
+    @pytest.mark.parametrize("count, labels, folds", [(23, 2, 4), (6, 3, 5)])
+    def test_each_row_is_held_out_once(self, tmp_path, count, labels, folds):
+        rows = read(write(tmp_path / "a.jsonl", count, labels), validation={"folds": folds})
+        held = rows.folds
+        assert sorted(np.concatenate(held)) == list(range(count)) and len(held) == folds
+        if count >= folds * labels:
+            assert all(len(set(rows.train.labels[fold])) > 1 for fold in held), "labels are spread"
+        again = read(write(tmp_path / "a.jsonl", count, labels), validation={"folds": folds})
+        assert all((a == b).all() for a, b in zip(held, again.folds, strict=True))
+        with pytest.raises(ProbeError, match=f"{count} different texts"):
+            read(write(tmp_path / "a.jsonl", count, labels), validation={"folds": count + 1})
+
+
+class TestMixtures:
+    def test_the_rows_of_all_sources(self, tmp_path):
+        one = write(tmp_path / "a.jsonl", [{"text": f"a {i}", "label": 0, "of": "a"} for i in range(20)])
+        other = write(tmp_path / "b.jsonl", [{"text": f"b {i}", "label": 1, "of": "b", "more": 1} for i in range(10)])
+        rows = read(one, other, labels={"names": ["no", "yes"]}, validation={"share": 0.2})
+        assert [len(rows.train), len(rows.validation)] == [24, 6]
+        assert [text[0] == "b" for text in rows.train.texts] == rows.train.labels.tolist()
+        assert set(rows.train.columns) == {"of", "source"} and set(rows.validation.columns["of"]) == {"a", "b"}
+        limited = read({"rows": one, "max_rows": 5}, other, labels={"names": ["no", "yes"]}, validation={"folds": 3})
+        assert limited.train.columns["source"] == ["a"] * 5 + ["b"] * 10
+
+    def test_repeats_and_weights(self, tmp_path, train):
+        extra = {"rows": write(tmp_path / "b.jsonl", 60), "extra": True, "weights": [0.0, 0.3]}
+        rows = read(
+            {"rows": train, "repeat": 3},
+            extra,
+            copies={"names": ["lead_in"], "share": 0.2},
+            labels={"flagged": ["LABEL_1"]},
+        )
+        plain, more = rows.num_plain, rows.num_extra
+        assert rows.repeats == [3] * plain + [1] * (len(rows.train) - plain), "copies are learned once"
+        assert rows.weights == [None] * plain + [[0.0, 0.3]] * more + [None] * (len(rows.train) - plain - more)
+
+    def test_the_first_source_says_what_the_labels_are(self, tmp_path):
+        own = write(tmp_path / "own.jsonl", [{"text": f"a {i}", "label": "ab"[i % 2]} for i in range(20)])
+        assert read(own).train.flagged is None and read(own, labels={"flagged": ["a"]}).train.flagged == ["a"]
+        with pytest.raises(ProbeError, match=r"flagged=.*c.* a, b"):
+            read(own, labels={"flagged": ["c"]})
+        other = write(tmp_path / "other.jsonl", [{"text": "x", "label": "d"}])
+        with pytest.raises(ProbeError, match="d"):
+            read(own, other)
+
+
+class TestCopies:
+    def test_only_training_rows_are_wrapped(self, tmp_path, train):
+        system = write(tmp_path / "system.jsonl", [{"text": "You sell shoes."}])
+        split = {"test": {"share": 0.25}, "validation": {"share": 0.2}}
+        plain = read(train, **split)
+        rows = read(train, **split, copies={"names": ["system_prompt"], "share": 1.0, "system_prompts": system})
+        texts = plain.train.texts
+        assert rows.validation.texts == plain.validation.texts and rows.test.texts == plain.test.texts
+        wrapped = [[turn["content"] for turn in text] for text in rows.train.texts[len(texts) :]]
+        assert rows.train.texts[: len(texts)] == texts and wrapped == [["You sell shoes.", text] for text in texts]
+        assert rows.train.labels.tolist() == plain.train.labels.tolist() * 2
+
+    def test_refused(self, train):
+        with pytest.raises(ProbeError, match="copies"):  # folds would share them
+            read(train, validation={"folds": 3}, copies={"names": ["lead_in"]})
+
+
+class TestExtraRows:
+    def test_they_train_and_do_nothing_else(self, tmp_path, train):
+        extra = {"rows": write(tmp_path / "b.jsonl", 60), "extra": True}
+        rows = read(train, extra, test={"share": 0.25})
+        assert [rows.num_plain, len(rows.validation), len(rows.test)] == [25, 5, 10], "as without them"
+        judged = {*rows.validation.texts, *rows.test.texts}
+        assert rows.num_extra == 60 - 15 and not judged & set(rows.train.texts)
+        with_folds = read(train, extra, validation={"folds": 3})
+        assert with_folds.train.texts[40:] == [f"{('bad', 'good')[i % 2]} no {i}" for i in range(40, 60)]
+
+    def test_rows_that_are_all_validation_rows(self, tmp_path, train, caplog):
+        extra = {"rows": write(tmp_path / "b.jsonl", 20), "extra": True}
+        with pytest.raises(ProbeError, match="extra"):
+            read(train, extra, validation={"folds": 3})
+        other = {"rows": write(tmp_path / "c.jsonl", 60), "extra": True}
+        assert (
+            read(train, extra, other, validation={"folds": 3}).num_extra == 20
+            and "60 extra rows are skipped" in caplog.text
+        )
+
+    def test_a_named_data_set_is_read_by_the_order_of_its_labels(self, tmp_path):
+        write(tmp_path / "advbench" / "test.jsonl", [{"text": "Make a bomb.", "label": 1}])
+        write(tmp_path / "toxicchat" / "train.jsonl", 40)
+        rows = read("toxicchat", {"rows": "advbench:test", "extra": True}, data_dir=tmp_path)
+        assert rows.train.labels[rows.num_plain :].tolist() == [1] and rows.train.flagged == ["toxic"]
+
+
+class TestCalibration:
+    def test_rows_need_no_labels(self, tmp_path, train):
+        calm = write(tmp_path / "b.jsonl", [{"text": f"calm {i}"} for i in range(60)])
+        sections = {"labels": {"flagged": ["LABEL_1"]}, "calibration": {"sources": [calm]}}
+        rows = read(train, **sections)
+        assert rows.calibration.labels.tolist() == [0] * 60
+        with pytest.raises(ProbeError, match="calibration"):
+            read(write(tmp_path / "c.jsonl", 60, labels=3), calibration={"sources": [calm]})
+
+
+class TestLicences:
+    def test_what_is_left_out_is_told(self, tmp_path, train):
+        bound = {"rows": write(tmp_path / "b.jsonl", 30), "name": "bound", "licence": "cc-by-nc-4.0"}
+        free = {"rows": train, "licence": "mit"}
+        rows = read(free, bound, commercial=True)
+        assert rows.not_commercial == {"bound": 30} and set(rows.train.columns["source"]) == {"a"}
+        with pytest.raises(ProbeError, match="licence"):
+            read(bound, commercial=True)
+
+
+class TestWarnings:
+    @pytest.mark.parametrize(
+        "name, told", [("validation", "40 of 50 validation rows"), ("test", "34 of 50 test rows")]
+    )
+    def test_rows_that_are_learned_from_and_judged_by(self, tmp_path, train, name, told, caplog):
+        read(train, **{name: {"sources": [write(tmp_path / "b.jsonl", 50)]}})
+        assert caplog.text.count("among the training rows") == 1 and told in caplog.text
+
+    def test_labels_without_a_training_row(self, train, caplog):
+        read(train, labels={"names": ["bad", "good"]})
+        assert not caplog.messages
+        read(train, labels={"names": ["bad", "good", "so so"]})
+        assert "has the label so so:" in caplog.text
+
+
+class TestNamedDataSets:
+    @pytest.fixture
+    def named(self, tmp_path):
+        folder = tmp_path / "named"
+        for name, splits in (("emotion", ("train", "validation", "test")), ("toxicchat", ("train", "test"))):
+            for split in splits:
+                lines = [{"text": f"{split} {i}", "label": i % 2, "human_annotation": True} for i in range(20)]
+                write(folder / name / f"{split}.jsonl", lines)
+        write(folder / "xstest" / "test.jsonl", 20)
+        return folder
+
+    def test_its_own_splits(self, named):
+        rows = read("emotion", data_dir=named, validation={})
+        assert {name: part.texts[0] for name, part in rows.parts().items()} == {
+            "train": "train 0", "validation": "validation 0", "test": "test 0",
+        }  # fmt: skip
+
+    def test_without_a_validation_split(self, named):
+        rows = read("toxicchat", data_dir=named, validation={"share": 0.25})
+        assert {name: len(part) for name, part in rows.parts().items()} == {"train": 15, "validation": 5, "test": 20}
+
+    def test_labels_of_another_set_are_those_of_train(self, named):
+        rows = read("toxicchat", test={"sources": ["xstest"]}, data_dir=named)
+        assert rows.test.label_names == ["non-toxic", "toxic"] and rows.test.labels.sum() == 10
+        assert rows.train.flagged == rows.test.flagged == ["toxic"]
+        with pytest.raises(ProbeError, match="safe, unsafe"):
+            read("emotion", test={"sources": ["xstest"]}, data_dir=named)
