@@ -122,6 +122,7 @@ class TestFile:
             (changed(copies={"names": ["system_prompt"]}), "system_prompts"),
             (changed(copies={"names": ["later_turns"]}), "token_scope"),
             (changed(hold_out={"lists": ["advbench"]}), "hold_out.lists names 'advbench'"),
+            (changed(hold_out={"a.b": ["toxicchat"]}), "'a.b'"),
             (changed(seeds=0), "seeds=0"),
             (changed(seed=2**32), "seed=4294967296"),
             (changed(max_rows=0), "max_rows=0"),

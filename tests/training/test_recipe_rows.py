@@ -154,6 +154,31 @@ class TestExtraRows:
         assert rows.train.labels[rows.num_plain :].tolist() == [1] and rows.train.flagged == ["toxic"]
 
 
+class TestHoldingOut:
+    def test_a_twin_is_not_chosen_by_its_sources_either(self, tmp_path):
+        sources = [
+            write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(60)])
+            for name in "ab"
+        ]
+        rows = read(*sources, validation={"share": 0.3}, hold_out={"twin": ["b"]})
+        for part, held in ((rows.train, rows.held_out["twin"]), (rows.validation, rows.unjudged["twin"])):
+            assert {part.texts[row][0] for row in held} == {"b"} and len(held) == sum(
+                text[0] == "b" for text in part.texts
+            )
+        assert len(rows.held_rows["twin"]["b"]) == 60
+
+    @pytest.mark.parametrize(
+        "sections", [{"validation": {"folds": 2}, "hold_out": {"x": ["b"]}}, {"hold_out": {"x": ["a", "b"]}}]
+    )
+    def test_refused(self, tmp_path, sections):
+        with pytest.raises(ProbeError, match="hold_out"):
+            read(write(tmp_path / "a.jsonl", 40), write(tmp_path / "b.jsonl", 40), **sections)
+
+    def test_rows_that_were_learned_are_not_measured(self, tmp_path, train):
+        rows = read(train, measure={"sources": [write(tmp_path / "b.jsonl", 60)]})
+        assert not set(rows.measured["b"].texts) & set(rows.train.texts) and len(rows.measured["b"]) == 26
+
+
 class TestCalibration:
     def test_rows_need_no_labels(self, tmp_path, train):
         calm = write(tmp_path / "b.jsonl", [{"text": f"calm {i}"} for i in range(60)])

@@ -113,7 +113,8 @@ def stand_ins(columns, source):
         values = {
             name: value[row % len(value)] if isinstance(value, list) else value for name, value in columns.items()
         }
-        texts = {name: f"{value} {source.name} {row}" for name, value in values.items() if value in ("text", "asked")}
+        mark = f"{source.name} {source.rows} {row}"
+        texts = {name: f"{value} {mark}" for name, value in values.items() if value in ("text", "asked")}
         values |= texts | {name: cell(wanted[row % len(wanted)]) for name, wanted in where.items()}
         if row == count:
             values |= dict.fromkeys(where, "no such value")

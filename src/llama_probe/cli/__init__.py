@@ -47,7 +47,7 @@ COMMANDS = {
         'llama-probe classify --input "rows/*.parquet" --output labels'),
     "train": Entry("train", "Train a head by a recipe, or on labelled rows, and write its folder: config, weights, results, recipe and card.",
         "recipe backbone output train test text_column label_column flag data_dir probe_type epochs set_ resume dry_run as_json",
-        "llama-probe train safety --backbone Qwen/Qwen2.5-1.5B-Instruct --output guard",
+        "llama-probe train guard --backbone Qwen/Qwen2.5-1.5B-Instruct --output my-guard",
         "llama-probe train --train rows.csv --flag bad --output my-head",
         "llama-probe train sst2 --set head.probe_type=gate --num-seeds 3 --output sst2-head"),
     "evaluate": Entry("evaluate", "Score a head on labelled rows, with its saved temperature and threshold.",

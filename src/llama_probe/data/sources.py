@@ -140,9 +140,7 @@ class Source:
         copy_name = f"{_short_name(place.id)}/{split}.jsonl.gz"
         if data_dir is None:
             if not _HUB_ID.fullmatch(place.id):
-                raise ProbeError(
-                    f"{self.rows!r} is no file, data set known by name or Hub id; --data-dir DIR has {copy_name}"
-                )
+                raise ProbeError(f"{self.rows!r} is not on the Hub: --data-dir DIR must have {copy_name}")
             return self
         for path in (Path(data_dir) / _short_name(place.id) / split, Path(data_dir) / _short_name(place.id)):
             for suffix in (ending + zipped for ending in KINDS for zipped in ("", ".gz")):

@@ -161,7 +161,7 @@ class LabelledTexts:
 
 @dataclass(kw_only=True)
 class Labels:
-    """What the labels of rows are.
+    """The labels that rows may have.
 
     Attributes:
         names: names by index. Defaults to what the rows say.

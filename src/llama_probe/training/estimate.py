@@ -1,4 +1,4 @@
-"""How much a run has to do, said before it starts: rows, tokens, time and bytes on disk."""
+"""The work of a run, said before it starts: rows, tokens, time and bytes on disk."""
 
 from __future__ import annotations
 

@@ -26,14 +26,11 @@ class GroupOutput(ModelOutput):
 
     Args:
         logits (`torch.FloatTensor` of shape `[batch, heads, num_labels]`): of each head, in their order.
-
-    Attributes:
-        by_head: the `ProbeOutput` of each head. It is no field: the Trainer would gather it.
+        by_head: the `ProbeOutput` of each head, for the loss. A field, because DDP keeps nothing else.
     """
 
     logits: torch.Tensor | None = None
-
-    by_head = None
+    by_head: dict[str, ProbeOutput] | None = None
 
 
 class HeadGroup(nn.Module):
@@ -82,8 +79,8 @@ class HeadGroup(nn.Module):
         """Score a batch of `ProbeCollator` with each head.
 
         Args:
-            learned_by (`torch.BoolTensor` of shape `[batch, heads]`, *optional*): the rows that each head learns from.
-                Defaults to all.
+            learned_by (`torch.BoolTensor` of shape `[batch, heads]`, *optional*): the rows that each head learns from, or is
+                chosen by: in eval mode the logits of others are not numbers. Defaults to all.
         """
         if hidden_states is None:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -105,9 +102,10 @@ class HeadGroup(nn.Module):
             if learned_by is not None:
                 learned = learned_by[:, index : index + 1].float()  # [B, 1]
                 outputs[name].row_weights = learned if row_weights is None else row_weights * learned
-        output = GroupOutput(logits=torch.stack([output.logits for output in outputs.values()], dim=1))
-        output.by_head = outputs
-        return output
+        logits = torch.stack([output.logits for output in outputs.values()], dim=1)
+        if learned_by is not None and not self.training:
+            logits = logits.masked_fill(~learned_by[..., None].to(logits.device), torch.nan)
+        return GroupOutput(logits=logits, by_head=outputs)
 
 
 @dataclass

@@ -192,6 +192,15 @@ class PreparedRun:
         row_weights = None if weights is None else [weights[row] for row in places]
         return TrainingRows(self.datasets["train"], places, self.reply_lengths["train"], row_weights, learned_by)
 
+    def judged(self) -> Dataset | None:
+        """Return the validation rows, and the heads that are chosen by each; None if there are folds."""
+        if not self.rows.unjudged:
+            return self.datasets.get("validation")
+        judged_by = np.ones((len(self.rows.validation), len(self.heads)), dtype=bool)
+        for column, name in enumerate(self.heads):
+            judged_by[self.rows.unjudged.get(name.removeprefix("twin-"), []), column] = False
+        return TrainingRows(self.datasets["validation"], learned_by=judged_by)
+
     def loss(self, name: str) -> ProbeLoss:
         """Return the loss of a head."""
         args = {"label_smoothing_factor": self.args.label_smoothing_factor} | self.training_of(name)

@@ -105,7 +105,7 @@ class Measure:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """How a head is made: all that a run needs beside a backbone, an output folder and a device.
+    """The making of a head: all that a run needs beside a backbone, an output folder and a device.
 
     Attributes:
         name, about: name of the recipe, and what the head tells, in a sentence.
@@ -178,6 +178,8 @@ class Recipe:
         if twice := next((name for name in names if names.count(name) > 1 or "+" in name), None):
             raise ProbeError(f"train: the name {twice!r} must be of one source, without a plus; give it another name")
         for twin, held in self.hold_out.items():
+            if not re.fullmatch(r"[\w-]+", twin):
+                raise ProbeError(f"hold_out: the name {twin!r} must have letters, digits, - and _ alone")
             if unknown := [name for name in held if name not in names]:
                 raise ProbeError(
                     f"hold_out.{twin} names {unknown[0]!r}, which is no source of train: {', '.join(names)}"

@@ -40,7 +40,8 @@ class RecipeRows:
         measured: further rows to measure on, by name.
         repeats: how often each row of `train` is learned in an epoch.
         weights: weights of each row of `train` in the loss, or None.
-        held_out: twin -> the rows of `train` that it does not learn from. held_rows: twin -> the rows to measure it on, by source.
+        held_out: twin -> the rows of `train` that it does not learn from. unjudged: twin -> the rows of `validation` that it is not
+            chosen by. held_rows: twin -> the rows to measure it on, by source.
         slices: column -> values of the test rows to report by.
         not_commercial: source -> rows that its licence has left out.
         sources: what `results.json` says of each part.
@@ -57,6 +58,7 @@ class RecipeRows:
     repeats: list[int]
     weights: list[list[float] | None] | None
     held_out: dict[str, np.ndarray]
+    unjudged: dict[str, np.ndarray]
     held_rows: dict[str, dict[str, LabelledTexts]]
     slices: dict[str, list[Any]]
     not_commercial: dict[str, int]
@@ -123,6 +125,8 @@ def read_rows(
     if folds:
         if recipe.copies.names:
             raise ProbeError("copies cannot be used with folds: set validation.share, or validation.sources")
+        if recipe.hold_out:
+            raise ProbeError("hold_out cannot be used with folds: set validation.share, or validation.sources")
         validation = None
     else:
         if validation is None:
@@ -138,7 +142,8 @@ def read_rows(
     copies = copied.select(range(len(plain), len(copied)))
     train = LabelledTexts.join([plain, *([extra] if extra else []), copies])
     names = train.columns[SOURCE]
-    held_out, held_rows = _held_out(recipe, by_source, names, train.texts)
+    held_rows = _held_rows(recipe, by_source)
+    learned_texts = {str(text) for text in train.texts[: len(train) - len(copies)]}
     first = {source.name: source for source in recipe.train}
     learned = range(len(train) - len(copies))
     weights = [first[names[row]].weights if row in learned else None for row in range(len(train))]
@@ -150,10 +155,11 @@ def read_rows(
         test=test,
         folds=plain.folds(folds, recipe.seed) if folds else [],
         calibration=reader.calibration(),
-        measured=reader.measured(),
+        measured=reader.measured(learned_texts),
         repeats=[first[names[row]].repeat if row in learned else 1 for row in range(len(train))],
         weights=weights if any(weights) else None,
-        held_out=held_out,
+        held_out=_rows_of_twins(train, recipe, held_rows),
+        unjudged=_rows_of_twins(validation, recipe, held_rows),
         held_rows=held_rows,
         slices=_slices(recipe, held_test, test),
         not_commercial=reader.not_commercial,
@@ -193,10 +199,14 @@ class _Reader:
             raise ProbeError(f"{name} has no rows whose licence allows commercial use")
         return LabelledTexts.join(parts) if parts else None
 
-    def measured(self) -> dict[str, LabelledTexts]:
-        """Return the rows to measure on, by source, without those that a licence has left out."""
-        found = {source.name: self.read(source, "test") for source in self.recipe.measure.sources}
-        return {name: rows for name, rows in found.items() if len(rows)}
+    def measured(self, learned_texts: set[str]) -> dict[str, LabelledTexts]:
+        """Return the rows to measure on, by source, without texts that were learned and rows that a licence has left out."""
+        found = {}
+        for source in self.recipe.measure.sources:
+            rows = self.read(source, "test")
+            rows = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in learned_texts])
+            found |= {source.name: rows} if len(rows) else {}
+        return found
 
     def calibration(self) -> LabelledTexts | None:
         sources = self.recipe.calibration.sources
@@ -256,21 +266,31 @@ def _warn_of_learned(name: str, rows: LabelledTexts | None, train: LabelledTexts
         logger.warning(f"{seen} of {len(rows)} {name} rows have a text that is among the training rows")
 
 
-def _held_out(
-    recipe: Recipe, by_source: dict[str, LabelledTexts], names: Sequence[str], texts: Sequence[Any]
-) -> tuple[dict[str, np.ndarray], dict[str, dict[str, LabelledTexts]]]:
-    """Return for each twin the rows of `train` with words of its sources, or with one of their texts, and its own rows."""
-    held_out, held_rows = {}, {}
-    for twin, sources in recipe.hold_out.items():
-        held_rows[twin] = {name: by_source[name] for name in sources if len(by_source[name])}
-        same = {str(text) for rows in held_rows[twin].values() for text in rows.texts}
-        told = (
-            set(name.split("+")) & set(sources) or str(text) in same for name, text in zip(names, texts, strict=True)
-        )
-        held_out[twin] = np.flatnonzero([bool(value) for value in told])
-        if len(held_out[twin]) == len(texts):
-            raise ProbeError(f"hold_out.{twin} leaves no rows to learn from")
-    return held_out, {twin: rows for twin, rows in held_rows.items() if rows}
+def _held_rows(recipe: Recipe, by_source: dict[str, LabelledTexts]) -> dict[str, dict[str, LabelledTexts]]:
+    """Return the rows that each twin is measured on, by source."""
+    found = {
+        twin: {name: by_source[name] for name in sources if len(by_source[name])}
+        for twin, sources in recipe.hold_out.items()
+    }
+    return {twin: rows for twin, rows in found.items() if rows}
+
+
+def _rows_of_twins(
+    rows: LabelledTexts | None, recipe: Recipe, held_rows: dict[str, dict[str, LabelledTexts]]
+) -> dict[str, np.ndarray]:
+    """Return for each twin the rows with words of its sources, or with one of their texts."""
+    found = {}
+    for twin, held in held_rows.items() if rows is not None else ():
+        sources, texts = set(recipe.hold_out[twin]), {str(text) for part in held.values() for text in part.texts}
+        names = rows.columns.get(SOURCE, [""] * len(rows))
+        is_held = [
+            bool(sources & set(name.split("+"))) or str(text) in texts
+            for name, text in zip(names, rows.texts, strict=True)
+        ]
+        found[twin] = np.flatnonzero(is_held)
+        if all(is_held):
+            raise ProbeError(f"hold_out.{twin} leaves no rows to learn from, or to choose by")
+    return found
 
 
 def _describe(recipe: Recipe, validation: Held, test: Held, folds: int | None) -> dict[str, dict[str, Any]]:

@@ -161,10 +161,10 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> dict[str, Any] | None:
 def _calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor]) -> dict[str, ProbeModel]:
     """Return the twins with temperature and thresholds, fitted on rows that they may know."""
     twins = {}
-    for name, held in run.rows.held_rows.items():
-        probe, judged = run.heads[f"twin-{name}"], run.rows.judged
-        texts = {str(text) for rows in held.values() for text in rows.texts}
-        known = [row for row, text in enumerate(judged.texts) if str(text) not in texts]
+    judged = run.rows.judged
+    for name in run.rows.held_rows:
+        probe = run.heads[f"twin-{name}"]
+        known = np.setdiff1d(np.arange(len(judged)), run.rows.unjudged.get(name, []))
         logits = logits_by_head[f"twin-{name}"][known]
         probe.config, _ = decide(probe.config, logits, judged.labels[known], run.args)
         if run.rows.calibration is not None:

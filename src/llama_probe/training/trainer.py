@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import CommitInfo
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -36,10 +33,8 @@ from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric
 from ..evaluation.metrics import compute_metrics as metrics_of
 from ..evaluation.prediction import predict_logits
-from ..files import write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import NO_NUMBER_BECAUSE
 from ..heads.probe import ProbeModel
 from ..heads.rules import PROMPT_FORMATS
 from ..hub.card import CardFacts
@@ -49,6 +44,7 @@ from .estimate import free_bytes
 from .head_group import GroupLoss, HeadGroup
 from .loss import ProbeLoss
 from .prepared import PreparedRun
+from .progress import KeepBest, Progress, read_progress, write_progress
 from .recipe import Recipe
 from .results import Finished, add_results, decide, finish
 from .rows import TrainingRows, as_dataset, labels_of
@@ -57,32 +53,6 @@ from .rows import TrainingRows, as_dataset, labels_of
 logger = logging.get_logger(__name__)
 
 STATES = ".states"
-BEST_NAME = "best.safetensors"  # of a checkpoint: the best weights of each head so far, and its scores
-
-
-@dataclass
-class Progress:
-    """How a head does in its training.
-
-    Attributes:
-        scores: the metric of each evaluation until the head stopped, larger is better; minus infinity if it diverged.
-        epochs: epochs until then.
-        weights: weights of the best evaluation.
-    """
-
-    scores: list[float] = field(default_factory=list)
-    epochs: float = 0.0
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def best(self) -> float:
-        """The best score; minus infinity before the first."""
-        return max(self.scores, default=-math.inf)
-
-    def has_stopped(self, patience: int | None) -> bool:
-        """Return True if there was no better score in `patience` evaluations."""
-        waited = len(self.scores) - 1 - self.scores.index(self.best) if self.scores else 0
-        return patience is not None and waited >= patience
 
 
 class ProbeTrainer(Trainer):
@@ -208,7 +178,7 @@ class ProbeTrainer(Trainer):
                 model_init=model_init,
                 compute_loss_func=compute_loss_func,
                 compute_metrics=compute_metrics or self._measure,
-                callbacks=[_KeepBest(self), *(callbacks or [])],
+                callbacks=[KeepBest(self), *(callbacks or [])],
                 **kwargs,
             )
 
@@ -267,7 +237,7 @@ class ProbeTrainer(Trainer):
             run.args,
             None,
             run.learned(),
-            run.datasets.get("validation"),
+            run.judged(),
             compute_loss_func=GroupLoss({name: run.loss(name) for name in run.heads}),
             head_args={name: run.training_of(name) for name in run.heads},
             **kwargs,
@@ -284,7 +254,7 @@ class ProbeTrainer(Trainer):
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """What was measured of the head of a recipe, or of a single head; None before `judge`."""
+        """Results of the head of a recipe, or of a single head; None before `judge`."""
         head = next(iter(self.heads.values())) if self._chosen is None else self._chosen.head
         return head.results
 
@@ -448,6 +418,16 @@ class ProbeTrainer(Trainer):
             torch.manual_seed(seed)
             return super().training_step(model, inputs, num_items_in_batch)
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Return loss, logits and labels of a batch; see `Trainer.prediction_step`."""
+        return super().prediction_step(model, inputs, prediction_loss_only, [*(ignore_keys or ["cache"]), "by_head"])
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of parameters for each of several heads."""
         if self.optimizer is not None or not isinstance(self.model, HeadGroup):
@@ -471,66 +451,12 @@ class ProbeTrainer(Trainer):
         limit = self.args.max_grad_norm
         return torch.stack([nn.utils.clip_grad_norm_(head.parameters(), limit) for head in self.heads.values()]).max()
 
-    def note_evaluation(self, metrics: dict[str, Any]) -> bool:
-        """Note the metric of each head after an evaluation. Return True if no head improves any more.
-
-        Raises:
-            ProbeError: no head gives numbers.
-        """
-        metric = self.args.metric_for_best_model.removeprefix("eval_")
-        sign = 1 if self.args.greater_is_better else -1
-        for name, head in self.heads.items():
-            progress, value = self.progress[name], metrics.get(f"eval_{self._metric_name(name, metric)}")
-            if progress.has_stopped(self.args.patience):
-                continue
-            score = -math.inf if value is None or not math.isfinite(value) else sign * value
-            if score > progress.best or not progress.scores:
-                progress.weights = {key: tensor.detach().clone() for key, tensor in head.state_dict().items()}
-            progress.scores.append(score)
-            progress.epochs = self.state.epoch
-        if all(progress.best == -math.inf for progress in self.progress.values()):
-            raise ProbeError(f"none of {len(self.heads)} heads gives numbers: {NO_NUMBER_BECAUSE}")
-        return all(progress.has_stopped(self.args.patience) for progress in self.progress.values())
-
-    def load_best(self) -> None:
-        """Load the weights of the best evaluation into each head that was evaluated."""
-        for name, head in self.heads.items():
-            if self.progress[name].weights:
-                head.load_state_dict(self.progress[name].weights)
-
     def _load_best_model(self) -> None:
-        pass  # each head has its own best epoch; see `load_best`
+        pass  # each head has its own best epoch, which `KeepBest` loads
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / BEST_NAME
-        if not path.is_file():
-            return
-        with safe_open(path, framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-        for key, tensor in load_file(path).items():
-            name, _, parameter = key.partition("/")
-            self.progress[name].weights[parameter] = tensor
-        for name, values in progress.items():
-            self.progress[name].scores = [-math.inf if score is None else score for score in values["scores"]]
-            self.progress[name].epochs = values["epochs"]
-
-    def _save_progress(self, folder: Path) -> None:
-        """Write best weights and scores of the heads into a checkpoint."""
-        tensors = {
-            f"{name}/{key}": tensor.cpu().contiguous()
-            for name, progress in self.progress.items()
-            for key, tensor in progress.weights.items()
-        }
-        values = {
-            name: {
-                "scores": [score if math.isfinite(score) else None for score in progress.scores],
-                "epochs": progress.epochs,
-            }
-            for name, progress in self.progress.items()
-        }
-        metadata = {"progress": json.dumps(values)}
-        write_atomically({folder / BEST_NAME: lambda path: save_file(tensors, path, metadata=metadata)})
+        read_progress(Path(resume_from_checkpoint), self.progress)
 
     def judge(self) -> dict[str, Any]:
         """Fit temperature and threshold on the evaluation rows, fit novelty, and measure the heads on the evaluation rows.
@@ -568,7 +494,8 @@ class ProbeTrainer(Trainer):
         self.logits = logits_by_head
         return results
 
-    def _metric_name(self, head: str, metric: str) -> str:
+    def metric_name(self, head: str, metric: str) -> str:
+        """Return the name of a head's metric in an evaluation."""
         return f"{head}_{metric}" if isinstance(self.model, HeadGroup) else metric
 
     def _measure(self, evaluated: EvalPrediction) -> dict[str, float | None]:
@@ -577,11 +504,12 @@ class ProbeTrainer(Trainer):
             return metrics_of(self.model.config)(evaluated)
         metric, values = self.args.metric_for_best_model.removeprefix("eval_"), {}
         for place, (name, head) in enumerate(self.heads.items()):
-            predictions = evaluated.predictions[:, place]
-            is_number = bool(np.isfinite(predictions).all())
-            part = EvalPrediction(predictions=predictions, label_ids=evaluated.label_ids)
+            predictions, labels = evaluated.predictions[:, place], evaluated.label_ids
+            rows = ~np.isnan(predictions).any(axis=-1)  # other rows are not for this head; see `HeadGroup`
+            is_number = bool(rows.any() and np.isfinite(predictions[rows]).all())
+            part = EvalPrediction(predictions=predictions[rows], label_ids=labels[rows])
             values[name] = metrics_of(head.config)(part)[metric] if is_number else -math.inf
-        named = {self._metric_name(name, metric): value for name, value in values.items()}
+        named = {self.metric_name(name, metric): value for name, value in values.items()}
         return named | {metric: max(value for value in values.values())}
 
     def hyperparameter_search(
@@ -613,7 +541,7 @@ class ProbeTrainer(Trainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             if self.args.should_save:
-                self._save_progress(Path(output_dir or self.args.output_dir))
+                write_progress(Path(output_dir or self.args.output_dir), self.progress)
             return
         if self.args.should_save:
             self._save_heads(output_dir)
@@ -660,23 +588,6 @@ class ProbeTrainer(Trainer):
         # The parent would upload training_args.bin, a pickle, and weights without a config.
         if self.args.hub_strategy != HubStrategy.END:
             self.push_to_hub(f"Training in progress, epoch {self.state.epoch:.0f}")
-
-
-class _KeepBest(TrainerCallback):
-    """Keeps the best weights of each head, stops when none improves any more, and loads them at the end."""
-
-    def __init__(self, trainer: ProbeTrainer):
-        self.trainer = weakref.proxy(trainer)
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Note an evaluation during the training."""
-        if self.trainer.is_in_train and args.load_best_model_at_end and self.trainer.note_evaluation(metrics or {}):
-            control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Load the best weights."""
-        if args.load_best_model_at_end:
-            self.trainer.load_best()
 
 
 def _described(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""The progress of heads in training: their scores, and the weights of the best evaluation, in memory and in checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback
+
+from ..errors import ProbeError
+from ..files import write_atomically
+from ..heads.decision import NO_NUMBER_BECAUSE
+
+
+BEST_NAME = "best.safetensors"  # of a checkpoint
+
+
+@dataclass
+class Progress:
+    """The progress of a head.
+
+    Attributes:
+        scores: the metric of each evaluation until the head stopped, larger is better; minus infinity if it diverged.
+        epochs: epochs until then.
+        weights: weights of the best evaluation.
+    """
+
+    scores: list[float] = field(default_factory=list)
+    epochs: float = 0.0
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def best(self) -> float:
+        """The best score; minus infinity before the first."""
+        return max(self.scores, default=-math.inf)
+
+    def has_stopped(self, patience: int | None) -> bool:
+        """Return True if there was no better score in `patience` evaluations."""
+        waited = len(self.scores) - 1 - self.scores.index(self.best) if self.scores else 0
+        return patience is not None and waited >= patience
+
+    def note(self, score: float, epochs: float, weights: Mapping[str, torch.Tensor]) -> None:
+        """Note an evaluation. Keep the weights if it is the best."""
+        if score > self.best or not self.scores:
+            self.weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        self.scores.append(score)
+        self.epochs = epochs
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the best weights of each head, stops when none improves any more, and loads them at the end.
+
+    Args:
+        trainer: a `ProbeTrainer`, with `heads` and their `progress`.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = weakref.proxy(trainer)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Note an evaluation during the training.
+
+        Raises:
+            ProbeError: no head gives numbers.
+        """
+        if not self.trainer.is_in_train or not args.load_best_model_at_end:
+            return
+        metric, progress = args.metric_for_best_model.removeprefix("eval_"), self.trainer.progress
+        sign = 1 if args.greater_is_better else -1
+        for name, head in self.trainer.heads.items():
+            if not progress[name].has_stopped(args.patience):
+                value: Any = (metrics or {}).get(f"eval_{self.trainer.metric_name(name, metric)}")
+                score = -math.inf if value is None or not math.isfinite(value) else sign * value
+                progress[name].note(score, state.epoch, head.state_dict())
+        if all(each.best == -math.inf for each in progress.values()):
+            raise ProbeError(f"none of {len(progress)} heads gives numbers: {NO_NUMBER_BECAUSE}")
+        control.should_training_stop |= all(each.has_stopped(args.patience) for each in progress.values())
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Load the best weights into each head that was evaluated."""
+        for name, head in self.trainer.heads.items():
+            if args.load_best_model_at_end and self.trainer.progress[name].weights:
+                head.load_state_dict(self.trainer.progress[name].weights)
+
+
+def write_progress(folder: Path, progress: Mapping[str, Progress]) -> None:
+    """Write the progress of heads into a checkpoint."""
+    tensors = {
+        f"{name}/{key}": tensor.cpu().contiguous()
+        for name, each in progress.items()
+        for key, tensor in each.weights.items()
+    }
+    values = {
+        name: {"scores": [score if math.isfinite(score) else None for score in each.scores], "epochs": each.epochs}
+        for name, each in progress.items()
+    }
+    metadata = {"progress": json.dumps(values)}
+    write_atomically({folder / BEST_NAME: lambda path: save_file(tensors, path, metadata=metadata)})
+
+
+def read_progress(folder: Path, progress: Mapping[str, Progress]) -> None:
+    """Read the progress of heads from a checkpoint, if it has any."""
+    path = folder / BEST_NAME
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        values = json.loads(file.metadata()["progress"])
+    for key, tensor in load_file(path).items():
+        name, _, parameter = key.partition("/")
+        progress[name].weights[parameter] = tensor
+    for name, value in values.items():
+        progress[name].scores = [-math.inf if score is None else score for score in value["scores"]]
+        progress[name].epochs = value["epochs"]
