@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from ..backbone.loading import DtypeName, backbone_target
-from ..data.files import kind_of
+from ..data.files import MAX_TEXT, kind_of
 from ..data.known import find_benchmark
 from ..data.sources import ROWS_HELP
 from ..distributed import is_main, process_group
@@ -83,6 +83,12 @@ def train(
     ] = None,
     max_rows: Annotated[int | None, typer.Option(help="Training rows at most, drawn at random.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Cut prompts to this many tokens. Default: 512.")] = None,
+    max_text: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Characters of the longest text; a file may have 512 times as many. Guards the memory."
+        ),
+    ] = MAX_TEXT,
     probe_type: Annotated[str | None, typer.Option(help=_KINDS_HELP)] = None,
     layers: Annotated[
         str | None,
@@ -155,6 +161,7 @@ def train(
         dtype=dtype,
         data_dir=data_dir,
         commercial=licence == "commercial",
+        max_text=max_text,
         resume=resume,
         overwrite=overwrite,
         command=command_line(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -213,11 +212,3 @@ def _short_name(rows: str) -> str:
 def _hash_of(text: Any) -> float:
     """Return a number from 0 to 1 that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(str(text).encode()).digest()[:6]) / 2**48
-
-
-def parse_sources(values: Sequence[Any], at: str, create: Callable[..., Source]) -> list[Source]:
-    """Return the sources of a list in a recipe; a text is the `rows` of one."""
-    return [
-        create(f"{at}[{place}]", {"rows": value} if isinstance(value, str) else value)
-        for place, value in enumerate(values)
-    ]

@@ -170,10 +170,7 @@ class StateCache:
         shape = (len(config.layer_indices), find_decoder(lm).hidden_size)
         token_bytes = math.prod(shape) * self.dtype.itemsize
         size = offsets[-1] * token_bytes
-        logger.warning(
-            f"caching hidden states of {len(prompts)} prompts, {size / 1e9:.2f} GB, in {self.folder} "
-            "(they can reveal the texts: protect them alike)"
-        )
+        logger.warning_once(f"caching hidden states in {self.folder} (they can reveal the texts: protect them alike)")
         too_small = ProbeError(
             f"the hidden states need {size / 1e9:.1f} GB, more than {self.folder} has free; use another folder"
         )

@@ -31,8 +31,8 @@ class ProbeTrainingArguments(TrainingArguments):
         threshold_rule: `"expected-f1"`, the threshold of the best F1 that a logistic fit to the evaluation rows expects, or
             `"best-f1"`, that of the rows themselves, which depends more on chance.
         hub_strategy: when to push: `"end"` or `"every_save"`.
-        cache_states: run the backbone once and keep its hidden states on disk while training. `"auto"`: if they fit on the disk
-            and there is more than one epoch.
+        cache_states: run the backbone once and keep its hidden states on disk while training. `"auto"`: if they fit on the disk,
+            and there is more than one epoch or a `cache_dir`.
         cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
         novelty: fit how unlike the training data a prompt is, if the head can tell it and there are rows enough.
 

@@ -99,7 +99,7 @@ class PreparedRun:
         """
         if unknown := sorted(set(recipe.training) - (ARGUMENT_NAMES - _OUTPUT_FIELDS)):
             raise ProbeError(f"training has no {unknown[0]!r}; it takes fields of ProbeTrainingArguments")
-        rows = on_main_rows(lambda: read_rows(recipe, data_dir, max_text, commercial))
+        rows = _read_on_all(lambda: read_rows(recipe, data_dir, max_text, commercial))
         name = None if isinstance(backbone, torch.nn.Module) else str(backbone)
         count = rows.num_plain + rows.num_extra
         head = complete_head(recipe.head, count)
@@ -235,9 +235,10 @@ class PreparedRun:
         }
 
     def clean(self) -> None:
-        """Delete checkpoints, and states that were not asked to be kept."""
-        self.clean_checkpoints()
+        """Delete states that were not asked to be kept, and checkpoints."""
+        # In this order: a kill between them leaves a run to resume, and not states, which can reveal the texts.
         self.clean_states()
+        self.clean_checkpoints()
         if is_main() and self.output.is_dir() and not any(self.output.iterdir()):
             self.output.rmdir()  # the head was saved elsewhere
 
@@ -252,7 +253,7 @@ class PreparedRun:
             self.cache.delete()
 
 
-def on_main_rows(read: Callable[[], RecipeRows]) -> RecipeRows:
+def _read_on_all(read: Callable[[], RecipeRows]) -> RecipeRows:
     """Read the rows on every rank: the main one first, so that the others find what it has fetched."""
     if world_size() > 1:
         on_main(lambda: (read(), None)[1])

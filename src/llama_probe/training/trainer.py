@@ -271,7 +271,7 @@ class ProbeTrainer(Trainer):
         if wanted != "auto":
             return bool(wanted)
         needed, free = self._cache.bytes_of(config, tokens), free_bytes(self._cache.folder)
-        if needed < 0.9 * free and self.args.num_train_epochs > 1:
+        if needed < 0.9 * free and (self.args.num_train_epochs > 1 or self.args.cache_dir is not None):
             return True
         why = f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free" if needed >= 0.9 * free else "one epoch"
         logger.warning(f"hidden states are not cached ({why}): the backbone runs each epoch")
