@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,10 @@ from .decoder import Decoder, find_decoder, without_peft
 
 # Tokens of the forward pass of `check_states`.
 _PROOF_TOKENS = 8
+
+
+class _Enough(Exception):
+    """Ends a pass whose last wanted layer has run."""
 
 
 @contextmanager
@@ -123,7 +127,7 @@ def collect_hidden_states(
     attention_mask: torch.Tensor | None = None,
     prefix: transformers.Cache | None = None,
 ) -> list[torch.Tensor]:
-    """Run the backbone without its LM head and without gradients, and return hidden states.
+    """Run the backbone without its LM head and without gradients, up to the last of some layers, and return hidden states.
 
     Args:
         input_ids (`[B, T]`): token ids, on any device.
@@ -140,7 +144,16 @@ def collect_hidden_states(
     attention_mask = None if attention_mask is None else attention_mask.to(device)
     cache = None if prefix is None else repeat_cache(prefix, len(input_ids))
     states: dict[int, torch.Tensor] = {}
-    with torch.no_grad(), capturing(decoder, states.__setitem__, layers):
+    wanted = set(layers)
+    # A compiled pass cannot end early, and one of several processes must not: FSDP gathers and frees each layer's weights.
+    whole = torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    def on_state(layer: int, hidden: torch.Tensor) -> None:
+        states[layer] = hidden
+        if len(states) == len(wanted) and not (whole or torch.compiler.is_compiling()):
+            raise _Enough
+
+    with torch.no_grad(), suppress(_Enough), capturing(decoder, on_state, wanted):
         decoder.run(input_ids=input_ids, attention_mask=attention_mask, cache=cache, use_cache=cache is not None)
     check_seen(layers, states)
     return [states[layer] for layer in layers]
