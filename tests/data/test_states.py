@@ -1,6 +1,7 @@
 """Cached hidden states give the logits of the backbone in the loop, whatever else happens to the cache."""
 
 import errno
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -118,27 +119,44 @@ def test_a_damaged_entry_is_computed_anew(tmp_path, lm, name, content):
     assert list(tmp_path.iterdir()) == [entry]
 
 
-def test_a_killed_run_leaves_a_scratch_folder_that_goes_after_a_day(tmp_path, lm):
+def compute_until_killed(folder, passes: int) -> None:
+    """Compute states in a process of its own, two rows a pass, and kill it in the pass after so many."""
     context = multiprocessing.get_context("fork")
     at_work = context.Event()
 
     def work():
-        lm.model.layers[1].register_forward_pre_hook(lambda *_: (at_work.set(), time.sleep(600)))
-        StateCache(tmp_path).dataset(lm, HEAD, PROMPTS, LABELS)
+        own, count = make_lm(), itertools.count()
+        own.model.layers[1].register_forward_pre_hook(
+            lambda *_: (at_work.set(), time.sleep(600)) if next(count) == passes else None
+        )
+        StateCache(folder).dataset(own, HEAD, PROMPTS, LABELS, batch_tokens=20)
 
     run = context.Process(target=work)
     run.start()
     assert at_work.wait(60)
     run.kill()
     run.join()
+
+
+def test_a_run_goes_on_where_a_killed_one_has_stopped(tmp_path, lm):
+    compute_until_killed(tmp_path / "killed", passes=1)
+    rows = []
+    lm.model.layers[1].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    found = StateCache(tmp_path / "killed").dataset(lm, HEAD, PROMPTS, LABELS, batch_tokens=20)
+    assert 0 < sum(rows) < len(PROMPTS), "the rows that the killed run has finished are not computed again"
+    expected = StateCache(tmp_path / "whole").dataset(make_lm(), HEAD, PROMPTS, LABELS)
+    for row in range(len(PROMPTS)):
+        torch.testing.assert_close(found[row]["hidden_states"], expected[row]["hidden_states"], atol=1e-2, rtol=1e-2)
+    assert names(tmp_path / "killed") == names(tmp_path / "whole"), "nothing else is left"
+
+
+def test_what_a_killed_run_has_left_goes_after_a_day(tmp_path, lm):
+    compute_until_killed(tmp_path, passes=0)
     (scratch,) = tmp_path.iterdir()
-    cache = StateCache(tmp_path)
-    expected = make_head(lm)(**ProbeCollator()([PromptDataset(PROMPTS, LABELS)[1]])).logits
-    found = make_head(lm)(**ProbeCollator()([cache.dataset(lm, HEAD, PROMPTS, LABELS)[1]])).logits
-    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+    StateCache(tmp_path).dataset(lm, HEAD, PROMPTS[:3], LABELS[:3])
     assert scratch.exists(), "it may be the folder of a run that is still at work"
     os.utime(scratch / "states.bin", (0, time.time() - 25 * 3600))
-    cache.dataset(lm, HEAD, PROMPTS[:2], LABELS[:2])
+    StateCache(tmp_path).dataset(lm, HEAD, PROMPTS[:2], LABELS[:2])
     assert not scratch.exists() and len(names(tmp_path)) == 2
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -29,9 +29,9 @@ from ..backbone.capture import collect_hidden_states
 from ..backbone.decoder import find_decoder, is_tensor_parallel
 from ..backbone.loading import weights_digest
 from ..backbone.passes import Pass, length_batches, plan_passes
-from ..distributed import barrier, is_main, on_main, share, world_size
+from ..distributed import barrier, is_main, on_main, rank, share, world_size
 from ..errors import ProbeError
-from ..files import is_disk_full, make_folder
+from ..files import is_disk_full, lock, make_folder
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
@@ -41,7 +41,7 @@ from ..heads.scope import check_rows, token_mask, tokens_read
 logger = logging.get_logger(__name__)
 
 _STATES, _META = "states.bin", "meta.json"
-_SCRATCH = ".states-"
+_SCRATCH, _DONE = ".states-", "rows-"
 _ABANDONED = 24 * 3600  # seconds without a write after which a later run removes the scratch folder of a killed one
 _FORMAT = 2
 
@@ -104,16 +104,21 @@ class StateCache:
 
     An entry holds the tokens and layers that a head reads. It is found by the prompts, the scope, the dtype, the
     backbone's weights and config, and by what is read. An entry with all states of all counted tokens serves every
-    head. Several runs can share a cache. In a process group each rank computes a share of the rows; all ranks must see the
-    same folder.
+    head. Several runs can share a cache, and a run goes on where a killed one has stopped. In a process group each rank
+    computes a share of the rows; all ranks must see the same folder.
 
     Args:
         folder: folder of the cache, which is created.
-        dtype: dtype of the states on disk: `torch.float16`, `torch.bfloat16` or `torch.float32`.
+        dtype: dtype of the states on disk: `torch.float16`, `torch.bfloat16` or `torch.float32`. Defaults to `torch.bfloat16` for
+            an LM in bfloat16, which loses nothing, else to `torch.float16`.
     """
 
-    def __init__(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float16):
+    def __init__(self, folder: str | os.PathLike, dtype: torch.dtype | None = None):
         self.folder, self.dtype = Path(folder), dtype
+
+    def _dtype_for(self, lm: nn.Module) -> torch.dtype:
+        is_bfloat16 = getattr(find_decoder(lm).model, "dtype", None) == torch.bfloat16
+        return self.dtype or (torch.bfloat16 if is_bfloat16 else torch.float16)
 
     def dataset(
         self,
@@ -136,7 +141,7 @@ class StateCache:
             ProbeError: the disk is too small, a state does not fit the dtype, or a row has no counted token.
         """
         scope = [config.token_scope, config.prefix_ids, config.turn_markers]
-        parts = [_FORMAT, str(self.dtype), scope, prompts, masks, weights_digest(lm)]
+        parts = [_FORMAT, str(self._dtype_for(lm)), scope, prompts, masks, weights_digest(lm)]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
         layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
         every = list(range(config.num_hidden_layers + 1))
@@ -151,7 +156,7 @@ class StateCache:
 
     def bytes_of(self, config: ProbeConfig, tokens: int) -> int:
         """Return the bytes that the states of `tokens` tokens take on disk, for a head with this config."""
-        return tokens * len(config.layer_indices) * config.hidden_size * self.dtype.itemsize
+        return tokens * len(config.layer_indices) * config.hidden_size * (self.dtype or torch.float16).itemsize
 
     def delete(self) -> None:
         """Remove the cache from disk."""
@@ -167,54 +172,93 @@ class StateCache:
             read.append(tokens_read(config, mask)[0])
             tokens.append(ids[0, read[-1]].tolist())
         offsets = list(accumulate(map(len, tokens), initial=0))
-        shape = (len(config.layer_indices), find_decoder(lm).hidden_size)
-        token_bytes = math.prod(shape) * self.dtype.itemsize
-        size = offsets[-1] * token_bytes
+        shape, dtype = (len(config.layer_indices), find_decoder(lm).hidden_size), self._dtype_for(lm)
+        size = offsets[-1] * math.prod(shape) * dtype.itemsize
         logger.warning_once(f"caching hidden states in {self.folder} (they can reveal the texts: protect them alike)")
         too_small = ProbeError(
             f"the hidden states need {size / 1e9:.1f} GB, more than {self.folder} has free; use another folder"
         )
-        scratch = on_main(lambda: self._make_scratch(size, too_small))
+        handles: list[int] = []
+        scratch = on_main(lambda: self._claim_scratch(entry.name, size, too_small, handles))
+        noted = [file.read_text(encoding="utf-8").rpartition("\n")[0] for file in scratch.glob(f"{_DONE}*")]
+        done = {int(row) for rows in noted for row in rows.split()}
+        left = [row for row in range(len(prompts)) if row not in done]
+        barrier()  # all ranks have read what a killed run has done before one of them adds to it
         try:
-            rows_of = PromptDataset(prompts, np.zeros(len(prompts)), read)
-            batches = iterate_states(rows_of, config, lm, batch_tokens, True, config.layer_indices, divided=True)
-            # Not mapped: ranks on other machines may share the file over a network.
-            with (scratch / _STATES).open("r+b") as file:
-                for rows, states, counted in batches:
-                    states = states.to("cpu", self.dtype)  # [S, B, T, D]
-                    if not bool(states.isfinite().all()):
-                        raise ProbeError(f"a hidden state is too large for {self.dtype}; cache as bfloat16 or float32")
-                    for i, row in enumerate(rows):
-                        file.seek(offsets[row] * token_bytes)
-                        file.write(states[:, i, counted[i]].flatten().view(torch.uint8).numpy())
+            self._write_states(scratch, lm, config, prompts, batch_tokens, read, left, offsets)
             barrier()
             if is_main():
-                meta = {"shape": shape, "dtype": str(self.dtype).removeprefix("torch."), "tokens": tokens}
+                meta = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens}
                 (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
+                for file in scratch.glob(f"{_DONE}*"):
+                    file.unlink()
                 if not _is_whole(entry):
                     shutil.rmtree(entry, ignore_errors=True)
                     with contextlib.suppress(OSError):  # another run was faster
                         scratch.replace(entry)
+                shutil.rmtree(scratch, ignore_errors=True)
             barrier()
-        except OSError as error:
-            if is_disk_full(error):
+        except (OSError, ProbeError) as error:  # a run that is stopped otherwise leaves what it has done
+            if is_main():
+                shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, OSError) and is_disk_full(error):
                 raise too_small from error
             raise
         finally:
-            if is_main():
-                shutil.rmtree(scratch, ignore_errors=True)
+            for handle in handles:
+                os.close(handle)
 
-    def _make_scratch(self, size: int, too_small: ProbeError) -> Path:
-        """Create a folder with an empty file for the states, and remove those of killed runs."""
+    def _write_states(self, scratch: Path, lm, config, prompts, batch_tokens, read, left, offsets) -> None:
+        """Compute the states of the rows that are `left`, and note each row when its states are in the file."""
+        if not left:
+            return
+        dtype = self._dtype_for(lm)
+        token_bytes = len(config.layer_indices) * find_decoder(lm).hidden_size * dtype.itemsize
+        rows_of = PromptDataset([prompts[row] for row in left], np.zeros(len(left)), [read[row] for row in left])
+        batches = iterate_states(rows_of, config, lm, batch_tokens, True, config.layer_indices, divided=True)
+        # Not mapped: ranks on other machines may share the file over a network.
+        with (
+            (scratch / _STATES).open("r+b") as file,
+            (scratch / f"{_DONE}{rank()}").open("a", encoding="utf-8") as done,
+        ):
+            for places, states, counted in batches:
+                states = states.to("cpu", dtype)  # [S, B, T, D]
+                if not bool(states.isfinite().all()):
+                    raise ProbeError(f"a hidden state is too large for {dtype}; cache as bfloat16 or float32")
+                for i, place in enumerate(places):
+                    file.seek(offsets[left[place]] * token_bytes)
+                    file.write(states[:, i, counted[i]].flatten().view(torch.uint8).numpy())
+                file.flush()
+                done.write("".join(f"{left[place]}\n" for place in places))
+                done.flush()
+
+    def _claim_scratch(self, name: str, size: int, too_small: ProbeError, handles: list[int]) -> Path:
+        """Return a folder for the states of an entry that no other run works in, with what a killed run has left in it.
+
+        Folders of other entries that were abandoned are removed.
+        """
         make_folder(self.folder)
         for states in self.folder.glob(f"{_SCRATCH}*/{_STATES}"):
             with contextlib.suppress(OSError):  # its run has just renamed it
-                if time.time() - states.stat().st_mtime > _ABANDONED:
+                is_old = time.time() - states.stat().st_mtime > _ABANDONED
+                if is_old and not states.parent.name.startswith(f"{_SCRATCH}{name}-"):
                     shutil.rmtree(states.parent)
-        if size > 0.95 * shutil.disk_usage(self.folder).free:
+        for number in itertools.count():
+            scratch = self.folder / f"{_SCRATCH}{name}-{number}"
+            scratch.mkdir(exist_ok=True)
+            handle = lock(scratch)
+            if handle is not None and scratch.exists():
+                break
+            if handle is not None:
+                os.close(handle)  # its run renamed it before it was locked here
+        handles.append(handle)
+        states = scratch / _STATES
+        written = states.stat().st_blocks * 512 if states.exists() else 0
+        if size - written > 0.95 * shutil.disk_usage(self.folder).free:
+            shutil.rmtree(scratch)
+            os.close(handles.pop())
             raise too_small
-        scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=self.folder))
-        (scratch / _STATES).touch()
+        states.touch()
         return scratch
 
 
@@ -318,13 +362,16 @@ def iterate_states(
 class SharedStates:
     """Hidden states `[S, B, T, D]`, normalised once for all heads that read them.
 
+    Kinds that read half precision get states in bfloat16 as they are; for other kinds and dtypes they are cast to fp32.
+
     Args:
         layers: the indices of the S states, ascending.
     """
 
     def __init__(self, states: torch.Tensor, layers: Sequence[int]):
         self.states, self.layers = states, list(layers)
-        self._normalized: dict[str, torch.Tensor] = {}
+        self._whole = states if states.dtype == torch.bfloat16 else states.float()
+        self._prepared: dict[tuple, torch.Tensor] = {}
 
     def raw(self, probe: ProbeModel) -> torch.Tensor:
         """Return the states of the layers that the head reads, as the LM gave them."""
@@ -332,10 +379,10 @@ class SharedStates:
 
     def __call__(self, probe: ProbeModel) -> torch.Tensor:
         """Return the argument of `probe.score`: normalised states of the layers that the head reads."""
-        kind = probe.config.normalize
-        if kind not in self._normalized:
-            self._normalized[kind] = probe.normalize(self.states)
-        return self._select(self._normalized[kind], probe)
+        key = probe.input_format(self._whole)
+        if key not in self._prepared:
+            self._prepared[key] = probe.prepare(self._whole)
+        return self._select(self._prepared[key], probe)
 
     def _select(self, states: torch.Tensor, probe: ProbeModel) -> torch.Tensor:
         wanted = probe.layer_indices

@@ -178,13 +178,14 @@ def probe_loss(
     targets = targets.to(logits.device)
     if class_weights is not None:
         class_weights = class_weights.to(logits.device, logits.dtype)
-    losses = []
-    for index, part in enumerate(logits if logits.dim() == 3 else [logits]):
-        rows = _row_losses(part, targets, config.problem_type, class_weights, label_smoothing, focal_gamma)
-        if row_weights is not None:
-            rows = rows * row_weights[:, index % row_weights.shape[1]].to(rows)
-        losses.append(rows.sum() if reduction == "sum" else rows.mean())
-    return torch.stack(losses).mean()
+    members = len(logits) if logits.dim() == 3 else 1
+    flat, repeated = logits.flatten(0, -2), torch.cat([targets] * members)  # [M B, C]
+    rows = _row_losses(flat, repeated, config.problem_type, class_weights, label_smoothing, focal_gamma)
+    rows = rows.view(members, -1)  # [M, B]
+    if row_weights is not None:
+        columns = [member % row_weights.shape[1] for member in range(members)]
+        rows = rows * row_weights[:, columns].T.to(rows)
+    return (rows.sum(dim=1) if reduction == "sum" else rows.mean(dim=1)).mean()
 
 
 def _row_losses(logits, targets, problem_type, class_weights, label_smoothing, focal_gamma) -> torch.Tensor:
