@@ -147,7 +147,11 @@ class TestTwins:
             "training": {"num_train_epochs": 6, "learning_rate": 0.03},
             "calibration": {"sources": [rows("mild", 60, 0)], "rates": [0.1, 0.05]},
             "hold_out": {"lists": ["list"], "talks": ["talk"]},
-            "measure": {"sources": [rows("seen", 20, 1), rows("other", 20, 0)], "wrappings": "seen"},
+            "measure": {
+                "sources": [rows("seen", 20, 1), rows("other", 20, 0)],
+                "wrappings": "seen",
+                "quantised": ["int8", "int4"],
+            },
         }
 
     def test_what_is_measured(self, recipe, backbone_folder, tmp_path):
@@ -167,12 +171,16 @@ class TestTwins:
         measured = trainer.results["measured"]
         assert [(part["name"], part["twin"], part["rows"]) for part in measured["parts"]] == [
             ("seen", None, 20), ("other", None, 20), ("list", "lists", 30), ("talk", "talks", 80),
+            ("seen, int8 copy of the backbone", None, 20), ("seen, int4 copy of the backbone", None, 20),
         ]  # fmt: skip
         assert measured["rates"] == ["fpr-10%", "fpr-5%"] and measured["wrappings"]["rows"]
         shares = {part["name"]: part for part in measured["parts"]}
         assert set(shares["list"]["labels"]) == {"harmful"} and set(shares["talk"]["labels"]) == {"harmless"}
         found = shares["list"]["labels"]["harmful"]
         assert found["fpr-10%"]["share"] >= found["fpr-5%"]["share"] and "tfidf" in shares["seen"]
+        whole, int8 = (shares[name]["labels"]["harmful"]["fpr-10%"]["share"] for name in list(shares)[::4])
+        assert abs(whole - int8) <= 0.1, "int8 weights change little"
+        assert trainer._chosen.head.backbone is run.lm
         saved = read_head(tmp_path / "head")
         assert saved.config.layers == [2, 4] and saved.config.thresholds.keys() == {"fpr-10%", "fpr-5%"}
         assert saved.results["measured"] == measured and saved.results["data"]["calibration"]["rows"] == 60

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +13,10 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
+from torch import nn
 
 from ..data.prompts import Text
+from ..data.states import PromptDataset
 from ..data.texts import LabelledTexts
 from ..evaluation.prediction import predict_rows
 from ..evaluation.report import detailed_report, flagged_share
@@ -90,10 +94,41 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
             parts.append(_measure_part(name, twin, probe, run.datasets[f"{twin}.{name}"], rows, baseline))
     found: dict[str, Any] = {"rates": list(head.config.thresholds or {}), "parts": parts}
     found["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in head.state_dict().values())
+    if run.rows.measured and recipe.measure.quantised:
+        name, rows = next(iter(run.rows.measured.items()))
+        encoded = run.prompts.encode_for(head.config, rows.texts)
+        prompts = PromptDataset(encoded.ids, rows.labels, encoded.masks)
+        for form in recipe.measure.quantised:
+            head.set_backbone(quantised(run.lm, form))
+            parts.append(_measure_part(f"{name}, {form} copy of the backbone", None, head, prompts, rows, None))
+        head.set_backbone(run.lm)
     if recipe.measure.wrappings in run.rows.measured:
         texts = [text for text in run.rows.measured[recipe.measure.wrappings].texts if isinstance(text, str)]
         found["wrappings"] = kept_labels(head, texts, run.prompts, progress=True)
     return found
+
+
+@torch.no_grad()
+def quantised(lm: nn.Module, form: str) -> nn.Module:
+    """Return a copy of an LM whose layers have the values of quantised weights, in their own dtype.
+
+    Args:
+        form: `"int8"`: symmetric, a scale a row. `"int4"`: scale and zero point for each group of 32 weights.
+    """
+    rounded = copy.deepcopy(lm)
+    for module in rounded.modules():
+        if not isinstance(module, nn.Linear) or module is rounded.get_output_embeddings():
+            continue  # embeddings, which the LM head may share, stay
+        weight = module.weight.float()
+        if form == "int8":
+            scale, low = weight.abs().amax(dim=1, keepdim=True) / 127, 0.0
+        else:
+            weight = weight.unflatten(1, (-1, math.gcd(32, module.in_features)))
+            low, high = weight.aminmax(dim=-1, keepdim=True)
+            scale = (high - low) / 15
+        values = ((weight - low) / scale.clamp(min=1e-12)).round() * scale + low
+        module.weight.copy_(values.view(module.weight.shape))
+    return rounded
 
 
 def _measure_part(

@@ -96,11 +96,17 @@ class Measure:
         sources: rows that no head has learned from, each measured by itself.
         wrappings: also measure how many labels stay if the rows of this name are wrapped in twelve ways.
         tfidf: measure TF-IDF with logistic regression on the same rows.
+        quantised: `"int8"`, `"int4"`: also measure the first of `sources` on copies of the backbone with such weights.
     """
 
     sources: list = field(default_factory=list)
     wrappings: str | None = None
     tfidf: bool = True
+    quantised: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        if unknown := sorted(set(self.quantised) - {"int8", "int4"}):
+            raise ProbeError(f"quantised={unknown} is not allowed; allowed: int8, int4")
 
 
 @dataclass(kw_only=True)
