@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -15,8 +16,9 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import Check, compare
 from ..heads.probe import ProbeModel
-from ..hub.card import results_table
-from ..hub.resolve import bundled_heads
+from ..hub.card import measured_table, results_table
+from ..hub.folder import read_results
+from ..hub.resolve import ALIASES, bundled_heads
 from ..hub.transport import HubOptions
 from .console import print_table
 from .options import Dtype, Result, Revision, TrustRemoteCode, check_revision
@@ -39,13 +41,16 @@ def inspect(
     dtype: Dtype = "auto",
     revision: Revision = None,
     markdown: Annotated[
-        bool, typer.Option(help="Print the bundled heads and their results as a Markdown table.")
+        bool,
+        typer.Option(
+            help="Print the results of all bundled heads, or what was measured of one on each backbone, in Markdown."
+        ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Show a head, check it against a backbone, or list the bundled heads."""
     if markdown and probe:
-        raise ProbeError(f"--markdown lists all bundled heads: leave out {probe}")
+        return _measured(probe)
     if probe is None:
         if backbone or revision:
             raise ProbeError("--backbone and --revision need a head: name it first")
@@ -65,6 +70,20 @@ def inspect(
     values["flagged"] = head.config.flagged_labels or None
     rows = [(key, json.dumps(value, ensure_ascii=False)) for key, value in sorted(values.items())]
     return values, partial(print_table, probe, ("field", "value"), rows, left=2)
+
+
+def _measured(probe: str) -> tuple[Any, Callable[[], None]]:
+    """Return the measured figures of a bundled head on each backbone, and what prints them."""
+    name = ALIASES.get(probe, probe)
+    folders = {
+        read_config(folder).base_model_name_or_path.rpartition("/")[2]: folder
+        for alias, folder in bundled_heads().items()
+        if alias.rpartition("/")[2] == name
+    }
+    measured = {name: (read_results(folder) or {}).get("measured") for name, folder in folders.items()}
+    if not any(measured.values()):
+        raise ProbeError(f"--markdown takes a bundled head that its recipe has measured, not {probe}; or none, for all of them")
+    return measured, partial(print, measured_table(folders))
 
 
 def _print_heads(configs: dict[str, ProbeConfig]) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -163,6 +163,50 @@ def results_table(folders: Mapping[str, str | os.PathLike]) -> str:
         ]
         lines.append(f"| {' | '.join(map(str, values))} |")
     return "\n".join(lines)
+
+
+def measured_table(folders: Mapping[str, str | os.PathLike]) -> str:
+    """Return a Markdown table of what the recipes of some heads have measured, a column a head, beside TF-IDF.
+
+    A row is a set of rows and a figure: the share with a label that is flagged at the first threshold, AUROC, or AUPRC, with
+    95 % intervals. TF-IDF is that of the first head; it reads the words alone. An asterisk marks the figures of a twin.
+    """
+    measured = [(read_results(folder) or {}).get("measured") or {"parts": []} for folder in folders.values()]
+    columns = [{key: cell for part in each["parts"] for key, cell in _figures(part, each)} for each in measured]
+    lines = [
+        f"| rows | figure | {' | '.join(map(cell, folders))} | TF-IDF |",
+        f"|---|---|{'---:|' * (len(folders) + 1)}",
+    ]
+    for part, figure in dict.fromkeys(key for column in columns for key in column):
+        found = [column.get((part, figure)) for column in columns]
+        shown = ["-" if each is None else each[0] for each in found]
+        words = next((each[1] for each in found if each is not None), "-")
+        lines.append(f"| {cell(part)} | {figure} | {' | '.join(shown)} | {words} |")
+    for name in dict.fromkeys(name for each in measured for name in each.get("wrappings", {}).get("kept", {})):
+        kept = [each.get("wrappings", {}).get("kept", {}).get(name) for each in measured]
+        shown = ["-" if each is None else f"{each:.2f}" for each in kept]
+        lines.append(f"| flagged ones, wrapped: {cell(name)} | still flagged | {' | '.join(shown)} | - |")
+    return "\n".join(lines)
+
+
+def _figures(part: dict[str, Any], measured: dict[str, Any]) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
+    """Yield the figures of a set of rows: its name and that of the figure, the value, and that of TF-IDF."""
+    rate, words = (measured.get("rates") or ["threshold"])[0], part.get("tfidf") or {}
+    name = f"{part['name']}{'' if part['twin'] is None else '*'}"
+    for label, shares in part.get("labels", {}).items():
+        own, other = shares.get(rate), words.get("labels", {}).get(label, {}).get(rate)
+        if own is not None:
+            value = f"{own['share']:.2f} [{own['interval'][0]:.2f}, {own['interval'][1]:.2f}]"
+            key = f"{name}, {shares['rows']:,} {label}", f"flagged at {rate}"
+            yield key, (value, "-" if other is None else f"{other['share']:.2f}")
+    for metric in ("auroc", "auprc"):
+        if part.get(metric) is not None:
+            low, high = part["intervals"][metric]
+            value = f"{part[metric]:.3f} [{low:.3f}, {high:.3f}]"
+            yield (
+                (f"{name}, {part['rows']:,}", metric.upper()),
+                (value, f"{words[metric]:.3f}" if metric in words else "-"),
+            )
 
 
 def is_hub_id(name: str | None) -> bool:
