@@ -4,15 +4,12 @@ import os
 import signal
 
 
-# True until a public name of the package is needed: `import llama_probe` then imports next to nothing.
-starting = False
 _heard = False
 
 
 def main() -> None:
     """Entry point; see `llama_probe.cli.main`."""
-    global starting, _heard
-    starting = True
+    global _heard
     _heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # it may be ignored, as in the background
     if _heard:  # at once: torch's import ends by another signal where it meets a KeyboardInterrupt
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))

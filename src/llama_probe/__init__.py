@@ -1,64 +1,49 @@
 """Probe heads on frozen language models: a label and a text from the same forward pass.
 
-Importing the package teaches `transformers.AutoModel.from_pretrained` and `AutoModelForCausalLM.from_pretrained` the
-argument `probe=`, and `transformers.pipeline` the task "probed-text-generation"; other calls are not changed.
+Importing the package gives `transformers.AutoModel.from_pretrained` and `AutoModelForCausalLM.from_pretrained` the argument
+`probe=`, and `transformers.pipeline` two tasks of its own; see `auto_classes`. Names are imported on first use.
 """
 
-import importlib
-import sys
+from importlib import import_module
 from typing import Any
 
-import llama_probe_command
-
+from .auto_classes import install
 from .errors import ProbeError
 
 
-if sys.argv[:1] == ["-m"] and "llama_probe.vllm" in sys.orig_argv:  # Python looks for the module that it is to run
-    llama_probe_command.starting = True
-# Commands import what they need, because all of this takes seconds: too long for `--help` or a refusal.
-if not llama_probe_command.starting:
-    from .backbone.families import register_family
-    from .files import package_version
-    from .heads.configuration import ProbeConfig
-    from .heads.decision import ProbeOutput
-    from .heads.probe import ProbeModel
-    from .serving import auto, pipeline
-    from .serving.auto import AutoModelForProbedGeneration
-    from .serving.cache import ProbeCache
-    from .serving.halting import Reprompt
-    from .serving.modeling import LlamaForProbedGeneration, ProbedGenerationMixin
-    from .serving.outputs import Halt, TokenScores
-    from .serving.streaming import HoldBackStreamer
+_MODULES = {
+    "AutoModelForProbedGeneration": "serving.auto",
+    "Halt": "serving.outputs",
+    "HoldBackStreamer": "serving.streaming",
+    "LlamaForProbedGeneration": "serving.modeling",
+    "ProbeCache": "serving.cache",
+    "ProbeConfig": "heads.configuration",
+    "ProbeModel": "heads.probe",
+    "ProbeOutput": "heads.decision",
+    "ProbeTrainer": "training.trainer",
+    "ProbeTrainingArguments": "training.arguments",
+    "ProbedGenerationMixin": "serving.modeling",
+    "Reprompt": "serving.halting",
+    "TokenScores": "serving.outputs",
+    "register_family": "backbone.families",
+}
 
-    __version__ = package_version()
-    auto.install()
-    pipeline.register()
-
-__all__ = [
-    "AutoModelForProbedGeneration",
-    "Halt",
-    "HoldBackStreamer",
-    "LlamaForProbedGeneration",
-    "ProbeCache",
-    "ProbeConfig",
-    "ProbeError",
-    "ProbeModel",
-    "ProbeOutput",
-    "ProbeTrainer",
-    "ProbeTrainingArguments",
-    "ProbedGenerationMixin",
-    "Reprompt",
-    "TokenScores",
-    "__version__",
-    "register_family",
-]
+__all__ = ["ProbeError", "__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the trainer on first use: it needs the packages of the extra `train`. In a command, import all names so."""
-    if name in ("ProbeTrainer", "ProbeTrainingArguments"):
-        return getattr(importlib.import_module(".training.trainer", __name__), name)
-    if name in __all__ and llama_probe_command.starting:
-        llama_probe_command.starting = False
-        return getattr(importlib.reload(sys.modules[__name__]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        value = import_module(".files", __name__).package_version()
+    elif name in _MODULES:
+        value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+install()

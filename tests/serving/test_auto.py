@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
+from llama_probe.auto_classes import install
 from llama_probe.backbone import loading
 from llama_probe.backbone.loading import DEMO_MODEL_ID, backbone_target, load_backbone
 from llama_probe.serving import auto
@@ -63,7 +64,7 @@ def test_another_base_model(backbone_folder, tmp_path):
 
 def test_calls_without_it_are_those_of_transformers(backbone_folder):
     installed = vars(AutoModel)["from_pretrained"]
-    auto.install()
+    install()
     assert vars(AutoModel)["from_pretrained"] is installed, "a second time it changes nothing"
     types = [type(c.from_pretrained(backbone_folder)).__name__ for c in (AutoModel, AutoModelForCausalLM)]
     assert types == ["LlamaModel", "LlamaForCausalLM"]

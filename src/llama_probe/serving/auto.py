@@ -1,8 +1,7 @@
-"""`AutoModelForProbedGeneration`, and what heads add to the auto classes: `probe=`, their ids, and `"demo"`."""
+"""`AutoModelForProbedGeneration`, and what the auto classes do with heads: `probe=`, their ids, and `"demo"`."""
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    pipelines,
 )
 
 from ..backbone.decoder import without_peft
@@ -78,9 +76,9 @@ class AutoModelForProbedGeneration:
         if hasattr(base, "_causal_lm_class") and not isinstance(base, ProbedGenerationMixin):
             # An exported repository brings this code along. The class of the package takes the place of its class.
             if base.probes:
-                raise ProbeError("this model has heads of its repository's code: add more with its load_probe(...)")
+                raise ProbeError("this model has heads of its repository's code: load it with import llama_probe")
             change_class(base, base._causal_lm_class)
-            del base.probes, base._active_probes
+            del base.probes
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
 
 
@@ -132,50 +130,37 @@ class HeadConfig(PreTrainedConfig):
         super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
 
 
-def install() -> None:
-    """Add the argument `probe=` to `AutoModel` and `AutoModelForCausalLM`, and heads' ids and `"demo"` to auto classes.
-
-    Calls without `probe=`, for places that hold a model, reach the original. A second call changes nothing.
-    """
-    for auto_class, on_head in _WRAPPED.items():
-        original = vars(auto_class)["from_pretrained"]
-        if not hasattr(original.__func__, "__without_probe__"):
-            takes_probe = auto_class in (AutoModel, AutoModelForCausalLM)
-            wrapped = functools.wraps(original.__func__)(_wrapped(original.__func__, on_head, takes_probe))
-            wrapped.__without_probe__ = original
-            auto_class.from_pretrained = classmethod(wrapped)
-    if not hasattr(find := pipelines.find_adapter_config_file, "__without_probe__"):
-        pipelines.find_adapter_config_file = wrapped = functools.wraps(find)(functools.partial(_find_adapter, find))
-        wrapped.__without_probe__ = find
-
-
-def _find_adapter(original: Callable, model_id: Any, **kwargs) -> str | None:
+def find_adapter(original: Callable, model_id: Any, **kwargs) -> str | None:
     """Find no adapter for the demo backbone and bundled heads, which `pipeline` would ask the Hub for."""
     is_here = is_demo(model_id) or (is_alias(model_id) and find_head(model_id, {}) is not None)
     return None if is_here else original(model_id, **kwargs)
 
 
-def _wrapped(original: Callable, on_head: Callable, takes_probe: bool) -> Callable:
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        place = place_of_model(pretrained_model_name_or_path, kwargs)
-        if takes_probe and (probe := kwargs.pop("probe", None)) is not None:
-            # kwargs has probe_revision= and probe_strict= as well
-            return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=probe, **kwargs)
-        load = functools.partial(original, cls)
-        if LOADING_PLAIN.get():
-            return load(place, *args, **kwargs)
-        found = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
-        if isinstance(found, HeadPlace):
-            return on_head(load, found, args, kwargs)
-        model = model_of(found)
-        if not isinstance(model, PreTrainedModel) or not (heads := saved_heads(place, model.config, kwargs)):
-            return found
-        if not isinstance(model, GenerationMixin):  # of `AutoModel`, which heads cannot be attached to
-            return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=heads, **kwargs)
-        AutoModelForProbedGeneration.from_causal_lm(model, heads)
-        return found
+def from_pretrained(
+    auto_class: type, original: Callable, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs
+) -> Any:
+    """Do what `auto_class.from_pretrained` does, with heads: those of `probe=`, of the place, or a head that is the place.
 
-    return from_pretrained
+    Args:
+        original: `from_pretrained` of transformers.
+    """
+    place = place_of_model(pretrained_model_name_or_path, kwargs)
+    takes_probe = auto_class in (AutoModel, AutoModelForCausalLM)
+    if takes_probe and (probe := kwargs.pop("probe", None)) is not None:
+        # kwargs has probe_revision= and probe_strict= as well
+        return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=probe, **kwargs)
+    if LOADING_PLAIN.get():
+        return original(place, *args, **kwargs)
+    loaded = load_or_find_head(lambda: original(place, *args, **kwargs), place, kwargs)
+    if isinstance(loaded, HeadPlace):
+        return _OF_HEADS[auto_class](original, loaded, args, kwargs)
+    model = model_of(loaded)
+    if not isinstance(model, PreTrainedModel) or not (heads := saved_heads(place, model.config, kwargs)):
+        return loaded
+    if not isinstance(model, GenerationMixin):  # of `AutoModel`, which heads cannot be attached to
+        return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=heads, **kwargs)
+    AutoModelForProbedGeneration.from_causal_lm(model, heads)
+    return loaded
 
 
 def _model(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -193,7 +178,7 @@ def _tokenizer(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, A
 
 
 # What an auto class gives for a head.
-_WRAPPED: dict[type, Callable] = {
+_OF_HEADS: dict[type, Callable] = {
     AutoModel: _model,
     AutoModelForCausalLM: _model,
     AutoModelForSequenceClassification: _model,

@@ -1,4 +1,4 @@
-"""Pipelines of transformers with heads: "probed-text-generation", "text-generation" and "text-classification"."""
+"""Pipelines of transformers with heads: "probed-text-generation" and "probed-text-classification", registered on import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
-    Pipeline,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextClassificationPipeline,
@@ -20,7 +19,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
-from ..backbone.decoder import target_of, without_peft
+from ..backbone.decoder import target_of
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, reply_outputs, verdict
@@ -99,7 +98,7 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
 
 
 class ProbedTextClassificationPipeline(TextClassificationPipeline):
-    """`TextClassificationPipeline` of a model with heads: `pipeline("text-classification", model=...)`.
+    """`TextClassificationPipeline` of a model with heads: `pipeline("probed-text-classification", model=...)`.
 
     `model` is the folder or Hub id of a head, or a loaded model with heads; `probe` names one of several. Takes texts and chats,
     rendered in the head's own format, and `top_k` and `batch_size` as usual. The first label is the one that the head gives with
@@ -155,18 +154,6 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         if abstain_at is not None and float(model_outputs["novelty"]) > abstain_at:
             records.insert(0, {"label": None, "score": None})
         return records[0] if top_k == 1 and _legacy else records[:top_k]
-
-
-def _either(plain: type[Pipeline], probed: type[Pipeline]) -> type[Pipeline]:
-    """Return a class that makes the probed pipeline for a model with heads, and else the plain one."""
-
-    def create(cls, *args, **kwargs):
-        model = without_peft(kwargs.get("model", args[0] if args else None))
-        has_heads = isinstance(model, ProbedGenerationMixin) and len(model.probes) > 0
-        # Neither is a subclass of this class, so that Python does not call __init__ a second time.
-        return (probed if has_heads else plain)(*args, **kwargs)
-
-    return type(plain.__name__, (plain,), {"__new__": create, "__module__": __name__, "__doc__": plain.__doc__})
 
 
 class _Listener:
@@ -231,16 +218,12 @@ def _name_classes(config) -> None:
             task["pt"] = [item if isinstance(item, str) else item.__name__ for item in task["pt"]]
 
 
-def register() -> None:
-    """Register the task with `transformers.pipeline`, and heads with its own tasks. A second call changes nothing."""
-    tasks = PIPELINE_REGISTRY.supported_tasks
-    if TASK in tasks and tasks[TASK]["impl"] is ProbedTextGenerationPipeline:
-        return
-    PIPELINE_REGISTRY.register_pipeline(TASK, ProbedTextGenerationPipeline, pt_model=AutoModelForCausalLM, type="text")
-    # With it, Pipeline.save_pretrained would copy this file beside the model, without the modules that it needs.
-    del ProbedTextGenerationPipeline._registered_impl
-    for task, plain, probed in (
-        ("text-classification", TextClassificationPipeline, ProbedTextClassificationPipeline),
-        ("text-generation", TextGenerationPipeline, ProbedTextGenerationPipeline),
-    ):
-        tasks[task] = {**tasks[task], "impl": _either(plain, probed)}
+def _register() -> None:
+    tasks = {TASK: ProbedTextGenerationPipeline, "probed-text-classification": ProbedTextClassificationPipeline}
+    for task, probed in tasks.items():
+        PIPELINE_REGISTRY.register_pipeline(task, probed, pt_model=AutoModelForCausalLM, type="text")
+        # With it, Pipeline.save_pretrained would copy this file beside the model, without the modules that it needs.
+        del probed._registered_impl
+
+
+_register()

@@ -1,0 +1,48 @@
+"""`import llama_probe` changes the auto classes of transformers, before or after they are imported, and costs next to nothing."""
+
+import subprocess
+import sys
+
+import pytest
+from transformers.pipelines import PIPELINE_REGISTRY
+
+import llama_probe
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+CHANGED = "print(*(hasattr(c.from_pretrained.__func__, '__without_probe__') for c in (AutoModel, AutoConfig, AutoTokenizer)))"
+
+
+@pytest.mark.parametrize("first", ["transformers", "llama_probe"])
+def test_the_order_of_imports_does_not_matter(first):
+    imports = {
+        "transformers": "from transformers import AutoConfig, AutoModel, AutoTokenizer",
+        "llama_probe": "import llama_probe",
+    }
+    lines = [imports.pop(first), *imports.values(), CHANGED, "from transformers import pipeline"]
+    tasks = "from transformers.pipelines import PIPELINE_REGISTRY as r; print('probed-text-generation' in r.supported_tasks)"
+    assert run("\n".join([*lines, tasks])) == "True True True\nTrue\n"
+
+
+def test_the_import_takes_neither_torch_nor_transformers():
+    code = "import sys, llama_probe; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert run(code) == "set()\n"
+
+
+def test_the_tasks_of_transformers_stay():
+    for task, name in {"text-generation": "TextGeneration", "text-classification": "TextClassification"}.items():
+        impl = PIPELINE_REGISTRY.check_task(task)[1]["impl"]  # a class, or where it is
+        where = impl if isinstance(impl, str) else f"{impl.__module__}.{impl.__name__}"
+        assert where.startswith("transformers.") and where.endswith(f".{name}Pipeline")
+
+
+def test_every_public_name_is_there():
+    assert set(llama_probe.__all__) <= set(dir(llama_probe))
+    assert all(getattr(llama_probe, name) is not None for name in llama_probe.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'ProbeHeads'"):
+        llama_probe.ProbeHeads  # noqa: B018
