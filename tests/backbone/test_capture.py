@@ -7,7 +7,7 @@ import torch
 from conftest import HIDDEN, LAYERS, make_probe
 
 from llama_probe import AutoModelForProbedGeneration
-from llama_probe.backbone.capture import capturing, collect_hidden_states, handing_states_to, stay_in_layers
+from llama_probe.backbone.capture import capturing, collect_hidden_states
 from llama_probe.backbone.decoder import find_decoder
 
 
@@ -72,19 +72,3 @@ def test_a_hook_that_is_half_registered_does_not_break_another_thread(lm, prompt
         lm.model.layers[0]._forward_pre_hooks_with_kwargs.clear()
         in_another_thread(lambda: done.append(lm(prompts)))
     assert done
-
-
-def test_permanent_hooks_hear_one_thread_and_only_when_asked(lm, prompts):
-    expected = collect_hidden_states(lm, ALL, prompts)
-    assert stay_in_layers(lm) and stay_in_layers(lm)  # once is enough
-    lm(prompts)
-    seen = []
-    with handing_states_to(lambda layer, hidden: seen.append((layer, hidden))):
-        in_another_thread(lm, prompts)
-        assert not seen
-        lm(prompts)
-    assert [layer for layer, _ in seen] == list(ALL)
-    assert all(torch.equal(hidden, expected[layer]) for layer, hidden in seen)
-    with pytest.raises(RuntimeError, match="inside"), handing_states_to(lambda *_: pytest.fail("heard")):
-        raise RuntimeError("inside")
-    lm(prompts)

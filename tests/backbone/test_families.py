@@ -66,18 +66,6 @@ def test_capture_equals_output_hidden_states(family):
     assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
 
 
-# One of each kind of layer: plain, with learned positions, windows, experts, and inside a multimodal model.
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "mixtral", "qwen2_5_vl", "llama4"])
-@torch.no_grad()
-def test_a_compiled_pass_is_one_graph(family):
-    torch._dynamo.reset()
-    model = AutoModelForProbedGeneration.from_causal_lm(tiny(family), {"mha": make_heads()["mha"]})
-    inputs = padded_prompts()
-    expected = model(**inputs).probe_logits
-    assert_same(torch.compile(model, backend="eager", fullgraph=True)(**inputs).probe_logits, expected)
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_and_classify_equal_the_plain_model(family):
     inputs = padded_prompts()

@@ -64,6 +64,16 @@ class TestForward:
         )
 
 
+def test_classify_ends_with_the_last_layer_that_a_head_reads(prompts):
+    model = probed({"a": make_probe(layers=[1, 2]), "b": make_probe(layers=[0])})
+    expected, ran = model(prompts).probe_logits, []
+    for number, layer in enumerate(model.model.layers, start=1):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    found = model.classify(prompts)
+    assert ran == [1, 2]
+    torch.testing.assert_close({name: output.logits for name, output in found.items()}, expected)
+
+
 def test_classify_skips_the_lm_head(model, prompts):
     calls = []
     model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))

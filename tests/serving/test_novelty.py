@@ -38,8 +38,8 @@ def test_every_way_gives_the_same(model, prompts):
     found = model.generate(padded, attention_mask=mask, max_new_tokens=1)
     assert_same(found.probe_novelty, expected)
     torch._dynamo.reset()
-    assert_same(torch.compile(model, backend="eager", fullgraph=True)(prompts).probe_novelty, expected)
-    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    assert_same(torch.compile(model, backend="eager")(prompts).probe_novelty, expected)
+    model.forward = torch.compile(model.forward, backend="eager")
     assert_same(model(prompts).probe_novelty, expected)
     assert_same(model.generate(prompts, max_new_tokens=2).probe_novelty, expected)
     torch._dynamo.reset()
@@ -112,7 +112,7 @@ def test_texts_and_pipelines():
     for text, value in zip(texts, found.novelty.tolist(), strict=True):
         assert float(model.classify(text, tokenizer=tokenizer)["a"].novelty) == pytest.approx(value, abs=1e-4)
     at = float(found.novelty.sort().values[1])
-    classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    classify = pipeline("probed-text-classification", model=model, tokenizer=tokenizer)
     labels = model.classify(texts, tokenizer=tokenizer, abstain_at=at)["a"].labels
     assert labels.count(None) == 1
     for level in (at, {"a": at}):
@@ -121,6 +121,6 @@ def test_texts_and_pipelines():
     assert every[0]["label"] is None and len(every) == 4
     with pytest.raises(ProbeError, match="abstain_at=7"):
         classify(texts, abstain_at=7)
-    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    write = pipeline("probed-text-generation", model=model, tokenizer=tokenizer)
     record = write("good", max_new_tokens=1, abstain_at=0)[0]["probes"]["a"]
     assert record["label"] is None and record["score"] is None and 0 <= record["novelty"] <= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import ProbeError
 from .cache import repeat_cache
@@ -29,7 +27,7 @@ class _Enough(Exception):
 
 @contextmanager
 def capturing(
-    decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int]
+    decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int], whole: bool = True
 ) -> Iterator[None]:
     """Call a function with each hidden state when it appears, inside the block.
 
@@ -41,76 +39,44 @@ def capturing(
     Args:
         on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[B, n, D]`, which the caller may keep.
         layers: indices of the hidden states.
+        whole: if False, the pass, and with it the block, ends behind the last of `layers`: its output is not wanted.
     """
-    thread = threading.get_ident()
-    with ExitStack() as hooks:
-        for hook in _hooks(decoder, layers, lambda: on_state if threading.get_ident() == thread else None):
+    thread, last = threading.get_ident(), decoder.num_hidden_layers
+    # One of several processes runs to the end: FSDP gathers and frees the weights of each layer.
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    final = None if whole or not alone else max(layers, default=None)
+
+    def hear(layer: int, hidden: torch.Tensor) -> None:
+        if threading.get_ident() != thread:
+            return
+        on_state(layer, hidden)
+        if layer == final and not torch.compiler.is_compiling():
+            raise _Enough
+
+    with suppress(_Enough), ExitStack() as hooks:
+        for layer in sorted(set(layers)):
+            if layer == 0:
+                hook = decoder.layers[0].register_forward_pre_hook(partial(_before, hear), with_kwargs=True)
+            else:
+                # A user's hook on the next layer may change the state in place: then on_state gets a copy.
+                copied = layer < last and bool(decoder.layers[layer]._forward_pre_hooks)
+                module = decoder.norm if layer == last else decoder.layers[layer - 1]
+                hook = module.register_forward_hook(partial(_after, hear, layer, copied))
             hooks.enter_context(hook)
         yield
 
 
-def _hooks(decoder: Decoder, layers: Collection[int], listener: Callable[[], Any]) -> Iterator[RemovableHandle]:
-    """Register the hooks of some layers one by one. `listener` returns the `on_state` to call, or None."""
-    last = decoder.num_hidden_layers
-    for layer in sorted(set(layers)):
-        if layer == 0:
-            yield decoder.layers[0].register_forward_pre_hook(partial(_before, listener), with_kwargs=True)
-            continue
-        # A user's hook on the next layer may change the state in place: then on_state gets a copy.
-        copied = layer < last and bool(decoder.layers[layer]._forward_pre_hooks)
-        module = decoder.norm if layer == last else decoder.layers[layer - 1]
-        yield module.register_forward_hook(partial(_after, listener, layer, copied))
-
-
 # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
-def _before(listener: Callable[[], Any], _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
-    if (on_state := listener()) is None:
-        return
+def _before(hear: Callable, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
     if args:
-        on_state(0, args[0])
+        hear(0, args[0])
     else:
-        on_state(0, kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values())))
+        hear(0, kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values())))
 
 
-def _after(listener: Callable[[], Any], layer: int, copied: bool, _, args: tuple, output: Any) -> None:
-    if (on_state := listener()) is not None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        on_state(layer, hidden.clone() if copied else hidden)
-
-
-# The `on_state` of the forward pass that this thread runs, if permanent hooks feed it.
-_LISTENING = threading.local()
-
-
-def _listening() -> Callable[[int, torch.Tensor], None] | None:
-    return getattr(_LISTENING, "on_state", None)
-
-
-def stay_in_layers(lm: nn.Module) -> bool:
-    """Register permanent hooks for `handing_states_to` on an LM, once. A compiled forward pass cannot add or remove hooks.
-
-    This is called while a pass is traced, not when the graph runs.
-
-    Returns:
-        False if the decoder may run layers over some tokens only; see `Decoder.whole`.
-    """
-    decoder = find_decoder(lm)
-    if "logits_to_keep" in inspect.signature(decoder.model.forward).parameters:
-        return False
-    found = decoder.layers[0]._forward_pre_hooks.values()
-    if not any(isinstance(hook, partial) and hook.args == (_listening,) for hook in found):
-        list(_hooks(decoder, range(decoder.num_hidden_layers + 1), _listening))
-    return True
-
-
-@contextmanager
-def handing_states_to(on_state: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Hand the states of an LM with permanent hooks to `on_state` inside the block, in this thread, as `capturing` does."""
-    _LISTENING.on_state = on_state
-    try:
-        yield
-    finally:
-        _LISTENING.on_state = None
+def _after(hear: Callable, layer: int, copied: bool, _, args: tuple, output: Any) -> None:
+    hidden = output[0] if isinstance(output, tuple) else output
+    hear(layer, hidden.clone() if copied else hidden)
 
 
 def check_seen(wanted: Collection[int], seen: Collection[int]) -> None:
@@ -144,16 +110,7 @@ def collect_hidden_states(
     attention_mask = None if attention_mask is None else attention_mask.to(device)
     cache = None if prefix is None else repeat_cache(prefix, len(input_ids))
     states: dict[int, torch.Tensor] = {}
-    wanted = set(layers)
-    # A compiled pass cannot end early, and one of several processes must not: FSDP gathers and frees each layer's weights.
-    whole = torch.distributed.is_available() and torch.distributed.is_initialized()
-
-    def on_state(layer: int, hidden: torch.Tensor) -> None:
-        states[layer] = hidden
-        if len(states) == len(wanted) and not (whole or torch.compiler.is_compiling()):
-            raise _Enough
-
-    with torch.no_grad(), suppress(_Enough), capturing(decoder, on_state, wanted):
+    with torch.no_grad(), capturing(decoder, states.__setitem__, layers, whole=False):
         decoder.run(input_ids=input_ids, attention_mask=attention_mask, cache=cache, use_cache=cache is not None)
     check_seen(layers, states)
     return [states[layer] for layer in layers]

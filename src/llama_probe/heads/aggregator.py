@@ -58,7 +58,7 @@ class Aggregator(nn.Module, ABC):
 
     A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slots`, `repeat_rows`
     and `select_rows` can handle it. `update` returns a new state and leaves the old one unchanged: several prompts may
-    continue from it. No code of a kind may branch on the values of a tensor while `torch.compile` traces it.
+    continue from it.
 
     Args:
         num_slots (`int`): number of independent summaries.

@@ -44,8 +44,8 @@ def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 NO_NUMBER_BECAUSE = (
-    "its training ran away (a lower learning rate helps), states of the backbone are too large for its dtype (float32 and "
-    "bfloat16 hold more than float16), or in a pass that torch.compile runs no token of the prompt counts"
+    "its training ran away (a lower learning rate helps), or states of the backbone are too large for its dtype (float32 and "
+    "bfloat16 hold more than float16)"
 )
 
 
@@ -89,6 +89,7 @@ def labels(
     Raises:
         ProbeError: a probability is not a number. Below any threshold, it would pass for harmless.
     """
+    probs = probs.cpu()
     found = predictions(probs, config).tolist()
     if config.problem_type != "regression":
         check_numbers(probs)

@@ -1,4 +1,4 @@
-"""The choices that depend on the kind of device: few operations on an accelerator, small tensors on a CPU."""
+"""Choices that depend on the kind of device: few operations on an accelerator, small tensors on a CPU."""
 
 from __future__ import annotations
 

@@ -17,9 +17,8 @@ _SAFE = 60.0
 
 def suits(query: torch.Tensor) -> bool:
     """Return True if `mean_attention` is faster than `scaled_dot_product_attention` for queries `[P, heads, N, d]`."""
-    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
-        return False
-    return query.shape[-2] >= _LEAST_ITEMS and device_type(query.device) == "cpu"
+    on_cpu = device_type(query.device) == "cpu"
+    return on_cpu and query.shape[-2] >= _LEAST_ITEMS and not torch.is_grad_enabled()
 
 
 def mean_attention(

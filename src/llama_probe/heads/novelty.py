@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ProbeError
 from .configuration import ProbeConfig
 from .pooling import PoolingAggregator
-from .stream import SlotStates, as_slice, in_place
+from .stream import SlotStates, as_slice
 
 
 FAR = 0.99  # from this novelty on, a prompt counts as unlike the training data
@@ -95,7 +95,7 @@ class Novelty(nn.Module):
         first = sum(slot < slots.start for slot in self.slots)
         own = slice(first, first + len(places))
         total, count = self._means.update(states.pop(own), x[as_slice(places)].float(), mask, own)
-        states.put(own, (in_place(total), count))
+        states.put(own, (total, count))
 
     def read(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> MeanStates:
         """Read whole prompts: the states and mask of `ProbeModel.score`."""

@@ -28,7 +28,7 @@ from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .scope import check_rows, token_mask
 from .states import normalize, without_autocast
-from .stream import ProbeState, as_slice, in_place
+from .stream import ProbeState, as_slice
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -352,7 +352,7 @@ class ProbeModel(nn.Module):
         first = self._slots[layers[places[0]]]
         slots = slice(first, first + len(places))
         earlier = state.tokens.pop(slots)
-        with torch.set_grad_enabled(state.differentiable):  # a decorator would break the graph of torch.compile
+        with torch.set_grad_enabled(state.differentiable):
             if state.output_attentions:
                 if earlier is not None or not last:
                     raise ProbeError("output_attentions needs the prompt in one pass, without cache")
@@ -363,7 +363,7 @@ class ProbeModel(nn.Module):
             if state.keep or not last:
                 state.tokens.put(slots, seen)
             else:  # of the tokens nothing is kept
-                state.summaries.put(slots, in_place(self.token_stage.result(seen, slots)))
+                state.summaries.put(slots, self.token_stage.result(seen, slots))
 
     @without_autocast
     def finish(self, state: ProbeState) -> ProbeOutput:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from transformers.utils import logging
 
@@ -65,7 +62,7 @@ def token_mask(
         same |= positions >= width
     begins = same.all(dim=1, keepdim=True)
     begins &= partial_prompt | (first + count <= width)  # [B, 1]
-    if not torch.compiler.is_dynamo_compiling() and not bool(begins.all()):
+    if not bool(begins.all()):
         logger.warning_once(
             "A prompt does not begin with the constant prefix that a probe head was trained to leave out (another chat "
             "template or system prompt, or raw text). The head reads all of its tokens; its scores may be less reliable."
@@ -74,70 +71,9 @@ def token_mask(
     return mask & ~(begins & (columns >= first) & (columns < first + count))
 
 
-def prompt_masks(
-    configs: Mapping[str, ProbeConfig],
-    input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    probe_mask: torch.Tensor | None,
-    partial_prompt: bool = False,
-    placeholder_ids: Sequence[int] = (),
-    seen: int = 0,
-) -> dict[str, torch.Tensor]:
-    """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`. Heads of one scope share a tensor.
-
-    Heads are trained on texts. Tokens in `placeholder_ids`, which stand for images or the like, count only where
-    `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
-
-    Args:
-        partial_prompt, seen: see `token_mask`.
-
-    Raises:
-        ProbeError: there is no prompt, or mask and prompt have different shapes.
-    """
-    given = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
-    for name, tensor in given.items():
-        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != 2):
-            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
-            raise ProbeError(f"{name} must be a tensor [batch, tokens], not {found}{entries}")
-    source = input_ids if input_ids is not None else inputs_embeds
-    if source is None or 0 in source.shape[:2]:
-        raise ProbeError("there is no prompt for the heads to read: pass input_ids, or set_active_probes([]) first")
-    shape = source.shape[:2]
-    for name, tensor in given.items():
-        if tensor is not None and tensor.shape != shape:
-            hint = "with a cache, pass all input_ids of the conversation"
-            raise ProbeError(f"{name} has the shape {tuple(tensor.shape)}, the prompt {tuple(shape)}: {hint}")
-    if attention_mask is None:
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
-    if probe_mask is not None:
-        chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
-        return dict.fromkeys(configs, chosen)
-    text = None
-    if placeholder_ids and input_ids is not None:
-        text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
-    found: list[tuple[Any, torch.Tensor]] = []  # scopes and their masks
-    masks: dict[str, torch.Tensor] = {}
-    for name, config in configs.items():
-        scope = config.token_scope, config.prefix_ids, config.turn_markers
-        mask = next((mask for other, mask in found if other == scope), None)
-        if mask is None:
-            mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
-            mask = mask if text is None else mask & text.to(mask.device)
-            found.append((scope, mask))
-        masks[name] = mask
-    return masks
-
-
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
     """Return, of the tokens that count, `[batch, tokens]`, those that the head's kind looks at: all, or the last of each row."""
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
-
-
-def read_masks(configs: Mapping[str, ProbeConfig], masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Apply `tokens_read` to the mask of each head. Heads that share a tensor, and read all tokens, share the result."""
-    return {name: tokens_read(config, masks[name]) for name, config in configs.items()}
 
 
 def check_rows(mask: torch.Tensor | None) -> None:

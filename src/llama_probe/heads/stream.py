@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from .aggregator import join_slots, take_slots
 
 
@@ -82,15 +80,6 @@ class ProbeState:
         """Return what all slots keep, as one; `None` if nothing has been read."""
         tokens = self.tokens.joined()
         return tokens if self.means is None or tokens is None else (tokens, self.means.joined())
-
-
-def in_place(x: torch.Tensor) -> torch.Tensor:
-    """Return `x`. While `torch.compile` traces, keep its computation from being moved to where it is used.
-
-    Inductor moves an operation to its use (`reorder_for_locality`), here behind the LM, and would keep the states of all layers
-    until then. It leaves what becomes a tuple in its place.
-    """
-    return torch.stack(x.unbind()) if torch.compiler.is_dynamo_compiling() else x
 
 
 def as_slice(places: Sequence[int]) -> slice | list[int]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 from transformers.utils import logging
 
 
@@ -31,17 +30,16 @@ def turn_mask(
         input_ids (`torch.LongTensor` of shape `[batch, tokens]`).
         known: number of first tokens; a reply that begins within them is the LM's own, even if no turn follows it.
     """
-    # Eager ids are copied to the host: on a GPU the same lines are 25 kernel launches.
-    traced = torch.compiler.is_dynamo_compiling()
-    ids = input_ids if traced else input_ids.cpu().numpy()
+    # On the host: on a GPU the same lines are 25 kernel launches.
+    ids = input_ids.cpu().numpy()
     begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
     # A turn without a token is none; an opened reply without one is the generation prompt.
-    followed = _padded(ids, 0, 1) >= 0
+    followed = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1) >= 0
     begins = {role: found if role == "assistant" else found & followed for role, found in begins.items()}
     if "tool" in markers:
         begins["user"] = begins["user"] & ~_tools_as_users(markers, begins["tool"])
     marked = _running_max(sum(found * 1 for found in begins.values()))[:, -1:] > 0
-    if not traced and not marked.all():
+    if not marked.all():
         logger.warning_once(
             "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for the user's turn reads "
             "all of it, and its scores may be less reliable."
@@ -49,7 +47,7 @@ def turn_mask(
     # A prompt that continues may still get markers.
     whole = ~marked if known < input_ids.shape[1] else marked & False
     mask = (_mask(scope, begins, known) | whole)[:, :-1]
-    return mask if traced else torch.from_numpy(mask).to(input_ids.device)
+    return torch.from_numpy(mask).to(input_ids.device)
 
 
 def marker_mask(markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tensor) -> torch.Tensor:
@@ -62,8 +60,8 @@ def marker_mask(markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tenso
     return torch.from_numpy(found)
 
 
-def _mask(scope: str, begins: dict[str, Any], known: int) -> Any:
-    """Return `turn_mask` for the places where turns begin, `[batch, tokens + 1]`, as numpy arrays or as tensors."""
+def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
+    """Return `turn_mask` for the places where turns begin, `[batch, tokens + 1]`."""
     user, reply = begins["user"], begins["assistant"]
     tool, system = (begins.get(role, user & False) for role in ("tool", "system"))
     position = (user | True).cumsum(1)  # from 1; below, 0 is "before the first such turn"
@@ -81,34 +79,24 @@ def _mask(scope: str, begins: dict[str, Any], known: int) -> Any:
     return (in_user > before) | (is_cut & (last == 0))
 
 
-def _begins(marker: Mapping[str, Any], ids: Any) -> Any:
+def _begins(marker: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
     """Return where a turn begins behind a marker: `[batch, tokens + 1]` bool. The last place is behind all tokens."""
     size, width = len(marker["ids"]), len(marker["ids"]) + marker["skip"]
-    padded = _padded(ids, width, 0)
-    if isinstance(ids, np.ndarray):
-        windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)  # [B, T + 1, width]
-        opening = np.array(marker["ids"])
-    else:
-        windows, opening = padded.unfold(1, width, 1), torch.tensor(marker["ids"], device=ids.device)
+    padded = np.pad(ids, ((0, 0), (width, 0)), constant_values=-1)  # -1 is no token
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)  # [B, T + 1, width]
+    opening = np.array(marker["ids"])
     found = (windows[:, :, :size] == opening).all(2)
     return found & (windows[:, :, size:] >= 0).all(2) if marker["skip"] else found
 
 
-def _padded(ids: Any, left: int, right: int) -> Any:
-    """Return ids `[batch, tokens]` with -1, which is no token, before and behind them."""
-    if isinstance(ids, np.ndarray):
-        return np.pad(ids, ((0, 0), (left, right)), constant_values=-1)
-    return functional.pad(ids, (left, right), value=-1)
-
-
-def _tools_as_users(markers: Mapping[str, Mapping[str, Any]], tool: Any) -> Any:
+def _tools_as_users(markers: Mapping[str, Mapping[str, Any]], tool: np.ndarray) -> np.ndarray:
     """Return where a user's marker is the beginning of a tool's."""
     user = markers["user"]
     longer = len(markers["tool"]["ids"]) - len(user["ids"]) - user["skip"]
     if longer < 0 or markers["tool"]["ids"][: len(user["ids"])] != user["ids"]:
         return tool & False
-    return (np if isinstance(tool, np.ndarray) else torch).roll(tool, -longer, 1)
+    return np.roll(tool, -longer, 1)
 
 
-def _running_max(values: Any) -> Any:
-    return np.maximum.accumulate(values, axis=1) if isinstance(values, np.ndarray) else values.cummax(1).values
+def _running_max(values: np.ndarray) -> np.ndarray:
+    return np.maximum.accumulate(values, axis=1)

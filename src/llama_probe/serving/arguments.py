@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,3 +62,21 @@ def token_ids(value: Any) -> list[int]:
     if isinstance(value, torch.Tensor):
         value = value.flatten().tolist()
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def on_host(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return tensors on the CPU. Those of one device and one kind of number come in one copy: each waits for the device.
+
+    Values that are no tensors stay.
+    """
+    copies = dict(tensors)
+    groups: dict[tuple, list] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+            kind = tensor.dtype if tensor.is_floating_point() else torch.long
+            groups.setdefault((tensor.device, kind), []).append(name)
+    for (_, kind), names in groups.items():
+        flat = torch.cat([tensors[name].detach().to(kind).flatten() for name in names]).cpu()
+        for name, part in zip(names, flat.split([tensors[name].numel() for name in names]), strict=True):
+            copies[name] = part.view(tensors[name].shape).to(tensors[name].dtype)
+    return copies

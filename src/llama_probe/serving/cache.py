@@ -52,8 +52,8 @@ class ProbeCache:
     place. The numbers that each kind keeps are in docs/serving.md; novelty keeps `hidden_size` for up to three layers.
 
     Attributes:
-        input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over.
-        attention_mask (`torch.BoolTensor` of shape `[rows, tokens]`): false for padding, and behind the end of a reply.
+        input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over, on the CPU.
+        attention_mask (`torch.BoolTensor` of shape `[rows, tokens]`): false for padding, and behind the end of a reply; on the CPU.
         heads: by name.
     """
 
@@ -71,12 +71,11 @@ class ProbeCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row in place, as `DynamicCache.batch_repeat_interleave` does."""
-        rows = torch.arange(self.batch_size, device=self.input_ids.device)
-        self.batch_select_indices(rows.repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows whose indices are given, in place, as `DynamicCache.batch_select_indices` does."""
-        rows = torch.arange(self.batch_size, device=self.input_ids.device)[indices.to(self.input_ids.device)]
+        rows = torch.arange(self.batch_size)[indices.cpu()]
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.heads = {
             name: replace(kept, mask=kept.mask[rows], state=select_rows(kept.state, rows))
@@ -118,7 +117,7 @@ class ProbeCache:
         Args:
             heads: heads to resume. Heads that are not in the state have seen nothing.
             masks: tokens of the whole prompts that count for each of them, `[prompts, prompt_tokens]`.
-            input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts.
+            input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts, on the CPU as the masks.
             cached: number of tokens in the KV cache.
 
         Raises:
@@ -131,7 +130,7 @@ class ProbeCache:
         if input_ids.shape[1] <= seen:
             hint = "pass all of the conversation, with at least one new token"
             raise ProbeError(f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: {hint}")
-        same = input_ids[:, :seen].to(self.input_ids.device) == self.input_ids
+        same = input_ids[:, :seen] == self.input_ids
         differing = (~same & self.attention_mask).any(dim=0).nonzero().flatten()
         if len(differing):
             first = f"the first that differs is number {int(differing[0])}: append to out.sequences"
@@ -181,7 +180,7 @@ def _versions(head: ProbeModel) -> list[tuple[int, int]]:
 
 
 def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
-    differing = (wanted.to(kept.device).bool() != kept).any(dim=0).nonzero().flatten()
+    differing = (wanted.bool() != kept).any(dim=0).nonzero().flatten()
     if len(differing):
         first = f"the first is number {int(differing[0])}"
         raise ProbeError(f"{what}: of the {kept.shape[1]} tokens that were seen other ones count now; {first}")

@@ -13,6 +13,7 @@ import torch
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, predictions, threshold_of
+from .arguments import on_host
 from .outputs import Halt, TokenScores
 
 
@@ -225,11 +226,18 @@ class Halter:
         self.halts = [None] * prompts
         if self.policy is not None:
             self.halts = _decisions("the halting policy", self.policy(outputs), prompts)
+        outputs = self._on_host(outputs)
         for rule in self.rules:
             if rule.head in outputs:
                 found = self._patient(rule, self._asked(rule, outputs[rule.head]), [True] * prompts)
                 self.halts = [old or new for old, new in zip(self.halts, found, strict=True)]
         return self.halts
+
+    def _on_host(self, outputs: dict[str, ProbeOutput]) -> dict[str, ProbeOutput]:
+        """Return the outputs that rules look at, with logits on the CPU."""
+        ruled = {rule.head: rule.config for rule in self.rules if rule.head in outputs}
+        logits = on_host({name: outputs[name].logits for name in ruled})
+        return {name: ProbeOutput.from_logits(logits[name], config) for name, config in ruled.items()}
 
     def _asked(self, rule: HaltRule, output: ProbeOutput) -> list[Halt | None]:
         """Return the flags of a rule; in its band those of the function that it asks."""
@@ -249,6 +257,7 @@ class Halter:
         Returns:
             For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
         """
+        outputs = self._on_host(scores.outputs)
         counted = scores.counted.tolist()
         self.expand(len(counted))
         found = []  # pairs (flags, halts), each with one entry a row
@@ -256,7 +265,7 @@ class Halter:
             found.append((_decisions("on_probe_token", said, len(counted)),) * 2)
         for rule in self.rules:
             if rule.config.reads_reply:
-                flags = rule.halts(scores.outputs[rule.head])
+                flags = rule.halts(outputs[rule.head])
                 found.append((flags, self._patient(rule, flags, counted)))
         flagged = [False] * len(counted)
         for flags, halts in found:

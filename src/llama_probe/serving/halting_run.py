@@ -87,10 +87,9 @@ class HaltingRun:
         """Force the end-of-sequence token, or padding without one, in the rows of halted prompts. A logits processor."""
         if not any(self.halter.halts or ()):
             return scores
-        rows = self._halted_rows(scores)
-        scores = scores.clone()
-        scores[rows] = torch.finfo(scores.dtype).min
-        scores[rows, self._end] = 0.0
+        rows = self._halted_rows(scores)[:, None]
+        scores = scores.masked_fill(rows, torch.finfo(scores.dtype).min)
+        scores[:, self._end, None] = scores[:, self._end, None].masked_fill(rows, 0.0)
         return scores
 
     def _stop(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
@@ -117,8 +116,8 @@ class HaltingRun:
         config, mask = self.session.heads[head].config, self.session.masks[head][rows]
         ids = self.session.input_ids[rows]
         if config.turn_markers is not None:
-            mask = mask.cpu() & ~marker_mask(config.turn_markers, ids)
-        counted = [row[kept].tolist() for row, kept in zip(ids, mask.to(ids.device), strict=True)]
+            mask = mask & ~marker_mask(config.turn_markers, ids)
+        counted = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
         return [text.strip() for text in self.tokenizer.batch_decode(counted, skip_special_tokens=True)]
 
     def _follow(self, scores: TokenScores) -> None:

@@ -13,19 +13,20 @@ from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTok
 from transformers.utils import logging
 
 from ..backbone.cache import cached_tokens, copy_cache
-from ..backbone.capture import handing_states_to
 from ..backbone.decoder import target_of, without_peft
 from ..data.prompts import Text
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
+from ..heads.probe import ProbeModel
 from .arguments import HEAD_ARGUMENTS, GenerateCall
 from .cache import ProbeCache, refuse_without_heads
 from .halting import Halter
 from .halting_run import HaltingRun
 from .host import ProbeHostMixin, change_class
 from .outputs import ProbedOutputMixin, with_scores
-from .prefill import PrefillSession, traced_reader
+from .prefill import PrefillSession
+from .reply import ReplySession
 from .session import (
     PAGED,
     forward_session,
@@ -98,9 +99,6 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 {name: head.config for name, head in heads.items()},
                 {name: head.novelty for name, head in heads.items() if head.novelty is not None},
             )
-            if isinstance(session := kwargs.get("probe_session"), PrefillSession):  # the pass was a compiled one
-                session.cache = getattr(output, "cache", None)
-                session.take(output, kwargs)
         return output
 
     @classmethod
@@ -172,43 +170,49 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def _probed_forward(self, *args, **kwargs):
         kwargs.update(zip(self._forward_names, args, strict=False))
         session = kwargs.pop("probe_session", None)
-        probes = kwargs.pop("probes", None)
-        probe_mask, probe_state = kwargs.pop("probe_mask", None), kwargs.pop("probe_state", None)
         compiling = torch.compiler.is_dynamo_compiling()
         if session is None and not compiling and (running := session_of(self)) is not None:
             # A decoding method calls the model itself: first over the prompt, then for other purposes.
             session = False if running.complete else running
-        if session is False:
+        if session is None:
+            heads = self._active_heads(kwargs.pop("probes", None))
+            asked = {name: kwargs.pop(name, None) for name in ("probe_mask", "probe_state")}
+            if heads:
+                return self._forward_with_heads(heads, kwargs, **asked)
+            refuse_without_heads(asked["probe_state"])
+        if not session:
             return super().forward(**kwargs)
-        generating = session is not None
-        heads = session.heads if generating else self._active_heads(probes)
-        configs = {name: head.config for name, head in heads.items()}
-        if compiling and heads and isinstance(session, PrefillSession | None) and probe_state in (None, False):
-            reader = traced_reader(self, heads, session, kwargs, probe_mask)
-            if reader is not None:
-                with handing_states_to(reader.on_state):
-                    output = super().forward(**kwargs)
-                reader.end()
-                return with_scores(output, reader.traced_results(), configs)
-        if not generating:
-            if not heads:
-                refuse_without_heads(probe_state)
-                return super().forward(**kwargs)
-            past, decoder = cached_tokens(kwargs), self._decoder
-            if not compiling and not past:
-                self._warn_of_padding(kwargs.get("input_ids"), kwargs.get("attention_mask"), probe_mask)
-            if self.training and torch.is_grad_enabled() and not past and not probe_state:
-                session = PrefillSession(heads, decoder, kwargs, probe_mask, differentiable=True)
-            else:
-                session = forward_session(heads, decoder, kwargs, probe_mask, probe_state)
-            if session is None:  # a later step of the caller's own decoding loop
-                return with_scores(super().forward(**kwargs), None, configs)
+        return self._forward_in_session(session, kwargs)
+
+    # torch.compile breaks its graph at these two: hooks come and go, and heads look at values.
+
+    @torch.compiler.disable
+    def _forward_in_session(self, session: PrefillSession | ReplySession, kwargs: dict[str, Any]) -> Any:
         with session.reading(kwargs) as inputs:
             output = super().forward(**inputs)
             if isinstance(session, PrefillSession):
                 session.cache = getattr(output, "cache", inputs.get("cache"))
-        if generating:
-            return output
+        return output
+
+    @torch.compiler.disable
+    def _forward_with_heads(
+        self,
+        heads: dict[str, ProbeModel],
+        kwargs: dict[str, Any],
+        probe_mask: torch.Tensor | None,
+        probe_state: ProbeCache | bool | None,
+    ) -> Any:
+        configs = {name: head.config for name, head in heads.items()}
+        past, decoder = cached_tokens(kwargs), self._decoder
+        if self.training and torch.is_grad_enabled() and not past and not probe_state:
+            session = PrefillSession(heads, decoder, kwargs, probe_mask, differentiable=True)
+        else:
+            session = forward_session(heads, decoder, kwargs, probe_mask, probe_state)
+        if session is None:  # a later step of the caller's own decoding loop
+            return with_scores(super().forward(**kwargs), None, configs)
+        if not past:
+            self._warn_of_padding(session.input_ids, kwargs.get("attention_mask"), probe_mask)
+        output = self._forward_in_session(session, kwargs)
         state = session.probe_cache() if session.return_state else None
         return with_scores(output, session.results(), configs, state)
 
@@ -267,7 +271,6 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
             return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), levels)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
-        self._warn_of_padding(input_ids, attention_mask, probe_mask)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
         past, decoder = cached_tokens({"cache": cache}), self._decoder
         if probe_state is True:
@@ -276,13 +279,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
         session = PrefillSession(
             heads, decoder, inputs, probe_mask, past=past, earlier=earlier, output_attentions=output_attentions
         )
+        self._warn_of_padding(session.input_ids, attention_mask, probe_mask)
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
         if past:
             if "position_ids" not in inputs and attention_mask is not None and not attention_mask[:, :past].all():
                 raise ProbeError("the cached part of the prompts has padding: pass position_ids, [batch, new_tokens]")
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
-        with torch.no_grad(), session.reading(inputs) as inputs:
+        with torch.no_grad(), session.reading(inputs, whole=False) as inputs:
             decoder.run(**inputs)
         return abstaining(session.results(), levels)
 
@@ -290,7 +294,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
         pad = self.config.get_text_config(decoder=True).pad_token_id
         unmasked = all(mask is None for mask in masks) and isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2
-        if pad is None or not unmasked or not input_ids.numel() or input_ids.is_meta:
+        if pad is None or not unmasked or not input_ids.numel():
             return
         ends = torch.stack([input_ids[:, :2], input_ids[:, -2:].flip(1)]) == pad  # [2, B, 2], from the edge inwards
         padded = ends[..., 0].any(dim=0)

@@ -14,6 +14,7 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
 from ..heads.novelty import Novelty
+from .arguments import on_host
 from .cache import ProbeCache
 
 
@@ -94,10 +95,16 @@ class ProbedOutputMixin(DecidedMixin):
         if self.probe_logits is None:
             return None
         levels = self.abstain_at or {}
-        novelty = self.probe_novelty if levels else {}
+        novelty = {("novelty", name): each for name, each in (self.probe_novelty if levels else {}).items()}
+        host = on_host(self.probe_logits | novelty)
         return {
-            name: labels(probs, self.config_of(name), novelty.get(name), levels.get(name))
-            for name, probs in self.probe_probabilities.items()
+            name: labels(
+                probabilities(host[name], self.config_of(name)),
+                self.config_of(name),
+                host.get(("novelty", name)),
+                levels.get(name),
+            )
+            for name in self.probe_logits
         }
 
     @property
@@ -138,7 +145,6 @@ PROBED_FIELDS = {
 }
 
 
-@torch.compiler.assume_constant_result
 def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
     """Return the class of `base` outputs with the fields of `ProbedOutputMixin`."""
     return _make(base)

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Cache
 
-from ..backbone.cache import cached_tokens
-from ..backbone.capture import capturing, stay_in_layers
-from ..backbone.decoder import Decoder, find_decoder
+from ..backbone.capture import capturing
+from ..backbone.decoder import Decoder
 from ..errors import ProbeError
 from ..heads import repeat_rows
+from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
-from ..heads.novelty import MeanStates
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, prompt_masks, read_masks
+from ..heads.scope import check_rows, token_mask, tokens_read
+from .arguments import on_host
 from .cache import CachedHead, HeadReference, ProbeCache
 from .reader import StateReader
 
 
-# Decorated here: the decorator imports the compiler, which `backbone` and the start of a command do without.
-_stay_in_layers = torch.compiler.assume_constant_result(stay_in_layers)
+_OTHER_PROMPT = (
+    "the decoding method does not run the LM over the prompt as it was given (PEFT's prompt tuning? set_active_probes([]) "
+    "generates without heads)"
+)
 
 
 class PrefillSession:
@@ -66,20 +67,22 @@ class PrefillSession:
         differentiable: bool = False,
     ):
         ids, embeds, attention_mask = map(inputs.get, ("input_ids", "inputs_embeds", "attention_mask"))
+        # All that values decide - which tokens count, where to cut, empty rows - comes from this one copy.
+        host = on_host({"ids": ids, "mask": attention_mask, "probe_mask": probe_mask})
         configs, masks = {name: head.config for name, head in heads.items()}, {}
         self.prompts = self.length = 0
         if heads or inputs:
-            given = (ids, embeds, attention_mask, probe_mask, partial_prompt)
+            given = (host["ids"], embeds, host["mask"], host["probe_mask"], partial_prompt)
             masks = prompt_masks(configs, *given, decoder.placeholder_ids, past)
             self.prompts, self.length = (embeds if ids is None else ids).shape[:2]
         self.heads, self.decoder, self.masks = heads, decoder, masks
-        self.input_ids, self.attention_mask = ids, attention_mask
+        self.input_ids, self.attention_mask, self._expected = host["ids"], host["mask"], ids
         self.seen = past
         self.return_state, self._partial_prompt = return_state, partial_prompt
         self.cache: Cache | None = None
         states = {}
         if earlier is not None:
-            states = earlier.resume(heads, masks, ids, self._attended(), past)
+            states = earlier.resume(heads, masks, self.input_ids, self._attended(), past)
         if not partial_prompt:
             for mask in {id(mask): mask for mask in masks.values()}.values():
                 check_rows(mask)
@@ -90,7 +93,8 @@ class PrefillSession:
                 raise ProbeError(f"the cache holds {past} tokens, and head {name!r} has not read them: {hint}")
         keep = [name for name, head in heads.items() if return_state or head.config.reads_reply]
         self._reader = StateReader(heads, states, keep, output_attentions, differentiable)
-        self._taken: dict[str, ProbeOutput] | None = None
+        self._results: dict[str, ProbeOutput] | None = None
+        self._differs: torch.Tensor | None = None  # True if a pass was over other tokens than those of the prompts
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
         self.reply: Any = None  # a ReplySession, which knows this class
 
@@ -105,8 +109,10 @@ class PrefillSession:
         return (self.reply or False) if self.complete else self
 
     @contextmanager
-    def reading(self, inputs: dict[str, Any]):
+    def reading(self, inputs: dict[str, Any], whole: bool = True):
         """Read the states of one forward pass of the LM, which is about to run over `inputs`. Yield its arguments.
+
+        With `whole=False` the pass ends with the last layer that a head reads.
 
         Raises:
             ProbeError: the pass is not over the next tokens of the prompts, or some layer did not run over all of them.
@@ -116,7 +122,7 @@ class PrefillSession:
         cut = {id(mask): mask[:, self.seen : stop] for mask in self._read_masks.values()}
         masks = {name: cut[id(mask)] for name, mask in self._read_masks.items()}
         self._reader.begin(masks, last=stop >= self.length, repeats=repeats)
-        with capturing(self.decoder, self._reader.on_state, self._reader.layers):
+        with capturing(self.decoder, self._reader.on_state, self._reader.layers, whole):
             yield self.decoder.whole(inputs)
         self._reader.end()
         self._advance(stop)
@@ -128,40 +134,33 @@ class PrefillSession:
         # rows: beams and return sequences repeat each prompt; columns: candidate tokens follow the prompt.
         repeats, rest = divmod(rows, self.prompts)
         width = min(columns, self.length - self.seen)
-        expected = None if self.input_ids is None else self.input_ids[:, self.seen : self.seen + width]
-        same = ids is None or expected is None or torch.equal(ids[:: repeats or 1, :width], expected.to(ids.device))
         # Embeddings in place of the ids may have virtual tokens before them (PEFT's prompt tuning).
-        same &= ids is not None or expected is None or columns == self.length - self.seen
+        same = ids is not None or self._expected is None or columns == self.length - self.seen
         if rest or not repeats or not same:
-            hint = "PEFT's prompt tuning? set_active_probes([]) generates without heads"
-            raise ProbeError(f"the decoding method does not run the LM over the prompt as it was given ({hint})")
+            raise ProbeError(_OTHER_PROMPT)
+        if ids is not None and self._expected is not None:
+            expected = self._expected[:, self.seen : self.seen + width].to(ids.device)
+            differs = (ids[::repeats, :width] != expected).any()
+            self._differs = differs if self._differs is None else self._differs | differs
         return repeats, width
-
-    def take(self, output: Any, inputs: dict[str, Any]) -> None:
-        """Take the results in the output of a compiled pass over `inputs`, in place of `reading` it."""
-        self._expect(inputs)
-        self._taken = {}
-        for name, logits in output.probe_logits.items():
-            self._taken[name] = ProbeOutput.from_logits(logits, self.heads[name].config)
-        for name, means in (output.probe_mean_states or {}).items():
-            self._taken[name].means = MeanStates(self.heads[name].novelty, *means)
-        self._advance(self.length)
 
     def _advance(self, seen: int) -> None:
         self.seen = seen
+        if self.complete and self._differs is not None and bool(self._differs):
+            raise ProbeError(_OTHER_PROMPT)
         if self.complete and self.on_complete is not None:
             self.on_complete(self.results())
 
     def results(self) -> dict[str, ProbeOutput]:
         """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row."""
-        if self._taken is None:
+        if self._results is None:
             if not self.complete:
                 raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
             names = list(self.heads)
             if self._partial_prompt:
                 names = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
-            self._taken = self._reader.results(names)
-        return self._taken
+            self._results = self._reader.results(names)
+        return self._results
 
     def state(self, name: str, repeats: int = 1) -> Any:
         """Return a head's token-stage state behind the prompts, each row repeated; `None` if it does not read them."""
@@ -177,7 +176,7 @@ class PrefillSession:
 
         Args:
             states: token-stage states behind the replies, by name. Defaults to no reply.
-            tokens, token_mask (`[rows, reply_tokens]`): ids of the replies, and which of them count.
+            tokens, token_mask (`[rows, reply_tokens]`): ids of the replies, and which of them count, on the CPU.
         """
         if states is None:
             states = {name: self.state(name) for name in self.heads}
@@ -186,7 +185,7 @@ class PrefillSession:
 
         def behind(prompts: torch.Tensor, replies: torch.Tensor) -> torch.Tensor:
             rows = prompts.repeat_interleave(len(replies) // self.prompts, 0)
-            return torch.cat([rows, replies.to(prompts.device)], 1)
+            return torch.cat([rows, replies], 1)
 
         heads = {}
         for name, head in self.heads.items():
@@ -200,41 +199,62 @@ class PrefillSession:
         return self.attention_mask.bool()
 
 
-def traced_reader(
-    lm: nn.Module,
-    heads: Mapping[str, ProbeModel],
-    session: PrefillSession | None,
-    inputs: dict[str, Any],
+def prompt_masks(
+    configs: Mapping[str, ProbeConfig],
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     probe_mask: torch.Tensor | None,
-) -> StateReader | None:
-    """Return what reads the pass of `lm` over `inputs` that `torch.compile` is tracing.
+    partial_prompt: bool = False,
+    placeholder_ids: Sequence[int] = (),
+    seen: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`. Heads of one scope share a tensor.
 
-    Values cannot be looked at there: no row is refused, and `traced_results` gives NaN for a row without a token that counts.
-    `session` is that of the `generate()` call, which has made the masks.
+    Heads are trained on texts. Tokens in `placeholder_ids`, which stand for images or the like, count only where
+    `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
 
-    Returns:
-        `None` if the pass is not over whole prompts, or more than their scores is asked for.
+    Args:
+        partial_prompt, seen: see `token_mask`.
+
+    Raises:
+        ProbeError: there is no prompt, or mask and prompt have different shapes.
     """
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    if (ids is None and embeds is None) or (session is None and cached_tokens(inputs)):
-        return None
-    rows, columns = (embeds if ids is None else ids).shape[:2]
-    configs = {name: head.config for name, head in heads.items()}
-    if session is None:
-        attention_mask, placeholders = inputs.get("attention_mask"), _placeholder_ids(lm)
-        masks = prompt_masks(configs, ids, embeds, attention_mask, probe_mask, placeholder_ids=placeholders)
-    else:
-        masks = session.masks
-        whole = session.seen == 0 and columns == session.length and rows % session.prompts == 0
-        if not whole or session.return_state or session.reply is not None:
-            return None
-    if not _stay_in_layers(lm):
-        return None
-    reader = StateReader(heads)
-    reader.begin(read_masks(configs, masks), repeats=rows // len(next(iter(masks.values()))))
-    return reader
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
+    for name, tensor in given.items():
+        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != 2):
+            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
+            raise ProbeError(f"{name} must be a tensor [batch, tokens], not {found}{entries}")
+    source = input_ids if input_ids is not None else inputs_embeds
+    if source is None or 0 in source.shape[:2]:
+        raise ProbeError("there is no prompt for the heads to read: pass input_ids, or set_active_probes([]) first")
+    shape = source.shape[:2]
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != shape:
+            hint = "with a cache, pass all input_ids of the conversation"
+            raise ProbeError(f"{name} has the shape {tuple(tensor.shape)}, the prompt {tuple(shape)}: {hint}")
+    if attention_mask is None:
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
+    if probe_mask is not None:
+        chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
+        return dict.fromkeys(configs, chosen)
+    text = None
+    if placeholder_ids and input_ids is not None:
+        text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+    found: list[tuple[Any, torch.Tensor]] = []  # scopes and their masks
+    masks: dict[str, torch.Tensor] = {}
+    for name, config in configs.items():
+        scope = config.token_scope, config.prefix_ids, config.turn_markers
+        mask = next((mask for other, mask in found if other == scope), None)
+        if mask is None:
+            mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
+            mask = mask if text is None else mask & text.to(mask.device)
+            found.append((scope, mask))
+        masks[name] = mask
+    return masks
 
 
-@torch.compiler.assume_constant_result
-def _placeholder_ids(lm: nn.Module) -> tuple[int, ...]:
-    return find_decoder(lm).placeholder_ids
+def read_masks(configs: Mapping[str, ProbeConfig], masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Apply `tokens_read` to the mask of each head. Heads that share a tensor, and read all tokens, share the result."""
+    return {name: tokens_read(config, masks[name]) for name, config in configs.items()}

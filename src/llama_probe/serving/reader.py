@@ -16,7 +16,7 @@ from ..heads.stream import ProbeState
 
 
 _MIB = 1 << 20
-# Layers of a group, if not all go together. Few sizes: each is another graph of torch.compile for prompts of any length.
+# Layers of a group, if not all go together.
 _GROUPS = (16, 8, 4, 2)
 
 
@@ -74,16 +74,19 @@ class StateReader:
         """Announce a forward pass over n further tokens.
 
         Args:
-            token_masks: for each head the tokens that count, `[batch, n]` bool. The LM may run over further columns.
+            token_masks: for each head the tokens that count, `[batch, n]` bool. The LM may run over further columns. Masks on the
+                CPU are looked at: columns that no head reads are left out.
             last: no token that counts follows.
             repeats: rows of the LM for each row of the masks: beams or return sequences, which begin alike.
         """
         self._seen, self._held, self._last = set(), [], last
         width = next(iter(token_masks.values())).shape[1] if token_masks else 0
         self._rows, self._columns = slice(None, None, repeats), slice(0, width)
-        self._masks = {name: mask.to(self.heads[name].device) for name, mask in token_masks.items()}
-        if width > 1 and not self._whole and not torch.compiler.is_dynamo_compiling():
+        self._masks = dict(token_masks)
+        if width > 1 and not self._whole:
             self._trim()
+        for name, mask in self._masks.items():
+            self._masks[name] = None if mask is None else mask.to(self.heads[name].device, non_blocking=True)
 
     def _trim(self) -> None:
         """Leave out the tokens before the first, and behind the last, that counts for any head."""
@@ -147,10 +150,3 @@ class StateReader:
         """Score what was read: a `ProbeOutput` of each head, or of those in `names`."""
         names = self.heads if names is None else names
         return {name: head.finish(self.states[name]) for name, head in self.heads.items() if name in names}
-
-    def traced_results(self) -> dict[str, ProbeOutput]:
-        """Return `results`, with logits of NaN for a row without a token that counts. Looks at no value."""
-        results = self.results()
-        for name, mask in self._masks.items():
-            results[name].logits = results[name].logits.masked_fill(~mask.any(dim=1, keepdim=True), float("nan"))
-        return results

@@ -11,7 +11,7 @@ import torch
 from ..backbone.capture import capturing
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
-from .arguments import GenerateCall
+from .arguments import GenerateCall, on_host
 from .cache import ProbeCache
 from .outputs import TokenScores
 from .reader import StateReader
@@ -81,7 +81,8 @@ class ReplyRecorder:
         tokens = torch.stack(self._tokens[:count], dim=1) if count else none
         token_mask = torch.stack(self._token_masks[:count], dim=1) if count else none.bool()
         states = {name: state.joined() for name, state in self._reader.states.items()}
-        return self.prompt.probe_cache({**self._states, **states}, tokens, token_mask)
+        host = on_host({"tokens": tokens, "token_mask": token_mask})
+        return self.prompt.probe_cache({**self._states, **states}, **host)
 
 
 class ReplySession:

@@ -94,7 +94,7 @@ def forward_session(
     elif past:
         if keep:
             raise ProbeError(f"probe_state=True: the cache already holds {past} tokens that the heads have not seen")
-        if ids is not None and ids.shape[1] > 1 and not torch.compiler.is_dynamo_compiling():
+        if ids is not None and ids.shape[1] > 1:
             logger.warning_once(_NOT_SCORED)
         return None
     keep = keep or (ids is not None and bool(kwargs.get("use_cache")))
@@ -178,6 +178,4 @@ def with_probes(
 def _mask_from_padding(input_ids: torch.Tensor, call: GenerateCall) -> torch.Tensor | None:
     """Return the mask that generate() infers: false for pad ids, unless the pad id is an eos id."""
     pad = next(iter(token_ids(call.setting("pad_token_id"))), None)
-    if pad is None or pad in token_ids(call.setting("eos_token_id")) or not bool((input_ids == pad).any()):
-        return None
-    return input_ids != pad
+    return None if pad is None or pad in token_ids(call.setting("eos_token_id")) else input_ids != pad

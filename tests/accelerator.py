@@ -1,0 +1,161 @@
+"""A simulated accelerator: tensors that compute on the CPU and behave as if on a device, and a count of what would cost time there.
+
+`Accelerator()` is a context. Inside it, `tensor.to("sim")` and `device="sim"` give tensors of the device. A tensor with dimensions
+that is on the CPU cannot be mixed with them, as on a GPU. What it counts:
+
+- `reads`: looks of the host at values of the device, each of which waits for all work before it (`bool(x)`, `x.item()`, `x.cpu()`, ...)
+- `operations`: kernels that would be launched; views are none
+"""
+
+import traceback
+from collections import Counter
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+DEVICE = "sim"
+# Operations that give the host a number, or a result whose size depends on values.
+READS = {
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "item",
+    "nonzero",
+    "masked_select",
+    "unique_consecutive",
+    "_unique2",
+}
+INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}  # take indices of the CPU as well
+NO_KERNEL = {"detach", "alias", "_unsafe_view", "lift_fresh"}
+
+
+class _Module(backend_registration._DummyBackendModule):
+    """The device module. It is never chosen by itself: no other test of the process shall see a device."""
+
+    def is_available(self):
+        return False
+
+
+def _register() -> None:
+    if torch._C._get_privateuse1_backend_name() != DEVICE:
+        backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
+
+
+class SimTensor(torch.Tensor):
+    """A tensor of the device. Its values are in `host`, a tensor of the CPU."""
+
+    @staticmethod
+    def __new__(cls, host: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, host.size(), host.stride(), host.storage_offset(), dtype=host.dtype, device=f"{DEVICE}:0"
+        )
+
+    def __init__(self, host: torch.Tensor):
+        self.host = host
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return _run(None, function, args, kwargs or {})
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("can't convert a device tensor to numpy: copy it to the CPU first")
+
+
+class _Factories(TorchFunctionMode):
+    """Makes tensors of Python's values on the CPU, also those of indices."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.tensor, torch.as_tensor) and _is_sim(kwargs.get("device")):
+            return function(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], SimTensor):
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            places = tuple(torch.tensor(place) if isinstance(place, list) else place for place in places)
+            args = (args[0], places, *args[2:])
+        return function(*args, **kwargs)
+
+
+class Accelerator(TorchDispatchMode):
+    """Counts inside its block.
+
+    Attributes:
+        reads, operations: counts.
+        places: the lines of the package that read, and how often.
+    """
+
+    def __init__(self):
+        super().__init__()
+        _register()
+        self.reads = self.operations = 0
+        self.places: Counter[str] = Counter()
+        self._factories = _Factories()
+
+    def __enter__(self):
+        self._factories.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._factories.__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return _run(self, function, args, kwargs or {})
+
+    def read(self) -> None:
+        self.reads += 1
+        own = [
+            f"{each.filename}:{each.lineno}" for each in traceback.extract_stack() if "/llama_probe/" in each.filename
+        ]
+        self.places[own[-1].split("/llama_probe/")[-1] if own else "elsewhere"] += 1
+
+    @property
+    def own_reads(self) -> int:
+        """Reads below a line of the package that is not a call of the plain `forward` or `generate`."""
+        return sum(
+            count for place, count in self.places.items() if place != "elsewhere" and "modeling.py" not in place
+        )
+
+
+def _is_sim(device) -> bool:
+    return device is not None and torch.device(device).type == DEVICE
+
+
+def _run(count: Accelerator | None, function, args, kwargs):
+    name = function.overloadpacket.__name__
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    on_device = [tensor for tensor in tensors if isinstance(tensor, SimTensor)]
+    device = kwargs.get("device")
+    if not on_device and not _is_sim(device):
+        return function(*args, **kwargs)
+    goes_to_cpu = bool(on_device) and device is not None and not _is_sim(device)
+    if name == "copy_":
+        goes_to_cpu = not isinstance(args[0], SimTensor)
+    elif on_device and name != "_to_copy":
+        mixed = [tensor for tensor in tensors if not isinstance(tensor, SimTensor) and tensor.dim()]
+        if mixed and name not in INDEXED:
+            raise RuntimeError(f"{name}: tensors of {DEVICE} and of the CPU, {[tuple(each.shape) for each in mixed]}")
+    if count is not None:
+        by_mask = name in INDEXED and any(
+            isinstance(each, SimTensor) and each.dtype == torch.bool for each in tree_leaves(args[1])
+        )
+        if name in READS or goes_to_cpu or by_mask:
+            count.read()
+        is_view = any(each.alias_info and not each.alias_info.is_write for each in function._schema.arguments)
+        count.operations += not is_view and name not in NO_KERNEL | READS
+    kwargs = {key: "cpu" if key == "device" else value for key, value in kwargs.items()}
+    host_args, host_kwargs = tree_map_only(SimTensor, lambda tensor: tensor.host, (args, kwargs))
+    result = function(*host_args, **host_kwargs)
+    if not goes_to_cpu:
+        result = tree_map_only(torch.Tensor, lambda t: t if isinstance(t, SimTensor) else SimTensor(t), result)
+    if name == "_to_copy" or not on_device or goes_to_cpu:
+        return result
+    return return_and_correct_aliasing(function, args, kwargs, result)
