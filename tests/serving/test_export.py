@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, ProbeModel
 from llama_probe.hub.folder import HEAD_FILES, read_results
 from llama_probe.hub.resolve import bundled_heads
-from llama_probe.serving.export import export_repository, push_repository
-from llama_probe.serving.remote_code import AUTO_MAP, CUSTOM_PIPELINES, flat_files
+from llama_probe.serving.export import auto_map, export_repository, push_repository
+from llama_probe.serving.remote_code import runtime_files
 
 
 REPO = "alice/tiny-chat"
@@ -43,11 +43,11 @@ def test_what_is_in_it(export, tmp_path):
     model_files = {"config.json", "generation_config.json", "model.safetensors"}
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     found = {path.name for path in folder.iterdir()}
-    assert found == {"README.md", "toxic", *model_files, *tokenizer_files, *flat_files()}
-    assert all((folder / name).read_text() == text for name, text in flat_files().items())
+    assert found == {"README.md", "toxic", *model_files, *tokenizer_files, *runtime_files()}
+    assert all((folder / name).read_text() == text for name, text in runtime_files().items())
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
-    assert (config["auto_map"], config["custom_pipelines"]) == (AUTO_MAP, CUSTOM_PIPELINES)
+    assert config["auto_map"] == auto_map("llama") and "custom_pipelines" not in config
     weights = load_file(folder / "model.safetensors")
     assert weights.keys() == lm.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in lm.state_dict().items())
@@ -79,7 +79,7 @@ def test_the_card_of_odd_names_and_labels(export, tmp_path):
     assert "| [`odd`](odd/README.md) | mha | `a\\|b`, `c d` | not stated | not stated |\n" in card
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     texts = [{item.value for item in ast.walk(ast.parse(block)) if isinstance(item, ast.Constant)} for block in blocks]
-    assert len(texts) == 3 and all('a "b" <c>' in found for found in texts) and '# `a "b" <c>`' in card
+    assert len(texts) == 2 and all('a "b" <c>' in found for found in texts) and '# `a "b" <c>`' in card
 
 
 @pytest.mark.parametrize("changes, chat", [({"prompt_format": "raw"}, False), ({"system_prompt": "Be brief."}, True)])
@@ -95,14 +95,14 @@ def test_the_card_shows_prompts_as_its_first_head_was_trained_on_them(export, tm
 def test_the_code_of_the_card_works_when_pasted(export, tmp_path, monkeypatch, scope):
     monkeypatch.chdir(tmp_path)
     card = export("x", {"toxic": toxic(token_scope=scope)}) / "README.md"
-    _, with_package, _ = (part.split("```")[0] for part in card.read_text().split("```python\n")[1:])
+    _, with_package = (part.split("```")[0] for part in card.read_text().split("```python\n")[1:])
     exec(with_package, {})
 
 
 def test_the_card_of_a_kind_with_its_own_code(export, tmp_path, own_kind):
     head = ProbeModel.from_pretrained(own_kind, trust_remote_code=True)
     card = (export(tmp_path / "x", {"own": head}) / "README.md").read_text()
-    assert card.count('probe="own", trust_remote_code=True)') == 3 and card.count("`own/probe_kind.py`") == 2
+    assert card.count('probe="own", trust_remote_code=True)') == 2 and "(not this head: it needs the package)" in card
 
 
 def test_results_of_a_head_go_along(export, tmp_path):
@@ -116,10 +116,10 @@ def test_results_of_a_head_go_along(export, tmp_path):
 
 
 def test_other_families_are_refused_before_they_are_loaded(export, tmp_path, monkeypatch):
-    tiny("mistral").save_pretrained(tmp_path / "mistral")
+    tiny("mixtral").save_pretrained(tmp_path / "mixtral")
     monkeypatch.setattr("llama_probe.serving.export.load_backbone", lambda *args, **kwargs: pytest.fail("was loaded"))
-    with pytest.raises(ProbeError, match="only LlamaForCausalLM"):
-        export(tmp_path / "x", backbone=tmp_path / "mistral")
+    with pytest.raises(ProbeError, match="'mixtral' cannot be exported; allowed: llama, qwen2"):
+        export(tmp_path / "x", backbone=tmp_path / "mixtral")
     assert not (tmp_path / "x").exists()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCardData
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, model_id, resolve_backbone
@@ -22,8 +22,7 @@ from ..hub.card import card_template, example_chat, write_card
 from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, list_heads, read_results
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import HubReference, commit_files
-from .pipeline import TASK
-from .remote_code import AUTO_MAP, CUSTOM_PIPELINES, SUFFIX, write_flat_files
+from .remote_code import SUFFIX, runtime_files
 
 
 logger = logging.get_logger(__name__)
@@ -36,6 +35,10 @@ _OWN_FILES = re.compile(
     r"|additional_chat_templates/.*"
 )
 _CARD = Path(__file__).with_name("export_card.md")
+# Model types that the runtime was tested with, and the stems of their classes: XForCausalLM.
+FAMILIES = {
+    "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "gemma3_text": "Gemma3", "phi3": "Phi3",
+}  # fmt: skip
 
 
 def export_repository(
@@ -50,8 +53,8 @@ def export_repository(
 ) -> Path:
     """Write a repository that `AutoModel.from_pretrained(folder, probe="name", trust_remote_code=True)` loads.
 
-    Loading it needs transformers, torch and safetensors. Without `probe=` it is the plain backbone. A head of a kind from
-    outside the package brings the code of its kind along.
+    Loading it needs transformers, torch and safetensors. Without `probe=` it is the plain backbone. Heads that follow replies, and
+    those of a kind from outside the package, run with the package alone.
 
     Args:
         backbone: `"demo"`, a folder or a Hub id.
@@ -66,19 +69,19 @@ def export_repository(
         The absolute path of the folder.
 
     Raises:
-        ProbeError: the folder is not empty, the backbone is no plain Llama or cannot be saved, or a head does not fit.
-            Nothing is written then.
+        ProbeError: the folder is not empty, the backbone is of another family than `FAMILIES` or cannot be saved, or a head does
+            not fit. Nothing is written then.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder)
     path = resolve_backbone(backbone)
     try:
-        config = AutoConfig.from_pretrained(path)
+        model_type = AutoConfig.from_pretrained(path).model_type
     except (OSError, ValueError):  # loading the backbone tells what is wrong
-        config = LlamaConfig()
-    _check_family(config)
+        model_type = "llama"
+    _check_family(model_type)
     lm, tokenizer = load_backbone(path, dtype, device="cpu")
-    _check_family(lm.config)
+    _check_family(lm.config.model_type)
     if any(type(module).__module__.startswith("peft.") for module in lm.modules()):
         raise ProbeError("the backbone carries a PEFT adapter: merge it first (model.merge_and_unload())")
     for name, head in heads.items():
@@ -94,12 +97,13 @@ def export_repository(
         except ValueError as error:  # a quantiser that cannot write its weights, a generation config of another use
             raise ProbeError(f"the backbone cannot be saved: {' '.join(str(error).split())}") from error
         tokenizer.save_pretrained(repository)
-        write_flat_files(repository)
+        for name, text in runtime_files().items():
+            (repository / name).write_text(text, encoding="utf-8")
         for name, head in heads.items():
             hide_local_path(head.save_pretrained(repository / name))
             write_card(repository / name, source=f"{repo_id}:{name}" if repo_id else None)
         config = json.loads((repository / _CONFIG_NAME).read_text(encoding="utf-8"))
-        config |= {"auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
+        config["auto_map"] = auto_map(lm.config.model_type)
         if base_model is not None:
             config["base_model_name_or_path"] = base_model
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -125,8 +129,8 @@ def push_repository(folder: str | os.PathLike, repo_id: str, **kwargs) -> Commit
     folder = Path(folder)
     try:
         config = json.loads((folder / _CONFIG_NAME).read_text(encoding="utf-8"))
-        exported = config.get("auto_map") == AUTO_MAP and bool(list_heads(folder))
-    except (OSError, ValueError, AttributeError):
+        exported = config["auto_map"] == auto_map(config["model_type"]) and bool(list_heads(folder))
+    except (OSError, ValueError, LookupError, TypeError):
         exported = False
     if not exported:
         raise ProbeError(f"{folder} is not an exported repository: make one with llama-probe export")
@@ -146,9 +150,15 @@ def push_repository(folder: str | os.PathLike, repo_id: str, **kwargs) -> Commit
     return commit_files(repo_id, {file: folder / file for file in files}, is_stale, **options)
 
 
-def _check_family(config: PreTrainedConfig) -> None:
-    if type(config) is not LlamaConfig:
-        raise ProbeError(f"only LlamaForCausalLM can be exported, and the backbone has the type {config.model_type!r}")
+def auto_map(model_type: str) -> dict[str, str]:
+    """Return the `auto_map` of an exported `config.json`."""
+    name = f"modeling{SUFFIX}.{FAMILIES[model_type]}ForProbedGeneration"
+    return {"AutoModel": name, "AutoModelForCausalLM": name}
+
+
+def _check_family(model_type: str) -> None:
+    if model_type not in FAMILIES:
+        raise ProbeError(f"model_type={model_type!r} cannot be exported; allowed: {', '.join(FAMILIES)}")
 
 
 def _card(
@@ -164,9 +174,9 @@ def _card(
     )
     rows = []
     for head in heads:
-        facts, file = (read_results(repository / head) or {}).get("card", {}), f"{head}/{CODE_NAME}"
-        own_code = file if (repository / file).is_file() else None
-        rows.append({"name": head, "config": read_config(repository / head), "facts": facts, "code": own_code})
+        config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
+        alone = not config.reads_reply and not (repository / head / CODE_NAME).is_file()
+        rows.append({"name": head, "config": config, "facts": facts, "alone": alone})
     first = rows[0]["config"]
     chat = bool(tokenizer.chat_template) and first.prompt_format != "raw"
     prompt = example_chat(first.system_prompt) if chat else '"Write me a short poem about rain."'
@@ -178,6 +188,5 @@ def _card(
         chat=chat,
         prompt=prompt,
         version=package_version(),
-        task=TASK,
     )
     return f"{text}\n"

@@ -1,253 +1,59 @@
-"""The code that an exported repository carries: what serving needs of the package, concatenated into a few flat files.
+"""The runtime that an exported repository carries: `modeling/`, of which `heads_llama_probe.py` is made of modules of `heads`.
 
-`python -m llama_probe.serving.remote_code FOLDER` writes them.
+`python -m llama_probe.serving.remote_code` writes that file anew.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import os
 import re
-import symtable
-import sys
-import textwrap
 from pathlib import Path
 
-from .. import heads
-from ..files import package_version, write_atomically
-from .pipeline import TASK
+from ..files import write_atomically
 
 
-# Modules by file, in the order of their imports. A name from any other module of the package becomes a stub.
-_FILES = {
-    "configuration": "errors files hub/folder hub/transport hub/resolve heads/registry heads/turns heads/rules "
-    "heads/configuration",
-    "backbone": "backbone/families backbone/decoder backbone/cache backbone/capture "
-    "backbone/fingerprint backbone/passes backbone/loading",
-    "heads": "heads/states heads/device heads/aggregator heads/low_rank heads/pooling heads/gate heads/last "
-    "heads/attentive heads/multimax heads/mean_attention heads/attention heads/decision heads/scope "
-    "heads/stream heads/novelty heads/match heads/folder heads/probe data/turns data/prompts",
-    "modeling": "serving/sources serving/arguments serving/cache serving/outputs serving/reader serving/prefill serving/reply "
-    "serving/session serving/texts serving/streaming serving/halting serving/halting_run serving/host serving/modeling",
-    "pipeline": "serving/auto serving/pipeline",
-}
 SUFFIX = "_llama_probe"
-AUTO_MAP = {
-    "AutoModel": f"modeling{SUFFIX}.LlamaForProbedGeneration",
-    "AutoModelForCausalLM": f"modeling{SUFFIX}.LlamaForProbedGeneration",
-}
-CUSTOM_PIPELINES = {
-    TASK: {
-        "impl": f"pipeline{SUFFIX}.ProbedTextGenerationPipeline",
-        "pt": ["AutoModelForCausalLM"],
-        "type": "text",
-    }
-}
-# What serving starts from. The code of a head's own kind imports the names of `heads`; registered kinds are added.
-_ROOTS = ("LlamaForProbedGeneration", "HoldBackStreamer", "Reprompt", "ProbedTextGenerationPipeline", *heads.__all__)
-# Methods by class that serving does without. To call one says that it needs the package.
-_LEFT_OUT = {
-    "ProbeConfig": "from_pretrained save_pretrained get_text_config",
-    "ProbeModel": "forward score pool normalize projected set_novelty num_parameters push_to_hub _stack",
-    "Aggregator": "projected",
-    "LowRankAggregator": "projected",
-    "GateAggregator": "projected",
-    "AveragedClassifier": "member_logits",
-    "MeanStates": "blank put",
-    "Novelty": "fit read",
-    "PromptFormat": "batch config_fields",
-    "HeadPlace": "backbone backbone_kwargs",
-    "ProbeHostMixin": "push_probe_to_hub push_to_hub",
-    "AutoModelForProbedGeneration": "from_pretrained",
-}
-# Functions that are simpler there. Only Llama is exported, its heads come along, and none are bundled. `export` has compared
-# the heads with the backbone. Saving a head is not serving: a kill between two files leaves a head that is refused.
-_SIMPLER = {
-    "current_file": "lambda folder, name: Path(folder) / name",
-    "read_settled": "lambda folder, read: read()",
-    "remove_leftovers": "lambda folder: None",
-    "replace_files": "lambda folder, contents, gone: ["
-    "*(current_file(folder, name).write_bytes(content) for name, content in contents.items()), "
-    "*(current_file(folder, name).unlink(missing_ok=True) for name in gone)]",
-    "find_modules": 'lambda lm, depth: (_modules(lm, _LLAMA, depth), "table")',
-    "check_backbone": "lambda name, config, lm, strict=False, alias=None: "
-    '_needs_package("strict=True")() if strict else match(lm, config)',
-    "describe": "lambda lm, config: match(lm, config)",
-    "bundled_heads": "lambda target=None: {}",
-    "bundled_alias": "lambda source, folder: None",
-    "no_bundled_head": "lambda alias, backbone, *details: "
-    '"; ".join([f"probe={alias!r} is no head, and none are bundled", *details])',
-    "_bundled_names": "lambda: []",
-    "resolve_backbone": "lambda name, kwargs=None: name",
-    "check_within_reach": "lambda place, kwargs=None: None",
-    "without_waiting": "lambda reference, options: options",
-    "heads_on_hub": "lambda repo_id, options: []",
-    "load_or_find_head": "lambda load, place, kwargs: load()",
-    "Target.read": 'classmethod(lambda cls, place, kwargs, options: cls(str(place), 0, 0, kwargs.get("revision")))',
-    "learn_turn_markers": "lambda render: None",  # heads have them
-    "probed_class": "lambda causal_lm_class: LlamaForProbedGeneration",
-    "_in_time": "lambda ask, what: ask()",
-    "_is_intact": "lambda path: True",
-}
+_IMPORT = re.compile(r"^(import|from) .*?(\([^)]*\))?\n", re.MULTILINE)
+# Whole modules of `heads`, in the order of their imports.
+_MODULES = (
+    "device states aggregator low_rank pooling gate last attentive multimax mean_attention attention turns scope"
+)
+_HEADS = f"heads{SUFFIX}.py"
+_HEADER = f'''"""Kinds of probe heads, and the tokens that they read: modules of the package, as they are but for their imports.
 
-_HEADER = """\
-# Generated from llama_probe {version} by `python -m llama_probe.serving.remote_code`. Do not edit this file.
-# SPDX-License-Identifier: Apache-2.0
-# Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
+Written by `python -m llama_probe.serving.remote_code`. SPDX-License-Identifier: Apache-2.0
+"""
 
 from __future__ import annotations
 
-"""
-_STUB = """\
-def _needs_package(name):
-    def missing(*args, **kwargs):
-        raise ImportError(f"{name} needs the package: pip install llama_probe")
-
-    return missing
-"""
+from .configuration{SUFFIX} import TURN_SCOPES, ProbeConfig, ProbeError, get_probe_type, register_probe_type
+'''
 
 
-@functools.cache
-def flat_files() -> dict[str, str]:
-    """Return the texts of the flat files by name.
-
-    transformers loads them with `trust_remote_code=True` under two conditions: relative imports are `from .sibling import
-    name`, and every package that is imported is installed. A name must mean one thing in all modules of a file, and a
-    name that one file imports from another must mean one thing in all files.
-    """
+def runtime_folder() -> Path:
+    """Return `modeling/`: beside the package's modules, or at the top of a checkout."""
     package = Path(__file__).resolve().parents[1]
-    files = {file: [_Module(package, name) for name in names.split()] for file, names in _FILES.items()}
-    _cut([module for modules in files.values() for module in modules])
-    homes = {name: file for file, modules in files.items() for module in modules for name in module.defined}
-    return {f"{file}{SUFFIX}.py": _concatenate(file, modules, homes) for file, modules in files.items()}
+    return next(path / "modeling" for path in (package, package.parents[1]) if (path / "modeling").is_dir())
 
 
-def write_flat_files(folder: str | os.PathLike) -> list[Path]:
-    """Write the flat files into a folder, and remove others with their suffix. Return the files."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {folder / name: text for name, text in flat_files().items()}
-    write_atomically(files)
-    for stale in set(folder.glob(f"*{SUFFIX}.py")) - set(files):
-        stale.unlink()
-    return list(files)
+def heads_file() -> str:
+    """Return the text of `heads_llama_probe.py`: the modules with their imports of other packages in front."""
+    folder, texts = Path(__file__).resolve().parents[1] / "heads", []
+    imports: dict[str, set[str]] = {}  # names by module
+    for name in _MODULES.split():
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        for module, names in re.findall(r"^from ([a-z][\w.]*) import ([\w, ]*)", text, re.MULTILINE):
+            imports.setdefault(f"from {module} import ", set()).update(names.strip().split(", "))
+        for line in re.findall(r"^import .*", text, re.MULTILINE):
+            imports[line] = set()
+        texts.append(f"# heads/{name}.py\n" + re.sub(r'"""\n{2,}', '"""\n\n', _IMPORT.sub("", text), count=1))
+    header = _HEADER + "".join(f"{line}{', '.join(sorted(names))}\n" for line, names in sorted(imports.items()))
+    return re.sub(r"\n{4,}", "\n\n\n", "\n\n".join([header, *texts]))
 
 
-class _Module:
-    """A module of the package: its imports, the names that it defines, and its text without imports."""
-
-    def __init__(self, package: Path, name: str):
-        self.name = name
-        self.read((package / f"{name}.py").read_text(encoding="utf-8"))
-        for owner in (self.tree, *(node for node in self.tree.body if isinstance(node, ast.ClassDef))):
-            of = getattr(owner, "name", "")
-            for item in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
-                value = _SIMPLER.get(f"{of}.{item.name}".lstrip("."))
-                if item.name in _LEFT_OUT.get(of, "").split():
-                    value = f'_needs_package("{item.name}")'
-                if value is not None:
-                    self.remove(item, f"{' ' * item.col_offset}{item.name} = {value}\n")
-        self.read("".join(self.lines))
-        self.imports = [node for node in self.tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        self.defined: dict[str, ast.stmt] = {}
-        for node in self.tree.body:
-            targets = getattr(node, "targets", [getattr(node, "target", None)])
-            names = [n.id for target in filter(None, targets) for n in ast.walk(target) if isinstance(n, ast.Name)]
-            self.defined |= dict.fromkeys([node.name] if hasattr(node, "name") else names, node)
-        for node in ast.walk(self.tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-                docstring = node.body[0]
-                if docstring.end_lineno > docstring.lineno:  # the package has the rest
-                    self.replace(docstring, f'{self.lines[docstring.lineno - 1].rstrip()}"""\n')
-        for node in [self.tree.body[0], *self.imports]:  # the first is the docstring
-            self.replace(node, "")
-
-    def read(self, text: str) -> None:
-        self.tree, self.lines = ast.parse(text), text.splitlines(keepends=True)
-
-    def replace(self, node: ast.stmt, text: str) -> None:
-        self.lines[node.lineno - 1 : node.end_lineno] = [text] + [""] * (node.end_lineno - node.lineno)
-
-    def remove(self, node: ast.stmt, text: str = "") -> None:
-        """Replace a definition, with its decorators and the comment above it."""
-        first = min([node.lineno, *(item.lineno for item in getattr(node, "decorator_list", ()))]) - 1
-        while self.lines[first - 1].lstrip().startswith("#"):
-            first -= 1
-        self.lines[first : node.end_lineno] = [text] + [""] * (node.end_lineno - first - 1)
-
-    @property
-    def text(self) -> str:
-        text = re.sub(r"\n{3,}(?= )", "\n\n", "".join(self.lines).strip())
-        return re.sub(r"\n{4,}", "\n\n\n", text)
-
-
-def _global_names(node: ast.stmt) -> set[str]:
-    """Return the names in a statement that it does not define for itself."""
-    tables = [symtable.symtable(ast.unparse(node), "", "exec")]
-    for table in tables:
-        tables += table.get_children()
-    return {symbol.get_name() for table in tables for symbol in table.get_symbols() if symbol.is_global()}
-
-
-def _cut(modules: list[_Module]) -> None:
-    """Remove the definitions that `_ROOTS`, and classes of registered kinds, do not lead to."""
-    queue, reached, uses = list(_ROOTS), set(), {}
-    for module in modules:
-        for name, node in module.defined.items():
-            uses[name] = _global_names(node)
-            if isinstance(node, ast.ClassDef) and "register_probe_type" in uses[name]:
-                queue.append(name)
-    while queue:
-        if (name := queue.pop()) not in reached:
-            reached.add(name)
-            queue += uses.get(name, ())
-    for module in modules:
-        for name in module.defined.keys() - reached:
-            node = module.defined.pop(name)
-            if node not in module.defined.values():
-                module.remove(node)
-
-
-def _concatenate(file: str, modules: list[_Module], homes: dict[str, str]) -> str:
-    """Return the text of a file: imports, stubs and modules. `homes` gives the file that defines a name."""
-    imports: dict[str, set[str]] = {}  # names by module; modules themselves by ""
-    stubs: set[str] = set()
-    definitions: set[str] = set()
-    for module in modules:
-        for node in dict.fromkeys(module.defined.values()):
-            if (text := ast.dump(node)) in definitions:
-                module.remove(node)  # such as the logger of each module
-            definitions.add(text)
-        used = {n.id for n in ast.walk(ast.parse(module.text)) if isinstance(n, ast.Name)}
-        for node in module.imports:
-            for alias in (item for item in node.names if (item.asname or item.name).split(".")[0] in used):
-                if not getattr(node, "level", 0):
-                    imports.setdefault(getattr(node, "module", ""), set()).add(ast.unparse(alias))
-                elif alias.name not in homes:
-                    stubs.add(alias.name)
-                elif homes[alias.name] != file:
-                    imports.setdefault(f".{homes[alias.name]}{SUFFIX}", set()).add(alias.name)
-    texts = [f"# From {module.name}.py\n\n{module.text}" for module in modules if module.text]
-    texts.insert(0, "\n".join(f'{name} = _needs_package("{name}")' for name in sorted(stubs)))
-    first = next(iter(_FILES))
-    if file == first:
-        texts.insert(0, _STUB)
-    elif any("_needs_package(" in text for text in texts):
-        imports.setdefault(f".{first}{SUFFIX}", set()).add("_needs_package")
-    texts.insert(0, _HEADER.format(version=package_version()) + _import_lines(imports))
-    return "\n\n\n".join(filter(None, map(str.strip, texts))) + "\n"
-
-
-def _import_lines(imports: dict[str, set[str]]) -> str:
-    lines = [f"import {name}" for name in sorted(imports.pop("", ()))]
-    for module, found in sorted(imports.items(), key=lambda item: (item[0].startswith("."), item[0])):
-        names = ", ".join(sorted(found))
-        wrapped = textwrap.indent(textwrap.fill(names, 115), "    ")
-        line = f"from {module} import {names}"
-        lines.append(line if len(line) < 120 else f"from {module} import (\n{wrapped},\n)")
-    return "\n".join(lines)
+def runtime_files() -> dict[str, str]:
+    """Return the texts of the runtime by file name."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(runtime_folder().glob(f"*{SUFFIX}.py"))}
 
 
 if __name__ == "__main__":
-    print(*write_flat_files(sys.argv[1]), sep="\n")
+    write_atomically({runtime_folder() / _HEADS: heads_file()})
