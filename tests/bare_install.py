@@ -11,7 +11,12 @@ assert "](docs/" not in words and "drew this" not in words and "## Train" in wor
 assert {"train", "demo", "plots", "vllm"} <= set(found.get_all("Provides-Extra"))
 assert any(need.startswith("torch") for need in requires("llama_probe"))
 names = {str(path) for path in files("llama_probe")}
-for needed in ("py.typed", "hub/card_template.md", "hub_cards/safety-multimax/probe_model.safetensors"):
+for needed in (
+    "py.typed",
+    "hub/card_template.md",
+    "modeling/modeling_llama_probe.py",
+    "hub_cards/safety-multimax/probe_model.safetensors",
+):
     assert f"llama_probe/{needed}" in names, needed
 assert not any(name.startswith(("tests/", "examples/")) for name in names)
 (script,) = entry_points(group="console_scripts", name="llama-probe")

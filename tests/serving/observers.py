@@ -23,7 +23,12 @@ class Recorder(BaseStreamer):
 def passes_of(model):
     """A list that gets the number of columns of each pass of the LM."""
     widths = []
-    model.model.register_forward_hook(lambda module, args, output: widths.append(output[0].shape[1]))
+
+    def look(module, args, kwargs):
+        given = args[0] if args else kwargs.get("input_ids")
+        widths.append((kwargs["inputs_embeds"] if given is None else given).shape[1])
+
+    model.model.register_forward_pre_hook(look, with_kwargs=True)  # a pass of `classify` may end early
     return widths
 
 

@@ -82,7 +82,9 @@ def _measured(probe: str) -> tuple[Any, Callable[[], None]]:
     }
     measured = {name: (read_results(folder) or {}).get("measured") for name, folder in folders.items()}
     if not any(measured.values()):
-        raise ProbeError(f"--markdown takes a bundled head that its recipe has measured, not {probe}; or none, for all of them")
+        raise ProbeError(
+            f"--markdown takes a bundled head that its recipe has measured, not {probe}; or none, for all of them"
+        )
     return measured, partial(print, measured_table(folders))
 
 

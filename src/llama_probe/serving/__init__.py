@@ -7,7 +7,7 @@ head (`heads.probe`). Around that way, by file:
 - `session`: one call of `generate`, with its `arguments`. `prefill` reads the prompts, `reply` the tokens that follow them.
 - `halting`: rules. `halting_run` applies them to a call, `halting_words` reads them from a command line.
 - `outputs`, `cache`, `streaming`: what users get back. `texts`: texts and chats for `classify`.
-- `auto`, `pipeline`: heads behind the Auto classes and pipelines. `export`, `remote_code`: a repository without the package.
+- `auto`, `pipeline`: what the auto classes do with heads, and pipelines. `export`, `remote_code`: a repository without the package.
 """
 
 __all__ = [

@@ -94,7 +94,7 @@ class PrefillSession:
         keep = [name for name, head in heads.items() if return_state or head.config.reads_reply]
         self._reader = StateReader(heads, states, keep, output_attentions, differentiable)
         self._results: dict[str, ProbeOutput] | None = None
-        self._differs: torch.Tensor | None = None  # True if a pass was over other tokens than those of the prompts
+        self._ran: list[torch.Tensor] = []  # ids of the passes so far
         self.on_complete: Callable[[dict[str, ProbeOutput]], Any] | None = None
         self.reply: Any = None  # a ReplySession, which knows this class
 
@@ -139,15 +139,15 @@ class PrefillSession:
         if rest or not repeats or not same:
             raise ProbeError(_OTHER_PROMPT)
         if ids is not None and self._expected is not None:
-            expected = self._expected[:, self.seen : self.seen + width].to(ids.device)
-            differs = (ids[::repeats, :width] != expected).any()
-            self._differs = differs if self._differs is None else self._differs | differs
+            self._ran.append(ids[::repeats, :width])
         return repeats, width
 
     def _advance(self, seen: int) -> None:
         self.seen = seen
-        if self.complete and self._differs is not None and bool(self._differs):
-            raise ProbeError(_OTHER_PROMPT)
+        if self.complete and self._ran:  # looked at once, however many passes there were
+            ran, self._ran = self._ran[0] if len(self._ran) == 1 else torch.cat(self._ran, dim=1), []
+            if not torch.equal(ran, self._expected[:, -ran.shape[1] :].to(ran.device)):
+                raise ProbeError(_OTHER_PROMPT)
         if self.complete and self.on_complete is not None:
             self.on_complete(self.results())
 
