@@ -5,10 +5,13 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 
+import datasets
 import pytest
+import torch
 import yaml
+from conftest import read_head
 
-from llama_probe import ProbeError
+from llama_probe import ProbeError, ProbeTrainer
 from llama_probe.data.known import find_benchmark
 from llama_probe.data.tables import TablePlace
 from llama_probe.training.recipe import Recipe, recipe_names
@@ -224,3 +227,33 @@ def test_safety_leaves_out_the_rows_that_may_not_be_used_commercially(tmp_path):
     assert {"toxicchat", "stl_malicious", "do_not_answer", "benign_prompts", "reviews"} <= set(left_out)
     assert left_out["toxicchat"] == ROWS and left_out["benign_prompts"] < 5 * ROWS
     assert not {"advbench", "xstest", "atlas", "orbench", "tdc2023", "coconot_contrast"} & set(left_out)
+
+
+@pytest.mark.slow
+def test_a_recipe_makes_the_same_head_from_the_hub_and_from_local_copies(hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    names = Recipe.load("emotion").labels.names
+    files = {"README.md": "---\nconfigs:\n- config_name: split\n  data_files:\n"}
+    for number, split in enumerate(("train", "validation", "test")):
+        rows = [{"text": f"I feel {names[row % 6]}, {number} {row}", "label": row % 6} for row in range(60)]
+        files[f"{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
+        files["README.md"] += f"  - {{split: {split}, path: {split}.jsonl}}\n"
+        copy = tmp_path / "copies" / "emotion" / f"{split}.jsonl"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(files[f"{split}.jsonl"])
+    files["README.md"] += "---\n"
+    hub.plant("datasets/dair-ai/emotion", {name: text.encode() for name, text in files.items()})
+    heads = {}
+    for place, data_dir in {"hub": None, "copies": tmp_path / "copies"}.items():
+        settings = ["seeds=1", "head.layers=[0.5, 1.0]", "training.num_train_epochs=6"]
+        trainer = ProbeTrainer.from_recipe(
+            "emotion", backbone="demo", output_dir=tmp_path / place, data_dir=data_dir, settings=settings
+        )
+        trainer.train()
+        trainer.save_model()
+        heads[place] = read_head(tmp_path / place)
+    hub_head, copied = (head.state_dict() for head in heads.values())
+    assert all(torch.equal(hub_head[name], copied[name]) for name in copied)
+    own, other = (head.results for head in heads.values())
+    assert own["runs"] == other["runs"] and own["runs"][0]["test"]["accuracy"] > 0.6, "words name the label"
+    assert Recipe.load(tmp_path / "hub").values == Recipe.load(tmp_path / "copies").values
