@@ -11,7 +11,7 @@ from repository import ROOT
 from llama_probe import ProbeError
 from llama_probe.evaluation.metrics import summarize
 from llama_probe.heads.configuration import read_config
-from llama_probe.hub.card import MARKER, read_card, renew_card, results_table, write_card
+from llama_probe.hub.card import MARKER, measured_table, read_card, renew_card, results_table, write_card
 from llama_probe.hub.folder import PLOT_NAMES, read_config_values, read_results
 from llama_probe.hub.resolve import bundled_heads
 
@@ -134,7 +134,8 @@ def test_bundled_cards_are_what_their_folders_give(alias):
     assert card_of(folder) == str(create_card(folder))
     results = json.loads((folder / "results.json").read_text())
     assert results["card"]["license"] and results["card"]["command"]
-    assert len(results["runs"]) >= 3 or results["evaluations"], "three seeds, or intervals on rows of other sources"
+    others = results.get("evaluations") or results.get("measured")
+    assert len(results["runs"]) >= 3 or others, "three seeds, or intervals on rows of other sources"
     best = max(results["runs"], key=lambda run: run["validation"][results["recipe"]["metric"]])
     assert best["seed"] == results["chosen_seed"], "chosen by validation"
 
@@ -143,6 +144,17 @@ def test_a_page_shows_the_bundled_results():
     text = (ROOT / "docs" / "heads.md").read_text(encoding="utf-8")
     shown = text.split("<!-- results -->\n")[1].split("\n<!-- /results -->")[0]
     assert shown == results_table(bundled_heads())
+
+
+def test_the_guards_page_shows_what_its_recipe_has_measured():
+    text = (ROOT / "docs" / "guard.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- measured -->\n")[1].split("\n<!-- /measured -->")[0]
+    folders = {
+        read_config(folder).base_model_name_or_path.rpartition("/")[2]: folder
+        for alias, folder in bundled_heads().items()
+        if alias.endswith("safety-multimax") and "measured" in read_results(folder)
+    }
+    assert folders and shown == measured_table(folders)
 
 
 @pytest.mark.parametrize(

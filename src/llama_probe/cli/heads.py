@@ -78,13 +78,13 @@ def _measured(probe: str) -> tuple[Any, Callable[[], None]]:
     folders = {
         read_config(folder).base_model_name_or_path.rpartition("/")[2]: folder
         for alias, folder in bundled_heads().items()
-        if alias.rpartition("/")[2] == name
+        if alias.rpartition("/")[2] == name and (read_results(folder) or {}).get("measured")
     }
-    measured = {name: (read_results(folder) or {}).get("measured") for name, folder in folders.items()}
-    if not any(measured.values()):
+    if not folders:
         raise ProbeError(
             f"--markdown takes a bundled head that its recipe has measured, not {probe}; or none, for all of them"
         )
+    measured = {backbone: read_results(folder)["measured"] for backbone, folder in folders.items()}
     return measured, partial(print, measured_table(folders))
 
 

@@ -302,7 +302,7 @@ def _describe(recipe: Recipe, validation: Held, test: Held, folds: int | None) -
             "/".join(Path(source.rows).parts[-2:]) if os.path.exists(source.rows) else source.rows
             for source in sources
         )
-        return ", ".join(written)
+        return ", ".join(dict.fromkeys(written))
 
     held = {
         "validation": f"{folds} folds of train" if folds else f"{validation.share or VALIDATION_SHARE:.0%} of train",
