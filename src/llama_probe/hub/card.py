@@ -172,7 +172,7 @@ def measured_table(folders: Mapping[str, str | os.PathLike]) -> str:
     95 % intervals. TF-IDF is that of the first head; it reads the words alone. An asterisk marks the figures of a twin.
     """
     measured = [(read_results(folder) or {}).get("measured") or {"parts": []} for folder in folders.values()]
-    columns = [{key: cell for part in each["parts"] for key, cell in _figures(part, each)} for each in measured]
+    columns = [dict(figure for part in each["parts"] for figure in _figures(part, each)) for each in measured]
     lines = [
         f"| rows | figure | {' | '.join(map(cell, folders))} | TF-IDF |",
         f"|---|---|{'---:|' * (len(folders) + 1)}",
