@@ -5,10 +5,27 @@ Importing the package gives `transformers.AutoModel.from_pretrained` and `AutoMo
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .auto_classes import install
 from .errors import ProbeError
+
+
+if TYPE_CHECKING:  # editors, type checkers and the site read these; they are not imported
+    from .backbone.families import register_family as register_family
+    from .heads.configuration import ProbeConfig as ProbeConfig
+    from .heads.decision import ProbeOutput as ProbeOutput
+    from .heads.probe import ProbeModel as ProbeModel
+    from .serving.auto import AutoModelForProbedGeneration as AutoModelForProbedGeneration
+    from .serving.cache import ProbeCache as ProbeCache
+    from .serving.halting import Reprompt as Reprompt
+    from .serving.modeling import LlamaForProbedGeneration as LlamaForProbedGeneration
+    from .serving.modeling import ProbedGenerationMixin as ProbedGenerationMixin
+    from .serving.outputs import Halt as Halt
+    from .serving.outputs import TokenScores as TokenScores
+    from .serving.streaming import HoldBackStreamer as HoldBackStreamer
+    from .training.arguments import ProbeTrainingArguments as ProbeTrainingArguments
+    from .training.trainer import ProbeTrainer as ProbeTrainer
 
 
 _MODULES = {
