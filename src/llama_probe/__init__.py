@@ -18,12 +18,12 @@ if TYPE_CHECKING:  # editors, type checkers and the site read these; they are no
     from .heads.probe import ProbeModel as ProbeModel
     from .serving.auto import AutoModelForProbedGeneration as AutoModelForProbedGeneration
     from .serving.cache import ProbeCache as ProbeCache
+    from .serving.halting import HoldBackStreamer as HoldBackStreamer
     from .serving.halting import Reprompt as Reprompt
     from .serving.modeling import LlamaForProbedGeneration as LlamaForProbedGeneration
     from .serving.modeling import ProbedGenerationMixin as ProbedGenerationMixin
     from .serving.outputs import Halt as Halt
     from .serving.outputs import TokenScores as TokenScores
-    from .serving.streaming import HoldBackStreamer as HoldBackStreamer
     from .training.arguments import ProbeTrainingArguments as ProbeTrainingArguments
     from .training.trainer import ProbeTrainer as ProbeTrainer
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # editors, type checkers and the site read these; they are no
 _MODULES = {
     "AutoModelForProbedGeneration": "serving.auto",
     "Halt": "serving.outputs",
-    "HoldBackStreamer": "serving.streaming",
+    "HoldBackStreamer": "serving.halting",
     "LlamaForProbedGeneration": "serving.modeling",
     "ProbeCache": "serving.cache",
     "ProbeConfig": "heads.configuration",

@@ -1,26 +1,33 @@
-"""Halting rules: which prompts get no reply from the LM, and which replies end early."""
+"""Halting: the rules by which prompts get no reply and replies end early, what is put in their place, and what is shown."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import re
+import reprlib
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, predictions, threshold_of
-from .arguments import on_host
-from .outputs import Halt, TokenScores
+from .outputs import Halt, TokenScores, on_host
 
 
 # One entry a prompt or a row: true, a `Halt` with the reason, or false or None to continue.
 Decisions = Sequence[Any]
 HaltPolicy = Callable[[dict[str, ProbeOutput]], Decisions]
 Judge = Callable[[list[str]], Decisions]
+PromptTexts = Callable[[str, list[int]], list[str]]  # from a head's name and row numbers
 TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
@@ -48,6 +55,28 @@ class Reprompt:
 
 
 HaltReply = str | Sequence[int] | torch.Tensor | Reprompt
+
+
+def reply_tokens(reply: HaltReply | None, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor | Reprompt:
+    """Return a `halt_reply` as token ids `[tokens]`, or the `Reprompt` as it is.
+
+    Raises:
+        ProbeError: it is something else, or a text without a tokenizer.
+    """
+    if isinstance(reply, Reprompt):
+        return reply
+    if isinstance(reply, str):
+        if tokenizer is None:
+            raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")
+        reply = tokenizer(reply, add_special_tokens=False)["input_ids"]
+    try:
+        ids = torch.as_tensor([] if reply is None else reply)
+    except (TypeError, ValueError, RuntimeError):
+        ids = None
+    if ids is None or ids.dim() != 1 or (ids.is_floating_point() and len(ids)):
+        shown = " ".join(reprlib.repr(reply).split())  # a tensor's text has many lines
+        raise ProbeError(f"halt_reply={shown} must be token ids, a text or a Reprompt")
+    return ids.long()
 
 
 @dataclass(frozen=True)
@@ -176,6 +205,37 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+# THRESHOLD is a number or the name of one. A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
+HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
+_WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]+)(?::([^:]+))?)?", re.DOTALL)
+
+
+def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the `halt_on` that the words of a command line give, each in one of `HALTING_FORMS`.
+
+    Raises:
+        ProbeError: a word has another form, or two words name one head.
+    """
+    spec: dict[str, dict[str, Any]] = {}
+    for word in words:
+        match = _WORD.fullmatch(word)
+        head, text, label, threshold = (None,) * 4 if match is None else match.groups()
+        try:
+            options = json.loads(text) if text is not None else {} if label is None else {"label": label}
+        except ValueError:
+            options = None
+        if head is None or not isinstance(options, dict):
+            raise ProbeError(f"--halt-on {word!r} must be {HALTING_FORMS}")
+        if head in spec:
+            raise ProbeError(f"--halt-on names {head} more than once: give each head once")
+        if threshold is not None:
+            with contextlib.suppress(ValueError):  # else the name of a threshold
+                threshold = float(threshold)
+            options["threshold"] = threshold
+        spec[head] = options
+    return spec
+
+
 class Halter:
     """The halting decisions of one call of `generate()`.
 
@@ -188,7 +248,6 @@ class Halter:
 
     Attributes:
         halts: a `Halt` or `None` for each prompt; for each row from the first token on. `None` before the prefill ends.
-        texts: a function from a head's name and row numbers to what users wrote there. Set by the caller if a rule asks.
 
     Raises:
         ProbeError: a head is not active, or its options are not allowed.
@@ -201,7 +260,6 @@ class Halter:
         self.on_token = on_token
         self.rules: list[HaltRule] = []
         self.halts: list[Halt | None] | None = None
-        self.texts: Callable[[str, list[int]], list[str]] | None = None
         self._streaks: dict[tuple[str, int], list[int]] = {}  # by head and label
         if not configs:
             raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
@@ -221,15 +279,21 @@ class Halter:
         """True if tokens of the replies are decided on."""
         return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
 
-    def decide(self, outputs: dict[str, ProbeOutput], prompts: int) -> list[Halt | None]:
-        """Decide on the prompts; the first rule that flags one counts. After an error of the policy no reply is begun."""
+    def decide(
+        self, outputs: dict[str, ProbeOutput], prompts: int, texts: PromptTexts | None = None
+    ) -> list[Halt | None]:
+        """Decide on the prompts; the first rule that flags one counts. After an error of the policy no reply is begun.
+
+        Args:
+            texts: gives the texts that a head read in some rows, for rules that ask.
+        """
         self.halts = [None] * prompts
         if self.policy is not None:
             self.halts = _decisions("the halting policy", self.policy(outputs), prompts)
         outputs = self._on_host(outputs)
         for rule in self.rules:
             if rule.head in outputs:
-                found = self._patient(rule, self._asked(rule, outputs[rule.head]), [True] * prompts)
+                found = self._patient(rule, _asked(rule, outputs[rule.head], texts), [True] * prompts)
                 self.halts = [old or new for old, new in zip(self.halts, found, strict=True)]
         return self.halts
 
@@ -238,18 +302,6 @@ class Halter:
         ruled = {rule.head: rule.config for rule in self.rules if rule.head in outputs}
         logits = on_host({name: outputs[name].logits for name in ruled})
         return {name: ProbeOutput.from_logits(logits[name], config) for name, config in ruled.items()}
-
-    def _asked(self, rule: HaltRule, output: ProbeOutput) -> list[Halt | None]:
-        """Return the flags of a rule; in its band those of the function that it asks."""
-        found = rule.halts(output)
-        if rule.unsure is None:
-            return found
-        scores, (low, high) = output.probabilities[:, rule.index], rule.unsure
-        if rows := ((low <= scores) & (scores < high)).nonzero().flatten().tolist():
-            said = _decisions(f"ask of {rule.head!r}", rule.ask(self.texts(rule.head, rows)), len(rows))
-            for row, halt in zip(rows, said, strict=True):
-                found[row] = rule.reason(float(scores[row])) if halt == Halt() else halt
-        return found
 
     def follow(self, scores: TokenScores) -> list[bool]:
         """Decide on one more token of each reply; `halts` then has one entry a row. After an error no token is written.
@@ -298,3 +350,87 @@ def _decisions(function: str, returned: Decisions, rows: int) -> list[Halt | Non
     if not is_list or not all(isinstance(item, Halt) or item in (None, False, True) for item in found):
         raise ProbeError(f"{function} returned {str(returned)[:60]}, not a list of {rows}: true, false or a Halt")
     return [item if isinstance(item, Halt) else Halt() if item else None for item in found]
+
+
+def _asked(rule: HaltRule, output: ProbeOutput, texts: PromptTexts | None) -> list[Halt | None]:
+    """Return the flags of a rule; in its band those of the function that it asks."""
+    found = rule.halts(output)
+    if rule.unsure is None:
+        return found
+    scores, (low, high) = output.probabilities[:, rule.index], rule.unsure
+    if rows := ((low <= scores) & (scores < high)).nonzero().flatten().tolist():
+        said = _decisions(f"ask of {rule.head!r}", rule.ask(texts(rule.head, rows)), len(rows))
+        for row, halt in zip(rows, said, strict=True):
+            found[row] = rule.reason(float(scores[row])) if halt == Halt() else halt
+    return found
+
+
+class HoldBackStreamer(BaseStreamer):
+    """Holds back the tokens of a reply until heads have scored them, and the tokens after them, without a flag.
+
+        streamer = HoldBackStreamer(TextStreamer(tokenizer, skip_prompt=True), tokens=8)
+        model.generate(**inputs, streamer=streamer, halt_on={"guard": {"threshold": 0.5}})
+
+    A token is shown once it and the next `tokens` are scored and `halt_on` flagged none of them. A flag that does not halt
+    yet (`patience`) holds the tokens before it until `tokens` later ones are clear. A halt drops the held tokens: neither a
+    flagged token nor the `tokens` before it were shown. Then follow the `halt_reply` of the call and the end. A reply that
+    ends by itself is shown whole; its last token is the only one without a score.
+
+    It serves one row at a time, as the streamers of transformers do, and one call after another.
+
+    Args:
+        streamer: any streamer of transformers, such as `TextStreamer` or `TextIteratorStreamer`.
+        tokens: number of further tokens that must be clear. With 0 a token is shown as soon as it is clear.
+
+    Raises:
+        ProbeError: `tokens` is below 0.
+    """
+
+    def __init__(self, streamer: BaseStreamer, tokens: int = 8):
+        if tokens < 0:
+            raise ProbeError(f"tokens={tokens} must be a whole number from 0")
+        self.streamer, self.tokens = streamer, tokens
+        self._reset()
+
+    def _reset(self) -> None:
+        self._held: deque[torch.Tensor] = deque()
+        self._clear = 0
+        self._prompt_seen = self._halted = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Show the prompt at once, and hold the tokens of the reply."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            self.streamer.put(value)
+        elif not self._halted:
+            self._held.append(value)
+
+    def scored(self, flagged: bool) -> None:
+        """Record the flag of the token that was put last. Called by `generate`."""
+        self._clear = 0 if flagged else self._clear + 1
+        if self._clear > self.tokens:
+            while len(self._held) > self.tokens:
+                self.streamer.put(self._held.popleft())
+
+    def halt(self, reply: torch.Tensor) -> None:
+        """Drop the held tokens, show `reply` and end; later tokens are dropped. Called by `generate`."""
+        self._held.clear()
+        for token in reply.cpu():
+            self.streamer.put(token[None])
+        self.streamer.end()
+        self._halted = True
+
+    def abort(self) -> None:
+        """Drop the held tokens and end after an error. Called by `generate`."""
+        self._held.clear()
+        self.end()
+
+    def end(self) -> None:
+        """Show the held tokens and end."""
+        try:
+            if not self._halted:
+                while self._held:
+                    self.streamer.put(self._held.popleft())
+                self.streamer.end()
+        finally:  # held tokens of this reply must not be shown with the next
+            self._reset()

@@ -19,25 +19,12 @@ from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
-from .arguments import HEAD_ARGUMENTS, GenerateCall
 from .cache import ProbeCache, refuse_without_heads
-from .halting import Halter
-from .halting_run import HaltingRun
 from .host import ProbeHostMixin, change_class
 from .outputs import ProbedOutputMixin, with_scores
-from .prefill import PrefillSession
-from .reply import ReplySession
-from .session import (
-    PAGED,
-    forward_session,
-    generation_session,
-    is_inner_call,
-    open_session,
-    session_of,
-    with_probes,
-)
+from .reader import PromptReader
+from .session import HEAD_ARGUMENTS, PAGED, GenerateCall, GenerateSession, forward_reader, is_inner_call, session_of
 from .sources import ProbeSpec, load_with_heads, model_of, read_heads
-from .streaming import HoldBackStreamer
 from .texts import as_texts, classify_texts
 
 
@@ -77,7 +64,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             if session is not None:
                 # The pass learns of its session by argument, and decoding steps that no head follows get a constant, so
                 # that forward() looks nothing up and compiles as the plain one does.
-                inputs["probe_session"] = session.next_reader
+                inputs["probe_session"] = session.reads_next and session
             return inputs
 
         cls.forward = forward
@@ -170,29 +157,22 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def _probed_forward(self, *args, **kwargs):
         kwargs.update(zip(self._forward_names, args, strict=False))
         session = kwargs.pop("probe_session", None)
-        compiling = torch.compiler.is_dynamo_compiling()
-        if session is None and not compiling and (running := session_of(self)) is not None:
+        if session is None and not torch.compiler.is_dynamo_compiling() and (running := session_of(self)) is not None:
             # A decoding method calls the model itself: first over the prompt, then for other purposes.
-            session = False if running.complete else running
+            session = running if running.reads_prompt else False
         if session is None:
             heads = self._active_heads(kwargs.pop("probes", None))
             asked = {name: kwargs.pop(name, None) for name in ("probe_mask", "probe_state")}
             if heads:
                 return self._forward_with_heads(heads, kwargs, **asked)
             refuse_without_heads(asked["probe_state"])
-        if not session:
-            return super().forward(**kwargs)
-        return self._forward_in_session(session, kwargs)
+        return self._forward_in_session(session, kwargs) if session else super().forward(**kwargs)
 
     # torch.compile breaks its graph at these two: hooks come and go, and heads look at values.
 
     @torch.compiler.disable
-    def _forward_in_session(self, session: PrefillSession | ReplySession, kwargs: dict[str, Any]) -> Any:
-        with session.reading(kwargs) as inputs:
-            output = super().forward(**inputs)
-            if isinstance(session, PrefillSession):
-                session.cache = getattr(output, "cache", inputs.get("cache"))
-        return output
+    def _forward_in_session(self, session: GenerateSession, kwargs: dict[str, Any]) -> Any:
+        return session.forward(super().forward, kwargs)
 
     @torch.compiler.disable
     def _forward_with_heads(
@@ -203,18 +183,17 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_state: ProbeCache | bool | None,
     ) -> Any:
         configs = {name: head.config for name, head in heads.items()}
-        past, decoder = cached_tokens(kwargs), self._decoder
-        if self.training and torch.is_grad_enabled() and not past and not probe_state:
-            session = PrefillSession(heads, decoder, kwargs, probe_mask, differentiable=True)
+        if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
+            prompt = PromptReader(heads, self._decoder, kwargs, probe_mask, differentiable=True)
         else:
-            session = forward_session(heads, decoder, kwargs, probe_mask, probe_state)
-        if session is None:  # a later step of the caller's own decoding loop
+            prompt = forward_reader(heads, self._decoder, kwargs, probe_mask, probe_state)
+        if prompt is None:  # a later step of the caller's own decoding loop
             return with_scores(super().forward(**kwargs), None, configs)
-        if not past:
-            self._warn_of_padding(session.input_ids, kwargs.get("attention_mask"), probe_mask)
-        output = self._forward_in_session(session, kwargs)
-        state = session.probe_cache() if session.return_state else None
-        return with_scores(output, session.results(), configs, state)
+        if not prompt.seen:
+            self._warn_of_padding(prompt.input_ids, kwargs.get("attention_mask"), probe_mask)
+        with prompt.reading(kwargs) as inputs:
+            output = super().forward(**inputs)
+        return with_scores(output, prompt.results(), configs, prompt.probe_cache() if prompt.return_state else None)
 
     def classify(
         self,
@@ -276,19 +255,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
         earlier = probe_state or None
-        session = PrefillSession(
+        prompt = PromptReader(
             heads, decoder, inputs, probe_mask, past=past, earlier=earlier, output_attentions=output_attentions
         )
-        self._warn_of_padding(session.input_ids, attention_mask, probe_mask)
+        self._warn_of_padding(prompt.input_ids, attention_mask, probe_mask)
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
         if past:
             if "position_ids" not in inputs and attention_mask is not None and not attention_mask[:, :past].all():
                 raise ProbeError("the cached part of the prompts has padding: pass position_ids, [batch, new_tokens]")
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
-        with torch.no_grad(), session.reading(inputs, whole=False) as inputs:
+        with torch.no_grad(), prompt.reading(inputs, whole=False) as inputs:
             decoder.run(**inputs)
-        return abstaining(session.results(), levels)
+        return abstaining(prompt.results(), levels)
 
     def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
         """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
@@ -341,43 +320,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
             ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not allowed.
         """
         kwargs |= dict(zip(_POSITIONAL, args, strict=False))
-        asked = [kwargs.pop(name, None) for name in HEAD_ARGUMENTS]
-        probes, probe_mask, halt_on, halt_reply, on_token, probe_state, abstain_at = asked
+        asked = {name: kwargs.pop(name, None) for name in HEAD_ARGUMENTS}
         call = GenerateCall(self, inputs, generation_config, kwargs)
         # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
-        inner = is_inner_call(self) and all(value is None for value in asked)
-        heads = {} if inner else self._active_heads(probes)
-        configs = {name: head.config for name, head in heads.items()}
-        levels, halter = abstain_levels(abstain_at, configs), None
-        if halt_on is not None or on_token is not None:
-            halter = Halter(halt_on, configs, on_token)
-        elif halt_reply is not None:
-            raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
-        if isinstance(kwargs.get("streamer"), HoldBackStreamer) and not (halter is not None and halter.follows):
-            raise ProbeError("a HoldBackStreamer needs halt_on= with a head that reads replies, or on_probe_token=")
-        own = getattr(generation_config, "return_dict_in_generate", None)
-        as_dict = kwargs.get("return_dict_in_generate", own) in (None, True)
-        if heads and not as_dict and probe_state not in (None, False):
-            raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
-        if not as_dict and halter is None:
-            heads = {}
-        session = generation_session(call, heads, probe_mask, probe_state)
-        reply = session.reply
-        if heads:
-            call.change("return_dict_in_generate", True)
-        if reply is not None and "disable_compile" not in kwargs:
-            call.change("disable_compile", True)  # hooks and a state that grows would only break its graphs
-        with open_session(self, kwargs.get("assistant_model"), session):
-            if halter is None:
-                output = super().generate(inputs, call.generation_config, **kwargs)
-            else:
-                output = HaltingRun(call, halter, session, halt_reply).generate(super().generate)
-        if not heads:
-            return output
-        probed = with_probes(call, output, session, reply, configs, None if halter is None else halter.halts)
-        if levels:
-            probed.abstain_at = levels
-        return probed if as_dict else probed.sequences
+        inner = is_inner_call(self) and all(value is None for value in asked.values())
+        probes = asked.pop("probes")
+        return GenerateSession(call, {} if inner else self._active_heads(probes), **asked).run(super().generate)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Start continuous batching, without heads: they cannot read its paged passes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +14,6 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
 from ..heads.novelty import Novelty
-from .arguments import on_host
 from .cache import ProbeCache
 
 
@@ -202,3 +201,21 @@ def with_scores(
     if isinstance(output, ModelOutput):
         return with_results(output, results, configs, state=state)
     return (*output, _logits(results), *([] if state is None else [state]))
+
+
+def on_host(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return tensors on the CPU. Those of one device and one kind of number come in one copy: each waits for the device.
+
+    Values that are no tensors stay.
+    """
+    copies = dict(tensors)
+    groups: dict[tuple, list] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+            kind = tensor.dtype if tensor.is_floating_point() else torch.long
+            groups.setdefault((tensor.device, kind), []).append(name)
+    for (_, kind), names in groups.items():
+        flat = torch.cat([tensors[name].detach().to(kind).flatten() for name in names]).cpu()
+        for name, part in zip(names, flat.split([tensors[name].numel() for name in names]), strict=True):
+            copies[name] = part.view(tensors[name].shape).to(tensors[name].dtype)
+    return copies

@@ -15,7 +15,7 @@ from ..data.prompts import PromptFormat, Text, pad_prompts
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
-from .prefill import prompt_masks, read_masks
+from .reader import prompt_masks, read_masks
 
 
 BATCH_TOKENS = 4096  # of a pass, padding included
