@@ -16,7 +16,7 @@ SOURCES := src tests examples modeling
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-all attack test-vllm style quality versions audit docs package clean
+.PHONY: demo test test-slow test-all attack test-vllm runtime style quality versions audit docs package clean
 
 SCALE ?= 1
 SEED ?= 0
@@ -50,6 +50,10 @@ VLLM_TESTS += tests/serving/test_texts.py
 test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
 	$(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"
 	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest $(VLLM_TESTS) -n 2 --dist loadfile --no-loadscope-reorder --timeout 300
+
+# modeling/heads_llama_probe.py, after a change of src/llama_probe/heads.
+runtime: $(VENV)/.test
+	$(BIN)/python tests/heads_runtime.py
 
 style: $(VENV)/.test
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -1,6 +1,6 @@
 """Kinds of probe heads, and the tokens that they read: modules of the package, as they are but for their imports.
 
-Written by `python -m llama_probe.serving.remote_code`. SPDX-License-Identifier: Apache-2.0
+Written by `make runtime`. SPDX-License-Identifier: Apache-2.0
 """
 
 from __future__ import annotations

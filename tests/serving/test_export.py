@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, ProbeModel
 from llama_probe.hub.folder import HEAD_FILES, read_results
 from llama_probe.hub.resolve import bundled_heads
-from llama_probe.serving.export import auto_map, export_repository, push_repository
-from llama_probe.serving.remote_code import runtime_files
+from llama_probe.serving.export import auto_map, export_repository, push_repository, runtime_files
 
 
 REPO = "alice/tiny-chat"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded
+from heads_runtime import heads_file
 from packaging.requirements import Requirement
 from repository import ROOT
 from tiny_families import tiny
@@ -21,8 +22,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.heads import probe_types
 from llama_probe.heads.rules import TURN_SCOPES
-from llama_probe.serving.export import FAMILIES, auto_map, export_repository, push_repository
-from llama_probe.serving.remote_code import heads_file, runtime_files
+from llama_probe.serving.export import FAMILIES, auto_map, export_repository, push_repository, runtime_files
 
 
 USER, REPLY = 3, 4
@@ -41,7 +41,7 @@ FORMS = {
 
 
 def test_the_heads_file_is_made_of_the_modules_of_the_package():
-    assert runtime_files()["heads_llama_probe.py"] == heads_file(), "run: python -m llama_probe.serving.remote_code"
+    assert runtime_files()["heads_llama_probe.py"] == heads_file(), "run: make runtime"
 
 
 def test_it_is_small_and_imports_siblings_and_required_packages_alone():

@@ -7,7 +7,7 @@ head (`heads.probe`). Around that way, by file:
 - `session`: one call of `generate`, from the prompt to the output. `reply` reads the tokens that follow the prompt.
 - `halting`: rules, their decisions, and what is shown of a reply that may be halted.
 - `outputs`, `cache`: what users get back. `texts`: texts and chats for `classify`.
-- `auto`, `pipeline`: what the auto classes do with heads, and pipelines. `export`, `remote_code`: a repository without the package.
+- `auto`, `pipeline`: what the auto classes do with heads, and pipelines. `export`: a repository without the package.
 """
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "outputs",
     "pipeline",
     "reader",
-    "remote_code",
     "reply",
     "session",
     "sources",

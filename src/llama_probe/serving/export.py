@@ -22,11 +22,11 @@ from ..hub.card import card_template, example_chat, write_card
 from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, list_heads, read_results
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import HubReference, commit_files
-from .remote_code import SUFFIX, runtime_files
 
 
 logger = logging.get_logger(__name__)
 
+SUFFIX = "_llama_probe"  # of the files of the runtime
 _CONFIG_NAME = "config.json"
 # Files of an earlier export that would be loaded beside, or in place of, the new ones.
 _OWN_FILES = re.compile(
@@ -148,6 +148,13 @@ def push_repository(folder: str | os.PathLike, repo_id: str, **kwargs) -> Commit
 
     options = {"commit_message": "Upload a model with probe heads with llama_probe", **kwargs}
     return commit_files(repo_id, {file: folder / file for file in files}, is_stale, **options)
+
+
+def runtime_files() -> dict[str, str]:
+    """Return the texts of the runtime by file name: `modeling/`, beside the package's modules or at the top of a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    folder = next(path / "modeling" for path in (package, package.parents[1]) if (path / "modeling").is_dir())
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"*{SUFFIX}.py"))}
 
 
 def auto_map(model_type: str) -> dict[str, str]:
