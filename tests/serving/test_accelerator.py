@@ -6,16 +6,15 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from accelerator import DEVICE, Accelerator, SimTensor
+from cases import KINDS
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded, with_novelty
 
 from llama_probe import LlamaForProbedGeneration
-from llama_probe.heads import probe_types
 from llama_probe.serving import reader
 from llama_probe.training.head_group import GroupLoss, HeadGroup
 from llama_probe.training.loss import ProbeLoss
 
 
-KINDS = {kind: {"probe_type": kind} for kind in probe_types()}
 FOLLOWING = {
     "prompt": {"probe_type": "multimax"},
     "both": {"probe_type": "gate", "token_scope": "all"},

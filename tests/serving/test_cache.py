@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
+from cases import FORMS
 from conftest import HIDDEN, LAYERS, VOCAB, make_probe, make_prompts, probed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import passes_of
-from test_reply import KINDS as REPLY_KINDS
 from tiny_families import make
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
@@ -23,7 +23,7 @@ from llama_probe.serving.session import session_of
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 KINDS = {
-    **REPLY_KINDS,
+    **FORMS,
     "follows": {"probe_type": "mha", "token_scope": "all"},
     "reply": {"probe_type": "gate", "token_scope": "response"},
 }

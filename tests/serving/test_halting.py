@@ -7,9 +7,9 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from cases import MODES as ALL_MODES
 from conftest import VOCAB, expected_logits, make_lm, make_probe, make_prompts, make_tokenizer, padded, probed
 from observers import Recorder, passes_of
-from test_session import MODES as SESSION_MODES
 from transformers import GenerationConfig
 
 from llama_probe import Halt, ProbeConfig, ProbeError, Reprompt
@@ -18,7 +18,7 @@ from llama_probe.heads.decision import ProbeOutput
 from llama_probe.serving.halting import Halter, HaltRule, read_halting
 
 
-MODES = {**SESSION_MODES, "at least three tokens": {"min_new_tokens": 3}}
+MODES = {**ALL_MODES, "at least three tokens": {"min_new_tokens": 3}}
 PAD = 0
 
 

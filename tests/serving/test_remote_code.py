@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import KINDS
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded
 from heads_runtime import heads_file
 from packaging.requirements import Requirement
@@ -20,14 +21,12 @@ from tiny_families import tiny
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
-from llama_probe.heads import probe_types
 from llama_probe.heads.rules import TURN_SCOPES
 from llama_probe.serving.export import FAMILIES, auto_map, export_repository, push_repository, runtime_files
 
 
 USER, REPLY = 3, 4
 TURNS = {"user": {"ids": [USER], "skip": 1}, "assistant": {"ids": [REPLY], "skip": 0}}
-KINDS = {kind: {"probe_type": kind} for kind in probe_types()}
 FORMS = {
     **KINDS,
     "max": {"probe_type": "mha", "pool": "max"},

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from cases import FOLLOWED_MODES as MODES
+from cases import FORMS, flag, guard
 from conftest import LAYERS, make_lm, make_probe, make_prompts, probed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,51 +11,19 @@ from observers import Recorder, assert_no_hooks, hooks_in_passes, passes_of
 from transformers import LogitsProcessor
 
 from llama_probe import Halt, ProbeError, Reprompt
-from llama_probe.heads import probe_types
-
-
-KINDS = {
-    **{kind: {"probe_type": kind} for kind in probe_types()},
-    "max": {"probe_type": "pooling", "pool": "max"},
-    "multimax": {"probe_type": "multimax", "options": {"num_maxima": 3, "num_members": 2}},
-    "mha-max": {"probe_type": "mha", "pool": "max", "layers": [0, 2, 4]},
-}
-MODES = {
-    "greedy": {},
-    "sampling x return sequences": {"do_sample": True, "num_return_sequences": 2},
-    "static cache": {"cache_implementation": "static"},
-    "chunked prefill": {"prefill_chunk_size": 4},
-    "no cache": {"use_cache": False},
-    "guidance": {"guidance_scale": 1.5},
-}
 
 
 def both_scopes(**changes):
     return {
         f"{name}-{scope}": make_probe(seed=i, token_scope=scope, **kind, **changes)
         for scope in ("response", "all")
-        for i, (name, kind) in enumerate(KINDS.items())
+        for i, (name, kind) in enumerate(FORMS.items())
     }
-
-
-def guard(labels=("fine", "awful"), **changes):
-    return make_probe(
-        token_scope="response", probe_type="gate", id2label=dict(enumerate(labels)), flagged=[labels[-1]], **changes
-    )
 
 
 @pytest.fixture
 def model():
     return probed({"guard": guard(), "mood": make_probe(seed=3)})
-
-
-def flag(*tokens, rows=(0,)):
-    """A callback that ends the reply of these rows at a token."""
-
-    def callback(scores):
-        return [row in rows and scores.step in tokens for row in range(len(scores.counted))]
-
-    return callback
 
 
 @settings(max_examples=30, deadline=None)

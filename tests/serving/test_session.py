@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import KINDS, MODES
 from conftest import expected_logits, make_lm, make_probe, make_prompts, make_tokenizer, probed
 from observers import Recorder, passes_of
 from peft import LoraConfig, get_peft_model
@@ -9,10 +10,6 @@ from transformers import BatchEncoding, GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from llama_probe import ProbeError
-from llama_probe.heads import probe_types
-
-
-KINDS = probe_types()
 
 
 def heads(**changes):
@@ -35,19 +32,6 @@ def left_padded(prompts):
     ids[0, :4], mask[0, :4] = 0, 0
     ids[2, :1], mask[2, :1] = 0, 0
     return ids, mask
-
-
-MODES = {
-    "greedy": {},
-    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
-    "beams": {"num_beams": 3},
-    "beams x return sequences": {"num_beams": 4, "num_return_sequences": 2},
-    "sampling x return sequences": {"do_sample": True, "num_return_sequences": 3},
-    "static cache": {"cache_implementation": "static"},
-    "chunked prefill": {"prefill_chunk_size": 4},
-    "no cache": {"use_cache": False},
-    "guidance": {"guidance_scale": 1.5},
-}
 
 
 @pytest.mark.parametrize("mode", MODES)

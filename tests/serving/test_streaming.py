@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from cases import flag, guard
 from conftest import make_lm, make_probe, make_prompts, probed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import Recorder
-from test_reply import flag, guard
 
 from llama_probe import HoldBackStreamer, ProbeError, Reprompt
 

@@ -36,7 +36,7 @@ from .sources import (
 )
 
 
-_PROBED_CLASSES: dict[type, type] = {LlamaForCausalLM: LlamaForProbedGeneration}
+_PROBED_CLASSES: dict[type, type[ProbedGenerationMixin]] = {LlamaForCausalLM: LlamaForProbedGeneration}
 
 
 class AutoModelForProbedGeneration:
@@ -72,7 +72,7 @@ class AutoModelForProbedGeneration:
         """
         if hasattr(lm, "_orig_mod"):
             raise ProbeError("torch.compile wraps this model: from_causal_lm(model._orig_mod, ...), and compile that")
-        base = without_peft(lm)
+        base: Any = without_peft(lm)
         if hasattr(base, "_causal_lm_class") and not isinstance(base, ProbedGenerationMixin):
             # An exported repository brings this code along. The class of the package takes the place of its class.
             if base.probes:
@@ -82,7 +82,7 @@ class AutoModelForProbedGeneration:
         return probed_class(type(base)).from_causal_lm(base, probe, strict)
 
 
-def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[ProbedGenerationMixin]:
     """Return the probed class of a causal LM class, made on first use.
 
     Raises:
@@ -105,6 +105,8 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[PreTrainedModel
 
 class _MadeClassMixin:
     """Pickles models of a class made here by their causal LM class: no module has an attribute of its name."""
+
+    _causal_lm_class: type[PreTrainedModel]
 
     def __reduce_ex__(self, protocol):
         reduced = super().__reduce_ex__(protocol)

@@ -14,7 +14,7 @@ from ..heads import select_rows
 from ..heads.probe import ProbeModel
 
 
-class HeadReference(weakref.ref):
+class HeadReference(weakref.ref[ProbeModel]):
     """A weak reference to the head that made a state. Copies of the state are of the same head."""
 
     def __init__(self, head: ProbeModel):

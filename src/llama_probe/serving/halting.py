@@ -122,7 +122,7 @@ class HaltRule:
         label: str,
         threshold: float | str | None = None,
         patience: int = 1,
-        unsure: Sequence[float] | None = None,
+        unsure: tuple[float, float] | None = None,
         ask: Judge | None = None,
     ) -> HaltRule:
         """Return the rule for one label. A threshold may be a name in the head's `thresholds`.
@@ -139,7 +139,7 @@ class HaltRule:
             threshold = known.get(threshold, threshold)
         if threshold is not None:
             low, high = (-math.inf, math.inf) if regression else (0, 1)
-            if not _is_number(threshold) or not low <= threshold <= high:
+            if not isinstance(threshold, Real) or isinstance(threshold, bool) or not low <= float(threshold) <= high:
                 named = f"from 0 to 1, or for {label!r} one of: {', '.join(known) or 'none'}"
                 allowed = "a number" if regression else named
                 raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
@@ -153,11 +153,12 @@ class HaltRule:
         if patience > 1 and not config.reads_reply:
             raise ProbeError(f"halt_on: patience={patience} counts reply tokens, and {head!r} reads the prompt alone")
         if unsure is not None or ask is not None:
-            band = unsure if isinstance(unsure, (list, tuple)) else ()
+            band = tuple(unsure) if isinstance(unsure, (list, tuple)) else ()
             if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
                 raise ProbeError(f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and a function ask=")
             if config.token_scope == "response":
                 raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
+            unsure = float(band[0]), float(band[1])
         return cls(head, config, index, threshold, patience, unsure, ask)
 
     def __str__(self) -> str:
@@ -170,10 +171,10 @@ class HaltRule:
         probs = output.probabilities
         scores = probs[:, self.index]
         decided = self.threshold is None
-        found = predictions(probs, self.config) == self.index if decided else scores >= self.threshold
-        found = found | scores.isnan()  # a guard that cannot read its input halts
-        pairs = zip(found.tolist(), scores.tolist(), strict=True)
-        return [self.reason(score) if hit else None for hit, score in pairs]
+        flagged = predictions(probs, self.config) == self.index if decided else scores >= self.threshold
+        flagged = flagged | scores.isnan()  # a guard that cannot read its input halts
+        pairs = zip(flagged.tolist(), scores.tolist(), strict=True)
+        return [self.reason(score) if flag else None for flag, score in pairs]
 
     def reason(self, score: float) -> Halt:
         """Return the `Halt` of a row with this score."""
@@ -247,7 +248,7 @@ class Halter:
         on_token: called with the `TokenScores` after each token of the replies.
 
     Attributes:
-        halts: a `Halt` or `None` for each prompt; for each row from the first token on. `None` before the prefill ends.
+        halts: a `Halt` or None for each prompt; for each row from the first token on. Empty before the prefill ends.
 
     Raises:
         ProbeError: a head is not active, or its options are not allowed.
@@ -259,7 +260,7 @@ class Halter:
         self.policy = spec if callable(spec) else None
         self.on_token = on_token
         self.rules: list[HaltRule] = []
-        self.halts: list[Halt | None] | None = None
+        self.halts: list[Halt | None] = []
         self._streaks: dict[tuple[str, int], list[int]] = {}  # by head and label
         if not configs:
             raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
@@ -293,8 +294,8 @@ class Halter:
         outputs = self._on_host(outputs)
         for rule in self.rules:
             if rule.head in outputs:
-                found = self._patient(rule, _asked(rule, outputs[rule.head], texts), [True] * prompts)
-                self.halts = [old or new for old, new in zip(self.halts, found, strict=True)]
+                halts = self._patient(rule, _asked(rule, outputs[rule.head], texts), [True] * prompts)
+                self.halts = [old or new for old, new in zip(self.halts, halts, strict=True)]
         return self.halts
 
     def _on_host(self, outputs: dict[str, ProbeOutput]) -> dict[str, ProbeOutput]:
@@ -312,20 +313,20 @@ class Halter:
         outputs = self._on_host(scores.outputs)
         counted = scores.counted.tolist()
         self.expand(len(counted))
-        found = []  # pairs (flags, halts), each with one entry a row
-        if self.on_token is not None and (said := self.on_token(scores)) is not None:
-            found.append((_decisions("on_probe_token", said, len(counted)),) * 2)
+        verdicts = []  # pairs (flags, halts), each with one entry a row
+        if self.on_token is not None and (decisions := self.on_token(scores)) is not None:
+            verdicts.append((_decisions("on_probe_token", decisions, len(counted)),) * 2)
         for rule in self.rules:
             if rule.config.reads_reply:
                 flags = rule.halts(outputs[rule.head])
-                found.append((flags, self._patient(rule, flags, counted)))
+                verdicts.append((flags, self._patient(rule, flags, counted)))
         flagged = [False] * len(counted)
-        for flags, halts in found:
+        for flags, halts in verdicts:
             for row in range(len(counted)):
                 if counted[row]:
                     flagged[row] |= flags[row] is not None
-                    if halts[row] is not None and self.halts[row] is None:
-                        self.halts[row] = replace(halts[row], token=scores.step)
+                    if (halt := halts[row]) is not None and self.halts[row] is None:
+                        self.halts[row] = replace(halt, token=scores.step)
         return flagged
 
     def expand(self, rows: int) -> None:
@@ -343,26 +344,26 @@ class Halter:
         return [flag if streak >= rule.patience else None for flag, streak in zip(flags, streaks, strict=True)]
 
 
-def _decisions(function: str, returned: Decisions, rows: int) -> list[Halt | None]:
+def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
     """Return what a function of the user decided, as one `Halt` or `None` a row."""
-    found = returned.tolist() if hasattr(returned, "tolist") else returned
-    is_list = isinstance(found, (list, tuple)) and len(found) == rows
-    if not is_list or not all(isinstance(item, Halt) or item in (None, False, True) for item in found):
+    items: Any = returned.tolist() if hasattr(returned, "tolist") else returned
+    is_list = isinstance(items, (list, tuple)) and len(items) == rows
+    if not is_list or not all(isinstance(item, Halt) or item in (None, False, True) for item in items):
         raise ProbeError(f"{function} returned {str(returned)[:60]}, not a list of {rows}: true, false or a Halt")
-    return [item if isinstance(item, Halt) else Halt() if item else None for item in found]
+    return [item if isinstance(item, Halt) else Halt() if item else None for item in items]
 
 
 def _asked(rule: HaltRule, output: ProbeOutput, texts: PromptTexts | None) -> list[Halt | None]:
     """Return the flags of a rule; in its band those of the function that it asks."""
-    found = rule.halts(output)
-    if rule.unsure is None:
-        return found
+    halts = rule.halts(output)
+    if rule.unsure is None or rule.ask is None or texts is None:
+        return halts
     scores, (low, high) = output.probabilities[:, rule.index], rule.unsure
     if rows := ((low <= scores) & (scores < high)).nonzero().flatten().tolist():
-        said = _decisions(f"ask of {rule.head!r}", rule.ask(texts(rule.head, rows)), len(rows))
-        for row, halt in zip(rows, said, strict=True):
-            found[row] = rule.reason(float(scores[row])) if halt == Halt() else halt
-    return found
+        answers = _decisions(f"ask of {rule.head!r}", rule.ask(texts(rule.head, rows)), len(rows))
+        for row, halt in zip(rows, answers, strict=True):
+            halts[row] = rule.reason(float(scores[row])) if halt == Halt() else halt
+    return halts
 
 
 class HoldBackStreamer(BaseStreamer):

@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo
 from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..backbone.decoder import Decoder, backbone_name, find_decoder, target_of
@@ -31,16 +32,32 @@ _CHANGING = threading.RLock()
 _HUB_KEYS = ("token", "private", "revision")
 
 
-class ProbeHostMixin:
+if TYPE_CHECKING:
+
+    class CausalLM(PreTrainedModel, GenerationMixin):
+        """The classes that the mixins are mixed into."""
+
+else:
+    CausalLM = object
+
+
+class ProbeHostMixin(CausalLM):
     """Probe heads beside a causal LM. Mixed into a `PreTrainedModel`.
 
     `self.probes` is an `nn.ModuleDict`, so that `.to()`, `.eval()` and `.parameters()` reach the heads. It and the tuple of
     active names are replaced, never changed: a thread that generates keeps the heads that it started with.
     """
 
+    # Filled in for each subclass: the plain class.
+    _causal_lm_class: type[CausalLM]
+
     def _install_probes(self) -> None:
         self.probes = nn.ModuleDict()
         self._active_probes: tuple[str, ...] = ()
+
+    @property
+    def _heads(self) -> dict[str, ProbeModel]:
+        return cast("dict[str, ProbeModel]", dict(self.probes.items()))
 
     @property
     def _decoder(self) -> Decoder:
@@ -115,7 +132,7 @@ class ProbeHostMixin:
         Raises:
             ProbeError: no head has that name, or none is named and several are attached.
         """
-        return self.probes[self._single_probe(name)].save_pretrained(dir)
+        return self._heads[self._single_probe(name)].save_pretrained(dir)
 
     def push_probe_to_hub(self, repo_id: str, name: str | None = None, **kwargs) -> CommitInfo:
         """Upload one head with its card in one commit; see `ProbeModel.push_to_hub`. `name` defaults to the only head.
@@ -124,7 +141,7 @@ class ProbeHostMixin:
             ProbeError: no head has that name, or the Hub refused the upload.
         """
         name = self._single_probe(name)
-        return self.probes[name].push_to_hub(repo_id, name=name, **kwargs)
+        return self._heads[name].push_to_hub(repo_id, name=name, **kwargs)
 
     @contextmanager
     def disable_probes(self):
@@ -139,8 +156,8 @@ class ProbeHostMixin:
     def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs):
         """Load a state dict of this model, or one of the plain LM: the heads then stay as they are."""
         if not any(key.startswith("probes.") for key in state_dict):
-            own = {f"probes.{key}": tensor for key, tensor in self.probes.state_dict().items()}
-            state_dict = {**state_dict, **own}
+            heads = {f"probes.{key}": tensor for key, tensor in self.probes.state_dict().items()}
+            state_dict = {**state_dict, **heads}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def save_pretrained(
@@ -158,10 +175,10 @@ class ProbeHostMixin:
         """
         if self._auto_class is not None:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            custom_object_save(self, save_directory, config=self.config)
+            custom_object_save(self, save_directory, config=self.config)  # pyrefly: ignore[bad-argument-type]
         if state_dict is not None:
             state_dict = {key: tensor for key, tensor in state_dict.items() if not key.startswith("probes.")}
-        heads = self.probes if save_probes else {}
+        heads = self._heads if save_probes else {}
         push = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in ("repo_id", *_HUB_KEYS) if push and name in kwargs}
         self._without_probes(heads).save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
@@ -177,17 +194,17 @@ class ProbeHostMixin:
         Raises:
             ProbeError: `create_pr` without `save_probes=False`, or the Hub refused a head.
         """
-        heads = self.probes if save_probes else {}
+        heads = self._heads if save_probes else {}
         if heads and kwargs.get("create_pr"):
             raise ProbeError("create_pr=True needs save_probes=False: each head is a commit of its own")
         for name, head in heads.items():
-            own = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
-            head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **own)
+            options = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+            head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **options)
         return self._without_probes(heads).push_to_hub(repo_id, *args, **kwargs)
 
-    def _without_probes(self, saved: Iterable[str] = ()) -> nn.Module:
+    def _without_probes(self, saved: Iterable[str] = ()) -> CausalLM:
         """Return a plain causal LM that shares this model's parameters and caches. Its config lists the saved heads."""
-        plain = copy.copy(self)
+        plain: Any = copy.copy(self)
         plain.__dict__["_modules"] = {key: module for key, module in self._modules.items() if key != "probes"}
         if "_hf_hook" not in plain.__dict__:
             plain.__dict__.pop("forward", None)  # a compiled forward would run this model with its heads
@@ -210,7 +227,7 @@ class ProbeHostMixin:
             raise ProbeError(f"name one head: {', '.join(self.probes) or 'none is attached'}")
         return next(iter(self._active_heads(list(self.probes) if name is None else name)))
 
-    def _attach(self, probes: dict[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
+    def _attach(self, probes: Mapping[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
         # Everything that can fail comes first, so that all heads are attached or none.
         heads: dict[str, ProbeModel] = {}
         for name, probe in probes.items():
@@ -234,7 +251,7 @@ class ProbeHostMixin:
 
     def _active_heads(self, names: str | Iterable[str] | None = None) -> dict[str, ProbeModel]:
         """Return the heads of one call by name: the given ones, or the active ones."""
-        heads = self.probes
+        heads = self._heads
         if names is None:  # `del model.probes[name]` leaves the name among the active ones
             return {name: heads[name] for name in self._active_probes if name in heads}
         names = [names] if isinstance(names, str) else list(names)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -23,7 +24,16 @@ from .cache import ProbeCache, refuse_without_heads
 from .host import ProbeHostMixin, change_class
 from .outputs import ProbedOutputMixin, with_scores
 from .reader import PromptReader
-from .session import HEAD_ARGUMENTS, PAGED, GenerateCall, GenerateSession, forward_reader, is_inner_call, session_of
+from .session import (
+    HEAD_ARGUMENTS,
+    PAGED,
+    GenerateCall,
+    ProbedSession,
+    forward_reader,
+    generate_session,
+    is_inner_call,
+    session_of,
+)
 from .sources import ProbeSpec, load_with_heads, model_of, read_heads
 from .texts import as_texts, classify_texts
 
@@ -41,14 +51,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
     plain LM.
     """
 
-    # Filled in for each subclass: the plain class, and the names of its forward's positional arguments.
-    _causal_lm_class: type[PreTrainedModel]
+    # Filled in for each subclass: the names of the positional arguments of the plain class's forward.
     _forward_names: tuple[str, ...]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         models = (each for each in cls.__mro__ if issubclass(each, PreTrainedModel))
-        base = next(each for each in models if not issubclass(each, ProbedGenerationMixin))
+        base: Any = next(each for each in models if not issubclass(each, ProbedGenerationMixin))
         cls._causal_lm_class = base
         cls._forward_names = tuple(inspect.signature(base.forward).parameters)[1:]
 
@@ -80,8 +89,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return output
         if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
             # accelerate's hook around forward() moves an output by building it anew from its fields.
-            probes = self.probes  # another thread may take a head away
-            heads = {name: probes[name] for name in output.probe_logits if name in probes}
+            heads = {name: head for name, head in self._heads.items() if name in output.probe_logits}
             output.remember(
                 {name: head.config for name, head in heads.items()},
                 {name: head.novelty for name, head in heads.items() if head.novelty is not None},
@@ -90,8 +98,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     @classmethod
     def from_causal_lm(
-        cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
-    ) -> PreTrainedModel:
+        cls, lm: nn.Module, probe: ProbeSpec | None = None, strict: bool = False
+    ) -> ProbedGenerationMixin:
         """Turn a loaded causal LM into this class, in place, attach heads and return it.
 
         Weights, device placement, quantisation and injected LoRA layers stay as they are.
@@ -104,25 +112,24 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
         """
-        lm = without_peft(lm)
-        target = target_of(lm)
-        heads = read_heads(probe, target) if probe is not None else {}
-        if isinstance(lm, ProbedGenerationMixin):
-            lm._attach(heads, strict)
-            return lm
-        plain = type(lm)
+        model: Any = without_peft(lm)
+        heads = read_heads(probe, target_of(model)) if probe is not None else {}
+        if isinstance(model, ProbedGenerationMixin):
+            model._attach(heads, strict)
+            return model
+        plain = type(model)
         if plain is not cls._causal_lm_class:
             made = f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {plain.__name__}"
             raise ProbeError(f"{made}; AutoModelForProbedGeneration.from_causal_lm takes any causal LM")
-        change_class(lm, cls)
-        lm._install_probes()
+        change_class(model, cls)
+        model._install_probes()
         try:
-            lm._attach(heads, strict)
+            model._attach(heads, strict)
         except BaseException:
-            del lm.probes, lm._active_probes
-            change_class(lm, plain)
+            del model.probes, model._active_probes
+            change_class(model, plain)
             raise
-        return lm
+        return model
 
     @classmethod
     def from_pretrained(
@@ -171,7 +178,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
     # torch.compile breaks its graph at these two: hooks come and go, and heads look at values.
 
     @torch.compiler.disable
-    def _forward_in_session(self, session: GenerateSession, kwargs: dict[str, Any]) -> Any:
+    def _forward_in_session(self, session: ProbedSession, kwargs: dict[str, Any]) -> Any:
         return session.forward(super().forward, kwargs)
 
     @torch.compiler.disable
@@ -246,11 +253,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if (texts := as_texts(input_ids)) is not None:
             others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
             others |= {"cache": cache, "probe_state": probe_state, **kwargs}
-            if given := [name for name, value in others.items() if value is not None]:
-                raise ProbeError(f"classify(texts) makes its own inputs and takes no {given[0]}")
+            if refused := [name for name, value in others.items() if value is not None]:
+                raise ProbeError(f"classify(texts) makes its own inputs and takes no {refused[0]}")
             return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), levels)
         cache = kwargs.pop("past_key_values", None) if cache is None else cache
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= {"inputs_embeds": inputs_embeds, **kwargs}
         past, decoder = cached_tokens({"cache": cache}), self._decoder
         if probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
@@ -325,7 +333,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
         inner = is_inner_call(self) and all(value is None for value in asked.values())
         probes = asked.pop("probes")
-        return GenerateSession(call, {} if inner else self._active_heads(probes), **asked).run(super().generate)
+        return generate_session(call, {} if inner else self._active_heads(probes), **asked).run(super().generate)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Start continuous batching, without heads: they cannot read its paged passes."""

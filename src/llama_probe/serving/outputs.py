@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, make_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers.utils import ModelOutput
@@ -15,6 +15,10 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
 from ..heads.novelty import Novelty
 from .cache import ProbeCache
+
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,9 @@ class ProbedOutputMixin(DecidedMixin):
     """
 
     _plain_class: ClassVar[type[ModelOutput]]
+    probe_logits: dict[str, torch.Tensor] | None
+    probe_mean_states: dict[str, tuple[torch.Tensor, torch.Tensor]] | None
+    probe_token_logits: dict[str, torch.Tensor] | None
 
     def __reduce__(self):
         made, values, *rest = super().__reduce__()
@@ -94,16 +101,17 @@ class ProbedOutputMixin(DecidedMixin):
         if self.probe_logits is None:
             return None
         levels = self.abstain_at or {}
-        novelty = {("novelty", name): each for name, each in (self.probe_novelty if levels else {}).items()}
-        host = on_host(self.probe_logits | novelty)
+        novelty = (self.probe_novelty or {}) if levels else {}
+        host = on_host(
+            {(name, "logits"): logits for name, logits in self.probe_logits.items()}
+            | {(name, "novelty"): values for name, values in novelty.items()}
+        )
+        configs = {name: self.config_of(name) for name in self.probe_logits}
         return {
             name: labels(
-                probabilities(host[name], self.config_of(name)),
-                self.config_of(name),
-                host.get(("novelty", name)),
-                levels.get(name),
+                probabilities(host[name, "logits"], config), config, host.get((name, "novelty")), levels.get(name)
             )
-            for name in self.probe_logits
+            for name, config in configs.items()
         }
 
     @property
@@ -144,13 +152,13 @@ PROBED_FIELDS = {
 }
 
 
-def probed_output_class(base: type[ModelOutput]) -> type[ModelOutput]:
+def probed_output_class(base: type[ModelOutput]) -> type[Any]:
     """Return the class of `base` outputs with the fields of `ProbedOutputMixin`."""
     return _make(base)
 
 
 @functools.cache
-def _make(base: type[ModelOutput]) -> type[ModelOutput]:
+def _make(base: type[ModelOutput]) -> type[Any]:
     return make_dataclass(
         f"Probed{base.__name__}",
         [(name, kind, None) for name, kind in PROBED_FIELDS.items()],
@@ -203,19 +211,21 @@ def with_scores(
     return (*output, _logits(results), *([] if state is None else [state]))
 
 
-def on_host(tensors: Mapping[Any, Any]) -> dict[Any, Any]:
+def on_host(tensors: Mapping[_Key, _Value]) -> dict[_Key, _Value]:
     """Return tensors on the CPU. Those of one device and one kind of number come in one copy: each waits for the device.
 
     Values that are no tensors stay.
     """
-    copies = dict(tensors)
-    groups: dict[tuple, list] = {}
+    copies: dict[Any, Any] = dict(tensors)
+    groups: dict[tuple[torch.device, torch.dtype], list[Any]] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
             kind = tensor.dtype if tensor.is_floating_point() else torch.long
             groups.setdefault((tensor.device, kind), []).append(name)
     for (_, kind), names in groups.items():
-        flat = torch.cat([tensors[name].detach().to(kind).flatten() for name in names]).cpu()
-        for name, part in zip(names, flat.split([tensors[name].numel() for name in names]), strict=True):
-            copies[name] = part.view(tensors[name].shape).to(tensors[name].dtype)
+        there = [copies[name] for name in names]
+        flat = torch.cat([tensor.detach().to(kind).flatten() for tensor in there]).cpu()
+        parts = flat.split([tensor.numel() for tensor in there])
+        for name, tensor, part in zip(names, there, parts, strict=True):
+            copies[name] = part.view(tensor.shape).to(tensor.dtype)
     return copies

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TextClassificationPipeline,
@@ -21,13 +20,11 @@ from transformers.utils import ModelOutput
 
 from ..backbone.decoder import target_of
 from ..errors import ProbeError
-from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, reply_outputs, verdict
 from ..heads.novelty import abstain_levels
 from ..hub.transport import HubOptions
 from .auto import AutoModelForProbedGeneration
 from .modeling import ProbedGenerationMixin
-from .outputs import PROBED_FIELDS
 from .sources import ProbeSpec, read_heads
 from .texts import as_texts, encode, pad_inputs
 
@@ -82,9 +79,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         if isinstance(generate_kwargs.get("halt_reply"), str):
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
         # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
-        listener = _Listener(self.model, getattr(self, "generation_config", None))
-        twin = copy.copy(self)
-        twin.model = listener
+        twin: Any = copy.copy(self)
+        twin.model = listener = _Listener(self.model)
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
         outputs["probed"] = _keys_of_records(listener.output, *outputs["generated_sequence"].shape[:2])
         return outputs
@@ -113,41 +109,39 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         heads = model._active_heads(probe)
         if len(heads) != 1:
             raise ProbeError(f"name one head, probe=NAME: {', '.join(heads) or 'none is active'}")
-        self.probe = next(iter(heads))
+        self.probe, head = next(iter(heads.items()))
+        self.head_config = head.config
         super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
 
     check_model_type = ProbedTextGenerationPipeline.check_model_type
 
-    @property
-    def _config(self) -> ProbeConfig:
-        return self.model.probes[self.probe].config
-
-    def __call__(self, inputs: Any, **kwargs) -> Any:
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Classify a text, a chat, or a list of them."""
-        found = super().__call__(inputs, **kwargs)
-        return [found] if isinstance(found, dict) else found  # of one chat, as of one text
+        records = super().__call__(inputs, **kwargs)
+        return [records] if isinstance(records, dict) else records  # of one chat, as of one text
 
-    def _sanitize_parameters(self, abstain_at: float | dict[str, float] | None = None, **kwargs):
+    def _sanitize_parameters(self, abstain_at: float | dict[str, float] | None = None, **kwargs: Any):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        if abstain_at is not None:
-            postprocess["abstain_at"] = abstain_levels(abstain_at, {self.probe: self._config}).get(self.probe)
-        return preprocess, forward, postprocess
+        levels = abstain_levels(abstain_at, {self.probe: self.head_config})
+        return preprocess, forward, {**postprocess, **({"abstain_at": levels[self.probe]} if levels else {})}
 
-    def preprocess(self, inputs: Any, **kwargs) -> dict[str, torch.Tensor]:
-        given = getattr(inputs, "messages", inputs)
-        given = given["text"] if isinstance(given, Mapping) else given
-        return pad_inputs(*encode(self._config, as_texts(given), self.tokenizer), self.tokenizer)
+    def preprocess(self, inputs: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        inputs = getattr(inputs, "messages", inputs)
+        texts = as_texts(inputs["text"] if isinstance(inputs, Mapping) else inputs)
+        tokenizer: Any = self.tokenizer
+        return pad_inputs(*encode(self.head_config, texts or [], tokenizer), tokenizer)
 
-    def _forward(self, model_inputs, **kwargs):
-        output = self.model.classify(**model_inputs, probes=self.probe)[self.probe]
+    def _forward(self, model_inputs: dict[str, torch.Tensor], **kwargs: Any) -> ModelOutput:
+        model: Any = self.model
+        output = model.classify(**model_inputs, probes=self.probe)[self.probe]
         novelty = {} if output.novelty is None else {"novelty": output.novelty}
         return ModelOutput(logits=output.logits, **novelty)
 
     def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True, abstain_at=None):
-        config = self._config
+        config = self.head_config
         output = ProbeOutput.from_logits(model_outputs["logits"].float(), config)
         scores = dict(zip(config.id2label.values(), output.probabilities[0].tolist(), strict=True))
-        ranked = sorted(scores, key=scores.get, reverse=True)
+        ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
         if config.problem_type == "single_label_classification":  # the label comes first, whatever the threshold is
             ranked.sort(key=lambda name: name != output.labels[0])
         records = [{"label": name, "score": scores[name]} for name in ranked]
@@ -159,22 +153,16 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
 class _Listener:
     """Stands in for the model during one call, and keeps the output of `generate`."""
 
-    def __init__(self, model: PreTrainedModel, defaults: GenerationConfig | None):
-        self.model, self.defaults = model, defaults
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
         self.output: Any = None
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def generate(self, *args, **kwargs):
-        # Older versions of transformers pass a config of the pipeline that is full of defaults.
-        if self.defaults is not None and kwargs.get("generation_config") is self.defaults:
-            kwargs.setdefault("return_dict_in_generate", True)
-        self.output = output = self.model.generate(*args, **kwargs)
-        if not isinstance(output, ModelOutput):
-            return output
-        # Some versions of transformers split every field of an output by rows, which fails for a dict.
-        return ModelOutput({name: value for name, value in output.items() if name not in PROBED_FIELDS})
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self.output = self.model.generate(*args, **kwargs)
+        return self.output
 
 
 def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[str, Any], ...]]:
@@ -184,16 +172,18 @@ def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[
         labels, novelty = output.probe_labels, output.probe_novelty or {}
         for name, probabilities in output.probe_probabilities.items():
             for i, row in enumerate(rows):
-                said = verdict(labels[name][i // copies], probabilities[i // copies].tolist(), output.config_of(name))
-                row["probes"][name] = said
+                prompt = i // copies
+                row["probes"][name] = verdict(
+                    labels[name][prompt], probabilities[prompt].tolist(), output.config_of(name)
+                )
                 if name in novelty:
-                    said["novelty"] = float(novelty[name][i // copies])
+                    row["probes"][name]["novelty"] = float(novelty[name][prompt])
         for name, logits in (output.probe_token_logits or {}).items():
             if name not in output.probe_logits:
                 config = output.config_of(name)
                 for row, last in zip(rows, reply_outputs(logits, config), strict=True):
-                    said = None if last is None else verdict(last.labels[0], last.probabilities[0].tolist(), config)
-                    row["probes"][name] = said
+                    score = None if last is None else verdict(last.labels[0], last.probabilities[0].tolist(), config)
+                    row["probes"][name] = score
     halts = getattr(output, "probe_halts", None) or []  # one a prompt or a row
     for i, row in enumerate(rows if halts else []):
         halt = halts[i * len(halts) // len(rows)]

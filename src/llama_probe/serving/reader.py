@@ -93,23 +93,22 @@ class StateReader:
         self._seen, self._held, self._last = set(), [], last
         width = next(iter(token_masks.values())).shape[1] if token_masks else 0
         self._rows, self._columns = slice(None, None, repeats), slice(0, width)
-        self._masks = dict(token_masks)
-        if width > 1 and not self._whole:
-            self._trim()
-        for name, mask in self._masks.items():
-            self._masks[name] = None if mask is None else mask.to(self.heads[name].device, non_blocking=True)
+        masks = self._trimmed(token_masks) if width > 1 and not self._whole else token_masks
+        self._masks = {
+            name: None if mask is None else mask.to(self.heads[name].device, non_blocking=True)
+            for name, mask in masks.items()
+        }
 
-    def _trim(self) -> None:
+    def _trimmed(self, token_masks: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None]:
         """Leave out the tokens before the first, and behind the last, that counts for any head."""
-        distinct = {id(mask): mask for mask in self._masks.values()}  # heads of one scope share a tensor
+        distinct = {id(mask): mask for mask in token_masks.values()}  # heads of one scope share a tensor
         if all(bool(mask.all()) for mask in distinct.values()):
-            self._masks = dict.fromkeys(self._masks)
-            return
+            return dict.fromkeys(token_masks)
         counted = [column for mask in distinct.values() for column in mask.any(dim=0).nonzero().flatten().tolist()]
         self._columns = slice(min(counted), max(counted) + 1) if counted else slice(0, 0)
         cut = {key: mask[:, self._columns] for key, mask in distinct.items()}
-        cut = {key: None if bool(mask.all()) else mask for key, mask in cut.items()}
-        self._masks = {name: cut[id(mask)] for name, mask in self._masks.items()}
+        whole = {key: bool(mask.all()) for key, mask in cut.items()}
+        return {name: None if whole[id(mask)] else cut[id(mask)] for name, mask in token_masks.items()}
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
         """Take a state `[rows, columns, hidden_size]` of the announced pass. It must not change afterwards."""
@@ -196,20 +195,24 @@ class PromptReader:
         output_attentions: bool = False,
         differentiable: bool = False,
     ):
-        ids, embeds, attention_mask = map(inputs.get, ("input_ids", "inputs_embeds", "attention_mask"))
+        ids: Any = inputs.get("input_ids")
+        embeds: Any = inputs.get("inputs_embeds")
+        attention_mask: Any = inputs.get("attention_mask")
         # All that values decide - which tokens count, where to cut, empty rows - comes from this one copy.
         host = on_host({"ids": ids, "mask": attention_mask, "probe_mask": probe_mask})
         configs = {name: head.config for name, head in heads.items()}
-        given = (host["ids"], embeds, host["mask"], host["probe_mask"], partial_prompt)
+        prompt = (host["ids"], embeds, host["mask"], host["probe_mask"], partial_prompt)
         self.heads, self.decoder = heads, decoder
-        self.masks = prompt_masks(configs, *given, decoder.placeholder_ids, past)
+        self.masks = prompt_masks(configs, *prompt, decoder.placeholder_ids, past)
         self.prompts, self.length = (embeds if ids is None else ids).shape[:2]
-        self.input_ids, self.attention_mask, self._expected = host["ids"], host["mask"], ids
+        self.input_ids: torch.Tensor | None = host["ids"]
+        self.attention_mask: torch.Tensor | None = host["mask"]
+        self._expected: Any = ids
         self.seen = past
         self.return_state, self._partial_prompt = return_state, partial_prompt
         states = {}
         if earlier is not None:
-            states = earlier.resume(heads, self.masks, self.input_ids, self._attended(), past)
+            states = earlier.resume(heads, self.masks, self.ids, self._attended(), past)
         if not partial_prompt:
             for mask in {id(mask): mask for mask in self.masks.values()}.values():
                 check_rows(mask)
@@ -222,6 +225,13 @@ class PromptReader:
         self._reader = StateReader(heads, states, keep, output_attentions, differentiable)
         self._results: dict[str, ProbeOutput] | None = None
         self._ran: list[torch.Tensor] = []  # ids of the passes so far
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Token ids of the prompts on the CPU, `[prompts, tokens]`. Only where they were not given as embeddings."""
+        if self.input_ids is None:
+            raise ProbeError("the prompts are embeddings, and this needs their input_ids")
+        return self.input_ids
 
     @property
     def complete(self) -> bool:
@@ -287,9 +297,9 @@ class PromptReader:
             states: token-stage states behind the replies, by name. Defaults to no reply.
             tokens, token_mask (`[rows, reply_tokens]`): ids of the replies, and which of them count, on the CPU.
         """
-        if states is None:
+        if states is None or tokens is None or token_mask is None:
             states = {name: self.state(name) for name in self.heads}
-            tokens = self.input_ids[:, :0]
+            tokens = self.ids[:, :0]
             token_mask = tokens.bool()
 
         def behind(prompts: torch.Tensor, replies: torch.Tensor) -> torch.Tensor:
@@ -300,11 +310,11 @@ class PromptReader:
         for name, head in self.heads.items():
             replies = torch.zeros_like(token_mask) if head.config.skips_replies else token_mask
             heads[name] = CachedHead(HeadReference(head), behind(self.masks[name], replies), states[name])
-        return ProbeCache(behind(self.input_ids, tokens), behind(self._attended(), token_mask), heads)
+        return ProbeCache(behind(self.ids, tokens), behind(self._attended(), token_mask), heads)
 
     def _attended(self) -> torch.Tensor:
         if self.attention_mask is None:
-            return torch.ones_like(self.input_ids, dtype=torch.bool)
+            return torch.ones_like(self.ids, dtype=torch.bool)
         return self.attention_mask.bool()
 
 
@@ -329,17 +339,17 @@ def prompt_masks(
     Raises:
         ProbeError: there is no prompt, or mask and prompt have different shapes.
     """
-    given = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
-    for name, tensor in given.items():
+    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
+    for name, tensor in tensors.items():
         if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != 2):
-            found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            kind = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
-            raise ProbeError(f"{name} must be a tensor [batch, tokens], not {found}{entries}")
+            raise ProbeError(f"{name} must be a tensor [batch, tokens], not {kind}{entries}")
     source = input_ids if input_ids is not None else inputs_embeds
     if source is None or 0 in source.shape[:2]:
         raise ProbeError("there is no prompt for the heads to read: pass input_ids, or set_active_probes([]) first")
     shape = source.shape[:2]
-    for name, tensor in given.items():
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.shape != shape:
             hint = "with a cache, pass all input_ids of the conversation"
             raise ProbeError(f"{name} has the shape {tuple(tensor.shape)}, the prompt {tuple(shape)}: {hint}")
@@ -351,15 +361,15 @@ def prompt_masks(
     text = None
     if placeholder_ids and input_ids is not None:
         text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
-    found: list[tuple[Any, torch.Tensor]] = []  # scopes and their masks
+    masks_by_scope: list[tuple[Any, torch.Tensor]] = []
     masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
         scope = config.token_scope, config.prefix_ids, config.turn_markers
-        mask = next((mask for other, mask in found if other == scope), None)
+        mask = next((mask for other, mask in masks_by_scope if other == scope), None)
         if mask is None:
             mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
             mask = mask if text is None else mask & text.to(mask.device)
-            found.append((scope, mask))
+            masks_by_scope.append((scope, mask))
         masks[name] = mask
     return masks
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,6 @@ class ReplyReader:
         pad_token_id: does not count, if replies may end without such a token: nothing else shows then that one has ended.
             None if none may; it is then a token like any other.
 
-    Attributes:
-        scores: `TokenScores` of the last pass.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class ReplyReader:
         pad_token_id: int | None = None,
     ):
         self.heads, self.prompt = heads, prompt
-        self.scores: TokenScores | None = None
         self._ends, self._pad = torch.tensor(list(eos_token_ids), dtype=torch.long), pad_token_id
         self.recorder = ReplyRecorder(prompt) if prompt.return_state else None
         self._reader: StateReader | None = None
@@ -58,8 +56,10 @@ class ReplyReader:
         self._ended = torch.tensor(list(rows))
 
     @contextmanager
-    def reading(self, inputs: dict[str, Any]):
+    def reading(self, inputs: dict[str, Any]) -> Iterator[Callable[[], TokenScores]]:
         """Read the states of one forward pass of the LM, which is about to run over `inputs`, and score its last token.
+
+        Yield a function that returns the scores once the pass is over.
 
         Raises:
             ProbeError: the pass is not over one more token of each reply.
@@ -70,35 +70,34 @@ class ReplyReader:
         same = rows == len(self._live) if self._live is not None else rows and rows % self.prompt.prompts == 0
         if ids is None or not same or ids.shape[1] not in (1, whole):
             raise ProbeError("the decoding method does not run the LM over one more token of each reply")
-        if self._reader is None:
-            self._open(rows)
+        reader = self._reader or self._open(rows)
         token_mask = self._count(ids[:, -1])
-        self._reader.begin(dict.fromkeys(self.heads, token_mask[:, None]))
+        reader.begin(dict.fromkeys(self.heads, token_mask[:, None]))
         self._reading = True
         try:
-            yield
+            yield lambda: TokenScores(self._steps - 1, outputs, token_mask)
         finally:
             self._reading = False
-        self._reader.end()
-        outputs = self._reader.results()
+        reader.end()
+        outputs = reader.results()
         for name, output in outputs.items():
             unread = ~token_mask.to(output.logits.device)[:, None]
             output.logits = output.logits.masked_fill(unread, float("nan"))
             self._logits[name].append(output.logits)
-        self.scores = TokenScores(self._steps, outputs, token_mask)
         self._steps += 1
 
-    def _open(self, rows: int) -> None:
+    def _open(self, rows: int) -> StateReader:
         states = {name: self.prompt.state(name, rows // self.prompt.prompts) for name in self.heads}
-        self._reader = StateReader(self.heads, states, keep=self.heads)
-        layers = self._reader.layers | (set() if self.recorder is None else self.recorder.layers)
-        self._hooks.enter_context(capturing(self.prompt.decoder, self._on_state, layers))
+        reader = self._reader = StateReader(self.heads, states, keep=self.heads)
+        layers = reader.layers | (set() if self.recorder is None else self.recorder.layers)
+        self._hooks.enter_context(capturing(self.prompt.decoder, partial(self._on_state, reader), layers))
+        return reader
 
-    def _on_state(self, layer: int, hidden: torch.Tensor) -> None:
+    def _on_state(self, reader: StateReader, layer: int, hidden: torch.Tensor) -> None:
         if self._reading:
             # A view of the last token would keep the states of all.
             last = hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone()
-            self._reader.on_state(layer, last)
+            reader.on_state(layer, last)
             if self.recorder is not None:
                 self.recorder.on_state(layer, last)
 
@@ -158,17 +157,18 @@ class ReplyRecorder:
         ] = []  # ids of all tokens, and whether they count, [rows] each
         self._waiting: list[dict[int, torch.Tensor]] = []  # states of the last of them by layer
 
-    def _open(self, rows: int) -> None:
+    def _open(self, rows: int) -> StateReader:
         if self._reader is None:
             repeats = rows // self.prompt.prompts
             self._states = {name: self.prompt.state(name, repeats) for name in self.prompt.heads}
             self._reader = StateReader(self.heads, self._states, keep=self.heads)
+        return self._reader
 
     def begin(self, tokens: torch.Tensor, token_mask: torch.Tensor) -> None:
         """Announce one more token a row: its id, and whether it counts, `[rows]`."""
-        self._open(len(tokens))
+        reader = self._open(len(tokens))
         if len(self._waiting) > self._CHUNK:
-            self._read(self._CHUNK)
+            self._read(reader, self._CHUNK)
         self._tokens.append((tokens, token_mask))
         self._waiting.append({})
 
@@ -177,26 +177,26 @@ class ReplyRecorder:
         if layer in self.layers:
             self._waiting[-1][layer] = hidden
 
-    def _read(self, count: int) -> None:
+    def _read(self, reader: StateReader, count: int) -> None:
         """Read the first of the tokens that wait."""
         first = len(self._tokens) - len(self._waiting)
         states, self._waiting = self._waiting[:count], self._waiting[count:]
         mask = torch.stack([counted for _, counted in self._tokens[first : first + count]], dim=1)  # [rows, n]
-        self._reader.begin(dict.fromkeys(self.heads, mask), last=False)
+        reader.begin(dict.fromkeys(self.heads, mask), last=False)
         for layer in sorted(self.layers):
-            self._reader.on_state(layer, torch.cat([state[layer] for state in states], dim=1))  # [rows, n, D]
-        self._reader.end()
+            reader.on_state(layer, torch.cat([state[layer] for state in states], dim=1))  # [rows, n, D]
+        reader.end()
 
     def probe_cache(self, rows: int, length: int) -> ProbeCache:
         """Return the state of the heads over prompts and replies, for a KV cache of `rows` rows and `length` tokens."""
-        self._open(rows)
+        reader = self._open(rows)
         length -= self.prompt.length  # reply tokens in the KV cache
         if (count := length - len(self._tokens) + len(self._waiting)) > 0:
-            self._read(min(count, len(self._waiting)))
+            self._read(reader, min(count, len(self._waiting)))
         read = self._tokens[: len(self._tokens) - len(self._waiting)]
         empty = torch.zeros(rows, 0, dtype=torch.long)
         tokens, token_mask = (
             (torch.stack(part, dim=1) for part in zip(*read, strict=True)) if read else (empty, empty.bool())
         )
-        states = self._states | {name: state.joined() for name, state in self._reader.states.items()}
+        states = self._states | {name: state.joined() for name, state in reader.states.items()}
         return self.prompt.probe_cache(states, **on_host({"tokens": tokens, "token_mask": token_mask}))

@@ -21,18 +21,19 @@ from .reader import prompt_masks, read_masks
 BATCH_TOKENS = 4096  # of a pass, padding included
 
 
-def as_texts(given: Any) -> list[Text] | None:
+def as_texts(inputs: Any) -> list[Text] | None:
     """Return texts, chats, or one of them as a list; None for anything else, such as token ids."""
-    if hasattr(given, "tolist") and not isinstance(given, torch.Tensor):  # an array or a column of a table
-        given = given.tolist()
-    if isinstance(given, str):
-        return [given]
-    if not isinstance(given, (list, tuple)) or not given:
+    if hasattr(inputs, "tolist") and not isinstance(inputs, torch.Tensor):  # an array or a column of a table
+        inputs = inputs.tolist()
+    if isinstance(inputs, str):
+        return [inputs]
+    if not isinstance(inputs, (list, tuple)) or not inputs:
         return None
-    if isinstance(given[0], Mapping):
-        return [list(given)]
-    is_chat = isinstance(given[0], (list, tuple)) and given[0] and isinstance(given[0][0], Mapping)
-    return list(given) if isinstance(given[0], str) or is_chat else None
+    first = inputs[0]
+    if isinstance(first, Mapping):
+        return [list(inputs)]
+    is_chat = isinstance(first, (list, tuple)) and first and isinstance(first[0], Mapping)
+    return list(inputs) if isinstance(first, str) or is_chat else None
 
 
 def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
@@ -76,7 +77,7 @@ def classify_texts(
     """
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
-    found: dict[str, ProbeOutput] = {}
+    outputs: dict[str, ProbeOutput] = {}
     for names in heads_by_format(configs):
         ids, masks = encode(configs[names[0]], texts, tokenizer)
         inputs = pad_inputs(ids, masks, tokenizer)
@@ -87,23 +88,23 @@ def classify_texts(
             cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
             part = model.classify(**batch, cache=cache, probes=names, output_attentions=output_attentions)
             if output_attentions:
-                found |= part
+                outputs |= part
                 continue
             for name, output in part.items():
-                if name not in found:
+                if name not in outputs:
                     blank = output.logits.new_empty(len(ids), configs[name].num_labels)
-                    found[name] = ProbeOutput.from_logits(blank, configs[name])
-                    if (means := output.means) is not None:
-                        found[name].means = means.blank(len(ids))
-                found[name].logits[rows] = output.logits
-                if output.means is not None:
-                    found[name].means.put(rows, output.means)
-    return {name: found[name] for name in configs}
+                    outputs[name] = ProbeOutput.from_logits(blank, configs[name])
+                    if output.means is not None:
+                        outputs[name].means = output.means.blank(len(ids))
+                outputs[name].logits[rows] = output.logits
+                if (means := outputs[name].means) is not None:
+                    means.put(rows, output.means)
+    return {name: outputs[name] for name in configs}
 
 
 def _passes(
     model: Any, configs: Mapping[str, ProbeConfig], ids: list[list[int]], inputs: dict[str, torch.Tensor]
 ) -> list[Pass]:
-    given = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
-    read = torch.stack(list(read_masks(configs, prompt_masks(configs, *given)).values())).any(dim=0)
+    prompt = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
+    read = torch.stack(list(read_masks(configs, prompt_masks(configs, *prompt)).values())).any(dim=0)
     return plan_passes(model, ids, read.int().argmax(dim=1).tolist(), BATCH_TOKENS)

@@ -1,0 +1,47 @@
+"""Cases that several test modules share: kinds of head, ways to generate, and a guard of replies."""
+
+from conftest import make_probe
+
+from llama_probe.heads import probe_types
+
+
+KINDS = {kind: {"probe_type": kind} for kind in probe_types()}
+# With the options that change what a kind keeps of a prompt.
+FORMS = {
+    **KINDS,
+    "max": {"probe_type": "pooling", "pool": "max"},
+    "multimax": {"probe_type": "multimax", "options": {"num_maxima": 3, "num_members": 2}},
+    "mha-max": {"probe_type": "mha", "pool": "max", "layers": [0, 2, 4]},
+}
+# Ways in which heads can follow replies, and all.
+FOLLOWED_MODES = {
+    "greedy": {},
+    "sampling x return sequences": {"do_sample": True, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "no cache": {"use_cache": False},
+    "guidance": {"guidance_scale": 1.5},
+}
+MODES = {
+    **FOLLOWED_MODES,
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "beams x return sequences": {"num_beams": 4, "num_return_sequences": 2},
+    "sampling x return sequences": {"do_sample": True, "num_return_sequences": 3},
+}
+
+
+def guard(labels=("fine", "awful"), **changes):
+    """A head that reads replies and flags its last label."""
+    return make_probe(
+        token_scope="response", probe_type="gate", id2label=dict(enumerate(labels)), flagged=[labels[-1]], **changes
+    )
+
+
+def flag(*tokens, rows=(0,)):
+    """A callback that ends the reply of these rows at a token."""
+
+    def callback(scores):
+        return [row in rows and scores.step in tokens for row in range(len(scores.counted))]
+
+    return callback
