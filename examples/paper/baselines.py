@@ -19,7 +19,7 @@ from sklearn.svm import l1_min_c
 from tasks import Task
 from tqdm.auto import tqdm
 
-from llama_probe.backbone.cache import repeat_cache
+from llama_probe.backbone.kv_cache import repeat_cache
 from llama_probe.backbone.passes import plan_passes
 from llama_probe.data.prompts import pad_prompts
 from llama_probe.data.states import iterate_states

@@ -1,8 +1,8 @@
 """The frozen language model. Nothing here knows a head.
 
 - `loading`: loads it. `families`: where the models of each family keep their layers. `decoder`: these parts of one model.
-- `capture`: its hidden states, from hooks while it runs. `passes`: which prompts run together. `cache`: its KV cache.
+- `capture`: its hidden states, from hooks while it runs. `passes`: which prompts run together. `kv_cache`: its KV cache.
 - `fingerprint`: tells it from a fine-tuned copy.
 """
 
-__all__ = ["cache", "capture", "decoder", "families", "fingerprint", "loading", "passes"]
+__all__ = ["capture", "decoder", "families", "fingerprint", "kv_cache", "loading", "passes"]

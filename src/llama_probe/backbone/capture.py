@@ -13,8 +13,8 @@ import transformers
 from torch import nn
 
 from ..errors import ProbeError
-from .cache import repeat_cache
 from .decoder import Decoder, find_decoder, without_peft
+from .kv_cache import repeat_cache
 
 
 # Tokens of the forward pass of `check_states`.

@@ -22,10 +22,10 @@ from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, wit
 from ..hub.transport import HubOptions
 from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss
-from .folder import read_settled, read_tensors, save_head
 from .match import check_backbone, describe, match
 from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
+from .saving import read_settled, read_tensors, save_head
 from .scope import check_rows, token_mask
 from .states import normalize, without_autocast
 from .stream import ProbeState, as_slice

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..backbone.cache import cached_tokens, copy_cache
 from ..backbone.decoder import target_of, without_peft
+from ..backbone.kv_cache import cached_tokens, copy_cache
 from ..data.prompts import Text
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining

@@ -16,8 +16,8 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput, logging
 
-from ..backbone.cache import cached_tokens
 from ..backbone.decoder import Decoder, find_decoder, without_peft
+from ..backbone.kv_cache import cached_tokens
 from ..errors import ProbeError
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..backbone.cache import repeat_cache
+from ..backbone.kv_cache import repeat_cache
 from ..backbone.passes import Pass, plan_passes
 from ..data.prompts import PromptFormat, Text, pad_prompts
 from ..errors import ProbeError

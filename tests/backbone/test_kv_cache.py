@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_families import padded_prompts, tiny
 
-from llama_probe.backbone.cache import copy_cache, repeat_cache
 from llama_probe.backbone.capture import prefill
+from llama_probe.backbone.kv_cache import copy_cache, repeat_cache
 
 
 START = [5, 6, 7, 8, 9]
