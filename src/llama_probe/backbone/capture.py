@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -17,6 +17,8 @@ from .decoder import Decoder, find_decoder, without_peft
 from .kv_cache import repeat_cache
 
 
+OnState = Callable[[int, torch.Tensor], None]
+
 # Tokens of the forward pass of `check_states`.
 _PROOF_TOKENS = 8
 
@@ -26,9 +28,7 @@ class _Enough(Exception):
 
 
 @contextmanager
-def capturing(
-    decoder: Decoder, on_state: Callable[[int, torch.Tensor], None], layers: Collection[int], whole: bool = True
-) -> Iterator[None]:
+def capturing(decoder: Decoder, on_state: OnState, layers: Collection[int], whole: bool = True) -> Generator[None]:
     """Call a function with each hidden state when it appears, inside the block.
 
     Hidden state 0 is the input of the first layer (right for `inputs_embeds` and for models that scale their embeddings or
@@ -67,14 +67,14 @@ def capturing(
 
 
 # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
-def _before(hear: Callable, _, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
+def _before(hear: OnState, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
     if args:
         hear(0, args[0])
-    else:
+    elif kwargs:
         hear(0, kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values())))
 
 
-def _after(hear: Callable, layer: int, copied: bool, _, args: tuple, output: Any) -> None:
+def _after(hear: OnState, layer: int, copied: bool, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     hidden = output[0] if isinstance(output, tuple) else output
     hear(layer, hidden.clone() if copied else hidden)
 
@@ -154,12 +154,12 @@ def check_states(lm: nn.Module) -> None:
         output = decoder.model(input_ids=ids, use_cache=False, **listing)
     listed = getattr(output, "hidden_states", None) or ()
     for layer in layers:
-        state, copy = states.get(layer, (None, None))
-        if state is None or state.shape != (1, _PROOF_TOKENS, decoder.hidden_size):
+        pair = states.get(layer)
+        if pair is None or pair[0].shape != (1, _PROOF_TOKENS, decoder.hidden_size):
             problem = f"is not [batch, tokens, {decoder.hidden_size}]"
-        elif not torch.allclose(state, copy, rtol=0, atol=0, equal_nan=True):
+        elif not torch.allclose(*pair, rtol=0, atol=0, equal_nan=True):
             problem = "is changed in place by a later layer; write x = x + y for x += y in the model's code"
-        elif is_listed and not (len(listed) == len(layers) and _close(listed[layer], state)):
+        elif is_listed and not (len(listed) == len(layers) and _close(listed[layer], pair[0])):
             problem = (
                 f"is not in output_hidden_states; llama_probe.register_family({decoder.model_type!r}, ...) accepts it"
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from ..hub.resolve import Target
@@ -29,7 +30,7 @@ class Decoder:
         placeholder_ids: ids of the tokens that represent images, videos or sounds in a prompt.
     """
 
-    model: nn.Module
+    model: transformers.PreTrainedModel
     embeddings: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
@@ -37,7 +38,7 @@ class Decoder:
     name_or_path: str | None
     model_type: str | None
     origin: str = "table"
-    wrapper: nn.Module | None = None
+    wrapper: transformers.PreTrainedModel | None = None
     placeholder_ids: tuple[int, ...] = ()
 
     @property
@@ -107,9 +108,10 @@ class Decoder:
         return {**inputs, "logits_to_keep": torch.arange(-min(keep, tokens.shape[1]), 0, device=tokens.device)}
 
 
-def without_peft(lm: nn.Module) -> nn.Module:
+def without_peft(lm: nn.Module) -> transformers.PreTrainedModel:
     """Return the causal LM inside a PEFT model, adapters included, or any other model unchanged."""
-    return lm.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else lm
+    model: Any = lm  # PEFT, whose models are none of transformers, need not be installed
+    return model.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else model
 
 
 def is_tensor_parallel(lm: nn.Module | None) -> bool:
@@ -128,12 +130,12 @@ def find_decoder(lm: nn.Module) -> Decoder:
     modules, origin = find_modules(base, config.num_hidden_layers)
     ids = map(vars(base.config).get, _PLACEHOLDERS)
     return Decoder(
-        **modules,
+        *modules,
         hidden_size=config.hidden_size,
         name_or_path=getattr(base.config, "_name_or_path", None) or None,
         model_type=base.config.model_type,
         origin=origin,
-        wrapper=None if modules["model"] in (base, base.base_model) else base,
+        wrapper=None if modules.model in (base, base.base_model) else base,
         placeholder_ids=tuple(value for value in ids if isinstance(value, int)),
     )
 

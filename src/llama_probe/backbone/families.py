@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any, NamedTuple
 
 import transformers
 from torch import nn
 
 from ..errors import ProbeError
+
+
+class Modules(NamedTuple):
+    """The modules of a causal LM that heads read; see `Family`."""
+
+    model: transformers.PreTrainedModel
+    embeddings: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
 
 
 @dataclass(frozen=True)
@@ -28,21 +38,22 @@ class Family:
     norm: str
     model: str | None = None
 
-    def modules(self, lm: nn.Module, depth: int) -> dict[str, nn.Module] | None:
-        """Return the modules by attribute name, or None if `lm` does not have them, or not `depth` layers."""
+    def modules(self, lm: nn.Module, depth: int) -> Modules | None:
+        """Return the modules, or None if `lm` does not have them, or not `depth` layers."""
         model = self.layers.rpartition(".")[0] if self.model is None else self.model
-        paths = {"model": model, "embeddings": self.embeddings, "layers": self.layers, "norm": self.norm}
+        paths = (model, self.embeddings, self.layers, self.norm)
         try:
             # get_submodule is slower, and this runs before each forward pass with heads.
-            found = {name: reduce(getattr, filter(None, path.split(".")), lm) for name, path in paths.items()}
+            parts: list[Any] = [reduce(getattr, filter(None, path.split(".")), lm) for path in paths]
         except AttributeError:
             return None
-        return found if isinstance(found["layers"], nn.ModuleList) and len(found["layers"]) == depth else None
+        modules = Modules(*parts)
+        return modules if isinstance(modules.layers, nn.ModuleList) and len(modules.layers) == depth else None
 
     def without_lm_head(self) -> Family:
         """Return the same paths, from the model without the LM head."""
-        paths = (self.embeddings, self.layers, self.norm, self.model)
-        return Family(*(None if path is None else path.partition(".")[2] for path in paths))
+        embeddings, layers, norm = (path.partition(".")[2] for path in (self.embeddings, self.layers, self.norm))
+        return Family(embeddings, layers, norm, None if self.model is None else self.model.partition(".")[2])
 
 
 _LLAMA = Family("model.embed_tokens", "model.layers", "model.norm")
@@ -100,11 +111,11 @@ def register_family(model_type: str, *, embeddings: str, layers: str, norm: str,
     _REGISTERED[model_type] = Family(embeddings, layers, norm, model)
 
 
-def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[dict[str, nn.Module], str]:
+def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[Modules, str]:
     """Find the `model`, `embeddings`, `layers` and `norm` of a causal LM with `depth` decoder layers.
 
     Returns:
-        The modules by name, and how they were found: `"registered"` by `register_family`, in the `"table"`, or by a
+        The modules, and how they were found: `"registered"` by `register_family`, in the `"table"`, or by a
         `"search"` for the only place with `depth` layers and a final norm.
 
     Raises:
@@ -123,17 +134,17 @@ def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[dict[str
     if type(lm) in _FOUND and (modules := _FOUND[type(lm)].modules(lm, depth)) is not None:
         return modules, "search"
     candidates = list(_search(lm, depth))
-    if len(candidates) == 1:
+    if len(candidates) == 1 and (modules := candidates[0].modules(lm, depth)) is not None:
         _FOUND[type(lm)] = candidates[0]
-        return candidates[0].modules(lm, depth), "search"
-    found = ", ".join(f"{each.layers} with {each.norm}" for each in candidates) or "none"
+        return modules, "search"
+    places = ", ".join(f"{family.layers} with {family.norm}" for family in candidates) or "none"
     raise ProbeError(
         f"the layers of {kind} were not found: it must have one ModuleList of {depth} layers beside one final norm "
-        f"(found: {found}). Give their paths: llama_probe.register_family({model_type!r}, embeddings=, layers=, norm=)"
+        f"(found: {places}). Give their paths: llama_probe.register_family({model_type!r}, embeddings=, layers=, norm=)"
     )
 
 
-def _modules(lm: nn.Module, family: Family, depth: int) -> dict[str, nn.Module] | None:
+def _modules(lm: nn.Module, family: Family, depth: int) -> Modules | None:
     return family.modules(lm, depth) or family.without_lm_head().modules(lm, depth)
 
 

@@ -59,24 +59,24 @@ def fingerprint(lm: nn.Module, vocab_size: int | None = None) -> list[float]:
     return [round(float(value), 6) for value in np.concatenate(summary)]
 
 
-def distance(recorded: list[float], found: list[float]) -> float:
+def distance(recorded: list[float], actual: list[float]) -> float:
     """Return the relative distance of two fingerprints: 0 for equal ones, about 1.4 for unrelated models."""
-    if len(recorded) != len(found):
+    if len(recorded) != len(actual):
         return float("inf")
-    a, b = np.asarray(recorded), np.asarray(found)
+    a, b = np.asarray(recorded), np.asarray(actual)
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-12))
 
 
-def tolerance(recorded: tuple[str | None, str | None], found: tuple[str | None, str | None]) -> float:
+def tolerance(recorded: tuple[str | None, str | None], actual: tuple[str | None, str | None]) -> float:
     """Return the distance that rounding explains between two copies of one model.
 
     Args:
-        recorded, found: dtype and quantization of each side, as in `ProbeConfig.base_model_dtype` and
+        recorded, actual: dtype and quantization of each side, as in `ProbeConfig.base_model_dtype` and
             `ProbeConfig.base_model_quantization`. Equal quantization on both sides adds no distance.
     """
-    if recorded[1] == found[1]:
-        recorded, found = (recorded[0], None), (found[0], None)
-    return _TOLERANCES[min(_bits(*recorded), _bits(*found))]
+    if recorded[1] == actual[1]:
+        recorded, actual = (recorded[0], None), (actual[0], None)
+    return _TOLERANCES[min(_bits(*recorded), _bits(*actual))]
 
 
 def template_hash(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
@@ -94,7 +94,7 @@ def backbone_facts(lm: nn.Module) -> dict[str, Any]:
         "base_model_revision": getattr(config, "_commit_hash", None),
         "base_model_type": config.model_type,
         # A probed class adds heads to a plain class, and the plain one is recorded.
-        "base_model_class": getattr(base, "_causal_lm_class", type(base)).__name__,
+        "base_model_class": getattr(type(base), "_causal_lm_class", type(base)).__name__,
         "vocab_size": _vocab_size(base),
         "base_model_dtype": str(base.dtype).removeprefix("torch."),
         "base_model_quantization": _quantization(base),
@@ -105,7 +105,7 @@ def _vocab_size(lm: nn.Module) -> int:
     return without_peft(lm).config.get_text_config(decoder=True).vocab_size
 
 
-def _quantization(lm: nn.Module) -> str | None:
+def _quantization(lm: transformers.PreTrainedModel) -> str | None:
     """Return method and bits of quantised weights, such as `bitsandbytes-4bit`."""
     settings = getattr(lm.config, "quantization_config", None)
     if settings is None:

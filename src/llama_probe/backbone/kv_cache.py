@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ _GROW_BY_COPY = (DynamicLayer, DynamicSlidingWindowLayer)
 class _DetachedCopies(TorchFunctionMode):
     """Let `copy.deepcopy` copy tensors that require gradients, which it refuses, as detached tensors."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__deepcopy__ and not args[0].is_leaf:
             return args[0].detach().clone()
         return func(*args, **(kwargs or {}))
@@ -43,7 +43,8 @@ def copy_cache(cache: Cache) -> Cache:
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
     """Return a copy of a KV cache of one row for a batch, whose rows share their memory until the LM adds tokens to them."""
     cache = copy_cache(prefix)
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers  # not all of their methods are those of their base class
+    for layer in layers:
         if type(layer) in _GROW_BY_COPY and layer.is_initialized:
             layer.keys, layer.values = (part.expand(rows, *part.shape[1:]) for part in (layer.keys, layer.values))
         else:

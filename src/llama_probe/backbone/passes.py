@@ -44,7 +44,8 @@ def plan_passes(
     start = shared_start(prompts, unread)
     prefix = prefill(lm, start) if start else None
     skip = 0 if prefix is None else len(start)
-    after, whole = [], []
+    after: list[int] = []
+    whole: list[int] = []
     for row, ids in enumerate(prompts):
         (after if skip and unread[row] >= skip and list(ids[:skip]) == start else whole).append(row)
     passes = [
