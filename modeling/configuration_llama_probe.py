@@ -105,6 +105,11 @@ class ProbeConfig:
         return names.index(self.flagged[0]) if self.flagged and two and single else None
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """Sizes of the backbone: `hidden_size` and `num_hidden_layers`."""
+        return self.hidden_size, self.num_hidden_layers
+
+    @property
     def layer_indices(self) -> list[int]:
         """Indices of the hidden states that the head reads, ascending."""
         named = list(range(self.num_hidden_layers + 1)) if self.layers == "all" else list(self.layers)

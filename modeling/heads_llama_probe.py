@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from .configuration_llama_probe import TURN_SCOPES, ProbeConfig, ProbeError, get_probe_type, register_probe_type
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from torch import nn
 from transformers.utils import logging
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 import copy
-import functools
 import math
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ def device_type(device: torch.device) -> str:
 
 
 @contextmanager
-def acting_as(kind: str) -> Iterator[None]:
+def acting_as(kind: str) -> Generator[None]:
     """Make the choices of another type of device inside the block, in all threads. For counting operations."""
     global _ACTING_AS
     before, _ACTING_AS = _ACTING_AS, torch.device(kind).type
@@ -57,19 +56,6 @@ def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
     return x
 
 
-def without_autocast(method: Callable) -> Callable:
-    """Switch `torch.autocast`, which is meant for the LM, off in a method of an object with a `device`."""
-
-    @functools.wraps(method)
-    def apart(self, *args, **kwargs):
-        if not torch.is_autocast_enabled(self.device.type):
-            return method(self, *args, **kwargs)
-        with torch.autocast(self.device.type, enabled=False):
-            return method(self, *args, **kwargs)
-
-    return apart
-
-
 # heads/aggregator.py
 """The base class of all kinds of head, and operations on their states.
 
@@ -77,6 +63,10 @@ Dimension letters used in all files of this folder:
     S  slots: L+1 layers in the token stage, 1 in the layer stage
     B  batch, N  items to summarise (tokens, or layers), D  hidden size
 """
+
+# The state of a kind: a tensor `[S, B, ...]`, `None`, or a tuple or list of these.
+State = Any
+
 
 class Classifier(nn.Module):
     """The linear map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`.
@@ -86,11 +76,8 @@ class Classifier(nn.Module):
 
     def __init__(self, in_features: int, num_labels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_labels, in_features))
-        self.bias = nn.Parameter(torch.empty(num_labels))
-        self.reset_parameters()
-
-    reset_parameters = nn.Linear.reset_parameters
+        linear = nn.Linear(in_features, num_labels)
+        self.weight, self.bias = linear.weight, linear.bias
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
@@ -114,9 +101,8 @@ class Aggregator(nn.Module, ABC):
     A kind implements `update` and `result`, and `weights` if plots shall show it. Training calls `update` once with all slots
     and tokens, serving with groups of layers and chunks of tokens.
 
-    A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slots`, `repeat_rows`
-    and `select_rows` can handle it. `update` returns a new state and leaves the old one unchanged: several prompts may
-    continue from it.
+    `join_slots`, `take_slots`, `repeat_rows` and `select_rows` handle any `State`. `update` returns a new state and leaves the
+    old one unchanged: several prompts may continue from it.
 
     Args:
         num_slots (`int`): number of independent summaries.
@@ -132,7 +118,7 @@ class Aggregator(nn.Module, ABC):
         search_space: further hyper-parameters of a search, by field or option: a tuple (low, high) is a range, a list has
             choices. Combinations that `check` refuses are skipped.
         options: names of `ProbeConfig.options`, each with its default and a help text.
-        half: if True, `update` takes states in the LM's half precision, where there are many of them. Otherwise it gets fp32.
+        reads_half: if True, `update` takes states in the LM's half precision if there are many of them. Else it gets fp32.
         causal: of an instance; if True, an item may only depend on itself and earlier items.
     """
 
@@ -145,15 +131,15 @@ class Aggregator(nn.Module, ABC):
         "layer_dropout": 0.1,
     }
     auto_up_to: ClassVar[float] = 0
-    search_space: ClassVar[dict[str, tuple[float, float] | list]] = {}
+    search_space: ClassVar[dict[str, tuple[float, float] | list[float | str]]] = {}
     options: ClassVar[dict[str, tuple[float | None, str]]] = {}
-    half: ClassVar[bool] = False
+    reads_half: ClassVar[bool] = False
     causal: bool = False
 
     def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__()
         self.num_slots = num_slots
-        self.hidden_size = config.hidden_size
+        self.hidden_size, _ = config.sizes
         self.pool = config.pool
 
     @classmethod
@@ -178,7 +164,7 @@ class Aggregator(nn.Module, ABC):
     @classmethod
     def create_classifier(cls, config: ProbeConfig) -> Classifier:
         """Build the map from the layer stage's result (`[B, D]` in most kinds) to the logits."""
-        return Classifier(config.hidden_size, config.num_labels)
+        return Classifier(config.sizes[0], config.num_labels)
 
     @classmethod
     def create_layer_stage(cls, config: ProbeConfig) -> Aggregator:
@@ -186,7 +172,7 @@ class Aggregator(nn.Module, ABC):
         return cls(1, config)
 
     @abstractmethod
-    def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         """Take in further items. Return the new state.
 
         Args:
@@ -197,10 +183,10 @@ class Aggregator(nn.Module, ABC):
         """
 
     @abstractmethod
-    def result(self, state: Any, slots: slice) -> torch.Tensor:
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
-    def projected(self, head: nn.Module) -> tuple[torch.Tensor, nn.Module] | None:
+    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module] | None:
         """Split a head, whose token stage this is, into linear maps of its states and a head that reads what they give.
 
         A server that keeps something of every token then keeps few numbers. Return maps of normalised states, `[S, rank, D]`,
@@ -220,7 +206,7 @@ class Aggregator(nn.Module, ABC):
         return self.result(self.update(None, x, mask, slots), slots)
 
 
-def join_slots(states: Sequence[Any]) -> Any:
+def join_slots(states: Sequence[State]) -> State:
     """Join the states of consecutive slots."""
     if len(states) == 1:
         return states[0]
@@ -229,24 +215,24 @@ def join_slots(states: Sequence[Any]) -> Any:
     return None if states[0] is None else torch.cat(list(states))
 
 
-def take_slots(state: Any, slots: slice) -> Any:
+def take_slots(state: State, slots: slice) -> State:
     """Return the state of some slots. It shares memory with `state`."""
-    return _each_tensor(state, lambda tensor: tensor[slots])
+    return _map_state(state, lambda tensor: tensor[slots])
 
 
-def repeat_rows(state: Any, repeats: int) -> Any:
+def repeat_rows(state: State, repeats: int) -> State:
     """Repeat each row of a state `repeats` times, as `torch.repeat_interleave` does."""
-    return state if repeats == 1 else _each_tensor(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
+    return state if repeats == 1 else _map_state(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
 
 
-def select_rows(state: Any, rows: torch.Tensor) -> Any:
+def select_rows(state: State, rows: torch.Tensor) -> State:
     """Return the state of the rows in `rows`, `[new_rows]`, on any device."""
-    return _each_tensor(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))
+    return _map_state(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))
 
 
-def _each_tensor(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _map_state(state: State, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
     if isinstance(state, (tuple, list)):
-        return type(state)(_each_tensor(part, change) for part in state)
+        return type(state)(_map_state(part, change) for part in state)
     return None if state is None else change(state)
 
 
@@ -283,7 +269,7 @@ class LowRankAggregator(Aggregator):
     If `projects` is False, items come as `project` gives them.
     """
 
-    half = True
+    reads_half = True
     projects = True
 
     @abstractmethod
@@ -291,7 +277,7 @@ class LowRankAggregator(Aggregator):
         """Return the map of the items, `[S, rank, D]`."""
 
     @abstractmethod
-    def absorb(self, state: Any, projected: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
         """Take in projected items `[S, B, n, rank]`, as `update` takes in items."""
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
@@ -301,10 +287,10 @@ class LowRankAggregator(Aggregator):
         flat = torch.matmul(x.flatten(1, 2), self.projection(slots).to(x.dtype).transpose(1, 2))
         return flat.unflatten(1, x.shape[1:3]).float()
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         return self.absorb(state, self.project(x, slots), mask)
 
-    def projected(self, head):
+    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module]:
         maps, reader = self.projection(slice(None)).detach(), copy.deepcopy(head)
         reader.config, reader.novelty = head.config.replace(normalize="none", novelty=None), None
         reader.token_stage.projects = False
@@ -322,7 +308,7 @@ class PoolingAggregator(Aggregator):
     auto_up_to = 128
     search_space = {"learning_rate": (1e-4, 3e-2), "pool": ["mean", "max"]}
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         if self.pool == "max":
             top = masked_max(x, mask)  # [S, B, D]
             return top if state is None else torch.maximum(state, top)
@@ -334,13 +320,13 @@ class PoolingAggregator(Aggregator):
             count = weight.sum(dim=1).expand(len(x), -1)  # [S, B]
         return (total, count) if state is None else (state[0] + total, state[1] + count)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         if self.pool == "max":
             return state
         total, count = state
         return total / count.clamp_min(1.0).unsqueeze(-1)
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return equal weights (mean), or the share of dimensions in which the item is the maximum (max)."""
         slot_count, batch, items, _ = x.shape
         if self.pool == "mean":
@@ -365,11 +351,11 @@ class GateAggregator(Aggregator):
     recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     auto_up_to = 512
     search_space = {"learning_rate": (1e-4, 3e-2)}
-    half = True
+    reads_half = True
 
-    def __init__(self, num_slots, config):
+    def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__(num_slots, config)
-        self.weight = nn.Parameter(torch.zeros(num_slots, config.hidden_size))
+        self.weight = nn.Parameter(torch.zeros(num_slots, self.hidden_size))
 
     def _shares(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return exp(s_i), 0 off the mask: `[S, B, N]`, fp32."""
@@ -377,17 +363,17 @@ class GateAggregator(Aggregator):
         shares = torch.matmul(x, weight).squeeze(-1).float().tanh().exp()  # [S, B, N]
         return shares if mask is None else shares * mask
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         shares = self._shares(x, mask, slots)
         total = torch.matmul(shares.to(x.dtype).unsqueeze(2), x).squeeze(2).float()  # [S, B, D]
         norm = shares.sum(dim=2)  # [S, B]
         return (total, norm) if state is None else (state[0] + total, state[1] + norm)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         total, norm = state
         return total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
 
-    def projected(self, head):
+    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module]:
         # All that the layer stage and the classifier see of a sum of states are its products with their own weights.
         seen = torch.cat([head.layer_stage.weight, head.classifier.weight])  # [1 + labels, D]
         maps = torch.cat([self.weight.unsqueeze(1), seen.expand(self.num_slots, -1, -1)], dim=1)
@@ -400,7 +386,7 @@ class GateAggregator(Aggregator):
             reader.classifier.bias.copy_(head.classifier.bias)
         return maps.detach(), reader.to(head.device)
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         shares = self._shares(x, mask, slots)
         return shares / shares.sum(dim=2, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
 
@@ -418,20 +404,20 @@ class LastItemAggregator(Aggregator):
     recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     reads = "last"
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         if mask is None:
             return x[:, :, -1].clone()  # what is kept must not keep the states of all tokens alive
         rows, columns = torch.arange(x.shape[1], device=x.device), mask.shape[1] - 1
         last = columns - mask.flip(1).int().argmax(dim=1)  # [B]; the last column where nothing counts
-        found = x[:, rows, last]  # [S, B, D]
+        newest = x[:, rows, last]  # [S, B, D]
         if state is None:  # what a row without anything that counts gets here is replaced by a later chunk
-            return found
-        return torch.where(mask.any(dim=1)[None, :, None], found, state)
+            return newest
+        return torch.where(mask.any(dim=1)[None, :, None], newest, state)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         return state
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return 1 for the last valid item, 0 for all others."""
         slot_count, batch, items, _ = x.shape
         valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
@@ -461,24 +447,24 @@ class AttentivePoolingAggregator(LowRankAggregator):
         "value_rank": (8, "numbers kept of each item, over all queries; a multiple of num_queries"),
     }
 
-    def __init__(self, num_slots, config):
+    def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__(num_slots, config)
         self.num_queries, self.value_rank = self.option(config, "num_queries"), self.option(config, "value_rank")
-        self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, config.hidden_size))
-        self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, config.hidden_size))
-        self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.value_rank))
+        self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, self.hidden_size))
+        self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, self.hidden_size))
+        self.out = nn.Parameter(torch.empty(num_slots, self.hidden_size, self.value_rank))
         bound = math.sqrt(6.0 / (self.hidden_size + self.value_rank))
         nn.init.uniform_(self.value, -bound, bound)
         nn.init.uniform_(self.out, -bound, bound)
 
     @classmethod
-    def check(cls, config):
+    def check(cls, config: ProbeConfig) -> None:
         super().check(config)
         queries, rank = cls.option(config, "num_queries"), cls.option(config, "value_rank")
         if rank % queries:
             raise ProbeError(f"options: num_queries={queries} must divide value_rank={rank}")
 
-    def projection(self, slots):
+    def projection(self, slots: slice) -> torch.Tensor:
         return torch.cat([self.query[slots] / math.sqrt(self.hidden_size), self.value[slots]], dim=1)
 
     def _split(self, projected: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -489,7 +475,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
             scores = scores.masked_fill(~mask[None, :, None, :], torch.finfo(scores.dtype).min)
         return scores, values.unflatten(-1, (self.num_queries, -1)).transpose(2, 3)
 
-    def absorb(self, state, projected, mask):
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
         scores, values = self._split(projected, mask)
         top = scores.detach().amax(dim=-1)  # [S, B, K]
         if state is not None:
@@ -505,12 +491,12 @@ class AttentivePoolingAggregator(LowRankAggregator):
             total = total + state[2] * shrink.unsqueeze(-1)
         return top, norm, total
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         _, norm, total = state
         pooled = (total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)).flatten(2)  # [S, B, R]
         return torch.matmul(pooled, self.out[slots].transpose(1, 2))
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the softmax of each query, averaged over queries."""
         scores, _ = self._split(self.project(x, slots), mask)
         return scores.softmax(dim=-1).mean(dim=2)
@@ -540,35 +526,35 @@ class MultiMaxAggregator(LowRankAggregator):
         "num_members": (16, "heads in one; each learns from its own loss, and their logits are averaged"),
     }
 
-    def __init__(self, num_slots, config):
+    def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__(num_slots, config)
         rank = self.members(config) * _maxima(config)
-        self.value = nn.Parameter(torch.randn(num_slots, rank, config.hidden_size) / math.sqrt(config.hidden_size))
+        self.value = nn.Parameter(torch.randn(num_slots, rank, self.hidden_size) / math.sqrt(self.hidden_size))
 
     @classmethod
-    def members(cls, config):
+    def members(cls, config: ProbeConfig) -> int:
         return cls.option(config, "num_members")
 
     @classmethod
-    def create_layer_stage(cls, config):
+    def create_layer_stage(cls, config: ProbeConfig) -> Aggregator:
         return WeightedLayers(config)
 
     @classmethod
-    def create_classifier(cls, config):
+    def create_classifier(cls, config: ProbeConfig) -> Classifier:
         return AveragedClassifier(cls.members(config), len(config.layer_indices) * _maxima(config), config.num_labels)
 
-    def projection(self, slots):
+    def projection(self, slots: slice) -> torch.Tensor:
         return self.value[slots]
 
-    def absorb(self, state, projected, mask):
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
         top = masked_max(projected, mask)  # [S, B, M R]
         return top if state is None else torch.maximum(state, top)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         # A row without a token that counts has -inf. NaN stays: such a row gets no score.
         return state.masked_fill(state == float("-inf"), 0.0)
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the share of the directions that have their largest value at the item."""
         projected = drop_masked(self.project(x, slots), mask)  # [S, B, N, M R]
         best = projected.argmax(dim=2, keepdim=True)
@@ -581,26 +567,26 @@ class WeightedLayers(Aggregator):
     L' is the number of layers read. Weights start equal. The layers stay apart, because each has directions of its own.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ProbeConfig):
         super().__init__(1, config)
         self.num_members, layers = MultiMaxAggregator.members(config), len(config.layer_indices)
         self.gate = nn.Parameter(torch.zeros(layers, self.num_members, _maxima(config)))
         self.bias = nn.Parameter(torch.zeros(layers, self.num_members))
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         return x if state is None else torch.cat([state, x], dim=2)
 
     def _shares(self, items: torch.Tensor) -> torch.Tensor:
         """Return the softmax over the layers of `[S, B, L', M, R]`: `[S, B, L', M]`."""
         return ((items * self.gate).sum(dim=-1) + self.bias).softmax(dim=2)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         """Weigh and join the layers: `[S, B, L', M R]` to `[S, B, M L' R]`."""
         items = state.unflatten(-1, (self.num_members, -1))
         weighted = items * (self._shares(items) * items.shape[2]).unsqueeze(-1)
         return weighted.transpose(2, 3).flatten(2)
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the softmax, averaged over members."""
         return self._shares(x.unflatten(-1, (self.num_members, -1))).mean(dim=-1)
 
@@ -615,10 +601,10 @@ class AveragedClassifier(Classifier):
             bound = 1.0 / math.sqrt(width)
             nn.init.uniform_(self.weight, -bound, bound)
 
-    def inputs(self, pooled):
+    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         return pooled / self.num_members
 
-    def member_logits(self, pooled):
+    def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
         if self.num_members == 1:
             return None
         parts = pooled.unflatten(-1, (self.num_members, -1))  # [B, M, L' R]
@@ -626,7 +612,7 @@ class AveragedClassifier(Classifier):
         return torch.einsum("bmf,cmf->mbc", parts, maps) + self.bias
 
 
-def _maxima(config) -> int:
+def _maxima(config: ProbeConfig) -> int:
     return MultiMaxAggregator.option(config, "num_maxima")
 
 
@@ -710,18 +696,18 @@ class AttentionAggregator(LowRankAggregator):
         "num_attention_heads": [1, 2, 3, 4, 8, 16],
     }
 
-    def __init__(self, num_slots, config):
+    def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__(num_slots, config)
         self.num_heads = config.num_attention_heads
-        self.inner_size = config.hidden_size // config.downcast
+        self.inner_size = self.hidden_size // config.downcast
         self.head_size = self.inner_size // self.num_heads
         self.scale = 1 / math.sqrt(self.head_size)
-        self.qkv = nn.Parameter(torch.empty(num_slots, 3 * self.inner_size, config.hidden_size))
-        self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.inner_size))
+        self.qkv = nn.Parameter(torch.empty(num_slots, 3 * self.inner_size, self.hidden_size))
+        self.out = nn.Parameter(torch.empty(num_slots, self.hidden_size, self.inner_size))
         self.reset_parameters()
 
     @classmethod
-    def check(cls, config):
+    def check(cls, config: ProbeConfig) -> None:
         super().check(config)
         if config.hidden_size is None:
             return
@@ -740,7 +726,7 @@ class AttentionAggregator(LowRankAggregator):
         nn.init.zeros_(self.qkv[:, : self.inner_size])
         nn.init.uniform_(self.out, -bound, bound)
 
-    def projection(self, slots):
+    def projection(self, slots: slice) -> torch.Tensor:
         return self.qkv[slots]
 
     def _split(self, qkv: torch.Tensor, padding: int = 0) -> tuple[torch.Tensor, ...]:
@@ -751,14 +737,14 @@ class AttentionAggregator(LowRankAggregator):
             qkv = F.pad(qkv, (0, padding))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         return self._update_causal(state, x, mask, slots) if self.causal else super().update(state, x, mask, slots)
 
-    def absorb(self, state, projected, mask):
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
         chunks = [] if state is None else state
         return [*chunks, (projected, None if mask is None else mask.expand(len(projected), -1, -1))]
 
-    def _update_causal(self, state, x, mask, slots):
+    def _update_causal(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         slot_count, batch, items, _ = x.shape
         # Slots beside the heads, [B, S * heads, n, ...]: one mask a row serves them all.
         qkv = self.project(x, slots).view(slot_count, batch, items, 3, self.num_heads, -1)
@@ -786,7 +772,7 @@ class AttentionAggregator(LowRankAggregator):
         """Project `[S, B, N, d_inner]` to `[S, B, N, D]`."""
         return torch.matmul(mixed.flatten(1, 2), self.out[slots].transpose(1, 2)).unflatten(1, mixed.shape[1:3])
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         if self.causal:
             if self.pool == "max":
                 return state[3]
@@ -824,7 +810,7 @@ class AttentionAggregator(LowRankAggregator):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
         return mixed[..., : self.head_size]
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the attention that each item receives, averaged over heads and over the valid queries."""
         slot_count, batch, items, _ = x.shape
         query, key, _ = self._split(self.project(x, slots))
@@ -838,7 +824,7 @@ class AttentionAggregator(LowRankAggregator):
         return masked_mean(received, mask)
 
     @staticmethod
-    def _joined(state) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _joined(state: State) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Join all chunks: `[S, B, N, 3 d_inner]`, and the mask `[B, N]`, `None` if all items count."""
         if len(state) == 1:
             qkv, mask = state[0]
@@ -865,12 +851,18 @@ def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:
 
 logger = logging.get_logger(__name__)
 
+
+class TurnMarker(TypedDict):
+    """The opening of a turn: token ids, and the number of tokens behind them that may merge with the text."""
+
+    ids: list[int]
+    skip: int
+
+
 TURN_ROLES = ("user", "tool", "assistant", "system")  # a tool's result comes from outside, as a user's text does
 
 
-def turn_mask(
-    scope: str, markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tensor, known: int = 0
-) -> torch.Tensor:
+def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Tensor, known: int = 0) -> torch.Tensor:
     """Return the tokens of the turns that a scope names: `[batch, tokens]` bool, on the device of the ids.
 
     A turn begins behind its opening marker and ends where the next one begins: a user's turn holds the markers that close it
@@ -888,10 +880,10 @@ def turn_mask(
     begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
     # A turn without a token is none; an opened reply without one is the generation prompt.
     followed = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1) >= 0
-    begins = {role: found if role == "assistant" else found & followed for role, found in begins.items()}
+    begins = {role: places if role == "assistant" else places & followed for role, places in begins.items()}
     if "tool" in markers:
         begins["user"] = begins["user"] & ~_tools_as_users(markers, begins["tool"])
-    marked = _running_max(sum(found * 1 for found in begins.values()))[:, -1:] > 0
+    marked = np.any(list(begins.values()), axis=(0, 2))[:, None]  # [B, 1]
     if not marked.all():
         logger.warning_once(
             "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for the user's turn reads "
@@ -903,14 +895,14 @@ def turn_mask(
     return torch.from_numpy(mask).to(input_ids.device)
 
 
-def marker_mask(markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tensor) -> torch.Tensor:
+def marker_mask(markers: Mapping[str, TurnMarker], input_ids: torch.Tensor) -> torch.Tensor:
     """Return which tokens `[batch, tokens]` are of a marker, on the CPU."""
-    found = np.zeros(input_ids.shape, dtype=bool)
+    mask = np.zeros(input_ids.shape, dtype=bool)
     for marker in markers.values():
         width = len(marker["ids"]) + marker["skip"]
         for row, behind in zip(*_begins(marker, input_ids.cpu().numpy()).nonzero(), strict=True):
-            found[row, behind - width : behind] = True
-    return torch.from_numpy(found)
+            mask[row, behind - width : behind] = True
+    return torch.from_numpy(mask)
 
 
 def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
@@ -932,17 +924,17 @@ def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
     return (in_user > before) | (is_cut & (last == 0))
 
 
-def _begins(marker: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+def _begins(marker: TurnMarker, ids: np.ndarray) -> np.ndarray:
     """Return where a turn begins behind a marker: `[batch, tokens + 1]` bool. The last place is behind all tokens."""
     size, width = len(marker["ids"]), len(marker["ids"]) + marker["skip"]
     padded = np.pad(ids, ((0, 0), (width, 0)), constant_values=-1)  # -1 is no token
     windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)  # [B, T + 1, width]
     opening = np.array(marker["ids"])
-    found = (windows[:, :, :size] == opening).all(2)
-    return found & (windows[:, :, size:] >= 0).all(2) if marker["skip"] else found
+    opened = (windows[:, :, :size] == opening).all(2)
+    return opened & (windows[:, :, size:] >= 0).all(2) if marker["skip"] else opened
 
 
-def _tools_as_users(markers: Mapping[str, Mapping[str, Any]], tool: np.ndarray) -> np.ndarray:
+def _tools_as_users(markers: Mapping[str, TurnMarker], tool: np.ndarray) -> np.ndarray:
     """Return where a user's marker is the beginning of a tool's."""
     user = markers["user"]
     longer = len(markers["tool"]["ids"]) - len(user["ids"]) - user["skip"]
@@ -988,17 +980,20 @@ def token_mask(
     """
     if config.token_scope == "response":
         raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
-    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    finds_turns = config.token_scope in TURN_SCOPES and config.turn_markers is not None
-    if config.token_scope == "prompt" or not (finds_turns or config.prefix_ids):
-        return mask
+    markers = config.turn_markers if config.token_scope in TURN_SCOPES else None
+    is_whole = config.token_scope == "prompt" or not (markers or config.prefix_ids)
+    if is_whole and attention_mask is not None:
+        return attention_mask.bool()
     if input_ids is None:
         raise ProbeError(f"token_scope={config.token_scope!r} needs input_ids, or probe_mask=[batch, tokens]")
-    if finds_turns:
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if is_whole:
+        return mask
+    if markers is not None:
         known = input_ids.shape[1] if partial_prompt else seen
         # Padding may have the id of a marker.
         ids = input_ids if attention_mask is None else input_ids.masked_fill(~mask.to(input_ids.device), -1)
-        return mask & turn_mask(config.token_scope, config.turn_markers, ids, known).to(mask.device)
+        return mask & turn_mask(config.token_scope, markers, ids, known).to(mask.device)
     prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
     count, width = len(config.prefix_ids), input_ids.shape[1]
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding

@@ -296,7 +296,7 @@ class ProbedGenerationMixin:
         lm = loaded[0] if isinstance(loaded, tuple) else loaded
         for name, head in heads.items():
             sizes = (lm.config.hidden_size, lm.config.num_hidden_layers)
-            if sizes != (head.config.hidden_size, head.config.num_hidden_layers):
+            if sizes != head.config.sizes:
                 raise ProbeError(
                     f"head {name!r} is for another backbone: hidden_size and num_hidden_layers {sizes} do not fit"
                 )

@@ -38,9 +38,10 @@ def test_another_head_in_the_folder_takes_the_code_away(own_kind):
 
 def test_a_file_that_registers_nothing(tmp_path):
     (tmp_path / "empty.py").write_text("")
-    for path in (tmp_path / "empty.py", tmp_path / "gone.py"):
-        with pytest.raises(ProbeError, match=path.name):
-            import_kinds(path)
+    (tmp_path / "kinds.txt").write_text("")
+    for name in ("empty.py", "kinds.txt", "gone.py"):
+        with pytest.raises(ProbeError, match=name):
+            import_kinds(tmp_path / name)
 
 
 def test_a_kind_must_be_complete():

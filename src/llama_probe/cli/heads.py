@@ -98,7 +98,7 @@ def _print_heads(configs: dict[str, ProbeConfig]) -> None:
 def _print_checks(probe: str, backbone: str, checks: list[Check]) -> None:
     rows = []
     for check in checks:
-        cells = ("-" if value is None else str(value) for value in (check.recorded, check.found))
+        cells = ("-" if value is None else str(value) for value in (check.recorded, check.actual))
         rows.append((check.field, *cells, _VERDICTS.get(check.verdict, check.verdict)))
     print_table(f"{probe} on {backbone}", ("", "the head was trained with", "this backbone", "verdict"), rows, left=4)
     differing = [check for check in checks if check.verdict == "differs"]

@@ -16,7 +16,7 @@ from ..backbone.fingerprint import template_hash
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.rules import HALF_PAIR, PROMPT_FORMATS
-from ..heads.turns import turn_mask
+from ..heads.turns import TurnMarker, turn_mask
 from .turns import DIFFERENT_TEXTS, common_end, common_start, learn_turn_markers
 
 
@@ -59,7 +59,7 @@ class PromptFormat:
     max_length: int | None = None
     prefix_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
-    turn_markers: dict[str, dict[str, Any]] | None = None
+    turn_markers: dict[str, TurnMarker] | None = None
 
     @classmethod
     def create(
@@ -68,7 +68,7 @@ class PromptFormat:
         kind: str = "chat",
         system_prompt: str | None = None,
         max_length: int | None = None,
-        turn_markers: dict[str, dict[str, Any]] | None = None,
+        turn_markers: dict[str, TurnMarker] | None = None,
     ) -> PromptFormat:
         """Create a format and find its constant prefix and suffix, and what opens the turns of its chats if not given.
 

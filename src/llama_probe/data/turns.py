@@ -7,6 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 from ..errors import ProbeError
+from ..heads.turns import TurnMarker
 
 
 Chat = list[dict[str, Any]]
@@ -20,7 +21,7 @@ _CALL = {"id": "call12345", "type": "function", "function": {"name": "look", "ar
 _ASKED = [{"role": "user", "content": "Look at it."}]
 
 
-def learn_turn_markers(render: Callable[[Chat, bool], list[int]]) -> dict[str, dict[str, Any]] | None:
+def learn_turn_markers(render: Callable[[Chat, bool], list[int]]) -> dict[str, TurnMarker] | None:
     """Return `ProbeConfig.turn_markers` of a chat template; None if its turns of users and replies have no markers.
 
     Args:
@@ -35,7 +36,7 @@ def learn_turn_markers(render: Callable[[Chat, bool], list[int]]) -> dict[str, d
         return None
     if not user["ids"] or not assistant["ids"] or _is_start(user["ids"], assistant["ids"]):
         return None
-    markers = {"user": user, "assistant": assistant}
+    markers: dict[str, TurnMarker] = {"user": user, "assistant": assistant}
     for role, before in (
         ("system", []),
         ("tool", [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]),
@@ -66,12 +67,12 @@ def _turn_end(render: Callable, role: str) -> list[int]:
     return common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
 
 
-def _user_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
+def _user_marker(render: Callable, ends: Sequence[list[int]]) -> TurnMarker:
     replies = ([*_ASKED, {"role": "assistant", "content": text}] for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS))
     return _marker([_ids_before(render, before, "user") for before in ([], *replies)], ends)
 
 
-def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, Any]:
+def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> TurnMarker:
     starts = []
     for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS):
         asked = [{"role": "user", "content": text}]
@@ -81,7 +82,7 @@ def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> dict[str, 
     return _marker(starts, ends)
 
 
-def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) -> dict[str, Any]:
+def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) -> TurnMarker:
     """Return the marker of a role from the ids before its turns in several chats; see `_ids_before`."""
     skip = min(len(plain_text) - len(any_text) for any_text, plain_text in starts)
     return {"ids": _without_ends(common_end(any_text for any_text, _ in starts), ends), "skip": skip}

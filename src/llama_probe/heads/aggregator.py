@@ -20,6 +20,10 @@ from .configuration import ProbeConfig
 from .registry import get_probe_type, register_probe_type  # noqa: F401 - for the kinds
 
 
+# The state of a kind: a tensor `[S, B, ...]`, `None`, or a tuple or list of these.
+State = Any
+
+
 class Classifier(nn.Module):
     """The linear map from a head's pooled vector `[B, D]` to its logits `[B, num_labels]`.
 
@@ -28,11 +32,8 @@ class Classifier(nn.Module):
 
     def __init__(self, in_features: int, num_labels: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_labels, in_features))
-        self.bias = nn.Parameter(torch.empty(num_labels))
-        self.reset_parameters()
-
-    reset_parameters = nn.Linear.reset_parameters
+        linear = nn.Linear(in_features, num_labels)
+        self.weight, self.bias = linear.weight, linear.bias
 
     def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
@@ -56,9 +57,8 @@ class Aggregator(nn.Module, ABC):
     A kind implements `update` and `result`, and `weights` if plots shall show it. Training calls `update` once with all slots
     and tokens, serving with groups of layers and chunks of tokens.
 
-    A state is a tensor `[S, B, ...]`, `None`, or a tuple or list of these, so that `join_slots`, `take_slots`, `repeat_rows`
-    and `select_rows` can handle it. `update` returns a new state and leaves the old one unchanged: several prompts may
-    continue from it.
+    `join_slots`, `take_slots`, `repeat_rows` and `select_rows` handle any `State`. `update` returns a new state and leaves the
+    old one unchanged: several prompts may continue from it.
 
     Args:
         num_slots (`int`): number of independent summaries.
@@ -74,7 +74,7 @@ class Aggregator(nn.Module, ABC):
         search_space: further hyper-parameters of a search, by field or option: a tuple (low, high) is a range, a list has
             choices. Combinations that `check` refuses are skipped.
         options: names of `ProbeConfig.options`, each with its default and a help text.
-        half: if True, `update` takes states in the LM's half precision, where there are many of them. Otherwise it gets fp32.
+        reads_half: if True, `update` takes states in the LM's half precision if there are many of them. Else it gets fp32.
         causal: of an instance; if True, an item may only depend on itself and earlier items.
     """
 
@@ -87,15 +87,15 @@ class Aggregator(nn.Module, ABC):
         "layer_dropout": 0.1,
     }
     auto_up_to: ClassVar[float] = 0
-    search_space: ClassVar[dict[str, tuple[float, float] | list]] = {}
+    search_space: ClassVar[dict[str, tuple[float, float] | list[float | str]]] = {}
     options: ClassVar[dict[str, tuple[float | None, str]]] = {}
-    half: ClassVar[bool] = False
+    reads_half: ClassVar[bool] = False
     causal: bool = False
 
     def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__()
         self.num_slots = num_slots
-        self.hidden_size = config.hidden_size
+        self.hidden_size, _ = config.sizes
         self.pool = config.pool
 
     @classmethod
@@ -120,7 +120,7 @@ class Aggregator(nn.Module, ABC):
     @classmethod
     def create_classifier(cls, config: ProbeConfig) -> Classifier:
         """Build the map from the layer stage's result (`[B, D]` in most kinds) to the logits."""
-        return Classifier(config.hidden_size, config.num_labels)
+        return Classifier(config.sizes[0], config.num_labels)
 
     @classmethod
     def create_layer_stage(cls, config: ProbeConfig) -> Aggregator:
@@ -128,7 +128,7 @@ class Aggregator(nn.Module, ABC):
         return cls(1, config)
 
     @abstractmethod
-    def update(self, state: Any, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> Any:
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         """Take in further items. Return the new state.
 
         Args:
@@ -139,10 +139,10 @@ class Aggregator(nn.Module, ABC):
         """
 
     @abstractmethod
-    def result(self, state: Any, slots: slice) -> torch.Tensor:
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
-    def projected(self, head: nn.Module) -> tuple[torch.Tensor, nn.Module] | None:
+    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module] | None:
         """Split a head, whose token stage this is, into linear maps of its states and a head that reads what they give.
 
         A server that keeps something of every token then keeps few numbers. Return maps of normalised states, `[S, rank, D]`,
@@ -162,7 +162,7 @@ class Aggregator(nn.Module, ABC):
         return self.result(self.update(None, x, mask, slots), slots)
 
 
-def join_slots(states: Sequence[Any]) -> Any:
+def join_slots(states: Sequence[State]) -> State:
     """Join the states of consecutive slots."""
     if len(states) == 1:
         return states[0]
@@ -171,24 +171,24 @@ def join_slots(states: Sequence[Any]) -> Any:
     return None if states[0] is None else torch.cat(list(states))
 
 
-def take_slots(state: Any, slots: slice) -> Any:
+def take_slots(state: State, slots: slice) -> State:
     """Return the state of some slots. It shares memory with `state`."""
-    return _each_tensor(state, lambda tensor: tensor[slots])
+    return _map_state(state, lambda tensor: tensor[slots])
 
 
-def repeat_rows(state: Any, repeats: int) -> Any:
+def repeat_rows(state: State, repeats: int) -> State:
     """Repeat each row of a state `repeats` times, as `torch.repeat_interleave` does."""
-    return state if repeats == 1 else _each_tensor(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
+    return state if repeats == 1 else _map_state(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
 
 
-def select_rows(state: Any, rows: torch.Tensor) -> Any:
+def select_rows(state: State, rows: torch.Tensor) -> State:
     """Return the state of the rows in `rows`, `[new_rows]`, on any device."""
-    return _each_tensor(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))
+    return _map_state(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))
 
 
-def _each_tensor(state: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _map_state(state: State, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
     if isinstance(state, (tuple, list)):
-        return type(state)(_each_tensor(part, change) for part in state)
+        return type(state)(_map_state(part, change) for part in state)
     return None if state is None else change(state)
 
 

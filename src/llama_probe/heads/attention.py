@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import ProbeError
-from .aggregator import masked_max, masked_mean, register_probe_type
+from .aggregator import State, masked_max, masked_mean, register_probe_type
+from .configuration import ProbeConfig
 from .device import device_type
 from .low_rank import LowRankAggregator
 from .mean_attention import mean_attention, suits
@@ -33,18 +34,18 @@ class AttentionAggregator(LowRankAggregator):
         "num_attention_heads": [1, 2, 3, 4, 8, 16],
     }
 
-    def __init__(self, num_slots, config):
+    def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__(num_slots, config)
         self.num_heads = config.num_attention_heads
-        self.inner_size = config.hidden_size // config.downcast
+        self.inner_size = self.hidden_size // config.downcast
         self.head_size = self.inner_size // self.num_heads
         self.scale = 1 / math.sqrt(self.head_size)
-        self.qkv = nn.Parameter(torch.empty(num_slots, 3 * self.inner_size, config.hidden_size))
-        self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.inner_size))
+        self.qkv = nn.Parameter(torch.empty(num_slots, 3 * self.inner_size, self.hidden_size))
+        self.out = nn.Parameter(torch.empty(num_slots, self.hidden_size, self.inner_size))
         self.reset_parameters()
 
     @classmethod
-    def check(cls, config):
+    def check(cls, config: ProbeConfig) -> None:
         super().check(config)
         if config.hidden_size is None:
             return
@@ -63,7 +64,7 @@ class AttentionAggregator(LowRankAggregator):
         nn.init.zeros_(self.qkv[:, : self.inner_size])
         nn.init.uniform_(self.out, -bound, bound)
 
-    def projection(self, slots):
+    def projection(self, slots: slice) -> torch.Tensor:
         return self.qkv[slots]
 
     def _split(self, qkv: torch.Tensor, padding: int = 0) -> tuple[torch.Tensor, ...]:
@@ -74,14 +75,14 @@ class AttentionAggregator(LowRankAggregator):
             qkv = F.pad(qkv, (0, padding))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         return self._update_causal(state, x, mask, slots) if self.causal else super().update(state, x, mask, slots)
 
-    def absorb(self, state, projected, mask):
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
         chunks = [] if state is None else state
         return [*chunks, (projected, None if mask is None else mask.expand(len(projected), -1, -1))]
 
-    def _update_causal(self, state, x, mask, slots):
+    def _update_causal(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         slot_count, batch, items, _ = x.shape
         # Slots beside the heads, [B, S * heads, n, ...]: one mask a row serves them all.
         qkv = self.project(x, slots).view(slot_count, batch, items, 3, self.num_heads, -1)
@@ -109,7 +110,7 @@ class AttentionAggregator(LowRankAggregator):
         """Project `[S, B, N, d_inner]` to `[S, B, N, D]`."""
         return torch.matmul(mixed.flatten(1, 2), self.out[slots].transpose(1, 2)).unflatten(1, mixed.shape[1:3])
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         if self.causal:
             if self.pool == "max":
                 return state[3]
@@ -147,7 +148,7 @@ class AttentionAggregator(LowRankAggregator):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
         return mixed[..., : self.head_size]
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the attention that each item receives, averaged over heads and over the valid queries."""
         slot_count, batch, items, _ = x.shape
         query, key, _ = self._split(self.project(x, slots))
@@ -161,7 +162,7 @@ class AttentionAggregator(LowRankAggregator):
         return masked_mean(received, mask)
 
     @staticmethod
-    def _joined(state) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _joined(state: State) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Join all chunks: `[S, B, N, 3 d_inner]`, and the mask `[B, N]`, `None` if all items count."""
         if len(state) == 1:
             qkv, mask = state[0]

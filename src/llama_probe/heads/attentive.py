@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import ProbeError
-from .aggregator import register_probe_type
+from .aggregator import State, register_probe_type
+from .configuration import ProbeConfig
 from .low_rank import LowRankAggregator
 
 
@@ -32,24 +33,24 @@ class AttentivePoolingAggregator(LowRankAggregator):
         "value_rank": (8, "numbers kept of each item, over all queries; a multiple of num_queries"),
     }
 
-    def __init__(self, num_slots, config):
+    def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__(num_slots, config)
         self.num_queries, self.value_rank = self.option(config, "num_queries"), self.option(config, "value_rank")
-        self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, config.hidden_size))
-        self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, config.hidden_size))
-        self.out = nn.Parameter(torch.empty(num_slots, config.hidden_size, self.value_rank))
+        self.query = nn.Parameter(torch.zeros(num_slots, self.num_queries, self.hidden_size))
+        self.value = nn.Parameter(torch.empty(num_slots, self.value_rank, self.hidden_size))
+        self.out = nn.Parameter(torch.empty(num_slots, self.hidden_size, self.value_rank))
         bound = math.sqrt(6.0 / (self.hidden_size + self.value_rank))
         nn.init.uniform_(self.value, -bound, bound)
         nn.init.uniform_(self.out, -bound, bound)
 
     @classmethod
-    def check(cls, config):
+    def check(cls, config: ProbeConfig) -> None:
         super().check(config)
         queries, rank = cls.option(config, "num_queries"), cls.option(config, "value_rank")
         if rank % queries:
             raise ProbeError(f"options: num_queries={queries} must divide value_rank={rank}")
 
-    def projection(self, slots):
+    def projection(self, slots: slice) -> torch.Tensor:
         return torch.cat([self.query[slots] / math.sqrt(self.hidden_size), self.value[slots]], dim=1)
 
     def _split(self, projected: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +61,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
             scores = scores.masked_fill(~mask[None, :, None, :], torch.finfo(scores.dtype).min)
         return scores, values.unflatten(-1, (self.num_queries, -1)).transpose(2, 3)
 
-    def absorb(self, state, projected, mask):
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
         scores, values = self._split(projected, mask)
         top = scores.detach().amax(dim=-1)  # [S, B, K]
         if state is not None:
@@ -76,12 +77,12 @@ class AttentivePoolingAggregator(LowRankAggregator):
             total = total + state[2] * shrink.unsqueeze(-1)
         return top, norm, total
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         _, norm, total = state
         pooled = (total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)).flatten(2)  # [S, B, R]
         return torch.matmul(pooled, self.out[slots].transpose(1, 2))
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the softmax of each query, averaged over queries."""
         scores, _ = self._split(self.project(x, slots), mask)
         return scores.softmax(dim=-1).mean(dim=2)

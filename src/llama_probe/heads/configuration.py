@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from transformers.utils import logging
 
@@ -30,6 +30,7 @@ from .rules import (
     flagged_by_default,
     named_labels,
 )
+from .turns import TurnMarker
 
 
 logger = logging.get_logger(__name__)
@@ -40,9 +41,21 @@ _NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} |
 }
 
 
-class _AnyToken(list):
-    def __contains__(self, token: Any) -> bool:
+class NoveltySettings(TypedDict):
+    """Settings of a head's `Novelty`; see `ProbeConfig.novelty`."""
+
+    layers: list[int]
+    rank: int
+
+
+class _AnyToken(list[int]):
+    def __contains__(self, token: object) -> bool:
         return True
+
+
+def filled_later() -> Any:
+    """Return a field of a dataclass that may be left out, and has a value before it is read."""
+    return field(default=None)
 
 
 @dataclass
@@ -101,22 +114,22 @@ class ProbeConfig:
     """
 
     probe_type: str = "mha"
-    num_labels: int | None = None
-    id2label: dict[int, str] | None = None
+    num_labels: int = filled_later()
+    id2label: dict[int, str] = filled_later()
     problem_type: ProblemType = "single_label_classification"
 
     pool: Pool = "mean"
     num_attention_heads: int = 2
     downcast: int = 32
-    normalize: Normalize | None = None
+    normalize: Normalize = filled_later()
     dropout: float = 0.0
     layer_dropout: float = 0.0
-    layers: str | list[int] = "all"
+    layers: Literal["all"] | list[int] = "all"
 
     token_scope: TokenScope = "prompt"
-    causal: bool | None = None
+    causal: bool = filled_later()
     prefix_ids: list[int] = field(default_factory=list)
-    turn_markers: dict[str, dict[str, Any]] | None = None
+    turn_markers: dict[str, TurnMarker] | None = None
     prompt_format: str = UNKNOWN_FORMAT
     system_prompt: str | None = None
     max_length: int | None = None
@@ -137,7 +150,7 @@ class ProbeConfig:
     threshold: float | list[float] | None = None
     thresholds: dict[str, float] | None = None
     temperature: float = 1.0
-    novelty: dict[str, Any] | None = None
+    novelty: NoveltySettings | None = None
 
     options: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str | None = None
@@ -148,10 +161,8 @@ class ProbeConfig:
         kind = get_probe_type(self.probe_type)
         check_fields(self)
         self.num_labels, self.id2label = named_labels(self.num_labels, self.id2label)
-        if self.normalize is None:
-            self.normalize = kind.normalize
-        if self.causal is None:
-            self.causal = self.reads_reply
+        self.normalize = self.normalize or kind.normalize
+        self.causal = self.reads_reply if self.causal is None else self.causal
         if self.reads_reply and not self.causal:
             raise ProbeError(f"causal=False is not allowed with token_scope={self.token_scope!r}: replies grow")
         self._check_flagged()
@@ -182,16 +193,16 @@ class ProbeConfig:
 
     def _check_thresholds(self) -> None:
         multi_label, two = self.problem_type == "multi_label_classification", self.has_two_labels
-        found = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
+        head = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
         if isinstance(self.threshold, list):
             fits = multi_label and len(self.threshold) == self.num_labels
         else:
             fits = self.threshold is None or multi_label or two
         if not fits:
             needed = "needs two labels (one number) or a multi-label head (one number, or one a label)"
-            raise ProbeError(f"threshold={self.threshold!r} {needed}, not {found}")
+            raise ProbeError(f"threshold={self.threshold!r} {needed}, not {head}")
         if self.thresholds and not two:
-            raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {found}")
+            raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {head}")
 
     @property
     def has_two_labels(self) -> bool:
@@ -237,8 +248,8 @@ class ProbeConfig:
     def check_supports_novelty(self) -> None:
         """Raise `ProbeError` unless `supports_novelty`."""
         if not self.supports_novelty:
-            found = f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
-            raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {found}")
+            head = f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
+            raise ProbeError(f"novelty needs a head that reads all tokens of a prompt, not {head}")
 
     @property
     def supports_novelty(self) -> bool:
@@ -261,18 +272,27 @@ class ProbeConfig:
         return {name: index for index, name in self.id2label.items()}
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """`hidden_size` and `num_hidden_layers`. Raises `ProbeError` if one of them is not known yet."""
+        if self.hidden_size is None or self.num_hidden_layers is None:
+            raise ProbeError("hidden_size and num_hidden_layers are not known: give both, or pass backbone=")
+        return self.hidden_size, self.num_hidden_layers
+
+    @property
     def layer_indices(self) -> list[int]:
         """State indices that the head reads, ascending: those of `layers` that the kind uses."""
-        if self.layers == "all" and self.num_hidden_layers is None:
-            raise ProbeError("num_hidden_layers is None: give it, or attach the head to a backbone")
-        named = list(range(self.num_hidden_layers + 1)) if self.layers == "all" else list(self.layers)
-        return named[-1:] if get_probe_type(self.probe_type).reads == "last" else named
+        layers = self.layers
+        if layers == "all":
+            if self.num_hidden_layers is None:
+                raise ProbeError("num_hidden_layers is None: give it, or attach the head to a backbone")
+            layers = list(range(self.num_hidden_layers + 1))
+        return layers[-1:] if get_probe_type(self.probe_type).reads == "last" else list(layers)
 
     def get_text_config(self, decoder: bool | None = None) -> SimpleNamespace:
         """Return what the stock Trainer compares with the tokenizer: a head has no special tokens, and any will do."""
         return SimpleNamespace(**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _AnyToken()))
 
-    def replace(self, **changes) -> ProbeConfig:
+    def replace(self, **changes: Any) -> ProbeConfig:
         """Return a checked copy with some fields changed. Flagged labels stay flagged if `id2label` gives them other names.
 
         Raises:
@@ -288,13 +308,15 @@ class ProbeConfig:
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike, *, subfolder: str | None = None, **options) -> ProbeConfig:
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any
+    ) -> ProbeConfig:
         """Load the config of a head without its weights. The arguments are those of `ProbeModel.from_pretrained`."""
         hub = HubOptions(**options)
         folder = resolve_head(with_subfolder(source, subfolder), options=hub, only_config=True)
         return read_config(folder, hub.trust_remote_code)
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `probe_config.json`, and no weights, into a folder.
 
         Raises:
@@ -343,7 +365,7 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()
 
 
-def read_config(folder: str | os.PathLike, trust_remote_code: bool = False) -> ProbeConfig:
+def read_config(folder: str | os.PathLike[str], trust_remote_code: bool = False) -> ProbeConfig:
     """Read and check the config of a head folder; unknown keys are ignored with a warning.
 
     Args:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
-from .configuration import ProbeConfig
+from .configuration import ProbeConfig, filled_later
+from .novelty import MeanStates
+
+
+Levels = TypeVar("Levels")
+# A row's label: of multi-label heads a list of names, of regression heads a list of values; None if the head abstains.
+Label = str | list[str] | list[float] | None
 
 
 def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
@@ -57,9 +63,10 @@ def check_numbers(scores: torch.Tensor) -> None:
 
 def threshold_of(config: ProbeConfig, index: int) -> float | None:
     """Return the probability from which a head gives the label of an index; `None` if the largest probability decides."""
+    if isinstance(config.threshold, list):  # multi-label
+        return config.threshold[index]
     if config.problem_type == "multi_label_classification":
-        threshold = 0.5 if config.threshold is None else config.threshold
-        return threshold[index] if isinstance(threshold, list) else threshold
+        return 0.5 if config.threshold is None else config.threshold
     return config.threshold if index == config.flagged_index else None
 
 
@@ -73,33 +80,37 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     if config.problem_type == "multi_label_classification":
         thresholds = [threshold_of(config, index) for index in range(config.num_labels)]
         return probs >= torch.as_tensor(thresholds, device=probs.device)
-    if config.threshold is not None:
-        flagged = config.flagged_index
-        return torch.where(probs[:, flagged] >= config.threshold, flagged, 1 - flagged)
+    flagged = config.flagged_index
+    if flagged is not None and (threshold := threshold_of(config, flagged)) is not None:
+        return torch.where(probs[:, flagged] >= threshold, flagged, 1 - flagged)
     return probs.argmax(dim=-1)
 
 
 def labels(
     probs: torch.Tensor, config: ProbeConfig, novelty: torch.Tensor | None = None, abstain_at: float | None = None
-) -> list[Any]:
+) -> list[Label]:
     """Return the label of each row: a name (single-label), a list of names (multi-label), or a list of floats (regression).
 
     With `abstain_at`, rows of a larger novelty get `None`.
 
     Raises:
-        ProbeError: a probability is not a number. Below any threshold, it would pass for harmless.
+        ProbeError: a probability is not a number, and below any threshold would pass for harmless; or `abstain_at` without
+            `novelty`.
     """
     probs = probs.cpu()
-    found = predictions(probs, config).tolist()
+    decided = predictions(probs, config).tolist()
+    rows: list[Label] = decided
     if config.problem_type != "regression":
         check_numbers(probs)
         if config.problem_type == "multi_label_classification":
-            found = [[config.id2label[i] for i, on in enumerate(row) if on] for row in found]
+            rows = [[config.id2label[i] for i, on in enumerate(row) if on] for row in decided]
         else:
-            found = [config.id2label[index] for index in found]
+            rows = [config.id2label[index] for index in decided]
     if abstain_at is None:
-        return found
-    return [None if new else label for label, new in zip(found, (novelty > abstain_at).tolist(), strict=True)]
+        return rows
+    if novelty is None:
+        raise ProbeError(f"abstain_at={abstain_at} needs a head with novelty")
+    return [None if new else label for label, new in zip(rows, (novelty > abstain_at).tolist(), strict=True)]
 
 
 def abstaining(outputs: dict[str, ProbeOutput], levels: Mapping[str, float]) -> dict[str, ProbeOutput]:
@@ -119,7 +130,7 @@ def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[Probe
     return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]
 
 
-def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
+def verdict(label: Label, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
     """Return one row's prediction as JSON values.
 
     Args:
@@ -135,11 +146,11 @@ def verdict(label: Any, probs: list[float], config: ProbeConfig) -> dict[str, An
         return {"label": None, "score": None, "scores": scores}
     if config.problem_type == "regression":
         return {"score": probs[0]} if len(probs) == 1 else {"scores": scores}
-    score = [scores[name] for name in label] if config.problem_type == "multi_label_classification" else scores[label]
+    score = [scores[name] for name in scores if name in label] if isinstance(label, list) else scores[label]
     return {"label": label, "score": score, "scores": scores}
 
 
-def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
+def in_words(label: Label, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
     """Return one row's prediction as text: the label with its own probability, which need not be the largest.
 
     Args:
@@ -149,7 +160,7 @@ def in_words(label: Any, scores: dict[str, float], config: ProbeConfig, style: s
         return "no label: unlike the training data"
     if config.problem_type == "regression":
         return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
-    names = label if isinstance(label, list) else [label]
+    names = [name for name in scores if name in label] if isinstance(label, list) else [label]
     return ", ".join(f"{name} ({scores[name]:{style}})" for name in names) or "no label"
 
 
@@ -189,16 +200,23 @@ def probe_loss(
     return (rows.sum(dim=1) if reduction == "sum" else rows.mean(dim=1)).mean()
 
 
-def _row_losses(logits, targets, problem_type, class_weights, label_smoothing, focal_gamma) -> torch.Tensor:
+def _row_losses(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    problem_type: str,
+    class_weights: torch.Tensor | None,
+    label_smoothing: float,
+    focal_gamma: float,
+) -> torch.Tensor:
     if problem_type == "regression":
         return F.mse_loss(logits, targets.to(logits.dtype).view_as(logits), reduction="none").mean(dim=-1)
     if problem_type == "multi_label_classification":
         targets = targets.to(logits.dtype)
         soft = targets * (1 - label_smoothing) + label_smoothing / 2
-        each = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=class_weights)
+        losses = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=class_weights)
         if focal_gamma:
-            each = each * (1 - torch.where(targets > 0.5, logits.sigmoid(), (-logits).sigmoid())) ** focal_gamma
-        return each.mean(dim=-1)
+            losses = losses * (1 - torch.where(targets > 0.5, logits.sigmoid(), (-logits).sigmoid())) ** focal_gamma
+        return losses.mean(dim=-1)
     targets = targets.long()
     rows = F.cross_entropy(logits, targets, class_weights, label_smoothing=label_smoothing, reduction="none")
     if focal_gamma:
@@ -207,14 +225,17 @@ def _row_losses(logits, targets, problem_type, class_weights, label_smoothing, f
     return rows
 
 
-class DecidedMixin:
+class DecidedMixin(Generic[Levels]):
     """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them.
 
     Attributes:
         abstain_at: novelty above which a row has the label `None`, by head if there are several; `None` for never.
+        means: the `MeanStates` that the novelty of a single head is computed from; `None` if it has no novelty. It is no field:
+            the Trainer would gather it.
     """
 
-    abstain_at = None
+    abstain_at: Levels | None = None
+    means: MeanStates | None = None
 
     def config_of(self, name: str | None = None) -> ProbeConfig:
         """Return the config of a head, by its name if there are several.
@@ -229,7 +250,7 @@ class DecidedMixin:
 
 
 @dataclass
-class ProbeOutput(DecidedMixin, ModelOutput):
+class ProbeOutput(DecidedMixin[float], ModelOutput):
     """The predictions of one head for a batch.
 
     Args:
@@ -240,20 +261,14 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
         member_logits (`[members, batch, num_labels]`, *optional*): in training, of a head that averages several members.
         row_weights (`[batch, W]`, *optional*): as they were given, for the loss; see `probe_loss`.
-
-    Attributes:
-        means: the `MeanStates` that `novelty` is computed from; `None` if the head has no novelty. It is no field: the Trainer
-            would gather it.
     """
 
     loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
+    logits: torch.Tensor = filled_later()
     token_weights: torch.Tensor | None = None
     layer_weights: torch.Tensor | None = None
     member_logits: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
-
-    means = None
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
@@ -278,6 +293,6 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         return probabilities(self.logits, self.config_of())
 
     @property
-    def labels(self) -> list[Any]:
+    def labels(self) -> list[Label]:
         """Label names a row, with the saved temperature and threshold; `None` for a row where the head abstains."""
         return labels(self.probabilities, self.config_of(), self.novelty, self.abstain_at)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ def device_type(device: torch.device) -> str:
 
 
 @contextmanager
-def acting_as(kind: str) -> Iterator[None]:
+def acting_as(kind: str) -> Generator[None]:
     """Make the choices of another type of device inside the block, in all threads. For counting operations."""
     global _ACTING_AS
     before, _ACTING_AS = _ACTING_AS, torch.device(kind).type

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from .aggregator import Aggregator, register_probe_type
+from .aggregator import Aggregator, State, register_probe_type
+from .configuration import ProbeConfig
 
 
 @register_probe_type("gate")
@@ -19,11 +22,11 @@ class GateAggregator(Aggregator):
     recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     auto_up_to = 512
     search_space = {"learning_rate": (1e-4, 3e-2)}
-    half = True
+    reads_half = True
 
-    def __init__(self, num_slots, config):
+    def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__(num_slots, config)
-        self.weight = nn.Parameter(torch.zeros(num_slots, config.hidden_size))
+        self.weight = nn.Parameter(torch.zeros(num_slots, self.hidden_size))
 
     def _shares(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return exp(s_i), 0 off the mask: `[S, B, N]`, fp32."""
@@ -31,17 +34,17 @@ class GateAggregator(Aggregator):
         shares = torch.matmul(x, weight).squeeze(-1).float().tanh().exp()  # [S, B, N]
         return shares if mask is None else shares * mask
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         shares = self._shares(x, mask, slots)
         total = torch.matmul(shares.to(x.dtype).unsqueeze(2), x).squeeze(2).float()  # [S, B, D]
         norm = shares.sum(dim=2)  # [S, B]
         return (total, norm) if state is None else (state[0] + total, state[1] + norm)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         total, norm = state
         return total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
 
-    def projected(self, head):
+    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module]:
         # All that the layer stage and the classifier see of a sum of states are its products with their own weights.
         seen = torch.cat([head.layer_stage.weight, head.classifier.weight])  # [1 + labels, D]
         maps = torch.cat([self.weight.unsqueeze(1), seen.expand(self.num_slots, -1, -1)], dim=1)
@@ -54,6 +57,6 @@ class GateAggregator(Aggregator):
             reader.classifier.bias.copy_(head.classifier.bias)
         return maps.detach(), reader.to(head.device)
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         shares = self._shares(x, mask, slots)
         return shares / shares.sum(dim=2, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .aggregator import Aggregator, last_valid, register_probe_type
+from .aggregator import Aggregator, State, last_valid, register_probe_type
 
 
 @register_probe_type("last")
@@ -17,20 +17,20 @@ class LastItemAggregator(Aggregator):
     recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     reads = "last"
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         if mask is None:
             return x[:, :, -1].clone()  # what is kept must not keep the states of all tokens alive
         rows, columns = torch.arange(x.shape[1], device=x.device), mask.shape[1] - 1
         last = columns - mask.flip(1).int().argmax(dim=1)  # [B]; the last column where nothing counts
-        found = x[:, rows, last]  # [S, B, D]
+        newest = x[:, rows, last]  # [S, B, D]
         if state is None:  # what a row without anything that counts gets here is replaced by a later chunk
-            return found
-        return torch.where(mask.any(dim=1)[None, :, None], found, state)
+            return newest
+        return torch.where(mask.any(dim=1)[None, :, None], newest, state)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         return state
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return 1 for the last valid item, 0 for all others."""
         slot_count, batch, items, _ = x.shape
         valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask

@@ -7,8 +7,9 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from torch import nn
 
-from .aggregator import Aggregator
+from .aggregator import Aggregator, State
 
 
 class LowRankAggregator(Aggregator):
@@ -17,7 +18,7 @@ class LowRankAggregator(Aggregator):
     If `projects` is False, items come as `project` gives them.
     """
 
-    half = True
+    reads_half = True
     projects = True
 
     @abstractmethod
@@ -25,7 +26,7 @@ class LowRankAggregator(Aggregator):
         """Return the map of the items, `[S, rank, D]`."""
 
     @abstractmethod
-    def absorb(self, state: Any, projected: torch.Tensor, mask: torch.Tensor | None) -> Any:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
         """Take in projected items `[S, B, n, rank]`, as `update` takes in items."""
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
@@ -35,10 +36,10 @@ class LowRankAggregator(Aggregator):
         flat = torch.matmul(x.flatten(1, 2), self.projection(slots).to(x.dtype).transpose(1, 2))
         return flat.unflatten(1, x.shape[1:3]).float()
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         return self.absorb(state, self.project(x, slots), mask)
 
-    def projected(self, head):
+    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module]:
         maps, reader = self.projection(slice(None)).detach(), copy.deepcopy(head)
         reader.config, reader.novelty = head.config.replace(normalize="none", novelty=None), None
         reader.token_stage.projects = False

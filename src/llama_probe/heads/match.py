@@ -45,10 +45,10 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     """
     decoder = find_decoder(lm)
     for name in _SIZES:
-        wanted, found = getattr(config, name), getattr(decoder, name)
-        if wanted not in (None, found):
+        wanted, actual = getattr(config, name), getattr(decoder, name)
+        if wanted not in (None, actual):
             base = f"; the head is for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
-            raise ProbeError(f"{name}={wanted} in the head's config, but this backbone has {found}{base}")
+            raise ProbeError(f"{name}={wanted} in the head's config, but this backbone has {actual}{base}")
     return config.replace(
         hidden_size=decoder.hidden_size,
         num_hidden_layers=decoder.num_hidden_layers,
@@ -67,10 +67,10 @@ def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
     config = match(lm, config)
     check_states(lm)
-    found = fingerprint(lm)
-    if not np.isfinite(found).all():
+    numbers = fingerprint(lm)
+    if not np.isfinite(numbers).all():
         raise ProbeError(f"hidden states are not finite in {facts['base_model_dtype']}; use float32 or bfloat16")
-    return config.replace(**facts, fingerprint=found)
+    return config.replace(**facts, fingerprint=numbers)
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ class Check:
     """One config field of a comparison.
 
     Attributes:
-        recorded, found: its value in the head and in the backbone; `None` if not known.
+        recorded, actual: its value in the head and in the backbone; `None` if not known.
         verdict: `"same"`, `"differs"`, `"unknown"`, or `"explained"` if it differs but the fingerprints agree.
         fatal: if True, a head cannot run on a backbone where the field differs.
         guess: what a distance of fingerprints suggests that this backbone is; None if it is the head's.
     """
 
     field: str
-    recorded: Any
-    found: Any
+    recorded: str | int | None
+    actual: str | int | None
     verdict: str
     fatal: bool = False
     guess: str | None = None
@@ -101,32 +101,32 @@ def compare(
     """Compare a head's record of its backbone with a backbone, the most decisive fields first.
 
     Args:
-        tokenizer: if given, the chat template is compared too.
+        tokenizer: with one, the chat template is compared too.
         take_fingerprint: gives the backbone's fingerprint for a vocabulary size. Defaults to `fingerprint`, which runs the
             backbone over 32 tokens, and to none if weights are offloaded.
     """
     decoder, facts = find_decoder(lm), backbone_facts(lm)
     checks = []
     for name in _SIZES:
-        recorded, found = getattr(config, name), getattr(decoder, name)
-        checks.append(Check(name, recorded, found, _verdict(recorded, found), fatal=True))
+        recorded, actual = getattr(config, name), getattr(decoder, name)
+        checks.append(Check(name, recorded, actual, _verdict(recorded, actual), fatal=True))
     same_behaviour = False
     if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
         if take_fingerprint is None and not any(parameter.is_meta for parameter in lm.parameters()):
             take_fingerprint = partial(fingerprint, lm)
         checks.append(_compare_fingerprints(config, facts, take_fingerprint))
         same_behaviour = checks[-1].verdict == "same"
-    for name, found in facts.items():
+    for name, actual in facts.items():
         recorded = getattr(config, name)
-        verdict = _verdict(recorded, found, name)
+        verdict = _verdict(recorded, actual, name)
         # Copies of one backbone may differ in these.
-        local_copy = name == "base_model_name_or_path" and found is not None and Path(found).exists()
+        local_copy = name == "base_model_name_or_path" and actual is not None and Path(actual).exists()
         if verdict == "differs" and same_behaviour and (name in ("base_model_revision", *_PRECISION) or local_copy):
             verdict = "explained"
-        checks.append(Check(name, recorded, found, verdict))
+        checks.append(Check(name, recorded, actual, verdict))
     if config.prompt_format == "chat" and tokenizer is not None:
-        recorded, found = config.chat_template_hash, template_hash(tokenizer)
-        checks.append(Check("chat_template_hash", recorded, found, _verdict(recorded, found)))
+        recorded, actual = config.chat_template_hash, template_hash(tokenizer)
+        checks.append(Check("chat_template_hash", recorded, actual, _verdict(recorded, actual)))
     return checks
 
 
@@ -157,7 +157,7 @@ def check_backbone(
             f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
         )
     checks = compare(config, lm, take_fingerprint=take_fingerprint)
-    apart = next((check.found for check in checks if check.guess == _ANOTHER), None)
+    apart = next((check.actual for check in checks if check.guess == _ANOTHER), None)
     if alias is not None and apart is not None:
         raise ProbeError(no_bundled_head(alias, backbone_name(lm), f"its fingerprint is {apart} away from theirs"))
     # A head is often trained in one dtype and served in another: by itself this means nothing.
@@ -172,21 +172,23 @@ def check_backbone(
 
 def _explain(check: Check) -> str:
     if check.field == "base_model_name_or_path":
-        return f"was trained on {check.recorded}, this backbone is {check.found}"
+        return f"was trained on {check.recorded}, this backbone is {check.actual}"
     if check.field == "fingerprint":
-        return f"has a fingerprint {check.found} away from this backbone's ({check.guess}?)"
-    return f"was trained with {check.field} {check.recorded}, here it is {check.found}"
+        return f"has a fingerprint {check.actual} away from this backbone's ({check.guess}?)"
+    return f"was trained with {check.field} {check.recorded}, here it is {check.actual}"
 
 
-def _compare_fingerprints(config: ProbeConfig, facts: dict[str, Any], take_fingerprint: Callable | None) -> Check:
-    recorded, found = (tuple(map(get, _PRECISION)) for get in (vars(config).get, facts.get))
-    allowed = tolerance(recorded, found)
+def _compare_fingerprints(
+    config: ProbeConfig, facts: dict[str, Any], take_fingerprint: Callable[[int | None], list[float]] | None
+) -> Check:
+    recorded, actual = config.base_model_quantization, facts["base_model_quantization"]
+    allowed = tolerance((config.base_model_dtype, recorded), (facts["base_model_dtype"], actual))
     wanted = f"within {allowed:.1%}"
     # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
-    if take_fingerprint is None or (config.vocab_size or 0) > facts["vocab_size"]:
+    if config.fingerprint is None or take_fingerprint is None or (config.vocab_size or 0) > facts["vocab_size"]:
         return Check("fingerprint", wanted, None, "unknown")
     apart = distance(config.fingerprint, take_fingerprint(config.vocab_size))
-    quantization = found[1] if found[1] != recorded[1] else None
+    quantization = actual if actual != recorded else None
     verdict = "same" if apart <= allowed else "differs"
     return Check("fingerprint", wanted, f"{apart:.2%}", verdict, guess=_guess(apart, allowed, quantization))
 
@@ -203,10 +205,10 @@ def _guess(apart: float, allowed: float, quantization: str | None) -> str | None
     return f"fine-tuned since, or {_ANOTHER}"
 
 
-def _verdict(recorded: Any, found: Any, name: str = "") -> str:
+def _verdict(recorded: Any, actual: Any, name: str = "") -> str:
     # For the quantization, None means "not quantized". For all other fields, it means "not known".
-    if name != "base_model_quantization" and (recorded is None or found is None):
+    if name != "base_model_quantization" and (recorded is None or actual is None):
         return "unknown"
     if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
-        recorded, found = model_name(recorded), model_name(found)
-    return "same" if recorded == found else "differs"
+        recorded, actual = model_name(recorded), model_name(actual)
+    return "same" if recorded == actual else "differs"

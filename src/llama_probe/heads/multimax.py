@@ -11,7 +11,8 @@ import math
 import torch
 from torch import nn
 
-from .aggregator import Aggregator, Classifier, drop_masked, masked_max, register_probe_type
+from .aggregator import Aggregator, Classifier, State, drop_masked, masked_max, register_probe_type
+from .configuration import ProbeConfig
 from .low_rank import LowRankAggregator
 
 
@@ -32,35 +33,35 @@ class MultiMaxAggregator(LowRankAggregator):
         "num_members": (16, "heads in one; each learns from its own loss, and their logits are averaged"),
     }
 
-    def __init__(self, num_slots, config):
+    def __init__(self, num_slots: int, config: ProbeConfig):
         super().__init__(num_slots, config)
         rank = self.members(config) * _maxima(config)
-        self.value = nn.Parameter(torch.randn(num_slots, rank, config.hidden_size) / math.sqrt(config.hidden_size))
+        self.value = nn.Parameter(torch.randn(num_slots, rank, self.hidden_size) / math.sqrt(self.hidden_size))
 
     @classmethod
-    def members(cls, config):
+    def members(cls, config: ProbeConfig) -> int:
         return cls.option(config, "num_members")
 
     @classmethod
-    def create_layer_stage(cls, config):
+    def create_layer_stage(cls, config: ProbeConfig) -> Aggregator:
         return WeightedLayers(config)
 
     @classmethod
-    def create_classifier(cls, config):
+    def create_classifier(cls, config: ProbeConfig) -> Classifier:
         return AveragedClassifier(cls.members(config), len(config.layer_indices) * _maxima(config), config.num_labels)
 
-    def projection(self, slots):
+    def projection(self, slots: slice) -> torch.Tensor:
         return self.value[slots]
 
-    def absorb(self, state, projected, mask):
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
         top = masked_max(projected, mask)  # [S, B, M R]
         return top if state is None else torch.maximum(state, top)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         # A row without a token that counts has -inf. NaN stays: such a row gets no score.
         return state.masked_fill(state == float("-inf"), 0.0)
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the share of the directions that have their largest value at the item."""
         projected = drop_masked(self.project(x, slots), mask)  # [S, B, N, M R]
         best = projected.argmax(dim=2, keepdim=True)
@@ -73,26 +74,26 @@ class WeightedLayers(Aggregator):
     L' is the number of layers read. Weights start equal. The layers stay apart, because each has directions of its own.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ProbeConfig):
         super().__init__(1, config)
         self.num_members, layers = MultiMaxAggregator.members(config), len(config.layer_indices)
         self.gate = nn.Parameter(torch.zeros(layers, self.num_members, _maxima(config)))
         self.bias = nn.Parameter(torch.zeros(layers, self.num_members))
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         return x if state is None else torch.cat([state, x], dim=2)
 
     def _shares(self, items: torch.Tensor) -> torch.Tensor:
         """Return the softmax over the layers of `[S, B, L', M, R]`: `[S, B, L', M]`."""
         return ((items * self.gate).sum(dim=-1) + self.bias).softmax(dim=2)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         """Weigh and join the layers: `[S, B, L', M R]` to `[S, B, M L' R]`."""
         items = state.unflatten(-1, (self.num_members, -1))
         weighted = items * (self._shares(items) * items.shape[2]).unsqueeze(-1)
         return weighted.transpose(2, 3).flatten(2)
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the softmax, averaged over members."""
         return self._shares(x.unflatten(-1, (self.num_members, -1))).mean(dim=-1)
 
@@ -107,10 +108,10 @@ class AveragedClassifier(Classifier):
             bound = 1.0 / math.sqrt(width)
             nn.init.uniform_(self.weight, -bound, bound)
 
-    def inputs(self, pooled):
+    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
         return pooled / self.num_members
 
-    def member_logits(self, pooled):
+    def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
         if self.num_members == 1:
             return None
         parts = pooled.unflatten(-1, (self.num_members, -1))  # [B, M, L' R]
@@ -118,5 +119,5 @@ class AveragedClassifier(Classifier):
         return torch.einsum("bmf,cmf->mbc", parts, maps) + self.bias
 
 
-def _maxima(config) -> int:
+def _maxima(config: ProbeConfig) -> int:
     return MultiMaxAggregator.option(config, "num_maxima")

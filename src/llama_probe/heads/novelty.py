@@ -25,7 +25,7 @@ _DEPTHS = (0.2, 0.4, 0.6)
 def novelty_layers(config: ProbeConfig) -> list[int]:
     """Return the layers of a head whose mean states tell novelty: up to three of those that it reads."""
     config.check_supports_novelty()
-    wanted = [depth * config.num_hidden_layers for depth in _DEPTHS]
+    wanted = [depth * config.sizes[1] for depth in _DEPTHS]
     return sorted({min(config.layer_indices, key=lambda layer: abs(layer - depth)) for depth in wanted})
 
 
@@ -77,10 +77,12 @@ class Novelty(nn.Module):
 
     def __init__(self, config: ProbeConfig):
         super().__init__()
+        if config.novelty is None:
+            raise ProbeError("novelty=None must be the layers and the rank of a Novelty")
         layers, rank = config.novelty["layers"], config.novelty["rank"]
         self.slots = [config.layer_indices.index(layer) for layer in layers]
         self._means = PoolingAggregator(len(layers), config.replace(pool="mean"))
-        width = len(layers) * config.hidden_size
+        width = len(layers) * config.sizes[0]
         self.register_buffer("center", torch.zeros(width))
         self.register_buffer("directions", torch.zeros(rank, width))
         self.register_buffer("variances", torch.zeros(rank + 1))
@@ -93,9 +95,9 @@ class Novelty(nn.Module):
         if not places:
             return
         first = sum(slot < slots.start for slot in self.slots)
-        own = slice(first, first + len(places))
-        total, count = self._means.update(states.pop(own), x[as_slice(places)].float(), mask, own)
-        states.put(own, (total, count))
+        mean_slots = slice(first, first + len(places))
+        total, count = self._means.update(states.pop(mean_slots), x[as_slice(places)].float(), mask, mean_slots)
+        states.put(mean_slots, (total, count))
 
     def read(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> MeanStates:
         """Read whole prompts: the states and mask of `ProbeModel.score`."""
@@ -122,8 +124,8 @@ class Novelty(nn.Module):
             inside = (upper - 1 + share) / LEVELS
             scale = (levels[99] - levels[90]).clamp_min(1e-6) / math.log(10)  # of an exponential tail
             tail = 1 - 0.01 * torch.exp(-(excess - levels[99]) / scale)
-            found = torch.where(excess > levels[99], tail, inside)
-            return found.masked_fill(count[0] == 0, float("nan"))
+            novelty = torch.where(excess > levels[99], tail, inside)
+            return novelty.masked_fill(count[0] == 0, float("nan"))
 
     @classmethod
     def fit(
@@ -141,8 +143,8 @@ class Novelty(nn.Module):
         rows, width = x.shape
         values, vectors = torch.linalg.eigh(x @ x.T / (rows - 1))
         rank = len(novelty.directions)
-        found = x.T @ vectors.flip(1)[:, :rank]  # [S * D, rank]
-        directions = (found / found.norm(dim=0).clamp_min(1e-12)).T
+        axes = x.T @ vectors.flip(1)[:, :rank]  # [S * D, rank]
+        directions = (axes / axes.norm(dim=0).clamp_min(1e-12)).T
         whole = x.square().sum() / (rows - 1)
         values = values.flip(0)[:rank]
         rest = (whole - values.sum()) / (width - rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .aggregator import Aggregator, drop_masked, masked_max, register_probe_type
+from .aggregator import Aggregator, State, drop_masked, masked_max, register_probe_type
 
 
 @register_probe_type("pooling")
@@ -15,7 +15,7 @@ class PoolingAggregator(Aggregator):
     auto_up_to = 128
     search_space = {"learning_rate": (1e-4, 3e-2), "pool": ["mean", "max"]}
 
-    def update(self, state, x, mask, slots):
+    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         if self.pool == "max":
             top = masked_max(x, mask)  # [S, B, D]
             return top if state is None else torch.maximum(state, top)
@@ -27,13 +27,13 @@ class PoolingAggregator(Aggregator):
             count = weight.sum(dim=1).expand(len(x), -1)  # [S, B]
         return (total, count) if state is None else (state[0] + total, state[1] + count)
 
-    def result(self, state, slots):
+    def result(self, state: State, slots: slice) -> torch.Tensor:
         if self.pool == "max":
             return state
         total, count = state
         return total / count.clamp_min(1.0).unsqueeze(-1)
 
-    def weights(self, x, mask, slots):
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return equal weights (mean), or the share of dimensions in which the item is the maximum (max)."""
         slot_count, batch, items, _ = x.shape
         if self.pool == "mean":

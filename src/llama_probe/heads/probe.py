@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,30 @@ from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
 from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
-from .configuration import ProbeConfig, read_config
+from .configuration import NoveltySettings, ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss
 from .match import check_backbone, describe, match
 from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .saving import read_settled, read_tensors, save_head
 from .scope import check_rows, token_mask
-from .states import normalize, without_autocast
+from .states import normalize
 from .stream import ProbeState, as_slice
 
 
 _HALF = (torch.bfloat16, torch.float16)
 # For so few tokens, casting the weights of a head costs more than its products in fp32.
 _FEW_TOKENS = 128
+
+
+def _as_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch `torch.autocast`, which is meant for the LM, off inside a block."""
+    is_on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 class ProbeModel(nn.Module):
@@ -61,6 +72,7 @@ class ProbeModel(nn.Module):
 
     # The Trainer then averages the loss over gradient accumulation steps, as for any model with a mean loss.
     accepts_loss_kwargs = False
+    backbone: nn.Module | None
 
     def __init__(self, config: ProbeConfig, backbone: nn.Module | None = None):
         super().__init__()
@@ -68,10 +80,7 @@ class ProbeModel(nn.Module):
             # A config that knows its backbone keeps what it knows; a new one learns it here.
             known = config.fingerprint is not None
             config = match(backbone, config) if known else describe(backbone, config)
-        if config.hidden_size is None or config.num_hidden_layers is None:
-            raise ProbeError(
-                "hidden_size and num_hidden_layers are None: put them in the ProbeConfig or pass backbone="
-            )
+        self.hidden_size, self.num_hidden_layers = config.sizes
         self.config = config
         self.results: dict[str, Any] | None = None
         self.alias: str | None = None  # of a bundled head, which `check_backbone` attaches to no other model
@@ -83,7 +92,7 @@ class ProbeModel(nn.Module):
         self.layer_stage, self.classifier = kind.create_layer_stage(config), kind.create_classifier(config)
         self.novelty = None if config.novelty is None else Novelty(config)
         # Whatever torch.set_default_dtype says, which is meant for the LM.
-        super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+        super()._apply(_as_fp32)
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
@@ -94,7 +103,7 @@ class ProbeModel(nn.Module):
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
 
-    def set_novelty(self, novelty: Novelty, settings: dict[str, Any]) -> None:
+    def set_novelty(self, novelty: Novelty, settings: NoveltySettings) -> None:
         """Give the head a fitted `Novelty`, made from `settings` as `ProbeConfig.novelty`. Its results stay true."""
         self.config = self.config.replace(novelty=settings, weights_sha256=None)
         self.novelty = novelty.to(self.device)
@@ -102,8 +111,8 @@ class ProbeModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "backbone": None}
 
-    def _apply(self, fn, recurse=True):
-        def keep_dtype(tensor):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ProbeModel:
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
@@ -123,11 +132,11 @@ class ProbeModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike,
+        source: str | os.PathLike[str],
         backbone: nn.Module | None = None,
         *,
         subfolder: str | None = None,
-        **options,
+        **options: Any,
     ) -> ProbeModel:
         """Load a head from a folder, from the Hub, or by its alias (see `resolve_head`), on the CPU and in eval mode.
 
@@ -150,7 +159,7 @@ class ProbeModel(nn.Module):
     @classmethod
     def load_for(
         cls,
-        source: str | os.PathLike,
+        source: str | os.PathLike[str],
         target: Target | None = None,
         options: HubOptions = HubOptions(),  # noqa: B008 - frozen
     ) -> ProbeModel:
@@ -174,7 +183,7 @@ class ProbeModel(nn.Module):
         probe.results = read_results(folder)
         return probe
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """Write config, weights, results and a card into a folder, and nothing of the backbone.
 
         A card that a person wrote or edited is kept. Results of another version give no card.
@@ -184,7 +193,7 @@ class ProbeModel(nn.Module):
         """
         return save_head(save_directory, self.config, self.state_dict(), self.results)
 
-    def push_to_hub(self, repo_id: str, *, name: str | None = None, **kwargs) -> CommitInfo:
+    def push_to_hub(self, repo_id: str, *, name: str | None = None, **kwargs: Any) -> CommitInfo:
         """Upload the head in one commit: config, weights, results and a card.
 
         Args:
@@ -230,29 +239,31 @@ class ProbeModel(nn.Module):
         Raises:
             ProbeError: both or neither input given, wrong sizes, or a prompt without a token that counts.
         """
-        if (input_ids is None) == (hidden_states is None):
-            raise ProbeError("give either input_ids (with a backbone) or hidden_states")
-        if input_ids is not None:
+        if input_ids is not None and hidden_states is None:
             if self.backbone is None:
                 raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
-            probe_mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
-            shape = input_ids.shape
-        else:
+            mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
+            mask = self._checked(mask, input_ids.shape)
+            x = torch.stack(collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask))
+        elif hidden_states is not None and input_ids is None:
             x = self._stack(hidden_states)  # [S, B, T, D]
-            shape = x.shape[1:3]
-        mask = attention_mask if probe_mask is None else probe_mask
-        if mask is not None and mask.shape != shape:
-            raise ProbeError(f"the mask has the shape {tuple(mask.shape)}, and the prompts have {tuple(shape)}")
-        mask = None if mask is None else mask.bool().to(self.device)
-        check_rows(mask)
-        if input_ids is not None:
-            states = collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask)
-            x = torch.stack(states)
+            mask = self._checked(attention_mask if probe_mask is None else probe_mask, x.shape[1:3])
+        else:
+            raise ProbeError("give either input_ids (with a backbone) or hidden_states")
         output = self.score(self.normalize(x), mask, output_attentions)
         output.row_weights = row_weights
         if labels is not None:
             output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
         return output
+
+    def _checked(self, mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
+        if mask is None:
+            return None
+        if mask.shape != shape:
+            raise ProbeError(f"the mask has the shape {tuple(mask.shape)}, and the prompts have {tuple(shape)}")
+        mask = mask.bool().to(self.device)
+        check_rows(mask)
+        return mask
 
     def score(self, x: torch.Tensor, mask: torch.Tensor | None = None, output_attentions: bool = False) -> ProbeOutput:
         """Score normalised states, which several heads can share.
@@ -279,7 +290,7 @@ class ProbeModel(nn.Module):
 
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the states of the layers that the head reads, `[layers_read, batch, tokens, hidden_size]`."""
-        layers, width, read = self.config.num_hidden_layers + 1, self.config.hidden_size, len(self.layer_indices)
+        layers, width, read = self.num_hidden_layers + 1, self.hidden_size, len(self.layer_indices)
         if isinstance(hidden_states, torch.Tensor):
             shape = hidden_states.shape
             if len(shape) != 4 or shape[1] not in (layers, read) or shape[3] != width:
@@ -287,8 +298,8 @@ class ProbeModel(nn.Module):
                 raise ProbeError(f"hidden_states has the shape {tuple(shape)}; it must be {allowed}")
             return (hidden_states if shape[1] == read else hidden_states[:, self.layer_indices]).transpose(0, 1)
         if len(hidden_states) != layers or any(state.shape[2:] != (width,) for state in hidden_states):
-            found = f"{len(hidden_states)} tensors {[tuple(state.shape) for state in hidden_states[:2]]}..."
-            raise ProbeError(f"hidden_states has {found}; it must have {layers} tensors [batch, tokens, {width}]")
+            actual = f"{len(hidden_states)} tensors {[tuple(state.shape) for state in hidden_states[:2]]}..."
+            raise ProbeError(f"hidden_states has {actual}; it must have {layers} tensors [batch, tokens, {width}]")
         return torch.stack([hidden_states[layer] for layer in self.layer_indices])
 
     # Groups of layers, while the LM runs
@@ -313,7 +324,7 @@ class ProbeModel(nn.Module):
         Half precision, where the kind reads it and there are many tokens, makes the head's products several times as fast,
         and rounds less than the LM itself.
         """
-        half = x.dtype in _HALF and self.token_stage.half and self.config.normalize != "none"
+        half = x.dtype in _HALF and self.token_stage.reads_half and self.config.normalize != "none"
         half = half and x.shape[1] * x.shape[2] > _FEW_TOKENS
         return self.config.normalize, x.dtype if half else torch.float32, self.device
 
@@ -322,7 +333,6 @@ class ProbeModel(nn.Module):
         kind, dtype, device = self.input_format(x)
         return normalize(x.to(device, dtype), kind)
 
-    @without_autocast
     def step(
         self,
         state: ProbeState,
@@ -351,13 +361,13 @@ class ProbeModel(nn.Module):
             x = x[as_slice(places)]
         first = self._slots[layers[places[0]]]
         slots = slice(first, first + len(places))
-        earlier = state.tokens.pop(slots)
-        with torch.set_grad_enabled(state.differentiable):
+        with torch.set_grad_enabled(state.differentiable), _without_autocast(self.device):
+            earlier = state.tokens.pop(slots)
             if state.output_attentions:
                 if earlier is not None or not last:
                     raise ProbeError("output_attentions needs the prompt in one pass, without cache")
                 state.weights.put(slots, self.token_stage.weights(x, token_mask, slots))
-            if self.novelty is not None:
+            if self.novelty is not None and state.means is not None:
                 self.novelty.update(state.means, slots, x, token_mask)
             seen = self.token_stage.update(earlier, x, token_mask, slots)
             if state.keep or not last:
@@ -365,14 +375,13 @@ class ProbeModel(nn.Module):
             else:  # of the tokens nothing is kept
                 state.summaries.put(slots, self.token_stage.result(seen, slots))
 
-    @without_autocast
     def finish(self, state: ProbeState) -> ProbeOutput:
         """Score what `step` has read so far: logits `[batch, num_labels]`.
 
         Raises:
             ProbeError: not every layer has been read.
         """
-        with torch.set_grad_enabled(state.differentiable):
+        with torch.set_grad_enabled(state.differentiable), _without_autocast(self.device):
             summaries, weights = state.summaries.joined(), state.weights.joined()
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))
@@ -380,7 +389,7 @@ class ProbeModel(nn.Module):
                 raise ProbeError(f"not all of {state.num_slots} layers have been read")
             output = self.score_summaries(summaries, output_attentions=state.output_attentions)
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
-            if self.novelty is not None:
+            if self.novelty is not None and state.means is not None:
                 output.means = MeanStates(self.novelty, *state.means.joined())
         return output
 

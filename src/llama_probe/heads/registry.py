@@ -7,27 +7,29 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import ProbeError
 
+
+Kind = TypeVar("Kind", bound=type)
 
 _PROBE_TYPES: dict[str, type[Any]] = {}
 # Kinds of earlier versions, with what is in their place.
 _GONE = {"muli": "a baseline of examples/paper"}
 
 
-def register_probe_type(name: str):
+def register_probe_type(name: str) -> Callable[[Kind], Kind]:
     """Return a class decorator that makes an `Aggregator` available as `ProbeConfig(probe_type=name)`.
 
     Raises:
         ValueError: the name already belongs to another class.
     """
 
-    def register(cls):
+    def register(cls: Kind) -> Kind:
         known = _PROBE_TYPES.get(name)
         if known is not None and known.__qualname__ != cls.__qualname__:
             raise ValueError(f"probe_type {name!r} is taken by {known.__name__}; register under another name")
@@ -51,7 +53,7 @@ def get_probe_type(name: str) -> type[Any]:
     return _PROBE_TYPES[name]
 
 
-def import_kinds(path: str | os.PathLike) -> None:
+def import_kinds(path: str | os.PathLike[str]) -> None:
     """Run a Python file that registers kinds of head. It has the rights of this process: run only what you trust.
 
     Raises:
@@ -65,6 +67,8 @@ def import_kinds(path: str | os.PathLike) -> None:
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ProbeError(f"{path} is not a Python file: its name must end in .py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         with _as_package():
@@ -79,13 +83,13 @@ def import_kinds(path: str | os.PathLike) -> None:
 def kind_code(probe_type: str) -> bytes | None:
     """Return the source file of a kind from outside the package; None for the package's own and those typed into a session."""
     kind = get_probe_type(probe_type)
-    own = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
-    file = None if own or kind.__module__ == "__main__" else inspect.getsourcefile(kind)
+    is_ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    file = None if is_ours or kind.__module__ == "__main__" else inspect.getsourcefile(kind)
     return None if file is None else Path(file).read_bytes()
 
 
 @contextmanager
-def _as_package() -> Iterator[None]:
+def _as_package() -> Generator[None]:
     """Let `from llama_probe.heads import ...` find this copy of the code, even in a Hub repository."""
     if __name__ == "llama_probe.heads.registry":
         yield

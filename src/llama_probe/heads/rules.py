@@ -21,6 +21,9 @@ RenderedFormat = Literal["chat", "raw"]
 PROMPT_FORMATS = get_args(RenderedFormat)
 UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 
+# What a field may hold: a description and a check.
+Rule = tuple[str, Callable[[Any], bool]]
+
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
 MAX_SIZE = 2**20
 
@@ -90,18 +93,17 @@ def _are_layers(value: Any) -> bool:
     return value == "all" or (_are_ids(value) and len(set(value)) == len(value) > 0)
 
 
-def _one_of(*allowed: str) -> tuple[str, Callable[[Any], bool]]:
-    return f"one of {', '.join(allowed)}", lambda value: value in allowed
+def _one_of(*allowed: str) -> Rule:
+    return f"one of {', '.join(allowed)}", allowed.__contains__
 
 
 _SIZE = (f"a whole number from 1 to {MAX_SIZE}", _is_int)
-_RATE = ("a number at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
+_RATE: Rule = ("a number at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
 _NAME = ("text without line breaks, control characters and characters that reorder text (U+202E)", _is_name)
 _NAMED = [f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")]
 _NAMED += ["chat_template_hash", "weights_sha256", "llama_probe_version", "transformers_version"]
 
-# The rule of each field: a description and a check.
-RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+RULES: dict[str, Rule] = {
     "problem_type": _one_of(*get_args(ProblemType)),
     "pool": _one_of(*get_args(Pool)),
     "normalize": _one_of(*get_args(Normalize)),
@@ -164,9 +166,9 @@ def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tup
     if id2label is None:
         return num_labels or 2, {index: f"LABEL_{index}" for index in range(num_labels or 2)}
     by_text = {str(index): name for index, name in id2label.items()} if isinstance(id2label, dict) else {}
-    labels = {index: by_text.get(str(index)) for index in range(len(by_text))}
-    if not labels or len(labels) != len(id2label) or None in labels.values():
+    if not by_text or by_text.keys() != {str(index) for index in range(len(id2label))}:
         raise ProbeError(f"id2label={id2label!r} must be a dict of label names by index: 0, 1, 2, ...")
+    labels = {index: by_text[str(index)] for index in range(len(by_text))}
     if wrong := [name for name in labels.values() if not _is_name(name)]:
         raise ProbeError(f"id2label has the name {wrong[0]!r}; it must be {_NAME[0]}")
     if len(set(labels.values())) != len(labels):

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..files import (
+    Content,
     check_writable,
     current_file,
     folder_state,
@@ -53,7 +54,7 @@ _MAX_HEADER = 2**20  # bytes; that of a head has some thousand
 
 
 def save_head(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     config: ProbeConfig,
     tensors: Mapping[str, torch.Tensor],
     results: dict[str, Any] | None = None,
@@ -80,7 +81,7 @@ def save_head(
     saved = config.replace(
         weights_sha256=digest, llama_probe_version=package_version(), transformers_version=transformers.__version__
     )
-    contents = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
+    contents: dict[str, Content] = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
     if (code := kind_code(config.probe_type)) is not None:
         contents[CODE_NAME] = code
     plots: list[str] = []
@@ -119,9 +120,9 @@ def read_settled(folder: Path, read: Callable[[], T]) -> T:
     for _ in range(_TRIES):
         before = folder_state(folder, CONFIG_NAME)
         try:
-            found = read()
+            content = read()
             if folder_state(folder, CONFIG_NAME) == before:
-                return found
+                return content
         except ProbeError:
             time.sleep(_PAUSE)
             if folder_state(folder, CONFIG_NAME) == before:
@@ -130,7 +131,7 @@ def read_settled(folder: Path, read: Callable[[], T]) -> T:
 
 
 def read_tensors(
-    folder: str | os.PathLike, config: ProbeConfig, shapes: Mapping[str, torch.Size]
+    folder: str | os.PathLike[str], config: ProbeConfig, shapes: Mapping[str, torch.Size]
 ) -> dict[str, torch.Tensor]:
     """Read the weights of a head folder, on the CPU.
 
@@ -161,8 +162,8 @@ def read_tensors(
         raise ProbeError(f"{path} does not fit its config: missing {missing[:4]}, unexpected {unexpected[:4]}")
     for name, tensor in tensors.items():
         if tensor.shape != shapes[name] or tensor.dtype != torch.float32:
-            found = f"{name} has the shape {list(tensor.shape)} and is {tensor.dtype}"
-            raise ProbeError(f"{path}: {found}; its config asks for {list(shapes[name])}, torch.float32")
+            actual = f"{name} has the shape {list(tensor.shape)} and is {tensor.dtype}"
+            raise ProbeError(f"{path}: {actual}; its config asks for {list(shapes[name])}, torch.float32")
     if config.weights_sha256 is None:
         logger.warning(f"{path}: its config has no weights_sha256, so a change of the weights would not be noticed")
     elif hashlib.sha256(content).hexdigest() != config.weights_sha256:

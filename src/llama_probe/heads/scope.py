@@ -42,17 +42,20 @@ def token_mask(
     """
     if config.token_scope == "response":
         raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
-    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    finds_turns = config.token_scope in TURN_SCOPES and config.turn_markers is not None
-    if config.token_scope == "prompt" or not (finds_turns or config.prefix_ids):
-        return mask
+    markers = config.turn_markers if config.token_scope in TURN_SCOPES else None
+    is_whole = config.token_scope == "prompt" or not (markers or config.prefix_ids)
+    if is_whole and attention_mask is not None:
+        return attention_mask.bool()
     if input_ids is None:
         raise ProbeError(f"token_scope={config.token_scope!r} needs input_ids, or probe_mask=[batch, tokens]")
-    if finds_turns:
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if is_whole:
+        return mask
+    if markers is not None:
         known = input_ids.shape[1] if partial_prompt else seen
         # Padding may have the id of a marker.
         ids = input_ids if attention_mask is None else input_ids.masked_fill(~mask.to(input_ids.device), -1)
-        return mask & turn_mask(config.token_scope, config.turn_markers, ids, known).to(mask.device)
+        return mask & turn_mask(config.token_scope, markers, ids, known).to(mask.device)
     prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
     count, width = len(config.prefix_ids), input_ids.shape[1]
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding

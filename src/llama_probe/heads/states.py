@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 
 
@@ -18,16 +15,3 @@ def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
     if kind == "rms":
         return torch.rms_norm(x, x.shape[-1:], eps=1e-6)
     return x
-
-
-def without_autocast(method: Callable) -> Callable:
-    """Switch `torch.autocast`, which is meant for the LM, off in a method of an object with a `device`."""
-
-    @functools.wraps(method)
-    def apart(self, *args, **kwargs):
-        if not torch.is_autocast_enabled(self.device.type):
-            return method(self, *args, **kwargs)
-        with torch.autocast(self.device.type, enabled=False):
-            return method(self, *args, **kwargs)
-
-    return apart

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from .aggregator import join_slots, take_slots
+from .aggregator import State, join_slots, take_slots
 
 
 class SlotStates:
     """States of several slots, cut and joined as groups of slots need. `state` is that of all, as `joined` returned it."""
 
-    def __init__(self, num_slots: int, state: Any = None):
+    def __init__(self, num_slots: int, state: State = None):
         self.num_slots = num_slots
-        self._parts: dict[tuple[int, int], Any] = {} if state is None else {(0, num_slots): state}
+        self._parts: dict[tuple[int, int], State] = {} if state is None else {(0, num_slots): state}
 
-    def pop(self, slots: slice) -> Any:
+    def pop(self, slots: slice) -> State:
         """Remove and return the state of consecutive slots; `None` if they have read nothing."""
-        found = []
+        states = []
         for first, stop in sorted(self._parts):
             if stop <= slots.start or slots.stop <= first:
                 continue
@@ -25,14 +24,14 @@ class SlotStates:
             for low, high in ((first, slots.start), (slots.stop, stop)):
                 if low < high:
                     self._parts[low, high] = take_slots(part, slice(low - first, high - first))
-            found.append(take_slots(part, slice(max(first, slots.start) - first, min(stop, slots.stop) - first)))
-        return join_slots(found) if found else None
+            states.append(take_slots(part, slice(max(first, slots.start) - first, min(stop, slots.stop) - first)))
+        return join_slots(states) if states else None
 
-    def put(self, slots: slice, state: Any) -> None:
+    def put(self, slots: slice, state: State) -> None:
         """Store the state of the slots that `pop` returned before."""
         self._parts[slots.start, slots.stop] = state
 
-    def joined(self) -> Any:
+    def joined(self) -> State:
         """Return the state of all slots, as one; `None` if nothing has been read."""
         state = self.pop(slice(0, self.num_slots))
         if state is not None:
@@ -64,7 +63,7 @@ class ProbeState:
         self,
         num_slots: int,
         num_means: int = 0,
-        state: Any = None,
+        state: State = None,
         keep: bool = False,
         output_attentions: bool = False,
         differentiable: bool = False,
@@ -76,7 +75,7 @@ class ProbeState:
         self.means = SlotStates(num_means, means) if num_means else None
         self.summaries, self.weights = SlotStates(num_slots), SlotStates(num_slots)
 
-    def joined(self) -> Any:
+    def joined(self) -> State:
         """Return what all slots keep, as one; `None` if nothing has been read."""
         tokens = self.tokens.joined()
         return tokens if self.means is None or tokens is None else (tokens, self.means.joined())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -12,12 +12,18 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+
+class TurnMarker(TypedDict):
+    """The opening of a turn: token ids, and the number of tokens behind them that may merge with the text."""
+
+    ids: list[int]
+    skip: int
+
+
 TURN_ROLES = ("user", "tool", "assistant", "system")  # a tool's result comes from outside, as a user's text does
 
 
-def turn_mask(
-    scope: str, markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tensor, known: int = 0
-) -> torch.Tensor:
+def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Tensor, known: int = 0) -> torch.Tensor:
     """Return the tokens of the turns that a scope names: `[batch, tokens]` bool, on the device of the ids.
 
     A turn begins behind its opening marker and ends where the next one begins: a user's turn holds the markers that close it
@@ -35,10 +41,10 @@ def turn_mask(
     begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
     # A turn without a token is none; an opened reply without one is the generation prompt.
     followed = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1) >= 0
-    begins = {role: found if role == "assistant" else found & followed for role, found in begins.items()}
+    begins = {role: places if role == "assistant" else places & followed for role, places in begins.items()}
     if "tool" in markers:
         begins["user"] = begins["user"] & ~_tools_as_users(markers, begins["tool"])
-    marked = _running_max(sum(found * 1 for found in begins.values()))[:, -1:] > 0
+    marked = np.any(list(begins.values()), axis=(0, 2))[:, None]  # [B, 1]
     if not marked.all():
         logger.warning_once(
             "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for the user's turn reads "
@@ -50,14 +56,14 @@ def turn_mask(
     return torch.from_numpy(mask).to(input_ids.device)
 
 
-def marker_mask(markers: Mapping[str, Mapping[str, Any]], input_ids: torch.Tensor) -> torch.Tensor:
+def marker_mask(markers: Mapping[str, TurnMarker], input_ids: torch.Tensor) -> torch.Tensor:
     """Return which tokens `[batch, tokens]` are of a marker, on the CPU."""
-    found = np.zeros(input_ids.shape, dtype=bool)
+    mask = np.zeros(input_ids.shape, dtype=bool)
     for marker in markers.values():
         width = len(marker["ids"]) + marker["skip"]
         for row, behind in zip(*_begins(marker, input_ids.cpu().numpy()).nonzero(), strict=True):
-            found[row, behind - width : behind] = True
-    return torch.from_numpy(found)
+            mask[row, behind - width : behind] = True
+    return torch.from_numpy(mask)
 
 
 def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
@@ -79,17 +85,17 @@ def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
     return (in_user > before) | (is_cut & (last == 0))
 
 
-def _begins(marker: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+def _begins(marker: TurnMarker, ids: np.ndarray) -> np.ndarray:
     """Return where a turn begins behind a marker: `[batch, tokens + 1]` bool. The last place is behind all tokens."""
     size, width = len(marker["ids"]), len(marker["ids"]) + marker["skip"]
     padded = np.pad(ids, ((0, 0), (width, 0)), constant_values=-1)  # -1 is no token
     windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)  # [B, T + 1, width]
     opening = np.array(marker["ids"])
-    found = (windows[:, :, :size] == opening).all(2)
-    return found & (windows[:, :, size:] >= 0).all(2) if marker["skip"] else found
+    opened = (windows[:, :, :size] == opening).all(2)
+    return opened & (windows[:, :, size:] >= 0).all(2) if marker["skip"] else opened
 
 
-def _tools_as_users(markers: Mapping[str, Mapping[str, Any]], tool: np.ndarray) -> np.ndarray:
+def _tools_as_users(markers: Mapping[str, TurnMarker], tool: np.ndarray) -> np.ndarray:
     """Return where a user's marker is the beginning of a tool's."""
     user = markers["user"]
     longer = len(markers["tool"]["ids"]) - len(user["ids"]) - user["skip"]

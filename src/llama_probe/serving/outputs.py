@@ -56,7 +56,7 @@ class TokenScores:
     counted: torch.Tensor
 
 
-class ProbedOutputMixin(DecidedMixin):
+class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
     """An output of the LM with the results of its heads.
 
     Attributes:
