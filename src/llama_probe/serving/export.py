@@ -18,7 +18,7 @@ from ..files import check_new_folder, new_folder, package_version, settle, write
 from ..heads.configuration import read_config
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
-from ..hub.card import card_template, example_chat, write_card
+from ..hub.card import card_template, write_card
 from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, list_heads, read_results
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import HubReference, commit_files
@@ -186,14 +186,12 @@ def _card(
         rows.append({"name": head, "config": config, "facts": facts, "alone": alone})
     first = rows[0]["config"]
     chat = bool(tokenizer.chat_template) and first.prompt_format != "raw"
-    prompt = example_chat(first.system_prompt) if chat else '"Write me a short poem about rain."'
     text = card_template(_CARD).render(
         metadata=metadata.to_yaml(),
         heads=rows,
         base=base_model,
         name=name,
         chat=chat,
-        prompt=prompt,
         version=package_version(),
     )
     return f"{text}\n"

@@ -19,7 +19,6 @@ from ..data.sources import Source
 from ..data.texts import Labels, benchmark_splits
 from ..errors import ProbeError, first_line
 from ..heads.configuration import ProbeConfig
-from ..hub.card import CardFacts
 from ..hub.folder import RECIPE_NAME
 from .defaults import check_head, check_numbers
 from .search import Search
@@ -107,6 +106,29 @@ class Measure:
     def __post_init__(self):
         if unknown := sorted(set(self.quantised) - {"int8", "int4"}):
             raise ProbeError(f"quantised={unknown} is not allowed; allowed: int8, int4")
+
+
+@dataclass
+class CardFacts:
+    """Facts for a card beside the measurements.
+
+    Attributes:
+        license: SPDX id for the head: the stricter one of the backbone's and the data's.
+        dataset: Hub id of the training data.
+        dataset_name: name of the training data in a sentence.
+        data_note: licence and origin of the data, as a sentence.
+        language: language of the data.
+        limits: cases that the head was not tested on, a line each.
+        command: the command that made the head.
+    """
+
+    license: str | None = None
+    dataset: str | None = None
+    dataset_name: str | None = None
+    data_note: str | None = None
+    language: str | None = None
+    limits: list[str] = field(default_factory=list)
+    command: str | None = None
 
 
 @dataclass(kw_only=True)

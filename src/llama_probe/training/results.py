@@ -25,11 +25,12 @@ from ..evaluation.report import inspect_head, report
 from ..files import environment, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
-from ..hub.card import CardFacts, write_card
+from ..hub.card import write_card
 from ..hub.folder import RECIPE_NAME
 from .arguments import ProbeTrainingArguments
 from .measure import measure
 from .prepared import PreparedRun
+from .recipe import CardFacts
 from .rows import TrainingRows, labels_of
 
 

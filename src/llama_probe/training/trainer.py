@@ -37,7 +37,6 @@ from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..heads.rules import PROMPT_FORMATS
-from ..hub.card import CardFacts
 from .arguments import ProbeTrainingArguments
 from .defaults import MAX_LENGTH, SEARCH_SPACE, complete_head, head_config
 from .estimate import free_bytes
@@ -45,7 +44,7 @@ from .head_group import GroupLoss, HeadGroup
 from .loss import ProbeLoss
 from .prepared import PreparedRun
 from .progress import KeepBest, Progress, read_progress, write_progress
-from .recipe import Recipe
+from .recipe import CardFacts, Recipe
 from .results import Finished, add_results, decide, finish
 from .rows import TrainingRows, as_dataset, labels_of
 
