@@ -10,6 +10,7 @@ from huggingface_hub.utils import _http
 from transformers import AutoModel
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.backbone.loading import read_target
 from llama_probe.heads.match import describe
 from llama_probe.hub import resolve
 from llama_probe.hub.folder import CONFIG_NAME, WEIGHTS_NAME
@@ -131,7 +132,7 @@ class TestBundledAliases:
             base = f"org/{place.strip('/').title() or 'Demo'}"
             config = ProbeConfig(probe_type="gate", base_model_name_or_path=base)
             save_head(ProbeModel(describe(make_lm(seed, **sizes), config)), bundle / f"{place}safety-multimax")
-        monkeypatch.setattr(resolve, "_bundle", lambda: bundle)
+        monkeypatch.setattr(resolve, "BUNDLE", bundle)
         return bundle
 
     @pytest.mark.parametrize("alias, name", [*ALIASES.items(), ("toxicchat-gate", "toxicchat-gate")])
@@ -150,7 +151,7 @@ class TestBundledAliases:
             (Target("/models/twin-Q4_K_M.gguf", 32, 4), "twin/safety-multimax"),
             (Target("me/renamed", 16, 4, model_type="llama"), "small/safety-multimax"),
             (Target(None, 16, 4), "small/safety-multimax"),
-            (Target.read("/models/Small.Q4_1.gguf", {}, HubOptions()), "small/safety-multimax"),
+            (read_target("/models/Small.Q4_1.gguf"), "small/safety-multimax"),
         ],
     )
     @pytest.mark.parametrize("alias", ["safety", "safety-multimax"])
@@ -234,7 +235,7 @@ class TestAliasesOfTheBackbonesOwnHeads:
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: pytest.fail("the client repeats its request"))
         with hub.down():
             assert resolve_head("mood", target) == cached
-            with pytest.raises(ProbeError, match=r"org/tiny:moood is not in the cache"):
+            with pytest.raises(ProbeError, match=r"org/tiny:moood is not a head"):
                 resolve_head("moood", target)
             with pytest.raises(ProbeError, match=r"alice/tiny-probes:moood is not in"):
                 resolve_head("alice/tiny-probes:moood")

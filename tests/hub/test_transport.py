@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -124,34 +123,33 @@ class TestPull:
         hub.faults.clear()
         assert ProbeModel.from_pretrained(head)
 
-    @pytest.mark.parametrize("damage, hits", [("truncate", 1), ("wrong sha", 2)])
-    def test_every_download_is_damaged(self, hub, head, damage, hits):
-        fault = hub.fault(damage, path=WEIGHTS_NAME, times=None, declared=False)
-        with pytest.raises(ProbeError, match=rf"{WEIGHTS_NAME} .*(could not be fetched|arrived damaged twice)"):
-            ProbeModel.from_pretrained(head)
-        assert fault.hits == hits
-        hub.faults.clear()
-        assert ProbeModel.from_pretrained(head), "nothing damaged was kept"
+    def test_a_damaged_head_is_refused_until_it_is_fetched_again(self, hub, head):
+        hub.fault("wrong sha", path=WEIGHTS_NAME)
+        for _ in range(2):
+            with pytest.raises(ProbeError, match=f"{WEIGHTS_NAME}.*force_download"):
+                ProbeModel.from_pretrained(head)
+        assert same_weights(ProbeModel.from_pretrained(head, force_download=True), make_probe())
 
-    @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, "README.md"])
-    def test_a_wrong_bit_on_the_way_or_in_the_cache(self, hub, head, name):
-        fault = hub.fault("wrong sha", path=name)
-        folder = download_head(HubReference(head))
-        assert fault.hits == 1 and same_weights(ProbeModel.from_pretrained(head), make_probe())
-        content = (folder / name).read_bytes()
-        (folder / name).resolve().write_bytes(content[:-1] + b"~")
-        assert (download_head(HubReference(head)) / name).read_bytes() == content
-
-    @pytest.mark.parametrize("how", ["run", "drip"])
-    def test_a_hub_that_never_ends(self, hub, head, how, monkeypatch):
-        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    @pytest.mark.parametrize("fault", ["truncate", "run"])
+    def test_a_hub_that_breaks_off_or_never_ends(self, hub, head, fault, monkeypatch):
         done = threading.Event()
-        fault = hub.fault(how, times=None, action=lambda: done.wait(20))
-        start = time.monotonic()
-        with pytest.raises(ProbeError, match="HF_HUB_DOWNLOAD_TIMEOUT"):
+        options = {"declared": False} if fault == "truncate" else {"action": lambda: done.wait(20)}
+        injected = hub.fault(fault, method="GET", path=WEIGHTS_NAME, times=None, **options)
+        with monkeypatch.context() as patch, pytest.raises(ProbeError, match="could not be fetched"):
+            patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
             ProbeModel.from_pretrained(head)
         done.set()
-        assert fault.hits and time.monotonic() - start < 5
+        hub.faults.clear()
+        assert injected.hits and same_weights(ProbeModel.from_pretrained(head), make_probe()), "no part was kept"
+
+    def test_a_connection_that_breaks_once_is_mended(self, hub, head):
+        fault = hub.fault("truncate", path=WEIGHTS_NAME)
+        assert same_weights(ProbeModel.from_pretrained(head), make_probe()) and fault.hits
+
+    def test_a_renamed_repository(self, hub, head):
+        hub.renamed["alice/old"] = head
+        for _ in range(2):
+            assert same_weights(ProbeModel.from_pretrained("alice/old"), make_probe())
 
 
 class TestRevisions:

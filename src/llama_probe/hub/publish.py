@@ -15,8 +15,8 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..files import check_new_folder, check_writable, current_file, new_folder
-from .card import has_own_card, is_hub_id, read_card, write_card
-from .folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, RESULTS_NAME, read_config_values
+from .card import head_metadata, is_hub_id, read_card, write_card
+from .folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, RESULTS_NAME, read_config_values, read_json
 from .resolve import default_name
 from .transport import HubOptions, HubReference, commit_files, download_head, full_repo_id
 
@@ -29,13 +29,12 @@ def push_folder(
     repo_id: str,
     *,
     subfolder: str | None = None,
-    private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
     commit_message: str | None = None,
     tags: str | Sequence[str] | None = None,
     license: str | None = None,
+    **kwargs,
 ) -> CommitInfo:
     """Upload a head folder in one commit: config, weights and card, with the results and plots that it holds.
 
@@ -46,10 +45,10 @@ def push_folder(
         folder: a head folder.
         repo_id: `user/name`; created if it does not exist.
         subfolder: folder in the repository, so that it can hold several heads. Defaults to the root.
-        private, token, revision, create_pr, commit_message: as in `PreTrainedModel.push_to_hub`.
         tags: further tags for the card.
         license: SPDX id for the head: the stricter one of the backbone's and the data's. A warning is logged if
             neither this nor the results give one.
+        token, revision, commit_message, kwargs: see `commit_files`; kwargs are `private` and `create_pr`.
 
     Raises:
         ProbeError: the folder is not a head, its card cannot be made, a file is a link out of the folder, or the Hub
@@ -63,28 +62,35 @@ def push_folder(
         repo_id = full_repo_id(repo_id, token)
         reference = HubReference(repo_id, None if (revision or "").startswith("refs/") else revision, subfolder)
         if HubReference.parse(str(reference)) != reference:
-            raise ProbeError(f"{str(reference)!r}: no spaces in subfolder and revision, no : in revision are allowed")
+            raise ProbeError(f"{str(reference)!r} must be user/repo@revision:subfolder, without spaces or a : in them")
         base_model = read_config_values(copy).get("base_model_name_or_path")
         if base_model is not None and not is_hub_id(base_model):
-            logger.warning(
-                f"the card of {reference} names the backbone {base_model!r}: put its Hub id into {CONFIG_NAME}"
-            )
+            logger.warning(f"{reference} names the backbone {base_model!r}: put its Hub id into {CONFIG_NAME}")
             hide_local_path(copy)
-        _finish_card(copy, str(reference), [tags] if isinstance(tags, str) else tags or [], license)
-        names = {name: reference.path(name) for name in HEAD_FILES}
-        files: dict[str, Path | bytes] = {path: copy / name for name, path in names.items() if (copy / name).is_file()}
+        tags = [tags] if isinstance(tags, str) else tags or []
+        write_card(copy, str(reference), license, tags)
+        card = read_card(copy)
+        if tags or license is not None:
+            card.data.license = license or card.data.license
+            card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags])) or None
+            card.save(copy / CARD_NAME)
+        if card.data.license is None:
+            logger.warning(f"{reference} gives no license: pass license=, the stricter of backbone and data")
+        paths = {reference.path(name): copy / name for name in HEAD_FILES}
+        files: dict[str, Path | bytes] = {path: file for path, file in paths.items() if file.is_file()}
         if subfolder is not None:
-            files[CARD_NAME] = _root_card(base_model).encode()
+            metadata = head_metadata(base_model, tags=["llama_probe", "probe"])
+            text = f"Probe heads for {metadata.base_model or 'a causal LM'}, one a folder. Each has its own card."
+            files[CARD_NAME] = f"---\n{metadata.to_yaml()}\n---\n\n{text}\n".encode()
         return commit_files(
             repo_id,
             files,
-            lambda path: path in names.values(),
-            private=private,
+            is_stale=paths.__contains__,
+            only_if_missing=[CARD_NAME] if subfolder else [],
             token=token,
             revision=revision,
-            create_pr=create_pr,
             commit_message=commit_message or f"Upload {folder.resolve().name} with llama_probe",
-            only_if_missing=[CARD_NAME] if subfolder else [],
+            **kwargs,
         )
 
 
@@ -138,17 +144,16 @@ def check_links(folder: Path, files: Iterable[str]) -> None:
 
 def hide_local_path(folder: Path) -> None:
     """Replace the path of the backbone on this machine by its last part, in the files of a head that others will see."""
-    config = read_config_values(folder)
-    path = config["base_model_name_or_path"]
+    path = read_config_values(folder)["base_model_name_or_path"]
     if not isinstance(path, str) or is_hub_id(path):
         return
-    name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-    text = json.dumps(config | {"base_model_name_or_path": name}, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-    results = folder / RESULTS_NAME
-    if results.is_file():
-        old, new = (json.dumps(word, ensure_ascii=False)[1:-1] for word in (path, name))
-        results.write_text(results.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    old, new = (
+        json.dumps(text, ensure_ascii=False)[1:-1] for text in (path, re.split(r"[/\\]", path.rstrip("/\\"))[-1])
+    )
+    for file in (folder / CONFIG_NAME, folder / RESULTS_NAME):
+        if file.is_file():
+            text = json.dumps(read_json(file), indent=2, ensure_ascii=False).replace(old, new)
+            file.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _copy_head(source: Path, target: Path) -> None:
@@ -157,23 +162,3 @@ def _copy_head(source: Path, target: Path) -> None:
     for file in HEAD_FILES:
         if os.path.isfile(path := current_file(source, file)):
             shutil.copyfile(path, target / file)
-
-
-def _finish_card(folder: Path, source: str, tags: Sequence[str], license: str | None) -> None:
-    if not has_own_card(folder):
-        write_card(folder, source, license, tags)
-    card = read_card(folder)
-    if tags or license is not None:
-        card.data.license = license or card.data.license
-        card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags])) or None
-        card.save(folder / CARD_NAME)
-    if card.data.license is None:
-        logger.warning(f"the card of {source} gives no license: pass license=, the stricter of backbone and data")
-
-
-def _root_card(base_model: str | None) -> str:
-    metadata = f"base_model: {base_model}\nbase_model_relation: adapter\n" if is_hub_id(base_model) else ""
-    return (
-        f"---\n{metadata}library_name: llama_probe\npipeline_tag: text-classification\ntags:\n- llama_probe\n- probe\n---\n\n"
-        f"Probe heads for {base_model if is_hub_id(base_model) else 'a causal LM'}, one a folder. Each has its own card."
-    )

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import nn
 
 from ..errors import ProbeError
-from .folder import list_heads, read_config_values
-from .transport import HubOptions, HubReference, check_subfolder, download_head, without_waiting
+from .folder import CONFIG_NAME, list_heads, read_config_values
+from .transport import HubOptions, HubReference, check_subfolder, download_head
 
 
+# Holds a folder for each head of the demo backbone, and one for each other backbone. A checkout has it beside src.
+BUNDLE = Path(__file__).resolve().parents[1] / "hub_cards"
+BUNDLE = BUNDLE if BUNDLE.is_dir() else BUNDLE.parents[2] / "hub_cards"
 # Bundled heads by their shorter alias, which is the name of their recipe too.
 ALIASES = {
     "beavertails": "beavertails-mha",
@@ -49,46 +50,17 @@ class Target:
     revision: str | None = None
     model_type: str | None = None
 
-    @classmethod
-    def read(cls, name_or_path: str | os.PathLike, kwargs: Mapping[str, Any], options: HubOptions) -> Target | None:
-        """Read the target from a backbone's `config.json`; None if that has no sizes.
-
-        `kwargs` are those of its `from_pretrained`, for `revision` and `subfolder`.
-        """
-        revision = kwargs.get("revision")
-        if str(name_or_path).endswith(".gguf"):  # reading it takes half a minute
-            return cls(str(name_or_path), None, None, revision)
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                name_or_path,
-                revision=revision,
-                subfolder=kwargs.get("subfolder") or "",
-                token=options.token,
-                cache_dir=options.cache_dir,
-                local_files_only=options.local_files_only,
-                trust_remote_code=False,
-            )
-            text = config.get_text_config(decoder=True)
-            return cls(str(name_or_path), text.hidden_size, text.num_hidden_layers, revision, config.model_type)
-        except (OSError, ValueError, AttributeError):  # a LoRA folder, remote code: loading tells what is wrong
-            return None
-
     def fits(self, hidden_size: int | None, num_hidden_layers: int | None) -> bool:
         """Return True if a head of these sizes fits this backbone, as far as its sizes are known."""
-        sizes = (self.hidden_size, self.num_hidden_layers)
-        return sizes == (hidden_size, num_hidden_layers) or self.hidden_size is None
+        return self.hidden_size is None or (self.hidden_size, self.num_hidden_layers) == (
+            hidden_size,
+            num_hidden_layers,
+        )
 
 
 def model_name(name_or_path: str) -> str:
     """Return a model's name in lower case, without owner, folders and the precision of a GGUF file."""
     return _PRECISION.sub("", Path(name_or_path).name.lower())
-
-
-def _bundle() -> Path | None:
-    """Return the folder `hub_cards`: a folder for each head of the demo backbone, and one for each other backbone."""
-    package = Path(__file__).resolve().parents[1]
-    # An editable install or a checkout has the second.
-    return next((path / "hub_cards" for path in (package, package.parents[1]) if (path / "hub_cards").is_dir()), None)
 
 
 def bundled_heads(target: Target | None = None) -> dict[str, Path]:
@@ -97,27 +69,23 @@ def bundled_heads(target: Target | None = None) -> dict[str, Path]:
     Without a target these are all: `NAME` for the demo backbone, `BACKBONE/NAME` for another one. With a target they are
     those of its backbone, by `NAME`: the one of its name, or else the only one of its sizes and type.
     """
-    if (bundle := _bundle()) is None:
-        return {}
-    heads = list_heads(bundle)
-    for folder in sorted(path for path in bundle.iterdir() if path.is_dir() and path.name not in heads):
-        heads |= {f"{folder.name}/{name}": head for name, head in list_heads(folder).items()}
+    configs = [path for depth in ("*", "*/*") for path in sorted(BUNDLE.glob(f"{depth}/{CONFIG_NAME}"))]
+    heads = {path.parent.relative_to(BUNDLE).as_posix(): path.parent for path in configs}
     if target is None:
         return heads
     by_backbone: dict[str, dict[str, Path]] = {}
     for folder in heads.values():
         config = read_config_values(folder)
-        is_type = target.model_type in (None, config["base_model_type"])
-        if is_type and target.fits(config["hidden_size"], config["num_hidden_layers"]):
+        fits = target.fits(config["hidden_size"], config["num_hidden_layers"])
+        if fits and target.model_type in (None, config["base_model_type"]):
             by_backbone.setdefault(model_name(config["base_model_name_or_path"]), {})[folder.name] = folder
-    if len(by_backbone) == 1:
-        return next(iter(by_backbone.values()))
-    return by_backbone.get(model_name(target.name_or_path or ""), {})
+    only = next(iter(by_backbone.values())) if len(by_backbone) == 1 else {}
+    return by_backbone.get(model_name(target.name_or_path or ""), only)
 
 
 def bundled_alias(source: str | os.PathLike, folder: Path) -> str | None:
     """Return a source if it is an alias that `resolve_head` found among the bundled heads, in `folder`."""
-    return source if is_alias(source) and _bundle() in folder.parents else None
+    return source if is_alias(source) and BUNDLE in folder.parents else None
 
 
 def resolve_head(
@@ -154,7 +122,7 @@ def resolve_head(
             f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder); "
             f"bundled heads: {', '.join(_bundled_names())}"
         )
-    return download_head(reference, without_waiting(reference, options), only_config=only_config)
+    return download_head(reference, options, only_config=only_config)
 
 
 def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_config: bool) -> Path:
@@ -163,35 +131,34 @@ def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_
         if options.revision is None:
             return bundled
         raise ProbeError(f"probe={alias!r} is a bundled head and has no revision {options.revision!r}")
-    elsewhere = []  # heads that exist there, for the message
+    details = []  # heads that exist elsewhere
     if backbone and os.path.isdir(backbone):
         heads = list_heads(backbone)
         if alias in heads:
             return heads[alias]
-        elsewhere = [f"in {backbone}: {', '.join(heads)}"] if heads else []
-    elif backbone and backbone.count("/") == 1 and not os.path.exists(backbone):
+        details = [f"in {backbone}: {', '.join(heads)}"] if heads else []
+    elif backbone and not os.path.exists(backbone) and HubReference.parse(backbone):
         # One repository holds both: the head and the backbone come from the same commit.
         reference = HubReference(backbone, options.revision or target.revision, alias)
         try:
-            return download_head(reference, without_waiting(reference, options), only_config=only_config)
+            return download_head(reference, options, only_config=only_config)
         except ProbeError as error:
-            elsewhere = [str(error)]
-    raise ProbeError(no_bundled_head(alias, backbone, *elsewhere))
+            details = [str(error)]
+    raise ProbeError(no_bundled_head(alias, backbone, *details))
 
 
 def no_bundled_head(alias: str, backbone: str | None, *details: str) -> str:
     """Return the message that an alias names no head for a backbone, with the command that makes one."""
-    names = (alias, ALIASES.get(alias))
-    configs = [read_config_values(folder) for folder in bundled_heads().values() if folder.name in names]
-    if not configs:
+    folders = [folder for folder in bundled_heads().values() if folder.name in (alias, ALIASES.get(alias))]
+    if not folders:
         known = f"bundled heads: {', '.join(_bundled_names())}"
         return "; ".join([f"probe={alias!r} is neither a folder nor a bundled head", known, *details])
+    bases = dict.fromkeys(Path(read_config_values(folder)["base_model_name_or_path"]).name for folder in folders)
     backbone = backbone or "this backbone"
-    bases = ", ".join(dict.fromkeys(Path(config["base_model_name_or_path"]).name for config in configs))
-    parts = [f"probe={alias!r}: no bundled head for {backbone}", f"they are for {bases}", *details]
-    if alias in ALIASES:
-        parts.append(f"make one: llama-probe train {alias} --backbone {backbone} --output DIR")
-    return "; ".join(parts)
+    command = [f"make one: llama-probe train {alias} --backbone {backbone} --output DIR"] if alias in ALIASES else []
+    return "; ".join(
+        [f"probe={alias!r}: no bundled head for {backbone}", f"they are for {', '.join(bases)}", *details, *command]
+    )
 
 
 def _bundled_names() -> list[str]:

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
-from contextvars import copy_context
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path, PurePosixPath
-from types import MappingProxyType
-from typing import Any, TypeVar
+from glob import escape
+from pathlib import Path
+from typing import Any
 
-from huggingface_hub import (
-    _CACHED_NO_EXIST,
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelInfo,
-    constants,
-    try_to_load_from_cache,
-)
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -37,22 +22,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import git_hash
-from transformers.utils.hub import extract_commit_hash
+from huggingface_hub.utils import tqdm, validate_repo_id
 
 from ..errors import ProbeError, first_line
 from ..files import package_version
 from .folder import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
 
 
-T = TypeVar("T")
-
-_FAILED = (HTTPError, OSError)  # HTTPError: the Hub cannot be reached; both: it refuses
-_REFUSED = (400, 401, 403, 404, 413, 422)  # answers to a commit after which nothing of it can be there
-_OVERTAKEN = (409, 412)
-_PATIENCE = 5  # times the client's timeout, for all files of a head
+# HTTPError: the Hub cannot be reached; with OSError: it refuses. The other two wrap it, or are about a path or a card.
+_FAILED = (HTTPError, OSError, RuntimeError, ValueError)
 _FOLDER = re.compile(r"(\w[\w.-]*/)*")
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
@@ -76,9 +54,7 @@ class HubReference:
     def parse(cls, text: str) -> HubReference | None:
         """Return the reference that a text spells, or None if it does not look like one."""
         match = _REFERENCE.fullmatch(text)
-        if match is None or text.startswith((".", "/")):
-            return None
-        return cls(**match.groupdict())
+        return None if match is None or text.startswith((".", "/")) else cls(**match.groupdict())
 
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
@@ -116,128 +92,88 @@ class HubOptions:
         return cls(revision, **{name: kwargs[name] for name in names if kwargs.get(name) is not None})
 
 
-def _api(token: str | bool | None) -> HfApi:
+class _NoBar(tqdm):
+    """A progress bar that is not shown: a head is small, and a cached one needs no bar at all."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
+def hub_api(token: str | bool | None) -> HfApi:
+    """Return the Hub's client, which tells the Hub the name and version of this package."""
     return HfApi(token=token, library_name="llama_probe", library_version=package_version())
 
 
 def check_subfolder(subfolder: str | None) -> None:
     """Raise `ProbeError` unless a subfolder is None or a plain relative path inside its repository."""
-    if subfolder is None:
-        return
-    path = PurePosixPath(subfolder)
-    plain = "\\" not in subfolder and ":" not in subfolder and str(path) == subfolder
-    if not plain or path.is_absolute() or not path.parts or ".." in path.parts:
+    if subfolder is not None and (re.search(r"[\\:]", subfolder) or {"", ".", ".."} & set(subfolder.split("/"))):
         raise ProbeError(f"subfolder={subfolder!r} must be a relative path inside the repository")
 
 
 def download_head(reference: HubReference, options: HubOptions = HubOptions(), *, only_config: bool = False) -> Path:
-    """Fetch the files of a head, or its config alone, all of one commit, into the Hub's cache.
+    """Fetch a head, or its config alone, all of one commit, into the Hub's cache, and return its folder there.
 
-    If everything is cached, the Hub is asked once for a branch or a tag, and not at all for a commit.
-
-    Returns:
-        The folder with the files.
+    If all is cached, the Hub is asked once for a branch or a tag, and not at all for a commit.
 
     Raises:
-        ProbeError: the repository, revision or head does not exist, this token may not read it, it is not cached and
-            the Hub is out of reach, it takes longer than five times `HF_HUB_DOWNLOAD_TIMEOUT`, or a file arrived damaged
-            twice.
+        ProbeError: the repository, revision or head does not exist, this token may not read it, the Hub is out of reach
+            and it is not cached, or a download broke off. No part of a file is kept then.
     """
-
-    def fetch() -> Path:
-        config = _fetch(reference, CONFIG_NAME, reference.revision or options.revision, options)
-        if only_config:
-            return config.parent
-        commit = extract_commit_hash(str(config), None)
-        _fetch(reference, WEIGHTS_NAME, commit, options)
-        for name in HEAD_FILES[2:]:
-            path = reference.path(name)
-            cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=commit)
-            if cached is not _CACHED_NO_EXIST or options.force_download:
-                with suppress(*_FAILED):  # a head runs without the files that describe it
-                    _download(reference, name, commit, options)
-        return config.parent
-
-    return _in_time(fetch, str(reference))
-
-
-def _in_time(ask: Callable[[], T], what: str) -> T:
-    """Call a function that asks the Hub, in a thread that is abandoned if it takes too long.
-
-    The client's own timeout is for each read, and a Hub that sends one byte a second never exceeds it.
-    """
-    limit, answer = constants.HF_HUB_DOWNLOAD_TIMEOUT, Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=copy_context().run, args=(run,), name="hub", daemon=True).start()
-    if not wait([answer], _PATIENCE * limit).done:
-        raise ProbeError(
-            f"{what} was not fetched in {_PATIENCE * limit:g} s: set HF_HUB_DOWNLOAD_TIMEOUT above {limit:g}"
-        )
-    return answer.result()
-
-
-def without_waiting(reference: HubReference, options: HubOptions) -> HubOptions:
-    """Return options for a head: with `local_files_only` if it is not cached and the Hub does not answer one request.
-
-    The client would repeat a failed request for half a minute.
-    """
-    revision, path = reference.revision or options.revision, reference.path(CONFIG_NAME)
-    cached = try_to_load_from_cache(reference.repo_id, path, cache_dir=options.cache_dir, revision=revision)
-    is_known = options.local_files_only or isinstance(cached, str)  # the client needs no connection for it
-    if is_known or _hub_answers(reference.repo_id, path, revision, options.token):
-        return options
-    return replace(options, local_files_only=True)
-
-
-def is_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
-    """Return False if a Hub id is not cached and the Hub must not be asked or does not answer.
-
-    Args:
-        place: folder, file or Hub id of a backbone or a head. Anything else is not checked.
-        kwargs: keyword arguments of its `from_pretrained`, for the token, the cache and offline settings.
-    """
-    is_name = isinstance(place, (str, os.PathLike)) and not os.path.exists(place)
-    reference, options = HubReference.parse(str(place)) if is_name else None, HubOptions.beside(kwargs)
-    if reference is None:
-        return True
-    name = repo_folder_name(repo_id=reference.repo_id, repo_type="model")
-    if Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir():
-        return True
-    return not options.local_files_only and _hub_answers(reference.repo_id, "config.json", None, options.token)
-
-
-def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Raise `ProbeError` unless a Hub id is cached or the Hub answers. The client would try for over a minute, file by file."""
-    if not kwargs.get("local_files_only") and not is_within_reach(place, kwargs):
-        raise ProbeError(f"{place} is not in the cache, and the Hub does not answer; `llama-probe demo` needs no Hub")
-
-
-def _hub_answers(repo_id: str, path: str, revision: str | None, token: str | bool | None) -> bool:
-    """Ask the Hub once for a file; False if there is no answer."""
+    api, revision = hub_api(options.token), reference.revision or options.revision
+    names = HEAD_FILES[:1] if only_config else HEAD_FILES
     try:
-        _in_time(lambda: _api(token).file_exists(repo_id, path, revision=revision), path)
-    except HfHubHTTPError:
-        return True
-    except _FAILED:
-        return False
-    return True
+        if options.force_download:  # else the client takes what is cached if the Hub does not answer
+            revision = api.model_info(reference.repo_id, revision=revision).sha
+        snapshot = api.snapshot_download(
+            reference.repo_id,
+            revision=revision,
+            allow_patterns=[escape(reference.path(name)) for name in names],
+            cache_dir=options.cache_dir,
+            local_files_only=options.local_files_only,
+            force_download=options.force_download,
+            tqdm_class=_NoBar,
+        )
+    except _FAILED as error:
+        raise ProbeError(hide_secrets(_why_not_fetched(reference, revision, error), options.token)) from None
+    folder = Path(snapshot, reference.subfolder or "")
+    for name in names[:2]:
+        if not os.path.isfile(folder / name):
+            heads = heads_on_hub(reference.repo_id, replace(options, revision=revision))
+            listed = ", ".join(str(replace(reference, subfolder=head or None)) for head in heads)
+            listed = f"; heads in it: {listed}" if heads else ""
+            raise ProbeError(f"{reference} is not a head: it has no {name}{listed}")
+    return folder
+
+
+def _why_not_fetched(reference: HubReference, revision: str | None, error: Exception) -> str:
+    repo_id = reference.repo_id
+    refusal = next((each for each in (error, error.__cause__) if isinstance(each, HfHubHTTPError)), None)
+    # `a/b` may have been meant for a folder.
+    is_plain = str(reference) == repo_id and not os.path.isdir(repo_id)
+    no_folder = f"; there is no folder {repo_id} either" if is_plain else ""
+    if isinstance(refusal, RevisionNotFoundError):
+        return f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
+    if isinstance(refusal, GatedRepoError):
+        return f"{repo_id} is gated: ask for access on its page, and log in or pass token="
+    if isinstance(refusal, RepositoryNotFoundError):
+        return f"{repo_id} does not exist on the Hub, or is hidden: log in (hf auth login) or pass token={no_folder}"
+    if isinstance(error, LocalEntryNotFoundError):
+        answer = f"the Hub refused: {first_line(refusal)}" if refusal else "the Hub was not asked or not reached"
+        return f"{reference} is not in the cache, and {answer}{no_folder}"
+    return f"{reference} could not be fetched: {first_line(refusal or error)}"
 
 
 def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
     """Return the plainly named subfolders of a repository that hold a head, `""` for its root; empty if it cannot be read."""
-    if options.local_files_only:
-        return []
     try:
-        info = _api(options.token).model_info(repo_id, revision=options.revision)
+        siblings = (
+            []
+            if options.local_files_only
+            else hub_api(options.token).model_info(repo_id, revision=options.revision).siblings
+        )
     except _FAILED:
         return []
-    files = {item.rfilename for item in info.siblings or []}
+    files = {item.rfilename for item in siblings or []}
     starts = [file.removesuffix(CONFIG_NAME) for file in files if file.endswith(CONFIG_NAME)]
     heads = [start for start in starts if f"{start}{WEIGHTS_NAME}" in files and _FOLDER.fullmatch(start)]
     return sorted(start.removesuffix("/") for start in heads)
@@ -246,13 +182,13 @@ def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
 def full_repo_id(repo_id: str, token: str | bool | None = None) -> str:
     """Return `repo_id`, with the user's own name before it if it has none."""
     with _push_errors(repo_id, token):
-        return repo_id if "/" in repo_id else _api(token).get_full_repo_name(repo_id)
+        return repo_id if "/" in repo_id else hub_api(token).get_full_repo_name(repo_id)
 
 
 def commit_files(
     repo_id: str,
     files: Mapping[str, Path | bytes],
-    stale: Callable[[str], bool],
+    is_stale: Callable[[str], bool],
     *,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -263,155 +199,59 @@ def commit_files(
 ) -> CommitInfo:
     """Upload files in one commit; create the repository and the branch if they are missing.
 
-    A push is refused if another one came in between. If the answer to a push is lost, the branch is looked at for its
-    files.
+    A push is refused if another one came in between. It leaves all files as they were, or replaces all.
 
     Args:
         repo_id: `user/name`, or a name for the own user.
         files: contents by path in the repository.
-        stale: tells if another file of the repository is a rest of an earlier version and is deleted.
+        is_stale: tells if another file of the repository is a rest of an earlier version and is deleted.
         private, token, revision, create_pr, commit_message: as in `PreTrainedModel.push_to_hub`.
         only_if_missing: paths of `files` that do not replace an existing file.
 
     Raises:
         ProbeError: the Hub refused; the message gives its reason, and says if it is not known that nothing was uploaded.
     """
-    api = _api(token)
+    api = hub_api(token)
     with _push_errors(repo_id, token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.model_info(repo_id, revision=revision)
         there = {item.rfilename for item in info.siblings or []}
-        wanted = {path: data for path, data in files.items() if path not in only_if_missing or path not in there}
-        gone = [path for path in sorted(there - set(files)) if stale(path)]
-        try:
-            return api.create_commit(
-                repo_id,
-                [CommitOperationAdd(path, data) for path, data in wanted.items()]
-                + [CommitOperationDelete(path) for path in gone],
-                commit_message=commit_message,
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=info.sha,
-            )
-        except (*_FAILED, RuntimeError) as error:
-            if _status(error) in _REFUSED:
-                raise
-            found = None
-            if not create_pr:
-                with suppress(*_FAILED):
-                    found = api.model_info(repo_id, revision=revision, files_metadata=True)
-            if found is not None and found.sha != info.sha and _holds(found, wanted, gone):
-                url = f"{api.endpoint}/{repo_id}/commit/{found.sha}"
-                return CommitInfo(url, commit_message, "", found.sha, _endpoint=api.endpoint)
-            if _status(error) in _OVERTAKEN or (found is not None and found.sha == info.sha):
-                raise
-            raise ProbeError(
-                f"the push to {repo_id} failed, and it is not known if it was kept: look at its page; "
-                f"the Hub said: {hide_secrets(first_line(error), token)}"
-            ) from None
-
-
-def _holds(info: ModelInfo, wanted: Mapping[str, Path | bytes], gone: Collection[str]) -> bool:
-    """Return True if a branch has the files of a push, and none that it removes."""
-    found = {item.rfilename: item.lfs.sha256 if item.lfs else item.blob_id for item in info.siblings or []}
-    contents = {path: data if isinstance(data, bytes) else data.read_bytes() for path, data in wanted.items()}
-    return found.keys().isdisjoint(gone) and all(
-        path in found and _has_digest(content, found[path]) for path, content in contents.items()
-    )
-
-
-def _fetch(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
-    repo_id = reference.repo_id
-    # `a/b` may have been meant for a folder.
-    is_plain = str(reference) == repo_id and not os.path.isdir(repo_id)
-    no_folder = f"; there is no folder {repo_id} either" if is_plain else ""
-    try:
-        return _download(reference, name, revision, options)
-    except LocalEntryNotFoundError as error:
-        refused = isinstance(error.__cause__, HfHubHTTPError)
-        why = f"the Hub refused: {first_line(error.__cause__)}" if refused else "the Hub was not asked or not reached"
-        problem = f"{name} of {reference} is not in the cache, and {why}{no_folder}"
-    except EntryNotFoundError:
-        at = replace(options, revision=reference.revision or options.revision)
-        heads = [str(replace(reference, subfolder=head or None)) for head in heads_on_hub(repo_id, at)]
-        listed = f"; heads in it: {', '.join(heads)}" if heads else ""
-        problem = f"{reference} is not a head: it has no {name}{listed}"
-    except RevisionNotFoundError:
-        problem = f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
-    except GatedRepoError:
-        problem = f"{repo_id} is gated: ask for access on its page, and log in or pass token="
-    except RepositoryNotFoundError:
-        problem = (
-            f"{repo_id} does not exist on the Hub, or is hidden: log in (hf auth login) or pass token={no_folder}"
+        kept = there & set(only_if_missing)
+        added = [CommitOperationAdd(path, content) for path, content in files.items() if path not in kept]
+        deleted = [CommitOperationDelete(path) for path in sorted(there - set(files)) if is_stale(path)]
+        return api.create_commit(
+            repo_id,
+            added + deleted,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=info.sha,
         )
-    except _FAILED as error:
-        problem = f"{name} of {reference} could not be fetched: {first_line(error)}"
-    raise ProbeError(hide_secrets(problem, options.token))
-
-
-def _download(reference: HubReference, name: str, revision: str | None, options: HubOptions) -> Path:
-    """Download a file, and once more if it is damaged, be it in the cache or on its way."""
-    download = partial(
-        _api(options.token).hf_hub_download,
-        reference.repo_id,
-        name,
-        subfolder=reference.subfolder,
-        revision=revision,
-        cache_dir=options.cache_dir,
-        local_files_only=options.local_files_only,
-    )
-    is_local = options.local_files_only or constants.HF_HUB_OFFLINE
-    try:
-        for force in (options.force_download, True):
-            path = Path(download(force_download=force))
-            if is_local or _is_intact(path):  # a damaged head is refused when it is read
-                return path
-    except ValueError as error:  # with force_download the client wraps the HTTP error
-        if isinstance(error.__cause__, HfHubHTTPError):
-            raise error.__cause__ from None
-        raise ProbeError(f"{name} of {reference} could not be fetched: {first_line(error)}") from None
-    raise ProbeError(f"{name} of {reference} arrived damaged twice: its digest is not the Hub's")
-
-
-def _is_intact(path: Path) -> bool:
-    """Return False if a file of the cache has another content than the digest says that its blob is named by."""
-    digest = path.resolve().name
-    return not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", digest) or _has_digest(path.read_bytes(), digest)
-
-
-def _has_digest(content: bytes, digest: str) -> bool:
-    """Return True if the Hub calls a content so: the sha256 of a large file, git's own hash of another."""
-    return digest == (hashlib.sha256(content).hexdigest() if len(digest) == 64 else git_hash(content))
 
 
 @contextmanager
 def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
     try:
         yield
-    except ProbeError:
-        raise
     except OfflineModeIsEnabled:
         raise ProbeError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
-    except (*_FAILED, RuntimeError, ValueError) as error:
-        # RuntimeError wraps a failed upload of a large file; ValueError is about a path or the card's metadata.
-        status, error = _status(error), error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-        what = " ".join(str(error).split()) if isinstance(error, ValueError) else first_line(error)
-        said = f"the Hub said: {hide_secrets(getattr(error, 'server_message', None) or what, token)}"
-        problem = f"the push to {repo_id} failed and nothing was uploaded; {said}"
-        if status in _OVERTAKEN:
+    except _FAILED as error:
+        error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = getattr(error, "server_message", None) or " ".join(str(error).split())
+        if status in (409, 412):
             problem = f"someone else pushed to {repo_id} in the meantime; nothing was uploaded, push again"
         elif status == 401:
-            problem = f"the Hub does not know this token: log in (hf auth login) or pass token=; {said}"
+            problem = "the Hub does not know this token: log in (hf auth login) or pass token="
         elif status in (403, 404):
-            problem = f"this token may not write to {repo_id}: use one with the role 'write'; {said}"
-        raise ProbeError(problem) from None
-
-
-def _status(error: Exception) -> int | None:
-    error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-    return getattr(getattr(error, "response", None), "status_code", None)
+            problem = f"this token may not write to {repo_id}: use one with the role 'write'"
+        elif status in (400, 413, 422) or not isinstance(error, HTTPError):
+            problem = f"the push to {repo_id} failed and nothing was uploaded"
+        else:  # the answer to a commit that was made may be lost
+            problem = f"the push to {repo_id} failed, and it is not known if it was kept: look at its page"
+        raise ProbeError(f"{problem}; the Hub said: {hide_secrets(reason, token)}") from None
 
 
 def hide_secrets(text: str, token: str | bool | None = None) -> str:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backbone.loading import DEMO, resolve_backbone
+from ..backbone.loading import DEMO, check_within_reach, read_target, resolve_backbone
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
 from ..hub.folder import is_head_folder
 from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
-from ..hub.transport import HubOptions, check_within_reach
+from ..hub.transport import HubOptions
 
 
 PROBES_FOLDER = "probes"  # in the folder of a model
@@ -146,7 +146,7 @@ def load_with_heads(
     check_within_reach(place, kwargs)
     if probe is not None:
         options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
-        target = Target.read(place, kwargs, options) if any(map(is_alias, sources.values())) else None
+        target = read_target(place, kwargs, options) if any(map(is_alias, sources.values())) else None
         heads = read_heads(sources, target, options)
         return load(place, *args, **kwargs), heads
     loaded = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)

@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ..backbone.loading import resolve_backbone
+from ..backbone.loading import check_within_reach, read_target, resolve_backbone
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
 from ..hub.resolve import Target, bundled_alias, resolve_head
-from ..hub.transport import HubOptions, check_within_reach
+from ..hub.transport import HubOptions
 from ..serving.halting import HaltSpec, options_by_head
 from ..serving.sources import ProbeSpec, named_sources
 from .backbone_check import check_heads
@@ -72,7 +72,7 @@ def engine_kwargs(
     model = resolve_backbone(os.fspath(model))
     check_within_reach(model)
     options = HubOptions(probe_revision)
-    target = Target.read(model, kwargs, options)
+    target = read_target(model, kwargs, options)
     if target is None or target.hidden_size is None:
         raise ProbeError(f"the config of {model!r} cannot be read, or names no sizes: heads cannot be matched to it")
     hf_config = AutoConfig.from_pretrained(model, revision=target.revision)
