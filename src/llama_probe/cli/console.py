@@ -54,3 +54,8 @@ def print_table(
     for row in rows:
         table.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
     create_console().print(table)
+
+
+def with_spread(summary: dict[str, float], form: str) -> str:
+    """Return mean and standard deviation of several runs as a text, or the value of a single run."""
+    return f"{summary['mean']:{form}}" + (f" ± {summary['std']:{form}}" if summary["std"] else "")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,11 +16,11 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import Check, compare
 from ..heads.probe import ProbeModel
-from ..hub.card import measured_table, results_table
-from ..hub.folder import read_results
+from ..hub.card import card_template
+from ..hub.folder import read_results, training_results
 from ..hub.resolve import ALIASES, bundled_heads
 from ..hub.transport import HubOptions
-from .console import print_table
+from .console import print_table, with_spread
 from .options import Dtype, Result, Revision, TrustRemoteCode, check_revision
 
 
@@ -50,13 +50,14 @@ def inspect(
 ) -> Result:
     """Show a head, check it against a backbone, or list the bundled heads."""
     if markdown and probe:
-        return _measured(probe)
+        measured = read_measured(probe)
+        return measured, partial(print, measured_table(measured))
     if probe is None:
         if backbone or revision:
             raise ProbeError("--backbone and --revision need a head: name it first")
         heads = bundled_heads()
         configs = {alias: read_config(folder) for alias, folder in heads.items()}
-        show = partial(print, results_table(heads)) if markdown else partial(_print_heads, configs)
+        show = partial(print, results_table()) if markdown else partial(_print_heads, configs)
         return {alias: config.to_dict() for alias, config in configs.items()}, show
     check_revision(probe, revision)
     target = None if backbone is None else backbone_target(backbone)
@@ -72,20 +73,38 @@ def inspect(
     return values, partial(print_table, probe, ("field", "value"), rows, left=2)
 
 
-def _measured(probe: str) -> tuple[Any, Callable[[], None]]:
-    """Return the measured figures of a bundled head on each backbone, and what prints them."""
-    name = ALIASES.get(probe, probe)
-    folders = {
-        read_config(folder).base_model_name_or_path.rpartition("/")[2]: folder
+def results_table() -> str:
+    """Return a Markdown table of the bundled heads with their test results: mean and standard deviation over the seeds."""
+    heads = [
+        (alias, read_config(folder), training_results(read_results(folder)))
         for alias, folder in bundled_heads().items()
-        if alias.rpartition("/")[2] == name and (read_results(folder) or {}).get("measured")
-    }
-    if not folders:
+    ]
+    template = card_template(Path(__file__).with_name("results_table.md"))
+    return template.render(heads=heads, metrics=("accuracy", "f1", "auprc"), with_spread=with_spread)
+
+
+def measured_table(measured: dict[str, Any]) -> str:
+    """Return a Markdown table of what one recipe has measured of heads, by backbone, beside TF-IDF, with 95 % intervals.
+
+    A row is a set of rows and a figure: the share with a label that is flagged at the first threshold, AUROC, or AUPRC.
+    The sets and TF-IDF are those of the first head. An asterisk marks the figures of a twin.
+    """
+    parts = [{part["name"]: part for part in head["parts"]} for head in measured.values()]
+    return card_template(Path(__file__).with_name("measured_table.md")).render(heads=measured, parts_by_name=parts)
+
+
+def read_measured(alias: str) -> dict[str, Any]:
+    """Return what its recipe has measured of a bundled head on each backbone, by the backbone's name."""
+    name = ALIASES.get(alias, alias)
+    measured = {}
+    for folder in bundled_heads().values():
+        if folder.name == name and "measured" in (results := read_results(folder) or {}):
+            measured[read_config(folder).base_model_name_or_path.rpartition("/")[2]] = results["measured"]
+    if not measured:
         raise ProbeError(
-            f"--markdown takes a bundled head that its recipe has measured, not {probe}; or none, for all of them"
+            f"--markdown takes a bundled head that its recipe has measured, not {alias}; or none, for all"
         )
-    measured = {backbone: read_results(folder)["measured"] for backbone, folder in folders.items()}
-    return measured, partial(print, measured_table(folders))
+    return measured
 
 
 def _print_heads(configs: dict[str, ProbeConfig]) -> None:

@@ -18,10 +18,9 @@ from ..data.sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..heads import get_probe_type, probe_types
-from ..hub.card import with_spread
 from ..training.defaults import AUTO
 from ..training.recipe import Recipe, recipe_names
-from .console import print_table, print_text
+from .console import print_table, print_text, with_spread
 from .options import BACKBONE, Result, command_line, split_names
 
 

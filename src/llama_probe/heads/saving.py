@@ -167,7 +167,7 @@ def read_tensors(
     if config.weights_sha256 is None:
         logger.warning(f"{path}: its config has no weights_sha256, so a change of the weights would not be noticed")
     elif hashlib.sha256(content).hexdigest() != config.weights_sha256:
-        raise ProbeError(f"{path} does not belong to the {CONFIG_NAME} beside it (sha256 differs); use force_download=True")
+        raise ProbeError(f"{path} does not belong to its {CONFIG_NAME} (sha256 differs); use force_download=True")
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ProbeError(f"{path}: {wrong[0]} holds NaN or infinity; train the head with a lower learning rate")
     return tensors
