@@ -204,7 +204,11 @@ class Handler(BaseHTTPRequestHandler):
             hub.requests.append((self.command, self.where, None))
             self.close_connection = True
             return
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = int(self.headers.get("Content-Length", 0))
+        self.body = self.rfile.read(length)
+        if len(self.body) < length:  # the client was killed
+            self.close_connection = True
+            return
         try:
             if fault.status is not None:
                 raise Refusal(fault.status, "a fault that was asked for", fault.code)

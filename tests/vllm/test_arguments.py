@@ -141,8 +141,7 @@ def test_backbones_of_the_hub_are_fetched_once(elsewhere, hub, caplog, tmp_path,
 def test_a_hub_that_does_not_answer(tiny, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    nowhere = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(ProbeError, match="the Hub does not answer"):
         engine_kwargs("alice/lm", tiny.heads)
     assert not caplog.records
