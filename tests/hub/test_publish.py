@@ -199,9 +199,15 @@ class TestPush:
         assert hub.files(REPO)["README.md"].endswith(b"My own words.\n")
 
     def test_a_folder_of_the_cache(self, hub, token, tmp_path):
-        """Its files are links to blobs beside the folder."""
+        """Its files are links to blobs of the repository, which may be links to blobs of the whole cache."""
         plant_model(hub, "bob/heads", make_probe(), "a/")
-        push_folder(download_head(HubReference("bob/heads", None, "a")), REPO)
+        folder = download_head(HubReference("bob/heads", None, "a"))
+        blob = (folder / WEIGHTS_NAME).resolve()
+        shared = blob.parents[2] / "blobs" / blob.name
+        shared.parent.mkdir()
+        blob.rename(shared)
+        blob.symlink_to(shared)
+        push_folder(folder, REPO)
         assert same_weights(read_head(pull_head(REPO, tmp_path / "pulled")), make_probe())
 
 

@@ -100,16 +100,13 @@ def pull_head(
     options: HubOptions = HubOptions(),  # noqa: B008 - frozen
     check: Callable[[Path], object] = read_config_values,
 ) -> Path:
-    """Copy a head from the Hub into a folder.
+    """Copy a head from the Hub into a folder, and return the folder.
 
     Args:
         source: `user/repo`, with `@revision` and `:subfolder` if needed.
         folder: a missing or empty folder. Defaults to the head's name.
         options: for the Hub.
         check: called with the fetched folder before anything is copied; raises if the head is damaged.
-
-    Returns:
-        The folder.
 
     Raises:
         ProbeError: the head cannot be fetched or is damaged, or the folder is not empty or cannot be made.
@@ -131,11 +128,11 @@ def check_links(folder: Path, files: Iterable[str]) -> None:
     """Raise `ProbeError` if a file is a symbolic link out of its folder.
 
     A link in a stranger's folder could have any of the user's files uploaded. Links from a snapshot in the Hub's cache
-    into its `blobs` are allowed.
+    into the `blobs` of its repository, or of the whole cache, are allowed.
     """
     home = folder.resolve()
-    allowed = [home]
-    allowed += [p.parent / "blobs" for p in home.parents if p.name == "snapshots" and "--" in p.parent.name]
+    snapshots = [p for p in home.parents if p.name == "snapshots" and "--" in p.parent.name]
+    allowed = [home, *(p / "blobs" for place in snapshots for p in place.parents[:2])]
     for file in files:
         target = current_file(folder, file).resolve()
         if not any(target.is_relative_to(place) for place in allowed):
