@@ -115,7 +115,7 @@ class TestPush:
 
     def test_two_at_once(self, hub, pushed):
         hub.fault("run", action=lambda: hub.plant(REPO, {"theirs.txt": b"x"}), path="/commit/")
-        with pytest.raises(ProbeError, match=r"someone else pushed .* push again"):
+        with pytest.raises(ProbeError, match=r"nothing was uploaded.*A commit has happened since"):
             pushed.push_probe_to_hub(REPO, "other", license="mit")
         assert same_weights(on_hub(), pushed.probes["mood"]) and "theirs.txt" in hub.files(REPO)
         pushed.push_probe_to_hub(REPO, "other", license="mit")
@@ -123,7 +123,7 @@ class TestPush:
 
     @pytest.mark.parametrize(
         "role, words",
-        [("read", "may not write .* role 'write'"), ("wrong", "does not know this token"), ("bob", "may not write")],
+        [("read", "no write access"), ("wrong", "Invalid credentials"), ("bob", "no write access")],
     )
     def test_tokens_that_may_not(self, hub, token, pushed, role, words):
         used = {"read": hub.add_user("alice", "read"), "wrong": "hf_" + "x" * 34, "bob": hub.add_user("bob")}[role]
@@ -240,7 +240,7 @@ class TestPullIntoAFolder:
         for source, words in (
             (head, "not an empty folder"),
             ("mood", "not a Hub id"),
-            ("a/nothing", "does not exist"),
+            ("a/nothing", "cannot be fetched"),
         ):
             with pytest.raises(ProbeError, match=words):
                 pull_head(source)

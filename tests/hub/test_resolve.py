@@ -237,5 +237,5 @@ class TestAliasesOfTheBackbonesOwnHeads:
             assert resolve_head("mood", target) == cached
             with pytest.raises(ProbeError, match=r"org/tiny:moood is not a head"):
                 resolve_head("moood", target)
-            with pytest.raises(ProbeError, match=r"alice/tiny-probes:moood is not in"):
+            with pytest.raises(ProbeError, match=r"alice/tiny-probes:moood cannot be fetched"):
                 resolve_head("alice/tiny-probes:moood")

@@ -37,11 +37,9 @@ def test_what_is_no_reference(text):
     assert HubReference.parse(text) is None
 
 
-@pytest.mark.parametrize(
-    "text", ["a/b:../c", "a/b:/etc", "a/b:c/../../d", "a/b:c\\d", "a/b:c//d", "a/b--c:x", "a/.b.."]
-)
+@pytest.mark.parametrize("text", ["a/b:../c", "a/b:/etc", "a/b:c/../../d", "a/b:c\\d", "a/b:c//d"])
 def test_references_that_lead_outside(text):
-    with pytest.raises(ProbeError, match=r"relative path inside|cannot name a repository"):
+    with pytest.raises(ProbeError, match="relative path inside"):
         HubReference.parse(text)
 
 
@@ -74,7 +72,7 @@ class TestPull:
     @pytest.mark.parametrize("how", ["down", "local_files_only", "HF_HUB_OFFLINE"])
     def test_offline_after_one_pull(self, hub, head, how, tmp_path, monkeypatch):
         options = HubOptions(local_files_only=how == "local_files_only", cache_dir=tmp_path / "own")
-        with pytest.raises(ProbeError, match="not in the cache"):
+        with pytest.raises(ProbeError, match="cached snapshot"):
             download_head(HubReference(head), HubOptions(local_files_only=True))
         download_head(HubReference(head), replace(options, local_files_only=False))
         hub.requests.clear()
@@ -89,7 +87,7 @@ class TestPull:
         wrong, bob = "hf_" + "y" * 34, hub.add_user("bob")
         monkeypatch.delenv("HF_TOKEN")
         for used in (None, False, wrong, bob):
-            with pytest.raises(ProbeError, match=r"does not exist on the Hub|could not be fetched") as raised:
+            with pytest.raises(ProbeError, match=r"^alice/mood cannot be fetched") as raised:
                 ProbeModel.from_pretrained(head, token=used, force_download=True)
             assert wrong not in str(raised.value) and bob not in str(raised.value)
         assert ProbeModel.from_pretrained(head, token=token, force_download=True)
@@ -97,9 +95,9 @@ class TestPull:
     @pytest.mark.parametrize(
         "source, words",
         [
-            ("alice/nothing", "does not exist on the Hub.*; there is no folder alice/nothing either$"),
-            ("alice/nothing:mood", "does not exist on the Hub.*token=$"),
-            (f"{REPO}@v9", "has no revision 'v9'"),
+            ("alice/nothing", "cannot be fetched, and there is no folder alice/nothing: .*authenticated"),
+            ("alice/nothing:mood", "cannot be fetched: .*authenticated"),
+            (f"{REPO}@v9", "Revision Not Found.*v9"),
             (f"{REPO}:other", f"no probe_config.json; heads in it: {REPO}, {REPO}:topic$"),
             ("alice/text", "no probe_config.json$"),
             ("alice/half", "no probe_model.safetensors$"),
@@ -117,7 +115,7 @@ class TestPull:
     @pytest.mark.parametrize("status, code", [(403, "GatedRepo"), (403, None), (429, None), (500, None)])
     def test_a_hub_that_refuses(self, hub, head, status, code):
         fault = hub.fault("answer", status=status, code=code, path="/resolve/", times=None)
-        with pytest.raises(ProbeError, match="is gated" if code else f"Hub refused: .*{status}"):
+        with pytest.raises(ProbeError, match="gated" if code else str(status)):
             ProbeModel.from_pretrained(head)
         assert fault.hits
         hub.faults.clear()
@@ -135,7 +133,7 @@ class TestPull:
         done = threading.Event()
         options = {"declared": False} if fault == "truncate" else {"action": lambda: done.wait(20)}
         injected = hub.fault(fault, method="GET", path=WEIGHTS_NAME, times=None, **options)
-        with monkeypatch.context() as patch, pytest.raises(ProbeError, match="could not be fetched"):
+        with monkeypatch.context() as patch, pytest.raises(ProbeError, match="cannot be fetched"):
             patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
             ProbeModel.from_pretrained(head)
         done.set()

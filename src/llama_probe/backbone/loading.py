@@ -109,7 +109,7 @@ def is_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = Mappin
         return True
     try:
         return not options.local_files_only and bool(hub_api(options.token).model_info(reference.repo_id))
-    except HfHubHTTPError:
+    except (HfHubHTTPError, ValueError):  # ValueError: it cannot be a Hub id, and loading says why
         return True
     except (HTTPError, OSError):
         return False

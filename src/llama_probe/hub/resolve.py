@@ -52,10 +52,8 @@ class Target:
 
     def fits(self, hidden_size: int | None, num_hidden_layers: int | None) -> bool:
         """Return True if a head of these sizes fits this backbone, as far as its sizes are known."""
-        return self.hidden_size is None or (self.hidden_size, self.num_hidden_layers) == (
-            hidden_size,
-            num_hidden_layers,
-        )
+        sizes = (hidden_size, num_hidden_layers)
+        return self.hidden_size is None or sizes == (self.hidden_size, self.num_hidden_layers)
 
 
 def model_name(name_or_path: str) -> str:

@@ -12,19 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import tqdm, validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import tqdm
 
-from ..errors import ProbeError, first_line
+from ..errors import ProbeError
 from ..files import package_version
 from .folder import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
 
@@ -44,10 +35,6 @@ class HubReference:
     subfolder: str | None = None
 
     def __post_init__(self):
-        try:
-            validate_repo_id(self.repo_id)
-        except HFValidationError as error:
-            raise ProbeError(f"{self.repo_id!r} cannot name a repository on the Hub: {error}") from None
         check_subfolder(self.subfolder)
 
     @classmethod
@@ -134,46 +121,28 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions(), *
             tqdm_class=_NoBar,
         )
     except _FAILED as error:
-        raise ProbeError(hide_secrets(_why_not_fetched(reference, revision, error), options.token)) from None
+        # `a/b` may have been meant for a folder.
+        is_plain = str(reference) == reference.repo_id and not os.path.isdir(reference.repo_id)
+        no_folder = f", and there is no folder {reference.repo_id}" if is_plain else ""
+        raise ProbeError(f"{reference} cannot be fetched{no_folder}: {_reason(error, options.token)}") from None
     folder = Path(snapshot, reference.subfolder or "")
     for name in names[:2]:
         if not os.path.isfile(folder / name):
-            heads = heads_on_hub(reference.repo_id, replace(options, revision=revision))
+            asks = not options.local_files_only
+            heads = heads_on_hub(reference.repo_id, replace(options, revision=revision)) if asks else []
             listed = ", ".join(str(replace(reference, subfolder=head or None)) for head in heads)
-            listed = f"; heads in it: {listed}" if heads else ""
-            raise ProbeError(f"{reference} is not a head: it has no {name}{listed}")
+            hint = f"; heads in it: {listed}" if heads else ""
+            raise ProbeError(f"{reference} is not a head: it has no {name}{hint}")
     return folder
-
-
-def _why_not_fetched(reference: HubReference, revision: str | None, error: Exception) -> str:
-    repo_id = reference.repo_id
-    refusal = next((each for each in (error, error.__cause__) if isinstance(each, HfHubHTTPError)), None)
-    # `a/b` may have been meant for a folder.
-    is_plain = str(reference) == repo_id and not os.path.isdir(repo_id)
-    no_folder = f"; there is no folder {repo_id} either" if is_plain else ""
-    if isinstance(refusal, RevisionNotFoundError):
-        return f"{repo_id} has no revision {revision!r}; give a branch, a tag or a commit"
-    if isinstance(refusal, GatedRepoError):
-        return f"{repo_id} is gated: ask for access on its page, and log in or pass token="
-    if isinstance(refusal, RepositoryNotFoundError):
-        return f"{repo_id} does not exist on the Hub, or is hidden: log in (hf auth login) or pass token={no_folder}"
-    if isinstance(error, LocalEntryNotFoundError):
-        answer = f"the Hub refused: {first_line(refusal)}" if refusal else "the Hub was not asked or not reached"
-        return f"{reference} is not in the cache, and {answer}{no_folder}"
-    return f"{reference} could not be fetched: {first_line(refusal or error)}"
 
 
 def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
     """Return the plainly named subfolders of a repository that hold a head, `""` for its root; empty if it cannot be read."""
     try:
-        siblings = (
-            []
-            if options.local_files_only
-            else hub_api(options.token).model_info(repo_id, revision=options.revision).siblings
-        )
+        info = hub_api(options.token).model_info(repo_id, revision=options.revision)
     except _FAILED:
         return []
-    files = {item.rfilename for item in siblings or []}
+    files = {item.rfilename for item in info.siblings or []}
     starts = [file.removesuffix(CONFIG_NAME) for file in files if file.endswith(CONFIG_NAME)]
     heads = [start for start in starts if f"{start}{WEIGHTS_NAME}" in files and _FOLDER.fullmatch(start)]
     return sorted(start.removesuffix("/") for start in heads)
@@ -235,23 +204,19 @@ def commit_files(
 def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[None]:
     try:
         yield
-    except OfflineModeIsEnabled:
-        raise ProbeError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it") from None
     except _FAILED as error:
-        error = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        reason = getattr(error, "server_message", None) or " ".join(str(error).split())
-        if status in (409, 412):
-            problem = f"someone else pushed to {repo_id} in the meantime; nothing was uploaded, push again"
-        elif status == 401:
-            problem = "the Hub does not know this token: log in (hf auth login) or pass token="
-        elif status in (403, 404):
-            problem = f"this token may not write to {repo_id}: use one with the role 'write'"
-        elif status in (400, 413, 422) or not isinstance(error, HTTPError):
-            problem = f"the push to {repo_id} failed and nothing was uploaded"
-        else:  # the answer to a commit that was made may be lost
-            problem = f"the push to {repo_id} failed, and it is not known if it was kept: look at its page"
-        raise ProbeError(f"{problem}; the Hub said: {hide_secrets(reason, token)}") from None
+        cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+        status = getattr(getattr(cause, "response", None), "status_code", 500)
+        # The answer to a commit that was made may be lost. Errors of other kinds come before it is sent.
+        is_unknown = isinstance(cause, HTTPError) and status >= 500
+        outcome = "it is not known if it was kept: look at its page" if is_unknown else "nothing was uploaded"
+        raise ProbeError(f"the push to {repo_id} failed, and {outcome}; {_reason(error, token)}") from None
+
+
+def _reason(error: Exception, token: str | bool | None) -> str:
+    """Return the client's own words on one line, without access tokens."""
+    cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+    return hide_secrets(" ".join(str(cause).split()), token)
 
 
 def hide_secrets(text: str, token: str | bool | None = None) -> str:
