@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from llama_probe import ProbeConfig
 from llama_probe.evaluation import bootstrap
 from llama_probe.evaluation.bootstrap import intervals, score_statistic
+from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import label_scores, score_logits
 
 
 MULTI, REGRESSION = {"problem_type": "multi_label_classification"}, {"problem_type": "regression"}
 CONFIGS = {
-    "two": ProbeConfig(probe_type="gate", id2label={0: "no", 1: "yes"}, threshold=0.4),
+    "two": ProbeConfig(probe_type="gate", id2label={0: "no", 1: "yes"}, threshold=0.4, temperature=3.0),
     "many": ProbeConfig(probe_type="gate", num_labels=4),
-    "several": ProbeConfig(probe_type="gate", num_labels=3, threshold=[0.3, 0.5, 0.6], **MULTI),
+    "several": ProbeConfig(probe_type="gate", num_labels=3, threshold=[0.3, 0.5, 0.6], temperature=0.5, **MULTI),
     "one of several": ProbeConfig(probe_type="gate", num_labels=1, **MULTI),
     "value": ProbeConfig(probe_type="gate", num_labels=1, **REGRESSION),
     "values": ProbeConfig(probe_type="gate", num_labels=2, **REGRESSION),
@@ -40,17 +41,22 @@ def make_rows(config: ProbeConfig, rows: int, seed: int, steps: int) -> tuple[to
 
 
 def slow(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, rows: np.ndarray) -> dict:
-    """Return the numbers of scikit-learn for resampled rows, by the names of `score_statistic`; NaN if undefined."""
+    """Return the numbers of scikit-learn for resampled rows, by the keys of `score_statistic`; NaN if undefined."""
+    logits, labels = logits[rows], labels[rows]
     with warnings.catch_warnings(action="ignore"):  # R2 of one row
-        found = dict(score_logits(logits[rows], labels[rows], config))
-    if config.problem_type != "regression":
-        parts = list(label_scores(logits[rows], labels[rows], config).values())
-        found |= {f"label_{name}": [part[name] for part in parts] for name in parts[0] if name != "rows"}
-    elif (labels[rows] == labels[rows[0]]).all(axis=0).any():
-        found["r2"] = None  # scikit-learn gives 0 or 1
-    return {name: np.array(value, dtype=float) for name, value in found.items()}
+        metrics = {(None, name): value for name, value in score_logits(logits, labels, config).items()}
+    if config.problem_type == "regression":
+        if (labels == labels[0]).all(axis=0).any():
+            metrics[None, "r2"] = None  # scikit-learn gives 0 or 1
+    else:
+        for label, part in label_scores(logits, labels, config).items():
+            metrics |= {(label, name): value for name, value in part.items() if name != "rows"}
+        calibration = reliability(logits, labels, config)
+        metrics |= {(None, name): calibration[name] for name in ("error", "error_uncalibrated")}
+    return metrics
 
 
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")
 @pytest.mark.parametrize("kind", CONFIGS)
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 25), seed=st.integers(0, 10**6), steps=st.integers(2, 50))
@@ -59,41 +65,42 @@ def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
     logits, labels = make_rows(config, rows, seed, steps)
     drawn = np.random.default_rng(seed).integers(0, rows, (2, rows))
     weights = np.stack([np.bincount(numbers, minlength=rows) for numbers in drawn]).astype(float)
-    found = score_statistic(logits, labels, config)(weights)
+    metrics = score_statistic(logits, labels, config)(weights)
     for index, numbers in enumerate(drawn):
         expected = slow(config, logits, labels, numbers)
-        assert set(found) == set(expected)
-        for name, value in expected.items():
-            np.testing.assert_allclose(found[name][index], value, rtol=1e-6, atol=1e-9, err_msg=name)
+        assert set(metrics) == set(expected)
+        for key, value in expected.items():
+            rounding = 6e-5 if "error" in key[1] else 1e-9  # `reliability` rounds
+            value = np.array(value, dtype=float)
+            np.testing.assert_allclose(metrics[key][index], value, rtol=1e-6, atol=rounding, err_msg=str(key))
 
 
 def mean_of(values):
     values = np.asarray(values, dtype=float)
-    return lambda weights: {"mean": weights @ values / len(values)}
+    return lambda weights: {"mean": weights @ values / weights.sum(axis=1)}
 
 
-def test_by_hand():
+def test_intervals_by_hand():
     # Two rows, 0 and 1: a resample has the mean 0, 0.5 or 1 in a quarter, a half and a quarter of all draws.
-    assert intervals([mean_of([0, 1])], 2)["mean"] == [0.0, 1.0]
-    assert intervals([mean_of([3])], 1, resamples=1)["mean"] == [3.0, 3.0]
+    assert intervals(mean_of([0, 1]), 2)["mean"] == [0.0, 1.0]
+    assert intervals(mean_of([3]), 1, resamples=1)["mean"] == [3.0, 3.0]
     # A share of 0.8 of 400 rows has a standard error of 0.02.
-    low, high = intervals([mean_of([1] * 320 + [0] * 80)], 400, resamples=4000)["mean"]
+    low, high = intervals(mean_of([1] * 320 + [0] * 80), 400, resamples=4000)["mean"]
     assert (low, high) == pytest.approx((0.8 - 1.96 * 0.02, 0.8 + 1.96 * 0.02), abs=0.006)
 
 
 def test_undefined_resamples_are_left_out():
-    config = CONFIGS["two"]
-    logits = torch.tensor([[2.0, 0], [0, 2], [1, 0]])
-    found = intervals([score_statistic(logits, np.array([0, 1, 0]), config)], 3, resamples=200)
-    assert found["auprc"] == found["auroc"] == [1.0, 1.0]
-    assert found["label_recall"][1][0] == 0, "without a positive row recall counts as 0, as in score_logits"
-    found = intervals([score_statistic(logits, np.array([0, 0, 0]), config)], 3, resamples=20)
-    assert found["auprc"] is None and found["label_auroc"] == [None, None]
+    config, logits = CONFIGS["two"], torch.tensor([[2.0, 0], [0, 2], [1, 0]])
+    limits = intervals(score_statistic(logits, np.array([0, 1, 0]), config), 3, resamples=200)
+    assert limits[None, "auprc"] == limits[None, "auroc"] == [1.0, 1.0]
+    assert limits["yes", "recall"][0] == 0, "without a positive row recall counts as 0, as in score_logits"
+    limits = intervals(score_statistic(logits, np.array([0, 0, 0]), config), 3, resamples=20)
+    assert limits[None, "auprc"] is limits["no", "auroc"] is limits["yes", "auroc"] is None
 
 
 def test_the_seed_decides(monkeypatch):
     statistic = mean_of(np.random.default_rng(0).normal(size=50))
-    first = intervals([statistic], 50, 100, seed=1)
-    assert intervals([statistic], 50, 100, seed=2) != first
+    first = intervals(statistic, 50, 100, seed=1)
+    assert intervals(statistic, 50, 100, seed=2) != first
     monkeypatch.setattr(bootstrap, "_BLOCK", 150)  # three resamples at a time
-    assert intervals([statistic], 50, 100, seed=1)["mean"] == pytest.approx(first["mean"])
+    assert intervals(statistic, 50, 100, seed=1)["mean"] == pytest.approx(first["mean"])

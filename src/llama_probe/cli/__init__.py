@@ -89,7 +89,7 @@ _MANY_BATCHES = (*_DIVIDED, "drift")
 _OWN_KINDS = (*_DIVIDED, "drift", "generate", "inspect", "export", "push", "plot")
 
 # Packages of the extra `train`.
-_TRAIN = ("accelerate", "datasets", "evaluate", "optuna", "peft", "pyarrow", "scipy", "sklearn")
+_TRAIN = ("accelerate", "datasets", "optuna", "peft", "pyarrow", "scipy", "sklearn")
 
 # The base of typer's errors about a command line: its own class or click's, depending on its version.
 _UsageError = typer.BadParameter.__base__

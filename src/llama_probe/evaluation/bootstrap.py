@@ -1,125 +1,129 @@
-"""Confidence intervals: of shares (Wilson, 1927), and by bootstrap (Efron, 1979) of the metrics of many resamples at once.
+"""Confidence intervals: of shares (Wilson, 1927), and of metrics by bootstrap (Efron, 1979), for many resamples at once.
 
-A resample draws as many rows as there are, with replacement. A metric depends only on how often each row was drawn, so
-the rows are sorted by score once for all resamples, and no resample is written out.
+A metric depends only on how often each row was drawn, so the rows are sorted by score once for all resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from ..heads.configuration import ProbeConfig
-from .metrics import ranking_scores, truth_and_predictions
+from .calibration import calibration_gaps
+from .metrics import AREAS, ranking_scores, truth_and_predictions
 
 
-# Maps weights `[resamples, rows]`, how often each row counts, to numbers `[resamples]` or `[resamples, labels]` by name.
-# NaN marks a metric that is undefined.
-Statistic = Callable[[np.ndarray], dict[str, np.ndarray]]
+# A label and a metric; None for the metric of all labels.
+Key = tuple[str | None, str]
+# Maps weights `[resamples, rows]`, how often each row counts, to metrics `[resamples]`. NaN marks one that is undefined.
+Statistic = Callable[[np.ndarray], dict[Key, np.ndarray]]
+Interval = list[float] | None
 
-_BLOCK = 2**18  # weights a block; 2 MiB fit into the processor's cache
+_BLOCK = 2**17  # weights a block; 1 MiB fits into the processor's cache
 
 
-def intervals(statistics: Sequence[Statistic], rows: int, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Return a 95 % percentile interval for each number of the statistics, which all see the same resamples of the rows.
+def intervals(statistic: Statistic, rows: int, resamples: int = 1000, seed: int = 0) -> dict[Key, Interval]:
+    """Return a 95 % percentile interval `[low, high]` for each metric of a statistic, from resamples of the rows.
 
-    Returns:
-        By name `[low, high]`, or a list of these for statistics by label. Resamples in which a metric is undefined do not
-        count; it has None if there are no others.
+    Resamples in which a metric is undefined do not count. It has None if there are no others.
     """
-    generator = np.random.default_rng(seed)
-    found: dict[str, list[np.ndarray]] = {}
-    block = max(1, _BLOCK // rows)
-    for start in range(0, resamples, block):
-        drawn = (generator.integers(0, rows, rows) for _ in range(min(block, resamples - start)))
+    keys: list[Key] = []
+
+    def compute(drawn: np.ndarray, axis: int) -> np.ndarray:
         weights = np.stack([np.bincount(numbers, minlength=rows) for numbers in drawn]).astype(np.float64)
-        for statistic in statistics:
-            for name, values in statistic(weights).items():
-                found.setdefault(name, []).append(values)
-    return {name: _percentiles(np.concatenate(values)) for name, values in found.items()}
+        metrics = statistic(weights)
+        keys[:] = metrics
+        return np.stack(list(metrics.values()))
 
-
-def _percentiles(values: np.ndarray) -> Any:
-    if values.ndim == 2:
-        return [_percentiles(column) for column in values.T]
-    defined = values[~np.isnan(values)]
-    return np.quantile(defined, [0.025, 0.975]).tolist() if len(defined) else None
+    places = np.arange(max(rows, 2)) % rows  # SciPy draws from two rows at least
+    settings = {"n_resamples": resamples, "batch": max(1, _BLOCK // rows), "method": "percentile", "vectorized": True}
+    with warnings.catch_warnings(action="ignore"):  # of undefined metrics
+        distribution = bootstrap((places,), compute, rng=seed, **settings).bootstrap_distribution
+        limits = np.nanquantile(distribution, [0.025, 0.975], axis=1).T.tolist()
+    return {key: None if np.isnan(limit[0]) else limit for key, limit in zip(keys, limits, strict=True)}
 
 
 def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> Statistic:
-    """Return a statistic of what `score_logits` gives, and of what `label_scores` gives as `label_*` `[resamples, num_labels]`."""
+    """Return a statistic of what `score_logits`, `label_scores` and, with the label None, `reliability` give."""
     if config.problem_type == "regression":
         return _regression_statistic(logits.float().numpy(), labels)
     truth, predicted = truth_and_predictions(logits, labels, config)
     right = (truth == predicted).all(axis=1).astype(np.float64)
-    hits, flagged, positive = (x.astype(np.float64) for x in (truth & predicted, predicted, truth))
+    counted = np.concatenate([truth & predicted, predicted, truth], axis=1).astype(np.float64)
     ranked = ranking_scores(logits, config)
     rankings = [Ranking(ranked[:, index], truth[:, index]) for index in range(config.num_labels)]
+    gaps = calibration_gaps(logits, labels, config)
 
-    def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
-        tp, given, support = weights @ hits, weights @ flagged, weights @ positive
-        counts = {"f1": _ratio(2 * tp, given + support), "precision": _ratio(tp, given), "recall": _ratio(tp, support)}
-        areas = dict(zip(("auprc", "auroc"), np.stack([r.areas(weights) for r in rankings], axis=2), strict=True))
-        found = {"accuracy": weights @ right / weights.sum(axis=1)}
-        if config.flagged_index is not None:
-            found |= {name: values[:, config.flagged_index] for name, values in {**counts, **areas}.items()}
-        else:
-            # A mean leaves out labels that no row has or is given, and areas that are undefined (NaN).
-            met = (given + support > 0).sum(axis=1).astype(np.float64)
-            found |= {name: _ratio(values.sum(axis=1), met) for name, values in counts.items()}
-            means = {name: np.ma.masked_invalid(values).mean(axis=1) for name, values in areas.items()}
-            found |= {name: values.filled(np.nan) for name, values in means.items()}
-        return found | {f"label_{name}": values for name, values in {**counts, **areas}.items()}
+    def statistic(weights: np.ndarray) -> dict[Key, np.ndarray]:
+        rows = weights.sum(axis=1)
+        tp, given, support = np.split(weights @ counted, 3, axis=1)  # [resamples, num_labels] each
+        by_label = {
+            "f1": _ratio(2 * tp, given + support),
+            "precision": _ratio(tp, given),
+            "recall": _ratio(tp, support),
+        }
+        by_label |= dict(zip(AREAS, np.stack([r.areas(weights) for r in rankings], axis=2), strict=True))
+        found: dict[Key, np.ndarray] = {(None, "accuracy"): weights @ right / rows}
+        for name, values in by_label.items():
+            if config.flagged_index is not None:
+                found[None, name] = values[:, config.flagged_index]
+            elif name in AREAS:
+                found[None, name] = np.nanmean(values, axis=1)
+            else:  # a mean leaves out labels that no row has or is given
+                found[None, name] = _ratio(values.sum(axis=1), (given + support > 0).sum(axis=1))
+            found |= {(label, name): values[:, index] for index, label in config.id2label.items()}
+        return found | {(None, name): np.abs(weights @ part).sum(axis=1) / rows for name, part in gaps.items()}
 
     return statistic
 
 
-class Ranking:
-    """Rows sorted by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows.
+def auroc_interval(scores: np.ndarray, positive: np.ndarray, resamples: int = 1000) -> Interval:
+    """Return the 95 % interval of the area under the ROC curve for scores `[rows]` and a mask `[rows]`."""
+    ranking = Ranking(scores, positive)
+    (interval,) = intervals(
+        lambda weights: {(None, "auroc"): ranking.areas(weights)[1]}, len(scores), resamples
+    ).values()
+    return interval
 
-    Rows with the same score count as one step.
-    """
+
+class Ranking:
+    """Rows sorted by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows."""
 
     def __init__(self, scores: np.ndarray, positive: np.ndarray):
         self.order = np.argsort(-scores, kind="stable")
-        ordered, positive = scores[self.order], positive[self.order].astype(bool)
-        changes = np.append(ordered[1:] != ordered[:-1], True)
-        last = np.flatnonzero(changes)  # the last row of each score
-        step = np.cumsum(changes) - changes  # the number of the score of each row, from 0
-        # Recall rises only at the scores of positive rows.
-        steps, self.starts = np.unique(step[positive], return_index=True)
-        self.positives = self.order[positive]
-        self.last, self.before = last[steps], np.append(-1, last)[steps]
+        self.positives = self.order[positive[self.order]]
+        every, own = -scores[self.order], -scores[self.positives]
+        # For each positive row the number of rows, and of positive rows, with a higher score, and with at least its own.
+        self.above, self.flagged = (np.searchsorted(every, own, side) for side in ("left", "right"))
+        self.hits_above, self.hits = (np.searchsorted(own, own, side) for side in ("left", "right"))
 
     def areas(self, weights: np.ndarray) -> np.ndarray:
         """Return average precision and the area under the ROC curve `[2, resamples]` for weights `[resamples, rows]`.
 
         They are NaN if all rows that count have the label, or none.
         """
-        areas = np.full((2, len(weights)), np.nan)
-        if not len(self.positives):
-            return areas
-        new_tp = weights[:, self.positives]
-        if len(self.starts) < len(self.positives):
-            new_tp = np.add.reduceat(new_tp, self.starts, axis=1)
-        tp = np.cumsum(new_tp, axis=1)
-        ranked = np.cumsum(weights[:, self.order], axis=1)
-        flagged = ranked[:, self.last]
-        earlier = np.where(self.before < 0, 0.0, ranked[:, self.before])  # flagged at the score before
-        positives, rows = tp[:, -1], ranked[:, -1]
-        defined = (positives > 0) & (positives < rows)
-        hits = np.einsum("ij,ij->i", new_tp, tp / np.maximum(flagged, 1.0))
-        np.divide(hits, positives, out=areas[0], where=defined)
-        # Count pairs of a positive row above a negative one. Negative rows of the same score count half.
-        passed = (flagged - tp + earlier - (tp - new_tp)) / 2
-        negatives = rows - positives
-        pairs = np.einsum("ij,ij->i", new_tp, negatives[:, None] - passed)
-        np.divide(pairs, positives * negatives, out=areas[1], where=defined)
-        return areas
+        weights, new = weights[:, self.order], weights[:, self.positives]
+        rows, tp = _running_totals(weights), _running_totals(new)
+        positives, negatives = tp[:, -1], rows[:, -1] - tp[:, -1]
+        hits, flagged = tp[:, self.hits], rows[:, self.flagged]
+        # Negative rows of the same score count half.
+        negatives_above = (flagged - hits + rows[:, self.above] - tp[:, self.hits_above]) / 2
+        precision = np.einsum("ij,ij->i", new, hits / np.maximum(flagged, 1))
+        pairs = np.einsum("ij,ij->i", new, negatives[:, None] - negatives_above)
+        defined = (positives > 0) & (negatives > 0)
+        areas = np.stack([precision / np.maximum(positives, 1), pairs / np.maximum(positives * negatives, 1)])
+        return np.where(defined, areas, np.nan)
+
+
+def _running_totals(weights: np.ndarray) -> np.ndarray:
+    """Return the sums of the first 0, 1, ... n columns of `[resamples, n]`."""
+    totals = np.zeros((len(weights), weights.shape[1] + 1))
+    np.cumsum(weights, axis=1, out=totals[:, 1:])
+    return totals
 
 
 def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
@@ -127,16 +131,14 @@ def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
     errors = np.asarray(values, dtype=np.float64).reshape(targets.shape) - targets
     centred = targets - targets.mean(axis=0)  # keeps the digits of the variance below
 
-    def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
+    def statistic(weights: np.ndarray) -> dict[Key, np.ndarray]:
         rows = weights.sum(axis=1, keepdims=True)
         squared = weights @ errors**2 / rows
         variance = weights @ centred**2 / rows - (weights @ centred / rows) ** 2
         # If all rows drawn have one value, the variance is rounding error.
-        scale = np.finfo(np.float64).eps * 16 * (centred**2).max(axis=0, initial=0.0)
-        unexplained = np.full(squared.shape, np.nan)
-        np.divide(squared, variance, out=unexplained, where=variance > scale)
-        absolute = weights @ np.abs(errors) / rows
-        return {"mse": squared.mean(axis=1), "mae": absolute.mean(axis=1), "r2": (1 - unexplained).mean(axis=1)}
+        variance[variance <= 1e-14 * (centred**2).max(axis=0)] = np.nan
+        metrics = {"mse": squared, "mae": weights @ np.abs(errors) / rows, "r2": 1 - squared / variance}
+        return {(None, name): each.mean(axis=1) for name, each in metrics.items()}
 
     return statistic
 
@@ -146,7 +148,6 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
-def share_interval(count: int, rows: int) -> tuple[float, float]:
+def share_interval(count: int, rows: int) -> list[float]:
     """Return the 95 % interval of a share of rows (Wilson, 1927)."""
-    low, high = binomtest(count, rows).proportion_ci(method="wilson")
-    return float(low), float(high)
+    return list(map(float, binomtest(count, rows).proportion_ci(method="wilson")))

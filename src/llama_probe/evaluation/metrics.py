@@ -1,4 +1,4 @@
-"""Metrics of a head: an `evaluate.Metric` over scikit-learn that loads without the Hub, and the Trainer's callback."""
+"""Metrics of a head by scikit-learn, and the Trainer's callback."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import torch
 from sklearn import metrics as sk
+from transformers import EvalPrediction
 
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import check_numbers, log_odds, predictions, probabilities
 
 
-_CLASS_METRICS = ("accuracy", "f1", "precision", "recall", "auprc", "auroc")
+# Metrics that rank the rows. They are undefined if all rows have a label, or none.
+AREAS = ("auprc", "auroc")
+_CLASS_METRICS = ("accuracy", "f1", "precision", "recall", *AREAS)
 
 # Metrics that can choose a head, for each problem type. Larger is better.
 METRICS = {
@@ -25,31 +26,6 @@ METRICS = {
     "multi_label_classification": _CLASS_METRICS,
     "regression": ("r2",),
 }
-
-
-class ProbeMetric(evaluate.Metric):
-    """The metrics of `score_logits` as an `evaluate.Metric`.
-
-    Args:
-        config (`ProbeConfig`): its problem type, labels, temperature and threshold.
-    """
-
-    def __init__(self, config: ProbeConfig, **kwargs):
-        self.probe_config = config
-        super().__init__(keep_in_memory=True, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        single = self.probe_config.problem_type == "single_label_classification"
-        row = datasets.Sequence(datasets.Value("float32"))
-        return evaluate.MetricInfo(
-            description="Metrics of a probe head from its logits.",
-            citation="",
-            inputs_description="predictions: [rows, num_labels] logits; references: class indices, or rows of numbers",
-            features=datasets.Features({"predictions": row, "references": datasets.Value("int64") if single else row}),
-        )
-
-    def _compute(self, predictions, references) -> dict[str, float | None]:
-        return score_logits(torch.tensor(predictions), np.asarray(references), self.probe_config)
 
 
 def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
@@ -82,7 +58,7 @@ def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
     found: dict[str, float | None] = {"accuracy": float((truth == predicted).all(axis=1).mean())}
     for name in _CLASS_METRICS[1:]:
         values = [part[name] for part in parts if part[name] is not None]
-        undefined = None if name in ("auprc", "auroc") else 0.0
+        undefined = None if name in AREAS else 0.0
         found[name] = float(np.mean(values)) if values else undefined
     return found
 
@@ -120,17 +96,15 @@ def label_scores(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
 
 
 def _score_columns(truth: np.ndarray, predicted: np.ndarray, ranked: np.ndarray) -> list[dict[str, Any]]:
-    count = truth.shape[1]
-    # scikit-learn takes one column for classes 0 and 1, several for labels.
-    options = {"average": None, "zero_division": 0.0, "labels": [1] if count == 1 else None}
-    each = sk.precision_recall_fscore_support(truth.astype(int), predicted.astype(int), **options) if count else ()
     parts = []
-    for index, (precision, recall, f1, rows) in enumerate(zip(*each, strict=True)):
-        column, part = truth[:, index], {"rows": int(rows), "f1": f1, "precision": precision, "recall": recall}
-        defined = 0 < rows < len(truth)
-        part["auprc"] = sk.average_precision_score(column, ranked[:, index]) if defined else None
-        part["auroc"] = sk.roc_auc_score(column, ranked[:, index]) if defined else None
-        parts.append({key: value if value is None or key == "rows" else float(value) for key, value in part.items()})
+    for column, given, scores in zip(truth.T.astype(int), predicted.T.astype(int), ranked.T, strict=True):
+        options = {"average": "binary", "zero_division": 0.0}
+        precision, recall, f1 = map(float, sk.precision_recall_fscore_support(column, given, **options)[:3])
+        part = {"rows": int(column.sum()), "f1": f1, "precision": precision, "recall": recall, **dict.fromkeys(AREAS)}
+        if 0 < part["rows"] < len(column):
+            part["auprc"] = float(sk.average_precision_score(column, scores))
+            part["auroc"] = float(sk.roc_auc_score(column, scores))
+        parts.append(part)
     return parts
 
 
@@ -150,15 +124,14 @@ def outcomes(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> d
     }
 
 
-def compute_metrics(config: ProbeConfig) -> Callable:
+def compute_metrics(config: ProbeConfig) -> Callable[[EvalPrediction], dict[str, float | None]]:
     """Return the Trainer's `compute_metrics=` for a head with this config. It gives the numbers of a report."""
-    metric = ProbeMetric(config)
 
-    def compute(evaluated) -> dict[str, float | None]:
+    def compute(evaluated: EvalPrediction) -> dict[str, float | None]:
         labels = np.asarray(evaluated.label_ids)
         if config.problem_type != "single_label_classification":
             labels = labels.reshape(len(labels), -1)
-        return metric.compute(predictions=evaluated.predictions, references=labels)
+        return score_logits(torch.from_numpy(evaluated.predictions), labels, config)
 
     return compute
 
@@ -178,7 +151,7 @@ def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
     if metric not in allowed:
         raise ProbeError(f"metric={metric!r} for {config.problem_type} must be one of: {', '.join(allowed)}")
     if score_logits(torch.zeros(len(labels), config.num_labels), labels, config)[metric] is None:
-        defined = ", ".join(name for name in allowed if name not in ("auprc", "auroc"))
+        defined = ", ".join(name for name in allowed if name not in AREAS)
         reason = "all have the same value" if metric == "r2" else f"no label is in some but not all ({defined} work)"
         raise ProbeError(f"{metric} is not defined on the {len(labels)} validation rows: {reason}")
 

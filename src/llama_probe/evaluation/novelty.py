@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 from torch.utils.data import Dataset, Subset
 
 from ..errors import ProbeError
@@ -14,7 +15,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.novelty import FAR, MAX_ROWS, MIN_ROWS, Novelty, novelty_layers
 from ..heads.probe import ProbeModel
-from .bootstrap import Ranking, intervals, share_interval
+from .bootstrap import auroc_interval, share_interval
 from .prediction import collect, score_batches
 
 
@@ -100,13 +101,10 @@ def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamp
     """
     found: dict[str, Any] = {"own": _far(own), "against": {}}
     for name, other in others.items():
-        scores, truth = torch.cat([own, other]).numpy(), np.repeat([0, 1], [len(own), len(other)])
-        ranking = Ranking(scores, truth)
-        part = _far(other) | {"auroc": float(ranking.areas(np.ones((1, len(scores))))[1, 0])}
+        scores, truth = torch.cat([own, other]).numpy(), np.repeat([False, True], [len(own), len(other)])
+        part = found["against"][name] = _far(other) | {"auroc": float(roc_auc_score(truth, scores))}
         if resamples:
-            statistic = lambda weights, ranking=ranking: {"auroc": ranking.areas(weights)[1]}  # noqa: E731
-            part["interval"] = intervals([statistic], len(scores), resamples)["auroc"]
-        found["against"][name] = part
+            part["interval"] = auroc_interval(scores, truth, resamples)
     return found
 
 
@@ -131,7 +129,7 @@ def compare_log(
         rows, the most useful ones first.
     """
     said, rows = _said(config, logits), len(novelty)
-    interval = list(share_interval(int((novelty > FAR).sum()), rows))
+    interval = share_interval(int((novelty > FAR).sum()), rows)
     found: dict[str, Any] = {
         "rows": rows,
         "novelty": {**_far(novelty), "interval": interval, "median": float(novelty.median())},

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
-from .bootstrap import intervals, score_statistic, share_interval
-from .calibration import calibration_gaps, reliability, threshold_table
+from .bootstrap import Interval, Key, intervals, score_statistic, share_interval
+from .calibration import reliability, threshold_table
 from .metrics import confusion, has_label, label_scores, outcomes, score_logits
 from .prediction import collect, score_batches
 
@@ -116,24 +116,21 @@ def detailed_report(
     if not resamples:
         return result
     result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
-    statistics = [score_statistic(logits, labels, config)]
+
+    def add_intervals(part: dict[str, Any], limits: dict[Key, Interval], label: str | None = None) -> None:
+        part["intervals"] = {name: limits[label, name] for name in part if (label, name) in limits}
+
+    limits = intervals(score_statistic(logits, labels, config), len(labels), resamples, seed)
+    add_intervals(result, limits)
     if classes:
-        gaps = calibration_gaps(logits, labels, config)
-        statistics.append(
-            lambda weights: {
-                name: np.abs(weights @ part).sum(axis=1) / weights.sum(axis=1) for name, part in gaps.items()
-            }
-        )
-    found = intervals(statistics, len(labels), resamples, seed)
-    result["intervals"] = _select(result, found)
-    if classes:
-        result["calibration"]["intervals"] = _select(result["calibration"], found)
-        for index, part in enumerate(result["labels"].values()):
-            part["intervals"] = {name: found[f"label_{name}"][index] for name in part if f"label_{name}" in found}
+        add_intervals(result["calibration"], limits)
+    for label, part in result.get("labels", {}).items():
+        add_intervals(part, limits, label)
     for column, value, rows in _groups(slices):
         part = result["slices"][column][value]
-        statistic = score_statistic(logits[rows], labels[rows], config)
-        part["intervals"] = _select(part, intervals([statistic], part["rows"], resamples, seed))
+        add_intervals(
+            part, intervals(score_statistic(logits[rows], labels[rows], config), part["rows"], resamples, seed)
+        )
     return result
 
 
@@ -148,7 +145,7 @@ def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
 
     def share(config: ProbeConfig) -> dict[str, Any]:
         flagged = predictions(probs, config) == index
-        interval = list(share_interval(int(flagged.sum()), len(flagged)))
+        interval = share_interval(int(flagged.sum()), len(flagged))
         threshold = 0.5 if config.threshold is None else config.threshold
         return {"share": float(flagged.double().mean()), "interval": interval, "threshold": threshold}
 
@@ -183,7 +180,3 @@ def _groups(slices: dict[str, Sequence[Any]] | None) -> Iterator[tuple[str, str,
         texts = np.array([str(value) for value in values], dtype=object)
         for value in sorted(set(texts)):
             yield column, value, texts == value
-
-
-def _select(part: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    return {name: found[name] for name in part if name in found}
