@@ -126,21 +126,24 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
             nothing or nearly all: the wrong label is flagged, or these are the wrong rows.
     """
     check_numbers(logits)
-    index, found = config.need_flagged_index("rates"), {}
-    label, ranked = config.id2label[index], np.sort(probabilities(logits.float(), config)[:, index].numpy())[::-1]
-    if (share := float((ranked >= 0.5).mean())) > _MOST_FLAGGED:
+    index = config.need_flagged_index("rates")
+    label, scores = config.id2label[index], probabilities(logits.float(), config)[:, index].numpy()
+    if (share := float((scores >= 0.5).mean())) > _MOST_FLAGGED:
         raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flag")
-    for rate in rates:
-        lower = ranked[int(rate * len(ranked) + 1e-9)]
-        higher = ranked[ranked > lower]
-        threshold = _halfway(higher[-1] if len(higher) else 1.0, lower)
+    thresholds = {f"fpr-{100 * rate:g}%": threshold_at_rate(scores, rate) for rate in rates}
+    for name, threshold in thresholds.items():
         if not _LOWEST <= threshold <= _HIGHEST:
-            does = "nothing" if threshold > _HIGHEST else "nearly all"
+            flags = "nothing" if threshold > _HIGHEST else "nearly all"
             raise ProbeError(
-                f"rate={rate:g} gives {label!r} the threshold {threshold:.5f}, which flags {does} of other rows"
+                f"{name} gives {label!r} the threshold {threshold:.5f}, which flags {flags} of other rows"
             )
-        found[f"fpr-{100 * rate:g}%"] = threshold
-    return config.replace(flagged=[label], threshold=next(iter(found.values())), thresholds=found)
+    return config.replace(flagged=[label], threshold=next(iter(thresholds.values())), thresholds=thresholds)
+
+
+def threshold_at_rate(scores: np.ndarray, rate: float) -> float:
+    """Return the lowest threshold that flags at most a share of scores `[rows]`, halfway to the next lower score."""
+    lower = np.sort(scores)[::-1][int(rate * len(scores) + 1e-9)]
+    return _halfway(scores[scores > lower].min(initial=1.0), lower)
 
 
 def _halfway(upper: float, lower: float) -> float:
@@ -218,15 +221,18 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
         `error`: expected calibration error with the saved temperature; `error_uncalibrated`: the same at temperature 1;
         `bins`: for each that is not empty, `low`, `high`, `rows`, mean `confidence` and `frequency`.
     """
-    confidence, holds = _confidence(logits, labels, config)
-    bins, table = _bin_of(confidence), []
-    for i in np.unique(bins).tolist():
-        rows = bins == i
-        edges = {"low": round(i / _BINS, 4), "high": round((i + 1) / _BINS, 4), "rows": int(rows.sum())}
-        means = {"confidence": confidence[rows].mean(), "frequency": holds[rows].mean()}
-        table.append(edges | {name: round(float(value), 4) for name, value in means.items()})
+    confidence, holds, bins = _confidence(logits, labels, config)
     gaps = calibration_gaps(logits, labels, config)
-    return {name: round(float(np.abs(part.mean(axis=0)).sum()), 4) for name, part in gaps.items()} | {"bins": table}
+    errors = {name: round(float(np.abs(part.mean(axis=0)).sum()), 4) for name, part in gaps.items()}
+    table = []
+    for number in np.unique(bins).tolist():
+        rows = bins == number
+        means = {"confidence": confidence[rows].mean(), "frequency": holds[rows].mean()}
+        edges = {"low": number / _BINS, "high": (number + 1) / _BINS}
+        table.append(
+            {name: round(float(value), 4) for name, value in (edges | means).items()} | {"rows": int(rows.sum())}
+        )
+    return {**errors, "bins": table}
 
 
 def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, np.ndarray]:
@@ -236,27 +242,26 @@ def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConf
         `[rows, bins]` each: confidence minus truth, in the bin of the confidence; for multi-label heads the mean over the
         labels. With weights `[rows]` that sum to n, the error is the sum of `|weights @ gaps| / n`.
     """
-    found = {}
+    gaps = {}
     for name, judge in (("error", config), ("error_uncalibrated", config.replace(temperature=1.0))):
-        confidence, holds = _confidence(logits, labels, judge)
-        gaps = (confidence.astype(np.float64) - holds) / confidence.shape[1]
-        found[name] = np.zeros((len(labels), _BINS))
-        np.add.at(found[name], (np.arange(len(labels))[:, None], _bin_of(confidence)), gaps)
-    return found
+        confidence, holds, bins = _confidence(logits, labels, judge)
+        one_hot = np.eye(_BINS)[bins]  # [rows, decisions, bins]
+        gaps[name] = ((confidence.astype(np.float64) - holds)[:, :, None] * one_hot).mean(axis=1)
+    return gaps
 
 
-def _confidence(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return confidence and truth (0 or 1) of the decisions on each row `[rows, decisions]`: one, or one a label (multi-label)."""
+def _confidence(
+    logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return confidence, truth and bin of the decisions on each row `[rows, decisions]`: one, or one a label (multi-label)."""
     probs = probabilities(logits.float(), config).numpy()
     if config.problem_type == "multi_label_classification":
-        return probs, labels.astype(float)
-    if (index := config.flagged_index) is not None:
-        return probs[:, index : index + 1], (labels == index).astype(float)[:, None]
-    return probs.max(axis=1, keepdims=True), (probs.argmax(axis=1) == labels).astype(float)[:, None]
-
-
-def _bin_of(confidence: np.ndarray) -> np.ndarray:
-    return np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+        confidence, holds = probs, labels > 0
+    elif (index := config.flagged_index) is not None:
+        confidence, holds = probs[:, [index]], (labels == index)[:, None]
+    else:
+        confidence, holds = probs.max(axis=1, keepdims=True), (probs.argmax(axis=1) == labels)[:, None]
+    return confidence, holds, np.minimum((confidence * _BINS).astype(int), _BINS - 1)
 
 
 def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[dict[str, Any]]]:
@@ -267,25 +272,18 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         `precision` (None if nothing is flagged), `recall`, `flagged` (share of all rows) and `saved`. Empty for other heads.
     """
     probs, tables = probabilities(logits.float(), config).numpy(), {}
-    for index in range(config.num_labels):
+    for index, label in config.id2label.items():
         positive = has_label(labels, index, config)
         is_judged = config.problem_type == "multi_label_classification" or index == config.flagged_index
         if not is_judged or not positive.any():
             continue
         saved = threshold_of(config, index)
         saved = 0.5 if saved is None else saved  # the larger of two probabilities
-        rows = []
+        tables[label] = []
         for threshold in sorted({saved, *(round(0.1 * i, 1) for i in range(1, 10))}):
             flagged = probs[:, index] >= threshold
-            hits = int((flagged & positive).sum())
-            rows.append(
-                {
-                    "threshold": round(threshold, 4),
-                    "precision": round(hits / int(flagged.sum()), 4) if flagged.any() else None,
-                    "recall": round(hits / int(positive.sum()), 4),
-                    "flagged": round(float(flagged.mean()), 4),
-                    "saved": threshold == saved,
-                }
-            )
-        tables[config.id2label[index]] = rows
+            shares = {"recall": flagged[positive].mean(), "flagged": flagged.mean(), "threshold": threshold}
+            row = {name: round(float(value), 4) for name, value in shares.items()}
+            row["precision"] = round(float(positive[flagged].mean()), 4) if flagged.any() else None
+            tables[label].append({**row, "saved": threshold == saved})
     return tables

@@ -38,41 +38,35 @@ def follow_replies(
         For each row logits `[reply_tokens, num_labels]`; the last are those of the whole row. In a process group the ranks
         divide the rows, and each rank gets all results.
     """
-    found: dict[int, torch.Tensor] = {}
+    logits: dict[int, torch.Tensor] = {}
     for rows, shared, mask in states_for([probe], dataset, batch_tokens, progress):
         states = shared.raw(probe)
         counted = [states[:, i, columns].transpose(0, 1) for i, columns in enumerate(mask)]  # [n, S, D] each
         starts = [len(row_states) - lengths[row] for row, row_states in zip(rows, counted, strict=True)]
-        before = [row_states[:start] for row_states, start in zip(counted, starts, strict=True)]
-        replies = [row_states[start:] for row_states, start in zip(counted, starts, strict=True)]
-        logits = _follow(probe, before, replies)
-        found |= {row: logits[i, : lengths[row]] for i, row in enumerate(rows)}
-    found = {row: logits for part in gather(found) for row, logits in part.items()}
-    return [found[row] for row in range(len(dataset))]
+        before, replies = zip(*((s[:start], s[start:]) for s, start in zip(counted, starts, strict=True)), strict=True)
+        followed = _follow(probe, before, replies)
+        logits |= {row: followed[i, : lengths[row]] for i, row in enumerate(rows)}
+    logits = {row: part for ranks in gather(logits) for row, part in ranks.items()}
+    return [logits[row] for row in range(len(dataset))]
 
 
 @torch.no_grad()
-def _follow(probe: ProbeModel, before: list[torch.Tensor], replies: list[torch.Tensor]) -> torch.Tensor:
+def _follow(probe: ProbeModel, before: Sequence[torch.Tensor], replies: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return logits `[B, R, num_labels]` after each of R reply tokens, from the states `[n, S, D]` of each row."""
     state = probe.init_state(keep=True)
 
-    def step(states: torch.Tensor, mask: torch.Tensor) -> None:
+    def step(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         probe.step(state, probe.layer_indices, probe.prepare(states), mask.to(probe.device))
+        return probe.finish(state).logits.float().cpu()
 
-    if any(len(row_states) for row_states in before):
-        step(*_pad(before))
-    states, mask = _pad(replies)
-    steps = []
-    for t in range(mask.shape[1]):
-        step(states[:, :, t : t + 1], mask[:, t : t + 1])
-        steps.append(probe.finish(state).logits.float().cpu())
-    return torch.stack(steps, dim=1)
+    def pad(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = pad_sequence([torch.ones(len(states), dtype=torch.bool) for states in rows], batch_first=True)
+        return pad_sequence(list(rows), batch_first=True).permute(2, 0, 1, 3), mask  # [S, B, N, D], [B, N]
 
-
-def _pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad states `[n, S, D]` of rows to `[S, B, N, D]`. Return them and the mask `[B, N]`."""
-    mask = pad_sequence([torch.ones(len(states), dtype=torch.bool) for states in rows], batch_first=True)
-    return pad_sequence(rows, batch_first=True).permute(2, 0, 1, 3), mask
+    if any(map(len, before)):
+        step(*pad(before))
+    states, mask = pad(replies)
+    return torch.stack([step(states[:, :, [t]], mask[:, [t]]) for t in range(mask.shape[1])], dim=1)
 
 
 def _least(values: np.ndarray, patience: int) -> np.ndarray:
@@ -96,13 +90,12 @@ def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
         they are halted, and the median `share` of the reply (each None if none is detected).
     """
     reached = [np.flatnonzero(_least(values, patience) >= threshold) for values in scores]
-    halted, positives = np.array([len(places) > 0 for places in reached]), positives.astype(bool)
+    halted, positives = np.array(list(map(len, reached))) > 0, positives.astype(bool)
     delay: dict[str, float | None] = dict.fromkeys(("median", "p90", "share"))
     if len(hits := np.flatnonzero(halted & positives)):
         read = np.array([reached[row][0] + patience for row in hits])
-        shares = read / np.array([len(scores[row]) for row in hits])
-        found = np.median(read), np.percentile(read, 90), np.median(shares)
-        delay = dict(zip(delay, map(float, found), strict=True))
+        share = np.median(read / [len(scores[row]) for row in hits])
+        delay = {"median": float(np.median(read)), "p90": float(np.percentile(read, 90)), "share": float(share)}
     return {
         "rows": len(scores),
         "detected": float(halted[positives].mean()) if positives.any() else None,
@@ -130,25 +123,23 @@ def halting_rules(
         By label name a list of rules with `patience`, `threshold`, `validation` (see `detection`) and `chosen`: True for
         the rule that detects most replies, and of several such rules the soonest.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_label: dict[str, list[dict[str, Any]]] = {}
     for index, name in config.id2label.items():
         if config.problem_type == "regression" or config.flagged_index not in (None, index):
             continue
-        positives = has_label(labels, index, config)
+        positives, scores = has_label(labels, index, config), _scores(config, validation, index)
         if not 0 < positives.sum() < len(positives):
             continue
-        scores = _scores(config, validation, index)
         rules = []
         for patience in PATIENCES:
-            # The highest threshold that halts each reply; 0 if it is shorter than the patience.
-            halting = np.array([_least(values, patience).max(initial=0.0) for values in scores])
-            threshold = highest_recall_threshold(halting, positives, max_false_halts)
-            told = detection(scores, positives, threshold, patience)
-            rules.append({"patience": patience, "threshold": threshold, "validation": told})
-        told = [rule["validation"] for rule in rules]
-        best = max(told, key=lambda item: (item["detected"], -(item["delay"]["median"] or 0)))
-        found[name] = [{**rule, "chosen": rule["validation"] is best} for rule in rules]
-    return found
+            # A reply is halted if the highest of these is over the threshold.
+            highest = np.array([_least(values, patience).max(initial=0.0) for values in scores])
+            threshold = highest_recall_threshold(highest, positives, max_false_halts)
+            result = detection(scores, positives, threshold, patience)
+            rules.append({"patience": patience, "threshold": threshold, "validation": result})
+        best = max(rules, key=_detects_most)
+        by_label[name] = [{**rule, "chosen": rule is best} for rule in rules]
+    return by_label
 
 
 def apply_rules(
@@ -158,14 +149,19 @@ def apply_rules(
 
     Labels that the head no longer has, because they were renamed, are skipped.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for name in [name for name in rules if name in config.label2id]:
-        index = config.label2id[name]
-        positives, scores = has_label(labels, index, config), _scores(config, followed, index)
-        found[name] = [
-            {**rule, "test": detection(scores, positives, rule["threshold"], rule["patience"])} for rule in rules[name]
-        ]
-    return found
+    by_label: dict[str, list[dict[str, Any]]] = {}
+    for name, index in config.label2id.items():
+        if name not in rules:
+            continue
+        scored = _scores(config, followed, index), has_label(labels, index, config)
+        tests = [detection(*scored, rule["threshold"], rule["patience"]) for rule in rules[name]]
+        by_label[name] = [{**rule, "test": test} for rule, test in zip(rules[name], tests, strict=True)]
+    return by_label
+
+
+def _detects_most(rule: dict[str, Any]) -> tuple[float, float]:
+    result = rule["validation"]
+    return result["detected"], -(result["delay"]["median"] or 0)
 
 
 def _scores(config: ProbeConfig, followed: Sequence[torch.Tensor], index: int) -> list[np.ndarray]:

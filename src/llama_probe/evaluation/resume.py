@@ -10,9 +10,6 @@ from ..errors import ProbeError
 from ..files import make_folder, remove_leftovers, write_atomically
 
 
-_ABSENT = object()
-
-
 def same_settings(path: Path, settings: dict[str, Any]) -> bool:
     """Compare the settings of a run with those of the run that it resumes. Write them if there is none.
 
@@ -31,30 +28,34 @@ def same_settings(path: Path, settings: dict[str, Any]) -> bool:
         remove_leftovers(path.parent)
         write_atomically({path: json.dumps(settings, indent=2) + "\n"})
         return False
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ProbeError(f"{path} is damaged: {error}; remove it to start again") from None
-    check_settings(path, found, settings)
+    check_settings(path, read_settings(path), settings)
     return True
 
 
-def check_settings(path: Path, found: Any, settings: dict[str, Any]) -> None:
-    """Raise `ProbeError` with the first difference if settings differ from those found in a file that may hold more."""
-    if told := _first_difference(found, json.loads(json.dumps(settings)), ""):
-        raise ProbeError(f"{path} was written with {told}: give the same settings, or another folder")
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a file. Raise `ProbeError` if it is damaged."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it must hold a JSON object")
+        return settings
+    except ValueError as error:
+        raise ProbeError(f"{path} is damaged: {error}; remove it to start again") from None
 
 
-def _first_difference(found: Any, wanted: Any, name: str) -> str | None:
-    """Return the first difference of two JSON values as `name=found (now wanted)`. None if they are equal."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        inner = f"{name}." if name else ""
-        keys = dict.fromkeys([*wanted, *found])
-        pairs = ((inner + key, found.get(key, _ABSENT), wanted.get(key, _ABSENT)) for key in keys)
-        return next((told for key, old, new in pairs if (told := _first_difference(old, new, key))), None)
-    return None if found == wanted else f"{name or 'settings'}={_short(found)} (now {_short(wanted)})"
+def check_settings(path: Path, written: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raise `ProbeError` with the first difference between settings and those written in a file."""
+    before, now = _flat(written), _flat(json.loads(json.dumps(settings)))
+    for name in dict.fromkeys([*now, *before]):
+        if before.get(name, "absent") != now.get(name, "absent"):
+            values = (f"{part.get(name, 'absent'):.60}" for part in (before, now))
+            difference = "{}={} (now {})".format(name, *values)
+            raise ProbeError(f"{path} was written with {difference}: give the same settings, or another folder")
 
 
-def _short(value: Any) -> str:
-    text = "absent" if value is _ABSENT else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    """Return the values in nested dicts by their dotted names, as Python writes them."""
+    if not isinstance(value, dict):
+        return {name: repr(value)}
+    inner = f"{name}." if name else ""
+    return {key: text for part, nested in value.items() for key, text in _flat(nested, inner + part).items()}

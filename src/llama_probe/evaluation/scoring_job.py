@@ -28,7 +28,7 @@ from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.sources import read_heads
 from ..serving.texts import classify_texts
-from .resume import check_settings
+from .resume import check_settings, read_settings
 
 
 logger = logging.get_logger(__name__)
@@ -72,14 +72,14 @@ class TextScorer:
             return columns
         configs = {name: head.config for name, head in self.heads.items()}
         outputs = classify_texts(self.model, configs, [texts[row] for row in rows], self.tokenizer)
-        for name, found in outputs.items():
-            config, finite = configs[name], found.logits.isfinite().all(dim=-1)
-            output = ProbeOutput.from_logits(found.logits[finite], config)
-            scores = [dict(zip(config.id2label.values(), row, strict=True)) for row in output.probabilities.tolist()]
+        for name, scored in outputs.items():
+            config, finite = configs[name], scored.logits.isfinite().all(dim=-1)
+            output = ProbeOutput.from_logits(scored.logits[finite], config)
+            by_label = [dict(zip(config.id2label.values(), row, strict=True)) for row in output.probabilities.tolist()]
             is_value = config.problem_type == "regression"
-            cells = {"values": scores} if is_value else {"label": output.labels, "probabilities": scores}
-            if found.novelty is not None:
-                cells["novelty"] = found.novelty[finite].tolist()
+            cells = {"values": by_label} if is_value else {"label": output.labels, "probabilities": by_label}
+            if scored.novelty is not None:
+                cells["novelty"] = scored.novelty[finite].tolist()
             for kind, values in cells.items():
                 for row, value in zip(itertools.compress(rows, finite.tolist()), values, strict=True):
                     columns[f"{name}_{kind}"][row] = value
@@ -180,13 +180,9 @@ class ScoringJob:
             raise ProbeError(
                 f"{self.output} holds a scoring job already: continue with --resume, or give another folder"
             )
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            before, complete = {name: found[name] for name in begun}, found["complete"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ProbeError(f"{path} is damaged ({error}): give another folder") from None
-        check_settings(path, before, begun)
-        return found if complete else {**begun, "complete": False}
+        manifest = read_settings(path)
+        check_settings(path, {name: manifest.get(name) for name in begun}, begun)
+        return manifest if manifest.get("complete") else {**begun, "complete": False}
 
     def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema) -> None:
         scorer = TextScorer(heads, self.backbone, self.dtype)
@@ -194,9 +190,8 @@ class ScoringJob:
         total = None if None in counts else sum(counts) // world_size()
         with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
             for index, file in enumerate(files):
-                for chunk in file.chunks(
-                    self._needed, self.chunk_rows, partial(self._is_wanted, index), self.max_text
-                ):
+                is_wanted = partial(self._is_wanted, index)
+                for chunk in file.chunks(self._needed, self.chunk_rows, is_wanted, self.max_text):
                     texts = self._texts(file, chunk)
                     scores = scorer(texts)
                     _warn_of_gaps(file, chunk, texts, scores)
@@ -264,9 +259,9 @@ def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
 def _warn_of_gaps(file: InputFile, chunk: Chunk, texts: list[Text | None], scores: dict[str, list[Any]]) -> None:
     """Name rows that have a text and no score. In the output they look like rows without a text."""
     scored = [i for i, text in enumerate(texts) if not _is_blank(text)]
-    empty = {name: [i for i in scored if values[i] is None] for name, values in scores.items()}
-    if gaps := sorted(set(itertools.chain(*empty.values()))):
-        names = ", ".join(sorted(name for name, rows in empty.items() if rows))
+    gaps = [i for i in scored if any(values[i] is None for values in scores.values())]
+    if gaps:
+        names = ", ".join(name for name, values in scores.items() if any(values[i] is None for i in gaps))
         shown = ", ".join(str(chunk.first_row + i) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
         logger.warning(f"{file.path}: {names} left empty for {len(gaps)} rows ({shown}): {NO_NUMBER_BECAUSE}")
 
