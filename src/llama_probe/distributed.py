@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,9 @@ from .files import check_writable, lock, make_folder
 
 T = TypeVar("T")
 
-# For machines that vanish: a process that dies closes its connections, which the others notice at once. In training all ranks
-# do the same at the same time; elsewhere one may work for long while the others wait.
-_TRAINING_TIMEOUT, _TIMEOUT = timedelta(minutes=10), timedelta(days=7)
+# For machines that vanish: a process that dies closes its connections, which the others notice at once. One rank may work for
+# long while the others wait.
+_TIMEOUT = timedelta(days=1)
 
 _RESUME = "what was finished is kept: give the same command with --resume to go on"
 
@@ -41,8 +41,7 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 
-# For all communication but training steps; None unless the work is divided.
-_group: dist.ProcessGroup | None = None
+_is_divided = False
 
 
 def launched() -> bool:
@@ -54,21 +53,20 @@ def launched() -> bool:
 def process_group() -> Iterator[None]:
     """Let the processes that `torchrun` has started divide the work inside; may be nested.
 
-    An existing group is used. Else the group has gloo between CPUs and the accelerator's back end (NCCL) between
-    accelerators, and each process gets the accelerator of its local rank.
+    An existing group is used. Else accelerate makes one, with gloo between CPUs and the accelerator's back end (NCCL) between
+    accelerators, and gives each process the accelerator of its local rank.
 
     Raises:
         ProbeError: another process of the run has ended.
     """
-    global _group
-    if _group is not None or not (launched() or (dist.is_available() and dist.is_initialized())):
+    global _is_divided
+    if _is_divided or not (launched() or (dist.is_available() and dist.is_initialized())):
         yield
         return
     is_own = not dist.is_initialized()
     try:
-        if is_own:
-            _create_group()
-        _group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        _set_up()
+        _is_divided = True
         if not is_main():
             logging.set_verbosity_error()
             logging.disable_progress_bar()
@@ -82,17 +80,17 @@ def process_group() -> Iterator[None]:
             raise
         raise ProbeError(f"another process of this run has ended ({text.splitlines()[0]}); {_RESUME}") from error
     finally:
-        _group = None
+        _is_divided = False
 
 
 def rank() -> int:
     """Return the number of this process: 0 is the main one, the only one that writes and prints."""
-    return 0 if _group is None else dist.get_rank()
+    return dist.get_rank() if _is_divided else 0
 
 
 def world_size() -> int:
     """Return the number of processes that divide the work, 1 if it is not divided."""
-    return 1 if _group is None else dist.get_world_size()
+    return dist.get_world_size() if _is_divided else 1
 
 
 def is_main() -> bool:
@@ -123,8 +121,8 @@ def merge_rows(rows: Sequence[int], values: torch.Tensor) -> torch.Tensor:
     """
     if world_size() > 1:
         rows = torch.tensor(sorted(set(rows)), dtype=torch.long)
-        for found, part in gather((rows, values[rows])):
-            values[found] = part
+        for places, part in gather((rows, values[rows])):
+            values[places] = part
     return values
 
 
@@ -132,16 +130,9 @@ def gather(value: T) -> list[T]:
     """Return the values of all ranks, by rank, on each of them."""
     if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value, _group)
-    return found
+    from accelerate.utils import gather_object
 
-
-def broadcast(tensor: torch.Tensor, source: int) -> torch.Tensor:
-    """Copy the tensor of rank `source` into those of the others, of the same shape, dtype and kind of device."""
-    if world_size() > 1:
-        dist.broadcast(tensor, source)
-    return tensor
+    return gather_object([value])
 
 
 def on_main(function: Callable[[], T]) -> T:
@@ -152,16 +143,18 @@ def on_main(function: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return function()
-    box: list[Any] = [None]
+    from accelerate.utils import broadcast_object_list
+
+    result: T | ProbeError | None = None
     if is_main():
         try:
-            box[0] = function()
+            result = function()
         except ProbeError as error:
-            box[0] = error
-    dist.broadcast_object_list(box, 0, _group)
-    if isinstance(box[0], ProbeError):
-        raise box[0]
-    return box[0]
+            result = error
+    (result,) = broadcast_object_list([result])
+    if isinstance(result, ProbeError):
+        raise result
+    return result
 
 
 def check_shared(folder: Path) -> None:
@@ -206,13 +199,16 @@ def claimed(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _create_group() -> None:
+def _set_up() -> None:
+    """Let accelerate see the process group, which is made if there is none."""
+    from accelerate import PartialState
+
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     backend = "gloo"
     if accelerator is not None:
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]) % torch.accelerator.device_count())
         backend = f"cpu:gloo,{accelerator.type}:{dist.get_default_backend_for_device(accelerator.type)}"
-    dist.init_process_group(backend, timeout=_TRAINING_TIMEOUT)
+    PartialState._reset_state()  # it may be that of a single process, or of an earlier group
+    PartialState(cpu=accelerator is None, backend=backend, timeout=_TIMEOUT)
 
 
 @contextmanager
