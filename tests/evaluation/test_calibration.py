@@ -194,6 +194,10 @@ def test_reliability_by_hand():
     low, high = found["bins"]
     assert low == {"low": 0.1, "high": 0.2, "rows": 2, "confidence": pytest.approx(0.15), "frequency": 0.5}
     assert (high["low"], high["rows"], high["frequency"]) == (0.9, 2, 1.0)
+    uncalibrated = reliability(
+        logits_of([0.12, 0.18, 0.95, 0.95]), np.array([0, 1, 1, 1]), CONFIG.replace(temperature=1)
+    )
+    assert found["error_uncalibrated"] == uncalibrated["error"] != found["error"]
     logits = torch.tensor([[9.0, 0, 0], [0, 9.0, 0]])
     many = reliability(logits, np.array([0, 2]), THREE)
     assert many["bins"] == [{"low": 0.9, "high": 1.0, "rows": 2, "confidence": 0.9998, "frequency": 0.5}]

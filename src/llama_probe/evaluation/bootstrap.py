@@ -13,7 +13,6 @@ import torch
 from scipy.stats import binomtest, bootstrap
 
 from ..heads.configuration import ProbeConfig
-from .calibration import calibration_gaps
 from .metrics import AREAS, ranking_scores, truth_and_predictions
 
 
@@ -48,7 +47,7 @@ def intervals(statistic: Statistic, rows: int, resamples: int = 1000, seed: int 
 
 
 def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> Statistic:
-    """Return a statistic of what `score_logits`, `label_scores` and, with the label None, `reliability` give."""
+    """Return a statistic of what `score_logits` and, by label, `label_scores` give."""
     if config.problem_type == "regression":
         return _regression_statistic(logits.float().numpy(), labels)
     truth, predicted = truth_and_predictions(logits, labels, config)
@@ -56,10 +55,8 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     counted = np.concatenate([truth & predicted, predicted, truth], axis=1).astype(np.float64)
     ranked = ranking_scores(logits, config)
     rankings = [Ranking(ranked[:, index], truth[:, index]) for index in range(config.num_labels)]
-    gaps = calibration_gaps(logits, labels, config)
 
     def statistic(weights: np.ndarray) -> dict[Key, np.ndarray]:
-        rows = weights.sum(axis=1)
         tp, given, support = np.split(weights @ counted, 3, axis=1)  # [resamples, num_labels] each
         by_label = {
             "f1": _ratio(2 * tp, given + support),
@@ -67,7 +64,7 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
             "recall": _ratio(tp, support),
         }
         by_label |= dict(zip(AREAS, np.stack([r.areas(weights) for r in rankings], axis=2), strict=True))
-        found: dict[Key, np.ndarray] = {(None, "accuracy"): weights @ right / rows}
+        found: dict[Key, np.ndarray] = {(None, "accuracy"): weights @ right / weights.sum(axis=1)}
         for name, values in by_label.items():
             if config.flagged_index is not None:
                 found[None, name] = values[:, config.flagged_index]
@@ -76,7 +73,7 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
             else:  # a mean leaves out labels that no row has or is given
                 found[None, name] = _ratio(values.sum(axis=1), (given + support > 0).sum(axis=1))
             found |= {(label, name): values[:, index] for index, label in config.id2label.items()}
-        return found | {(None, name): np.abs(weights @ part).sum(axis=1) / rows for name, part in gaps.items()}
+        return found
 
     return statistic
 

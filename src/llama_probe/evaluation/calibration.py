@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.metrics import precision_recall_curve
 from transformers.utils import logging
 
 from ..errors import ProbeError
@@ -85,17 +85,20 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
     threshold above every score. Too many negative rows with a score of 1: the threshold 1, with a warning. Arguments as
     for `best_f1_threshold`; the rate is at least 0 and below 1.
     """
-    rates, recalls, thresholds = roc_curve(positives, scores, drop_intermediate=False)
-    best = int(np.argmax(np.where(rates <= max_false_positive_rate, recalls, -1.0)))
-    upper = float(thresholds[best]) if best else 1.0  # the first threshold of roc_curve is infinite
-    lower = float(thresholds[best + 1]) if best + 1 < len(thresholds) else 0.0
-    if lower >= upper:
+    limit = _highest_unflagged(scores[positives == 0], max_false_positive_rate)
+    if limit >= 1:
         logger.warning(
             f"More than {max_false_positive_rate:g} of the rows without the label have a probability of 1: no threshold "
             "keeps to max_false_positive_rate."
         )
-        return upper
-    return _halfway(upper, lower)
+        return 1.0
+    upper = scores[(positives == 1) & (scores > limit)].min(initial=1.0)
+    return _halfway(upper, scores[scores < upper].max())
+
+
+def _highest_unflagged(scores: np.ndarray, rate: float) -> float:
+    """Return the highest of the scores `[rows]` that a threshold must not flag if it flags at most a share of them."""
+    return np.sort(scores)[::-1][int(rate * len(scores) + 1e-9)]
 
 
 def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = None) -> None:
@@ -130,20 +133,16 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     label, scores = config.id2label[index], probabilities(logits.float(), config)[:, index].numpy()
     if (share := float((scores >= 0.5).mean())) > _MOST_FLAGGED:
         raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flag")
-    thresholds = {f"fpr-{100 * rate:g}%": threshold_at_rate(scores, rate) for rate in rates}
-    for name, threshold in thresholds.items():
+    thresholds = {}
+    for rate in rates:
+        limit, name = _highest_unflagged(scores, rate), f"fpr-{100 * rate:g}%"
+        threshold = thresholds[name] = _halfway(scores[scores > limit].min(initial=1.0), limit)
         if not _LOWEST <= threshold <= _HIGHEST:
             flags = "nothing" if threshold > _HIGHEST else "nearly all"
             raise ProbeError(
                 f"{name} gives {label!r} the threshold {threshold:.5f}, which flags {flags} of other rows"
             )
     return config.replace(flagged=[label], threshold=next(iter(thresholds.values())), thresholds=thresholds)
-
-
-def threshold_at_rate(scores: np.ndarray, rate: float) -> float:
-    """Return the lowest threshold that flags at most a share of scores `[rows]`, halfway to the next lower score."""
-    lower = np.sort(scores)[::-1][int(rate * len(scores) + 1e-9)]
-    return _halfway(scores[scores > lower].min(initial=1.0), lower)
 
 
 def _halfway(upper: float, lower: float) -> float:
@@ -222,32 +221,20 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
         `bins`: for each that is not empty, `low`, `high`, `rows`, mean `confidence` and `frequency`.
     """
     confidence, holds, bins = _confidence(logits, labels, config)
-    gaps = calibration_gaps(logits, labels, config)
-    errors = {name: round(float(np.abs(part.mean(axis=0)).sum()), 4) for name, part in gaps.items()}
     table = []
     for number in np.unique(bins).tolist():
         rows = bins == number
+        part = {"low": number / _BINS, "high": (number + 1) / _BINS, "rows": int(rows.sum())}
         means = {"confidence": confidence[rows].mean(), "frequency": holds[rows].mean()}
-        edges = {"low": number / _BINS, "high": (number + 1) / _BINS}
-        table.append(
-            {name: round(float(value), 4) for name, value in (edges | means).items()} | {"rows": int(rows.sum())}
-        )
-    return {**errors, "bins": table}
+        table.append(part | {name: round(float(value), 4) for name, value in means.items()})
+    uncalibrated = _confidence(logits, labels, config.replace(temperature=1.0))
+    errors = {"error": (confidence, holds, bins), "error_uncalibrated": uncalibrated}
+    return {name: round(_calibration_error(*decisions), 4) for name, decisions in errors.items()} | {"bins": table}
 
 
-def calibration_gaps(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, np.ndarray]:
-    """Return what each row adds to `error` and `error_uncalibrated` of `reliability`, by name.
-
-    Returns:
-        `[rows, bins]` each: confidence minus truth, in the bin of the confidence; for multi-label heads the mean over the
-        labels. With weights `[rows]` that sum to n, the error is the sum of `|weights @ gaps| / n`.
-    """
-    gaps = {}
-    for name, judge in (("error", config), ("error_uncalibrated", config.replace(temperature=1.0))):
-        confidence, holds, bins = _confidence(logits, labels, judge)
-        one_hot = np.eye(_BINS)[bins]  # [rows, decisions, bins]
-        gaps[name] = ((confidence.astype(np.float64) - holds)[:, :, None] * one_hot).mean(axis=1)
-    return gaps
+def _calibration_error(confidence: np.ndarray, holds: np.ndarray, bins: np.ndarray) -> float:
+    gaps = np.bincount(bins.flatten(), (confidence.astype(np.float64) - holds).flatten(), minlength=_BINS)
+    return float(np.abs(gaps).sum() / confidence.size)
 
 
 def _confidence(

@@ -16,30 +16,26 @@ if TYPE_CHECKING:
 # In inches.
 _MAP_WIDTHS = (5.0, 19.5)
 _TOKEN, _LABEL, _LAYER = 0.2, 0.125, 0.13
-_BLOCK = 0.35  # the block in place of the tokens that are not read
 _BESIDE = 2.5  # layer weights, scale and labels
 
 _COLORS = ("#ffffff", "#fdba74", "#ea580c", "#7c2d12")
-_GREY = "0.88"
 
 
 def heat_map(reading: Reading) -> Figure:
     """Draw a token x layer heat map, with the weight of each token above it and of each layer beside it.
 
-    The beginning that the head does not read is one grey block. The map grows with the tokens up to a width. If there
-    is no room for all names, the heaviest tokens are named.
+    The map begins with the first token that the head reads, and grows with the tokens up to a width. If there is no room
+    for all names, the heaviest tokens are named.
 
     Raises:
         ProbeError: matplotlib is not installed.
     """
     layer_count, token_count = reading.weights.shape
     unread = int(np.argmax(reading.counted))  # tokens before the first that is read
-    block = _BLOCK if unread else 0.0
-    map_width = float(np.clip(_TOKEN * (token_count - unread) + block, *_MAP_WIDTHS))
-    inches_a_token = (map_width - block) / (token_count - unread)
+    map_width = float(np.clip(_TOKEN * (token_count - unread), *_MAP_WIDTHS))
+    inches_a_token = map_width / (token_count - unread)
     width = map_width + _BESIDE
-    # The words on the block need 1.3 inches.
-    height = float(np.clip(_LAYER * layer_count, 1.3 if unread else 0.6, 8.0))
+    height = float(np.clip(_LAYER * layer_count, 0.6, 8.0))
     figure = new_figure((width, 3.6 + height))
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm  # after new_figure, which says what to install
 
@@ -58,12 +54,6 @@ def heat_map(reading: Reading) -> Figure:
         aspect="auto",
         origin="lower",
     )
-    if unread:
-        left, right = unread - 0.5 - block / inches_a_token, unread - 0.5
-        center.axvspan(left, right, color=_GREY, linewidth=0)
-        style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 8, "color": "0.4"}
-        center.text((left + right) / 2, (layer_count - 1) / 2, f"{unread} tokens, not read", **style)
-        center.set_xlim(left, token_count - 0.5)
     above.bar(range(unread, token_count), reading.token_weights[unread:], width=0.9, color=_COLORS[2])
     above.set_ylabel("all layers", fontsize=8)
     side.barh(range(layer_count), reading.layer_weights, height=0.8, color="tab:blue")
@@ -93,7 +83,7 @@ def _explanation(reading: Reading, unread: int, named: list[int]) -> str:
     sentences = {
         "What the head looked at. A column is a token (a word or a piece of one), a row a layer of the language model. "
         "White: the token counted no more than if all counted alike; the darker, the more it counted in that layer.": True,
-        "The grey block is the beginning that is the same for every text; the head does not read it.": unread > 0,
+        f"The first {unread} tokens are the same for every text; the head does not read them.": unread > 0,
         "Grey names: tokens that the chat template puts around the text.": any(reading.template[unread:]),
         "Only the heaviest tokens have room for their names.": len(named) < len(reading.tokens) - unread,
         reading.note or "A large weight tells where the head looked, not for which label it spoke.": True,

@@ -64,7 +64,9 @@ def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
 
 
 def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray:
-    """Return a mask `[rows]` of the rows with a label, for labels as in `LabelledTexts` of a head of classes."""
+    """Return a mask `[rows]` of the rows with a label, for labels as in `LabelledTexts`; all rows for regression."""
+    if config.problem_type == "regression":
+        return np.ones(len(labels), dtype=bool)
     return labels[:, index] > 0 if config.problem_type == "multi_label_classification" else labels == index
 
 
@@ -118,10 +120,8 @@ def outcomes(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> d
     """Count rows in which a head of classes finds a label, misses it, or gives it wrongly, by label name."""
     truth, predicted = truth_and_predictions(logits, labels, config)
     counts = {"found": truth & predicted, "missed": truth & ~predicted, "wrong": ~truth & predicted}
-    return {
-        label: {name: int(rows[:, index].sum()) for name, rows in counts.items()}
-        for index, label in config.id2label.items()
-    }
+    sums = {name: rows.sum(axis=0).tolist() for name, rows in counts.items()}
+    return {label: {name: each[index] for name, each in sums.items()} for index, label in config.id2label.items()}
 
 
 def compute_metrics(config: ProbeConfig) -> Callable[[EvalPrediction], dict[str, float | None]]:

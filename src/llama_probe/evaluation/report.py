@@ -40,32 +40,25 @@ def inspect_head(
     """
     config = probe.config
     batches = score_batches([probe], dataset, batch_tokens, progress, output_attentions=True)
-    parts = (
-        (rows, [out.logits] if out.layer_weights is None else [out.logits, out.layer_weights])
-        for rows, (out,) in batches
-    )
+    parts = ((rows, [t for t in (out.logits, out.layer_weights) if t is not None]) for rows, (out,) in batches)
     own, *weights = collect(len(dataset), parts)
     logits = own if logits is None else logits
-    found: dict[str, Any] = {}
+    inspection: dict[str, Any] = {}
     if weights:
-        by_label = {}
-        for index, name in config.id2label.items():
-            rows = slice(None)
-            if config.problem_type != "regression":
-                rows = np.flatnonzero(has_label(labels, index, config))
-            if len(weights[0][rows]):
-                by_label[name] = [round(value, 5) for value in weights[0][rows].mean(dim=0).tolist()]
-        found["layer_weights"] = {"layers": probe.layer_indices, "by_label": by_label}
+        rows = {name: has_label(labels, index, config) for index, name in config.id2label.items()}
+        means = {name: weights[0][mask].mean(dim=0).tolist() for name, mask in rows.items() if mask.any()}
+        by_label = {name: [round(value, 5) for value in shares] for name, shares in means.items()}
+        inspection["layer_weights"] = {"layers": probe.layer_indices, "by_label": by_label}
     if config.problem_type == "regression":
-        return found
-    found["calibration"] = reliability(logits, labels, config)
+        return inspection
+    inspection["calibration"] = reliability(logits, labels, config)
     if config.problem_type == "single_label_classification":
-        found["confusion"] = confusion(logits, labels, config)
+        inspection["confusion"] = confusion(logits, labels, config)
     else:
-        found["outcomes"] = outcomes(logits, labels, config)
+        inspection["outcomes"] = outcomes(logits, labels, config)
     if thresholds := threshold_table(logits, labels, config):
-        found["thresholds"] = thresholds
-    return found
+        inspection["thresholds"] = thresholds
+    return inspection
 
 
 def report(
@@ -104,11 +97,11 @@ def detailed_report(
     Returns:
         The keys of `report`. But for regression `labels` (see `label_scores`), `calibration` (see `reliability`) and, for
         single-label heads, `confusion`. With resamples `bootstrap`: `resamples`, `seed` and `level`; and `intervals`
-        beside the metrics of all rows, of each slice and of each label, and beside the calibration errors: by metric
-        `[low, high]`, or None if the metric is undefined in all resamples.
+        beside the metrics of all rows, of each slice and of each label: by metric `[low, high]`, or None if the metric is
+        undefined in all resamples.
     """
-    result, classes = report(config, logits, labels, slices), config.problem_type != "regression"
-    if classes:
+    result = report(config, logits, labels, slices)
+    if config.problem_type != "regression":
         result["labels"] = label_scores(logits, labels, config)
         result["calibration"] = reliability(logits, labels, config)
     if config.problem_type == "single_label_classification":
@@ -122,8 +115,6 @@ def detailed_report(
 
     limits = intervals(score_statistic(logits, labels, config), len(labels), resamples, seed)
     add_intervals(result, limits)
-    if classes:
-        add_intervals(result["calibration"], limits)
     for label, part in result.get("labels", {}).items():
         add_intervals(part, limits, label)
     for column, value, rows in _groups(slices):
@@ -155,10 +146,10 @@ def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
 
 def without_undefined(result: dict[str, Any], labels: np.ndarray, flagged: int) -> dict[str, Any]:
     """Return a report in which metrics of the `flagged` one of two labels are None if they need rows of a label that none has."""
-    found, undefined = set(labels.tolist()), set()
-    if len(found) < 2:
-        undefined = {"f1", "precision"} | ({"recall"} if flagged not in found else set())
-    return {key: None if key in undefined else value for key, value in result.items()}
+    present = set(labels.tolist())
+    if len(present) == 2:
+        return result
+    return result | dict.fromkeys(("f1", "precision") if flagged in present else ("f1", "precision", "recall"))
 
 
 def describe_evaluation(result: dict[str, Any], **facts) -> dict[str, Any]:
