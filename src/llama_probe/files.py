@@ -132,8 +132,8 @@ def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str
 def current_file(folder: str | os.PathLike, name: str) -> Path:
     """Return the path of a file that `replace_files` writes. It need not exist."""
     pending = Path(folder) / PENDING
-    found = (pending / name, pending / f"{name}{_GONE}")
-    return found[0] if not os.path.islink(pending) and any(map(os.path.lexists, found)) else Path(folder) / name
+    moving = (pending / name, pending / f"{name}{_GONE}")
+    return moving[0] if not os.path.islink(pending) and any(map(os.path.lexists, moving)) else Path(folder) / name
 
 
 def folder_state(folder: str | os.PathLike, name: str) -> tuple:

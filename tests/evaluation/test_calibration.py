@@ -28,6 +28,7 @@ CONFIG = make_probe(id2label={0: "no", 1: "yes"}, threshold=0.35, temperature=2.
 SEVERAL = make_probe(problem_type="multi_label_classification").config
 THREE = make_probe(num_labels=3).config
 VALUE = make_probe(num_labels=1, problem_type="regression").config
+UNFLAGGED = ProbeConfig(id2label={0: "bad", 1: "good"})
 
 
 def logits_of(probs, temperature: float = 2.0) -> torch.Tensor:
@@ -163,20 +164,6 @@ def test_calibrate_keeps_to_the_rate():
     assert len(set(head.threshold)) == 2
 
 
-@pytest.mark.parametrize(
-    "config, rate, rule, words",
-    [
-        (CONFIG, None, "f2", "threshold_rule='f2'"),
-        (CONFIG, 1.0, "best-f1", "max_false_positive_rate=1.0"),
-        (CONFIG, -0.1, "best-f1", "max_false_positive_rate=-0.1"),
-        (THREE, 0.1, "best-f1", "max_false_positive_rate=0.1"),
-    ],
-)
-def test_a_rule_that_cannot_be(config, rate, rule, words):
-    with pytest.raises(ProbeError, match=words):
-        check_threshold_rule(config, rate, rule)
-
-
 def test_thresholds_by_hand():
     table = threshold_table(logits_of([0.05, 0.36, 0.55, 0.92]), np.array([0, 1, 0, 1]), CONFIG)["yes"]
     rows = {row.pop("threshold"): row for row in table}
@@ -217,35 +204,6 @@ def test_a_rate_is_kept_to_and_used_up(twentieths, rate):
     assert found.thresholds["fpr-50%"] <= found.threshold
 
 
-@pytest.mark.parametrize(
-    "config, rates, rows, named",
-    [
-        (CONFIG, [], 100, "rates"),
-        (CONFIG, [0.1, 0.1], 100, "rates"),
-        (CONFIG, [0.51], 100, "rates"),
-        (CONFIG, [0.1, 0.005], 199, "200 rows"),
-        (THREE, [0.1], 100, "two labels"),
-        (make_probe(token_scope="response").config, [0.1], 100, "token_scope"),
-    ],
-)
-def test_rates_that_are_refused(config, rates, rows, named):
-    with pytest.raises(ProbeError, match=named):
-        check_rates(config, rates, rows)
-
-
-@pytest.mark.parametrize(
-    "probs, told",
-    [
-        ([0.9999999] * 20, "100%"),  # the rows have the flagged label, or the other label is meant
-        ([0.1] * 10 + [0.9995] * 10, "flags nothing"),
-        ([1e-5 * i for i in range(1, 21)], "flags nearly all"),
-    ],
-)
-def test_thresholds_that_are_no_use(probs, told):
-    with pytest.raises(ProbeError, match=told):
-        with_rates(CONFIG, logits_of(probs), [0.1])
-
-
 def test_rows_of_one_score():
     assert with_rates(CONFIG, logits_of([0.4] * 20), [0.1]).threshold > 0.4
 
@@ -264,11 +222,32 @@ def test_either_label_can_be_the_flagged_one(flagged):
     assert rated.flagged == ["bad"] and with_rates(CONFIG, logits, [0.1]).flagged == ["yes"]
 
 
-def test_no_thresholds_without_a_flagged_label():
-    config = ProbeConfig(id2label={0: "bad", 1: "good"})
-    with pytest.raises(ProbeError, match=r"flagged=\['bad'\].* --flag bad"):
-        check_rates(config, [0.1], 100)
-    with pytest.raises(ProbeError, match=r"max_false_positive_rate=0.1 .* --flag"):
-        check_threshold_rule(config, 0.1, "best-f1")
-    fitted = calibrate(config, logits_of([0.2, 0.6, 0.9, 0.4]), torch.tensor([0, 1, 1, 0]))
+def test_no_threshold_is_fitted_without_a_flagged_label():
+    fitted = calibrate(UNFLAGGED, logits_of([0.2, 0.6, 0.9, 0.4]), torch.tensor([0, 1, 1, 0]))
     assert fitted.threshold is None and fitted.flagged is None and fitted.temperature != 1
+
+
+@pytest.mark.parametrize(
+    "refused, words",
+    [
+        (lambda: check_threshold_rule(CONFIG, None, "f2"), "threshold_rule='f2'"),
+        (lambda: check_threshold_rule(CONFIG, 1.0, "best-f1"), "max_false_positive_rate=1.0"),
+        (lambda: check_threshold_rule(CONFIG, -0.1, "best-f1"), "max_false_positive_rate=-0.1"),
+        (lambda: check_threshold_rule(THREE, 0.1, "best-f1"), "max_false_positive_rate=0.1"),
+        (lambda: check_threshold_rule(UNFLAGGED, 0.1, "best-f1"), "max_false_positive_rate=0.1 .* --flag"),
+        (lambda: check_rates(CONFIG, [], 100), "rates"),
+        (lambda: check_rates(CONFIG, [0.1, 0.1], 100), "rates"),
+        (lambda: check_rates(CONFIG, [0.51], 100), "rates"),
+        (lambda: check_rates(CONFIG, [0.1, 0.005], 199), "200 rows"),
+        (lambda: check_rates(THREE, [0.1], 100), "two labels"),
+        (lambda: check_rates(UNFLAGGED, [0.1], 100), r"flagged=\['bad'\].* --flag bad"),
+        (lambda: check_rates(make_probe(token_scope="response").config, [0.1], 100), "token_scope"),
+        # The rows have the flagged label, or the other label is meant.
+        (lambda: with_rates(CONFIG, logits_of([0.9999999] * 20), [0.1]), "100%"),
+        (lambda: with_rates(CONFIG, logits_of([0.1] * 10 + [0.9995] * 10), [0.1]), "flags nothing"),
+        (lambda: with_rates(CONFIG, logits_of([1e-5 * i for i in range(1, 21)]), [0.1]), "flags nearly all"),
+    ],
+)
+def test_rules_and_rates_that_are_refused(refused, words):
+    with pytest.raises(ProbeError, match=words):
+        refused()

@@ -45,7 +45,7 @@ def asked(
     distance = log_odds(logits.float(), config)[:, index].numpy() - np.log(threshold / (1 - threshold))
     scores = probabilities(logits.float(), config)[:, index].numpy()
     judged = labels if verdicts is None else verdicts
-    nearest, found = np.argsort(np.abs(distance), kind="stable"), []
+    nearest, parts = np.argsort(np.abs(distance), kind="stable"), []
     for share in shares:
         rows = nearest[: round(share * len(labels))]
         flagged = distance >= 0
@@ -54,5 +54,5 @@ def asked(
         recall, alarms = (
             float(flagged[labels == label].mean()) if (labels == label).any() else None for label in (index, 1 - index)
         )
-        found.append({"share": share, "band": band, "recall": recall, "false_alarms": alarms})
-    return found
+        parts.append({"share": share, "band": band, "recall": recall, "false_alarms": alarms})
+    return parts

@@ -57,23 +57,23 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     rankings = [Ranking(ranked[:, index], truth[:, index]) for index in range(config.num_labels)]
 
     def statistic(weights: np.ndarray) -> dict[Key, np.ndarray]:
-        tp, given, support = np.split(weights @ counted, 3, axis=1)  # [resamples, num_labels] each
+        tp, predictions, support = np.split(weights @ counted, 3, axis=1)  # [resamples, num_labels] each
         by_label = {
-            "f1": _ratio(2 * tp, given + support),
-            "precision": _ratio(tp, given),
+            "f1": _ratio(2 * tp, predictions + support),
+            "precision": _ratio(tp, predictions),
             "recall": _ratio(tp, support),
         }
         by_label |= dict(zip(AREAS, np.stack([r.areas(weights) for r in rankings], axis=2), strict=True))
-        found: dict[Key, np.ndarray] = {(None, "accuracy"): weights @ right / weights.sum(axis=1)}
+        metrics: dict[Key, np.ndarray] = {(None, "accuracy"): weights @ right / weights.sum(axis=1)}
         for name, values in by_label.items():
             if config.flagged_index is not None:
-                found[None, name] = values[:, config.flagged_index]
+                metrics[None, name] = values[:, config.flagged_index]
             elif name in AREAS:
-                found[None, name] = np.nanmean(values, axis=1)
+                metrics[None, name] = np.nanmean(values, axis=1)
             else:  # a mean leaves out labels that no row has or is given
-                found[None, name] = _ratio(values.sum(axis=1), (given + support > 0).sum(axis=1))
-            found |= {(label, name): values[:, index] for index, label in config.id2label.items()}
-        return found
+                metrics[None, name] = _ratio(values.sum(axis=1), (predictions + support > 0).sum(axis=1))
+            metrics |= {(label, name): values[:, index] for index, label in config.id2label.items()}
+        return metrics
 
     return statistic
 
@@ -93,10 +93,10 @@ class Ranking:
     def __init__(self, scores: np.ndarray, positive: np.ndarray):
         self.order = np.argsort(-scores, kind="stable")
         self.positives = self.order[positive[self.order]]
-        every, own = -scores[self.order], -scores[self.positives]
+        ranked, hits = -scores[self.order], -scores[self.positives]
         # For each positive row the number of rows, and of positive rows, with a higher score, and with at least its own.
-        self.above, self.flagged = (np.searchsorted(every, own, side) for side in ("left", "right"))
-        self.hits_above, self.hits = (np.searchsorted(own, own, side) for side in ("left", "right"))
+        self.above, self.flagged = (np.searchsorted(ranked, hits, side) for side in ("left", "right"))
+        self.hits_above, self.hits = (np.searchsorted(hits, hits, side) for side in ("left", "right"))
 
     def areas(self, weights: np.ndarray) -> np.ndarray:
         """Return average precision and the area under the ROC curve `[2, resamples]` for weights `[resamples, rows]`.

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import precision_recall_curve
 from transformers.utils import logging
 
 from ..errors import ProbeError
@@ -46,36 +45,32 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeCon
 
 
 def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
-    """Return the threshold with the highest F1, halfway to the next lower score.
+    """Return the threshold with the highest F1, halfway to the next lower score; of several the lowest.
 
     Args:
         scores (`[rows]`): probabilities of the positive label.
-        positives (`[rows]`): 0 or 1; both occur.
+        positives (`[rows]`): 0 or 1, both of which occur; or how likely each row is positive, for the highest expected F1.
     """
-    precision, recall, thresholds = precision_recall_curve(positives, scores)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    best = int(np.argmax(f1[:-1]))
-    return _halfway(thresholds[best], thresholds[best - 1] if best else 0.0)
+    order = np.argsort(-scores, kind="stable")
+    ranked, likely = scores[order], positives[order]
+    f1 = 2 * likely.cumsum() / (np.arange(1, len(ranked) + 1) + likely.sum())  # of the first 1, 2, ... rows
+    f1[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold separates equal scores
+    best = len(f1) - 1 - int(np.argmax(f1[::-1]))
+    return _halfway(ranked[best], ranked[best + 1] if best + 1 < len(ranked) else 0.0)
 
 
 def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
-    """Return the threshold with the highest expected F1, halfway to the next lower score.
+    """Return the threshold with the highest expected F1; arguments as for `best_f1_threshold`.
 
     The F1 of the rows themselves jumps from row to row; with few positives its best threshold is chance. Here a logistic
     map of the log odds (Platt, 1999) gives each row a probability of being positive. The threshold is the best for these
-    probabilities (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892). Arguments as for `best_f1_threshold`.
+    probabilities (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892).
     """
-    order = np.argsort(-scores, kind="stable")
-    ranked = scores[order].astype(np.float64)
-    bounded = ranked.clip(1e-7, 1 - 1e-7)
+    bounded = scores.astype(np.float64).clip(1e-7, 1 - 1e-7)
     log_odds = np.log(bounded / (1 - bounded))[:, None]
     log_odds /= log_odds.std() or 1.0  # else the penalty of the fit counts for more, the closer the scores are
-    fit = LogisticRegression(C=100.0, max_iter=1000).fit(log_odds, positives[order])
-    likely = fit.predict_proba(log_odds)[:, 1]
-    f1 = 2 * likely.cumsum() / (np.arange(1, len(ranked) + 1) + likely.sum())  # of the first 1, 2, ... rows
-    f1[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold separates equal scores
-    best = int(np.argmax(f1))
-    return _halfway(ranked[best], ranked[best + 1] if best + 1 < len(ranked) else 0.0)
+    fit = LogisticRegression(C=100.0, max_iter=1000).fit(log_odds, positives)
+    return best_f1_threshold(scores, fit.predict_proba(log_odds)[:, 1])
 
 
 def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_false_positive_rate: float) -> float:

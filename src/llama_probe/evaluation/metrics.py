@@ -55,12 +55,12 @@ def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
     flagged = config.flagged_index
     met = [flagged] if flagged is not None else np.flatnonzero((truth | predicted).any(axis=0))
     parts = _score_columns(truth[:, met], predicted[:, met], ranked[:, met])
-    found: dict[str, float | None] = {"accuracy": float((truth == predicted).all(axis=1).mean())}
+    metrics: dict[str, float | None] = {"accuracy": float((truth == predicted).all(axis=1).mean())}
     for name in _CLASS_METRICS[1:]:
         values = [part[name] for part in parts if part[name] is not None]
         undefined = None if name in AREAS else 0.0
-        found[name] = float(np.mean(values)) if values else undefined
-    return found
+        metrics[name] = float(np.mean(values)) if values else undefined
+    return metrics
 
 
 def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray:
@@ -99,13 +99,19 @@ def label_scores(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
 
 def _score_columns(truth: np.ndarray, predicted: np.ndarray, ranked: np.ndarray) -> list[dict[str, Any]]:
     parts = []
-    for column, given, scores in zip(truth.T.astype(int), predicted.T.astype(int), ranked.T, strict=True):
+    for positives, flagged, scores in zip(truth.T.astype(int), predicted.T.astype(int), ranked.T, strict=True):
         options = {"average": "binary", "zero_division": 0.0}
-        precision, recall, f1 = map(float, sk.precision_recall_fscore_support(column, given, **options)[:3])
-        part = {"rows": int(column.sum()), "f1": f1, "precision": precision, "recall": recall, **dict.fromkeys(AREAS)}
-        if 0 < part["rows"] < len(column):
-            part["auprc"] = float(sk.average_precision_score(column, scores))
-            part["auroc"] = float(sk.roc_auc_score(column, scores))
+        precision, recall, f1 = map(float, sk.precision_recall_fscore_support(positives, flagged, **options)[:3])
+        part = {
+            "rows": int(positives.sum()),
+            "f1": f1,
+            "precision": precision,
+            "recall": recall,
+            **dict.fromkeys(AREAS),
+        }
+        if 0 < part["rows"] < len(positives):
+            part["auprc"] = float(sk.average_precision_score(positives, scores))
+            part["auroc"] = float(sk.roc_auc_score(positives, scores))
         parts.append(part)
     return parts
 

@@ -49,15 +49,16 @@ def fit_novelty(
     for name, rows in (("training", train), ("validation", validation)):
         if len(rows) < MIN_ROWS:
             raise ProbeError(f"novelty needs at least {MIN_ROWS} {name} rows, not {len(rows)}")
-    given = None if logits is None else logits[_places(validation)]
+    if logits is not None:
+        logits = logits[_places(validation)]
     train, validation = (Subset(rows, _places(rows)) for rows in (train, validation))
     settings = {"layers": layers, "rank": min(_RANK, len(train) // 8, len(layers) * probe.config.hidden_size // 2)}
     probe.set_novelty(Novelty(probe.config.replace(novelty=settings)), settings)  # it reads, and is fitted to that
     learned, _ = _mean_states(probe, train, progress)
-    held, found = _mean_states(probe, validation, progress)
+    held, own_logits = _mean_states(probe, validation, progress)
     probe.set_novelty(Novelty.fit(probe.config, learned, held), settings)
     rows = {"train": len(train), "validation": len(validation)}
-    return {"rows": rows, **_said(probe.config, found if given is None else given)}
+    return {"rows": rows, **_summarize(probe.config, own_logits if logits is None else logits)}
 
 
 def _places(dataset: Dataset) -> list[int]:
@@ -68,25 +69,22 @@ def _places(dataset: Dataset) -> list[int]:
 def _mean_states(probe: ProbeModel, dataset: Dataset, progress: bool) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return total and count of the rows, see `MeanStates`, and logits `[rows, num_labels]`."""
     batches = score_batches([probe], dataset, progress=progress)
-    parts = (
-        (rows, [found.means.total.transpose(0, 1), found.means.count.T, found.logits]) for rows, (found,) in batches
-    )
-    total, count, logits = collect(len(dataset), parts)
+    tensors = ((rows, (out.means.total.transpose(0, 1), out.means.count.T, out.logits)) for rows, (out,) in batches)
+    total, count, logits = collect(len(dataset), tensors)
     return (total.transpose(0, 1), count.T), logits
 
 
-def _said(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
+def _summarize(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
     """Return the share of rows with each label, and quantiles of each label's probability."""
-    probs = probabilities(logits.float(), config)
-    found: dict[str, Any] = {}
-    names = list(config.id2label.values())
-    if config.problem_type != "regression":
-        given = predictions(probs, config)
-        if config.problem_type == "single_label_classification":
-            given = torch.nn.functional.one_hot(given, config.num_labels)
-        found["labels"] = dict(zip(names, given.double().mean(dim=0).tolist(), strict=True))
-    levels = np.quantile(probs.numpy(), _LEVELS, axis=0)  # [levels, num_labels]
-    return found | {"scores": {name: levels[:, i].round(5).tolist() for i, name in enumerate(names)}}
+    probs, names = probabilities(logits.float(), config), config.id2label.values()
+    levels = np.quantile(probs.numpy(), _LEVELS, axis=0).round(5)  # [levels, num_labels]
+    scores = dict(zip(names, levels.T.tolist(), strict=True))
+    if config.problem_type == "regression":
+        return {"scores": scores}
+    labels = predictions(probs, config)
+    if config.problem_type == "single_label_classification":
+        labels = torch.nn.functional.one_hot(labels, config.num_labels)
+    return {"labels": dict(zip(names, labels.double().mean(dim=0).tolist(), strict=True)), "scores": scores}
 
 
 def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamples: int = 1000) -> dict[str, Any]:
@@ -99,13 +97,13 @@ def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamp
     Returns:
         `own`: `rows`, and `far`, the share above 0.99; `against`: the same by name, with `auroc` and its `interval`.
     """
-    found: dict[str, Any] = {"own": _far(own), "against": {}}
+    against: dict[str, Any] = {}
     for name, other in others.items():
         scores, truth = torch.cat([own, other]).numpy(), np.repeat([False, True], [len(own), len(other)])
-        part = found["against"][name] = _far(other) | {"auroc": float(roc_auc_score(truth, scores))}
+        against[name] = _far(other) | {"auroc": float(roc_auc_score(truth, scores))}
         if resamples:
-            part["interval"] = auroc_interval(scores, truth, resamples)
-    return found
+            against[name]["interval"] = auroc_interval(scores, truth, resamples)
+    return {"own": _far(own), "against": against}
 
 
 def _far(novelty: torch.Tensor) -> dict[str, Any]:
@@ -128,25 +126,22 @@ def compare_log(
         `scores`: for each label quantiles in the log and `expected` ones; `worth_labelling`: `row`, `novelty` and `unsure` of
         rows, the most useful ones first.
     """
-    said, rows = _said(config, logits), len(novelty)
-    interval = share_interval(int((novelty > FAR).sum()), rows)
-    found: dict[str, Any] = {
-        "rows": rows,
-        "novelty": {**_far(novelty), "interval": interval, "median": float(novelty.median())},
-    }
-    for name, share in said.get("labels", {}).items():
+    summary, rows, far = _summarize(config, logits), len(novelty), _far(novelty)
+    far |= {"interval": share_interval(int((novelty > FAR).sum()), rows), "median": float(novelty.median())}
+    comparison: dict[str, Any] = {"rows": rows, "novelty": far}
+    for name, share in summary.get("labels", {}).items():
         low, high = share_interval(round(share * rows), rows)
         expected = reference["labels"][name]
         part = {"share": share, "interval": [low, high], "expected": expected, "changed": not low <= expected <= high}
-        found.setdefault("labels", {})[name] = part
-    expected = reference["scores"]
-    found["scores"] = {name: {"found": each, "expected": expected[name]} for name, each in said["scores"].items()}
+        comparison.setdefault("labels", {})[name] = part
+    quantiles = summary["scores"].items()
+    comparison["scores"] = {name: {"found": each, "expected": reference["scores"][name]} for name, each in quantiles}
     unsure = _unsure(config, probabilities(logits.float(), config))
     order = (novelty.double() + unsure).argsort(descending=True, stable=True)[:top].tolist()
-    found["worth_labelling"] = [
+    comparison["worth_labelling"] = [
         {"row": row, "novelty": float(novelty[row]), "unsure": float(unsure[row])} for row in order
     ]
-    return found
+    return comparison
 
 
 def _unsure(config: ProbeConfig, probs: torch.Tensor) -> torch.Tensor:

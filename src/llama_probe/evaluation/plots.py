@@ -24,15 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE = (6.4, 3.6)  # inches
 MAX_CONFUSION = 60  # labels; the cells of a larger confusion cannot be read
 _DPI = 110
 _MAX_LINES = 10  # labels that can be told apart as lines of one plot
 # Names of labels and data sets are not formulas, even with a dollar sign in them.
-_TITLE, _NAMES = {"fontsize": 9, "parse_math": False}, {"fontsize": 8, "parse_math": False}
+_NAMES = {"fontsize": 8, "parse_math": False}
 
 
-def new_figure(size: tuple[float, float] = SIZE) -> Figure:
+def new_figure(size: tuple[float, float] = (6.4, 3.6)) -> Figure:
     """Create an empty figure of this width and height in inches."""
     try:
         from matplotlib.figure import Figure
@@ -43,10 +42,12 @@ def new_figure(size: tuple[float, float] = SIZE) -> Figure:
     return Figure(figsize=size, layout="constrained")
 
 
-def explain(figure: Figure, text: str) -> Figure:
-    """Put a text for first-time readers under a figure. Return the figure."""
+def explain(figure: Figure, text: str, title: str | None = None) -> Figure:
+    """Put a text for first-time readers under a figure, and a title over its first axes. Return the figure."""
     lines = textwrap.fill(text, int(14 * figure.get_figwidth()))
     figure.supxlabel(lines, color="0.3", **_NAMES)
+    if title is not None:
+        figure.axes[0].set_title(title, fontsize=9, parse_math=False)
     return figure
 
 
@@ -92,30 +93,22 @@ def write_plots(folder: Path) -> list[Path]:
 
 def calibration_plot(inspection: dict[str, Any]) -> Figure:
     """Draw a reliability diagram: observed frequency against the head's probability, with the rows of each bin."""
-    figure = new_figure((6.4, 4.2))
-    calibration = inspection["calibration"]
-    bins = {name: [part[name] for part in calibration["bins"]] for name in calibration["bins"][0]}
+    figure, calibration = new_figure((6.4, 4.2)), inspection["calibration"]
+    bins = {name: np.array([part[name] for part in calibration["bins"]]) for name in calibration["bins"][0]}
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1)
     axes.plot(bins["confidence"], bins["frequency"], marker="o", color="tab:blue")
-    axes.set_ylabel("how often it holds")
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_title(
-        f"Calibration on {inspection['split']} rows: expected error {calibration['error']:.3f} "
-        f"({calibration['error_uncalibrated']:.3f} without the temperature)",
-        **_TITLE,
-    )
-    low, high = np.array(bins["low"]), np.array(bins["high"])
-    counts.bar((low + high) / 2, bins["rows"], width=0.9 * (high - low), color="0.6")
-    counts.set_yscale("log")
+    axes.set(ylabel="how often it holds", ylim=(-0.03, 1.03))
+    middle, width = (bins["low"] + bins["high"]) / 2, bins["high"] - bins["low"]
+    counts.bar(middle, bins["rows"], width=0.9 * width, color="0.6")
+    counts.set(yscale="log", ylabel="rows", xlabel="probability that the head gives", xlim=(0, 1))
     counts.tick_params(axis="y", which="minor", labelleft=False)
-    counts.set_ylabel("rows")
-    counts.set_xlabel("probability that the head gives")
-    counts.set_xlim(0, 1)
     return explain(
         figure,
         "A point is a group of rows: the probability that the head gives them, and how often it holds. On the dashed line "
         "both agree; below it the head's probabilities are too high, above it too low. Few rows make a point unsure.",
+        f"Calibration on {inspection['split']} rows: expected error {calibration['error']:.3f} "
+        f"({calibration['error_uncalibrated']:.3f} without the temperature)",
     )
 
 
@@ -125,28 +118,28 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
     Layer 0 is the embedding output.
     """
     layers, by_label = (inspection["layer_weights"][key] for key in ("layers", "by_label"))
-    if len(by_label) > _MAX_LINES:
-        figure = new_figure((8.5, 0.2 * len(by_label) + 2.0))
-        axes = figure.subplots()
+    is_map = len(by_label) > _MAX_LINES
+    figure = new_figure((8.5, 0.2 * len(by_label) + 2.0) if is_map else (6.4, 4.0))
+    axes = figure.subplots()
+    if is_map:
         image = axes.imshow(np.array(list(by_label.values())), cmap="Blues", vmin=0, aspect="auto")
         axes.set_yticks(range(len(by_label)), list(by_label), **_NAMES)
         step = -(-len(layers) // 20)
         axes.set_xticks(range(0, len(layers), step), layers[::step])
         figure.colorbar(image, format=percent, label="mean weight")
-        axes.set_xlabel("layer (0: embeddings)")
     else:
-        figure = new_figure((6.4, 4.0))
-        axes = figure.subplots()
         lines = [axes.plot(layers, shares, marker=".")[0] for shares in by_label.values()]
+        axes.axhline(1 / len(layers), color="0.7", linestyle="--", linewidth=1)
         axes.set_ylabel("mean weight (dashed: all alike)")
         axes.yaxis.set_major_formatter(percent)
-        mark_layers(axes, len(layers))
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
         _name_lines(axes, lines, list(by_label))
-    axes.set_title(f"Layer weights on {inspection['split']} rows, by true label", **_TITLE)
+    axes.set_xlabel("layer (0: embeddings)")
     return explain(
         figure,
         "The head reads the layers of a language model, from its input (0) to its output, and weighs them. Shown is the "
         "mean over the rows of a label: the more a layer counted, the larger it is.",
+        f"Layer weights on {inspection['split']} rows, by true label",
     )
 
 
@@ -171,12 +164,11 @@ def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
     axes.set_yticks(range(count), lines, **_NAMES)
     axes.set_xlabel("label that the head gives", fontsize=9)
     axes.set_ylabel("true label (rows)", fontsize=9)
-    score = f"{int(matrix.trace()):,} of {int(matrix.sum()):,} right"
-    axes.set_title(f"Confusion on {inspection['split']} rows: {score}", **_TITLE)
     return explain(
         figure,
         "A line holds the rows that have a label, and shows which labels the head gives them: the darker, the larger the "
         "share of the line.",
+        f"Confusion on {inspection['split']} rows: {int(matrix.trace()):,} of {int(matrix.sum()):,} right",
     )
 
 
@@ -185,9 +177,8 @@ def outcomes_plot(inspection: dict[str, Any]) -> Figure:
     # The label with the most rows is on top.
     outcomes = sorted(inspection["outcomes"].items(), key=lambda item: item[1]["found"] + item[1]["missed"])
     found, missed, wrong = (np.array([part[key] for _, part in outcomes]) for key in ("found", "missed", "wrong"))
-    figure = new_figure((7.5, 0.22 * len(outcomes) + 2.0))
+    figure, lines = new_figure((7.5, 0.22 * len(outcomes) + 2.0)), range(len(outcomes))
     axes = figure.subplots()
-    lines = range(len(outcomes))
     axes.barh(lines, found, color="tab:blue", label="found")
     axes.barh(lines, missed, left=found, color="0.75", label="missed")
     axes.barh(lines, -wrong, color="tab:orange", label="given wrongly")
@@ -195,12 +186,12 @@ def outcomes_plot(inspection: dict[str, Any]) -> Figure:
     axes.set_yticks(lines, [name for name, _ in outcomes], **_NAMES)
     axes.xaxis.set_major_formatter(lambda value, _position: f"{abs(value):,.0f}")
     axes.set_xlabel("rows")
-    axes.set_title(f"Each label on {inspection['split']} rows", **_TITLE)
     axes.legend(fontsize=8, loc="lower right")
     return explain(
         figure,
         "To the right the rows that have a label: those to which the head gives it, and those where it misses it. To the "
         "left the rows without the label that get it all the same.",
+        f"Each label on {inspection['split']} rows",
     )
 
 
@@ -216,29 +207,21 @@ def drift_plot(
     far.axhline(0.01, color="0.7", linestyle="--", linewidth=1)
     far.set_ylabel("novelty > 0.99")
     far.yaxis.set_major_formatter(percent)
-    far.set_title(f"{len(novelty):,} prompts in their order", **_TITLE)
     probs = probabilities(logits.float(), config).numpy()
-    lines = []
-    for index, name in list(config.id2label.items())[:_MAX_LINES]:
+    names, lines = list(config.id2label.values())[:_MAX_LINES], []
+    for index, name in enumerate(names):
         lines += scores.plot(middle, [probs[group, index].mean() for group in groups])
         levels = np.array(reference["scores"][name])  # the mean is that of the quantiles
         expected = ((levels[1:] + levels[:-1]) / 2).mean()
         scores.axhline(expected, color=lines[-1].get_color(), linestyle="--", linewidth=0.8)
-    scores.set_ylabel("mean score")
-    scores.set_xlabel("row of the log")
-    _name_lines(scores, lines, list(config.id2label.values())[:_MAX_LINES])
+    scores.set(ylabel="mean score", xlabel="row of the log")
+    _name_lines(scores, lines, names)
     return explain(
         figure,
         "Above, the share of prompts that are further from the training data than 99 % of its validation rows. Below, the mean "
         "score of each label. Dashed: what validation rows gave. A line that leaves its dashed one is a change of what is served.",
+        f"{len(novelty):,} prompts in their order",
     )
-
-
-def mark_layers(axes: Axes, count: int) -> None:
-    """Name the layers on the x axis, and draw a line at the weight of each if all counted alike."""
-    axes.axhline(1 / count, color="0.7", linestyle="--", linewidth=1)
-    axes.set_xlabel("layer (0: embeddings)")
-    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
 
 
 def _name_lines(axes: Axes, lines: Sequence[Any], names: Sequence[str]) -> None:

@@ -39,20 +39,20 @@ def predict_rows(
     if probe.novelty is None:
         return predict_logits(probe, dataset, progress=progress), None
     batches = score_batches([probe], dataset, progress=progress)
-    logits, novelty = collect(len(dataset), ((rows, [found.logits, found.novelty]) for rows, (found,) in batches))
+    logits, novelty = collect(len(dataset), ((rows, [out.logits, out.novelty]) for rows, (out,) in batches))
     return logits, novelty
 
 
 def collect(count: int, batches: Iterable[tuple[list[int], Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
     """Put the tensors `[B, ...]` of batches, which have row numbers, and of all ranks together: `[count, ...]` on the CPU."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     scored: list[int] = []
     for rows, parts in batches:
-        found = found or [torch.zeros(count, *part.shape[1:]) for part in parts]
-        for whole, part in zip(found, parts, strict=True):
+        tensors = tensors or [torch.zeros(count, *part.shape[1:]) for part in parts]
+        for whole, part in zip(tensors, parts, strict=True):
             whole[rows] = part.to("cpu", whole.dtype)
         scored += rows
-    return [merge_rows(scored, whole) for whole in found]
+    return [merge_rows(scored, whole) for whole in tensors]
 
 
 def score_batches(

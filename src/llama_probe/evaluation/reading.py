@@ -167,13 +167,13 @@ def _template_mask(prompt_format: PromptFormat, ids: Sequence[int]) -> list[bool
     """Mark the tokens that the template puts around the text or between its turns."""
     tokenizer = prompt_format.tokenizer
     special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
-    found = [index in special for index in ids]
+    mask = [index in special for index in ids]
     before, after = len(prompt_format.prefix_ids), len(prompt_format.suffix_ids)
     if tuple(ids[:before]) == prompt_format.prefix_ids:
-        found[:before] = [True] * before
+        mask[:before] = [True] * before
     if after and tuple(ids[-after:]) == prompt_format.suffix_ids:
-        found[-after:] = [True] * after
-    return found
+        mask[-after:] = [True] * after
+    return mask
 
 
 def _decode(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -41,8 +41,8 @@ def inspect_head(
     config = probe.config
     batches = score_batches([probe], dataset, batch_tokens, progress, output_attentions=True)
     parts = ((rows, [t for t in (out.logits, out.layer_weights) if t is not None]) for rows, (out,) in batches)
-    own, *weights = collect(len(dataset), parts)
-    logits = own if logits is None else logits
+    head_logits, *weights = collect(len(dataset), parts)
+    logits = head_logits if logits is None else logits
     inspection: dict[str, Any] = {}
     if weights:
         rows = {name: has_label(labels, index, config) for index, name in config.id2label.items()}

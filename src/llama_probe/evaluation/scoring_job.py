@@ -163,12 +163,10 @@ class ScoringJob:
 
     def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> dict[str, Any]:
         """Return the manifest, which is written if the job is new."""
-        settings = {
-            "heads": [[name, _digest(head)] for name, head in heads.items()],
-            **{name: getattr(self, name) for name in ("backbone", "dtype", "text_column", "prompt_column")},
-            "keep_columns": list(self.keep_columns),
-            "chunk_rows": self.chunk_rows,
-        }
+        names = ("backbone", "dtype", "text_column", "prompt_column", "chunk_rows")
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        settings["keep_columns"] = list(self.keep_columns)
+        settings["heads"] = [[name, _digest(head)] for name, head in heads.items()]
         begun = {"format": _FORMAT, "inputs": [file.identity() for file in files], "settings": settings}
         path = self.output / MANIFEST_NAME
         remove_leftovers(self.output)
@@ -190,8 +188,9 @@ class ScoringJob:
         total = None if None in counts else sum(counts) // world_size()
         with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
             for index, file in enumerate(files):
-                is_wanted = partial(self._is_wanted, index)
-                for chunk in file.chunks(self._needed, self.chunk_rows, is_wanted, self.max_text):
+                for chunk in file.chunks(
+                    self._needed, self.chunk_rows, partial(self._is_wanted, index), self.max_text
+                ):
                     texts = self._texts(file, chunk)
                     scores = scorer(texts)
                     _warn_of_gaps(file, chunk, texts, scores)
@@ -244,15 +243,16 @@ def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
     """Return names and types of the columns of `TextScorer`."""
     fields: dict[str, pa.DataType] = {}
     for name, head in heads.items():
+        problem = head.config.problem_type
+        by_label = pa.struct([(label, pa.float32()) for label in head.config.id2label.values()])
         if head.novelty is not None:
             fields[f"{name}_novelty"] = pa.float32()
-        by_label = pa.struct([(label, pa.float32()) for label in head.config.id2label.values()])
-        if head.config.problem_type == "regression":
+        if problem == "regression":
             fields[f"{name}_values"] = by_label
-            continue
-        several = head.config.problem_type == "multi_label_classification"
-        fields[f"{name}_label"] = pa.list_(pa.string()) if several else pa.string()
-        fields[f"{name}_probabilities"] = by_label
+        else:
+            several = problem == "multi_label_classification"
+            fields[f"{name}_label"] = pa.list_(pa.string()) if several else pa.string()
+            fields[f"{name}_probabilities"] = by_label
     return fields
 
 

@@ -99,8 +99,8 @@ def kept_labels(
     for name, turns in wrappings(prompts).items():
         if name == "second turn" and config.token_scope == "last_user":
             continue  # such a head reads the second turn alone
-        found = _labels(head, [wrap(turns, texts[row]) for row in rows], prompts, progress)
-        kept[name] = float((found == plain[rows]).reshape(len(rows), -1).all(axis=1).mean())
+        labels = _labels(head, [wrap(turns, texts[row]) for row in rows], prompts, progress)
+        kept[name] = float((labels == plain[rows]).reshape(len(rows), -1).all(axis=1).mean())
     return {"rows": len(rows), "kept": kept}
 
 

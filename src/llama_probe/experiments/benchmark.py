@@ -142,13 +142,13 @@ def row(pairs: list[tuple[Timing, Timing]], memory: int, compared: bool = True) 
         `ratio` and `step_ratio`, if `compared`: median and quartiles of system over plain model, pair by pair.
         `above_base_mb`: 1 MB is 1e6 bytes. Values that are not defined are `None`.
     """
-    found: dict[str, Any] = {"above_base_mb": memory / 1e6}
+    numbers: dict[str, Any] = {"above_base_mb": memory / 1e6}
     for index, name in enumerate(("", "step_")):
         values = [(first[index], second[index]) for first, second in pairs]
         known = values[0][1] is not None
-        found[f"{name}ms"] = spread(1000 * second for _, second in values) if known else None
-        found[f"{name}ratio"] = spread(second / first for first, second in values) if known and compared else None
-    return found
+        numbers[f"{name}ms"] = spread(1000 * second for _, second in values) if known else None
+        numbers[f"{name}ratio"] = spread(second / first for first, second in values) if known and compared else None
+    return numbers
 
 
 def count_operations(systems: Systems, tokens: Sequence[int], as_device: str = "cuda") -> list[dict[str, Any]]:
