@@ -23,9 +23,8 @@ def test_every_package_and_module_is_installed():
 @pytest.mark.parametrize("folder", ["backbone", "evaluation", "experiments", "serving"])
 def test_a_folder_names_its_modules(folder):
     package = importlib.import_module(f"llama_probe.{folder}")
-    found = {path.stem for path in (ROOT / "src" / "llama_probe" / folder).iterdir() if path.suffix in ("", ".py")}
-    assert set(package.__all__) == {name for name in found if not name.startswith("__")}
-    assert all(f"`{name}`" in package.__doc__ for name in package.__all__)
+    modules = {path.stem for path in (ROOT / "src" / "llama_probe" / folder).iterdir() if path.suffix in ("", ".py")}
+    assert all(f"`{name}`" in package.__doc__ for name in modules if not name.startswith("__"))
 
 
 def test_tested_versions_are_allowed():

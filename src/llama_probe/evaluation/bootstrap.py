@@ -88,32 +88,30 @@ def auroc_interval(scores: np.ndarray, positive: np.ndarray, resamples: int = 10
 
 
 class Ranking:
-    """Rows sorted by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows."""
+    """Rows ranked by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows."""
 
     def __init__(self, scores: np.ndarray, positive: np.ndarray):
-        self.order = np.argsort(-scores, kind="stable")
-        self.positives = self.order[positive[self.order]]
-        ranked, hits = -scores[self.order], -scores[self.positives]
-        # For each positive row the number of rows, and of positive rows, with a higher score, and with at least its own.
-        self.above, self.flagged = (np.searchsorted(ranked, hits, side) for side in ("left", "right"))
-        self.hits_above, self.hits = (np.searchsorted(hits, hits, side) for side in ("left", "right"))
+        order = np.argsort(-scores, kind="stable")
+        self.positives, self.negatives = order[positive[order]], order[~positive[order]]
+        hits, others = -scores[self.positives], -scores[self.negatives]
+        # For each positive row the number of positive rows with at least its score, and of negative ones with more or as much.
+        self.hits = np.searchsorted(hits, hits, "right")
+        self.above, self.reached = (np.searchsorted(others, hits, side) for side in ("left", "right"))
 
     def areas(self, weights: np.ndarray) -> np.ndarray:
         """Return average precision and the area under the ROC curve `[2, resamples]` for weights `[resamples, rows]`.
 
         They are NaN if all rows that count have the label, or none.
         """
-        weights, new = weights[:, self.order], weights[:, self.positives]
-        rows, tp = _running_totals(weights), _running_totals(new)
-        positives, negatives = tp[:, -1], rows[:, -1] - tp[:, -1]
-        hits, flagged = tp[:, self.hits], rows[:, self.flagged]
+        new = weights[:, self.positives]
+        tp, fp = _running_totals(new), _running_totals(weights[:, self.negatives])
+        positives, negatives = tp[:, -1], fp[:, -1]
+        hits, false_hits = tp[:, self.hits], fp[:, self.reached]
+        precision = np.einsum("ij,ij->i", new, hits / np.maximum(hits + false_hits, 1))
         # Negative rows of the same score count half.
-        negatives_above = (flagged - hits + rows[:, self.above] - tp[:, self.hits_above]) / 2
-        precision = np.einsum("ij,ij->i", new, hits / np.maximum(flagged, 1))
-        pairs = np.einsum("ij,ij->i", new, negatives[:, None] - negatives_above)
-        defined = (positives > 0) & (negatives > 0)
+        pairs = np.einsum("ij,ij->i", new, negatives[:, None] - (false_hits + fp[:, self.above]) / 2)
         areas = np.stack([precision / np.maximum(positives, 1), pairs / np.maximum(positives * negatives, 1)])
-        return np.where(defined, areas, np.nan)
+        return np.where((positives > 0) & (negatives > 0), areas, np.nan)
 
 
 def _running_totals(weights: np.ndarray) -> np.ndarray:

@@ -2,5 +2,3 @@
 
 `options`: what to measure. `measure`: time, memory and operations of a call. `benchmark`: the model with heads and without.
 """
-
-__all__ = ["benchmark", "measure", "options"]
