@@ -12,8 +12,9 @@ import torch
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.backbone.loading import load_backbone
 from llama_probe.data import PromptFormat, find_benchmark
+from llama_probe.data.sources import Source
 from llama_probe.data.states import StateCache
-from llama_probe.data.texts import LabelledTexts, read_labelled
+from llama_probe.data.texts import LabelledTexts
 from llama_probe.evaluation.calibration import calibrate
 from llama_probe.evaluation.report import report
 from llama_probe.training.recipe import Recipe
@@ -52,7 +53,7 @@ class Bench:
 
     def test_rows(self, name: str) -> LabelledTexts:
         """Return the test rows of a data set that is only tested on."""
-        return read_labelled(name, split="test", data_dir=self.data_dir).at_most(self.max_rows, 0)
+        return Source(rows=name, max_rows=self.max_rows).read(data_dir=self.data_dir, split="test")
 
 
 class Task:

@@ -27,7 +27,7 @@ from training_runs import run_of
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
 from llama_probe.data.files import InputFile
-from llama_probe.data.texts import read_labelled
+from llama_probe.data.sources import Source
 from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.files import current_file
 from llama_probe.heads.decision import ProbeOutput
@@ -125,7 +125,9 @@ def test_data_files(tally, tmp_path):
 
         tally.attempt(stream, lambda found: found == sorted(set(found)), f"{number}: {name}")
         if number % 10 == 0:
-            tally.attempt(lambda path=tmp_path / name: read_labelled(str(path)), lambda _: True, f"{number}: {name}")
+            tally.attempt(
+                lambda path=tmp_path / name: Source(rows=str(path)).read(), lambda _: True, f"{number}: {name}"
+            )
 
 
 def found_in(folder: Path) -> dict[str, bytes]:

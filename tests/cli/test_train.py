@@ -96,8 +96,8 @@ class TestRecipes:
             "training": {"num_train_epochs": 1},
         }
         (tmp_path / "mood.yaml").write_text(json.dumps(values))
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "moods.jsonl").write_text((rows / "train.jsonl").read_text())
+        (tmp_path / "data" / "moods").mkdir(parents=True)
+        (tmp_path / "data" / "moods" / "train.jsonl").write_text((rows / "train.jsonl").read_text())
         return ("train", tmp_path / "mood.yaml", "--data-dir", tmp_path / "data", "--output", tmp_path / "a")
 
     def test_a_head_by_a_recipe(self, recipe, backbone_folder, tmp_path):
@@ -118,7 +118,7 @@ class TestRecipes:
         words = (*recipe, "--backbone", backbone_folder)
         for more, named in (
             (("--set", "head.kind=gate"), "'kind'"),
-            (("--set", "train.0.rows=other"), "other/train.jsonl.gz"),
+            (("--set", "train.0.rows=other"), "other/SPLIT.jsonl.gz"),
             (("--train", rows / "train.jsonl"), "--train and the recipe"),
             (("--licence", "commercial"), "licence"),
         ):

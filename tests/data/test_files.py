@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import ProbeError
-from llama_probe.data.files import InputFile, check_length
+from llama_probe.data.files import InputFile, check_length, limited
 
 
 def write(path, count: int, group: int = 7):
@@ -42,16 +42,8 @@ def test_chunks_are_the_rows_each_once(tmp_path_factory, name, count, size, grou
     assert [int(value) for part in parts for value in part.columns["id"]] == list(range(count))
 
 
-def test_groups_without_a_row(tmp_path):
-    table = pa.table({"text": list("abcde")})
-    with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
-        for start, stop in ((0, 0), (0, 3), (3, 3), (3, 5), (5, 5)):
-            writer.write_table(table.slice(start, stop - start))
-    assert rows_of(InputFile(tmp_path / "a.parquet")) == [["a", "b"], ["c", "d"], ["e"]]
-
-
-def rows_of(file, size=2, limit=1000):
-    return [chunk.columns["text"] for chunk in file.chunks(["text"], size, lambda _: True, limit)]
+def rows_of(file, size=2):
+    return [chunk.columns["text"] for chunk in file.chunks(["text"], size, lambda _: True)]
 
 
 @pytest.mark.parametrize("text", ['[{"text": "a"}, {"text": "b"}]', '\n[\n{"text":\n"a"},\n{"text": "b"}]\n'])
@@ -59,6 +51,12 @@ def test_an_array_of_rows(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     file = InputFile(tmp_path / "a.json")
     assert rows_of(file) == [["a", "b"]] and list(file.fields()) == ["text"]
+
+
+def test_csv_cells_are_texts(tmp_path):
+    (tmp_path / "a.csv").write_bytes('\ufefftext,n\r\n007,\r\n\r\n"a,\n""b""",1\r\nshort\r\n'.encode())
+    rows = [{"text": "007", "n": ""}, {"text": 'a,\r\n"b"'.replace("\r", ""), "n": "1"}, {"text": "short", "n": None}]
+    assert list(InputFile(tmp_path / "a.csv")) == rows
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv"])
@@ -72,10 +70,9 @@ def test_a_large_file_is_never_held(tmp_path, name):
         line = json.dumps({"text": text}) if name == "a.jsonl" else text
         path.write_text("\n".join([*(["text"] if name == "a.csv" else []), *[line] * rows]))
     assert path.stat().st_size > 40e6
-    (file,) = InputFile.find([str(path)])
     tracemalloc.start()
     seen, arrow = 0, 0
-    for chunk in file.chunks(["text"], 500, lambda number: number % 2 == 0):
+    for chunk in InputFile(path).chunks(["text"], 500, lambda number: number % 2 == 0):
         seen += len(chunk)
         arrow = max(arrow, pa.total_allocated_bytes())
     peak = tracemalloc.get_traced_memory()[1]
@@ -83,26 +80,42 @@ def test_a_large_file_is_never_held(tmp_path, name):
     assert seen == rows // 2 and peak < 8e6 and arrow < 10e6
 
 
+GOOD = '{"text": "a"}\n' * 3
+
+
 @pytest.mark.parametrize(
-    "name, content, words",
+    "name, content, row, words",
     [
-        ("a.jsonl", b'{"text": "a"}\n["text"]', "row 1"),
-        ("a.csv", b"text,label\na,0\nI say, no,1\n", "row 1"),
-        ("a.csv", b"text,label,text\na,0,b\n", "2 columns 'text'"),
-        ("b.parquet", b"PAR1 and nothing else", r"b\.parquet"),
+        ("a.jsonl", GOOD + '["text"]', 3, "must be a JSON object"),
+        ("a.jsonl", GOOD + "{", 3, "Expecting"),
+        ("a.jsonl", GOOD + '{"text": ' + "[" * 99_999, 3, "recursion"),
+        ("a.jsonl", (GOOD + '{"text": "é"}').encode("cp1252"), 3, "0xe9.*UTF-8"),
+        ("a.json", '[{"text": "a"}, 1]', 1, "must be a JSON object"),
+        ("a.csv", "text,label\na,0\nI say, no,1\n", 1, "more cells than the header"),
+        ("a.csv", "text,label,text\na,0,b\n", 0, "2 columns 'text'"),
+        ("a.csv", "text,label\né,0\n".encode("utf-16"), 0, "0xff.*UTF-8"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08\x00 and nothing else", 0, ""),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], 3, "end-of-stream"),
+        ("a.parquet", b"PAR1 and nothing else", 0, ""),
     ],
 )
-def test_what_cannot_be_read(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ProbeError, match=words):
-        rows_of(*InputFile.find([str(tmp_path / name)]))
+def test_a_damaged_file_is_refused_in_one_line_that_names_the_row(tmp_path, name, content, row, words):
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ProbeError, match=rf"{name}: row {row} cannot be read: .*{words}") as refused:
+        rows_of(InputFile(tmp_path / name))
+    assert "\n" not in str(refused.value)
+
+
+def test_files_that_are_not_there_or_of_another_format(tmp_path):
     with pytest.raises(ProbeError, match="nothing-here"):
         InputFile.find(["nothing-here*.parquet"])
+    with pytest.raises(ProbeError, match=r"no known format; allowed: \.json"):
+        InputFile(tmp_path / "a.txt")
 
 
 def test_a_column_of_a_parquet_file_that_is_there_twice(tmp_path):
     pq.write_table(pa.Table.from_arrays([["a"], ["b"]], ["text", "text"]), tmp_path / "a.parquet")
-    for read in (rows_of, InputFile.read, InputFile.fields):
+    for read in (rows_of, list, InputFile.fields):
         with pytest.raises(ProbeError, match="'text'"):
             read(InputFile(tmp_path / "a.parquet"))
 
@@ -120,11 +133,11 @@ def bomb(path):
         "text.jsonl.gz": [b'{"text": "', *[b"x" * 200_000] * 800, b'"}'],
         "columns.csv.gz": [b"text", *[b",x" * 100_000] * 800],
         "quotes.csv.gz": [b'text\n"', *[(b"x" * 199 + b"\n") * 1000] * 800, b'"\n'],
+        "array.json.gz": [b"[", *[b'{"text": "' + b"x" * 2000 + b'"},\n'] * 80_000],
     }
     if path.suffix == ".parquet":
         text = pa.DictionaryArray.from_arrays(pa.array([0] * 800, pa.int32()), ["x" * 200_000])
-        text = text if "dictionary" in path.name else text.dictionary_decode()
-        pq.write_table(pa.table({"text": text}), path)
+        pq.write_table(pa.table({"text": text if "dictionary" in path.name else text.dictionary_decode()}), path)
     else:
         with gzip.open(path, "wb", 1) as file:
             file.writelines(pieces[path.name])
@@ -133,35 +146,34 @@ def bomb(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.parquet", "dictionary.parquet", "rows.jsonl.gz", "text.jsonl.gz", "columns.csv.gz", "quotes.csv.gz"]
-)
+    "name",
+    ["a.parquet", "dictionary.parquet", "rows.jsonl.gz", "text.jsonl.gz", "columns.csv.gz", "quotes.csv.gz", "array.json.gz"],
+)  # fmt: skip
 def test_small_files_that_unpack_to_much(tmp_path, name):
-    file = InputFile(bomb(tmp_path / name))
+    limit = 50_000 if name == "array.json.gz" else 200_000
+    file = InputFile(bomb(tmp_path / name), limit)
     tracemalloc.start()
-    with pytest.raises(ProbeError, match="max_text"):
-        file.fields(max_text=200_000)
-        rows_of(file, 2048, 200_000)
-    with pytest.raises(ProbeError, match="max_text"):
-        file.read(25_000)
+    with pytest.raises(ProbeError, match=r"max_text|field larger"):
+        file.fields()
+        rows_of(file, 2048)
     peak, arrow = tracemalloc.get_traced_memory()[1], pa.total_allocated_bytes()
     tracemalloc.stop()
-    assert peak < 80e6 and arrow < 80e6
+    assert peak < 90e6 and arrow < 80e6
 
 
-def test_a_limit_that_is_raised(tmp_path):
-    file = InputFile(tmp_path / "a.jsonl")
+def test_limits_that_are_raised(tmp_path):
+    file = InputFile(tmp_path / "a.jsonl", 1000)
     file.path.write_text("".join(json.dumps({"text": "x" * 600}) + "\n" for _ in range(200)))
-    for size, limit in ((200, 1000), (10, 599)):
-        with pytest.raises(ProbeError, match="max_text"):
-            rows_of(file, size, limit)
-    assert len(rows_of(file, 10)) == 20
-    with pytest.raises(ProbeError, match="max_text"):
-        file.read(100)
-    assert len(file.read(1000)) == 200
+    for size, limit, words in ((200, 1000, "a chunk of rows"), (10, 599, "row 0: text")):
+        with pytest.raises(ProbeError, match=f"{words} .*max_text"):
+            rows_of(InputFile(file.path, limit), size)
+    assert len(rows_of(file, 10)) == 20 and len(list(limited("it", file, 120_000))) == 200
+    with pytest.raises(ProbeError, match="it has more than"):
+        list(limited("it", file, 119_999))
 
 
 def test_lengths_of_chats():
-    check_length("row 0", [{"role": "user", "content": "x" * 6}], 10)
+    check_length("row 0", [{"role": "user", "content": "x" * 4}], 10)
     for value in ("x" * 11, [{"role": "user", "content": "x" * 6}, {"role": "assistant", "content": "y"}]):
         with pytest.raises(ProbeError, match="row 0"):
             check_length("row 0", value, 10)

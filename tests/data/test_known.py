@@ -8,8 +8,14 @@ from datasets import Dataset
 
 from llama_probe import ProbeError
 from llama_probe.data.known import BENCHMARKS, find_benchmark
-from llama_probe.data.texts import read_labelled
+from llama_probe.data.sources import Source
 from llama_probe.heads.rules import ProblemType
+
+
+def read(rows, data_dir=None, split="train", **fields):
+    found = Source(rows=rows, **fields).read(data_dir=data_dir, split=split)
+    del found.columns["source"]
+    return found
 
 
 def jsonl(path, rows):
@@ -21,7 +27,7 @@ def jsonl(path, rows):
 def on_hub(monkeypatch):
     """Lets the Hub have rows by id, configuration and split."""
     rows = {}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *place, split: Dataset.from_list(rows[*place, split]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *place, split, **_: Dataset.from_list(rows[*place, split]))
 
     def put(name, configuration, split, given):
         rows[BENCHMARKS[name].hub_id, configuration, split] = given
@@ -44,8 +50,8 @@ def test_names_and_paths(tmp_path, monkeypatch, caplog):
         assert find_benchmark(other) is None
     jsonl(tmp_path / "imdb" / "train.jsonl", [{"text": "my own", "label": "x"}])
     jsonl(tmp_path / "copies" / "imdb" / "train.jsonl", [{"text": "known", "label": 1}])
-    assert read_labelled("./imdb").texts == ["my own"] and not caplog.records
-    assert read_labelled("imdb", data_dir="copies").texts == ["known"] and "./imdb" in caplog.text
+    assert read("./imdb").texts == ["my own"] and not caplog.records
+    assert read("imdb", data_dir="copies").texts == ["known"] and "./imdb" in caplog.text
 
 
 def wildguard(prompt, label):
@@ -107,7 +113,7 @@ ON_HUB = {
 def test_rows_as_they_are_on_the_hub(on_hub, name):
     split, place, rows, texts, labels, columns = ON_HUB[name]
     on_hub(name, *place, rows)
-    for found in (read_labelled(name, split=split), read_labelled(f"{name}:{split}")):
+    for found in (read(name, split=split), read(f"{name}:{split}")):
         assert found.texts == texts and found.columns == columns
         assert found.label_names == list(BENCHMARKS[name].label_names)
         several = found.labels.ndim == 2
@@ -116,21 +122,21 @@ def test_rows_as_they_are_on_the_hub(on_hub, name):
 
 def test_replies_of_a_benchmark(on_hub):
     on_hub("beavertails", None, "30k_test", BEAVERS)
-    rows = read_labelled("beavertails", split="test", prompt_column="prompt")
+    rows = read("beavertails", split="test", prompt_column="prompt")
     asked = {"role": "user", "content": "Q"}
     assert rows.texts == [[asked, {"role": "assistant", "content": reply}] for reply in "AB"]
     assert rows.labels.tolist() == [0, 1] and list(rows.columns) == ["category"]
     for changes in ({"prompt_column": "question"}, {"label_column": "stars"}):
-        with pytest.raises(ProbeError, match="prompt_column='prompt'"):
-            read_labelled("beavertails", split="test", **changes)
+        with pytest.raises(ProbeError, match="prompt_column"):
+            read("beavertails", split="test", **changes)
 
 
 def test_rows_that_the_hub_does_not_give(on_hub):
     on_hub("imdb", None, "train", [{"review": "a", "label": 1}])
     with pytest.raises(ProbeError, match=r"imdb.*'text'.*review, label"):
-        read_labelled("imdb")
+        read("imdb")
     with pytest.raises(ProbeError, match=r"dair-ai/emotion.*'split', 'validation'"):
-        read_labelled("emotion", split="validation")
+        read("emotion", split="validation")
 
 
 class TestLocalCopies:
@@ -148,13 +154,13 @@ class TestLocalCopies:
         return folder
 
     def test_copies(self, copies):
-        rows = read_labelled("sst2", data_dir=copies)
+        rows = read("sst2", data_dir=copies)
         assert rows.texts == ["fine", "dull"] and rows.labels.tolist() == [1, 0]
         assert rows.label_names == ["negative", "positive"] and rows.columns == {"id": ["a", "b"]}
-        assert read_labelled("sst2:train_sentences", data_dir=str(copies)).texts == ["fine"]
-        assert read_labelled("goemotions:test", data_dir=copies).labels.nonzero()[1].tolist() == [0, 27]
-        assert read_labelled("wildguardmix", data_dir=copies).labels.tolist() == [1], "names of labels do as well"
-        rows = read_labelled("xstest", split="test", data_dir=copies)
+        assert read("sst2:train_sentences", data_dir=str(copies)).texts == ["fine"]
+        assert read("goemotions:test", data_dir=copies).labels.nonzero()[1].tolist() == [0, 27]
+        assert read("wildguardmix", data_dir=copies).labels.tolist() == [1], "names of labels do as well"
+        rows = read("xstest", split="test", data_dir=copies)
         assert rows.texts == ["a"] and rows.labels.tolist() == [1] and rows.columns == {"type": ["x"]}
 
     @pytest.mark.parametrize(
@@ -167,4 +173,4 @@ class TestLocalCopies:
     )
     def test_wrong_copies(self, copies, source, named):
         with pytest.raises(ProbeError, match=named):
-            read_labelled(source, data_dir=copies)
+            read(source, data_dir=copies)

@@ -39,19 +39,18 @@ class TestPlace:
     def test_a_hub_data_set_or_its_local_copy(self, tmp_path):
         write(tmp_path / "prompts" / "train.jsonl", ROWS)
         write(tmp_path / "prompts" / "more.jsonl", ROWS[:10])
-        write(tmp_path / "flat.csv.jsonl", ROWS[:5])
         source = Source(rows="someone/prompts@abc:main:train", **MAPPED)
         assert source.name == "prompts" and source.find() is source, "nothing is asked of the Hub yet"
         assert len(source.read(HARM, tmp_path)) == 20
         assert len(Source(rows="someone/prompts::more", name="m", **MAPPED).read(HARM, tmp_path)) == 7
-        with pytest.raises(ProbeError, match=r"other/train\.jsonl\.gz"):
+        with pytest.raises(ProbeError, match=r"other/SPLIT\.jsonl\.gz"):
             Source(rows="someone/other").find(tmp_path)
 
     def test_a_name_alone_needs_a_folder_of_copies(self, tmp_path):
         source = Source(rows="prompts", **MAPPED)
-        with pytest.raises(ProbeError, match=r"--data-dir.*prompts/train\.jsonl\.gz"):
+        with pytest.raises(ProbeError, match=r"--data-dir.*prompts/SPLIT\.jsonl\.gz"):
             source.find()
-        write(tmp_path / "prompts.jsonl", ROWS)
+        write(tmp_path / "prompts" / "train.jsonl", ROWS)
         assert len(source.read(HARM, tmp_path)) == 20
 
     def test_fields_that_differ_in_copies(self, tmp_path):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from llama_probe import ProbeError
 from llama_probe.data.files import InputFile
-from llama_probe.data.texts import read_labelled
+from llama_probe.data.sources import Source
 from llama_probe.files import PENDING, current_file
 from llama_probe.heads import probe_types
 from llama_probe.heads.configuration import read_config
@@ -248,7 +248,7 @@ def test_files_that_may_not_be_read(folder, closed):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000])
 def test_names_that_are_too_long(name, tmp_path):
-    for read in (read_head, read_labelled, lambda path: InputFile.find([path])):
+    for read in (read_head, lambda path: Source(rows=path).read(), lambda path: InputFile.find([path])):
         with pytest.raises(ProbeError):
             read(str(tmp_path / name))
 

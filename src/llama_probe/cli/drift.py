@@ -63,10 +63,10 @@ def drift(
 def _texts(patterns: list[str], text_column: str, max_text: int) -> list[Any]:
     """Return the texts of all files in their order; rows without one are skipped."""
     texts: list[Any] = []
-    for file in InputFile.find(patterns):
-        if text_column not in (fields := file.fields(max_text)):
+    for file in InputFile.find(patterns, max_text):
+        if text_column not in (fields := file.fields()):
             raise ProbeError(f"{file.path} has no column {text_column!r}; it has: {', '.join(fields) or 'none'}")
-        for chunk in file.chunks([text_column], 2048, lambda _number: True, max_text):
+        for chunk in file.chunks([text_column], 2048, lambda _number: True):
             texts += [text for text in chunk.columns[text_column] if text and is_text(text)]
     if not texts:
         raise ProbeError(f"--input {', '.join(patterns)} holds no texts in the column {text_column!r}")

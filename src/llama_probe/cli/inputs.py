@@ -11,11 +11,10 @@ import numpy as np
 
 from ..backbone.loading import DtypeName, backbone_target, load_backbone
 from ..data.files import MAX_TEXT
-from ..data.known import find_benchmark
-from ..data.prompts import PromptFormat
-from ..data.sources import setting
+from ..data.prompts import PromptFormat, Text
+from ..data.sources import Source, setting
 from ..data.states import PromptDataset
-from ..data.tables import TablePlace
+from ..data.texts import LabelledTexts, Labels
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
@@ -85,29 +84,29 @@ class RowOptions:
 BENIGN = "The rows need no label column: none of them has the label that the head flags."
 
 
-def read_rows(source: str, config: ProbeConfig, benign: bool, **options: Any) -> Any:
-    """Return labelled rows as `LabelledTexts`, with the labels of a head."""
-    from ..data.texts import read_labelled  # needs datasets
-
+def read_rows(source: str, config: ProbeConfig, benign: bool, **options: Any) -> LabelledTexts:
+    """Return labelled rows with the labels of a head."""
     names = list(config.id2label.values())
     label = names[1 - config.need_flagged_index("--benign")] if benign else None
-    options |= {"label_names": names, "problem_type": config.problem_type, "split": "test"}
-    return read_labelled(source, label_of_all=label, **options)
+    labels = Labels(names=names, problem_type=config.problem_type)
+    return _read(labels, "test", rows=source, label=label, **options)
 
 
-def read_texts(source: str, config: ProbeConfig, limit: int | None, **options: Any) -> list[Any]:
+def read_texts(source: str, config: ProbeConfig, limit: int | None, split: str, **options: Any) -> list[Text]:
     """Return the texts of rows that need no labels; a random part of them if there are more than `limit`."""
-    from ..data.texts import read_labelled  # needs datasets
+    labels = Labels(names=list(config.id2label.values()), problem_type="single_label_classification")
+    return _read(labels, split, rows=source, label=labels.names[0], max_rows=limit, **options).texts
 
-    names, kind = list(config.id2label.values()), "single_label_classification"
-    rows = read_labelled(source, label_names=names, problem_type=kind, label_of_all=names[0], **options)
-    return rows.at_most(limit, seed=0).texts
+
+def _read(
+    labels: Labels, split: str, data_dir: str | os.PathLike | None = None, max_text: int = MAX_TEXT, **fields: Any
+) -> LabelledTexts:
+    return Source(**fields).read(labels, data_dir, split, max_text=max_text)
 
 
 def check_source(source: str) -> None:
     """Raise `ProbeError` if rows are in a file that does not exist."""
-    if find_benchmark(source) is None:
-        TablePlace.parse(source)
+    Source(rows=source)
 
 
 def check_head_folder(probe: str, option: str) -> None:

@@ -7,15 +7,13 @@ import glob
 import gzip
 import json
 import os
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, count, islice, takewhile
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ProbeError, first_line
 
@@ -23,16 +21,20 @@ from ..errors import ProbeError, first_line
 if TYPE_CHECKING:
     import pyarrow as pa
 
+T = TypeVar("T")
+
 # Suffix -> format.
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-_TYPED_ROWS = 1000  # JSON rows that the types of columns are inferred from
+_TYPED_ROWS = 200  # JSON rows that the types of columns are inferred from
 
 # A small file can unpack to any size, and a tokenizer takes about 400 bytes of memory a character.
 MAX_TEXT = 500_000  # characters of one text
-# So many texts of the largest size may be in memory as a chunk, and as a whole file.
-_CHUNK_TEXTS, _FILE_TEXTS = 64, 512
-_ROW_COST = 100  # characters that a row of a whole file counts as beside its text
-_STEP = 64  # rows of a parquet file that are decoded before they are measured
+# Texts of the largest size that a line or a chunk of rows may hold, and a whole file that is read at once.
+_CHUNK_TEXTS, FILE_TEXTS = 64, 512
+_BATCH = 64  # rows of a parquet file that are decoded at a time
+
+# Errors that readers raise for damaged files. pyarrow raises NotImplementedError for files that it cannot read.
+_DAMAGED = (OSError, EOFError, ValueError, RecursionError, NotImplementedError, csv.Error, zlib.error)
 
 
 def kind_of(path: Path) -> str | None:
@@ -56,162 +58,129 @@ class Chunk:
 class InputFile:
     """A file of rows: `parquet`, `json` (an object a line, or one array), `csv` or `tsv` (with a header, all values are texts).
 
+    A line of text may have as many bytes as 64 texts of `max_text` characters.
+
     Raises:
         ProbeError: the name ends with none of `KINDS`.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.kind = path, kind_of(path)
+    def __init__(self, path: Path, max_text: int = MAX_TEXT):
+        self.path, self.kind, self.max_text = path, kind_of(path), max_text
         if self.kind is None:
             raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, all but parquet also with .gz")
 
     @classmethod
-    def find(cls, patterns: Sequence[str]) -> list[InputFile]:
+    def find(cls, patterns: Sequence[str], max_text: int = MAX_TEXT) -> list[InputFile]:
         """Return the files that paths and patterns such as `rows/*.parquet` match, each once."""
         paths: dict[Path, Path] = {}
         for pattern in patterns:
-            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-            found = [Path(name) for name in found if os.path.isfile(name)]
-            if not found:
+            names = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+            matches = [Path(name) for name in names if os.path.isfile(name)]
+            if not matches:
                 raise ProbeError(f"there is no file {pattern}: give files or patterns, such as 'rows/*.parquet'")
-            for path in found:
+            for path in matches:
                 paths.setdefault(path.resolve(), path)
-        return list(map(cls, paths.values()))
+        return [cls(path, max_text) for path in paths.values()]
 
     def identity(self) -> dict[str, Any]:
         """Return path, size in bytes and time of the last change, to recognise the file by."""
         status = self.path.stat()
         return {"path": str(self.path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
-    def rows(self) -> int | None:
-        """Return the number of rows of a parquet file, None for other formats."""
+    def fields(self) -> dict[str, pa.DataType]:
+        """Return names and types of the columns; those of csv and JSON come from the first rows, and are none without any.
+
+        Raises:
+            ProbeError: the file cannot be read, or a column is there twice.
+        """
         if self.kind != "parquet":
-            return None
+            return {name: _infer_type(values) for name, values in by_column(list(islice(self, _TYPED_ROWS))).items()}
         import pyarrow.parquet as pq
 
-        with _reading(self.path):
-            return pq.read_metadata(self.path).num_rows
+        try:
+            schema = pq.read_schema(self.path)
+            _check_names(schema.names)
+        except _DAMAGED as error:
+            raise ProbeError(f"{self.path} cannot be read: {first_line(error)}") from error
+        return dict(zip(schema.names, schema.types, strict=True))
 
-    def fields(self, max_text: int = MAX_TEXT) -> dict[str, pa.DataType]:
-        """Return names and types of the columns. The types of JSON come from the first 1,000 rows.
-
-        Raises:
-            ProbeError: the file cannot be read, a column is there twice, or a row is larger than 64 texts of `max_text`.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        meter = _Meter(self.path, "a row", max_text * _CHUNK_TEXTS)
-        with _reading(self.path):
-            if self.kind == "parquet":
-                schema = pq.read_schema(self.path)
-                return dict(zip(self._check_names(schema.names), schema.types, strict=True))
-            if self.kind == "json":
-                first = takewhile(lambda _: meter.used < meter.limit / 2, self._rows(meter))
-                return {
-                    name: _infer_type(values) for name, values in by_column(list(islice(first, _TYPED_ROWS))).items()
-                }
-            with self._open() as file:
-                return dict.fromkeys(self._check_names(next(self._records(meter.lines(file)), [])), pa.string())
-
-    def read(self, max_text: int = MAX_TEXT) -> list[dict[str, Any]]:
-        """Return all rows, with their values by column name.
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows, with their values by column name.
 
         Raises:
-            ProbeError: the file is damaged, not in UTF-8, has a column twice, or unpacks to more than 512 texts of `max_text`
-                characters.
+            ProbeError: the file is damaged or not in UTF-8, or has a column twice; the message names the row.
         """
-        meter = _Meter(self.path, "it", max_text * _FILE_TEXTS)
-        meter.add((self.rows() or 0) * _ROW_COST)
-        found = []
-        for row in self._rows(meter):
-            found.append(row)
-            if self.kind != "parquet":
-                meter.add(_ROW_COST)
-        return found
+        return self._rows(None)
 
-    def chunks(
-        self, columns: Sequence[str], size: int, wanted: Callable[[int], bool], max_text: int = MAX_TEXT
-    ) -> Iterator[Chunk]:
+    def chunks(self, columns: Sequence[str], size: int, wanted: Callable[[int], bool]) -> Iterator[Chunk]:
         """Yield the chunks of `size` rows whose numbers are wanted, one at a time. The last may have fewer rows.
 
-        A chunk may unpack to 64 texts of `max_text` characters.
-
         Raises:
-            ProbeError: the file cannot be read, or a text or a chunk is too large.
+            ProbeError: the file cannot be read, a text is longer than `max_text`, or a chunk than 64 such texts.
         """
-        meter = _Meter(self.path, "a chunk of rows", max_text * _CHUNK_TEXTS)
-        step = max(step for step in range(1, _STEP + 1) if size % step == 0)
-        rows = self._rows(meter, list(columns), step)
+        rows = ({name: row.get(name) for name in columns} for row in self._rows(list(columns)))
         for number in count():
-            if not (block := list(islice(rows, size))):
+            block = list(islice(limited(f"{self.path}: a chunk of rows", rows, self.max_text * _CHUNK_TEXTS), size))
+            if not block:
                 return
             if wanted(number):
-                chunk = Chunk(number, number * size, {name: [row.get(name) for row in block] for name in columns})
+                chunk = Chunk(number, number * size, {name: [row[name] for row in block] for name in columns})
                 for name, values in chunk.columns.items():
                     for row, value in enumerate(values, start=chunk.first_row):
-                        check_length(f"{self.path}: row {row}: {name}", value, max_text)
+                        check_length(f"{self.path}: row {row}: {name}", value, self.max_text)
                 yield chunk
-            meter.used = 0
 
-    def _rows(self, meter: _Meter, columns: list[str] | None = None, step: int = _STEP) -> Iterator[dict[str, Any]]:
-        """Yield the rows. Of a parquet file only `columns` are read, `step` rows at a time."""
-        with _reading(self.path):
-            if self.kind != "parquet":
-                with self._open() as file:
-                    yield from (self._objects if self.kind == "json" else self._cells)(meter.lines(file))
-                return
-            import pyarrow.parquet as pq
+    def _rows(self, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+        row = 0
+        readers = {"json": self._read_json, "parquet": lambda: self._read_parquet(columns)}
+        try:
+            for values in readers.get(self.kind, self._read_csv)():
+                yield values
+                row += 1
+        except ProbeError:
+            raise
+        except _DAMAGED as error:
+            advice = ": save it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+            raise ProbeError(f"{self.path}: row {row} cannot be read: {first_line(error)}{advice}") from error
 
-            with pq.ParquetFile(self.path, pre_buffer=False) as file:
-                self._check_names(file.schema_arrow.names)
-                for batch in file.iter_batches(step, columns=columns):
-                    # A dictionary repeats its values in the rows.
-                    decoded = (c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns)
-                    meter.add(sum(column.nbytes for column in decoded))
-                    yield from batch.to_pylist()
+    def _read_parquet(self, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+        import pyarrow.parquet as pq
 
-    def _objects(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-        lines = filter(str.strip, lines)
-        first = next(lines, None)
-        if first is None:
-            return
+        with pq.ParquetFile(self.path, pre_buffer=False) as file:
+            _check_names(file.schema_arrow.names)
+            for batch in file.iter_batches(_BATCH, columns=columns):
+                yield from batch.to_pylist()
+
+    def _read_json(self) -> Iterator[dict[str, Any]]:
+        lines = filter(str.strip, self._lines())
+        first = next(lines, "")
         if first.lstrip().startswith("["):
-            rows = self._parse("its array", first + "".join(lines))
+            text = limited(f"{self.path}: its array", chain([first], lines), self.max_text * FILE_TEXTS)
+            values = json.loads("".join(text))
         else:
-            rows = (self._parse(f"row {row}", line) for row, line in enumerate(chain([first], lines)))
-        for row, value in enumerate(rows):
+            values = map(json.loads, filter(None, chain([first], lines)))
+        for value in values:
             if not isinstance(value, dict):
-                raise ProbeError(f"{self.path}: row {row} must be a JSON object, not {type(value).__name__}")
+                raise ValueError(f"it must be a JSON object, not {type(value).__name__}")
             yield value
 
-    def _parse(self, what: str, text: str) -> Any:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ProbeError(f"{self.path}: {what} is not JSON: {error}") from None
+    def _read_csv(self) -> Iterator[dict[str, Any]]:
+        csv.field_size_limit(self.max_text * _CHUNK_TEXTS)
+        reader = csv.DictReader(self._lines(), delimiter="\t" if self.kind == "tsv" else ",")
+        _check_names(reader.fieldnames or ())
+        for row in reader:
+            if any(row.pop(None, ())):
+                raise ValueError("it has more cells than the header: put its text into quotes")
+            yield row
 
-    def _cells(self, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-        records = self._records(lines)
-        header = self._check_names(next(records, []))
-        for row, record in enumerate(records):
-            if any(record[len(header) :]):
-                raise ProbeError(f"{self.path}: row {row} has more cells than the header: put its text into quotes")
-            yield dict(zip(header, record, strict=False))
-
-    def _records(self, lines: Iterable[str]) -> Iterator[list[str]]:
-        csv.field_size_limit(sys.maxsize)
-        return filter(None, csv.reader(lines, delimiter="\t" if self.kind == "tsv" else ","))
-
-    def _open(self):
-        opener = gzip.open if self.path.suffix == ".gz" else open
-        return opener(self.path, "rt", encoding="utf-8-sig", newline=None if self.kind == "json" else "")
-
-    def _check_names(self, names: Sequence[str]) -> Sequence[str]:
-        for name, times in Counter(filter(None, names)).items():
-            if times > 1:
-                raise ProbeError(f"{self.path} has {times} columns {name!r}: leave one")
-        return names
+    def _lines(self) -> Iterator[str]:
+        """Yield the lines of a text file. Each is decoded alone, so that an error is that of its row."""
+        limit = self.max_text * _CHUNK_TEXTS
+        with (gzip.open if self.path.suffix == ".gz" else open)(self.path, "rb") as file:
+            while line := file.readline(limit + 1):
+                if len(line) > limit:
+                    raise ValueError(f"it has more than {limit:,} bytes; max_text (--max-text) raises it")
+                yield line.decode("utf-8-sig")
 
 
 def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -219,49 +188,38 @@ def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
 
 
-class _Meter:
-    """Counts the characters that are read into memory, and raises if they are too many. `used` may be set back to 0."""
-
-    def __init__(self, path: Path, what: str, limit: int):
-        self.path, self.what, self.limit, self.used = path, what, limit, 0
-
-    def add(self, characters: int) -> None:
-        self.used += characters
-        if self.used > self.limit:
-            limit = f"{self.limit:,} characters; max_text (--max-text) raises it"
-            raise ProbeError(f"{self.path}: {self.what} has more than {limit}")
-
-    def lines(self, file: TextIO) -> Iterator[str]:
-        """Yield the lines of a file; none longer than the limit is read."""
-        while line := file.readline(self.limit + 1):
-            self.add(len(line))
-            yield line
-
-
-def check_length(name: str, value: Any, max_text: int = MAX_TEXT) -> None:
-    """Raise `ProbeError` if a text, or all texts of chat messages together, have more than `max_text` characters."""
+def text_length(value: Any) -> int:
+    """Return the characters of all texts in a value, such as a text, chat messages or a row."""
     length, left = 0, [value]
-    while left and length <= max_text:
+    while left:
         item = left.pop()
         if isinstance(item, str):
             length += len(item)
         elif isinstance(item, (list, dict)):
             left += item if isinstance(item, list) else item.values()
-    if length > max_text:
+    return length
+
+
+def limited(name: str, values: Iterable[T], limit: int) -> Iterator[T]:
+    """Yield values. Raise `ProbeError` once their texts have more than `limit` characters together."""
+    total = 0
+    for value in values:
+        total += text_length(value)
+        if total > limit:
+            raise ProbeError(f"{name} has more than {limit:,} characters; max_text (--max-text) raises it")
+        yield value
+
+
+def check_length(name: str, value: Any, max_text: int = MAX_TEXT) -> None:
+    """Raise `ProbeError` if a text, or all texts of chat messages together, have more than `max_text` characters."""
+    if text_length(value) > max_text:
         raise ProbeError(f"{name} has more than {max_text:,} characters: cut it, or raise max_text (--max-text)")
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn the errors that readers raise for damaged files into `ProbeError`."""
-    try:
-        yield
-    except ProbeError:
-        raise
-    # pyarrow raises NotImplementedError for parquet files that it cannot read.
-    except (OSError, EOFError, ValueError, NotImplementedError, csv.Error, zlib.error) as error:
-        advice = ": save it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise ProbeError(f"{path} cannot be read: {first_line(error)}{advice}") from error
+def _check_names(names: Sequence[str]) -> None:
+    for name, times in Counter(filter(None, names)).items():
+        if times > 1:
+            raise ValueError(f"it has {times} columns {name!r}: leave one")
 
 
 def _infer_type(values: list[Any]) -> pa.DataType:

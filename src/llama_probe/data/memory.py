@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
 from typing import Any
 
 from ..errors import ProbeError
 from .files import by_column
-from .labels import read_labels
 from .tables import Columns, LabelNames, dataset_columns
-from .texts import LabelledTexts, label_rows
+from .texts import LabelledTexts, Labels, label_rows
 
 
 def rows_in_memory(
@@ -30,29 +30,32 @@ def rows_in_memory(
         name: name of the rows, for messages.
         data: a `datasets.Dataset`, a DataFrame, a dict of columns, a list of dicts or of pairs of text and label.
         column_mapping: names from the table to the ones above, `{"review": "text"}`.
-        label_names, problem_type: see `read_labelled`.
+        label_names, problem_type: names and type of the labels, as in `Labels`.
 
     Raises:
         ProbeError: `data` is no table, a column is missing, or a text or label is not allowed.
     """
-    columns, own_names = _read_columns(name, data)
-    renamed = column_mapping or {}
-    for old, new in renamed.items():
-        if old not in columns or (new in columns and new not in renamed):
+    columns, names = _read_columns(name, data)
+    mapping = column_mapping or {}
+    for old, new in mapping.items():
+        if old not in columns or (new in columns and new not in mapping):
             raise ProbeError(f"column_mapping: {name} has no column {old!r} for {new!r}; it has: {', '.join(columns)}")
-    columns, own_names = ({renamed.get(name, name): found[name] for name in found} for found in (columns, own_names))
+    columns, names = ({mapping.get(name, name): table[name] for name in table} for table in (columns, names))
     label = next((column for column in ("label", "labels") if column in columns), None)
     if label is None:
         raise ProbeError(f"{name} has no column 'label'; it has: {', '.join(columns)} (column_mapping renames)")
-    own = None if problem_type == "regression" else own_names.get(label)
+    labels, own = (
+        Labels(names=label_names and list(label_names), problem_type=problem_type),
+        Labels(names=names.get(label)),
+    )
     if "input_ids" in columns:
-        return _tokenized(name, columns, label, own, label_names, problem_type)
+        return _tokenized(name, columns, label, labels, own)
     prompt = "prompt" if {"prompt", "response"} <= columns.keys() else None
     text = "response" if prompt else next((column for column in ("text", "messages") if column in columns), None)
     if text is None:
         needed, had = "text, messages, prompt and response, input_ids", ", ".join(columns)
         raise ProbeError(f"{name} has none of: {needed}; it has: {had} (column_mapping renames)")
-    return label_rows(name, columns, text, label, label_names, own, problem_type, prompt)
+    return label_rows(name, columns, text, label, labels, own, prompt)
 
 
 def is_tokenized(rows: LabelledTexts) -> bool:
@@ -61,20 +64,23 @@ def is_tokenized(rows: LabelledTexts) -> bool:
     return not isinstance(first, str) and isinstance(first[0], int)
 
 
-def _tokenized(name, columns, label, own_names, label_names, problem_type) -> LabelledTexts:
-    def read(column: str) -> list[list]:
+def _tokenized(name: str, columns: Columns, label: str, labels: Labels, own: Labels) -> LabelledTexts:
+    """Return rows of token ids, without the tokens that `attention_mask` leaves out."""
+
+    def read(column: str) -> list[list[int]]:
         rows = list(map(_as_list, columns[column]))
         if "attention_mask" not in columns:
             return rows
         masks = map(_as_list, columns["attention_mask"])
         return [list(compress(row, mask)) for row, mask in zip(rows, masks, strict=True)]
 
-    ids = read("input_ids")
-    if not ids or not all(ids):
+    tokens = read("input_ids")
+    if not tokens or not all(tokens):
         raise ProbeError(f"{name} holds no rows, or a row without input_ids")
-    further = {"probe_mask": read("probe_mask")} if "probe_mask" in columns else {}
-    rows = LabelledTexts(ids, *read_labels(name, columns[label], own_names or label_names, problem_type), further)
-    return rows.renamed(label_names) if own_names and label_names else rows
+    # Labels do not depend on the texts.
+    rows = label_rows(name, {"text": ["ids"] * len(tokens), "label": columns[label]}, "text", "label", labels, own)
+    masks = {"probe_mask": read("probe_mask")} if "probe_mask" in columns else {}
+    return replace(rows, texts=tokens, columns=masks)
 
 
 def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
@@ -84,8 +90,7 @@ def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
             raise ProbeError(f"{name} must be one split in memory, such as data['train'], not {type(data).__name__}")
         return dataset_columns(data)
     if hasattr(data, "columns"):  # a DataFrame; a missing value is None here
-        found = data.astype(object).where(data.notna(), None)
-        return {str(column): found[column].tolist() for column in found.columns}, {}
+        data = data.astype(object).where(data.notna(), None).to_dict("list")
     if isinstance(data, Mapping):
         columns = {str(column): _as_list(values) for column, values in data.items()}
         if len({len(values) if isinstance(values, list) else -1 for values in columns.values()} | {-1}) != 2:
@@ -93,9 +98,8 @@ def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
         return columns, {}
     if not isinstance(data, (list, tuple)):
         raise ProbeError(f"{name} must be labelled rows, such as a datasets.Dataset, not {type(data).__name__}")
-    rows = list(data)
-    if rows and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in rows):
-        rows = [{"text": text, "label": label} for text, label in rows]
+    is_pairs = all(isinstance(row, (list, tuple)) and len(row) == 2 for row in data)
+    rows = [{"text": text, "label": label} for text, label in data] if is_pairs else data
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise ProbeError(f"{name} must be a list of dicts with text and label, or of pairs of these")
     return by_column(rows), {}

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ProbeError
-from .files import KINDS, MAX_TEXT
-from .known import BENCHMARKS, find_benchmark
-from .tables import TablePlace
-from .texts import LabelledTexts, Labels, read_labelled
+from transformers.utils import logging
 
+from ..errors import ProbeError
+from .files import MAX_TEXT, kind_of
+from .known import BENCHMARKS, Benchmark, find_benchmark
+from .tables import Columns, TablePlace, find_column, read_table
+from .texts import LabelledTexts, Labels, is_empty, label_rows
+
+
+logger = logging.get_logger(__name__)
 
 ROWS_HELP = (
     f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data set, "
@@ -95,16 +99,15 @@ class Source:
     def __post_init__(self):
         if not isinstance(self.rows, str):
             raise ProbeError(f"rows={self.rows!r} must name a data set, a file or a Hub data set")
-        benchmark = find_benchmark(self.rows)
-        if benchmark is not None:
-            self.licence = self.licence or benchmark[0].license
-            self.note = self.note or benchmark[0].note
-            if (self.text_column, self.label_column) != ("text", "label"):
+        known = find_benchmark(self.rows)
+        if known is not None:
+            benchmark = known[0]
+            self.licence, self.note = self.licence or benchmark.license, self.note or benchmark.note
+            prompts = benchmark.exchange[0] if benchmark.exchange else None
+            if (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, prompts):
                 raise ProbeError(f"text_column, label_column and prompt_column are for files, not for {self.rows}")
-            if self.prompt_column is not None:
-                if benchmark[0].exchange is None:
-                    raise ProbeError(f"text_column, label_column, prompt_column are for files, not for {self.rows}")
-                self.prompt_column = benchmark[0].exchange[0]
+        if self.prompt_column in (self.text_column, self.label_column):
+            raise ProbeError(f"prompt_column={self.prompt_column!r} must be a column of its own")
         for name in ("max_rows", "repeat"):
             if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value >= 1):
                 raise ProbeError(f"{name}={value} must be a whole number from 1")
@@ -122,7 +125,7 @@ class Source:
         if self.local is not None:
             replace(self, **self.local, local=None)  # raises
         if self.name is None:
-            self.name = self.rows.partition(":")[0] if benchmark else _short_name(self.rows)
+            self.name = known[0].name if known is not None else _short_name(self.rows)
 
     def find(self, data_dir: str | os.PathLike | None = None) -> Source:
         """Return the source with the place of its rows: a local copy, if there is a folder of copies.
@@ -135,17 +138,18 @@ class Source:
         if find_benchmark(self.rows) is not None or os.path.exists(self.rows):
             return self
         place = TablePlace.parse(self.rows)
-        split = place.split or "train"
-        copy_name = f"{_short_name(place.id)}/{split}.jsonl.gz"
-        if data_dir is None:
-            if not _HUB_ID.fullmatch(place.id):
-                raise ProbeError(f"{self.rows!r} is not on the Hub: --data-dir DIR must have {copy_name}")
-            return self
-        for path in (Path(data_dir) / _short_name(place.id) / split, Path(data_dir) / _short_name(place.id)):
-            for suffix in (ending + zipped for ending in KINDS for zipped in ("", ".gz")):
-                if (file := path.with_name(path.name + suffix)).is_file():
-                    return replace(self, rows=str(file), name=self.name)
-        raise ProbeError(f"{self.name}: there is no {Path(data_dir) / copy_name}")
+        if data_dir is not None:
+            copies = local_copies(_short_name(self.rows), data_dir)
+            if (path := copies.get(place.split or "train")) is None:
+                raise ProbeError(
+                    f"{self.rows}: {data_dir} has no split {place.split or 'train'!r}, but {', '.join(copies)}"
+                )
+            return replace(self, rows=str(path), name=self.name)
+        if not _HUB_ID.fullmatch(place.id):
+            raise ProbeError(
+                f"{self.rows!r} is no file and no Hub id; --data-dir DIR reads DIR/{place.id}/SPLIT.jsonl.gz"
+            )
+        return self
 
     def read(
         self,
@@ -172,41 +176,91 @@ class Source:
         place, labels = self.find(data_dir), labels or Labels()
         if commercial and place.licence_column is None and not allows_commercial_use(place.licence):
             return LabelledTexts.none(labels)
-        rows = read_labelled(
-            place.rows,
-            place.text_column,
-            place.label_column,
-            labels.names,
-            labels.problem_type,
-            split,
-            data_dir,
-            place.prompt_column,
-            max_text,
-            label_of_all=place.label,
-            label_map=place.label_map,
-            where=place.where,
-            skip_empty=not os.path.exists(self.rows),
+        columns, own = place._read_columns(split, data_dir, max_text)
+        columns, own = place._select_rows(columns, own, skip_empty=not os.path.exists(self.rows))
+        rows = label_rows(
+            place.rows, columns, place.text_column, place.label_column, labels, own, place.prompt_column, max_text
         )
         keep = range(len(rows))
         if place.part is not None:
             keep = [row for row in keep if place.part[0] <= _hash_of(rows.texts[row]) < place.part[1]]
         if commercial and (column := place.licence_column) is not None:
-            if column not in rows.columns:
-                raise ProbeError(
-                    f"{self.name} has no column {column!r} with licences; it has: {', '.join(rows.columns)}"
-                )
-            keep = [row for row in keep if allows_commercial_use(rows.columns[column][row])]
+            licences = find_column(self.name, rows.columns, column)
+            keep = [row for row in keep if allows_commercial_use(licences[row])]
         rows = (rows if len(keep) == len(rows) else rows.select(list(keep))).at_most(self.max_rows, seed)
         return replace(rows, columns=rows.columns | {SOURCE: [self.name] * len(rows)})
 
+    def _read_columns(self, split: str, data_dir: str | os.PathLike | None, max_text: int) -> tuple[Columns, Labels]:
+        """Return all columns, and the labels that the data itself names."""
+        known = find_benchmark(self.rows)
+        if known is None:
+            texts = [name for name in (self.text_column, self.prompt_column) if name is not None]
+            columns, names = read_table(self.rows, split, texts, max_text)
+            return columns, Labels(names=names.get(self.label_column))
+        benchmark, split = known[0], known[1] or split
+        if os.path.exists(self.rows):
+            logger.warning(f"{self.rows} is the data set known by that name; write ./{self.rows} for the path")
+        places = benchmark_splits(benchmark, data_dir)
+        if split not in places:
+            raise ProbeError(f"{benchmark.name} has no split {split!r}; it has: {', '.join(places)}")
+        columns, _ = read_table(places[split], text_columns=["text"], max_text=max_text)
+        if data_dir is None or not {"text", "label"} <= columns.keys():
+            columns = benchmark.convert(columns)
+        if self.prompt_column is not None:
+            columns["text"] = columns.pop(benchmark.exchange[1])
+        return columns, Labels(names=benchmark.label_names, flagged=benchmark.flagged and [benchmark.flagged])
+
+    def _select_rows(self, columns: Columns, own: Labels, skip_empty: bool) -> tuple[Columns, Labels]:
+        """Return the rows that are wanted, with their labels mapped, and the labels that they have by themselves."""
+        keep, read = range(len(next(iter(columns.values()), []))), columns
+        if self.label is not None:
+            columns, own = columns | {self.label_column: [self.label] * len(keep)}, Labels()
+        texts, labels = (find_column(self.rows, columns, name) for name in (self.text_column, self.label_column))
+        if skip_empty:
+            full = [row for row in keep if not is_empty(texts[row]) and labels[row] is not None]
+            if len(full) < len(keep):
+                logger.warning(
+                    f"{len(keep) - len(full)} rows of {self.rows} have no text or no label and are skipped."
+                )
+            keep = full
+        for name, values in (self.where or {}).items():
+            allowed, cells = set(map(str, values)), find_column(self.rows, read, name)
+            keep = [row for row in keep if str(cells[row]) in allowed]
+            if not keep:
+                raise ProbeError(f"{self.rows} has no rows where {name} is one of {values}")
+        if self.label_map is not None and self.label is None:
+            named = {
+                str(index): name for index, name in enumerate(own.names or ()) if str(index) not in self.label_map
+            }
+            values = [named.get(str(value), str(value)) for value in labels]
+            if unknown := sorted({values[row] for row in keep} - self.label_map.keys()):
+                raise ProbeError(
+                    f"{self.rows}: the label {unknown[0]!r} is not in label_map: {', '.join(self.label_map)}"
+                )
+            keep = [row for row in keep if self.label_map[values[row]] is not None]
+            columns, own = columns | {self.label_column: list(map(self.label_map.get, values))}, Labels()
+        return {name: [values[row] for row in keep] for name, values in columns.items()}, own
+
+
+def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None) -> dict[str, str]:
+    """Return where the splits of a data set known by name are, on the Hub or with `data_dir` in `data_dir/NAME`."""
+    if data_dir is not None:
+        return local_copies(benchmark.name, data_dir)
+    places = benchmark.splits.items()
+    return {split: f"{benchmark.hub_id}:{configuration or ''}:{name}" for split, (name, configuration) in places}
+
+
+def local_copies(name: str, data_dir: str | os.PathLike) -> dict[str, str]:
+    """Return the files of rows in `data_dir/NAME` by split, such as `train.jsonl.gz`."""
+    folder = Path(data_dir) / name
+    if not folder.is_dir():
+        raise ProbeError(f"{folder} is not a folder; --data-dir needs DIR/{name}/SPLIT.jsonl.gz")
+    return {path.name.split(".")[0]: str(path) for path in sorted(folder.iterdir()) if kind_of(path)}
+
 
 def _short_name(rows: str) -> str:
-    place = TablePlace.parse(rows) if not os.path.exists(rows) else TablePlace(rows)
-    return (
-        re.sub(r"(\.\w+)?(\.gz)?$", "", Path(place.id).name)
-        if Path(place.id).suffix in (*KINDS, ".gz")
-        else Path(place.id).name
-    )
+    path = Path(rows if os.path.exists(rows) else TablePlace.parse(rows).id)
+    return path.name.split(".")[0] if kind_of(path) else path.name
 
 
 def _hash_of(text: Any) -> float:

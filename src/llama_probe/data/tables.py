@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
-from ..hub.card import read_card
-from ..hub.folder import CARD_NAME
-from ..hub.publish import check_links
-from .files import MAX_TEXT, InputFile, by_column, kind_of
+from .files import FILE_TEXTS, MAX_TEXT, InputFile, by_column, kind_of, limited
 from .known import BENCHMARKS
 
 
@@ -68,7 +64,7 @@ def read_table(
         source: see `TablePlace`.
         split: split of a folder or a Hub data set, if `source` names none.
         text_columns: columns whose csv cells stay texts: `007` is not a number there.
-        max_text: see `InputFile.read`.
+        max_text: characters of the longest text; a file may have 512 times as many.
 
     Returns:
         The values of each column, and the label names that the data itself gives, by column.
@@ -78,29 +74,27 @@ def read_table(
     """
     place = TablePlace.parse(source)
     split = place.split or split
-    try:
-        if os.path.isfile(place.id):
-            return _read_files([place.id], text_columns, max_text)
-        import datasets
+    if os.path.isfile(place.id):
+        return _read_files([place.id], text_columns, max_text)
+    import datasets
 
-        if os.path.isdir(place.id):
-            folder = Path(place.id).resolve()  # The loader names rows by the folder, and `.` has no name.
-            _check_card(folder)
-            splits = datasets.load_dataset_builder(str(folder), place.configuration).config.data_files or {}
-            check_links(folder, chain.from_iterable(splits.values()))
-        else:
-            splits = datasets.load_dataset(place.id, place.configuration, revision=place.revision)
-        if split not in splits:
-            raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(splits)}")
-        if isinstance(splits, datasets.DatasetDict):
-            return dataset_columns(splits[split])
-        return _read_files(splits[split], text_columns, max_text)
-    except ProbeError:
-        raise
+    folder = Path(place.id).resolve() if os.path.isdir(place.id) else None  # the loader has no name for `.`
+    try:
+        if folder is None:
+            return dataset_columns(
+                datasets.load_dataset(place.id, place.configuration, revision=place.revision, split=split)
+            )
+        splits = datasets.load_dataset_builder(str(folder), place.configuration).config.data_files or {}
     except Exception as error:  # The loaders raise dozens of types for bad input.
         known = "" if "/" in place.id else f" (data sets known by name: {', '.join(BENCHMARKS)})"
-        words = f"{source} cannot be read as a file, a folder or a Hub data set: {reason(error)}{known}"
+        words = f"{source} cannot be read as a file, a folder or a Hub data set: {_reason(error)}{known}"
         raise ProbeError(words) from error
+    if split not in splits:
+        raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(splits)}")
+    for path in splits[split]:
+        if not Path(path).resolve().is_relative_to(folder):
+            raise ProbeError(f"{source} names the file {path}: rows must come from inside the folder")
+    return _read_files(splits[split], text_columns, max_text)
 
 
 def dataset_columns(data: Dataset) -> tuple[Columns, LabelNames]:
@@ -109,39 +103,17 @@ def dataset_columns(data: Dataset) -> tuple[Columns, LabelNames]:
     return {name: list(plain[name]) for name in plain.column_names}, _label_names(data.features)
 
 
-def reason(error: BaseException) -> str:
-    """Return the message of the first cause of a loader's error, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return " ".join(str(error).split())[:300] or repr(error)
-
-
-def _check_card(folder: Path) -> None:
-    """Check that the card of a data folder names files inside it, before the loader asks for others."""
-    if (other := folder / ".huggingface.yaml").exists():
-        raise ProbeError(f"{other} is not read: put its configurations into {CARD_NAME}")
-    if not (folder / CARD_NAME).is_file():
-        return
-    configs = read_card(folder).data.to_dict().get("configs")
-    for config in configs if isinstance(configs, list) else []:
-        if isinstance(config, dict):
-            for name in _texts([config.get("data_files"), config.get("data_dir")]):
-                if ":" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-                    raise ProbeError(f"{folder / CARD_NAME} names {name!r}: rows must come from inside the folder")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for item in value if isinstance(value, list) else value.values():
-            yield from _texts(item)
+def find_column(source: str, columns: Columns, name: str) -> list[Any]:
+    """Return the values of a column. Raise `ProbeError` if there is none of this name."""
+    if name not in columns:
+        raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
+    return columns[name]
 
 
 def _read_files(paths: Sequence[str], text_columns: Sequence[str], max_text: int) -> tuple[Columns, LabelNames]:
     """Return the rows of files of one format."""
-    files = [InputFile(Path(path)) for path in paths]
-    rows = [row for file in files for row in file.read(max_text)]
+    files = [InputFile(Path(path), max_text) for path in paths]
+    rows = [row for file in files for row in limited(str(file.path), file, max_text * FILE_TEXTS)]
     if not rows:
         raise ProbeError(f"{', '.join(map(str, paths))} holds no rows")
     columns, names = by_column(rows), {}
@@ -174,3 +146,10 @@ def _label_names(features: Mapping[str, Any]) -> LabelNames:
     """Return the names of the class labels, or lists of them, by column."""
     kinds = {column: getattr(kind, "feature", kind) for column, kind in features.items()}
     return {column: kind.names for column, kind in kinds.items() if hasattr(kind, "names")}
+
+
+def _reason(error: BaseException) -> str:
+    """Return the message of the first cause of a loader's error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300] or repr(error)

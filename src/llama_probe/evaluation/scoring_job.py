@@ -102,7 +102,7 @@ class ScoringJob:
         text_column: column of the texts, or of chat messages.
         prompt_column: for heads that read replies, the column of the prompts that the texts reply to.
         keep_columns: columns of the input that the output keeps.
-        chunk_rows, max_text: see `InputFile.chunks`.
+        chunk_rows, max_text: rows in memory, and characters of the longest text; see `InputFile`.
     """
 
     inputs: Sequence[str]
@@ -150,13 +150,12 @@ class ScoringJob:
 
     def _survey(self) -> tuple[list[InputFile], dict[str, pa.DataType]]:
         """Return the files, and the types of the columns to keep: those of the first file that has them."""
-        files = InputFile.find(self.inputs)
+        files = InputFile.find(self.inputs, self.max_text)
         kept: dict[str, pa.DataType] = {}
         for file in files:
-            fields = file.fields(self.max_text)
-            # An empty file of json lines has no columns to check.
-            missing = [name for name in self._needed if name not in fields] if fields or file.kind != "json" else []
-            if missing:
+            fields = file.fields()
+            # A file without rows may have no columns to check.
+            if missing := [name for name in self._needed if fields and name not in fields]:
                 raise ProbeError(f"{file.path} has no column {missing[0]!r}; it has: {', '.join(fields) or 'none'}")
             kept = {name: fields[name] for name in self.keep_columns if name in fields} | kept
         return files, {name: kept.get(name, pa.string()) for name in self.keep_columns}
@@ -184,13 +183,11 @@ class ScoringJob:
 
     def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema) -> None:
         scorer = TextScorer(heads, self.backbone, self.dtype)
-        counts = [file.rows() for file in files]
-        total = None if None in counts else sum(counts) // world_size()
+        countable = all(file.kind == "parquet" for file in files)
+        total = sum(pq.read_metadata(file.path).num_rows for file in files) // world_size() if countable else None
         with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
             for index, file in enumerate(files):
-                for chunk in file.chunks(
-                    self._needed, self.chunk_rows, partial(self._is_wanted, index), self.max_text
-                ):
+                for chunk in file.chunks(self._needed, self.chunk_rows, partial(self._is_wanted, index)):
                     texts = self._texts(file, chunk)
                     scores = scorer(texts)
                     _warn_of_gaps(file, chunk, texts, scores)
