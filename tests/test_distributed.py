@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from llama_probe import ProbeError
 from llama_probe.cli import app
-from llama_probe.data.states import PromptDataset
+from llama_probe.data.states import PromptDataset, StateDataset
 from llama_probe.distributed import check_shared, claimed
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head, report
@@ -187,8 +187,9 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     )  # fmt: skip
     prepared = PreparedRun.create(alone.recipe, alone.output, alone.backbone)
     for entry in (tmp_path / "one").iterdir():
-        for name in ("states.bin", "meta.json"):
-            assert (entry / name).read_bytes() == (tmp_path / "two" / entry.name / name).read_bytes()
+        one, two = (StateDataset(tmp_path / name / entry.name, [0] * 1000, []) for name in ("one", "two"))
+        assert len(one) == len(two) > 0
+        assert all(torch.equal(one[row]["hidden_states"], two[row]["hidden_states"]) for row in range(len(one)))
     head = read_head(output)
     logits = predict_logits(head, prepared.datasets["validation"])
     assert run["validation"] == json.loads(json.dumps(report(head.config, logits, prepared.rows.validation.labels)))

@@ -5,20 +5,19 @@ A cache of hidden states can reveal the texts: protect it as you protect the tex
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
 import json
-import math
 import os
 import shutil
-import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -29,9 +28,9 @@ from ..backbone.capture import collect_hidden_states
 from ..backbone.decoder import find_decoder, is_tensor_parallel
 from ..backbone.loading import weights_digest
 from ..backbone.passes import Pass, length_batches, plan_passes
-from ..distributed import barrier, is_main, on_main, rank, share, world_size
+from ..distributed import barrier, is_main, on_main, share, world_size
 from ..errors import ProbeError
-from ..files import is_disk_full, lock, make_folder
+from ..files import make_folder, remove_leftovers, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
@@ -40,10 +39,7 @@ from ..heads.scope import check_rows, token_mask, tokens_read
 
 logger = logging.get_logger(__name__)
 
-_STATES, _META = "states.bin", "meta.json"
-_SCRATCH, _DONE = ".states-", "rows-"
-_ABANDONED = 24 * 3600  # seconds without a write after which a later run removes the scratch folder of a killed one
-_FORMAT = 2
+_FORMAT = 3
 
 
 class PromptDataset(Dataset):
@@ -80,32 +76,26 @@ class StateDataset(Dataset):
     """
 
     def __init__(self, folder: Path, labels: np.ndarray, layers: Sequence[int]):
-        meta = json.loads((folder / _META).read_text(encoding="utf-8"))
         self.labels, self.layers = labels, list(layers)
-        self.tokens: list[list[int]] = meta["tokens"]
-        self.offsets = list(accumulate(map(len, self.tokens), initial=0))
-        self.num_states, self.hidden_size = meta["shape"]
-        size = self.offsets[-1] * self.num_states * self.hidden_size
-        self.states = torch.from_file(
-            str(folder / _STATES), shared=False, size=size, dtype=getattr(torch, meta["dtype"])
-        ).view(-1, self.hidden_size)
+        files = _files_by_row(folder)
+        self.files = [files[row] for row in sorted(files)]
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.files)
 
     def __getitem__(self, row: int) -> dict:
-        start, stop = self.offsets[row] * self.num_states, self.offsets[row + 1] * self.num_states
-        states = self.states[start:stop].view(self.num_states, -1, self.hidden_size)
-        return {"input_ids": self.tokens[row], "hidden_states": states, "labels": self.labels[row]}
+        file = self.files[row]
+        tokens, states = file.get_tensor(f"{row}.tokens").tolist(), file.get_tensor(f"{row}.states")
+        return {"input_ids": tokens, "hidden_states": states, "labels": self.labels[row]}
 
 
 class StateCache:
     """A folder of cached hidden states with one entry, a subfolder, for each set of prompts.
 
-    An entry holds the tokens and layers that a head reads. It is found by the prompts, the scope, the dtype, the
-    backbone's weights and config, and by what is read. An entry with all states of all counted tokens serves every
-    head. Several runs can share a cache, and a run goes on where a killed one has stopped. In a process group each rank
-    computes a share of the rows; all ranks must see the same folder.
+    An entry holds the tokens and layers that a head reads, a file for each pass of the backbone. It is found by the prompts,
+    the scope, the dtype, the backbone's weights and config, and by what is read. Several runs can share a cache, and a run
+    continues where a killed one has stopped. In a process group each rank computes a share of the rows; all ranks must see
+    the same folder.
 
     Args:
         folder: folder of the cache, which is created.
@@ -115,10 +105,6 @@ class StateCache:
 
     def __init__(self, folder: str | os.PathLike, dtype: torch.dtype | None = None):
         self.folder, self.dtype = Path(folder), dtype
-
-    def _dtype_for(self, lm: nn.Module) -> torch.dtype:
-        is_bfloat16 = getattr(find_decoder(lm).model, "dtype", None) == torch.bfloat16
-        return self.dtype or (torch.bfloat16 if is_bfloat16 else torch.float16)
 
     def dataset(
         self,
@@ -140,19 +126,27 @@ class StateCache:
         Raises:
             ProbeError: the disk is too small, a state does not fit the dtype, or a row has no counted token.
         """
+        dtype = self.dtype
+        if dtype is None:
+            is_bfloat16 = getattr(find_decoder(lm).model, "dtype", None) == torch.bfloat16
+            dtype = torch.bfloat16 if is_bfloat16 else torch.float16
         scope = [config.token_scope, config.prefix_ids, config.turn_markers]
-        parts = [_FORMAT, str(self._dtype_for(lm)), scope, prompts, masks, weights_digest(lm)]
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-        layers, reads = config.layer_indices, get_probe_type(config.probe_type).reads
-        every = list(range(config.num_hidden_layers + 1))
-        entries = {self.folder / key.hexdigest()[:32]: every}  # all states of all counted tokens
-        if (reads, layers) != ("all", every):
-            key.update(json.dumps([reads, layers]).encode())
-            entries[self.folder / key.hexdigest()[:32]] = layers
-        entry = on_main(lambda: next(filter(_is_whole, entries), None))
-        if entry is None:
-            self._compute(entry := list(entries)[-1], lm, config, prompts, batch_tokens, masks)
-        return StateDataset(entry, labels, entries[entry])
+        reads = [get_probe_type(config.probe_type).reads, config.layer_indices]
+        parts = [_FORMAT, str(dtype), scope, reads, prompts, masks, weights_digest(lm)]
+        entry = self.folder / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        done = on_main(lambda: set(_files_by_row(entry)))
+        if left := [row for row in range(len(prompts)) if row not in done]:
+            read = [_tokens_read(config, prompts[row], None if masks is None else masks[row]) for row in left]
+            dataset = PromptDataset([prompts[row] for row in left], np.zeros(len(left)), read)
+            try:
+                on_main(lambda: self._begin(entry, config, dtype, dataset))
+                _write_states(entry, lm, config, dtype, dataset, left, batch_tokens)
+            except ProbeError:  # a run that is stopped otherwise leaves what it has done
+                if is_main():
+                    shutil.rmtree(entry, ignore_errors=True)
+                raise
+            barrier()
+        return StateDataset(entry, labels, config.layer_indices)
 
     def bytes_of(self, config: ProbeConfig, tokens: int) -> int:
         """Return the bytes that the states of `tokens` tokens take on disk, for a head with this config."""
@@ -163,112 +157,54 @@ class StateCache:
         if is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _compute(self, entry: Path, lm, config, prompts, batch_tokens, masks) -> None:
-        read, tokens = [], []
-        for ids, mask in zip(prompts, masks or [None] * len(prompts), strict=True):
-            ids = torch.tensor([ids])
-            mask = token_mask(config, ids, None) if mask is None else torch.tensor([mask])
-            check_rows(mask)
-            read.append(tokens_read(config, mask)[0])
-            tokens.append(ids[0, read[-1]].tolist())
-        offsets = list(accumulate(map(len, tokens), initial=0))
-        shape, dtype = (len(config.layer_indices), find_decoder(lm).hidden_size), self._dtype_for(lm)
-        size = offsets[-1] * math.prod(shape) * dtype.itemsize
+    def _begin(self, entry: Path, config: ProbeConfig, dtype: torch.dtype, dataset: PromptDataset) -> None:
+        """Make the folder of an entry, and check that the states of a data set fit on the disk."""
         logger.warning_once(f"caching hidden states in {self.folder} (they can reveal the texts: protect them alike)")
-        too_small = ProbeError(
-            f"the hidden states need {size / 1e9:.1f} GB, more than {self.folder} has free; use another folder"
-        )
-        handles: list[int] = []
-        scratch = on_main(lambda: self._claim_scratch(entry.name, size, too_small, handles))
-        noted = [file.read_text(encoding="utf-8").rpartition("\n")[0] for file in scratch.glob(f"{_DONE}*")]
-        done = {int(row) for rows in noted for row in rows.split()}
-        left = [row for row in range(len(prompts)) if row not in done]
-        barrier()  # all ranks have read what a killed run has done before one of them adds to it
-        try:
-            self._write_states(scratch, lm, config, prompts, batch_tokens, read, left, offsets)
-            barrier()
-            if is_main():
-                meta = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens}
-                (scratch / _META).write_text(json.dumps(meta), encoding="utf-8")
-                for file in scratch.glob(f"{_DONE}*"):
-                    file.unlink()
-                if not _is_whole(entry):
-                    shutil.rmtree(entry, ignore_errors=True)
-                    with contextlib.suppress(OSError):  # another run was faster
-                        scratch.replace(entry)
-                shutil.rmtree(scratch, ignore_errors=True)
-            barrier()
-        except (OSError, ProbeError) as error:  # a run that is stopped otherwise leaves what it has done
-            if is_main():
-                shutil.rmtree(scratch, ignore_errors=True)
-            if isinstance(error, OSError) and is_disk_full(error):
-                raise too_small from error
-            raise
-        finally:
-            for handle in handles:
-                os.close(handle)
-
-    def _write_states(self, scratch: Path, lm, config, prompts, batch_tokens, read, left, offsets) -> None:
-        """Compute the states of the rows that are `left`, and note each row when its states are in the file."""
-        if not left:
-            return
-        dtype = self._dtype_for(lm)
-        token_bytes = len(config.layer_indices) * find_decoder(lm).hidden_size * dtype.itemsize
-        rows_of = PromptDataset([prompts[row] for row in left], np.zeros(len(left)), [read[row] for row in left])
-        batches = iterate_states(rows_of, config, lm, batch_tokens, True, config.layer_indices, divided=True)
-        # Not mapped: ranks on other machines may share the file over a network.
-        with (
-            (scratch / _STATES).open("r+b") as file,
-            (scratch / f"{_DONE}{rank()}").open("a", encoding="utf-8") as done,
-        ):
-            for places, states, counted in batches:
-                states = states.to("cpu", dtype)  # [S, B, T, D]
-                if not bool(states.isfinite().all()):
-                    raise ProbeError(f"a hidden state is too large for {dtype}; cache as bfloat16 or float32")
-                for i, place in enumerate(places):
-                    file.seek(offsets[left[place]] * token_bytes)
-                    file.write(states[:, i, counted[i]].flatten().view(torch.uint8).numpy())
-                file.flush()
-                done.write("".join(f"{left[place]}\n" for place in places))
-                done.flush()
-
-    def _claim_scratch(self, name: str, size: int, too_small: ProbeError, handles: list[int]) -> Path:
-        """Return a folder for the states of an entry that no other run works in, with what a killed run has left in it.
-
-        Folders of other entries that were abandoned are removed.
-        """
-        make_folder(self.folder)
-        for states in self.folder.glob(f"{_SCRATCH}*/{_STATES}"):
-            with contextlib.suppress(OSError):  # its run has just renamed it
-                is_old = time.time() - states.stat().st_mtime > _ABANDONED
-                if is_old and not states.parent.name.startswith(f"{_SCRATCH}{name}-"):
-                    shutil.rmtree(states.parent)
-        for number in itertools.count():
-            scratch = self.folder / f"{_SCRATCH}{name}-{number}"
-            scratch.mkdir(exist_ok=True)
-            handle = lock(scratch)
-            if handle is not None and scratch.exists():
-                break
-            if handle is not None:
-                os.close(handle)  # its run renamed it before it was locked here
-        handles.append(handle)
-        states = scratch / _STATES
-        written = states.stat().st_blocks * 512 if states.exists() else 0
-        if size - written > 0.95 * shutil.disk_usage(self.folder).free:
-            shutil.rmtree(scratch)
-            os.close(handles.pop())
-            raise too_small
-        states.touch()
-        return scratch
+        make_folder(entry)
+        remove_leftovers(entry)
+        size = StateCache(entry, dtype).bytes_of(config, sum(map(sum, dataset.masks)))
+        if size > 0.95 * shutil.disk_usage(entry).free:
+            raise ProbeError(
+                f"the hidden states need {size / 1e9:.1f} GB, more than {self.folder} has free; use another folder"
+            )
 
 
-def _is_whole(entry: Path) -> bool:
-    """Return True if an entry of the cache can be read."""
-    try:
-        StateDataset(entry, np.empty(0), [])
-    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError):
-        return False
-    return True
+def _files_by_row(entry: Path) -> dict[int, safe_open]:
+    """Return the file with the states of each row that an entry has."""
+    opened = (safe_open(path, "pt") for path in sorted(entry.glob("*.safetensors")))
+    return {int(key.partition(".")[0]): file for file in opened for key in file.keys()}  # noqa: SIM118
+
+
+def _tokens_read(config: ProbeConfig, ids: Sequence[int], mask: Sequence[bool] | None) -> list[bool]:
+    """Return the mask of the tokens of a row that the head reads."""
+    counted = token_mask(config, torch.tensor([ids]), None) if mask is None else torch.tensor([mask])
+    check_rows(counted)
+    return tokens_read(config, counted)[0].tolist()
+
+
+def _write_states(
+    entry: Path,
+    lm: nn.Module,
+    config: ProbeConfig,
+    dtype: torch.dtype,
+    dataset: PromptDataset,
+    numbers: Sequence[int],
+    batch_tokens: int,
+) -> None:
+    """Write the states of rows with these numbers, a file for each pass. Its rename is what makes its rows done."""
+    for places, states, counted in iterate_states(
+        dataset, config, lm, batch_tokens, True, config.layer_indices, divided=True
+    ):
+        states = states.to("cpu", dtype)  # [S, B, T, D]
+        if not bool(states.isfinite().all()):
+            raise ProbeError(f"a hidden state is too large for {dtype}; cache as bfloat16 or float32")
+        tensors = {}
+        for i, place in enumerate(places):
+            prompt = torch.tensor(dataset.prompts[place])
+            tensors[f"{numbers[place]}.tokens"] = prompt[torch.tensor(dataset.masks[place])]
+            tensors[f"{numbers[place]}.states"] = states[:, i, counted[i]].contiguous()
+        if is_main() or not is_tensor_parallel(lm):  # its ranks compute the same rows
+            write_atomically({entry / f"{uuid.uuid4().hex}.safetensors": partial(save_file, tensors)})
 
 
 class ProbeCollator:
