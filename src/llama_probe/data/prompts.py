@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -82,7 +82,9 @@ class PromptFormat:
         if kind == "raw" and system_prompt is not None:
             raise ProbeError("system_prompt needs prompt_format='chat'")
         bare = cls(tokenizer, kind, system_prompt)
-        prefix, suffix = constant_parts(bare._encode_one)
+        examples = list(map(bare._encode_one, DIFFERENT_TEXTS))
+        prefix = common_start(examples)
+        suffix = common_end(ids[len(prefix) :] for ids in examples)
         constant = len(prefix) + len(suffix)
         if max_length is not None and max_length <= constant:
             raise ProbeError(f"max_length={max_length} leaves no room for a text beside {constant} constant tokens")
@@ -125,15 +127,10 @@ class PromptFormat:
             ProbeError: `texts` is not a list of texts or chats, or one of them cannot be rendered.
         """
         _check_list(texts)
-        prompts, cut = [], 0
-        for text in texts:
-            ids = self._encode_start(text)
-            if self.max_length is not None and len(ids) > self.max_length:
-                cut += 1
-                ids = self._cut(ids)
-            prompts.append(ids)
-        self._report_cut(cut, len(prompts))
-        return prompts
+        prompts = list(map(self._encode_start, texts))
+        is_long = [self.max_length is not None and len(ids) > self.max_length for ids in prompts]
+        self._report_cut(is_long)
+        return [self._cut(ids) if long else ids for ids, long in zip(prompts, is_long, strict=True)]
 
     def encode_replies(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[bool]]]:
         """Return the token ids of prompts with replies as `generate()` has read them, and the masks of the replies.
@@ -149,13 +146,13 @@ class PromptFormat:
             ProbeError: `texts` is not a list of chats, or one of them does not end with a reply.
         """
         _check_list(texts)
-        encoded, masks, cut = [], [], 0
+        encoded, masks, is_long = [], [], []
         for text in texts:
             before, content = split_reply(text)
             prompt = self._encode_one(before[-1]["content"] if self.kind == "raw" else before)
             reply = self._tokenize(content, add_special_tokens=False)
-            if self.max_length is not None and len(prompt) + len(reply) > self.max_length:
-                cut += 1
+            is_long.append(self.max_length is not None and len(prompt) + len(reply) > self.max_length)
+            if is_long[-1]:
                 constant = len(self.prefix_ids) + len(self.suffix_ids)
                 room = max(self.max_length - len(reply), (self.max_length + constant) // 2)
                 if len(prompt) > room:
@@ -163,7 +160,7 @@ class PromptFormat:
                 reply = reply[: self.max_length - len(prompt)]
             encoded.append([*prompt, *reply])
             masks.append([False] * len(prompt) + [True] * len(reply))
-        self._report_cut(cut, len(encoded))
+        self._report_cut(is_long)
         return encoded, masks
 
     def encode_for(self, config: ProbeConfig, texts: Sequence[Text]) -> EncodedTexts:
@@ -221,9 +218,7 @@ class PromptFormat:
         except Exception as error:  # A template is a program and can raise anything.
             raise ProbeError(f"the chat template cannot render {str(messages)[:60]!r}: {error}") from error
 
-    def _tokenize(self, text: str, **kwargs) -> list[int]:
-        if half := HALF_PAIR.search(text):
-            raise ProbeError(f"{text[:60]!r} has a lone surrogate, {half.group()!r}; was it read as UTF-8?")
+    def _tokenize(self, text: str, **kwargs: Any) -> list[int]:
         return self.tokenizer(text, **kwargs)["input_ids"]
 
     def _cut(self, ids: list[int]) -> list[int]:
@@ -233,9 +228,9 @@ class PromptFormat:
             first = max(0, int(turn.int().argmax()) - max(room // 2, len(self.prefix_ids)))
         return [*ids[first : min(first + room, len(ids) - len(self.suffix_ids))], *self.suffix_ids]
 
-    def _report_cut(self, cut: int, count: int) -> None:
-        if cut:
-            logger.warning(f"{cut} of {count} prompts were cut to max_length={self.max_length} tokens")
+    def _report_cut(self, is_long: Sequence[bool]) -> None:
+        if any(is_long):
+            logger.warning(f"{sum(is_long)} of {len(is_long)} prompts were cut to max_length={self.max_length} tokens")
 
 
 def _check_list(texts: Sequence[Text]) -> None:
@@ -246,10 +241,9 @@ def _check_list(texts: Sequence[Text]) -> None:
 
 
 def _check_text(text: Text) -> None:
-    """Raise `ProbeError` unless it is a text or chat messages. The template judges their contents."""
-    is_chat = isinstance(text, Sequence) and len(text) > 0 and all(map(_has_role, text))
-    if not isinstance(text, str) and not is_chat:
-        raise ProbeError(f"a prompt must be a text or a list of chat messages, not {str(text)[:40]!r}")
+    """Raise `ProbeError` unless it is a text or chat messages."""
+    if not is_text(text):
+        raise ProbeError(f"a prompt must be a text or a list of chat messages, not {ascii(text)[:60]}")
 
 
 def as_chat(text: Text) -> list[dict[str, str]]:
@@ -274,21 +268,17 @@ def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
 
 
 def is_text(value: Any) -> bool:
-    """Return True for a text, or a list of chat messages that have a content or call a tool."""
+    """Return True for a text in Unicode, or a list of chat messages that have a content or call a tool."""
     if isinstance(value, str):
         return HALF_PAIR.search(value) is None
-    return isinstance(value, list) and len(value) > 0 and all(map(_is_turn, value))
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_turn, value))
 
 
 def _is_turn(turn: Any) -> bool:
-    if not _has_role(turn):
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
         return False
     content = turn.get("content")
     return is_text(content) if isinstance(content, str) else content is not None or bool(turn.get("tool_calls"))
-
-
-def _has_role(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and isinstance(turn.get("role"), str)
 
 
 def check_alike(configs: Mapping[str, ProbeConfig]) -> None:
@@ -310,10 +300,3 @@ def pad_prompts(
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad, padding_side=padding_side),
         "attention_mask": pad_sequence(list(map(torch.ones_like, ids)), batch_first=True, padding_side=padding_side),
     }
-
-
-def constant_parts(render: Callable[[str], list[int]]) -> tuple[list[int], list[int]]:
-    """Return the token ids before and after every text, for a function from a text to the ids of its prompt."""
-    examples = [render(text) for text in DIFFERENT_TEXTS]
-    prefix = common_start(examples)
-    return prefix, common_end(ids[len(prefix) :] for ids in examples)
