@@ -57,7 +57,7 @@ def test_a_missing_cell_of_a_frame():
 @pytest.mark.parametrize(
     "counts, told",
     [
-        ({"positive": 40, "postive": 1, "negative": 30}, ["'postive'; is it 'positive', which 40 have?"]),
+        ({"positive": 40, "postive": 1, "negative": 30}, ["'postive'; is it 'positive'?"]),
         ({"a": 40, "b": 1}, ["'b'"]),
         ({"yes": 3, "yesterday": 40, "no": 0}, ["No training row has the label no"]),
         ({"one": 1, "two": 2}, []),

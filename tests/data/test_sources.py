@@ -55,7 +55,7 @@ class TestPlace:
 
     def test_fields_that_differ_in_copies(self, tmp_path):
         write(tmp_path / "all" / "train.jsonl", ROWS)
-        local = {"rows": "all", "text_column": "q", "where": {"of": "b"}}
+        local = {"rows": "all", "text_column": "q", "where": {"of": ["b"]}}
         source = Source(rows="someone/prompts", name="mine", text_column="prompt", label="harmful", local=local)
         rows = source.read(HARM, tmp_path)
         assert len(rows) == 15 and set(rows.columns["source"]) == {"mine"} and set(rows.columns["of"]) == {"b"}
@@ -97,7 +97,7 @@ class TestRows:
     def test_where(self, place):
         rows = Source(rows=place, **MAPPED, where={"of": ["a"], "kind": ["yes", "no"]}).read(HARM)
         assert len(rows) == 10 and set(rows.columns["of"]) == {"a"}
-        for where, named in (({"of": "c"}, "no rows where"), ({"from": "a"}, "'from'")):
+        for where, named in (({"of": ["c"]}, "no rows where"), ({"from": ["a"]}, "'from'")):
             with pytest.raises(ProbeError, match=named):
                 Source(rows=place, **MAPPED, where=where).read(HARM)
 

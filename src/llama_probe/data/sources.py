@@ -97,8 +97,6 @@ class Source:
     local: dict[str, Any] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.rows, str):
-            raise ProbeError(f"rows={self.rows!r} must name a data set, a file or a Hub data set")
         known = find_benchmark(self.rows)
         if known is not None:
             benchmark = known[0]
@@ -109,19 +107,14 @@ class Source:
         if self.prompt_column in (self.text_column, self.label_column):
             raise ProbeError(f"prompt_column={self.prompt_column!r} must be a column of its own")
         for name in ("max_rows", "repeat"):
-            if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value >= 1):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ProbeError(f"{name}={value} must be a whole number from 1")
         if self.part is not None and not (len(self.part) == 2 and 0 <= self.part[0] < self.part[1] <= 1):
             raise ProbeError(f"part={self.part} must be two numbers, from 0 to 1, the first one smaller")
         if self.weights is not None and (min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf")):
             raise ProbeError(f"weights={self.weights} must be at least 0, and not all 0")
-        for name in ("label_map", "where", "local"):
-            if not isinstance(value := getattr(self, name), (dict, type(None))):
-                raise ProbeError(f"{name}={value!r} must be a mapping")
         if self.label_map is not None:
             self.label_map = {str(value): label for value, label in self.label_map.items()}
-        if self.where is not None:
-            self.where = {name: value if isinstance(value, list) else [value] for name, value in self.where.items()}
         if self.local is not None:
             replace(self, **self.local, local=None)  # raises
         if self.name is None:

@@ -75,8 +75,6 @@ class LabelledTexts:
         """Return the rows of all parts, whose labels are alike. Columns that are not in all parts are dropped."""
         parts = [part for part in parts if len(part)] or parts[:1]
         first = parts[0]
-        if len(parts) == 1:
-            return first
         shared = [name for name in first.columns if all(name in part.columns for part in parts)]
         columns = {name: [value for part in parts for value in part.columns[name]] for name in shared}
         texts = [text for part in parts for text in part.texts]
@@ -84,9 +82,8 @@ class LabelledTexts:
 
     def digest(self) -> str:
         """Return the sha256 of the texts and labels."""
-        found = hashlib.sha256(json.dumps([self.texts, self.label_names], default=str).encode())
-        found.update(self.labels.tobytes())
-        return found.hexdigest()
+        named = json.dumps([self.texts, self.label_names], default=str)
+        return hashlib.sha256(named.encode() + self.labels.tobytes()).hexdigest()
 
     def at_most(self, limit: int | None, seed: int) -> LabelledTexts:
         """Return `limit` random rows in their order, or all rows if there are fewer or `limit` is None."""
@@ -183,15 +180,12 @@ def check_labels(name: str, rows: LabelledTexts) -> None:
         raise ProbeError(f"all rows of {name} have the label {present[0]!r}: there is nothing to tell apart")
     if absent := [label for label, count in counts.items() if not count]:
         logger.warning(f"No training row has the label {', '.join(absent)}: the head will hardly give it")
-    if max(counts.values(), default=0) <= _FEW:
-        return
-    for label in present:
-        if counts[label] > _FEW:
-            continue
-        folded = {other.strip().casefold(): other for other in counts if other != label}
-        alike = [folded[other] for other in get_close_matches(label.strip().casefold(), folded, 1, 0.75)]
-        doubt = f"; is it {alike[0]!r}, which {counts[alike[0]]} have?" if alike else ""
-        logger.warning(f"Only {counts[label]} of {sum(counts.values())} training rows have the label {label!r}{doubt}")
+    if any(count > _FEW for count in counts.values()):
+        for label in present:
+            if counts[label] <= _FEW:
+                alike = get_close_matches(label, [other for other in counts if other != label], 1, 0.75)
+                doubt = f"; is it {alike[0]!r}?" if alike else ""
+                logger.warning(f"Only {counts[label]} of {len(rows)} training rows have the label {label!r}{doubt}")
 
 
 def ends_with_reply(text: Text) -> bool:
