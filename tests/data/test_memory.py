@@ -1,4 +1,4 @@
-"""Rows in memory, and labels that are worth a look."""
+"""Rows in memory."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import torch
 
 from llama_probe import ProbeError
 from llama_probe.data.memory import is_tokenized, rows_in_memory
-from llama_probe.data.texts import LabelledTexts, check_labels
 
 
 @pytest.mark.parametrize(
@@ -52,20 +51,3 @@ def test_a_missing_cell_of_a_frame():
     frame = pytest.importorskip("pandas").DataFrame({"text": ["a", None], "label": [1, 0]})
     with pytest.raises(ProbeError, match="row 1"):
         rows_in_memory("rows", frame)
-
-
-@pytest.mark.parametrize(
-    "counts, told",
-    [
-        ({"positive": 40, "postive": 1, "negative": 30}, ["'postive'; is it 'positive'?"]),
-        ({"a": 40, "b": 1}, ["'b'"]),
-        ({"yes": 3, "yesterday": 40, "no": 0}, ["No training row has the label no"]),
-        ({"one": 1, "two": 2}, []),
-    ],
-)
-def test_labels_worth_a_look(caplog, counts, told):
-    labels = np.repeat(np.arange(len(counts)), list(counts.values()))
-    rows = LabelledTexts(["text"] * len(labels), labels, list(counts), "single_label_classification", {})
-    check_labels("train", rows)
-    assert len(caplog.records) == len(told)
-    assert all(words in caplog.text for words in told) and ("is it" in caplog.text) == ("is it" in str(told))
