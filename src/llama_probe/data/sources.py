@@ -167,8 +167,6 @@ class Source:
             ProbeError: the source cannot be read, or a row does not have a label of `labels`.
         """
         place, labels = self.find(data_dir), labels or Labels()
-        if commercial and place.licence_column is None and not allows_commercial_use(place.licence):
-            return LabelledTexts.none(labels)
         columns, own = place._read_columns(split, data_dir, max_text)
         columns, own = place._select_rows(columns, own, skip_empty=not os.path.exists(self.rows))
         rows = label_rows(
@@ -177,8 +175,9 @@ class Source:
         keep = range(len(rows))
         if place.part is not None:
             keep = [row for row in keep if place.part[0] <= _hash_of(rows.texts[row]) < place.part[1]]
-        if commercial and (column := place.licence_column) is not None:
-            licences = find_column(self.name, rows.columns, column)
+        if commercial:
+            column = place.licence_column
+            licences = [place.licence] * len(rows) if column is None else find_column(self.name, rows.columns, column)
             keep = [row for row in keep if allows_commercial_use(licences[row])]
         rows = (rows if len(keep) == len(rows) else rows.select(list(keep))).at_most(self.max_rows, seed)
         return replace(rows, columns=rows.columns | {SOURCE: [self.name] * len(rows)})

@@ -50,25 +50,10 @@ class LabelledTexts:
     def __len__(self) -> int:
         return len(self.texts)
 
-    @classmethod
-    def none(cls, labels: Labels) -> LabelledTexts:
-        """Return no rows, with these labels."""
-        kind, names = labels.problem_type or "single_label_classification", list(labels.names or ())
-        shape, dtype = ((0,), np.int64) if kind == "single_label_classification" else ((0, len(names)), np.float32)
-        return cls([], np.zeros(shape, dtype), names, kind, {})
-
     def select(self, rows: Sequence[int]) -> LabelledTexts:
         """Return some of the rows."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
         return replace(self, texts=[self.texts[row] for row in rows], labels=self.labels[list(rows)], columns=columns)
-
-    def label_counts(self) -> dict[str, int]:
-        """Return the number of rows with each label, by name; empty for regression."""
-        if self.problem_type == "regression":
-            return {}
-        several = self.labels.ndim == 2
-        counts = self.labels.sum(axis=0) if several else np.bincount(self.labels, minlength=len(self.label_names))
-        return dict(zip(self.label_names, map(int, counts), strict=True))
 
     @classmethod
     def join(cls, parts: Sequence[LabelledTexts]) -> LabelledTexts:
@@ -169,12 +154,15 @@ class Labels:
 
 
 def check_labels(name: str, rows: LabelledTexts) -> None:
-    """Check that training rows have several labels. Warn of labels that no row, or one or two rows, have: a typing error?
+    """Check that training rows have several labels, unless they are values. Warn of labels that no row, or one or two rows, have: a typing error?
 
     Raises:
         ProbeError: all rows have one label; `name` is theirs in the message.
     """
-    counts = rows.label_counts()
+    if rows.problem_type == "regression":
+        return
+    indices = rows.labels.nonzero()[1] if rows.labels.ndim == 2 else rows.labels
+    counts = dict(zip(rows.label_names, np.bincount(indices, minlength=len(rows.label_names)).tolist(), strict=True))
     present = [label for label, count in counts.items() if count]
     if rows.labels.ndim == 1 and len(present) == 1:
         raise ProbeError(f"all rows of {name} have the label {present[0]!r}: there is nothing to tell apart")
