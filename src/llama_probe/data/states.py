@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -77,16 +76,16 @@ class StateDataset(Dataset):
 
     def __init__(self, folder: Path, labels: np.ndarray, layers: Sequence[int]):
         self.labels, self.layers = labels, list(layers)
-        files = _files_by_row(folder)
-        self.files = [files[row] for row in sorted(files)]
+        self.items = _rows_on_disk(folder)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.items)
 
     def __getitem__(self, row: int) -> dict:
-        file = self.files[row]
-        tokens, states = file.get_tensor(f"{row}.tokens").tolist(), file.get_tensor(f"{row}.states")
-        return {"input_ids": tokens, "hidden_states": states, "labels": self.labels[row]}
+        if row >= len(self):
+            raise IndexError(row)
+        tokens, states = self.items[row]
+        return {"input_ids": tokens.tolist(), "hidden_states": states, "labels": self.labels[row]}
 
 
 class StateCache:
@@ -134,7 +133,7 @@ class StateCache:
         reads = [get_probe_type(config.probe_type).reads, config.layer_indices]
         parts = [_FORMAT, str(dtype), scope, reads, prompts, masks, weights_digest(lm)]
         entry = self.folder / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-        done = on_main(lambda: set(_files_by_row(entry)))
+        done = on_main(lambda: set(_rows_on_disk(entry)))
         if left := [row for row in range(len(prompts)) if row not in done]:
             read = [_tokens_read(config, prompts[row], None if masks is None else masks[row]) for row in left]
             dataset = PromptDataset([prompts[row] for row in left], np.zeros(len(left)), read)
@@ -169,10 +168,17 @@ class StateCache:
             )
 
 
-def _files_by_row(entry: Path) -> dict[int, safe_open]:
-    """Return the file with the states of each row that an entry has."""
-    opened = (safe_open(path, "pt") for path in sorted(entry.glob("*.safetensors")))
-    return {int(key.partition(".")[0]): file for file in opened for key in file.keys()}  # noqa: SIM118
+def _rows_on_disk(entry: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the tokens `[T]` and the states `[S, T, D]` of each row that an entry has, mapped from disk."""
+    found = {}
+    for path in sorted(entry.glob("*.safetensors")):
+        file = load_file(path)
+        rows, lengths, tokens, states = (file[name] for name in ("rows", "lengths", "tokens", "states"))
+        num_states = len(states) // len(tokens)
+        parts = zip(tokens.split(lengths.tolist()), states.split((num_states * lengths).tolist()), strict=True)
+        for row, (ids, flat) in zip(rows.tolist(), parts, strict=True):
+            found[row] = ids, flat.view(num_states, len(ids), -1)
+    return found
 
 
 def _tokens_read(config: ProbeConfig, ids: Sequence[int], mask: Sequence[bool] | None) -> list[bool]:
@@ -198,11 +204,13 @@ def _write_states(
         states = states.to("cpu", dtype)  # [S, B, T, D]
         if not bool(states.isfinite().all()):
             raise ProbeError(f"a hidden state is too large for {dtype}; cache as bfloat16 or float32")
-        tensors = {}
-        for i, place in enumerate(places):
-            prompt = torch.tensor(dataset.prompts[place])
-            tensors[f"{numbers[place]}.tokens"] = prompt[torch.tensor(dataset.masks[place])]
-            tensors[f"{numbers[place]}.states"] = states[:, i, counted[i]].contiguous()
+        ids = [torch.tensor(dataset.prompts[place])[torch.tensor(dataset.masks[place])] for place in places]
+        tensors = {
+            "rows": torch.tensor([numbers[place] for place in places]),
+            "lengths": torch.tensor(list(map(len, ids))),
+            "tokens": torch.cat(ids),
+            "states": torch.cat([states[:, i, counted[i]].flatten(0, 1) for i in range(len(ids))]),  # [S T of each, D]
+        }
         if is_main() or not is_tensor_parallel(lm):  # its ranks compute the same rows
             write_atomically({entry / f"{uuid.uuid4().hex}.safetensors": partial(save_file, tensors)})
 
