@@ -1,6 +1,6 @@
 """Data sets known by name: their place on the Hub, and how their rows become labelled texts.
 
-They stand in `known.yaml`; a new one is one entry there. `Source` reads the rows from the Hub or from local copies.
+A new one is an entry in `known.yaml`. `Source` reads the rows from the Hub or from local copies.
 """
 
 from __future__ import annotations

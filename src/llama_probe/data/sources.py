@@ -168,7 +168,8 @@ class Source:
         """
         place, labels = self.find(data_dir), labels or Labels()
         columns, own = place._read_columns(split, data_dir, max_text)
-        columns, own = place._select_rows(columns, own, skip_empty=not os.path.exists(self.rows))
+        is_file = find_benchmark(self.rows) is None and os.path.exists(self.rows)
+        columns, own = place._select_rows(columns, own, skip_empty=not is_file)
         rows = label_rows(
             place.rows, columns, place.text_column, place.label_column, labels, own, place.prompt_column, max_text
         )
@@ -204,7 +205,7 @@ class Source:
 
     def _select_rows(self, columns: Columns, own: Labels, skip_empty: bool) -> tuple[Columns, Labels]:
         """Return the rows that are wanted, with their labels mapped, and the labels that they have by themselves."""
-        keep, read = range(len(next(iter(columns.values()), []))), columns
+        keep, original = range(len(next(iter(columns.values()), []))), columns
         if self.label is not None:
             columns, own = columns | {self.label_column: [self.label] * len(keep)}, Labels()
         texts, labels = (find_column(self.rows, columns, name) for name in (self.text_column, self.label_column))
@@ -216,7 +217,7 @@ class Source:
                 )
             keep = full
         for name, values in (self.where or {}).items():
-            allowed, cells = set(map(str, values)), find_column(self.rows, read, name)
+            allowed, cells = set(map(str, values)), find_column(self.rows, original, name)
             keep = [row for row in keep if str(cells[row]) in allowed]
             if not keep:
                 raise ProbeError(f"{self.rows} has no rows where {name} is one of {values}")
