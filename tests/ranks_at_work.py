@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.loading import weights_digest
-from llama_probe.data.states import PromptDataset, StateCache
+from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.distributed import gather, merge_rows, process_group, rank, share, world_size
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from llama_probe import ProbeError
 from llama_probe.cli import app
-from llama_probe.data.states import PromptDataset, StateDataset
+from llama_probe.data.cached_states import PromptDataset, StateDataset
 from llama_probe.distributed import check_shared, claimed
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head, report

@@ -14,7 +14,7 @@ from tasks import Task
 from transformers import PrinterCallback
 
 from llama_probe import ProbeTrainer, ProbeTrainingArguments
-from llama_probe.data.texts import LabelledTexts
+from llama_probe.data.labelled_texts import LabelledTexts
 from llama_probe.evaluation.prediction import predict_logits
 
 

@@ -12,9 +12,9 @@ import torch
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.backbone.loading import load_backbone
 from llama_probe.data import PromptFormat, find_benchmark
-from llama_probe.data.sources import Source
-from llama_probe.data.states import StateCache
-from llama_probe.data.texts import LabelledTexts
+from llama_probe.data.cached_states import StateCache
+from llama_probe.data.labelled_texts import LabelledTexts
+from llama_probe.data.row_sources import Source
 from llama_probe.evaluation.calibration import calibrate
 from llama_probe.evaluation.report import report
 from llama_probe.training.recipe import Recipe

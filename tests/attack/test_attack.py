@@ -26,8 +26,8 @@ from mutators import VALUES, changed, damage_head, damaged
 from training_runs import run_of
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
-from llama_probe.data.files import InputFile
-from llama_probe.data.sources import Source
+from llama_probe.data.row_files import InputFile
+from llama_probe.data.row_sources import Source
 from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.files import current_file
 from llama_probe.heads.decision import ProbeOutput

@@ -37,7 +37,7 @@ from llama_probe.backbone.capture import capturing, check_states, collect_hidden
 from llama_probe.backbone.decoder import find_decoder
 from llama_probe.backbone.families import FAMILIES
 from llama_probe.backbone.fingerprint import fingerprint
-from llama_probe.data.states import StateCache
+from llama_probe.data.cached_states import StateCache
 from llama_probe.heads.match import compare
 
 

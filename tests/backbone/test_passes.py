@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llama_probe.backbone import passes
 from llama_probe.backbone.passes import length_batches, plan_passes, shared_start
-from llama_probe.data.states import PromptDataset, iterate_states
+from llama_probe.data.cached_states import PromptDataset, iterate_states
 
 
 START = list(range(10, 30))

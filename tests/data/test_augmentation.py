@@ -5,7 +5,7 @@ import pytest
 
 from llama_probe import ProbeError
 from llama_probe.data.augmentation import AUGMENTATIONS, augment
-from llama_probe.data.texts import LabelledTexts
+from llama_probe.data.labelled_texts import LabelledTexts
 
 
 SYSTEM = ["You sell shoes.", "Answer in French."]

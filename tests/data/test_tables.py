@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llama_probe import ProbeError
-from llama_probe.data.sources import Source
+from llama_probe.data.row_sources import Source
 from llama_probe.data.tables import TablePlace, read_table
 
 

@@ -7,7 +7,7 @@ from conftest import make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_probe.data.states import PromptDataset, StateCache
+from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.evaluation.detection import apply_rules, detection, follow_replies, halting_rules
 from llama_probe.heads import get_probe_type, probe_types
 

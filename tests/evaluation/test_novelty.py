@@ -7,7 +7,7 @@ from conftest import make_lm, make_probe
 from sklearn.metrics import roc_auc_score
 
 from llama_probe import ProbeError
-from llama_probe.data.states import PromptDataset, StateCache
+from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.evaluation.novelty import against_others, can_fit, compare_log, fit_novelty
 from llama_probe.evaluation.prediction import predict_logits, predict_rows
 

@@ -5,7 +5,7 @@ import torch
 from conftest import make_lm, make_probe, make_prompts
 
 from llama_probe import ProbeModel
-from llama_probe.data.states import PromptDataset
+from llama_probe.data.cached_states import PromptDataset
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head
 

@@ -6,7 +6,7 @@ import torch
 from conftest import LAYERS, make_lm, make_probe
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from llama_probe.data.states import PromptDataset
+from llama_probe.data.cached_states import PromptDataset
 from llama_probe.evaluation.report import detailed_report, inspect_head, report
 from llama_probe.heads.decision import log_odds, probabilities
 

@@ -18,8 +18,8 @@ from kills import each_kill
 from safetensors.torch import load_file, save_file
 
 from llama_probe import ProbeError
-from llama_probe.data.files import InputFile
-from llama_probe.data.sources import Source
+from llama_probe.data.row_files import InputFile
+from llama_probe.data.row_sources import Source
 from llama_probe.files import PENDING, current_file
 from llama_probe.heads import probe_types
 from llama_probe.heads.configuration import read_config

@@ -9,7 +9,7 @@ from conftest import HIDDEN, LAYERS, make_lm, make_prompts
 from transformers import TrainerCallback, set_seed
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
-from llama_probe.data.states import PromptDataset, StateCache
+from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.heads import probe_types
 from llama_probe.training.head_group import HeadGroup
 from llama_probe.training.rows import TrainingRows

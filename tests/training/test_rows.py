@@ -6,7 +6,7 @@ from conftest import HIDDEN, LAYERS
 from torch.utils.data import StackDataset
 
 from llama_probe import ProbeConfig, ProbeModel
-from llama_probe.data.states import ProbeCollator, PromptDataset
+from llama_probe.data.cached_states import ProbeCollator, PromptDataset
 from llama_probe.training.loss import ProbeLoss
 from llama_probe.training.rows import TrainingRows
 

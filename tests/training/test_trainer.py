@@ -22,8 +22,8 @@ from llama_probe import (
     ProbeTrainer,
     ProbeTrainingArguments,
 )
+from llama_probe.data.cached_states import ProbeCollator, PromptDataset
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.data.states import ProbeCollator, PromptDataset
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.decision import ProbeOutput, probe_loss
 from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME

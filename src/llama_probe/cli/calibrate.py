@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..data.sources import ROWS_HELP
+from ..data.row_sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers

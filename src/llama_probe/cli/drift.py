@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..data.files import InputFile
 from ..data.prompts import is_text
+from ..data.row_files import InputFile
 from ..errors import ProbeError
 from ..files import check_writable, make_folder, write_atomically
 from ..heads.novelty import FAR

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import typer
 
+from ..data.cached_states import PromptDataset
 from ..data.known import find_benchmark
 from ..data.labels import read_labels
-from ..data.sources import ROWS_HELP
-from ..data.states import PromptDataset
+from ..data.row_sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.asking import asked, check_shares

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from ..backbone.loading import DtypeName, backbone_target, load_backbone
-from ..data.files import MAX_TEXT
+from ..data.cached_states import PromptDataset
+from ..data.labelled_texts import LabelledTexts, Labels
 from ..data.prompts import PromptFormat, Text
-from ..data.sources import Source, setting
-from ..data.states import PromptDataset
-from ..data.texts import LabelledTexts, Labels
+from ..data.row_files import MAX_TEXT
+from ..data.row_sources import Source, setting
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone

@@ -11,9 +11,9 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from ..backbone.loading import load_backbone
+from ..data.cached_states import PromptDataset
 from ..data.prompts import PromptFormat
-from ..data.sources import ROWS_HELP
-from ..data.states import PromptDataset
+from ..data.row_sources import ROWS_HELP
 from ..errors import ProbeError
 from ..evaluation import plots
 from ..evaluation.heatmap import heat_map

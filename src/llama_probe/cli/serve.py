@@ -13,9 +13,9 @@ import typer
 from rich.text import Text
 
 from ..backbone.loading import DtypeName, backbone_target, load_backbone
-from ..data.files import MAX_TEXT
 from ..data.prompts import PromptFormat, check_alike
-from ..data.sources import setting
+from ..data.row_files import MAX_TEXT
+from ..data.row_sources import setting
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig

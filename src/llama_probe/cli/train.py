@@ -12,9 +12,9 @@ import typer
 import yaml
 
 from ..backbone.loading import DtypeName, backbone_target
-from ..data.files import MAX_TEXT, kind_of
 from ..data.known import find_benchmark
-from ..data.sources import ROWS_HELP
+from ..data.row_files import MAX_TEXT, kind_of
+from ..data.row_sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..heads import get_probe_type, probe_types

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..errors import ProbeError
 from ..heads.rules import flagged_by_default
+from .labelled_texts import LabelledTexts
 from .prompts import Text, as_chat
-from .texts import LabelledTexts
 
 
 Chat = list[dict[str, str]]

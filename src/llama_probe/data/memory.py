@@ -8,9 +8,9 @@ from itertools import compress
 from typing import Any
 
 from ..errors import ProbeError
-from .files import by_column
+from .labelled_texts import LabelledTexts, Labels, label_rows
+from .row_files import by_column
 from .tables import Columns, LabelNames, dataset_columns
-from .texts import LabelledTexts, Labels, label_rows
 
 
 def rows_in_memory(

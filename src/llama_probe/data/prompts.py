@@ -17,7 +17,7 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.rules import HALF_PAIR, PROMPT_FORMATS
 from ..heads.turns import TurnMarker, turn_mask
-from .turns import DIFFERENT_TEXTS, common_end, common_start, learn_turn_markers
+from .turn_markers import DIFFERENT_TEXTS, common_end, common_start, learn_turn_markers
 
 
 logger = logging.get_logger(__name__)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
-from .files import FILE_TEXTS, MAX_TEXT, InputFile, by_column, kind_of, limited
 from .known import BENCHMARKS
+from .row_files import FILE_TEXTS, MAX_TEXT, InputFile, by_column, kind_of, limited
 
 
 if TYPE_CHECKING:

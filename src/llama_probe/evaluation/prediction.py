@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch.utils.data import Dataset
 
-from ..data.states import SharedStates, iterate_states, layers_of, shared_layers
+from ..data.cached_states import SharedStates, iterate_states, layers_of, shared_layers
 from ..distributed import merge_rows
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone
-from ..data.files import MAX_TEXT, Chunk, InputFile
 from ..data.prompts import Text, exchange, is_text
+from ..data.row_files import MAX_TEXT, Chunk, InputFile
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
 from ..errors import ProbeError, first_line
 from ..files import remove_leftovers, write_atomically

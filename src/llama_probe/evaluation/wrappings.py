@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.cached_states import PromptDataset
 from ..data.prompts import PromptFormat
-from ..data.states import PromptDataset
 from ..errors import ProbeError
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel

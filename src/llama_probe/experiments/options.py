@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..backbone.loading import DtypeName, check_dtype, choose_device
-from ..data.sources import setting
+from ..data.row_sources import setting
 from ..errors import ProbeError
 from ..heads import get_probe_type
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..backbone.loading import backbone_target, model_id
-from ..data.texts import LabelledTexts
+from ..data.labelled_texts import LabelledTexts
 from ..errors import ProbeError
 from ..heads import get_probe_type, probe_types
 from ..heads.configuration import ProbeConfig

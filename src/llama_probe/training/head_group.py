@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..backbone.capture import collect_hidden_states
-from ..data.states import SharedStates, counted_tokens, shared_config, shared_layers
+from ..data.cached_states import SharedStates, counted_tokens, shared_config, shared_layers
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel

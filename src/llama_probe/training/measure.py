@@ -15,9 +15,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from torch import nn
 
+from ..data.cached_states import PromptDataset
+from ..data.labelled_texts import LabelledTexts
 from ..data.prompts import Text
-from ..data.states import PromptDataset
-from ..data.texts import LabelledTexts
 from ..evaluation.prediction import predict_rows
 from ..evaluation.report import detailed_report, flagged_share
 from ..evaluation.wrappings import kept_labels

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
-from ..data.files import MAX_TEXT
+from ..data.cached_states import StateCache
 from ..data.prompts import PromptFormat, split_reply
-from ..data.states import StateCache
+from ..data.row_files import MAX_TEXT
 from ..distributed import check_shared, is_main, on_main, world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import check_rates, check_threshold_rule

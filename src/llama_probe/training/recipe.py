@@ -15,8 +15,8 @@ from huggingface_hub.dataclasses import type_validator
 
 from ..data.augmentation import SHARE, check_augmentations
 from ..data.known import find_benchmark
-from ..data.sources import Source, benchmark_splits
-from ..data.texts import Labels
+from ..data.labelled_texts import Labels
+from ..data.row_sources import Source, benchmark_splits
 from ..errors import ProbeError, first_line
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import RECIPE_NAME

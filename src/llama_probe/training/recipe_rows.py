@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.augmentation import augment
-from ..data.files import MAX_TEXT
 from ..data.known import find_benchmark
-from ..data.sources import SOURCE, Source
-from ..data.texts import LabelledTexts, Labels, check_labels
+from ..data.labelled_texts import LabelledTexts, Labels, check_labels
+from ..data.row_files import MAX_TEXT
+from ..data.row_sources import SOURCE, Source
 from ..distributed import is_main
 from ..errors import ProbeError
 from .recipe import FEW_ROWS, FOLDS, VALIDATION_SHARE, Held, Recipe

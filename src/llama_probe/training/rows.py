@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from ..data.cached_states import PromptDataset, StateCache, StateDataset
+from ..data.labelled_texts import LabelledTexts
 from ..data.prompts import EncodedTexts
-from ..data.states import PromptDataset, StateCache, StateDataset
-from ..data.texts import LabelledTexts
 from ..heads.configuration import ProbeConfig
 
 

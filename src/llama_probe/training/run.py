@@ -12,7 +12,7 @@ from transformers import ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.files import MAX_TEXT
+from ..data.row_files import MAX_TEXT
 from ..distributed import claimed, on_main, process_group
 from ..errors import ProbeError
 from ..evaluation.resume import same_settings

@@ -24,10 +24,10 @@ from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
+from ..data.cached_states import ProbeCollator, StateCache
+from ..data.labelled_texts import LabelledTexts, check_labels, ends_with_reply
 from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import EncodedTexts, PromptFormat
-from ..data.states import ProbeCollator, StateCache
-from ..data.texts import LabelledTexts, check_labels, ends_with_reply
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric, default_metric

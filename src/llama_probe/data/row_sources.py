@@ -12,10 +12,10 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from .files import MAX_TEXT, kind_of
 from .known import BENCHMARKS, Benchmark, find_benchmark
+from .labelled_texts import LabelledTexts, Labels, is_empty, label_rows
+from .row_files import MAX_TEXT, kind_of
 from .tables import Columns, TablePlace, find_column, read_table
-from .texts import LabelledTexts, Labels, is_empty, label_rows
 
 
 logger = logging.get_logger(__name__)

@@ -8,8 +8,8 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 
 from llama_probe import ProbeError
 from llama_probe.data.known import BENCHMARKS, find_benchmark
-from llama_probe.data.sources import Source, allows_commercial_use
-from llama_probe.data.texts import LabelledTexts, Labels
+from llama_probe.data.labelled_texts import LabelledTexts, Labels
+from llama_probe.data.row_sources import Source, allows_commercial_use
 from llama_probe.heads.rules import ProblemType
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe import ProbeError
-from llama_probe.data.files import InputFile, check_length, limited
+from llama_probe.data.row_files import InputFile, check_length, limited
 
 
 def write(path, count: int, group: int = 7):

@@ -13,8 +13,8 @@ import torch
 from conftest import make_lm, make_prompts
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.data import states
-from llama_probe.data.states import ProbeCollator, PromptDataset, StateCache
+from llama_probe.data import cached_states
+from llama_probe.data.cached_states import ProbeCollator, PromptDataset, StateCache
 from llama_probe.evaluation.prediction import predict_logits, predict_together
 
 
@@ -163,7 +163,7 @@ def test_a_full_disk(tmp_path, lm, monkeypatch, foreseen):
         usage = namedtuple("usage", "total used free")(1, 1, 100)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     else:
-        monkeypatch.setattr(states, "save_file", full)
+        monkeypatch.setattr(cached_states, "save_file", full)
     with pytest.raises(ProbeError, match=r"GB|no room"):
         StateCache(tmp_path).dataset(lm, HEAD, PROMPTS, LABELS)
     assert not names(tmp_path)

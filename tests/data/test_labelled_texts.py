@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llama_probe import ProbeError
-from llama_probe.data.texts import LabelledTexts, check_labels
+from llama_probe.data.labelled_texts import LabelledTexts, check_labels
 
 
 def rows_of(texts, labels, names="ab", kind="single_label_classification"):

@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..heads.rules import ProblemType
-from .files import MAX_TEXT, check_length
 from .labels import read_labels
 from .prompts import Text, exchange, is_text
+from .row_files import MAX_TEXT, check_length
 from .tables import Columns, find_column
 
 
