@@ -63,6 +63,7 @@ quality: $(VENV)/.test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 
 # The versions that the tests ran with, for pip install -c.
 versions: $(VENV)/.test

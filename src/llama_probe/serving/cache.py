@@ -18,7 +18,7 @@ class HeadReference(weakref.ref[ProbeModel]):
     """A weak reference to the head that made a state. Copies of the state are of the same head."""
 
     def __init__(self, head: ProbeModel):
-        super().__init__(head)
+        super().__init__(head)  # pyrefly: ignore[bad-argument-count]
         self.versions = _versions(head)
 
     def is_of(self, head: ProbeModel) -> bool:

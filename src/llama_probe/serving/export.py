@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCardData
 from transformers import AutoConfig
@@ -146,7 +147,7 @@ def push_repository(folder: str | os.PathLike, repo_id: str, **kwargs) -> Commit
             name in HEAD_FILES and head != "" and (folder / head).is_dir()
         )
 
-    options = {"commit_message": "Upload a model with probe heads with llama_probe", **kwargs}
+    options: dict[str, Any] = {"commit_message": "Upload a model with probe heads with llama_probe", **kwargs}
     return commit_files(repo_id, {file: folder / file for file in files}, is_stale, **options)
 
 
@@ -179,7 +180,7 @@ def _card(
         pipeline_tag="text-generation",
         tags=["llama_probe", "probe", "custom_code"],
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for head in heads:
         config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
         alone = not config.reads_reply and not (repository / head / CODE_NAME).is_file()

@@ -170,8 +170,8 @@ class HaltRule:
         """Return the reason to halt each row, or `None`, without regard to patience."""
         probs = output.probabilities
         scores = probs[:, self.index]
-        decided = self.threshold is None
-        flagged = predictions(probs, self.config) == self.index if decided else scores >= self.threshold
+        limit = self.threshold
+        flagged = predictions(probs, self.config) == self.index if limit is None else scores >= limit
         flagged = flagged | scores.isnan()  # a guard that cannot read its input halts
         pairs = zip(flagged.tolist(), scores.tolist(), strict=True)
         return [self.reason(score) if flag else None for flag, score in pairs]

@@ -120,11 +120,13 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         records = super().__call__(inputs, **kwargs)
         return [records] if isinstance(records, dict) else records  # of one chat, as of one text
 
+    # pyrefly: ignore[bad-override]
     def _sanitize_parameters(self, abstain_at: float | dict[str, float] | None = None, **kwargs: Any):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         levels = abstain_levels(abstain_at, {self.probe: self.head_config})
         return preprocess, forward, {**postprocess, **({"abstain_at": levels[self.probe]} if levels else {})}
 
+    # pyrefly: ignore[bad-override]
     def preprocess(self, inputs: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         inputs = getattr(inputs, "messages", inputs)
         texts = as_texts(inputs["text"] if isinstance(inputs, Mapping) else inputs)
@@ -154,7 +156,7 @@ class _Listener:
     """Stands in for the model during one call, and keeps the output of `generate`."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
+        self.model: Any = model
         self.output: Any = None
 
     def __getattr__(self, name: str) -> Any:

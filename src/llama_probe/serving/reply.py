@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ class ReplyReader:
         self._ended = torch.tensor(list(rows))
 
     @contextmanager
-    def reading(self, inputs: dict[str, Any]) -> Iterator[Callable[[], TokenScores]]:
+    def reading(self, inputs: dict[str, Any]) -> Generator[Callable[[], TokenScores]]:
         """Read the states of one forward pass of the LM, which is about to run over `inputs`, and score its last token.
 
         Yield a function that returns the scores once the pass is over.
