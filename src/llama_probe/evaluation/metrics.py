@@ -1,4 +1,4 @@
-"""Metrics of a head by scikit-learn, and the Trainer's callback."""
+"""Metrics of a head: an `evaluate.Metric` over scikit-learn that loads without the Hub, and the Trainer's callback."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import datasets
+import evaluate
 import numpy as np
 import torch
 from sklearn import metrics as sk
@@ -26,6 +28,31 @@ METRICS = {
     "multi_label_classification": _CLASS_METRICS,
     "regression": ("r2",),
 }
+
+
+class ProbeMetric(evaluate.Metric):
+    """The metrics of `score_logits` as an `evaluate.Metric`.
+
+    Args:
+        config (`ProbeConfig`): its problem type, labels, temperature and threshold.
+    """
+
+    def __init__(self, config: ProbeConfig, **kwargs):
+        self.probe_config = config
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        single = self.probe_config.problem_type == "single_label_classification"
+        row = datasets.Sequence(datasets.Value("float32"))
+        return evaluate.MetricInfo(
+            description="Metrics of a probe head from its logits.",
+            citation="",
+            inputs_description="predictions: [rows, num_labels] logits; references: class indices, or rows of numbers",
+            features=datasets.Features({"predictions": row, "references": datasets.Value("int64") if single else row}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float | None]:
+        return score_logits(torch.tensor(predictions), np.asarray(references), self.probe_config)
 
 
 def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
@@ -133,11 +160,13 @@ def outcomes(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> d
 def compute_metrics(config: ProbeConfig) -> Callable[[EvalPrediction], dict[str, float | None]]:
     """Return the Trainer's `compute_metrics=` for a head with this config. It gives the numbers of a report."""
 
+    metric = ProbeMetric(config)
+
     def compute(evaluated: EvalPrediction) -> dict[str, float | None]:
         labels = np.asarray(evaluated.label_ids)
         if config.problem_type != "single_label_classification":
             labels = labels.reshape(len(labels), -1)
-        return score_logits(torch.from_numpy(evaluated.predictions), labels, config)
+        return metric.compute(predictions=evaluated.predictions, references=labels)
 
     return compute
 
