@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_runs import write
 
 from llama_probe.cli import main
 
@@ -47,12 +48,24 @@ def refuse(*args, stdin=""):
     return last
 
 
+def settings(**sections):
+    """Return the words of `--set` for fields of a recipe by section, `training={"patience": 2}`."""
+    return [word for name, value in sections.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+
+
+def train(backbone, rows, output, *words, head=None, training=None, **sections):
+    """Train a head for an epoch or as `training` says, without folds, and return what `succeed` does."""
+    sections = {"validation": {"folds": 0}, "head": {"probe_type": "gate", **(head or {})}, **sections}
+    sections["training"] = {"num_train_epochs": 1, **(training or {})}
+    return succeed("train", rows, "--backbone", backbone, "--output", output, *settings(**sections), *words)
+
+
 def write_rows(folder: Path) -> Path:
     """Write `train.jsonl` and `test.jsonl`, of two labels that can be told apart."""
-    for name, count, shift in (("train", 60, 0), ("test", 20, 3)):
-        lines = [
-            {"text": f"{'good' if i % 3 else 'bad'} number {i + shift}", "label": int(i % 3 == 0), "half": i % 2}
-            for i in range(count)
+    for name, numbers in (("train", range(60)), ("test", range(3, 23))):
+        rows = [
+            {"text": f"{'good' if i % 3 else 'bad'} number {i}", "label": int(i % 3 == 0), "half": i % 2}
+            for i in numbers
         ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        write(folder / f"{name}.jsonl", rows)
     return folder

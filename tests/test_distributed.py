@@ -24,6 +24,7 @@ from llama_probe.distributed import check_shared, claimed
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head, report
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
+from llama_probe.training.recipe import Recipe
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -151,8 +152,9 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     output = tmp_path / "head"
     arguments = [
         "-m", "llama_probe.cli", "train", "--backbone", backbone_folder, "--probe-type", "gate",
-        "--train", tmp_path / "rows.jsonl", "--folds", 0, "--batch-size", 8, "--learning-rate", 0.03, "--max-length", 64,
-        "--epochs", 10, "--set", "training.patience=10", "--output", output, "--cache-dir", tmp_path / "two", "--resume", "--json",
+        "--train", tmp_path / "rows.jsonl", "--set", "validation.folds=0", "--set", "head.max_length=64", "--epochs", 10,
+        "--set", "training.per_device_train_batch_size=8", "--set", "training.learning_rate=0.03", "--set", "training.patience=10",
+        "--set", f"training.cache_dir={tmp_path / 'two'}", "--output", output, "--resume", "--json",
     ]  # fmt: skip
     process = torchrun(*arguments)
     saved = output / CHECKPOINTS
@@ -185,7 +187,7 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
         tmp_path, "alone", tmp_path / "rows.jsonl", test={}, head={"probe_type": "gate", "max_length": 64},
         training={"cache_dir": str(tmp_path / "one")}, backbone=str(backbone_folder),
     )  # fmt: skip
-    prepared = PreparedRun.create(alone.recipe, alone.output, alone.backbone)
+    prepared = PreparedRun.create(Recipe.load(alone.recipe), alone.output, alone.backbone)
     for entry in (tmp_path / "one").iterdir():
         one, two = (StateDataset(tmp_path / name / entry.name, [0] * 1000, []) for name in ("one", "two"))
         assert len(one) == len(two) > 0

@@ -267,3 +267,8 @@ def package_version() -> str:
         return version("llama_probe")
     except PackageNotFoundError:
         return "unknown"
+
+
+def short_path(path: str) -> str:
+    """Return the last two parts of a path that exists, because the others differ between machines, else the text itself."""
+    return "/".join(Path(path).parts[-2:]) if os.path.exists(path) else path

@@ -5,8 +5,9 @@ import shutil
 from unittest.mock import Mock
 
 import pytest
-from command_line import call, refuse, succeed, write_rows
+from command_line import call, refuse, succeed, train, write_rows
 from conftest import make_lm, make_probe, make_tokenizer, save_head
+from training_runs import write
 
 from llama_probe import ProbeModel, __version__, cli
 from llama_probe.heads.configuration import read_config
@@ -20,14 +21,16 @@ def rows(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(rows, backbone_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("heads") / "mood"
-    results = succeed(
-        "train", "--backbone", backbone_folder, "--probe-type", "gate", "--train", rows / "train.jsonl", "--test", rows / "test.jsonl",
-        "--label-names", "fine,awful", "--flag", "awful", "--set", "slice_columns=[half]", "--output", output, "--epochs", 3, "--learning-rate", 0.03,
-        "--num-seeds", 2, "--folds", 0, "--max-length", 64, "--license", "cc0-1.0",
-        "--set", "card={license: cc0-1.0, dataset: me/moods, limits: [other moods]}",
-        "--set", "training.max_false_positive_rate=0.1", "--json",
-    )  # fmt: skip
-    return output, results
+    sections = {
+        "labels": {"names": ["fine", "awful"]},
+        "slice_columns": ["half"],
+        "seeds": 2,
+        "head": {"max_length": 64},
+        "card": {"license": "cc0-1.0", "dataset": "me/moods", "limits": ["other moods"]},
+        "training": {"num_train_epochs": 3, "learning_rate": 0.03, "max_false_positive_rate": 0.1},
+    }
+    words = ("--test", rows / "test.jsonl", "--flag", "awful", "--json")
+    return output, train(backbone_folder, rows / "train.jsonl", output, *words, **sections)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_benchmark(served, backbone_folder):
     assert report["as_device"] == "cuda"
     assert [row["system"] for row in report["rows"]] == ["base", "mood", "mha", "mha-reply", "2 x mha"]
     assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
-    assert "1.000x" in succeed(*counted)
+    assert "1.000" in succeed(*counted)
 
 
 def test_evaluate(trained, served, rows):
@@ -83,21 +86,20 @@ def test_evaluate(trained, served, rows):
     assert len(found["slices"]["half"]["1"]["intervals"]["accuracy"]) == 2
     assert sum(map(sum, found["confusion"])) == 20
     shown = succeed(*args, "--bootstrap", 50)
-    for part in ("all rows", "awful", "auroc", "labels from the head", "Expected calibration error", "50 resamples"):
+    for part in ("all rows", "awful", "auroc", "labels from the head", "expected calibration error", "50 resamples"):
         assert part in shown
     assert "resamples" not in succeed(*args, "--bootstrap", 0)
-    assert "--slice-column" in refuse(*args, "--slice-column", "who")
+    assert "slice_columns" in refuse(*args, "--slice-column", "who")
 
 
 def test_evaluate_with_a_judge(served, rows, tmp_path):
     lines = [json.loads(line) for line in (rows / "test.jsonl").read_text().splitlines()]
-    judged = tmp_path / "judged.jsonl"
-    judged.write_text("\n".join(json.dumps(line | {"guard": "fine"}) for line in lines))
+    judged = write(tmp_path / "judged.jsonl", [line | {"guard": "fine"} for line in lines])
     args = ("evaluate", *served, "--data", judged, "--bootstrap", 0, "--ask", 0, "--ask", 1)
     alone, always_right = succeed(*args, "--json")["asking"]
     assert alone["band"] is None and (always_right["recall"], always_right["false_alarms"]) == (1, 0)
     assert succeed(*args, "--judge-column", "guard", "--json")["asking"][1]["recall"] == 0
-    assert "share asked" in succeed(*args)
+    assert "with a judge" in succeed(*args)
     assert "--judge-column" in refuse(*args, "--judge-column", "who")
     assert "--judge-column" in refuse(*args, "--judge-column", "text")
     assert "--ask" in refuse(*args[:-4], "--judge-column", "guard")
@@ -118,9 +120,8 @@ def test_the_backbone_is_the_heads_own(trained, rows, tmp_path):
 def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
     shutil.copytree(trained[0], head := tmp_path / "mood")
     served, weights = ("--probe", head, "--backbone", backbone_folder), (head / "probe_model.safetensors").read_bytes()
-    plain, more = tmp_path / "plain.jsonl", tmp_path / "more.jsonl"
-    for path, numbers in ((plain, range(30)), (more, range(30, 43))):
-        path.write_text("\n".join(json.dumps({"text": f"good number {i}"}) for i in numbers))
+    texts = [{"text": f"good number {i}"} for i in range(43)]
+    plain, more = write(tmp_path / "plain.jsonl", texts[:30]), write(tmp_path / "more.jsonl", texts[30:])
     assert "rows" in refuse("calibrate", *served)
     assert "34 rows" in refuse("calibrate", *served, "--benign", plain, "--rate", 0.03)
     args = ("calibrate", *served, "--benign", plain, "--benign", more, "--rate", 0.1, "--rate", 0.025)
@@ -177,13 +178,11 @@ def test_halting(served):
 
 def test_a_head_of_replies(backbone_folder, tmp_path):
     lines = [{"ask": f"number {i}?", "text": "bad, bad" if i % 2 else "good, good", "label": i % 2} for i in range(40)]
-    rows, guard = tmp_path / "rows.jsonl", tmp_path / "guard"
-    rows.write_text("\n".join(map(json.dumps, lines)))
+    rows, guard = write(tmp_path / "rows.jsonl", lines), tmp_path / "guard"
     data = ("--backbone", backbone_folder, "--prompt-column", "ask")
-    succeed(
-        "train", *data, "--train", rows, "--probe-type", "gate", "--token-scope", "response", "--output", guard,
-        "--label-names", "fine,awful", "--epochs", 2, "--folds", 0, "--learning-rate", 0.03,
-    )  # fmt: skip
+    head, training = {"token_scope": "response"}, {"num_train_epochs": 2, "learning_rate": 0.03}
+    labels = {"names": ["fine", "awful"]}
+    train(backbone_folder, rows, guard, *data[2:], head=head, training=training, labels=labels)
     config = read_config(guard)
     assert config.token_scope == "response" and config.causal and config.prefix_ids
     assert succeed("evaluate", *data, "--probe", guard, "--data", rows, "--json")["auroc"] > 0.9
@@ -195,7 +194,7 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     (row,) = succeed(*args, 'guard={"label": "awful", "threshold": 0, "patience": 2}')
     assert row["halted"]["token"] == 1
     assert "--prompt-column" in refuse("classify", "good one", *served)
-    words = ("--train", rows, "--token-scope", "all", "--eval", rows, "--output", tmp_path / "no")
+    words = ("--train", rows, "--set", "head.token_scope=all", "--eval", rows, "--output", tmp_path / "no")
     assert "prompt_column" in refuse("train", "--backbone", backbone_folder, *words).replace("-", "_")
     assert not (tmp_path / "no").exists(), "before any work"
 
@@ -256,9 +255,10 @@ TRAIN = "train --train {rows} --output {out} "
         (TRAIN + "--epoch 3", "--epoch"),
         (TRAIN + "--set head.options.num_members=low", "num_members"),
         (TRAIN + "--probe-type gate --set head.options.num_members=2", "num_members"),
-        (TRAIN + "--layers top", "--layers"),
-        (TRAIN + "--epochs 0", "--epochs=0"),
-        (TRAIN + "--set training.cache_states=false --cache-dir kept", "cache_states"),
+        (TRAIN + "--layers 1", "--layers"),
+        (TRAIN + "--set head.layers=top", "layers"),
+        (TRAIN + "--epochs 0", "num_train_epochs=0"),
+        (TRAIN + "--set training.cache_states=false --set training.cache_dir=kept", "cache_states"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, line, named):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from command_line import call, refuse, succeed
+from command_line import call, refuse, settings, succeed, train
 
 from llama_probe.heads.configuration import read_config
 
@@ -12,15 +12,12 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")
-def train(copies, backbone_folder):
-    words = ("--backbone", backbone_folder, "--probe-type", "pooling", "--data-dir", copies, "--folds", 0, "--json")
-    return ("train", *words, "--epochs", 1, "--max-length", 64)
-
-
-@pytest.fixture(scope="module")
-def trained(train, tmp_path_factory):
+def trained(copies, backbone_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("named") / "tox"
-    return output, succeed(*train, "--train", "toxicchat", "--output", output, "--set", "card.dataset_name=My chats")
+    words = ("--train", "toxicchat", "--data-dir", copies, "--json")
+    sections = {"validation": {"folds": 0}, "card": {"dataset_name": "My chats"}, "training": {"num_train_epochs": 1}}
+    words = ("train", "--backbone", backbone_folder, "--output", output, *words, *settings(**sections))
+    return output, succeed(*words)
 
 
 def test_train_by_name(trained, copies):
@@ -36,10 +33,11 @@ def test_train_by_name(trained, copies):
     assert "--train toxicchat" in card["command"] and str(copies) not in json.dumps(results)
 
 
-def test_the_card_says_what_further_rows_are(train, copies, tmp_path):
-    rows = ("--train", copies / "xstest" / "test.jsonl.gz", "--label-names", "safe,unsafe")
+def test_the_card_says_what_further_rows_are(copies, backbone_folder, tmp_path):
+    rows, labels = copies / "xstest" / "test.jsonl.gz", {"names": ["safe", "unsafe"]}
     extra = ("--train", "toxicchat", "--set", "train.1.extra=true", "--set", "train.1.weights=[0.5]")
-    results = succeed(*train, *rows, *extra, "--output", tmp_path / "head")
+    words = ("--data-dir", copies, "--json", *extra)
+    results = train(backbone_folder, rows, tmp_path / "head", *words, labels=labels)
     assert results["data"]["extra"] == {"source": "toxicchat", "rows": 40, "weights": [0.5]}
     note = "No licence of the training rows was stated. Further rows: ToxicChat 0124 ("
     assert results["card"]["data_note"].startswith(note) and "non-commercial" in results["card"]["data_note"]
@@ -56,13 +54,14 @@ def test_evaluate_by_name(trained, backbone_folder, copies):
     assert "labels are lists" in refuse(*args, "goemotions:test")
 
 
-def test_train_on_several_labels(train, tmp_path):
-    succeed(*train, "--train", "goemotions", "--output", tmp_path / "go")
+def test_train_on_several_labels(copies, backbone_folder, tmp_path):
+    train(backbone_folder, "goemotions", tmp_path / "go", "--data-dir", copies)
     config = read_config(tmp_path / "go")
     assert config.problem_type == "multi_label_classification" and config.id2label[27] == "neutral"
 
 
 @pytest.mark.parametrize("source", ["toxichat", "toxicchat:dev"])
-def test_rows_that_there_are_not(train, tmp_path, source):
-    assert source.partition(":")[0] in refuse(*train, "--train", source, "--output", tmp_path / "out")
+def test_rows_that_there_are_not(copies, tmp_path, source):
+    words = ("--data-dir", copies, "--output", tmp_path / "out")
+    assert source.partition(":")[0] in refuse("train", "--train", source, *words)
     assert not (tmp_path / "out").exists()

@@ -1,11 +1,10 @@
 """`calibrate --novelty-data`, `evaluate --against`, `drift`, and a head that `train` gives its novelty."""
 
-import json
 import shutil
-from importlib.util import find_spec
 
 import pytest
-from command_line import refuse, succeed
+from command_line import refuse, succeed, train
+from training_runs import write
 
 from llama_probe import ProbeModel
 
@@ -19,22 +18,21 @@ def rows(tmp_path_factory):
         "other": [f"{{}}[] == {chr(97 + i % 26)}{i} // @@" for i in range(50)],
     }
     for name, texts in kinds.items():
-        lines = [{"text": text, "label": int("bad" in text)} for text in texts]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        write(folder / f"{name}.jsonl", [{"text": text, "label": int("bad" in text)} for text in texts])
     return folder
 
 
 @pytest.fixture(scope="module")
 def heads(rows, backbone_folder, tmp_path_factory):
-    """A head with novelty, and one without."""
+    """A head with novelty, one without, and one whose novelty was fitted with folds."""
     folder = tmp_path_factory.mktemp("heads")
+    labels = {"names": ["fine", "awful"], "flagged": ["awful"]}
+    sections = {"new": {"share": 0.25}, "old": {"share": 0.25}, "folded": {"folds": 2}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llama_probe.evaluation.plots.find_spec", lambda name: None)
-        for name, option in (("new", "training.novelty=true"), ("old", "training.novelty=false")):
-            succeed(
-                "train", "--backbone", backbone_folder, "--probe-type", "gate", "--train", rows / "train.jsonl", "--epochs", 1,
-                "--set", "validation.share=0.25", "--set", option, "--output", folder / name, "--label-names", "fine,awful", "--flag", "awful",
-            )  # fmt: skip
+        for name, validation in sections.items():
+            held = {"validation": validation, "training": {"novelty": name != "old"}}
+            train(backbone_folder, rows / "train.jsonl", folder / name, labels=labels, **held)
     return folder
 
 
@@ -48,25 +46,15 @@ def served(heads, backbone_folder, tmp_path):
 
 
 def test_train_fits_it(heads, served):
-    new, old = (ProbeModel.from_pretrained(heads / name) for name in ("new", "old"))
+    new, old, folded = (ProbeModel.from_pretrained(heads / name) for name in ("new", "old", "folded"))
     assert old.novelty is None and "novelty" not in old.results
-    assert new.results["novelty"]["rows"] == {"train": 150, "validation": 50}
+    assert new.results["novelty"]["rows"] == folded.results["novelty"]["rows"] == {"train": 150, "validation": 50}
     assert "## Novelty" in (heads / "new" / "README.md").read_text()
     prompts = ("classify", "good number 3", "bad number 7", *served("new"), "--json")
     for row in succeed(*prompts):
         assert 0 <= row["novelty"]["new"] <= 1
     assert [row["labels"]["new"] for row in succeed(*prompts, "--abstain-at", 0)] == [None, None]
     assert "unlike" in succeed("generate", *prompts[1:-1], "--abstain-at", 0)
-
-
-def test_with_folds_training_rows_that_are_left_out_calibrate_it(rows, backbone_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_probe.evaluation.plots.find_spec", lambda name: None)
-    succeed(
-        "train", "--backbone", backbone_folder, "--probe-type", "pooling", "--train", rows / "train.jsonl", "--epochs", 1,
-        "--folds", 2, "--output", tmp_path / "head",
-    )  # fmt: skip
-    found = ProbeModel.from_pretrained(tmp_path / "head").results["novelty"]
-    assert found["rows"] == {"train": 150, "validation": 50}
 
 
 def test_calibrate_fits_it_and_keeps_what_was_measured(rows, served):
@@ -111,8 +99,7 @@ def test_drift(rows, served, tmp_path):
     assert [row["text"] for row in found["worth_labelling"] if "@@" in row["text"]]
     assert len(found["worth_labelling"]) == 3
     assert succeed(*args, "--max-rows", 20, "--json")["rows"] == 20
-    if find_spec("matplotlib") is not None:
-        assert "drift.png" in succeed(*args, "--output", tmp_path / "out")
-        assert (tmp_path / "out" / "drift.png").stat().st_size > 1000
+    assert "drift.png" in succeed(*args, "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "drift.png").stat().st_size > 1000
     assert "--novelty-data" in refuse("drift", *served("old"), "--input", log)
     assert "'prompt'" in refuse(*args, "--text-column", "prompt")

@@ -113,7 +113,6 @@ def test_refused_before_the_head_is_read(tmp_path):
     for output in (tmp_path / "file", tmp_path / "file" / "in" / "it"):
         assert "file" in refuse("plot", "nothing-here", "--text", "x", "--output", output)
     assert "--text" in refuse("plot", "nothing-here", "--text", " ", "--output", tmp_path / "out")
-    assert "no.csv" in refuse("plot", "nothing-here", "--data", "no.csv", "--output", tmp_path / "out")
     assert (tmp_path / "file").read_text() == "mine"
 
 

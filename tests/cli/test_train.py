@@ -1,10 +1,10 @@
-"""`llama-probe train`, apart from what test_cli.py says of them."""
+"""`llama-probe train`, apart from what test_cli.py says of it."""
 
 import json
 
 import pytest
 import yaml
-from command_line import call, refuse, succeed, write_rows
+from command_line import call, refuse, settings, succeed, train, write_rows
 from own_kind_fixture import CODE
 
 from llama_probe import ProbeModel
@@ -13,61 +13,77 @@ from llama_probe.heads.configuration import read_config
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")
+SHORT = settings(validation={"folds": 0}, training={"num_train_epochs": 1})
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    return write_rows(tmp_path_factory.mktemp("rows"))
+    return write_rows(tmp_path_factory.mktemp("rows")) / "train.jsonl"
 
 
-@pytest.fixture
-def train(rows, backbone_folder):
-    return ("train", "--backbone", backbone_folder, "--train", rows / "train.jsonl", "--epochs", 1, "--folds", 0)
-
-
-def test_a_finished_head_is_not_replaced_in_silence(train, tmp_path):
-    args = (*train, "--output", tmp_path / "a")
-    succeed(*args, "--probe-type", "pooling", "--set", "training.cache_states=false")
+def test_a_finished_head_is_not_replaced_in_silence(rows, backbone_folder, tmp_path):
+    train(backbone_folder, rows, tmp_path / "a", training={"cache_states": False})
     before = (tmp_path / "a" / "probe_model.safetensors").read_bytes()
-    for more in ((), ("--resume",), ("--resume", "--learning-rate", 0.5)):
-        assert "--overwrite" in refuse(*args, "--probe-type", "gate", *more)
+    words = (
+        "train",
+        rows,
+        "--backbone",
+        backbone_folder,
+        "--output",
+        tmp_path / "a",
+        "--probe-type",
+        "pooling",
+        *SHORT,
+    )
+    for more in ((), ("--resume",), ("--resume", "--set", "training.learning_rate=0.5")):
+        assert "--overwrite" in refuse(*words, *more)
     assert (tmp_path / "a" / "probe_model.safetensors").read_bytes() == before
-    succeed(*args, "--probe-type", "gate", "--overwrite")
-    assert ProbeModel.from_pretrained(tmp_path / "a").config.probe_type == "gate"
+    succeed(*words, "--overwrite")
+    assert ProbeModel.from_pretrained(tmp_path / "a").config.probe_type == "pooling"
 
 
-def test_a_stopped_run_says_how_to_go_on(train, tmp_path, monkeypatch):
-    args = (*train, "--probe-type", "pooling", "--output", tmp_path / "a")
+def test_a_stopped_run_says_how_to_go_on(rows, backbone_folder, tmp_path, monkeypatch):
+    words = ("train", rows, "--backbone", backbone_folder, "--output", tmp_path / "a", *SHORT)
 
     def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr("llama_probe.training.trainer.finish", stop)
-        stopped = call(*args)
+        stopped = call(*words)
     assert stopped.returncode == 130 and "--resume" in stopped.stderr
-    succeed(*args, "--resume")
-    assert ProbeModel.from_pretrained(tmp_path / "a").config.probe_type == "pooling"
+    succeed(*words, "--resume")
+    assert ProbeModel.from_pretrained(tmp_path / "a").results
 
 
-def test_a_head_of_one_layer(train, backbone_folder, tmp_path):
-    succeed(*train, "--probe-type", "last", "--layers", "1,3", "--output", tmp_path / "a")
+def test_a_head_of_one_layer(rows, backbone_folder, tmp_path):
+    train(backbone_folder, rows, tmp_path / "a", head={"probe_type": "last", "layers": [1, 3]})
     config = read_config(tmp_path / "a")
     assert config.layers == [1, 3] and config.layer_indices == [3]
     served = ("--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
     assert succeed("classify", "good morning", *served)[0]["labels"]["a"].startswith("LABEL_")
 
 
-def test_a_kind_of_ones_own(train, backbone_folder, tmp_path, monkeypatch):
+def test_a_kind_of_ones_own(rows, backbone_folder, tmp_path, monkeypatch):
     known = dict(registry._PROBE_TYPES)
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(known))
     (tmp_path / "kind.py").write_text(CODE)  # without weights of layers
-    words = (*train, "--probe-type", "top", "--output", tmp_path / "mine")
+    words = (
+        "train",
+        rows,
+        "--backbone",
+        backbone_folder,
+        "--probe-type",
+        "top",
+        "--output",
+        tmp_path / "mine",
+        *SHORT,
+    )
     assert "top" in refuse(*words)
-    given = ("--import", tmp_path / "kind.py")
-    succeed(*words, *given)
+    own = ("--import", tmp_path / "kind.py")
+    succeed(*words, *own)
     head = ("--probe", tmp_path / "mine", "--backbone", backbone_folder, "--json")
-    assert "mine" in succeed("classify", "good morning", *head, *given)[0]["labels"]
+    assert "mine" in succeed("classify", "good morning", *head, *own)[0]["labels"]
     monkeypatch.setattr(registry, "_PROBE_TYPES", known)  # as in another process
     for line in (
         "classify x --probe {0}",
@@ -86,7 +102,7 @@ def test_a_kind_of_ones_own(train, backbone_folder, tmp_path, monkeypatch):
 
 class TestRecipes:
     @pytest.fixture
-    def recipe(self, rows, tmp_path):
+    def recipe(self, rows, backbone_folder, tmp_path):
         values = {
             "name": "mood",
             "labels": {"names": ["good", "bad"], "flagged": ["bad"]},
@@ -97,44 +113,38 @@ class TestRecipes:
         }
         (tmp_path / "mood.yaml").write_text(json.dumps(values))
         (tmp_path / "data" / "moods").mkdir(parents=True)
-        (tmp_path / "data" / "moods" / "train.jsonl").write_text((rows / "train.jsonl").read_text())
-        return ("train", tmp_path / "mood.yaml", "--data-dir", tmp_path / "data", "--output", tmp_path / "a")
+        (tmp_path / "data" / "moods" / "train.jsonl").write_text(rows.read_text())
+        places = ("--data-dir", tmp_path / "data", "--output", tmp_path / "a", "--backbone", backbone_folder)
+        return ("train", tmp_path / "mood.yaml", *places)
 
-    def test_a_head_by_a_recipe(self, recipe, backbone_folder, tmp_path):
-        words = (*recipe, "--backbone", backbone_folder)
-        told = succeed(*words, "--dry-run")
-        assert "60 rows" in told and "tokens a second" in told and "GB of hidden states" in told
+    def test_a_head_by_a_recipe(self, recipe, tmp_path):
+        shown = succeed(*recipe, "--dry-run")
+        assert "60 rows" in shown and "tokens a second" in shown and "no hidden states" not in shown
         assert not (tmp_path / "a").exists()
-        results = succeed(*words, "--set", "training.learning_rate=1e-3", "--seed", 3, "--json")
+        results = succeed(*recipe, "--set", "training.learning_rate=1e-3", "--set", "seed=3", "--json")
         assert results["recipe"]["learning_rate"] == 1e-3 and results["chosen_seed"] == 3
         assert read_config(tmp_path / "a").layers == [2, 4] and read_config(tmp_path / "a").flagged == ["bad"]
         written = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
         assert written["training"] == {"num_train_epochs": 1, "learning_rate": 1e-3} and written["seed"] == 3
-        assert "recipe.yaml" not in refuse(
-            "train", tmp_path / "a", "--output", tmp_path / "b"
-        )  # its rows are not here
+        again = refuse("train", tmp_path / "a", "--output", tmp_path / "b")
+        assert "recipe.yaml" not in again, "its rows are not here"
 
-    def test_refusals(self, recipe, rows, backbone_folder, tmp_path):
-        words = (*recipe, "--backbone", backbone_folder)
+    def test_refusals(self, recipe, rows, tmp_path):
         for more, named in (
             (("--set", "head.kind=gate"), "'kind'"),
             (("--set", "train.0.rows=other"), "other/SPLIT.jsonl.gz"),
-            (("--train", rows / "train.jsonl"), "--train and the recipe"),
+            (("--train", rows), "exclude each other"),
+            (("--text-column", "words"), "exclude each other"),
             (("--licence", "commercial"), "licence"),
         ):
-            assert named in refuse(*words, *more)
-        for first, named in (("no-such", "safety"), (tmp_path / "none.yaml", "none.yaml")):
+            assert named in refuse(*recipe, *more)
+        for first, named in (("no-such", "safety"), (tmp_path / "none.yaml", "none.yaml"), ("--epochs=2", "safety")):
             assert named in refuse("train", first, "--output", tmp_path / "b")
-        assert "safety" in refuse("train", "--output", tmp_path / "b")
         assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
-    def test_rows_in_place_of_a_recipe(self, rows, backbone_folder, tmp_path):
-        words = ("--backbone", backbone_folder, "--epochs", 1, "--folds", 0, "--output", tmp_path / "a", "--json")
-        assert succeed("train", rows / "train.jsonl", *words)["data"]["train"]["rows"] == 51
-
     def test_a_search(self, rows, backbone_folder, tmp_path):
-        words = ("--backbone", backbone_folder, "--train", rows / "train.jsonl", "--epochs", 2, "--folds", 0)
-        search = ("--set", "search={trials: 3, probe_types: [gate, attentive]}", "--output", tmp_path / "a")
-        assert "3 configurations by validation auprc" in succeed("train", *words, *search)
+        search = {"trials": 3, "probe_types": ["gate", "attentive"]}
+        shown = train(backbone_folder, rows, tmp_path / "a", search=search)
+        assert "3 configurations by validation" in shown
         best = json.loads((tmp_path / "a" / "results.json").read_text())["search"][0]
         assert read_config(tmp_path / "a").probe_type == best["values"]["probe_type"]

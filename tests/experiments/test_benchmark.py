@@ -86,8 +86,6 @@ def test_ratios_are_medians_of_pairs():
 @pytest.mark.parametrize(
     "changes, field",
     [
-        ({"batch_sizes": [0]}, "batch_sizes"),
-        ({"many": -1}, "many"),
         ({"kinds": ["lstm"]}, "lstm"),
         ({"device": "abacus"}, "device"),
         ({"dtype": "int8"}, "dtype"),

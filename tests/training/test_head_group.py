@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_prompts
-from transformers import TrainerCallback, set_seed
+from conftest import HIDDEN, LAYERS, make_lm
+from training_runs import Kill, token_rows
+from transformers import set_seed
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
 from llama_probe.data.cached_states import PromptDataset, StateCache
@@ -15,27 +16,13 @@ from llama_probe.training.head_group import HeadGroup
 from llama_probe.training.rows import TrainingRows
 
 
-def rows(count, seed=0):
-    """Prompts whose label is whether token 11 occurs."""
-    prompts, labels = [], []
-    for row in range(count):
-        ids = [
-            12 if token == 11 else token for token in make_prompts(1, 4 + row % 5, seed=1000 * seed + row)[0].tolist()
-        ]
-        if row % 2:
-            ids[row % len(ids)] = 11
-        prompts.append(ids)
-        labels.append(row % 2)
-    return prompts, np.array(labels)
-
-
-TRAIN, VALIDATION = rows(48), rows(16, 1)
-HEADS = {kind: {"probe_type": kind, "dropout": 0.2, "layer_dropout": 0.1} for kind in probe_types() if kind != "muli"}
+TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)
+HEADS = {kind: {"probe_type": kind, "dropout": 0.2, "layer_dropout": 0.1} for kind in probe_types()}
 HEADS |= {"few-layers": {"probe_type": "gate", "layers": [1, 3]}, "rms": {"probe_type": "gate", "normalize": "rms"}}
 RATES = {"few-layers": {"learning_rate": 3e-2, "weight_decay": 0.0, "label_smoothing_factor": 0.1, "focal_gamma": 1.0}}
 
 
-def head(name, lm, seed=3):
+def head(name="gate", lm=None, seed=3):
     set_seed(seed)
     sizes = {"downcast": 4, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
     return ProbeModel(ProbeConfig(**{**sizes, **HEADS[name]}), backbone=lm)
@@ -44,18 +31,12 @@ def head(name, lm, seed=3):
 def train(model, folder, lm=None, callbacks=(), resume=None, train_rows=TRAIN, validation=VALIDATION, **changes):
     """Train on prompts with `lm`, else on cached states, and return the trainer."""
     given = {name: changes.pop(name) for name in ("head_args", "left_out") if name in changes}
-    changes = {
-        "num_train_epochs": 4,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "patience": None,
-        **changes,
-    }
-    changes = {"label_smoothing_factor": 0.0, **changes}
+    defaults = {"num_train_epochs": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "patience": None}
+    changes = {**defaults, "label_smoothing_factor": 0.0, **changes}
     args = ProbeTrainingArguments(str(folder / "run"), disable_tqdm=True, use_cpu=True, seed=5, **changes)
     parts = [PromptDataset(*train_rows), PromptDataset(*validation)]
     if lm is None:
-        config, cache = head("gate", lm := make_lm()).config, StateCache(folder / "states", torch.float32)
+        lm, config, cache = make_lm(), head().config, StateCache(folder / "states", torch.float32)
         parts = [cache.dataset(lm, config, prompts, labels) for prompts, labels in (train_rows, validation)]
     trainer = ProbeTrainer(model, args, None, *parts, callbacks=list(callbacks), **given)
     trainer.train(resume_from_checkpoint=resume)
@@ -63,10 +44,8 @@ def train(model, folder, lm=None, callbacks=(), resume=None, train_rows=TRAIN, v
 
 
 def same(a, b, tolerance=1e-5):
-    return all(
-        torch.allclose(x, y, atol=tolerance)
-        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.allclose(x, y, atol=tolerance) for x, y in pairs)
 
 
 @pytest.mark.parametrize("is_cached", [True, False])
@@ -84,7 +63,7 @@ def test_each_head_learns_as_if_alone(tmp_path, is_cached):
 
 
 def test_seeds_differ(tmp_path):
-    group = train({f"seed-{seed}": head("gate", None, seed) for seed in (0, 1, 0 + 2)}, tmp_path)
+    group = train({f"seed-{seed}": head(seed=seed) for seed in (0, 1, 2)}, tmp_path)
     weights = [each.classifier.weight for each in group.heads.values()]
     assert not any(torch.allclose(weights[i], weights[i - 1], atol=1e-4) for i in range(3))
 
@@ -94,18 +73,12 @@ def test_a_head_learns_nothing_of_the_rows_that_it_is_to_leave_out(tmp_path):
     held = list(range(0, 48, 3))
     flipped = TRAIN[1].copy()
     flipped[held] = 1 - flipped[held]
-    found = [
-        train(
-            {"whole": head("gate", None), "twin": head("gate", None)},
-            tmp_path / str(place),
-            train_rows=(TRAIN[0], labels),
-            left_out={"twin": held},
-        )
-        for place, labels in enumerate((TRAIN[1], flipped))
-    ]
-    assert same(found[0].heads["twin"], found[1].heads["twin"]) and not same(
-        found[0].heads["whole"], found[1].heads["whole"], 1e-3
+    rows, given = ((TRAIN[0], labels) for labels in (TRAIN[1], flipped)), {"left_out": {"twin": held}}
+    a, b = (
+        train({"whole": head(), "twin": head()}, tmp_path / str(place), train_rows=part, **given).heads
+        for place, part in enumerate(rows)
     )
+    assert same(a["twin"], b["twin"]) and not same(a["whole"], b["whole"], 1e-3)
 
 
 def test_the_backbone_runs_once_for_all_heads(tmp_path):
@@ -113,38 +86,31 @@ def test_the_backbone_runs_once_for_all_heads(tmp_path):
     for names in (["gate"], ["gate", "pooling", "few-layers"]):
         lm, passes = make_lm(), []
         lm.model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
-        train(
-            {name: head(name, lm) for name in names},
-            tmp_path / str(len(names)),
-            lm,
-            num_train_epochs=2,
-            eval_strategy="no",
-        )
+        heads = {name: head(name, lm) for name in names}
+        train(heads, tmp_path / str(len(names)), lm, num_train_epochs=2, eval_strategy="no")
         counts.append(len(passes))
     # After the training each head is judged by itself.
     assert counts[1] - counts[0] <= 8 and counts[0] >= 12
 
 
-class Kill(TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
-        if state.epoch == 2:
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("names", [["gate"], ["gate", "multimax", "few-layers"]])
+def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path, names):
+    def run(folder, seed=5, **changes):
+        set_seed(seed)
+        heads = {name: head(name) for name in names} if len(names) > 1 else head()
+        return train(heads, tmp_path / folder, patience=2, head_args=RATES if len(names) > 1 else None, **changes)
 
-
-def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path):
-    make = lambda: {name: head(name, None) for name in ("gate", "multimax", "few-layers")}  # noqa: E731
-    whole = train(make(), tmp_path / "whole", patience=2, head_args=RATES)
+    whole = run("whole")
     with pytest.raises(KeyboardInterrupt):
-        train(make(), tmp_path / "cut", callbacks=[Kill()], patience=2, head_args=RATES)
-    set_seed(77)
-    resumed = train(make(), tmp_path / "cut", resume=True, patience=2, head_args=RATES)
+        run("cut", callbacks=[Kill()])
+    resumed = run("cut", seed=77, resume=True)
     assert all(same(resumed.heads[name], whole.heads[name]) for name in whole.heads)
-    assert resumed.progress["gate"].scores == whole.progress["gate"].scores
+    assert [each.scores for each in resumed.progress.values()] == [each.scores for each in whole.progress.values()]
 
 
 def test_each_head_has_its_own_best_epoch_and_stops_by_itself(tmp_path):
     rates = {"still": {"learning_rate": 1e-30}, "moving": {"learning_rate": 3e-2}}
-    heads = {"still": head("gate", None), "moving": head("gate", None)}
+    heads = {"still": head(), "moving": head()}
     trainer = train(heads, tmp_path, patience=2, num_train_epochs=12, head_args=rates, validation=TRAIN)
     assert len(trainer.progress["still"].scores) == 3 == trainer.progress["still"].epochs
     moving = trainer.progress["moving"]
@@ -154,15 +120,9 @@ def test_each_head_has_its_own_best_epoch_and_stops_by_itself(tmp_path):
 
 def test_a_head_that_diverges_leaves_the_others_alone(tmp_path):
     rates = {"wild": {"learning_rate": 1e38}}
-    group = train(
-        {"wild": head("gate", None), "calm": head("gate", None)},
-        tmp_path / "a",
-        num_train_epochs=2,
-        head_args=rates,
-        eval_strategy="epoch",
-    )
+    group = train({"wild": head(), "calm": head()}, tmp_path / "a", num_train_epochs=2, head_args=rates)
     assert group.progress["wild"].best == -math.inf or math.isfinite(group.progress["wild"].best)
-    alone = train(head("gate", None), tmp_path / "b", num_train_epochs=2)
+    alone = train(head(), tmp_path / "b", num_train_epochs=2)
     assert same(alone.model, group.heads["calm"])
 
 
@@ -170,7 +130,7 @@ def test_a_head_that_diverges_leaves_the_others_alone(tmp_path):
     "strategies", [{"save_strategy": "no"}, {"eval_strategy": "no"}, {"save_strategy": "no", "eval_strategy": "no"}]
 )
 def test_without_checkpoints_or_evaluations(tmp_path, strategies):
-    trainer = train(head("gate", None), tmp_path, **strategies)
+    trainer = train(head(), tmp_path, **strategies)
     is_evaluated = "eval_strategy" not in strategies
     assert len(trainer.progress["head"].scores) == (4 if is_evaluated else 0)
     assert bool(list((tmp_path / "run").glob("checkpoint-*"))) == ("save_strategy" not in strategies)
@@ -179,32 +139,24 @@ def test_without_checkpoints_or_evaluations(tmp_path, strategies):
 
 
 def test_a_stopped_run_in_the_folder_is_named(tmp_path, caplog):
-    train(head("gate", None), tmp_path)
+    train(head(), tmp_path)
     assert "earlier run" not in caplog.text
-    train(head("gate", None), tmp_path)
+    train(head(), tmp_path)
     assert "checkpoint-" in caplog.text and "resume_from_checkpoint=True" in caplog.text
 
 
 @pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"num_labels": 3}, "id2label"),
-        ({"token_scope": "user"}, "token_scope"),
-        ({"num_hidden_layers": 5}, "num_hidden_layers"),
-    ],
+    "name, value", [("id2label", {0: "a", 1: "b", 2: "c"}), ("token_scope", "user"), ("num_hidden_layers", 5)]
 )
-def test_heads_that_do_not_fit_together(changes, named):
-    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
-    heads = [ProbeModel(ProbeConfig(probe_type="gate", **{**sizes, **more})) for more in ({}, changes)]
-    with pytest.raises(ProbeError, match=named):
-        HeadGroup(dict(zip("ab", heads, strict=True)))
+def test_heads_that_do_not_fit_together(name, value):
+    with pytest.raises(ProbeError, match=name):
+        HeadGroup({"a": head(), "b": ProbeModel(head().config.replace(**{name: value}))})
 
 
 @pytest.mark.parametrize("given", [{"head_args": {"b": {}}}, {"left_out": {"b": [0]}}])
 def test_names_of_no_head(tmp_path, given):
-    lm = make_lm()
     with pytest.raises(ProbeError, match="'b'"):
-        train({"a": head("gate", lm)}, tmp_path, lm, **given)
+        train({"a": head()}, tmp_path, **given)
 
 
 def test_rows_may_occur_again():

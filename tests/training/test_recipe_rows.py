@@ -1,27 +1,20 @@
 """The rows of a recipe: which train, which are held back, and which are left out."""
 
-import json
-
 import numpy as np
 import pytest
+from training_runs import write
 
 from llama_probe import ProbeError
 from llama_probe.training.recipe import FEW_ROWS, Recipe
 from llama_probe.training.recipe_rows import read_rows
 
 
-def write(path, rows, labels=2):
-    """Write rows, or so many, as JSON lines."""
-    if isinstance(rows, int):
-        rows = [{"text": f"{('bad', 'good', 'so so')[i % labels]} no {i}", "label": i % labels} for i in range(rows)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
+WORDS = ("bad", "good", "so so")
 
 
-def read(*train, data_dir=None, commercial=False, **sections):
+def read(*train, data_dir=None, **sections):
     sections = {"labels": {"flagged": None}, "validation": {"folds": 0}, **sections}
-    return read_rows(Recipe.load({"train": list(train), **sections}), data_dir, commercial=commercial)
+    return read_rows(Recipe.load({"train": list(train), **sections}), data_dir)
 
 
 @pytest.fixture
@@ -50,7 +43,7 @@ class TestHoldingBack:
         assert "among the training rows" not in caplog.text
 
     def test_one_label_teaches_nothing(self, tmp_path):
-        one, other = write(tmp_path / "a.jsonl", 30, labels=1), write(tmp_path / "b.jsonl", 30)
+        one, other = write(tmp_path / "a.jsonl", 30, ("bad",)), write(tmp_path / "b.jsonl", 30)
         names = {"labels": {"names": ["no", "yes"]}}
         with pytest.raises(ProbeError, match="'no'"):
             read(one, **names)
@@ -66,15 +59,16 @@ class TestHoldingBack:
 
     @pytest.mark.parametrize("count, labels, folds", [(23, 2, 4), (6, 3, 5)])
     def test_each_row_is_held_out_once(self, tmp_path, count, labels, folds):
-        rows = read(write(tmp_path / "a.jsonl", count, labels), validation={"folds": folds})
+        path = write(tmp_path / "a.jsonl", count, WORDS[:labels])
+        rows = read(path, validation={"folds": folds})
         held = rows.folds
         assert sorted(np.concatenate(held)) == list(range(count)) and len(held) == folds
         if count >= folds * labels:
             assert all(len(set(rows.train.labels[fold])) > 1 for fold in held), "labels are spread"
-        again = read(write(tmp_path / "a.jsonl", count, labels), validation={"folds": folds})
+        again = read(path, validation={"folds": folds})
         assert all((a == b).all() for a, b in zip(held, again.folds, strict=True))
         with pytest.raises(ProbeError, match=f"{count} different texts"):
-            read(write(tmp_path / "a.jsonl", count, labels), validation={"folds": count + 1})
+            read(path, validation={"folds": count + 1})
 
 
 class TestMixtures:
@@ -186,17 +180,19 @@ class TestCalibration:
         rows = read(train, **sections)
         assert rows.calibration.labels.tolist() == [0] * 60
         with pytest.raises(ProbeError, match="calibration"):
-            read(write(tmp_path / "c.jsonl", 60, labels=3), calibration={"sources": [calm]})
+            read(write(tmp_path / "c.jsonl", 60, WORDS), calibration={"sources": [calm]})
 
 
 class TestLicences:
     def test_what_is_left_out_is_told(self, tmp_path, train):
         bound = {"rows": write(tmp_path / "b.jsonl", 30), "name": "bound", "licence": "cc-by-nc-4.0"}
         free = {"rows": train, "licence": "mit"}
-        rows = read(free, bound, commercial=True)
-        assert rows.not_commercial == {"bound": 30} and set(rows.train.columns["source"]) == {"a"}
+        rows = read(free, bound, licence="commercial")
+        assert rows.described["train"]["not_commercial"] == {"bound": 30} and set(rows.train.columns["source"]) == {
+            "a"
+        }
         with pytest.raises(ProbeError, match="licence"):
-            read(bound, commercial=True)
+            read(bound, licence="commercial")
 
 
 class TestWarnings:

@@ -219,13 +219,14 @@ class TestPackagedRecipe:
 
 def test_all_rows_of_the_guard_may_be_used_commercially(tmp_path):
     write_rows(as_hub_rows("guard"), tmp_path, as_hub=True)
-    assert read_rows(as_hub_rows("guard"), tmp_path, commercial=True).not_commercial == {}
+    rows = read_rows(Recipe.load(as_hub_rows("guard"), ["licence=commercial"]), tmp_path)
+    assert "not_commercial" not in rows.described["train"]
 
 
 def test_safety_leaves_out_the_rows_that_may_not_be_used_commercially(tmp_path):
-    recipe = Recipe.load("safety")
+    recipe = Recipe.load("safety", ["licence=commercial"])
     write_rows(recipe, tmp_path, as_hub=False)
-    left_out = read_rows(recipe, tmp_path, commercial=True).not_commercial
+    left_out = read_rows(recipe, tmp_path).described["train"]["not_commercial"]
     assert {"toxicchat", "stl_malicious", "do_not_answer", "benign_prompts", "reviews"} <= set(left_out)
     assert left_out["toxicchat"] == ROWS and left_out["benign_prompts"] < 5 * ROWS
     assert not {"advbench", "xstest", "atlas", "orbench", "tdc2023", "coconot_contrast"} & set(left_out)

@@ -16,7 +16,7 @@ from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.probe import ProbeModel
-from llama_probe.training import prepared, trainer
+from llama_probe.training import estimate, prepared, trainer
 from llama_probe.training.prepared import CHECKPOINTS
 from llama_probe.training.run import last_checkpoint
 
@@ -30,17 +30,9 @@ def interrupt(*_):
 
 def test_folds(backbone_folder, tmp_path):
     """Every row trains, and is judged by a head that has not seen it."""
-    run = run_of(
-        tmp_path,
-        backbone_folder,
-        30,
-        None,
-        None,
-        {"num_train_epochs": 2, "learning_rate": 0.03},
-        validation={"folds": 2},
-        seeds=2,
-        seed=4,
-    )
+    sections = {"validation": {"folds": 2}, "seeds": 2, "seed": 4}
+    sections["training"] = {"num_train_epochs": 2, "learning_rate": 0.03}
+    run = run_of(tmp_path, backbone_folder, 30, **sections)
     results = run.run()
     assert results["data"]["train"]["rows"] == results["data"]["validation"]["rows"] == 30
     assert results["data"]["validation"]["source"] == "2 folds of train"
@@ -65,9 +57,8 @@ def test_folds(backbone_folder, tmp_path):
 def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path, rate):
     words = ("fine, all is good", "fine, BAD BAD BAD BAD!")
     lines = [{"ask": f"number {i}?", "text": words[i % 2] + "!" * (i % 3), "label": i % 2} for i in range(100)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     sections = {
-        "train": [{"rows": str(tmp_path / "a.jsonl"), "prompt_column": "ask"}],
+        "train": [{"rows": write(tmp_path / "a.jsonl", lines), "prompt_column": "ask"}],
         "labels": {"names": ["fine", "awful"], "flagged": ["awful"]},
         "head": {"probe_type": "gate", "token_scope": "response"},
         "test": {"share": 0.25},
@@ -129,18 +120,13 @@ class TestTwins:
             numbers[name] = [str((first + i) * 7919 % 90000 + 10000) for i in range(count)]
             words = [("kind", "BAD!!")[label != (i % 4 == 0)] for i in range(count)]
             lines = [{"text": f"{w} {number}", "label": label} for w, number in zip(words, numbers[name], strict=True)]
-            (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-            return {"rows": str(tmp_path / f"{name}.jsonl")}
+            return {"rows": write(tmp_path / f"{name}.jsonl", lines)}
 
+        train = [rows("ask", 40, 1), rows("list", 30, 1), rows("talk", 80, 0), {**rows("chat", 40, 0), "repeat": 2}]
         return numbers, {
             "name": "tiny",
             "labels": {"names": ["harmless", "harmful"], "flagged": ["harmful"]},
-            "train": [
-                rows("ask", 40, 1),
-                rows("list", 30, 1),
-                rows("talk", 80, 0),
-                {**rows("chat", 40, 0), "repeat": 2},
-            ],
+            "train": train,
             "validation": {"share": 0.2},
             "copies": {"names": ["lead_in", "earlier_turns"], "share": 0.3},
             "head": {"probe_type": "gate", "token_scope": "user", "layers": [0.5, 1.0]},
@@ -180,7 +166,7 @@ class TestTwins:
         assert found["fpr-10%"]["share"] >= found["fpr-5%"]["share"] and "tfidf" in shares["seen"]
         whole, int8 = (shares[name]["labels"]["harmful"]["fpr-10%"]["share"] for name in list(shares)[::4])
         assert abs(whole - int8) <= 0.1, "int8 weights change little"
-        assert trainer._chosen.head.backbone is run.lm
+        assert trainer._chosen.backbone is run.lm
         saved = read_head(tmp_path / "head")
         assert saved.config.layers == [2, 4] and saved.config.thresholds.keys() == {"fpr-10%", "fpr-5%"}
         assert saved.results["measured"] == measured and saved.results["data"]["calibration"]["rows"] == 60
@@ -190,41 +176,29 @@ class TestTwins:
         assert yaml.safe_load(written)["hold_out"] == recipe["hold_out"] and str(tmp_path) not in written
 
     def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path):
-        _, recipe = recipe
-        settings = ["hold_out={}", "measure={}", "training.num_train_epochs=1"]
         lm, tokenizer = load_backbone(str(backbone_folder))
-        trainer = ProbeTrainer.from_recipe(
-            recipe, backbone=lm, processing_class=tokenizer, output_dir=tmp_path / "head", settings=settings
-        )
+        settings = ["hold_out={}", "measure={}", "training.num_train_epochs=1"]
+        given = {"recipe": recipe[1], "backbone": lm, "settings": settings, "output_dir": tmp_path / "head"}
+        trainer = ProbeTrainer.from_recipe(**given, processing_class=tokenizer)
         trainer.train()
         trainer.save_model(tmp_path / "other")
         assert read_head(tmp_path / "other").config.layers == [2, 4] and not (tmp_path / "head").exists()
-        with pytest.raises(ProbeError, match="processing_class"):
-            ProbeTrainer.from_recipe(recipe, backbone=lm, settings=settings)
-        with pytest.raises(ProbeError, match="licence"):
-            ProbeTrainer.from_recipe(recipe, backbone=lm, licence="free")
+        for more, named in (({}, "processing_class"), ({"licence": "free"}, "licence")):
+            with pytest.raises(ProbeError, match=named):
+                ProbeTrainer.from_recipe(**given, **more)
 
     def test_a_search_keeps_the_best(self, recipe, backbone_folder, tmp_path):
-        _, recipe = recipe
-        settings = [
-            "search={trials: 4, probe_types: [gate, pooling]}",
-            "hold_out={}",
-            "measure={}",
-            "training.num_train_epochs=2",
-        ]
-        trainer = ProbeTrainer.from_recipe(
-            recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head", settings=settings
-        )
+        settings = ["hold_out={}", "measure={}", "training.num_train_epochs=2"]
+        settings += ["search={trials: 4, probe_types: [gate, pooling]}"]
+        place = {"backbone": str(backbone_folder), "output_dir": tmp_path / "head"}
+        trainer = ProbeTrainer.from_recipe(recipe[1], **place, settings=settings)
         trainer.train()
-        trials = trainer.results["search"]
-        assert [trial["values"]["probe_type"] for trial in trials].count("gate") == 2 and len(trials) == 4
-        assert (
-            trials[0]["score"]
-            == max(trial["score"] for trial in trials)
-            == trainer.results["runs"][0]["validation"]["auprc"]
-        )
-        assert trainer.results["probe_type"] == trials[0]["values"]["probe_type"]
-        assert trainer.results["recipe"]["learning_rate"] == trials[0]["values"]["learning_rate"]
+        results = trainer.results
+        scores, values = ([trial[name] for trial in results["search"]] for name in ("score", "values"))
+        assert [value["probe_type"] for value in values].count("gate") == 2 == len(values) / 2
+        assert scores[0] == max(scores) == results["runs"][0]["validation"]["auprc"]
+        assert results["probe_type"] == values[0]["probe_type"]
+        assert results["recipe"]["learning_rate"] == values[0]["learning_rate"]
 
 
 class TestResuming:
@@ -234,7 +208,7 @@ class TestResuming:
         shutil.copytree(backbone_folder, tmp_path / "backbone")
 
         def resumed(resume=True, rows=40, **changes):
-            return run_of(tmp_path, tmp_path / "backbone", rows, resume, training=changes)
+            return run_of(tmp_path, tmp_path / "backbone", rows, resume, changes)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(trainer, "finish", interrupt)
@@ -308,43 +282,29 @@ class TestOutput:
             run_of(tmp_path).run()
 
 
-class TestRefusals:
-    """Before the backbone is loaded."""
-
-    @pytest.fixture(autouse=True)
-    def never_loaded(self, monkeypatch):
-        monkeypatch.setattr(prepared, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
-
-    def test_a_metric_that_is_not_defined_on_the_validation_rows(self, tmp_path, backbone_folder):
-        alike = {"sources": [write(tmp_path / "alike.jsonl", 1)]}
-        with pytest.raises(ProbeError, match="auprc"):
-            run_of(tmp_path, backbone_folder, validation=alike).run()
-        assert not (tmp_path / "head").exists(), "before any work"
-
-    @pytest.mark.parametrize("weights", ["nan,1", "-1,2", "a,b", "0,0"])
-    def test_class_weights(self, tmp_path, backbone_folder, weights):
-        with pytest.raises(ProbeError, match="class_weights"):
-            run_of(tmp_path, backbone_folder, training={"class_weights": weights}).run()
-
-    @pytest.mark.parametrize("head", [{"layers": [99]}, {"layers": [0.5, 7.5]}, {"probe_type": "mha", "downcast": 5}])
-    def test_sizes_that_the_backbone_does_not_have(self, tmp_path, backbone_folder, head):
-        with pytest.raises(ProbeError, match=list(head)[-1]):
-            run_of(tmp_path, backbone_folder, head=head).run()
-
-    @pytest.mark.parametrize("name", ["lr", "output_dir"])
-    def test_arguments_that_there_are_not(self, tmp_path, name):
-        with pytest.raises(ProbeError, match=name):
-            run_of(tmp_path, training={name: 1}).run()
-
-    def test_a_disk_that_is_too_small(self, tmp_path, backbone_folder, monkeypatch):
-        monkeypatch.setattr(prepared, "free_bytes", lambda _: 1000)
-        with pytest.raises(ProbeError, match="cache_states"):
-            run_of(tmp_path, backbone_folder, training={"cache_states": True}).run()
-
-    def test_too_few_rows_to_calibrate_on(self, tmp_path, backbone_folder):
-        calibration = {"sources": [write(tmp_path / "b.jsonl", 30)], "rates": [0.01]}
-        with pytest.raises(ProbeError, match="at least 100 rows"):
-            run_of(tmp_path, backbone_folder, calibration=calibration).run()
+@pytest.mark.parametrize(
+    "sections, named",
+    [
+        # A metric that is not defined on the validation rows.
+        ({"validation": {"sources": ["alike.jsonl"]}}, "auprc"),
+        *(({"training": {"class_weights": weights}}, "class_weights") for weights in ("nan,1", "-1,2", "a,b", "0,0")),
+        ({"head": {"layers": [99]}}, "layers"),
+        ({"head": {"layers": [0.5, 7.5]}}, "layers"),
+        ({"head": {"probe_type": "mha", "downcast": 5}}, "downcast"),
+        ({"training": {"lr": 1}}, "lr"),
+        ({"training": {"output_dir": 1}}, "output_dir"),
+        ({"training": {"cache_states": True}}, "cache_states"),
+        ({"calibration": {"sources": ["40.jsonl"], "rates": [0.01]}}, "at least 100 rows"),
+    ],
+)
+def test_refused_before_the_backbone_is_loaded(tmp_path, backbone_folder, monkeypatch, sections, named):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "alike.jsonl", 1)
+    monkeypatch.setattr(prepared, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
+    with pytest.raises(ProbeError, match=named):
+        run_of(tmp_path, backbone_folder, **sections).run()
+    assert not (tmp_path / "head").exists(), "before any work"
 
 
 def test_a_training_that_diverges(tmp_path, backbone_folder):
@@ -354,7 +314,7 @@ def test_a_training_that_diverges(tmp_path, backbone_folder):
 
 def test_states_that_do_not_fit_are_not_cached(tmp_path, backbone_folder, monkeypatch, caplog):
     whole = run_of(tmp_path, backbone_folder).run()
-    monkeypatch.setattr(prepared, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
     found = run_of(tmp_path, backbone_folder).run()
     assert "no hidden states on disk" in caplog.text and found["runs"][0]["validation"] == pytest.approx(
         whole["runs"][0]["validation"], abs=0.02
@@ -362,6 +322,6 @@ def test_states_that_do_not_fit_are_not_cached(tmp_path, backbone_folder, monkey
 
 
 def test_an_estimate_writes_nothing(tmp_path, backbone_folder):
-    estimate = run_of(tmp_path, backbone_folder).estimate()
-    assert estimate.rows == 40 and estimate.tokens > 400 and estimate.bytes > 0 and estimate.seconds > 0
+    work = run_of(tmp_path, backbone_folder).estimate()
+    assert work.rows == 40 and work.tokens > 400 and work.bytes > 0 and work.seconds > 0
     assert not (tmp_path / "head").exists()

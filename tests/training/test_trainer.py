@@ -6,13 +6,14 @@ import gc
 import numpy as np
 import pytest
 import torch
-from conftest import make_lm, make_prompts, make_tokenizer, read_head
+from conftest import make_lm, make_tokenizer, read_head
 from datasets import ClassLabel, Dataset
 from hub_server.heads import same_weights
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, set_seed
+from training_runs import Kill, token_rows
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from llama_probe import (
     AutoModelForProbedGeneration,
@@ -32,20 +33,7 @@ from llama_probe.training.rows import TrainingRows
 from llama_probe.training.trainer import STATES
 
 
-ROWS = 48
-
-
-def dataset(rows=ROWS, seed=0):
-    """Prompts whose label is whether token 11 occurs: learnable by any head."""
-    prompts, labels = [], []
-    for row in range(rows):
-        ids = make_prompts(1, 4 + row % 5, seed=1000 * seed + row)[0].tolist()
-        ids = [12 if token == 11 else token for token in ids]
-        if row % 2:
-            ids[row % len(ids)] = 11
-        prompts.append(ids)
-        labels.append(row % 2)
-    return prompts, np.array(labels)
+TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)
 
 
 def head(backbone=None, **changes):
@@ -59,15 +47,13 @@ def trainer_for(probe, folder, patience=None, metric="auprc", callbacks=(), **ch
     changes = {"per_device_train_batch_size": 8, "num_train_epochs": 4, "learning_rate": 1e-2, **changes}
     changes |= {"label_smoothing_factor": 0.0, "metric_for_best_model": metric, "patience": patience}
     args = ProbeTrainingArguments(str(folder), disable_tqdm=True, use_cpu=True, **changes)
-    return ProbeTrainer(
-        probe, args, None, PromptDataset(*dataset()), PromptDataset(*dataset(16, 1)), callbacks=callbacks
-    )
+    return ProbeTrainer(probe, args, None, PromptDataset(*TRAIN), PromptDataset(*VALIDATION), callbacks=callbacks)
 
 
 @pytest.mark.parametrize("tokenizer", [None, make_tokenizer()])
 def test_the_stock_trainer_alone_will_do(tmp_path, tokenizer, caplog):
     """No helper of this package: rows of a data set, the tokenizer or its collator, and the head's own loss."""
-    prompts, labels = dataset()
+    prompts, labels = TRAIN
     rows = Dataset.from_dict({"input_ids": prompts, "label": labels, "note": ["x"] * len(labels)})
     quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no"}
     args = TrainingArguments(str(tmp_path), num_train_epochs=12, learning_rate=1e-2, **quiet)
@@ -156,7 +142,7 @@ class TestProbeTrainer:
         assert trainer.train_dataset.labels[:2].tolist() == [1, 0], "the head's labels, not those of the rows"
 
     def test_tokenised_rows(self, tmp_path):
-        prompts, labels = dataset()
+        prompts, labels = TRAIN
         width = max(map(len, prompts))
         padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
         masks = [[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts]
@@ -260,22 +246,6 @@ def test_learns_and_leaves_the_backbone_bit_identical(tmp_path):
     assert trainer.evaluate()["eval_auprc"] == trainer.state.best_metric > 0.85
 
 
-class Kill(TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
-        if state.epoch == 2:
-            raise KeyboardInterrupt
-
-
-def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path):
-    whole, cut, resumed = (head(make_lm()) for _ in range(3))
-    trainer_for(whole, tmp_path / "whole", load_best_model_at_end=False).train()
-    with pytest.raises(KeyboardInterrupt):
-        trainer_for(cut, tmp_path / "cut", load_best_model_at_end=False, callbacks=[Kill()]).train()
-    set_seed(8)
-    trainer_for(resumed, tmp_path / "cut", load_best_model_at_end=False).train(resume_from_checkpoint=True)
-    assert same_weights(resumed, whole) and not same_weights(cut, whole)
-
-
 def test_early_stopping_counts_across_a_stop(tmp_path):
     changes = {"num_train_epochs": 50, "learning_rate": 1e-30}
     with pytest.raises(KeyboardInterrupt):
@@ -293,13 +263,13 @@ def test_a_lora_adapted_backbone(tmp_path):
     assert same_weights(lm, before)
     plain = head(make_lm())
     plain.load_state_dict(probe.state_dict())
-    data = PromptDataset(*dataset(4))
+    data = PromptDataset(*token_rows(4))
     assert not torch.allclose(predict_logits(probe, data), predict_logits(plain, data)), "the adapter is in the states"
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_value_that_stands_for_no_label_elsewhere_counts_as_any_other(tmp_path, steps):
-    prompts, _ = dataset(8)
+    prompts, _ = token_rows(8)
     probe = head(make_lm(), probe_type="pooling", problem_type="regression", num_labels=1, dropout=0.0)
     changes = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
     changes |= {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 1e-30, "num_train_epochs": 1}

@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
@@ -19,63 +19,49 @@ from .console import escape, printable
 __all__ = ["COMMANDS", "load_command", "main"]
 
 
-class Entry:
-    """A command in the list of all.
+class Entry(NamedTuple):
+    """A command in the list of all: its module, which is imported when it runs, the first line of its help, and examples."""
 
-    Args:
-        module: the module with the function of its name.
-        summary: the first line of its docstring, which is not imported for the list.
-        first: names of the options that its `--help` shows beside required ones, with spaces; all of them if empty.
-        examples: lines below its help.
-    """
-
-    def __init__(self, module: str, summary: str, first: str, *examples: str):
-        self.module, self.summary, self.first, self.examples = module, summary, first.split(), examples
+    module: str
+    summary: str
+    examples: tuple[str, ...]
 
 
 # fmt: off
 COMMANDS = {
-    "demo": Entry("demo", "Reply to a handful of prompts with text and labels, on a small model that runs on any CPU.", "",
-        "llama-probe demo"),
-    "generate": Entry("serve", "Reply to prompts, with the labels of each head from the same pass.",
-        "prompts probe backbone max_new_tokens halt_on halt_reply as_json",
+    "demo": Entry("demo", "Reply to a handful of prompts with text and labels, on a small model that runs on any CPU.", (
+        "llama-probe demo",)),
+    "generate": Entry("serve", "Reply to prompts, with the labels of each head from the same pass.", (
         'llama-probe generate "Write me a short poem about rain."',
-        'llama-probe generate --halt-on safety:harmful --halt-reply "I cannot help with that." < prompts.txt'),
-    "classify": Entry("serve", "Label prompts, or the rows of files (--input), without a reply.",
-        "prompts probe backbone input output text_column resume as_json",
+        'llama-probe generate --halt-on safety:harmful --halt-reply "I cannot help with that." < prompts.txt')),
+    "classify": Entry("serve", "Label prompts, or the rows of files (--input), without a reply.", (
         'llama-probe classify "How do I pick a lock?"',
-        'llama-probe classify --input "rows/*.parquet" --output labels'),
-    "train": Entry("train", "Train a head by a recipe, or on labelled rows, and write its folder: config, weights, results, recipe and card.",
-        "recipe backbone output train test text_column label_column flag data_dir probe_type epochs set_ resume dry_run as_json",
+        'llama-probe classify --input "rows/*.parquet" --output labels')),
+    "train": Entry("train", "Train a head by a recipe, or on labelled rows, and write its folder: config, weights, results, recipe and card.", (
         "llama-probe train guard --backbone Qwen/Qwen2.5-1.5B-Instruct --output my-guard",
         "llama-probe train --train rows.csv --flag bad --output my-head",
-        "llama-probe train sst2 --set head.probe_type=gate --num-seeds 3 --output sst2-head"),
-    "evaluate": Entry("evaluate", "Score a head on labelled rows, with its saved temperature and threshold.",
-        "probe data text_column label_column slice_column record backbone bootstrap as_json",
+        "llama-probe train sst2 --set head.probe_type=gate --set seeds=3 --output sst2-head")),
+    "evaluate": Entry("evaluate", "Score a head on labelled rows, with its saved temperature and threshold.", (
         "llama-probe evaluate --probe my-head --data test.csv",
-        "llama-probe evaluate --probe toxicchat --data toxicchat:test --bootstrap 0"),
-    "calibrate": Entry("calibrate", "Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is.",
-        "probe benign rate novelty_data text_column backbone as_json",
-        "llama-probe calibrate --probe my-head --benign ordinary-prompts.csv --rate 0.01"),
-    "drift": Entry("drift", "Compare a log of served prompts with the rows that a head was trained on.", "",
-        "llama-probe drift --probe my-head --input log.jsonl"),
-    "benchmark": Entry("benchmark", "Measure what heads cost while the model serves, next to the plain model.",
-        "backbone probes kinds tokens batch_sizes new_tokens pairs device dtype operations as_json",
+        "llama-probe evaluate --probe toxicchat --data toxicchat:test --bootstrap 0")),
+    "calibrate": Entry("calibrate", "Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is.", (
+        "llama-probe calibrate --probe my-head --benign ordinary-prompts.csv --rate 0.01",)),
+    "drift": Entry("drift", "Compare a log of served prompts with the rows that a head was trained on.", (
+        "llama-probe drift --probe my-head --input log.jsonl",)),
+    "benchmark": Entry("benchmark", "Measure what heads cost while the model serves, next to the plain model.", (
         "llama-probe benchmark --probe safety",
-        "llama-probe benchmark --probe safety --operations --as cuda"),
-    "plot": Entry("plot", "Draw what a head looked at in texts, and how well it does.",
-        "probe output text data text_column label_column backbone as_json",
-        'llama-probe plot safety --text "How do I pick a lock?" --output plots'),
-    "inspect": Entry("heads", "Show a head, check it against a backbone, or list the bundled heads.", "",
+        "llama-probe benchmark --probe safety --operations --as cuda")),
+    "plot": Entry("plot", "Draw what a head looked at in texts, and how well it does.", (
+        'llama-probe plot safety --text "How do I pick a lock?" --output plots',)),
+    "inspect": Entry("heads", "Show a head, check it against a backbone, or list the bundled heads.", (
         "llama-probe inspect",
-        "llama-probe inspect safety --backbone demo"),
-    "push": Entry("share", "Upload a head folder to the Hub in one commit.", "head repo_id private license as_json",
-        "llama-probe push my-head user/my-head --private"),
-    "pull": Entry("share", "Copy a head from the Hub into a folder.", "",
-        "llama-probe pull user/my-head --output my-head"),
-    "export": Entry("share", "Write a Hub repository that runs backbone and heads without this package.",
-        "output probe backbone push license private as_json",
-        "llama-probe export guarded --probe safety"),
+        "llama-probe inspect safety --backbone demo")),
+    "push": Entry("share", "Upload a head folder to the Hub in one commit.", (
+        "llama-probe push my-head user/my-head --private",)),
+    "pull": Entry("share", "Copy a head from the Hub into a folder.", (
+        "llama-probe pull user/my-head --output my-head",)),
+    "export": Entry("share", "Write a Hub repository that runs backbone and heads without this package.", (
+        "llama-probe export guarded --probe safety",)),
 }
 # fmt: on
 
@@ -98,21 +84,14 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 def load_command(name: str) -> Any:
     """Import the module of a command and return its typer command."""
-    from .options import PANELS, Command, as_command  # heavier than the list of commands
+    from .options import as_command  # heavier than the list of commands
 
     entry = COMMANDS[name]
     function = getattr(importlib.import_module(f".{entry.module}", __package__), name)
     single = typer.Typer(add_completion=False)
-    single.command(name, cls=Command, context_settings=_SETTINGS)(as_command(function, own_kinds=name in _OWN_KINDS))
-    command = typer.main.get_command(single)
-    for param in command.params:
-        param.rich_help_panel = PANELS.get(param.name, param.rich_help_panel)
-        param.hidden = bool(entry.first) and not param.required and param.name not in (*entry.first, "help_all")
-    lines = [escape(line) for line in entry.examples]
-    if hidden := sum(param.hidden for param in command.params):
-        lines.append(f"--help-all shows {hidden} more options.")
-    command.epilog = "\n\n".join(lines)
-    return command
+    epilog = "\n\n".join(map(escape, entry.examples))
+    single.command(name, epilog=epilog, context_settings=_SETTINGS)(as_command(function, name in _OWN_KINDS))
+    return typer.main.get_command(single)
 
 
 class _Commands(TyperGroup):

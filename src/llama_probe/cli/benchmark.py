@@ -11,17 +11,39 @@ from transformers.utils import logging
 
 from ..backbone.loading import backbone_target
 from ..errors import ProbeError
-from ..experiments.options import SHAPE, BenchmarkOptions
+from ..experiments.options import KINDS, SHAPE, BenchmarkOptions
 from ..serving.sources import read_heads
-from .console import print_table, print_text
-from .options import BACKBONE, Fields, Result
-
-
-_HELP = {"backbone": f"{BACKBONE[:-1]}; with --random-weights also {SHAPE}."}
+from .console import cell, print_table, print_text
+from .options import BACKBONE, PROBE, Dtype, Result
 
 
 def benchmark(
-    settings: Annotated[BenchmarkOptions, Fields("Benchmark", help=_HELP)],
+    backbone: Annotated[str, typer.Option(help=f"{BACKBONE[:-1]}; with --random-weights also {SHAPE}.")] = "demo",
+    probe: Annotated[list[str] | None, typer.Option(help=f"{PROBE} Repeatable.")] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"A kind of head, with fresh weights. Repeatable. Default, without --probe: {', '.join(KINDS)}."
+        ),
+    ] = None,
+    many: Annotated[int, typer.Option(min=0, help="Number of mha heads to measure together; 0 for none.")] = 8,
+    tokens: Annotated[list[int], typer.Option(min=1, help="Tokens of a prompt. Repeatable.")] = [64, 512],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(min=1, help="Prompts of a batch. Repeatable.")] = [1],  # noqa: B006
+    new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate. With more than 1, also the time of each.")
+    ] = 1,
+    pairs: Annotated[
+        int, typer.Option(min=1, help="Timed runs of each system, alternating with the plain model.")
+    ] = 9,
+    device: Annotated[str, typer.Option(help="auto (an accelerator if there is one), cpu, cuda, cuda:1 ...")] = "auto",
+    dtype: Dtype = "auto",
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights",
+            help="Read only the config of the backbone, and draw random weights: the times are the same.",
+        ),
+    ] = False,
     operations: Annotated[
         bool,
         typer.Option(
@@ -37,8 +59,21 @@ def benchmark(
     """Measure what heads cost while the model serves, next to the plain model."""
     if as_device is not None and not operations:
         raise ProbeError(f"--as {as_device} needs --operations")
-    if settings.probes and not settings.random_weights:  # a shape of random weights is no backbone
-        read_heads(settings.probes, backbone_target(settings.backbone))  # raises
+    settings = BenchmarkOptions(
+        backbone=backbone,
+        probes=probe or (),
+        kinds=kind,
+        many=many,
+        tokens=tokens,
+        batch_sizes=batch_size,
+        new_tokens=new_tokens,
+        pairs=pairs,
+        device=device,
+        dtype=dtype,
+        random_weights=random_weights,
+    )
+    if probe and not random_weights:  # a shape of random weights is no backbone
+        read_heads(probe, backbone_target(backbone))  # raises
     from ..experiments.benchmark import count_operations, describe_run, load_systems, measure_costs
 
     verbosity = logging.get_verbosity()
@@ -57,16 +92,18 @@ def benchmark(
 
 
 def _print_operations(report: dict[str, Any]) -> None:
-    header = ["system", "tokens", "prefill", "its ratio", "a further token", "its ratio"]
-    forms = {"tokens": "{:,}", "prefill": "{:,}", "prefill_ratio": "{:.3f}x", "step": "{:,}", "step_ratio": "{:.3f}x"}
-    rows = [[row["system"], *(form.format(row[name]) for name, form in forms.items())] for row in report["rows"]]
-    print_table(f"operations of a pass, as on {report['as_device']}", header, rows)
+    columns = ("system", "tokens", "prefill", "its ratio", "a further token", "its ratio")
+    names = ("system", "tokens", "prefill", "prefill_ratio", "step", "step_ratio")
+    rows = [[row[name] for name in names] for row in report["rows"]]
+    print_table(f"operations of a pass, as on {report['as_device']}", columns, rows)
 
 
 def _print_costs(report: dict[str, Any]) -> None:
     settings, backbone, machine = report["settings"], report["backbone"], report["environment"]
+    columns = ("system", "ms", "ratio [quartiles]", "ms a further token", "its ratio [quartiles]", "MB above base")
     for (batch, tokens), rows in groupby(report["rows"], key=lambda row: (row["batch_size"], row["tokens"])):
-        print_table(f"batch {batch}, {tokens} tokens, {settings['new_tokens']} new", *_columns(list(rows)))
+        title = f"batch {batch}, {tokens} tokens, {settings['new_tokens']} new"
+        print_table(title, columns, list(map(_cells, rows)))
     weights = "random weights" if settings["random_weights"] else "its own weights"
     print_text(
         f"{backbone['name']} ({backbone['num_parameters'] / 1e6:,.0f} million parameters, {backbone['dtype']}, {weights}) on "
@@ -79,22 +116,8 @@ def _print_costs(report: dict[str, Any]) -> None:
     print_text("MB above base: weights, and the peak memory of a call, above the plain model's.")
 
 
-def _columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return titles and cells of the table of one load, without columns that would be empty."""
-    shown = {
-        "system": lambda row: row["system"],
-        "ms": lambda row: f"{row['ms']['median']:.2f}",
-        "ratio [quartiles]": lambda row: _ratio(row["ratio"]),
-    }
-    if any(row["step_ms"] for row in rows):
-        shown["ms a further token"] = lambda row: f"{row['step_ms']['median']:.2f}"
-        shown["its ratio [quartiles]"] = lambda row: _ratio(row["step_ratio"])
-    shown["MB above base"] = lambda row: f"{row['above_base_mb']:,.1f}"
-    return list(shown), [[cell(row) for cell in shown.values()] for row in rows]
-
-
-def _ratio(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    low, high = found["quartiles"]
-    return f"{found['median']:.3f}x [{low:.3f}, {high:.3f}]"
+def _cells(row: dict[str, Any]) -> list[object]:
+    spreads = (row["ratio"], row["step_ratio"])
+    ratio, step_ratio = (spread and cell(spread["median"], spread["quartiles"]) for spread in spreads)
+    step = row["step_ms"] and row["step_ms"]["median"]
+    return [row["system"], row["ms"]["median"], ratio, step, step_ratio, f"{row['above_base_mb']:,.1f}"]

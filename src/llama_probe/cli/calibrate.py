@@ -8,20 +8,20 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from ..data.row_files import MAX_TEXT
 from ..data.row_sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
+from ..files import short_path
 from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers
 from .console import print_table, print_text
-from .inputs import HeadOptions, RowOptions, check_head_folder, read_texts
-from .options import Fields, Result, short_name
+from .inputs import ScoredHead, check_head_folder, read_texts
+from .options import DataDir, Dtype, HeadsBackbone, MaxText, Result, TextColumn, TrustRemoteCode
 
 
 def calibrate(
-    scored: Annotated[
-        HeadOptions, Fields("Head", help={"probe": "A head folder. Its thresholds, or its novelty, are replaced."})
-    ],
-    columns: Annotated[dict[str, Any], Fields("Data", of=RowOptions, only="text_column data_dir max_text")],
+    probe: Annotated[str, typer.Option(help="A head folder. Its thresholds, or its novelty, are replaced.")],
+    backbone: HeadsBackbone = None,
     benign: Annotated[
         list[str] | None,
         typer.Option(help=f"Rows to flag seldom; they need no label column: {ROWS_HELP}. Repeatable."),
@@ -52,9 +52,14 @@ def calibrate(
         int,
         typer.Option(min=MIN_ROWS, help="Rows of each --novelty-data and --novelty-validation at most, at random."),
     ] = MAX_ROWS,
+    text_column: TextColumn = "text",
+    data_dir: DataDir = None,
+    max_text: MaxText = MAX_TEXT,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is."""
-    check_head_folder(scored.probe, "calibrate")
+    check_head_folder(probe, "calibrate")
     if not benign and not novelty_data:
         raise ProbeError("calibrate needs rows: give --benign for thresholds, or --novelty-data")
     if novelty_validation and not novelty_data:
@@ -62,7 +67,8 @@ def calibrate(
     if flag is not None and not benign:
         raise ProbeError(f"--flag {flag} needs --benign, rows to fit its thresholds on")
     with process_group():
-        head = scored.load()
+        scored = ScoredHead(probe, backbone, dtype, trust_remote_code)
+        head, place = scored.head, {"text_column": text_column, "data_dir": data_dir, "max_text": max_text}
         # These take seconds to import.
         from ..evaluation.calibration import check_rates, with_rates
         from ..evaluation.novelty import fit_novelty
@@ -77,7 +83,7 @@ def calibrate(
             check_rates(head.config, rate)
 
         def read(sources: list[str] | None, split: str, limit: int | None = max_rows) -> list:
-            each = (read_texts(source, head.config, limit, split=split, **columns) for source in sources or ())
+            each = (read_texts(source, head.config, limit, split=split, **place) for source in sources or ())
             return [text for texts in each for text in texts]
 
         train, validation = read(novelty_data, "train"), read(novelty_validation, "validation")
@@ -90,7 +96,7 @@ def calibrate(
             head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts), progress=True), rate)
             later["thresholds_from"] = {
                 "flagged": head.config.flagged[0],
-                "sources": list(map(short_name, benign)),
+                "sources": list(map(short_path, benign)),
                 "rows": len(texts),
                 "rates": dict(zip(head.config.thresholds, rate, strict=True)),
             }
@@ -102,13 +108,13 @@ def calibrate(
                 validation = [text for row, text in enumerate(train) if row in held]
                 train = [text for row, text in enumerate(train) if row not in held]
             fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation), progress=True)
-            sources = list(map(short_name, (*novelty_data, *(novelty_validation or ()))))
+            sources = list(map(short_path, (*novelty_data, *(novelty_validation or ()))))
             found["novelty"] = later["novelty"] = {"sources": sources, **fitted}
         if not is_main():
             return None
         head.results = (head.results or {}) | later
-        head.save_pretrained(scored.probe)
-    return found, partial(_print, scored.probe, found)
+        head.save_pretrained(probe)
+    return found, partial(_print, probe, found)
 
 
 def _print(probe: str, found: dict[str, Any]) -> None:
@@ -117,6 +123,5 @@ def _print(probe: str, found: dict[str, Any]) -> None:
         print_text(f"{probe}: novelty fitted on {counts['train']:,} rows, calibrated on {counts['validation']:,}")
     if "thresholds" in found:
         label = found["flagged"]
-        rows = [(name, f"{threshold:.4f}") for name, threshold in found["thresholds"].items()]
         title = f"{probe} on {found['rows']:,} rows that it should not flag"
-        print_table(title, ("threshold", f"{label} from a probability of"), rows)
+        print_table(title, ("threshold", f"{label} from a probability of"), list(found["thresholds"].items()))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich import markup
 from rich.console import Console
@@ -35,27 +36,55 @@ def print_text(text: str) -> None:
     create_console().print(escape(text))
 
 
+def cell(value: object, interval: Sequence[float] | None = None) -> str | Text:
+    """Return a value as the text of a cell: texts as they are, None as `-`, numbers in three digits, an interval below."""
+    if interval is not None and value is not None:
+        return f"{cell(value)}\n{cell(interval)}"
+    if value is None or isinstance(value, str | Text):
+        return "-" if value is None else value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or not value else f"{value:.3g}"
+    return f"[{', '.join(map(cell, value))}]"
+
+
 def print_table(
     title: str | None,
-    columns: Iterable[str],
-    rows: Iterable[Sequence[str | Text]],
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
     left: int = 1,
     show_lines: bool = False,
 ) -> None:
-    """Print a table. Long cells continue on the next line, so that a narrow terminal or a log cuts nothing.
+    """Print a table, if it has rows. Long cells continue on the next line, so that a narrow terminal or a log cuts nothing.
 
     Args:
-        rows: cells; a `Text` may have a style, other texts are escaped.
+        rows: values for `cell`. A `Text` may have a style, other texts are escaped.
         left: this many columns are aligned to the left, the others to the right.
     """
+    if not rows:
+        return
     table = Table(title=title and escape(title), show_lines=show_lines)
     for number, name in enumerate(columns):
         table.add_column(escape(name), justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in row))
+        table.add_row(*(escape(text) if isinstance(text, str) else text for text in map(cell, row)))
     create_console().print(table)
 
 
 def with_spread(summary: dict[str, float], form: str) -> str:
     """Return mean and standard deviation of several runs as a text, or the value of a single run."""
     return f"{summary['mean']:{form}}" + (f" ± {summary['std']:{form}}" if summary["std"] else "")
+
+
+def print_records(title: str | None, records: Mapping[str, Mapping[str, Any]], left: int = 1) -> None:
+    """Print a row for each record, by its name, and a column for each of its values; `intervals` are below the values."""
+    first = next(iter(records.values()), {})
+    columns = [name for name, value in first.items() if not isinstance(value, dict)]
+    rows = [
+        (name, *(cell(record.get(column), record.get("intervals", {}).get(column)) for column in columns))
+        for name, record in records.items()
+    ]
+    print_table(title, ("", *columns), rows, left)

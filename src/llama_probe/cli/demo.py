@@ -74,9 +74,7 @@ def run_demo(max_new_tokens: int = 24) -> Iterator[dict[str, Any]]:
         }
 
 
-def demo(
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 24,
-) -> Result:
+def demo(max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 24) -> Result:
     """Reply to a handful of prompts with text and labels, on a small model that runs on any CPU."""
     create_console(stderr=True).print(
         "One 135M model replies. While it reads a prompt, two probe heads read its hidden states and label it.\n"

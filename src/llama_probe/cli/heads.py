@@ -108,17 +108,17 @@ def read_measured(alias: str) -> dict[str, Any]:
 
 
 def _print_heads(configs: dict[str, ProbeConfig]) -> None:
-    rows = []
-    for alias, config in configs.items():
-        rows.append((alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path))
+    rows = [
+        (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
+        for alias, config in configs.items()
+    ]
     print_table("bundled heads", ("alias", "kind", "labels", "backbone"), rows, left=4)
 
 
 def _print_checks(probe: str, backbone: str, checks: list[Check]) -> None:
-    rows = []
-    for check in checks:
-        cells = ("-" if value is None else str(value) for value in (check.recorded, check.actual))
-        rows.append((check.field, *cells, _VERDICTS.get(check.verdict, check.verdict)))
+    rows = [
+        (check.field, check.recorded, check.actual, _VERDICTS.get(check.verdict, check.verdict)) for check in checks
+    ]
     print_table(f"{probe} on {backbone}", ("", "the head was trained with", "this backbone", "verdict"), rows, left=4)
     differing = [check for check in checks if check.verdict == "differs"]
     guess = next((check.guess for check in checks if check.guess), None)  # from the fingerprints

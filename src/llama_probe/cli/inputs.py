@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,38 +13,30 @@ from ..data.cached_states import PromptDataset
 from ..data.labelled_texts import LabelledTexts, Labels
 from ..data.prompts import PromptFormat, Text
 from ..data.row_files import MAX_TEXT
-from ..data.row_sources import Source, setting
+from ..data.row_sources import Source
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.folder import check_output, is_head_folder
 from ..hub.transport import HubOptions
-from .options import HEADS_BACKBONE, PROBE, TRUST_REMOTE_CODE, backbone_of
+from .options import backbone_of
 
 
-@dataclass
-class HeadOptions:
-    """A head and its backbone, loaded in two steps: what the head refuses comes before the backbone.
+class ScoredHead:
+    """A head whose backbone is loaded by `attach`: what the head refuses comes before that.
 
     Attributes:
-        backbone: defaults to the one that the head records, which `load` sets.
-        head, prompts: set by `load` and `attach`.
+        backbone: name of the backbone. Defaults to the one that the head records.
+        prompts: format of the prompts, after `attach`.
     """
 
-    probe: str = field(metadata={"help": PROBE})
-    backbone: str | None = setting(None, HEADS_BACKBONE)
-    dtype: DtypeName = "auto"
-    trust_remote_code: bool = setting(False, TRUST_REMOTE_CODE, "trust-remote-code")
-    head: ProbeModel = field(init=False, repr=False)
-    prompts: PromptFormat = field(init=False, repr=False)
+    prompts: PromptFormat
 
-    def load(self) -> ProbeModel:
-        """Load the head without its backbone."""
-        self.backbone = backbone_of(self.probe, self.backbone)
-        options = HubOptions(trust_remote_code=self.trust_remote_code)
-        self.head = ProbeModel.load_for(self.probe, backbone_target(self.backbone), options)
-        return self.head
+    def __init__(self, probe: str, backbone: str | None, dtype: DtypeName, trust_remote_code: bool):
+        self.probe, self.dtype, self.backbone = probe, dtype, backbone_of(probe, backbone)
+        options = HubOptions(trust_remote_code=trust_remote_code)
+        self.head = ProbeModel.load_for(probe, backbone_target(self.backbone), options)
 
     def attach(self) -> None:
         """Load the backbone, and bind the head to it."""
@@ -58,30 +49,6 @@ class HeadOptions:
         """Return texts without labels, rendered as the head was trained."""
         ids, masks, _ = self.prompts.encode_for(self.head.config, texts)
         return PromptDataset(ids, np.zeros(len(ids)), masks)
-
-
-@dataclass
-class RowOptions:
-    """Places of texts and labels in rows; arguments of `read_rows` and `read_texts`."""
-
-    text_column: str = setting("text", "Column of the texts.")
-    label_column: str = setting("label", "Column of the labels.")
-    prompt_column: str | None = setting(
-        None, "Column of the prompts, where the texts are the replies to them; for heads that read replies."
-    )
-    data_dir: str | os.PathLike | None = setting(
-        None, "Local copies of the data sets known by name, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz."
-    )
-    max_text: int = setting(
-        MAX_TEXT, "Characters of the longest text; a file may have 512 times as many. Guards the memory."
-    )
-
-    def __post_init__(self):
-        if self.max_text < 1:
-            raise ProbeError(f"max_text={self.max_text} must be at least 1")
-
-
-BENIGN = "The rows need no label column: none of them has the label that the head flags."
 
 
 def read_rows(source: str, config: ProbeConfig, benign: bool, **options: Any) -> LabelledTexts:
@@ -102,11 +69,6 @@ def _read(
     labels: Labels, split: str, data_dir: str | os.PathLike | None = None, max_text: int = MAX_TEXT, **fields: Any
 ) -> LabelledTexts:
     return Source(**fields).read(labels, data_dir, split, max_text=max_text)
-
-
-def check_source(source: str) -> None:
-    """Raise `ProbeError` if rows are in a file that does not exist."""
-    Source(rows=source)
 
 
 def check_head_folder(probe: str, option: str) -> None:

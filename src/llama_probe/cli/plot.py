@@ -13,6 +13,7 @@ import typer
 from ..backbone.loading import load_backbone
 from ..data.cached_states import PromptDataset
 from ..data.prompts import PromptFormat
+from ..data.row_files import MAX_TEXT
 from ..data.row_sources import ROWS_HELP
 from ..errors import ProbeError
 from ..evaluation import plots
@@ -24,8 +25,19 @@ from ..files import Content, check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..hub.resolve import check_name, default_name
 from .console import print_table
-from .inputs import BENIGN, HeadOptions, RowOptions, check_source, read_rows
-from .options import Fields, Result
+from .inputs import ScoredHead, read_rows
+from .options import (
+    Benign,
+    DataDir,
+    Dtype,
+    HeadsBackbone,
+    LabelColumn,
+    MaxText,
+    PromptColumn,
+    Result,
+    TextColumn,
+    TrustRemoteCode,
+)
 
 
 class _Drawing(NamedTuple):
@@ -39,12 +51,18 @@ class _Drawing(NamedTuple):
 
 def plot(
     output: Annotated[Path, typer.Option(help="Folder for the files. Files of the same names are replaced.")],
-    options: Annotated[dict[str, Any], Fields("Head", of=HeadOptions, only="backbone dtype trust_remote_code")],
-    columns: Annotated[dict[str, Any], Fields("Data", of=RowOptions)],
     probe: Annotated[str, typer.Argument(help="Head: a folder, a Hub id or an alias.", metavar="HEAD")] = "safety",
+    backbone: HeadsBackbone = None,
     text: Annotated[list[str] | None, typer.Option(help="A text for the head to read. Repeatable.")] = None,
     data: Annotated[str | None, typer.Option(help=f"Labelled rows to measure the head on: {ROWS_HELP}.")] = None,
-    benign: Annotated[bool, typer.Option("--benign", help=BENIGN)] = False,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    prompt_column: PromptColumn = None,
+    benign: Benign = False,
+    data_dir: DataDir = None,
+    max_text: MaxText = MAX_TEXT,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Draw what a head looked at in texts, and how well it does.
 
@@ -55,21 +73,21 @@ def plot(
     if not all(item.strip() for item in texts):
         raise ProbeError("--text must hold words; one is empty")
     check_writable(output, "the plots")
-    if data is not None:
-        check_source(data)
-    readings, labelled, scored = [], None, HeadOptions(probe, **options)
+    readings, labelled = [], None
     name = check_name(default_name(probe))
-    head = scored.load()
+    scored = ScoredHead(probe, backbone, dtype, trust_remote_code)
+    head = scored.head
     new_figure()  # raises if matplotlib is missing
     inspection = (head.results or {}).get("inspection")
     if data is not None:
-        labelled = read_rows(data, head.config, benign, **columns)
+        columns = {"text_column": text_column, "label_column": label_column, "prompt_column": prompt_column}
+        labelled = read_rows(data, head.config, benign, **columns, data_dir=data_dir, max_text=max_text)
     elif not texts and not inspection:
         raise ProbeError(f"{probe} has no measurements to draw: give texts (--text) or labelled rows (--data)")
     if texts or labelled is not None:
         from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
 
-        lm, tokenizer = load_backbone(scored.backbone, scored.dtype)
+        lm, tokenizer = load_backbone(scored.backbone, dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
         readings = read_weights(model, tokenizer, texts) if texts else []
         if labelled is not None:

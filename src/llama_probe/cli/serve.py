@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,6 @@ from rich.text import Text
 from ..backbone.loading import DtypeName, backbone_target, load_backbone
 from ..data.prompts import PromptFormat, check_alike
 from ..data.row_files import MAX_TEXT
-from ..data.row_sources import setting
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
@@ -26,37 +24,33 @@ from ..hub.transport import HubOptions
 from ..serving.halting import read_halting
 from ..serving.sources import read_heads
 from .console import print_table, print_text, printable
-from .inputs import RowOptions
-from .options import HEADS_BACKBONE, PROBES, TRUST_REMOTE_CODE, Fields, Result, backbone_of
+from .options import Dtype, HeadsBackbone, Probes, PromptColumn, Result, TextColumn, TrustRemoteCode, backbone_of
 
 
 _BATCH = 8  # prompts of a pass
 
 
-@dataclass
-class _ServedHeads:
-    """Heads and their backbone, loaded in two steps: what the heads refuse comes before the backbone."""
+AbstainAt = Annotated[
+    float | None,
+    typer.Option(
+        help="Novelty from 0 to 1 above which a prompt gets no label, such as 0.99; see calibrate --novelty-data."
+    ),
+]
 
-    probe: list[str] = setting(lambda: ["safety"], PROBES)
-    backbone: str | None = setting(None, HEADS_BACKBONE)
-    abstain_at: float | None = setting(
-        None, "Novelty from 0 to 1 above which a prompt gets no label, such as 0.99; see calibrate --novelty-data."
-    )
-    dtype: DtypeName = "auto"
-    trust_remote_code: bool = setting(False, TRUST_REMOTE_CODE, "trust-remote-code")
 
-    def read(self) -> dict[str, ProbeModel]:
-        self.backbone = backbone_of(self.probe[0], self.backbone)
-        options = HubOptions(trust_remote_code=self.trust_remote_code)
-        return read_heads(self.probe, backbone_target(self.backbone), options)
+def _read(probe: list[str], backbone: str, trust_remote_code: bool) -> dict[str, ProbeModel]:
+    return read_heads(probe, backbone_target(backbone), HubOptions(trust_remote_code=trust_remote_code))
 
-    def attach(self, heads: dict[str, ProbeModel]) -> tuple[Any, Any]:
-        """Return the backbone with the heads, and its tokenizer."""
-        abstain_levels(self.abstain_at, _configs(heads))  # raises
-        from ..serving.auto import AutoModelForProbedGeneration
 
-        lm, tokenizer = load_backbone(self.backbone, self.dtype)
-        return AutoModelForProbedGeneration.from_causal_lm(lm, heads), tokenizer
+def _attach(
+    heads: dict[str, ProbeModel], backbone: str, dtype: DtypeName, abstain_at: float | None
+) -> tuple[Any, Any]:
+    """Return the backbone with the heads, and its tokenizer."""
+    abstain_levels(abstain_at, _configs(heads))  # raises
+    from ..serving.auto import AutoModelForProbedGeneration
+
+    lm, tokenizer = load_backbone(backbone, dtype)
+    return AutoModelForProbedGeneration.from_causal_lm(lm, heads), tokenizer
 
 
 def _configs(heads: dict[str, ProbeModel]) -> dict[str, ProbeConfig]:
@@ -64,8 +58,9 @@ def _configs(heads: dict[str, ProbeModel]) -> dict[str, ProbeConfig]:
 
 
 def generate(
-    served: Annotated[_ServedHeads, Fields("Head")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Prompts. Default: lines of standard input.")] = None,
+    probe: Probes = ["safety"],  # noqa: B006 - typer copies it
+    backbone: HeadsBackbone = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 60,
     halt_on: Annotated[
         list[str] | None,
@@ -75,12 +70,16 @@ def generate(
         ),
     ] = None,
     halt_reply: Annotated[str | None, typer.Option(help="The reply to halted prompts.")] = None,
+    abstain_at: AbstainAt = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Reply to prompts, with the labels of each head from the same pass."""
     rules = read_halting(halt_on or [])
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
-    texts, heads = _read_prompts(prompts), served.read()
+    texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
+    heads = _read(probe, backbone, trust_remote_code)
     configs = _configs(heads)
     check_alike(configs)
     if rules:
@@ -88,10 +87,10 @@ def generate(
 
         for rule in Halter(rules, configs).rules:
             print_text(str(rule))
-    model, tokenizer = served.attach(heads)
+    model, tokenizer = _attach(heads, backbone, dtype, abstain_at)
     # A prompt that gets a reply stays whole.
     prompt_format = PromptFormat.from_config(next(iter(configs.values())).replace(max_length=None), tokenizer)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "abstain_at": served.abstain_at}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "abstain_at": abstain_at}
     if rules:
         options |= {"halt_on": rules, "halt_reply": halt_reply}
     rows = []
@@ -114,17 +113,19 @@ def generate(
 
 
 def classify(
-    served: Annotated[_ServedHeads, Fields("Head")],
-    columns: Annotated[dict[str, Any], Fields("Data", of=RowOptions, only="text_column prompt_column")],
     prompts: Annotated[
         list[str] | None,
         typer.Argument(help="Prompts. Default: lines of standard input. With --input: further files."),
     ] = None,
+    probe: Probes = ["safety"],  # noqa: B006 - typer copies it
+    backbone: HeadsBackbone = None,
     input: Annotated[
         list[str] | None,
         typer.Option(help="Files of rows, or a pattern: parquet, jsonl, csv or tsv; all but parquet also with .gz."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the labels of the rows of --input.")] = None,
+    text_column: TextColumn = "text",
+    prompt_column: PromptColumn = None,
     keep_column: Annotated[
         list[str] | None, typer.Option(help="A column of the input to keep in the output. Repeatable.")
     ] = None,
@@ -133,6 +134,9 @@ def classify(
     max_text: Annotated[
         int, typer.Option(min=1, help="Characters of the longest text of --input; a chunk may have 64 times as many.")
     ] = MAX_TEXT,
+    abstain_at: AbstainAt = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> Result:
     """Label prompts, or the rows of files (--input), without a reply.
 
@@ -140,15 +144,15 @@ def classify(
     --output. --resume keeps the finished chunks. Under torchrun the processes divide the chunks.
     """
     if input or output is not None:
-        if served.abstain_at is not None:
-            raise ProbeError(f"--abstain-at {served.abstain_at} is for prompts, not for --input")
+        if abstain_at is not None:
+            raise ProbeError(f"--abstain-at {abstain_at} is for prompts, not for --input")
         files = [*(input or []), *(prompts or [])]
         if not files or output is None:
             raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
-        backbone = backbone_of(served.probe[0], served.backbone)
-        settings = {"keep_columns": keep_column or [], "chunk_rows": chunk_rows, "resume": resume}
-        settings |= {"dtype": served.dtype, "max_text": max_text, **columns}
-        probes = served.read() if served.trust_remote_code else served.probe
+        backbone = backbone_of(probe[0], backbone)
+        settings = {"keep_columns": keep_column or [], "chunk_rows": chunk_rows, "resume": resume, "dtype": dtype}
+        settings |= {"max_text": max_text, "text_column": text_column, "prompt_column": prompt_column}
+        probes = _read(probe, backbone, True) if trust_remote_code else probe
         from ..evaluation.scoring_job import MANIFEST_NAME, ScoringJob  # needs pyarrow
 
         with process_group():
@@ -159,15 +163,16 @@ def classify(
         return done, partial(print, summary)
     if launched():
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
-    texts, heads = _read_prompts(prompts), served.read()
+    texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
+    heads = _read(probe, backbone, trust_remote_code)
     configs = _configs(heads)
     for name, config in configs.items():
         if config.token_scope == "response":
             raise ProbeError(
                 f"{name!r} reads replies: give files of prompts and replies (--input with --prompt-column), or use generate"
             )
-    model, tokenizer = served.attach(heads)
-    found = model.classify(texts, tokenizer=tokenizer, abstain_at=served.abstain_at)
+    model, tokenizer = _attach(heads, backbone, dtype, abstain_at)
+    found = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
     labels = {name: output.labels for name, output in found.items()}
     probabilities = {name: output.probabilities for name, output in found.items()}
     novelty = {name: output.novelty for name, output in found.items() if output.novelty is not None}
@@ -201,8 +206,7 @@ def _rows(
 
 
 def _print_rows(rows: list[dict[str, Any]], configs: dict[str, ProbeConfig]) -> None:
-    replies = "reply" in rows[0]
-    lines = []
+    replies, lines = "reply" in rows[0], []
     for row in rows:
         cells: list[str | Text] = [row["prompt"]]
         if replies:

@@ -19,7 +19,7 @@ from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions
 from ..serving.sources import read_heads
-from .options import PROBES, Backbone, Dtype, Result, Revision, TrustRemoteCode, check_revision
+from .options import Backbone, Dtype, Probes, Result, Revision, TrustRemoteCode, check_revision
 
 
 Private = Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")]
@@ -64,7 +64,7 @@ def pull(
 
 def export(
     output: Annotated[Path, typer.Argument(help="Folder for the repository. Must not exist, or be empty.")],
-    probe: Annotated[list[str], typer.Option(help=PROBES)] = ["safety"],  # noqa: B006 - typer copies it
+    probe: Probes = ["safety"],  # noqa: B006 - typer copies it
     backbone: Backbone = "demo",
     dtype: Dtype = "auto",
     base_model: Annotated[str | None, typer.Option(help="Hub id of the backbone, for the card.")] = None,

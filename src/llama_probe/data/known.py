@@ -77,6 +77,19 @@ def find_benchmark(source: str | None) -> tuple[Benchmark, str | None] | None:
     return (BENCHMARKS[name], split or None) if known else None
 
 
+def slices_of(columns: dict[str, list], source: str | None, names: Sequence[str]) -> dict[str, list]:
+    """Return the columns to report by: those of these names, or those of a data set known by name.
+
+    Raises:
+        ProbeError: the rows do not have a column.
+    """
+    if missing := [name for name in names if name not in columns]:
+        raise ProbeError(f"slice_columns={missing} must be columns of the rows: {', '.join(columns) or 'none'}")
+    known = find_benchmark(source)
+    wanted = names or (known[0].slices if known else ())
+    return {name: columns[name] for name in wanted if name in columns}  # a local copy may lack one
+
+
 def _any_category(row: Row) -> int:
     """Return 1 if an annotator flagged any category. A missing value counts as 0."""
     return int(any(row.get(name) == 1 for name in BENCHMARKS["openai_moderation"].columns))

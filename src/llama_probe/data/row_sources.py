@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,6 @@ _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 # Licences that forbid commercial use, or grant nothing that one could name.
 _NOT_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research|educational|unknown|none|other", re.IGNORECASE)
-
-
-def setting(default: Any, help: str, option: str | None = None) -> Any:
-    """Declare a field of a dataclass that becomes an option of the command line.
-
-    Args:
-        default: the default, or a function that makes it.
-        option: name of the option, if it is not that of the field.
-    """
-    given = {"default_factory" if callable(default) else "default": default}
-    return field(**given, metadata={"help": help} | ({"option": option} if option else {}))
 
 
 def allows_commercial_use(licence: str | None) -> bool:

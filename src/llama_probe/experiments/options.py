@@ -1,4 +1,4 @@
-"""The options of `llama-probe benchmark`. This module is imported quickly."""
+"""The options of a benchmark. This module is imported quickly."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..backbone.loading import DtypeName, check_dtype, choose_device
-from ..data.row_sources import setting
-from ..errors import ProbeError
 from ..heads import get_probe_type
 
 
@@ -17,32 +15,34 @@ SHAPE = "llama-3b"  # a backbone without weights
 
 @dataclass
 class BenchmarkOptions:
-    """Options of a benchmark, as the metadata of each field describes them. Every combination of lists is measured."""
+    """Options of a benchmark. Every combination of the lists is measured.
+
+    Attributes:
+        backbone: name of the backbone; with `random_weights` also `SHAPE`.
+        probes: heads. kinds: kinds of head, with fresh weights. Default to `KINDS` without `probes`.
+        many: number of `mha` heads to measure together; 0 for none.
+        tokens, batch_sizes: tokens of a prompt, and prompts of a batch.
+        new_tokens: tokens to generate.
+        pairs, warmup: timed and untimed runs of each system, alternating with the plain model.
+        random_weights: read only the config of the backbone, and draw random weights.
+    """
 
     backbone: str = "demo"
-    probes: Sequence[str] = setting((), "A head folder, a Hub id or an alias. Repeatable.", "probe")
-    kinds: Sequence[str] | None = setting(
-        None, f"A kind of head, with fresh weights. Repeatable. Default, without --probe: {', '.join(KINDS)}.", "kind"
-    )
-    many: int = setting(8, "Number of mha heads to measure together; 0 for none.")
-    tokens: Sequence[int] = setting((64, 512), "Tokens of a prompt. Repeatable.")
-    batch_sizes: Sequence[int] = setting((1,), "Prompts of a batch. Repeatable.", "batch-size")
-    new_tokens: int = setting(1, "Tokens to generate. With more than 1, also the time of each.")
-    pairs: int = setting(9, "Timed runs of each system, alternating with the plain model.")
-    warmup: int = 2  # untimed pairs before the timed ones
-    device: str = setting("auto", "auto (an accelerator if there is one), cpu, cuda, cuda:1 ...")
+    probes: Sequence[str] = ()
+    kinds: Sequence[str] | None = None
+    many: int = 8
+    tokens: Sequence[int] = (64, 512)
+    batch_sizes: Sequence[int] = (1,)
+    new_tokens: int = 1
+    pairs: int = 9
+    warmup: int = 2
+    device: str = "auto"
     dtype: DtypeName = "auto"
-    random_weights: bool = setting(
-        False, "Read only the config of the backbone, and draw random weights: the times are the same."
-    )
+    random_weights: bool = False
 
     def __post_init__(self):
         if self.kinds is None:
             self.kinds = () if self.probes else KINDS
-        for name in ("new_tokens", "pairs", "tokens", "batch_sizes", "many"):
-            value, least = getattr(self, name), 0 if name == "many" else 1
-            if (value if isinstance(value, int) else min(value)) < least:
-                raise ProbeError(f"{name}={value} must be at least {least}")
         for kind in self.kinds:
             get_probe_type(kind)  # raises
         check_dtype(self.dtype)

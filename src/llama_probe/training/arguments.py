@@ -10,7 +10,9 @@ import torch
 from transformers import TrainingArguments
 
 from ..errors import ProbeError
+from ..evaluation.metrics import default_metric
 from ..heads import get_probe_type
+from ..heads.configuration import ProbeConfig
 from .defaults import check_numbers, schedule
 
 
@@ -76,25 +78,33 @@ class ProbeTrainingArguments(TrainingArguments):
         if self.cache_states not in (True, False, "auto"):
             raise ProbeError(f"cache_states={self.cache_states!r} must be True, False or 'auto'")
         check_numbers(vars(self))
-        given = self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end
+        chosen = self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end
         self.load_best_model_at_end = False  # the parent's needs a checkpoint for each evaluation
         super().__post_init__()
         # The parent takes the loss if no metric is given. The metric depends on the labels, which are not known yet.
-        self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end = given
+        self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end = chosen
 
-    def fill(self, probe_type: str, rows: int) -> None:
-        """Choose what is open by the kind of the head and the number of rows."""
+    def fill(self, config: ProbeConfig, rows: int) -> None:
+        """Choose what is open by the head and the number of training rows."""
         epochs, batch_size = schedule(rows)
-        recipe = get_probe_type(probe_type).recipe
+        recipe = get_probe_type(config.probe_type).recipe
         open_fields = {
             "num_train_epochs": epochs,
             "per_device_train_batch_size": math.ceil(batch_size / (max(1, self.n_gpu) * self.world_size)),
             "learning_rate": recipe["learning_rate"],
             "label_smoothing_factor": recipe["label_smoothing"],
+            "metric_for_best_model": default_metric(config),
         }
         for name, value in open_fields.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses a head, by its name in results."""
+        return self.metric_for_best_model.removeprefix("eval_")
 
     def describe(self) -> dict[str, Any]:
         """Return what `results.json` says of the training. Rows of a step are those of all processes."""
@@ -103,7 +113,7 @@ class ProbeTrainingArguments(TrainingArguments):
         return values | {
             "per_device_train_batch_size": self.train_batch_size * self.world_size,
             "label_smoothing": self.label_smoothing_factor,
-            "metric": self.metric_for_best_model.removeprefix("eval_"),
+            "metric": self.metric,
             "max_false_positive_rate": self.max_false_positive_rate,
             "threshold_rule": self.threshold_rule,
         }

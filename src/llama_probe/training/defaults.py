@@ -15,24 +15,11 @@ from ..heads.configuration import ProbeConfig
 AUTO = "auto"
 MAX_LENGTH = 512  # tokens of a prompt
 
+_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _RANGES = {
-    "above 0": ("learning_rate", "num_train_epochs"),
-    "at least 1 and below 2**31": (
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "gradient_accumulation_steps",
-        "patience",
-    ),
-    "at least 0": ("weight_decay", "focal_gamma"),
-}
-
-# Hyper-parameters of every kind, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
-SEARCH_SPACE = {
-    "learning_rate": (1e-5, 3e-3),
-    "weight_decay": (0.0, 0.05),
-    "label_smoothing_factor": (0.0, 0.1),
-    "dropout": (0.0, 0.4),
-    "layer_dropout": (0.0, 0.3),
+    "above 0": (lambda value: 0 < value < math.inf, ("learning_rate", "num_train_epochs")),
+    "at least 1 and below 2**31": (lambda value: 1 <= value < 2**31, (*_BATCHES, "patience")),
+    "at least 0": (lambda value: 0 <= value < math.inf, ("weight_decay", "focal_gamma")),
 }
 
 # Rows at most, epochs, batch size. Chosen on validation rows of the demo backbone: fewer rows need more passes over them.
@@ -46,14 +33,9 @@ def schedule(rows: int) -> tuple[int, int]:
 
 def check_numbers(values: dict[str, Any]) -> None:
     """Raise `ProbeError` for a number of training that is out of its range. None is allowed."""
-    is_allowed = {
-        "above 0": lambda value: 0 < value < math.inf,
-        "at least 1 and below 2**31": lambda value: 1 <= value < 2**31,
-        "at least 0": lambda value: 0 <= value < math.inf,
-    }
-    for allowed, names in _RANGES.items():
+    for allowed, (is_allowed, names) in _RANGES.items():
         for name in names:
-            if (value := values.get(name)) is not None and not is_allowed[allowed](value):
+            if (value := values.get(name)) is not None and not is_allowed(value):
                 raise ProbeError(f"{name}={value} must be {allowed}")
 
 

@@ -10,15 +10,20 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..backbone.capture import collect_hidden_states
 from ..backbone.passes import length_batches
+from ..errors import ProbeError
+from .arguments import ProbeTrainingArguments
+
+
+logger = logging.get_logger(__name__)
 
 
 _TRIAL_SECONDS, _TRIAL_TOKENS = 3.0, 512  # a trial pass ends after the first batch that exceeds the time
-_OVERHEAD = (
-    1.4  # of heads and files, as a multiple of the pass; measured with one head of 8 layers on the demo backbone
-)
+# Of heads and files, as a multiple of the pass; measured with one head of 8 layers on the demo backbone.
+_OVERHEAD = 1.4
 
 
 @dataclass
@@ -34,7 +39,7 @@ class Estimate:
 
     rows: int
     tokens: int
-    bytes: int
+    bytes: int = 0
     tokens_per_second: float | None = None
     passes: float = 1
 
@@ -53,6 +58,28 @@ class Estimate:
             f"{self.bytes / 1e9:.2f} GB of hidden states on disk" if self.bytes else "no hidden states on disk"
         )
         return ", ".join(parts)
+
+
+def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, further_passes: int = 0) -> bool:
+    """Return True if hidden states are cached. `cache_states="auto"` says why they are not.
+
+    Args:
+        needed: bytes of the states.
+        further_passes: times that the rows are read beside the epochs.
+
+    Raises:
+        ProbeError: they are wanted and do not fit on the disk.
+    """
+    free = free_bytes(folder)
+    fits, sizes = needed < 0.9 * free, f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+    if args.cache_states is True and not fits:
+        raise ProbeError(f"hidden states need {sizes} in {folder}: cache_states=False runs the backbone each epoch")
+    if args.cache_states != "auto":
+        return args.cache_states
+    if fits and (args.num_train_epochs + further_passes > 1 or args.cache_dir is not None):
+        return True
+    logger.warning(f"hidden states are not cached ({'one epoch' if fits else sizes}): the backbone runs each epoch")
+    return False
 
 
 def free_bytes(folder: Path) -> int:

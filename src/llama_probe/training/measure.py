@@ -5,19 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.pipeline import make_pipeline
 from torch import nn
+from torch.utils.data import Dataset
+from transformers.utils import logging
 
 from ..data.cached_states import PromptDataset
 from ..data.labelled_texts import LabelledTexts
 from ..data.prompts import Text
+from ..errors import ProbeError
+from ..evaluation.calibration import with_rates
 from ..evaluation.prediction import predict_rows
 from ..evaluation.report import detailed_report, flagged_share
 from ..evaluation.wrappings import kept_labels
@@ -27,45 +30,34 @@ from ..heads.probe import ProbeModel
 from .prepared import PreparedRun
 
 
-@dataclass
-class Baseline:
-    """TF-IDF with logistic regression: what the words alone tell.
+logger = logging.get_logger(__name__)
 
-    Attributes:
-        config: config of the head beside it, with the baseline's own threshold for each rate.
+
+class Baseline:
+    """TF-IDF with logistic regression: what the words alone tell. It learns from the plain and extra rows, not from copies.
+
+    Args:
+        config: config of the head beside it, whose rates give the thresholds on the calibration rows.
+        without: numbers of the training rows that it does not learn from.
+
+    Raises:
+        ProbeError: a threshold would flag nothing or nearly all.
     """
 
-    model: Pipeline
-    config: ProbeConfig
-
-    @classmethod
-    def fit(cls, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = ()) -> Baseline:
-        """Fit on the plain and extra training rows, without copies, and find thresholds on the calibration rows."""
-        rows, skipped = run.rows, set(without)
-        learned = [row for row in range(rows.num_plain + rows.num_extra) if row not in skipped]
-        model = make_pipeline(
+    def __init__(self, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = ()):
+        rows = run.rows
+        learned = sorted(set(range(rows.num_plain + rows.num_extra)) - set(without))
+        self.model = make_pipeline(
             TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=20, max_iter=1000)
         )
-        model.fit([_plain_text(rows.train.texts[row]) for row in learned], rows.train.labels[learned])
-        baseline = cls(
-            model, config.replace(temperature=1.0, threshold=None, thresholds=None, flagged=config.flagged_labels)
-        )
+        self.model.fit([_plain_text(rows.train.texts[row]) for row in learned], rows.train.labels[learned])
+        flagged = config.flagged_labels
+        self.config = config.replace(temperature=1.0, threshold=None, thresholds=None, flagged=flagged)
         if rows.calibration is not None and config.thresholds:
-            scores = np.sort(baseline.scores(rows.calibration.texts))[::-1]
-            found = {}
-            for name, rate in zip(config.thresholds, run.recipe.calibration.rates, strict=True):
-                place = int(rate * len(scores) + 1e-9)
-                found[name] = float(np.clip((scores[max(0, place - 1)] + scores[place]) / 2, 1e-6, 1 - 1e-6))
-            threshold = next(iter(found.values()))
-            baseline.config = baseline.config.replace(threshold=threshold, thresholds=found)
-        return baseline
-
-    def scores(self, texts: Sequence[Text]) -> np.ndarray:
-        """Return the probability of the flagged label of each text."""
-        return self.model.predict_proba(list(map(_plain_text, texts)))[:, self.config.flagged_index]
+            self.config = with_rates(self.config, self.logits(rows.calibration.texts), run.recipe.calibration.rates)
 
     def logits(self, texts: Sequence[Text]) -> torch.Tensor:
-        """Return logits `[rows, 2]` with these probabilities."""
+        """Return logits `[rows, 2]`."""
         probs = torch.from_numpy(self.model.predict_proba(list(map(_plain_text, texts))))
         return probs.clamp(1e-9, 1 - 1e-9).log().float()
 
@@ -82,30 +74,44 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
         the share that is flagged with its interval, `novel`: share of rows unlike the training data, `tfidf`: the same of the
         baseline; `wrappings`, see `kept_labels`; `bytes`: of the head's weights.
     """
-    recipe, binary = run.recipe, head.config.flagged_index is not None and head.config.num_labels == 2
-    parts = []
-    baseline = Baseline.fit(run, head.config) if recipe.measure.tfidf and binary else None
-    for name, rows in run.rows.measured.items():
-        parts.append(_measure_part(name, None, head, run.datasets[f"measure.{name}"], rows, baseline))
+    recipe, rows = run.recipe, run.rows
+    parts: list[dict[str, Any]] = []
+
+    def measure_parts(probe: ProbeModel, twin: str | None, texts: Mapping[str, LabelledTexts]) -> None:
+        baseline = _baseline(run, probe.config, () if twin is None else rows.held_out[twin].tolist())
+        for name, part in texts.items():
+            dataset = run.datasets[f"{twin or 'measure'}.{name}"]
+            parts.append({"name": name, "twin": twin, **_measure_part(probe, dataset, part, baseline)})
+
+    measure_parts(head, None, rows.measured)
     for twin, probe in twins.items():
-        without = run.rows.held_out[twin].tolist()
-        baseline = Baseline.fit(run, probe.config, without) if recipe.measure.tfidf and binary else None
-        for name, rows in run.rows.held_rows[twin].items():
-            parts.append(_measure_part(name, twin, probe, run.datasets[f"{twin}.{name}"], rows, baseline))
-    found: dict[str, Any] = {"rates": list(head.config.thresholds or {}), "parts": parts}
-    found["bytes"] = sum(tensor.numel() * tensor.element_size() for tensor in head.state_dict().values())
-    if run.rows.measured and recipe.measure.quantised:
-        name, rows = next(iter(run.rows.measured.items()))
-        encoded = run.prompts.encode_for(head.config, rows.texts)
-        prompts = PromptDataset(encoded.ids, rows.labels, encoded.masks)
+        measure_parts(probe, twin, rows.held_rows[twin])
+    if rows.measured and recipe.measure.quantised:
+        name, first = next(iter(rows.measured.items()))
+        encoded = run.prompts.encode_for(head.config, first.texts)
+        prompts = PromptDataset(encoded.ids, first.labels, encoded.masks)
         for form in recipe.measure.quantised:
             head.set_backbone(quantised(run.lm, form))
-            parts.append(_measure_part(f"{name}, {form} copy of the backbone", None, head, prompts, rows, None))
+            measured = _measure_part(head, prompts, first, None)
+            parts.append({"name": f"{name}, {form} copy of the backbone", "twin": None, **measured})
         head.set_backbone(run.lm)
-    if recipe.measure.wrappings in run.rows.measured:
-        texts = [text for text in run.rows.measured[recipe.measure.wrappings].texts if isinstance(text, str)]
-        found["wrappings"] = kept_labels(head, texts, run.prompts, progress=True)
-    return found
+    results: dict[str, Any] = {"rates": list(head.config.thresholds or {}), "parts": parts}
+    results["bytes"] = sum(tensor.nbytes for tensor in head.state_dict().values())
+    if recipe.measure.wrappings in rows.measured:
+        texts = [text for text in rows.measured[recipe.measure.wrappings].texts if isinstance(text, str)]
+        results["wrappings"] = kept_labels(head, texts, run.prompts, progress=True)
+    return results
+
+
+def _baseline(run: PreparedRun, config: ProbeConfig, without: Sequence[int]) -> Baseline | None:
+    """Return the baseline beside a head of two labels, if the recipe wants one and its thresholds can be fitted."""
+    if not run.recipe.measure.tfidf or config.flagged_index is None or config.num_labels != 2:
+        return None
+    try:
+        return Baseline(run, config, without)
+    except ProbeError as error:
+        logger.warning(f"TF-IDF is not measured: {error}")
+        return None
 
 
 @torch.no_grad()
@@ -132,10 +138,10 @@ def quantised(lm: nn.Module, form: str) -> nn.Module:
 
 
 def _measure_part(
-    name: str, twin: str | None, head: ProbeModel, dataset: Any, rows: LabelledTexts, baseline: Baseline | None
+    head: ProbeModel, dataset: Dataset, rows: LabelledTexts, baseline: Baseline | None
 ) -> dict[str, Any]:
     logits, novelty = predict_rows(head, dataset, progress=True)
-    part = {"name": name, "twin": twin, "rows": len(rows), **_scores(head.config, logits, rows.labels)}
+    part = {"rows": len(rows), **_scores(head.config, logits, rows.labels)}
     if novelty is not None:
         part["novel"] = float((novelty > FAR).double().mean())
     if baseline is not None:
@@ -144,23 +150,23 @@ def _measure_part(
 
 
 def _scores(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     if config.problem_type != "single_label_classification" or len(set(labels.tolist())) > 1:
         report = detailed_report(config, logits, labels)
         metrics = ("auroc", "auprc") if config.problem_type != "regression" else ("r2",)
-        found |= {name: report[name] for name in metrics}
-        found["intervals"] = {name: report["intervals"][name] for name in metrics}
-    if config.flagged_index is None or config.num_labels != 2:
-        return found
-    found["labels"] = {}
-    for index, label in config.id2label.items():
-        places = np.flatnonzero(labels == index)
-        if len(places):
-            share = flagged_share(config, logits[places])
-            named = share.get("named") or {"threshold": share}
-            values = {key: {"share": value["share"], "interval": value["interval"]} for key, value in named.items()}
-            found["labels"][label] = {"rows": len(places), **values}
-    return found
+        scores = {name: report[name] for name in metrics}
+        scores["intervals"] = {name: report["intervals"][name] for name in metrics}
+    if config.flagged_index is not None and config.num_labels == 2:
+        scores["labels"] = {}
+        for index, label in config.id2label.items():
+            if len(places := np.flatnonzero(labels == index)):
+                share = flagged_share(config, logits[places])
+                named = share.get("named") or {"threshold": share}
+                values = {
+                    key: {"share": value["share"], "interval": value["interval"]} for key, value in named.items()
+                }
+                scores["labels"][label] = {"rows": len(places), **values}
+    return scores
 
 
 def _plain_text(text: Text) -> str:

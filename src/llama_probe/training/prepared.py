@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
@@ -18,22 +17,21 @@ from transformers.utils import logging
 from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
 from ..data.cached_states import StateCache
 from ..data.prompts import PromptFormat, split_reply
-from ..data.row_files import MAX_TEXT
 from ..distributed import check_shared, is_main, on_main, world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import check_rates, check_threshold_rule
-from ..evaluation.metrics import check_metric, default_metric
+from ..evaluation.metrics import check_metric
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from .arguments import ARGUMENT_NAMES, ProbeTrainingArguments
-from .defaults import MAX_LENGTH, complete_head, head_config, schedule
-from .estimate import Estimate, free_bytes, trial_speed
+from .defaults import MAX_LENGTH, complete_head, head_config
+from .estimate import Estimate, keeps_states, trial_speed
 from .loss import ProbeLoss
 from .recipe import Recipe
 from .recipe_rows import RecipeRows, read_rows
-from .rows import TrainingRows, as_dataset
+from .rows import TrainingRows, as_dataset, learners
 from .search import Trial, draw_trials
 
 
@@ -53,11 +51,12 @@ class PreparedRun:
         config: config of a new head.
         args: arguments of the `ProbeTrainer`.
         heads: heads by name: one a seed or a trial of a search; for each fold a head without it; and the twins.
+        candidates: the heads of which the best is kept, with their seeds.
+        head_args: head -> its training arguments that differ.
         left_out: head -> places of the training rows that it does not learn from.
         trials: the trials of a search, by head.
         datasets, reply_lengths: prompts or states of each part of the rows, and tokens of their replies.
-        cache: states that are deleted after the run.
-        command: the command that made the head, for the card.
+        cache: states on disk, if they are kept there.
     """
 
     recipe: Recipe
@@ -70,13 +69,14 @@ class PreparedRun:
     config: ProbeConfig
     args: ProbeTrainingArguments
     estimate: Estimate
+    cache: StateCache | None
     heads: dict[str, ProbeModel] = field(default_factory=dict)
+    candidates: dict[str, int] = field(default_factory=dict)
+    head_args: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_out: dict[str, np.ndarray] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
     datasets: dict[str, Dataset] = field(default_factory=dict)
     reply_lengths: dict[str, list[int] | None] = field(default_factory=dict)
-    cache: StateCache | None = None
-    command: str | None = None
 
     @classmethod
     def create(
@@ -87,9 +87,6 @@ class PreparedRun:
         tokenizer: PreTrainedTokenizerBase | None = None,
         data_dir: str | os.PathLike | None = None,
         dtype: str = "auto",
-        commercial: bool = False,
-        max_text: int = MAX_TEXT,
-        command: str | None = None,
         only_estimate: bool = False,
     ) -> PreparedRun:
         """Read the rows, check them and the settings, load the backbone, say what is to be done, and compute the states.
@@ -99,9 +96,10 @@ class PreparedRun:
         """
         if unknown := sorted(set(recipe.training) - (ARGUMENT_NAMES - _OUTPUT_FIELDS)):
             raise ProbeError(f"training has no {unknown[0]!r}; it takes fields of ProbeTrainingArguments")
-        rows = _read_on_all(lambda: read_rows(recipe, data_dir, max_text, commercial))
-        name = None if isinstance(backbone, torch.nn.Module) else str(backbone)
-        count = rows.num_plain + rows.num_extra
+        if world_size() > 1:  # the other ranks find what the main one has fetched
+            on_main(lambda: bool(read_rows(recipe, data_dir)))
+        rows = read_rows(recipe, data_dir)
+        count, name = rows.num_plain + rows.num_extra, backbone if isinstance(backbone, str) else None
         head = complete_head(recipe.head, count)
         if name is None:
             target = backbone.config.get_text_config(decoder=True)
@@ -109,21 +107,24 @@ class PreparedRun:
         config = head_config({"max_length": MAX_LENGTH, **head}, rows.train, name)
         args = _arguments(recipe, output, config, count)
         _check(recipe, rows, config, args)
-        tokenizer = load_tokenizer(name) if tokenizer is None and name is not None else tokenizer
-        if tokenizer is None:
+        if tokenizer is None and name is None:
             raise ProbeError("a loaded backbone needs processing_class=, its tokenizer")
+        tokenizer = tokenizer or load_tokenizer(name)
         kind = config.prompt_format if config.prompt_format in ("chat", "raw") else "chat"
         prompts = PromptFormat.create(tokenizer, kind, config.system_prompt, config.max_length)
         config = config.replace(**prompts.config_fields())
         encoded = {part: prompts.encode_for(config, texts.texts) for part, texts in rows.parts().items()}
         cache = StateCache(args.cache_dir or output / STATES)
-        tokens = sum(len(ids) for part in encoded.values() for ids in part.ids)
-        count = sum(len(part.ids) for part in encoded.values())
-        estimate = _plan(args, Estimate(count, tokens, cache.bytes_of(config, tokens)), cache.folder)
-        if name is not None:
-            lm, _ = load_backbone(name, dtype)
+        estimate = Estimate(
+            rows=sum(len(part.ids) for part in encoded.values()),
+            tokens=sum(len(ids) for part in encoded.values() for ids in part.ids),
+        )
+        needed = cache.bytes_of(config, estimate.tokens)
+        if keeps_states(args, needed, cache.folder, further_passes=1):
+            estimate.bytes = needed
         else:
-            lm = backbone.eval()
+            cache, estimate.passes = None, args.num_train_epochs + 1
+        lm = backbone.eval() if name is None else load_backbone(name, dtype)[0]
         config = describe(lm, config)
         estimate.tokens_per_second = world_size() * trial_speed(lm, encoded["train"].ids, config.layer_indices)
         if is_main():
@@ -139,39 +140,39 @@ class PreparedRun:
             config=config,
             args=args,
             estimate=estimate,
-            cache=cache if estimate.bytes else None,
-            command=command,
+            cache=cache,
         )
         if only_estimate:
             return run
         check_shared(output)
         for part, texts in rows.parts().items():
             run.reply_lengths[part] = encoded[part].reply_lengths
-            run.datasets[part] = as_dataset(encoded[part], texts.labels, config, lm, run.cache)
+            run.datasets[part] = as_dataset(encoded[part], texts.labels, config, lm, cache)
         run._create_heads()
         return run
 
     def _create_heads(self) -> None:
         """Make the heads that train side by side, each with its own seed."""
-        recipe, lm = self.recipe, None if self.cache is not None else self.lm
-        repeated = self.places
-        row_of = np.asarray(repeated)
+        recipe, lm, row_of = self.recipe, None if self.cache is not None else self.lm, np.asarray(self.places)
 
         def create(name: str, seed: int, config: ProbeConfig, without: np.ndarray | None = None) -> None:
             set_seed(seed)
             self.heads[name] = ProbeModel(config, backbone=lm)
+            self.head_args[name] = self.trials[name].training if name in self.trials else {}
             if without is not None:
                 self.left_out[name] = np.flatnonzero(np.isin(row_of, without))
 
         if recipe.search.trials:
             self.trials = draw_trials(recipe.search, self.config, recipe.seed)
+            self.candidates = dict.fromkeys(self.trials, recipe.seed)
             for name, trial in self.trials.items():
                 create(name, recipe.seed, trial.config)
         else:
-            for seed in range(recipe.seed, recipe.seed + recipe.seeds):
-                create(f"seed-{seed}", seed, self.config)
+            self.candidates = {f"seed-{seed}": seed for seed in range(recipe.seed, recipe.seed + recipe.seeds)}
+            for name, seed in self.candidates.items():
+                create(name, seed, self.config)
                 for number, fold in enumerate(self.rows.folds):
-                    create(f"seed-{seed}-fold-{number}", seed, self.config, fold)
+                    create(f"{name}-fold-{number}", seed, self.config, fold)
         for twin, without in self.rows.held_out.items():
             create(f"twin-{twin}", recipe.seed, self.config, without)
 
@@ -184,44 +185,17 @@ class PreparedRun:
     def learned(self) -> TrainingRows:
         """Return the training rows with their weights, and the heads that learn from each."""
         places, weights = self.places, self.rows.weights
-        learned_by = None
-        if self.left_out:
-            learned_by = np.ones((len(places), len(self.heads)), dtype=bool)
-            for column, name in enumerate(self.heads):
-                learned_by[self.left_out.get(name, []), column] = False
         row_weights = None if weights is None else [weights[row] for row in places]
+        learned_by = learners(len(places), self.heads, self.left_out)
         return TrainingRows(self.datasets["train"], places, self.reply_lengths["train"], row_weights, learned_by)
 
     def judged(self) -> Dataset | None:
         """Return the validation rows, and the heads that are chosen by each; None if there are folds."""
         if not self.rows.unjudged:
             return self.datasets.get("validation")
-        judged_by = np.ones((len(self.rows.validation), len(self.heads)), dtype=bool)
-        for column, name in enumerate(self.heads):
-            judged_by[self.rows.unjudged.get(name.removeprefix("twin-"), []), column] = False
+        unjudged = {f"twin-{twin}": rows for twin, rows in self.rows.unjudged.items()}
+        judged_by = learners(len(self.rows.validation), self.heads, unjudged)
         return TrainingRows(self.datasets["validation"], learned_by=judged_by)
-
-    def loss(self, name: str) -> ProbeLoss:
-        """Return the loss of a head."""
-        args = {"label_smoothing_factor": self.args.label_smoothing_factor} | self.training_of(name)
-        learned = self.rows.train.labels[: self.rows.num_plain + self.rows.num_extra]
-        settings = self.args.class_weights, args["label_smoothing_factor"], self.args.focal_gamma
-        return ProbeLoss.create(self.heads[name].config, learned, *settings)
-
-    def training_of(self, name: str) -> dict[str, Any]:
-        """Return the training arguments of a head that differ from those of the run."""
-        return self.trials[name].training if name in self.trials else {}
-
-    @property
-    def candidates(self) -> list[str]:
-        """Names of the heads of which the best is kept."""
-        if self.trials:
-            return list(self.trials)
-        return [f"seed-{seed}" for seed in range(self.recipe.seed, self.recipe.seed + self.recipe.seeds)]
-
-    def seed_of(self, name: str) -> int:
-        """Return the seed of a candidate."""
-        return self.recipe.seed if name in self.trials else int(name.rpartition("-")[2])
 
     def settings(self) -> dict[str, Any]:
         """Return what must be the same if a run is resumed, as JSON values."""
@@ -235,17 +209,13 @@ class PreparedRun:
         }
 
     def clean(self) -> None:
-        """Delete states that were not asked to be kept, and checkpoints."""
+        """Delete states and checkpoints."""
         # In this order: a kill between them leaves a run to resume, and not states, which can reveal the texts.
         self.clean_states()
-        self.clean_checkpoints()
-        if is_main() and self.output.is_dir() and not any(self.output.iterdir()):
-            self.output.rmdir()  # the head was saved elsewhere
-
-    def clean_checkpoints(self) -> None:
-        """Delete the checkpoints."""
         if is_main():
             shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)
+            if self.output.is_dir() and not any(self.output.iterdir()):
+                self.output.rmdir()  # the head was saved elsewhere
 
     def clean_states(self) -> None:
         """Delete the hidden states, unless they were asked to be kept."""
@@ -253,31 +223,18 @@ class PreparedRun:
             self.cache.delete()
 
 
-def _read_on_all(read: Callable[[], RecipeRows]) -> RecipeRows:
-    """Read the rows on every rank: the main one first, so that the others find what it has fetched."""
-    if world_size() > 1:
-        on_main(lambda: (read(), None)[1])
-    return read()
-
-
 def _arguments(recipe: Recipe, output: Path, config: ProbeConfig, rows: int) -> ProbeTrainingArguments:
     training = dict(recipe.training)
-    batch_size = training.pop("per_device_train_batch_size", None) or schedule(rows)[1]
-    metric = training.pop("metric_for_best_model", None) or default_metric(config)
-    args = ProbeTrainingArguments(
-        str(output / CHECKPOINTS),
-        seed=recipe.seed,
-        metric_for_best_model=metric,
-        per_device_train_batch_size=-(-batch_size // world_size()),
-        **training,
-    )
-    args.fill(config.probe_type, rows)
+    if batch_size := training.get("per_device_train_batch_size"):
+        training["per_device_train_batch_size"] = math.ceil(batch_size / world_size())
+    args = ProbeTrainingArguments(str(output / CHECKPOINTS), seed=recipe.seed, **training)
+    args.fill(config, rows)
     return args
 
 
 def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTrainingArguments) -> None:
     """Raise `ProbeError` for settings that do not fit the rows, before the backbone is loaded."""
-    check_metric(args.metric_for_best_model, rows.judged.labels, config)
+    check_metric(args.metric, rows.judged.labels, config)
     check_threshold_rule(config, args.max_false_positive_rate, args.threshold_rule)
     ProbeLoss.create(config, rows.train.labels, args.class_weights, args.label_smoothing_factor, args.focal_gamma)
     if rows.calibration is not None:
@@ -288,21 +245,6 @@ def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTra
             raise ProbeError(
                 f"weights={source.weights} must have 1 value: probe_type={config.probe_type!r} has {members} members"
             )
-    if config.reads_reply:
-        for part in rows.parts().values():
-            for text in part.texts:
-                split_reply(text)  # raises for a text without a reply
-
-
-def _plan(args: ProbeTrainingArguments, estimate: Estimate, folder: Path) -> Estimate:
-    """Decide if the states are kept on disk, and return the estimate of that."""
-    free = free_bytes(folder)
-    fits = estimate.bytes < 0.9 * free
-    if args.cache_states is True and not fits:
-        raise ProbeError(
-            f"the hidden states need {estimate.bytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
-            "training.cache_states=false runs the backbone each epoch"
-        )
-    if args.cache_states is False or (args.cache_states == "auto" and not fits):
-        estimate.bytes, estimate.passes = 0, args.num_train_epochs + 1
-    return estimate
+    for part in rows.parts().values() if config.reads_reply else ():
+        for text in part.texts:
+            split_reply(text)  # raises for a text without a reply

@@ -73,11 +73,11 @@ class KeepBest(TrainerCallback):
         """
         if not self.trainer.is_in_train or not args.load_best_model_at_end:
             return
-        metric, progress = args.metric_for_best_model.removeprefix("eval_"), self.trainer.progress
+        progress = self.trainer.progress
         sign = 1 if args.greater_is_better else -1
         for name, head in self.trainer.heads.items():
             if not progress[name].has_stopped(args.patience):
-                value: Any = (metrics or {}).get(f"eval_{self.trainer.metric_name(name, metric)}")
+                value: Any = (metrics or {}).get(f"eval_{self.trainer.metric_name(name, args.metric)}")
                 score = -math.inf if value is None or not math.isfinite(value) else sign * value
                 progress[name].note(score, state.epoch, head.state_dict())
         if all(each.best == -math.inf for each in progress.values()):

@@ -6,18 +6,20 @@ import copy
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
 from ..data.augmentation import SHARE, check_augmentations
-from ..data.known import find_benchmark
+from ..data.known import Benchmark, find_benchmark
 from ..data.labelled_texts import Labels
+from ..data.row_files import MAX_TEXT
 from ..data.row_sources import Source, benchmark_splits
 from ..errors import ProbeError, first_line
+from ..files import short_path
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import RECIPE_NAME
 from .defaults import check_head, check_numbers
@@ -43,7 +45,7 @@ class Held:
 
     share: float | int | None = None
     folds: int | None = None
-    sources: list = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
     max_rows: int | None = None
 
     def __post_init__(self):
@@ -51,8 +53,8 @@ class Held:
             raise ProbeError(f"share={self.share} must lie between 0 and 1")
         if self.folds is not None and (self.folds < 0 or self.folds == 1):
             raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
-        if len(given := [name for name in ("share", "folds", "sources") if getattr(self, name)]) > 1:
-            raise ProbeError(f"{' and '.join(given)} cannot be used together: leave one out")
+        if len(names := [name for name in ("share", "folds", "sources") if getattr(self, name)]) > 1:
+            raise ProbeError(f"{' and '.join(names)} cannot be used together: leave one out")
         if self.max_rows is not None and self.max_rows < 1:
             raise ProbeError(f"max_rows={self.max_rows} must be at least 1")
 
@@ -69,7 +71,7 @@ class Copies:
 
     names: list[str] = field(default_factory=list)
     share: float | int = SHARE
-    system_prompts: Any = None
+    system_prompts: Source | None = None
 
     def __post_init__(self):
         check_augmentations(self.names, self.share, self.system_prompts is not None)
@@ -83,8 +85,8 @@ class Calibration:
         rates: shares of them that may be flagged. The first gives the head's own threshold.
     """
 
-    sources: list = field(default_factory=list)
-    rates: list = field(default_factory=lambda: [0.02, 0.01, 0.005])
+    sources: list[Source] = field(default_factory=list)
+    rates: list[float | int] = field(default_factory=lambda: [0.02, 0.01, 0.005])
 
 
 @dataclass(kw_only=True)
@@ -98,7 +100,7 @@ class Measure:
         quantised: `"int8"`, `"int4"`: also measure the first of `sources` on copies of the backbone with such weights.
     """
 
-    sources: list = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
     wrappings: str | None = None
     tfidf: bool = True
     quantised: list[str] = field(default_factory=list)
@@ -139,6 +141,8 @@ class Recipe:
         name, about: name of the recipe, and what the head tells, in a sentence.
         labels: names of the labels, and those to flag.
         train: sources to learn from. max_rows: training rows at most, drawn at random from all of them.
+        max_text: characters of the longest text.
+        licence: `"commercial"` leaves out rows whose licence forbids commercial use, or is not known.
         validation: rows to choose by. Defaults to the validation rows of a single `train` that is known by name; else to 5
             folds for fewer than 400 rows, or a share of 0.15.
         test: rows to measure on. Defaults to the test rows of a single `train` that is known by name.
@@ -163,6 +167,8 @@ class Recipe:
     labels: Labels = field(default_factory=Labels)
     train: list[Source] = field(default_factory=list)
     max_rows: int | None = None
+    max_text: int = MAX_TEXT
+    licence: Literal["commercial"] | None = None
     validation: Held = field(default_factory=Held)
     test: Held = field(default_factory=Held)
     slice_columns: list[str] = field(default_factory=list)
@@ -190,9 +196,10 @@ class Recipe:
             ProbeError: there is no such recipe, or a field or a value is not allowed. The message names it.
         """
         if isinstance(source, Recipe):
+            if not settings:
+                return source
             source = source.values
-        values = dict(source) if isinstance(source, Mapping) else _read_yaml(find_recipe(source))
-        values = copy.deepcopy(values)
+        values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(find_recipe(source))
         for setting in settings:
             _set(values, setting)
         recipe = _parse(cls, "", {name: value for name, value in values.items() if value is not None})
@@ -202,9 +209,10 @@ class Recipe:
     def __post_init__(self):
         if not self.train:
             raise ProbeError("train=[] must name at least one source of training rows")
-        names = [source.name for source in self.train]
-        if twice := next((name for name in names if names.count(name) > 1 or "+" in name), None):
-            raise ProbeError(f"train: the name {twice!r} must be of one source, without a plus; give it another name")
+        names, measured = ([source.name for source in part] for part in (self.train, self.measure.sources))
+        for part in (names, measured):
+            if twice := next((name for name in part if part.count(name) > 1 or "+" in name), None):
+                raise ProbeError(f"the name {twice!r} must be of one source, without a plus; give it another name")
         for twin, held in self.hold_out.items():
             if not re.fullmatch(r"[\w-]+", twin):
                 raise ProbeError(f"hold_out: the name {twin!r} must have letters, digits, - and _ alone")
@@ -212,9 +220,6 @@ class Recipe:
                 raise ProbeError(
                     f"hold_out.{twin} names {unknown[0]!r}, which is no source of train: {', '.join(names)}"
                 )
-        measured = [source.name for source in self.measure.sources]
-        if twice := next((name for name in measured if measured.count(name) > 1), None):
-            raise ProbeError(f"measure.sources: the name {twice!r} must be of one source; give it another name")
         if self.measure.wrappings not in (None, *measured):
             raise ProbeError(f"measure.wrappings={self.measure.wrappings!r} must be one of: {', '.join(measured)}")
         if self.seeds < 1 or not 0 <= self.seed <= 2**32 - self.seeds:
@@ -235,25 +240,31 @@ class Recipe:
 
     def _fill_from_name(self) -> None:
         """Take facts for the card from a single source that is known by name."""
-        known = find_benchmark(self.train[0].rows) if len(self.train) == 1 else None
-        facts = self.card
-        if known is not None:
-            benchmark = known[0]
-            given = {"license": benchmark.license, "dataset": benchmark.hub_id, "dataset_name": benchmark.title}
-            given |= {"data_note": benchmark.note, "language": "en"}
-            self.card = replace(facts, **{name: value for name, value in given.items() if not getattr(facts, name)})
+        if self._known is not None:
+            benchmark, _ = self._known
+            facts = {"license": benchmark.license, "dataset": benchmark.hub_id, "dataset_name": benchmark.title}
+            facts |= {"data_note": benchmark.note, "language": "en"}
+            facts |= {name: value for name, value in vars(self.card).items() if value}
+            self.card = CardFacts(**facts)
+
+    @property
+    def _known(self) -> tuple[Benchmark, str | None] | None:
+        """The data set and its split, if `train` is a single source that is known by name."""
+        return find_benchmark(self.train[0].rows) if len(self.train) == 1 else None
 
     def named_parts(self, data_dir: str | os.PathLike | None) -> tuple[Held, Held]:
         """Return `validation` and `test`, with the further splits of a single `train` that is known by name."""
-        validation, test = self.validation, self.test
-        known = find_benchmark(self.train[0].rows) if len(self.train) == 1 else None
-        if known is not None:
-            splits = set(benchmark_splits(known[0], data_dir)) - {known[1] or "train"}
-            if "validation" in splits and not (validation.share or validation.folds or validation.sources):
-                validation = replace(validation, sources=[Source(rows=f"{known[0].name}:validation")])
-            if "test" in splits and not (test.share or test.sources):
-                test = replace(test, sources=[Source(rows=f"{known[0].name}:test")])
-        return validation, test
+        if self._known is None:
+            return self.validation, self.test
+        benchmark, split = self._known
+        splits = set(benchmark_splits(benchmark, data_dir)) - {split or "train"}
+
+        def with_split(name: str, held: Held) -> Held:
+            if name not in splits or held.share or held.folds or held.sources:
+                return held
+            return replace(held, sources=[Source(rows=f"{benchmark.name}:{name}")])
+
+        return with_split("validation", self.validation), with_split("test", self.test)
 
     def write(self) -> str:
         """Return the recipe as YAML, without folders of this machine."""
@@ -293,9 +304,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
 
@@ -312,44 +321,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _set(values: Any, setting: str) -> None:
     """Change a field of a recipe: `training.learning_rate=1e-3`, `train.0.max_rows=100`."""
     path, equals, text = setting.partition("=")
-    if not equals:
-        raise ProbeError(f"--set {setting!r} must be FIELD=VALUE, such as training.learning_rate=1e-3")
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ProbeError(f"--set {setting!r}: the value is not YAML: {first_line(error)}") from None
     *parents, last = path.split(".")
-    for name in parents:
-        if isinstance(values, dict):
-            values[name] = {} if values.get(name) is None else values[name]
-        values = _item(values, name, setting)
-    if isinstance(values, list):
-        _item(values, last, setting)
-        values[int(last)] = value
-    elif isinstance(values, dict):
-        values[last] = value
-    else:
-        raise ProbeError(f"--set {setting!r}: {'.'.join(parents)} has no fields")
-
-
-def _item(values: Any, name: str, setting: str) -> Any:
-    if isinstance(values, list) and name.isdecimal() and int(name) < len(values):
-        return values[int(name)]
-    if isinstance(values, dict):
-        return values[name]
-    raise ProbeError(f"--set {setting!r}: there is no {name!r}")
-
-
-_SECTIONS: dict[str, type] = {
-    "labels": Labels,
-    "validation": Held,
-    "test": Held,
-    "copies": Copies,
-    "search": Search,
-    "calibration": Calibration,
-    "measure": Measure,
-    "card": CardFacts,
-}
+    try:
+        if not equals:
+            raise ValueError("there is no value")
+        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        for name in parents:
+            if isinstance(values, dict) and values.get(name) is None:
+                values[name] = {}
+            values = values[int(name) if isinstance(values, list) else name]
+        values[int(last) if isinstance(values, list) else last] = value
+    except (LookupError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = f"must be FIELD=VALUE, such as training.learning_rate=1e-3: {first_line(error)}"
+        raise ProbeError(f"--set {setting!r} {reason}") from None
 
 
 def _parse(owner: type, at: str, values: Any) -> Any:
@@ -361,17 +345,18 @@ def _parse(owner: type, at: str, values: Any) -> Any:
         raise ProbeError(f"{at or 'the recipe'} has no field {unknown[0]!r}; it has: {', '.join(allowed)}")
     inside, parsed, hints = f"{at}." if at else "", {}, get_type_hints(owner)
     for name, value in values.items():
-        if owner is Recipe and name in _SECTIONS:
-            value = _parse(_SECTIONS[name], name, value)
-        elif name in ("train", "sources"):
+        hint = hints[name]
+        if is_dataclass(hint):
+            value = _parse(hint, name, value)
+        elif hint == list[Source]:
             value = _sources(inside + name, value)
-        elif owner is Copies and name == "system_prompts" and value is not None:
+        elif hint == Source | None and value is not None:
             (value,) = _sources(inside + name, [value])
         else:
             try:
-                type_validator(name, value, hints[name])
+                type_validator(name, value, hint)
             except TypeError:
-                kind = re.sub(r"typing\.|<class '|'>|NoneType", "", str(hints[name])).strip(" |")
+                kind = re.sub(r"typing\.|<class '|'>|NoneType", "", str(hint)).strip(" |")
                 raise ProbeError(f"{inside}{name}={value!r} must be {kind}") from None
         parsed[name] = value
     try:
@@ -397,8 +382,5 @@ def _without_folders(value: Any, name: str = "") -> Any:
         return {key: _without_folders(part, key) for key, part in value.items()}
     if isinstance(value, list):
         return [_without_folders(part, name) for part in value]
-    return (
-        "/".join(Path(value).parts[-2:])
-        if name in ("rows", "train", "sources") and isinstance(value, str) and os.path.exists(value)
-        else value
-    )
+    is_place = name in ("rows", "train", "sources", "cache_dir") and isinstance(value, str)
+    return short_path(value) if is_place else value

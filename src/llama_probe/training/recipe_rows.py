@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.augmentation import augment
-from ..data.known import find_benchmark
+from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts, Labels, check_labels
-from ..data.row_files import MAX_TEXT
 from ..data.row_sources import SOURCE, Source
 from ..distributed import is_main
 from ..errors import ProbeError
+from ..files import short_path
 from .recipe import FEW_ROWS, FOLDS, VALIDATION_SHARE, Held, Recipe
 
 
@@ -43,8 +43,7 @@ class RecipeRows:
         held_out: twin -> the rows of `train` that it does not learn from. unjudged: twin -> the rows of `validation` that it is not
             chosen by. held_rows: twin -> the rows to measure it on, by source.
         slices: column -> values of the test rows to report by.
-        not_commercial: source -> rows that its licence has left out.
-        sources: what `results.json` says of each part.
+        described: `source` and `rows` of each part, for `results.json`.
     """
 
     train: LabelledTexts
@@ -61,8 +60,7 @@ class RecipeRows:
     unjudged: dict[str, np.ndarray]
     held_rows: dict[str, dict[str, LabelledTexts]]
     slices: dict[str, list[Any]]
-    not_commercial: dict[str, int]
-    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    described: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def judged(self) -> LabelledTexts:
@@ -85,24 +83,20 @@ class RecipeRows:
         """Return a digest of each part that heads learn from or are chosen by."""
         learned = json.dumps([self.repeats, self.weights, [fold.tolist() for fold in self.folds]])
         learned += json.dumps({twin: rows.tolist() for twin, rows in self.held_out.items()})
-        found = {"train": self.train.digest(), "learned": hashlib.sha256(learned.encode()).hexdigest()}
-        return found | ({} if self.validation is None else {"validation": self.validation.digest()})
+        digests = {"train": self.train.digest(), "learned": hashlib.sha256(learned.encode()).hexdigest()}
+        return digests | ({} if self.validation is None else {"validation": self.validation.digest()})
 
 
-def read_rows(
-    recipe: Recipe, data_dir: str | os.PathLike | None = None, max_text: int = MAX_TEXT, commercial: bool = False
-) -> RecipeRows:
+def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> RecipeRows:
     """Read and divide the rows of a recipe.
 
     Args:
         data_dir: folder of local copies; see `Source`.
-        max_text: characters of the longest text.
-        commercial: leave out rows whose licence forbids commercial use, or is not known.
 
     Raises:
         ProbeError: a source cannot be read, its labels do not fit, or there is one label alone to learn.
     """
-    reader = _Reader(recipe, data_dir, max_text, commercial)
+    reader = _Reader(recipe, data_dir)
     held_validation, held_test = recipe.named_parts(data_dir)
     for source in recipe.train:
         source.find(data_dir)  # raises before anything is read
@@ -123,31 +117,27 @@ def read_rows(
     folds, validation = held_validation.folds, reader.join(held_validation, "validation")
     folds = FOLDS if folds is None and few else folds
     if folds:
-        if recipe.copies.names:
-            raise ProbeError("copies cannot be used with folds: set validation.share, or validation.sources")
-        if recipe.hold_out:
-            raise ProbeError("hold_out cannot be used with folds: set validation.share, or validation.sources")
+        if used := [name for name, value in (("copies", recipe.copies.names), ("hold_out", recipe.hold_out)) if value]:
+            raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
         validation = None
     else:
         if validation is None:
             plain, validation = plain.split(held_validation.share or VALIDATION_SHARE, recipe.seed)
         validation = validation.at_most(held_validation.max_rows, recipe.seed)
     extra = _without_judged(extra, [plain if folds else validation, test])
-    check_labels(
-        ", ".join(source.name for source in recipe.train), LabelledTexts.join([plain, *([extra] if extra else [])])
-    )
+    learned = LabelledTexts.join([plain, *([extra] if extra else [])])
+    check_labels(", ".join(source.name for source in recipe.train), learned)
     for name, rows in (("validation", validation), ("test", test)):
         _warn_of_learned(name, rows, plain)
     copied = augment(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
-    copies = copied.select(range(len(plain), len(copied)))
-    train = LabelledTexts.join([plain, *([extra] if extra else []), copies])
-    names = train.columns[SOURCE]
+    train = LabelledTexts.join([learned, copied.select(range(len(plain), len(copied)))])
     held_rows = _held_rows(recipe, by_source)
-    learned_texts = {str(text) for text in train.texts[: len(train) - len(copies)]}
-    first = {source.name: source for source in recipe.train}
-    learned = range(len(train) - len(copies))
-    weights = [first[names[row]].weights if row in learned else None for row in range(len(train))]
-    return RecipeRows(
+    named_test = held_test.sources[0].rows if len(held_test.sources) == 1 else None
+    # Copies are learned once, with the weight 1.
+    by_name, num_copies = {source.name: source for source in recipe.train}, len(train) - len(learned)
+    sources = [by_name[name] for name in train.columns[SOURCE][: len(learned)]]
+    weights = [source.weights for source in sources] + [None] * num_copies
+    rows = RecipeRows(
         train=train,
         num_plain=len(plain),
         num_extra=len(extra) if extra else 0,
@@ -155,30 +145,34 @@ def read_rows(
         test=test,
         folds=plain.folds(folds, recipe.seed) if folds else [],
         calibration=reader.calibration(),
-        measured=reader.measured(learned_texts),
-        repeats=[first[names[row]].repeat if row in learned else 1 for row in range(len(train))],
+        measured=reader.measured(set(map(str, learned.texts))),
+        repeats=[source.repeat for source in sources] + [1] * num_copies,
         weights=weights if any(weights) else None,
         held_out=_rows_of_twins(train, recipe, held_rows),
         unjudged=_rows_of_twins(validation, recipe, held_rows),
         held_rows=held_rows,
-        slices=_slices(recipe, held_test, test),
-        not_commercial=reader.not_commercial,
-        sources=_describe(recipe, held_validation, held_test, folds),
+        slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
+    rows.described = _describe(recipe, held_validation, held_test, rows)
+    if reader.not_commercial:
+        rows.described["train"]["not_commercial"] = reader.not_commercial
+    return rows
 
 
 class _Reader:
     """Reads the sources of a recipe, with the labels of the first one."""
 
-    def __init__(self, recipe: Recipe, data_dir: str | os.PathLike | None, max_text: int, commercial: bool):
-        self.recipe, self.data_dir, self.max_text, self.commercial = recipe, data_dir, max_text, commercial
+    def __init__(self, recipe: Recipe, data_dir: str | os.PathLike | None):
+        self.recipe, self.data_dir = recipe, data_dir
         self.labels, self.not_commercial = recipe.labels, {}
 
     def read(self, source: Source, split: str, labels: Labels | None = None) -> LabelledTexts:
-        limits = {"seed": self.recipe.seed, "max_text": self.max_text}
-        rows = source.read(labels or self.labels, self.data_dir, split, **limits, commercial=self.commercial)
-        if self.commercial:
-            every = source.read(labels or self.labels, self.data_dir, split, **limits)
+        read = partial(
+            source.read, labels or self.labels, self.data_dir, split, self.recipe.seed, self.recipe.max_text
+        )
+        rows = read(commercial=self.recipe.licence is not None)
+        if self.recipe.licence is not None:
+            every = read()
             if left_out := len(every) - len(rows):
                 self.not_commercial[source.name] = left_out
         if labels is not None or not len(rows):
@@ -227,16 +221,6 @@ class _Reader:
         return [
             text for text in self.read(replace(source, label="text"), "all", labels).texts if isinstance(text, str)
         ]
-
-
-def _slices(recipe: Recipe, held_test: Held, test: LabelledTexts | None) -> dict[str, list[Any]]:
-    """Return the columns to report by: those of the recipe, or those of a single test source that is known by name."""
-    columns = {} if test is None else test.columns
-    if missing := [name for name in recipe.slice_columns if name not in columns]:
-        raise ProbeError(f"slice_columns={missing} must be columns of test rows: {', '.join(columns) or 'none'}")
-    named = find_benchmark(held_test.sources[0].rows) if len(held_test.sources) == 1 else None
-    wanted = recipe.slice_columns or (named[0].slices if named else ())
-    return {name: columns[name] for name in wanted if name in columns}  # a local copy may lack one
 
 
 def _joined(recipe: Recipe, by_source: dict[str, LabelledTexts], extra: bool) -> LabelledTexts | None:
@@ -293,27 +277,27 @@ def _rows_of_twins(
     return found
 
 
-def _describe(recipe: Recipe, validation: Held, test: Held, folds: int | None) -> dict[str, dict[str, Any]]:
-    """Return the `source` of each part, for `results.json`."""
+def _describe(recipe: Recipe, validation: Held, test: Held, rows: RecipeRows) -> dict[str, dict[str, Any]]:
+    """Return `source` and `rows` of each part, and the `weights` of extra rows."""
 
     def names(sources: Sequence[Source]) -> str:
-        # Paths differ between machines; the last two parts identify the file.
-        written = (
-            "/".join(Path(source.rows).parts[-2:]) if os.path.exists(source.rows) else source.rows
-            for source in sources
-        )
-        return ", ".join(dict.fromkeys(written))
+        return ", ".join(dict.fromkeys(short_path(source.rows) for source in sources))
 
-    held = {
-        "validation": f"{folds} folds of train" if folds else f"{validation.share or VALIDATION_SHARE:.0%} of train",
-        "test": f"{test.share or 0:.0%} of train",
-    }
-    found = {"train": {"source": names([source for source in recipe.train if not source.extra])}}
-    for name, part in (("validation", validation), ("test", test)):
-        found[name] = {"source": names(part.sources) or held[name]}
     extra = [source for source in recipe.train if source.extra]
-    found["extra"] = {"source": names(extra)}
-    if weights := next((source.weights for source in extra if source.weights), None):
-        found["extra"]["weights"] = weights
-    found["calibration"] = {"source": names(recipe.calibration.sources)}
-    return found
+    share = f"{validation.share or VALIDATION_SHARE:.0%} of train"
+    parts = {
+        "train": (names([source for source in recipe.train if not source.extra]), len(rows.train) - rows.num_extra),
+        "validation": (
+            f"{len(rows.folds)} folds of train" if rows.folds else names(validation.sources) or share,
+            len(rows.judged),
+        ),
+        "extra": (names(extra), rows.num_extra),
+        "test": (names(test.sources) or f"{test.share or 0:.0%} of train", len(rows.test or ())),
+        "calibration": (names(recipe.calibration.sources), len(rows.calibration or ())),
+    }
+    described: dict[str, dict[str, Any]] = {
+        name: {"source": source, "rows": count} for name, (source, count) in parts.items() if count
+    }
+    if "extra" in described and (weights := next((source.weights for source in extra if source.weights), None)):
+        described["extra"]["weights"] = weights
+    return described

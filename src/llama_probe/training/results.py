@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..backbone.loading import DEMO, DEMO_NOTE
-from ..distributed import is_main, world_size
+from ..distributed import world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import calibrate, with_rates
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
@@ -30,6 +31,7 @@ from ..hub.folder import RECIPE_NAME
 from .arguments import ProbeTrainingArguments
 from .measure import measure
 from .prepared import PreparedRun
+from .progress import Progress
 from .recipe import CardFacts
 from .rows import TrainingRows, labels_of
 
@@ -37,49 +39,37 @@ from .rows import TrainingRows, labels_of
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class Finished:
-    """The head of a recipe, with its results."""
-
-    head: ProbeModel
-    results: dict[str, Any]
-    recipe: str
-
-    def save(self, folder: Path) -> None:
-        """Write the head's folder: weights, config, results, recipe, plots and card."""
-        if not is_main():
-            return
-        self.head.save_pretrained(folder)
-        write_atomically({folder / RECIPE_NAME: self.recipe})
-        if write_plots(folder):
-            write_card(folder)  # shows the plots
+def save_head(run: PreparedRun, head: ProbeModel, folder: Path) -> None:
+    """Write the folder of the head of a recipe: weights, config, results, recipe, plots and card."""
+    head.save_pretrained(folder)
+    write_atomically({folder / RECIPE_NAME: run.recipe.write()})
+    if write_plots(folder):
+        write_card(folder)  # shows the plots
 
 
-def finish(run: PreparedRun, progress: Mapping[str, Any], epochs: float) -> Finished:
+def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) -> ProbeModel:
     """Judge the heads of a recipe, choose the best, calibrate and measure it.
 
     Args:
-        progress: how each head has done; see `Progress`.
-        epochs: epochs of the training.
+        progress: how each head has done. epochs: epochs of the training.
 
     Returns:
         The chosen head, with `results` as `add_results` makes them.
     """
-    rows, recipe, args = run.rows, run.recipe, run.args
+    rows, args, metric = run.rows, run.args, run.args.metric
     logits_by_head = _judged_logits(run)
     runs: dict[str, dict[str, Any]] = {}
-    for name in run.candidates:
+    for name, seed in run.candidates.items():
         probe, logits = run.heads[name], logits_by_head[name]
         if not bool(logits.isfinite().all()):
             continue  # it diverged
         probe.config, decided = decide(probe.config, logits, rows.judged.labels, args)
-        runs[name] = {"seed": run.seed_of(name), "epochs": progress[name].epochs or epochs, **decided}
+        runs[name] = {"seed": seed, "epochs": progress[name].epochs or epochs, **decided}
         if rows.test is not None:
             tested = predict_logits(probe, run.datasets["test"])
             runs[name]["test"] = report(probe.config, tested, rows.test.labels, rows.slices)
         if probe.config.reads_reply and not rows.folds:  # with folds the head has learned from the validation rows
             runs[name]["halting"] = _halting(probe, run)
-    metric = args.metric_for_best_model.removeprefix("eval_")
     if not runs:
         raise ProbeError(f"no head of {len(run.candidates)} gives a number for {metric}: use a smaller learning_rate")
     chosen = max(runs, key=lambda name: runs[name]["validation"][metric])
@@ -88,39 +78,33 @@ def finish(run: PreparedRun, progress: Mapping[str, Any], epochs: float) -> Fini
     shown = "validation" if rows.test is None else "test"
     add_results(
         head,
-        rows=_describe_rows(run),
-        training=args.describe() | {name.removesuffix("_factor"): v for name, v in run.training_of(chosen).items()},
+        args,
+        rows=rows.described,
+        head_args=run.head_args[chosen],
         runs=[runs[chosen]] if run.trials else list(runs.values()),
+        chosen=runs[chosen]["seed"],
         inspected=(shown, _part(run, shown), logits if shown == "validation" else None),
-        novelty=_novelty_rows(run, logits) if args.novelty else None,
+        novelty=_novelty_rows(run, logits),
         dtype=run.dtype,
         card=_card(run),
-        chosen=runs[chosen]["seed"],
     )
     if run.trials:
-        head.results["search"] = _describe_search(run, runs, metric)
-    if rows.calibration is not None:
-        fitted = _calibrate(run, head)
-        head.results |= {} if fitted is None else {"thresholds_from": fitted}
+        head.results["search"] = _describe_search(run, runs)
+    if rows.calibration is not None and (fitted := _calibrate(run, head)) is not None:
+        head.results["thresholds_from"] = fitted
     if rows.measured or rows.held_rows:
         head.results["measured"] = measure(run, head, _calibrated_twins(run, logits_by_head))
-    return Finished(head, head.results, recipe.write())
+    return head
 
 
 def _judged_logits(run: PreparedRun) -> dict[str, torch.Tensor]:
     """Return logits of the judged rows, by head; with folds by heads that have not learned from them."""
-    names = list(run.heads)
-    if not run.rows.folds:
-        found = predict_together(list(run.heads.values()), run.datasets["validation"], progress=True)
-        return dict(zip(names, found, strict=True))
-    found = predict_together(list(run.heads.values()), _part(run, "validation"), progress=True)
-    every = dict(zip(names, found, strict=True))
+    logits = predict_together(list(run.heads.values()), _part(run, "validation"), progress=True)
+    by_head = dict(zip(run.heads, logits, strict=True))
     for name in run.candidates:
-        judged = torch.empty_like(every[name])
         for number, fold in enumerate(run.rows.folds):
-            judged[fold] = every[f"{name}-fold-{number}"][fold]
-        every[name] = judged
-    return every
+            by_head[name][fold] = by_head[f"{name}-fold-{number}"][fold]
+    return by_head
 
 
 def _part(run: PreparedRun, name: str) -> Dataset:
@@ -174,50 +158,32 @@ def _calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tenso
     return twins
 
 
-def _describe_rows(run: PreparedRun) -> dict[str, dict[str, Any]]:
-    """Return `source` and `rows` of each part, the `weights` of extra rows, and what a licence has left out."""
-    rows = run.rows
-    counts = {"train": len(rows.train) - rows.num_extra, "validation": len(rows.judged), "extra": rows.num_extra}
-    counts["test"] = 0 if rows.test is None else len(rows.test)
-    counts["calibration"] = 0 if rows.calibration is None else len(rows.calibration)
-    described = {
-        name: {"source": rows.sources[name]["source"], "rows": count} for name, count in counts.items() if count
-    }
-    if "extra" in described and rows.sources["extra"].get("weights"):
-        described["extra"]["weights"] = rows.sources["extra"]["weights"]
-    if rows.not_commercial:
-        described["train"]["not_commercial"] = rows.not_commercial
-    return described
-
-
 def _card(run: PreparedRun) -> CardFacts:
     facts = run.recipe.card
-    notes = [source.note for source in run.recipe.train if source.note]
-    further = [note for note in dict.fromkeys(notes) if note not in (facts.data_note or "")]
-    data_note = facts.data_note
-    if further:
-        data_note = " ".join([data_note or "No licence of the training rows was stated.", "Further rows:", *further])
-    if left_out := run.rows.not_commercial:
+    notes = dict.fromkeys(source.note for source in run.recipe.train if source.note)
+    sentences = [facts.data_note or ""]
+    if further := [note for note in notes if note not in sentences[0]]:
+        sentences = [facts.data_note or "No licence of the training rows was stated.", "Further rows:", *further]
+    if left_out := run.rows.described["train"].get("not_commercial"):
         words = ", ".join(f"{count:,} rows of {name}" for name, count in left_out.items())
-        data_note = f"{data_note or ''} Left out, because their licences forbid commercial use or are not known: {words}.".strip()
+        sentences.append(f"Left out, because their licences forbid commercial use or are not known: {words}.")
     limits = [*facts.limits, *([DEMO_NOTE] if run.backbone == DEMO else [])]
-    return replace(facts, limits=limits, data_note=data_note, command=run.command or facts.command)
+    return replace(facts, limits=limits, data_note=" ".join(filter(None, sentences)) or None)
 
 
-def _describe_search(run: PreparedRun, runs: Mapping[str, dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+def _describe_search(run: PreparedRun, runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the trials of a search, best first; a trial that diverged has the score None."""
-    scores = {name: runs[name]["validation"][metric] if name in runs else None for name in run.trials}
-    order = sorted(scores, key=lambda name: -1e9 if scores[name] is None else scores[name], reverse=True)
-    return [
+    trials = [
         {
             "name": name,
-            "score": scores[name],
+            "score": runs[name]["validation"][run.args.metric] if name in runs else None,
             "epochs": runs[name]["epochs"] if name in runs else None,
             "num_parameters": run.heads[name].num_parameters(),
-            "values": run.trials[name].values,
+            "values": trial.values,
         }
-        for name in order
+        for name, trial in run.trials.items()
     ]
+    return sorted(trials, key=lambda trial: -math.inf if trial["score"] is None else trial["score"], reverse=True)
 
 
 def decide(
@@ -249,23 +215,24 @@ def _halting(probe: ProbeModel, run: PreparedRun) -> dict[str, Any]:
 
 def add_results(
     probe: ProbeModel,
+    args: ProbeTrainingArguments,
     rows: dict[str, dict[str, Any]],
-    training: dict[str, Any],
+    head_args: Mapping[str, Any],
     runs: list[dict[str, Any]],
     inspected: tuple[str, Dataset, torch.Tensor | None],
-    novelty: tuple[Dataset, Dataset, torch.Tensor] | None,
+    novelty: tuple[Dataset | None, Dataset, torch.Tensor],
     dtype: str | None,
-    card: CardFacts,
+    card: CardFacts | None = None,
     chosen: int | None = None,
 ) -> None:
     """Inspect a head whose config is decided, fit its novelty, and set its `results`, the contents of `results.json`.
 
     Args:
+        args, head_args: training arguments, and those of the head that differ.
         rows: of each part its `source` and the number of its `rows`.
-        training: training arguments; see `ProbeTrainingArguments.describe`.
         runs: results of each seed. chosen: seed of `probe`. Defaults to the first.
         inspected: split, data set and, if known, logits `[rows, num_labels]`; see `inspect_head`.
-        novelty: arguments of `fit_novelty`, which is skipped if there are too few rows. None: it is not wanted.
+        novelty: arguments of `fit_novelty`, which is skipped if it is not wanted or there are too few rows.
         dtype: of the backbone.
     """
     split, dataset, logits = inspected
@@ -276,16 +243,16 @@ def add_results(
         "flagged": probe.config.flagged_labels,
         "num_parameters": probe.num_parameters(),
         "data": rows,
-        "recipe": training,
+        "recipe": args.describe() | {name.removesuffix("_factor"): value for name, value in head_args.items()},
         "runs": runs,
         "chosen_seed": runs[0]["seed"] if chosen is None else chosen,
         "summary": {name: summarize([run[name] for run in runs]) for name in splits},
         "environment": environment() | ({"processes": world_size()} if world_size() > 1 else {}),
         "dtype": dtype,
-        "card": asdict(card),
+        "card": asdict(card or CardFacts()),
         "inspection": {"split": split, **inspect_head(probe, dataset, labels_of(dataset), logits=logits)},
     }
-    if novelty is not None and can_fit(probe.config, *novelty[:2]):
+    if args.novelty and novelty[0] is not None and can_fit(probe.config, *novelty[:2]):
         sources = [rows[name]["source"] for name in ("train", "extra") if name in rows]
         results["novelty"] = {"sources": sources, **fit_novelty(probe, *novelty)}
     probe.results = results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -69,6 +69,16 @@ def _cut(item: dict, reply_length: int) -> dict:
     if "hidden_states" in item:
         cut["hidden_states"] = item["hidden_states"][:, :stop]
     return item | cut
+
+
+def learners(rows: int, heads: Collection[str], left_out: Mapping[str, Sequence[int]]) -> np.ndarray | None:
+    """Return `[rows, heads]`, false for the rows that `left_out` names for a head; None if it names none."""
+    if not left_out:
+        return None
+    learned_by = np.ones((rows, len(heads)), dtype=bool)
+    for column, name in enumerate(heads):
+        learned_by[list(left_out.get(name, ())), column] = False
+    return learned_by
 
 
 def as_dataset(

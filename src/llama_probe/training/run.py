@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from transformers import ProgressCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..data.row_files import MAX_TEXT
 from ..distributed import claimed, on_main, process_group
 from ..errors import ProbeError
 from ..evaluation.resume import same_settings
@@ -31,11 +31,8 @@ class TrainingRun:
         recipe: see `Recipe.load`.
         backbone: `"demo"`, a folder, a GGUF file, or a Hub id. dtype: of its weights.
         data_dir: folder of local copies of the sources.
-        commercial: leave out rows whose licence forbids commercial use, or is not known.
-        max_text: characters of the longest text.
         resume: from the checkpoints of a stopped run. The number of processes may differ.
         overwrite: replace the head, or the stopped run, that `output` holds.
-        command: the command that makes the head, for the card.
     """
 
     recipe: Recipe | Mapping[str, Any] | str
@@ -43,14 +40,8 @@ class TrainingRun:
     output: Path
     dtype: str = "auto"
     data_dir: str | os.PathLike | None = None
-    commercial: bool = False
-    max_text: int = MAX_TEXT
     resume: bool = False
     overwrite: bool = False
-    command: str | None = None
-
-    def __post_init__(self):
-        self.recipe, self.output = Recipe.load(self.recipe), Path(self.output)
 
     def run(self) -> dict[str, Any]:
         """Train, calibrate, measure and save.
@@ -71,6 +62,7 @@ class TrainingRun:
             with claimed(self.output):
                 prepared = self._prepare()
                 try:
+                    on_main(lambda: self._open_checkpoints(prepared))
                     return self._train(prepared)
                 except Exception:
                     prepared.clean_states()
@@ -91,34 +83,23 @@ class TrainingRun:
             raise ProbeError(f"{self.output} holds a stopped run: --resume continues it, --overwrite starts anew")
 
     def _prepare(self, only_estimate: bool = False) -> PreparedRun:
-        return PreparedRun.create(
-            self.recipe,
-            self.output,
-            self.backbone,
-            data_dir=self.data_dir,
-            dtype=self.dtype,
-            commercial=self.commercial,
-            max_text=self.max_text,
-            command=self.command,
-            only_estimate=only_estimate,
-        )
+        places = {"data_dir": self.data_dir, "dtype": self.dtype, "only_estimate": only_estimate}
+        return PreparedRun.create(Recipe.load(self.recipe), Path(self.output), self.backbone, **places)
+
+    def _open_checkpoints(self, prepared: PreparedRun) -> None:
+        """Keep the checkpoints of this very training, or start with none; `ProbeError` if they are of another one."""
+        path = prepared.output / CHECKPOINTS / SETUP_NAME
+        if not (self.resume and path.is_file()):
+            shutil.rmtree(path.parent, ignore_errors=True)
+        same_settings(path, prepared.settings())
 
     def _train(self, prepared: PreparedRun) -> dict[str, Any]:
-        checkpoints = self.output / CHECKPOINTS
-        on_main(lambda: self._open_checkpoints(checkpoints, prepared))
         trainer = ProbeTrainer.from_prepared(prepared)
         if trainer.pop_callback(ProgressCallback) is not None:
             trainer.add_callback(_ProgressBar)
-        trainer.train(last_checkpoint(checkpoints) if self.resume else None)
+        trainer.train(last_checkpoint(prepared.output / CHECKPOINTS) if self.resume else None)
         trainer.save_model()
         return trainer.results
-
-    def _open_checkpoints(self, folder: Path, prepared: PreparedRun) -> None:
-        """Keep the checkpoints of this very training, or start with none; `ProbeError` if they are of another one."""
-        path = folder / SETUP_NAME
-        if not (self.resume and path.is_file()):
-            prepared.clean_checkpoints()
-        same_settings(path, prepared.settings())
 
 
 class _ProgressBar(ProgressCallback):
@@ -128,11 +109,10 @@ class _ProgressBar(ProgressCallback):
         """Show what was measured of the validation rows."""
         if self.training_bar is not None:
             numbers = {name.removeprefix("eval_"): value for name, value in (logs or {}).items()}
-            metric = args.metric_for_best_model.removeprefix("eval_")
-            self.training_bar.set_postfix({key: value for key, value in numbers.items() if key in ("loss", metric)})
+            self.training_bar.set_postfix({key: numbers[key] for key in ("loss", args.metric) if key in numbers})
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """Return the last complete checkpoint: the Trainer writes its state last, so a kill leaves one without it."""
-    found = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    return max(map(str, found), key=lambda path: int(path.rpartition("-")[2]), default=None)
+    whole = [str(path.parent) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +9,16 @@ from typing import Any
 from ..errors import ProbeError
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
-from .defaults import SEARCH_SPACE
 
 
+# Hyper-parameters of every kind, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
+SEARCH_SPACE = {
+    "learning_rate": (1e-5, 3e-3),
+    "weight_decay": (0.0, 0.05),
+    "label_smoothing_factor": (0.0, 0.1),
+    "dropout": (0.0, 0.4),
+    "layer_dropout": (0.0, 0.3),
+}
 _TRAINING = ("learning_rate", "weight_decay", "label_smoothing_factor")
 _ATTEMPTS = 100  # draws for one trial that fits the backbone
 
@@ -68,7 +74,7 @@ def draw_trials(search: Search, base: ProbeConfig, seed: int) -> dict[str, Trial
         for _ in range(_ATTEMPTS):
             values = {
                 "probe_type": kind,
-                **_draw(studies[kind].ask(), SEARCH_SPACE | get_probe_type(kind).search_space),
+                **draw(studies[kind].ask(), SEARCH_SPACE | get_probe_type(kind).search_space),
             }
             with suppress(ProbeError):
                 trials[f"trial-{number}"] = _trial(base, values)
@@ -78,7 +84,8 @@ def draw_trials(search: Search, base: ProbeConfig, seed: int) -> dict[str, Trial
     return trials
 
 
-def _draw(trial: Any, space: dict[str, tuple[float, float] | Sequence[Any]]) -> dict[str, Any]:
+def draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> dict[str, Any]:
+    """Let an Optuna trial draw a value for each name: of a range, or of a list of choices."""
     return {
         name: trial.suggest_categorical(name, choices)
         if isinstance(choices, list)

@@ -30,7 +30,7 @@ from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import EncodedTexts, PromptFormat
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
-from ..evaluation.metrics import check_metric, default_metric
+from ..evaluation.metrics import check_metric
 from ..evaluation.metrics import compute_metrics as metrics_of
 from ..evaluation.prediction import predict_logits
 from ..heads import get_probe_type
@@ -38,15 +38,16 @@ from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..heads.rules import PROMPT_FORMATS
 from .arguments import ProbeTrainingArguments
-from .defaults import MAX_LENGTH, SEARCH_SPACE, complete_head, head_config
-from .estimate import free_bytes
+from .defaults import MAX_LENGTH, complete_head, head_config
+from .estimate import keeps_states
 from .head_group import GroupLoss, HeadGroup
 from .loss import ProbeLoss
 from .prepared import PreparedRun
 from .progress import KeepBest, Progress, read_progress, write_progress
-from .recipe import CardFacts, Recipe
-from .results import Finished, add_results, decide, finish
-from .rows import TrainingRows, as_dataset, labels_of
+from .recipe import Recipe
+from .results import add_results, decide, finish, save_head
+from .rows import TrainingRows, as_dataset, labels_of, learners
+from .search import SEARCH_SPACE, draw
 
 
 logger = logging.get_logger(__name__)
@@ -120,17 +121,16 @@ class ProbeTrainer(Trainer):
         self.args = args = copy.copy(args) if args is not None else ProbeTrainingArguments()
         if not isinstance(args, ProbeTrainingArguments):
             raise ProbeError(f"args must be ProbeTrainingArguments, not {type(args).__name__}")
-        if sum(given is not None for given in (model, model_init, backbone)) != 1:
+        if sum(source is not None for source in (model, model_init, backbone)) != 1:
             raise ProbeError("give one of model=ProbeModel(...), model_init= and backbone=")
         if probe_config is not None and backbone is None:
             raise ProbeError("probe_config needs backbone=; a model has its own config")
-        known = [item.name for item in fields(ProbeConfig)]
-        if unknown := [name for name in probe_config or {} if name not in known]:
-            raise ProbeError(f"probe_config has no {unknown[0]!r}; learning rates and the like go into args=")
+        if unknown := set(probe_config or ()) - {item.name for item in fields(ProbeConfig)}:
+            raise ProbeError(f"probe_config has no {min(unknown)!r}; learning rates and the like go into args=")
         self._columns, self._tokenizer = column_mapping, processing_class
         self._recorded: dict[str, Any] = {}
         self._run: PreparedRun | None = None
-        self._chosen: Finished | None = None
+        self._chosen: ProbeModel | None = None
         self.logits: torch.Tensor | dict[str, torch.Tensor] | None = None
         if backbone is not None:
             model, train_dataset = self._create_head(backbone, dict(probe_config or {}), train_dataset)
@@ -147,11 +147,10 @@ class ProbeTrainer(Trainer):
         self._heads = dict(model.heads) if isinstance(model, HeadGroup) else {"head": model}
         self.progress = {name: Progress() for name in self._heads}
         self._head_args = {name: dict((head_args or {}).get(name, {})) for name in self._heads}
-        for given in (head_args or {}, left_out or {}):
-            if unknown := [name for name in given if name not in self._heads or not isinstance(model, HeadGroup)]:
-                raise ProbeError(
-                    f"there is no head {unknown[0]!r} in model={{name: head}}; heads: {', '.join(self._heads)}"
-                )
+        if unknown := {*(head_args or ()), *(left_out or ())} - set(
+            self._heads if isinstance(model, HeadGroup) else ()
+        ):
+            raise ProbeError(f"there is no head {min(unknown)!r} in model={{name: head}}: {', '.join(self._heads)}")
         if is_tensor_parallel(model.backbone):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
         train = self._label("train_dataset", train_dataset, model, learned=True)
@@ -162,7 +161,7 @@ class ProbeTrainer(Trainer):
             compute_loss_func = GroupLoss(losses) if isinstance(model, HeadGroup) else losses["head"]
         learned = self._encode("train_dataset", train, model, learned=True)
         if left_out:
-            learned = self._divide(learned, left_out)
+            learned = TrainingRows(learned, learned_by=learners(len(learned), self._heads, left_out))
         judged = self._encode("eval_dataset", validation, model)
         with warnings.catch_warnings():
             # The parent smooths no labels of several at once. The loss does.
@@ -212,35 +211,23 @@ class ProbeTrainer(Trainer):
             data_dir: folder of local copies of the sources: `DIR/NAME/SPLIT.jsonl.gz`.
             licence: `"commercial"` leaves out the rows whose licence forbids commercial use, or is not known.
             dtype: of the backbone's weights.
-            kwargs: of `ProbeTrainer`, and `command`, the line that the card shows.
+            kwargs: of `ProbeTrainer`.
 
         Raises:
             ProbeError: a field of the recipe is wrong, a source cannot be read, or the disk is too small. Raised before the
                 backbone is loaded.
         """
-        if licence not in (None, "commercial"):
-            raise ProbeError(f"licence={licence!r} must be None or 'commercial'")
-        given = backbone if isinstance(backbone, nn.Module) else str(backbone)
-        settings_of_run = {"data_dir": data_dir, "dtype": dtype, "commercial": licence == "commercial"}
-        settings_of_run |= {name: kwargs.pop(name) for name in ("command", "max_text") if name in kwargs}
-        run = PreparedRun.create(
-            Recipe.load(recipe, settings), Path(output_dir), given, processing_class, **settings_of_run
-        )
+        if licence is not None:
+            settings = [*settings, f"licence={licence}"]
+        backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
+        loaded = Recipe.load(recipe, settings)
+        run = PreparedRun.create(loaded, Path(output_dir), backbone, processing_class, data_dir, dtype)
         return cls.from_prepared(run, **kwargs)
 
     @classmethod
     def from_prepared(cls, run: PreparedRun, **kwargs) -> ProbeTrainer:
         """Return the trainer of a recipe that is ready to train. See `from_recipe`."""
-        trainer = cls(
-            run.heads,
-            run.args,
-            None,
-            run.learned(),
-            run.judged(),
-            compute_loss_func=GroupLoss({name: run.loss(name) for name in run.heads}),
-            head_args={name: run.training_of(name) for name in run.heads},
-            **kwargs,
-        )
+        trainer = cls(run.heads, run.args, None, run.learned(), run.judged(), head_args=run.head_args, **kwargs)
         trainer._run = run
         return trainer
 
@@ -254,7 +241,7 @@ class ProbeTrainer(Trainer):
     @property
     def results(self) -> dict[str, Any] | None:
         """Results of the head of a recipe, or of a single head; None before `judge`."""
-        head = next(iter(self.heads.values())) if self._chosen is None else self._chosen.head
+        head = next(iter(self.heads.values())) if self._chosen is None else self._chosen
         return head.results
 
     @cached_property
@@ -263,18 +250,6 @@ class ProbeTrainer(Trainer):
         if self.args.cache_dir is None:
             weakref.finalize(self, cache.delete)
         return cache
-
-    def _keeps_states(self, config: ProbeConfig, tokens: int) -> bool:
-        """Return True if hidden states are cached, for rows of so many tokens. `"auto"` says what it chose."""
-        wanted = self.args.cache_states
-        if wanted != "auto":
-            return bool(wanted)
-        needed, free = self._cache.bytes_of(config, tokens), free_bytes(self._cache.folder)
-        if needed < 0.9 * free and (self.args.num_train_epochs > 1 or self.args.cache_dir is not None):
-            return True
-        why = f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free" if needed >= 0.9 * free else "one epoch"
-        logger.warning(f"hidden states are not cached ({why}): the backbone runs each epoch")
-        return False
 
     def _create_head(self, backbone: Any, head: dict[str, Any], data: Any) -> tuple[ProbeModel, LabelledTexts]:
         """Read the training rows, load the backbone, and make a head for the labels of the rows."""
@@ -292,20 +267,10 @@ class ProbeTrainer(Trainer):
 
     def _create_loss(self, name: str, train: LabelledTexts | Dataset | None) -> ProbeLoss:
         """Return the loss that the arguments describe for a head."""
-        values = {
-            field_name: self._head_args[name].get(field_name, getattr(self.args, field_name))
-            for field_name in ("class_weights", "label_smoothing_factor", "focal_gamma")
-        }
-        balanced = values["class_weights"] == "balanced" and train is not None
-        labels = labels_of(train) if balanced else np.empty(0)
-        return ProbeLoss.create(self._heads[name].config, labels, *values.values())
-
-    def _divide(self, learned: Dataset, left_out: Mapping[str, Sequence[int]]) -> TrainingRows:
-        """Return the training rows with the heads that learn from each."""
-        learned_by = np.ones((len(learned), len(self._heads)), dtype=bool)
-        for column, name in enumerate(self._heads):
-            learned_by[list(left_out.get(name, [])), column] = False
-        return TrainingRows(learned, learned_by=learned_by)
+        names = ("class_weights", "label_smoothing_factor", "focal_gamma")
+        values = [self._head_args[name].get(argument, getattr(self.args, argument)) for argument in names]
+        labels = np.empty(0) if train is None or values[0] != "balanced" else labels_of(train)
+        return ProbeLoss.create(self._heads[name].config, labels, *values)
 
     def _label(
         self, name: str, data: Any, probe: ProbeModel | HeadGroup, learned: bool = False
@@ -340,8 +305,8 @@ class ProbeTrainer(Trainer):
             encoded = EncodedTexts(rows.texts, masks, list(map(sum, masks)) if follows else None)
         else:
             encoded = self._format(name, probe).encode_for(probe.config, rows.texts)
-        cached = self._keeps_states(probe.config, sum(map(len, encoded.ids)))
-        cache = self._cache if cached else None
+        needed = self._cache.bytes_of(probe.config, sum(map(len, encoded.ids)))
+        cache = self._cache if keeps_states(self.args, needed, self._cache.folder) else None
         dataset = as_dataset(encoded, rows.labels, probe.config, probe.backbone, cache)
         is_cut = learned and encoded.reply_lengths
         return TrainingRows(dataset, reply_lengths=encoded.reply_lengths) if is_cut else dataset
@@ -368,12 +333,10 @@ class ProbeTrainer(Trainer):
         args = self.args
         if validation is None:
             args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
-        args.fill(config.probe_type, len(train or ()))
-        metric = args.metric_for_best_model = args.metric_for_best_model or default_metric(config)
-        if args.greater_is_better is None:
-            args.greater_is_better = not metric.endswith("loss")
-            if args.greater_is_better and validation is not None and not own_metrics:
-                check_metric(metric.removeprefix("eval_"), labels_of(validation), config)
+        is_open = args.greater_is_better is None
+        args.fill(config, len(train or ()))
+        if is_open and args.greater_is_better and validation is not None and not own_metrics:
+            check_metric(args.metric, labels_of(validation), config)
         check_threshold_rule(config, args.max_false_positive_rate, args.threshold_rule)
 
     def _table(self, name: str, data: Any) -> Dataset | None:
@@ -468,7 +431,7 @@ class ProbeTrainer(Trainer):
         if self._run is not None:
             self._chosen = finish(self._run, self.progress, self.state.epoch)
             return self._chosen.results
-        train, validation, results, logits_by_head = self.train_dataset, self.eval_dataset, {}, {}
+        train, validation, logits_by_head = self.train_dataset, self.eval_dataset, {}
         parts = {"train": train, "validation": validation}
         rows = {name: {"source": "own rows", "rows": len(part)} for name, part in parts.items() if part is not None}
         for name, probe in self.heads.items():
@@ -478,20 +441,19 @@ class ProbeTrainer(Trainer):
             probe.config, decided = decide(probe.config, logits, labels_of(validation), self.args)
             add_results(
                 probe,
+                self.args,
                 rows=rows,
-                training=self.args.describe() | _described(self._head_args[name]),
+                head_args=self._head_args[name],
                 runs=[{"seed": self.args.seed, "epochs": self.state.epoch, **decided}],
                 inspected=("validation", validation, logits),
-                novelty=(train, validation, logits) if self.args.novelty and train is not None else None,
+                novelty=(train, validation, logits),
                 dtype=probe.config.base_model_dtype,
-                card=CardFacts(),
             )
-            results[name] = probe.results
-        if not isinstance(self.model, HeadGroup):
-            self.logits = logits_by_head["head"]
-            return results["head"]
-        self.logits = logits_by_head
-        return results
+        if isinstance(self.model, HeadGroup):
+            self.logits = logits_by_head
+            return {name: probe.results for name, probe in self.heads.items() if probe.results}
+        self.logits = logits_by_head["head"]
+        return self.model.results
 
     def metric_name(self, head: str, metric: str) -> str:
         """Return the name of a head's metric in an evaluation."""
@@ -501,7 +463,7 @@ class ProbeTrainer(Trainer):
         # The configs change when the heads are judged.
         if not isinstance(self.model, HeadGroup):
             return metrics_of(self.model.config)(evaluated)
-        metric, values = self.args.metric_for_best_model.removeprefix("eval_"), {}
+        metric, values = self.args.metric, {}
         for place, (name, head) in enumerate(self.heads.items()):
             predictions, labels = evaluated.predictions[:, place], evaluated.label_ids
             rows = ~np.isnan(predictions).any(axis=-1)  # other rows are not for this head; see `HeadGroup`
@@ -520,18 +482,14 @@ class ProbeTrainer(Trainer):
             hp_space: defaults to learning rate, weight decay and batch size, in the ranges of arXiv 2601.13288.
             compute_objective: defaults to `metric_for_best_model`, which is maximised.
         """
-        metric = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
-        compute_objective = compute_objective or (lambda metrics: metrics[metric])
+        compute_objective = compute_objective or (lambda metrics: metrics[f"eval_{self.args.metric}"])
         kwargs.setdefault("direction", "maximize")
         return super().hyperparameter_search(hp_space or self._suggest, compute_objective, n_trials, **kwargs)
 
     def _suggest(self, trial: Any) -> dict[str, Any]:
         space = SEARCH_SPACE | get_probe_type(self.model.config.probe_type).search_space
-        return {
-            "learning_rate": trial.suggest_float("learning_rate", *space["learning_rate"], log=True),
-            "weight_decay": trial.suggest_float("weight_decay", *space["weight_decay"]),
-            "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", [8, 16, 32, 64]),
-        }
+        names = ("learning_rate", "weight_decay")
+        return draw(trial, {name: space[name] for name in names} | {"per_device_train_batch_size": [8, 16, 32, 64]})
 
     # Files and the Hub
 
@@ -552,7 +510,7 @@ class ProbeTrainer(Trainer):
         if self._run is not None:
             if self._chosen is None:
                 raise ProbeError("the recipe has no head yet: call train() first")
-            self._chosen.save(Path(output_dir or self._run.output))
+            save_head(self._run, self._chosen, Path(output_dir or self._run.output))
             self._run.clean()
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -578,7 +536,7 @@ class ProbeTrainer(Trainer):
             return None
         if isinstance(self.model, HeadGroup) and self._run is None:
             raise ProbeError("push each of several heads by itself: trainer.heads[name].push_to_hub(repo_id)")
-        head = self.model if self._chosen is None else self._chosen.head
+        head = self._chosen or self.model
         self._save_heads(None)  # before the Hub can refuse
         kwargs["revision"] = kwargs.get("revision") or self.args.hub_revision
         return head.push_to_hub(repo_id, token=token, commit_message=commit_message, **kwargs)
@@ -587,11 +545,6 @@ class ProbeTrainer(Trainer):
         # The parent would upload training_args.bin, a pickle, and weights without a config.
         if self.args.hub_strategy != HubStrategy.END:
             self.push_to_hub(f"Training in progress, epoch {self.state.epoch:.0f}")
-
-
-def _described(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return training arguments by the names of `results.json`."""
-    return {name.removesuffix("_factor"): value for name, value in arguments.items()}
 
 
 def _last_checkpoint_of(folder: str) -> str | None:
