@@ -12,8 +12,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from llama_probe.vllm import engine_kwargs
-from llama_probe.vllm.connector import ScoredPrompts
 from llama_probe.vllm.scheduler import AsyncProbeScheduler, ProbeScheduler, create_scheduler
+from llama_probe.vllm.step_scores import StepScores
 
 
 BLOCK, CHUNK = 16, 24
@@ -57,7 +57,8 @@ def answer(scheduler, step: SchedulerOutput, found: dict[str, list[float]]):
         [7] if name in found or name not in scheduler.requests or scheduler.connector.get_answer(name) else []
         for name in names
     ]
-    meta = ScoredPrompts({name: {"guard": logits} for name, logits in found.items()}) if found else None
+    scored = {name: {"guard": (0, row)} for row, name in enumerate(found)}
+    meta = StepScores(scored, [torch.tensor(list(found.values()))]) if found else None
     places = {name: place for place, name in enumerate(names)}
     said = KVConnectorOutput(kv_connector_worker_meta=meta)
     output = ModelRunnerOutput(names, places, tokens, kv_connector_output=said)

@@ -1,10 +1,13 @@
 """Heads on cached states say of every prompt what they say of its states alone, whatever else is scored and lies around."""
 
+import copy
 import functools
 import math
+import pickle
 
 import pytest
 import torch
+from accelerator import DEVICE, Accelerator
 from conftest import make_probe
 from torch import nn
 
@@ -117,7 +120,7 @@ def test_together_as_alone(monkeypatch, projected, kernel_block_size, tokens, se
     every = list(HEADS)
     heads = [every if number % 3 else every[: number % len(every) + 1] for number in range(len(lengths))]
     requests, states = served.fill(lengths, heads)
-    check(requests, states, served.scorer.score(requests))
+    check(requests, states, served.scorer.score(requests).read())
 
 
 @pytest.mark.parametrize("budget", [0, 2 * 2 * 4 * 3 * HIDDEN, 1 << 20])
@@ -130,8 +133,8 @@ def test_features_do_not_depend_on_the_groups_of_layers(monkeypatch, budget):
 
 def test_nothing_to_score():
     scorer = Served(True, 2).scorer
-    assert scorer.score([]) == {}
-    assert scorer.score([ScoringRequest("a", [1, 2], 2, [1], [])]) == {"a": {}}
+    assert scorer.score([]).read() == {}
+    assert scorer.score([ScoringRequest("a", [1, 2], 2, [1], [])]).read() == {"a": {}}
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -140,7 +143,7 @@ def test_what_is_no_number_stays_with_its_prompt(projected):
     requests, states = served.fill([10, 9], [["mha", "last"]] * 2)
     for cache in served.caches.values():
         cache.kv_cache[requests[0].block_ids[0]] = torch.nan
-    found = served.scorer.score(requests)
+    found = served.scorer.score(requests).read()
     assert not any(map(math.isfinite, found["request-0"]["mha"]))
     check(requests[1:], states, {"request-1": found["request-1"]})
 
@@ -162,11 +165,38 @@ def test_prompts_of_about_one_length_go_together_and_within_the_limit(monkeypatc
 
 
 @pytest.mark.parametrize("projected", [False, True])
+def test_a_worker_waits_for_nothing_but_the_copy_of_its_results(projected):
+    """Results are copied once a step, and no value is looked at before."""
+    counts = []
+    for lengths in ([16], [16, 15, 14, 13]):
+        served = Served(projected, 20)
+        requests, states = served.fill(lengths, [list(HEADS)] * len(lengths))
+        with Accelerator() as device:
+            plan = copy.deepcopy(served.plan)
+            for cache in served.caches.values():
+                cache.plan, cache.kv_cache = plan, cache.kv_cache.to(DEVICE)
+            scorer = Scorer(served.caches, BLOCK, runs=True)
+            before = device.operations
+            found = scorer.score(requests)
+            counts.append((device.reads - len(served.reads), device.operations - before))  # `Reads` looks itself
+        check(requests, states, found.read())
+    (reads, operations), (more_reads, more_operations) = counts
+    assert reads == more_reads == 1
+    assert more_operations - operations < 12 * len(HEADS), "masks and padding, which one prompt alone does not need"
+
+
+def test_results_can_be_sent_before_they_are_read():
+    served = Served(True, 20)
+    requests, states = served.fill([10, 9], [["mha", "gate"], ["gate"]])
+    check(requests, states, pickle.loads(pickle.dumps(served.scorer.score(requests))).read())
+
+
+@pytest.mark.parametrize("projected", [False, True])
 def test_other_ranks_read_along_and_run_nothing(projected):
     """With tensor parallelism the numbers of all ranks are gathered: all must read the same ones in the same order."""
     served, other = Served(projected, 60), Served(projected, 60, runs=False)
     requests, _ = served.fill([20, 3, 12, 2], [["gate"], ["mha", "last"], ["mha", "last"], ["content"]])
-    said = [each.scorer.score(requests) for each in (served, other)]
+    said = [each.scorer.score(requests).read() for each in (served, other)]
     assert served.reads == other.reads and served.reads
     assert {width for _, width, _ in served.reads} == ({HIDDEN, PLANS[True].width} if projected else {HIDDEN})
     assert all(logits for found in said[0].values() for logits in found.values())

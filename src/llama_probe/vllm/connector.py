@@ -13,7 +13,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorWorkerMetadata,
 )
 from vllm.logger import init_logger
 
@@ -23,6 +22,7 @@ from .compatibility import check_config
 from .scoring import Scorer, ScoringRequest
 from .settings import ProbeSettings
 from .state_cache import StateCache, cache_growth
+from .step_scores import StepScores
 
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what loggers of its own name say
@@ -38,16 +38,6 @@ class ScoringRequests(KVConnectorMetadata):
     """To the workers: the prompts that are complete after a step."""
 
     requests: list[ScoringRequest] = field(default_factory=list)
-
-
-@dataclass
-class ScoredPrompts(KVConnectorWorkerMetadata):
-    """Back from them: by request and head the logits, or why there are none."""
-
-    found: dict[str, dict[str, list[float] | str]]
-
-    def aggregate(self, other: ScoredPrompts) -> ScoredPrompts:
-        return ScoredPrompts({**self.found, **other.found})
 
 
 class ProbeConnector(KVConnectorBase_V1):
@@ -156,9 +146,10 @@ class ProbeConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         pass
 
-    def build_connector_worker_meta(self) -> ScoredPrompts | None:
+    def build_connector_worker_meta(self) -> StepScores | None:
         """Score this step's prompts. Beside a drafting model, vLLM calls `wait_for_save` too late for the step's output."""
-        if self._scorer is None:
+        requests = self._get_connector_metadata().requests
+        if self._scorer is None or not requests:
             return None
-        found = self._scorer.score(self._get_connector_metadata().requests)
-        return ScoredPrompts(found) if found and self._scorer.runs else None
+        scores = self._scorer.score(requests)
+        return scores if self._scorer.runs else None

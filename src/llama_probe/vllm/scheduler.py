@@ -9,7 +9,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
-from .connector import ProbeConnector, ScoredPrompts
+from .connector import ProbeConnector
+from .step_scores import StepScores
 
 
 class _Probed:
@@ -23,8 +24,8 @@ class _Probed:
         from_workers = model_runner_output.kv_connector_output
         said = from_workers and from_workers.kv_connector_worker_meta
         for scored in getattr(said, "metadata", [said]):  # of a MultiConnector, by connector
-            if isinstance(scored, ScoredPrompts):
-                for request_id, found in scored.found.items():
+            if isinstance(scored, StepScores):
+                for request_id, found in scored.read().items():
                     if request_id in self.requests:  # not aborted meanwhile
                         self.probes.take_in(request_id, found)
         outputs = super().update_from_output(scheduler_output, model_runner_output)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask
-from ..serving.reader import StateReader
 from .state_cache import FEATURES, STATES, StateCache
+from .step_scores import StepScores
 
 
 # States are read in pieces of about so many tokens, several layers of a short prompt at once: a long prompt's states never lie in
@@ -44,7 +45,7 @@ class ScoringRequest:
 
 
 class Scorer:
-    """Runs heads on what is cached.
+    """Runs heads on what is cached. It never waits for the device.
 
     Args:
         caches: of states and of features, if there are any. With tensor parallelism all ranks have the plan of heads, to read
@@ -59,24 +60,29 @@ class Scorer:
         self.plan, self.device, self.kernel_block_size = cache.plan, cache.kv_cache.device, cache.kernel_block_size
         self.heads = {name: head.to(self.device) for name, head in (self.plan.whole | self.plan.readers).items()}
 
-    @torch.inference_mode()
-    def score(self, requests: Sequence[ScoringRequest]) -> dict[str, dict[str, list[float] | str]]:
-        """Return by request and head the logits, finite or not, or why there are none. Ranks that run no heads have no logits."""
-        found: dict[str, dict[str, list[float] | str]] = {request.request_id: {} for request in requests}
+    @torch.no_grad()
+    def score(self, requests: Sequence[ScoringRequest]) -> StepScores:
+        """Return logits by request and head, finite or not, or why there are none. A rank that runs no heads has no logits."""
+        places: dict[str, dict[str, tuple[int, int] | str]] = {request.request_id: {} for request in requests}
         for request in requests:
             for name in request.heads:
                 try:
                     request.masks[name] = self._mask(self.heads[name], request)
                 except ProbeError as error:
-                    found[request.request_id][name] = str(error)
+                    places[request.request_id][name] = str(error)
+        parts: list[torch.Tensor] = []
         for batch in _batches(requests, self.kernel_block_size):
-            logits = self._score(batch)
-            for row, request in enumerate(batch):
-                found[request.request_id] |= {name: rows[row].tolist() for name, rows in logits.items()}
-        for request in requests:
-            said = found[request.request_id]
-            found[request.request_id] = {name: said[name] for name in request.heads if name in said}
-        return found
+            for name, logits in self._score(batch).items():
+                for row, request in enumerate(batch):
+                    places[request.request_id][name] = len(parts), row
+                parts.append(logits)
+        ordered = {
+            request.request_id: {
+                name: places[request.request_id][name] for name in request.heads if name in places[request.request_id]
+            }
+            for request in requests
+        }
+        return StepScores(ordered, parts)
 
     def _score(self, requests: Sequence[ScoringRequest]) -> dict[str, torch.Tensor]:
         """Return logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
@@ -88,64 +94,72 @@ class Scorer:
         }
         blocks = pad_sequence([torch.tensor(request.block_ids) for request in requests], batch_first=True)
         # What lies behind a shorter prompt may be anything, and anything may be no number.
-        padding = None if (lengths == width).all() else (torch.arange(width) >= lengths[:, None]).to(self.device)
+        padding = None
+        if not (lengths == width).all():
+            padding = async_tensor_h2d(torch.arange(width) >= lengths[:, None], self.device)
         splits = self.block_size // self.kernel_block_size
-        blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1).to(self.device)
-        found: dict[str, torch.Tensor] = {}
-        for read, heads in ((self._read_states, self.plan.whole), (self._read_features, self.plan.readers)):
-            if own := {name: mask for name, mask in masks.items() if name in heads}:
-                found |= read(own, blocks, padding)
-        return found
+        blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1)
+        return self._read(masks, async_tensor_h2d(blocks, self.device), padding)
 
-    def _pieces(
-        self, blocks: torch.Tensor, masks: dict[str, torch.Tensor]
-    ) -> Iterator[tuple[slice, torch.Tensor, bool]]:
+    def _read(
+        self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Return logits by head, of prompts in blocks `[prompts, blocks]`, for the tokens that count.
+
+        Args:
+            masks: for each head the tokens that count, `[prompts, width]`, on the CPU.
+            padding: the tokens that belong to no prompt, `[prompts, width]`.
+        """
+        heads = {name: self.heads[name] for name in masks}
+        states = {name: head.init_state() for name, head in heads.items()}
+        for tokens, part, last in self._pieces(blocks, next(iter(masks.values())).shape[1]):
+            cut = {name: self._cut(mask[:, tokens]) for name, mask in masks.items()}
+            for layers, inputs in self._inputs(heads, part, padding, tokens):
+                for name, x in inputs.items() if self.runs else ():
+                    columns, mask = cut[name]
+                    if columns.stop:
+                        head = heads[name]
+                        head.step(states[name], layers or head.layer_indices, x[:, :, columns], mask, last=last)
+        return {name: heads[name].finish(state).logits for name, state in states.items()} if self.runs else {}
+
+    def _pieces(self, blocks: torch.Tensor, width: int) -> Iterator[tuple[slice, torch.Tensor, bool]]:
         """Yield the tokens of prompts in pieces: which, the blocks `[prompts, blocks]` that hold them, and if they are the last."""
-        size, width = self.kernel_block_size, next(iter(masks.values())).shape[1]
+        size = self.kernel_block_size
         step = max(_TOKENS // (len(blocks) * size), 1) * size
         for start in range(0, width, step):
             stop = min(start + step, width)
             part = blocks[:, start // size : -(-stop // size)]  # blocks are read whole
             yield slice(start, stop), part, stop == width
 
-    def _read_states(
-        self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """Return logits by head, of prompts `[prompts, blocks]`, for the tokens that count and those that are none `[prompts, width]`."""
-        heads = {name: self.heads[name] for name in masks}
-        reader = StateReader(heads) if self.runs else None
-        wanted = {layer for head in heads.values() for layer in head.layer_indices}
-        places = [place for place, layer in enumerate(self.plan.layers) if layer in wanted]
-        for tokens, part, last in self._pieces(blocks, masks):
-            if reader is not None:
-                reader.begin({name: mask[:, tokens] for name, mask in masks.items()}, last)
-            for states in _neighbours(places, _TOKENS // (part.numel() * self.kernel_block_size)):
-                hidden = self._numbers(STATES, states, part, padding, tokens)  # [S, prompts, tokens, D]
-                if reader is not None:
-                    for layer, each in zip(self.plan.layers[states], hidden, strict=True):
-                        reader.on_state(layer, each)
-            if reader is not None:
-                reader.end()
-        return {} if reader is None else {name: output.logits for name, output in reader.results().items()}
+    def _cut(self, mask: torch.Tensor) -> tuple[slice, torch.Tensor | None]:
+        """Return the columns of a `[prompts, tokens]` mask in which some token counts, and what is left of it on the device."""
+        counted = mask.any(dim=0).nonzero().flatten().tolist()
+        columns = slice(counted[0], counted[-1] + 1) if counted else slice(0, 0)
+        mask = mask[:, columns]
+        return columns, None if bool(mask.all()) else async_tensor_h2d(mask, self.device)
 
-    def _read_features(
-        self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """Return logits by head, of the same prompts, for heads that read features."""
-        states = {name: self.heads[name].init_state() for name in masks}
-        for tokens, part, last in self._pieces(blocks, masks):
-            features = self._numbers(FEATURES, slice(0, 1), part, padding, tokens)[0]  # [prompts, tokens, F]
-            for name, state in states.items() if self.runs else ():
-                head, mask = self.heads[name], masks[name][:, tokens]
-                counted = mask.any(dim=0).nonzero().flatten().tolist()
-                if not counted:
-                    continue
-                columns = slice(counted[0], counted[-1] + 1)
-                own = features[:, columns, self.plan.columns[name]].unflatten(-1, (len(head.layer_indices), -1))
-                own = head.prepare(own.permute(2, 0, 1, 3))  # [S, prompts, tokens, rank]
-                mask = None if bool(mask[:, columns].all()) else mask[:, columns].to(self.device)
-                head.step(state, head.layer_indices, own, mask, last=last)
-        return {name: self.heads[name].finish(state).logits for name, state in states.items()} if self.runs else {}
+    def _inputs(
+        self, heads: Mapping[str, ProbeModel], blocks: torch.Tensor, padding: torch.Tensor | None, tokens: slice
+    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        """Yield layers, of which an empty list is all of a head, and by head what it reads of them, `[S, prompts, tokens, width]`."""
+        whole = {name: head for name, head in heads.items() if name in self.plan.whole}
+        wanted = {layer for head in whole.values() for layer in head.layer_indices}
+        places = [place for place, layer in enumerate(self.plan.layers) if layer in wanted]
+        for states in _neighbours(places, _TOKENS // (blocks.numel() * self.kernel_block_size)):
+            hidden = self._numbers(STATES, states, blocks, padding, tokens)
+            prepared = {
+                head.input_format(hidden): head for head in whole.values()
+            }  # heads that agree share the result
+            prepared = {kind: head.prepare(hidden) for kind, head in prepared.items()}
+            yield self.plan.layers[states], {name: prepared[head.input_format(hidden)] for name, head in whole.items()}
+        if readers := {name: head for name, head in heads.items() if name not in whole}:
+            features = self._numbers(FEATURES, slice(0, 1), blocks, padding, tokens)[0]  # [prompts, tokens, F]
+            yield [], {name: self._own(name, head, features) for name, head in readers.items()}
+
+    def _own(self, name: str, head: ProbeModel, features: torch.Tensor) -> torch.Tensor:
+        """Return a head's part of features `[prompts, tokens, F]`: `[S, prompts, tokens, rank]`."""
+        own = features[..., self.plan.columns[name]].unflatten(-1, (len(head.layer_indices), -1))
+        return head.prepare(own.permute(2, 0, 1, 3))
 
     def _numbers(
         self, kind: str, states: slice, blocks: torch.Tensor, padding: torch.Tensor | None, tokens: slice

@@ -1,0 +1,61 @@
+"""The results of one step, from a worker to the scheduler: nobody waits for the device before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+from vllm.utils.platform_utils import is_pin_memory_available
+
+
+class StepScores(KVConnectorWorkerMetadata):
+    """Logits that heads give in one step of the engine, on their way to the host in one copy.
+
+    `read`, and pickling, wait for the copy.
+
+    Args:
+        prompts: by request and head the number of the part and the row in it that are its logits, or why there are none.
+        parts: logits `[rows, num_labels]`.
+    """
+
+    def __init__(self, prompts: dict[str, dict[str, tuple[int, int] | str]], parts: Sequence[torch.Tensor]):
+        self.prompts = prompts
+        self._shapes = [tuple(part.shape) for part in parts]
+        self._event: torch.Event | None = None
+        self._numbers = torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
+        if not self._numbers.is_cpu:
+            host = torch.empty(self._numbers.shape, pin_memory=is_pin_memory_available())
+            host.copy_(self._numbers, non_blocking=True)
+            if self._numbers.is_cuda:
+                self._event = torch.Event(self._numbers.device)
+                self._event.record()
+            self._numbers = host
+
+    def _parts(self) -> list[np.ndarray]:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        sizes = [rows * labels for rows, labels in self._shapes]
+        parts = self._numbers.split(sizes) if sizes else ()
+        return [part.view(shape).numpy() for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def read(self) -> dict[str, dict[str, list[float] | str]]:
+        """Return by request and head the logits of the prompt, or why there are none."""
+        parts = self._parts()
+        return {
+            request_id: {
+                name: place if isinstance(place, str) else parts[place[0]][place[1]].tolist()
+                for name, place in places.items()
+            }
+            for request_id, places in self.prompts.items()
+        }
+
+    def __getstate__(self):
+        self._parts()
+        return self.__dict__
+
+    def aggregate(self, other: StepScores) -> StepScores:
+        """Return the results of both. One rank of all runs heads."""
+        return self if self.prompts else other
