@@ -84,6 +84,10 @@ def test_the_model_runner_that_was_tested_is_used(tiny, monkeypatch):
         {"halt_on": lambda outputs: [True]},
         {"halt_on": "nobody"},
         {"halt_on": {"guard": {"unsure": (0.4, 0.6), "ask": print}}},
+        {"monitor": "nobody"},
+        {"monitor": "guard", "halt_on": "guard"},
+        {"hold_back": -1},
+        {"hold_back": 1, "halt_on": "guard"},
         {"probe": []},
         {"probe": {"odd": make_probe(hidden_size=HIDDEN)}},
     ],
@@ -241,7 +245,7 @@ def test_models_without_a_place_for_heads(tiny, tmp_path, monkeypatch):
     ("config", "reason"),
     [
         ({"hidden_size": 32}, "hidden_size=32"),
-        ({"token_scope": "all"}, "token_scope='all'"),
+        ({"token_scope": "all"}, "follows replies .*'mha'"),
     ],
 )
 def test_heads_that_do_not_fit(tiny, tmp_path, config, reason):
@@ -283,6 +287,8 @@ def test_options_of_vllms(tiny):
         (["--probe", "c"], "--probe"),
         (["--probe", "guard=c"], "--probe"),
         (["--halt-reply", "No."], "--halt-reply"),
+        (["--monitor", "nobody"], "--monitor"),
+        (["--hold-back", "2"], "hold_back"),
         (["--halt-reply", "", "--halt-on", "guard"], "--halt-reply"),
         (["--model=other"], "--model"),
         (["--decode_context_parallel_size=2"], "decode_context_parallel_size"),

@@ -39,7 +39,7 @@ class Engine:
 
     async def generate(self, prompt, sampling_params, request_id):
         self.prompts.append(prompt)
-        reply = SimpleNamespace(finish_reason="length", text="x")
+        reply = SimpleNamespace(finish_reason="length", stop_reason=None, text="x", index=0)
         yield SimpleNamespace(kv_transfer_params=answer(self.settings, self.logits), outputs=[reply])
 
 
@@ -59,7 +59,7 @@ def serve(tmp_path):
 
         @app.post("/v1/completions")
         async def complete(request: Request):
-            body = await request.json()
+            body, engine.authorization = await request.json(), request.headers.get("authorization")
             for prompt in body["prompt"]:
                 async for _ in engine.generate(prompt, SimpleNamespace(n=1), "cmpl-1"):
                     pass
@@ -84,7 +84,7 @@ def test_categories_are_the_labels_that_heads_flag(serve):
         scores = {"guard/bad": 0.289, "raw/yes": 0.119, "topics/a": 0.5, "topics/b": 0.881}
         assert result["category_scores"] == pytest.approx(scores, abs=1e-3)
         assert result["flagged"] is True
-    assert engine.body["kv_transfer_params"] == {"probes": ["guard", "raw", "topics"]}
+    assert engine.body["kv_transfer_params"] == {"probes": ["guard", "raw", "topics"], "reply": False}
     assert engine.body["max_tokens"] == 1
     formats = [PromptFormat.create(TOKENIZER, kind) for kind in ("chat", "raw")]
     assert engine.prompts == [ids for prompts in formats for ids in prompts.encode(["a", "b"])]

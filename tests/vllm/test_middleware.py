@@ -12,7 +12,7 @@ from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRAT
 
 from llama_probe.vllm.compatibility import ARCHITECTURES, KEY, PREFIX
 from llama_probe.vllm.middleware import ProbeStreams
-from llama_probe.vllm.payloads import Scores
+from llama_probe.vllm.payloads import Scores, halt_of
 
 
 BAD = {"label": "bad", "score": 0.981234, "scores": {"fine": 0.018766, "bad": 0.981234}}
@@ -28,7 +28,7 @@ class Engine:
 
     async def generate(self, prompt, sampling_params, request_id):
         self.asked += 1
-        reply = SimpleNamespace(finish_reason="stop", text="")
+        reply = SimpleNamespace(finish_reason="stop", stop_reason=None, text="", index=0)
         yield SimpleNamespace(kv_transfer_params=self.known, outputs=[reply])
 
 
@@ -138,6 +138,56 @@ def test_a_stored_response_says_that_it_was_halted(halted):
 
 def test_a_stream_that_fails_before_its_scores_is_an_error():
     assert client_of(Engine({})).post("/fails").status_code == 500
+
+
+def chunk(index: int, finish_reason=None, **delta) -> bytes:
+    choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}
+    return b"data: " + json.dumps({**head, "choices": [choice]}, separators=(",", ":")).encode()
+
+
+def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it():
+    """The first ends before it has a token, of which vLLM says nothing, the second in the middle, the third by itself."""
+    halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None]
+    replies = [{"probes": {"watch": {"tokens": number}}, "halted": halt} for number, halt in enumerate(halts)]
+    prompt = {"probes": {"guard": BAD}, "halted": None}
+    scores = Scores("tiny")
+    scores.add("chatcmpl-1", 3)
+    scores.prompts = [prompt]
+    said = [scores.stream(chunk(index, role="assistant")) for index in range(3)]
+    texts = [chunk(1, content='"finish_reason":1'), chunk(2, content="b")]
+    assert [scores.stream(text) for text in texts] == texts
+    scores.prompts = [{**prompt, "halted": halts[0], "replies": replies}]
+    said += [
+        scores.stream(chunk(1, "content_filter")),
+        scores.stream(chunk(2, "length")),
+        scores.stream(b"data: [DONE]"),
+    ]
+    events = [json.loads(line[6:]) for part in said for line in part.decode().split("\n\n") if line[6:7] == "{"]
+    assert [event["choices"][0]["index"] for event in events] == [0, 1, 2, 1, 2, 0]
+    assert [event["choices"][0]["finish_reason"] for event in events[3:]] == [
+        "content_filter",
+        "length",
+        "content_filter",
+    ]
+    assert [event["kv_transfer_params"] for event in events] == [prompt] * 3 + scores.prompts * 3
+    assert events[-1]["choices"][0]["stop_reason"] == "watch" and events[-1]["id"] == "chatcmpl-1"
+    assert said[-1].endswith(b"\n\ndata: [DONE]")
+
+
+def test_which_reply_was_halted():
+    prompt, reply = {"head": "guard", "token": None}, {"head": "watch", "token": 3}
+    said = {"probes": {"guard": BAD}, "halted": None}
+    assert halt_of({**said, "halted": prompt}, 1) == prompt, "of a prompt all"
+    replies = [*({"probes": {"watch": {}}, "halted": halt} for halt in (None, reply)), None]
+    known = {**said, "halted": reply, "replies": replies}
+    assert [halt_of(known, index, "watch") for index in range(4)] == [
+        None,
+        reply,
+        {"head": "watch"},
+        {"head": "watch"},
+    ]
+    assert [halt_of(known, index, "a stop string") for index in range(4)] == [None, reply, None, None]
 
 
 def test_structured_decisions_are_off():

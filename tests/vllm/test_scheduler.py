@@ -2,48 +2,22 @@
 
 import pytest
 import torch
-from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
+from played_workers import BAD, CHUNK, FINE, add, make_scheduler
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-from vllm.v1.request import Request, RequestStatus
-from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.request import RequestStatus
 
 from llama_probe.vllm import engine_kwargs
-from llama_probe.vllm.scheduler import AsyncProbeScheduler, ProbeScheduler, create_scheduler
+from llama_probe.vllm.scheduler import AsyncProbeScheduler
 from llama_probe.vllm.step_scores import StepScores
-
-
-BLOCK, CHUNK = 16, 24
-FINE, BAD = [9.0, -9.0], [-9.0, 9.0]
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "async"])
 def scheduler(request, tiny):
-    kwargs = engine_kwargs(tiny.backbone, {"guard": tiny.heads["guard"]}, halt_on="guard")
-    kwargs |= {"max_num_batched_tokens": CHUNK, "max_model_len": 128, "enable_prefix_caching": False}
-    config = EngineArgs(**kwargs).create_engine_config()
-    config.scheduler_config.async_scheduling = request.param
-    config.cache_config.num_gpu_blocks = 30
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    made = create_scheduler(
-        config,
-        kv_cache_config=KVCacheConfig(30, [], [KVCacheGroupSpec(["layer"], spec)]),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK,
-    )
-    assert type(made) is (AsyncProbeScheduler if request.param else ProbeScheduler)
+    made = make_scheduler(engine_kwargs(tiny.backbone, {"guard": tiny.heads["guard"]}, halt_on="guard"), request.param)
     yield made
     made.shutdown()
-
-
-def add(scheduler, name: str, length: int, kind=RequestOutputKind.DELTA, resumable=False, **changes) -> Request:
-    params = SamplingParams(max_tokens=5, output_kind=kind, **changes)
-    request = Request(name, list(range(4, 4 + length)), params, None, resumable=resumable)
-    scheduler.add_request(request)
-    return request
 
 
 def requests(step: SchedulerOutput) -> dict:

@@ -8,16 +8,15 @@ import pickle
 import pytest
 import torch
 from accelerator import DEVICE, Accelerator
+from cached_prompts import BLOCK, HIDDEN, LAYERS, Served
 from conftest import make_probe
-from torch import nn
 
 from llama_probe.vllm import cache_plan, scoring
 from llama_probe.vllm.cache_plan import CachePlan, Projector
 from llama_probe.vllm.scoring import Scorer, ScoringRequest
-from llama_probe.vllm.state_cache import FEATURES, STATES, StateCache
+from llama_probe.vllm.step_scores import StepScores
 
 
-LAYERS, HIDDEN, BLOCK = list(range(5)), 32, 8
 HEADS = {
     "mha": make_probe(0),
     "other": make_probe(1),
@@ -29,52 +28,11 @@ HEADS = {
 PLANS = {False: CachePlan(HEADS, projected=False), True: CachePlan(HEADS, projected=True)}
 
 
-class Reads(StateCache):
-    """Notes in a list what is read: how many states, of which blocks."""
-
-    def read(self, states, block_ids):
-        self.reads.append((states.stop - states.start, self.width, block_ids.tolist()))
-        return super().read(states, block_ids)
+make_served = functools.partial(Served, HEADS)
 
 
-def make_cache(
-    plan: CachePlan, reads: list, blocks: int, kernel_block_size: int, num_states: int, width: int
-) -> StateCache:
-    """What is not written holds no numbers, as what other requests have left may."""
-    cache = Reads.__new__(Reads)
-    nn.Module.__init__(cache)
-    cache.ranks, cache.head_size, cache.width, cache.plan, cache.reads = 1, width, width, plan, reads
-    cache.kv_cache = torch.full((blocks, num_states, kernel_block_size, width), torch.nan)
-    return cache
-
-
-class Served:
-    """Caches of a plan, and a scorer of what they hold. What it reads is noted in `reads`."""
-
-    def __init__(self, projected: bool, blocks: int, kernel_block_size: int = BLOCK, runs: bool = True):
-        self.plan, self.reads = PLANS[projected], []
-        sizes = (len(self.plan.layers), HIDDEN), (1, self.plan.width)
-        makes = functools.partial(make_cache, self.plan, self.reads, blocks, kernel_block_size)
-        self.caches = {kind: makes(*size) for kind, size in zip((STATES, FEATURES), sizes, strict=True) if all(size)}
-        self.scorer = Scorer(self.caches, BLOCK, runs)
-
-    def fill(self, lengths: list[int], heads: list[list[str]]):
-        """Random prompts in random blocks of the scheduler's: requests, and by request the states `[layers, tokens, hidden_size]`."""
-        size, blocks = self.scorer.kernel_block_size, len(next(iter(self.caches.values())).kv_cache)
-        free = torch.randperm(blocks * size // BLOCK).tolist()
-        requests, states, projector = [], {}, Projector(HEADS, self.plan)
-        for number, (length, names) in enumerate(zip(lengths, heads, strict=True)):
-            block_ids = [free.pop() for _ in range(-(-length // BLOCK))]
-            ids = [5, 6, *torch.randint(7, 20, (length,)).tolist()][:length]
-            requests.append(ScoringRequest(f"request-{number}", ids, length, block_ids, names))
-            states[f"request-{number}"] = written = torch.randn(len(LAYERS), length, HIDDEN)
-            features = projector.project(dict(enumerate(written)))[None] if self.plan.width else None
-            kept = {STATES: written[self.plan.layers], FEATURES: features}
-            for kind, cache in self.caches.items():
-                for token in range(length):
-                    slot = block_ids[token // BLOCK] * BLOCK + token % BLOCK
-                    cache.kv_cache[slot // size, :, slot % size] = kept[kind][:, token]
-        return requests, states
+def score(scorer: Scorer, requests: list[ScoringRequest]) -> StepScores:
+    return StepScores(*scorer.score(requests))
 
 
 def check(requests, states, found) -> None:
@@ -115,12 +73,12 @@ def test_what_a_plan_keeps():
 def test_together_as_alone(monkeypatch, projected, kernel_block_size, tokens, seed):
     torch.manual_seed(seed)
     monkeypatch.setattr(scoring, "_TOKENS", tokens)
-    served = Served(projected, 100, kernel_block_size)
+    served = make_served(projected, 100, kernel_block_size)
     lengths = [*torch.randint(2, 40, (12,)).tolist(), 2, 16, 16]  # of two tokens the content head reads none
     every = list(HEADS)
     heads = [every if number % 3 else every[: number % len(every) + 1] for number in range(len(lengths))]
     requests, states = served.fill(lengths, heads)
-    check(requests, states, served.scorer.score(requests).read())
+    check(requests, states, score(served.scorer, requests).read_prompts())
 
 
 @pytest.mark.parametrize("budget", [0, 2 * 2 * 4 * 3 * HIDDEN, 1 << 20])
@@ -132,24 +90,24 @@ def test_features_do_not_depend_on_the_groups_of_layers(monkeypatch, budget):
 
 
 def test_nothing_to_score():
-    scorer = Served(True, 2).scorer
-    assert scorer.score([]).read() == {}
-    assert scorer.score([ScoringRequest("a", [1, 2], 2, [1], [])]).read() == {"a": {}}
+    scorer = make_served(True, 2).scorer
+    assert score(scorer, []).read_prompts() == {}
+    assert score(scorer, [ScoringRequest("a", [1, 2], 2, 2, [1], [])]).read_prompts() == {"a": {}}
 
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_what_is_no_number_stays_with_its_prompt(projected):
-    served = Served(projected, 20)
+    served = make_served(projected, 20)
     requests, states = served.fill([10, 9], [["mha", "last"]] * 2)
     for cache in served.caches.values():
         cache.kv_cache[requests[0].block_ids[0]] = torch.nan
-    found = served.scorer.score(requests).read()
+    found = score(served.scorer, requests).read_prompts()
     assert not any(map(math.isfinite, found["request-0"]["mha"]))
     check(requests[1:], states, {"request-1": found["request-1"]})
 
 
 def test_prompts_of_about_one_length_go_together_and_within_the_limit(monkeypatch):
-    served = Served(False, 100)
+    served = make_served(False, 100)
 
     def read(requests):
         served.reads.clear()
@@ -169,7 +127,7 @@ def test_a_worker_waits_for_nothing_but_the_copy_of_its_results(projected):
     """Results are copied once a step, and no value is looked at before."""
     counts = []
     for lengths in ([16], [16, 15, 14, 13]):
-        served = Served(projected, 20)
+        served = make_served(projected, 20)
         requests, states = served.fill(lengths, [list(HEADS)] * len(lengths))
         with Accelerator() as device:
             plan = copy.deepcopy(served.plan)
@@ -177,27 +135,27 @@ def test_a_worker_waits_for_nothing_but_the_copy_of_its_results(projected):
                 cache.plan, cache.kv_cache = plan, cache.kv_cache.to(DEVICE)
             scorer = Scorer(served.caches, BLOCK, runs=True)
             before = device.operations
-            found = scorer.score(requests)
+            found = score(scorer, requests)
             counts.append((device.reads - len(served.reads), device.operations - before))  # `Reads` looks itself
-        check(requests, states, found.read())
+        check(requests, states, found.read_prompts())
     (reads, operations), (more_reads, more_operations) = counts
     assert reads == more_reads == 1
     assert more_operations - operations < 12 * len(HEADS), "masks and padding, which one prompt alone does not need"
 
 
 def test_results_can_be_sent_before_they_are_read():
-    served = Served(True, 20)
+    served = make_served(True, 20)
     requests, states = served.fill([10, 9], [["mha", "gate"], ["gate"]])
-    check(requests, states, pickle.loads(pickle.dumps(served.scorer.score(requests))).read())
+    check(requests, states, pickle.loads(pickle.dumps(score(served.scorer, requests))).read_prompts())
 
 
 @pytest.mark.parametrize("projected", [False, True])
 def test_other_ranks_read_along_and_run_nothing(projected):
     """With tensor parallelism the numbers of all ranks are gathered: all must read the same ones in the same order."""
-    served, other = Served(projected, 60), Served(projected, 60, runs=False)
+    served, other = make_served(projected, 60), make_served(projected, 60, runs=False)
     requests, _ = served.fill([20, 3, 12, 2], [["gate"], ["mha", "last"], ["mha", "last"], ["content"]])
-    said = [each.scorer.score(requests).read() for each in (served, other)]
+    found = score(served.scorer, requests).read_prompts()
+    _, nothing = other.scorer.score(requests)
     assert served.reads == other.reads and served.reads
     assert {width for _, width, _ in served.reads} == ({HIDDEN, PLANS[True].width} if projected else {HIDDEN})
-    assert all(logits for found in said[0].values() for logits in found.values())
-    assert said[1] == {f"request-{number}": {} for number in range(3)} | {"request-3": said[0]["request-3"]}
+    assert all(logits for by_head in found.values() for logits in by_head.values()) and nothing == []

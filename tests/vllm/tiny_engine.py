@@ -1,6 +1,6 @@
 """Tiny random backbones that vLLM's CPU kernels take, heads for them, and what transformers says with these."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,24 @@ HEADS = {
     "size": {"probe_type": "last", "num_labels": 1, "problem_type": "regression"},
     "mood": {"probe_type": "multimax", "options": {"num_maxima": 2, "num_members": 3}, "num_labels": 2},
 }
+REPLY_HEADS = {
+    "watch": {"probe_type": "gate", "layers": [1, 3], "id2label": {0: "fine", 1: "bad"}, "token_scope": "response"},
+    "theme": {
+        "probe_type": "multimax",
+        "options": {"num_maxima": 2, "num_members": 3},
+        "num_labels": 3,
+        "token_scope": "all",
+        "prefix_ids": PREFIX,
+    },
+    "tags": {
+        "probe_type": "attentive",
+        "num_labels": 2,
+        "problem_type": "multi_label_classification",
+        "token_scope": "response",
+    },
+    "end": {"probe_type": "last", "num_labels": 1, "problem_type": "regression", "token_scope": "all"},
+    "mean": {"probe_type": "pooling", "layers": [2, 4], "num_labels": 2, "token_scope": "response"},
+}
 LENGTHS = (1, 5, 17, 31, 32, 33, 64, 90, 120, 150, 200)
 
 
@@ -60,6 +78,32 @@ class TinyServing:
         """What `generate` gives for one prompt, greedily, whatever the end-of-sequence token."""
         prompt = torch.tensor([ids])
         return self.model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None)
+
+    def token_logits(self, ids: list[int], reply: list[int], name: str) -> torch.Tensor:
+        """What a head says after each token of a reply, `[tokens, num_labels]`: of the states of the whole text so far."""
+        head, text = self.model.probes[name], torch.tensor([[*ids, *reply]])
+        with torch.no_grad():
+            states = self.model(text, output_hidden_states=True, probes=[]).hidden_states
+            mask = torch.ones(1, len(ids))
+            mask[:, : len(PREFIX) if ids[: len(PREFIX)] == head.config.prefix_ids else 0] = 0
+            mask = mask * (head.config.token_scope == "all")
+            lengths = [len(ids) + number + 1 for number in range(len(reply))]
+            masks = [torch.cat([mask, torch.ones(1, length - len(ids))], dim=1) for length in lengths]
+            found = [
+                head(hidden_states=[state[:, :length] for state in states], attention_mask=mask).logits
+                for length, mask in zip(lengths, masks, strict=True)
+            ]
+        return torch.cat(found) if found else torch.zeros(0, head.config.num_labels)
+
+    def check_tokens(self, ids: list[int], reply: list[int], said: dict, scored: int | None = None, atol=1e-4) -> None:
+        """Raises where what vLLM says of a reply's tokens is not what the heads say of the whole text."""
+        assert list(said["probes"]) == [name for name in self.heads if name in REPLY_HEADS]
+        for name, probe in said["probes"].items():
+            expected = self.token_logits(ids, reply, name)
+            logits = torch.tensor(probe["token_logits"]).view(-1, expected.shape[1])
+            scored = len(reply) if scored is None else scored
+            assert probe["tokens"] == len(logits) == scored
+            torch.testing.assert_close(logits, expected[:scored], rtol=1e-5, atol=atol)
 
     def threshold(self, prompts: list[list[int]]) -> float:
         """From which on `guard` flags about half of some prompts; far from the probability of each."""
@@ -106,12 +150,12 @@ class TinyServing:
                 assert (reply.finish_reason, why) == ("length", None)
 
 
-def make_serving(folder: Path, lm: PreTrainedModel) -> TinyServing:
+def make_serving(folder: Path, lm: PreTrainedModel, kinds: Mapping[str, dict] = HEADS) -> TinyServing:
     """A backbone and heads of each kind of problem, reading all layers, some, or one, as folders."""
     lm.save_pretrained(folder / "lm")
     make_tokenizer().save_pretrained(folder / "lm")
-    heads = {name: str(folder / name) for name in HEADS}
-    for seed, (name, config) in enumerate(HEADS.items()):
+    heads = {name: str(folder / name) for name in kinds}
+    for seed, (name, config) in enumerate(kinds.items()):
         probe = make_probe(seed, hidden_size=HIDDEN, **config)
         probe.classifier.weight.data *= 0.2  # logits of the size that trained heads give
         probe.save_pretrained(heads[name])
@@ -119,11 +163,11 @@ def make_serving(folder: Path, lm: PreTrainedModel) -> TinyServing:
 
 
 @contextmanager
-def running(tiny: TinyServing, threshold: float, processes: int = 1, **changes) -> Iterator[LLM]:
-    """An engine that halts by `guard` and takes prompts in chunks. One process of it can be looked at."""
+def running(tiny: TinyServing, threshold: float, processes: int = 1, guard: str = "guard", **changes) -> Iterator[LLM]:
+    """An engine that halts by one head and takes prompts in chunks. One process of it can be looked at."""
     sizes = {"max_model_len": 256, "max_num_batched_tokens": 32, "max_num_seqs": 8}
     kwargs = {"dtype": "float32", "enforce_eager": True, **sizes, **changes}
-    halt_on = {"guard": {"label": "bad", "threshold": threshold}}
+    halt_on = {guard: {"label": "bad", "threshold": threshold}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(processes > 1)))
         patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads of earlier engines do not survive a fork

@@ -40,9 +40,12 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
     _check_left({re.split("[.=]", word)[0].removeprefix("--").replace("-", "_") for word in rest if word[:2] == "--"})
     if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
         raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
-    ours.probe, ours.halt_on = _heads(ours.probe), ours.halt_on and read_halting(ours.halt_on)
-    if unknown := [name for name in ours.halt_on or {} if not _may_be_named(name, ours.probe)]:
-        raise ProbeError(f"--halt-on names {', '.join(unknown)}, and no --probe does")
+    ours.probe = _heads(ours.probe)
+    for option in ("halt_on", "monitor"):
+        rules = read_halting(getattr(ours, option) or ())
+        setattr(ours, option, rules or None)
+        if unknown := [name for name in rules if not _may_be_named(name, ours.probe)]:
+            raise ProbeError(f"{_option(option)} names {', '.join(unknown)}, and no --probe does")
     _check_memory()
     transfer = transfer_config(ours.kv_transfer_config)
     given = {name: value for name, value in vars(ours).items() if value is not None}
@@ -69,9 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--probe", action="append", required=True, metavar="[NAME=]HEAD", help="folder, Hub id or alias; repeatable"
     )
-    halting = f"requests that get no reply: {HALTING_FORMS}; repeatable"
+    halting = f"requests that get no reply, or a part of it: {HALTING_FORMS}; repeatable"
     parser.add_argument("--halt-on", action="append", metavar="HEAD[:LABEL[:THRESHOLD]]", help=halting)
-    parser.add_argument("--halt-reply", metavar="TEXT", help="what a request that is halted gets as its reply")
+    parser.add_argument(
+        "--halt-reply", metavar="TEXT", help="what a request that is halted gets as its reply, or its end"
+    )
+    monitoring = "heads that flag as with --halt-on, and halt nothing; repeatable"
+    parser.add_argument("--monitor", action="append", metavar="HEAD[:LABEL[:THRESHOLD]]", help=monitoring)
+    holding = "tokens of a reply to hold back until later ones are clear, beside the one without a score; default 0"
+    parser.add_argument("--hold-back", type=int, metavar="K", help=holding)
     parser.add_argument(
         "--hide-scores", action="store_true", help="send labels and halts alone: no logits, probabilities, thresholds"
     )

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, check_numbers, verdict
+from ..serving.halting import HaltRule
 from ..serving.outputs import Halt
 from .settings import ProbeSettings
 
@@ -22,8 +23,8 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
 
     Returns:
         `"probes"`, by head `{"logits": [...], ...}` with what `verdict` says, or `{"error": why}`. A head that can flag has
-        `"flagged"`, its labels that are. With `halt_on` also `"halted"`: the fields of a `Halt`, or `None`. What a guard could
-        not score is halted. With `hide_scores` only the labels are left of a head, and head and label of a `Halt`.
+        `"flagged"`, its labels that are. With `halt_on` also `"halted"`: the fields of a `Halt`, or `None`. What a guard of
+        prompts could not score is halted. With `hide_scores` only the labels are left of a head, and head and label of a `Halt`.
     """
     outputs: dict[str, ProbeOutput] = {}
     probes: dict[str, Any] = {}
@@ -42,17 +43,22 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
         said = {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
         if rules := [rule for rule in settings.flags if rule.head == name]:
             said["flagged"] = [halt.label for rule in rules for halt in rule.halts(output) if halt is not None]
-        probes[name] = _only(said, "label", "flagged") if settings.hide_scores else said
+        probes[name] = only(said, "label", "flagged") if settings.hide_scores else said
     if settings.halt_on is None:
         return {"probes": probes}
-    halts = (
-        rule.halts(outputs[rule.head])[0] if rule.head in outputs else Halt(rule.head, threshold=rule.threshold)
-        for rule in settings.rules
-    )
+    halts = (_halt(rule, outputs.get(rule.head)) for rule in settings.rules if rule.config.token_scope != "response")
     halt = next((halt for halt in halts if halt is not None), None)
     halted = halt and asdict(halt)
-    return {"probes": probes, "halted": _only(halted, "head", "label") if halted and settings.hide_scores else halted}
+    return {"probes": probes, "halted": only(halted, "head", "label") if halted and settings.hide_scores else halted}
 
 
-def _only(said: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def _halt(rule: HaltRule, output: ProbeOutput | None) -> Halt | None:
+    """Return why a rule halts a prompt. A flag that needs patience is the first of a reply's."""
+    if output is None:
+        return Halt(rule.head, threshold=rule.threshold)
+    return rule.halts(output)[0] if rule.patience == 1 else None
+
+
+def only(said: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return the entries of these names, where there are any."""
     return {name: said[name] for name in names if name in said}

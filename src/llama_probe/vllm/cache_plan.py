@@ -9,6 +9,7 @@ import torch
 from ..heads.probe import ProbeModel
 from ..heads.states import normalize
 from ..serving.reader import state_budget
+from .reply_states import ReplyStates
 
 
 class CachePlan:
@@ -22,11 +23,13 @@ class CachePlan:
         projected: keep features, or states alone. Defaults to what is smaller.
 
     Attributes:
+        names: of all heads, in order.
         whole: heads that read states. readers: those that read features, as they read them.
         layers: indices of the states that are kept, ascending.
         maps: maps of each reader, `[S, rank, D]`.
         columns: places of each reader's features, `S * rank`, in those of a token.
         width: number of features of a token.
+        reply_states: of the heads that follow replies, where they run; see `follow_replies`.
     """
 
     def __init__(self, heads: Mapping[str, ProbeModel], projected: bool | None = None):
@@ -39,6 +42,7 @@ class CachePlan:
             projected = size < (len(every) - len(others)) * next(iter(heads.values())).config.hidden_size
         if not projected:
             splits, others, size = {}, every, 0
+        self.names = list(heads)
         self.whole = {name: head for name, head in heads.items() if name not in splits}
         self.readers = {name: reader for name, (_, reader) in splits.items()}
         self.maps = {name: maps for name, (maps, _) in splits.items()}
@@ -48,6 +52,19 @@ class CachePlan:
         for name, maps in self.maps.items():
             self.columns[name] = slice(first, first + maps.shape[0] * maps.shape[1])
             first = self.columns[name].stop
+        self.reply_states: ReplyStates | None = None
+
+    def follow_replies(self, slots: int, device: torch.device) -> None:
+        """Make room for the states of `slots` replies, and move all heads beside it. A server counts this memory at its start."""
+        for head in (*self.whole.values(), *self.readers.values()):
+            head.to(device)
+        heads = {name: head for name, head in (self.whole | self.readers).items() if head.config.reads_reply}
+        widths = {
+            name: self.maps[name].shape[1] if name in self.maps else head.config.hidden_size
+            for name, head in heads.items()
+        }
+        if heads:
+            self.reply_states = ReplyStates(heads, widths, slots)
 
 
 class Projector:

@@ -1,4 +1,4 @@
-"""From prompts that are complete to their logits: vLLM's way between the scheduler's process and the workers."""
+"""From prompts that are complete, and tokens of replies, to their scores: vLLM's way between the scheduler and the workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from vllm.logger import init_logger
 
 from ..errors import ProbeError
 from .answers import answer
-from .compatibility import check_config
+from .following import Follower, ReplyTokens
+from .replies import Replies, Reply
 from .scoring import Scorer, ScoringRequest
 from .settings import ProbeSettings
 from .state_cache import StateCache, cache_growth
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class ScoringRequests(KVConnectorMetadata):
-    """To the workers: the prompts that are complete after a step."""
+    """To the workers: the prompts that are complete after a step, and the tokens of replies that it reads."""
 
     requests: list[ScoringRequest] = field(default_factory=list)
+    reply_tokens: ReplyTokens = field(default_factory=ReplyTokens)
 
 
 class ProbeConnector(KVConnectorBase_V1):
@@ -49,7 +51,7 @@ class ProbeConnector(KVConnectorBase_V1):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self.settings = ProbeSettings.of(vllm_config)
-        check_config(vllm_config)
+        self.settings.check_engine(vllm_config)
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise ProbeError(f"this model has {len(groups)} kinds of caches, and states can be kept beside one alone")
@@ -57,8 +59,10 @@ class ProbeConnector(KVConnectorBase_V1):
         # In the scheduler's process: requests whose prompts are not complete, and answers to the others.
         self._prompts: dict[str, Request] = {}
         self._answers: dict[str, dict[str, Any]] = {}
+        self.replies = Replies(self.settings, vllm_config.scheduler_config.max_num_seqs)
         # In a worker
         self._scorer: Scorer | None = None
+        self._follower: Follower | None = None
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -68,11 +72,12 @@ class ProbeConnector(KVConnectorBase_V1):
 
     def on_new_request(self, request: Request) -> None:
         self._prompts[request.request_id] = request
+        self.replies.add(request, self._heads(request))
 
     def on_longer_prompt(self, request: Request) -> None:
         """Forget the answer to a shorter prompt: this one comes in pieces."""
         self._answers.pop(request.request_id, None)
-        self._prompts[request.request_id] = request
+        self.on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False
@@ -81,19 +86,47 @@ class ProbeConnector(KVConnectorBase_V1):
         pass
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ScoringRequests:
+        for request_id in scheduler_output.preempted_req_ids or ():
+            self.replies.free(request_id)
         computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
         cached = scheduler_output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        requests = []
+        new_blocks = dict(zip(cached.req_ids, cached.new_block_ids, strict=True))
+        step = ScoringRequests()
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
-            request = self._prompts.get(request_id)
-            if request is None or computed[request_id] + scheduled < request.num_prompt_tokens:
-                continue
-            del self._prompts[request_id]
-            tokens = request.num_prompt_tokens
-            blocks = self._kv_cache_manager.get_block_ids(request_id)[0][: -(-tokens // self._block_size)]
-            requests.append(ScoringRequest(request_id, request.prompt_token_ids, tokens, blocks, self._heads(request)))
-        return ScoringRequests(requests)
+            end = computed[request_id] + scheduled
+            reply, prompt = self.replies.get(request_id), self._prompts.get(request_id)
+            if reply is not None and reply.slot is not None:
+                reply.block_ids += (new_blocks.get(request_id) or ([],))[0]
+                self._follow(reply, end, step)
+            elif prompt is not None and end >= prompt.num_prompt_tokens:
+                del self._prompts[request_id]
+                step.requests.append(self._scoring(prompt, reply, prompt.num_prompt_tokens, self._heads(prompt)))
+            elif prompt is None and reply is not None and end >= reply.request.num_tokens:
+                # It was preempted. Its newest token is read as those of other replies are.
+                is_begun = end > reply.request.num_prompt_tokens
+                step.requests.append(self._scoring(reply.request, reply, end - is_begun, None))
+                if is_begun:
+                    self._follow(reply, end, step)
+        return step
+
+    def _scoring(
+        self, request: Request, reply: Reply | None, num_tokens: int, heads: list[str] | None
+    ) -> ScoringRequest:
+        block_ids = self._kv_cache_manager.get_block_ids(request.request_id)[0]
+        slot = None
+        if reply is not None:
+            reply.block_ids, slot = block_ids, self.replies.take_slot(reply)
+        if heads is not None:
+            heads = [name for name in heads if self.settings.configs[name].token_scope != "response"]
+        blocks = block_ids[: -(-num_tokens // self._block_size)]
+        prompt = request.prompt_token_ids, request.num_prompt_tokens
+        return ScoringRequest(request.request_id, *prompt, num_tokens, blocks, heads, slot)
+
+    def _follow(self, reply: Reply, end: int, step: ScoringRequests) -> None:
+        block, place = divmod(end - 1, self._block_size)
+        place += reply.block_ids[block] * self._block_size
+        step.reply_tokens.add(reply.request.request_id, place, reply.slot)
 
     def _heads(self, request: Request) -> list[str]:
         """Return the heads that a request asks for and those that may halt it; all if it asks for none."""
@@ -105,20 +138,31 @@ class ProbeConnector(KVConnectorBase_V1):
 
     def take_in(self, request_id: str, found: Mapping[str, list[float] | str]) -> None:
         """Keep what the workers found of a running request until it is finished."""
-        self._answers[request_id] = answer(self.settings, found)
+        self._answers[request_id] = known = answer(self.settings, found)
+        self.replies.flag_prompt(request_id, {name: said.get("flagged", ()) for name, said in known["probes"].items()})
 
     def refuse_unscored(self, request_id: str) -> None:
         """Halt a request that has a token and no scores: a guard that has not read its prompt lets nothing through."""
         if self.settings.halt_on is not None and request_id not in self._answers:
             self.take_in(request_id, {})
 
-    def get_answer(self, request_id: str) -> dict[str, Any] | None:
-        """Return the answer for a running request; `None` before its prompt is complete."""
-        return self._answers.get(request_id)
+    def get_answer(self, request_id: str, with_replies: bool = False) -> dict[str, Any] | None:
+        """Return the answer for a running request; `None` before its prompt is complete. See `answer` and `Replies.summaries`."""
+        known = self._answers.get(request_id)
+        replies = self.replies.summaries(request_id) if with_replies else None
+        if known is None or replies is None:
+            return known
+        halts = (reply["halted"] for reply in replies if reply is not None)
+        if known.get("halted") is None and (halted := next(filter(None, halts), None)):
+            known = {**known, "halted": halted}
+        return {**known, "replies": replies}
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        known = self.get_answer(request.request_id, with_replies=True)
         self._prompts.pop(request.request_id, None)
-        return False, self._answers.pop(request.request_id, None)
+        self._answers.pop(request.request_id, None)
+        self.replies.remove(request.request_id)
+        return False, known
 
     # In a worker
 
@@ -133,6 +177,7 @@ class ProbeConnector(KVConnectorBase_V1):
             for rule in self.settings.rules:
                 logger.info("halt_on: %s", rule)
         self._scorer = Scorer({cache.kind: cache for cache in caches}, self._block_size, runs)
+        self._follower = Follower(self._scorer)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -147,9 +192,11 @@ class ProbeConnector(KVConnectorBase_V1):
         pass
 
     def build_connector_worker_meta(self) -> StepScores | None:
-        """Score this step's prompts. Beside a drafting model, vLLM calls `wait_for_save` too late for the step's output."""
-        requests = self._get_connector_metadata().requests
-        if self._scorer is None or not requests:
+        """Score this step's prompts and tokens. Beside a drafting model, vLLM calls `wait_for_save` too late for the step's output."""
+        step = self._get_connector_metadata()
+        if self._scorer is None or not (step.requests or step.reply_tokens.request_ids):
             return None
-        scores = self._scorer.score(requests)
-        return scores if self._scorer.runs else None
+        places, parts = self._scorer.score(step.requests)
+        if step.reply_tokens.request_ids:
+            parts += self._follower.follow(step.reply_tokens)
+        return StepScores(places, parts, step.reply_tokens.request_ids) if self._scorer.runs else None

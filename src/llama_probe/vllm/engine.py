@@ -17,12 +17,8 @@ from ..serving.halting import HaltSpec, options_by_head
 from ..serving.sources import ProbeSpec, named_sources
 from .backbone_check import check_heads
 from .compatibility import KEY, SCHEDULER, check_arguments, check_version, probed_architecture, transfer_config
-from .settings import ProbeSettings
-
-
-_FUNCTIONS = (
-    "halt_on takes no functions here, because the engine decides in another process: name heads and thresholds"
-)
+from .reply_states import grows
+from .settings import NO_FUNCTIONS, ProbeSettings
 
 
 def engine_kwargs(
@@ -30,6 +26,8 @@ def engine_kwargs(
     probe: ProbeSpec,
     *,
     halt_on: HaltSpec | None = None,
+    monitor: HaltSpec | None = None,
+    hold_back: int = 0,
     probe_revision: str | None = None,
     probe_strict: bool | None = None,
     compare_fingerprints: bool = True,
@@ -38,16 +36,19 @@ def engine_kwargs(
 ) -> dict[str, Any]:
     """Return arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
 
-    Every request is scored by all heads, or by those that it asks for, in the pass over its prompt; see
-    `llama_probe.vllm`. The backbone that each head records is compared with `model`; see `check_heads`.
+    Every request is scored by all heads, or by those that it asks for, in the pass over its prompt, and if they follow
+    replies after each token; see `llama_probe.vllm`. The backbone that each head records is compared with `model`; see `check_heads`.
 
     Args:
         model: folder or Hub id of the backbone; `"demo"` for the demo backbone.
         probe: heads: folders, Hub ids or aliases, one, a list, or a dict of names. They are fetched now; the engine's
             processes read the folders.
-        halt_on: requests that get no reply: a head's name, several, or a dict of names with `label` and `threshold`; see
-            `Halter`. They end before their first token is delivered, with the finish reason `"stop"` and the head's name as
-            the stop reason. A prompt that such a head cannot score gets no reply either.
+        halt_on: requests that get no reply, or part of one: a head's name, several, or a dict of names with `label`,
+            `threshold` and for heads that follow replies `patience`; see `Halter`. They end before their first token, or
+            the first that is flagged, is delivered, with the finish reason `"stop"` and the head's name as the stop reason. A
+            prompt that such a head cannot score gets no reply either.
+        monitor: the same for heads that flag, and halt nothing.
+        hold_back: tokens of a reply that are held back until later ones are clear, beside the one without a score.
         probe_revision: see `LlamaForProbedGeneration.from_pretrained`.
         probe_strict: raise instead of warn if a head was trained on another backbone, or if the weights cannot be compared.
             Defaults to True with `halt_on`: a guard that means nothing here must not serve.
@@ -61,8 +62,10 @@ def engine_kwargs(
     """
     check_version(allow_untested_vllm)
     check_arguments(kwargs)
-    if callable(halt_on):
-        raise ProbeError(_FUNCTIONS)
+    if callable(halt_on) or callable(monitor):
+        raise ProbeError(NO_FUNCTIONS)
+    if not isinstance(hold_back, int) or hold_back < 0:
+        raise ProbeError(f"hold_back={hold_back!r} must be a number of tokens from 0")
     transfer = transfer_config(kwargs.pop("kv_transfer_config", None))
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
     if not isinstance(overrides, Mapping) or "architectures" in overrides:
@@ -87,9 +90,9 @@ def engine_kwargs(
         heads[name] = str(folder)
     if not heads:
         raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
-    settings = ProbeSettings(heads, None if halt_on is None else options_by_head(halt_on), allow_untested_vllm)
-    if any(rule.ask is not None for rule in settings.rules):
-        raise ProbeError(_FUNCTIONS)
+    options = (None if spec is None else options_by_head(spec) for spec in (halt_on, monitor))
+    settings = ProbeSettings(heads, *options, hold_back, allow_untested_vllm)
+    settings.check(kwargs.get("speculative_config") is not None)
     probe_strict = halt_on is not None if probe_strict is None else probe_strict
     if compare_fingerprints:
         check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"), aliases)
@@ -114,8 +117,8 @@ def _check_head(name: str, head: ProbeModel, target: Target) -> None:
             f"head {name!r} has hidden_size={config.hidden_size}, num_hidden_layers={config.num_hidden_layers}; "
             f"{target.name_or_path} has {target.hidden_size} and {target.num_hidden_layers}: it was made for another model"
         )
-    if config.reads_reply:
+    if config.reads_reply and grows(head):
         raise ProbeError(
-            f"head {name!r} follows replies (token_scope={config.token_scope!r}), which vLLM scores too late: "
-            "async scheduling is a token ahead. generate() of transformers runs it"
+            f"head {name!r} follows replies and is of the kind {config.probe_type!r}, whose state grows with each token: "
+            "vLLM serves gate, multimax, attentive, last and pooling"
         )

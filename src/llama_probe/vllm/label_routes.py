@@ -1,7 +1,6 @@
 """`/v1/moderations` of OpenAI's API and `/classify` of vLLM's: labels of texts, without a reply.
 
-A request becomes one for completions of a single token, which vLLM's server checks and answers. Its scores make the response,
-and the token is dropped.
+A request becomes one for completions without a token, which vLLM's server checks and answers. Its scores make the response.
 """
 
 from __future__ import annotations
@@ -80,7 +79,12 @@ class LabelRequest(ABC):
                 prompts, self._places = encoder.encode(heads, inputs)
         except ValueError as error:  # a ProbeError is one, and so is a body that is not JSON
             raise HTTPException(400, str(error)) from None
-        asked = {"prompt": prompts, "max_tokens": 1, "temperature": 0, "kv_transfer_params": {"probes": heads}}
+        asked = {
+            "prompt": prompts,
+            "max_tokens": 1,
+            "temperature": 0,
+            "kv_transfer_params": {"probes": heads, "reply": False},
+        }
         return json.dumps({"model": request.get("model"), **asked}).encode()
 
     def response(
@@ -101,17 +105,25 @@ class LabelRequest(ABC):
 class Moderations(LabelRequest):
     """OpenAI's moderations. A category is `HEAD/LABEL`, for each label that can be flagged; see `ProbeSettings.flags`."""
 
+    def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
+        super().__init__(settings, query)
+        self.flags = [rule for rule in settings.flags if rule.config.token_scope != "response"]
+
     def read(self, body):
-        heads = list(dict.fromkeys(rule.head for rule in self.settings.flags))
+        return self.flagging(), _moderated(body.get("input"))
+
+    def flagging(self) -> list[str]:
+        """Return the names of the heads that flag prompts."""
+        heads = list(dict.fromkeys(rule.head for rule in self.flags))
         if not heads:
-            raise ProbeError("no head here flags a label: halt_on must name one")
-        return heads, _moderated(body.get("input"))
+            raise ProbeError("no head here flags a label of prompts: halt_on must name one")
+        return heads
 
     def results(self, said, completion):
         results = []
         for row in range(len(next(iter(said.values())))):
             categories, scores = {}, {}
-            for rule in self.settings.flags:
+            for rule in self.flags:
                 label, found = rule.config.id2label[rule.index], said[rule.head][row]
                 category = f"{rule.head}/{label}"
                 categories[category] = label in found["flagged"]
@@ -132,7 +144,8 @@ class Classification(LabelRequest):
     """vLLM's classification, by the head that `probe` names in the body or the URL."""
 
     def read(self, body):
-        heads = list(self.settings.heads)
+        configs = self.settings.configs.items()
+        heads = [name for name, config in configs if config.token_scope != "response"]
         head = body.get("probe", self.query.get("probe", heads[0] if len(heads) == 1 else None))
         if head not in heads:
             raise ProbeError(f"probe is {head!r}; it must be one of: {', '.join(heads)}")
@@ -162,7 +175,10 @@ class Classification(LabelRequest):
         }
 
 
-LABEL_ROUTES: dict[str, type[LabelRequest]] = {"/v1/moderations": Moderations, "/classify": Classification}
+LABEL_ROUTES: dict[str, type[LabelRequest]] = {
+    "/v1/moderations": Moderations,
+    "/classify": Classification,
+}
 
 
 def _moderated(given: Any) -> list[str]:

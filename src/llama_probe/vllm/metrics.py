@@ -11,12 +11,15 @@ from prometheus_client import Counter
 _SCORED = Counter("llama_probe_scored", "Prompts that the head scored.", ["probe"])
 _FLAGGED = Counter("llama_probe_flagged", "Prompts in which the head flagged a label.", ["probe"])
 _HALTED = Counter("llama_probe_halted", "Prompts that got no reply because of the head.", ["probe"])
+_TOKENS = Counter("llama_probe_reply_tokens", "Tokens of replies that the head scored.", ["probe"])
+_FLAGGED_REPLIES = Counter("llama_probe_flagged_replies", "Replies in which the head flagged a label.", ["probe"])
+_HALTED_REPLIES = Counter("llama_probe_halted_replies", "Replies that the head ended.", ["probe"])
 
 
 def announce(heads: Iterable[str]) -> None:
     """Show the counters of heads before they count anything."""
     for name in heads:
-        for counter in (_SCORED, _FLAGGED, _HALTED):
+        for counter in (_SCORED, _FLAGGED, _HALTED, _TOKENS, _FLAGGED_REPLIES, _HALTED_REPLIES):
             counter.labels(name)
 
 
@@ -29,3 +32,17 @@ def count(known: Mapping[str, Any]) -> None:
             _FLAGGED.labels(name).inc()
     if halted := known.get("halted"):
         _HALTED.labels(halted["head"]).inc()
+
+
+def count_reply(known: Mapping[str, Any], index: int) -> None:
+    """Count one reply that has ended; see `Replies.summaries`."""
+    replies = known.get("replies") or []
+    reply = replies[index] if index < len(replies) else None
+    if reply is None:
+        return
+    for name, said in reply["probes"].items():
+        _TOKENS.labels(name).inc(said["tokens"])
+        if said.get("flagged"):
+            _FLAGGED_REPLIES.labels(name).inc()
+    if halted := reply["halted"]:
+        _HALTED_REPLIES.labels(halted["head"]).inc()

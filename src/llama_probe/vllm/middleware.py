@@ -19,8 +19,8 @@ from starlette.responses import JSONResponse
 
 from ..errors import ProbeError
 from .label_routes import COMPLETIONS, LABEL_ROUTES, LabelRequest, TextEncoder
-from .metrics import announce, count
-from .payloads import HALTED, Scores
+from .metrics import announce, count, count_reply
+from .payloads import HALTED, Scores, halt_of
 from .settings import ProbeSettings
 
 
@@ -38,7 +38,7 @@ class ProbeStreams:
     server's engine on their way to the response, and changes the finish reason of halted ones. The server then makes
     responses of them; what it has no place for is added to their bytes, see `Scores`.
 
-    It answers `/v1/moderations` and `/classify` itself, by a request to the server's `/v1/completions`; see `label_routes`.
+    It answers `LABEL_ROUTES` itself, by a request to the server's `/v1/completions`; see `label_routes`.
     A request for unknown heads is refused. So is beam search beside `halt_on`: each of its steps is a prompt of its own, and
     a beam that ended would be an error inside of vLLM.
     """
@@ -63,7 +63,7 @@ class ProbeStreams:
             _listen(state.engine_client, self._settings)
         settings = self._settings
         model = (state.args.served_model_name or [state.args.model])[0]
-        scores = Scores(model, has_text=bool(settings.halt_reply))
+        scores = Scores(model)
         _scores.set(scores)  # for this request alone, which has a task of its own
         if route := LABEL_ROUTES.get(_path(scope)):
             await self._label(route(settings, Request(scope).query_params), scores, scope, receive, send)
@@ -156,6 +156,8 @@ def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
     path = scope["path"].removesuffix(_path(scope)) + COMPLETIONS
     headers = MutableHeaders(raw=list(scope["headers"]))
     del headers["content-length"]
+    if key := headers.get("x-api-key"):  # LiteLLM's way to send one
+        headers.setdefault("authorization", f"Bearer {key}")
     return {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers.raw}
 
 
@@ -216,14 +218,17 @@ def _listen(engine: Any, settings: ProbeSettings) -> None:
                 if scores.prompts[place] is None:
                     count(known)
                 scores.prompts[place] = known
-                if halted := known.get("halted"):
-                    if request_id.startswith(_NEXT_TOKEN):
-                        raise ValueError(
-                            f"{halted['head']} halts this prompt: its next token is not scored ({request_id})"
-                        )
-                    for reply in output.outputs:
+                if (halted := known.get("halted")) and request_id.startswith(_NEXT_TOKEN):
+                    raise ValueError(
+                        f"{halted['head']} halts this prompt: its next token is not scored ({request_id})"
+                    )
+                for reply in output.outputs:
+                    if reply.finish_reason is None:
+                        continue
+                    count_reply(known, reply.index)
+                    if halt_of(known, reply.index, reply.stop_reason):
                         reply.finish_reason = HALTED
-                        reply.text = settings.halt_reply or reply.text
+                        reply.text += settings.halt_reply or ""
             yield output
 
     engine.generate = listening

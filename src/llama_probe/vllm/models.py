@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import (
 )
 
 from .cache_plan import CachePlan, Projector
-from .compatibility import ARCHITECTURES, PREFIX, check_config, check_version
+from .compatibility import ARCHITECTURES, PREFIX, check_version
 from .settings import ProbeSettings
 from .state_cache import FEATURES, STATES, StateCache
 
@@ -33,7 +33,7 @@ def _probed(name: str) -> type[nn.Module]:
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
             settings = ProbeSettings.of(vllm_config)
             check_version(settings.allow_untested_vllm)
-            check_config(vllm_config)
+            settings.check_engine(vllm_config)
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             last = self.config.num_hidden_layers
             self._read = settings.layers
@@ -48,6 +48,8 @@ def _probed(name: str) -> type[nn.Module]:
             with torch.device("cpu"):  # vLLM builds a model for another device
                 heads = settings.read_heads()
                 self._plan = CachePlan(heads)
+            if get_tensor_model_parallel_rank() == 0:  # which runs them
+                self._plan.follow_replies(vllm_config.scheduler_config.max_num_seqs, vllm_config.device_config.device)
             # vLLM orders its caches by the number in their names, and the layers have those below.
             if self._plan.layers:
                 name = maybe_prefix(prefix, f"{STATES}.{last}")

@@ -17,6 +17,7 @@ _DATA, _END = b"data: ", b"[DONE]"
 _EVENTS = tuple(
     b"event: " + name for name in (b"message_start", b"message_delta", b"response.created", b"response.completed")
 )
+_GOES_ON = b'"finish_reason":null'  # no text contains it: its quotes are escaped
 _TEXTS = "cmpl-"  # begins the ids of requests to /v1/completions
 _LONGEST = 4000  # characters of a header; common proxies take headers of 8 KiB in all
 
@@ -27,21 +28,21 @@ class Scores:
 
     Attributes:
         model: name under which it is served.
-        has_text: vLLM writes what it sends of a halted request, because there is a text to send.
         is_stored: the response is one to an earlier request, and has the scores in it.
         request_id: of the engine's request for the last prompt.
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
-        told: choices of a stream that have them.
+        told: choices of a stream that have them. ended: those that have ended.
     """
 
     model: str = ""
-    has_text: bool = False
     is_stored: bool = False
     request_id: str = ""
     copies: int = 1
     prompts: list[dict[str, Any] | None] = field(default_factory=list)
     told: set[int] = field(default_factory=set)
+    ended: set[int] = field(default_factory=set)
+    _head: dict[str, Any] = field(default_factory=dict)  # what chunks of the stream begin with
 
     def add(self, request_id: str, copies: int) -> int:
         """Return the place of a prompt that the server hands to the engine."""
@@ -88,8 +89,10 @@ class Scores:
         return b"\n\n".join(map(self._event, body.split(b"\n\n")))
 
     def _event(self, event: bytes) -> bytes:
-        if event.startswith(_DATA) and len(self.told) < self.copies * len(self.prompts):
-            return self._chunk(event)
+        if event.startswith(_DATA):
+            # Most chunks need not be read: those in the middle of a reply.
+            all_told = len(self.told) == self.copies * len(self.prompts)
+            return event if all_told and _GOES_ON in event else self._chunk(event)
         if not event.startswith(_EVENTS) or not self.are_known:
             return event
         name, _, data = event.partition(_DATA)
@@ -99,8 +102,10 @@ class Scores:
                 payload["response"]["kv_transfer_params"] = self.last
             case "message_start":
                 payload["message"]["kv_transfer_params"] = self.last
-            case "message_delta" if _is_halted(self.last):
-                payload["delta"] |= _REFUSAL
+            case "message_delta":
+                payload["delta"] |= _REFUSAL if _is_halted(self.last) else {}
+                if self.last and "replies" in self.last:
+                    payload["kv_transfer_params"] = self.last
             case "response.completed" if _is_halted(payload["response"].get("kv_transfer_params")):
                 payload["type"], name = "response.incomplete", b"event: response.incomplete\n"
                 payload["response"] |= _INCOMPLETE
@@ -111,32 +116,56 @@ class Scores:
         chunk = {} if data == _END else json.loads(data)
         if not chunk.get("choices"):  # usage, or the end
             return b"".join(_data(missing) + b"\n\n" for missing in self._missing()) + event
-        index = chunk["choices"][0]["index"]
-        return event if index in self.told or not self._of(index) else _data(self._with_scores(chunk))
-
-    def _with_scores(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        self._head = {key: chunk[key] for key in ("id", "object", "created", "model") if key in chunk}
         (choice,) = chunk["choices"]
-        self.told.add(choice["index"])
-        known = chunk["kv_transfer_params"] = self._of(choice["index"])
-        if _is_halted(known) and not self.has_text:  # this chunk is all there is of the choice
-            choice.update(finish_reason=HALTED, stop_reason=known["halted"]["head"])
-        return chunk
+        index, ends = choice["index"], choice.get("finish_reason") is not None
+        known = self._of(index)
+        if not known or not (ends or index not in self.told):
+            return event
+        if index not in self.told or "replies" in known:
+            chunk["kv_transfer_params"] = known
+        self.told.add(index)
+        if ends:
+            self.ended.add(index)
+        return _data(chunk)
 
     def _missing(self) -> list[dict[str, Any]]:
-        """Return chunks of choices without a token, of which `/v1/completions` says nothing."""
-        if not self.request_id.startswith(_TEXTS):
-            return []
-        head = {"id": self.request_id.rpartition("-")[0], "object": "text_completion"}
-        head |= {"created": int(time.time()), "model": self.model}
-        return [
-            self._with_scores({**head, "choices": [{"index": index, "text": "", "logprobs": None}]})
-            for index in range(self.copies * len(self.prompts))
-            if index not in self.told and _is_halted(self._of(index))
-        ]
+        """Return last chunks of halted choices without a token, of which vLLM sends none."""
+        head = self._head
+        if not head:  # it has sent nothing
+            if not self.request_id.startswith(_TEXTS):
+                return []
+            head = {"id": self.request_id.rpartition("-")[0], "object": "text_completion"}
+            head |= {"created": int(time.time()), "model": self.model}
+        empty = {"text": ""} if head["object"] == "text_completion" else {"delta": {}}
+        chunks = []
+        for index in range(self.copies * len(self.prompts)):
+            known = self._of(index)
+            if index not in self.ended and known and (halted := halt_of(known, index % self.copies)):
+                self.ended.add(index)
+                end = {"logprobs": None, "finish_reason": HALTED, "stop_reason": halted["head"]}
+                chunks.append({**head, "choices": [{"index": index, **empty, **end}], "kv_transfer_params": known})
+        return chunks
 
     def _of(self, index: int) -> dict[str, Any] | None:
         prompt = index // self.copies
         return self.prompts[prompt] if prompt < len(self.prompts) else None
+
+
+def halt_of(known: Mapping[str, Any], index: int, stop_reason: Any = None) -> Mapping[str, Any] | None:
+    """Return why the reply of an index was halted, by what the engine says of its prompt; `None` if it was not.
+
+    Args:
+        stop_reason: of the reply. It tells if the engine knows nothing of the reply, which another one may have written.
+    """
+    halted, replies = known.get("halted"), known.get("replies")
+    if replies is None or (halted and halted.get("token") is None):  # the prompt was
+        return halted
+    reply = replies[index] if index < len(replies) else None
+    if reply is None:
+        heads = {name for sibling in replies if sibling is not None for name in sibling["probes"]}
+        return {"head": stop_reason} if stop_reason in heads else None
+    return reply["halted"]
 
 
 def _is_halted(known: Mapping[str, Any] | None) -> bool:

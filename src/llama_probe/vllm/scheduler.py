@@ -1,4 +1,4 @@
-"""vLLM's schedulers with two more duties: outputs carry what heads say, and halted requests end before their first token."""
+"""vLLM's schedulers with two more duties: outputs carry what heads say, and halted requests end before what was flagged."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from .connector import ProbeConnector
+from .replies import has_no_reply
 from .step_scores import StepScores
 
 
@@ -18,25 +20,32 @@ class _Probed:
         super().__init__(*args, **kwargs)
         connectors = getattr(self.connector, "sub_connectors", [self.connector])  # of a MultiConnector
         self.probes = next(each for each in connectors if isinstance(each, ProbeConnector))
+        self.replies = self.probes.replies
 
     def update_from_output(self, scheduler_output, model_runner_output):
         """As vLLM's. What the workers found comes first, so that it goes out with the very first token."""
         from_workers = model_runner_output.kv_connector_output
         said = from_workers and from_workers.kv_connector_worker_meta
-        for scored in getattr(said, "metadata", [said]):  # of a MultiConnector, by connector
-            if isinstance(scored, StepScores):
-                for request_id, found in scored.read().items():
-                    if request_id in self.requests:  # not aborted meanwhile
-                        self.probes.take_in(request_id, found)
+        # Of a MultiConnector it is by connector.
+        scores = next((each for each in getattr(said, "metadata", [said]) if isinstance(each, StepScores)), None)
+        for request_id, found in (scores.read_prompts() if scores else {}).items():
+            if request_id in self.requests:  # not aborted meanwhile
+                self.probes.take_in(request_id, found)
+        self.replies.begin_step(scores)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for batch in outputs.values():
-            for output in batch.outputs:
-                # The last output of a request has it already. Of the others, vLLM may merge the first with later ones on the
-                # way: so all that may be delivered carry it.
-                request = self.requests.get(output.request_id)
-                if output.kv_transfer_params is None and request is not None and _may_be_delivered(request):
-                    output.kv_transfer_params = self.probes.get_answer(output.request_id)
+            batch.outputs = list(filter(self._complete, batch.outputs))
         return outputs
+
+    def _complete(self, output: EngineCoreOutput) -> bool:
+        """Put scores and what is held back of a reply into an output. Return False if it has nothing to deliver."""
+        request = self.requests.get(output.request_id)
+        # The last output of a request has its scores already. Of the others, vLLM may merge the first with later ones on the
+        # way: so all that may be delivered carry them.
+        if output.kv_transfer_params is None and request is not None and _may_be_delivered(request):
+            with_replies = output.finished or bool(request.sampling_params.stop)
+            output.kv_transfer_params = self.probes.get_answer(output.request_id, with_replies)
+        return self.replies.edit(output)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """As vLLM's: a request whose prompt comes in pieces gets the next one. It is scored, and may be halted, anew."""
@@ -44,16 +53,20 @@ class _Probed:
         self.probes.on_longer_prompt(session)
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], is_stale: bool = False):
+        request_id = request.request_id
         if new_token_ids and not is_stale:
-            self.probes.refuse_unscored(request.request_id)
-        known = self.probes.get_answer(request.request_id)
-        halted = known and known.get("halted")
-        if not halted:
-            return super()._update_request_with_output(request, new_token_ids, is_stale=is_stale)
-        request.status = RequestStatus.FINISHED_STOPPED
-        request.stop_reason = halted["head"]
-        request.resumable = False
-        return [], True
+            self.probes.refuse_unscored(request_id)
+        halted = (self.probes.get_answer(request_id) or {}).get("halted")
+        head = halted["head"] if halted else self.replies.read_score(request_id)
+        if head is not None or has_no_reply(request):
+            request.status = RequestStatus.FINISHED_LENGTH_CAPPED if head is None else RequestStatus.FINISHED_STOPPED
+            request.stop_reason = head
+            request.resumable = False
+            return [], True
+        new_token_ids, stopped = super()._update_request_with_output(request, new_token_ids, is_stale=is_stale)
+        if stopped:
+            self.replies.end(request)
+        return new_token_ids, stopped
 
 
 class ProbeScheduler(_Probed, Scheduler):

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..errors import ProbeError
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask
+from ..heads.stream import ProbeState
 from .state_cache import FEATURES, STATES, StateCache
-from .step_scores import StepScores
+from .step_scores import Places
 
 
 # States are read in pieces of about so many tokens, several layers of a short prompt at once: a long prompt's states never lie in
@@ -25,22 +27,26 @@ _SHORTEST = 0.6
 
 @dataclass
 class ScoringRequest:
-    """A prompt that is complete after this step.
+    """A prompt that is complete after this step, or a reply that heads are to follow from here on.
 
     Attributes:
         request_id: of the engine.
         token_ids: of the prompt; `None` where it was given as embeddings.
-        num_tokens: of the prompt.
-        block_ids: where its tokens lie, in order.
-        heads: names of those to run.
+        num_prompt_tokens: of the prompt.
+        num_tokens: to read. Those behind the prompt are of its reply.
+        block_ids: where the tokens lie, in order.
+        heads: names of those whose scores of the prompt are wanted; `None` if the prompt was scored before.
+        slot: where heads that follow the reply keep their states; `None` if none do.
         masks: for each head that can read it the tokens that count, `[num_tokens]`. Set by `Scorer`.
     """
 
     request_id: str
     token_ids: list[int] | None
+    num_prompt_tokens: int
     num_tokens: int
     block_ids: list[int]
-    heads: list[str]
+    heads: list[str] | None
+    slot: int | None = None
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -58,31 +64,39 @@ class Scorer:
         self.caches, self.block_size, self.runs = caches, block_size, runs
         cache = next(iter(caches.values()))
         self.plan, self.device, self.kernel_block_size = cache.plan, cache.kv_cache.device, cache.kernel_block_size
-        self.heads = {name: head.to(self.device) for name, head in (self.plan.whole | self.plan.readers).items()}
+        heads = self.plan.whole | self.plan.readers
+        self.heads = {name: heads[name].to(self.device) for name in self.plan.names}
+
+        self.states = self.plan.reply_states
+        self.followers = {name: head for name, head in self.heads.items() if head.config.reads_reply}
 
     @torch.no_grad()
-    def score(self, requests: Sequence[ScoringRequest]) -> StepScores:
-        """Return logits by request and head, finite or not, or why there are none. A rank that runs no heads has no logits."""
-        places: dict[str, dict[str, tuple[int, int] | str]] = {request.request_id: {} for request in requests}
+    def score(self, requests: Sequence[ScoringRequest]) -> tuple[Places, list[torch.Tensor]]:
+        """Return the scores of prompts, finite or not, or why there are none, as `StepScores` takes them. Begin states of replies.
+
+        A rank that runs no heads has no scores.
+        """
+        places: Places = {
+            request.request_id: dict.fromkeys(request.heads, "") for request in requests if request.heads is not None
+        }
         for request in requests:
-            for name in request.heads:
+            followers = () if request.slot is None else self.followers
+            for name in dict.fromkeys((*(request.heads or ()), *followers)):
                 try:
                     request.masks[name] = self._mask(self.heads[name], request)
-                except ProbeError as error:
-                    places[request.request_id][name] = str(error)
+                except ProbeError as error:  # a reply that has not begun has no tokens
+                    if name in (request.heads or ()):
+                        places[request.request_id][name] = str(error)
+        if self.states is not None and (slots := [request.slot for request in requests if request.slot is not None]):
+            self.states.clear(async_tensor_h2d(slots, self.device))
         parts: list[torch.Tensor] = []
         for batch in _batches(requests, self.kernel_block_size):
             for name, logits in self._score(batch).items():
                 for row, request in enumerate(batch):
-                    places[request.request_id][name] = len(parts), row
+                    if name in (request.heads or ()):
+                        places[request.request_id][name] = len(parts), row
                 parts.append(logits)
-        ordered = {
-            request.request_id: {
-                name: places[request.request_id][name] for name in request.heads if name in places[request.request_id]
-            }
-            for request in requests
-        }
-        return StepScores(ordered, parts)
+        return places, parts
 
     def _score(self, requests: Sequence[ScoringRequest]) -> dict[str, torch.Tensor]:
         """Return logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
@@ -99,19 +113,25 @@ class Scorer:
             padding = async_tensor_h2d(torch.arange(width) >= lengths[:, None], self.device)
         splits = self.block_size // self.kernel_block_size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1)
-        return self._read(masks, async_tensor_h2d(blocks, self.device), padding)
+        states = self._read(masks, async_tensor_h2d(blocks, self.device), padding)
+        if self.states is not None and any(request.slot is not None for request in requests):
+            slots = [self.states.spare if request.slot is None else request.slot for request in requests]
+            slots = async_tensor_h2d(slots, self.device)
+            for name in states.keys() & self.followers.keys():
+                self.states.put(name, slots, states[name].joined())
+        return {name: self.heads[name].finish(state).logits for name, state in states.items()}
 
     def _read(
         self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
-    ) -> dict[str, torch.Tensor]:
-        """Return logits by head, of prompts in blocks `[prompts, blocks]`, for the tokens that count.
+    ) -> dict[str, ProbeState]:
+        """Return what heads have read of prompts in blocks `[prompts, blocks]`, if this rank runs them.
 
         Args:
             masks: for each head the tokens that count, `[prompts, width]`, on the CPU.
             padding: the tokens that belong to no prompt, `[prompts, width]`.
         """
         heads = {name: self.heads[name] for name in masks}
-        states = {name: head.init_state() for name, head in heads.items()}
+        states = {name: head.init_state(keep=name in self.followers) for name, head in heads.items()}
         for tokens, part, last in self._pieces(blocks, next(iter(masks.values())).shape[1]):
             cut = {name: self._cut(mask[:, tokens]) for name, mask in masks.items()}
             for layers, inputs in self._inputs(heads, part, padding, tokens):
@@ -120,7 +140,7 @@ class Scorer:
                     if columns.stop:
                         head = heads[name]
                         head.step(states[name], layers or head.layer_indices, x[:, :, columns], mask, last=last)
-        return {name: heads[name].finish(state).logits for name, state in states.items()} if self.runs else {}
+        return states if self.runs else {}
 
     def _pieces(self, blocks: torch.Tensor, width: int) -> Iterator[tuple[slice, torch.Tensor, bool]]:
         """Yield the tokens of prompts in pieces: which, the blocks `[prompts, blocks]` that hold them, and if they are the last."""
@@ -169,8 +189,11 @@ class Scorer:
         return found if padding is None else found.masked_fill(padding[:, tokens, None], 0)
 
     def _mask(self, head: ProbeModel, request: ScoringRequest) -> torch.Tensor:
-        ids = None if request.token_ids is None else torch.tensor([request.token_ids])
-        mask = token_mask(head.config, ids, torch.ones(1, request.num_tokens, dtype=torch.long))
+        prompt = torch.zeros(1, request.num_prompt_tokens, dtype=torch.bool)
+        if head.config.token_scope != "response":
+            ids = None if request.token_ids is None else torch.tensor([request.token_ids])
+            prompt = token_mask(head.config, ids, torch.ones_like(prompt, dtype=torch.long))
+        mask = F.pad(prompt, (0, request.num_tokens - request.num_prompt_tokens), value=True)
         check_rows(mask)
         return mask[0]
 

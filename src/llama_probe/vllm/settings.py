@@ -10,13 +10,16 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
 from ..serving.halting import Halter, HaltRule
-from .compatibility import KEY
+from .compatibility import KEY, check_config
 
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _LAYERS = "layers"
+NO_FUNCTIONS = (
+    "halt_on takes no functions here, because the engine decides in another process: name heads and thresholds"
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class ProbeSettings:
     Attributes:
         heads: folders by name; every process of the engine must be able to read them.
         halt_on: options by name of the heads that may halt a request; see `Halter`. `None` halts nothing.
+        monitor: options by name of heads that flag as those in `halt_on` do, and halt nothing.
+        hold_back: tokens of a reply that are held back, beside the one that has no score yet.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         hide_scores: answer with labels alone.
         halt_reply: text that the server sends to a halted request.
@@ -33,6 +38,8 @@ class ProbeSettings:
 
     heads: dict[str, str]
     halt_on: dict[str, dict[str, Any]] | None = None
+    monitor: dict[str, dict[str, Any]] | None = None
+    hold_back: int = 0
     allow_untested_vllm: bool = False
     hide_scores: bool = False
     halt_reply: str | None = None
@@ -63,20 +70,26 @@ class ProbeSettings:
         return sorted({layer for config in self.configs.values() for layer in config.layer_indices})
 
     @cached_property
+    def reply_heads(self) -> list[str]:
+        """Names of the heads that follow replies."""
+        return [name for name, config in self.configs.items() if config.reads_reply]
+
+    @cached_property
     def rules(self) -> list[HaltRule]:
         """The rules by which requests are halted."""
         return [] if self.halt_on is None else Halter(self.halt_on, self.configs).rules
 
     @cached_property
     def flags(self) -> list[HaltRule]:
-        """The rules by which labels are flagged, by head and label: those of `halt_on`, else the heads' own thresholds.
+        """The rules by which labels are flagged, by head and label: those of `halt_on` and `monitor`, else the heads' own.
 
-        A head flags what its config names (`flagged`), a multi-label head that names none any label. `halt_on` adds what it
-        names, and takes the place of what a head of exclusive labels flags.
+        A head flags what its config names (`flagged`), a multi-label head that names none any label, from its own thresholds
+        on. `halt_on` and `monitor` add what they name, and take the place of what a head of exclusive labels flags.
         """
+        named = self.rules + ([] if self.monitor is None else Halter(self.monitor, self.configs).rules)
         flags: list[HaltRule] = []
         for name, config in self.configs.items():
-            rules = {rule.index: rule for rule in self.rules if rule.head == name}
+            rules = {rule.index: rule for rule in named if rule.head == name}
             if config.problem_type == "multi_label_classification":
                 labels = config.flagged_labels or list(config.id2label.values())
             else:
@@ -85,6 +98,35 @@ class ProbeSettings:
             rules = {rule.index: rule for rule in own} | rules
             flags += [rules[index] for index in sorted(rules)]
         return flags
+
+    def check(self, speculates: bool, adds_to_tokens: bool = False) -> None:
+        """Raise `ProbeError` if rules do not go with heads or each other, or heads that follow replies with an engine.
+
+        Args:
+            speculates: the engine drafts tokens.
+            adds_to_tokens: it returns sampling masks, or experts of tokens, which cannot be held back with these.
+        """
+        if both := sorted(set(self.halt_on or ()) & set(self.monitor or ())):
+            raise ProbeError(f"halt_on and monitor both name {', '.join(both)}: a head does one or the other")
+        if unknown := sorted(set(self.monitor or ()) - set(self.heads)):
+            raise ProbeError(f"monitor names {', '.join(unknown)}; the heads are {', '.join(self.heads)}")
+        if any(rule.ask is not None for rule in (*self.rules, *self.flags)):
+            raise ProbeError(NO_FUNCTIONS)
+        follows = any(rule.config.reads_reply for rule in self.rules)
+        if self.hold_back and not follows:
+            raise ProbeError(f"hold_back={self.hold_back} needs a head in halt_on that follows replies")
+        wrong = {
+            "speculative_config": speculates and self.reply_heads,
+            "return_sampling_mask": adds_to_tokens and follows,
+        }
+        if names := [name for name, is_wrong in wrong.items() if is_wrong]:
+            raise ProbeError(f"{names[0]} does not go with heads that follow replies: {', '.join(self.reply_heads)}")
+
+    def check_engine(self, config: VllmConfig) -> None:
+        """Raise `ProbeError` if a complete config does not go with these heads, or lacks a part of what they need."""
+        check_config(config)
+        adds_to_tokens = config.model_config.return_sampling_mask or config.aux_output_config.enabled
+        self.check(config.speculative_config is not None, adds_to_tokens)
 
     def read_heads(self) -> dict[str, ProbeModel]:
         """Load the heads, by name, in eval mode."""

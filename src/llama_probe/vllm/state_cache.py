@@ -117,6 +117,15 @@ class StateCache(CacheOnlyAttentionLayer):
         share = found.transpose(0, 1).reshape(found.shape[1], len(block_ids), -1, self.head_size)
         return share if self.ranks == 1 else all_gather(share, dim=-1)[..., : self.width]
 
+    def read_tokens(self, places: torch.Tensor) -> torch.Tensor:
+        """Return `[states, tokens, width]` of single tokens: a place `[tokens]` is a block's number times its size, and the rest.
+
+        With tensor parallelism every rank must call it.
+        """
+        size = self.kernel_block_size
+        share = self.kv_cache[places // size, :, places % size].transpose(0, 1)  # [S, tokens, share]
+        return share if self.ranks == 1 else all_gather(share.contiguous(), dim=-1)[..., : self.width]
+
 
 def cache_growth(group: KVCacheGroupSpec) -> float:
     """Return how many times as large a worker's cache is with what heads read."""

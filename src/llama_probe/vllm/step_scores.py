@@ -10,18 +10,23 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerM
 from vllm.utils.platform_utils import is_pin_memory_available
 
 
+# By request and head the number of the part and the row in it that are its logits, or why there are none.
+Places = dict[str, dict[str, tuple[int, int] | str]]
+
+
 class StepScores(KVConnectorWorkerMetadata):
     """Logits that heads give in one step of the engine, on their way to the host in one copy.
 
-    `read`, and pickling, wait for the copy.
+    To read and to pickle them waits for the copy.
 
     Args:
-        prompts: by request and head the number of the part and the row in it that are its logits, or why there are none.
-        parts: logits `[rows, num_labels]`.
+        prompts: those that were scored.
+        parts: logits `[rows, num_labels]`; the last ones are those of replies, a part a head.
+        replies: requests whose replies have one more token.
     """
 
-    def __init__(self, prompts: dict[str, dict[str, tuple[int, int] | str]], parts: Sequence[torch.Tensor]):
-        self.prompts = prompts
+    def __init__(self, prompts: Places, parts: Sequence[torch.Tensor], replies: Sequence[str] = ()):
+        self.prompts, self.replies = prompts, replies
         self._shapes = [tuple(part.shape) for part in parts]
         self._event: torch.Event | None = None
         self._numbers = torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
@@ -41,7 +46,7 @@ class StepScores(KVConnectorWorkerMetadata):
         parts = self._numbers.split(sizes) if sizes else ()
         return [part.view(shape).numpy() for part, shape in zip(parts, self._shapes, strict=True)]
 
-    def read(self) -> dict[str, dict[str, list[float] | str]]:
+    def read_prompts(self) -> dict[str, dict[str, list[float] | str]]:
         """Return by request and head the logits of the prompt, or why there are none."""
         parts = self._parts()
         return {
@@ -51,6 +56,10 @@ class StepScores(KVConnectorWorkerMetadata):
             }
             for request_id, places in self.prompts.items()
         }
+
+    def read_replies(self, heads: int) -> np.ndarray:
+        """Return the logits of replies, `[replies, labels of all heads]`."""
+        return np.concatenate(self._parts()[-heads:], axis=1)
 
     def __getstate__(self):
         self._parts()

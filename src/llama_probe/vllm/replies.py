@@ -1,0 +1,283 @@
+"""Replies that heads follow, in the scheduler's process: what is held back of each, when one ends, and what heads say of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.outputs import LogprobsLists
+from vllm.v1.request import Request, RequestStatus
+
+from ..heads.decision import ProbeOutput, verdict
+from ..serving.outputs import Halt
+from .answers import only
+from .settings import ProbeSettings
+from .step_scores import StepScores
+
+
+class Reply:
+    """One reply, and what heads have said of it so far.
+
+    Attributes:
+        heads: names of those that were asked for.
+        index: of the reply, if a prompt has several.
+        slot: of its states in the workers; `None` while they have none.
+        block_ids: where its tokens lie.
+        held: tokens that were not delivered.
+        is_begun: there is a token without a score, the last one.
+        is_delivered: an output has been sent.
+        keeps_last: the last token may be delivered without a score: it ends the reply.
+        scored: number of tokens that have scores.
+        streaks: how often each rule has flagged in a row.
+        flagged: by rule the token at which its patience ended.
+        halt: why the reply was ended.
+    """
+
+    def __init__(self, request: Request, heads: list[str], index: int, rules: int, labels: int, keeps_all: bool):
+        self.request, self.heads, self.index = request, heads, index
+        self.slot: int | None = None
+        self.block_ids: list[int] = []
+        self.held: list[int] = []
+        self.logprobs: list[LogprobsLists] = []
+        self.is_begun = self.is_delivered = self.keeps_last = self.is_done = False
+        self.scored = self.clear = 0
+        self.streaks = [0] * rules
+        self.flagged: dict[int, int] = {}
+        self.halt: Halt | None = None
+        self.last: list[float] | None = None  # logits
+        self.largest, self.largest_at = [-math.inf] * labels, [0] * labels
+        self.token_logits: list[list[float]] | None = [] if keeps_all else None
+
+
+class Replies:
+    """The replies that run in an engine.
+
+    If a rule of `halt_on` follows replies, a token is delivered once it has a score: one token is held back, and `hold_back`
+    more. A reply ends before its first flagged token, or before the first of as many as the rule's patience. What ends by
+    itself is delivered whole, but for a last token that is no end: that one has no score.
+
+    Args:
+        settings: of the heads.
+        slots: of states in the workers.
+    """
+
+    def __init__(self, settings: ProbeSettings, slots: int):
+        self.settings = settings
+        self.configs = {name: settings.configs[name] for name in settings.reply_heads}
+        self.rules = [rule for rule in settings.flags if rule.config.reads_reply]
+        guards = {(rule.head, rule.index) for rule in settings.rules}
+        self._guards = [(rule.head, rule.index) in guards for rule in self.rules]
+        self.holds_back = any(self._guards)
+        self._labels = sum(config.num_labels for config in self.configs.values())
+        self._free = list(range(slots))
+        self._replies: dict[str, Reply] = {}
+        self._siblings: dict[str, dict[int, Reply]] = {}  # by the id of the request that has several replies
+        self._scores: dict[str, tuple[list[float], list[float], list[Halt | None]]] = {}  # of the newest step
+        self._touched: dict[str, Reply] = {}  # in this step
+
+    def get(self, request_id: str) -> Reply | None:
+        """Return a running reply; `None` if no head follows it."""
+        return self._replies.get(request_id)
+
+    def add(self, request: Request, heads: list[str]) -> None:
+        """Follow the replies to a new request, or to the next piece of its prompt, with the heads of these names."""
+        follows = any(name in self.configs for name in heads)
+        if not follows or request.sampling_params is None or has_no_reply(request):
+            return
+        self.free(request.request_id)
+        family, index = _family(request.request_id)
+        keeps_all = bool((request.kv_transfer_params or {}).get("token_scores"))
+        reply = Reply(request, heads, index, len(self.rules), self._labels, keeps_all)
+        self._replies[request.request_id] = self._siblings.setdefault(family, {})[index] = reply
+        if self.holds_back:
+            request.max_tokens += 1  # the step that reads the last token samples one more, which is dropped
+
+    def take_slot(self, reply: Reply) -> int:
+        """Give a reply a free slot for its states."""
+        reply.slot = self._free.pop()
+        return reply.slot
+
+    def free(self, request_id: str) -> None:
+        """Give back the slot of a request that was preempted, or has ended."""
+        reply = self._replies.get(request_id)
+        if reply is not None and reply.slot is not None:
+            self._free.append(reply.slot)
+            reply.slot = None
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request that has ended."""
+        self.free(request_id)
+        if (reply := self._replies.pop(request_id, None)) is not None:
+            reply.is_done = True
+            family, _ = _family(request_id)
+            if all(each.is_done for each in self._siblings.get(family, {}).values()):
+                self._siblings.pop(family, None)
+
+    def begin_step(self, step: StepScores | None) -> None:
+        """Take in the scores of a step."""
+        self._scores, self._touched = {}, {}
+        if step is None or not step.replies:
+            return
+        logits, outputs, first = step.read_replies(len(self.configs)), {}, 0
+        for name, config in self.configs.items():
+            part = torch.from_numpy(logits[:, first : first + config.num_labels])
+            outputs[name] = ProbeOutput.from_logits(part, config)
+            first += config.num_labels
+        scores = torch.cat([output.probabilities for output in outputs.values()], dim=1).tolist()
+        flags = [rule.halts(outputs[rule.head]) for rule in self.rules]
+        rows = zip(*flags, strict=True) if flags else [()] * len(scores)
+        self._scores = dict(zip(step.replies, zip(logits.tolist(), scores, rows, strict=True), strict=True))
+
+    def flag_prompt(self, request_id: str, flagged: Mapping[str, Sequence[str]]) -> None:
+        """Count a prompt's flags, labels by head, as the first of a rule's patience."""
+        if (reply := self._replies.get(request_id)) is not None:
+            for number, rule in enumerate(self.rules):
+                reply.streaks[number] = int(rule.config.id2label[rule.index] in flagged.get(rule.head, ()))
+
+    def read_score(self, request_id: str) -> str | None:
+        """Take in the score of a reply's newest token, as the next one comes. Return the head that ends the reply before it."""
+        reply = self._replies.get(request_id)
+        if reply is None:
+            return None
+        self._touched[request_id] = reply
+        if reply.is_begun:
+            row = self._scores.get(request_id)
+            if row is not None:
+                self._add(reply, *row)
+            elif self.holds_back:
+                rule = next(rule for rule, halts in zip(self.rules, self._guards, strict=True) if halts)
+                reply.halt = Halt(rule.head, threshold=rule.threshold, token=reply.scored)
+        reply.is_begun = True
+        return reply.halt and reply.halt.head
+
+    def end(self, request: Request) -> None:
+        """Decide how a reply ends that vLLM has stopped."""
+        if (reply := self._replies.get(request.request_id)) is None:
+            return
+        self.free(request.request_id)
+        if self.holds_back and request.num_output_tokens >= request.max_tokens:
+            request.status, request.stop_reason = RequestStatus.FINISHED_LENGTH_CAPPED, None
+        reply.keeps_last = request.status == RequestStatus.FINISHED_STOPPED  # by its last token
+
+    def _add(self, reply: Reply, logits: list[float], scores: list[float], flags: Sequence[Halt | None]) -> None:
+        token, reply.scored, reply.last = reply.scored, reply.scored + 1, logits
+        if reply.token_logits is not None:
+            reply.token_logits.append(logits)
+        for place, score in enumerate(scores):
+            if score > reply.largest[place]:
+                reply.largest[place], reply.largest_at[place] = score, token
+        is_clear = True
+        for number, flag in enumerate(flags):
+            is_score = flag is not None and not math.isnan(flag.score)
+            if flag is None or not (is_score or self._guards[number]):
+                reply.streaks[number] = 0
+                continue
+            reply.streaks[number] += 1
+            is_clear = is_clear and not self._guards[number]
+            rule = self.rules[number]
+            if reply.streaks[number] < rule.patience:
+                continue
+            reply.flagged.setdefault(number, token)
+            if self._guards[number] and reply.halt is None:
+                found = flag if is_score else Halt(rule.head, threshold=rule.threshold)
+                reply.halt = replace(found, token=token)
+        reply.clear = reply.clear + 1 if is_clear else 0
+
+    def edit(self, output: EngineCoreOutput) -> bool:
+        """Put what may be delivered into an output of this step. Return False if it has nothing to deliver."""
+        reply = self._touched.get(output.request_id)
+        if reply is None or not self.holds_back:
+            return True
+        ready = max(0, len(reply.held) - self.settings.hold_back) if reply.clear > self.settings.hold_back else 0
+        reply.held += output.new_token_ids
+        if output.new_logprobs is not None:
+            reply.logprobs.append(_own_logprobs(output.new_logprobs, reply.request))
+        if output.finished:
+            ready = 0 if reply.halt is not None else max(0, len(reply.held) - (not reply.keeps_last))
+        output.new_token_ids, reply.held = reply.held[:ready], reply.held[ready:]
+        if output.new_logprobs is not None:
+            output.new_logprobs, reply.logprobs = _joined(reply.logprobs, ready), reply.logprobs[ready:]
+        is_needed = bool(ready or output.finished or output.events or not reply.is_delivered)
+        reply.is_delivered = True
+        return is_needed
+
+    def summaries(self, request_id: str) -> list[dict[str, Any] | None] | None:
+        """Return what heads say of a request's replies so far, by index; `None` for those that are not known here.
+
+        Each is `{"probes": {head: ...}, "halted": fields of a `Halt`, or None}`. Of a head there are `tokens`, the number that
+        it scored, and if there are any what `verdict` says after the last one, `logits`, `largest` (by label `score` and
+        `token`), `flagged` with the labels that were, and `token`, at which the first of them was. `token_logits` has those
+        after each token, if the request asked for `token_scores`.
+        """
+        reply = self._replies.get(request_id)
+        if reply is None:
+            return None
+        siblings = self._siblings.get(_family(request_id)[0], {})
+        return [self._summary(siblings[i]) if i in siblings else None for i in range(max(siblings, default=-1) + 1)]
+
+    def _summary(self, reply: Reply) -> dict[str, Any]:
+        probes, first = {}, 0
+        for name, config in self.configs.items():
+            columns, first = slice(first, first + config.num_labels), first + config.num_labels
+            if name in reply.heads:
+                said = self._said(reply, name, columns)
+                probes[name] = only(said, "tokens", "label", "flagged", "token") if self.settings.hide_scores else said
+        halted = reply.halt and asdict(reply.halt)
+        if halted and self.settings.hide_scores:
+            halted = only(halted, "head", "label", "token")
+        return {"probes": probes, "halted": halted}
+
+    def _said(self, reply: Reply, name: str, columns: slice) -> dict[str, Any]:
+        config, said = self.configs[name], {"tokens": reply.scored}
+        flagged = {
+            config.id2label[rule.index]: reply.flagged[number]
+            for number, rule in enumerate(self.rules)
+            if rule.head == name and number in reply.flagged
+        }
+        if reply.last is not None:
+            logits = reply.last[columns]
+            if not all(map(math.isfinite, logits)):
+                return {**said, "error": "the head gives no number"}
+            output = ProbeOutput.from_logits(torch.tensor([logits]), config)
+            said |= {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
+            pairs = zip(reply.largest[columns], reply.largest_at[columns], strict=True)
+            largest = [{"score": score, "token": token} for score, token in pairs]
+            said["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
+        if any(rule.head == name for rule in self.rules):
+            said |= {"flagged": list(flagged), "token": min(flagged.values(), default=None)}
+        if reply.token_logits is not None:
+            said["token_logits"] = [row[columns] for row in reply.token_logits]
+        return said
+
+
+def has_no_reply(request: Request) -> bool:
+    """Return True for a request that asks for labels of its prompt alone."""
+    return (request.kv_transfer_params or {}).get("reply") is False
+
+
+def _family(request_id: str) -> tuple[str, int]:
+    """Return the id of a request and the index of one of its replies. vLLM has a request for each reply, `INDEX_ID`."""
+    index, _, family = request_id.partition("_")
+    return (family, int(index)) if family and index.isdecimal() and len(index) < 5 else (request_id, 0)
+
+
+def _own_logprobs(logprobs: LogprobsLists, request: Request) -> LogprobsLists:
+    """Return the columns that a request asked for: vLLM has those of the request that asked for most."""
+    asked = request.sampling_params.num_logprobs
+    columns = slice(None) if asked is None or asked < 0 else slice(asked + 1)
+    ids, values = logprobs.logprob_token_ids[:, columns], logprobs.logprobs[:, columns]
+    return logprobs._replace(logprob_token_ids=ids, logprobs=values)
+
+
+def _joined(rows: list[LogprobsLists], count: int) -> LogprobsLists:
+    """Return the first of several tokens' logprobs as one."""
+    first = rows[0]
+    if not count:
+        return first.slice_request(0, 0)
+    parts = zip(*(row[:3] for row in rows[:count]), strict=True)
+    return type(first)(*(np.concatenate(part) for part in parts))

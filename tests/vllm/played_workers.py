@@ -1,0 +1,153 @@
+"""A scheduler of either form, and workers that are played: on the CPU, vLLM itself always takes the plain form."""
+
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import KVConnectorOutput, LogprobsLists, ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from llama_probe.vllm.scheduler import AsyncProbeScheduler, ProbeScheduler, create_scheduler
+from llama_probe.vllm.step_scores import StepScores
+
+
+BLOCK, CHUNK = 16, 24
+FINE, BAD = [9.0, -9.0], [-9.0, 9.0]
+FIRST = 100  # the token that is written first; each next one is one more
+END = 2
+
+
+def make_scheduler(kwargs: dict, is_async: bool, blocks: int = 30, caches_prefixes: bool = False):
+    """A scheduler of an engine with these arguments, and prompts in chunks."""
+    kwargs |= {"max_num_batched_tokens": CHUNK, "max_model_len": 128, "enable_prefix_caching": caches_prefixes}
+    init_none_hash(sha256)
+    config = EngineArgs(**kwargs).create_engine_config()
+    config.scheduler_config.async_scheduling = is_async
+    config.cache_config.num_gpu_blocks = blocks
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    made = create_scheduler(
+        config,
+        kv_cache_config=KVCacheConfig(blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK,
+    )
+    assert type(made) is (AsyncProbeScheduler if is_async else ProbeScheduler)
+    return made
+
+
+def add(
+    scheduler, name: str, length: int, kind=RequestOutputKind.DELTA, resumable=False, asked=None, **changes
+) -> Request:
+    """Add a request with a prompt of some length."""
+    extra = {"extra_args": {"kv_transfer_params": asked}} if asked else {}
+    params = SamplingParams(**{"max_tokens": 5, "output_kind": kind, **changes, **extra})
+    params._eos_token_id = None if params.ignore_eos else END
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    request = Request(name, list(range(4, 4 + length)), params, None, resumable=resumable, block_hasher=hasher)
+    scheduler.add_request(request)
+    return request
+
+
+@dataclass
+class Script:
+    """What workers say of a reply: tokens that are flagged or have no number, by index, and the index of its end."""
+
+    flags: Collection[int] = ()
+    no_number: Collection[int] = ()
+    unscored: Collection[int] = ()
+    end: int | None = None
+
+    def logits(self, token: int) -> list[float]:
+        return [float("nan")] * 2 if token in self.no_number else BAD if token in self.flags else FINE
+
+    def token(self, index: int) -> int:
+        return END if index == self.end else FIRST + index
+
+
+class Player:
+    """Plays the workers of a scheduler whose only head follows replies, if it is named `watch`.
+
+    Attributes:
+        delivered: outputs by request.
+        steps: number of steps that were scheduled.
+    """
+
+    def __init__(self, scheduler, prompt_logits: list[float] | None = None):
+        self.scheduler, self.prompt_logits = scheduler, prompt_logits
+        self.scripts: dict[str, Script] = {}
+        self.lengths: dict[str, int] = {}
+        self.delivered: dict[str, list] = defaultdict(list)
+        self.queue, self.steps = [], 0
+
+    def add(self, name: str, script: Script, length: int = 5, **options) -> Request:
+        self.scripts[name], self.lengths[name] = script, length
+        return add(self.scheduler, name, length, **options)
+
+    def step(self) -> None:
+        """Schedule a step, and answer the oldest one: in the async form one is always under way."""
+        if self.scheduler.has_requests():
+            self.queue.append(self.scheduler.schedule())
+            self.steps += 1
+        if len(self.queue) > isinstance(self.scheduler, AsyncProbeScheduler) or not self.scheduler.has_requests():
+            self.answer()
+
+    def run(self) -> None:
+        """Go on until all requests have ended."""
+        while self.scheduler.has_unfinished_requests() or self.queue:
+            self.step()
+            assert self.steps < 2000, "requests do not end"
+
+    def answer(self) -> None:
+        """Return the results of the oldest step."""
+        if not self.queue:
+            return
+        step = self.queue.pop(0)
+        meta, cached = step.kv_connector_metadata, step.scheduled_cached_reqs
+        computed = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
+        computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        begun, read = {request.request_id for request in meta.requests}, meta.reply_tokens
+        assert len({*read.slots}) == len(read.slots)
+        ends = {name: computed[name] + count for name, count in step.num_scheduled_tokens.items()}
+        tokens = [
+            [self.scripts[name].token(end - self.lengths[name])] if name in begun or name in read.request_ids else []
+            for name, end in ends.items()
+        ]
+        rows = {}
+        for name, place in zip(read.request_ids, read.places, strict=True):
+            index = ends[name] - 1 - self.lengths[name]
+            assert index >= 0 and place % BLOCK == (ends[name] - 1) % BLOCK
+            if index not in self.scripts[name].unscored:
+                rows[name] = self.scripts[name].logits(index)
+        prompts = {request.request_id: {} for request in meta.requests if request.heads is not None}
+        parts = []
+        if self.prompt_logits is not None:
+            prompts = {name: {"watch": (0, 0)} for name in prompts}
+            parts.append(torch.tensor([self.prompt_logits]))
+        scores = StepScores(prompts, [*parts, torch.tensor(list(rows.values()))] if rows else parts, list(rows))
+        from_workers = KVConnectorOutput(kv_connector_worker_meta=scores if prompts or rows else None)
+        ids = np.array([sampled or [0] for sampled in tokens]).reshape(-1, 1)
+        logprobs = LogprobsLists(np.repeat(ids, 4, axis=1), ids / 1000.0 * np.ones(4), ids[:, 0])
+        places = {name: place for place, name in enumerate(ends)}
+        output = ModelRunnerOutput(list(ends), places, tokens, logprobs=logprobs, kv_connector_output=from_workers)
+        for batch in self.scheduler.update_from_output(step, output).values():
+            for each in batch.outputs:
+                self.delivered[each.request_id].append(each)
+
+    def tokens(self, name: str) -> list[int]:
+        """All tokens that were delivered of a request."""
+        return [token for output in self.delivered[name] for token in output.new_token_ids]
+
+    def check_clean(self) -> None:
+        """Raise if something is kept of requests that are gone."""
+        probes = self.scheduler.probes
+        assert not (probes._answers or probes._prompts or probes.replies._replies or probes.replies._siblings)
+        assert sorted(probes.replies._free) == list(range(self.scheduler.max_num_running_reqs))

@@ -1,0 +1,177 @@
+"""Engines whose heads follow replies, beside one that reads prompts: scores of each token are those of transformers."""
+
+import pytest
+import torch
+from conftest import make_lm
+from tiny_engine import HEADS, PROMPTS, REPLY_HEADS, SIZES, TinyServing, generate, make_serving, running
+from vllm import SamplingParams
+
+from llama_probe import ProbeError
+from llama_probe.vllm import engine_kwargs
+
+
+NEW = 50
+ASKED = {"extra_args": {"kv_transfer_params": {"token_scores": True}}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinyServing:
+    heads = {**REPLY_HEADS, "tone": HEADS["tone"]}
+    return make_serving(tmp_path_factory.mktemp("replies"), make_lm(**SIZES), heads)
+
+
+@pytest.fixture(scope="module")
+def replies(tiny) -> dict[int, tuple[list[int], dict[str, torch.Tensor]]]:
+    """By the number of a prompt the reply of transformers, and what heads say of each of its tokens but the last."""
+    found = {}
+    for number, ids in enumerate(PROMPTS):
+        output = tiny.reference(ids, NEW)
+        logits = {name: output.probe_token_logits[name][0] for name in REPLY_HEADS}
+        found[number] = output.sequences[0, len(ids) :].tolist(), logits
+    return found
+
+
+@pytest.fixture(scope="module")
+def threshold(replies) -> float:
+    """At which `watch` halts some replies early, some late and some never; far from all probabilities."""
+    scores = torch.cat([logits["watch"].softmax(dim=-1)[:, 1] for _, logits in replies.values()]).sort().values
+    highest = (
+        torch.stack([logits["watch"].softmax(dim=-1)[:, 1].max() for _, logits in replies.values()]).sort().values
+    )
+    low = int((scores < highest[len(highest) // 3]).sum())
+    gaps = scores[low + 1 : low + 60] - scores[low : low + 59]
+    place = low + int(gaps.argmax())
+    return float(scores[place] + scores[place + 1]) / 2
+
+
+def halted_at(logits: torch.Tensor, threshold: float) -> int | None:
+    flagged = (logits.softmax(dim=-1)[:, 1] >= threshold).nonzero()
+    return int(flagged[0]) if len(flagged) else None
+
+
+def check(llm, tiny, replies, threshold, atol=1e-4, **options) -> list[int | None]:
+    """Asks all prompts at once. Returns where their replies were halted."""
+    outputs, halts = generate(llm, PROMPTS, NEW, **ASKED, **options), []
+    for number, (ids, output) in enumerate(zip(PROMPTS, outputs, strict=True)):
+        reply, logits = replies[number]
+        (choice,), known = output.outputs, output.kv_transfer_params
+        halt = halted_at(logits["watch"], threshold)
+        assert list(choice.token_ids) == reply[:halt]
+        assert (choice.finish_reason, choice.stop_reason) == (("length", None) if halt is None else ("stop", "watch"))
+        (said,) = known["replies"]
+        scored = NEW if halt is None else halt + 1
+        tiny.check_tokens(ids, reply, said, scored, atol)
+        for name, expected in logits.items():
+            rows = torch.tensor(said["probes"][name]["token_logits"])
+            count = min(len(rows), len(expected))
+            torch.testing.assert_close(rows[:count], expected[:count], rtol=1e-5, atol=atol)
+        assert (said["halted"] and said["halted"]["token"]) == halt and said["halted"] == known["halted"]
+        assert list(known["probes"]) == ["theme", "end", "tone"]
+        halts.append(halt)
+    return halts
+
+
+def test_bfloat16(tiny):
+    """Texts differ from those in fp32: scores are compared with those of the text that was written.
+
+    It comes before the engine of the other tests, beside which a process can have no second one.
+    """
+    with running(tiny, 1.0, guard="watch", dtype="bfloat16") as engine:
+        for ids, output in zip(PROMPTS, generate(engine, PROMPTS, NEW, **ASKED), strict=True):
+            tiny.check_tokens(
+                ids, list(output.outputs[0].token_ids), output.kv_transfer_params["replies"][0], atol=0.25
+            )
+
+
+@pytest.fixture(scope="module")
+def llm(tiny, threshold):
+    cache = {"block_size": 128, "num_gpu_blocks_override": 4, "disable_log_stats": False}
+    with running(tiny, threshold, guard="watch", **cache) as engine:
+        yield engine
+
+
+def clean(llm) -> bool:
+    probes = llm.llm_engine.engine_core.engine_core.scheduler.probes
+    return (
+        not (probes._answers or probes.replies._replies or probes.replies._siblings) and len(probes.replies._free) == 8
+    )
+
+
+def test_scores_and_cuts_are_those_of_transformers(llm, tiny, replies, threshold):
+    """In chunks, from a cache too small for all, and again with the prompts in it."""
+    counts = []
+    for _ in range(2):
+        halts = check(llm, tiny, replies, threshold)
+        counts.append(sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"))
+    assert None in halts and any(halts) and counts[0] > 0
+    assert clean(llm)
+
+
+def test_several_replies_that_are_sampled(llm, tiny):
+    ids = PROMPTS[4]
+    params = SamplingParams(n=3, temperature=1.0, max_tokens=12, ignore_eos=True, logprobs=2, **ASKED)
+    (output,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    assert len(output.kv_transfer_params["replies"]) == 3
+    for choice, said in zip(output.outputs, output.kv_transfer_params["replies"], strict=True):
+        reply, halted = list(choice.token_ids), said["halted"]
+        assert len(choice.logprobs) == len(reply)
+        assert all(token in row for token, row in zip(reply, choice.logprobs, strict=True))
+        if halted is None:
+            tiny.check_tokens(ids, reply, said)
+        else:
+            assert len(reply) == halted["token"] and choice.stop_reason == "watch"
+    assert clean(llm)
+
+
+def test_a_stop_string_ends_a_reply_that_is_scored(llm, tiny, replies, threshold):
+    number = next(number for number, (_, logits) in replies.items() if halted_at(logits["watch"], threshold) is None)
+    (whole,) = generate(llm, PROMPTS[number : number + 1], NEW)
+    text = whole.outputs[0].text
+    stop = text[6:9]
+    (output,) = generate(llm, PROMPTS[number : number + 1], NEW, stop=[stop], **ASKED)
+    assert output.outputs[0].text == text[: text.index(stop)] and output.outputs[0].stop_reason == stop
+    (said,) = output.kv_transfer_params["replies"]
+    tiny.check_tokens(PROMPTS[number], replies[number][0], said, said["probes"]["watch"]["tokens"])
+    assert len(output.outputs[0].token_ids) <= said["probes"]["watch"]["tokens"]
+    assert clean(llm)
+
+
+def test_requests_that_are_aborted_leave_nothing(llm):
+    params = SamplingParams(max_tokens=100, ignore_eos=True, temperature=0)
+    for number, ids in enumerate(PROMPTS):
+        llm.llm_engine.add_request(f"gone-{number}", {"prompt_token_ids": ids}, params)
+    for number in range(len(PROMPTS)):
+        llm.llm_engine.step()
+        llm.llm_engine.abort_request([f"gone-{number}"])
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    assert clean(llm)
+
+
+def test_a_request_chooses_heads_but_not_to_go_unguarded(llm):
+    (output,) = generate(llm, PROMPTS[3:4], 4, extra_args={"kv_transfer_params": {"probes": ["tone"]}})
+    assert list(output.kv_transfer_params["probes"]) == ["tone"]
+    assert list(output.kv_transfer_params["replies"][0]["probes"]) == ["watch"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"processes": 2, "tensor_parallel_size": 2},
+        {
+            "processes": 2,
+            "pipeline_parallel_size": 2,
+            "enforce_eager": False,
+            "compilation_config": {"backend": "eager"},
+        },
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_several_ranks(tiny, replies, threshold, changes):
+    with running(tiny, threshold, guard="watch", **changes) as engine:
+        check(engine, tiny, replies, threshold)
+
+
+def test_speculation_and_kinds_that_grow_are_refused(tiny, tmp_path):
+    with pytest.raises(ProbeError, match="speculative_config"):
+        engine_kwargs(tiny.backbone, tiny.heads, speculative_config={"method": "ngram", "num_speculative_tokens": 2})

@@ -1,0 +1,135 @@
+"""A server whose guard follows replies, asked by the clients of OpenAI and Anthropic: nobody sees a flagged token."""
+
+import itertools
+from urllib.request import urlopen
+
+import anthropic
+import openai
+import pytest
+from conftest import make_lm
+from http_server import ask, serving
+from tiny_engine import HEADS, REPLY_HEADS, SIZES, TinyServing, make_serving
+from transformers import AutoTokenizer
+
+
+NEW, END = 12, " Sorry."
+EXTRA = {"extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinyServing:
+    heads = {"watch": REPLY_HEADS["watch"], "tone": HEADS["tone"]}
+    return make_serving(tmp_path_factory.mktemp("replies"), make_lm(**SIZES), heads)
+
+
+@pytest.fixture(scope="module")
+def replies(tiny, chats) -> dict[str, tuple[list[int], list[float]]]:
+    """By text the reply of transformers, and what `watch` gives `bad` after each token of it."""
+    found = {}
+    for text, ids in chats.items():
+        output = tiny.reference(ids, NEW + 1)
+        scores = output.probe_token_logits["watch"][0].softmax(dim=-1)[:, 1]
+        found[text] = output.sequences[0, len(ids) : len(ids) + NEW].tolist(), scores.tolist()
+    return found
+
+
+@pytest.fixture(scope="module")
+def threshold(replies) -> float:
+    """At which some replies are halted, one before its first token; far from all scores."""
+    highest = sorted(max(scores) for _, scores in replies.values())
+    every = sorted(score for _, scores in replies.values() for score in scores)
+    low, high = highest[len(highest) // 3], highest[-1]
+    inside = [score for score in every if low < score <= high]
+    return max(itertools.pairwise(inside), key=lambda pair: pair[1] - pair[0])[0] + 1e-4
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, replies, threshold) -> dict[str, tuple[str, int | None]]:
+    """By text what a client sees of the LM, and the token that halted it."""
+    tokenizer, found = AutoTokenizer.from_pretrained(tiny.backbone), {}
+    for text, (reply, scores) in replies.items():
+        halt = next((token for token, score in enumerate(scores) if score >= threshold), None)
+        found[text] = tokenizer.decode(reply[:halt], skip_special_tokens=True), halt
+    assert {halt is None for _, halt in found.values()} == {True, False}
+    return found
+
+
+@pytest.fixture(scope="module")
+def url(tiny, threshold, tmp_path_factory):
+    probes = [word for name in tiny.heads for word in ("--probe", f"{name}={tiny.heads[name]}")]
+    rule = f'watch={{"label": "bad", "threshold": {threshold}}}'
+    options = "--served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 8 --enforce-eager"
+    arguments = [str(tiny.backbone), *probes, "--halt-on", rule, "--halt-reply", END, *options.split()]
+    with serving(arguments, tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
+        yield client
+
+
+def test_whole_replies_and_streams(client, expected):
+    for text, (shown, halt) in expected.items():
+        response = ask(client, text, max_tokens=NEW, **EXTRA)
+        (choice,) = response.choices
+        reason = "length" if halt is None else "content_filter"
+        assert choice.message.content == shown + END * (halt is not None)
+        assert (choice.finish_reason, response.usage.completion_tokens) == (reason, NEW if halt is None else halt)
+        (reply,) = response.kv_transfer_params["replies"]
+        assert (reply["halted"] and reply["halted"]["token"]) == halt
+        assert reply["probes"]["watch"]["tokens"] == (NEW if halt is None else halt + 1)
+        chunks = list(ask(client, text, max_tokens=NEW, stream=True, **EXTRA))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
+        assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == [reason]
+        assert list(chunks[0].kv_transfer_params["probes"]) == ["tone"]
+        assert chunks[-1].kv_transfer_params["replies"] == response.kv_transfer_params["replies"]
+
+
+def test_several_choices(client, chats, expected):
+    texts = [text for text in chats if expected[text][1] is not None][:1] + [
+        text for text in chats if expected[text][1] is None
+    ][:1]
+    options = {"max_tokens": NEW, "temperature": 0.0, **EXTRA}
+    whole = client.completions.create(model="tiny", prompt=[chats[text] for text in texts], **options)
+    for text, choice in zip(texts, whole.choices, strict=True):
+        shown, halt = expected[text]
+        assert choice.text == shown + END * (halt is not None)
+        assert choice.finish_reason == ("length" if halt is None else "content_filter")
+        assert bool(choice.kv_transfer_params["halted"]) == (halt is not None)
+    sampled = client.completions.create(model="tiny", prompt=chats[texts[0]], n=3, **options | {"temperature": 1.0})
+    said = sampled.kv_transfer_params["replies"]
+    assert len(said) == 3
+    for choice, reply in zip(sampled.choices, said, strict=True):
+        assert (choice.finish_reason == "content_filter") == bool(reply["halted"]) == choice.text.endswith(END)
+
+
+def test_other_routes(url, client, expected):
+    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="none", timeout=250, max_retries=0) as messages:
+        for text, (shown, halt) in list(expected.items())[:3]:
+            response = client.responses.create(
+                model="tiny", input=text, temperature=0.0, max_output_tokens=NEW, **EXTRA
+            )
+            assert (response.status == "incomplete") and (halt is None) == (
+                response.incomplete_details.reason == "max_output_tokens"
+            )
+            assert halt is None or response.incomplete_details.reason == "content_filter"
+            chat = [{"role": "user", "content": text}]
+            options = {"model": "tiny", "max_tokens": NEW, "messages": chat, "temperature": 0.0, **EXTRA}
+            whole = messages.messages.create(**options)
+            with messages.messages.stream(**options) as stream:
+                streamed = stream.get_final_message()
+            for message in (whole, streamed):
+                assert (message.stop_reason == "refusal") == (halt is not None)
+                assert message.content[0].text == shown + END * (halt is not None)
+
+
+def test_metrics(url, client, expected):
+
+    ask(client, next(text for text, (_, halt) in expected.items() if halt is not None), max_tokens=NEW, **EXTRA)
+    with urlopen(url.removesuffix("v1") + "metrics", timeout=250) as response:
+        lines = dict(line.rsplit(" ", 1) for line in response.read().decode().splitlines() if line[:1] != "#")
+    for name in ("halted_replies", "flagged_replies", "reply_tokens"):
+        assert float(lines[f'llama_probe_{name}_total{{probe="watch"}}']) > 0
+    assert float(lines['llama_probe_halted_total{probe="watch"}']) == 0
