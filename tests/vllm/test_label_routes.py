@@ -1,5 +1,6 @@
 """Moderations and classifications, before a server of one route and an engine that says what it is told to."""
 
+import asyncio
 import json
 from types import SimpleNamespace
 
@@ -173,6 +174,48 @@ def test_an_input_without_a_score_is_an_error(serve):
             response = client.post(path, json={"input": "a"})
             assert response.status_code == 400
             assert "input 0 has no score of guard" in response.json()["error"]["message"]
+
+
+class Gateway:
+    """What litellm's client class posts with."""
+
+    timeout = 5
+
+    def __init__(self, client: TestClient):
+        self.client, self.headers = client, []
+
+    async def post(self, url, json, headers, timeout):
+        self.headers.append(headers)
+        return self.client.post(url.removeprefix("http://guard"), json=json, headers=headers)
+
+
+@pytest.mark.parametrize("logits", [{"guard": [0.9, 0.0]}, {"guard": [9.0, -9.0]}], ids=["flagged", "fine"])
+def test_the_guardrail_of_litellm(monkeypatch, serve, logits):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its import asks GitHub for prices
+    from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import GenericGuardrailAPI
+
+    client, engine = serve(["guard"], logits=logits)
+    guardrail = GenericGuardrailAPI(api_base="http://guard", api_key="key", async_handler=Gateway(client))
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    encode = PromptFormat.create(TOKENIZER).encode
+
+    def ask(kind, **inputs):
+        return asyncio.run(guardrail.apply_guardrail(inputs, {"model": "gpt"}, kind))
+
+    for inputs in ({"texts": ["s", "a"], "structured_messages": chat}, {"texts": ["a"]}):
+        if logits["guard"][1] < 0:
+            assert ask("request", **inputs)["texts"] == inputs["texts"]
+            continue
+        with pytest.raises(Exception, match="guard/bad"):
+            ask("request", **inputs)
+    plain = [chat[0], {"role": "user", "content": "a"}]
+    assert engine.prompts == [*encode([plain]), *encode(["a"])]
+    assert engine.body["model"] is None and engine.body["kv_transfer_params"]["reply"] is False
+    assert engine.authorization == "Bearer key"
+    for kind, inputs in (("response", {"texts": ["a"]}), ("request", {"texts": [], "images": ["x"]})):
+        with pytest.raises(Exception, match="Generic Guardrail API failed"):
+            ask(kind, **inputs)
+    assert len(engine.prompts) == 2
 
 
 def test_the_path_may_have_a_prefix(serve):

@@ -16,7 +16,7 @@ NEW, END = 12, " Sorry."
 EXTRA = {"extra_body": {"ignore_eos": True}}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> TinyServing:
     heads = {"watch": REPLY_HEADS["watch"], "tone": HEADS["tone"]}
     return make_serving(tmp_path_factory.mktemp("replies"), make_lm(**SIZES), heads)

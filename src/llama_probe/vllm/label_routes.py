@@ -1,4 +1,4 @@
-"""`/v1/moderations` of OpenAI's API and `/classify` of vLLM's: labels of texts, without a reply.
+"""`/v1/moderations` of OpenAI's API, `/classify` of vLLM's and LiteLLM's guardrail API: labels of texts, without a reply.
 
 A request becomes one for completions without a token, which vLLM's server checks and answers. Its scores make the response.
 """
@@ -140,6 +140,36 @@ class Moderations(LabelRequest):
         return {"id": f"modr-{name}", "model": completion["model"], "results": results}
 
 
+class Guardrail(Moderations):
+    """LiteLLM's Generic Guardrail API: a request is blocked if a label of it would be flagged by `Moderations`.
+
+    Its messages are one chat. Without these, each of its texts is one.
+    """
+
+    def read(self, body):
+        if body.get("input_type") != "request":
+            raise ProbeError(
+                f"input_type is {body.get('input_type')!r}; replies are not scored here: use mode: pre_call"
+            )
+        chat, texts = body.get("structured_messages"), body.get("texts") or []
+        if chat:
+            return self.flagging(), [[_with_text(message) for message in chat]]
+        if not _are_texts(texts):
+            raise ProbeError("structured_messages or texts must hold a text")
+        return self.flagging(), texts
+
+    def completion(self, body, encoder):
+        # The model is the gateway's.
+        return json.dumps(json.loads(super().completion(body, encoder)) | {"model": None}).encode()
+
+    def results(self, said, completion):
+        moderations = super().results(said, completion)["results"]
+        flagged = [name for result in moderations for name, is_flagged in result["categories"].items() if is_flagged]
+        if not flagged:
+            return {"action": "NONE"}
+        return {"action": "BLOCKED", "blocked_reason": ", ".join(dict.fromkeys(flagged))}
+
+
 class Classification(LabelRequest):
     """vLLM's classification, by the head that `probe` names in the body or the URL."""
 
@@ -178,7 +208,17 @@ class Classification(LabelRequest):
 LABEL_ROUTES: dict[str, type[LabelRequest]] = {
     "/v1/moderations": Moderations,
     "/classify": Classification,
+    "/beta/litellm_basic_guardrail_api": Guardrail,
 }
+
+
+def _with_text(message: Any) -> Any:
+    """Return a chat message whose content parts of type text are one text."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return {**message, "content": "\n".join(filter(None, parts))}
 
 
 def _moderated(given: Any) -> list[str]:
