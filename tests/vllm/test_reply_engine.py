@@ -22,12 +22,12 @@ def tiny(tmp_path_factory) -> TinyServing:
 
 @pytest.fixture(scope="module")
 def replies(tiny) -> dict[int, tuple[list[int], dict[str, torch.Tensor]]]:
-    """By the number of a prompt the reply of transformers, and what heads say of each of its tokens but the last."""
+    """By the number of a prompt the reply of transformers, and what heads say of each of its tokens."""
     found = {}
     for number, ids in enumerate(PROMPTS):
-        output = tiny.reference(ids, NEW)
+        output = tiny.reference(ids, NEW + 1)
         logits = {name: output.probe_token_logits[name][0] for name in REPLY_HEADS}
-        found[number] = output.sequences[0, len(ids) :].tolist(), logits
+        found[number] = output.sequences[0, len(ids) : len(ids) + NEW].tolist(), logits
     return found
 
 
@@ -52,7 +52,7 @@ def halted_at(logits: torch.Tensor, threshold: float) -> int | None:
 def check(llm, tiny, replies, threshold, atol=1e-4, **options) -> list[int | None]:
     """Asks all prompts at once. Returns where their replies were halted."""
     outputs, halts = generate(llm, PROMPTS, NEW, **ASKED, **options), []
-    for number, (ids, output) in enumerate(zip(PROMPTS, outputs, strict=True)):
+    for number, output in enumerate(outputs):
         reply, logits = replies[number]
         (choice,), known = output.outputs, output.kv_transfer_params
         halt = halted_at(logits["watch"], threshold)
@@ -60,11 +60,11 @@ def check(llm, tiny, replies, threshold, atol=1e-4, **options) -> list[int | Non
         assert (choice.finish_reason, choice.stop_reason) == (("length", None) if halt is None else ("stop", "watch"))
         (said,) = known["replies"]
         scored = NEW if halt is None else halt + 1
-        tiny.check_tokens(ids, reply, said, scored, atol)
+        assert list(said["probes"]) == list(REPLY_HEADS)
         for name, expected in logits.items():
             rows = torch.tensor(said["probes"][name]["token_logits"])
-            count = min(len(rows), len(expected))
-            torch.testing.assert_close(rows[:count], expected[:count], rtol=1e-5, atol=atol)
+            assert len(rows) == said["probes"][name]["tokens"] == scored
+            torch.testing.assert_close(rows, expected[:scored], rtol=1e-5, atol=atol)
         assert (said["halted"] and said["halted"]["token"]) == halt and said["halted"] == known["halted"]
         assert list(known["probes"]) == ["theme", "end", "tone"]
         halts.append(halt)
@@ -72,14 +72,14 @@ def check(llm, tiny, replies, threshold, atol=1e-4, **options) -> list[int | Non
 
 
 def test_bfloat16(tiny):
-    """Texts differ from those in fp32: scores are compared with those of the text that was written.
+    """Texts differ from those in fp32: scores are compared with those of the text that was written, in fp32.
 
     It comes before the engine of the other tests, beside which a process can have no second one.
     """
     with running(tiny, 1.0, guard="watch", dtype="bfloat16") as engine:
         for ids, output in zip(PROMPTS, generate(engine, PROMPTS, NEW, **ASKED), strict=True):
             tiny.check_tokens(
-                ids, list(output.outputs[0].token_ids), output.kv_transfer_params["replies"][0], atol=0.25
+                ids, list(output.outputs[0].token_ids), output.kv_transfer_params["replies"][0], atol=0.6
             )
 
 
