@@ -30,7 +30,7 @@ def count(known: Mapping[str, Any]) -> None:
             _SCORED.labels(name).inc()
         if said.get("flagged"):
             _FLAGGED.labels(name).inc()
-    if halted := known.get("halted"):
+    if (halted := known.get("halted")) and halted.get("token") is None:  # not in a reply
         _HALTED.labels(halted["head"]).inc()
 
 

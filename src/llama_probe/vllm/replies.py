@@ -25,7 +25,6 @@ class Reply:
 
     Attributes:
         heads: names of those that were asked for.
-        index: of the reply, if a prompt has several.
         slot: of its states in the workers; `None` while they have none.
         block_ids: where its tokens lie.
         held: tokens that were not delivered.
@@ -38,8 +37,8 @@ class Reply:
         halt: why the reply was ended.
     """
 
-    def __init__(self, request: Request, heads: list[str], index: int, rules: int, labels: int, keeps_all: bool):
-        self.request, self.heads, self.index = request, heads, index
+    def __init__(self, request: Request, heads: list[str], rules: int, labels: int, keeps_all: bool):
+        self.request, self.heads = request, heads
         self.slot: int | None = None
         self.block_ids: list[int] = []
         self.held: list[int] = []
@@ -92,7 +91,7 @@ class Replies:
         self.free(request.request_id)
         family, index = _family(request.request_id)
         keeps_all = bool((request.kv_transfer_params or {}).get("token_scores"))
-        reply = Reply(request, heads, index, len(self.rules), self._labels, keeps_all)
+        reply = Reply(request, heads, len(self.rules), self._labels, keeps_all)
         self._replies[request.request_id] = self._siblings.setdefault(family, {})[index] = reply
         if self.holds_back:
             request.max_tokens += 1  # the step that reads the last token samples one more, which is dropped
@@ -184,8 +183,8 @@ class Replies:
                 continue
             reply.flagged.setdefault(number, token)
             if self._guards[number] and reply.halt is None:
-                found = flag if is_score else Halt(rule.head, threshold=rule.threshold)
-                reply.halt = replace(found, token=token)
+                halt = flag if is_score else Halt(rule.head, threshold=rule.threshold)
+                reply.halt = replace(halt, token=token)
         reply.clear = reply.clear + 1 if is_clear else 0
 
     def edit(self, output: EngineCoreOutput) -> bool:
@@ -225,15 +224,17 @@ class Replies:
         for name, config in self.configs.items():
             columns, first = slice(first, first + config.num_labels), first + config.num_labels
             if name in reply.heads:
-                said = self._said(reply, name, columns)
-                probes[name] = only(said, "tokens", "label", "flagged", "token") if self.settings.hide_scores else said
+                summary = self._of_head(reply, name, columns)
+                probes[name] = (
+                    only(summary, "tokens", "label", "flagged", "token") if self.settings.hide_scores else summary
+                )
         halted = reply.halt and asdict(reply.halt)
         if halted and self.settings.hide_scores:
             halted = only(halted, "head", "label", "token")
         return {"probes": probes, "halted": halted}
 
-    def _said(self, reply: Reply, name: str, columns: slice) -> dict[str, Any]:
-        config, said = self.configs[name], {"tokens": reply.scored}
+    def _of_head(self, reply: Reply, name: str, columns: slice) -> dict[str, Any]:
+        config, summary = self.configs[name], {"tokens": reply.scored}
         flagged = {
             config.id2label[rule.index]: reply.flagged[number]
             for number, rule in enumerate(self.rules)
@@ -242,17 +243,17 @@ class Replies:
         if reply.last is not None:
             logits = reply.last[columns]
             if not all(map(math.isfinite, logits)):
-                return {**said, "error": "the head gives no number"}
+                return {**summary, "error": "the head gives no number"}
             output = ProbeOutput.from_logits(torch.tensor([logits]), config)
-            said |= {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
+            summary |= {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
             pairs = zip(reply.largest[columns], reply.largest_at[columns], strict=True)
             largest = [{"score": score, "token": token} for score, token in pairs]
-            said["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
+            summary["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
         if any(rule.head == name for rule in self.rules):
-            said |= {"flagged": list(flagged), "token": min(flagged.values(), default=None)}
+            summary |= {"flagged": list(flagged), "token": min(flagged.values(), default=None)}
         if reply.token_logits is not None:
-            said["token_logits"] = [row[columns] for row in reply.token_logits]
-        return said
+            summary["token_logits"] = [row[columns] for row in reply.token_logits]
+        return summary
 
 
 def has_no_reply(request: Request) -> bool:

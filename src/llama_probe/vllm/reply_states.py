@@ -1,4 +1,4 @@
-"""What heads keep of the replies that they follow: one token-stage state a request, in tensors that are made before any comes."""
+"""Token-stage states of heads that follow replies, one a request, in tensors that are made before any request comes."""
 
 from __future__ import annotations
 

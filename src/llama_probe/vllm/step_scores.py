@@ -31,7 +31,8 @@ class StepScores(KVConnectorWorkerMetadata):
         self._event: torch.Event | None = None
         self._numbers = torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
         if not self._numbers.is_cpu:
-            host = torch.empty(self._numbers.shape, pin_memory=is_pin_memory_available())
+            pinned = is_pin_memory_available()
+            host = torch.empty(len(self._numbers), dtype=self._numbers.dtype, device="cpu", pin_memory=pinned)
             host.copy_(self._numbers, non_blocking=True)
             if self._numbers.is_cuda:
                 self._event = torch.Event(self._numbers.device)
