@@ -1,11 +1,11 @@
-"""Print what heads cost on vLLM: tokens that the KV cache holds, CPU seconds and latency, beside plain vLLM.
+"""Print what heads cost on vLLM: tokens that the KV cache holds, and CPU seconds, beside plain vLLM.
 
     VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ALLOW_INSECURE_SERIALIZATION=1 \
         python tests/vllm/measure.py [HEAD]
 
-Eight requests at once, on the demo backbone in bf16. Each engine is a process of its own. All of them wait while one works, in
-turn, and each figure is the median of the turns' ratios. The last variable lets the engine run the function that reads the
-worker's clock.
+On the demo backbone in bf16, with HEAD of prompts, and untrained heads that follow replies. Each engine is a process of its own,
+with its scheduler and worker. All of them wait while one works, in turn, and each figure is the median of the turns' ratios. The
+last variable lets the engine run the function that reads the worker's clock.
 """
 
 import json
@@ -13,18 +13,42 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
+from pathlib import Path
 
 
-REQUESTS, PROMPT, NEW, TURNS = 8, 128, 65, 7
-COPIES = {"plain": 0, "one head": 1, "eight heads": 8}  # heads by engine
-CASES = {"plain": "plain", "one head": "one head", "cache without heads": "one head", "eight heads": "eight heads"}
+PROMPT, NEW, TURNS, MOST = 128, 65, int(os.environ.get("TURNS", "7")), 32
+REPLY_KINDS = ("gate", "multimax")
+COPIES = {"plain": 0, "one head": 1, "eight heads": 8} | {f"{kind} of replies": 1 for kind in REPLY_KINDS}
+ASKS_FOR_NONE = "without heads"
+# By name the engine, and the number of requests at once. The first of each number is the base of the others.
+CASES = {"plain": ("plain", 8), "one head": ("one head", 8), f"cache {ASKS_FOR_NONE}": ("one head", 8)}
+CASES |= {"eight heads": ("eight heads", 8)}
+for requests in (1, 8, MOST):
+    CASES |= {f"plain, {requests} at once": ("plain", requests)}
+    for kind in REPLY_KINDS:
+        CASES[f"{kind} of replies, {requests} at once"] = (f"{kind} of replies", requests)
+        CASES[f"{kind} of replies, {requests} at once, {ASKS_FOR_NONE}"] = (f"{kind} of replies", requests)
 _MARK = "measured "  # vLLM logs to the same stream
 
 
 def cpu_seconds(_) -> float:
     return time.process_time()
+
+
+def make_reply_head(kind: str, folder: str) -> str:
+    """Save an untrained head of this kind that follows replies. Return its folder."""
+    from transformers import AutoConfig
+
+    from llama_probe import ProbeConfig, ProbeModel
+    from llama_probe.backbone.loading import demo_backbone
+
+    lm = AutoConfig.from_pretrained(demo_backbone())
+    sizes = {"hidden_size": lm.hidden_size, "num_hidden_layers": lm.num_hidden_layers}
+    head = ProbeModel(ProbeConfig(probe_type=kind, token_scope="response", num_labels=2, **sizes))
+    return str(head.save_pretrained(Path(folder) / kind))
 
 
 def serve(engine: str, head: str) -> None:
@@ -34,25 +58,35 @@ def serve(engine: str, head: str) -> None:
     from llama_probe.backbone.loading import demo_backbone
     from llama_probe.vllm import engine_kwargs
 
-    common = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": REQUESTS, "enforce_eager": True}
-    heads = {f"head-{number}": head for number in range(COPIES[engine])}
-    llm = LLM(**(engine_kwargs("demo", heads, **common) if heads else {"model": str(demo_backbone()), **common}))
-    prompts = [{"prompt_token_ids": list(range(100 + i, 100 + i + PROMPT))} for i in range(REQUESTS)]
+    common = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": MOST, "enforce_eager": True}
+    with tempfile.TemporaryDirectory() as folder:
+        kind = engine.removesuffix(" of replies")
+        source = make_reply_head(kind, folder) if kind in REPLY_KINDS else head
+        heads = {f"head-{number}": source for number in range(COPIES[engine])}
+        kwargs = {"model": str(demo_backbone()), **common}
+        if heads:
+            # It flags nothing. A guard would cost the same: a token that is held back takes no time.
+            rules = {"head-0": {"label": "LABEL_1", "threshold": 1.0}} if source != head else None
+            kwargs = engine_kwargs("demo", heads, monitor=rules, compare_fingerprints=False, **common)
+        _answer(LLM(**kwargs), SamplingParams)
 
-    def seconds(new: int, asked: dict) -> tuple[float, float]:
-        params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, extra_args=asked)
+
+def _answer(llm, params_class) -> None:
+    def seconds(requests: int, new: int, asked: dict) -> float:
+        params = params_class(max_tokens=new, temperature=0, ignore_eos=True, extra_args=asked)
+        prompts = [{"prompt_token_ids": list(range(100 + i, 100 + i + PROMPT))} for i in range(requests)]
         llm.reset_prefix_cache()
-        (cpu,), wall = llm.collective_rpc(cpu_seconds), time.perf_counter()
+        (cpu,) = llm.collective_rpc(cpu_seconds)
         llm.generate(prompts, params, use_tqdm=False)
-        return llm.collective_rpc(cpu_seconds)[0] - cpu, time.perf_counter() - wall
+        return llm.collective_rpc(cpu_seconds)[0] - cpu
 
     cache = llm.llm_engine.vllm_config.cache_config
     print(f"{_MARK}{cache.num_gpu_blocks * cache.block_size}", flush=True)
     for line in sys.stdin:
-        asked = {"kv_transfer_params": {"probes": []}} if line.strip() == "cache without heads" else {}
-        first, whole = seconds(1, asked), seconds(NEW, asked)
-        steps = [(long - short) / (NEW - 1) for short, long in zip(first, whole, strict=True)]
-        print(f"{_MARK}{json.dumps([*first, *steps])}", flush=True)
+        case, requests = json.loads(line)
+        asked = {"kv_transfer_params": {"probes": []}} if case.endswith(ASKS_FOR_NONE) else {}
+        first, whole = seconds(requests, 1, asked), seconds(requests, NEW, asked)
+        print(f"{_MARK}{json.dumps([first, (whole - first) / (NEW - 1)])}", flush=True)
 
 
 def main(head: str) -> None:
@@ -68,10 +102,10 @@ def main(head: str) -> None:
 
     try:
         tokens = {engine: int(answer(engine)) for engine in COPIES}
-        turns = defaultdict(list)  # by case: CPU seconds and latency of the prefill, then of a decoding step
+        turns = defaultdict(list)  # by case: CPU seconds of the prefill, and of a decoding step
         for turn in range(TURNS + 1):
-            for case, engine in CASES.items():
-                print(case, file=running[engine].stdin, flush=True)
+            for case, (engine, requests) in CASES.items():
+                print(json.dumps([case, requests]), file=running[engine].stdin, flush=True)
                 found = json.loads(answer(engine))
                 if turn:  # the first one warms up
                     turns[case].append(found)
@@ -79,16 +113,16 @@ def main(head: str) -> None:
         for process in running.values():
             process.stdin.close()  # which ends it
             process.wait()
-    plain = turns.pop("plain")
-    medians = [round(1000 * statistics.median(each), 1) for each in zip(*plain, strict=True)]
-    print(f"plain: {tokens['plain']:,} tokens in the cache; milliseconds {medians}")
     for case, figures in turns.items():
-        ratios = [[each / base for each, base in zip(*pair, strict=True)] for pair in zip(figures, plain, strict=True)]
-        middle = [f"{statistics.median(each):.2f}x" for each in zip(*ratios, strict=True)]
-        print(
-            f"{case}: cache {tokens['plain'] / tokens[CASES[case]]:.2f}x; prefill {middle[0]} CPU, {middle[1]} latency; "
-            f"a decoding step {middle[2]} CPU, {middle[3]} latency"
-        )
+        engine, requests = CASES[case]
+        if engine == "plain":
+            base = figures
+            middle = [round(1000 * statistics.median(column), 1) for column in zip(*base, strict=True)]
+            print(f"{case}: {tokens['plain']:,} tokens in the cache; prefill and step take {middle} ms of CPU")
+            continue
+        ratios = [[own / plain for own, plain in zip(*pair, strict=True)] for pair in zip(figures, base, strict=True)]
+        prefill, step = (f"{statistics.median(column):.3f}x" for column in zip(*ratios, strict=True))
+        print(f"{case}: cache {tokens['plain'] / tokens[engine]:.2f}x; prefill {prefill}, a decoding step {step}")
 
 
 if __name__ == "__main__":
