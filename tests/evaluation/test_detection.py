@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.evaluation.detection import apply_rules, detection, follow_replies, halting_rules
-from llama_probe.heads import get_probe_type, probe_types
+from llama_probe.heads import probe_types
 
 
 PROMPT, LENGTHS = 4, [5, 9, 7]
@@ -19,8 +19,6 @@ PROMPT, LENGTHS = 4, [5, 9, 7]
 @pytest.mark.parametrize("kind", probe_types())
 @pytest.mark.parametrize("cached", [True, False])
 def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cached, tmp_path):
-    if cached and get_probe_type(kind).reads == "last":
-        pytest.skip("a cache of this kind holds the last token alone")
     lm, probe = make_lm(), make_probe(token_scope=scope, temperature=1.7, probe_type=kind)
     prompts = make_prompts(3, PROMPT + max(LENGTHS)).tolist()
     ids = [row[: PROMPT + n] for row, n in zip(prompts, LENGTHS, strict=True)]

@@ -182,10 +182,10 @@ def _rows_on_disk(entry: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _tokens_read(config: ProbeConfig, ids: Sequence[int], mask: Sequence[bool] | None) -> list[bool]:
-    """Return the mask of the tokens of a row that the head reads."""
+    """Return the mask of the tokens of a row that the head reads: in a reply each is the last one once."""
     counted = token_mask(config, torch.tensor([ids]), None) if mask is None else torch.tensor([mask])
     check_rows(counted)
-    return tokens_read(config, counted)[0].tolist()
+    return (counted if config.reads_reply else tokens_read(config, counted))[0].tolist()
 
 
 def _write_states(
