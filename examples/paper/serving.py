@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from llama_probe.backbone.loading import choose_device
-from llama_probe.experiments.benchmark import BASE, Systems, load_systems
-from llama_probe.experiments.measure import spread, time_pairs
-from llama_probe.experiments.options import KINDS, BenchmarkOptions
+from llama_probe.experiments.benchmark_options import KINDS, BenchmarkOptions
+from llama_probe.experiments.meters import spread, time_pairs
+from llama_probe.experiments.systems import BASE, Systems, load_systems
 
 
 # Milliseconds in arXiv 2601.13288, table 5: one RTX 3090, prompts of up to 512 tokens, one new token.

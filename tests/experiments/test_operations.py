@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_lm, with_novelty
 
-from llama_probe.experiments.benchmark import Systems, count_operations, fresh_config
+from llama_probe.experiments.systems import Systems, count_operations, fresh_config
 from llama_probe.heads import probe_types
 from llama_probe.serving.auto import AutoModelForProbedGeneration
 

@@ -7,8 +7,8 @@ import torch
 from conftest import HIDDEN, VOCAB, make_lm
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_probe.experiments.benchmark import Systems, fresh_config
-from llama_probe.experiments.measure import peak_memory
+from llama_probe.experiments.meters import peak_memory
+from llama_probe.experiments.systems import Systems, fresh_config
 from llama_probe.heads import mean_attention, probe_types
 from llama_probe.serving import reader
 from llama_probe.serving.auto import AutoModelForProbedGeneration

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..backbone.loading import backbone_target
 from ..errors import ProbeError
-from ..experiments.options import KINDS, SHAPE, BenchmarkOptions
+from ..experiments.benchmark_options import KINDS, SHAPE, BenchmarkOptions
 from ..serving.sources import read_heads
 from .console import cell, print_table, print_text
 from .options import BACKBONE, PROBE, Dtype, Result
@@ -74,7 +74,7 @@ def benchmark(
     )
     if probe and not random_weights:  # a shape of random weights is no backbone
         read_heads(probe, backbone_target(backbone))  # raises
-    from ..experiments.benchmark import count_operations, describe_run, load_systems, measure_costs
+    from ..experiments.systems import count_operations, describe_run, load_systems, measure_costs
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads and models warn about random prompts

@@ -71,7 +71,7 @@ def calibrate(
         head, place = scored.head, {"text_column": text_column, "data_dir": data_dir, "max_text": max_text}
         # These take seconds to import.
         from ..evaluation.calibration import check_rates, with_rates
-        from ..evaluation.novelty import fit_novelty
+        from ..evaluation.novelty_fit import fit_novelty
         from ..evaluation.prediction import predict_logits
 
         if novelty_data:

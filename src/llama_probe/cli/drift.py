@@ -46,7 +46,7 @@ def drift(
     if head.novelty is None or reference is None:
         raise ProbeError(f"{probe} has no novelty to compare with; calibrate --novelty-data fits it")
     # These take seconds to import.
-    from ..evaluation.novelty import compare_log
+    from ..evaluation.novelty_fit import compare_log
     from ..evaluation.plots import drift_plot, png_writer
     from ..evaluation.prediction import predict_rows
 

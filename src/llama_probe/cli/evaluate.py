@@ -103,7 +103,7 @@ def evaluate(
         head = scored.head
         # These take seconds to import.
         from ..evaluation import detection, report
-        from ..evaluation.novelty import against_others
+        from ..evaluation.novelty_fit import against_others
         from ..evaluation.prediction import predict_rows
         from ..evaluation.wrappings import kept_labels
 

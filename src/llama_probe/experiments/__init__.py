@@ -1,4 +1,4 @@
 """`llama-probe benchmark`: what heads cost while a model serves.
 
-`options`: what to measure. `measure`: time, memory and operations of a call. `benchmark`: the model with heads and without.
+`benchmark_options`: what to measure. `meters`: time, memory and operations of a call. `systems`: the model with heads and without.
 """

@@ -19,7 +19,7 @@ from ..errors import ProbeError
 from ..evaluation.calibration import calibrate, with_rates
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
 from ..evaluation.metrics import summarize
-from ..evaluation.novelty import can_fit, fit_novelty
+from ..evaluation.novelty_fit import can_fit, fit_novelty
 from ..evaluation.plots import write_plots
 from ..evaluation.prediction import predict_logits, predict_together
 from ..evaluation.report import inspect_head, report
@@ -29,7 +29,7 @@ from ..heads.probe import ProbeModel
 from ..hub.card import write_card
 from ..hub.folder import RECIPE_NAME
 from .arguments import ProbeTrainingArguments
-from .measure import measure
+from .measurements import measure
 from .prepared import PreparedRun
 from .progress import Progress
 from .recipe import CardFacts

@@ -18,8 +18,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from ..errors import ProbeError
+from .counters import announce, count, count_reply
 from .label_routes import COMPLETIONS, LABEL_ROUTES, LabelRequest, TextEncoder
-from .metrics import announce, count, count_reply
 from .payloads import HALTED, Scores, halt_of
 from .settings import ProbeSettings
 

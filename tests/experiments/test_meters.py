@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from llama_probe.experiments import measure
-from llama_probe.experiments.measure import Meter, peak_memory, time_pairs
+from llama_probe.experiments import meters
+from llama_probe.experiments.meters import Meter, peak_memory, time_pairs
 
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_views_and_allocations_are_not_counted():
 @pytest.mark.parametrize("tokens, a_step", [(0, None), (1, None), (3, 1.0)])
 def test_the_order_of_pairs_alternates(tokens, a_step, monkeypatch):
     ticks, log = itertools.count(), []
-    monkeypatch.setattr(measure, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(meters, "perf_counter", lambda: float(next(ticks)))
 
     def called(name):
         return lambda on_token: [log.append(name), *(on_token() for _ in range(tokens))]

@@ -20,8 +20,8 @@ from ..files import environment
 from ..heads.configuration import ProbeConfig
 from ..heads.device import acting_as
 from ..serving.auto import AutoModelForProbedGeneration
-from .measure import Meter, Timing, peak_memory, spread, time_pairs
-from .options import SHAPE, BenchmarkOptions
+from .benchmark_options import SHAPE, BenchmarkOptions
+from .meters import Meter, Timing, peak_memory, spread, time_pairs
 
 
 BASE, AGAIN = "base", "base again"

@@ -7,9 +7,9 @@ import torch
 from conftest import make_lm, make_probe, save_head
 
 from llama_probe import ProbeError
-from llama_probe.experiments import benchmark, measure
-from llama_probe.experiments.benchmark import BASE, Systems, fresh_config, load_systems, measure_costs, row
-from llama_probe.experiments.options import SHAPE, BenchmarkOptions
+from llama_probe.experiments import meters, systems
+from llama_probe.experiments.benchmark_options import SHAPE, BenchmarkOptions
+from llama_probe.experiments.systems import BASE, Systems, fresh_config, load_systems, measure_costs, row
 from llama_probe.serving.auto import AutoModelForProbedGeneration
 
 
@@ -21,7 +21,7 @@ def folder(backbone_folder):
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(measure, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(meters, "perf_counter", lambda: float(next(ticks)))
 
 
 def options(folder, **changes):
@@ -67,7 +67,7 @@ def test_ones_own_heads(folder, tmp_path):
 
 
 def test_a_shape_has_its_public_size(monkeypatch):
-    monkeypatch.setattr(benchmark, "choose_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr(systems, "choose_device", lambda _: torch.device("meta"))
     lm = load_systems(options(SHAPE, kinds=[], dtype="bfloat16", random_weights=True)).plain
     assert lm.num_parameters() == pytest.approx(3.213e9, rel=1e-3) and lm.dtype == torch.bfloat16
 

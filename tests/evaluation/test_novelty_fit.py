@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from llama_probe import ProbeError
 from llama_probe.data.cached_states import PromptDataset, StateCache
-from llama_probe.evaluation.novelty import against_others, can_fit, compare_log, fit_novelty
+from llama_probe.evaluation.novelty_fit import against_others, can_fit, compare_log, fit_novelty
 from llama_probe.evaluation.prediction import predict_logits, predict_rows
 
 
