@@ -113,7 +113,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             ProbeError: `lm` is of another class, or a head cannot be read or does not fit; `lm` is then unchanged.
         """
         model: Any = without_peft(lm)
-        heads = read_heads(probe, target_of(model)) if probe is not None else {}
+        target = target_of(model)
+        heads = read_heads(probe, target) if probe is not None else {}
         if isinstance(model, ProbedGenerationMixin):
             model._attach(heads, strict)
             return model
