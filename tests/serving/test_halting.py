@@ -15,7 +15,8 @@ from transformers import GenerationConfig
 from llama_probe import Halt, ProbeConfig, ProbeError, Reprompt
 from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
-from llama_probe.serving.halting import Halter, HaltRule, read_halting
+from llama_probe.serving.halting import Halter, HaltRule
+from llama_probe.serving.halting_words import read_halting
 
 
 MODES = {**ALL_MODES, "at least three tokens": {"min_new_tokens": 3}}

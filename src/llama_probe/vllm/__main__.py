@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import vllm as heads
 from ..errors import ProbeError
-from ..serving.halting import HALTING_FORMS, read_halting
+from ..serving.halting_words import HALTING_FORMS, read_halting
 from .compatibility import KEY, RESTRICTIONS, check_arguments, check_version, transfer_config
 
 
