@@ -186,7 +186,7 @@ def page(tmp_path):
     asked, errors = [], []
     with log.open("w") as out, sync_api.sync_playwright() as playwright:
         server = subprocess.Popen(
-            [sys.executable, SPACE / "app.py"], env=os.environ | settings, stdout=out, stderr=out
+            [sys.executable, "-u", SPACE / "app.py"], env=os.environ | settings, stdout=out, stderr=out
         )
         try:
             while "Running on" not in log.read_text():
