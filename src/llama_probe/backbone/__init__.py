@@ -4,5 +4,3 @@
 - `capture`: its hidden states, from hooks while it runs. `passes`: which prompts run together. `kv_cache`: its KV cache.
 - `fingerprint`: tells it from a fine-tuned copy.
 """
-
-__all__ = ["capture", "decoder", "families", "fingerprint", "kv_cache", "loading", "passes"]
