@@ -81,7 +81,7 @@ class ProbeConfig:
         """Read a config that the package has saved.
 
         Raises:
-            ProbeError: it was changed after it was saved. ImportError: the head follows replies.
+            ProbeError: it was changed after it was saved. ImportError: the head follows replies or tools.
         """
         values = json.loads(text)
         scored = {key: value for key, value in values.items() if key not in _NOT_SCORED}
@@ -93,8 +93,8 @@ class ProbeConfig:
         config.id2label = {int(index): name for index, name in config.id2label.items()}
         if "flagged" not in values and config.num_labels == 2 and config.problem_type != "regression":
             config.flagged = [config.id2label[1]]  # earlier versions flagged the second of two
-        if config.token_scope in ("response", "all"):
-            raise needs_package(f"a head that follows replies (token_scope={config.token_scope!r})")
+        if config.token_scope in ("response", "all", "tool"):
+            raise needs_package(f"a head that follows replies or tools (token_scope={config.token_scope!r})")
         return config
 
     @property

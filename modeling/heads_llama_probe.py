@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 
-# heads/device.py
 """Choices that depend on the kind of device: few operations on an accelerator, small tensors on a CPU."""
 
 _ACTING_AS: str | None = None
@@ -41,7 +40,6 @@ def acting_as(kind: str) -> Generator[None]:
         _ACTING_AS = before
 
 
-# heads/states.py
 """Hidden states as heads read them: normalised, and where nothing else is said in fp32."""
 
 def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
@@ -56,7 +54,6 @@ def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
     return x
 
 
-# heads/aggregator.py
 """The base class of all kinds of head, and operations on their states.
 
 Dimension letters used in all files of this folder:
@@ -260,7 +257,6 @@ def drop_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x if mask is None else x.masked_fill(~mask[None, :, :, None], float("-inf"))
 
 
-# heads/low_rank.py
 """Base of the kinds that read an item through a linear map to a few numbers."""
 
 class LowRankAggregator(Aggregator):
@@ -297,7 +293,6 @@ class LowRankAggregator(Aggregator):
         return maps, reader
 
 
-# heads/pooling.py
 """Direct pooling: mean or max over the valid items, per dimension. No parameters (arXiv 2601.13288)."""
 
 @register_probe_type("pooling")
@@ -337,7 +332,6 @@ class PoolingAggregator(Aggregator):
         return x.new_zeros(slot_count, batch, items).scatter_add_(2, winners, ones) / x.shape[-1]
 
 
-# heads/gate.py
 """Scoring gate: one learned score an item, softmax over the valid ones, weighted sum (arXiv 2601.13288)."""
 
 @register_probe_type("gate")
@@ -391,7 +385,6 @@ class GateAggregator(Aggregator):
         return shares / shares.sum(dim=2, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
 
 
-# heads/last.py
 """The last item alone: with one layer, the last-token linear probe of its state. No parameters."""
 
 @register_probe_type("last")
@@ -424,7 +417,6 @@ class LastItemAggregator(Aggregator):
         return last_valid(valid).to(x.dtype).expand(slot_count, batch, items)
 
 
-# heads/attentive.py
 """Attentive pooling: a few learned queries a slot, each summarising the items through values of low rank.
 
 What multi-head attention over the prompt becomes when the queries do not come from the items but are learned: no item
@@ -502,7 +494,6 @@ class AttentivePoolingAggregator(LowRankAggregator):
         return scores.softmax(dim=-1).mean(dim=2)
 
 
-# heads/multimax.py
 """Multi-max pooling: the largest value that any token gives to each of a few learned directions, layer by layer.
 
 A mean thins a short but telling passage out with the length of its prompt; a maximum does not. Maxima of learned projections
@@ -616,7 +607,6 @@ def _maxima(config: ProbeConfig) -> int:
     return MultiMaxAggregator.option(config, "num_maxima")
 
 
-# heads/mean_attention.py
 """The mean over queries of an attention's results, in blocks that stay in a processor's cache."""
 
 # Items below which the fewest calls are fastest.
@@ -675,7 +665,6 @@ def mean_attention(
     return torch.bmm(received, value).view(pairs, heads, size)
 
 
-# heads/attention.py
 """Multi-head self-attention in a reduced dimension, then mean or max (arXiv 2601.13288)."""
 
 @register_probe_type("mha")
@@ -846,7 +835,6 @@ def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:
     return (valid[:, None, :] & (others < itself)) | (others == itself)
 
 
-# heads/turns.py
 """Turns of a chat, found in token ids by the markers that the chat template writes before them."""
 
 logger = logging.get_logger(__name__)
@@ -859,16 +847,17 @@ class TurnMarker(TypedDict):
     skip: int
 
 
-TURN_ROLES = ("user", "tool", "assistant", "system")  # a tool's result comes from outside, as a user's text does
+# Results of tools and documents come from outside, as a user's text does.
+TURN_ROLES = ("user", "tool", "document", "assistant", "system")
 
 
 def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Tensor, known: int = 0) -> torch.Tensor:
     """Return the tokens of the turns that a scope names: `[batch, tokens]` bool, on the device of the ids.
 
     A turn begins behind its opening marker and ends where the next one begins: a user's turn holds the markers that close it
-    and open the reply. All text behind the last user's turn counts too, because a user may have forged the markers in it. If
-    the beginning of a prompt was cut away, the text before its first reply is a user's. So is a prompt without any marker,
-    which is no chat; a warning says so once.
+    and open the reply. All text behind the last such turn counts too, because its writer may have forged the markers in it. If
+    the beginning of a prompt was cut away, the text before its first reply is a user's. A prompt without any marker, which is no
+    chat, counts whole; a warning says so once.
 
     Args:
         scope, markers: see `ProbeConfig.token_scope` and `ProbeConfig.turn_markers`.
@@ -886,8 +875,8 @@ def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Te
     marked = np.any(list(begins.values()), axis=(0, 2))[:, None]  # [B, 1]
     if not marked.all():
         logger.warning_once(
-            "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for the user's turn reads "
-            "all of it, and its scores may be less reliable."
+            "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for turns reads all of "
+            "it, and its scores may be less reliable."
         )
     # A prompt that continues may still get markers.
     whole = ~marked if known < input_ids.shape[1] else marked & False
@@ -908,17 +897,21 @@ def marker_mask(markers: Mapping[str, TurnMarker], input_ids: torch.Tensor) -> t
 def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
     """Return `turn_mask` for the places where turns begin, `[batch, tokens + 1]`."""
     user, reply = begins["user"], begins["assistant"]
-    tool, system = (begins.get(role, user & False) for role in ("tool", "system"))
+    tool, document, system = (begins.get(role, user & False) for role in ("tool", "document", "system"))
     position = (user | True).cumsum(1)  # from 1; below, 0 is "before the first such turn"
-    in_user, in_reply, in_system = (_running_max(place * position) for place in (user, reply, system))
+    in_reply, in_system, in_tool = (_running_max(place * position) for place in (reply, system, tool))
+    if scope == "tool":  # a reply follows a tool's result: a user's marker before it is forged
+        user = user & (in_reply >= in_tool)
+    in_user, in_outside = _running_max(user * position), _running_max((tool | document) * position)
     # A system turn behind a user's may be forged.
-    in_input = _running_max((user | tool | (system & (in_user > 0))) * position)
+    in_input = _running_max((user | tool | document | (system & (in_user > 0))) * position)
     is_cut = _running_max(((in_reply > 0) & (in_input + in_system == 0)) * 1)[:, -1:] > 0
     if scope == "turns":
         return is_cut | (in_input + in_reply + in_system > 0)
-    if scope == "user":
+    if scope in ("user", "tool"):
         replies = (in_reply > in_input) & ((position < in_input[:, -1:]) | (in_reply <= known + 1))
-        return (is_cut | (in_input > 0)) & ~replies
+        wanted = is_cut | (in_input > 0) if scope == "user" else in_outside > in_user
+        return wanted & ~replies
     last = in_user[:, -1:]
     before = _running_max(reply * position * (position < last))[:, -1:]  # the last reply before the last user's turn
     return (in_user > before) | (is_cut & (last == 0))
@@ -947,7 +940,6 @@ def _running_max(values: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(values, axis=1)
 
 
-# heads/scope.py
 """Token masks: the tokens of a prompt that a head reads."""
 
 logger = logging.get_logger(__name__)
@@ -962,8 +954,8 @@ def token_mask(
 ) -> torch.Tensor:
     """Return which tokens count for a head, `[batch, tokens]` bool.
 
-    The turns that `"last_user"`, `"user"` and `"turns"` name are found by `config.turn_markers`; see `turn_mask`. No token
-    counts of a chat without such a turn. Without `turn_markers` these scopes are `"content"`.
+    The turns that `"last_user"`, `"user"`, `"turns"` and `"tool"` name are found by `config.turn_markers`; see `turn_mask`. No
+    token counts of a chat without such a turn. Without `turn_markers` these scopes are `"content"`, but for `"tool"`.
 
     With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is not counted in a row that begins with it,
     after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says
@@ -976,11 +968,15 @@ def token_mask(
         seen: leading tokens that heads have read in an earlier call.
 
     Raises:
-        ProbeError: the scope needs ids and there are none, or is `"response"`: ids do not show where a reply begins.
+        ProbeError: the scope needs ids or markers and there are none, or is `"response"`: ids do not show where a reply begins.
     """
     if config.token_scope == "response":
         raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
-    markers = config.turn_markers if config.token_scope in TURN_SCOPES else None
+    markers = config.turn_markers if config.token_scope in (*TURN_SCOPES, "tool") else None
+    if config.token_scope == "tool" and not {"tool", "document"} & set(markers or ()):
+        raise ProbeError(
+            "token_scope='tool': the chat template marks no tool results; pass probe_mask=[batch, tokens]"
+        )
     is_whole = config.token_scope == "prompt" or not (markers or config.prefix_ids)
     if is_whole and attention_mask is not None:
         return attention_mask.bool()
@@ -1017,9 +1013,9 @@ def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 
-def check_rows(mask: torch.Tensor | None) -> None:
-    """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts."""
-    if mask is None or bool(mask.any(dim=1).all()):
+def check_rows(mask: torch.Tensor | None, config: ProbeConfig | None = None) -> None:
+    """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts, unless the config lets a head read none."""
+    if mask is None or (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     raise ProbeError(f"rows {empty[:8]} hold no token that a head reads: use the chat template or pass probe_mask=")

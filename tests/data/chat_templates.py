@@ -47,7 +47,7 @@ _GPT_OSS = (
     "<|start|>system<|message|>You are ChatGPT.\nCurrent date: 2026-01-01<|end|>{% for message in messages %}"
     "{% if message['role'] == 'system' %}<|start|>developer<|message|># Instructions\n\n{{ message['content'] }}<|end|>"
     "{% elif message['role'] == 'user' %}<|start|>user<|message|>{{ message['content'] }}<|end|>"
-    "{% elif message['role'] == 'tool' %}<|start|>functions.look to=assistant<|channel|>commentary<|message|>"
+    "{% elif message['role'] == 'tool' %}<|start|>functions.{{ message['name'] }} to=assistant<|channel|>commentary<|message|>"
     "{{ message['content'] | tojson }}<|end|>{% elif message['tool_calls'] %}<|start|>assistant to=functions.look"
     "<|channel|>commentary json<|message|>{{ message['tool_calls'][0]['function']['arguments'] | tojson }}<|call|>"
     "{% else %}<|start|>assistant<|channel|>final<|message|>{{ message['content'] }}"
@@ -59,6 +59,14 @@ _DEEPSEEK = (
     "{% elif message['role'] == 'user' %}<｜User｜>{{ message['content'] }}{% elif message['role'] == 'assistant' %}"
     "<｜Assistant｜>{{ message['content'] }}<｜end▁of▁sentence｜>{% else %}{{ raise_exception('unknown role') }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}"
+)
+_GRANITE = _turns(
+    f"<|start_of_role|>{_ROLE}<|end_of_role|>",
+    "<|end_of_text|>\n",
+    "<|start_of_role|>assistant<|end_of_role|>",
+    head="{% if messages[0]['role'] != 'system' %}<|start_of_role|>system<|end_of_role|>You are Granite.<|end_of_text|>\n"
+    '{% endif %}{% for document in documents or [] %}<|start_of_role|>document {"document_id": "{{ document[\'doc_id\'] }}"}'
+    "<|end_of_role|>\n{{ document['text'] }}<|end_of_text|>\n{% endfor %}",
 )
 # By family: template, special tokens, and how the tokenizer splits texts.
 FAMILIES = {
@@ -81,6 +89,7 @@ FAMILIES = {
     ),
     "qwen": (_QWEN, ["<|im_start|>", "<|im_end|>"], "llama3"),
     "gpt-oss": (_GPT_OSS, ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>", "<|call|>"], "llama3"),
+    "granite": (_GRANITE, ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"], "llama3"),
     "olmo": (  # its role markers are text
         _turns(
             f"<|{_ROLE}|>\n",

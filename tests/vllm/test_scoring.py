@@ -159,3 +159,19 @@ def test_other_ranks_read_along_and_run_nothing(projected):
     assert served.reads == other.reads and served.reads
     assert {width for _, width, _ in served.reads} == ({HIDDEN, PLANS[True].width} if projected else {HIDDEN})
     assert all(logits for by_head in found.values() for logits in by_head.values()) and nothing == []
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_prompts_without_a_tool_result_are_not_flagged(projected):
+    markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 5), ("assistant", 6), ("tool", 20))}
+    head = make_probe(6, probe_type="gate", token_scope="tool", turn_markers=markers, flagged=["LABEL_1"])
+    served = Served({"tools": head}, projected, 40)
+    requests, states = served.fill([30, 30, 12], [["tools"]] * 3)
+    requests[0].token_ids[3] = 20
+    found = score(served.scorer, requests).read_prompts()
+    mask = (torch.arange(30) > 3)[None]
+    with torch.no_grad():
+        alone = head(hidden_states=states["request-0"][:, None].unbind(), attention_mask=mask).logits
+    torch.testing.assert_close(torch.tensor([found["request-0"]["tools"]]), alone, atol=1e-5, rtol=1e-5)
+    for name in ("request-1", "request-2"):
+        assert torch.tensor(found[name]["tools"]).softmax(0)[1] == 0

@@ -17,7 +17,7 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.rules import HALF_PAIR, PROMPT_FORMATS
 from ..heads.turns import TurnMarker, turn_mask
-from .turn_markers import DIFFERENT_TEXTS, common_end, common_start, learn_turn_markers
+from .turn_markers import DIFFERENT_TEXTS, as_tool_result, common_end, common_start, learn_turn_markers
 
 
 logger = logging.get_logger(__name__)
@@ -51,6 +51,7 @@ class PromptFormat:
             stands before the user's last turn takes more than half of the room, its beginning is cut too.
         prefix_ids, suffix_ids: constant token ids before and after every text.
         turn_markers: what opens the turns of a chat; see `ProbeConfig.turn_markers`.
+        text_role: turn that a text is rendered as: `"user"`, or for heads that read tool results `"tool"`, behind a call.
     """
 
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -60,6 +61,7 @@ class PromptFormat:
     prefix_ids: tuple[int, ...] = ()
     suffix_ids: tuple[int, ...] = ()
     turn_markers: dict[str, TurnMarker] | None = None
+    text_role: str = "user"
 
     @classmethod
     def create(
@@ -69,11 +71,13 @@ class PromptFormat:
         system_prompt: str | None = None,
         max_length: int | None = None,
         turn_markers: dict[str, TurnMarker] | None = None,
+        text_role: str = "user",
     ) -> PromptFormat:
         """Create a format and find its constant prefix and suffix, and what opens the turns of its chats if not given.
 
         Raises:
-            ProbeError: the kind is unknown, there is no chat template, or `max_length` leaves no room for a text.
+            ProbeError: the kind is unknown, there is no chat template, it marks no tool results for a head that reads them, or
+                `max_length` leaves no room for a text.
         """
         if kind not in PROMPT_FORMATS:
             raise ProbeError(f"prompt_format={kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
@@ -81,16 +85,18 @@ class PromptFormat:
             raise ProbeError("the tokenizer has no chat template; use prompt_format='raw'")
         if kind == "raw" and system_prompt is not None:
             raise ProbeError("system_prompt needs prompt_format='chat'")
-        bare = cls(tokenizer, kind, system_prompt)
+        bare = cls(tokenizer, kind, system_prompt, text_role=text_role)
+        if turn_markers is None and kind == "chat":
+            turn_markers = learn_turn_markers(bare._encode_chat)
+        if text_role == "tool" and "tool" not in (turn_markers or ()):
+            raise ProbeError("token_scope='tool' needs a chat template that marks tool results, and this one does not")
         examples = list(map(bare._encode_one, DIFFERENT_TEXTS))
         prefix = common_start(examples)
         suffix = common_end(ids[len(prefix) :] for ids in examples)
         constant = len(prefix) + len(suffix)
         if max_length is not None and max_length <= constant:
             raise ProbeError(f"max_length={max_length} leaves no room for a text beside {constant} constant tokens")
-        if turn_markers is None and kind == "chat":
-            turn_markers = learn_turn_markers(bare._encode_chat)
-        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), turn_markers)
+        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), turn_markers, text_role)
 
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
@@ -104,7 +110,7 @@ class PromptFormat:
         elif kind == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
             logger.warning("The head was trained with another chat template; its scores may be less reliable.")
             markers = None
-        return cls.create(tokenizer, kind, config.system_prompt, config.max_length, markers)
+        return cls.create(tokenizer, kind, config.system_prompt, config.max_length, markers, text_role_of(config))
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields of a `ProbeConfig` that record the format."""
@@ -200,20 +206,21 @@ class PromptFormat:
             bos = self.tokenizer.bos_token_id
             # A text that spells out its BOS token would get a second one from the tokenizer.
             return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
-        messages = as_chat(text)
+        is_result = isinstance(text, str) and self.text_role == "tool"
+        messages = as_tool_result(text) if is_result else as_chat(text)
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return self._encode_chat(messages)
 
-    def _encode_chat(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> list[int]:
+    def _encode_chat(self, messages: list[dict[str, Any]], generation_prompt: bool = True, **kwargs: Any) -> list[int]:
         # The template has written every special token.
-        return self._tokenize(self.render(messages, generation_prompt), add_special_tokens=False)
+        return self._tokenize(self.render(messages, generation_prompt, **kwargs), add_special_tokens=False)
 
-    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = True) -> str:
-        """Return chat messages as the template writes them."""
+    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = True, **kwargs: Any) -> str:
+        """Return chat messages, and `documents=` or `tools=`, as the template writes them."""
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt
+                messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
             )
         except Exception as error:  # A template is a program and can raise anything.
             raise ProbeError(f"the chat template cannot render {str(messages)[:60]!r}: {error}") from error
@@ -244,6 +251,11 @@ def _check_text(text: Text) -> None:
     """Raise `ProbeError` unless it is a text or chat messages."""
     if not is_text(text):
         raise ProbeError(f"a prompt must be a text or a list of chat messages, not {ascii(text)[:60]}")
+
+
+def text_role_of(config: ProbeConfig) -> str:
+    """Return the turn that a text is rendered as for a head; see `PromptFormat.text_role`."""
+    return "tool" if config.token_scope == "tool" else "user"
 
 
 def as_chat(text: Text) -> list[dict[str, str]]:

@@ -17,16 +17,21 @@ Chat = list[dict[str, Any]]
 DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.", "How now", "the end", "I am here")
 # Their white space merges with the end of what opens a turn, or with the beginning of what closes it.
 _SPACED_TEXTS = ("\n\nGamma\n\n", "    delta   ", "\tepsilon\t", "\r\nzeta \n", " eta ", "\ntheta\n")
-_CALL = {"id": "call12345", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
 _ASKED = [{"role": "user", "content": "Look at it."}]
 
 
-def learn_turn_markers(render: Callable[[Chat, bool], list[int]]) -> dict[str, TurnMarker] | None:
+def as_tool_result(text: str) -> Chat:
+    """Return a text as a chat in which a tool gave it, on the assistant's call."""
+    chat = _called("look", "call12345")
+    return [*chat, _turn("tool", text, chat)]
+
+
+def learn_turn_markers(render: Callable[..., list[int]]) -> dict[str, TurnMarker] | None:
     """Return `ProbeConfig.turn_markers` of a chat template; None if its turns of users and replies have no markers.
 
     Args:
-        render: a function from a chat, and whether the generation prompt follows, to token ids. It raises `ProbeError` for
-            a chat that the template does not take.
+        render: a function from a chat, whether the generation prompt follows, and `documents=`, to token ids. It raises
+            `ProbeError` for a chat that the template does not take.
     """
     try:
         user_end, reply_end = _turn_end(render, "user"), _turn_end(render, "assistant")
@@ -37,12 +42,9 @@ def learn_turn_markers(render: Callable[[Chat, bool], list[int]]) -> dict[str, T
     if not user["ids"] or not assistant["ids"] or _is_start(user["ids"], assistant["ids"]):
         return None
     markers: dict[str, TurnMarker] = {"user": user, "assistant": assistant}
-    for role, before in (
-        ("system", []),
-        ("tool", [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]),
-    ):
+    for role, opening in (("system", _system_opening), ("tool", _tool_opening), ("document", _document_opening)):
         try:
-            ids = _opening(render, before, role, (reply_end, user_end), user["ids"])
+            ids = opening(render, (reply_end, user_end), user["ids"])
         except ProbeError:  # many templates have no such turn
             continue
         others = [marker["ids"] for marker in markers.values()]
@@ -88,16 +90,8 @@ def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) ->
     return {"ids": _without_ends(common_end(any_text for any_text, _ in starts), ends), "skip": skip}
 
 
-def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]], user: list[int]) -> list[int]:
-    """Return what opens a turn of a role that stands behind one chat alone."""
-    ids, _ = _ids_before(render, before, role, [] if before else _ASKED)
-    if before:
-        return ids[len(common_start([ids, render(before, False)])) :]
-    for start in range(len(ids) - 1, -1, -1):  # the template may begin with turns of its own
-        for end in filter(None, ends):
-            if ids[start : start + len(end)] == end and start + len(end) < len(ids):
-                ids = ids[start + len(end) :]
-                break
+def _system_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) -> list[int]:
+    ids = _behind_turns(_ids_before(render, [], "system", _ASKED)[0], ends)
     first = render(_ASKED, False)[0]
     if ids[0] == first != user[0] and len(ids) > 1:
         ids = ids[1:]
@@ -105,21 +99,66 @@ def _opening(render: Callable, before: Chat, role: str, ends: Sequence[list[int]
     return ids[: len(user)]
 
 
+def _tool_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) -> list[int]:
+    openings = []
+    for chat in (_called("look", "call12345"), _called("find_it", "b7x90k1zq")):  # some templates write these into it
+        ids, _ = _ids_before(render, chat, "tool")
+        openings.append(ids[len(common_start([ids, render(chat, False)])) :])
+    return common_start(openings)
+
+
+def _document_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) -> list[int]:
+    """Return what opens a document, up to its number, title or text."""
+    names = ("title", "text", "doc_id")
+    start = _shared_start(
+        render(_ASKED, False, documents=[dict.fromkeys(names, text)]) for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS)
+    )
+    return _behind_turns(start, ends)
+
+
+def _behind_turns(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
+    """Return the ids behind the turns that the template begins with, if there are any."""
+    for start in range(len(ids) - 1, -1, -1):
+        for end in filter(None, ends):
+            if ids[start : start + len(end)] == end and start + len(end) < len(ids):
+                ids = ids[start + len(end) :]
+                break
+    return ids
+
+
 def _ids_before(render: Callable, before: Chat, role: str, after: Sequence = ()) -> tuple[list[int], list[int]]:
     """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
 
     def ids(texts: Sequence[str]) -> list[int]:
-        turns = (
-            {"role": role, "content": text, **({"tool_call_id": _CALL["id"]} if role == "tool" else {})}
-            for text in texts
-        )
-        found = [render([*before, turn, *after], False) for turn in turns]
-        start = common_start(found)
-        if any(len(start) == len(each) for each in found):
-            raise ProbeError(f"the chat template leaves out the content of the role {role!r}")
-        return start
+        return _shared_start(render([*before, _turn(role, text, before), *after], False) for text in texts)
 
     return ids([*DIFFERENT_TEXTS, *_SPACED_TEXTS]), ids(DIFFERENT_TEXTS)
+
+
+def _shared_start(prompts: Iterable[list[int]]) -> list[int]:
+    """Return the longest beginning that prompts of different texts share.
+
+    Raises:
+        ProbeError: it is one of the prompts, so its text is not in it.
+    """
+    prompts = list(prompts)
+    start = common_start(prompts)
+    if any(len(start) == len(ids) for ids in prompts):
+        raise ProbeError("the chat template leaves out the text")
+    return start
+
+
+def _called(function: str, call_id: str) -> Chat:
+    call = {"id": call_id, "type": "function", "function": {"name": function, "arguments": {"at": "it"}}}
+    return [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def _turn(role: str, text: str, before: Chat) -> dict[str, Any]:
+    turn = {"role": role, "content": text}
+    if role == "tool":
+        call = before[-1]["tool_calls"][0]
+        turn |= {"tool_call_id": call["id"], "name": call["function"]["name"]}
+    return turn
 
 
 def _without_ends(ids: list[int], ends: Sequence[list[int]]) -> list[int]:

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from ..data.cached_states import SharedStates, iterate_states, layers_of, shared_layers
 from ..distributed import merge_rows
-from ..heads.decision import ProbeOutput
+from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows
 
@@ -74,10 +74,10 @@ def score_batches(
         ProbeError: no token of a row counts.
     """
     for rows, shared, mask in states_for(probes, dataset, batch_tokens, progress):
-        check_rows(mask)
+        check_rows(mask, probes[0].config)
         with torch.no_grad():
             outputs = [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
-        yield rows, outputs
+        yield rows, [fill_unread(output, mask.any(dim=1)) for output in outputs]
 
 
 def states_for(

@@ -76,14 +76,15 @@ class ProbeConfig:
         layer_dropout: probability in training that a layer's summary is replaced by zeros.
         layers: `"all"` or a list of state indices. 0 is the embedding output, `num_hidden_layers` the last state
             after the final norm, as in `output_hidden_states`.
-        token_scope: tokens that count. `"last_user"`: the user's last turn and all behind it. `"user"`: what users and
-            tools wrote, in all turns. `"turns"`: all turns. These are found by `turn_markers`. `"prompt"`: the whole
-            prompt. `"content"`: all but `prefix_ids`. `"response"`: the reply. `"all"`: `"content"` and the reply. Heads
-            that read replies score each token of them.
+        token_scope: tokens that count. `"last_user"`: the user's last turn and all behind it. `"user"`: what users, tools and
+            documents say, in all turns. `"tool"`: what tools and documents say; see `fill_unread` for
+            a prompt without them. `"turns"`: all turns. These are found by `turn_markers`. `"prompt"`: the whole prompt.
+            `"content"`: all but `prefix_ids`. `"response"`: the reply. `"all"`: `"content"` and the reply. Heads that read
+            replies score each token of them.
         causal: if True, what the token stage computes of a token does not depend on later ones. Defaults to True for the
             scopes that read replies, which need it, else False. Only `mha` differs.
         prefix_ids: token ids of the constant beginning of every prompt.
-        turn_markers: by role (`"user"`, `"assistant"`, and where the template has them `"system"` and `"tool"`) what
+        turn_markers: by role (`"user"`, `"assistant"`, and if the template has them `"system"`, `"tool"`, `"document"`) what
             opens a turn: `{"ids": [...], "skip": n}`, token ids and the number of tokens behind them that belong to
             the marker but may merge with the text. None if the template has none: a turn scope then reads the whole
             prompt.
@@ -264,7 +265,7 @@ class ProbeConfig:
     @property
     def skips_replies(self) -> bool:
         """True if the LM's own replies do not count in a prompt that continues after them."""
-        return self.token_scope == "user" and self.turn_markers is not None
+        return self.token_scope in ("user", "tool") and self.turn_markers is not None
 
     @property
     def label2id(self) -> dict[str, int]:

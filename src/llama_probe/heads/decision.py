@@ -49,10 +49,30 @@ def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     return (log_p - torch.log1p(-log_p.exp().clamp_max(0.75))).scatter(-1, index, best - others)
 
 
+_RULED_OUT = -1e4  # a logit; fp16 holds it, and its probability is 0 at any temperature
 NO_NUMBER_BECAUSE = (
     "its training ran away (a lower learning rate helps), or states of the backbone are too large for its dtype (float32 and "
     "bfloat16 hold more than float16)"
 )
+
+
+def fill_unread(output: ProbeOutput, read: torch.Tensor) -> ProbeOutput:
+    """Rule out the flagged labels in rows that held nothing for a head to read. Return the output.
+
+    Logits of these rows are 0, and -1e4 for flagged labels and for all labels of a multi-label head: their probability is 0.
+
+    Args:
+        read (`[batch]` bool, on the CPU): the rows with a token that counts.
+    """
+    if not bool(read.all()):
+        config = output.config_of()
+        unread = torch.zeros(config.num_labels)
+        if config.problem_type != "regression":
+            is_multi_label = config.problem_type == "multi_label_classification"
+            ruled_out = config.id2label.values() if is_multi_label else config.flagged_labels
+            unread[[config.label2id[name] for name in ruled_out]] = _RULED_OUT
+        output.logits = torch.where(read[:, None].to(output.logits.device), output.logits, unread.to(output.logits))
+    return output
 
 
 def check_numbers(scores: torch.Tensor) -> None:

@@ -24,8 +24,8 @@ def token_mask(
 ) -> torch.Tensor:
     """Return which tokens count for a head, `[batch, tokens]` bool.
 
-    The turns that `"last_user"`, `"user"` and `"turns"` name are found by `config.turn_markers`; see `turn_mask`. No token
-    counts of a chat without such a turn. Without `turn_markers` these scopes are `"content"`.
+    The turns that `"last_user"`, `"user"`, `"turns"` and `"tool"` name are found by `config.turn_markers`; see `turn_mask`. No
+    token counts of a chat without such a turn. Without `turn_markers` these scopes are `"content"`, but for `"tool"`.
 
     With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is not counted in a row that begins with it,
     after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says
@@ -38,11 +38,15 @@ def token_mask(
         seen: leading tokens that heads have read in an earlier call.
 
     Raises:
-        ProbeError: the scope needs ids and there are none, or is `"response"`: ids do not show where a reply begins.
+        ProbeError: the scope needs ids or markers and there are none, or is `"response"`: ids do not show where a reply begins.
     """
     if config.token_scope == "response":
         raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
-    markers = config.turn_markers if config.token_scope in TURN_SCOPES else None
+    markers = config.turn_markers if config.token_scope in (*TURN_SCOPES, "tool") else None
+    if config.token_scope == "tool" and not {"tool", "document"} & set(markers or ()):
+        raise ProbeError(
+            "token_scope='tool': the chat template marks no tool results; pass probe_mask=[batch, tokens]"
+        )
     is_whole = config.token_scope == "prompt" or not (markers or config.prefix_ids)
     if is_whole and attention_mask is not None:
         return attention_mask.bool()
@@ -79,9 +83,9 @@ def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 
-def check_rows(mask: torch.Tensor | None) -> None:
-    """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts."""
-    if mask is None or bool(mask.any(dim=1).all()):
+def check_rows(mask: torch.Tensor | None, config: ProbeConfig | None = None) -> None:
+    """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts, unless the config lets a head read none."""
+    if mask is None or (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     raise ProbeError(f"rows {empty[:8]} hold no token that a head reads: use the chat template or pass probe_mask=")

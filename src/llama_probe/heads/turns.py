@@ -20,16 +20,17 @@ class TurnMarker(TypedDict):
     skip: int
 
 
-TURN_ROLES = ("user", "tool", "assistant", "system")  # a tool's result comes from outside, as a user's text does
+# Results of tools and documents come from outside, as a user's text does.
+TURN_ROLES = ("user", "tool", "document", "assistant", "system")
 
 
 def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Tensor, known: int = 0) -> torch.Tensor:
     """Return the tokens of the turns that a scope names: `[batch, tokens]` bool, on the device of the ids.
 
     A turn begins behind its opening marker and ends where the next one begins: a user's turn holds the markers that close it
-    and open the reply. All text behind the last user's turn counts too, because a user may have forged the markers in it. If
-    the beginning of a prompt was cut away, the text before its first reply is a user's. So is a prompt without any marker,
-    which is no chat; a warning says so once.
+    and open the reply. All text behind the last such turn counts too, because its writer may have forged the markers in it. If
+    the beginning of a prompt was cut away, the text before its first reply is a user's. A prompt without any marker, which is no
+    chat, counts whole; a warning says so once.
 
     Args:
         scope, markers: see `ProbeConfig.token_scope` and `ProbeConfig.turn_markers`.
@@ -47,8 +48,8 @@ def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Te
     marked = np.any(list(begins.values()), axis=(0, 2))[:, None]  # [B, 1]
     if not marked.all():
         logger.warning_once(
-            "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for the user's turn reads "
-            "all of it, and its scores may be less reliable."
+            "A prompt holds no marker of a turn (raw text, or another chat template): a head that looks for turns reads all of "
+            "it, and its scores may be less reliable."
         )
     # A prompt that continues may still get markers.
     whole = ~marked if known < input_ids.shape[1] else marked & False
@@ -69,17 +70,21 @@ def marker_mask(markers: Mapping[str, TurnMarker], input_ids: torch.Tensor) -> t
 def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
     """Return `turn_mask` for the places where turns begin, `[batch, tokens + 1]`."""
     user, reply = begins["user"], begins["assistant"]
-    tool, system = (begins.get(role, user & False) for role in ("tool", "system"))
+    tool, document, system = (begins.get(role, user & False) for role in ("tool", "document", "system"))
     position = (user | True).cumsum(1)  # from 1; below, 0 is "before the first such turn"
-    in_user, in_reply, in_system = (_running_max(place * position) for place in (user, reply, system))
+    in_reply, in_system, in_tool = (_running_max(place * position) for place in (reply, system, tool))
+    if scope == "tool":  # a reply follows a tool's result: a user's marker before it is forged
+        user = user & (in_reply >= in_tool)
+    in_user, in_outside = _running_max(user * position), _running_max((tool | document) * position)
     # A system turn behind a user's may be forged.
-    in_input = _running_max((user | tool | (system & (in_user > 0))) * position)
+    in_input = _running_max((user | tool | document | (system & (in_user > 0))) * position)
     is_cut = _running_max(((in_reply > 0) & (in_input + in_system == 0)) * 1)[:, -1:] > 0
     if scope == "turns":
         return is_cut | (in_input + in_reply + in_system > 0)
-    if scope == "user":
+    if scope in ("user", "tool"):
         replies = (in_reply > in_input) & ((position < in_input[:, -1:]) | (in_reply <= known + 1))
-        return (is_cut | (in_input > 0)) & ~replies
+        wanted = is_cut | (in_input > 0) if scope == "user" else in_outside > in_user
+        return wanted & ~replies
     last = in_user[:, -1:]
     before = _running_max(reply * position * (position < last))[:, -1:]  # the last reply before the last user's turn
     return (in_user > before) | (is_cut & (last == 0))

@@ -13,7 +13,7 @@ from ..backbone.decoder import Decoder
 from ..errors import ProbeError
 from ..heads import repeat_rows
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import ProbeOutput
+from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.device import device_type
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask, tokens_read
@@ -214,8 +214,8 @@ class PromptReader:
         if earlier is not None:
             states = earlier.resume(heads, self.masks, self.ids, self._attended(), past)
         if not partial_prompt:
-            for mask in {id(mask): mask for mask in self.masks.values()}.values():
-                check_rows(mask)
+            for mask, config in {id(mask): (mask, configs[name]) for name, mask in self.masks.items()}.values():
+                check_rows(mask, config)
         self._read_masks = read_masks(configs, self.masks)
         for name, mask in self._read_masks.items():
             if name not in states and past and bool(mask[:, :past].any()):
@@ -278,7 +278,10 @@ class PromptReader:
             names = list(self.heads)
             if self._partial_prompt:
                 names = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
-            self._results = self._reader.results(names)
+            read = {name: self.masks[name].any(dim=1) for name in names}  # [prompts] each
+            results = self._reader.results([name for name in names if bool(read[name].any())])
+            results |= {name: _nothing(self.heads[name], self.prompts) for name in names if name not in results}
+            self._results = {name: fill_unread(results[name], read[name]) for name in names}
         return self._results
 
     def state(self, name: str, repeats: int = 1) -> Any:
@@ -316,6 +319,13 @@ class PromptReader:
         if self.attention_mask is None:
             return torch.ones_like(self.ids, dtype=torch.bool)
         return self.attention_mask.bool()
+
+
+def _nothing(head: ProbeModel, prompts: int) -> ProbeOutput:
+    """Return the output of a head for prompts of which it reads no token."""
+    x = torch.zeros(len(head.layer_indices), prompts, 1, head.hidden_size, device=head.device)
+    with torch.no_grad():
+        return head.score(x, x[0, :, :, 0].bool())
 
 
 def prompt_masks(

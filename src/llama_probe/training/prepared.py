@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
 from ..data.cached_states import StateCache
-from ..data.prompts import PromptFormat, split_reply
+from ..data.prompts import PromptFormat, split_reply, text_role_of
 from ..distributed import check_shared, is_main, on_main, world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import check_rates, check_threshold_rule
@@ -111,7 +111,9 @@ class PreparedRun:
             raise ProbeError("a loaded backbone needs processing_class=, its tokenizer")
         tokenizer = tokenizer or load_tokenizer(name)
         kind = config.prompt_format if config.prompt_format in ("chat", "raw") else "chat"
-        prompts = PromptFormat.create(tokenizer, kind, config.system_prompt, config.max_length)
+        prompts = PromptFormat.create(
+            tokenizer, kind, config.system_prompt, config.max_length, text_role=text_role_of(config)
+        )
         config = config.replace(**prompts.config_fields())
         encoded = {part: prompts.encode_for(config, texts.texts) for part, texts in rows.parts().items()}
         cache = StateCache(args.cache_dir or output / STATES)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from ..errors import ProbeError
+from ..heads.decision import fill_unread
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask
 from ..heads.stream import ProbeState
@@ -119,7 +120,10 @@ class Scorer:
             slots = async_tensor_h2d(slots, self.device)
             for name in states.keys() & self.followers.keys():
                 self.states.put(name, slots, states[name].joined())
-        return {name: self.heads[name].finish(state).logits for name, state in states.items()}
+        return {
+            name: fill_unread(self.heads[name].finish(state), masks[name].any(dim=1)).logits
+            for name, state in states.items()
+        }
 
     def _read(
         self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
@@ -136,10 +140,8 @@ class Scorer:
             cut = {name: self._cut(mask[:, tokens]) for name, mask in masks.items()}
             for layers, inputs in self._inputs(heads, part, padding, tokens):
                 for name, x in inputs.items() if self.runs else ():
-                    columns, mask = cut[name]
-                    if columns.stop:
-                        head = heads[name]
-                        head.step(states[name], layers or head.layer_indices, x[:, :, columns], mask, last=last)
+                    head, (columns, mask) = heads[name], cut[name]
+                    head.step(states[name], layers or head.layer_indices, x[:, :, columns], mask, last=last)
         return states if self.runs else {}
 
     def _pieces(self, blocks: torch.Tensor, width: int) -> Iterator[tuple[slice, torch.Tensor, bool]]:
@@ -154,7 +156,7 @@ class Scorer:
     def _cut(self, mask: torch.Tensor) -> tuple[slice, torch.Tensor | None]:
         """Return the columns of a `[prompts, tokens]` mask in which some token counts, and what is left of it on the device."""
         counted = mask.any(dim=0).nonzero().flatten().tolist()
-        columns = slice(counted[0], counted[-1] + 1) if counted else slice(0, 0)
+        columns = slice(counted[0], counted[-1] + 1) if counted else slice(0, 1)
         mask = mask[:, columns]
         return columns, None if bool(mask.all()) else async_tensor_h2d(mask, self.device)
 
@@ -194,7 +196,7 @@ class Scorer:
             ids = None if request.token_ids is None else torch.tensor([request.token_ids])
             prompt = token_mask(head.config, ids, torch.ones_like(prompt, dtype=torch.long))
         mask = F.pad(prompt, (0, request.num_tokens - request.num_prompt_tokens), value=True)
-        check_rows(mask)
+        check_rows(mask, head.config)
         return mask[0]
 
 

@@ -1,0 +1,111 @@
+"""Heads that read tool results: prompts without one are not flagged, those with one are scored as any prompt."""
+
+import pytest
+import torch
+from cases import FORMS
+from conftest import expected_logits, make_lm, make_probe, make_prompts, probed
+
+from llama_probe import ProbeError
+
+
+USER, TOOL, REPLY = 5, 6, 7  # one token opens a turn
+MARKERS = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", USER), ("tool", TOOL), ("assistant", REPLY))}
+
+
+def tool_head(**changes):
+    fields = {
+        "probe_type": "gate",
+        "id2label": {0: "injection", 1: "clean"},
+        "flagged": ["injection"],
+        "threshold": 0.5,
+    }
+    return make_probe(**{**fields, "token_scope": "tool", "turn_markers": MARKERS, **changes})
+
+
+def agent_prompts():
+    """Return ids of three rows, of which the first holds two results, the second none and the last one, and the tokens read."""
+    ids = make_prompts(length=14) % 40 + 8
+    ids[:, 0], ids[:, -1] = USER, REPLY
+    ids[0, 3], ids[0, 5], ids[0, 9] = REPLY, TOOL, TOOL
+    ids[2, 3], ids[2, 7] = REPLY, TOOL
+    read = torch.zeros_like(ids)
+    read[0, 6:], read[2, 8:] = 1, 1
+    return ids, read
+
+
+def counted_logits(head, ids, read):
+    with torch.no_grad():
+        states = make_lm()(ids, output_hidden_states=True).hidden_states
+        return head(hidden_states=states, attention_mask=read).logits
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mode", [{}, {"prefill_chunk_size": 4}, {"num_beams": 2}], ids=["whole", "chunks", "beams"])
+def test_rows_with_a_result_are_scored_and_others_are_not_flagged(form, mode):
+    head, (ids, read) = tool_head(**FORMS[form]), agent_prompts()
+    out = probed({"tools": head}).generate(ids, max_new_tokens=2, **mode)
+    expected = counted_logits(head, ids[[0, 2]], read[[0, 2]])
+    torch.testing.assert_close(out.probe_logits["tools"][[0, 2]], expected, atol=1e-5, rtol=1e-5)
+    assert out.probe_probabilities["tools"][1].tolist() == [0.0, 1.0]
+
+
+def test_no_row_has_a_result():
+    ids, _ = agent_prompts()
+    model = probed({"tools": tool_head(), "all": make_probe(seed=1)})
+    for prompts in (ids[1:2], ids[[1, 1]]):
+        out = model.generate(prompts, max_new_tokens=2, halt_on={"tools": {"threshold": 0.001}})
+        assert out.probe_halts == [None] * len(prompts) and set(out.probe_labels["tools"]) == {"clean"}
+        torch.testing.assert_close(out.probe_logits["all"], expected_logits(make_probe(seed=1), prompts))
+    assert model.classify(input_ids=ids[1:2])["tools"].labels == ["clean"]
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_other_problems_without_a_result(problem):
+    ids, _ = agent_prompts()
+    fields = {"problem_type": problem, "flagged": None, "threshold": None}
+    out = probed({"tools": tool_head(**fields)}).generate(ids[1:2], max_new_tokens=1)
+    assert out.probe_labels["tools"] == ([[]] if problem.startswith("multi") else [[0.0, 0.0]])
+
+
+def test_only_prompts_with_a_result_halt():
+    ids, _ = agent_prompts()
+    out = probed({"tools": tool_head()}).generate(ids, max_new_tokens=3, halt_on={"tools": {"threshold": 1e-6}})
+    assert [halt is not None for halt in out.probe_halts] == [True, False, True]
+
+
+def test_a_result_that_is_no_number_halts():
+    ids, _ = agent_prompts()
+    head = tool_head()
+    head.classifier.bias.data.fill_(float("nan"))
+    out = probed({"tools": head}).generate(ids, max_new_tokens=3, halt_on={"tools": {"threshold": 0.9}})
+    assert [halt is not None for halt in out.probe_halts] == [True, False, True]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_states_go_on_over_the_turns_of_an_agent(form):
+    """The first turn holds no result; the second brings one; the third asks again."""
+    head = tool_head(**FORMS[form])
+    model, whole = probed({"tools": head}), make_prompts(rows=1, length=4) % 40 + 8
+    whole[0, 0], whole[0, -1] = USER, REPLY
+    cache, state = None, True
+    for opening in (None, TOOL, USER):
+        if opening is not None:
+            turn = make_prompts(rows=1, length=5, seed=opening) % 40 + 8
+            turn[0, 0], turn[0, -1] = opening, REPLY
+            whole = torch.cat([whole, turn], dim=1)
+        out = model.generate(
+            whole, max_new_tokens=3, cache=cache, probe_state=state, suppress_tokens=[USER, TOOL, REPLY]
+        )
+        again = model.generate(whole, max_new_tokens=1)
+        torch.testing.assert_close(out.probe_logits, again.probe_logits, atol=1e-5, rtol=1e-5)
+        whole, cache, state = out.sequences, out.cache, out.probe_state
+    assert out.probe_probabilities["tools"][0, 0] > 0
+
+
+def test_a_template_without_tool_results_needs_a_mask():
+    ids, read = agent_prompts()
+    model = probed({"tools": tool_head(turn_markers={role: MARKERS[role] for role in ("user", "assistant")})})
+    with pytest.raises(ProbeError, match="probe_mask"):
+        model.generate(ids, max_new_tokens=1)
+    out = model.generate(ids, max_new_tokens=1, probe_mask=read)
+    assert out.probe_logits["tools"].shape == (3, 2) and out.probe_probabilities["tools"][1, 0] == 0
