@@ -34,7 +34,7 @@ def heads_file() -> str:
             imports.setdefault(f"from {module} import ", set()).update(names.strip().split(", "))
         for line in re.findall(r"^import .*", text, re.MULTILINE):
             imports[line] = set()
-        texts.append(f"# heads/{name}.py\n" + re.sub(r'"""\n{2,}', '"""\n\n', _IMPORT.sub("", text), count=1))
+        texts.append(re.sub(r'"""\n{2,}', '"""\n\n', _IMPORT.sub("", text), count=1))
     header = _HEADER + "".join(f"{line}{', '.join(sorted(names))}\n" for line, names in sorted(imports.items()))
     return re.sub(r"\n{4,}", "\n\n\n", "\n\n".join([header, *texts]))
 
