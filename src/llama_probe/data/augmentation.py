@@ -1,7 +1,9 @@
-"""Wrapped copies of rows, so that a head learns what stays the same: system prompts, lead-ins, quotes, other turns."""
+"""Wrapped copies of rows, so that a head learns what stays the same: system prompts, lead-ins, documents, other turns."""
 
 from __future__ import annotations
 
+import html
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, zip_longest
@@ -30,6 +32,17 @@ _QUOTES = (
     "{text}\n\nText: {a} {b}",
 )
 _BREAKS = (" ", "\n", "\n\n")
+# What a tool returns: records, pages, notes, code, mails.
+_FORMATS: tuple[Callable[[str], str], ...] = (
+    lambda text: json.dumps({"status": "ok", "result": text}),
+    lambda text: json.dumps([{"id": 1, "title": "Note", "body": text}], indent=2, ensure_ascii=False),
+    lambda text: f"<div class='post'>\n<p>{html.escape(text)}</p>\n</div>",
+    lambda text: f"## Notes\n\n- {text}\n- Done.",
+    lambda text: f'def load():\n    """{text}"""\n    return 0',
+    lambda text: (
+        f"Date: Mon, 3 Mar 2025 09:14:00 +0000\nFrom: office@example.com\nSubject: Update\n\n{text}\n\nBest,\nSam"
+    ),
+)
 
 
 @dataclass
@@ -56,6 +69,10 @@ class Augmenter:
         cut = int(self.rng.integers(1, len(words) + 1))
         a, b = " ".join(words[:cut]), " ".join(words[cut:])
         return _rewrite(messages, lambda text: self._one(_QUOTES).format(a=a, b=b, text=text).strip())
+
+    def document(self, messages: Chat) -> Chat:
+        """Put the last text of the user into a record, a page, notes, code or a mail."""
+        return _rewrite(messages, self._one(_FORMATS))
 
     def earlier_turns(self, messages: Chat) -> Chat:
         """Put a harmless exchange before the user's first turn."""
@@ -95,7 +112,7 @@ class Augmenter:
         return " ".join(words[:count]).strip()
 
 
-AUGMENTATIONS = ("lead_in", "quote", "earlier_turns", "later_turns", "system_prompt")
+AUGMENTATIONS = ("lead_in", "quote", "document", "earlier_turns", "later_turns", "system_prompt")
 
 
 def check_augmentations(names: Sequence[str], share: float, has_system_prompts: bool) -> None:
