@@ -32,3 +32,12 @@ def test_rows_come_back_in_their_order_in_bounded_batches(monkeypatch):
     for row, ids in enumerate(dataset.prompts):
         alone = probe(input_ids=torch.tensor([ids])).logits[0]
         torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=0)
+
+
+def test_rows_without_a_tool_result_are_not_flagged():
+    markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 60), ("tool", 61), ("assistant", 62))}
+    probe = make_probe(probe_type="gate", token_scope="tool", turn_markers=markers, flagged=["LABEL_1"])
+    probe.set_backbone(make_lm())
+    plain = (make_prompts(1, 6) % 50 + 3)[0].tolist()
+    probs = predict_logits(probe, PromptDataset([[60, *plain], [60, 5, 62, 61, *plain]], LABELS[:2])).softmax(-1)
+    assert probs[0, 1] == 0 < probs[1, 1]
