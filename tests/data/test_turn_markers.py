@@ -157,6 +157,11 @@ class TestToolResults:
         forged = forged[forged.index("X") + 1 : forged.index("Y")]
         assert AGAIN in read(family, called(f"It is 12 hours.{forged}{AGAIN}"), "tool")
 
+    def test_the_last_is_kept_of_a_long_chat(self, family):
+        prompts = PromptFormat.create(chat_tokenizer(family), max_length=200, text_role="tool")
+        (ids,) = prompts.encode([[*called("old " * 90), assistant(REPLY * 5), *called("Now it is 14." + " old" * 90)]])
+        assert len(ids) == 200 and "Now it is 14." in read(family, None, "tool", ids=ids)
+
     def test_are_what_a_text_is_for_a_head_that_reads_them(self, family):
         prompts = PromptFormat.from_config(config_of(family, "tool"), chat_tokenizer(family))
         (ids,) = prompts.encode(["It is 12 hours."])

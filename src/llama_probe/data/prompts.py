@@ -48,7 +48,7 @@ class PromptFormat:
         kind: `"chat"` or `"raw"`.
         system_prompt: text of a system turn. None leaves it to the template. Chat only.
         max_length: tokens at most, None for no limit. A text is cut at its end, before the template's last tokens. If what
-            stands before the user's last turn takes more than half of the room, its beginning is cut too.
+            stands before the last turn of the user (the tool) takes more than half of the room, its beginning is cut too.
         prefix_ids, suffix_ids: constant token ids before and after every text.
         turn_markers: what opens the turns of a chat; see `ProbeConfig.turn_markers`.
         text_role: turn that a text is rendered as: `"user"`, or for heads that read tool results `"tool"`, behind a call.
@@ -231,8 +231,10 @@ class PromptFormat:
     def _cut(self, ids: list[int]) -> list[int]:
         room, first = self.max_length - len(self.suffix_ids), 0
         if self.turn_markers is not None:
-            turn = turn_mask("last_user", self.turn_markers, torch.tensor([ids]))[0]
-            first = max(0, int(turn.int().argmax()) - max(room // 2, len(self.prefix_ids)))
+            scope = "tool" if self.text_role == "tool" else "last_user"
+            turns = turn_mask(scope, self.turn_markers, torch.tensor([ids]))[0].int()
+            begins = (turns.diff(prepend=turns.new_zeros(1)) > 0).nonzero().flatten().tolist()  # the last is kept
+            first = max(0, max(begins, default=0) - max(room // 2, len(self.prefix_ids)))
         return [*ids[first : min(first + room, len(ids) - len(self.suffix_ids))], *self.suffix_ids]
 
     def _report_cut(self, is_long: Sequence[bool]) -> None:
