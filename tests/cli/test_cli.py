@@ -10,6 +10,7 @@ from conftest import make_lm, make_probe, make_tokenizer, save_head
 from training_runs import write
 
 from llama_probe import ProbeModel, __version__, cli
+from llama_probe.evaluation import transformations
 from llama_probe.heads.configuration import read_config
 
 
@@ -90,6 +91,12 @@ def test_evaluate(trained, served, rows):
         assert part in shown
     assert "resamples" not in succeed(*args, "--bootstrap", 0)
     assert "slice_columns" in refuse(*args, "--slice-column", "who")
+
+
+def test_evaluate_under_attack(served, rows, monkeypatch):
+    monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (2, 2)))
+    shown = succeed("evaluate", *served, "--data", rows / "test.jsonl", "--bootstrap", 0, "--attacks")
+    assert "rot13" in shown and "last in 7,500 tokens" in shown and "too long" in shown
 
 
 def test_evaluate_with_a_judge(served, rows, tmp_path):

@@ -232,7 +232,12 @@ def test_a_folder_is_not_a_base_model_on_the_hub(tmp_path, base_model, shown):
 EVALUATION = {
     "source": "sets/look-alikes.jsonl", "rows": 1200, "metrics": {"accuracy": 0.9, "auroc": 0.93, "auprc": None},
     "intervals": {"auroc": [0.91, 0.95]}, "flagged": {"share": 0.021, "interval": [0.014, 0.031], "threshold": 0.31},
-    "wrappings": {"rows": 40, "kept": {"code fence": 0.975, "tools": 0.95}},
+    "wrappings": {"rows": 40, "kept": {"code fence": 0.975, "tools": 0.95}},  # as written by earlier code
+    "attacks": {
+        "rows": 30, "kept": {"base64": 0.25}, "harmless": 8, "alarms": {"base64": 0.125},
+        "tfidf": {"kept": {"base64": 0.0}, "alarms": {"base64": 0.0}},
+    },
+    "long": {"rows": 4, "kept": {"last in 7,500 tokens": None}, "harmless": 0, "alarms": {"last in 7,500 tokens": None}},
 }  # fmt: skip
 
 
@@ -255,5 +260,6 @@ def test_what_was_measured_and_fitted_after_training(folder, trained):
         "| look\\|alikes (sets/look-alikes.jsonl) | 1,200 | 0.310 | 2.1% (1.4% to 3.1%) | 0.930 (0.910 to 0.950) | - |"
     )
     assert row in text and "| values (a) | 3 | - | - | - | - |" in text
-    assert "2 ways, at least 95.0% of 40 rows keep their label (least: tools)" in text
+    assert "| tools | 40 | 0.95 | - | - |\n| base64 | 30 | 0.25 (0.12) | 0.00 (0.00) | - |" in text
+    assert "| last in 7,500 tokens | 4 | too long | - | - |\n\nIn brackets" in text
     assert ("## Results" in text) == trained and "## Thresholds" not in before and "\n\n\n" not in text

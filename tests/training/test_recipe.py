@@ -99,6 +99,7 @@ class TestFile:
             (changed(head={"probe_type": "gate", "options": {"num_members": 2}}), "num_members"),
             (changed(measure={"sources": ["xstest", "xstest"]}), "'xstest'"),
             (changed(measure={"sources": ["xstest"], "wrappings": "aegis"}), "wrappings='aegis'"),
+            (changed(measure={"sources": ["xstest"], "attacks": "aegis"}), "attacks='aegis'"),
             (changed(labels={"flag": ["a"]}), "labels has no field 'flag'"),
             (changed(labels={"flagged": "toxic"}), "labels.*flagged"),
             (changed(train=[{"rows": "toxicchat", "column": "x"}]), r"train\[0\] has no field 'column'"),

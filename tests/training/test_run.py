@@ -12,6 +12,7 @@ from training_runs import run_of, write
 from llama_probe import ProbeError, ProbeTrainer
 from llama_probe.backbone.loading import load_backbone
 from llama_probe.distributed import claimed
+from llama_probe.evaluation import transformations
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
@@ -136,11 +137,13 @@ class TestTwins:
             "measure": {
                 "sources": [rows("seen", 20, 1), rows("other", 20, 0)],
                 "wrappings": "seen",
+                "attacks": "seen",
                 "quantised": ["int8", "int4"],
             },
         }
 
-    def test_what_is_measured(self, recipe, backbone_folder, tmp_path):
+    def test_what_is_measured(self, recipe, backbone_folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (4, 4)))
         numbers, recipe = recipe
         trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
         assert list(trainer.heads) == ["seed-0", "twin-lists", "twin-talks"]
@@ -160,6 +163,9 @@ class TestTwins:
             ("seen, int8 copy of the backbone", None, 20), ("seen, int4 copy of the backbone", None, 20),
         ]  # fmt: skip
         assert measured["rates"] == ["fpr-10%", "fpr-5%"] and measured["wrappings"]["rows"]
+        for attacks in (measured["attacks"], measured["long"]):
+            assert attacks["rows"] == 4 and attacks["kept"].keys() == attacks["tfidf"]["kept"].keys()
+            assert attacks["length"]["kept"].keys() == attacks["length"]["alarms"].keys()
         shares = {part["name"]: part for part in measured["parts"]}
         assert set(shares["list"]["labels"]) == {"harmful"} and set(shares["talk"]["labels"]) == {"harmless"}
         found = shares["list"]["labels"]["harmful"]
@@ -171,7 +177,11 @@ class TestTwins:
         assert saved.config.layers == [2, 4] and saved.config.thresholds.keys() == {"fpr-10%", "fpr-5%"}
         assert saved.results["measured"] == measured and saved.results["data"]["calibration"]["rows"] == 60
         card = (tmp_path / "head" / "README.md").read_text()
-        assert "On rows that it was not trained on" in card and "| list (twin without lists) | harmful | 30 |" in card
+        assert (
+            "On rows that it was not trained on" in card
+            and "| rot13 | 4 |" in card
+            and "| list (twin without lists) | harmful | 30 |" in card
+        )
         written = (tmp_path / "head" / "recipe.yaml").read_text()
         assert yaml.safe_load(written)["hold_out"] == recipe["hold_out"] and str(tmp_path) not in written
 

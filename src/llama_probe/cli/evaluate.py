@@ -66,6 +66,13 @@ def evaluate(
             help="Also wrap the flagged rows in twelve ways, and report how often they are still flagged.",
         ),
     ] = False,
+    attacks: Annotated[
+        bool,
+        typer.Option(
+            "--attacks",
+            help="Also hide the flagged rows in up to 7,500 tokens of the harmless rows, in codes, role play and turns.",
+        ),
+    ] = False,
     ask: Annotated[
         list[float] | None,
         typer.Option(
@@ -105,7 +112,7 @@ def evaluate(
         from ..evaluation import detection, report
         from ..evaluation.novelty_fit import against_others
         from ..evaluation.prediction import predict_rows
-        from ..evaluation.wrappings import kept_labels
+        from ..evaluation.transformations import ATTACKS, kept_labels
 
         if against and head.novelty is None:
             raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
@@ -131,6 +138,8 @@ def evaluate(
         novelties = {}
         for name, texts in others.items():
             _, novelties[name] = predict_rows(head, scored.dataset(texts), progress=True)
+        groups = (["wrappings"] if wrappings else []) + (list(ATTACKS) if attacks else [])
+        transformed = kept_labels(head, labelled, scored.prompts, groups, progress=True) if groups else {}
         if not is_main():
             return None
         result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
@@ -141,8 +150,7 @@ def evaluate(
             result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
         if others:
             result["novelty"] = against_others(novelty, novelties, bootstrap)
-        if wrappings:
-            result["wrappings"] = kept_labels(head, labelled.texts, scored.prompts, progress=True)
+        result |= transformed
         if ask:
             result["asking"] = asked(head.config, logits, labelled.labels, ask, verdicts)
         if record is not None:
@@ -162,6 +170,8 @@ def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
 
 
 def _print_report(title: str, result: dict[str, Any], temperature: float, bootstrap: int) -> None:
+    from ..evaluation.transformations import GROUPS
+
     parts = {"all rows": {name: value for name, value in result.items() if not isinstance(value, list)}}
     for column, values in result.get("slices", {}).items():
         parts |= {f"{column} = {value}": part for value, part in values.items()}
@@ -180,9 +190,18 @@ def _print_report(title: str, result: dict[str, Any], temperature: float, bootst
     if novelty := result.get("novelty"):
         title = f"novelty of these rows against others; {novelty['own']['far']:.1%} of them are above {FAR}"
         print_records(title, novelty["against"])
-    if wrapped := result.get("wrappings"):
-        kept = {name: {"kept": share} for name, share in wrapped["kept"].items()}
-        print_records(f"{wrapped['rows']:,} rows, wrapped: share with the same label", kept)
+    transformed = {
+        name: {
+            "rows": part["rows"],
+            "same label": "too long" if kept is None else kept,
+            "harmless rows": part["harmless"],
+            "flagged": part["alarms"][name],
+        }
+        for part in map(result.get, GROUPS)
+        if part
+        for name, kept in part["kept"].items()
+    }
+    print_records("transformed: share of the flagged rows with the same label, and of harmless rows", transformed)
     asking = {f"share {row['share']:.3f}": row for row in result.get("asking", ())}
     print_records("with a judge for the rows nearest to the threshold", asking)
     for label, rules in result.get("halting", {}).items():

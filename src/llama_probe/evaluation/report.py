@@ -16,6 +16,7 @@ from .bootstrap import Interval, Key, intervals, score_statistic, share_interval
 from .calibration import reliability, threshold_table
 from .metrics import confusion, has_label, label_scores, outcomes, score_logits
 from .prediction import collect, score_batches
+from .transformations import GROUPS
 
 
 def inspect_head(
@@ -156,12 +157,12 @@ def describe_evaluation(result: dict[str, Any], **facts) -> dict[str, Any]:
     """Return what a head folder keeps of a report: `rows`, `metrics` of all rows, `intervals`, and by-products.
 
     Args:
-        result: from `detailed_report`, with `flagged`, `novelty` and `wrappings` if there are any.
+        result: from `detailed_report`, with `flagged`, `novelty` and groups of `transformations` if there are any.
         facts: further entries, such as `source`.
     """
     metrics = {key: value for key, value in result.items() if key != "rows" and not isinstance(value, (dict, list))}
     intervals = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}
-    kept = {key: result[key] for key in ("flagged", "novelty", "wrappings") if key in result}
+    kept = {key: result[key] for key in ("flagged", "novelty", *GROUPS) if key in result}
     return {**facts, "rows": result["rows"], "metrics": metrics, "intervals": intervals, **kept}
 
 

@@ -1,4 +1,4 @@
-"""Measurements of a recipe: rows that no head has learned from, twins without sources, TF-IDF, wrappings."""
+"""Measurements of a recipe: rows that no head has learned from, twins without sources, TF-IDF, attacks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import logging
@@ -23,8 +24,9 @@ from ..errors import ProbeError
 from ..evaluation.calibration import with_rates
 from ..evaluation.prediction import predict_rows
 from ..evaluation.report import detailed_report, flagged_share
-from ..evaluation.wrappings import kept_labels
+from ..evaluation.transformations import ATTACKS, kept_labels
 from ..heads.configuration import ProbeConfig
+from ..heads.decision import predictions, probabilities
 from ..heads.novelty import FAR
 from ..heads.probe import ProbeModel
 from .prepared import PreparedRun
@@ -34,22 +36,26 @@ logger = logging.get_logger(__name__)
 
 
 class Baseline:
-    """TF-IDF with logistic regression: what the words alone tell. It learns from the plain and extra rows, not from copies.
+    """Logistic regression on TF-IDF or on the length: what the words alone tell, or the number of characters.
+
+    It learns from the plain and extra rows, not from copies.
 
     Args:
         config: config of the head beside it, whose rates give the thresholds on the calibration rows.
         without: numbers of the training rows that it does not learn from.
+        by_length: learn from the length alone.
 
     Raises:
         ProbeError: a threshold would flag nothing or nearly all.
     """
 
-    def __init__(self, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = ()):
+    def __init__(self, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False):
         rows = run.rows
         learned = sorted(set(range(rows.num_plain + rows.num_extra)) - set(without))
-        self.model = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=20, max_iter=1000)
-        )
+        features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+        if by_length:
+            features = FunctionTransformer(lambda texts: np.log1p([[len(text)] for text in texts]))
+        self.model = make_pipeline(features, LogisticRegression(C=20, max_iter=1000))
         self.model.fit([_plain_text(rows.train.texts[row]) for row in learned], rows.train.labels[learned])
         flagged = config.flagged_labels
         self.config = config.replace(temperature=1.0, threshold=None, thresholds=None, flagged=flagged)
@@ -60,6 +66,10 @@ class Baseline:
         """Return logits `[rows, 2]`."""
         probs = torch.from_numpy(self.model.predict_proba(list(map(_plain_text, texts))))
         return probs.clamp(1e-9, 1 - 1e-9).log().float()
+
+    def labels(self, texts: Sequence[Text]) -> np.ndarray:
+        """Return labels `[rows]`."""
+        return predictions(probabilities(self.logits(texts), self.config), self.config).numpy()
 
 
 def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel]) -> dict[str, Any]:
@@ -72,7 +82,8 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
         `rates`: names of the thresholds; `parts`: for each set of rows `name`, `twin` (None for the head itself), `rows`,
         `auroc` and `auprc` with `intervals` if both labels occur, `labels`: for each label that occurs `rows` and by threshold
         the share that is flagged with its interval, `novel`: share of rows unlike the training data, `tfidf`: the same of the
-        baseline; `wrappings`, see `kept_labels`; `bytes`: of the head's weights.
+        baseline; `wrappings`, `attacks` and `long`, see `kept_labels`, the latter two with `tfidf` and `length`; `bytes`: of the
+        head's weights.
     """
     recipe, rows = run.recipe, run.rows
     parts: list[dict[str, Any]] = []
@@ -98,19 +109,27 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
     results: dict[str, Any] = {"rates": list(head.config.thresholds or {}), "parts": parts}
     results["bytes"] = sum(tensor.nbytes for tensor in head.state_dict().values())
     if recipe.measure.wrappings in rows.measured:
-        texts = [text for text in rows.measured[recipe.measure.wrappings].texts if isinstance(text, str)]
-        results["wrappings"] = kept_labels(head, texts, run.prompts, progress=True)
+        wrapped = rows.measured[recipe.measure.wrappings]
+        results |= kept_labels(head, wrapped, run.prompts, ["wrappings"], progress=True)
+    if recipe.measure.attacks in rows.measured:
+        attacked, around = rows.measured[recipe.measure.attacks], rows.calibration
+        baselines = {"tfidf": _baseline(run, head.config), "length": _baseline(run, head.config, by_length=True)}
+        labellers = {name: baseline.labels for name, baseline in baselines.items() if baseline is not None}
+        around = around and around.at_most(500, recipe.seed)
+        results |= kept_labels(head, attacked, run.prompts, ATTACKS, around, labellers, progress=True)
     return results
 
 
-def _baseline(run: PreparedRun, config: ProbeConfig, without: Sequence[int]) -> Baseline | None:
-    """Return the baseline beside a head of two labels, if the recipe wants one and its thresholds can be fitted."""
+def _baseline(
+    run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False
+) -> Baseline | None:
+    """Return a baseline beside a head of two labels, if the recipe wants one and its thresholds can be fitted."""
     if not run.recipe.measure.tfidf or config.flagged_index is None or config.num_labels != 2:
         return None
     try:
-        return Baseline(run, config, without)
+        return Baseline(run, config, without, by_length)
     except ProbeError as error:
-        logger.warning(f"TF-IDF is not measured: {error}")
+        logger.warning(f"{'The length' if by_length else 'TF-IDF'} is not measured: {error}")
         return None
 
 

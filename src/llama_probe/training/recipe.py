@@ -96,12 +96,14 @@ class Measure:
     Attributes:
         sources: rows that no head has learned from, each measured by itself.
         wrappings: also measure how many labels stay if the rows of this name are wrapped in twelve ways.
+        attacks: also measure how many stay if the rows of this name are disguised, or hidden in up to 7,500 tokens.
         tfidf: measure TF-IDF with logistic regression on the same rows.
         quantised: `"int8"`, `"int4"`: also measure the first of `sources` on copies of the backbone with such weights.
     """
 
     sources: list[Source] = field(default_factory=list)
     wrappings: str | None = None
+    attacks: str | None = None
     tfidf: bool = True
     quantised: list[str] = field(default_factory=list)
 
@@ -220,8 +222,9 @@ class Recipe:
                 raise ProbeError(
                     f"hold_out.{twin} names {unknown[0]!r}, which is no source of train: {', '.join(names)}"
                 )
-        if self.measure.wrappings not in (None, *measured):
-            raise ProbeError(f"measure.wrappings={self.measure.wrappings!r} must be one of: {', '.join(measured)}")
+        for name in ("wrappings", "attacks"):
+            if (source := getattr(self.measure, name)) not in (None, *measured):
+                raise ProbeError(f"measure.{name}={source!r} must be one of: {', '.join(measured)}")
         if self.seeds < 1 or not 0 <= self.seed <= 2**32 - self.seeds:
             raise ProbeError(f"seeds={self.seeds} and seed={self.seed} must be at least 1 and 0, and below 2**32")
         if self.max_rows is not None and self.max_rows < 1:
