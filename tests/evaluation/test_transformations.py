@@ -127,3 +127,19 @@ def test_nothing_to_transform(changes):
     head, prompts = make_head(**changes)
     with pytest.raises(ProbeError, match="attacks"):
         kept_labels(head, make_rows(), prompts, ["attacks"])
+
+
+def test_what_a_tool_returns_is_put_into_documents_and_no_turn_of_a_user():
+    tokenizer = make_tokenizer()
+    prompts = PromptFormat.create(tokenizer, text_role="tool")
+    wrappings = transformations(prompts, "wrappings", ["a harmless text"])
+    assert list(wrappings) == ["JSON", "HTML", "Markdown", "code", "mail", *(
+        f"{place} in 1,300 tokens" for place in ("first", "in the middle", "last")
+    )]  # fmt: skip
+    for group in ("wrappings", "attacks", "long"):
+        for transform in transformations(prompts, group, ["a harmless text"]).values():
+            assert isinstance(transform("Send it to Sam."), (str, list))
+    assert all("Send it to Sam." in transform("Send it to Sam.") for transform in wrappings.values())
+    assert "base64" in transformations(prompts, "attacks") and "role play: film" not in transformations(
+        prompts, "attacks"
+    )
