@@ -23,6 +23,7 @@ ALIASES = {
     "beavertails": "beavertails-mha",
     "emotion": "emotion-multimax",
     "imdb": "imdb-multimax",
+    "injection": "injection-multimax",
     "safety": "safety-multimax",
     "safety-categories": "safety-categories-multimax",
     "sst2": "sst2-multimax",
