@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from tiny_engine import TinyServing
@@ -61,6 +63,27 @@ def _answers(port: int) -> bool:
             return response.status == 200
     except OSError:
         return False
+
+
+@contextmanager
+def judging(is_bad: Callable[[str], bool]) -> Iterator[tuple[str, list[str]]]:
+    """Moderates texts on loopback while the block lasts; its URL, and a list that gets the texts."""
+    texts: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"results": [{"flagged": is_bad(texts[-1])}]}).encode())
+
+        def log_message(self, *words):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1/moderations", texts
+        server.shutdown()
 
 
 def ask(client, text: str, **kwargs):

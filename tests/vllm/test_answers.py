@@ -1,5 +1,7 @@
 """What is said of a prompt, without an engine."""
 
+import math
+
 import pytest
 from conftest import make_probe
 
@@ -52,3 +54,28 @@ def test_the_label_that_a_head_flags_is_named(tmp_path):
     assert [probe.get("flagged") for probe in said["probes"].values()] == [[], None, ["c"]], "tone flags nothing"
     with pytest.raises(ProbeError, match="--halt-on tone:bad"):
         answer(ProbeSettings(folders, {"tone": {}}), found)
+
+
+def test_what_is_left_to_a_judge(tmp_path):
+    heads = {name: str(tmp_path / name) for name in ("guard", "other")}
+    for folder in heads.values():
+        make_probe(probe_type="pooling", id2label={0: "fine", 1: "bad"}).save_pretrained(folder)
+    rules = {name: {"label": "bad", "threshold": 0.75} for name in heads}
+    settings = {
+        hide: ProbeSettings(heads, rules, hide_scores=hide, unsure={"guard": [0.2, 0.9]}) for hide in (True, False)
+    }
+
+    def said(guard: float, other: float = 0.0, hide: bool = False) -> dict:
+        logits = {
+            name: [0.0, math.log(p / (1 - p)) if p else -9.0] for name, p in (("guard", guard), ("other", other))
+        }
+        return answer(settings[hide], logits)
+
+    for score in (0.2001, 0.5, 0.8):  # whatever the threshold says
+        assert said(score)["halted"] is None
+        (halt,) = said(score)["unsure"]
+        assert halt["score"] == pytest.approx(score) and (halt["head"], halt["label"]) == ("guard", "bad")
+        assert said(score, hide=True)["unsure"] == [{"head": "guard", "label": "bad"}]
+        assert said(score, 0.8)["halted"]["head"] == "other" and "unsure" not in said(score, 0.8)
+    assert said(0.9001)["halted"]["head"] == "guard" and said(0.1)["halted"] is None
+    assert "unsure" not in said(0.9001) and "unsure" not in said(0.1)

@@ -254,16 +254,23 @@ def test_heads_that_do_not_fit(tiny, tmp_path, config, reason):
         engine_kwargs(tiny.backbone, {"odd": tmp_path})
 
 
+JUDGE = "http://h/v1/moderations"
+BAND = ["--halt-on", "guard", "--unsure", "guard=0.2:0.6"]
+
+
 def command_line(tiny, *options: str) -> list[str]:
     return server_arguments([str(tiny.backbone), "--probe", f"guard={tiny.heads['guard']}", *options])
 
 
 def test_the_command_line(tiny):
     halting = ["--halt-on", 'guard={"threshold": 0.6}', "--halt-reply", "No.", "--hide-scores"]
+    halting += ["--judge", "http://h:1/v1/moderations", "--unsure", "guard=0.2:0.6", "--judge-fails", "open"]
     words = command_line(tiny, "--probe", f"tone={tiny.heads['tone']}", *halting)
     given = dict(zip(words[::2], words[1::2], strict=True))
     assert given["--model"] == str(tiny.backbone) and given["--scheduler-cls"] == compatibility.SCHEDULER
     settings = json.loads(given["--additional-config"])["llama_probe"]
+    assert settings["judge"] == {"url": "http://h:1/v1/moderations", "fails": "open"}
+    assert settings["unsure"] == {"guard": [0.2, 0.6]}
     assert list(settings["heads"]) == ["guard", "tone"] and settings["halt_on"] == {"guard": {"threshold": 0.6}}
     assert settings["halt_reply"] == "No." and settings["hide_scores"]
 
@@ -290,6 +297,18 @@ def test_options_of_vllms(tiny):
         (["--monitor", "nobody"], "--monitor"),
         (["--hold-back", "2"], "hold_back"),
         (["--halt-reply", "", "--halt-on", "guard"], "--halt-reply"),
+        (["--judge", JUDGE], "--unsure"),
+        (["--judge-fails", "open"], "--judge"),
+        (["--unsure", "guard=0.2:0.6"], "--judge"),
+        (["--judge", JUDGE, "--unsure", "guard=0.2:0.6"], "--halt-on"),
+        (["--judge", JUDGE, *BAND[:-1], "guard=0.6:0.2"], "--unsure"),
+        (["--judge", JUDGE, *BAND[:-1], "guard=0.2"], "--unsure"),
+        (["--judge", JUDGE, *BAND, "--unsure", "guard=0.2:0.3"], "--unsure"),
+        (["--judge", JUDGE, *BAND, "--judge-timeout", "0"], "--judge-timeout"),
+        (["--judge", "http://h/v1/other", *BAND], "--judge"),
+        (["--judge", "http://[h/v1/moderations", *BAND], "--judge"),
+        (["--judge", "ftp://h/v1/moderations", *BAND], "--judge"),
+        (["--judge", "http://h/v1/chat/completions", *BAND], "--judge-model"),
         (["--model=other"], "--model"),
         (["--decode_context_parallel_size=2"], "decode_context_parallel_size"),
         (["-dcp", "2"], "decode_context_parallel_size"),
@@ -307,6 +326,22 @@ def test_options_of_vllms(tiny):
 )
 def test_options_that_are_refused(tiny, words, named):
     with pytest.raises(ProbeError, match=named):
+        command_line(tiny, *words)
+
+
+@pytest.mark.parametrize("secret", ["http://me:secret@h/v1/moderations", "http://h/v1/moderations?key=secret"])
+def test_a_judges_key_is_not_in_its_url(tiny, secret):
+    with pytest.raises(ProbeError, match="LLAMA_PROBE_JUDGE_KEY") as error:
+        command_line(tiny, "--judge", secret, *BAND)
+    assert "secret" not in str(error.value)
+
+
+def test_a_judge_decides_on_prompts(tiny, tmp_path):
+    make_probe(hidden_size=HIDDEN, probe_type="gate", token_scope="response", flagged=["LABEL_1"]).save_pretrained(
+        tmp_path
+    )
+    words = ["--probe", f"watch={tmp_path}", "--halt-on", "watch", "--judge", JUDGE, "--unsure", "watch=0.2:0.6"]
+    with pytest.raises(ProbeError, match="unsure"):
         command_line(tiny, *words)
 
 
@@ -334,6 +369,8 @@ def test_options_in_parts_that_go_with_heads(tiny):
         "--help",
         "--halt-on guard={",
         "--halt-on nobody",
+        "--halt-on head --unsure head=1:0",
+        "--halt-on head --unsure head=0:1 --judge http://h/other",
         "-dcp 2",
         "--enable-dbo",
         "--model x",

@@ -10,7 +10,7 @@ import urllib.request
 import anthropic
 import openai
 import pytest
-from http_server import HEADERS, ask, guarded, post, serving
+from http_server import HEADERS, ask, guarded, judging, post, serving
 from tiny_engine import HEADS
 
 from llama_probe.vllm.payloads import Scores
@@ -58,9 +58,28 @@ def metrics(url: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def url(tiny, flagged, tmp_path_factory):
+def band(tiny, chats, flagged) -> list[float]:
+    """Scores of `guard` in which a judge decides: the last chat that is not flagged, and the first that is."""
+    scores = {text: float(tiny.reference(ids).probe_probabilities["guard"][0, 1]) for text, ids in chats.items()}
+    low, high = (
+        nearest(score for text, score in scores.items() if flagged[text] is flag)
+        for nearest, flag in ((max, False), (min, True))
+    )
+    return [low - 1e-4, high + 1e-4]
+
+
+@pytest.fixture(scope="module")
+def judge(chats, flagged):
+    """Knows which chats are flagged. Its URL, and the texts that it was asked about."""
+    with judging(lambda asked: any(flagged[text] and text.split()[0] in asked for text in chats)) as judge:
+        yield judge
+
+
+@pytest.fixture(scope="module")
+def url(tiny, band, judge, tmp_path_factory):
     options = '--tensor-parallel-size 2 --max-num-batched-tokens 64 --api-key none --compilation-config \'{"backend": "eager"}\''
-    arguments = guarded(tiny, list(HEADS), flagged["threshold"], options)
+    options += f" --judge {judge[0]} --unsure guard={band[0]}:{band[1]}"
+    arguments = guarded(tiny, list(HEADS), band[1], options)  # from its end on nobody is asked
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
         with serving(arguments, tmp_path_factory.mktemp("server") / "log") as url:
@@ -88,6 +107,22 @@ def test_complete_responses(client, tiny, chats, flagged):
     text, ids = next(iter(chats.items()))
     response = ask(client, text, extra_body={"kv_transfer_params": {"probes": ["size"]}})
     tiny.check(response.kv_transfer_params["probes"], ids, ("guard", "size"))
+
+
+def test_a_judge_is_asked_once_a_prompt(url, client, chats, flagged, judge):
+    asked = []
+    for text in chats:
+        for options in ({}, {"n": 2, "temperature": 1.0, "logprobs": True}, {"stream": True}):
+            judge[1].clear()
+            response = ask(client, text, extra_body={"ignore_eos": True}, **options)
+            known = (next(iter(response)) if "stream" in options else response).kv_transfer_params
+            assert len(judge[1]) == ("judged" in known) and "unsure" not in known
+            if judge[1]:
+                assert text.strip() in judge[1][0] and (known["judged"]["guard"] == "halted") == flagged[text]
+                asked.append(flagged[text])
+    assert {*asked} == {False, True}
+    lines = [name for name in metrics(url) if name.startswith("llama_probe_judged_total")]
+    assert len(lines) == 2
 
 
 @pytest.mark.parametrize("copies", [1, 2])

@@ -173,6 +173,10 @@ class HaltRule:
         pairs = zip(flagged.tolist(), scores.tolist(), strict=True)
         return [self.reason(score) if flag else None for flag, score in pairs]
 
+    def is_unsure(self, score: float) -> bool:
+        """Return True if another one decides on a prompt with this score."""
+        return self.unsure is not None and self.unsure[0] <= score < self.unsure[1]
+
     def reason(self, score: float) -> Halt:
         """Return the `Halt` of a row with this score."""
         return Halt(self.head, self.config.id2label[self.index], score, self.threshold)
@@ -322,13 +326,13 @@ def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
 def _asked(rule: HaltRule, output: ProbeOutput, texts: PromptTexts | None) -> list[Halt | None]:
     """Return the flags of a rule; in its band those of the function that it asks."""
     halts = rule.halts(output)
-    if rule.unsure is None or rule.ask is None or texts is None:
+    if rule.ask is None or texts is None:
         return halts
-    scores, (low, high) = output.probabilities[:, rule.index], rule.unsure
-    if rows := ((low <= scores) & (scores < high)).nonzero().flatten().tolist():
+    scores = output.probabilities[:, rule.index].tolist()
+    if rows := [row for row, score in enumerate(scores) if rule.is_unsure(score)]:
         answers = _decisions(f"ask of {rule.head!r}", rule.ask(texts(rule.head, rows)), len(rows))
         for row, halt in zip(rows, answers, strict=True):
-            halts[row] = rule.reason(float(scores[row])) if halt == Halt() else halt
+            halts[row] = rule.reason(scores[row]) if halt == Halt() else halt
     return halts
 
 

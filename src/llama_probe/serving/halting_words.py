@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..errors import ProbeError
 
@@ -14,6 +15,9 @@ from ..errors import ProbeError
 # THRESHOLD is a number or the name of one. A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
 HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
 _WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]+)(?::([^:]+))?)?", re.DOTALL)
+_BAND = re.compile(r"([\w-]+)=([^:]+):([^:]+)")
+# The end of a judge's URL tells what it speaks.
+JUDGE_PATHS = MODERATIONS, CHAT, GUARDRAIL = "/moderations", "/chat/completions", "/beta/litellm_basic_guardrail_api"
 
 
 def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -40,3 +44,41 @@ def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             options["threshold"] = threshold
         spec[head] = options
     return spec
+
+
+def read_unsure(words: Sequence[str]) -> dict[str, list[float]]:
+    """Return by head the band of scores that `HEAD=LOW:HIGH` gives.
+
+    Raises:
+        ProbeError: a word has another form, or two words name one head.
+    """
+    bands: dict[str, list[float]] = {}
+    for word in words:
+        match = _BAND.fullmatch(word)
+        try:
+            low, high = map(float, match.groups()[1:]) if match else (0.0, 0.0)
+        except ValueError:
+            low = high = 0.0
+        if match is None or not low < high or match[1] in bands:
+            raise ProbeError(f"--unsure {word!r} must be HEAD=LOW:HIGH, LOW below HIGH, once a head")
+        bands[match[1]] = [low, high]
+    return bands
+
+
+def judge_path(url: str) -> str:
+    """Return which of `JUDGE_PATHS` the URL of a judge ends with.
+
+    Raises:
+        ProbeError: it is none of HTTP, ends otherwise, or holds what may be a secret, which logs would show.
+    """
+    try:
+        parts = urlsplit(url)
+        has_host = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        raise ProbeError("--judge is not a URL") from None
+    path = next((path for path in JUDGE_PATHS if parts.path.endswith(path)), None)
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ProbeError("--judge holds a name, a password or a query; a key belongs into LLAMA_PROBE_JUDGE_KEY")
+    if parts.scheme not in ("http", "https") or not has_host or path is None:
+        raise ProbeError(f"--judge {url!r} must be http(s)://HOST/... and end with {', '.join(JUDGE_PATHS)}")
+    return path

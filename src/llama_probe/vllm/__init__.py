@@ -24,7 +24,7 @@ The way of a request, by file:
    reply (`following`), to the states of which they add it (`reply_states`). Their logits go back in one copy (`step_scores`).
 5. `scheduler` ends a request that is halted before a token is delivered, holds tokens of replies back until they are scored
    (`replies`), and adds what the logits mean (`answers`) to outputs.
-6. `middleware` puts that into the response (`payloads`), and counts it (`metrics`).
+6. `middleware` puts that into the response (`payloads`), and counts it (`counters`). If a head is unsure, a `judge` decides first.
 
 Before, `__main__` and `engine` make the arguments of an engine, and refuse what does not go with heads (`compatibility`,
 `backbone_check`). `settings` takes the heads to all processes, in which `plugin` registers the model classes.

@@ -12,8 +12,8 @@ from typing import Any
 
 from .. import vllm as heads
 from ..errors import ProbeError
-from ..serving.halting_words import HALTING_FORMS, read_halting
-from .compatibility import KEY, RESTRICTIONS, check_arguments, check_version, transfer_config
+from ..serving.halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_halting, read_unsure
+from .compatibility import RESTRICTIONS, check_arguments, check_version, transfer_config
 
 
 # Options of vLLM's that are restricted, and their short forms.
@@ -46,15 +46,15 @@ def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
         setattr(ours, option, rules or None)
         if unknown := [name for name in rules if not _may_be_named(name, ours.probe)]:
             raise ProbeError(f"{_option(option)} names {', '.join(unknown)}, and no --probe does")
+    ours.unsure, ours.judge = _judge(ours)
     _check_memory()
     transfer = transfer_config(ours.kv_transfer_config)
     given = {name: value for name, value in vars(ours).items() if value is not None}
-    of_server = {name: given.pop(name, None) for name in ("hide_scores", "halt_reply")}
+    for_server = {name: given.pop(name, None) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
     # From here on imports take seconds: all that is known without them was refused before.
     check_version(ours.allow_untested_vllm)
     _check_parsed(rest)
-    arguments = heads.engine_kwargs(**given)
-    arguments["additional_config"][KEY] |= of_server
+    arguments = heads.engine_kwargs(**given, for_server=for_server)
     arguments["kv_transfer_config"] = transfer
     words = ["--middleware", MIDDLEWARE]
     for name, value in arguments.items():
@@ -84,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hide-scores", action="store_true", help="send labels and halts alone: no logits, probabilities, thresholds"
     )
+    judging = f"guard that decides on prompts of which a head is unsure: a URL that ends with {', '.join(JUDGE_PATHS)}"
+    parser.add_argument("--judge", metavar="URL", help=f"{judging}. Its key is read from LLAMA_PROBE_JUDGE_KEY")
+    band = "scores of a head in --halt-on of which the judge decides, LOW <= score < HIGH; repeatable"
+    parser.add_argument("--unsure", action="append", metavar="HEAD=LOW:HIGH", help=band)
+    parser.add_argument("--judge-model", metavar="NAME", help="which the judge is asked for")
+    parser.add_argument("--judge-timeout", type=float, metavar="SECONDS", help="for an answer; default 5")
+    failing = "what an error or a time-out of the judge does to a prompt: closed halts it (default), open lets it pass"
+    parser.add_argument("--judge-fails", choices=("closed", "open"), help=failing)
     parser.add_argument("--probe-revision", help="of heads on the Hub that name none")
     strict = "refuse heads of another backbone; else a warning. Default: with --halt-on"
     parser.add_argument("--probe-strict", action=argparse.BooleanOptionalAction, help=strict)
@@ -113,6 +121,23 @@ def _heads(texts: list[str]) -> dict[str, str] | list[str]:
     if len(named) < len(texts):
         raise ProbeError(f"--probe {', '.join(texts)}: give every head a name of its own (NAME=HEAD), or none")
     return named
+
+
+def _judge(ours: argparse.Namespace) -> tuple[dict[str, list[float]] | None, dict[str, Any] | None]:
+    """Take the options of the judge out of the others. Return the bands by head, and the fields of a `Judge`."""
+    options = {name: vars(ours).pop(f"judge_{name}") for name in ("model", "timeout", "fails")}
+    bands = read_unsure(ours.unsure or ())
+    if ours.judge is None or not bands:
+        if bands or any(value is not None for value in (ours.judge, *options.values())):
+            raise ProbeError("--judge and --unsure need each other; --judge-model, -timeout and -fails need both")
+        return None, None
+    if unknown := sorted(bands.keys() - (ours.halt_on or {}).keys()):
+        raise ProbeError(f"--unsure names {', '.join(unknown)}, and no --halt-on does")
+    if judge_path(ours.judge) == CHAT and not options["model"]:
+        raise ProbeError("--judge of chats needs --judge-model, the name of a guard model")
+    if options["timeout"] is not None and not 0 < options["timeout"] <= 600:
+        raise ProbeError(f"--judge-timeout {options['timeout']} must be seconds, above 0 and at most 600")
+    return bands, {"url": ours.judge, **{name: value for name, value in options.items() if value is not None}}
 
 
 def _may_be_named(name: str, probes: dict[str, str] | list[str]) -> bool:

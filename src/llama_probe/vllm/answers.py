@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +25,8 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
     Returns:
         `"probes"`, by head `{"logits": [...], ...}` with what `verdict` says, or `{"error": why}`. A head that can flag has
         `"flagged"`, its labels that are. With `halt_on` also `"halted"`: the fields of a `Halt`, or `None`. What a guard of
-        prompts could not score is halted. With `hide_scores` only the labels are left of a head, and head and label of a `Halt`.
+        prompts could not score is halted. If it is not halted, and a judge has to decide, `"unsure"` has the fields of the
+        `Halt`s that it may confirm. With `hide_scores` only the labels are left of a head, and head and label of a `Halt`.
     """
     outputs: dict[str, ProbeOutput] = {}
     probes: dict[str, Any] = {}
@@ -46,10 +48,20 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
         probes[name] = only(said, "label", "flagged") if settings.hide_scores else said
     if settings.halt_on is None:
         return {"probes": probes}
-    halts = (_halt(rule, outputs.get(rule.head)) for rule in settings.rules if rule.config.token_scope != "response")
-    halt = next((halt for halt in halts if halt is not None), None)
-    halted = halt and asdict(halt)
-    return {"probes": probes, "halted": only(halted, "head", "label") if halted and settings.hide_scores else halted}
+    halt, unsure = None, []
+    for rule in settings.rules:
+        if rule.config.token_scope != "response":
+            output = outputs.get(rule.head)
+            score = math.nan if output is None else float(output.probabilities[0, rule.index])
+            if rule.is_unsure(score):
+                unsure.append(rule.reason(score))
+            else:
+                halt = halt or _halt(rule, output)
+    shown = [asdict(each) for each in ([halt] if halt else unsure)]
+    if settings.hide_scores:
+        shown = [only(each, "head", "label") for each in shown]
+    known = {"probes": probes, "halted": shown[0] if halt else None}
+    return known if halt or not unsure else {**known, "unsure": shown}
 
 
 def _halt(rule: HaltRule, output: ProbeOutput | None) -> Halt | None:

@@ -15,6 +15,8 @@ _TOKENS = Counter("llama_probe_reply_tokens", "Tokens of replies that the head s
 _FLAGGED_REPLIES = Counter("llama_probe_flagged_replies", "Replies in which the head flagged a label.", ["probe"])
 _HALTED_REPLIES = Counter("llama_probe_halted_replies", "Replies that the head ended.", ["probe"])
 
+_JUDGED = Counter("llama_probe_judged", "Prompts that the head left to the judge, by its answer.", ["probe", "answer"])
+
 
 def announce(heads: Iterable[str]) -> None:
     """Show the counters of heads before they count anything."""
@@ -32,6 +34,11 @@ def count(known: Mapping[str, Any]) -> None:
             _FLAGGED.labels(name).inc()
     if (halted := known.get("halted")) and halted.get("token") is None:  # not in a reply
         _HALTED.labels(halted["head"]).inc()
+
+
+def count_judged(head: str, answer: str) -> None:
+    """Count one prompt that was left to the judge."""
+    _JUDGED.labels(head, answer).inc()
 
 
 def count_reply(known: Mapping[str, Any], index: int) -> None:

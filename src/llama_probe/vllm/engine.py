@@ -32,6 +32,7 @@ def engine_kwargs(
     probe_strict: bool | None = None,
     compare_fingerprints: bool = True,
     allow_untested_vllm: bool = False,
+    for_server: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Return arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
@@ -54,6 +55,7 @@ def engine_kwargs(
             Defaults to True with `halt_on`: a guard that means nothing here must not serve.
         compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
+        for_server: fields of `ProbeSettings` that the server of `python -m llama_probe.vllm` alone heeds.
         kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. A `kv_transfer_config` is a dict.
 
     Raises:
@@ -91,7 +93,7 @@ def engine_kwargs(
     if not heads:
         raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
     options = (None if spec is None else options_by_head(spec) for spec in (halt_on, monitor))
-    settings = ProbeSettings(heads, *options, hold_back, allow_untested_vllm)
+    settings = ProbeSettings(heads, *options, hold_back, allow_untested_vllm, **(for_server or {}))
     settings.check(kwargs.get("speculative_config") is not None)
     probe_strict = halt_on is not None if probe_strict is None else probe_strict
     if compare_fingerprints:

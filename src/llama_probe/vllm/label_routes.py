@@ -52,7 +52,10 @@ class LabelRequest(ABC):
     Attributes:
         settings: of the heads.
         query: of the URL.
+        is_judged: the answer depends on what is flagged, and so on a judge.
     """
+
+    is_judged = True
 
     def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
         self.settings, self.query = settings, query
@@ -172,6 +175,8 @@ class Guardrail(Moderations):
 
 class Classification(LabelRequest):
     """vLLM's classification, by the head that `probe` names in the body or the URL."""
+
+    is_judged = False
 
     def read(self, body):
         configs = self.settings.configs.items()

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse
 
 from ..errors import ProbeError
 from .counters import announce, count, count_reply
+from .judge import Judge
 from .label_routes import COMPLETIONS, LABEL_ROUTES, LabelRequest, TextEncoder
 from .payloads import HALTED, Scores, halt_of
 from .settings import ProbeSettings
@@ -39,6 +40,7 @@ class ProbeStreams:
     responses of them; what it has no place for is added to their bytes, see `Scores`.
 
     It answers `LABEL_ROUTES` itself, by a request to the server's `/v1/completions`; see `label_routes`.
+    If a head is unsure, a `Judge` decides before the outputs go on.
     A request for unknown heads is refused. So is beam search beside `halt_on`: each of its steps is a prompt of its own, and
     a beam that ended would be an error inside of vLLM.
     """
@@ -63,9 +65,10 @@ class ProbeStreams:
             _listen(state.engine_client, self._settings)
         settings = self._settings
         model = (state.args.served_model_name or [state.args.model])[0]
-        scores = Scores(model)
+        route = LABEL_ROUTES.get(_path(scope))
+        scores = Scores(model, is_judged=route is None or route.is_judged)
         _scores.set(scores)  # for this request alone, which has a task of its own
-        if route := LABEL_ROUTES.get(_path(scope)):
+        if route is not None:
             await self._label(route(settings, Request(scope).query_params), scores, scope, receive, send)
             return
         checked = _rewritten(scope, receive, functools.partial(check_request, settings))
@@ -196,17 +199,24 @@ def _listen(engine: Any, settings: ProbeSettings) -> None:
     """Have an engine client note and count what its outputs say of heads."""
     announce(settings.heads)
     generate = engine.generate
+    judge = None if settings.judge is None else Judge(settings, engine.get_tokenizer(), **settings.judge)
 
     @functools.wraps(generate)
     def listening(prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        outputs = generate(prompt, sampling_params, request_id, *args, **kwargs)
+        scores, params = _scores.get(None), sampling_params
         if _BEAM.search(request_id):  # a prompt with a part of a reply to it
             if settings.halt_on is not None:
                 raise ValueError(
                     "beam search does not go with heads that halt requests (--halt-on): leave use_beam_search out"
                 )
-            return outputs
-        if (scores := _scores.get(None)) is None:
+            scores = None
+        is_judged = judge is not None and (scores is None or scores.is_judged)
+        if is_judged:
+            params = judge.in_parts(params)
+        outputs = generate(prompt, params, request_id, *args, **kwargs)
+        if is_judged:
+            outputs = judge.watch(outputs, sampling_params)
+        if scores is None:
             return outputs
         # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
         return noting(outputs, request_id, scores, scores.add(request_id, sampling_params.n))

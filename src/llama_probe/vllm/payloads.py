@@ -29,6 +29,7 @@ class Scores:
     Attributes:
         model: name under which it is served.
         is_stored: the response is one to an earlier request, and has the scores in it.
+        is_judged: a judge is asked about prompts of which a head is unsure.
         request_id: of the engine's request for the last prompt.
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
@@ -37,6 +38,7 @@ class Scores:
 
     model: str = ""
     is_stored: bool = False
+    is_judged: bool = True
     request_id: str = ""
     copies: int = 1
     prompts: list[dict[str, Any] | None] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ class ProbeSettings:
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         hide_scores: answer with labels alone.
         halt_reply: text that the server sends to a halted request.
+        unsure: by name of heads in `halt_on` (low, high): the server's judge decides on prompts with low <= score < high.
+        judge: fields of `Judge`. Only the server asks it.
     """
 
     heads: dict[str, str]
@@ -43,6 +45,8 @@ class ProbeSettings:
     allow_untested_vllm: bool = False
     hide_scores: bool = False
     halt_reply: str | None = None
+    unsure: dict[str, list[float]] | None = None
+    judge: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ProbeSettings:
@@ -77,7 +81,9 @@ class ProbeSettings:
     @cached_property
     def rules(self) -> list[HaltRule]:
         """The rules by which requests are halted."""
-        return [] if self.halt_on is None else Halter(self.halt_on, self.configs).rules
+        rules = [] if self.halt_on is None else Halter(self.halt_on, self.configs).rules
+        bands = self.unsure or {}
+        return [replace(rule, unsure=tuple(bands[rule.head])) if rule.head in bands else rule for rule in rules]
 
     @cached_property
     def flags(self) -> list[HaltRule]:
@@ -112,6 +118,11 @@ class ProbeSettings:
             raise ProbeError(f"monitor names {', '.join(unknown)}; the heads are {', '.join(self.heads)}")
         if any(rule.ask is not None for rule in (*self.rules, *self.flags)):
             raise ProbeError(NO_FUNCTIONS)
+        for rule in self.rules:
+            if rule.unsure is not None and (rule.config.token_scope == "response" or rule.patience > 1):
+                raise ProbeError(
+                    f"unsure: {rule.head!r} reads replies alone or has patience; a judge decides on prompts"
+                )
         follows = any(rule.config.reads_reply for rule in self.rules)
         if self.hold_back and not follows:
             raise ProbeError(f"hold_back={self.hold_back} needs a head in halt_on that follows replies")
@@ -125,6 +136,8 @@ class ProbeSettings:
     def check_engine(self, config: VllmConfig) -> None:
         """Raise `ProbeError` if a complete config does not go with these heads, or lacks a part of what they need."""
         check_config(config)
+        if self.judge is not None and config.model_config.enable_prompt_embeds:
+            raise ProbeError("enable_prompt_embeds does not go with a judge: it reads texts")
         adds_to_tokens = config.model_config.return_sampling_mask or config.aux_output_config.enabled
         self.check(config.speculative_config is not None, adds_to_tokens)
 

@@ -1,0 +1,196 @@
+"""A judge in the server: an HTTP guard decides on prompts of which a head is unsure, while the engine already decodes."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import os
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import torch
+from vllm import RequestOutput, SamplingParams
+from vllm.logger import init_logger
+from vllm.sampling_params import RequestOutputKind
+
+from ..errors import ProbeError
+from ..heads.scope import token_mask
+from ..heads.turns import marker_mask
+from ..serving.halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
+from .counters import count_judged
+from .payloads import HALTED
+from .settings import ProbeSettings
+
+
+logger = init_logger(f"vllm.{__name__}")
+
+KEY_VARIABLE = "LLAMA_PROBE_JUDGE_KEY"
+_LONGEST = 1 << 16  # bytes of an answer that are read; guards answer with hundreds
+_IDLE = 2.0  # seconds that a connection is kept: servers close idle ones, uvicorn after five
+_WORD = re.compile(r"\W*(?:safety:\s*)?(\w+)")  # Qwen3Guard writes "Safety: Unsafe"
+
+
+# What the words of guards mean: true halts.
+_WORDS = {"safe": False, "no": False, "unsafe": True, "yes": True}
+_ACTIONS = {"NONE": False, "BLOCKED": True, "GUARDRAIL_INTERVENED": True}
+
+
+class Judge:
+    """Asks an HTTP guard about the prompts whose score lies in the band of a head.
+
+    The URL's path tells how it is asked: OpenAI's moderations; a chat with a guard model, whose answer begins with safe or no,
+    unsafe or yes; or LiteLLM's guardrail API. It gets the text that the head reads. It is asked once a prompt.
+
+    Args:
+        settings: of the heads.
+        tokenizer: of the backbone.
+        url: of the guard.
+        model: which the guard is asked for.
+        timeout: seconds for an answer.
+        fails: "closed" halts a prompt without an answer, "open" lets it pass.
+    """
+
+    def __init__(
+        self,
+        settings: ProbeSettings,
+        tokenizer: Any,
+        url: str,
+        model: str | None = None,
+        timeout: float = 5.0,
+        fails: str = "closed",
+    ):
+        self.settings, self.tokenizer = settings, tokenizer
+        self.url, self.model, self.timeout, self.fails = url, model, timeout, fails
+        self._path = judge_path(url)
+        self._client = httpx.AsyncClient(timeout=timeout, limits=httpx.Limits(keepalive_expiry=_IDLE))
+
+    def in_parts(self, params: SamplingParams) -> SamplingParams:
+        """Return parameters with which a whole reply comes in two outputs, so that the judge is asked at its start."""
+        if params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            return params
+        params = copy.copy(params)
+        params.output_kind, params.stream_interval = RequestOutputKind.DELTA, 1 << 30
+        return params
+
+    async def watch(
+        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the outputs of an engine's request once its prompt passes; else one that ends all its replies.
+
+        vLLM joins the outputs that come while nobody asks for one. A request that is halted, or whose client is gone, is aborted.
+
+        Args:
+            params: those that the server asked for, before `in_parts`.
+        """
+        answers: dict[str, str] | None = None
+        last: RequestOutput | None = None
+        async with aclosing(outputs):
+            async for output in outputs:
+                known = output.kv_transfer_params
+                if known and known.get("unsure"):
+                    if answers is None:
+                        answers = await self._decide(known["unsure"], output.prompt_token_ids)
+                    output.kv_transfer_params = known = self._judged(known, answers)
+                    if known["halted"] and known["halted"].get("token") is None:
+                        last = _ended(output, params.n, known["halted"]["head"])
+                        break
+                if params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                    yield output
+                elif last is None:
+                    last = output
+                else:
+                    last.add(output, aggregate=True)
+        if last is not None:
+            last.outputs.sort(key=lambda reply: reply.index)
+            yield last
+
+    async def ask(self, text: str) -> bool | None:
+        """Return True if the judge halts a text, False if it lets it pass, `None` if it gives no answer that can be read."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await self._ask(text)
+        except Exception as error:  # whatever a judge does, it is no answer
+            # The text of an error may hold the key.
+            logger.warning("The judge gives no answer: %s", type(error).__name__)
+            return None
+
+    async def _ask(self, text: str) -> bool:
+        body: dict[str, Any] = {"model": self.model} if self.model else {}
+        key, headers = os.environ.get(KEY_VARIABLE, "").strip(), {"Accept-Encoding": "identity"}
+        if self._path == MODERATIONS:
+            body |= {"input": text}
+        elif self._path == CHAT:
+            body |= {"messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0}
+        else:
+            body |= {"input_type": "request", "texts": [text]}
+        if key:
+            headers |= {"x-api-key": key} if self._path == GUARDRAIL else {"Authorization": f"Bearer {key}"}
+        answer = bytearray()
+        async with self._client.stream("POST", self.url, json=body, headers=headers) as response:
+            response.raise_for_status()
+            async for part in response.aiter_raw():
+                answer += part
+                if len(answer) > _LONGEST:
+                    raise ProbeError("the answer is too long")
+        return self._read(json.loads(answer))
+
+    def _read(self, answer: Any) -> bool:
+        """Return what an answer says. An error of any kind means that it says nothing."""
+        if self._path == GUARDRAIL:
+            return _ACTIONS[answer["action"]]
+        if self._path == MODERATIONS:
+            (result,) = answer["results"]
+            if not isinstance(result["flagged"], bool):
+                raise ProbeError("flagged must be true or false")
+            return result["flagged"]
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] == HALTED:  # the guard has a guard of its own
+            return True
+        return _WORDS[_WORD.match(choice["message"]["content"].lower())[1]]
+
+    async def _decide(self, unsure: list[dict[str, Any]], ids: list[int]) -> dict[str, str]:
+        """Return by head "halted", "passed" or "failed", for a prompt of these token ids."""
+        texts = {halt["head"]: self._text(halt["head"], ids) for halt in unsure}
+        # One after the other: a task of its own would be cut off while it closes the connection of a client that is gone.
+        halts = {text: await self.ask(text) for text in dict.fromkeys(texts.values())}
+        words = {True: "halted", False: "passed", None: "failed"}
+        answers = {head: words[halts[text]] for head, text in texts.items()}
+        for head, answer in answers.items():
+            count_judged(head, answer)
+        return answers
+
+    def _text(self, head: str, ids: list[int]) -> str:
+        """Return the text that a head reads in a prompt, without the markers of its turns."""
+        config, prompt = self.settings.configs[head], torch.tensor([ids])
+        mask = token_mask(config, prompt, torch.ones_like(prompt))
+        if config.turn_markers is not None:
+            mask &= ~marker_mask(config.turn_markers, prompt)
+        return self.tokenizer.decode(prompt[mask].tolist(), skip_special_tokens=True).strip()
+
+    def _judged(self, known: Mapping[str, Any], answers: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the engine says of a prompt, with the decisions of the judge."""
+        probes, halted = dict(known["probes"]), known["halted"]
+        for halt in known["unsure"]:
+            head, label = halt["head"], halt["label"]
+            is_halted = answers[head] == "halted" or (answers[head] == "failed" and self.fails == "closed")
+            flagged = [other for other in probes[head]["flagged"] if other != label] + [label] * is_halted
+            probes[head] = {**probes[head], "flagged": flagged}
+            if is_halted and (halted is None or halted.get("token") is not None):  # a prompt's halt comes first
+                halted = halt
+        others = {name: value for name, value in known.items() if name != "unsure"}
+        return {**others, "probes": probes, "halted": halted, "judged": dict(answers)}
+
+
+def _ended(output: RequestOutput, copies: int, head: str) -> RequestOutput:
+    """Return the first output of a request as its last one, without a token."""
+    first = output.outputs[0]
+    nothing = {"text": "", "token_ids": [], "logprobs": None if first.logprobs is None else first.logprobs[:0]}
+    ends = {"finish_reason": "stop", "stop_reason": head}
+    output.outputs = [replace(first, index=index, **nothing, **ends) for index in range(copies)]
+    output.finished = True
+    return output
