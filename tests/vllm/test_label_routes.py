@@ -8,6 +8,7 @@ import pytest
 from conftest import make_probe, make_tokenizer
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
+from vllm import SamplingParams
 
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.vllm.answers import answer
@@ -24,6 +25,7 @@ KINDS = {
     "mood": {"id2label": {0: "sad", 1: "glad", 2: "calm"}},
     "topics": {"id2label": {0: "a", 1: "b"}, **MULTI},
     "size": {"num_labels": 1, "problem_type": "regression"},
+    "watch": {"id2label": {0: "fine", 1: "bad"}, "flagged": ["bad"], "token_scope": "response", "max_length": 120},
 }
 LOGITS = {"guard": [0.9, 0.0], "raw": [2.0, 0.0], "mood": [0.0, 2.0, 1.0], "topics": [0.0, 2.0], "size": [1.5]}
 
@@ -33,13 +35,14 @@ class Engine:
 
     def __init__(self, settings: ProbeSettings, logits: dict):
         self.vllm_config = SimpleNamespace(additional_config={KEY: settings.to_dict()})
-        self.settings, self.logits, self.prompts = settings, logits, []
+        self.settings, self.logits, self.prompts, self.starts = settings, logits, [], []
 
     def get_tokenizer(self):
         return TOKENIZER
 
     async def generate(self, prompt, sampling_params, request_id):
         self.prompts.append(prompt)
+        self.starts.append(sampling_params.extra_args["kv_transfer_params"].get("reply_start"))
         reply = SimpleNamespace(finish_reason="length", stop_reason=None, text="x", index=0)
         yield SimpleNamespace(kv_transfer_params=answer(self.settings, self.logits), outputs=[reply])
 
@@ -48,7 +51,7 @@ class Engine:
 def serve(tmp_path):
     """A function that serves heads: `(client, engine)`."""
 
-    def start(heads=tuple(KINDS), logits=LOGITS, halt_on=None, hide_scores=False):
+    def start(heads=tuple(LOGITS), logits=LOGITS, halt_on=None, hide_scores=False):
         for name in heads:
             make_probe(**{"probe_type": "pooling", "prompt_format": "chat", **KINDS[name]}).save_pretrained(
                 tmp_path / name
@@ -62,7 +65,8 @@ def serve(tmp_path):
         async def complete(request: Request):
             body, engine.authorization = await request.json(), request.headers.get("authorization")
             for prompt in body["prompt"]:
-                async for _ in engine.generate(prompt, SimpleNamespace(n=1), "cmpl-1"):
+                params = SamplingParams(extra_args={"kv_transfer_params": body["kv_transfer_params"]})
+                async for _ in engine.generate(prompt, params, "cmpl-1"):
                     pass
             engine.body = body
             usage = {"prompt_tokens": sum(map(len, body["prompt"]))}
@@ -216,6 +220,26 @@ def test_the_guardrail_of_litellm(monkeypatch, serve, logits):
         with pytest.raises(Exception, match="Generic Guardrail API failed"):
             ask(kind, **inputs)
     assert len(engine.prompts) == 2
+
+
+@pytest.mark.parametrize("logits", [[0.0, 1.0], [1.0, 0.0]], ids=["flagged", "fine"])
+def test_replies_for_a_gateway(serve, logits):
+    """Each text is a reply to the chat. Where it begins goes with each prompt, whose beginning may be cut."""
+    client, engine = serve(["guard", "watch"], logits={"guard": [9.0, -9.0], "watch": logits})
+    chat = [{"role": "user", "content": "Is it? " * 10}]
+    body = {"input_type": "response", "structured_messages": chat, "texts": ["Yes.", "No, and again no. " * 9]}
+    said = client.post("/beta/litellm_basic_guardrail_api", json=body).json()
+    is_bad = logits[1] > 0
+    assert said == ({"action": "BLOCKED", "blocked_reason": "watch/bad"} if is_bad else {"action": "NONE"})
+    replies = [[*chat, {"role": "assistant", "content": text}] for text in body["texts"]]
+    encoded, masks = PromptFormat.create(TOKENIZER, max_length=120).encode_replies(replies)
+    assert engine.prompts == encoded and engine.starts == [mask.index(True) for mask in masks]
+    assert engine.starts[0] != engine.starts[1]
+    for change in ({"structured_messages": None}, {"texts": []}, {"texts": [""]}, {"input_type": "other"}):
+        assert client.post("/beta/litellm_basic_guardrail_api", json=body | change).status_code == 400
+    client, other = serve(["guard"])
+    assert client.post("/beta/litellm_basic_guardrail_api", json=body).status_code == 400
+    assert len(engine.prompts) == 2 and other.prompts == []
 
 
 def test_the_path_may_have_a_prefix(serve):

@@ -154,6 +154,25 @@ def test_a_request_chooses_heads_but_not_to_go_unguarded(llm):
     assert list(output.kv_transfer_params["replies"][0]["probes"]) == ["watch"]
 
 
+def test_a_reply_that_is_sent_along_is_scored_as_a_whole(llm, tiny, replies):
+    """Only if nothing is written: elsewhere it would hide a prompt's end from its guard."""
+    for number in (2, 5, 8):
+        ids, reply = PROMPTS[number], replies[number][0]
+        asked = {"kv_transfer_params": {"reply": False, "reply_start": len(ids)}}
+        (output,) = generate(llm, [[*ids, *reply]], extra_args=asked)
+        for name in REPLY_HEADS:
+            expected = tiny.token_logits(ids, reply, name)[-1]
+            logits = torch.tensor(output.kv_transfer_params["probes"][name]["logits"])
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+        alone, whole = (generate(llm, [text])[0].kv_transfer_params["probes"] for text in (ids, [*ids, *reply]))
+        assert output.kv_transfer_params["probes"]["tone"]["logits"] == pytest.approx(
+            alone["tone"]["logits"], abs=1e-4
+        )
+        (output,) = generate(llm, [[*ids, *reply]], extra_args={"kv_transfer_params": {"reply_start": len(ids)}})
+        assert output.kv_transfer_params["probes"] == whole
+    assert clean(llm)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from ..errors import ProbeError
 from .answers import answer
 from .following import Follower, ReplyTokens
-from .replies import Replies, Reply
+from .replies import Replies, Reply, reply_start
 from .scoring import Scorer, ScoringRequest
 from .settings import ProbeSettings
 from .state_cache import StateCache, cache_growth
@@ -117,10 +117,11 @@ class ProbeConnector(KVConnectorBase_V1):
         slot = None
         if reply is not None:
             reply.block_ids, slot = block_ids, self.replies.take_slot(reply)
-        if heads is not None:
+        ids, start = request.prompt_token_ids, reply_start(request)
+        if heads is not None and start is None:
             heads = [name for name in heads if self.settings.configs[name].token_scope != "response"]
         blocks = block_ids[: -(-num_tokens // self._block_size)]
-        prompt = request.prompt_token_ids, request.num_prompt_tokens
+        prompt = (ids, request.num_prompt_tokens) if start is None else (ids and ids[:start], start)
         return ScoringRequest(request.request_id, *prompt, num_tokens, blocks, heads, slot)
 
     def _follow(self, reply: Reply, end: int, step: ScoringRequests) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import HTTPException
 from transformers import PreTrainedTokenizerBase
 
-from ..data.prompts import PromptFormat, Text
+from ..data.prompts import PromptFormat, Text, exchange
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..serving.texts import heads_by_format
@@ -36,14 +36,27 @@ class TextEncoder:
         self._configs, tokenizer = configs, copy.deepcopy(tokenizer)
         self._format = functools.cache(lambda name: PromptFormat.from_config(configs[name], tokenizer))
 
-    def encode(self, heads: Sequence[str], texts: Sequence[Text]) -> tuple[list[list[int]], dict[str, range]]:
-        """Return token ids of prompts, and for each head the places of its own, one a text."""
+    def encode(
+        self, heads: Sequence[str], texts: Sequence[Text], have_replies: bool = False
+    ) -> tuple[list[list[int]], dict[str, range], list[int]]:
+        """Return token ids of prompts, for each head the places of its own, one a text, and where the replies begin.
+
+        Args:
+            have_replies: texts are chats that end with a reply. Else no reply begins.
+        """
         prompts: list[list[int]] = []
+        starts: list[int] = []
         places = {}
         for group in heads_by_format({name: self._configs[name] for name in heads}):
-            prompts += self._format(group[0]).encode(texts)
+            form = self._format(group[0])
+            if have_replies:
+                encoded, masks = form.encode_replies(texts)
+                starts += [len(mask) - sum(mask) for mask in masks]
+            else:
+                encoded = form.encode(texts)
+            prompts += encoded
             places |= dict.fromkeys(group, range(len(prompts) - len(texts), len(prompts)))
-        return prompts, places
+        return prompts, places, starts
 
 
 class LabelRequest(ABC):
@@ -53,12 +66,15 @@ class LabelRequest(ABC):
         settings: of the heads.
         query: of the URL.
         is_judged: the answer depends on what is flagged, and so on a judge.
+        have_replies: the inputs are chats that end with a reply, which is scored.
+        starts: number of tokens before the reply, for each prompt that has one.
     """
 
     is_judged = True
 
     def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
         self.settings, self.query = settings, query
+        self.have_replies, self.starts = False, list[int]()
         self._places: dict[str, range] = {}
 
     @abstractmethod
@@ -79,7 +95,8 @@ class LabelRequest(ABC):
             if all(map(_is_ids, inputs)):
                 prompts, self._places = inputs, dict.fromkeys(heads, range(len(inputs)))
             else:
-                prompts, self._places = encoder.encode(heads, inputs)
+                prompts, self._places, starts = encoder.encode(heads, inputs, self.have_replies)
+                self.starts += starts
         except ValueError as error:  # a ProbeError is one, and so is a body that is not JSON
             raise HTTPException(400, str(error)) from None
         asked = {
@@ -116,10 +133,10 @@ class Moderations(LabelRequest):
         return self.flagging(), _moderated(body.get("input"))
 
     def flagging(self) -> list[str]:
-        """Return the names of the heads that flag prompts."""
+        """Return the names of the heads that flag the inputs."""
         heads = list(dict.fromkeys(rule.head for rule in self.flags))
         if not heads:
-            raise ProbeError("no head here flags a label of prompts: halt_on must name one")
+            raise ProbeError("no head here flags a label of such inputs: halt_on must name one")
         return heads
 
     def results(self, said, completion):
@@ -146,17 +163,22 @@ class Moderations(LabelRequest):
 class Guardrail(Moderations):
     """LiteLLM's Generic Guardrail API: a request is blocked if a label of it would be flagged by `Moderations`.
 
-    Its messages are one chat. Without these, each of its texts is one.
+    Its messages are one chat. Without these, each of its texts is one. A response is its texts, each a reply to the chat, whole.
     """
 
     def read(self, body):
-        if body.get("input_type") != "request":
-            raise ProbeError(
-                f"input_type is {body.get('input_type')!r}; replies are not scored here: use mode: pre_call"
-            )
-        chat, texts = body.get("structured_messages"), body.get("texts") or []
+        kind, texts = body.get("input_type"), body.get("texts") or []
+        chat = [_with_text(message) for message in body.get("structured_messages") or ()]
+        if kind not in ("request", "response"):
+            raise ProbeError(f"input_type is {kind!r}; it must be request or response")
+        if kind == "response":
+            self.have_replies = True
+            self.flags = [rule for rule in self.settings.flags if rule.config.reads_reply]
+            if not self.flags or not chat or not _are_texts(texts):
+                raise ProbeError("a response needs a head here that follows replies, structured_messages and texts")
+            return self.flagging(), [exchange(chat, text) for text in texts]
         if chat:
-            return self.flagging(), [[_with_text(message) for message in chat]]
+            return self.flagging(), [chat]
         if not _are_texts(texts):
             raise ProbeError("structured_messages or texts must hold a text")
         return self.flagging(), texts

@@ -4,6 +4,7 @@ routes that answer with labels alone."""
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import json
 import re
@@ -79,6 +80,7 @@ class ProbeStreams:
     ) -> None:
         """Answer a request for labels by one for completions."""
         messages: list[dict[str, Any]] = []
+        scores.starts = asked.starts  # filled as the body is read
 
         async def keep(message: dict[str, Any]) -> None:
             messages.append(message)
@@ -195,6 +197,14 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
     )
 
 
+def _with_start(params: Any, start: int) -> Any:
+    """Return an engine's parameters for a prompt that ends with a reply."""
+    params = copy.copy(params)
+    asked = {**params.extra_args["kv_transfer_params"], "reply_start": start}
+    params.extra_args = {**params.extra_args, "kv_transfer_params": asked}
+    return params
+
+
 def _listen(engine: Any, settings: ProbeSettings) -> None:
     """Have an engine client note and count what its outputs say of heads."""
     announce(settings.heads)
@@ -210,16 +220,17 @@ def _listen(engine: Any, settings: ProbeSettings) -> None:
                     "beam search does not go with heads that halt requests (--halt-on): leave use_beam_search out"
                 )
             scores = None
-        is_judged = judge is not None and (scores is None or scores.is_judged)
+        # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
+        place = scores.add(request_id, sampling_params.n) if scores is not None else 0
+        is_judged = judge is not None and (scores is None or (scores.is_judged and not scores.starts))
         if is_judged:
             params = judge.in_parts(params)
+        elif scores is not None and scores.starts:
+            params = _with_start(params, scores.starts[place])
         outputs = generate(prompt, params, request_id, *args, **kwargs)
         if is_judged:
             outputs = judge.watch(outputs, sampling_params)
-        if scores is None:
-            return outputs
-        # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
-        return noting(outputs, request_id, scores, scores.add(request_id, sampling_params.n))
+        return outputs if scores is None else noting(outputs, request_id, scores, place)
 
     async def noting(outputs: AsyncIterator[Any], request_id: str, scores: Scores, place: int) -> AsyncIterator[Any]:
         async for output in outputs:

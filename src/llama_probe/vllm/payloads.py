@@ -30,6 +30,7 @@ class Scores:
         model: name under which it is served.
         is_stored: the response is one to an earlier request, and has the scores in it.
         is_judged: a judge is asked about prompts of which a head is unsure.
+        starts: for prompts that end with a reply, which is scored, the number of tokens before it.
         request_id: of the engine's request for the last prompt.
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
@@ -39,6 +40,7 @@ class Scores:
     model: str = ""
     is_stored: bool = False
     is_judged: bool = True
+    starts: list[int] = field(default_factory=list)
     request_id: str = ""
     copies: int = 1
     prompts: list[dict[str, Any] | None] = field(default_factory=list)

@@ -261,6 +261,13 @@ def has_no_reply(request: Request) -> bool:
     return (request.kv_transfer_params or {}).get("reply") is False
 
 
+def reply_start(request: Request) -> int | None:
+    """Return where a reply begins in the prompt of a request for labels alone; `None` if it has none."""
+    start = (request.kv_transfer_params or {}).get("reply_start")
+    is_place = type(start) is int and 0 < start < request.num_prompt_tokens
+    return start if is_place and has_no_reply(request) else None
+
+
 def _family(request_id: str) -> tuple[str, int]:
     """Return the id of a request and the index of one of its replies. vLLM has a request for each reply, `INDEX_ID`."""
     index, _, family = request_id.partition("_")

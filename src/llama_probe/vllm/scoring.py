@@ -34,7 +34,7 @@ class ScoringRequest:
         request_id: of the engine.
         token_ids: of the prompt; `None` where it was given as embeddings.
         num_prompt_tokens: of the prompt.
-        num_tokens: to read. Those behind the prompt are of its reply.
+        num_tokens: to read. Those behind the prompt are of its reply, which heads of prompts do not read.
         block_ids: where the tokens lie, in order.
         heads: names of those whose scores of the prompt are wanted; `None` if the prompt was scored before.
         slot: where heads that follow the reply keep their states; `None` if none do.
@@ -195,7 +195,7 @@ class Scorer:
         if head.config.token_scope != "response":
             ids = None if request.token_ids is None else torch.tensor([request.token_ids])
             prompt = token_mask(head.config, ids, torch.ones_like(prompt, dtype=torch.long))
-        mask = F.pad(prompt, (0, request.num_tokens - request.num_prompt_tokens), value=True)
+        mask = F.pad(prompt, (0, request.num_tokens - request.num_prompt_tokens), value=head.config.reads_reply)
         check_rows(mask, head.config)
         return mask[0]
 
