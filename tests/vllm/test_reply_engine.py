@@ -1,13 +1,19 @@
 """Engines whose heads follow replies, beside one that reads prompts: scores of each token are those of transformers."""
 
+import gc
+import math
+import random
+
 import pytest
 import torch
 from conftest import make_lm
 from tiny_engine import HEADS, PROMPTS, REPLY_HEADS, SIZES, TinyServing, generate, make_serving, running
 from vllm import SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
 from llama_probe import ProbeError
 from llama_probe.vllm import engine_kwargs
+from llama_probe.vllm.step_scores import StepScores
 
 
 NEW = 50
@@ -146,6 +152,53 @@ def test_requests_that_are_aborted_leave_nothing(llm):
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     assert clean(llm)
+
+
+def test_a_crowd_that_comes_and_goes(llm, replies, threshold, monkeypatch):
+    """500 requests, 64 at once: some are aborted at any time, and some get scores that are not numbers."""
+    chance, engine, read, most = random.Random(0), llm.llm_engine, StepScores.read_replies, 5
+    halts = {number: halted_at(logits["watch"], threshold) for number, (_, logits) in replies.items()}
+    shown = {number: most if halt is None else min(halt, most) for number, halt in halts.items()}
+    # A stop string, which nobody writes, has every output say how many tokens were scored.
+    options = {"max_tokens": most, "temperature": 0, "ignore_eos": True, "stop": ["\0"]}
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA, **options)
+    running, broken, ends, sizes = {}, set(), [], []
+
+    def read_replies(step, heads):
+        logits = read(step, heads).copy()
+        for row, request_id in enumerate(step.replies):
+            if chance.random() < 0.02:
+                logits[row] = math.nan
+                broken.add(request_id.partition("-")[0])
+        return logits
+
+    monkeypatch.setattr(StepScores, "read_replies", read_replies)
+    for waiting in (range(250), range(250, 500)):
+        waiting = [*waiting]
+        while waiting or running:
+            while waiting and len(running) < 64:
+                name = str(waiting.pop())
+                running[name] = []
+                engine.add_request(name, {"prompt_token_ids": PROMPTS[int(name) % 6]}, params)
+            for output in engine.step():
+                name, (choice,), (said,) = output.request_id, output.outputs, output.kv_transfer_params["replies"]
+                tokens, number = running[name], int(name) % 6
+                tokens += choice.token_ids
+                assert tokens == replies[number][0][: len(tokens)]
+                assert len(tokens) <= min(said["probes"]["watch"]["tokens"], shown[number])
+                if output.finished:
+                    assert choice.stop_reason == "watch" or (len(tokens) == most and name not in broken)
+                    ends.append(choice.stop_reason)
+                    del running[name]
+            if running and chance.random() < 0.2:
+                name = chance.choice([*running])
+                engine.abort_request([name])
+                del running[name]
+        assert clean(llm)
+        gc.collect()
+        sizes.append(len(gc.get_objects()))
+    assert 300 < len(ends) < 480 and {*ends} == {"watch", None} and len(broken) > 5
+    assert sizes[1] - sizes[0] < 250, "less than an object a request"
 
 
 def test_a_request_chooses_heads_but_not_to_go_unguarded(llm):
