@@ -56,6 +56,7 @@ REPLY_HEADS = {
     "end": {"probe_type": "last", "num_labels": 1, "problem_type": "regression", "token_scope": "all"},
     "mean": {"probe_type": "pooling", "layers": [2, 4], "num_labels": 2, "token_scope": "response"},
 }
+OPTIONS = {"dtype": "float32", "enforce_eager": True}  # of every engine; `gpu` sets others
 LENGTHS = (1, 5, 17, 31, 32, 33, 64, 90, 120, 150, 200)
 
 
@@ -166,7 +167,7 @@ def make_serving(folder: Path, lm: PreTrainedModel, kinds: Mapping[str, dict] = 
 def running(tiny: TinyServing, threshold: float, processes: int = 1, guard: str = "guard", **changes) -> Iterator[LLM]:
     """An engine that halts by one head and takes prompts in chunks. One process of it can be looked at."""
     sizes = {"max_model_len": 256, "max_num_batched_tokens": 32, "max_num_seqs": 8}
-    kwargs = {"dtype": "float32", "enforce_eager": True, **sizes, **changes}
+    kwargs = {**OPTIONS, **sizes, **changes}
     halt_on = {guard: {"label": "bad", "threshold": threshold}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(processes > 1)))
