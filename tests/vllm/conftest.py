@@ -1,5 +1,6 @@
 """Fixtures of all tests with vLLM: a tiny backbone with heads, and prompts of which its guard flags some."""
 
+import openai
 import pytest
 from conftest import make_lm
 from tiny_engine import PROMPTS, SIZES, TinyServing, make_serving
@@ -34,3 +35,10 @@ def flagged(tiny, chats) -> dict[str, bool]:
     """By text, and the threshold."""
     threshold = tiny.threshold(list(chats.values()))
     return {"threshold": threshold, **{text: tiny.is_flagged(ids, threshold) for text, ids in chats.items()}}
+
+
+@pytest.fixture
+def client(url):
+    """OpenAI's, of the server that a module starts."""
+    with openai.OpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
+        yield client

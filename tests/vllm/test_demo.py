@@ -5,7 +5,6 @@ import re
 import shlex
 
 import anthropic
-import openai
 import pytest
 import torch
 from http_server import ask, serving
@@ -40,12 +39,6 @@ def url(words, tmp_path_factory):
     arguments = ["demo", *words, "--halt-reply", REPLY, *options.split()]
     with serving(arguments, tmp_path_factory.mktemp("demo") / "log") as url:
         yield url
-
-
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=url, api_key="none", timeout=250) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

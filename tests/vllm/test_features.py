@@ -3,7 +3,7 @@
 import conftest
 import pytest
 import torch
-from tiny_engine import PROMPTS, SIZES, TinyServing, generate, make_serving, next_turn, running
+from tiny_engine import HEADS, PROMPTS, REPLY_HEADS, SIZES, TinyServing, generate, make_serving, next_turn, running
 from tiny_families import TINY
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm import SamplingParams
@@ -36,7 +36,11 @@ def tiny(request, tmp_path) -> TinyServing:
     window = {"sliding_window": 16}  # shorter than the prompts, where a family has one
     sizes = {**conftest.SIZES, **experts, **SIZES, "head_dim": 32, **window}
     torch.manual_seed(0)
-    return make_serving(tmp_path, AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval())
+    followers = ("watch", "tags", "mean") if name == "pipeline" else ()
+    heads = HEADS | {follower: REPLY_HEADS[follower] for follower in followers}
+    return make_serving(
+        tmp_path, AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval(), heads
+    )
 
 
 @pytest.fixture
@@ -125,7 +129,14 @@ def test_connector(tiny, threshold, tmp_path):
 
 
 def test_pipeline(tiny, threshold):
+    """With heads that follow replies beside those of prompts."""
     # vLLM's stages on a CPU fail if nothing is compiled.
     compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
     with running(tiny, threshold, processes=2, pipeline_parallel_size=2, **compiled) as llm:
         check(llm, tiny, threshold, times=2)
+        asked = {"kv_transfer_params": {"token_scores": True}}
+        for ids, output in zip(PROMPTS, generate(llm, PROMPTS, NEW, extra_args=asked), strict=True):
+            if output.kv_transfer_params["halted"] is None:
+                (said,) = output.kv_transfer_params["replies"]
+                # No guard of replies waits for the score of the last token.
+                tiny.check_tokens(ids, list(output.outputs[0].token_ids), said, NEW - 1)

@@ -226,24 +226,6 @@ def test_a_reply_that_is_sent_along_is_scored_as_a_whole(llm, tiny, replies):
     assert clean(llm)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"processes": 2, "tensor_parallel_size": 2},
-        {
-            "processes": 2,
-            "pipeline_parallel_size": 2,
-            "enforce_eager": False,
-            "compilation_config": {"backend": "eager"},
-        },
-    ],
-    ids=["tensor", "pipeline"],
-)
-def test_several_ranks(tiny, replies, threshold, changes):
-    with running(tiny, threshold, guard="watch", **changes) as engine:
-        check(engine, tiny, replies, threshold)
-
-
 def test_speculation_and_kinds_that_grow_are_refused(tiny, tmp_path):
     with pytest.raises(ProbeError, match="speculative_config"):
         engine_kwargs(tiny.backbone, tiny.heads, speculative_config={"method": "ngram", "num_speculative_tokens": 2})

@@ -1,10 +1,9 @@
-"""A server whose guard follows replies, asked by the clients of OpenAI and Anthropic: nobody sees a flagged token."""
+"""A server on two ranks whose guard follows replies, asked by the clients of OpenAI and Anthropic: nobody sees a flagged token."""
 
 import itertools
 from urllib.request import urlopen
 
 import anthropic
-import openai
 import pytest
 from conftest import make_lm
 from http_server import ask, serving
@@ -14,6 +13,7 @@ from transformers import AutoTokenizer
 
 NEW, END = 12, " Sorry."
 EXTRA = {"extra_body": {"ignore_eos": True}}
+SCORES = {"extra_body": {"ignore_eos": True, "kv_transfer_params": {"token_scores": True}}}
 
 
 @pytest.fixture(scope="session")
@@ -58,16 +58,10 @@ def expected(tiny, replies, threshold) -> dict[str, tuple[str, int | None]]:
 def url(tiny, threshold, tmp_path_factory):
     probes = [word for name in tiny.heads for word in ("--probe", f"{name}={tiny.heads[name]}")]
     rule = f'watch={{"label": "bad", "threshold": {threshold}}}'
-    options = "--served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 8 --enforce-eager"
+    options = "--served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 8 --enforce-eager -tp 2"
     arguments = [str(tiny.backbone), *probes, "--halt-on", rule, "--halt-reply", END, *options.split()]
     with serving(arguments, tmp_path_factory.mktemp("server") / "log") as url:
         yield url
-
-
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
-        yield client
 
 
 def lm_text(text: str) -> str:
@@ -75,9 +69,9 @@ def lm_text(text: str) -> str:
     return text.removesuffix(END).rstrip("\ufffd")
 
 
-def test_whole_replies_and_streams(client, expected):
+def test_whole_replies_and_streams(client, tiny, chats, replies, expected):
     for text, (shown, halt) in expected.items():
-        response = ask(client, text, max_tokens=NEW, **EXTRA)
+        response = ask(client, text, max_tokens=NEW, **SCORES)
         (choice,) = response.choices
         reason = "length" if halt is None else "content_filter"
         assert lm_text(choice.message.content) == shown
@@ -86,7 +80,8 @@ def test_whole_replies_and_streams(client, expected):
         (reply,) = response.kv_transfer_params["replies"]
         assert (reply["halted"] and reply["halted"]["token"]) == halt
         assert reply["probes"]["watch"]["tokens"] == (NEW if halt is None else halt + 1)
-        chunks = list(ask(client, text, max_tokens=NEW, stream=True, **EXTRA))
+        tiny.check_tokens(chats[text], replies[text][0], reply, reply["probes"]["watch"]["tokens"])
+        chunks = list(ask(client, text, max_tokens=NEW, stream=True, **SCORES))
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
         assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == [reason]
         assert list(chunks[0].kv_transfer_params["probes"]) == ["tone"]

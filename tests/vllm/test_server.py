@@ -86,12 +86,6 @@ def url(tiny, band, judge, tmp_path_factory):
             yield url
 
 
-@pytest.fixture
-def client(url):
-    with openai.OpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
-        yield client
-
-
 def test_complete_responses(client, tiny, chats, flagged):
     for text, ids in chats.items():
         response = ask(client, text, extra_body={"ignore_eos": True})
