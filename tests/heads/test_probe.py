@@ -1,5 +1,7 @@
 """A head: its size, its ways in, its attention weights, and what it refuses."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts, with_novelty
@@ -145,6 +147,31 @@ def test_what_follows_a_prompt_is_scored_as_the_whole_is(case, repeats, sizes):
             whole = probe(hidden_states=seen, attention_mask=mask[:, : column + 1]).logits
             expected = whole.repeat_interleave(repeats, 0)
             torch.testing.assert_close(probe.finish(reply).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.integers(1, 12), st.booleans())
+def test_replies_are_scored_token_by_token_as_they_are_streamed(case, blocks, learning):
+    config, *rest = case
+    probe, states, mask, _ = made(({**config, "causal": True}, *rest))
+    reply = mask & (mask.cumsum(dim=1) > mask.sum(dim=1, keepdim=True) // 2)
+    with patch("llama_probe.heads.probe._BLOCKS", blocks):
+        output = probe.train(learning)(hidden_states=states, attention_mask=mask, reply_mask=reply)
+    scored = output.token_logits.mean(dim=0)
+    scored.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in probe.parameters())
+    state, streamed = probe.eval().init_state(keep=True), []
+    for column in range(mask.shape[1]):
+        read(probe, state, states, slice(column, column + 1), mask, last=False)
+        streamed.append(probe.finish(state).logits)
+    for row, counted in enumerate(output.token_mask):
+        expected = torch.stack([streamed[column][row] for column in reply[row].nonzero().flatten()])
+        found = scored[row, counted].detach()
+        if blocks == 12:
+            assert len(found) == len(expected)
+        assert torch.cdist(found, expected, p=torch.inf).amin(dim=1).max() < 1e-4
+        torch.testing.assert_close(found[-1], expected[-1], atol=1e-5, rtol=1e-5)
+        assert torch.cdist(output.logits[row : row + 1], found, p=torch.inf).min() < 1e-4
 
 
 @settings(max_examples=60, deadline=None)

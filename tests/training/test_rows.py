@@ -13,7 +13,7 @@ from llama_probe.training.rows import TrainingRows
 
 def test_replies_are_cut_and_prompts_are_not():
     ids, masks = [[1, 2, 3, 4, 5], [6, 7, 8]], [[False, False, True, True, True], [False, True, True]]
-    rows = TrainingRows(PromptDataset(ids, np.array([0, 1]), masks), reply_lengths=[3, 2])
+    rows = TrainingRows(PromptDataset(ids, np.array([0, 1]), masks, reply_lengths=[3, 2]), replies="cut")
     torch.manual_seed(0)
     seen = [rows[row] for row in (0, 1) * 60]
     for row, most in ((0, 5), (1, 3)):

@@ -50,12 +50,17 @@ class PromptDataset(Dataset):
         prompts: token ids of each row.
         labels (`[rows, ...]`): labels as in `LabelledTexts`.
         masks: the counted tokens of each row, in place of the head's scope.
+        reply_lengths: tokens of the reply at the end of each row, for heads that read replies.
     """
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], labels: np.ndarray, masks: Sequence[Sequence[bool]] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        labels: np.ndarray,
+        masks: Sequence[Sequence[bool]] | None = None,
+        reply_lengths: Sequence[int] | None = None,
     ):
-        self.prompts, self.labels, self.masks = prompts, labels, masks
+        self.prompts, self.labels, self.masks, self.reply_lengths = prompts, labels, masks, reply_lengths
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -72,10 +77,13 @@ class StateDataset(Dataset):
 
     Args:
         layers: the indices of the S states, ascending.
+        reply_lengths: see `PromptDataset`.
     """
 
-    def __init__(self, folder: Path, labels: np.ndarray, layers: Sequence[int]):
-        self.labels, self.layers = labels, list(layers)
+    def __init__(
+        self, folder: Path, labels: np.ndarray, layers: Sequence[int], reply_lengths: Sequence[int] | None = None
+    ):
+        self.labels, self.layers, self.reply_lengths = labels, list(layers), reply_lengths
         self.items = _rows_on_disk(folder)
 
     def __len__(self) -> int:
@@ -113,13 +121,14 @@ class StateCache:
         labels: np.ndarray,
         batch_tokens: int = 4096,
         masks: Sequence[Sequence[bool]] | None = None,
+        reply_lengths: Sequence[int] | None = None,
     ) -> StateDataset:
         """Return the hidden states of the prompts of a `PromptDataset`, from disk or computed now.
 
         Args:
             lm: the frozen LM.
             config: config of a head, which tells what is read.
-            prompts, labels, masks: see `PromptDataset`.
+            prompts, labels, masks, reply_lengths: see `PromptDataset`.
             batch_tokens: tokens of a forward pass, padding included.
 
         Raises:
@@ -145,7 +154,7 @@ class StateCache:
                     shutil.rmtree(entry, ignore_errors=True)
                 raise
             barrier()
-        return StateDataset(entry, labels, config.layer_indices)
+        return StateDataset(entry, labels, config.layer_indices, reply_lengths)
 
     def bytes_of(self, config: ProbeConfig, tokens: int) -> int:
         """Return the bytes that the states of `tokens` tokens take on disk, for a head with this config."""
@@ -221,8 +230,8 @@ class ProbeCollator:
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Return `labels`, `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`.
 
-        The batch also has `probe_mask` `[B, T]` and `learned_by` `[B, H]` if the rows have them, and `row_weights` `[B, W]` if
-        one of them has. The other rows then weigh 1. The memory of `hidden_states` is `[S, B, T, D]`, as heads compute.
+        The batch also has `probe_mask` `[B, T]` and `learned_by` `[B, H]` if the rows have them, `reply_mask` `[B, T]` if they
+        have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then weigh 1. The memory of `hidden_states` is `[S, B, T, D]`, as heads compute.
         """
         lengths = [len(row["input_ids"]) for row in rows]
         labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))
@@ -241,6 +250,10 @@ class ProbeCollator:
             batch["input_ids"] = pad_sequence([torch.as_tensor(row["input_ids"]) for row in rows], batch_first=True)
         if "probe_mask" in rows[0]:
             batch["probe_mask"] = pad_sequence([torch.as_tensor(row["probe_mask"]) for row in rows], batch_first=True)
+        if "reply_length" in rows[0]:
+            columns, ends = torch.arange(max(lengths)), torch.tensor(lengths)[:, None]
+            starts = ends - torch.tensor([row["reply_length"] for row in rows])[:, None]
+            batch["reply_mask"] = (columns >= starts) & (columns < ends)
         if "learned_by" in rows[0]:
             batch["learned_by"] = torch.from_numpy(np.stack([row["learned_by"] for row in rows]))
         weights = [row.get("row_weights") for row in rows]

@@ -150,6 +150,42 @@ def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[Probe
     return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]
 
 
+def flagged_score(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor | None:
+    """Return the score of what a head flags, larger is more likely: logits `[..., num_labels]` to `[...]`.
+
+    Of two labels the difference of the logits; of a multi-label head the largest logit of a flagged label, or of any if none is
+    flagged. `None` for other heads.
+    """
+    if config.problem_type == "multi_label_classification":
+        names = config.flagged_labels or list(config.id2label.values())
+        return logits[..., [config.label2id[name] for name in names]].amax(dim=-1)
+    if (index := config.flagged_index) is None:
+        return None
+    return logits[..., index] - logits[..., 1 - index]
+
+
+def strongest(logits: torch.Tensor, config: ProbeConfig, counted: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the logits of replies that count if a reply is halted as soon as a token is flagged.
+
+    Those at the token with the largest `flagged_score`; of multi-label heads each label's largest; of other heads the last.
+
+    Args:
+        logits (`[..., tokens, num_labels]`): after each token of the replies.
+        counted (`[..., tokens]`, *optional*): the tokens that count. Defaults to all.
+
+    Returns:
+        `[..., num_labels]`
+    """
+    counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if counted is None else counted
+    if config.problem_type == "multi_label_classification":
+        return logits.masked_fill(~counted[..., None], float("-inf")).amax(dim=-2)
+    scores = flagged_score(logits, config)
+    if scores is None:
+        scores = counted.cumsum(dim=-1).to(logits.dtype)
+    place = scores.masked_fill(~counted, float("-inf")).argmax(dim=-1)
+    return logits.take_along_dim(place[..., None, None], dim=-2).squeeze(-2)
+
+
 def verdict(label: Label, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
     """Return one row's prediction as JSON values.
 
@@ -281,6 +317,8 @@ class ProbeOutput(DecidedMixin[float], ModelOutput):
         layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
         member_logits (`[members, batch, num_labels]`, *optional*): in training, of a head that averages several members.
         row_weights (`[batch, W]`, *optional*): as they were given, for the loss; see `probe_loss`.
+        token_logits (`[members, batch, R, num_labels]`, *optional*): after R tokens of each reply; see `ProbeModel.score_replies`.
+        token_mask (`[batch, R]`, *optional*): the tokens of each reply among them.
     """
 
     loss: torch.Tensor | None = None
@@ -289,6 +327,8 @@ class ProbeOutput(DecidedMixin[float], ModelOutput):
     layer_weights: torch.Tensor | None = None
     member_logits: torch.Tensor | None = None
     row_weights: torch.Tensor | None = None
+    token_logits: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:

@@ -22,7 +22,7 @@ from ..hub.publish import push_folder
 from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 from .configuration import NoveltySettings, ProbeConfig, read_config
-from .decision import ProbeOutput, probe_loss
+from .decision import ProbeOutput, probe_loss, strongest
 from .match import check_backbone, describe, match
 from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
@@ -35,6 +35,8 @@ from .stream import ProbeState, as_slice
 _HALF = (torch.bfloat16, torch.float16)
 # For so few tokens, casting the weights of a head costs more than its products in fp32.
 _FEW_TOKENS = 128
+# Blocks that `score_replies` reads replies in: summaries of so many tokens are held at once.
+_BLOCKS = 32
 
 
 def _as_fp32(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,6 +47,12 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch `torch.autocast`, which is meant for the LM, off inside a block."""
     is_on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+
+
+def _drop(x: torch.Tensor, rate: float, dims: int) -> torch.Tensor:
+    """Apply dropout to the last dimension, alike for all that shares the first `dims` dimensions."""
+    shape = (*x.shape[:dims], *[1] * (x.dim() - dims - 1), x.shape[-1])
+    return x * F.dropout(x.new_ones(shape), rate)
 
 
 class ProbeModel(nn.Module):
@@ -218,6 +226,7 @@ class ProbeModel(nn.Module):
         output_attentions: bool = False,
         probe_mask: torch.Tensor | None = None,
         row_weights: torch.Tensor | None = None,
+        reply_mask: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """Score prompts from their ids (with a backbone) or from their hidden states.
 
@@ -235,6 +244,7 @@ class ProbeModel(nn.Module):
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's
                 `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
             row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`.
+            reply_mask (`[batch, tokens]`, *optional*): true for the tokens of replies, which are then scored as `score_replies` does.
 
         Raises:
             ProbeError: both or neither input given, wrong sizes, or a prompt without a token that counts.
@@ -250,7 +260,10 @@ class ProbeModel(nn.Module):
             mask = self._checked(attention_mask if probe_mask is None else probe_mask, x.shape[1:3])
         else:
             raise ProbeError("give either input_ids (with a backbone) or hidden_states")
-        output = self.score(self.normalize(x), mask, output_attentions)
+        if reply_mask is None:
+            output = self.score(self.normalize(x), mask, output_attentions)
+        else:
+            output = self.score_replies(self.normalize(x), mask, reply_mask)
         output.row_weights = row_weights
         if labels is not None:
             output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
@@ -281,6 +294,42 @@ class ProbeModel(nn.Module):
         if output_attentions:
             weights = self.token_stage.weights(x, mask, slice(None))
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
+        return output
+
+    def score_replies(self, x: torch.Tensor, mask: torch.Tensor | None, reply_mask: torch.Tensor) -> ProbeOutput:
+        """Score replies at about 32 of their tokens, as `step` scores the text that ends there. Differentiable.
+
+        The tokens are read in blocks, and a summary is taken after each: all tokens of short replies are scored. In training the
+        borders of the blocks are drawn anew each time. Memory: what `update` keeps of `x` once, and for each block the summaries
+        `[layers_read, batch, width]`; for `mha` the keys and values of the tokens before it as well.
+
+        Args:
+            x, mask: see `score`.
+            reply_mask (`torch.BoolTensor` of shape `[batch, tokens]`): the tokens of the replies.
+
+        Returns:
+            An output with `token_logits` and `token_mask`. Its `logits` are those of `strongest`.
+        """
+        mask = torch.ones_like(reply_mask, dtype=torch.bool) if mask is None else mask
+        reply_mask = reply_mask.bool().to(mask.device) & mask
+        columns = reply_mask.any(dim=0).nonzero().flatten().tolist()
+        first, end = columns[0], columns[-1] + 1
+        width = -(-(end - first) // _BLOCKS)
+        offset = int(torch.randint(1, width + 1, ())) if self.training else width
+        stops = [*range(first + offset, end, width), end]
+        state, parts = None, []
+        for start, stop in zip([0, *stops], stops, strict=False):
+            state = self.token_stage.update(state, x[:, :, start:stop], mask[:, start:stop], slice(None))
+            parts.append(self.token_stage.result(state, slice(None)))
+        seen = reply_mask.cumsum(dim=1)[:, [stop - 1 for stop in stops]]  # [B, R]: tokens of the reply
+        # Before the first of them some kinds have no number.
+        summaries = torch.stack(parts, dim=2).masked_fill((seen == 0)[None, :, :, None], 0.0)  # [S, B, R, D]
+        output = self.score_summaries(summaries, learning=self.training)
+        logits = output.logits.unflatten(0, seen.shape)  # [B, R, C]
+        members = logits[None] if output.member_logits is None else output.member_logits.unflatten(1, seen.shape)
+        counted = seen.diff(dim=1, prepend=torch.zeros_like(seen[:, :1])) > 0
+        output = ProbeOutput.from_logits(strongest(logits, self.config, counted), self.config)
+        output.token_logits, output.token_mask = members, counted
         return output
 
     def pool(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -412,16 +461,20 @@ class ProbeModel(nn.Module):
     ) -> ProbeOutput:
         """Score the layers' summaries `[layers_read, batch, hidden_size]`, from the token stage.
 
-        Dropouts act if `learning` is true. A head that serves has none, even in training mode beside an LM that is trained.
+        Of several tokens a row, `[layers_read, batch, tokens, hidden_size]`, the logits are `[batch * tokens, num_labels]`.
+        Dropouts act if `learning` is true, on all tokens of a row alike. A head that serves has none, even in training mode beside an LM that is trained.
         """
         if learning:
             if self.config.layer_dropout:
                 keep = torch.rand(summaries.shape[:2], device=summaries.device) >= self.config.layer_dropout
-                summaries = summaries * keep.unsqueeze(-1) / (1 - self.config.layer_dropout)
-            summaries = F.dropout(summaries, self.config.dropout)
-        items = summaries.transpose(0, 1).unsqueeze(0)  # [1, B, S, D]
+                keep = keep.view(*keep.shape, *[1] * (summaries.dim() - 2))
+                summaries = summaries * keep / (1 - self.config.layer_dropout)
+            summaries = _drop(summaries, self.config.dropout, 2)
+        rows = summaries.shape[1:-1]
+        items = summaries.flatten(1, -2).transpose(0, 1).unsqueeze(0)  # [1, B, S, D]
         pooled = self.layer_stage(items)[0]  # [B, D]
-        pooled = F.dropout(pooled, self.config.dropout) if learning else pooled
+        if learning:
+            pooled = _drop(pooled.unflatten(0, rows), self.config.dropout, 1).flatten(0, -2)
         output = ProbeOutput.from_logits(self.classifier(pooled), self.config)
         if learning:
             output.member_logits = self.classifier.member_logits(pooled)

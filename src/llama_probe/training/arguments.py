@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -14,6 +14,7 @@ from ..evaluation.metrics import default_metric
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from .defaults import check_numbers, schedule
+from .token_loss import TOKEN_LOSSES
 
 
 @dataclass
@@ -26,6 +27,8 @@ class ProbeTrainingArguments(TrainingArguments):
         load_best_model_at_end: keep the weights of the best evaluation, in memory and in checkpoints. It needs evaluations,
             and no checkpoints.
         focal_gamma: exponent of the focal loss; 0 for plain cross-entropy.
+        token_loss: for heads that follow replies, how they learn from the score after each token: `"softmax"`, `"top-k"` or
+            `"monotone"`; see `TOKEN_LOSSES`. None: from the score of the whole reply, half of the time of a part of it.
         class_weights: `"balanced"`, or one weight a label with commas.
         patience: stop after this many evaluations without a better metric. None: never.
         max_false_positive_rate: choose the threshold of the highest recall that flags at most this share of the negative
@@ -64,6 +67,7 @@ class ProbeTrainingArguments(TrainingArguments):
     log_on_each_node: bool = False
     hub_strategy: str = "end"
     focal_gamma: float = 0.0
+    token_loss: str | None = None
     class_weights: str | None = None
     patience: int | None = 3
     max_false_positive_rate: float | None = None
@@ -77,6 +81,8 @@ class ProbeTrainingArguments(TrainingArguments):
             raise ProbeError(f"cache_dir={self.cache_dir!r} and cache_states=False exclude each other")
         if self.cache_states not in (True, False, "auto"):
             raise ProbeError(f"cache_states={self.cache_states!r} must be True, False or 'auto'")
+        if self.token_loss not in (None, *TOKEN_LOSSES):
+            raise ProbeError(f"token_loss={self.token_loss!r} must be one of: {', '.join(TOKEN_LOSSES)}")
         check_numbers(vars(self))
         chosen = self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end
         self.load_best_model_at_end = False  # the parent's needs a checkpoint for each evaluation
@@ -102,6 +108,11 @@ class ProbeTrainingArguments(TrainingArguments):
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
     @property
+    def replies(self) -> Literal["cut", "tokens"]:
+        """What `TrainingRows` do with the replies that a head learns from."""
+        return "cut" if self.token_loss is None else "tokens"
+
+    @property
     def metric(self) -> str:
         """The metric that chooses a head, by its name in results."""
         return self.metric_for_best_model.removeprefix("eval_")
@@ -109,6 +120,7 @@ class ProbeTrainingArguments(TrainingArguments):
     def describe(self) -> dict[str, Any]:
         """Return what `results.json` says of the training. Rows of a step are those of all processes."""
         names = "learning_rate num_train_epochs gradient_accumulation_steps weight_decay focal_gamma class_weights patience"
+        names += "" if self.token_loss is None else " token_loss"
         values = {name: getattr(self, name) for name in names.split()}
         return values | {
             "per_device_train_batch_size": self.train_batch_size * self.world_size,

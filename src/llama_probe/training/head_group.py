@@ -75,12 +75,14 @@ class HeadGroup(nn.Module):
         probe_mask: torch.Tensor | None = None,
         row_weights: torch.Tensor | None = None,
         learned_by: torch.Tensor | None = None,
+        reply_mask: torch.Tensor | None = None,
     ) -> GroupOutput:
         """Score a batch of `ProbeCollator` with each head.
 
         Args:
             learned_by (`torch.BoolTensor` of shape `[batch, heads]`, *optional*): the rows that each head learns from, or is
                 chosen by: in eval mode the logits of others are not numbers. Defaults to all.
+            reply_mask: see `ProbeModel.forward`.
         """
         if hidden_states is None:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -97,7 +99,10 @@ class HeadGroup(nn.Module):
         for index, (name, head) in enumerate(self.heads.items()):
             if self.training:
                 torch.manual_seed(torch.initial_seed())  # the Trainer sets a seed for each step
-            outputs[name] = head.score(shared(head), mask)
+            if reply_mask is None:
+                outputs[name] = head.score(shared(head), mask)
+            else:
+                outputs[name] = head.score_replies(shared(head), mask, reply_mask)
             outputs[name].row_weights = row_weights
             if learned_by is not None:
                 learned = learned_by[:, index : index + 1].float()  # [B, 1]

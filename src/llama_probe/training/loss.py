@@ -12,6 +12,7 @@ import torch
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, probe_loss
+from .token_loss import TOKEN_LOSSES, check_token_loss
 
 
 @dataclass
@@ -23,6 +24,7 @@ class ProbeLoss:
         class_weights: one weight a label; for a multi-label head that of its positives. None: all 1.
         label_smoothing: 0 to below 1.
         focal_gamma: 0 for plain cross-entropy.
+        token_loss: one of `TOKEN_LOSSES`, for the scores of tokens; None for the score of the whole reply.
 
     Raises:
         ProbeError: a value is not allowed.
@@ -32,8 +34,11 @@ class ProbeLoss:
     class_weights: Sequence[float] | None = None
     label_smoothing: float = 0.0
     focal_gamma: float = 0.0
+    token_loss: str | None = None
 
     def __post_init__(self):
+        if self.token_loss is not None:
+            check_token_loss(self.config, self.token_loss)
         if self.class_weights is not None and len(self.class_weights) != self.config.num_labels:
             raise ProbeError(f"class_weights has {len(self.class_weights)} values for {self.config.num_labels} labels")
         if not 0 <= self.label_smoothing < 1:
@@ -47,6 +52,7 @@ class ProbeLoss:
         class_weights: str | None,
         label_smoothing: float,
         focal_gamma: float,
+        token_loss: str | None = None,
     ) -> ProbeLoss:
         """Build the loss that training arguments describe. Balanced class weights are those of `labels`."""
         weights = None
@@ -59,13 +65,16 @@ class ProbeLoss:
                 weights = []
             if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
                 raise ProbeError(f"class_weights={class_weights!r} must be 'balanced', or numbers from 0, not all 0")
-        return cls(config, weights, label_smoothing, focal_gamma)
+        return cls(config, weights, label_smoothing, focal_gamma, token_loss)
 
     def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Return the mean loss over the rows of all accumulated batches; the Trainer counts their labels."""
         weights = None if self.class_weights is None else torch.tensor(self.class_weights)
-        settings = self.config, weights, self.label_smoothing, self.focal_gamma
-        total = probe_loss(outputs.learned_logits, labels, *settings, reduction="sum", row_weights=outputs.row_weights)
+        settings = self.config, weights, self.label_smoothing, self.focal_gamma, "sum"
+        if self.token_loss is None or outputs.token_logits is None:
+            total = probe_loss(outputs.learned_logits, labels, *settings, row_weights=outputs.row_weights)
+        else:
+            total = TOKEN_LOSSES[self.token_loss](outputs, labels, settings)
         rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
         return total / rows
 

@@ -55,7 +55,7 @@ class PreparedRun:
         head_args: head -> its training arguments that differ.
         left_out: head -> places of the training rows that it does not learn from.
         trials: the trials of a search, by head.
-        datasets, reply_lengths: prompts or states of each part of the rows, and tokens of their replies.
+        datasets: prompts or states of each part of the rows.
         cache: states on disk, if they are kept there.
     """
 
@@ -76,7 +76,6 @@ class PreparedRun:
     left_out: dict[str, np.ndarray] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
     datasets: dict[str, Dataset] = field(default_factory=dict)
-    reply_lengths: dict[str, list[int] | None] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -148,7 +147,6 @@ class PreparedRun:
             return run
         check_shared(output)
         for part, texts in rows.parts().items():
-            run.reply_lengths[part] = encoded[part].reply_lengths
             run.datasets[part] = as_dataset(encoded[part], texts.labels, config, lm, cache)
         run._create_heads()
         return run
@@ -189,15 +187,17 @@ class PreparedRun:
         places, weights = self.places, self.rows.weights
         row_weights = None if weights is None else [weights[row] for row in places]
         learned_by = learners(len(places), self.heads, self.left_out)
-        return TrainingRows(self.datasets["train"], places, self.reply_lengths["train"], row_weights, learned_by)
+        replies = self.args.replies if self.config.reads_reply else None
+        return TrainingRows(self.datasets["train"], places, replies, row_weights, learned_by)
 
     def judged(self) -> Dataset | None:
         """Return the validation rows, and the heads that are chosen by each; None if there are folds."""
-        if not self.rows.unjudged:
-            return self.datasets.get("validation")
+        if self.rows.validation is None:
+            return None
         unjudged = {f"twin-{twin}": rows for twin, rows in self.rows.unjudged.items()}
         judged_by = learners(len(self.rows.validation), self.heads, unjudged)
-        return TrainingRows(self.datasets["validation"], learned_by=judged_by)
+        replies = "tokens" if self.config.reads_reply else None
+        return TrainingRows(self.datasets["validation"], replies=replies, learned_by=judged_by)
 
     def settings(self) -> dict[str, Any]:
         """Return what must be the same if a run is resumed, as JSON values."""
@@ -238,7 +238,8 @@ def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTra
     """Raise `ProbeError` for settings that do not fit the rows, before the backbone is loaded."""
     check_metric(args.metric, rows.judged.labels, config)
     check_threshold_rule(config, args.max_false_positive_rate, args.threshold_rule)
-    ProbeLoss.create(config, rows.train.labels, args.class_weights, args.label_smoothing_factor, args.focal_gamma)
+    names = "class_weights label_smoothing_factor focal_gamma token_loss"
+    ProbeLoss.create(config, rows.train.labels, *(getattr(args, name) for name in names.split()))
     if rows.calibration is not None:
         check_rates(config, recipe.calibration.rates, len(rows.calibration))
     members = get_probe_type(config.probe_type).members(config)

@@ -206,7 +206,7 @@ def _halting(probe: ProbeModel, run: PreparedRun) -> dict[str, Any]:
     limit = MAX_FALSE_HALTS if rate is None else rate
     parts = run.rows.parts()
     labels = {name: parts[name].labels for name in ("validation", "test") if name in parts}
-    followed = {name: follow_replies(probe, run.datasets[name], run.reply_lengths[name]) for name in labels}
+    followed = {name: follow_replies(probe, run.datasets[name], run.datasets[name].reply_lengths) for name in labels}
     rules = halting_rules(probe.config, followed["validation"], labels["validation"], limit)
     if "test" in followed:
         rules = apply_rules(probe.config, rules, followed["test"], labels["test"])

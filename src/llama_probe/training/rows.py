@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from ..heads.configuration import ProbeConfig
 class TrainingRows(Dataset):
     """Rows of a data set that heads learn from.
 
-    A head that follows a reply scores every prefix of it. Trained on whole replies alone it is sure too early, so with
-    `reply_lengths` half of the rows at random are cut within the reply, each time.
+    A head that follows a reply scores every prefix of it, and is sure too early if it is trained on whole replies alone.
 
     Args:
         dataset: prompts or states.
         rows: numbers of its rows, in order; a number may occur again. Defaults to all.
-        reply_lengths: tokens of the reply at the end of each row of `dataset`.
+        replies: `"cut"`: half of the rows at random are cut within the reply, each time. `"tokens"`: rows have a `reply_length`, so
+            that heads score tokens of the reply. For data sets with `reply_lengths`.
         row_weights: weights in the loss of each of `rows`, or None for 1; the members of a head use them in turn. See
             `probe_loss`.
         learned_by (`[rows, heads]`): true for the heads that learn from each of `rows`. Defaults to all.
@@ -34,11 +35,11 @@ class TrainingRows(Dataset):
         self,
         dataset: Dataset,
         rows: Sequence[int] | None = None,
-        reply_lengths: Sequence[int] | None = None,
+        replies: Literal["cut", "tokens"] | None = None,
         row_weights: Sequence[Sequence[float] | None] | None = None,
         learned_by: np.ndarray | None = None,
     ):
-        self.dataset, self.reply_lengths = dataset, reply_lengths
+        self.dataset, self.replies = dataset, replies
         self.rows = list(range(len(dataset))) if rows is None else list(rows)
         self.row_weights, self.learned_by = row_weights, learned_by
 
@@ -50,11 +51,19 @@ class TrainingRows(Dataset):
         """Labels `[rows, ...]`."""
         return labels_of(self.dataset)[self.rows]
 
+    @property
+    def reply_lengths(self) -> list[int] | None:
+        """Tokens of the reply of each row; None if the data set does not tell."""
+        lengths = getattr(self.dataset, "reply_lengths", None)
+        return None if lengths is None else [lengths[row] for row in self.rows]
+
     def __getitem__(self, place: int) -> dict:
         row = self.rows[place]
         item = dict(self.dataset[row])
-        if self.reply_lengths is not None and torch.rand(()) < 0.5:
-            item = _cut(item, self.reply_lengths[row])
+        if self.replies == "tokens":
+            item["reply_length"] = self.dataset.reply_lengths[row]
+        elif self.replies == "cut" and torch.rand(()) < 0.5:
+            item = _cut(item, self.dataset.reply_lengths[row])
         if self.row_weights is not None and self.row_weights[place] is not None:
             item["row_weights"] = list(self.row_weights[place])
         if self.learned_by is not None:
@@ -86,8 +95,8 @@ def as_dataset(
 ) -> PromptDataset | StateDataset:
     """Return prompts with labels, or with a cache their hidden states, of what a head with this config reads."""
     if cache is None:
-        return PromptDataset(encoded.ids, labels, encoded.masks)
-    return cache.dataset(lm, config, encoded.ids, labels, masks=encoded.masks)
+        return PromptDataset(encoded.ids, labels, encoded.masks, encoded.reply_lengths)
+    return cache.dataset(lm, config, encoded.ids, labels, masks=encoded.masks, reply_lengths=encoded.reply_lengths)
 
 
 def labels_of(dataset: Dataset | LabelledTexts) -> np.ndarray:

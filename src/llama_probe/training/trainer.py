@@ -162,6 +162,8 @@ class ProbeTrainer(Trainer):
         learned = self._encode("train_dataset", train, model, learned=True)
         if left_out:
             learned = TrainingRows(learned, learned_by=learners(len(learned), self._heads, left_out))
+        if args.token_loss is not None and getattr(learned, "reply_lengths", None) is None and learned is not None:
+            raise ProbeError(f"token_loss={args.token_loss!r} needs training rows with replies: chats, or probe_mask")
         judged = self._encode("eval_dataset", validation, model)
         with warnings.catch_warnings():
             # The parent smooths no labels of several at once. The loss does.
@@ -267,7 +269,7 @@ class ProbeTrainer(Trainer):
 
     def _create_loss(self, name: str, train: LabelledTexts | Dataset | None) -> ProbeLoss:
         """Return the loss that the arguments describe for a head."""
-        names = ("class_weights", "label_smoothing_factor", "focal_gamma")
+        names = ("class_weights", "label_smoothing_factor", "focal_gamma", "token_loss")
         values = [self._head_args[name].get(argument, getattr(self.args, argument)) for argument in names]
         labels = np.empty(0) if train is None or values[0] != "balanced" else labels_of(train)
         return ProbeLoss.create(self._heads[name].config, labels, *values)
@@ -308,8 +310,9 @@ class ProbeTrainer(Trainer):
         needed = self._cache.bytes_of(probe.config, sum(map(len, encoded.ids)))
         cache = self._cache if keeps_states(self.args, needed, self._cache.folder) else None
         dataset = as_dataset(encoded, rows.labels, probe.config, probe.backbone, cache)
-        is_cut = learned and encoded.reply_lengths
-        return TrainingRows(dataset, reply_lengths=encoded.reply_lengths) if is_cut else dataset
+        if encoded.reply_lengths is None:
+            return dataset
+        return TrainingRows(dataset, replies=self.args.replies if learned else "tokens")
 
     def _format(self, name: str, probe: ProbeModel | HeadGroup) -> PromptFormat:
         """Return the head's own format of prompts; one that is not known is the template of the tokenizer."""
@@ -388,7 +391,8 @@ class ProbeTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
         """Return loss, logits and labels of a batch; see `Trainer.prediction_step`."""
-        return super().prediction_step(model, inputs, prediction_loss_only, [*(ignore_keys or ["cache"]), "by_head"])
+        ignored = [*(ignore_keys or ["cache"]), "by_head", "token_logits", "token_mask"]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignored)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of parameters for each of several heads."""

@@ -1,0 +1,122 @@
+"""Losses of heads that follow replies, by the score after each token."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
+from torch.nn.functional import softplus
+from transformers import set_seed
+
+from llama_probe import ProbeConfig, ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
+from llama_probe.data.cached_states import PromptDataset, StateCache
+from llama_probe.heads.decision import ProbeOutput
+from llama_probe.training.loss import ProbeLoss
+from llama_probe.training.rows import TrainingRows
+from llama_probe.training.token_loss import TOKEN_LOSSES
+
+
+GUARD = {"token_scope": "response", "id2label": {0: "fine", 1: "awful"}, "flagged": ["awful"]}
+# The log odds of the flagged label after each token of two replies; the second one has two tokens.
+ODDS = torch.tensor([[-2.0, 1.0, 3.0, 2.0], [0.5, -1.0, -1.0, -1.0]])
+COUNTED = torch.tensor([[True] * 4, [True, True, False, False]])
+
+
+def loss_of(name, labels=(1, 0), weights=None, members=1, **changes):
+    config = make_probe(**(GUARD | changes)).config
+    output = ProbeOutput.from_logits(None, config)
+    output.token_logits = torch.stack([torch.zeros_like(ODDS), ODDS], dim=-1).expand(members, -1, -1, -1)
+    output.token_mask, output.row_weights = COUNTED, weights
+    return float(ProbeLoss(config, token_loss=name)(output, torch.tensor(labels)))
+
+
+def expected_loss(name):
+    """A slow transcription, of a harmful and a harmless reply."""
+    harmful, harmless = softplus(-ODDS[0]), softplus(ODDS[1, :2])  # binary cross-entropy
+    if name == "softmax":
+        return harmful @ ODDS[0].softmax(0) + harmless @ ODDS[1, :2].softmax(0)
+    if name == "top-k":  # these replies have fewer tokens than must agree
+        return softplus(-ODDS[0].mean()) + softplus(ODDS[1, :2].mean())
+    probs = ODDS.sigmoid()
+    return harmful[-1] + probs[0, 2] - probs[0, 3] + harmless[-1] + probs[1, 0]
+
+
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_each_loss_is_what_it_says(name):
+    expected = float(expected_loss(name))
+    assert loss_of(name) == pytest.approx(expected / 2, rel=1e-5) == loss_of(name, members=3)
+    halves = torch.tensor([[0.5], [0.5]])
+    assert loss_of(name, weights=halves) == pytest.approx(expected / 4, rel=1e-5)
+    several = {"problem_type": "multi_label_classification", "flagged": ["awful"]}
+    assert math.isfinite(loss_of(name, labels=((0.0, 1.0), (0.0, 0.0)), **several))
+
+
+def reply_rows(count=24, seed=0):
+    """Replies to one prompt, awful if token 11 occurs, and the tokens of each reply."""
+    replies = [make_prompts(1, 3 + row % 40, seed=1000 * seed + row)[0].tolist() for row in range(count)]
+    replies = [[12 if token == 11 else token for token in reply] for reply in replies]
+    for reply in replies[1::2]:
+        reply[len(reply) // 2] = 11
+    return [[5, 6, 7, *reply] for reply in replies], np.arange(count) % 2, [len(reply) for reply in replies]
+
+
+def head(kind, scope, lm=None):
+    set_seed(3)
+    sizes = {"downcast": 4, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "dropout": 0.1}
+    return ProbeModel(ProbeConfig(probe_type=kind, **sizes, **(GUARD | {"token_scope": scope})), backbone=lm)
+
+
+def train(model, folder, loss, lm, cached, scope):
+    def dataset(seed, replies):
+        ids, labels, lengths = reply_rows(seed=seed)
+        masks = [[False] * (len(row) - n) + [True] * n for row, n in zip(ids, lengths, strict=True)]
+        masks = masks if scope == "response" else None
+        if not cached:
+            return TrainingRows(PromptDataset(ids, labels, masks, lengths), replies=replies)
+        cache, config = StateCache(folder / "states", torch.float32), head("gate", scope).config
+        return TrainingRows(cache.dataset(lm, config, ids, labels, 4096, masks, lengths), replies=replies)
+
+    args = ProbeTrainingArguments(
+        str(folder / "run"),
+        use_cpu=True,
+        disable_tqdm=True,
+        num_train_epochs=2,
+        learning_rate=3e-2,
+        token_loss=loss,
+        seed=5,
+    )
+    trainer = ProbeTrainer(model, args, None, dataset(0, args.replies), dataset(1, "tokens"))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name, scope", zip([None, *TOKEN_LOSSES], ["all", "response"] * 2, strict=True))
+def test_heads_learn_side_by_side_as_alone_and_from_cached_states(name, scope, tmp_path):
+    lm = make_lm()
+    group = {"gate": head("gate", scope), "multimax": head("multimax", scope)}
+    group = train(group, tmp_path / "group", name, lm, True, scope)
+    for kind in group.heads:
+        alone = train(head(kind, scope, lm), tmp_path / kind, name, lm, False, scope)
+        assert alone.progress["head"].scores == pytest.approx(group.progress[kind].scores, abs=1e-4)
+        for a, b in zip(alone.model.parameters(), group.heads[kind].parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "values, match",
+    [
+        ({"token_loss": "max"}, "token_loss='max'"),
+        ({"token_loss": "top-k", "token_scope": "user"}, "token_scope='user'"),
+        ({"token_loss": "softmax", "flagged": None}, "token_loss='softmax'"),
+        ({"token_loss": "softmax"}, "replies"),
+    ],
+)
+def test_refusals(values, match, tmp_path):
+    values = GUARD | values
+    loss = values.pop("token_loss")
+    sizes = {"probe_type": "gate", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+    rows = PromptDataset([[1, 2], [3, 4]], np.array([0, 1]))
+    with pytest.raises(ProbeError, match=match):
+        model = ProbeModel(ProbeConfig(**sizes, **values))
+        ProbeTrainer(model, ProbeTrainingArguments(str(tmp_path), token_loss=loss, use_cpu=True), train_dataset=rows)
