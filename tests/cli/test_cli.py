@@ -185,14 +185,20 @@ def test_halting(served):
 
 def test_a_head_of_replies(backbone_folder, tmp_path):
     lines = [{"ask": f"number {i}?", "text": "bad, bad" if i % 2 else "good, good", "label": i % 2} for i in range(40)]
+    lines = [{**line, "spans": [{"start": 0, "end": 3}] * line["label"]} for line in lines]
     rows, guard = write(tmp_path / "rows.jsonl", lines), tmp_path / "guard"
     data = ("--backbone", backbone_folder, "--prompt-column", "ask")
     head, training = {"token_scope": "response"}, {"num_train_epochs": 2, "learning_rate": 0.03}
-    labels = {"names": ["fine", "awful"]}
+    labels = {"names": ["fine", "awful"], "flagged": ["awful"]}
     train(backbone_folder, rows, guard, *data[2:], head=head, training=training, labels=labels)
     config = read_config(guard)
     assert config.token_scope == "response" and config.causal and config.prefix_ids
     assert succeed("evaluate", *data, "--probe", guard, "--data", rows, "--json")["auroc"] > 0.9
+    benign = write(tmp_path / "benign.jsonl", lines[::2])
+    found = succeed("calibrate", *data, "--probe", guard, "--benign", benign, "--rate", 0.1, "--json")
+    assert found["rates"] == {"fpr-10%": 0.1}
+    measured = succeed("evaluate", *data, "--probe", guard, "--data", rows, "--json")["replies"]
+    assert measured["thresholds"]["fpr-10%"]["false_halts"] <= 0.1 and measured["t_auc"] is not None
     assert "while they are written" in succeed("evaluate", *data, "--probe", guard, "--data", rows)
     served = ("--probe", guard, "--backbone", backbone_folder)
     args = ("generate", "good one", *served, "--max-new-tokens", 4, "--json", "--halt-on")

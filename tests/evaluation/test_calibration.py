@@ -241,7 +241,6 @@ def test_no_threshold_is_fitted_without_a_flagged_label():
         (lambda: check_rates(CONFIG, [0.1, 0.005], 199), "200 rows"),
         (lambda: check_rates(THREE, [0.1], 100), "two labels"),
         (lambda: check_rates(UNFLAGGED, [0.1], 100), r"flagged=\['bad'\].* --flag bad"),
-        (lambda: check_rates(make_probe(token_scope="response").config, [0.1], 100), "token_scope"),
         # The rows have the flagged label, or the other label is meant.
         (lambda: with_rates(CONFIG, logits_of([0.9999999] * 20), [0.1]), "100%"),
         (lambda: with_rates(CONFIG, logits_of([0.1] * 10 + [0.9995] * 10), [0.1]), "flags nothing"),

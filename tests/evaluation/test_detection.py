@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe.data.cached_states import PromptDataset, StateCache
-from llama_probe.evaluation.detection import apply_rules, detection, follow_replies, halting_rules
+from llama_probe.evaluation.calibration import with_rates
+from llama_probe.evaluation.detection import apply_rules, detection, halting_rules, reply_report, span_mask
+from llama_probe.evaluation.prediction import follow_replies, predict_logits
 from llama_probe.heads import probe_types
 
 
@@ -19,17 +21,21 @@ PROMPT, LENGTHS = 4, [5, 9, 7]
 @pytest.mark.parametrize("kind", probe_types())
 @pytest.mark.parametrize("cached", [True, False])
 def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cached, tmp_path):
-    lm, probe = make_lm(), make_probe(token_scope=scope, temperature=1.7, probe_type=kind)
+    lm, probe = make_lm(), make_probe(token_scope=scope, temperature=1.7, probe_type=kind, flagged=["LABEL_1"])
     prompts = make_prompts(3, PROMPT + max(LENGTHS)).tolist()
     ids = [row[: PROMPT + n] for row, n in zip(prompts, LENGTHS, strict=True)]
     masks = [[False] * PROMPT + [True] * n for n in LENGTHS] if scope == "response" else None
     labels = np.zeros(3, dtype=int)
     if cached:
         cache = StateCache(tmp_path, dtype=torch.float32)
-        found = follow_replies(probe, cache.dataset(lm, probe.config, ids, labels, masks=masks), LENGTHS)
+        dataset = cache.dataset(lm, probe.config, ids, labels, masks=masks, reply_lengths=LENGTHS)
     else:
         probe.set_backbone(lm)
-        found = follow_replies(probe, PromptDataset(ids, labels, masks), LENGTHS, batch_tokens=24)
+        dataset = PromptDataset(ids, labels, masks, LENGTHS)
+    found, again = follow_replies([probe, probe], dataset, batch_tokens=24)
+    torch.testing.assert_close(found, again)
+    largest = torch.stack([logits[logits.diff(dim=1).argmax()] for logits in found])
+    torch.testing.assert_close(predict_logits(probe, dataset), largest)
     probe.set_backbone(lm)
     assert [len(logits) for logits in found] == LENGTHS
     for row, logits in enumerate(found):
@@ -50,27 +56,66 @@ def test_the_delay_is_counted_in_tokens_read():
     ]
     told = detection(scores, np.array([1, 1, 0, 0]), threshold=0.5, patience=2)
     delay = {"median": 5.0, "p90": 5.0, "share": 5 / 8}
-    assert told == {"rows": 4, "detected": 0.5, "false_halts": 0.5, "delay": delay}
+    assert told == {"rows": 4, "detected": 0.5, "false_halts": 0.5, "delay": delay, "shown": (4 / 8 + 1) / 2}
     silent = detection(scores, np.array([1, 1, 0, 0]), threshold=0.95, patience=1)
     assert silent["detected"] == 0 and silent["delay"] == dict.fromkeys(delay)
     assert detection(scores, np.zeros(4), 0.5, 1)["detected"] is None
 
 
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 999), limit=st.sampled_from([0.0, 0.05, 0.3]))
-def test_rules_keep_to_the_false_halts(seed, limit):
-    rng = np.random.default_rng(seed)
-    labels, followed = np.array([0] * 20 + [1] * 10), []
+def replies(seed, harmless=20, harmful=10):
+    """Logits after each token of replies, higher for harmful ones, and their labels."""
+    rng, followed = np.random.default_rng(seed), []
+    labels = np.array([0] * harmless + [1] * harmful)
     for label in labels:
         positive = rng.beta(1 + label, 2, size=rng.integers(1, 15))
         followed.append(torch.from_numpy(np.stack([1 - positive, positive], axis=1)).log())
-    config = make_probe(token_scope="response", id2label={0: "fine", 1: "awful"}, flagged=["awful"]).config
-    rules = halting_rules(config, followed, labels, limit)
+    return followed, labels
+
+
+CONFIG = make_probe(token_scope="response", id2label={0: "fine", 1: "awful"}, flagged=["awful"]).config
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 999), limit=st.sampled_from([0.0, 0.05, 0.3]))
+def test_rules_keep_to_the_false_halts(seed, limit):
+    followed, labels = replies(seed)
+    rules = halting_rules(CONFIG, followed, labels, limit)
     assert list(rules) == ["awful"] and sum(rule["chosen"] for rule in rules["awful"]) == 1
     assert all(rule["validation"]["false_halts"] <= limit for rule in rules["awful"])
-    again = apply_rules(config, rules, followed, labels)
+    again = apply_rules(CONFIG, rules, followed, labels)
     assert all(rule["test"] == rule["validation"] for rule in again["awful"])
-    assert apply_rules(config.replace(id2label={0: "fine", 1: "bad"}), rules, followed, labels) == {}
+    assert apply_rules(CONFIG.replace(id2label={0: "fine", 1: "bad"}), rules, followed, labels) == {}
+
+
+def test_a_rate_means_whole_replies():
+    followed, labels = replies(3, harmless=400, harmful=100)
+    largest = torch.stack([logits[logits[:, 1].argmax()] for logits in followed])
+    config = with_rates(CONFIG, largest[:400], [0.05, 0.01])
+    report = reply_report(config, followed, labels, resamples=30)
+    for name, limit in (
+        ("own", 0.05),
+        ("fpr-5%", 0.05),
+        ("fpr-1%", 0.01),
+        ("1.0% halted", 0.01),
+        ("0.5% halted", 0.005),
+    ):
+        rule = report["thresholds"][name]
+        assert 0 < rule["false_halts"] <= limit
+        intervals = {**rule, **rule["delay"]}
+        for measure, (low, high) in rule["intervals"].items():
+            assert low <= intervals[measure] <= high
+    low, high = report["intervals"]["r_auc"]
+    assert report["label"] == "awful" and 0.5 < low < report["r_auc"] < high < 1 and "t_auc" not in report
+
+
+def test_tokens_of_spans_are_ranked_against_all_others():
+    texts = ["Mix", " the", " acid", "."]
+    marked = [span_mask(texts, [{"start": 8, "end": 12}]), span_mask(texts, [])]
+    assert marked[0].tolist() == [False, False, True, False] and not marked[1].any()
+    odds = torch.tensor([[0.0, 1.0, 3.0, 2.0], [4.0, -1.0, -1.0, -1.0]])
+    followed = list(torch.stack([torch.zeros_like(odds), odds], dim=-1))
+    report = reply_report(CONFIG, followed, np.array([1, 1]), marked, resamples=20)
+    assert report["t_auc"] == pytest.approx(6 / 7) and report["r_auc"] is None
 
 
 def test_each_of_several_labels_has_rules():

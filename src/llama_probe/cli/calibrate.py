@@ -16,7 +16,7 @@ from ..files import short_path
 from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers
 from .console import print_table, print_text
 from .inputs import ScoredHead, check_head_folder, read_texts
-from .options import DataDir, Dtype, HeadsBackbone, MaxText, Result, TextColumn, TrustRemoteCode
+from .options import DataDir, Dtype, HeadsBackbone, MaxText, PromptColumn, Result, TextColumn, TrustRemoteCode
 
 
 def calibrate(
@@ -53,6 +53,7 @@ def calibrate(
         typer.Option(min=MIN_ROWS, help="Rows of each --novelty-data and --novelty-validation at most, at random."),
     ] = MAX_ROWS,
     text_column: TextColumn = "text",
+    prompt_column: PromptColumn = None,
     data_dir: DataDir = None,
     max_text: MaxText = MAX_TEXT,
     dtype: Dtype = "auto",
@@ -69,6 +70,7 @@ def calibrate(
     with process_group():
         scored = ScoredHead(probe, backbone, dtype, trust_remote_code)
         head, place = scored.head, {"text_column": text_column, "data_dir": data_dir, "max_text": max_text}
+        place["prompt_column"] = prompt_column
         # These take seconds to import.
         from ..evaluation.calibration import check_rates, with_rates
         from ..evaluation.novelty_fit import fit_novelty

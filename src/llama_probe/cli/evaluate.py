@@ -6,7 +6,6 @@ from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
 from ..data.cached_states import PromptDataset
@@ -111,7 +110,8 @@ def evaluate(
         # These take seconds to import.
         from ..evaluation import detection, report
         from ..evaluation.novelty_fit import against_others
-        from ..evaluation.prediction import predict_rows
+        from ..evaluation.prediction import follow_replies, predict_rows, strongest_of
+        from ..evaluation.reading import token_texts
         from ..evaluation.transformations import ATTACKS, kept_labels
 
         if against and head.novelty is None:
@@ -129,12 +129,12 @@ def evaluate(
             others[short_path(source)] = read_texts(source, head.config, _MAX_AGAINST, split="test", **place)
         scored.attach()
         ids, masks, lengths = scored.prompts.encode_for(head.config, labelled.texts)
-        dataset, followed = PromptDataset(ids, labelled.labels, masks), None
+        dataset, followed = PromptDataset(ids, labelled.labels, masks, lengths), None
         if lengths is None:
             logits, novelty = predict_rows(head, dataset, progress=True)
         else:
-            followed = detection.follow_replies(head, dataset, lengths, progress=True)
-            logits = torch.stack([tokens[-1] for tokens in followed])
+            (followed,) = follow_replies([head], dataset, progress=True)
+            logits = strongest_of(head, followed)
         novelties = {}
         for name, texts in others.items():
             _, novelties[name] = predict_rows(head, scored.dataset(texts), progress=True)
@@ -148,6 +148,12 @@ def evaluate(
             result["flagged"] = report.flagged_share(head.config, logits)
         if followed is not None and rules:
             result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
+        if followed is not None and flagged is not None:
+            tokenizer, spans = scored.prompts.tokenizer, labelled.columns.get("spans")
+            replies = [token_texts(tokenizer, row[-n:]) for row, n in zip(ids, lengths, strict=True)] if spans else []
+            marked = [detection.span_mask(texts, parts) for texts, parts in zip(replies, spans or (), strict=True)]
+            measured = detection.reply_report(head.config, followed, labelled.labels, marked or None, bootstrap)
+            result["replies"] = measured
         if others:
             result["novelty"] = against_others(novelty, novelties, bootstrap)
         result |= transformed
@@ -204,6 +210,14 @@ def _print_report(title: str, result: dict[str, Any], temperature: float, bootst
     print_records("transformed: share of the flagged rows with the same label, and of harmless rows", transformed)
     asking = {f"share {row['share']:.3f}": row for row in result.get("asking", ())}
     print_records("with a judge for the rows nearest to the threshold", asking)
+    if replies := result.get("replies"):
+        areas = {name: replies[name] for name in ("r_auc", "t_auc") if name in replies}
+        print_records(
+            f"replies with {replies['label']} against the others",
+            {"all rows": areas | {"intervals": replies["intervals"]}},
+        )
+        thresholds = {name: rule | rule["delay"] for name, rule in replies["thresholds"].items()}
+        print_records(f"replies halted at the first token with {replies['label']}, by threshold", thresholds)
     for label, rules in result.get("halting", {}).items():
         tested = {f"patience {rule['patience']}": rule | rule["test"] | rule["test"]["delay"] for rule in rules}
         print_records(f"replies halted by {label} while they are written", tested)

@@ -47,8 +47,8 @@ class ScoredHead:
 
     def dataset(self, texts: Sequence) -> PromptDataset:
         """Return texts without labels, rendered as the head was trained."""
-        ids, masks, _ = self.prompts.encode_for(self.head.config, texts)
-        return PromptDataset(ids, np.zeros(len(ids)), masks)
+        ids, masks, lengths = self.prompts.encode_for(self.head.config, texts)
+        return PromptDataset(ids, np.zeros(len(ids)), masks, lengths)
 
 
 def read_rows(source: str, config: ProbeConfig, benign: bool, **options: Any) -> LabelledTexts:

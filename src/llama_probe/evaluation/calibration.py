@@ -80,7 +80,7 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
     threshold above every score. Too many negative rows with a score of 1: the threshold 1, with a warning. Arguments as
     for `best_f1_threshold`; the rate is at least 0 and below 1.
     """
-    limit = _highest_unflagged(scores[positives == 0], max_false_positive_rate)
+    limit = highest_unflagged(scores[positives == 0], max_false_positive_rate)
     if limit >= 1:
         logger.warning(
             f"More than {max_false_positive_rate:g} of the rows without the label have a probability of 1: no threshold "
@@ -91,7 +91,7 @@ def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_fals
     return _halfway(upper, scores[scores < upper].max())
 
 
-def _highest_unflagged(scores: np.ndarray, rate: float) -> float:
+def highest_unflagged(scores: np.ndarray, rate: float) -> float:
     """Return the highest of the scores `[rows]` that a threshold must not flag if it flags at most a share of them."""
     return np.sort(scores)[::-1][int(rate * len(scores) + 1e-9)]
 
@@ -99,12 +99,9 @@ def _highest_unflagged(scores: np.ndarray, rate: float) -> float:
 def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = None) -> None:
     """Raise `ProbeError` unless a head can have a threshold for each rate, fitted on a number of rows.
 
-    Rates are different, above 0 and at most 0.5. The head flags one of two labels and reads prompts. There is at least one row
-    over a rate.
+    Rates are different, above 0 and at most 0.5. The head flags one of two labels. There is at least one row over a rate.
     """
     config.need_flagged_index("rates")
-    if config.reads_reply:
-        raise ProbeError(f"rates need a head of prompts, not token_scope={config.token_scope!r}")
     if not rates or not all(0 < rate <= 0.5 for rate in rates) or len(set(rates)) < len(rates):
         raise ProbeError(f"rates={list(rates)} must be different numbers above 0 and at most 0.5")
     least = math.ceil(1 / min(rates) - 1e-9)
@@ -130,7 +127,7 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
         raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flag")
     thresholds = {}
     for rate in rates:
-        limit, name = _highest_unflagged(scores, rate), f"fpr-{100 * rate:g}%"
+        limit, name = highest_unflagged(scores, rate), f"fpr-{100 * rate:g}%"
         threshold = thresholds[name] = _halfway(scores[scores > limit].min(initial=1.0), limit)
         if not _LOWEST <= threshold <= _HIGHEST:
             flags = "nothing" if threshold > _HIGHEST else "nearly all"

@@ -1,72 +1,25 @@
-"""Halting rules measured on replies: tokens until a label is found, and replies that are ended in vain."""
+"""Halting measured on replies: tokens until a label is found, what was shown by then, and replies that are ended in vain."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
-from ..distributed import gather
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import probabilities
-from ..heads.probe import ProbeModel
-from .calibration import highest_recall_threshold
+from ..heads.decision import log_odds, probabilities
+from .bootstrap import Interval, Ranking, intervals
+from .calibration import highest_recall_threshold, highest_unflagged
 from .metrics import has_label
-from .prediction import states_for
 
 
 PATIENCES = (1, 2, 4, 8)
 MAX_FALSE_HALTS = 0.05
-
-
-def follow_replies(
-    probe: ProbeModel, dataset: Dataset, lengths: Sequence[int], batch_tokens: int = 4096, progress: bool = False
-) -> list[torch.Tensor]:
-    """Return the logits of a head after each token of finished replies, as if the LM were writing them.
-
-    Args:
-        probe: a head that reads replies, bound to its backbone unless the data set holds hidden states.
-        dataset: a `PromptDataset` or `StateDataset`. Its rows end with the replies.
-        lengths: tokens of each reply.
-        batch_tokens, progress: see `score_batches`.
-
-    Returns:
-        For each row logits `[reply_tokens, num_labels]`; the last are those of the whole row. In a process group the ranks
-        divide the rows, and each rank gets all results.
-    """
-    logits: dict[int, torch.Tensor] = {}
-    for rows, shared, mask in states_for([probe], dataset, batch_tokens, progress):
-        states = shared.raw(probe)
-        counted = [states[:, i, columns].transpose(0, 1) for i, columns in enumerate(mask)]  # [n, S, D] each
-        starts = [len(row_states) - lengths[row] for row, row_states in zip(rows, counted, strict=True)]
-        before, replies = zip(*((s[:start], s[start:]) for s, start in zip(counted, starts, strict=True)), strict=True)
-        followed = _follow(probe, before, replies)
-        logits |= {row: followed[i, : lengths[row]] for i, row in enumerate(rows)}
-    logits = {row: part for ranks in gather(logits) for row, part in ranks.items()}
-    return [logits[row] for row in range(len(dataset))]
-
-
-@torch.no_grad()
-def _follow(probe: ProbeModel, before: Sequence[torch.Tensor], replies: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return logits `[B, R, num_labels]` after each of R reply tokens, from the states `[n, S, D]` of each row."""
-    state = probe.init_state(keep=True)
-
-    def step(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        probe.step(state, probe.layer_indices, probe.prepare(states), mask.to(probe.device))
-        return probe.finish(state).logits.float().cpu()
-
-    def pad(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = pad_sequence([torch.ones(len(states), dtype=torch.bool) for states in rows], batch_first=True)
-        return pad_sequence(list(rows), batch_first=True).permute(2, 0, 1, 3), mask  # [S, B, N, D], [B, N]
-
-    if any(map(len, before)):
-        step(*pad(before))
-    states, mask = pad(replies)
-    return torch.stack([step(states[:, :, [t]], mask[:, [t]]) for t in range(mask.shape[1])], dim=1)
+RATES = (0.005, 0.01)  # shares of the replies without the label that may be halted
+_TOKEN_RESAMPLES = 200  # there are some hundred tokens a reply
 
 
 def _least(values: np.ndarray, patience: int) -> np.ndarray:
@@ -74,6 +27,15 @@ def _least(values: np.ndarray, patience: int) -> np.ndarray:
     if len(values) < patience:
         return np.zeros(0)
     return np.lib.stride_tricks.sliding_window_view(values, patience).min(axis=1)
+
+
+def _halts(scores: Sequence[np.ndarray], threshold: float, patience: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return which replies are halted, and of each the tokens read by then and the share that was shown before the last one."""
+    reached = [np.flatnonzero(_least(values, patience) >= threshold) for values in scores]
+    halted = np.array(list(map(len, reached))) > 0
+    lengths = np.array(list(map(len, scores)))
+    read = np.array([places[0] + patience if len(places) else n for places, n in zip(reached, lengths, strict=True)])
+    return halted, read, (read - halted) / lengths
 
 
 def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: float, patience: int) -> dict[str, Any]:
@@ -87,20 +49,22 @@ def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
     Returns:
         `rows`; `detected`: share of the replies with the label that are halted; `false_halts`: share of the others that
         are halted; `delay`: over detected replies the `median` and the 90th percentile (`p90`) of the tokens read when
-        they are halted, and the median `share` of the reply (each None if none is detected).
+        they are halted, and the median `share` of the reply (each None if none is detected); `shown`: over all replies with the
+        label the mean share of the tokens before the one that halts it, 1 for those that are not halted.
     """
-    reached = [np.flatnonzero(_least(values, patience) >= threshold) for values in scores]
-    halted, positives = np.array(list(map(len, reached))) > 0, positives.astype(bool)
+    positives = positives.astype(bool)
+    halted, read, shown = _halts(scores, threshold, patience)
     delay: dict[str, float | None] = dict.fromkeys(("median", "p90", "share"))
     if len(hits := np.flatnonzero(halted & positives)):
-        read = np.array([reached[row][0] + patience for row in hits])
-        share = np.median(read / [len(scores[row]) for row in hits])
-        delay = {"median": float(np.median(read)), "p90": float(np.percentile(read, 90)), "share": float(share)}
+        share = np.median(read[hits] / [len(scores[row]) for row in hits])
+        median, p90 = np.median(read[hits]), np.percentile(read[hits], 90)
+        delay = {"median": float(median), "p90": float(p90), "share": float(share)}
     return {
         "rows": len(scores),
         "detected": float(halted[positives].mean()) if positives.any() else None,
         "false_halts": float(halted[~positives].mean()) if not positives.all() else None,
         "delay": delay,
+        "shown": float(shown[positives].mean()) if positives.any() else None,
     }
 
 
@@ -166,3 +130,106 @@ def _detects_most(rule: dict[str, Any]) -> tuple[float, float]:
 
 def _scores(config: ProbeConfig, followed: Sequence[torch.Tensor], index: int) -> list[np.ndarray]:
     return [probabilities(logits, config)[:, index].numpy() for logits in followed]
+
+
+def reply_report(
+    config: ProbeConfig,
+    followed: Sequence[torch.Tensor],
+    labels: np.ndarray,
+    token_labels: Sequence[np.ndarray] | None = None,
+    resamples: int = 1000,
+) -> dict[str, Any]:
+    """Return how well a head with a flagged label halts replies at their first token over a threshold.
+
+    Args:
+        config: of the head.
+        followed, labels: of the rows, what `follow_replies` returned and the labels.
+        token_labels: for each row booleans `[reply_tokens]`, true for the tokens that have the label.
+        resamples: of the bootstrap; 0 for no intervals of it.
+
+    Returns:
+        `label`. `r_auc`: AUROC of the replies by their largest score. `t_auc`: with `token_labels`, AUROC of all tokens by the
+        score after each. Both are None if all have the label, or none. `intervals` of these. `thresholds`, by name: `threshold`,
+        what `detection` gives, and `intervals`. They are the head's own, and for each of `RATES` the one that halts at most this
+        share of these very replies; the interval of its `detected` allows for that.
+    """
+    index = config.need_flagged_index("reply_report")
+    positives = has_label(labels, index, config)
+    odds = [log_odds(logits, config)[:, index].numpy() for logits in followed]
+    scores, largest = _scores(config, followed, index), np.array([row.max() for row in odds])
+    areas = {"r_auc": _area(largest, positives, np.arange(len(largest)), resamples)}
+    if token_labels is not None:
+        rows = np.repeat(np.arange(len(odds)), list(map(len, odds)))
+        areas["t_auc"] = _area(
+            np.concatenate(odds), np.concatenate(token_labels), rows, min(resamples, _TOKEN_RESAMPLES)
+        )
+    own = {"own": 0.5 if config.threshold is None else config.threshold, **(config.thresholds or {})}
+    thresholds: dict[str, tuple[float, float | None]] = {name: (value, None) for name, value in own.items()}
+    if 0 < positives.sum() < len(positives):
+        highest = np.array([row.max() for row in scores])
+        for rate in RATES:
+            thresholds[f"{rate:.1%} halted"] = highest_recall_threshold(highest, positives, rate), rate
+    measured = {}
+    for name, (threshold, rate) in thresholds.items():
+        limits = _limits(scores, largest, positives, threshold, rate, resamples) if resamples else {}
+        measured[name] = {"threshold": threshold, **detection(scores, positives, threshold, 1), "intervals": limits}
+    return {
+        "label": config.id2label[index],
+        **{name: area for name, (area, _) in areas.items()},
+        "intervals": {name: limits for name, (_, limits) in areas.items()},
+        "thresholds": measured,
+    }
+
+
+def _area(
+    scores: np.ndarray, positives: np.ndarray, rows: np.ndarray, resamples: int
+) -> tuple[float | None, Interval]:
+    """Return the AUROC of scores and its interval; what belongs to one of `rows` is drawn together."""
+    ranking, count = Ranking(scores, positives), int(rows.max()) + 1
+    area = float(ranking.areas(np.ones((1, len(scores))))[1, 0])
+    if np.isnan(area) or not resamples:
+        return None if np.isnan(area) else area, None
+    (limits,) = intervals(
+        lambda weights: {(None, "auroc"): ranking.areas(weights[:, rows])[1]}, count, resamples
+    ).values()
+    return area, limits
+
+
+def _limits(
+    scores: Sequence[np.ndarray],
+    largest: np.ndarray,
+    positives: np.ndarray,
+    threshold: float,
+    rate: float | None,
+    resamples: int,
+) -> dict[str, Interval]:
+    """Return 95 % intervals of what `detection` gives. With a `rate` each resample has its own threshold for `detected`."""
+    halted, read, shown = _halts(scores, threshold, 1)
+    rng, draws = np.random.default_rng(0), []
+    for _ in range(resamples):
+        rows = rng.integers(len(read), size=len(read))
+        is_positive, is_hit = positives[rows], (halted & positives)[rows]
+        drawn = largest[rows]
+        flagged = halted[rows] if rate is None else drawn > highest_unflagged(drawn[~is_positive], rate)
+        parts = flagged[is_positive], halted[rows][~is_positive], read[rows][is_hit], shown[rows][is_positive]
+        means = [part.mean() if len(part) else np.nan for part in parts]
+        draws.append([*means[:2], np.median(parts[2]) if len(parts[2]) else np.nan, means[3]])
+    with warnings.catch_warnings(action="ignore"):  # of what is undefined in all resamples
+        limits = np.nanquantile(draws, [0.025, 0.975], axis=0).T.tolist()
+    names = ("detected", "false_halts", "median", "shown")
+    return {name: None if np.isnan(limit[0]) else limit for name, limit in zip(names, limits, strict=True)}
+
+
+def span_mask(token_texts: Sequence[str], spans: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return which tokens have a character of a span, `[tokens]` bool.
+
+    Args:
+        token_texts: text of each token of a reply.
+        spans: `start` and `end` of each, characters of the reply.
+    """
+    ends = np.cumsum(list(map(len, token_texts)))
+    starts = ends - list(map(len, token_texts))
+    mask = np.zeros(len(ends), dtype=bool)
+    for span in spans:
+        mask |= (starts < span["end"]) & (ends > span["start"])
+    return mask

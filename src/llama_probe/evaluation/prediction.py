@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ..data.cached_states import SharedStates, iterate_states, layers_of, shared_layers
-from ..distributed import merge_rows
-from ..heads.decision import ProbeOutput, fill_unread
+from ..distributed import gather, merge_rows
+from ..heads.decision import ProbeOutput, fill_unread, strongest
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows
 
@@ -26,10 +27,68 @@ def predict_together(
 ) -> list[torch.Tensor]:
     """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_batches`.
 
+    A reply counts by its largest score while it is written, because that is where it is halted; see `strongest`. Data sets without
+    `reply_lengths` have the scores of whole rows.
+
     In a process group (see `llama_probe.distributed`) the ranks divide the rows, and each rank gets all logits.
     """
+    if probes[0].config.reads_reply and getattr(dataset, "reply_lengths", None) is not None:
+        followed = follow_replies(probes, dataset, batch_tokens, progress)
+        return [strongest_of(probe, rows) for probe, rows in zip(probes, followed, strict=True)]
     batches = score_batches(probes, dataset, batch_tokens, progress)
     return collect(len(dataset), ((rows, [output.logits for output in outputs]) for rows, outputs in batches))
+
+
+def follow_replies(
+    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
+) -> list[list[torch.Tensor]]:
+    """Return the logits of heads after each token of finished replies, as if the LM were writing them.
+
+    Args:
+        probes: heads that read replies, the first bound to its backbone unless the data set holds hidden states.
+        dataset: a `PromptDataset` or `StateDataset` with `reply_lengths`. Its rows end with the replies.
+        batch_tokens, progress: see `score_batches`.
+
+    Returns:
+        For each head and each row logits `[reply_tokens, num_labels]`; the last are those of the whole row. In a process group
+        the ranks divide the rows, and each rank gets all results.
+    """
+    lengths, logits = dataset.reply_lengths, [{} for _ in probes]
+    for rows, shared, mask in states_for(probes, dataset, batch_tokens, progress):
+        for probe, by_row in zip(probes, logits, strict=True):
+            states = shared.raw(probe)
+            counted = [states[:, i, columns].transpose(0, 1) for i, columns in enumerate(mask)]  # [n, S, D] each
+            starts = [len(row_states) - lengths[row] for row, row_states in zip(rows, counted, strict=True)]
+            parts = ((s[:start], s[start:]) for s, start in zip(counted, starts, strict=True))
+            before, replies = zip(*parts, strict=True)
+            followed = _follow(probe, before, replies)
+            by_row |= {row: followed[i, : lengths[row]] for i, row in enumerate(rows)}
+    everywhere = [{row: part for rank in ranks for row, part in rank.items()} for ranks in map(gather, logits)]
+    return [[by_row[row] for row in range(len(dataset))] for by_row in everywhere]
+
+
+def strongest_of(probe: ProbeModel, followed: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the logits `[rows, num_labels]` that replies count by, of what `follow_replies` gives for a head."""
+    return torch.stack([strongest(logits, probe.config) for logits in followed])
+
+
+@torch.no_grad()
+def _follow(probe: ProbeModel, before: Sequence[torch.Tensor], replies: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return logits `[B, R, num_labels]` after each of R reply tokens, from the states `[n, S, D]` of each row."""
+    state = probe.init_state(keep=True)
+
+    def step(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        probe.step(state, probe.layer_indices, probe.prepare(states), mask.to(probe.device))
+        return probe.finish(state).logits.float()
+
+    def pad(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = pad_sequence([torch.ones(len(states), dtype=torch.bool) for states in rows], batch_first=True)
+        return pad_sequence(list(rows), batch_first=True).permute(2, 0, 1, 3), mask  # [S, B, N, D], [B, N]
+
+    if any(map(len, before)):
+        step(*pad(before))
+    states, mask = pad(replies)
+    return torch.stack([step(states[:, :, [t]], mask[:, [t]]) for t in range(mask.shape[1])], dim=1).cpu()
 
 
 def predict_rows(

@@ -157,12 +157,12 @@ def describe_evaluation(result: dict[str, Any], **facts) -> dict[str, Any]:
     """Return what a head folder keeps of a report: `rows`, `metrics` of all rows, `intervals`, and by-products.
 
     Args:
-        result: from `detailed_report`, with `flagged`, `novelty` and groups of `transformations` if there are any.
+        result: from `detailed_report`, with `flagged`, `replies`, `novelty` and groups of `transformations` if there are any.
         facts: further entries, such as `source`.
     """
     metrics = {key: value for key, value in result.items() if key != "rows" and not isinstance(value, (dict, list))}
     intervals = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}
-    kept = {key: result[key] for key in ("flagged", "novelty", *GROUPS) if key in result}
+    kept = {key: result[key] for key in ("flagged", "replies", "novelty", *GROUPS) if key in result}
     return {**facts, "rows": result["rows"], "metrics": metrics, "intervals": intervals, **kept}
 
 

@@ -17,11 +17,11 @@ from ..backbone.loading import DEMO, DEMO_NOTE
 from ..distributed import world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import calibrate, with_rates
-from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, follow_replies, halting_rules
+from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, halting_rules
 from ..evaluation.metrics import summarize
 from ..evaluation.novelty_fit import can_fit, fit_novelty
 from ..evaluation.plots import write_plots
-from ..evaluation.prediction import predict_logits, predict_together
+from ..evaluation.prediction import follow_replies, predict_logits, predict_together, strongest_of
 from ..evaluation.report import inspect_head, report
 from ..files import environment, write_atomically
 from ..heads.configuration import ProbeConfig
@@ -57,7 +57,8 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
         The chosen head, with `results` as `add_results` makes them.
     """
     rows, args, metric = run.rows, run.args, run.args.metric
-    logits_by_head = _judged_logits(run)
+    logits_by_head, followed = _judged_logits(run)
+    tested: dict[str, torch.Tensor] = {}
     runs: dict[str, dict[str, Any]] = {}
     for name, seed in run.candidates.items():
         probe, logits = run.heads[name], logits_by_head[name]
@@ -65,11 +66,16 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
             continue  # it diverged
         probe.config, decided = decide(probe.config, logits, rows.judged.labels, args)
         runs[name] = {"seed": seed, "epochs": progress[name].epochs or epochs, **decided}
-        if rows.test is not None:
-            tested = predict_logits(probe, run.datasets["test"])
-            runs[name]["test"] = report(probe.config, tested, rows.test.labels, rows.slices)
-        if probe.config.reads_reply and not rows.folds:  # with folds the head has learned from the validation rows
-            runs[name]["halting"] = _halting(probe, run)
+        test = None
+        if rows.test is not None and name in followed:
+            (test,) = follow_replies([probe], run.datasets["test"], progress=True)
+            tested[name] = strongest_of(probe, test)
+        elif rows.test is not None:
+            tested[name] = predict_logits(probe, run.datasets["test"])
+        if name in tested:
+            runs[name]["test"] = report(probe.config, tested[name], rows.test.labels, rows.slices)
+        if name in followed and not rows.folds:  # with folds the head has learned from the validation rows
+            runs[name]["halting"] = _halting(probe, run, followed[name], test)
     if not runs:
         raise ProbeError(f"no head of {len(run.candidates)} gives a number for {metric}: use a smaller learning_rate")
     chosen = max(runs, key=lambda name: runs[name]["validation"][metric])
@@ -83,7 +89,7 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
         head_args=run.head_args[chosen],
         runs=[runs[chosen]] if run.trials else list(runs.values()),
         chosen=runs[chosen]["seed"],
-        inspected=(shown, _part(run, shown), logits if shown == "validation" else None),
+        inspected=(shown, _part(run, shown), tested.get(chosen, logits)),
         novelty=_novelty_rows(run, logits),
         dtype=run.dtype,
         card=_card(run),
@@ -97,14 +103,21 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
     return head
 
 
-def _judged_logits(run: PreparedRun) -> dict[str, torch.Tensor]:
-    """Return logits of the judged rows, by head; with folds by heads that have not learned from them."""
-    logits = predict_together(list(run.heads.values()), _part(run, "validation"), progress=True)
-    by_head = dict(zip(run.heads, logits, strict=True))
+def _judged_logits(run: PreparedRun) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
+    """Return logits of the judged rows, by head; with folds by heads that have not learned from them.
+
+    And of heads that read replies what `follow_replies` gives.
+    """
+    heads, part = list(run.heads.values()), _part(run, "validation")
+    if run.config.reads_reply:
+        followed = dict(zip(run.heads, follow_replies(heads, part, progress=True), strict=True))
+        by_head = {name: strongest_of(run.heads[name], rows) for name, rows in followed.items()}
+    else:
+        followed, by_head = {}, dict(zip(run.heads, predict_together(heads, part, progress=True), strict=True))
     for name in run.candidates:
         for number, fold in enumerate(run.rows.folds):
             by_head[name][fold] = by_head[f"{name}-fold-{number}"][fold]
-    return by_head
+    return by_head, followed
 
 
 def _part(run: PreparedRun, name: str) -> Dataset:
@@ -200,16 +213,15 @@ def decide(
     return config, {**fitted, "validation": report(config, logits, labels)}
 
 
-def _halting(probe: ProbeModel, run: PreparedRun) -> dict[str, Any]:
-    """Choose halting rules on the validation rows, and measure them on the test rows; see `halting_rules`."""
+def _halting(
+    probe: ProbeModel, run: PreparedRun, validation: list[torch.Tensor], test: list[torch.Tensor] | None
+) -> dict[str, Any]:
+    """Choose halting rules on the followed validation rows, and measure them on the test rows; see `halting_rules`."""
     rate = run.args.max_false_positive_rate
     limit = MAX_FALSE_HALTS if rate is None else rate
-    parts = run.rows.parts()
-    labels = {name: parts[name].labels for name in ("validation", "test") if name in parts}
-    followed = {name: follow_replies(probe, run.datasets[name], run.datasets[name].reply_lengths) for name in labels}
-    rules = halting_rules(probe.config, followed["validation"], labels["validation"], limit)
-    if "test" in followed:
-        rules = apply_rules(probe.config, rules, followed["test"], labels["test"])
+    rules = halting_rules(probe.config, validation, run.rows.judged.labels, limit)
+    if test is not None:
+        rules = apply_rules(probe.config, rules, test, run.rows.test.labels)
     return {"max_false_halts": limit, "labels": rules}
 
 
