@@ -259,7 +259,7 @@ class TestRules:
     def test_what_a_rule_halts(self, logits, changes, options, halted):
         config, output = output_of(logits, **changes)
         (rule,) = HaltRule.create_all("h", config, **options)
-        found = rule.halts(output)
+        found = rule.halts(output.probabilities)
         assert [halt is not None for halt in found] == halted
 
     def test_as_the_head_decides(self, model, prompts):
@@ -269,7 +269,7 @@ class TestRules:
 
     def test_a_label_and_a_threshold(self):
         config, output = output_of([[2.0, 0.0], [0.0, 0.5]], id2label={0: "no", 1: "yes"}, temperature=2.0)
-        found = HaltRule.create("h", config, "no", 0.6).halts(output)
+        found = HaltRule.create("h", config, "no", 0.6).halts(output.probabilities)
         assert found[1] is None and found[0] == Halt("h", "no", pytest.approx(1 / (1 + math.exp(-1))), 0.6)
 
     @pytest.mark.parametrize("bad", [0, 1])
@@ -337,6 +337,7 @@ class TestRules:
             ({"thresholds": {"low": 0.1}}, {"label": "LABEL_0", "threshold": "low"}, "'low'"),
             ({}, {"patience": 2}, "patience"),
             ({"token_scope": "all"}, {"patience": 0}, "patience"),
+            ({}, {"window": 2}, "window"),
         ],
     )
     def test_options_that_a_head_refuses(self, changes, options, words):

@@ -179,6 +179,16 @@ class TestHalting:
             assert passes == [9, 1] and out.sequences.shape[1] == 9 + 2
             assert [halt.token for halt in out.probe_halts] == [0, 0, 0]
 
+    @pytest.mark.parametrize("window", [2, 3])
+    def test_a_window_takes_the_mean_of_the_last_scores(self, model, prompts, window):
+        kwargs = {"max_new_tokens": 8, "eos_token_id": None}
+        free = model.generate(prompts, **kwargs).probe_token_probabilities["guard"][..., 1]  # [rows, 7]
+        means = torch.stack([free[:, max(0, t + 1 - window) : t + 1].mean(dim=1) for t in range(7)], dim=1)
+        threshold = float(means.amax(dim=1).median()) - 1e-5
+        out = model.generate(prompts, halt_on={"guard": {"threshold": threshold, "window": window}}, **kwargs)
+        first = [(row >= threshold).nonzero().flatten().tolist()[:1] for row in means]
+        assert [[] if halt is None else [halt.token] for halt in out.probe_halts] == first
+
     def test_beside_a_head_that_halts_prompts(self, model, prompts):
         mood = model.generate(prompts, max_new_tokens=1).probe_probabilities["mood"][:, 1]
         rules = {"mood": {"threshold": float(mood.max())}, "guard": {"threshold": 0.0, "patience": 2}}

@@ -18,11 +18,19 @@ def start(request, tiny, tmp_path):
     started = []
 
     def make(
-        scope="response", halts=True, patience=1, blocks=30, prompt=None, prefixes=False, hide=False, **options
+        scope="response",
+        halts=True,
+        patience=1,
+        blocks=30,
+        prompt=None,
+        prefixes=False,
+        hide=False,
+        window=1,
+        **options,
     ) -> Player:
         head = make_probe(hidden_size=HIDDEN, probe_type="gate", id2label={0: "fine", 1: "bad"}, token_scope=scope)
         head.save_pretrained(tmp_path / scope)
-        rules = {"watch": {"label": "bad", "threshold": 0.5, "patience": patience}}
+        rules = {"watch": {"label": "bad", "threshold": 0.5, "patience": patience, "window": window}}
         options["halt_on" if halts else "monitor"] = rules
         kwargs = engine_kwargs(tiny.backbone, {"watch": tmp_path / scope}, max_num_seqs=6, **options)
         kwargs["additional_config"]["llama_probe"]["hide_scores"] = hide
@@ -121,6 +129,16 @@ def test_patience_and_more_that_is_held_back(start, flags, patience, hold_back):
     player.add("a", Script(flags), max_tokens=7)
     player.run()
     check(player, "a", 7, patience=patience, hold_back=hold_back)
+
+
+@pytest.mark.parametrize(("flags", "halt"), [([3], None), ([3, 4], 4), ([0], 0)])
+def test_a_window_takes_the_mean_of_the_last_scores(start, flags, halt):
+    player = start(window=4)
+    player.add("a", Script(flags), max_tokens=7)
+    player.run()
+    reply = player.delivered["a"][-1].kv_transfer_params["replies"][0]
+    assert (reply["halted"] and reply["halted"]["token"]) == halt
+    assert len(player.tokens("a")) == (7 if halt is None else halt)
 
 
 def test_a_flagged_prompt_counts_for_the_patience(start):

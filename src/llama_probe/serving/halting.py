@@ -28,7 +28,7 @@ PromptTexts = Callable[[str, list[int]], list[str]]  # from a head's name and ro
 TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
-_OPTIONS = ("label", "threshold", "patience", "unsure", "ask")
+_OPTIONS = ("label", "threshold", "patience", "window", "unsure", "ask")
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class HaltRule:
         index: index of the label.
         threshold: halts from this probability, or value of a regression head, on. `None`: if the head decides on the label.
         patience: number of tokens in a row that must have the label. If the head reads prompts as well, theirs is the first.
+        window: a reply token is judged by the mean probabilities of this many last ones.
         unsure: (low, high); `ask` decides on prompts with low <= score < high.
         ask: a function from the texts of such prompts to one decision each, such as another model.
     """
@@ -93,6 +94,7 @@ class HaltRule:
     index: int
     threshold: float | None
     patience: int = 1
+    window: int = 1
     unsure: tuple[float, float] | None = None
     ask: Judge | None = None
 
@@ -119,6 +121,7 @@ class HaltRule:
         label: str,
         threshold: float | str | None = None,
         patience: int = 1,
+        window: int = 1,
         unsure: tuple[float, float] | None = None,
         ask: Judge | None = None,
     ) -> HaltRule:
@@ -145,10 +148,11 @@ class HaltRule:
             raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
         else:
             threshold = threshold_of(config, index)
-        if not isinstance(patience, int) or patience < 1:
-            raise ProbeError(f"halt_on: the patience of {head!r} is {patience!r}; it must be a whole number from 1")
-        if patience > 1 and not config.reads_reply:
-            raise ProbeError(f"halt_on: patience={patience} counts reply tokens, and {head!r} reads the prompt alone")
+        for name, value in (("patience", patience), ("window", window)):
+            if not isinstance(value, int) or value < 1:
+                raise ProbeError(f"halt_on: the {name} of {head!r} is {value!r}; it must be a whole number from 1")
+            if value > 1 and not config.reads_reply:
+                raise ProbeError(f"halt_on: {name}={value} counts reply tokens, and {head!r} reads the prompt alone")
         if unsure is not None or ask is not None:
             band = tuple(unsure) if isinstance(unsure, (list, tuple)) else ()
             if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
@@ -156,16 +160,15 @@ class HaltRule:
             if config.token_scope == "response":
                 raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
             unsure = float(band[0]), float(band[1])
-        return cls(head, config, index, threshold, patience, unsure, ask)
+        return cls(head, config, index, threshold, patience, window, unsure, ask)
 
     def __str__(self) -> str:
         score = "value" if self.config.problem_type == "regression" else "probability"
         limit = "where the head gives it" if self.threshold is None else f"from a {score} of {self.threshold:.3g} on"
         return f"{self.head} halts on {self.config.id2label[self.index]!r} {limit}"
 
-    def halts(self, output: ProbeOutput) -> list[Halt | None]:
-        """Return the reason to halt each row, or `None`, without regard to patience."""
-        probs = output.probabilities
+    def halts(self, probs: torch.Tensor) -> list[Halt | None]:
+        """Return the reason to halt each row of probabilities `[rows, num_labels]`, or `None`, without regard to patience."""
         scores = probs[:, self.index]
         limit = self.threshold
         flagged = predictions(probs, self.config) == self.index if limit is None else scores >= limit
@@ -180,6 +183,18 @@ class HaltRule:
     def reason(self, score: float) -> Halt:
         """Return the `Halt` of a row with this score."""
         return Halt(self.head, self.config.id2label[self.index], score, self.threshold)
+
+
+class Window:
+    """The last tokens of one reply, for a rule with a `window`."""
+
+    def __init__(self, rule: HaltRule):
+        self._probs: deque[torch.Tensor] = deque(maxlen=rule.window)
+
+    def add(self, probs: torch.Tensor) -> torch.Tensor:
+        """Take in the probabilities `[num_labels]` of one more token. Return the mean."""
+        self._probs.append(probs)
+        return torch.stack(list(self._probs)).mean(dim=0)
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
@@ -212,7 +227,7 @@ class Halter:
 
     Args:
         spec: a head's name or several names: the labels that the head flags halt, as it decides. Or a dict of names with `label`,
-            `threshold`, `unsure` with `ask`, and for heads that read replies `patience`, all optional. Or a
+            `threshold`, `unsure` with `ask`, and for heads that read replies `patience` and `window`, all optional. Or a
             function of the scores of the prompts. `None` halts nothing.
         configs: configs of the active heads, by name.
         on_token: called with the `TokenScores` after each token of the replies.
@@ -232,6 +247,7 @@ class Halter:
         self.rules: list[HaltRule] = []
         self.halts: list[Halt | None] = []
         self._streaks: dict[tuple[str, int], list[int]] = {}  # by head and label
+        self._windows: dict[tuple[str, int], list[Window]] = {}
         if not configs:
             raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
         if on_token is not None and not any(config.reads_reply for config in configs.values()):
@@ -288,7 +304,7 @@ class Halter:
             verdicts.append((_decisions("on_probe_token", decisions, len(counted)),) * 2)
         for rule in self.rules:
             if rule.config.reads_reply:
-                flags = rule.halts(outputs[rule.head])
+                flags = rule.halts(self._averaged(rule, outputs[rule.head].probabilities, counted))
                 verdicts.append((flags, self._patient(rule, flags, counted)))
         flagged = [False] * len(counted)
         for flags, halts in verdicts:
@@ -304,6 +320,14 @@ class Halter:
         repeats = rows // len(self.halts)
         self.halts = [halt for halt in self.halts for _ in range(repeats)]
         self._streaks = {key: [n for n in counts for _ in range(repeats)] for key, counts in self._streaks.items()}
+
+    def _averaged(self, rule: HaltRule, probs: torch.Tensor, counted: list[bool]) -> torch.Tensor:
+        """Return the mean probabilities of the rule's window, `[rows, num_labels]`. Tokens that do not count change nothing."""
+        if rule.window == 1:
+            return probs
+        windows = self._windows.setdefault((rule.head, rule.index), [Window(rule) for _ in counted])
+        rows = zip(windows, probs, counted, strict=True)
+        return torch.stack([window.add(row) if is_counted else row for window, row, is_counted in rows])
 
     def _patient(self, rule: HaltRule, flags: list[Halt | None], counted: list[bool]) -> list[Halt | None]:
         """Return the flags that last as long as the rule's patience. Tokens that do not count change nothing."""
@@ -325,7 +349,7 @@ def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
 
 def _asked(rule: HaltRule, output: ProbeOutput, texts: PromptTexts | None) -> list[Halt | None]:
     """Return the flags of a rule; in its band those of the function that it asks."""
-    halts = rule.halts(output)
+    halts = rule.halts(output.probabilities)
     if rule.ask is None or texts is None:
         return halts
     scores = output.probabilities[:, rule.index].tolist()

@@ -305,8 +305,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
           tokens of images, films and sounds.
         - `halt_on`: which prompts get no reply: a head's name, a list of names, a dict name -> options, or a function of the
           outputs; see `Halter`. It is decided at the end of the prefill. If all prompts are halted, no token is decoded. A
-          head that reads replies halts a reply at the token that it flags, or with `patience` n at the n-th in a row. That
-          token stays, and the sequence ends after it. With `token_scope="all"` the prompt's score counts as the first token's.
+          head that reads replies halts a reply at the token that it flags, or with `patience` n at the n-th in a row. With
+          `window` n it judges a token by the mean probabilities of the last n. The token that halts stays, and the sequence
+          ends after it. With `token_scope="all"` the patience counts the prompt's score as the first token's.
         - `halt_reply`: token ids, a text (needs `tokenizer=`) or a `Reprompt`, in place of the reply or of its rest.
           Defaults to nothing.
         - `on_probe_token`: called with a `TokenScores` after each reply token that the LM has read. It may return a list

@@ -44,7 +44,9 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
         outputs[name] = output
         said = {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
         if rules := [rule for rule in settings.flags if rule.head == name]:
-            said["flagged"] = [halt.label for rule in rules for halt in rule.halts(output) if halt is not None]
+            said["flagged"] = [
+                halt.label for rule in rules for halt in rule.halts(output.probabilities) if halt is not None
+            ]
         probes[name] = only(said, "label", "flagged") if settings.hide_scores else said
     if settings.halt_on is None:
         return {"probes": probes}
@@ -68,7 +70,7 @@ def _halt(rule: HaltRule, output: ProbeOutput | None) -> Halt | None:
     """Return why a rule halts a prompt. A flag that needs patience is the first of a reply's."""
     if output is None:
         return Halt(rule.head, threshold=rule.threshold)
-    return rule.halts(output)[0] if rule.patience == 1 else None
+    return rule.halts(output.probabilities)[0] if rule.patience == 1 else None
 
 
 def only(said: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -45,9 +45,9 @@ def engine_kwargs(
         probe: heads: folders, Hub ids or aliases, one, a list, or a dict of names. They are fetched now; the engine's
             processes read the folders.
         halt_on: requests that get no reply, or part of one: a head's name, several, or a dict of names with `label`,
-            `threshold` and for heads that follow replies `patience`; see `Halter`. They end before their first token, or
-            the first that is flagged, is delivered, with the finish reason `"stop"` and the head's name as the stop reason. A
-            prompt that such a head cannot score gets no reply either.
+            `threshold` and for heads that follow replies `patience` and `window`; see `Halter`. They end before their first
+            token, or the first that is flagged, is delivered, with the finish reason `"stop"` and the head's name as the stop
+            reason. A prompt that such a head cannot score gets no reply either.
         monitor: the same for heads that flag, and halt nothing.
         hold_back: tokens of a reply that are held back until later ones are clear, beside the one without a score.
         probe_revision: see `LlamaForProbedGeneration.from_pretrained`.

@@ -14,6 +14,7 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request, RequestStatus
 
 from ..heads.decision import ProbeOutput, verdict
+from ..serving.halting import HaltRule, Window
 from ..serving.outputs import Halt
 from .answers import only
 from .settings import ProbeSettings
@@ -32,12 +33,12 @@ class Reply:
         is_delivered: an output has been sent.
         keeps_last: the last token may be delivered without a score: it ends the reply.
         scored: number of tokens that have scores.
-        streaks: how often each rule has flagged in a row.
+        streaks, windows: how often each rule has flagged in a row, and the last tokens of each.
         flagged: by rule the token at which its patience ended.
         halt: why the reply was ended.
     """
 
-    def __init__(self, request: Request, heads: list[str], rules: int, labels: int, keeps_all: bool):
+    def __init__(self, request: Request, heads: list[str], rules: list[HaltRule], labels: int, keeps_all: bool):
         self.request, self.heads = request, heads
         self.slot: int | None = None
         self.block_ids: list[int] = []
@@ -45,7 +46,7 @@ class Reply:
         self.logprobs: list[LogprobsLists] = []
         self.is_begun = self.is_delivered = self.keeps_last = self.is_done = False
         self.scored = self.clear = 0
-        self.streaks = [0] * rules
+        self.streaks, self.windows = [0] * len(rules), list(map(Window, rules))
         self.flagged: dict[int, int] = {}
         self.halt: Halt | None = None
         self.last: list[float] | None = None  # logits
@@ -72,7 +73,10 @@ class Replies:
         guards = {(rule.head, rule.index) for rule in settings.rules}
         self._guards = [(rule.head, rule.index) in guards for rule in self.rules]
         self.holds_back = any(self._guards)
-        self._labels = sum(config.num_labels for config in self.configs.values())
+        self._labels, self._columns = 0, {}
+        for name, config in self.configs.items():
+            self._columns[name] = slice(self._labels, self._labels + config.num_labels)
+            self._labels += config.num_labels
         self._free = list(range(slots))
         self._replies: dict[str, Reply] = {}
         self._siblings: dict[str, dict[int, Reply]] = {}  # by the id of the request that has several replies
@@ -91,7 +95,7 @@ class Replies:
         self.free(request.request_id)
         family, index = _family(request.request_id)
         keeps_all = bool((request.kv_transfer_params or {}).get("token_scores"))
-        reply = Reply(request, heads, len(self.rules), self._labels, keeps_all)
+        reply = Reply(request, heads, self.rules, self._labels, keeps_all)
         self._replies[request.request_id] = self._siblings.setdefault(family, {})[index] = reply
         if self.holds_back:
             request.max_tokens += 1  # the step that reads the last token samples one more, which is dropped
@@ -122,13 +126,12 @@ class Replies:
         self._scores, self._touched = {}, {}
         if step is None or not step.replies:
             return
-        logits, outputs, first = step.read_replies(len(self.configs)), {}, 0
+        logits, probs = step.read_replies(len(self.configs)), {}
         for name, config in self.configs.items():
-            part = torch.from_numpy(logits[:, first : first + config.num_labels])
-            outputs[name] = ProbeOutput.from_logits(part, config)
-            first += config.num_labels
-        scores = torch.cat([output.probabilities for output in outputs.values()], dim=1).tolist()
-        flags = [rule.halts(outputs[rule.head]) for rule in self.rules]
+            part = torch.from_numpy(logits[:, self._columns[name]])
+            probs[name] = ProbeOutput.from_logits(part, config).probabilities
+        scores = torch.cat(list(probs.values()), dim=1).tolist()
+        flags = [rule.halts(probs[rule.head]) for rule in self.rules]
         rows = zip(*flags, strict=True) if flags else [()] * len(scores)
         self._scores = dict(zip(step.replies, zip(logits.tolist(), scores, rows, strict=True), strict=True))
 
@@ -172,13 +175,16 @@ class Replies:
                 reply.largest[place], reply.largest_at[place] = score, token
         is_clear = True
         for number, flag in enumerate(flags):
+            rule = self.rules[number]
+            if rule.window > 1:
+                mean = reply.windows[number].add(torch.tensor(scores[self._columns[rule.head]]))
+                (flag,) = rule.halts(mean[None])
             is_score = flag is not None and not math.isnan(flag.score)
             if flag is None or not (is_score or self._guards[number]):
                 reply.streaks[number] = 0
                 continue
             reply.streaks[number] += 1
             is_clear = is_clear and not self._guards[number]
-            rule = self.rules[number]
             if reply.streaks[number] < rule.patience:
                 continue
             reply.flagged.setdefault(number, token)
@@ -220,9 +226,8 @@ class Replies:
         return [self._summary(siblings[i]) if i in siblings else None for i in range(max(siblings, default=-1) + 1)]
 
     def _summary(self, reply: Reply) -> dict[str, Any]:
-        probes, first = {}, 0
-        for name, config in self.configs.items():
-            columns, first = slice(first, first + config.num_labels), first + config.num_labels
+        probes = {}
+        for name, columns in self._columns.items():
             if name in reply.heads:
                 summary = self._of_head(reply, name, columns)
                 probes[name] = (
