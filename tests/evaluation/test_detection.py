@@ -57,6 +57,10 @@ def test_the_delay_is_counted_in_tokens_read():
     told = detection(scores, np.array([1, 1, 0, 0]), threshold=0.5, patience=2)
     delay = {"median": 5.0, "p90": 5.0, "share": 5 / 8}
     assert told == {"rows": 4, "detected": 0.5, "false_halts": 0.5, "delay": delay, "shown": (4 / 8 + 1) / 2}
+    by_window = detection(scores, np.array([1, 1, 0, 0]), threshold=0.45, patience=1, window=2)
+    assert (
+        by_window["detected"] == 1 and by_window["delay"]["median"] == (2 + 1) / 2 and by_window["false_halts"] == 0.5
+    )
     silent = detection(scores, np.array([1, 1, 0, 0]), threshold=0.95, patience=1)
     assert silent["detected"] == 0 and silent["delay"] == dict.fromkeys(delay)
     assert detection(scores, np.zeros(4), 0.5, 1)["detected"] is None

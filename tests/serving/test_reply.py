@@ -183,7 +183,7 @@ class TestHalting:
     def test_a_window_takes_the_mean_of_the_last_scores(self, model, prompts, window):
         kwargs = {"max_new_tokens": 8, "eos_token_id": None}
         free = model.generate(prompts, **kwargs).probe_token_probabilities["guard"][..., 1]  # [rows, 7]
-        means = torch.stack([free[:, max(0, t + 1 - window) : t + 1].mean(dim=1) for t in range(7)], dim=1)
+        means = torch.stack([free[:, max(0, t + 1 - window) : t + 1].sum(dim=1) / window for t in range(7)], dim=1)
         threshold = float(means.amax(dim=1).median()) - 1e-5
         out = model.generate(prompts, halt_on={"guard": {"threshold": threshold, "window": window}}, **kwargs)
         first = [(row >= threshold).nonzero().flatten().tolist()[:1] for row in means]

@@ -131,7 +131,7 @@ def test_patience_and_more_that_is_held_back(start, flags, patience, hold_back):
     check(player, "a", 7, patience=patience, hold_back=hold_back)
 
 
-@pytest.mark.parametrize(("flags", "halt"), [([3], None), ([3, 4], 4), ([0], 0)])
+@pytest.mark.parametrize(("flags", "halt"), [([0], None), ([3, 4], 4), ([0, 1], 1)])
 def test_a_window_takes_the_mean_of_the_last_scores(start, flags, halt):
     player = start(window=4)
     player.add("a", Script(flags), max_tokens=7)

@@ -219,7 +219,10 @@ def _print_report(title: str, result: dict[str, Any], temperature: float, bootst
         thresholds = {name: rule | rule["delay"] for name, rule in replies["thresholds"].items()}
         print_records(f"replies halted at the first token with {replies['label']}, by threshold", thresholds)
     for label, rules in result.get("halting", {}).items():
-        tested = {f"patience {rule['patience']}": rule | rule["test"] | rule["test"]["delay"] for rule in rules}
+        tested = {
+            f"patience {rule['patience']}, window {rule.get('window', 1)}": rule | rule["test"] | rule["test"]["delay"]
+            for rule in rules
+        }
         print_records(f"replies halted by {label} while they are written", tested)
     if bootstrap:
         print_text(f"In brackets: 95 % intervals from {bootstrap:,} resamples of the rows.")

@@ -16,35 +16,43 @@ from .calibration import highest_recall_threshold, highest_unflagged
 from .metrics import has_label
 
 
-PATIENCES = (1, 2, 4, 8)
+# Patience and window of the halting rules that are compared; see `HaltRule`.
+RULES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 8), (1, 16), (1, 32))
 MAX_FALSE_HALTS = 0.05
 RATES = (0.005, 0.01)  # shares of the replies without the label that may be halted
 _TOKEN_RESAMPLES = 200  # there are some hundred tokens a reply
 
 
-def _least(values: np.ndarray, patience: int) -> np.ndarray:
-    """Return the least score in each window of this many tokens."""
+def _judged(values: np.ndarray, patience: int, window: int) -> np.ndarray:
+    """Return the least mean of a window among so many tokens in a row, for each token from the first that can halt on."""
+    if window > 1:
+        values = np.convolve(values, np.full(window, 1 / window))[: len(values)]
     if len(values) < patience:
         return np.zeros(0)
     return np.lib.stride_tricks.sliding_window_view(values, patience).min(axis=1)
 
 
-def _halts(scores: Sequence[np.ndarray], threshold: float, patience: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _halts(
+    scores: Sequence[np.ndarray], threshold: float, patience: int = 1, window: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return which replies are halted, and of each the tokens read by then and the share that was shown before the last one."""
-    reached = [np.flatnonzero(_least(values, patience) >= threshold) for values in scores]
+    reached = [np.flatnonzero(_judged(values, patience, window) >= threshold) for values in scores]
     halted = np.array(list(map(len, reached))) > 0
     lengths = np.array(list(map(len, scores)))
     read = np.array([places[0] + patience if len(places) else n for places, n in zip(reached, lengths, strict=True)])
     return halted, read, (read - halted) / lengths
 
 
-def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: float, patience: int) -> dict[str, Any]:
+def detection(
+    scores: Sequence[np.ndarray], positives: np.ndarray, threshold: float, patience: int = 1, window: int = 1
+) -> dict[str, Any]:
     """Return what a halting rule does to replies.
 
     Args:
         scores: for each reply the probability of the label after each token, `[reply_tokens]`.
         positives (`[rows]`): True if the reply has the label.
-        threshold, patience: probability from which a token is flagged, and consecutive tokens that must reach it.
+        threshold, patience, window: probability from which a token is flagged, consecutive tokens that must reach it, and tokens
+            whose mean counts; see `HaltRule`.
 
     Returns:
         `rows`; `detected`: share of the replies with the label that are halted; `false_halts`: share of the others that
@@ -53,7 +61,7 @@ def detection(scores: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
         label the mean share of the tokens before the one that halts it, 1 for those that are not halted.
     """
     positives = positives.astype(bool)
-    halted, read, shown = _halts(scores, threshold, patience)
+    halted, read, shown = _halts(scores, threshold, patience, window)
     delay: dict[str, float | None] = dict.fromkeys(("median", "p90", "share"))
     if len(hits := np.flatnonzero(halted & positives)):
         share = np.median(read[hits] / [len(scores[row]) for row in hits])
@@ -74,7 +82,7 @@ def halting_rules(
     labels: np.ndarray,
     max_false_halts: float = MAX_FALSE_HALTS,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return, for each label and each patience of `PATIENCES`, the threshold that detects most replies.
+    """Return, for each label and each patience and window of `RULES`, the threshold that detects most replies.
 
     Labels are the flagged one of two, else all. Regression heads have none. Labels of no row or of each row are skipped.
 
@@ -84,7 +92,7 @@ def halting_rules(
         max_false_halts: share of the replies without the label that may be halted.
 
     Returns:
-        By label name a list of rules with `patience`, `threshold`, `validation` (see `detection`) and `chosen`: True for
+        By label name a list of rules with `patience`, `window`, `threshold`, `validation` (see `detection`) and `chosen`: True for
         the rule that detects most replies, and of several such rules the soonest.
     """
     by_label: dict[str, list[dict[str, Any]]] = {}
@@ -95,12 +103,12 @@ def halting_rules(
         if not 0 < positives.sum() < len(positives):
             continue
         rules = []
-        for patience in PATIENCES:
+        for patience, window in RULES:
             # A reply is halted if the highest of these is over the threshold.
-            highest = np.array([_least(values, patience).max(initial=0.0) for values in scores])
+            highest = np.array([_judged(values, patience, window).max(initial=0.0) for values in scores])
             threshold = highest_recall_threshold(highest, positives, max_false_halts)
-            result = detection(scores, positives, threshold, patience)
-            rules.append({"patience": patience, "threshold": threshold, "validation": result})
+            result = detection(scores, positives, threshold, patience, window)
+            rules.append({"patience": patience, "window": window, "threshold": threshold, "validation": result})
         best = max(rules, key=_detects_most)
         by_label[name] = [{**rule, "chosen": rule is best} for rule in rules]
     return by_label
@@ -118,7 +126,9 @@ def apply_rules(
         if name not in rules:
             continue
         scored = _scores(config, followed, index), has_label(labels, index, config)
-        tests = [detection(*scored, rule["threshold"], rule["patience"]) for rule in rules[name]]
+        tests = [
+            detection(*scored, rule["threshold"], rule["patience"], rule.get("window", 1)) for rule in rules[name]
+        ]
         by_label[name] = [{**rule, "test": test} for rule, test in zip(rules[name], tests, strict=True)]
     return by_label
 
@@ -172,7 +182,7 @@ def reply_report(
     measured = {}
     for name, (threshold, rate) in thresholds.items():
         limits = _limits(scores, largest, positives, threshold, rate, resamples) if resamples else {}
-        measured[name] = {"threshold": threshold, **detection(scores, positives, threshold, 1), "intervals": limits}
+        measured[name] = {"threshold": threshold, **detection(scores, positives, threshold), "intervals": limits}
     return {
         "label": config.id2label[index],
         **{name: area for name, (area, _) in areas.items()},
@@ -204,7 +214,7 @@ def _limits(
     resamples: int,
 ) -> dict[str, Interval]:
     """Return 95 % intervals of what `detection` gives. With a `rate` each resample has its own threshold for `detected`."""
-    halted, read, shown = _halts(scores, threshold, 1)
+    halted, read, shown = _halts(scores, threshold)
     rng, draws = np.random.default_rng(0), []
     for _ in range(resamples):
         rows = rng.integers(len(read), size=len(read))

@@ -84,7 +84,8 @@ class HaltRule:
         index: index of the label.
         threshold: halts from this probability, or value of a regression head, on. `None`: if the head decides on the label.
         patience: number of tokens in a row that must have the label. If the head reads prompts as well, theirs is the first.
-        window: a reply token is judged by the mean probabilities of this many last ones.
+        window: a reply token is judged by the mean probabilities of this many last ones. Those before the reply count as tokens
+            without the label, so that the first tokens alone, whose scores vary most, end no reply.
         unsure: (low, high); `ask` decides on prompts with low <= score < high.
         ask: a function from the texts of such prompts to one decision each, such as another model.
     """
@@ -189,7 +190,9 @@ class Window:
     """The last tokens of one reply, for a rule with a `window`."""
 
     def __init__(self, rule: HaltRule):
-        self._probs: deque[torch.Tensor] = deque(maxlen=rule.window)
+        without = torch.ones(rule.config.num_labels)
+        without[rule.index] = 0
+        self._probs = deque([without] * rule.window, maxlen=rule.window)
 
     def add(self, probs: torch.Tensor) -> torch.Tensor:
         """Take in the probabilities `[num_labels]` of one more token. Return the mean."""
