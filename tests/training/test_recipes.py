@@ -73,6 +73,7 @@ LOCAL = {
     "toxicchat": {"id": "id", "text": "text", "label": [0, 1], "human_annotation": [True, False], "jailbreaking": 0},
     "xstest": {"id": "id", "text": "text", "label": [0, 1], "type": "a"},
     "emotion": {"id": "id", "text": "text", "label": [0, 1, 2, 3, 4, 5]},
+    "replies": {"id": "id", "text": "text", "prompt": "asked", "response": "text", "label": [0, 1], "source": ["other"], "licence": "MIT"},
     "beavertails": {"prompt": "asked", "response": "text", "text": "text", "label": [0, 1], "categories": [[]]},
     "openai_moderation": {"id": "id", "text": "text", "label": [0, 1], "categories": [None]},
 }  # fmt: skip
