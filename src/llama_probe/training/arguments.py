@@ -109,7 +109,7 @@ class ProbeTrainingArguments(TrainingArguments):
 
     @property
     def replies(self) -> Literal["cut", "tokens"]:
-        """What `TrainingRows` do with the replies that a head learns from."""
+        """The argument `replies` of the `TrainingRows` that a head learns from."""
         return "cut" if self.token_loss is None else "tokens"
 
     @property
