@@ -74,6 +74,8 @@ LOCAL = {
     "xstest": {"id": "id", "text": "text", "label": [0, 1], "type": "a"},
     "emotion": {"id": "id", "text": "text", "label": [0, 1, 2, 3, 4, 5]},
     "replies": {"id": "id", "text": "text", "prompt": "asked", "response": "text", "label": [0, 1], "source": ["other"], "licence": "MIT"},
+    "injections": {"id": "id", "text": "text", "messages": "text", "label": [0, 1], "kind": "indirect", "source": ["other"], "licence": "MIT"},
+    "hallucination": {"id": "id", "text": "text", "reference": "text", "label": [0, 1], "source": ["other"], "licence": "MIT"},
     "beavertails": {"prompt": "asked", "response": "text", "text": "text", "label": [0, 1], "categories": [[]]},
     "openai_moderation": {"id": "id", "text": "text", "label": [0, 1], "categories": [None]},
 }  # fmt: skip

@@ -278,11 +278,17 @@ class PromptReader:
             names = list(self.heads)
             if self._partial_prompt:
                 names = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
-            read = {name: self.masks[name].any(dim=1) for name in names}  # [prompts] each
-            results = self._reader.results([name for name in names if bool(read[name].any())])
-            results |= {name: _nothing(self.heads[name], self.prompts) for name in names if name not in results}
-            self._results = {name: fill_unread(results[name], read[name]) for name in names}
+            unread = {name for name, mask in self.masks.items() if self._may_read_none(name) and not bool(mask.any())}
+            results = self._reader.results([name for name in names if name not in unread])
+            self._results = {
+                name: _nothing(self.heads[name], self.prompts) if name in unread else results[name] for name in names
+            }
+            for name in filter(self._may_read_none, names):
+                fill_unread(self._results[name], self.masks[name].any(dim=1))
         return self._results
+
+    def _may_read_none(self, name: str) -> bool:
+        return self.heads[name].config.token_scope == "tool"
 
     def state(self, name: str, repeats: int = 1) -> Any:
         """Return a head's token-stage state behind the prompts, each row repeated; `None` if it does not read them."""
