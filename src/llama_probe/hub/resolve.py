@@ -26,6 +26,7 @@ ALIASES = {
     "injection": "injection-multimax",
     "safety": "safety-multimax",
     "safety-categories": "safety-categories-multimax",
+    "safety-reply": "safety-reply-multimax",
     "sst2": "sst2-multimax",
     "toxicchat": "toxicchat-multimax",
 }
