@@ -231,7 +231,8 @@ class ProbeCollator:
         """Return `labels`, `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`.
 
         The batch also has `probe_mask` `[B, T]` and `learned_by` `[B, H]` if the rows have them, `reply_mask` `[B, T]` if they
-        have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then weigh 1. The memory of `hidden_states` is `[S, B, T, D]`, as heads compute.
+        have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then weigh 1. The memory of
+        `hidden_states` is `[S, B, T, D]`, as heads compute.
         """
         lengths = [len(row["input_ids"]) for row in rows]
         labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))

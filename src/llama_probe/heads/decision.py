@@ -49,7 +49,8 @@ def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     return (log_p - torch.log1p(-log_p.exp().clamp_max(0.75))).scatter(-1, index, best - others)
 
 
-_RULED_OUT = -1e4  # a logit; fp16 holds it, and its probability is 0 at any temperature
+# A logit that fp16 holds. Its probability rounds to 0 at temperatures up to 90.
+_RULED_OUT = -1e4
 NO_NUMBER_BECAUSE = (
     "its training ran away (a lower learning rate helps), or states of the backbone are too large for its dtype (float32 and "
     "bfloat16 hold more than float16)"

@@ -462,7 +462,8 @@ class ProbeModel(nn.Module):
         """Score the layers' summaries `[layers_read, batch, hidden_size]`, from the token stage.
 
         Of several tokens a row, `[layers_read, batch, tokens, hidden_size]`, the logits are `[batch * tokens, num_labels]`.
-        Dropouts act if `learning` is true, on all tokens of a row alike. A head that serves has none, even in training mode beside an LM that is trained.
+        Dropouts act if `learning` is true, on all tokens of a row alike. A head that serves has none, even in training mode
+        beside an LM that is trained.
         """
         if learning:
             if self.config.layer_dropout:

@@ -84,7 +84,7 @@ def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
 
 
 def check_rows(mask: torch.Tensor | None, config: ProbeConfig | None = None) -> None:
-    """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts, unless the config lets a head read none."""
+    """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts. Heads of tools may read none."""
     if mask is None or (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()

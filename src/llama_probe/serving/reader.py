@@ -278,17 +278,15 @@ class PromptReader:
             names = list(self.heads)
             if self._partial_prompt:
                 names = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
-            unread = {name for name, mask in self.masks.items() if self._may_read_none(name) and not bool(mask.any())}
+            of_tools = [name for name in names if self.heads[name].config.token_scope == "tool"]
+            read = {name: self.masks[name].any(dim=1) for name in of_tools}  # [prompts] each
+            unread = [name for name, rows in read.items() if not bool(rows.any())]
             results = self._reader.results([name for name in names if name not in unread])
-            self._results = {
-                name: _nothing(self.heads[name], self.prompts) if name in unread else results[name] for name in names
-            }
-            for name in filter(self._may_read_none, names):
-                fill_unread(self._results[name], self.masks[name].any(dim=1))
+            results |= {name: _nothing(self.heads[name], self.prompts) for name in unread}
+            for name, rows in read.items():
+                fill_unread(results[name], rows)
+            self._results = {name: results[name] for name in names}
         return self._results
-
-    def _may_read_none(self, name: str) -> bool:
-        return self.heads[name].config.token_scope == "tool"
 
     def state(self, name: str, repeats: int = 1) -> Any:
         """Return a head's token-stage state behind the prompts, each row repeated; `None` if it does not read them."""
