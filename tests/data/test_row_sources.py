@@ -3,6 +3,7 @@
 from typing import get_args
 
 import datasets
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
@@ -142,6 +143,15 @@ class TestChoice:
         several = Labels(names=["x", "y"], problem_type="multi_label_classification")
         assert Source(rows=place, text_column="q", label=["y"]).read(several).labels.tolist() == [[0, 1]] * 30
         assert Source(rows=place, text_column="q", label=[]).read(several).labels.sum() == 0
+
+    def test_labels_that_nobody_gave_are_not_known(self, place):
+        several = Labels(names=["x", "y"], problem_type="multi_label_classification")
+        rows = Source(rows=place, text_column="q", label=["y"], known_labels=["y"]).read(several)
+        assert np.isnan(rows.labels[:, 0]).all() and (rows.labels[:, 1] == 1).all()
+        for labels, known in ((several, ["z"]), (several, ["x"]), (HARM, ["harmful"])):
+            with pytest.raises(ProbeError, match="known_labels"):
+                label = "harmful" if labels is HARM else ["y"]
+                Source(rows=place, text_column="q", label=label, known_labels=known).read(labels)
 
     def test_where(self, place):
         rows = Source(rows=place, **MAPPED, where={"of": ["a"], "kind": ["yes", "no"]}).read(HARM)

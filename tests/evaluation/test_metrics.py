@@ -8,6 +8,7 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 
 from llama_probe import ProbeConfig, ProbeError
+from llama_probe.evaluation.calibration import best_f1_threshold, calibrate, threshold_table
 from llama_probe.evaluation.metrics import (
     check_metric,
     compute_metrics,
@@ -18,6 +19,8 @@ from llama_probe.evaluation.metrics import (
     score_logits,
     summarize,
 )
+from llama_probe.evaluation.report import detailed_report
+from llama_probe.heads.decision import probabilities
 
 
 MULTI = {"problem_type": "multi_label_classification"}
@@ -65,6 +68,27 @@ def test_each_label_against_the_others_and_their_means():
     assert found["f1"] == pytest.approx(f1_score(truth, given, average="macro", labels=range(4), zero_division=0))
     assert found["auroc"] == pytest.approx(np.mean([parts[name]["auroc"] for name in "abc"]))
     assert all(matrix[t][g] == ((truth == t) & (given == g)).sum() for t in range(4) for g in range(4))
+
+
+def test_a_label_counts_on_the_rows_where_it_is_known():
+    rng = np.random.default_rng(0)
+    head, logits = config(num_labels=2, **MULTI), torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
+    labels = rng.integers(0, 2, (80, 2)).astype(np.float32)
+    labels[:30, 0], labels[50:, 1] = np.nan, np.nan
+    one = config(num_labels=1, **MULTI)
+    apart = [(logits[30:, :1], labels[30:, :1]), (logits[:50, 1:], labels[:50, 1:])]
+    expected = [label_scores(*part, one)["LABEL_0"] for part in apart]
+    assert label_scores(logits, labels, head) == dict(zip(head.id2label.values(), expected, strict=True))
+    report, calibrated = detailed_report(head, logits, labels), calibrate(head, logits, torch.tensor(labels))
+    assert report["auroc"] == pytest.approx(np.mean([part["auroc"] for part in expected]))
+    low, high = report["labels"]["LABEL_1"]["intervals"]["auroc"]
+    assert low < expected[1]["auroc"] < high
+    for index, part in enumerate(apart):
+        warm = one.replace(temperature=calibrated.temperature)
+        alone = best_f1_threshold(probabilities(part[0], warm)[:, 0].numpy(), part[1][:, 0])
+        assert calibrate(head, logits, torch.tensor(labels), None, "best-f1").threshold[index] == pytest.approx(alone)
+        assert threshold_table(logits, labels, head)[f"LABEL_{index}"] == threshold_table(*part, one)["LABEL_0"]
+    assert sum(each["rows"] for each in report["calibration"]["bins"]) == 100
 
 
 def test_labels_by_hand():

@@ -66,6 +66,11 @@ def test_losses_against_torch():
     several = config(num_labels=3, problem_type="multi_label_classification")
     on = torch.randint(0, 2, (6, 3))
     torch.testing.assert_close(probe_loss(logits, on, several), F.binary_cross_entropy_with_logits(logits, on.float()))
+    some, rows = on.float(), torch.arange(6) < 2
+    some[rows, 1] = float("nan")  # not known
+    parts = [F.binary_cross_entropy_with_logits(logits[:, i], on[:, i].float(), reduction="none") for i in range(3)]
+    parts[1] = parts[1].where(~rows, 0)
+    torch.testing.assert_close(probe_loss(logits, some, several), sum(parts).mean() / 3)
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])

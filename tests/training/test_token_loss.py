@@ -50,6 +50,7 @@ def test_each_loss_is_what_it_says(name):
     assert loss_of(name, weights=halves) == pytest.approx(expected / 4, rel=1e-5)
     several = {"problem_type": "multi_label_classification", "flagged": ["awful"]}
     assert math.isfinite(loss_of(name, labels=((0.0, 1.0), (0.0, 0.0)), **several))
+    assert loss_of(name, labels=((math.nan, math.nan),) * 2, **several) == 0
 
 
 def reply_rows(count=24, seed=0):

@@ -179,7 +179,8 @@ def _rows_by_label(labels: np.ndarray) -> list[np.ndarray]:
     """Return the rows with each label, those with label 0 first; of a multi-label head those without a label first."""
     if labels.ndim == 1:
         return [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
-    return [np.flatnonzero(~labels.any(axis=1)), *(np.flatnonzero(column) for column in labels.T)]
+    has_label = labels == 1
+    return [np.flatnonzero(~has_label.any(axis=1)), *map(np.flatnonzero, has_label.T)]
 
 
 def _draw(groups: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> list[int]:

@@ -32,8 +32,8 @@ class LabelledTexts:
 
     Attributes:
         texts: texts or chat messages.
-        labels: class indices `[rows]` int64, zeros and ones `[rows, num_labels]` float32 (multi-label), or values
-            `[rows, 1]` float32 (regression).
+        labels: class indices `[rows]` int64; zeros and ones `[rows, num_labels]` float32 (multi-label), NaN if it is not known
+            whether a row has a label; or values `[rows, 1]` float32 (regression).
         label_names: names by index.
         problem_type: as in `ProbeConfig`.
         columns: further columns of the data, to slice results by.
@@ -117,6 +117,16 @@ class LabelledTexts:
         asked = (text[:-1] if ends_with_reply(text) else text for text in self.texts)
         return [first_of.setdefault(str(text), row) for row, text in enumerate(asked)]
 
+    def known_only(self, names: Sequence[str]) -> LabelledTexts:
+        """Return the rows with NaN for labels that are not among the names: it is not known which rows have them."""
+        if self.problem_type != "multi_label_classification" or not set(names) <= set(self.label_names):
+            several = f"{self.problem_type} with the labels {', '.join(self.label_names)}"
+            raise ProbeError(f"known_labels={list(names)} must be some of several labels, not of {several}")
+        is_known = np.isin(self.label_names, names)
+        if (self.labels[:, ~is_known] == 1).any():
+            raise ProbeError(f"known_labels={list(names)} leaves out a label that some of the rows have")
+        return replace(self, labels=np.where(is_known, self.labels, np.float32("nan")))
+
     def renamed(self, label_names: Sequence[str]) -> LabelledTexts:
         """Return the rows with other label names, matched by name if all old names are among them, else by index."""
         old, new = self.label_names, list(label_names)
@@ -161,7 +171,7 @@ def check_labels(name: str, rows: LabelledTexts) -> None:
     """
     if rows.problem_type == "regression":
         return
-    indices = rows.labels.nonzero()[1] if rows.labels.ndim == 2 else rows.labels
+    indices = (rows.labels == 1).nonzero()[1] if rows.labels.ndim == 2 else rows.labels
     counts = dict(zip(rows.label_names, np.bincount(indices, minlength=len(rows.label_names)).tolist(), strict=True))
     present = [label for label, count in counts.items() if count]
     if rows.labels.ndim == 1 and len(present) == 1:

@@ -52,6 +52,8 @@ class Source:
         prompt_column: column of the prompts, if the texts are replies to them.
         label: label of every row, which then need no label column.
         label_map: value of the label column -> label; None leaves the rows out.
+        known_labels: those of several labels that its rows were labelled with. If a row has one of the others is not known: a head
+            learns nothing of it there, and is not measured by it. Defaults to all.
         where: column -> the values that its rows may have.
         part: take the texts whose hash is in this part of [0, 1]. The same text is always in the same part.
         licence: licence of the rows. Defaults to that of a data set known by name.
@@ -74,6 +76,7 @@ class Source:
     prompt_column: str | None = None
     label: str | list[str] | None = None
     label_map: dict[Any, str | list[str] | None] | None = None
+    known_labels: list[str] | None = None
     where: dict[str, list[Any]] | None = None
     part: list[float | int] | None = None
     licence: str | None = None
@@ -162,6 +165,8 @@ class Source:
         rows = label_rows(
             place.rows, columns, place.text_column, place.label_column, labels, own, place.prompt_column, max_text
         )
+        if place.known_labels is not None:
+            rows = rows.known_only(place.known_labels)
         keep = range(len(rows))
         if place.part is not None:
             keep = [row for row in keep if place.part[0] <= _hash_of(rows.texts[row]) < place.part[1]]

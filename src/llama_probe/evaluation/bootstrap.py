@@ -53,7 +53,7 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     truth, predicted = truth_and_predictions(logits, labels, config)
     right = (truth == predicted).all(axis=1).astype(np.float64)
     counted = np.concatenate([truth & predicted, predicted, truth], axis=1).astype(np.float64)
-    ranked = ranking_scores(logits, config)
+    ranked = ranking_scores(logits, labels, config)
     rankings = [Ranking(ranked[:, index], truth[:, index]) for index in range(config.num_labels)]
 
     def statistic(weights: np.ndarray) -> dict[Key, np.ndarray]:
@@ -88,10 +88,13 @@ def auroc_interval(scores: np.ndarray, positive: np.ndarray, resamples: int = 10
 
 
 class Ranking:
-    """Rows ranked by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows."""
+    """Rows ranked by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows.
+
+    Rows with the score NaN do not count.
+    """
 
     def __init__(self, scores: np.ndarray, positive: np.ndarray):
-        order = np.argsort(-scores, kind="stable")
+        order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))]
         self.positives, self.negatives = order[positive[order]], order[~positive[order]]
         hits, others = -scores[self.positives], -scores[self.negatives]
         # For each positive row the number of positive rows with at least its score, and of negative ones with more or as much.

@@ -189,6 +189,8 @@ def calibrate(
     probs, truth = probabilities(logits.float(), config).numpy(), labels.numpy()
 
     def choose(scores: np.ndarray, positives: np.ndarray, default: float | None) -> float | None:
+        is_known = ~np.isnan(positives)
+        scores, positives = scores[is_known], positives[is_known]
         if not 0 < positives.sum() < len(positives):
             return default
         if max_false_positive_rate is None:
@@ -235,7 +237,8 @@ def _confidence(
     """Return confidence, truth and bin of the decisions on each row `[rows, decisions]`: one, or one a label (multi-label)."""
     probs = probabilities(logits.float(), config).numpy()
     if config.problem_type == "multi_label_classification":
-        confidence, holds = probs, labels > 0
+        is_known = ~np.isnan(labels)
+        confidence, holds = probs[is_known], labels[is_known] > 0
     elif (index := config.flagged_index) is not None:
         confidence, holds = probs[:, [index]], (labels == index)[:, None]
     else:
@@ -252,7 +255,8 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     """
     probs, tables = probabilities(logits.float(), config).numpy(), {}
     for index, label in config.id2label.items():
-        positive = has_label(labels, index, config)
+        is_known = ~np.isnan(labels if labels.ndim == 1 else labels[:, index])
+        positive = has_label(labels, index, config)[is_known]
         is_judged = config.problem_type == "multi_label_classification" or index == config.flagged_index
         if not is_judged or not positive.any():
             continue
@@ -260,7 +264,7 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         saved = 0.5 if saved is None else saved  # the larger of two probabilities
         tables[label] = []
         for threshold in sorted({saved, *(round(0.1 * i, 1) for i in range(1, 10))}):
-            flagged = probs[:, index] >= threshold
+            flagged = probs[is_known, index] >= threshold
             shares = {"recall": flagged[positive].mean(), "flagged": flagged.mean(), "threshold": threshold}
             row = {name: round(float(value), 4) for name, value in shares.items()}
             row["precision"] = round(float(positive[flagged].mean()), 4) if flagged.any() else None

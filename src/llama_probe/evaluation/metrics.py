@@ -62,7 +62,7 @@ def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
         Classes: `accuracy`, `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`; the last two rank the rows by
         `log_odds`. If one of two labels is flagged, they are those of that label. Else they are means over the labels: the
         first three over labels that some row has or is given, the last two over labels that some rows have and others do not
-        (None if there are none).
+        (None if there are none). A label counts on the rows where it is known.
         Regression: `mse`, `mae` and `r2` (None if all rows have the same value).
 
     Raises:
@@ -78,7 +78,7 @@ def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
             "r2": float(sk.r2_score(labels, values)) if np.ptp(labels, axis=0).any() else None,
         }
     truth, predicted = truth_and_predictions(logits, labels, config)
-    ranked = ranking_scores(logits, config)
+    ranked = ranking_scores(logits, labels, config)
     flagged = config.flagged_index
     met = [flagged] if flagged is not None else np.flatnonzero((truth | predicted).any(axis=0))
     parts = _score_columns(truth[:, met], predicted[:, met], ranked[:, met])
@@ -100,17 +100,18 @@ def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray
 def truth_and_predictions(
     logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`."""
+    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`; both False if a label is not known."""
     predicted = predictions(probabilities(logits.float(), config), config).numpy()
     if config.problem_type == "multi_label_classification":
-        return labels.astype(bool), predicted
+        return labels == 1, predicted & ~np.isnan(labels)
     one_hot = np.eye(config.num_labels, dtype=bool)
     return one_hot[labels.astype(int)], one_hot[predicted]
 
 
-def ranking_scores(logits: torch.Tensor, config: ProbeConfig) -> np.ndarray:
-    """Return the scores `[rows, num_labels]` that rank rows for AUPRC and AUROC."""
-    return log_odds(logits.float(), config).numpy()
+def ranking_scores(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> np.ndarray:
+    """Return the scores `[rows, num_labels]` that rank rows for AUPRC and AUROC, NaN if a label is not known."""
+    scores = log_odds(logits.float(), config).numpy()
+    return np.where(np.isnan(labels), np.nan, scores) if labels.ndim == 2 else scores
 
 
 def label_scores(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, dict[str, Any]]:
@@ -120,7 +121,7 @@ def label_scores(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) 
         By label name: `rows` with the label, `f1`, `precision`, `recall`, `auprc` and `auroc`. The last two are None if
         no row or each row has the label.
     """
-    parts = _score_columns(*truth_and_predictions(logits, labels, config), ranking_scores(logits, config))
+    parts = _score_columns(*truth_and_predictions(logits, labels, config), ranking_scores(logits, labels, config))
     return dict(zip(config.id2label.values(), parts, strict=True))
 
 
@@ -136,9 +137,10 @@ def _score_columns(truth: np.ndarray, predicted: np.ndarray, ranked: np.ndarray)
             "recall": recall,
             **dict.fromkeys(AREAS),
         }
-        if 0 < part["rows"] < len(positives):
-            part["auprc"] = float(sk.average_precision_score(positives, scores))
-            part["auroc"] = float(sk.roc_auc_score(positives, scores))
+        is_known = ~np.isnan(scores)
+        if 0 < part["rows"] < is_known.sum():
+            part["auprc"] = float(sk.average_precision_score(positives[is_known], scores[is_known]))
+            part["auroc"] = float(sk.roc_auc_score(positives[is_known], scores[is_known]))
         parts.append(part)
     return parts
 

@@ -235,7 +235,7 @@ def probe_loss(
 
     Args:
         logits (`[batch, num_labels]`), targets (see `ProbeModel.forward`). Of several heads in one, which learn from the mean of
-            their losses, `[members, batch, num_labels]`.
+            their losses, `[members, batch, num_labels]`. A multi-label target that is NaN is not known, and has no loss.
         class_weights (`[num_labels]`, *optional*): weight of each class (single-label) or of its positives
             (multi-label).
         label_smoothing: share of the target spread evenly over the classes.
@@ -268,12 +268,12 @@ def _row_losses(
     if problem_type == "regression":
         return F.mse_loss(logits, targets.to(logits.dtype).view_as(logits), reduction="none").mean(dim=-1)
     if problem_type == "multi_label_classification":
-        targets = targets.to(logits.dtype)
+        is_known, targets = ~targets.isnan(), targets.nan_to_num().to(logits.dtype)
         soft = targets * (1 - label_smoothing) + label_smoothing / 2
         losses = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=class_weights)
         if focal_gamma:
             losses = losses * (1 - torch.where(targets > 0.5, logits.sigmoid(), (-logits).sigmoid())) ** focal_gamma
-        return losses.mean(dim=-1)
+        return (losses * is_known).mean(dim=-1)
     targets = targets.long()
     rows = F.cross_entropy(logits, targets, class_weights, label_smoothing=label_smoothing, reduction="none")
     if focal_gamma:

@@ -82,8 +82,7 @@ class ProbeLoss:
 def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
     """Return class weights with mean 1 over the rows; for a multi-label head negatives / positives of each label."""
     if config.problem_type == "multi_label_classification":
-        positives = labels.sum(axis=0)
-        return ((len(labels) - positives) / np.maximum(positives, 1)).tolist()
+        return ((labels == 0).sum(axis=0) / np.maximum((labels == 1).sum(axis=0), 1)).tolist()
     if config.problem_type == "regression":
         raise ProbeError("class_weights must be None for regression")
     counts = np.bincount(labels, minlength=config.num_labels)

@@ -74,10 +74,10 @@ def monotone_loss(outputs: ProbeOutput, labels: torch.Tensor, settings: Settings
     steps = probs.diff(dim=-1, prepend=torch.zeros_like(probs[..., :1]))
     labels = labels.to(probs.device)
     if config.problem_type == "multi_label_classification":
-        is_harmful = flagged_score(labels, config) > 0
+        is_harmful = flagged_score(labels, config)  # [B], NaN if it is not known
     else:
-        is_harmful = labels == config.flagged_index  # [B]
-    wrong = torch.where(is_harmful[:, None], -steps, steps).relu().sum(dim=-1)  # [M, B]
+        is_harmful = (labels == config.flagged_index).to(steps)
+    wrong = (steps * (1 - 2 * is_harmful).nan_to_num()[:, None]).relu().sum(dim=-1)  # [M, B]
     return total + (wrong * _row_weights(outputs)).sum(dim=1).mean()
 
 
