@@ -101,7 +101,7 @@ def in_parts(folder: Path) -> dict:
     head.set_backbone(lm)
     with torch.no_grad():
         logits = head(input_ids=make_prompts(seed=4)).logits
-    cached = StateCache(folder / "tp", torch.float32).dataset(lm, head.config, prompts(), LABELS)
+    cached = StateCache(folder / "tp", torch.float32).dataset(lm, head.config, PromptDataset(prompts(), LABELS))
     scores = predict_logits(make_probe(probe_type="mha"), cached, batch_tokens=28)
     with contextlib.suppress(ProbeError):
         ProbeTrainer(head, ProbeTrainingArguments(str(folder / "tp")), None, cached)

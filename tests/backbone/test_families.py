@@ -37,7 +37,7 @@ from llama_probe.backbone.capture import capturing, check_states, collect_hidden
 from llama_probe.backbone.decoder import find_decoder
 from llama_probe.backbone.families import FAMILIES
 from llama_probe.backbone.fingerprint import fingerprint
-from llama_probe.data.cached_states import StateCache
+from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.heads.match import compare
 
 
@@ -118,7 +118,7 @@ def assert_a_shared_start_runs_once(lm, folder, monkeypatch):
     config = ProbeConfig(
         probe_type="gate", token_scope="content", prefix_ids=start, hidden_size=HIDDEN, num_hidden_layers=LAYERS
     )
-    kept = StateCache(folder, torch.float32).dataset(lm, config, prompts, [0, 0, 0], batch_tokens=20)
+    kept = StateCache(folder, torch.float32).dataset(lm, config, PromptDataset(prompts), batch_tokens=20)
     for row, ids in enumerate(prompts):
         states = torch.stack(collect_hidden_states(lm, range(LAYERS + 1), torch.tensor([ids])))[:, 0]
         torch.testing.assert_close(kept[row]["hidden_states"], states[:, len(start) :], **TOLERANCE)

@@ -109,9 +109,13 @@ class TestReplies:
         prompt = served(tokenizer, "Hello")
         assert ids == [[*prompt, *tokenizer("Good day")["input_ids"]]], "what generate() had read when it was complete"
         assert masks == [[False] * len(prompt) + [True] * 8]
-        assert prompts.encode_for(ProbeConfig(token_scope="response"), [CHAT]) == (ids, masks, [8])
-        assert prompts.encode_for(ProbeConfig(token_scope="all"), [CHAT]) == (ids, None, [8])
-        assert prompts.encode_for(ProbeConfig(), ["Hello"]) == (prompts.encode(["Hello"]), None, None)
+        for scope, chat, expected in (
+            ("response", CHAT, (ids, masks, [8])),
+            ("all", CHAT, (ids, None, [8])),
+            ("prompt", "Hello", (prompts.encode(["Hello"]), None, None)),
+        ):
+            rows = prompts.encode_for(ProbeConfig(token_scope=scope), [chat])
+            assert (rows.prompts, rows.masks, rows.reply_lengths) == expected
 
     def test_raw(self):
         tokenizer = make_tokenizer(adds_bos=True)

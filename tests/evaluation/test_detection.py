@@ -25,13 +25,11 @@ def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cach
     prompts = make_prompts(3, PROMPT + max(LENGTHS)).tolist()
     ids = [row[: PROMPT + n] for row, n in zip(prompts, LENGTHS, strict=True)]
     masks = [[False] * PROMPT + [True] * n for n in LENGTHS] if scope == "response" else None
-    labels = np.zeros(3, dtype=int)
+    dataset = PromptDataset(ids, np.zeros(3, dtype=int), masks, LENGTHS)
     if cached:
-        cache = StateCache(tmp_path, dtype=torch.float32)
-        dataset = cache.dataset(lm, probe.config, ids, labels, masks=masks, reply_lengths=LENGTHS)
+        dataset = StateCache(tmp_path, dtype=torch.float32).dataset(lm, probe.config, dataset)
     else:
         probe.set_backbone(lm)
-        dataset = PromptDataset(ids, labels, masks, LENGTHS)
     found, again = follow_replies([probe, probe], dataset, batch_tokens=24)
     torch.testing.assert_close(found, again)
     largest = torch.stack([logits[logits.diff(dim=1).argmax()] for logits in found])

@@ -36,7 +36,7 @@ def test_other_prompts_are_told_apart_from_cached_states_as_from_prompts(tmp_pat
     assert facts["rows"] == {"train": 120, "validation": 60} and sum(facts["labels"].values()) == pytest.approx(1)
     assert set(facts["scores"]) == {"LABEL_0", "LABEL_1"} and len(facts["scores"]["LABEL_0"]) == 11
     cache = StateCache(tmp_path, torch.float32)
-    cached = [cache.dataset(same.backbone, same.config, rows, np.zeros(len(rows))) for rows in (train, held)]
+    cached = [cache.dataset(same.backbone, same.config, dataset(rows)) for rows in (train, held)]
     same.set_backbone(None)
     assert fit_novelty(same, *cached)["scores"].keys() == facts["scores"].keys()
     logits, novelty = predict_rows(probe, dataset(own))

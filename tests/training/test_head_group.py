@@ -37,7 +37,7 @@ def train(model, folder, lm=None, callbacks=(), resume=None, train_rows=TRAIN, v
     parts = [PromptDataset(*train_rows), PromptDataset(*validation)]
     if lm is None:
         lm, config, cache = make_lm(), head().config, StateCache(folder / "states", torch.float32)
-        parts = [cache.dataset(lm, config, prompts, labels) for prompts, labels in (train_rows, validation)]
+        parts = [cache.dataset(lm, config, part) for part in parts]
     trainer = ProbeTrainer(model, args, None, *parts, callbacks=list(callbacks), **given)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

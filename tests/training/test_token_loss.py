@@ -73,10 +73,10 @@ def train(model, folder, loss, lm, cached, scope):
         ids, labels, lengths = reply_rows(seed=seed)
         masks = [[False] * (len(row) - n) + [True] * n for row, n in zip(ids, lengths, strict=True)]
         masks = masks if scope == "response" else None
-        if not cached:
-            return TrainingRows(PromptDataset(ids, labels, masks, lengths), replies=replies)
-        cache, config = StateCache(folder / "states", torch.float32), head("gate", scope).config
-        return TrainingRows(cache.dataset(lm, config, ids, labels, 4096, masks, lengths), replies=replies)
+        rows = PromptDataset(ids, labels, masks, lengths)
+        if cached:
+            rows = StateCache(folder / "states", torch.float32).dataset(lm, head("gate", scope).config, rows)
+        return TrainingRows(rows, replies=replies)
 
     args = ProbeTrainingArguments(
         str(folder / "run"),

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..data.cached_states import PromptDataset
 from ..data.known import slices_of
 from ..data.labels import read_labels
 from ..data.row_files import MAX_TEXT
@@ -128,9 +127,8 @@ def evaluate(
         for source in against or ():
             others[short_path(source)] = read_texts(source, head.config, _MAX_AGAINST, split="test", **place)
         scored.attach()
-        ids, masks, lengths = scored.prompts.encode_for(head.config, labelled.texts)
-        dataset, followed = PromptDataset(ids, labelled.labels, masks, lengths), None
-        if lengths is None:
+        dataset, followed = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels), None
+        if dataset.reply_lengths is None:
             logits, novelty = predict_rows(head, dataset, progress=True)
         else:
             (followed,) = follow_replies([head], dataset, progress=True)
@@ -150,7 +148,8 @@ def evaluate(
             result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
         if followed is not None and flagged is not None:
             tokenizer, spans = scored.prompts.tokenizer, labelled.columns.get("spans")
-            replies = [token_texts(tokenizer, row[-n:]) for row, n in zip(ids, lengths, strict=True)] if spans else []
+            pairs = zip(dataset.prompts, dataset.reply_lengths, strict=True)
+            replies = [token_texts(tokenizer, row[-n:]) for row, n in pairs] if spans else []
             marked = [detection.span_mask(texts, parts) for texts, parts in zip(replies, spans or (), strict=True)]
             measured = detection.reply_report(head.config, followed, labelled.labels, marked or None, bootstrap)
             result["replies"] = measured

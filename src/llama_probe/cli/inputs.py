@@ -6,12 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ..backbone.loading import DtypeName, backbone_target, load_backbone
-from ..data.cached_states import PromptDataset
 from ..data.labelled_texts import LabelledTexts, Labels
-from ..data.prompts import PromptFormat, Text
+from ..data.prompts import PromptDataset, PromptFormat, Text
 from ..data.row_files import MAX_TEXT
 from ..data.row_sources import Source
 from ..errors import ProbeError
@@ -47,8 +44,7 @@ class ScoredHead:
 
     def dataset(self, texts: Sequence) -> PromptDataset:
         """Return texts without labels, rendered as the head was trained."""
-        ids, masks, lengths = self.prompts.encode_for(self.head.config, texts)
-        return PromptDataset(ids, np.zeros(len(ids)), masks, lengths)
+        return self.prompts.encode_for(self.head.config, texts)
 
 
 def read_rows(source: str, config: ProbeConfig, benign: bool, **options: Any) -> LabelledTexts:

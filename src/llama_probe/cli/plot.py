@@ -11,7 +11,6 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from ..backbone.loading import load_backbone
-from ..data.cached_states import PromptDataset
 from ..data.prompts import PromptFormat
 from ..data.row_files import MAX_TEXT
 from ..data.row_sources import ROWS_HELP
@@ -94,8 +93,8 @@ def plot(
             from ..evaluation.report import inspect_head  # needs packages that drawing does not need
 
             head.set_backbone(model)
-            encoded = PromptFormat.from_config(head.config, tokenizer).encode_for(head.config, labelled.texts)
-            dataset = PromptDataset(encoded.ids, labelled.labels, encoded.masks)
+            prompts = PromptFormat.from_config(head.config, tokenizer)
+            dataset = prompts.encode_for(head.config, labelled.texts, labelled.labels)
             measured = inspect_head(head, dataset, labelled.labels, progress=True)
             inspection = {"split": Path(data).name, **measured}
     drawings = [drawing for number, reading in enumerate(readings, 1) for drawing in _draw_text(reading, number)]

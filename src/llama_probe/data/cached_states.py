@@ -34,40 +34,12 @@ from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask, tokens_read
+from .prompts import PromptDataset
 
 
 logger = logging.get_logger(__name__)
 
 _FORMAT = 3
-
-
-class PromptDataset(Dataset):
-    """Token ids and labels, for training with the backbone in the loop.
-
-    Items have `input_ids`, `labels` and, with `masks`, `probe_mask`.
-
-    Args:
-        prompts: token ids of each row.
-        labels (`[rows, ...]`): labels as in `LabelledTexts`.
-        masks: the counted tokens of each row, in place of the head's scope.
-        reply_lengths: tokens of the reply at the end of each row, for heads that read replies.
-    """
-
-    def __init__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        labels: np.ndarray,
-        masks: Sequence[Sequence[bool]] | None = None,
-        reply_lengths: Sequence[int] | None = None,
-    ):
-        self.prompts, self.labels, self.masks, self.reply_lengths = prompts, labels, masks, reply_lengths
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __getitem__(self, row: int) -> dict:
-        masked = {} if self.masks is None else {"probe_mask": self.masks[row]}
-        return {"input_ids": self.prompts[row], "labels": self.labels[row], **masked}
 
 
 class StateDataset(Dataset):
@@ -114,25 +86,17 @@ class StateCache:
         self.folder, self.dtype = Path(folder), dtype
 
     def dataset(
-        self,
-        lm: nn.Module,
-        config: ProbeConfig,
-        prompts: Sequence[Sequence[int]],
-        labels: np.ndarray,
-        batch_tokens: int = 4096,
-        masks: Sequence[Sequence[bool]] | None = None,
-        reply_lengths: Sequence[int] | None = None,
+        self, lm: nn.Module, config: ProbeConfig, rows: PromptDataset, batch_tokens: int = 4096
     ) -> StateDataset:
-        """Return the hidden states of the prompts of a `PromptDataset`, from disk or computed now.
+        """Return the hidden states of prompts, from disk or computed now.
 
         Args:
             lm: the frozen LM.
             config: config of a head, which tells what is read.
-            prompts, labels, masks, reply_lengths: see `PromptDataset`.
             batch_tokens: tokens of a forward pass, padding included.
 
         Raises:
-            ProbeError: the disk is too small, a state does not fit the dtype, or a row has no counted token.
+            ProbeError: the disk is full, a state does not fit the dtype, or a row has no counted token.
         """
         dtype = self.dtype
         if dtype is None:
@@ -140,21 +104,21 @@ class StateCache:
             dtype = torch.bfloat16 if is_bfloat16 else torch.float16
         scope = [config.token_scope, config.prefix_ids, config.turn_markers]
         reads = [get_probe_type(config.probe_type).reads, config.layer_indices]
-        parts = [_FORMAT, str(dtype), scope, reads, prompts, masks, weights_digest(lm)]
+        parts = [_FORMAT, str(dtype), scope, reads, rows.prompts, rows.masks, weights_digest(lm)]
         entry = self.folder / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         done = on_main(lambda: set(_rows_on_disk(entry)))
-        if left := [row for row in range(len(prompts)) if row not in done]:
-            read = [_tokens_read(config, prompts[row], None if masks is None else masks[row]) for row in left]
-            dataset = PromptDataset([prompts[row] for row in left], np.zeros(len(left)), read)
+        if left := [row for row in range(len(rows)) if row not in done]:
+            read = [_tokens_read(config, rows[row]) for row in left]
+            dataset = PromptDataset([rows.prompts[row] for row in left], masks=read)
+            on_main(lambda: self._begin(entry))
             try:
-                on_main(lambda: self._begin(entry, config, dtype, dataset))
                 _write_states(entry, lm, config, dtype, dataset, left, batch_tokens)
             except ProbeError:  # a run that is stopped otherwise leaves what it has done
                 if is_main():
                     shutil.rmtree(entry, ignore_errors=True)
                 raise
             barrier()
-        return StateDataset(entry, labels, config.layer_indices, reply_lengths)
+        return StateDataset(entry, rows.labels, config.layer_indices, rows.reply_lengths)
 
     def bytes_of(self, config: ProbeConfig, tokens: int) -> int:
         """Return the bytes that the states of `tokens` tokens take on disk, for a head with this config."""
@@ -165,16 +129,10 @@ class StateCache:
         if is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _begin(self, entry: Path, config: ProbeConfig, dtype: torch.dtype, dataset: PromptDataset) -> None:
-        """Make the folder of an entry, and check that the states of a data set fit on the disk."""
+    def _begin(self, entry: Path) -> None:
         logger.warning_once(f"caching hidden states in {self.folder} (they can reveal the texts: protect them alike)")
         make_folder(entry)
         remove_leftovers(entry)
-        size = StateCache(entry, dtype).bytes_of(config, sum(map(sum, dataset.masks)))
-        if size > 0.95 * shutil.disk_usage(entry).free:
-            raise ProbeError(
-                f"the hidden states need {size / 1e9:.1f} GB, more than {self.folder} has free; use another folder"
-            )
 
 
 def _rows_on_disk(entry: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -190,9 +148,9 @@ def _rows_on_disk(entry: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def _tokens_read(config: ProbeConfig, ids: Sequence[int], mask: Sequence[bool] | None) -> list[bool]:
+def _tokens_read(config: ProbeConfig, row: dict) -> list[bool]:
     """Return the mask of the tokens of a row that the head reads: in a reply each is the last one once."""
-    counted = token_mask(config, torch.tensor([ids]), None) if mask is None else torch.tensor([mask])
+    counted = counted_tokens(config, ProbeCollator()([row]))
     check_rows(counted)
     return (counted if config.reads_reply else tokens_read(config, counted))[0].tolist()
 
@@ -207,9 +165,7 @@ def _write_states(
     batch_tokens: int,
 ) -> None:
     """Write the states of rows with these numbers, a file for each pass. Its rename is what makes its rows done."""
-    for places, states, counted in iterate_states(
-        dataset, config, lm, batch_tokens, True, config.layer_indices, divided=True
-    ):
+    for places, states, counted in iterate_states(dataset, config, lm, batch_tokens, True, config.layer_indices):
         states = states.to("cpu", dtype)  # [S, B, T, D]
         if not bool(states.isfinite().all()):
             raise ProbeError(f"a hidden state is too large for {dtype}; cache as bfloat16 or float32")
@@ -277,16 +233,16 @@ def iterate_states(
     batch_tokens: int = 4096,
     progress: bool = False,
     layers: Sequence[int] | None = None,
-    divided: bool = False,
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Yield the hidden states of a data set in batches of rows of similar length.
+
+    In a process group, yield this rank's share of the batches.
 
     Args:
         dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
         config: config of a head, whose scope tells which tokens count.
         lm: the frozen LM, if the states are not cached.
         layers: states to collect from the LM. Defaults to all.
-        divided: in a process group, yield only this rank's share of the batches.
 
     Yields:
         Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens. Leading tokens that no
@@ -306,7 +262,7 @@ def iterate_states(
         layers = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
     title = "scoring" if lm is None else "hidden states"
     with tqdm(total=len(prompts), desc=title, unit=" rows", disable=not (progress and is_main()), leave=False) as bar:
-        for each in share(passes) if divided and not is_tensor_parallel(lm) else passes:
+        for each in passes if is_tensor_parallel(lm) else share(passes):
             batch = collate([dataset[row] for row in each.rows])
             if lm is None:
                 states, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
@@ -314,7 +270,7 @@ def iterate_states(
                 ids, mask = batch["input_ids"][:, each.skip :], counted_tokens(config, batch)[:, each.skip :]
                 states = torch.stack(collect_hidden_states(lm, layers, ids, prefix=each.prefix))
             yield each.rows, states, mask
-            bar.update(len(each.rows) * (world_size() if divided else 1))
+            bar.update(len(each.rows) * world_size())
 
 
 class SharedStates:

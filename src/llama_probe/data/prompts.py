@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from ..backbone.fingerprint import template_hash
@@ -26,17 +28,34 @@ Text = str | list[dict[str, str]]
 _MARGIN = 64  # tokens
 
 
-class EncodedTexts(NamedTuple):
-    """Token ids of texts.
+class PromptDataset(Dataset):
+    """Token ids and labels of rows, for heads with the backbone in the loop.
 
-    Attributes:
-        masks: the counted tokens, if `token_mask` cannot tell them from the ids.
-        reply_lengths: tokens of the reply that ends each text, for heads that read replies.
+    Items have `input_ids`, `labels` and, with `masks`, `probe_mask`.
+
+    Args:
+        prompts: token ids of each row.
+        labels (`[rows, ...]`): labels as in `LabelledTexts`. Defaults to zeros.
+        masks: the counted tokens of each row, in place of the head's scope.
+        reply_lengths: tokens of the reply at the end of each row, for heads that read replies.
     """
 
-    ids: list[list[int]]
-    masks: list[list[bool]] | None = None
-    reply_lengths: list[int] | None = None
+    def __init__(
+        self,
+        prompts: list[list[int]],
+        labels: np.ndarray | None = None,
+        masks: list[list[bool]] | None = None,
+        reply_lengths: list[int] | None = None,
+    ):
+        self.prompts, self.masks, self.reply_lengths = prompts, masks, reply_lengths
+        self.labels = np.zeros(len(prompts)) if labels is None else labels
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, row: int) -> dict:
+        masked = {} if self.masks is None else {"probe_mask": self.masks[row]}
+        return {"input_ids": self.prompts[row], "labels": self.labels[row], **masked}
 
 
 @dataclass(frozen=True)
@@ -169,12 +188,14 @@ class PromptFormat:
         self._report_cut(is_long)
         return encoded, masks
 
-    def encode_for(self, config: ProbeConfig, texts: Sequence[Text]) -> EncodedTexts:
-        """Return what a head reads, by `encode` or `encode_replies`."""
+    def encode_for(
+        self, config: ProbeConfig, texts: Sequence[Text], labels: np.ndarray | None = None
+    ) -> PromptDataset:
+        """Return what a head reads, by `encode` or `encode_replies`, with labels as in `PromptDataset`."""
         if not config.reads_reply:
-            return EncodedTexts(self.encode(texts))
-        encoded, masks = self.encode_replies(texts)
-        return EncodedTexts(encoded, masks if config.token_scope == "response" else None, list(map(sum, masks)))
+            return PromptDataset(self.encode(texts), labels)
+        ids, masks = self.encode_replies(texts)
+        return PromptDataset(ids, labels, masks if config.token_scope == "response" else None, list(map(sum, masks)))
 
     def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
         """Return `input_ids` and `attention_mask` `[B, T]`, ready for `generate(**batch)`."""

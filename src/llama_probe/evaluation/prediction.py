@@ -151,7 +151,5 @@ def states_for(
         if len(dataset) and (states := dataset[0].get("hidden_states")) is not None:  # of a data set of the user's
             every = range(probes[0].config.num_hidden_layers + 1)
             layers, lm = every if len(states) == len(every) else probes[0].layer_indices, None
-    for rows, states, mask in iterate_states(
-        dataset, probes[0].config, lm, batch_tokens, progress, layers, divided=True
-    ):
+    for rows, states, mask in iterate_states(dataset, probes[0].config, lm, batch_tokens, progress, layers):
         yield rows, SharedStates(states, layers), mask

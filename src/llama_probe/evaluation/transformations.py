@@ -18,9 +18,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.decoder import find_decoder
-from ..data.cached_states import PromptDataset
 from ..data.labelled_texts import LabelledTexts
-from ..data.prompts import PromptFormat, Text
+from ..data.prompts import PromptDataset, PromptFormat, Text
 from ..errors import ProbeError
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
@@ -313,5 +312,5 @@ def _labels(
     ids = prompts.encode(texts)
     if limit is not None and max(map(len, ids), default=0) > limit:
         return None
-    logits = predict_logits(head, PromptDataset(ids, np.zeros(len(ids))), progress=progress)
+    logits = predict_logits(head, PromptDataset(ids), progress=progress)
     return predictions(probabilities(logits, head.config), head.config).numpy()

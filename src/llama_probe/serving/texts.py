@@ -50,7 +50,7 @@ def encode(
 ) -> tuple[list[list[int]], list[list[bool]] | None]:
     """Return the token ids of texts in a head's own format, and which tokens count if the ids do not tell."""
     encoded = PromptFormat.from_config(config, tokenizer).encode_for(config, texts)
-    return encoded.ids, encoded.masks
+    return encoded.prompts, encoded.masks
 
 
 def pad_inputs(

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers.utils import logging
 
-from ..data.cached_states import PromptDataset
 from ..data.labelled_texts import LabelledTexts
 from ..data.prompts import Text
 from ..errors import ProbeError
@@ -99,8 +98,7 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
         measure_parts(probe, twin, rows.held_rows[twin])
     if rows.measured and recipe.measure.quantised:
         name, first = next(iter(rows.measured.items()))
-        encoded = run.prompts.encode_for(head.config, first.texts)
-        prompts = PromptDataset(encoded.ids, first.labels, encoded.masks)
+        prompts = run.prompts.encode_for(head.config, first.texts, first.labels)
         for form in recipe.measure.quantised:
             head.set_backbone(quantised(run.lm, form))
             measured = _measure_part(head, prompts, first, None)

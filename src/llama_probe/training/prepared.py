@@ -31,7 +31,7 @@ from .estimate import Estimate, keeps_states, trial_speed
 from .loss import ProbeLoss
 from .recipe import Recipe
 from .recipe_rows import RecipeRows, read_rows
-from .rows import TrainingRows, as_dataset, learners
+from .rows import TrainingRows, learners
 from .search import Trial, draw_trials
 
 
@@ -114,11 +114,11 @@ class PreparedRun:
             tokenizer, kind, config.system_prompt, config.max_length, text_role=text_role_of(config)
         )
         config = config.replace(**prompts.config_fields())
-        encoded = {part: prompts.encode_for(config, texts.texts) for part, texts in rows.parts().items()}
+        parts = {part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()}
         cache = StateCache(args.cache_dir or output / STATES)
         estimate = Estimate(
-            rows=sum(len(part.ids) for part in encoded.values()),
-            tokens=sum(len(ids) for part in encoded.values() for ids in part.ids),
+            rows=sum(map(len, parts.values())),
+            tokens=sum(len(ids) for part in parts.values() for ids in part.prompts),
         )
         needed = cache.bytes_of(config, estimate.tokens)
         if keeps_states(args, needed, cache.folder, further_passes=1):
@@ -127,7 +127,7 @@ class PreparedRun:
             cache, estimate.passes = None, args.num_train_epochs + 1
         lm = backbone.eval() if name is None else load_backbone(name, dtype)[0]
         config = describe(lm, config)
-        estimate.tokens_per_second = world_size() * trial_speed(lm, encoded["train"].ids, config.layer_indices)
+        estimate.tokens_per_second = world_size() * trial_speed(lm, parts["train"].prompts, config.layer_indices)
         if is_main():
             logger.warning(f"{recipe.name or 'training'} on {config.base_model_name_or_path}: {estimate}")
         run = cls(
@@ -146,8 +146,8 @@ class PreparedRun:
         if only_estimate:
             return run
         check_shared(output)
-        for part, texts in rows.parts().items():
-            run.datasets[part] = as_dataset(encoded[part], texts.labels, config, lm, cache)
+        for part, encoded in parts.items():
+            run.datasets[part] = encoded if cache is None else cache.dataset(lm, config, encoded)
         run._create_heads()
         return run
 

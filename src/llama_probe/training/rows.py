@@ -7,13 +7,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
-from ..data.cached_states import PromptDataset, StateCache, StateDataset
 from ..data.labelled_texts import LabelledTexts
-from ..data.prompts import EncodedTexts
-from ..heads.configuration import ProbeConfig
 
 
 class TrainingRows(Dataset):
@@ -88,15 +84,6 @@ def learners(rows: int, heads: Collection[str], left_out: Mapping[str, Sequence[
     for column, name in enumerate(heads):
         learned_by[list(left_out.get(name, ())), column] = False
     return learned_by
-
-
-def as_dataset(
-    encoded: EncodedTexts, labels: np.ndarray, config: ProbeConfig, lm: nn.Module, cache: StateCache | None
-) -> PromptDataset | StateDataset:
-    """Return prompts with labels, or with a cache their hidden states, of what a head with this config reads."""
-    if cache is None:
-        return PromptDataset(encoded.ids, labels, encoded.masks, encoded.reply_lengths)
-    return cache.dataset(lm, config, encoded.ids, labels, masks=encoded.masks, reply_lengths=encoded.reply_lengths)
 
 
 def labels_of(dataset: Dataset | LabelledTexts) -> np.ndarray:

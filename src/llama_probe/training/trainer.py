@@ -27,7 +27,7 @@ from ..backbone.loading import load_backbone
 from ..data.cached_states import ProbeCollator, StateCache
 from ..data.labelled_texts import LabelledTexts, check_labels, ends_with_reply
 from ..data.memory import is_tokenized, rows_in_memory
-from ..data.prompts import EncodedTexts, PromptFormat
+from ..data.prompts import PromptDataset, PromptFormat
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric
@@ -46,7 +46,7 @@ from .prepared import PreparedRun
 from .progress import KeepBest, Progress, read_progress, write_progress
 from .recipe import Recipe
 from .results import add_results, decide, finish, save_head
-from .rows import TrainingRows, as_dataset, labels_of, learners
+from .rows import TrainingRows, labels_of, learners
 from .search import SEARCH_SPACE, draw
 
 
@@ -304,12 +304,12 @@ class ProbeTrainer(Trainer):
         if is_tokenized(rows):
             masks = rows.columns.get("probe_mask")
             follows = masks is not None and probe.config.reads_reply
-            encoded = EncodedTexts(rows.texts, masks, list(map(sum, masks)) if follows else None)
+            encoded = PromptDataset(rows.texts, rows.labels, masks, list(map(sum, masks)) if follows else None)
         else:
-            encoded = self._format(name, probe).encode_for(probe.config, rows.texts)
-        needed = self._cache.bytes_of(probe.config, sum(map(len, encoded.ids)))
-        cache = self._cache if keeps_states(self.args, needed, self._cache.folder) else None
-        dataset = as_dataset(encoded, rows.labels, probe.config, probe.backbone, cache)
+            encoded = self._format(name, probe).encode_for(probe.config, rows.texts, rows.labels)
+        needed = self._cache.bytes_of(probe.config, sum(map(len, encoded.prompts)))
+        is_cached = keeps_states(self.args, needed, self._cache.folder)
+        dataset = self._cache.dataset(probe.backbone, probe.config, encoded) if is_cached else encoded
         if encoded.reply_lengths is None:
             return dataset
         return TrainingRows(dataset, replies=self.args.replies if learned else "tokens")
