@@ -18,7 +18,8 @@ from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head
 from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.training.arguments import ProbeTrainingArguments
-from llama_probe.training.run import TrainingRun
+from llama_probe.training.recipe import Recipe
+from llama_probe.training.run import train_recipe
 from llama_probe.training.trainer import ProbeTrainer
 
 
@@ -29,21 +30,25 @@ def prompts() -> list[list[int]]:
     return [make_prompts(1, 5 + row % 4, seed=row)[0].tolist() for row in range(13)]
 
 
-def run(folder: Path, name: str, rows: Path | None = None, backbone: str | None = None, **sections) -> TrainingRun:
+def recipe(rows: Path, **sections) -> Recipe:
     """A short one on the rows that the test has written."""
     values = {
-        "train": [str(rows or folder / "rows.jsonl")],
+        "train": [str(rows)],
         "validation": {"folds": 0},
         "test": {"share": 0.3},
         "head": {"probe_type": "gate"},
         **sections,
     }
     values["training"] = {"num_train_epochs": 2, "learning_rate": 0.03, **sections.get("training", {})}
-    return TrainingRun(recipe=values, backbone=backbone or str(folder / "backbone"), output=folder / name)
+    return Recipe.load(values)
 
 
-def search(folder: Path, name: str) -> TrainingRun:
-    return run(folder, name, search={"trials": 4})
+def train(folder: Path, name: str, **sections) -> dict:
+    return train_recipe(recipe(folder / "rows.jsonl", **sections), str(folder / "backbone"), folder / name)
+
+
+def search(folder: Path, name: str) -> dict:
+    return train(folder, name, search={"trials": 4})
 
 
 def scored(folder: Path, name: str) -> dict:
@@ -124,9 +129,9 @@ def main(folder: Path) -> None:
             "world_size": world_size(),
             "logits": predict_logits(head, dataset, batch_tokens=14).tolist(),
             "inspection": inspect_head(head, dataset, LABELS, batch_tokens=14),
-            "folded": run(folder, "folded", validation={"folds": 2}, training={"cache_states": False}).run(),
+            "folded": train(folder, "folded", validation={"folds": 2}, training={"cache_states": False}),
             "scored": scored(folder, "scored"),
-            "search": search(folder, "search").run(),
+            "search": search(folder, "search"),
             "sharded": sharded(folder),
             "in_parts": in_parts(folder),
         }

@@ -24,7 +24,6 @@ from llama_probe.distributed import check_shared, claimed
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head, report
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
-from llama_probe.training.recipe import Recipe
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -110,7 +109,7 @@ class TestTwoNodes:
     def test_a_search_trains_heads_side_by_side(self, found, folder):
         trials = found[0]["search"]["search"]
         assert len(trials) == 4 and trials[0]["score"] == max(trial["score"] for trial in trials)
-        alone = ranks_at_work.search(folder, "alone").run()
+        alone = ranks_at_work.search(folder, "alone")
         assert {trial["name"]: trial["values"] for trial in trials} == {
             t["name"]: t["values"] for t in alone["search"]
         }
@@ -183,11 +182,11 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     assert not any(f" {step}/50 " in done.stderr for step in range(1, last + 1)), "it did only what was left"
     assert not (output / CHECKPOINTS).exists()
     # The states on disk are those of one process, and so are the scores of the head on them.
-    alone = ranks_at_work.run(
-        tmp_path, "alone", tmp_path / "rows.jsonl", test={}, head={"probe_type": "gate", "max_length": 64},
-        training={"cache_dir": str(tmp_path / "one")}, backbone=str(backbone_folder),
+    alone = ranks_at_work.recipe(
+        tmp_path / "rows.jsonl", test={}, head={"probe_type": "gate", "max_length": 64},
+        training={"cache_dir": str(tmp_path / "one")},
     )  # fmt: skip
-    prepared = PreparedRun.create(Recipe.load(alone.recipe), alone.output, alone.backbone)
+    prepared = PreparedRun(alone, tmp_path / "alone", str(backbone_folder))
     for entry in (tmp_path / "one").iterdir():
         one, two = (StateDataset(tmp_path / name / entry.name, [0] * 1000, []) for name in ("one", "two"))
         assert len(one) == len(two) > 0

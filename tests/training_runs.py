@@ -7,7 +7,8 @@ import numpy as np
 from conftest import make_prompts
 from transformers import TrainerCallback
 
-from llama_probe.training.run import TrainingRun
+from llama_probe.training.recipe import Recipe
+from llama_probe.training.run import train_recipe
 
 
 def write(path: Path, rows: int | list[dict], words=("bad", "good")) -> str:
@@ -19,8 +20,13 @@ def write(path: Path, rows: int | list[dict], words=("bad", "good")) -> str:
     return str(path)
 
 
-def run_of(folder: Path, backbone="never-loaded", rows=40, resume=False, training=None, **sections) -> TrainingRun:
-    """A short run on rows of its own; `sections` are those of its recipe."""
+def train(folder: Path, backbone="never-loaded", rows=40, resume=False, output="head", **sections) -> dict:
+    """Train a head in short on rows of its own, and return its results; `sections` are those of its recipe."""
+    recipe = recipe_of(folder, rows, **sections)
+    return train_recipe(recipe, str(backbone), folder / output, resume=resume, overwrite=not resume)
+
+
+def recipe_of(folder: Path, rows=40, training=None, **sections) -> Recipe:
     values = {
         "labels": {"names": ["0", "1"], "flagged": ["1"]},
         "train": [write(folder / f"{rows}.jsonl", rows)],
@@ -29,8 +35,7 @@ def run_of(folder: Path, backbone="never-loaded", rows=40, resume=False, trainin
         "training": {"num_train_epochs": 1, **(training or {})},
         **sections,
     }
-    output = folder / "head"
-    return TrainingRun(recipe=values, backbone=str(backbone), output=output, resume=resume, overwrite=not resume)
+    return Recipe.load(values)
 
 
 def token_rows(count: int, seed: int = 0) -> tuple[list[list[int]], np.ndarray]:

@@ -23,7 +23,7 @@ from hub_server import HOME
 from hub_server.heads import same_weights
 from kills import each_kill, full_disk, kill_after
 from mutators import VALUES, changed, damage_head, damaged
-from training_runs import run_of
+from training_runs import train
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
 from llama_probe.data.row_files import InputFile
@@ -195,9 +195,7 @@ def resumed(tally, tmp_path, run, judge, last) -> None:
 
 def test_kills_of_train(tally, backbone_folder, tmp_path):
     def run(resume):
-        training = run_of(tmp_path, backbone_folder, 20, resume, validation={"share": 0.3})
-        training.output = tmp_path / "killed"
-        return training.run()
+        return train(tmp_path, backbone_folder, 20, resume, "killed", validation={"share": 0.3})
 
     resumed(tally, tmp_path, run, lambda output: bool(read_head(output).results), 60)
 
@@ -205,9 +203,8 @@ def test_kills_of_train(tally, backbone_folder, tmp_path):
 def test_kills_of_a_search(tally, backbone_folder, tmp_path):
     def run(resume):
         sections = {"search": {"trials": 2, "probe_types": ["gate", "pooling"]}, "validation": {"share": 0.3}}
-        training = run_of(tmp_path, backbone_folder, 20, resume, training={"cache_states": False}, **sections)
-        training.output = tmp_path / "killed"
-        return training.run()
+        sections["training"] = {"cache_states": False}
+        return train(tmp_path, backbone_folder, 20, resume, "killed", **sections)
 
     resumed(tally, tmp_path, run, lambda output: bool(read_head(output).results), 60)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_lm, read_head
-from training_runs import run_of, write
+from training_runs import recipe_of, train, write
 
 from llama_probe import ProbeError, ProbeTrainer
 from llama_probe.backbone.loading import load_backbone
@@ -18,8 +18,9 @@ from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.training import estimate, prepared, trainer
-from llama_probe.training.prepared import CHECKPOINTS
-from llama_probe.training.run import last_checkpoint
+from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
+from llama_probe.training.progress import last_checkpoint
+from llama_probe.training.run import train_recipe
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -33,16 +34,17 @@ def test_folds(backbone_folder, tmp_path):
     """Every row trains, and is judged by a head that has not seen it."""
     sections = {"validation": {"folds": 2}, "seeds": 2, "seed": 4}
     sections["training"] = {"num_train_epochs": 2, "learning_rate": 0.03}
-    run = run_of(tmp_path, backbone_folder, 30, **sections)
-    results = run.run()
+    results, output = train(tmp_path, backbone_folder, 30, **sections), tmp_path / "head"
     assert results["data"]["train"]["rows"] == results["data"]["validation"]["rows"] == 30
     assert results["data"]["validation"]["source"] == "2 folds of train"
     assert [found["epochs"] for found in results["runs"]] == [2.0, 2.0], "nothing stops it early"
     chosen = next(found for found in results["runs"] if found["seed"] == results["chosen_seed"])
-    again = ProbeTrainer.from_recipe(run.recipe, backbone=str(backbone_folder), output_dir=tmp_path / "again")
+    again = ProbeTrainer.from_recipe(
+        recipe_of(tmp_path, 30, **sections), backbone=str(backbone_folder), output_dir=tmp_path / "again"
+    )
     assert list(again.heads) == [f"seed-{seed}{fold}" for seed in (4, 5) for fold in ("", "-fold-0", "-fold-1")]
     again.train()
-    head, name, rows = read_head(run.output), f"seed-{chosen['seed']}", again._run.rows
+    head, name, rows = read_head(output), f"seed-{chosen['seed']}", again._run.rows
     logits = torch.empty(30, 2)
     for number, fold in enumerate(rows.folds):
         logits[fold] = predict_logits(again.heads[f"{name}-fold-{number}"], again._run.datasets["train"])[fold]
@@ -51,7 +53,7 @@ def test_folds(backbone_folder, tmp_path):
     assert chosen["validation"]["f1"] == pytest.approx(score_logits(logits, rows.train.labels, head.config)["f1"])
     found = results["inspection"]["calibration"]["error"]
     assert found == pytest.approx(reliability(logits, rows.train.labels, head.config)["error"], abs=1e-3)
-    assert "2 folds" in (run.output / "README.md").read_text()
+    assert "2 folds" in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize("rate", [None, 0.0])
@@ -65,8 +67,7 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path, rat
         "test": {"share": 0.25},
         "training": {"num_train_epochs": 4, "learning_rate": 0.03, "max_false_positive_rate": rate},
     }
-    run = run_of(tmp_path, backbone_folder, **sections)
-    results = run.run()
+    results = train(tmp_path, backbone_folder, **sections)
     found = results["runs"][0]["halting"]
     assert found["max_false_halts"] == (0.05 if rate is None else 0)
     rules = found["labels"]["awful"]
@@ -74,7 +75,7 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path, rat
     (best,) = [rule for rule in rules if rule["chosen"]]
     assert best["test"]["rows"] == 25 and best["test"]["detected"] > 0.5
     assert best["test"]["delay"]["median"] > len("fine, "), "the two begin alike, a token a letter"
-    assert "halted by `awful`" in (run.output / "README.md").read_text()
+    assert "halted by `awful`" in (tmp_path / "head" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("folds", [0, 2])
@@ -84,10 +85,10 @@ def test_extra_rows_are_trained_on(backbone_folder, tmp_path, folds):
     test = write(tmp_path / "t.jsonl", 30, ("XX is", "OO is"))
 
     def results(further):
-        train = [write(tmp_path / "40.jsonl", 40), *({"rows": rows, "extra": True} for rows in further)]
-        training = {"num_train_epochs": 6, "learning_rate": 0.03, "patience": None}
-        sections = {"test": {"sources": [test]}, "validation": {"folds": folds}}
-        return run_of(tmp_path, backbone_folder, train=train, training=training, **sections).run()
+        sections = {"train": [write(tmp_path / "40.jsonl", 40), *({"rows": rows, "extra": True} for rows in further)]}
+        sections["training"] = {"num_train_epochs": 6, "learning_rate": 0.03, "patience": None}
+        sections |= {"test": {"sources": [test]}, "validation": {"folds": folds}}
+        return train(tmp_path, backbone_folder, **sections)
 
     found = results([extra])
     assert found["data"]["extra"]["rows"] == 60 and found["data"]["extra"]["source"].endswith("e.jsonl")
@@ -99,13 +100,13 @@ def test_extra_rows_are_trained_on(backbone_folder, tmp_path, folds):
 
 def test_weights_of_extra_rows(backbone_folder, tmp_path):
     extra = {"rows": write(tmp_path / "b.jsonl", 60), "weights": [0.0, 0.25], "extra": True}
-    train = [write(tmp_path / "a.jsonl", 40), extra]
+    sources = [write(tmp_path / "a.jsonl", 40), extra]
     head = {"probe_type": "multimax", "options": {"num_members": 2, "num_maxima": 1}}
-    results = run_of(tmp_path, backbone_folder, train=train, head=head).run()
+    results = train(tmp_path, backbone_folder, train=sources, head=head)
     assert results["data"]["extra"]["weights"] == [0.0, 0.25] and "weights" not in results["data"]["train"]
     assert "0 and 0.25" in (tmp_path / "head" / "README.md").read_text()
     with pytest.raises(ProbeError, match="weights"):
-        run_of(tmp_path, train=train).run()
+        train(tmp_path, train=sources)
 
 
 class TestTwins:
@@ -123,11 +124,11 @@ class TestTwins:
             lines = [{"text": f"{w} {number}", "label": label} for w, number in zip(words, numbers[name], strict=True)]
             return {"rows": write(tmp_path / f"{name}.jsonl", lines)}
 
-        train = [rows("ask", 40, 1), rows("list", 30, 1), rows("talk", 80, 0), {**rows("chat", 40, 0), "repeat": 2}]
+        sources = [rows("ask", 40, 1), rows("list", 30, 1), rows("talk", 80, 0), {**rows("chat", 40, 0), "repeat": 2}]
         return numbers, {
             "name": "tiny",
             "labels": {"names": ["harmless", "harmful"], "flagged": ["harmful"]},
-            "train": train,
+            "train": sources,
             "validation": {"share": 0.2},
             "copies": {"names": ["lead_in", "earlier_turns"], "share": 0.3},
             "head": {"probe_type": "gate", "token_scope": "user", "layers": [0.5, 1.0]},
@@ -198,7 +199,7 @@ class TestTwins:
                 ProbeTrainer.from_recipe(**given, **more)
 
     def test_a_search_keeps_the_best(self, recipe, backbone_folder, tmp_path):
-        settings = ["hold_out={}", "measure={}", "training.num_train_epochs=2"]
+        settings = ["hold_out={}", "measure={}", "copies={}", "training.num_train_epochs=2", "validation={folds: 2}"]
         settings += ["search={trials: 4, probe_types: [gate, pooling]}"]
         place = {"backbone": str(backbone_folder), "output_dir": tmp_path / "head"}
         trainer = ProbeTrainer.from_recipe(recipe[1], **place, settings=settings)
@@ -218,11 +219,11 @@ class TestResuming:
         shutil.copytree(backbone_folder, tmp_path / "backbone")
 
         def resumed(resume=True, rows=40, **changes):
-            return run_of(tmp_path, tmp_path / "backbone", rows, resume, changes)
+            return train(tmp_path, tmp_path / "backbone", rows, resume, training=changes)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(trainer, "finish", interrupt)
-            resumed(resume=False).run()
+            resumed(resume=False)
         assert (
             list((tmp_path / "head" / CHECKPOINTS).glob("checkpoint-*")) and (tmp_path / "head" / ".states").is_dir()
         )
@@ -233,25 +234,23 @@ class TestResuming:
         monkeypatch.setattr(
             ProbeModel, "score", lambda self, *a, **k: (steps.append(self.training), original(self, *a, **k))[1]
         )
-        stopped().run()
+        stopped()
         assert steps and not any(steps), "nothing was left to train"
         assert not (tmp_path / "head" / CHECKPOINTS).exists() and not (tmp_path / "head" / ".states").exists()
 
     def test_a_new_one_is_refused(self, backbone_folder, tmp_path, stopped):
-        run = run_of(tmp_path, backbone_folder)
-        run.overwrite = False
         with pytest.raises(ProbeError, match=r"stopped run.*--resume"):
-            run.run()
+            train_recipe(recipe_of(tmp_path), str(backbone_folder), tmp_path / "head")
 
     def test_another_training_is_refused(self, stopped, tmp_path):
         for changes, name in (({"learning_rate": 0.5}, "learning_rate"), ({"rows": 42}, "train")):
             with pytest.raises(ProbeError, match=name):
-                stopped(**changes).run()
+                stopped(**changes)
         make_lm(seed=1, vocab_size=260).save_pretrained(tmp_path / "backbone")
         with pytest.raises(ProbeError, match="backbone_weights"):
-            stopped().run()
+            stopped()
         assert not (tmp_path / "head" / "probe_config.json").exists()
-        stopped(resume=False, learning_rate=0.5).run()
+        stopped(resume=False, learning_rate=0.5)
         assert (tmp_path / "head" / "probe_config.json").exists()
 
     def test_other_folds_are_refused(self, backbone_folder, tmp_path, monkeypatch):
@@ -259,9 +258,9 @@ class TestResuming:
 
         monkeypatch.setattr(trainer, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_of(tmp_path, backbone_folder, 30, validation={"folds": 2}).run()
+            train(tmp_path, backbone_folder, 30, validation={"folds": 2})
         with pytest.raises(ProbeError, match=r"seed|learned"):
-            run_of(tmp_path, backbone_folder, 30, True, validation={"folds": 2}, seed=1).run()
+            train(tmp_path, backbone_folder, 30, True, validation={"folds": 2}, seed=1)
 
 
 def test_half_of_a_checkpoint_is_none(tmp_path):
@@ -284,12 +283,12 @@ class TestOutput:
         (tmp_path / "head" / "checkpoints").mkdir(parents=True)
         monkeypatch.setattr(trainer, "finish", fail)
         with pytest.raises(RuntimeError, match="out of order"):
-            run_of(tmp_path, backbone_folder).run()
+            train(tmp_path, backbone_folder)
         assert not (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()
 
     def test_a_second_run_into_the_same_folder_is_refused(self, tmp_path):
         with claimed(tmp_path / "head"), pytest.raises(ProbeError, match="another run"):
-            run_of(tmp_path).run()
+            train(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -313,25 +312,25 @@ def test_refused_before_the_backbone_is_loaded(tmp_path, backbone_folder, monkey
     monkeypatch.setattr(prepared, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
     monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
     with pytest.raises(ProbeError, match=named):
-        run_of(tmp_path, backbone_folder, **sections).run()
+        train(tmp_path, backbone_folder, **sections)
     assert not (tmp_path / "head").exists(), "before any work"
 
 
 def test_a_training_that_diverges(tmp_path, backbone_folder):
     with pytest.raises(ProbeError, match=r"no.* numbers?"):
-        run_of(tmp_path, backbone_folder, training={"num_train_epochs": 2, "learning_rate": 1e38}).run()
+        train(tmp_path, backbone_folder, training={"num_train_epochs": 2, "learning_rate": 1e38})
 
 
 def test_states_that_do_not_fit_are_not_cached(tmp_path, backbone_folder, monkeypatch, caplog):
-    whole = run_of(tmp_path, backbone_folder).run()
+    whole = train(tmp_path, backbone_folder)
     monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
-    found = run_of(tmp_path, backbone_folder).run()
+    found = train(tmp_path, backbone_folder)
     assert "no hidden states on disk" in caplog.text and found["runs"][0]["validation"] == pytest.approx(
         whole["runs"][0]["validation"], abs=0.02
     )
 
 
 def test_an_estimate_writes_nothing(tmp_path, backbone_folder):
-    work = run_of(tmp_path, backbone_folder).estimate()
+    work = PreparedRun(recipe_of(tmp_path), tmp_path / "head", str(backbone_folder), only_estimate=True).estimate
     assert work.rows == 40 and work.tokens > 400 and work.bytes > 0 and work.seconds > 0
     assert not (tmp_path / "head").exists()

@@ -82,23 +82,16 @@ def train(
     loaded = Recipe.load(source, [*(set_ or []), *settings])
     loaded.card.command = command_line()
     backbone_target(backbone)  # raises if the Hub must be asked and does not answer
-    from ..training.run import TrainingRun  # takes seconds to import
+    from ..training.run import PreparedRun, train_recipe  # takes seconds to import
 
-    run = TrainingRun(
-        recipe=loaded,
-        backbone=backbone,
-        output=output,
-        dtype=dtype,
-        data_dir=data_dir,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    place: dict[str, Any] = {"recipe": loaded, "backbone": backbone, "output": output}
+    place |= {"dtype": dtype, "data_dir": data_dir}
     with process_group():
         if dry_run:
-            estimate = run.estimate()
+            estimate = PreparedRun(**place, only_estimate=True).estimate
             values = vars(estimate) | {"seconds": estimate.seconds}
             return (values, partial(print_text, str(estimate))) if is_main() else None
-        results = run.run()
+        results = train_recipe(**place, resume=resume, overwrite=overwrite)
         return (results, partial(_print, results, output)) if is_main() else None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
 from ..data.cached_states import StateCache
-from ..data.prompts import PromptFormat, split_reply, text_role_of
+from ..data.prompts import PromptFormat, split_reply
 from ..distributed import check_shared, is_main, on_main, world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import check_rates, check_threshold_rule
@@ -41,13 +40,22 @@ _OUTPUT_FIELDS = {"output_dir", "push_to_hub", "hub_model_id", "hub_token"}
 CHECKPOINTS, STATES, SETUP_NAME = ".checkpoints", ".states", "setup.json"  # what a stopped run leaves in its folder
 
 
-@dataclass(kw_only=True)
 class PreparedRun:
-    """A recipe on a backbone.
+    """A recipe on a backbone: its rows are read, its states computed, its heads made.
+
+    Args:
+        recipe: the recipe.
+        output: folder that gets the head, and meanwhile states and checkpoints.
+        backbone: `"demo"`, a folder, a GGUF file, a Hub id, or a loaded LM.
+        tokenizer: of a loaded backbone.
+        data_dir: folder of local copies of the sources.
+        dtype: of the backbone's weights.
+        only_estimate: stop when `estimate` is known. Nothing is written then.
 
     Attributes:
-        recipe, rows: the recipe and its rows.
-        backbone: name of the backbone, None for a loaded one. lm, prompts: the frozen LM, and the format of its prompts.
+        rows: the rows of the recipe.
+        backbone: name of the backbone, None for a loaded one.
+        lm, prompts: the frozen LM, and the format of its prompts.
         config: config of a new head.
         args: arguments of the `ProbeTrainer`.
         heads: heads by name: one a seed or a trial of a search; for each fold a head without it; and the twins.
@@ -57,29 +65,13 @@ class PreparedRun:
         trials: the trials of a search, by head.
         datasets: prompts or states of each part of the rows.
         cache: states on disk, if they are kept there.
+
+    Raises:
+        ProbeError: a setting or a row is wrong, or the disk is too small. Raised before the backbone is loaded.
     """
 
-    recipe: Recipe
-    rows: RecipeRows
-    output: Path
-    backbone: str | None
-    dtype: str
-    lm: PreTrainedModel
-    prompts: PromptFormat
-    config: ProbeConfig
-    args: ProbeTrainingArguments
-    estimate: Estimate
-    cache: StateCache | None
-    heads: dict[str, ProbeModel] = field(default_factory=dict)
-    candidates: dict[str, int] = field(default_factory=dict)
-    head_args: dict[str, dict[str, Any]] = field(default_factory=dict)
-    left_out: dict[str, np.ndarray] = field(default_factory=dict)
-    trials: dict[str, Trial] = field(default_factory=dict)
-    datasets: dict[str, Dataset] = field(default_factory=dict)
-
-    @classmethod
-    def create(
-        cls,
+    def __init__(
+        self,
         recipe: Recipe,
         output: Path,
         backbone: str | PreTrainedModel,
@@ -87,94 +79,78 @@ class PreparedRun:
         data_dir: str | os.PathLike | None = None,
         dtype: str = "auto",
         only_estimate: bool = False,
-    ) -> PreparedRun:
-        """Read the rows, check them and the settings, load the backbone, say what is to be done, and compute the states.
-
-        Raises:
-            ProbeError: a setting or a row is wrong, or the disk is too small. Raised before the backbone is loaded.
-        """
+    ):
+        self.recipe, self.output, self.dtype = recipe, output, dtype
+        self.backbone = name = backbone if isinstance(backbone, str) else None
         if unknown := sorted(set(recipe.training) - (ARGUMENT_NAMES - _OUTPUT_FIELDS)):
             raise ProbeError(f"training has no {unknown[0]!r}; it takes fields of ProbeTrainingArguments")
         if world_size() > 1:  # the other ranks find what the main one has fetched
             on_main(lambda: bool(read_rows(recipe, data_dir)))
-        rows = read_rows(recipe, data_dir)
-        count, name = rows.num_plain + rows.num_extra, backbone if isinstance(backbone, str) else None
-        head = complete_head(recipe.head, count)
-        if name is None:
+        self.rows = rows = read_rows(recipe, data_dir)
+        count = rows.num_plain + rows.num_extra
+        head = {"max_length": MAX_LENGTH, "prompt_format": "chat", **complete_head(recipe.head, count)}
+        if not isinstance(backbone, str):
             target = backbone.config.get_text_config(decoder=True)
             head |= {"hidden_size": target.hidden_size, "num_hidden_layers": target.num_hidden_layers}
-        config = head_config({"max_length": MAX_LENGTH, **head}, rows.train, name)
-        args = _arguments(recipe, output, config, count)
+        config = head_config(head, rows.train, name)
+        self.args = args = _arguments(recipe, output, config, count)
         _check(recipe, rows, config, args)
         if tokenizer is None and name is None:
             raise ProbeError("a loaded backbone needs processing_class=, its tokenizer")
-        tokenizer = tokenizer or load_tokenizer(name)
-        kind = config.prompt_format if config.prompt_format in ("chat", "raw") else "chat"
-        prompts = PromptFormat.create(
-            tokenizer, kind, config.system_prompt, config.max_length, text_role=text_role_of(config)
-        )
+        self.prompts = prompts = PromptFormat.from_config(config, tokenizer or load_tokenizer(name))
         config = config.replace(**prompts.config_fields())
-        parts = {part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()}
+        self.datasets: dict[str, Dataset] = {
+            part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
+        }
+        tokens = sum(len(ids) for part in self.datasets.values() for ids in part.prompts)
         cache = StateCache(args.cache_dir or output / STATES)
-        estimate = Estimate(
-            rows=sum(map(len, parts.values())),
-            tokens=sum(len(ids) for part in parts.values() for ids in part.prompts),
+        needed = cache.bytes_of(config, tokens)
+        is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
+        self.cache = cache if is_cached else None
+        self.lm = lm = load_backbone(name, dtype)[0] if isinstance(backbone, str) else backbone.eval()
+        self.config = config = describe(lm, config)
+        self.estimate = Estimate(
+            rows=sum(map(len, self.datasets.values())),
+            tokens=tokens,
+            bytes=needed if is_cached else 0,
+            tokens_per_second=world_size() * trial_speed(lm, self.datasets["train"].prompts, config.layer_indices),
+            passes=1 if is_cached else args.num_train_epochs + 1,
         )
-        needed = cache.bytes_of(config, estimate.tokens)
-        if keeps_states(args, needed, cache.folder, further_passes=1):
-            estimate.bytes = needed
-        else:
-            cache, estimate.passes = None, args.num_train_epochs + 1
-        lm = backbone.eval() if name is None else load_backbone(name, dtype)[0]
-        config = describe(lm, config)
-        estimate.tokens_per_second = world_size() * trial_speed(lm, parts["train"].prompts, config.layer_indices)
         if is_main():
-            logger.warning(f"{recipe.name or 'training'} on {config.base_model_name_or_path}: {estimate}")
-        run = cls(
-            recipe=recipe,
-            rows=rows,
-            output=output,
-            backbone=name,
-            dtype=dtype,
-            lm=lm,
-            prompts=prompts,
-            config=config,
-            args=args,
-            estimate=estimate,
-            cache=cache,
-        )
+            logger.warning(f"{recipe.name or 'training'} on {config.base_model_name_or_path}: {self.estimate}")
         if only_estimate:
-            return run
+            return
         check_shared(output)
-        for part, encoded in parts.items():
-            run.datasets[part] = encoded if cache is None else cache.dataset(lm, config, encoded)
-        run._create_heads()
-        return run
+        if self.cache is not None:
+            self.datasets = {part: cache.dataset(lm, config, texts) for part, texts in self.datasets.items()}
+        if rows.folds:  # the plain rows of `train` are judged by heads that have not learned from them
+            self.datasets["validation"] = TrainingRows(self.datasets["train"], range(rows.num_plain))
+        self._create_heads()
 
     def _create_heads(self) -> None:
         """Make the heads that train side by side, each with its own seed."""
         recipe, lm, row_of = self.recipe, None if self.cache is not None else self.lm, np.asarray(self.places)
+        self.heads: dict[str, ProbeModel] = {}
+        self.head_args: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, np.ndarray] = {}
 
-        def create(name: str, seed: int, config: ProbeConfig, without: np.ndarray | None = None) -> None:
+        def create(name: str, seed: int, trial: Trial | None = None, without: np.ndarray | None = None) -> None:
             set_seed(seed)
-            self.heads[name] = ProbeModel(config, backbone=lm)
-            self.head_args[name] = self.trials[name].training if name in self.trials else {}
+            self.heads[name] = ProbeModel(self.config if trial is None else trial.config, backbone=lm)
+            self.head_args[name] = {} if trial is None else trial.training
             if without is not None:
                 self.left_out[name] = np.flatnonzero(np.isin(row_of, without))
 
-        if recipe.search.trials:
-            self.trials = draw_trials(recipe.search, self.config, recipe.seed)
-            self.candidates = dict.fromkeys(self.trials, recipe.seed)
-            for name, trial in self.trials.items():
-                create(name, recipe.seed, trial.config)
-        else:
-            self.candidates = {f"seed-{seed}": seed for seed in range(recipe.seed, recipe.seed + recipe.seeds)}
-            for name, seed in self.candidates.items():
-                create(name, seed, self.config)
-                for number, fold in enumerate(self.rows.folds):
-                    create(f"{name}-fold-{number}", seed, self.config, fold)
+        self.trials = draw_trials(recipe.search, self.config, recipe.seed) if recipe.search.trials else {}
+        seeds = range(recipe.seed, recipe.seed + recipe.seeds)
+        self.candidates = dict.fromkeys(self.trials, recipe.seed) or {f"seed-{seed}": seed for seed in seeds}
+        for name, seed in self.candidates.items():
+            trial = self.trials.get(name)
+            create(name, seed, trial)
+            for number, fold in enumerate(self.rows.folds):
+                create(f"{name}-fold-{number}", seed, trial, fold)
         for twin, without in self.rows.held_out.items():
-            create(f"twin-{twin}", recipe.seed, self.config, without)
+            create(f"twin-{twin}", recipe.seed, without=without)
 
     @property
     def places(self) -> list[int]:

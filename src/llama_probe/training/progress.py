@@ -14,6 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ProbeError
 from ..files import write_atomically
@@ -50,7 +52,9 @@ class Progress:
     def note(self, score: float, epochs: float, weights: Mapping[str, torch.Tensor]) -> None:
         """Note an evaluation. Keep the weights if it is the best."""
         if score > self.best or not self.scores:
-            self.weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
+            self.weights = {
+                name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
+            }
         self.scores.append(score)
         self.epochs = epochs
 
@@ -65,7 +69,7 @@ class KeepBest(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = weakref.proxy(trainer)
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
         """Note an evaluation during the training.
 
         Raises:
@@ -74,11 +78,11 @@ class KeepBest(TrainerCallback):
         if not self.trainer.is_in_train or not args.load_best_model_at_end:
             return
         progress = self.trainer.progress
-        sign = 1 if args.greater_is_better else -1
         for name, head in self.trainer.heads.items():
             if not progress[name].has_stopped(args.patience):
-                value: Any = (metrics or {}).get(f"eval_{self.trainer.metric_name(name, args.metric)}")
-                score = -math.inf if value is None or not math.isfinite(value) else sign * value
+                value: Any = metrics.get(f"eval_{self.trainer.metric_name(name, args.metric)}")
+                is_number = value is not None and math.isfinite(value)
+                score = (value if args.greater_is_better else -value) if is_number else -math.inf
                 progress[name].note(score, state.epoch, head.state_dict())
         if all(each.best == -math.inf for each in progress.values()):
             raise ProbeError(f"none of {len(progress)} heads gives numbers: {NO_NUMBER_BECAUSE}")
@@ -93,29 +97,23 @@ class KeepBest(TrainerCallback):
 
 def write_progress(folder: Path, progress: Mapping[str, Progress]) -> None:
     """Write the progress of heads into a checkpoint."""
-    tensors = {
-        f"{name}/{key}": tensor.cpu().contiguous()
-        for name, each in progress.items()
-        for key, tensor in each.weights.items()
-    }
-    values = {
-        name: {"scores": [score if math.isfinite(score) else None for score in each.scores], "epochs": each.epochs}
-        for name, each in progress.items()
-    }
-    metadata = {"progress": json.dumps(values)}
-    write_atomically({folder / BEST_NAME: lambda path: save_file(tensors, path, metadata=metadata)})
+    weights = {f"{name}/{key}": tensor for name, each in progress.items() for key, tensor in each.weights.items()}
+    values = json.dumps({name: [each.scores, each.epochs] for name, each in progress.items()})
+    write_atomically({folder / BEST_NAME: lambda path: save_file(weights, path, metadata={"progress": values})})
 
 
-def read_progress(folder: Path, progress: Mapping[str, Progress]) -> None:
-    """Read the progress of heads from a checkpoint, if it has any."""
-    path = folder / BEST_NAME
-    if not path.is_file():
-        return
-    with safe_open(path, framework="pt") as file:
+def read_progress(folder: Path) -> dict[str, Progress]:
+    """Read the progress of heads from a checkpoint."""
+    with safe_open(folder / BEST_NAME, framework="pt") as file:
         values = json.loads(file.metadata()["progress"])
-    for key, tensor in load_file(path).items():
+    progress = {name: Progress(scores, epochs) for name, (scores, epochs) in values.items()}
+    for key, tensor in load_file(folder / BEST_NAME).items():
         name, _, parameter = key.partition("/")
         progress[name].weights[parameter] = tensor
-    for name, value in values.items():
-        progress[name].scores = [-math.inf if score is None else score for score in value["scores"]]
-        progress[name].epochs = value["epochs"]
+    return progress
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the last complete checkpoint: the Trainer writes its state last, so a kill leaves one without it."""
+    whole = [str(path.parent) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)

@@ -19,7 +19,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput
 from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
@@ -42,8 +42,8 @@ from .defaults import MAX_LENGTH, complete_head, head_config
 from .estimate import keeps_states
 from .head_group import GroupLoss, HeadGroup
 from .loss import ProbeLoss
-from .prepared import PreparedRun
-from .progress import KeepBest, Progress, read_progress, write_progress
+from .prepared import STATES, PreparedRun
+from .progress import KeepBest, Progress, last_checkpoint, read_progress, write_progress
 from .recipe import Recipe
 from .results import add_results, decide, finish, save_head
 from .rows import TrainingRows, labels_of, learners
@@ -51,8 +51,6 @@ from .search import SEARCH_SPACE, draw
 
 
 logger = logging.get_logger(__name__)
-
-STATES = ".states"
 
 
 class ProbeTrainer(Trainer):
@@ -139,32 +137,35 @@ class ProbeTrainer(Trainer):
         elif model is None:
             self.model_init = model_init
             model = super().call_model_init()
-        if isinstance(model, Mapping):
-            model = HeadGroup(model)
-        elif not isinstance(model, ProbeModel | HeadGroup):
+        self.model = model = HeadGroup(model) if isinstance(model, Mapping) else model
+        self._is_group = isinstance(model, HeadGroup)
+        if not isinstance(model, ProbeModel | HeadGroup):
             kind = type(model).__name__
             raise ProbeError(f"model must be a ProbeModel, not {kind}; backbone= takes a language model")
-        self._heads = dict(model.heads) if isinstance(model, HeadGroup) else {"head": model}
-        self.progress = {name: Progress() for name in self._heads}
-        self._head_args = {name: dict((head_args or {}).get(name, {})) for name in self._heads}
-        if unknown := {*(head_args or ()), *(left_out or ())} - set(
-            self._heads if isinstance(model, HeadGroup) else ()
-        ):
-            raise ProbeError(f"there is no head {min(unknown)!r} in model={{name: head}}: {', '.join(self._heads)}")
+        self.progress = {name: Progress() for name in self.heads}
+        self._head_args = {name: dict((head_args or {}).get(name, {})) for name in self.heads}
+        if unknown := {*(head_args or ()), *(left_out or ())} - set(self.heads if self._is_group else ()):
+            raise ProbeError(f"there is no head {min(unknown)!r} in model={{name: head}}: {', '.join(self.heads)}")
         if is_tensor_parallel(model.backbone):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
-        train = self._label("train_dataset", train_dataset, model, learned=True)
-        validation = self._label("eval_dataset", eval_dataset, model)
-        self._complete(model.config, train, validation, compute_metrics is not None)
+        train = self._label("train_dataset", train_dataset, learned=True)
+        validation = self._label("eval_dataset", eval_dataset)
+        if validation is None:
+            args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
+        is_open = args.greater_is_better is None
+        args.fill(model.config, len(train or ()))
+        if is_open and args.greater_is_better and validation is not None and compute_metrics is None:
+            check_metric(args.metric, labels_of(validation), model.config)
+        check_threshold_rule(model.config, args.max_false_positive_rate, args.threshold_rule)
         if compute_loss_func is None:
-            losses = {name: self._create_loss(name, train) for name in self._heads}
-            compute_loss_func = GroupLoss(losses) if isinstance(model, HeadGroup) else losses["head"]
-        learned = self._encode("train_dataset", train, model, learned=True)
+            losses = {name: self._create_loss(name, train) for name in self.heads}
+            compute_loss_func = GroupLoss(losses) if self._is_group else losses["head"]
+        learned = self._encode("train_dataset", train, learned=True)
         if left_out:
-            learned = TrainingRows(learned, learned_by=learners(len(learned), self._heads, left_out))
+            learned = TrainingRows(learned, learned_by=learners(len(learned), self.heads, left_out))
         if args.token_loss is not None and getattr(learned, "reply_lengths", None) is None and learned is not None:
             raise ProbeError(f"token_loss={args.token_loss!r} needs training rows with replies: chats, or probe_mask")
-        judged = self._encode("eval_dataset", validation, model)
+        judged = self._encode("eval_dataset", validation)
         with warnings.catch_warnings():
             # The parent smooths no labels of several at once. The loss does.
             warnings.filterwarnings("ignore", message="Label smoothing is not compatible")
@@ -223,7 +224,7 @@ class ProbeTrainer(Trainer):
             settings = [*settings, f"licence={licence}"]
         backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
         loaded = Recipe.load(recipe, settings)
-        run = PreparedRun.create(loaded, Path(output_dir), backbone, processing_class, data_dir, dtype)
+        run = PreparedRun(loaded, Path(output_dir), backbone, processing_class, data_dir, dtype)
         return cls.from_prepared(run, **kwargs)
 
     @classmethod
@@ -238,7 +239,7 @@ class ProbeTrainer(Trainer):
     @property
     def heads(self) -> dict[str, ProbeModel]:
         """The heads by name; a single one has the name `"head"`."""
-        return self._heads if isinstance(self.model, HeadGroup) else {"head": self.model}
+        return dict(self.model.heads) if self._is_group else {"head": self.model}
 
     @property
     def results(self) -> dict[str, Any] | None:
@@ -272,78 +273,60 @@ class ProbeTrainer(Trainer):
         names = ("class_weights", "label_smoothing_factor", "focal_gamma", "token_loss")
         values = [self._head_args[name].get(argument, getattr(self.args, argument)) for argument in names]
         labels = np.empty(0) if train is None or values[0] != "balanced" else labels_of(train)
-        return ProbeLoss.create(self._heads[name].config, labels, *values)
+        return ProbeLoss.create(self.heads[name].config, labels, *values)
 
-    def _label(
-        self, name: str, data: Any, probe: ProbeModel | HeadGroup, learned: bool = False
-    ) -> LabelledTexts | Dataset | None:
+    def _label(self, name: str, data: Any, learned: bool = False) -> LabelledTexts | Dataset | None:
         """Read a table with the labels of the heads, whose configs record what the labels of training rows are called."""
-        rows = data
-        if not isinstance(data, LabelledTexts):
-            if data is None or isinstance(data, Dataset):
-                return data
-            names = list(probe.config.id2label.values())
+        if data is None or isinstance(data, Dataset):
+            return data
+        rows, config = data, self.model.config
+        names = list(config.id2label.values())
+        if not isinstance(rows, LabelledTexts):
             unnamed = learned and names == list(ProbeConfig(num_labels=len(names)).id2label.values())
-            given = None if unnamed else names
-            rows = rows_in_memory(name, data, self._columns, given, probe.config.problem_type)
-            # An alphabetical order does not say which label is flagged.
-            flagged = probe.config.flagged if rows.label_names == names else rows.flagged
+            rows = rows_in_memory(name, data, self._columns, None if unnamed else names, config.problem_type)
             if unnamed and len(rows.label_names) == len(names):
-                self._record(probe, id2label=dict(enumerate(rows.label_names)), flagged=flagged)
-            rows = rows.renamed(list(probe.config.id2label.values()))
+                # An alphabetical order does not say which label is flagged.
+                flagged = config.flagged if rows.label_names == names else rows.flagged
+                self._record(id2label=dict(enumerate(rows.label_names)), flagged=flagged)
+            rows = rows.renamed(list(self.model.config.id2label.values()))
         if learned:
             check_labels(name, rows)
         return rows
 
-    def _encode(self, name: str, rows: Any, probe: ProbeModel | HeadGroup, learned: bool = False) -> Dataset | None:
+    def _encode(self, name: str, rows: Any, learned: bool = False) -> Dataset | None:
         """Return rows as prompts, or as their hidden states."""
         if not isinstance(rows, LabelledTexts):
             return rows
-        if probe.backbone is None:
+        config, lm = self.model.config, self.model.backbone
+        if lm is None:
             raise ProbeError(f"{name} has texts or token ids, which need ProbeModel(config, backbone=lm)")
         if is_tokenized(rows):
             masks = rows.columns.get("probe_mask")
-            follows = masks is not None and probe.config.reads_reply
-            encoded = PromptDataset(rows.texts, rows.labels, masks, list(map(sum, masks)) if follows else None)
+            lengths = None if masks is None or not config.reads_reply else list(map(sum, masks))
+            dataset = PromptDataset(rows.texts, rows.labels, masks, lengths)
         else:
-            encoded = self._format(name, probe).encode_for(probe.config, rows.texts, rows.labels)
-        needed = self._cache.bytes_of(probe.config, sum(map(len, encoded.prompts)))
-        is_cached = keeps_states(self.args, needed, self._cache.folder)
-        dataset = self._cache.dataset(probe.backbone, probe.config, encoded) if is_cached else encoded
-        if encoded.reply_lengths is None:
+            if self._tokenizer is None:
+                raise ProbeError(f"{name} has texts: pass the backbone's tokenizer, processing_class=tokenizer")
+            if config.prompt_format not in PROMPT_FORMATS:
+                config = config.replace(prompt_format="chat" if self._tokenizer.chat_template else "raw")
+            prompts = PromptFormat.from_config(config, self._tokenizer)
+            self._record(**prompts.config_fields())
+            dataset = prompts.encode_for(self.model.config, rows.texts, rows.labels)
+        needed = self._cache.bytes_of(config, sum(map(len, dataset.prompts)))
+        if keeps_states(self.args, needed, self._cache.folder):
+            dataset = self._cache.dataset(lm, self.model.config, dataset)
+        if dataset.reply_lengths is None:
             return dataset
         return TrainingRows(dataset, replies=self.args.replies if learned else "tokens")
 
-    def _format(self, name: str, probe: ProbeModel | HeadGroup) -> PromptFormat:
-        """Return the head's own format of prompts; one that is not known is the template of the tokenizer."""
-        if self._tokenizer is None:
-            raise ProbeError(f"{name} has texts: pass the backbone's tokenizer, processing_class=tokenizer")
-        config = probe.config
-        if config.prompt_format not in PROMPT_FORMATS:
-            config = config.replace(prompt_format="chat" if self._tokenizer.chat_template else "raw")
-        prompts = PromptFormat.from_config(config, self._tokenizer)
-        self._record(probe, **prompts.config_fields())
-        return prompts
-
-    def _record(self, probe: ProbeModel | HeadGroup, **changes) -> None:
-        """Write fields into the configs of these heads, and of those that `model_init` makes."""
+    def _record(self, **changes) -> None:
+        """Write fields into the configs of the heads, and of those that `model_init` makes."""
         self._recorded |= changes
-        for each in (probe, *(self._heads.values() if isinstance(probe, HeadGroup) else ())):
+        for each in (self.model, *self.heads.values()):
             each.config = each.config.replace(**changes)
 
-    def _complete(self, config: ProbeConfig, train: Any, validation: Any, own_metrics: bool) -> None:
-        """Fill in what the arguments leave open, and check them against the rows."""
-        args = self.args
-        if validation is None:
-            args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
-        is_open = args.greater_is_better is None
-        args.fill(config, len(train or ()))
-        if is_open and args.greater_is_better and validation is not None and not own_metrics:
-            check_metric(args.metric, labels_of(validation), config)
-        check_threshold_rule(config, args.max_false_positive_rate, args.threshold_rule)
-
     def _table(self, name: str, data: Any) -> Dataset | None:
-        return self._encode(name, self._label(name, data, self.model), self.model)
+        return self._encode(name, self._label(name, data))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return the batches of `eval_dataset`, a table as well, or of the trainer's own."""
@@ -363,9 +346,9 @@ class ProbeTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
         """Train the heads; see `Trainer.train`. Then `judge` them, if there are evaluation rows."""
-        self.progress = {name: Progress() for name in self._heads}
+        self.progress = {name: Progress() for name in self.heads}
         is_new = not resume_from_checkpoint and trial is None and self._run is None and self.args.should_save
-        if is_new and (stopped := _last_checkpoint_of(self.args.output_dir)):
+        if is_new and (stopped := last_checkpoint(Path(self.args.output_dir))):
             logger.warning(
                 f"{stopped} is of an earlier run: train(resume_from_checkpoint=True) continues a stopped one"
             )
@@ -396,7 +379,7 @@ class ProbeTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of parameters for each of several heads."""
-        if self.optimizer is not None or not isinstance(self.model, HeadGroup):
+        if self.optimizer is not None or not self._is_group:
             return super().create_optimizer(model)
         groups = []
         for name, head in self.heads.items():
@@ -411,7 +394,7 @@ class ProbeTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        if not isinstance(self.model, HeadGroup):
+        if not self._is_group:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
         limit = self.args.max_grad_norm
@@ -422,7 +405,7 @@ class ProbeTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        read_progress(Path(resume_from_checkpoint), self.progress)
+        self.progress = read_progress(Path(resume_from_checkpoint))
 
     def judge(self) -> dict[str, Any]:
         """Fit temperature and threshold on the evaluation rows, fit novelty, and measure the heads on the evaluation rows.
@@ -440,7 +423,7 @@ class ProbeTrainer(Trainer):
         rows = {name: {"source": "own rows", "rows": len(part)} for name, part in parts.items() if part is not None}
         for name, probe in self.heads.items():
             logits = logits_by_head[name] = predict_logits(probe, validation)
-            if isinstance(self.model, HeadGroup) and not bool(logits.isfinite().all()):
+            if self._is_group and not bool(logits.isfinite().all()):
                 continue  # it diverged, and has no results
             probe.config, decided = decide(probe.config, logits, labels_of(validation), self.args)
             add_results(
@@ -453,7 +436,7 @@ class ProbeTrainer(Trainer):
                 novelty=(train, validation, logits),
                 dtype=probe.config.base_model_dtype,
             )
-        if isinstance(self.model, HeadGroup):
+        if self._is_group:
             self.logits = logits_by_head
             return {name: probe.results for name, probe in self.heads.items() if probe.results}
         self.logits = logits_by_head["head"]
@@ -461,11 +444,11 @@ class ProbeTrainer(Trainer):
 
     def metric_name(self, head: str, metric: str) -> str:
         """Return the name of a head's metric in an evaluation."""
-        return f"{head}_{metric}" if isinstance(self.model, HeadGroup) else metric
+        return f"{head}_{metric}" if self._is_group else metric
 
     def _measure(self, evaluated: EvalPrediction) -> dict[str, float | None]:
         # The configs change when the heads are judged.
-        if not isinstance(self.model, HeadGroup):
+        if not self._is_group:
             return metrics_of(self.model.config)(evaluated)
         metric, values = self.args.metric, {}
         for place, (name, head) in enumerate(self.heads.items()):
@@ -475,7 +458,7 @@ class ProbeTrainer(Trainer):
             part = EvalPrediction(predictions=predictions[rows], label_ids=labels[rows])
             values[name] = metrics_of(head.config)(part)[metric] if is_number else -math.inf
         named = {self.metric_name(name, metric): value for name, value in values.items()}
-        return named | {metric: max(value for value in values.values())}
+        return named | {metric: max(values.values())}
 
     def hyperparameter_search(
         self, hp_space: Callable | None = None, compute_objective: Callable | None = None, n_trials: int = 20, **kwargs
@@ -519,7 +502,7 @@ class ProbeTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         for name, head in self.heads.items():
-            head.save_pretrained(folder / name if isinstance(self.model, HeadGroup) else folder)
+            head.save_pretrained(folder / name if self._is_group else folder)
 
     def push_to_hub(
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None, **kwargs
@@ -538,7 +521,7 @@ class ProbeTrainer(Trainer):
             repo_id = self.hub_model_id
         if not self.is_world_process_zero():
             return None
-        if isinstance(self.model, HeadGroup) and self._run is None:
+        if self._is_group and self._run is None:
             raise ProbeError("push each of several heads by itself: trainer.heads[name].push_to_hub(repo_id)")
         head = self._chosen or self.model
         self._save_heads(None)  # before the Hub can refuse
@@ -549,7 +532,3 @@ class ProbeTrainer(Trainer):
         # The parent would upload training_args.bin, a pickle, and weights without a config.
         if self.args.hub_strategy != HubStrategy.END:
             self.push_to_hub(f"Training in progress, epoch {self.state.epoch:.0f}")
-
-
-def _last_checkpoint_of(folder: str) -> str | None:
-    return get_last_checkpoint(folder) if os.path.isdir(folder) else None
