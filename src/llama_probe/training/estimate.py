@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -32,32 +33,26 @@ class Estimate:
 
     Attributes:
         rows, tokens: prompts that the backbone reads, and their tokens, each once.
+        tokens_per_second: of the backbone, from a trial pass.
         bytes: of the hidden states on disk, if they are cached.
-        tokens_per_second: of the backbone, from a trial pass; None before it.
         passes: times that the backbone reads the rows: 1 with a cache.
     """
 
     rows: int
     tokens: int
+    tokens_per_second: float
     bytes: int = 0
-    tokens_per_second: float | None = None
     passes: float = 1
 
     @property
-    def seconds(self) -> float | None:
-        """Seconds of the whole run; None before the trial pass."""
-        if self.tokens_per_second is None:
-            return None
+    def seconds(self) -> float:
+        """Seconds of the whole run."""
         return _OVERHEAD * self.passes * self.tokens / self.tokens_per_second
 
     def __str__(self) -> str:
-        parts = [f"{self.rows:,} rows, {_short(self.tokens)} tokens"]
-        if self.seconds is not None:
-            parts.append(f"about {_duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens a second")
-        parts.append(
-            f"{self.bytes / 1e9:.2f} GB of hidden states on disk" if self.bytes else "no hidden states on disk"
-        )
-        return ", ".join(parts)
+        time = f"about {timedelta(seconds=round(self.seconds))} at {self.tokens_per_second:,.0f} tokens a second"
+        disk = f"{self.bytes / 1e9:.2f} GB of hidden states on disk" if self.bytes else "no hidden states on disk"
+        return f"{self.rows:,} rows, {self.tokens:,} tokens, {time}, {disk}"
 
 
 def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, further_passes: int = 0) -> bool:
@@ -106,16 +101,3 @@ def trial_speed(lm: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequenc
         if time.monotonic() - start > _TRIAL_SECONDS:
             break
     return tokens / max(time.monotonic() - start, 1e-6)
-
-
-def _short(number: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.1f}{unit}"
-    return f"{number:.0f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
