@@ -86,16 +86,11 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
     """
     recipe, rows = run.recipe, run.rows
     parts: list[dict[str, Any]] = []
-
-    def measure_parts(probe: ProbeModel, twin: str | None, texts: Mapping[str, LabelledTexts]) -> None:
+    for twin, probe in {None: head, **twins}.items():
         baseline = _baseline(run, probe.config, () if twin is None else rows.held_out[twin].tolist())
-        for name, part in texts.items():
+        for name, part in (rows.measured if twin is None else rows.held_rows[twin]).items():
             dataset = run.datasets[f"{twin or 'measure'}.{name}"]
             parts.append({"name": name, "twin": twin, **_measure_part(probe, dataset, part, baseline)})
-
-    measure_parts(head, None, rows.measured)
-    for twin, probe in twins.items():
-        measure_parts(probe, twin, rows.held_rows[twin])
     if rows.measured and recipe.measure.quantised:
         name, first = next(iter(rows.measured.items()))
         prompts = run.prompts.encode_for(head.config, first.texts, first.labels)
@@ -118,14 +113,12 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
     return results
 
 
-def _baseline(
-    run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False
-) -> Baseline | None:
+def _baseline(run: PreparedRun, config: ProbeConfig, *options: Any, by_length: bool = False) -> Baseline | None:
     """Return a baseline beside a head of two labels, if the recipe wants one and its thresholds can be fitted."""
     if not run.recipe.measure.tfidf or config.flagged_index is None or config.num_labels != 2:
         return None
     try:
-        return Baseline(run, config, without, by_length)
+        return Baseline(run, config, *options, by_length=by_length)
     except ProbeError as error:
         logger.warning(f"{'The length' if by_length else 'TF-IDF'} is not measured: {error}")
         return None

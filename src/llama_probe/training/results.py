@@ -89,7 +89,7 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
         head_args=run.head_args[chosen],
         runs=[runs[chosen]] if run.trials else list(runs.values()),
         chosen=runs[chosen]["seed"],
-        inspected=(shown, _part(run, shown), tested.get(chosen, logits)),
+        inspected=(shown, run.datasets[shown], tested.get(chosen, logits)),
         novelty=_novelty_rows(run, logits),
         dtype=run.dtype,
         card=_card(run),
@@ -108,7 +108,7 @@ def _judged_logits(run: PreparedRun) -> tuple[dict[str, torch.Tensor], dict[str,
 
     And of heads that read replies what `follow_replies` gives.
     """
-    heads, part = list(run.heads.values()), _part(run, "validation")
+    heads, part = list(run.heads.values()), run.datasets["validation"]
     if run.config.reads_reply:
         followed = dict(zip(run.heads, follow_replies(heads, part, progress=True), strict=True))
         by_head = {name: strongest_of(run.heads[name], rows) for name, rows in followed.items()}
@@ -120,21 +120,14 @@ def _judged_logits(run: PreparedRun) -> tuple[dict[str, torch.Tensor], dict[str,
     return by_head, followed
 
 
-def _part(run: PreparedRun, name: str) -> Dataset:
-    """Return the data set of a part; the validation rows of a run with folds are the plain rows of `train`."""
-    if name == "validation" and run.rows.folds:
-        return TrainingRows(run.datasets["train"], range(run.rows.num_plain))
-    return run.datasets[name]
-
-
 def _novelty_rows(run: PreparedRun, logits: torch.Tensor) -> tuple[Dataset, Dataset, torch.Tensor]:
     """Return rows to fit novelty on, rows to calibrate it on (with folds a quarter of the plain rows), and logits of these."""
-    count, plain = len(run.rows.train), run.rows.num_plain
+    train, plain = run.datasets["train"], run.rows.num_plain
     if not run.rows.folds:
-        return TrainingRows(run.datasets["train"]), run.datasets["validation"], logits
+        return train, run.datasets["validation"], logits
     held = sorted(np.random.default_rng(0).permutation(plain).tolist()[: plain // 4])
-    rest = sorted(set(range(count)) - set(held))
-    return TrainingRows(run.datasets["train"], rest), TrainingRows(run.datasets["train"], held), logits[held]
+    rest = sorted(set(range(len(train))) - set(held))
+    return TrainingRows(train, rest), TrainingRows(train, held), logits[held]
 
 
 def _calibrate(run: PreparedRun, probe: ProbeModel) -> dict[str, Any] | None:
