@@ -111,8 +111,14 @@ class StateCache:
             read = [_tokens_read(config, rows[row]) for row in left]
             dataset = PromptDataset([rows.prompts[row] for row in left], masks=read)
             on_main(lambda: self._begin(entry))
+            passes = iterate_states(dataset, config, lm, batch_tokens, True, config.layer_indices)
             try:
-                _write_states(entry, lm, config, dtype, dataset, left, batch_tokens)
+                for places, states, counted in passes:
+                    numbers, items = [left[place] for place in places], [dataset[place] for place in places]
+                    tensors = _tensors_of_pass(numbers, items, states.to("cpu", dtype), counted)
+                    if is_main() or not is_tensor_parallel(lm):  # its ranks compute the same rows
+                        # The rename is what makes these rows done.
+                        write_atomically({entry / f"{uuid.uuid4().hex}.safetensors": partial(save_file, tensors)})
             except ProbeError:  # a run that is stopped otherwise leaves what it has done
                 if is_main():
                     shutil.rmtree(entry, ignore_errors=True)
@@ -155,29 +161,19 @@ def _tokens_read(config: ProbeConfig, row: dict) -> list[bool]:
     return (counted if config.reads_reply else tokens_read(config, counted))[0].tolist()
 
 
-def _write_states(
-    entry: Path,
-    lm: nn.Module,
-    config: ProbeConfig,
-    dtype: torch.dtype,
-    dataset: PromptDataset,
-    numbers: Sequence[int],
-    batch_tokens: int,
-) -> None:
-    """Write the states of rows with these numbers, a file for each pass. Its rename is what makes its rows done."""
-    for places, states, counted in iterate_states(dataset, config, lm, batch_tokens, True, config.layer_indices):
-        states = states.to("cpu", dtype)  # [S, B, T, D]
-        if not bool(states.isfinite().all()):
-            raise ProbeError(f"a hidden state is too large for {dtype}; cache as bfloat16 or float32")
-        ids = [torch.tensor(dataset.prompts[place])[torch.tensor(dataset.masks[place])] for place in places]
-        tensors = {
-            "rows": torch.tensor([numbers[place] for place in places]),
-            "lengths": torch.tensor(list(map(len, ids))),
-            "tokens": torch.cat(ids),
-            "states": torch.cat([states[:, i, counted[i]].flatten(0, 1) for i in range(len(ids))]),  # [S T of each, D]
-        }
-        if is_main() or not is_tensor_parallel(lm):  # its ranks compute the same rows
-            write_atomically({entry / f"{uuid.uuid4().hex}.safetensors": partial(save_file, tensors)})
+def _tensors_of_pass(
+    numbers: list[int], items: list[dict], states: torch.Tensor, counted: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file, which holds the states `[S, B, T, D]` of the rows of a pass."""
+    if not bool(states.isfinite().all()):
+        raise ProbeError(f"a hidden state is too large for {states.dtype}; cache as bfloat16 or float32")
+    ids = [torch.tensor(item["input_ids"])[torch.tensor(item["probe_mask"])] for item in items]
+    return {
+        "rows": torch.tensor(numbers),
+        "lengths": torch.tensor(list(map(len, ids))),
+        "tokens": torch.cat(ids),
+        "states": torch.cat([states[:, i, counted[i]].flatten(0, 1) for i in range(len(ids))]),  # [S T of each, D]
+    }
 
 
 class ProbeCollator:
