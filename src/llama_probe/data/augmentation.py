@@ -115,16 +115,6 @@ class Augmenter:
 AUGMENTATIONS = ("lead_in", "quote", "document", "earlier_turns", "later_turns", "system_prompt")
 
 
-def check_augmentations(names: Sequence[str], share: float, has_system_prompts: bool) -> None:
-    """Raise `ProbeError` for a name that is not in `AUGMENTATIONS`, a wrong share, or missing system prompts."""
-    if unknown := sorted(set(names) - set(AUGMENTATIONS)):
-        raise ProbeError(f"augment={unknown} is not allowed; allowed: {', '.join(AUGMENTATIONS)}")
-    if not 0 < share <= 1:
-        raise ProbeError(f"augment_share={share} must be above 0 and at most 1")
-    if "system_prompt" in names and not has_system_prompts:
-        raise ProbeError("augment=['system_prompt'] draws from system_prompts: give some")
-
-
 def augment(
     rows: LabelledTexts, names: Sequence[str], seed: int, system_prompts: Sequence[str] = (), share: float = SHARE
 ) -> LabelledTexts:
@@ -135,10 +125,8 @@ def augment(
     names the sources of all texts in it, with `+` between them.
 
     Raises:
-        ProbeError: a name or the share is not allowed, the labels are values, none is flagged, or there is nothing to draw
-            from.
+        ProbeError: the labels are values, none is flagged, or there is nothing to draw from.
     """
-    check_augmentations(names, share, bool(system_prompts))
     if not names:
         return rows
     if rows.problem_type == "regression":

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-from ..data.augmentation import SHARE, check_augmentations
+from ..data.augmentation import AUGMENTATIONS, SHARE
 from ..data.known import Benchmark, find_benchmark
 from ..data.labelled_texts import Labels
 from ..data.row_files import MAX_TEXT
@@ -74,7 +74,12 @@ class Copies:
     system_prompts: Source | None = None
 
     def __post_init__(self):
-        check_augmentations(self.names, self.share, self.system_prompts is not None)
+        if unknown := sorted(set(self.names) - set(AUGMENTATIONS)):
+            raise ProbeError(f"names={unknown} is not allowed; allowed: {', '.join(AUGMENTATIONS)}")
+        if not 0 < self.share <= 1:
+            raise ProbeError(f"share={self.share} must be above 0 and at most 1")
+        if "system_prompt" in self.names and self.system_prompts is None:
+            raise ProbeError("names=['system_prompt'] draws from system_prompts: give some")
 
 
 @dataclass(kw_only=True)
