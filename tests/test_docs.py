@@ -37,7 +37,7 @@ HEADS = {
 def desk(backbone_folder, tmp_path, monkeypatch, hub):
     """A folder to work in, with heads for the tiny backbone, and a Hub."""
     _, tokenizer = backbones.load_backbone(str(backbone_folder), device="cpu")
-    fields = PromptFormat.create(tokenizer).config_fields()
+    fields = PromptFormat(tokenizer).config_fields()
     for seed, (name, (kind, labels)) in enumerate(HEADS.items()):
         probe = make_probe(
             seed, probe_type=kind, id2label=dict(enumerate(labels)), base_model_name_or_path=str(backbone_folder),

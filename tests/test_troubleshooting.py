@@ -28,7 +28,7 @@ def desk(tmp_path_factory):
         lm, tokenizer = make_lm(vocab_size=260), make_tokenizer()
         lm.save_pretrained("backbone")
         tokenizer.save_pretrained("backbone")
-        fields = PromptFormat.create(tokenizer).config_fields() | {
+        fields = PromptFormat(tokenizer).config_fields() | {
             "id2label": {0: "fine", 1: "rude"},
             "flagged": ["rude"],
         }

@@ -12,7 +12,7 @@ import torch
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.backbone.loading import load_backbone
 from llama_probe.data import PromptFormat, find_benchmark
-from llama_probe.data.cached_states import PromptDataset, StateCache
+from llama_probe.data.cached_states import StateCache
 from llama_probe.data.labelled_texts import LabelledTexts
 from llama_probe.data.row_sources import Source
 from llama_probe.evaluation.calibration import calibrate
@@ -45,11 +45,11 @@ class Bench:
     def prompts(self) -> PromptFormat:
         """The LM's chat template, or raw texts if it has none."""
         tokenizer = self.loaded[1]
-        return PromptFormat.create(tokenizer, "chat" if tokenizer.chat_template else "raw", max_length=self.max_length)
+        return PromptFormat(tokenizer, "chat" if tokenizer.chat_template else "raw", max_length=self.max_length)
 
     def states(self, config: ProbeConfig, rows: LabelledTexts):
         """Return the cached hidden states of what a head with this config reads."""
-        prompts = PromptDataset(self.prompts.encode(rows.texts), rows.labels)
+        prompts = self.prompts.encode_for(config, rows.texts, rows.labels)
         return StateCache(self.cache).dataset(self.loaded[0], config, prompts)
 
     def test_rows(self, name: str) -> LabelledTexts:
@@ -92,5 +92,4 @@ class Task:
 
     def best(self, candidates: list[torch.Tensor]) -> int:
         """Return the place of the logits of validation rows that have the best metric."""
-        labels = self.validation.labels
-        return int(np.argmax([report(self.labels, logits, labels)[self.metric] for logits in candidates]))
+        return int(np.argmax([report(self.labels, x, self.validation.labels)[self.metric] for x in candidates]))

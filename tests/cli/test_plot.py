@@ -25,7 +25,7 @@ INSPECTION = {
 @pytest.fixture
 def make_head(tmp_path):
     def make_head(inspection=None, **changes):
-        content = PromptFormat.create(make_tokenizer()).config_fields() | {"token_scope": "content"}
+        content = PromptFormat(make_tokenizer()).config_fields() | {"token_scope": "content"}
         values = {"probe_type": "gate", "id2label": {0: "fine", 1: "awful"}, **content, **changes}
         folder = save_head(make_probe(**values), tmp_path / "mood")
         if inspection is not None:

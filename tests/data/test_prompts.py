@@ -32,17 +32,17 @@ def served(tokenizer, text):
 
 @pytest.mark.parametrize("text", [" spaced ", "<bos>", "naïve 你好"])
 def test_training_prompts_are_serving_prompts(tokenizer, text):
-    assert PromptFormat.create(tokenizer).encode([text]) == [served(tokenizer, text)]
+    assert PromptFormat(tokenizer).encode([text]) == [served(tokenizer, text)]
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_the_constant_parts_are_found(adds_bos):
     tokenizer = make_tokenizer(adds_bos)
-    prompts = PromptFormat.create(tokenizer)
+    prompts = PromptFormat(tokenizer)
     begin = tokenizer("<bos>system\nBe kind.<eos>\n<bos>user\n", add_special_tokens=False)["input_ids"]
     end = tokenizer("<eos>\n<bos>assistant\n", add_special_tokens=False)["input_ids"]
     assert list(prompts.prefix_ids) == begin and list(prompts.suffix_ids) == end
-    raw = PromptFormat.create(tokenizer, "raw")
+    raw = PromptFormat(tokenizer, "raw")
     assert list(raw.prefix_ids) == ([tokenizer.bos_token_id] if adds_bos else [])
     assert raw.suffix_ids == ()
 
@@ -50,15 +50,15 @@ def test_the_constant_parts_are_found(adds_bos):
 def test_there_is_never_a_second_bos():
     tokenizer = make_tokenizer(adds_bos=True)
     bos = tokenizer.bos_token_id
-    assert PromptFormat.create(tokenizer).encode(["Hello"])[0][:2].count(bos) == 1
+    assert PromptFormat(tokenizer).encode(["Hello"])[0][:2].count(bos) == 1
     for text in ("Hello", "<bos>Hello"):
-        assert PromptFormat.create(tokenizer, "raw").encode([text])[0].count(bos) == 1
+        assert PromptFormat(tokenizer, "raw").encode([text])[0].count(bos) == 1
 
 
 @pytest.mark.parametrize("kind", ["chat", "raw"])
 @pytest.mark.parametrize("take", ["encode", "encode_replies"])
 def test_values_that_are_not_prompts(tokenizer, kind, take):
-    take = getattr(PromptFormat.create(tokenizer, kind), take)
+    take = getattr(PromptFormat(tokenizer, kind), take)
     for single in ("Hello", CHAT, CHAT[0]):
         with pytest.raises(ProbeError, match="must be a list of prompts"):
             take(single)
@@ -69,16 +69,16 @@ def test_values_that_are_not_prompts(tokenizer, kind, take):
 
 def test_prompts_that_cannot_be_encoded(tokenizer):
     with pytest.raises(ProbeError, match="prompt_format"):
-        PromptFormat.create(tokenizer, "raw").encode([CHAT])
+        PromptFormat(tokenizer, "raw").encode([CHAT])
     for kind in ("chat", "raw"):
         with pytest.raises(ProbeError, match=r"\\ud83d"):
-            PromptFormat.create(tokenizer, kind).encode(["whole", "half \ud83d"])
+            PromptFormat(tokenizer, kind).encode(["whole", "half \ud83d"])
     for text in ("Hello", CHAT[:1], CHAT[1:], [*CHAT, CHAT[0]], [CHAT[0], {**CHAT[1], "content": " "}]):
         with pytest.raises(ProbeError, match="prompt and a reply"):
-            PromptFormat.create(tokenizer).encode_replies([text])
+            PromptFormat(tokenizer).encode_replies([text])
     tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}{% endfor %}"
     with pytest.raises(ProbeError, match="chat template"):
-        PromptFormat.create(tokenizer).encode([[{"role": "user", "content": ["parts"]}]])
+        PromptFormat(tokenizer).encode([[{"role": "user", "content": ["parts"]}]])
 
 
 def test_wrong_formats(tokenizer):
@@ -88,14 +88,14 @@ def test_wrong_formats(tokenizer):
         ({"kind": "raw", "system_prompt": "x"}, "system_prompt"),
     ):
         with pytest.raises(ProbeError, match=field):
-            PromptFormat.create(tokenizer, **values)
+            PromptFormat(tokenizer, **values)
     tokenizer.chat_template = None
     with pytest.raises(ProbeError, match="no chat template"):
-        PromptFormat.create(tokenizer)
+        PromptFormat(tokenizer)
 
 
 def test_own_system_prompt(tokenizer):
-    prompts = PromptFormat.create(tokenizer, system_prompt="Be brief.")
+    prompts = PromptFormat(tokenizer, system_prompt="Be brief.")
     prefix = tokenizer.decode(prompts.prefix_ids)
     assert "Be brief." in prefix and "Be kind." not in prefix
     (ids,) = prompts.encode([[{"role": "system", "content": "Mine."}, CHAT[0]]])
@@ -104,7 +104,7 @@ def test_own_system_prompt(tokenizer):
 
 class TestReplies:
     def test_they_follow_the_prompt_as_it_is_served(self, tokenizer):
-        prompts = PromptFormat.create(tokenizer)
+        prompts = PromptFormat(tokenizer)
         ids, masks = prompts.encode_replies([CHAT])
         prompt = served(tokenizer, "Hello")
         assert ids == [[*prompt, *tokenizer("Good day")["input_ids"]]], "what generate() had read when it was complete"
@@ -119,7 +119,7 @@ class TestReplies:
 
     def test_raw(self):
         tokenizer = make_tokenizer(adds_bos=True)
-        ids, masks = PromptFormat.create(tokenizer, "raw").encode_replies([CHAT])
+        ids, masks = PromptFormat(tokenizer, "raw").encode_replies([CHAT])
         assert tokenizer.decode(ids[0]) == "<bos>HelloGood day" and sum(masks[0]) == 8
 
     @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ class TestReplies:
     )
     def test_both_are_cut(self, tokenizer, prompt, reply, kept):
         constant = len(served(tokenizer, ""))
-        prompts = PromptFormat.create(tokenizer, max_length=constant + 35)
+        prompts = PromptFormat(tokenizer, max_length=constant + 35)
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
         (ids,), (mask,) = prompts.encode_replies([chat])
         text = tokenizer.decode(ids)
@@ -137,7 +137,7 @@ class TestReplies:
 
 
 def test_truncation_keeps_the_templates_end_and_is_reported(tokenizer, caplog):
-    prompts = PromptFormat.create(tokenizer, max_length=60)
+    prompts = PromptFormat(tokenizer, max_length=60)
     short, long = prompts.encode(["Hi", "a" * 200])
     assert len(long) == 60 and len(short) < 60
     assert tuple(long[-len(prompts.suffix_ids) :]) == prompts.suffix_ids
@@ -152,7 +152,7 @@ PARTS = ["the bread ", "w", "word", "    ", "\n", "☂", "<|im_end|>", "flour,",
 @settings(deadline=None, max_examples=8)
 def test_a_long_text_is_cut_before_and_after_the_tokenizer_alike(parts, max_length):
     text = "".join(parts) * (4_000 // len("".join(parts)))
-    prompts = PromptFormat.create(chat_tokenizer("chatml"), max_length=max_length)
+    prompts = PromptFormat(chat_tokenizer("chatml"), max_length=max_length)
     whole = prompts._cut(prompts._encode_one(text))
     with patch.object(PromptFormat, "_tokenize", autospec=True, side_effect=PromptFormat._tokenize) as tokenize:
         assert prompts.encode([text]) == [whole]
@@ -162,12 +162,12 @@ def test_a_long_text_is_cut_before_and_after_the_tokenizer_alike(parts, max_leng
 def test_a_long_text_of_few_tokens_is_read_whole(tokenizer):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    prompts = PromptFormat.create(PreTrainedTokenizerFast(tokenizer_object=words), "raw", max_length=4)
+    prompts = PromptFormat(PreTrainedTokenizerFast(tokenizer_object=words), "raw", max_length=4)
     assert prompts.encode(["x" * 5_000 + " a b a b a"]) == [[0, 1, 2, 1]]
 
 
 def test_batches_are_ready_for_generate(tokenizer):
-    prompts = PromptFormat.create(tokenizer)
+    prompts = PromptFormat(tokenizer)
     left, right = (prompts.batch(["Hi", "Hello there"], side) for side in ("left", "right"))
     assert left["attention_mask"][0, 0] == 0 and left["attention_mask"][:, -1].all()
     assert torch.equal(right["attention_mask"], left["attention_mask"].flip(1))
@@ -177,7 +177,7 @@ def test_batches_are_ready_for_generate(tokenizer):
 
 
 def test_the_config_brings_the_format_back(tokenizer, monkeypatch):
-    prompts = PromptFormat.create(tokenizer, max_length=99, system_prompt="Be brief.")
+    prompts = PromptFormat(tokenizer, max_length=99, system_prompt="Be brief.")
     config = ProbeConfig(probe_type="gate", **prompts.config_fields())
     markers = {"user": {"ids": [5], "skip": 0}, "assistant": {"ids": [6], "skip": 0}}
     other = PromptFormat.from_config(config.replace(chat_template_hash="another", turn_markers=markers), tokenizer)

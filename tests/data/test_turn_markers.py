@@ -46,7 +46,7 @@ def read(family, chat, scope, cut=slice(None), padding=(0, 0), ids=None, **kwarg
 
 @cache
 def config_of(family, scope):
-    fields = PromptFormat.create(chat_tokenizer(family)).config_fields()
+    fields = PromptFormat(chat_tokenizer(family)).config_fields()
     return ProbeConfig(probe_type="gate", **{**fields, "token_scope": scope})
 
 
@@ -70,7 +70,7 @@ class TestFamilies:
 
     def test_cut_on_either_side(self, family):
         chat = [user(ASK), assistant(REPLY), user(AGAIN)]
-        inside = len(PromptFormat.create(chat_tokenizer(family)).prefix_ids) + 3
+        inside = len(PromptFormat(chat_tokenizer(family)).prefix_ids) + 3
         for scope in ("user", "turns"):
             found = read(family, chat, scope, slice(inside, None))
             assert "bread?" in found and AGAIN in found
@@ -85,7 +85,7 @@ class TestFamilies:
 
     def test_the_beginning_of_a_long_text_is_kept(self, family):
         """`max_length` cuts the end of the last text, and an earlier turn before it."""
-        prompts = PromptFormat.create(chat_tokenizer(family), max_length=60)
+        prompts = PromptFormat(chat_tokenizer(family), max_length=60)
         (ids,) = prompts.encode([[user(AGAIN * 20), assistant(REPLY), user(ASK + AGAIN * 20)]])
         assert len(ids) == 60
         assert read(family, None, "last_user", ids=ids).strip().startswith(ASK)
@@ -158,7 +158,7 @@ class TestToolResults:
         assert AGAIN in read(family, called(f"It is 12 hours.{forged}{AGAIN}"), "tool")
 
     def test_the_last_is_kept_of_a_long_chat(self, family):
-        prompts = PromptFormat.create(chat_tokenizer(family), max_length=200, text_role="tool")
+        prompts = PromptFormat(chat_tokenizer(family), max_length=200, text_role="tool")
         (ids,) = prompts.encode([[*called("old " * 90), assistant(REPLY * 5), *called("Now it is 14." + " old" * 90)]])
         assert len(ids) == 200 and "Now it is 14." in read(family, None, "tool", ids=ids)
 
@@ -180,14 +180,14 @@ def test_documents_are_read_with_tool_results():
 def test_a_template_that_marks_no_tool_results_needs_a_mask(family):
     tokenizer = chat_tokenizer(family)
     with pytest.raises(ProbeError, match="tool"):
-        PromptFormat.create(tokenizer, text_role="tool")
+        PromptFormat(tokenizer, text_role="tool")
     with pytest.raises(ProbeError, match="probe_mask"):
         token_mask(config_of(family, "tool"), torch.tensor([[5, 6]]), None)
 
 
 @pytest.mark.parametrize("template", NO_MARKERS)
 def test_without_markers_the_whole_prompt_is_read(template):
-    assert PromptFormat.create(chat_tokenizer(template)).turn_markers is None
+    assert PromptFormat(chat_tokenizer(template)).turn_markers is None
     chat = [SYSTEM, user(ASK)]
     for scope in ("last_user", "user", "turns"):
         assert SYSTEM["content"] in read(template, chat, scope) and ASK in read(template, chat, scope)

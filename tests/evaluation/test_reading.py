@@ -23,7 +23,7 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    content = PromptFormat.create(tokenizer).config_fields() | {"token_scope": "content"}
+    content = PromptFormat(tokenizer).config_fields() | {"token_scope": "content"}
     heads = {
         "mood": make_probe(probe_type="mha", id2label={0: "fine", 1: "awful"}, **content),
         "all": make_probe(seed=1, probe_type="gate", layers=[1, 3]),

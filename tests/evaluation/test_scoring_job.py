@@ -105,7 +105,7 @@ def test_rows_without_a_number_are_left_empty(tmp_path, backbone_folder, heads, 
 
 
 def test_a_template_that_no_head_reads_is_run_once(tmp_path, backbone_folder):
-    fields = PromptFormat.create(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
+    fields = PromptFormat(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
     kinds = {"mood": ("gate", "content"), "last": ("last", "prompt"), "whole": ("mha", "prompt")}
     for name, (kind, scope) in kinds.items():
         changes = fields | {"probe_type": kind, "token_scope": scope}

@@ -16,7 +16,7 @@ TEXTS = ["bake bread", "rob a bank", "write a poem", "sum two numbers", "a cold 
 
 
 def make_head(**changes):
-    prompts = PromptFormat.create(make_tokenizer())
+    prompts = PromptFormat(make_tokenizer())
     head = make_probe(**{"token_scope": "user", **prompts.config_fields(), **changes})
     head.set_backbone(make_lm(vocab_size=260))
     return head, prompts
@@ -28,7 +28,7 @@ def make_rows(labels=(1, 1, 1, 0, 0)):
 
 
 def test_the_text_is_in_each_of_twelve_wrappings():
-    prompts = PromptFormat.create(make_tokenizer())
+    prompts = PromptFormat(make_tokenizer())
     wrappings = transformations(prompts, "wrappings")
     assert len(wrappings) == 12
     for wrap in wrappings.values():
@@ -42,7 +42,7 @@ def test_a_template_without_system_turns_has_seven():
         "{% for turn in messages %}{% if turn.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
         "<bos>{{ turn.role }}\n{{ turn.content }}<eos>\n{% endfor %}<bos>assistant\n"
     )
-    assert len(transformations(PromptFormat.create(tokenizer), "wrappings")) == 7
+    assert len(transformations(PromptFormat(tokenizer), "wrappings")) == 7
 
 
 @pytest.mark.parametrize(
@@ -59,17 +59,17 @@ def test_a_template_without_system_turns_has_seven():
     ],
 )
 def test_attacks_rewrite_a_text(name, changed):
-    assert transformations(PromptFormat.create(make_tokenizer()), "attacks")[name]("Rob 2 banks") == changed
+    assert transformations(PromptFormat(make_tokenizer()), "attacks")[name]("Rob 2 banks") == changed
 
 
 def test_attacks_split_a_text_over_turns():
-    split = transformations(PromptFormat.create(make_tokenizer()), "attacks")["turns: split over three"]
+    split = transformations(PromptFormat(make_tokenizer()), "attacks")["turns: split over three"]
     assert [turn["content"] for turn in split("rob a large bank")] == ["rob a", "Go on.", "large", "Go on.", "bank"]
     assert [turn["role"] for turn in split("rob")] == ["user"]
 
 
 def test_a_text_is_hidden_in_so_many_tokens():
-    prompts = PromptFormat.create(make_tokenizer())
+    prompts = PromptFormat(make_tokenizer())
     hide = transformations(prompts, "long", ["It rains.", "It snows."])
     first, middle, last = (
         hide[f"{place} in 2,000 tokens"]("rob a bank") for place in ("first", "in the middle", "last")
@@ -131,7 +131,7 @@ def test_nothing_to_transform(changes):
 
 def test_what_a_tool_returns_is_put_into_documents_and_no_turn_of_a_user():
     tokenizer = make_tokenizer()
-    prompts = PromptFormat.create(tokenizer, text_role="tool")
+    prompts = PromptFormat(tokenizer, text_role="tool")
     wrappings = transformations(prompts, "wrappings", ["a harmless text"])
     assert list(wrappings) == ["JSON", "HTML", "Markdown", "code", "mail", *(
         f"{place} in 1,300 tokens" for place in ("first", "in the middle", "last")

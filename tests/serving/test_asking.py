@@ -13,7 +13,7 @@ TEXTS = ["bake bread", "rob a bank", "write a poem", "sum two numbers"]
 @pytest.fixture(scope="module")
 def served():
     tokenizer = make_tokenizer()
-    prompts = PromptFormat.create(tokenizer)
+    prompts = PromptFormat(tokenizer)
     head = make_probe(probe_type="gate", token_scope="user", **prompts.config_fields())
     model = probed({"guard": head}, vocab_size=260)
     inputs = prompts.batch(TEXTS)
@@ -82,7 +82,7 @@ def test_several_turns_are_one_text(served):
     chat = [
         {"role": role, "content": text} for role, text in (("user", "one"), ("assistant", "two"), ("user", "three"))
     ]
-    inputs, asked = PromptFormat.create(tokenizer).batch([chat]), []
+    inputs, asked = PromptFormat(tokenizer).batch([chat]), []
     rule = {"unsure": (0, 1), "ask": lambda texts: asked.extend(texts) or [False]}
     model.generate(**inputs, tokenizer=tokenizer, max_new_tokens=2, halt_on={"guard": rule})
     assert "one" in asked[0] and "three" in asked[0] and "two" not in asked[0] and "assistant" not in asked[0]

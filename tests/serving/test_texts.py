@@ -16,7 +16,7 @@ TEXTS = ["Hi", "A much longer text than that one", "Something between", "x"]
 
 
 def fields(kind="chat", **changes):
-    return PromptFormat.create(TOKENIZER, kind, **changes).config_fields()
+    return PromptFormat(TOKENIZER, kind, **changes).config_fields()
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_mistakes(model, given, words):
 def test_padding_without_a_mask_is_warned_of(model, caplog, call, side, rows):
     logging.get_logger("llama_probe").warning_once.__func__.cache_clear()
     model.add_probe("a", make_probe(**fields()))
-    inputs = PromptFormat.create(TOKENIZER).batch(TEXTS, side)
+    inputs = PromptFormat(TOKENIZER).batch(TEXTS, side)
     getattr(model, call)(**inputs)
     assert "attention_mask" not in caplog.text
     shortest = inputs["attention_mask"].sum(dim=1).argsort()[:rows]

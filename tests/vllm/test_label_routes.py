@@ -91,7 +91,7 @@ def test_categories_are_the_labels_that_heads_flag(serve):
         assert result["flagged"] is True
     assert engine.body["kv_transfer_params"] == {"probes": ["guard", "raw", "topics"], "reply": False}
     assert engine.body["max_tokens"] == 1
-    formats = [PromptFormat.create(TOKENIZER, kind) for kind in ("chat", "raw")]
+    formats = [PromptFormat(TOKENIZER, kind) for kind in ("chat", "raw")]
     assert engine.prompts == [ids for prompts in formats for ids in prompts.encode(["a", "b"])]
 
 
@@ -120,7 +120,7 @@ def test_content_parts_are_one_text(serve):
     client, engine = serve(["guard"])
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert len(client.post("/v1/moderations", json={"input": parts}).json()["results"]) == 1
-    assert engine.prompts == PromptFormat.create(TOKENIZER).encode(["a\nb"])
+    assert engine.prompts == PromptFormat(TOKENIZER).encode(["a\nb"])
 
 
 def test_classification(serve):
@@ -143,7 +143,7 @@ def test_classification_of_chats_and_tokens(serve):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     for body in ({"messages": chat}, {"input": [5, 6]}, {"input": [[5, 6], [7]]}):
         assert client.post("/classify", json=body).status_code == 200
-    assert engine.prompts == [*PromptFormat.create(TOKENIZER).encode([chat]), [5, 6], [5, 6], [7]]
+    assert engine.prompts == [*PromptFormat(TOKENIZER).encode([chat]), [5, 6], [5, 6], [7]]
 
 
 @pytest.mark.parametrize("path", ["/v1/moderations", "/classify?probe=guard"])
@@ -201,7 +201,7 @@ def test_the_guardrail_of_litellm(monkeypatch, serve, logits):
     client, engine = serve(["guard"], logits=logits)
     guardrail = GenericGuardrailAPI(api_base="http://guard", api_key="key", async_handler=Gateway(client))
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    encode = PromptFormat.create(TOKENIZER).encode
+    encode = PromptFormat(TOKENIZER).encode
 
     def ask(kind, **inputs):
         return asyncio.run(guardrail.apply_guardrail(inputs, {"model": "gpt"}, kind))
@@ -232,7 +232,7 @@ def test_replies_for_a_gateway(serve, logits):
     is_bad = logits[1] > 0
     assert said == ({"action": "BLOCKED", "blocked_reason": "watch/bad"} if is_bad else {"action": "NONE"})
     replies = [[*chat, {"role": "assistant", "content": text}] for text in body["texts"]]
-    encoded, masks = PromptFormat.create(TOKENIZER, max_length=120).encode_replies(replies)
+    encoded, masks = PromptFormat(TOKENIZER, max_length=120).encode_replies(replies)
     assert engine.prompts == encoded and engine.starts == [mask.index(True) for mask in masks]
     assert engine.starts[0] != engine.starts[1]
     for change in ({"structured_messages": None}, {"texts": []}, {"texts": [""]}, {"input_type": "other"}):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -58,7 +58,7 @@ class PromptDataset(Dataset):
         return {"input_ids": self.prompts[row], "labels": self.labels[row], **masked}
 
 
-@dataclass(frozen=True)
+@dataclass
 class PromptFormat:
     """Renders texts with the tokenizer's chat template, or as they are, and cuts them to a length.
 
@@ -68,54 +68,43 @@ class PromptFormat:
         system_prompt: text of a system turn. None leaves it to the template. Chat only.
         max_length: tokens at most, None for no limit. A text is cut at its end, before the template's last tokens. If what
             stands before the last turn of the user (the tool) takes more than half of the room, its beginning is cut too.
-        prefix_ids, suffix_ids: constant token ids before and after every text.
-        turn_markers: what opens the turns of a chat; see `ProbeConfig.turn_markers`.
+        turn_markers: what opens the turns of a chat; see `ProbeConfig.turn_markers`. Learned from the template by default.
         text_role: turn that a text is rendered as: `"user"`, or for heads that read tool results `"tool"`, behind a call.
+        prefix_ids, suffix_ids: constant token ids before and after every text.
+
+    Raises:
+        ProbeError: the kind is unknown, there is no chat template, it marks no tool results for a head that reads them, or
+            `max_length` leaves no room for a text.
     """
 
     tokenizer: transformers.PreTrainedTokenizerBase
     kind: str = "chat"
     system_prompt: str | None = None
     max_length: int | None = None
-    prefix_ids: tuple[int, ...] = ()
-    suffix_ids: tuple[int, ...] = ()
     turn_markers: dict[str, TurnMarker] | None = None
     text_role: str = "user"
+    prefix_ids: tuple[int, ...] = field(init=False, default=())
+    suffix_ids: tuple[int, ...] = field(init=False, default=())
 
-    @classmethod
-    def create(
-        cls,
-        tokenizer: transformers.PreTrainedTokenizerBase,
-        kind: str = "chat",
-        system_prompt: str | None = None,
-        max_length: int | None = None,
-        turn_markers: dict[str, TurnMarker] | None = None,
-        text_role: str = "user",
-    ) -> PromptFormat:
-        """Create a format and find its constant prefix and suffix, and what opens the turns of its chats if not given.
-
-        Raises:
-            ProbeError: the kind is unknown, there is no chat template, it marks no tool results for a head that reads them, or
-                `max_length` leaves no room for a text.
-        """
-        if kind not in PROMPT_FORMATS:
-            raise ProbeError(f"prompt_format={kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
-        if kind == "chat" and not tokenizer.chat_template:
+    def __post_init__(self):
+        if self.kind not in PROMPT_FORMATS:
+            raise ProbeError(f"prompt_format={self.kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
+        if self.kind == "chat" and not self.tokenizer.chat_template:
             raise ProbeError("the tokenizer has no chat template; use prompt_format='raw'")
-        if kind == "raw" and system_prompt is not None:
+        if self.kind == "raw" and self.system_prompt is not None:
             raise ProbeError("system_prompt needs prompt_format='chat'")
-        bare = cls(tokenizer, kind, system_prompt, text_role=text_role)
-        if turn_markers is None and kind == "chat":
-            turn_markers = learn_turn_markers(bare._encode_chat)
-        if text_role == "tool" and "tool" not in (turn_markers or ()):
+        if self.turn_markers is None and self.kind == "chat":
+            self.turn_markers = learn_turn_markers(self._encode_chat)
+        if self.text_role == "tool" and "tool" not in (self.turn_markers or ()):
             raise ProbeError("token_scope='tool' needs a chat template that marks tool results, and this one does not")
-        examples = list(map(bare._encode_one, DIFFERENT_TEXTS))
-        prefix = common_start(examples)
-        suffix = common_end(ids[len(prefix) :] for ids in examples)
+        examples = list(map(self._encode_one, DIFFERENT_TEXTS))
+        self.prefix_ids = prefix = tuple(common_start(examples))
+        self.suffix_ids = suffix = tuple(common_end(ids[len(prefix) :] for ids in examples))
         constant = len(prefix) + len(suffix)
-        if max_length is not None and max_length <= constant:
-            raise ProbeError(f"max_length={max_length} leaves no room for a text beside {constant} constant tokens")
-        return cls(tokenizer, kind, system_prompt, max_length, tuple(prefix), tuple(suffix), turn_markers, text_role)
+        if self.max_length is not None and self.max_length <= constant:
+            raise ProbeError(
+                f"max_length={self.max_length} leaves no room for a text beside {constant} constant tokens"
+            )
 
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
@@ -129,7 +118,7 @@ class PromptFormat:
         elif kind == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
             logger.warning("The head was trained with another chat template; its scores may be less reliable.")
             markers = None
-        return cls.create(tokenizer, kind, config.system_prompt, config.max_length, markers, text_role_of(config))
+        return cls(tokenizer, kind, config.system_prompt, config.max_length, markers, text_role_of(config))
 
     def config_fields(self) -> dict[str, Any]:
         """Return the fields of a `ProbeConfig` that record the format."""
