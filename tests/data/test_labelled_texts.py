@@ -17,8 +17,10 @@ def test_splits_are_even_and_keep_equal_texts_together():
     assert len(large) + len(small) == 100 and not set(large.texts) & set(small.texts)
     assert abs(np.mean(small.labels) - 0.25) < 0.08
     assert data.split(0.25, seed=1)[1].texts == small.texts != data.split(0.25, seed=2)[1].texts
-    folds = data.folds(4, seed=1)
-    assert sorted(row for fold in folds for row in fold) == list(range(100))
+    folds, again = (data.folds(4, seed=1) for _ in range(2))
+    assert sorted(row for fold in folds for row in fold) == list(range(100)), "each row is held out once"
+    assert all(len(set(data.labels[fold])) == 2 for fold in folds), "labels are spread"
+    assert all((a == b).all() for a, b in zip(folds, again, strict=True))
     assert not set(data.select(folds[0]).texts) & set(data.select(folds[1]).texts)
 
 

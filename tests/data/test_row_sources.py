@@ -58,14 +58,6 @@ class TestFiles:
         assert rows.label_names == ["NA", "None"] and rows.labels.tolist() == [1, 0, 1]
         assert [reply[0]["content"] for reply in read(source, prompt_column="ask").texts] == ["1.0", "NA", "x"]
 
-    def test_columns_of_other_names(self, tmp_path):
-        rows = [{"q": "a", "y": "spam", "text": "x", "label": 7}, {"q": "b", "y": "ham", "text": "x", "label": 7}]
-        path, columns = write(tmp_path / "a.jsonl", rows), {"text_column": "q", "label_column": "y"}
-        rows = read(path, **columns)
-        assert rows.label_names == ["ham", "spam"] and rows.labels.tolist() == [1, 0]
-        assert rows.columns == {"text": ["x", "x"], "label": [7, 7]}
-        assert read(path, ["spam", "ham"], **columns).labels.tolist() == [0, 1]
-
     def test_replies_with_their_prompts(self, tmp_path):
         def replies(prompt):
             rows = [{"q": prompt, "text": "ho", "label": 1}]

@@ -1,6 +1,5 @@
 """The rows of a recipe: which train, which are held back, and which are left out."""
 
-import numpy as np
 import pytest
 from training_runs import write
 
@@ -56,19 +55,6 @@ class TestHoldingBack:
         rows = read({"rows": write(tmp_path / "a.jsonl", lines), "prompt_column": "ask"}, test={"share": 0.3})
         asked = {name: {text[0]["content"] for text in part.texts} for name, part in rows.parts().items()}
         assert sum(map(len, asked.values())) == 12 == len(set.union(*asked.values()))
-
-    @pytest.mark.parametrize("count, labels, folds", [(23, 2, 4), (6, 3, 5)])
-    def test_each_row_is_held_out_once(self, tmp_path, count, labels, folds):
-        path = write(tmp_path / "a.jsonl", count, WORDS[:labels])
-        rows = read(path, validation={"folds": folds})
-        held = rows.folds
-        assert sorted(np.concatenate(held)) == list(range(count)) and len(held) == folds
-        if count >= folds * labels:
-            assert all(len(set(rows.train.labels[fold])) > 1 for fold in held), "labels are spread"
-        again = read(path, validation={"folds": folds})
-        assert all((a == b).all() for a, b in zip(held, again.folds, strict=True))
-        with pytest.raises(ProbeError, match=f"{count} different texts"):
-            read(path, validation={"folds": count + 1})
 
 
 class TestMixtures:
@@ -203,12 +189,6 @@ class TestWarnings:
         read(train, **{name: {"sources": [write(tmp_path / "b.jsonl", 50)]}})
         assert caplog.text.count("among the training rows") == 1 and told in caplog.text
 
-    def test_labels_without_a_training_row(self, train, caplog):
-        read(train, labels={"names": ["bad", "good"]})
-        assert not caplog.messages
-        read(train, labels={"names": ["bad", "good", "so so"]})
-        assert "has the label so so:" in caplog.text
-
 
 class TestNamedDataSets:
     @pytest.fixture
@@ -226,10 +206,6 @@ class TestNamedDataSets:
         assert {name: part.texts[0] for name, part in rows.parts().items()} == {
             "train": "train 0", "validation": "validation 0", "test": "test 0",
         }  # fmt: skip
-
-    def test_without_a_validation_split(self, named):
-        rows = read("toxicchat", data_dir=named, validation={"share": 0.25})
-        assert {name: len(part) for name, part in rows.parts().items()} == {"train": 15, "validation": 5, "test": 20}
 
     def test_labels_of_another_set_are_those_of_train(self, named):
         rows = read("toxicchat", test={"sources": ["xstest"]}, data_dir=named)
