@@ -150,13 +150,7 @@ class LabelledTexts:
 
 @dataclass(kw_only=True)
 class Labels:
-    """The labels that rows may have.
-
-    Attributes:
-        names: names by index. Defaults to what the rows say.
-        flagged: names of the labels to flag; see `ProbeConfig`.
-        problem_type: as in `ProbeConfig`. Defaults to what the rows say.
-    """
+    """The labels that rows may have: the section `labels` of a recipe. None: what the rows say."""
 
     names: list[str] | None = None
     flagged: list[str] | None = None

@@ -39,31 +39,10 @@ def allows_commercial_use(licence: str | None) -> bool:
 
 @dataclass(kw_only=True)
 class Source:
-    """Rows of one source.
+    """Rows of one source. `docs/recipes.md` explains the fields.
 
     With a folder of local copies, `FOLDER/NAME/SPLIT.jsonl.gz` (or another format) is read instead of the Hub. Its rows have the
     columns of the Hub, or the columns `text` and `label`.
-
-    Attributes:
-        rows: a data set known by name (`NAME` or `NAME:SPLIT`), a file or folder, or a Hub data set
-            (`ID@REVISION:CONFIGURATION:SPLIT`, or less of it).
-        name: name in tables and in a folder of copies. Defaults to the last part of `rows`.
-        text_column, label_column: columns of rows that are not known by name.
-        prompt_column: column of the prompts, if the texts are replies to them.
-        label: label of every row, which then need no label column.
-        label_map: value of the label column -> label; None leaves the rows out.
-        known_labels: those of several labels that its rows were labelled with. If a row has one of the others is not known: a head
-            learns nothing of it there, and is not measured by it. Defaults to all.
-        where: column -> the values that its rows may have.
-        part: take the texts whose hash is in this part of [0, 1]. The same text is always in the same part.
-        licence: licence of the rows. Defaults to that of a data set known by name.
-        licence_column: column with the licence of each row.
-        note: origin and licence in a sentence, for the card.
-        max_rows: rows at most, drawn at random.
-        repeat: learn each row so many times an epoch.
-        weights: weights of its rows in the loss; the members of a head of several use them in turn. Defaults to 1.
-        extra: learn from the rows, and choose and measure nothing by them: none is held back.
-        local: fields that differ in a folder of local copies.
 
     Raises:
         ProbeError: a value is not allowed, or a file does not exist.

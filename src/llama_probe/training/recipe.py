@@ -34,14 +34,7 @@ _DERIVED = {"id2label", "num_labels", "problem_type", "flagged", "hidden_size", 
 
 @dataclass(kw_only=True)
 class Held:
-    """Rows that a head does not learn from: to choose by (`validation`), or to measure on (`test`).
-
-    Attributes:
-        share: share of the training rows that is held back.
-        folds: hold nothing back: judge each of so many folds by a head that has not learned from it. Validation alone.
-        sources: rows of their own.
-        max_rows: rows at most, drawn at random.
-    """
+    """Rows that a head does not learn from: to choose by (`validation`), or to measure on (`test`)."""
 
     share: float | int | None = None
     folds: int | None = None
@@ -61,13 +54,7 @@ class Held:
 
 @dataclass(kw_only=True)
 class Copies:
-    """Wrapped copies of training rows.
-
-    Attributes:
-        names: augmentations; see `Augmenter`. A name may occur again.
-        share: copies that each of them makes, as a share of the training rows.
-        system_prompts: rows whose texts are system prompts. They need no label.
-    """
+    """Wrapped copies of training rows."""
 
     names: list[str] = field(default_factory=list)
     share: float | int = SHARE
@@ -84,11 +71,7 @@ class Copies:
 
 @dataclass(kw_only=True)
 class Calibration:
-    """Rows that should rarely be flagged. Their labels do not count.
-
-    Attributes:
-        rates: shares of them that may be flagged. The first gives the head's own threshold.
-    """
+    """Rows that should rarely be flagged. Their labels do not count."""
 
     sources: list[Source] = field(default_factory=list)
     rates: list[float | int] = field(default_factory=lambda: [0.02, 0.01, 0.005])
@@ -96,15 +79,7 @@ class Calibration:
 
 @dataclass(kw_only=True)
 class Measure:
-    """Further measurements, for the card.
-
-    Attributes:
-        sources: rows that no head has learned from, each measured by itself.
-        wrappings: also measure how many labels stay if the rows of this name are wrapped in twelve ways.
-        attacks: also measure how many stay if the rows of this name are disguised, or hidden in up to 7,500 tokens.
-        tfidf: measure TF-IDF with logistic regression on the same rows.
-        quantised: `"int8"`, `"int4"`: also measure the first of `sources` on copies of the backbone with such weights.
-    """
+    """Further measurements, for the card."""
 
     sources: list[Source] = field(default_factory=list)
     wrappings: str | None = None
@@ -119,17 +94,7 @@ class Measure:
 
 @dataclass
 class CardFacts:
-    """Facts for a card beside the measurements.
-
-    Attributes:
-        license: SPDX id for the head: the stricter one of the backbone's and the data's.
-        dataset: Hub id of the training data.
-        dataset_name: name of the training data in a sentence.
-        data_note: licence and origin of the data, as a sentence.
-        language: language of the data.
-        limits: cases that the head was not tested on, a line each.
-        command: the command that made the head.
-    """
+    """Facts for a card beside the measurements."""
 
     license: str | None = None
     dataset: str | None = None
@@ -144,26 +109,8 @@ class CardFacts:
 class Recipe:
     """The making of a head: all that a run needs beside a backbone, an output folder and a device.
 
-    Attributes:
-        name, about: name of the recipe, and what the head tells, in a sentence.
-        labels: names of the labels, and those to flag.
-        train: sources to learn from. max_rows: training rows at most, drawn at random from all of them.
-        max_text: characters of the longest text.
-        licence: `"commercial"` leaves out rows whose licence forbids commercial use, or is not known.
-        validation: rows to choose by. Defaults to the validation rows of a single `train` that is known by name; else to 5
-            folds for fewer than 400 rows, or a share of 0.15.
-        test: rows to measure on. Defaults to the test rows of a single `train` that is known by name.
-        slice_columns: columns of the test rows to report by.
-        copies: wrapped copies of training rows.
-        head: fields of `ProbeConfig`; `layers` may be parts of the depth, 0.0 to 1.0.
-        training: fields of `ProbeTrainingArguments` that differ from its defaults. Rows of a step are those of all devices.
-        seeds: heads to train; the best by validation is kept. seed: the first seed, also of draws and splits.
-        search: configurations to try instead.
-        calibration: rows that should rarely be flagged.
-        hold_out: name -> names of training sources. A twin of the head is trained without them, and measured on them.
-        measure: further rows to measure the head and its twins on.
-        card: facts for the card that are not measured.
-        values: the recipe as it was written, with the settings that were changed.
+    `docs/recipes.md` explains the fields of all sections. `values` is the recipe as it was written, with the settings that
+    were changed.
 
     Raises:
         ProbeError: a field is unknown or its value is not allowed.

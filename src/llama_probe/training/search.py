@@ -25,12 +25,7 @@ _ATTEMPTS = 100  # draws for one trial that fits the backbone
 
 @dataclass(kw_only=True)
 class Search:
-    """Configurations to try beside each other. The best by validation is kept.
-
-    Attributes:
-        trials: number of configurations; 0 for no search.
-        probe_types: kinds to draw from.
-    """
+    """Configurations to try beside each other. The best by validation is kept."""
 
     trials: int = 0
     probe_types: list[str] = field(default_factory=lambda: ["pooling", "gate", "mha"])
