@@ -72,7 +72,7 @@ def test_only_what_the_head_reads_is_kept(tmp_path, lm, changes, shape):
     torch.testing.assert_close(output.loss, expected.loss)
 
 
-def test_an_entry_is_found_again_and_only_for_the_same(tmp_path, lm):
+def test_a_prompt_is_computed_once_and_only_for_the_same(tmp_path, lm):
     cache = StateCache(tmp_path / "cache")
     assert cache.dataset(lm, HEAD, ROWS)[0]["hidden_states"].dtype == torch.float16
     first = names(cache.folder)
@@ -86,9 +86,13 @@ def test_an_entry_is_found_again_and_only_for_the_same(tmp_path, lm):
     others = [
         (changed, HEAD, ROWS),
         (make_lm(rope_theta=100.0), HEAD, ROWS),
-        (lm, HEAD, PromptDataset(PROMPTS[:4], LABELS[:4])),
         (lm, HEAD.replace(token_scope="prompt"), ROWS),
     ]
+    (entry,) = cache.folder.iterdir()
+    before = names(entry)
+    again = cache.dataset(lm, HEAD, PromptDataset([*PROMPTS[3:], PROMPTS[0], PROMPTS[3]]))
+    assert names(entry) == before and len(again) == 4, "prompts of other data sets are not computed anew"
+    assert [again[row]["input_ids"] for row in range(4)] == [PROMPTS[row][3:] for row in (3, 4, 0, 3)]
     for count, args in enumerate(others, start=2):
         cache.dataset(*args)
         assert len(names(cache.folder)) == count

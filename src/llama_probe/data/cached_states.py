@@ -13,10 +13,12 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -39,7 +41,7 @@ from .prompts import PromptDataset
 
 logger = logging.get_logger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 class StateDataset(Dataset):
@@ -48,15 +50,16 @@ class StateDataset(Dataset):
     Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and `labels`.
 
     Args:
+        folder: the entry.
+        keys: of the rows in it; several rows may have one.
+        rows: the prompts, with labels.
         layers: the indices of the S states, ascending.
-        reply_lengths: see `PromptDataset`.
     """
 
-    def __init__(
-        self, folder: Path, labels: np.ndarray, layers: Sequence[int], reply_lengths: Sequence[int] | None = None
-    ):
-        self.labels, self.layers, self.reply_lengths = labels, list(layers), reply_lengths
-        self.items = _rows_on_disk(folder)
+    def __init__(self, folder: Path, keys: Sequence[str], rows: PromptDataset, layers: Sequence[int]):
+        self.labels, self.layers, self.reply_lengths = rows.labels, list(layers), rows.reply_lengths
+        on_disk = _rows_on_disk(folder)
+        self.items = [on_disk[key] for key in keys]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -69,12 +72,12 @@ class StateDataset(Dataset):
 
 
 class StateCache:
-    """A folder of cached hidden states with one entry, a subfolder, for each set of prompts.
+    """A folder of cached hidden states with one entry, a subfolder, for each backbone and what is read of it.
 
-    An entry holds the tokens and layers that a head reads, a file for each pass of the backbone. It is found by the prompts,
-    the scope, the dtype, the backbone's weights and config, and by what is read. Several runs can share a cache, and a run
-    continues where a killed one has stopped. In a process group each rank computes a share of the rows; all ranks must see
-    the same folder.
+    An entry holds the tokens and layers that a head reads, a file for each pass of the backbone. It is found by the scope, the
+    dtype, the backbone's weights and config, and by what is read; a prompt in it by its tokens. So a prompt is computed once,
+    whatever data sets and runs it is in, and a run continues where a killed one has stopped. In a process group each rank
+    computes a share of the prompts; all ranks must see the same folder.
 
     Args:
         folder: folder of the cache, which is created.
@@ -104,27 +107,29 @@ class StateCache:
             dtype = torch.bfloat16 if is_bfloat16 else torch.float16
         scope = [config.token_scope, config.prefix_ids, config.turn_markers]
         reads = [get_probe_type(config.probe_type).reads, config.layer_indices]
-        parts = [_FORMAT, str(dtype), scope, reads, rows.prompts, rows.masks, weights_digest(lm)]
-        entry = self.folder / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+        entry = self.folder / _digest([_FORMAT, str(dtype), scope, reads, weights_digest(lm)])
+        keys = [_digest([ids, rows.masks and rows.masks[row]]) for row, ids in enumerate(rows.prompts)]
         done = on_main(lambda: set(_rows_on_disk(entry)))
-        if left := [row for row in range(len(rows)) if row not in done]:
+        row_of = {key: row for row, key in enumerate(keys)}
+        if left := [row for key, row in row_of.items() if key not in done]:
             read = [_tokens_read(config, rows[row]) for row in left]
             dataset = PromptDataset([rows.prompts[row] for row in left], masks=read)
             on_main(lambda: self._begin(entry))
             passes = iterate_states(dataset, config, lm, batch_tokens, True, config.layer_indices)
             try:
                 for places, states, counted in passes:
-                    numbers, items = [left[place] for place in places], [dataset[place] for place in places]
-                    tensors = _tensors_of_pass(numbers, items, states.to("cpu", dtype), counted)
+                    tensors = _tensors_of_pass([dataset[place] for place in places], states.to("cpu", dtype), counted)
+                    names = {"keys": " ".join(keys[left[place]] for place in places)}
                     if is_main() or not is_tensor_parallel(lm):  # its ranks compute the same rows
+                        save = partial(save_file, tensors, metadata=names)
                         # The rename is what makes these rows done.
-                        write_atomically({entry / f"{uuid.uuid4().hex}.safetensors": partial(save_file, tensors)})
+                        write_atomically({entry / f"{uuid.uuid4().hex}.safetensors": save})
             except ProbeError:  # a run that is stopped otherwise leaves what it has done
-                if is_main():
+                if is_main() and not done:
                     shutil.rmtree(entry, ignore_errors=True)
                 raise
             barrier()
-        return StateDataset(entry, rows.labels, config.layer_indices, rows.reply_lengths)
+        return StateDataset(entry, keys, rows, config.layer_indices)
 
     def bytes_of(self, config: ProbeConfig, tokens: int) -> int:
         """Return the bytes that the states of `tokens` tokens take on disk, for a head with this config."""
@@ -141,17 +146,22 @@ class StateCache:
         remove_leftovers(entry)
 
 
-def _rows_on_disk(entry: Path) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Return the tokens `[T]` and the states `[S, T, D]` of each row that an entry has, mapped from disk."""
-    found = {}
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return by key the tokens `[T]` and the states `[S, T, D]` of each row that an entry has, mapped from disk."""
+    on_disk = {}
     for path in sorted(entry.glob("*.safetensors")):
-        file = load_file(path)
-        rows, lengths, tokens, states = (file[name] for name in ("rows", "lengths", "tokens", "states"))
+        with safe_open(path, "pt") as file:
+            keys = file.metadata()["keys"].split()
+            lengths, tokens, states = map(file.get_tensor, ("lengths", "tokens", "states"))
         num_states = len(states) // len(tokens)
         parts = zip(tokens.split(lengths.tolist()), states.split((num_states * lengths).tolist()), strict=True)
-        for row, (ids, flat) in zip(rows.tolist(), parts, strict=True):
-            found[row] = ids, flat.view(num_states, len(ids), -1)
-    return found
+        for key, (ids, flat) in zip(keys, parts, strict=True):
+            on_disk[key] = ids, flat.view(num_states, len(ids), -1)
+    return on_disk
 
 
 def _tokens_read(config: ProbeConfig, row: dict) -> list[bool]:
@@ -161,15 +171,12 @@ def _tokens_read(config: ProbeConfig, row: dict) -> list[bool]:
     return (counted if config.reads_reply else tokens_read(config, counted))[0].tolist()
 
 
-def _tensors_of_pass(
-    numbers: list[int], items: list[dict], states: torch.Tensor, counted: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def _tensors_of_pass(items: list[dict], states: torch.Tensor, counted: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the tensors of a file, which holds the states `[S, B, T, D]` of the rows of a pass."""
     if not bool(states.isfinite().all()):
         raise ProbeError(f"a hidden state is too large for {states.dtype}; cache as bfloat16 or float32")
     ids = [torch.tensor(item["input_ids"])[torch.tensor(item["probe_mask"])] for item in items]
     return {
-        "rows": torch.tensor(numbers),
         "lengths": torch.tensor(list(map(len, ids))),
         "tokens": torch.cat(ids),
         "states": torch.cat([states[:, i, counted[i]].flatten(0, 1) for i in range(len(ids))]),  # [S T of each, D]

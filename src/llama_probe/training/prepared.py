@@ -102,7 +102,8 @@ class PreparedRun:
         self.datasets: dict[str, Dataset] = {
             part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
         }
-        tokens = sum(len(ids) for part in self.datasets.values() for ids in part.prompts)
+        prompts_once = {tuple(ids) for part in self.datasets.values() for ids in part.prompts}
+        tokens = sum(map(len, prompts_once))
         cache = StateCache(args.cache_dir or output / STATES)
         needed = cache.bytes_of(config, tokens)
         is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
@@ -110,7 +111,7 @@ class PreparedRun:
         self.lm = lm = load_backbone(name, dtype)[0] if isinstance(backbone, str) else backbone.eval()
         self.config = config = describe(lm, config)
         self.estimate = Estimate(
-            rows=sum(map(len, self.datasets.values())),
+            rows=len(prompts_once),
             tokens=tokens,
             bytes=needed if is_cached else 0,
             tokens_per_second=world_size() * trial_speed(lm, self.datasets["train"].prompts, config.layer_indices),
