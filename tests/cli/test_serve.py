@@ -5,8 +5,9 @@ import io
 import pytest
 from command_line import call, refuse
 
-from llama_probe import ProbeConfig
+from llama_probe import ProbeConfig, ProbeError
 from llama_probe.cli import serve
+from llama_probe.vllm.halting_words import read_halting
 
 
 TWO = {"id2label": {0: "None", 1: "[some]"}}
@@ -40,3 +41,22 @@ def test_a_user_at_a_terminal_is_asked_for_prompts(terminal):
     stdin.isatty = lambda: terminal
     done = call("classify", "--probe", "toxicchat-gate", stdin=stdin)
     assert done.returncode == 2 and ("one a line" in done.stderr) == terminal
+
+
+def test_halting_words_are_options_of_each_head():
+    assert read_halting(["guard"]) == {"guard": {}}
+    words = ["guard:bad", "a-b_1:no way:0.25", 'c={"label": "a:b=c", "patience": 2}', "d:bad:fpr-2%"]
+    assert read_halting(words) == {
+        "guard": {"label": "bad"},
+        "a-b_1": {"label": "no way", "threshold": 0.25},
+        "c": {"label": "a:b=c", "patience": 2},
+        "d": {"label": "bad", "threshold": "fpr-2%"},
+    }
+
+
+@pytest.mark.parametrize(
+    "words", [[""], [":bad"], ["guard:bad:0.5:2"], ["guard=3"], ["a b"], ["guard:bad:0.9", "guard"]]
+)
+def test_other_halting_words_are_refused(words):
+    with pytest.raises(ProbeError, match="--halt-on"):
+        read_halting(words)

@@ -16,7 +16,6 @@ from llama_probe import Halt, ProbeConfig, ProbeError, Reprompt
 from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
 from llama_probe.serving.halting import Halter, HaltRule
-from llama_probe.serving.halting_words import read_halting
 
 
 MODES = {**ALL_MODES, "at least three tokens": {"min_new_tokens": 3}}
@@ -248,7 +247,6 @@ class TestRules:
         [
             (TWO, {"threshold": 0.6}, {}, [False, True]),
             (TWO, {"thresholds": {"fpr-2%": 0.6}}, {"threshold": "fpr-2%"}, [False, True]),
-            (TWO, {"thresholds": {"fpr-2%": 0.6}}, *read_halting(["h:LABEL_1:fpr-2%"]).values(), [False, True]),
             (MANY, {"num_labels": 3}, {"label": "LABEL_2"}, [True, False]),
             (MANY, {"num_labels": 3}, {"label": "LABEL_2", "threshold": 0.1}, [True, True]),
             ([[0.0, 1.0, 1.0]], SEVERAL, {"label": "LABEL_1"}, [False]),  # its saved threshold is 0.9
@@ -358,21 +356,3 @@ class TestRules:
         refused(passes, words, lambda: model.generate(prompts, halt_on=spec))
         model.set_active_probes([])
         refused(passes, "active", lambda: model.generate(prompts, halt_on=spec))
-
-
-class TestWordsOfACommandLine:
-    def test_options_of_each_head(self):
-        assert read_halting(["guard"]) == {"guard": {}}
-        words = ["guard:bad", "a-b_1:no way:0.25", 'c={"label": "a:b=c", "patience": 2}']
-        assert read_halting(words) == {
-            "guard": {"label": "bad"},
-            "a-b_1": {"label": "no way", "threshold": 0.25},
-            "c": {"label": "a:b=c", "patience": 2},
-        }
-
-    @pytest.mark.parametrize(
-        "words", [[""], [":bad"], ["guard:bad:0.5:2"], ["guard=3"], ["a b"], ["guard:bad:0.9", "guard"]]
-    )
-    def test_other_words(self, words):
-        with pytest.raises(ProbeError, match="--halt-on"):
-            read_halting(words)

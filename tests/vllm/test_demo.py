@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from llama_probe import LlamaForProbedGeneration, ProbeConfig
 from llama_probe.backbone.loading import demo_backbone
 from llama_probe.cli.demo import HEADS, PROMPTS
-from llama_probe.serving.halting_words import read_halting
+from llama_probe.vllm.halting_words import read_halting
 
 
 LINE = re.compile(r"^ *python -m llama_probe\.vllm \S+ (.*)$", re.MULTILINE)

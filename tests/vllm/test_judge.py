@@ -15,9 +15,9 @@ from vllm import CompletionOutput, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from llama_probe.serving.halting_words import CHAT, GUARDRAIL, MODERATIONS
 from llama_probe.vllm.answers import answer
 from llama_probe.vllm.compatibility import KEY
+from llama_probe.vllm.halting_words import CHAT, GUARDRAIL, MODERATIONS
 from llama_probe.vllm.judge import KEY_VARIABLE, Judge, logger
 from llama_probe.vllm.middleware import ProbeStreams
 from llama_probe.vllm.settings import ProbeSettings

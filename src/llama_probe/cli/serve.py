@@ -21,8 +21,8 @@ from ..heads.decision import in_words, reply_outputs
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
 from ..hub.transport import HubOptions
-from ..serving.halting_words import read_halting
 from ..serving.sources import read_heads
+from ..vllm.halting_words import read_halting
 from .console import print_table, print_text, printable
 from .options import Dtype, HeadsBackbone, Probes, PromptColumn, Result, TextColumn, TrustRemoteCode, backbone_of
 

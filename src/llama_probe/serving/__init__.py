@@ -5,7 +5,7 @@ head (`heads.probe`). Around that way, by file:
 
 - `modeling`: the classes that users call. `host` attaches, switches and saves heads; `sources` loads those of `probe=`.
 - `session`: one call of `generate`, from the prompt to the output. `reply` reads the tokens that follow the prompt.
-- `halting`: rules, their decisions, and what is shown of a reply that may be halted. `halting_words` reads rules from a command line.
+- `halting`: rules, their decisions, and what is shown of a reply that may be halted.
 - `outputs`, `cache`: what users get back. `texts`: texts and chats for `classify`.
 - `auto`, `pipeline`: what the auto classes do with heads, and pipelines. `export`: a repository without the package.
 """

@@ -26,7 +26,7 @@ The way of a request, by file:
    (`replies`), and adds what the logits mean (`answers`) to outputs.
 6. `middleware` puts that into the response (`payloads`), and counts it (`counters`). If a head is unsure, a `judge` decides first.
 
-Before, `__main__` and `engine` make the arguments of an engine, and refuse what does not go with heads (`compatibility`,
+Before, `__main__` (with `halting_words`) and `engine` make the arguments of an engine, and refuse what does not go with heads (`compatibility`,
 `backbone_check`). `settings` takes the heads to all processes, in which `plugin` registers the model classes.
 """
 

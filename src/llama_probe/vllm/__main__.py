@@ -12,8 +12,8 @@ from typing import Any
 
 from .. import vllm as heads
 from ..errors import ProbeError
-from ..serving.halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_halting, read_unsure
 from .compatibility import RESTRICTIONS, check_arguments, check_version, transfer_config
+from .halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_halting, read_unsure
 
 
 # Options of vLLM's that are restricted, and their short forms.

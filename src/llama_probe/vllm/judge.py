@@ -21,8 +21,8 @@ from vllm.sampling_params import RequestOutputKind
 from ..errors import ProbeError
 from ..heads.scope import token_mask
 from ..heads.turns import marker_mask
-from ..serving.halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
 from .counters import count_judged
+from .halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
 from .payloads import HALTED
 from .settings import ProbeSettings
 
