@@ -24,7 +24,7 @@ from llama_probe.hub.resolve import (
     resolve_head,
 )
 from llama_probe.hub.transport import HubOptions
-from llama_probe.serving.sources import read_heads
+from llama_probe.serving.host import read_heads
 
 
 def test_bundled_heads_of_the_demo_backbone_are_readable():
@@ -81,7 +81,7 @@ def test_an_unknown_alias_lists_the_known_ones(target):
 def test_specs(tmp_path):
     folder, head = save_head(make_probe(), tmp_path / "h"), make_probe()
     assert list(read_heads({"a": folder, "b": str(folder)})) == ["a", "b"]
-    assert read_heads(None) == {} and read_heads({"mine": head})["mine"] is head
+    assert read_heads([]) == {} and read_heads({"mine": head})["mine"] is head
     for spec, words in (
         (7, "int"),
         ([7], "int"),

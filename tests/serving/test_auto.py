@@ -26,7 +26,7 @@ from llama_probe.auto_classes import install
 from llama_probe.backbone import loading
 from llama_probe.backbone.loading import DEMO_MODEL_ID, backbone_target, load_backbone
 from llama_probe.serving import auto
-from llama_probe.serving.sources import load_or_find_head
+from llama_probe.serving.host import load_or_find_head
 
 
 AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForProbedGeneration)

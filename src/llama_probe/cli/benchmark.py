@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..backbone.loading import backbone_target
 from ..errors import ProbeError
 from ..experiments.benchmark_options import KINDS, SHAPE, BenchmarkOptions
-from ..serving.sources import read_heads
+from ..serving.host import read_heads
 from .console import cell, print_table, print_text
 from .options import BACKBONE, PROBE, Dtype, Result
 

@@ -21,7 +21,7 @@ from ..heads.decision import in_words, reply_outputs
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
 from ..hub.transport import HubOptions
-from ..serving.sources import read_heads
+from ..serving.host import read_heads
 from ..vllm.halting_words import read_halting
 from .console import print_table, print_text, printable
 from .options import Dtype, HeadsBackbone, Probes, PromptColumn, Result, TextColumn, TrustRemoteCode, backbone_of

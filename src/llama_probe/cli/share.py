@@ -18,7 +18,7 @@ from ..hub.folder import list_heads
 from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions
-from ..serving.sources import read_heads
+from ..serving.host import read_heads
 from .options import Backbone, Dtype, Probes, Result, Revision, TrustRemoteCode, check_revision
 
 

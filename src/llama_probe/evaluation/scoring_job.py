@@ -26,7 +26,7 @@ from ..files import remove_leftovers, write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
-from ..serving.sources import read_heads
+from ..serving.host import read_heads
 from ..serving.texts import classify_texts
 from .resume import check_settings, read_settings
 

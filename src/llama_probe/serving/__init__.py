@@ -3,7 +3,7 @@
 A hidden state goes from a hook (`backbone.capture`) to `reader`, which holds it until a group of layers is full, and then to each
 head (`heads.probe`). Around that way, by file:
 
-- `modeling`: the classes that users call. `host` attaches, switches and saves heads; `sources` loads those of `probe=`.
+- `modeling`: the classes that users call. `host` loads, attaches, switches and saves heads.
 - `session`: one call of `generate`, from the prompt to the output. `reply` reads the tokens that follow the prompt.
 - `halting`: rules, their decisions, and what is shown of a reply that may be halted.
 - `outputs`, `cache`: what users get back. `texts`: texts and chats for `classify`.

@@ -10,7 +10,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationMixin,
     LlamaForCausalLM,
@@ -22,11 +21,10 @@ from ..backbone.decoder import without_peft
 from ..backbone.loading import LOADING_PLAIN, is_demo, load_causal_lm
 from ..errors import ProbeError
 from ..hub.resolve import is_alias
-from .host import change_class
-from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
-from .sources import (
+from .host import (
     HeadPlace,
     ProbeSpec,
+    change_class,
     find_head,
     load_or_find_head,
     load_with_heads,
@@ -34,6 +32,7 @@ from .sources import (
     place_of_model,
     saved_heads,
 )
+from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
 
 
 _PROBED_CLASSES: dict[type, type[ProbedGenerationMixin]] = {LlamaForCausalLM: LlamaForProbedGeneration}
@@ -155,7 +154,7 @@ def from_pretrained(
         return original(place, *args, **kwargs)
     loaded = load_or_find_head(lambda: original(place, *args, **kwargs), place, kwargs)
     if isinstance(loaded, HeadPlace):
-        return _OF_HEADS[auto_class](original, loaded, args, kwargs)
+        return _of_head(auto_class, original, loaded, args, kwargs)
     model = model_of(loaded)
     if not isinstance(model, PreTrainedModel) or not (heads := saved_heads(place, model.config, kwargs)):
         return loaded
@@ -165,25 +164,13 @@ def from_pretrained(
     return loaded
 
 
-def _model(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
-    kwargs = {"probe": {head.name: head.source}, "probe_revision": head.revision, **head.backbone_kwargs(kwargs)}
-    return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **kwargs)
-
-
-def _config(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
-    config = HeadConfig(head.config.to_dict(), name_or_path=str(head.source))
-    return (config, {}) if kwargs.get("return_unused_kwargs") else config
-
-
-def _tokenizer(load: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
-    return load(place_of_model(head.backbone, kwargs), *args, **head.backbone_kwargs(kwargs))
-
-
-# What an auto class gives for a head.
-_OF_HEADS: dict[type, Callable] = {
-    AutoModel: _model,
-    AutoModelForCausalLM: _model,
-    AutoModelForSequenceClassification: _model,
-    AutoConfig: _config,
-    AutoTokenizer: _tokenizer,
-}
+def _of_head(auto_class: type, original: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Return what an auto class gives for a head: its config, or the tokenizer or the model of its backbone."""
+    if auto_class is AutoConfig:
+        config = HeadConfig(head.config.to_dict(), name_or_path=str(head.source))
+        return (config, {}) if kwargs.get("return_unused_kwargs") else config
+    others = head.backbone_kwargs(kwargs)
+    if auto_class is AutoTokenizer:
+        return original(place_of_model(head.backbone, kwargs), *args, **others)
+    others |= {"probe": {head.name: head.source}, "probe_revision": head.revision}
+    return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **others)

@@ -21,7 +21,7 @@ from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
 from .cache import ProbeCache, refuse_without_heads
-from .host import ProbeHostMixin, change_class
+from .host import ProbeHostMixin, ProbeSpec, change_class, load_with_heads, model_of, read_heads
 from .outputs import ProbedOutputMixin, with_scores
 from .reader import PromptReader
 from .session import (
@@ -34,7 +34,6 @@ from .session import (
     is_inner_call,
     session_of,
 )
-from .sources import ProbeSpec, load_with_heads, model_of, read_heads
 from .texts import as_texts, classify_texts
 
 

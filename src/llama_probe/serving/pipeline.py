@@ -24,8 +24,8 @@ from ..heads.decision import ProbeOutput, reply_outputs, verdict
 from ..heads.novelty import abstain_levels
 from ..hub.transport import HubOptions
 from .auto import AutoModelForProbedGeneration
+from .host import ProbeSpec, read_heads
 from .modeling import ProbedGenerationMixin
-from .sources import ProbeSpec, read_heads
 from .texts import as_texts, encode, pad_inputs
 
 

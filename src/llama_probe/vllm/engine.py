@@ -14,7 +14,7 @@ from ..heads.probe import ProbeModel
 from ..hub.resolve import Target, bundled_alias, resolve_head
 from ..hub.transport import HubOptions
 from ..serving.halting import HaltSpec, options_by_head
-from ..serving.sources import ProbeSpec, named_sources
+from ..serving.host import ProbeSpec, named_sources
 from .backbone_check import check_heads
 from .compatibility import KEY, SCHEDULER, check_arguments, check_version, probed_architecture, transfer_config
 from .reply_states import grows
