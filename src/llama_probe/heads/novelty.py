@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,13 +42,11 @@ class MeanStates:
     total: torch.Tensor
     count: torch.Tensor
 
-    def blank(self, rows: int) -> MeanStates:
-        """Return means of `rows` rows, to `put` batches into."""
-        return MeanStates(self.of, *(x.new_empty(len(x), rows, *x.shape[2:]) for x in (self.total, self.count)))
-
-    def put(self, rows: list[int], batch: MeanStates) -> None:
-        """Store a batch in some rows."""
-        self.total[:, rows], self.count[:, rows] = batch.total, batch.count
+    @classmethod
+    def joined(cls, batches: Sequence[MeanStates], order: torch.Tensor) -> MeanStates:
+        """Return the rows of several batches, in the order of their indices in these."""
+        total, count = torch.cat([b.total for b in batches], dim=1), torch.cat([b.count for b in batches], dim=1)
+        return cls(batches[0].of, total[:, order], count[:, order])
 
     @property
     def novelty(self) -> torch.Tensor:

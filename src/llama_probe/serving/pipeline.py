@@ -26,7 +26,7 @@ from ..hub.transport import HubOptions
 from .auto import AutoModelForProbedGeneration
 from .host import ProbeSpec, read_heads
 from .modeling import ProbedGenerationMixin
-from .texts import as_texts, encode, pad_inputs
+from .texts import as_texts, encode
 
 
 TASK = "probed-text-generation"
@@ -69,7 +69,6 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
             target = replace(target_of(model), revision=getattr(model.config, "_commit_hash", None))
             probe = read_heads(probe, target, HubOptions(probe_revision))
         model = AutoModelForProbedGeneration.from_causal_lm(model, probe, probe_strict)
-        _name_classes(model.config)
         super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
 
     def check_model_type(self, supported_models) -> None:
@@ -82,7 +81,9 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         twin: Any = copy.copy(self)
         twin.model = listener = _Listener(self.model)
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
-        outputs["probed"] = _keys_of_records(listener.output, *outputs["generated_sequence"].shape[:2])
+        prompts, copies = outputs["generated_sequence"].shape[:2]
+        keys = _keys_of_records(listener.output, prompts * copies)
+        outputs["probed"] = [tuple(keys[row : row + copies]) for row in range(0, len(keys), copies)]
         return outputs
 
     def postprocess(self, model_outputs, *args, **kwargs):
@@ -131,7 +132,7 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         inputs = getattr(inputs, "messages", inputs)
         texts = as_texts(inputs["text"] if isinstance(inputs, Mapping) else inputs)
         tokenizer: Any = self.tokenizer
-        return pad_inputs(*encode(self.head_config, texts or [], tokenizer), tokenizer)
+        return encode(self.head_config, texts or [], tokenizer)[1]
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **kwargs: Any) -> ModelOutput:
         model: Any = self.model
@@ -167,30 +168,29 @@ class _Listener:
         return self.output
 
 
-def _keys_of_records(output: Any, prompts: int, copies: int) -> list[tuple[dict[str, Any], ...]]:
-    """Return the keys that heads add to the record of each sequence, as a tuple for each prompt."""
-    rows: list[dict[str, Any]] = [{"probes": {}} for _ in range(prompts * copies)]
+def _keys_of_records(output: Any, rows: int) -> list[dict[str, Any]]:
+    """Return the keys that heads add to the record of each sequence."""
+    records: list[dict[str, Any]] = [{"probes": {}} for _ in range(rows)]
     if getattr(output, "probe_logits", None) is not None:
         labels, novelty = output.probe_labels, output.probe_novelty or {}
         for name, probabilities in output.probe_probabilities.items():
-            for i, row in enumerate(rows):
-                prompt = i // copies
-                row["probes"][name] = verdict(
-                    labels[name][prompt], probabilities[prompt].tolist(), output.config_of(name)
-                )
+            for row, record in enumerate(records):
+                prompt = row * len(probabilities) // rows
+                probs = probabilities[prompt].tolist()
+                record["probes"][name] = verdict(labels[name][prompt], probs, output.config_of(name))
                 if name in novelty:
-                    row["probes"][name]["novelty"] = float(novelty[name][prompt])
+                    record["probes"][name]["novelty"] = float(novelty[name][prompt])
         for name, logits in (output.probe_token_logits or {}).items():
             if name not in output.probe_logits:
                 config = output.config_of(name)
-                for row, last in zip(rows, reply_outputs(logits, config), strict=True):
+                for record, last in zip(records, reply_outputs(logits, config), strict=True):
                     score = None if last is None else verdict(last.labels[0], last.probabilities[0].tolist(), config)
-                    row["probes"][name] = score
-    halts = getattr(output, "probe_halts", None) or []  # one a prompt or a row
-    for i, row in enumerate(rows if halts else []):
-        halt = halts[i * len(halts) // len(rows)]
-        row["halted"] = halt and asdict(halt)
-    return [tuple(rows[i : i + copies]) for i in range(0, len(rows), copies)]
+                    record["probes"][name] = score
+    if halts := getattr(output, "probe_halts", None):  # one a prompt or a row
+        for row, record in enumerate(records):
+            halt = halts[row * len(halts) // rows]
+            record["halted"] = halt and asdict(halt)
+    return records
 
 
 def _padding_left(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
@@ -203,19 +203,10 @@ def _padding_left(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokeni
     return tokenizer
 
 
-def _name_classes(config) -> None:
-    """Replace the classes that `pipeline()` puts into a config by their names, so that it can be saved."""
-    for task in (getattr(config, "custom_pipelines", None) or {}).values():
-        if isinstance(task.get("pt"), (list, tuple)):
-            task["pt"] = [item if isinstance(item, str) else item.__name__ for item in task["pt"]]
-
-
-def _register() -> None:
-    tasks = {TASK: ProbedTextGenerationPipeline, "probed-text-classification": ProbedTextClassificationPipeline}
-    for task, probed in tasks.items():
-        PIPELINE_REGISTRY.register_pipeline(task, probed, pt_model=AutoModelForCausalLM, type="text")
-        # With it, Pipeline.save_pretrained would copy this file beside the model, without the modules that it needs.
-        del probed._registered_impl
-
-
-_register()
+for _task, _pipeline in {
+    TASK: ProbedTextGenerationPipeline,
+    "probed-text-classification": ProbedTextClassificationPipeline,
+}.items():
+    PIPELINE_REGISTRY.register_pipeline(_task, _pipeline, pt_model=AutoModelForCausalLM, type="text")
+    # With it, Pipeline.save_pretrained would copy this file beside the model, without the modules that it needs.
+    del _pipeline._registered_impl

@@ -15,7 +15,9 @@ from ..data.prompts import PromptFormat, Text, pad_prompts
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
-from .reader import prompt_masks, read_masks
+from ..heads.novelty import MeanStates
+from ..heads.scope import tokens_read
+from .reader import prompt_masks
 
 
 BATCH_TOKENS = 4096  # of a pass, padding included
@@ -47,20 +49,16 @@ def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
 
 def encode(
     config: ProbeConfig, texts: list[Text], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[bool]] | None]:
-    """Return the token ids of texts in a head's own format, and which tokens count if the ids do not tell."""
+) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    """Return texts in a head's own format: token ids, and padded on the right, `[rows, tokens]`, the arguments of `classify`.
+
+    `probe_mask` is among them if the ids do not tell which tokens count.
+    """
     encoded = PromptFormat.from_config(config, tokenizer).encode_for(config, texts)
-    return encoded.prompts, encoded.masks
-
-
-def pad_inputs(
-    ids: list[list[int]], masks: list[list[bool]] | None, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, torch.Tensor]:
-    """Return `input_ids`, `attention_mask` and, with masks, `probe_mask`: `[rows, tokens]`, padded on the right."""
-    inputs = pad_prompts(ids, tokenizer)
-    if masks is not None:
-        inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, masks)), batch_first=True)
-    return inputs
+    inputs = pad_prompts(encoded.prompts, tokenizer)
+    if encoded.masks is not None:
+        inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, encoded.masks)), batch_first=True)
+    return encoded.prompts, inputs
 
 
 def classify_texts(
@@ -79,32 +77,31 @@ def classify_texts(
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
     outputs: dict[str, ProbeOutput] = {}
     for names in heads_by_format(configs):
-        ids, masks = encode(configs[names[0]], texts, tokenizer)
-        inputs = pad_inputs(ids, masks, tokenizer)
-        group = {name: configs[name] for name in names}
-        for each in [Pass(list(range(len(ids))))] if output_attentions else _passes(model, group, ids, inputs):
+        ids, inputs = encode(configs[names[0]], texts, tokenizer)
+        passes = [Pass(list(range(len(ids))))]
+        if not output_attentions:
+            prompt = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
+            masks = prompt_masks({name: configs[name] for name in names}, *prompt)
+            read = torch.stack([tokens_read(configs[name], mask) for name, mask in masks.items()]).any(dim=0)
+            passes = plan_passes(model, ids, read.int().argmax(dim=1).tolist(), BATCH_TOKENS)
+        parts = []
+        for each in passes:
             rows, width = each.rows, max(len(ids[row]) for row in each.rows)
             batch = {name: tensor[rows, :width].to(model.device) for name, tensor in inputs.items()}
             cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
-            part = model.classify(**batch, cache=cache, probes=names, output_attentions=output_attentions)
-            if output_attentions:
-                outputs |= part
-                continue
-            for name, output in part.items():
-                if name not in outputs:
-                    blank = output.logits.new_empty(len(ids), configs[name].num_labels)
-                    outputs[name] = ProbeOutput.from_logits(blank, configs[name])
-                    if output.means is not None:
-                        outputs[name].means = output.means.blank(len(ids))
-                outputs[name].logits[rows] = output.logits
-                if (means := outputs[name].means) is not None:
-                    means.put(rows, output.means)
+            parts.append(model.classify(**batch, cache=cache, probes=names, output_attentions=output_attentions))
+        if output_attentions:
+            outputs |= parts[0]
+            continue
+        order = torch.tensor([row for each in passes for row in each.rows]).argsort()
+        outputs |= {name: _joined([part[name] for part in parts], order, configs[name]) for name in names}
     return {name: outputs[name] for name in configs}
 
 
-def _passes(
-    model: Any, configs: Mapping[str, ProbeConfig], ids: list[list[int]], inputs: dict[str, torch.Tensor]
-) -> list[Pass]:
-    prompt = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
-    read = torch.stack(list(read_masks(configs, prompt_masks(configs, *prompt)).values())).any(dim=0)
-    return plan_passes(model, ids, read.int().argmax(dim=1).tolist(), BATCH_TOKENS)
+def _joined(parts: list[ProbeOutput], order: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
+    """Return the rows of several outputs, in the order of their indices in these."""
+    order = order.to(parts[0].logits.device)
+    output = ProbeOutput.from_logits(torch.cat([part.logits for part in parts])[order], config)
+    if means := [part.means for part in parts if part.means is not None]:
+        output.means = MeanStates.joined(means, order)
+    return output
