@@ -320,7 +320,7 @@ def test_tokens_that_generate_takes_back(model):
             pass
 
         def end(self):
-            found.append(session_of(model).reply.recorder.probe_cache(1, 7 + 4))
+            found.append(session_of(model).reply.recorder.probe_cache(7 + 4))
 
     kwargs = {"eos_token_id": None, "probe_state": True}
     out = model.generate(ids, max_new_tokens=6, streamer=AtTheEnd(), **kwargs)

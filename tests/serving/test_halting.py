@@ -13,6 +13,7 @@ from observers import Recorder, passes_of
 from transformers import GenerationConfig
 
 from llama_probe import Halt, ProbeConfig, ProbeError, Reprompt
+from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
 from llama_probe.serving.halting import Halter, HaltRule
@@ -267,7 +268,7 @@ class TestRules:
 
     def test_a_label_and_a_threshold(self):
         config, output = output_of([[2.0, 0.0], [0.0, 0.5]], id2label={0: "no", 1: "yes"}, temperature=2.0)
-        found = HaltRule.create("h", config, "no", 0.6).halts(output.probabilities)
+        found = HaltRule.create_all("h", config, "no", 0.6)[0].halts(output.probabilities)
         assert found[1] is None and found[0] == Halt("h", "no", pytest.approx(1 / (1 + math.exp(-1))), 0.6)
 
     @pytest.mark.parametrize("bad", [0, 1])
@@ -356,3 +357,76 @@ class TestRules:
         refused(passes, words, lambda: model.generate(prompts, halt_on=spec))
         model.set_active_probes([])
         refused(passes, "active", lambda: model.generate(prompts, halt_on=spec))
+
+
+class TestAsking:
+    """`unsure` with `ask`: another judge decides on prompts in the band, before the first token."""
+
+    TEXTS = ["bake bread", "rob a bank", "write a poem", "sum two numbers"]
+
+    @pytest.fixture(scope="class")
+    def served(self):
+        prompts = PromptFormat.create(make_tokenizer())
+        head = make_probe(probe_type="gate", token_scope="user", **prompts.config_fields())
+        model = probed({"guard": head}, vocab_size=260)
+        inputs = prompts.batch(self.TEXTS)
+        return model, inputs, model.classify(**inputs)["guard"].probabilities[:, 1].tolist()
+
+    @pytest.fixture
+    def generate(self, served):
+        """A call in which the judge answers by a function of each text, and the texts that it was asked about."""
+        asked = []
+
+        def generate(answer=bool, call=None, **options):
+            asked.clear()
+
+            def ask(texts):
+                asked.extend(texts)
+                return [answer(text) for text in texts]
+
+            rule = {"threshold": 1.0, "unsure": (0, 1), "ask": ask, **options}
+            call = {**served[1], "tokenizer": make_tokenizer(), "max_new_tokens": 2, **(call or {})}
+            return served[0].generate(**call, halt_on={"guard": rule}).probe_halts
+
+        return generate, asked
+
+    def test_the_judge_gets_what_users_wrote_and_decides(self, served, generate):
+        generate, asked = generate
+        halts = generate(lambda text: "bank" in text)
+        assert asked == self.TEXTS and [halt is not None for halt in halts] == [False, True, False, False]
+        assert halts[1].head == "guard" and halts[1].token is None
+        assert halts[1].score == pytest.approx(served[2][1], abs=1e-5)
+        assert generate(lambda _: False, threshold=0.0) == [None] * 4, "it may let through what the head would halt"
+
+    def test_only_the_band_is_asked(self, served, generate):
+        (generate, asked), scores = generate, served[2]
+        low, middle, high = sorted(scores)[:3]
+        halts = generate(lambda _: False, threshold=high, unsure=(middle, high))
+        assert asked == [self.TEXTS[scores.index(middle)]]
+        assert [halt is not None for halt in halts] == [score >= high for score in scores]
+        generate(threshold=0.0, unsure=(low - 1e-6, low - 1e-7))
+        assert asked == []
+
+    def test_several_turns_are_one_text(self, generate):
+        generate, asked = generate
+        turns = (("user", "one"), ("assistant", "two"), ("user", "three"))
+        chat = [{"role": role, "content": text} for role, text in turns]
+        generate(lambda _: False, PromptFormat.create(make_tokenizer()).batch([chat]))
+        assert "one" in asked[0] and "three" in asked[0] and "two" not in asked[0] and "assistant" not in asked[0]
+
+    @pytest.mark.parametrize(
+        "options, words",
+        [
+            ({"answer": lambda text: "yes"}, "ask of 'guard'"),
+            ({"call": {"tokenizer": None}}, "tokenizer="),
+            *(({name: value}, "unsure") for name, value in (("ask", None), ("unsure", None), ("unsure", 0.5))),
+            ({"unsure": (0.6, 0.2)}, "unsure"),
+        ],
+    )
+    def test_refusals(self, generate, options, words):
+        with pytest.raises(ProbeError, match=words):
+            generate[0](**options)
+
+    def test_an_error_of_the_judge_begins_no_reply(self, generate):
+        with pytest.raises(ZeroDivisionError):
+            generate[0](lambda text: 1 / 0)

@@ -19,7 +19,7 @@ from llama_probe import (
     ProbeError,
     ProbeModel,
 )
-from llama_probe.serving import session as generation
+from llama_probe.serving import modeling
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ class TestForward:
     def test_what_goes_on_from_a_cache_that_no_head_has_read_says_so(self, model, prompts, monkeypatch):
         """As under PEFT's prefix tuning; a decoding step does not."""
         said = []
-        monkeypatch.setattr(generation.logger, "warning_once", said.append)
+        monkeypatch.setattr(modeling.logger, "warning_once", said.append)
         first = model(prompts, use_cache=True)
         step = model(prompts[:, :1], cache=copy.deepcopy(first.cache))
         assert step.probe_logits is None and step.probe_labels is None
@@ -69,16 +69,10 @@ def test_classify_ends_with_the_last_layer_that_a_head_reads(prompts):
     expected, ran = model(prompts).probe_logits, []
     for number, layer in enumerate(model.model.layers, start=1):
         layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    model.lm_head.register_forward_pre_hook(lambda *_: ran.append("LM head"))
     found = model.classify(prompts)
     assert ran == [1, 2]
     torch.testing.assert_close({name: output.logits for name, output in found.items()}, expected)
-
-
-def test_classify_skips_the_lm_head(model, prompts):
-    calls = []
-    model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
-    found = model.classify(prompts)
-    assert not calls and found.keys() == {"a", "b"}
 
 
 class TestSavingTheBackbone:

@@ -1,16 +1,26 @@
-"""The reader: groups of layers by a budget, and tokens that nobody reads. test_any_call.py draws budgets for the scores."""
+"""The reader: groups of layers by a budget, tokens that nobody reads, and what heads add to a pass, counted rather than timed.
+
+test_any_call.py draws budgets for the scores.
+"""
+
+import math
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_probe
+from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe
+from torch.utils.flop_counter import FlopCounterMode
 
+from llama_probe.experiments.meters import peak_memory
+from llama_probe.experiments.systems import Systems, fresh_config
+from llama_probe.heads import mean_attention, probe_types
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.serving import reader as module
+from llama_probe.serving.auto import AutoModelForProbedGeneration
 from llama_probe.serving.reader import StateReader
 
 
-def read(reader, mask):
-    reader.begin({"a": mask})
+def read(reader, mask, last=True):
+    reader.begin({"a": mask}, last)
     for layer in range(LAYERS + 1):
         reader.on_state(layer, torch.randn(*mask.shape, HIDDEN))
     reader.end()
@@ -36,8 +46,94 @@ def test_layers_go_together_as_the_budget_allows(monkeypatch, budget, groups):
     assert sizes == [(size, 5) for size in groups]
 
 
-def test_a_pass_in_which_nothing_counts_is_not_read(monkeypatch):
+def test_a_chunk_in_which_nothing_counts_is_not_read(monkeypatch):
     reader = StateReader({"a": make_probe()}, keep=["a"])
     monkeypatch.setattr(ProbeModel, "step", lambda *_: pytest.fail("there is nothing to read"))
-    read(reader, torch.zeros(1, 3, dtype=torch.bool))
+    read(reader, torch.zeros(1, 3, dtype=torch.bool), last=False)
     assert reader.states["a"].joined() is None
+
+
+CPU = torch.device("cpu")
+DEEP = 12  # deep enough for several groups of layers
+KINDS = probe_types()
+
+
+@pytest.fixture
+def model():
+    model = AutoModelForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=DEEP))
+    for kind in KINDS:
+        # As many directions as suit so narrow a model: the usual 64 are twice its hidden size.
+        options = {"options": {"num_maxima": 2, "num_members": 2}} if kind == "multimax" else {}
+        model.add_probe(kind, fresh_config(kind, HIDDEN, DEEP).replace(**options))
+    return model
+
+
+@pytest.mark.parametrize(
+    "batch_size, tokens, dtype",
+    [(3, 100, torch.float32), (1, 40, torch.float32), (2, 60, torch.bfloat16)],
+)
+def test_memory_above_the_plain_models(model, batch_size, tokens, dtype, monkeypatch):
+    """Beside its parameters, which are there before the call, a head takes at most the reader's budget."""
+    model.to(dtype)
+    systems = Systems(model, many=4)
+    prompts = systems.draw(batch_size, tokens)
+    size = prompts["input_ids"].numel() * HIDDEN
+    layer = size * 4
+    budget = 2 * 2 * layer  # of two layers in fp32
+    monkeypatch.setattr(module, "state_budget", lambda device: budget)
+    monkeypatch.setattr(mean_attention, "_SCORES", size // 4)
+    peaks = {}
+    for name in systems.heads:
+        systems.serve(name, prompts)
+        peaks[name] = peak_memory(lambda name=name: systems.serve(name, prompts), CPU)
+    whole = peak_memory(lambda: systems.plain(**prompts, output_hidden_states=True), CPU)
+    above = {name: peak - peaks["base"] for name, peak in peaks.items()}
+    assert above["base again"] == 0
+    summaries = (DEEP + 1) * batch_size * HIDDEN * 4  # one vector a layer, what is kept of the tokens
+    for kind in KINDS:
+        assert above[kind] <= budget + summaries, kind
+    assert above["4 x mha"] <= budget + 4 * summaries
+    states = (DEEP + 1) * size * dtype.itemsize
+    assert whole > states > max(above[kind] for kind in KINDS), "where all states are kept, they are seen"
+
+
+# Operations that torch's own table lacks. Attention: [B, heads, T, size]; key and value may have fewer heads than the query.
+FORMULAS = {
+    torch.ops.aten.mv: lambda matrix, vector, *_, **__: 2 * math.prod(matrix),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+    ),
+}
+
+
+def operations(call) -> int:
+    """Multiplications and additions of products and attention, as if every token saw all others."""
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("tokens", [31, 100])
+def test_operations_are_those_of_the_formulas(model, tokens):
+    states = DEEP + 1
+    systems = Systems(model, many=8)
+    prompts = systems.draw(1, tokens)
+    found = {name: operations(lambda name=name: systems.serve(name, prompts)) for name in systems.heads}
+    config = model.config
+    keys = config.num_key_value_heads * HIDDEN // config.num_attention_heads
+    weights = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * keys + 3 * HIDDEN * config.intermediate_size
+    layer = 2 * tokens * weights + 4 * tokens * tokens * HIDDEN
+    assert found["base"] == DEEP * layer + 2 * HIDDEN * VOCAB, "logits of the last token alone"
+    classifier = 2 * HIDDEN * 2
+    heads = {name: count - found["base"] for name, count in found.items()}
+    assert heads["base again"] == 0 and heads["pooling"] == classifier
+    assert heads["gate"] == states * 4 * tokens * HIDDEN + 4 * states * HIDDEN + classifier
+    inner = HIDDEN // 32
+
+    def attention(items):
+        # Of many items the mean of the queries comes before the values: one product with these in all.
+        values = 2 * items * inner * (1 if items >= 48 else items)
+        return 2 * items * HIDDEN * 3 * inner + 2 * items * items * inner + values + 2 * inner * HIDDEN
+
+    assert heads["mha"] == states * attention(tokens) + attention(states) + classifier
+    assert heads["8 x mha"] == 8 * heads["mha"]

@@ -4,8 +4,8 @@ A hidden state goes from a hook (`backbone.capture`) to `reader`, which holds it
 head (`heads.probe`). Around that way, by file:
 
 - `modeling`: the classes that users call. `host` loads, attaches, switches and saves heads.
-- `session`: one call of `generate`, from the prompt to the output. `reply` reads the tokens that follow the prompt.
+- `session`: one call of `generate`, from the prompt to the output.
 - `halting`: rules, their decisions, and what is shown of a reply that may be halted.
-- `outputs`, `cache`: what users get back. `texts`: texts and chats for `classify`.
+- `outputs`: what users get back, with the state for the next turn. `texts`: texts and chats for `classify`.
 - `auto`, `pipeline`: what the auto classes do with heads, and pipelines. `export`: a repository without the package.
 """

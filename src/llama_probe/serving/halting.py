@@ -100,55 +100,35 @@ class HaltRule:
     ask: Judge | None = None
 
     @classmethod
-    def create_all(cls, head: str, config: ProbeConfig, label: str | None = None, **options: Any) -> list[HaltRule]:
-        """Return the rules for the options of one head in `halt_on`: for its `label`, else for each that the head flags.
-
-        Raises:
-            ProbeError: no label is named, neither here nor by the head; or see `create`.
-        """
-        names, regression = list(config.id2label.values()), config.problem_type == "regression"
-        labels = names if regression else config.flagged_labels
-        labels = labels if label is None else [label]
-        if not labels or (regression and len(labels) > 1):
-            way = f"{{{head!r}: {{'label': {names[0]!r}}}}} or --halt-on {head}:{names[0]}"
-            raise ProbeError(f"halt_on: {head!r} flags no label; name it, {way}; labels: {', '.join(names)}")
-        return [cls.create(head, config, name, **options) for name in labels]
-
-    @classmethod
-    def create(
+    def create_all(
         cls,
         head: str,
         config: ProbeConfig,
-        label: str,
+        label: str | None = None,
         threshold: float | str | None = None,
         patience: int = 1,
         window: int = 1,
         unsure: tuple[float, float] | None = None,
         ask: Judge | None = None,
-    ) -> HaltRule:
-        """Return the rule for one label. A threshold may be a name in the head's `thresholds`.
+    ) -> list[HaltRule]:
+        """Return the rules for the options of one head in `halt_on`: for its `label`, else for each that the head flags.
+
+        A threshold may be a name in the head's `thresholds`.
 
         Raises:
-            ProbeError: the head has no such label or name, a threshold is missing, or a value is not allowed.
+            ProbeError: no label is named, neither here nor by the head; the head has no such label or name, a threshold is
+                missing, or a value is not allowed.
         """
-        names, regression = list(config.id2label.values()), config.problem_type == "regression"
-        if label not in names:
+        names, is_regression = list(config.id2label.values()), config.problem_type == "regression"
+        flagged = names if is_regression else config.flagged_labels
+        labels = flagged if label is None else [label]
+        if not labels or (is_regression and len(labels) > 1):
+            way = f"{{{head!r}: {{'label': {names[0]!r}}}}} or --halt-on {head}:{names[0]}"
+            raise ProbeError(f"halt_on: {head!r} flags no label; name it, {way}; labels: {', '.join(names)}")
+        if label is not None and label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
-        index = names.index(label)
-        known = config.thresholds if config.thresholds and index == config.flagged_index else {}
-        if isinstance(threshold, str):
-            threshold = known.get(threshold, threshold)
-        if threshold is not None:
-            low, high = (-math.inf, math.inf) if regression else (0, 1)
-            if not isinstance(threshold, Real) or isinstance(threshold, bool) or not low <= float(threshold) <= high:
-                named = f"from 0 to 1, or for {label!r} one of: {', '.join(known) or 'none'}"
-                allowed = "a number" if regression else named
-                raise ProbeError(f"halt_on: the threshold of {head!r} is {threshold!r}; it must be {allowed}")
-            threshold = float(threshold)
-        elif regression:
+        if threshold is None and is_regression:
             raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
-        else:
-            threshold = threshold_of(config, index)
         for name, value in (("patience", patience), ("window", window)):
             if not isinstance(value, int) or value < 1:
                 raise ProbeError(f"halt_on: the {name} of {head!r} is {value!r}; it must be a whole number from 1")
@@ -161,7 +141,10 @@ class HaltRule:
             if config.token_scope == "response":
                 raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
             unsure = float(band[0]), float(band[1])
-        return cls(head, config, index, threshold, patience, window, unsure, ask)
+        return [
+            cls(head, config, index, _limit(head, config, index, threshold), patience, window, unsure, ask)
+            for index in map(names.index, labels)
+        ]
 
     def __str__(self) -> str:
         score = "value" if self.config.problem_type == "regression" else "probability"
@@ -221,6 +204,21 @@ def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
     return {name: dict(options or {}) for name, options in named.items()}
 
 
+def _limit(head: str, config: ProbeConfig, index: int, threshold: float | str | None) -> float | None:
+    """Return the threshold of a rule for one label, from a number, a name or nothing."""
+    if threshold is None:
+        return threshold_of(config, index)
+    known = config.thresholds if config.thresholds and index == config.flagged_index else {}
+    limit = known.get(threshold, threshold) if isinstance(threshold, str) else threshold
+    is_regression = config.problem_type == "regression"
+    low, high = (-math.inf, math.inf) if is_regression else (0, 1)
+    if not _is_number(limit) or not low <= float(limit) <= high:
+        named = f"from 0 to 1, or for {config.id2label[index]!r} one of: {', '.join(known) or 'none'}"
+        allowed = "a number" if is_regression else named
+        raise ProbeError(f"halt_on: the threshold of {head!r} is {limit!r}; it must be {allowed}")
+    return float(limit)
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
@@ -236,7 +234,9 @@ class Halter:
         on_token: called with the `TokenScores` after each token of the replies.
 
     Attributes:
-        halts: a `Halt` or None for each prompt; for each row from the first token on. Empty before the prefill ends.
+        is_active: something may be halted.
+        follows: tokens of the replies are decided on.
+        halts: a `Halt` or None for each prompt; for each row if it follows replies. Empty before the prefill ends.
 
     Raises:
         ProbeError: a head is not active, or its options are not allowed.
@@ -249,42 +249,43 @@ class Halter:
         self.on_token = on_token
         self.rules: list[HaltRule] = []
         self.halts: list[Halt | None] = []
-        self._streaks: dict[tuple[str, int], list[int]] = {}  # by head and label
-        self._windows: dict[tuple[str, int], list[Window]] = {}
-        if not configs:
+        self.is_active = spec is not None or on_token is not None
+        if self.is_active and not configs:
             raise ProbeError("halt_on: no head is active; load_probe(...) or set_active_probes([...]) first")
         if on_token is not None and not any(config.reads_reply for config in configs.values()):
             raise ProbeError("on_probe_token: no active head reads replies (token_scope='response' or 'all')")
         if self.policy is not None and all(config.token_scope == "response" for config in configs.values()):
             raise ProbeError("halt_on: a function needs a head that reads the prompt; on_probe_token= sees replies")
-        if spec is None or self.policy is not None:
-            return
-        for name, options in options_by_head(spec).items():
+        for name, options in {} if spec is None or callable(spec) else options_by_head(spec).items():
             if name not in configs:
                 raise ProbeError(f"halt_on: no head {name!r} is active; active: {', '.join(configs)}")
             self.rules += HaltRule.create_all(name, configs[name], **options)
-
-    @property
-    def follows(self) -> bool:
-        """True if tokens of the replies are decided on."""
-        return self.on_token is not None or any(rule.config.reads_reply for rule in self.rules)
+        self.follows = on_token is not None or any(rule.config.reads_reply for rule in self.rules)
+        # Of each rule, by row: tokens in a row that it flagged, and its last tokens.
+        self._streaks: list[list[int]] = []
+        self._windows: list[list[Window]] = []
 
     def decide(
-        self, outputs: dict[str, ProbeOutput], prompts: int, texts: PromptTexts | None = None
+        self, outputs: dict[str, ProbeOutput], prompts: int, texts: PromptTexts | None = None, copies: int = 1
     ) -> list[Halt | None]:
         """Decide on the prompts; the first rule that flags one counts. After an error of the policy no reply is begun.
 
         Args:
             texts: gives the texts that a head read in some rows, for rules that ask.
+            copies: replies to each prompt.
         """
-        self.halts = [None] * prompts
+        halts: list[Halt | None] = [None] * prompts
         if self.policy is not None:
-            self.halts = _decisions("the halting policy", self.policy(outputs), prompts)
+            halts = _decisions("the halting policy", self.policy(outputs), prompts)
+        copies = copies if self.follows else 1
         outputs = self._on_host(outputs)
         for rule in self.rules:
-            if rule.head in outputs:
-                halts = self._patient(rule, _asked(rule, outputs[rule.head], texts), [True] * prompts)
-                self.halts = [old or new for old, new in zip(self.halts, halts, strict=True)]
+            flags = _asked(rule, outputs[rule.head], texts) if rule.head in outputs else [None] * prompts
+            self._streaks.append([int(flag is not None) for flag in flags for _ in range(copies)])
+            self._windows.append([Window(rule) for _ in range(prompts * copies)])
+            if rule.patience == 1:
+                halts = [halt or flag for halt, flag in zip(halts, flags, strict=True)]
+        self.halts = [halt for halt in halts for _ in range(copies)]
         return self.halts
 
     def _on_host(self, outputs: dict[str, ProbeOutput]) -> dict[str, ProbeOutput]:
@@ -294,51 +295,39 @@ class Halter:
         return {name: ProbeOutput.from_logits(logits[name], config) for name, config in ruled.items()}
 
     def follow(self, scores: TokenScores) -> list[bool]:
-        """Decide on one more token of each reply; `halts` then has one entry a row. After an error no token is written.
+        """Decide on one more token of each reply. After an error no token is written.
 
         Returns:
             For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
         """
         outputs = self._on_host(scores.outputs)
-        counted = scores.counted.tolist()
-        self.expand(len(counted))
-        verdicts = []  # pairs (flags, halts), each with one entry a row
+        rows = [row for row, is_counted in enumerate(scores.counted.tolist()) if is_counted]
+        flagged, halts = [False] * len(self.halts), list(self.halts)
+
+        def flag(row: int, halt: Halt, ends: bool) -> None:
+            flagged[row] = True
+            if ends and halts[row] is None:
+                halts[row] = replace(halt, token=scores.step)
+
         if self.on_token is not None and (decisions := self.on_token(scores)) is not None:
-            verdicts.append((_decisions("on_probe_token", decisions, len(counted)),) * 2)
-        for rule in self.rules:
+            decided = _decisions("on_probe_token", decisions, len(halts))
+            for row in rows:
+                if (halt := decided[row]) is not None:
+                    flag(row, halt, ends=True)
+        for number, rule in enumerate(self.rules):
             if rule.config.reads_reply:
-                flags = rule.halts(self._averaged(rule, outputs[rule.head].probabilities, counted))
-                verdicts.append((flags, self._patient(rule, flags, counted)))
-        flagged = [False] * len(counted)
-        for flags, halts in verdicts:
-            for row in range(len(counted)):
-                if counted[row]:
-                    flagged[row] |= flags[row] is not None
-                    if (halt := halts[row]) is not None and self.halts[row] is None:
-                        self.halts[row] = replace(halt, token=scores.step)
+                probs, streaks = outputs[rule.head].probabilities, self._streaks[number]
+                means = probs.clone()
+                for row in rows if rule.window > 1 else ():
+                    means[row] = self._windows[number][row].add(probs[row])
+                reasons = rule.halts(means)
+                for row in rows:  # tokens that do not count change nothing
+                    reason = reasons[row]
+                    streaks[row] = 0 if reason is None else streaks[row] + 1
+                    if reason is not None:
+                        flag(row, reason, ends=streaks[row] >= rule.patience)
+        self.halts = halts
         return flagged
-
-    def expand(self, rows: int) -> None:
-        """Repeat the entries of `halts` for the return sequences of each prompt."""
-        repeats = rows // len(self.halts)
-        self.halts = [halt for halt in self.halts for _ in range(repeats)]
-        self._streaks = {key: [n for n in counts for _ in range(repeats)] for key, counts in self._streaks.items()}
-
-    def _averaged(self, rule: HaltRule, probs: torch.Tensor, counted: list[bool]) -> torch.Tensor:
-        """Return the mean probabilities of the rule's window, `[rows, num_labels]`. Tokens that do not count change nothing."""
-        if rule.window == 1:
-            return probs
-        windows = self._windows.setdefault((rule.head, rule.index), [Window(rule) for _ in counted])
-        rows = zip(windows, probs, counted, strict=True)
-        return torch.stack([window.add(row) if is_counted else row for window, row, is_counted in rows])
-
-    def _patient(self, rule: HaltRule, flags: list[Halt | None], counted: list[bool]) -> list[Halt | None]:
-        """Return the flags that last as long as the rule's patience. Tokens that do not count change nothing."""
-        streaks = self._streaks.setdefault((rule.head, rule.index), [0] * len(flags))
-        for row, flag in enumerate(flags):
-            if counted[row]:
-                streaks[row] = 0 if flag is None else streaks[row] + 1
-        return [flag if streak >= rule.patience else None for flag, streak in zip(flags, streaks, strict=True)]
 
 
 def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
@@ -407,14 +396,16 @@ class HoldBackStreamer(BaseStreamer):
         """Record the flag of the token that was put last. Called by `generate`."""
         self._clear = 0 if flagged else self._clear + 1
         if self._clear > self.tokens:
-            while len(self._held) > self.tokens:
-                self.streamer.put(self._held.popleft())
+            self._show(self.tokens)
+
+    def _show(self, keep: int = 0) -> None:
+        while len(self._held) > keep:
+            self.streamer.put(self._held.popleft())
 
     def halt(self, reply: torch.Tensor) -> None:
         """Drop the held tokens, show `reply` and end; later tokens are dropped. Called by `generate`."""
-        self._held.clear()
-        for token in reply.cpu():
-            self.streamer.put(token[None])
+        self._held = deque(token[None] for token in reply.cpu())
+        self._show()
         self.streamer.end()
         self._halted = True
 
@@ -427,8 +418,7 @@ class HoldBackStreamer(BaseStreamer):
         """Show the held tokens and end."""
         try:
             if not self._halted:
-                while self._held:
-                    self.streamer.put(self._held.popleft())
+                self._show()
                 self.streamer.end()
         finally:  # held tokens of this reply must not be shown with the next
             self._reset()

@@ -20,25 +20,19 @@ from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
-from .cache import ProbeCache, refuse_without_heads
 from .host import ProbeHostMixin, ProbeSpec, change_class, load_with_heads, model_of, read_heads
-from .outputs import ProbedOutputMixin, with_scores
+from .outputs import ProbeCache, ProbedOutputMixin, asks_for_state, refuse_without_heads, with_results
 from .reader import PromptReader
-from .session import (
-    HEAD_ARGUMENTS,
-    PAGED,
-    GenerateCall,
-    ProbedSession,
-    forward_reader,
-    generate_session,
-    is_inner_call,
-    session_of,
-)
+from .session import HEAD_ARGUMENTS, PAGED, GenerateCall, ProbedSession, generate_session, is_inner_call, session_of
 from .texts import as_texts, classify_texts
 
 
 logger = logging.get_logger(__name__)
 
+_NOT_SCORED = (
+    "A pass that continues from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
+    "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
+)
 # Arguments of the plain `generate()` behind its first two, which may be given by their place.
 _POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-1]
 
@@ -84,15 +78,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():  # the rest is for a wrapped forward()
-            return output
-        if isinstance(output, ProbedOutputMixin) and output.probe_logits is not None:
-            # accelerate's hook around forward() moves an output by building it anew from its fields.
-            heads = {name: head for name, head in self._heads.items() if name in output.probe_logits}
-            output.remember(
-                {name: head.config for name, head in heads.items()},
-                {name: head.novelty for name, head in heads.items() if head.novelty is not None},
-            )
+        # accelerate's hook around forward() moves an output by building it anew from its fields.
+        if not torch.compiler.is_dynamo_compiling() and isinstance(output, ProbedOutputMixin):
+            output.remember(self._heads)
         return output
 
     @classmethod
@@ -189,18 +177,32 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_mask: torch.Tensor | None,
         probe_state: ProbeCache | bool | None,
     ) -> Any:
-        configs = {name: head.config for name, head in heads.items()}
-        if self.training and torch.is_grad_enabled() and not cached_tokens(kwargs) and not probe_state:
-            prompt = PromptReader(heads, self._decoder, kwargs, probe_mask, differentiable=True)
-        else:
-            prompt = forward_reader(heads, self._decoder, kwargs, probe_mask, probe_state)
-        if prompt is None:  # a later step of the caller's own decoding loop
-            return with_scores(super().forward(**kwargs), None, configs)
-        if not prompt.seen:
+        """Run a forward pass of the caller's own, with the new tokens in `kwargs`, and score the prompts so far.
+
+        Heads keep a state if `probe_state` or `use_cache=True` asks for one.
+        """
+        past = cached_tokens(kwargs)
+        ids: Any = kwargs.get("input_ids")
+        in_training = self.training and torch.is_grad_enabled() and not past and not probe_state
+        keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
+        earlier, inputs = (probe_state, kwargs) if isinstance(probe_state, ProbeCache) else (None, kwargs)
+        if earlier is not None:
+            inputs = earlier.followed_by(ids, kwargs.get("attention_mask"))
+        elif past and keep:
+            raise ProbeError(f"probe_state=True: the cache already holds {past} tokens that the heads have not seen")
+        elif past:  # a later step of the caller's own decoding loop
+            if ids is not None and ids.shape[1] > 1:
+                logger.warning_once(_NOT_SCORED)
+            return with_results(super().forward(**kwargs), None, heads)
+        keep = not in_training and (keep or (ids is not None and bool(kwargs.get("use_cache"))))
+        options: dict[str, Any] = {"past": past, "earlier": earlier, "return_state": keep, "partial_prompt": keep}
+        prompt = PromptReader(heads, self._decoder, inputs, probe_mask, **options, differentiable=in_training)
+        if not past:
             self._warn_of_padding(prompt.input_ids, kwargs.get("attention_mask"), probe_mask)
         with prompt.reading(kwargs) as inputs:
             output = super().forward(**inputs)
-        return with_scores(output, prompt.results(), configs, prompt.probe_cache() if prompt.return_state else None)
+        state = {"probe_state": prompt.probe_cache()} if keep else {}
+        return with_results(output, prompt.results, heads, **state)
 
     def classify(
         self,
@@ -275,7 +277,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
         with torch.no_grad(), prompt.reading(inputs, whole=False) as inputs:
             decoder.run(**inputs)
-        return abstaining(prompt.results(), levels)
+        return abstaining(prompt.results, levels)
 
     def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
         """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
@@ -330,11 +332,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """
         kwargs |= dict(zip(_POSITIONAL, args, strict=False))
         asked = {name: kwargs.pop(name, None) for name in HEAD_ARGUMENTS}
-        call = GenerateCall(self, inputs, generation_config, kwargs)
+        call = GenerateCall(super().generate, self, inputs, generation_config, kwargs)
         # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
         inner = is_inner_call(self) and all(value is None for value in asked.values())
         probes = asked.pop("probes")
-        return generate_session(call, {} if inner else self._active_heads(probes), **asked).run(super().generate)
+        return generate_session(call, {} if inner else self._active_heads(probes), **asked).run()
 
     def init_continuous_batching(self, *args, **kwargs):
         """Start continuous batching, without heads: they cannot read its paged passes."""

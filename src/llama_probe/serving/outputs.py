@@ -1,20 +1,20 @@
-"""Outputs of the LM with the results of its heads, and the records in them."""
+"""What users get back: outputs of the LM with the results of its heads, and the heads' state for the next turn."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, make_dataclass
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, make_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
-from ..heads.configuration import ProbeConfig
+from ..heads import select_rows
 from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
-from ..heads.novelty import Novelty
-from .cache import ProbeCache
+from ..heads.probe import ProbeModel
 
 
 _Key = TypeVar("_Key")
@@ -74,7 +74,10 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
     _plain_class: ClassVar[type[ModelOutput]]
     probe_logits: dict[str, torch.Tensor] | None
     probe_mean_states: dict[str, tuple[torch.Tensor, torch.Tensor]] | None
+    probe_halts: list[Halt | None] | None
     probe_token_logits: dict[str, torch.Tensor] | None
+    probe_state: ProbeCache | None
+    texts: list[str] | None
 
     def __reduce__(self):
         made, values, *rest = super().__reduce__()
@@ -82,15 +85,26 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
             return made, values, *rest
         return _create, (self._plain_class, values), *rest  # pickle would look for the class in a module
 
-    def remember(self, configs: dict[str, ProbeConfig], novelties: dict[str, Novelty]) -> None:
-        """Store the configs of the heads by name, and the `Novelty` of those that have one, if the output has none."""
-        self.__dict__.setdefault("_probe_configs", configs)
-        self.__dict__.setdefault("_probe_novelties", novelties)
+    def remember(self, heads: Mapping[str, ProbeModel]) -> None:
+        """Store the config of each head, and its `Novelty` if it has one, if the output has none."""
+        if "_probe_configs" not in self.__dict__:
+            self.__dict__["_probe_configs"] = {name: head.config for name, head in heads.items()}
+            self.__dict__["_probe_novelties"] = {name: head.novelty for name, head in heads.items()}
 
     @property
     def probe_probabilities(self) -> dict[str, torch.Tensor] | None:
         """Probabilities `[prompts, num_labels]` by head name, with the saved temperature."""
         return self._probabilities(self.probe_logits)
+
+    @property
+    def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
+        """Probabilities in the shape of `probe_token_logits`, with the saved temperature."""
+        return self._probabilities(self.probe_token_logits)
+
+    def _probabilities(self, logits: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
+        if logits is None:
+            return None
+        return {name: probabilities(each, self.config_of(name)) for name, each in logits.items()}
 
     @property
     def probe_labels(self) -> dict[str, list[Any]] | None:
@@ -102,17 +116,12 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
             return None
         levels = self.abstain_at or {}
         novelty = (self.probe_novelty or {}) if levels else {}
-        host = on_host(
-            {(name, "logits"): logits for name, logits in self.probe_logits.items()}
-            | {(name, "novelty"): values for name, values in novelty.items()}
-        )
-        configs = {name: self.config_of(name) for name in self.probe_logits}
-        return {
-            name: labels(
-                probabilities(host[name, "logits"], config), config, host.get((name, "novelty")), levels.get(name)
-            )
-            for name, config in configs.items()
-        }
+        host = on_host({**self.probe_logits, **{(name,): values for name, values in novelty.items()}})
+        results = {}
+        for name in self.probe_logits:
+            config = self.config_of(name)
+            results[name] = labels(probabilities(host[name], config), config, host.get((name,)), levels.get(name))
+        return results
 
     @property
     def probe_novelty(self) -> dict[str, torch.Tensor] | None:
@@ -125,46 +134,17 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
         """
         if not self.probe_mean_states:
             return None
-        novelties = self.__dict__.get("_probe_novelties")
-        if not novelties:
+        if (novelties := self.__dict__.get("_probe_novelties")) is None:
             raise ProbeError("this output has lost its heads (a copy or a gather does that), and so their novelty")
         return {name: novelties[name](*means) for name, means in self.probe_mean_states.items()}
 
-    @property
-    def probe_token_probabilities(self) -> dict[str, torch.Tensor] | None:
-        """Probabilities in the shape of `probe_token_logits`, with the saved temperature."""
-        return self._probabilities(self.probe_token_logits)
-
-    def _probabilities(self, logits: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor] | None:
-        if logits is None:
-            return None
-        return {name: probabilities(each, self.config_of(name)) for name, each in logits.items()}
-
-
-# Fields that an output of the LM gets, with their types.
-PROBED_FIELDS = {
-    "probe_logits": "dict[str, torch.Tensor] | None",
-    "probe_mean_states": "dict[str, tuple[torch.Tensor, torch.Tensor]] | None",
-    "probe_halts": "list[Halt | None] | None",
-    "probe_token_logits": "dict[str, torch.Tensor] | None",
-    "probe_state": "ProbeCache | None",
-    "texts": "list[str] | None",
-}
-
-
-def probed_output_class(base: type[ModelOutput]) -> type[Any]:
-    """Return the class of `base` outputs with the fields of `ProbedOutputMixin`."""
-    return _make(base)
-
 
 @functools.cache
-def _make(base: type[ModelOutput]) -> type[Any]:
-    return make_dataclass(
-        f"Probed{base.__name__}",
-        [(name, kind, None) for name, kind in PROBED_FIELDS.items()],
-        bases=(ProbedOutputMixin, base),
-        namespace={"__module__": __name__, "__doc__": f"{base.__name__} with results of heads.", "_plain_class": base},
-    )
+def probed_output_class(base: type[ModelOutput]) -> type[Any]:
+    """Return the class of `base` outputs with the fields of `ProbedOutputMixin`."""
+    fields = [(name, kind, None) for name, kind in ProbedOutputMixin.__annotations__.items() if name != "_plain_class"]
+    namespace = {"__module__": __name__, "__doc__": f"{base.__name__} with results of heads.", "_plain_class": base}
+    return make_dataclass(f"Probed{base.__name__}", fields, bases=(ProbedOutputMixin, base), namespace=namespace)
 
 
 def _create(base: type[ModelOutput], values: tuple[Any, ...]) -> ModelOutput:
@@ -172,43 +152,21 @@ def _create(base: type[ModelOutput], values: tuple[Any, ...]) -> ModelOutput:
 
 
 def with_results(
-    output: ModelOutput,
-    results: dict[str, ProbeOutput] | None,
-    configs: dict[str, ProbeConfig],
-    halts: Sequence[Halt | None] | None = None,
-    token_logits: dict[str, torch.Tensor] | None = None,
-    state: ProbeCache | None = None,
-    texts: list[str] | None = None,
-) -> ModelOutput:
-    """Return a copy of an LM's output with the results of its heads."""
+    output: Any, results: dict[str, ProbeOutput] | None, heads: Mapping[str, ProbeModel], **fields: Any
+) -> Any:
+    """Return a copy of an LM's output with the results of its heads, and other fields of `ProbedOutputMixin`.
+
+    A tuple gets the logits as its last entry, or a state behind them.
+    """
+    logits = None if results is None else {name: each.logits for name, each in results.items()}
+    if not isinstance(output, ModelOutput):
+        state = fields.get("probe_state")
+        return (*output, logits, *([] if state is None else [state]))
     means = {name: each.means for name, each in (results or {}).items() if each.means is not None}
-    probed = probed_output_class(type(output))(
-        **output,
-        probe_logits=_logits(results),
-        probe_mean_states={name: (each.total, each.count) for name, each in means.items()} or None,
-        probe_halts=halts,
-        probe_token_logits=token_logits,
-        probe_state=state,
-        texts=texts,
-    )
-    probed.remember(configs, {name: each.of for name, each in means.items()})
+    fields["probe_mean_states"] = {name: (each.total, each.count) for name, each in means.items()} or None
+    probed = probed_output_class(type(output))(**output, probe_logits=logits, **fields)
+    probed.remember(heads)
     return probed
-
-
-def _logits(results: dict[str, ProbeOutput] | None) -> dict[str, torch.Tensor] | None:
-    return None if results is None else {name: each.logits for name, each in results.items()}
-
-
-def with_scores(
-    output: ModelOutput | tuple,
-    results: dict[str, ProbeOutput] | None,
-    configs: dict[str, ProbeConfig],
-    state: ProbeCache | None = None,
-) -> ModelOutput | tuple:
-    """Return the output of `forward` with the results of its heads. A tuple gets the logits as its last entry, or a state."""
-    if isinstance(output, ModelOutput):
-        return with_results(output, results, configs, state=state)
-    return (*output, _logits(results), *([] if state is None else [state]))
 
 
 def on_host(tensors: Mapping[_Key, _Value]) -> dict[_Key, _Value]:
@@ -229,3 +187,187 @@ def on_host(tensors: Mapping[_Key, _Value]) -> dict[_Key, _Value]:
         for name, tensor, part in zip(names, there, parts, strict=True):
             copies[name] = part.view(tensor.shape).to(tensor.dtype)
     return copies
+
+
+@dataclass(frozen=True)
+class CachedHead:
+    """The token-stage state of one head for the tokens in a KV cache.
+
+    Attributes:
+        head, versions: the head that made `state`, and the versions of its weights; see `is_of`.
+        mask (`torch.BoolTensor` of shape `[rows, tokens]`): tokens that count.
+        state: token-stage state of all layers that the head reads; `None` where no token counts so far.
+    """
+
+    head: weakref.ref[ProbeModel]
+    versions: list[tuple[int, int]]
+    mask: torch.Tensor
+    state: Any
+
+    @classmethod
+    def create(cls, head: ProbeModel, mask: torch.Tensor, state: Any) -> CachedHead:
+        """Keep what a head has just read."""
+        return cls(weakref.ref(head), _versions(head), mask, state)
+
+    def is_of(self, head: ProbeModel) -> bool:
+        """Return True if `head` is the one that made the state, with the same weights."""
+        return self.head() is head and self.versions == _versions(head)
+
+
+def _versions(head: ProbeModel) -> list[tuple[int, int]]:
+    # Inference tensors have no version counter; they also cannot be modified in place.
+    return [(id(p), -1 if p.is_inference() else p._version) for p in (*head.parameters(), *head.buffers())]
+
+
+class ProbeCache:
+    """The heads' states for the tokens in an LM's KV cache: a prompt that goes on from there is scored as a whole.
+
+    `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. Each call returns another one, so
+    that one shared prefix serves any number of prompts. Each of them needs a copy of the cache, which transformers changes in
+    place. The numbers that each kind keeps are in docs/serving.md; novelty keeps `hidden_size` for up to three layers.
+
+    Attributes:
+        input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over, on the CPU.
+        attention_mask (`torch.BoolTensor` of shape `[rows, tokens]`): false for padding, and behind the end of a reply; on the CPU.
+        heads: by name.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, heads: Mapping[str, CachedHead]):
+        self.input_ids, self.attention_mask, self.heads = input_ids, attention_mask, dict(heads)
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens, as that of the cache."""
+        return self.input_ids.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return len(self.input_ids)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row in place, as `DynamicCache.batch_repeat_interleave` does."""
+        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows whose indices are given, in place, as `DynamicCache.batch_select_indices` does."""
+        rows = torch.arange(self.batch_size)[indices.cpu()]
+        self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
+        self.heads = {
+            name: replace(kept, mask=kept.mask[rows], state=select_rows(kept.state, rows))
+            for name, kept in self.heads.items()
+        }
+
+    def extended(self, tokens: torch.Tensor, token_mask: torch.Tensor, states: Mapping[str, Any]) -> ProbeCache:
+        """Return it with the replies that followed: `[rows, reply_tokens]`, which of them count, and states by name.
+
+        Heads without a state here do not read replies.
+        """
+        heads = {}
+        for name, kept in self.heads.items():
+            read = token_mask if name in states else torch.zeros_like(token_mask)
+            heads[name] = replace(kept, mask=torch.cat([kept.mask, read], 1), state=states.get(name, kept.state))
+        ids, attended = torch.cat([self.input_ids, tokens], 1), torch.cat([self.attention_mask, token_mask], 1)
+        return ProbeCache(ids, attended, heads)
+
+    def followed_by(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `attention_mask` of whole prompts, `[rows, tokens]`: what was seen, and new tokens behind it.
+
+        Args:
+            input_ids (`[rows, new_tokens]`): the new tokens.
+            attention_mask (`[rows, tokens]`, *optional*): of the whole; may be left out if nothing is padding so far.
+        """
+        self._check_rows(len(input_ids))
+        if attention_mask is None:
+            if not self.attention_mask.all():
+                raise ProbeError("a part of the cached tokens is padding: pass attention_mask, of old and new tokens")
+            new = torch.ones_like(input_ids, dtype=torch.bool)
+            attention_mask = torch.cat([self.attention_mask.to(input_ids.device), new], dim=1)
+        whole = torch.cat([self.input_ids.to(input_ids.device), input_ids], dim=1)
+        return {"input_ids": whole, "attention_mask": attention_mask}
+
+    def _check_rows(self, prompts: int) -> None:
+        if prompts != self.batch_size:
+            hint = "use batch_repeat_interleave or batch_select_indices of both cache and state"
+            raise ProbeError(f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: {hint}")
+
+    def resume(
+        self,
+        heads: Mapping[str, ProbeModel],
+        masks: Mapping[str, torch.Tensor],
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        cached: int,
+    ) -> dict[str, Any]:
+        """Return the state that each head goes on from, by name, for prompts that begin with the tokens it has seen.
+
+        Args:
+            heads: heads to resume. Heads that are not in the state have seen nothing.
+            masks: tokens of the whole prompts that count for each of them, `[prompts, prompt_tokens]`.
+            input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts, on the CPU as the masks.
+            cached: number of tokens in the KV cache.
+
+        Raises:
+            ProbeError: the cache holds more or fewer tokens, the prompts begin with other ones, other tokens count, or the
+                state was made by another head.
+        """
+        if cached != (seen := self.get_seq_length()):
+            raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
+        if input_ids is None:
+            raise ProbeError(NEEDS_IDS)
+        self._check_rows(len(input_ids))
+        if input_ids.shape[1] <= seen:
+            hint = "pass all of the conversation, with at least one new token"
+            raise ProbeError(f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: {hint}")
+        differing = ((input_ids[:, :seen] != self.input_ids) & self.attention_mask).any(dim=0).nonzero().flatten()
+        if len(differing):
+            first = f"the first that differs is number {int(differing[0])}: append to out.sequences"
+            raise ProbeError(f"the prompt does not begin with the {seen} tokens that probe_state has seen; {first}")
+        _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
+        states = {}
+        for name in [name for name in heads if name in self.heads]:
+            head, kept = heads[name], self.heads[name]
+            if not kept.is_of(head):
+                raise ProbeError(f"probe_state was made by another head called {name!r}, or by other weights of it")
+            wanted = masks[name][:, :seen]
+            if head.config.token_scope == "last_user" and not bool(wanted.any()):
+                continue  # all rows go on with another turn of the user
+            _same_tokens(f"the tokens that {name!r} reads", wanted, kept.mask)
+            states[name] = kept.state
+        return states
+
+
+NEEDS_IDS = "probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)"
+
+
+def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
+    """Raise `ProbeError` if a state is given or asked for, and no head runs that could keep one."""
+    if probe_state is not None and probe_state is not False:
+        raise ProbeError("probe_state is what heads keep, and none is active: load_probe(...) first")
+
+
+def asks_for_state(
+    probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
+) -> bool:
+    """Return True if `probe_state=` asks for a state in return: it is `True`, or a state to go on from.
+
+    Raises:
+        ProbeError: it is something else, or a state cannot be kept.
+    """
+    if probe_state is None or probe_state is False:
+        return False
+    if probe_state is not True and not isinstance(probe_state, ProbeCache):
+        raise ProbeError(f"probe_state is a {type(probe_state).__name__}; it must be True, or what a call returned")
+    if use_cache is False:
+        raise ProbeError("probe_state goes with a cache, and use_cache=False keeps none; leave one of them out")
+    if input_ids is None:
+        raise ProbeError(NEEDS_IDS)
+    return True
+
+
+def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
+    differing = (wanted.bool() != kept).any(dim=0).nonzero().flatten()
+    if len(differing):
+        first = f"the first is number {int(differing[0])}"
+        raise ProbeError(f"{what}: of the {kept.shape[1]} tokens that were seen other ones count now; {first}")

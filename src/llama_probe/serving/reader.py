@@ -1,9 +1,10 @@
-"""The way of hidden states from the LM to heads: `StateReader` in any pass, `PromptReader` in the passes over prompts."""
+"""The way of hidden states from the LM to heads: `StateReader` in any pass, `PromptReader` and `ReplyReader` in those of a call."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from ..heads.device import device_type
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask, tokens_read
 from ..heads.stream import ProbeState
-from .cache import CachedHead, HeadReference, ProbeCache
-from .outputs import on_host
+from .outputs import CachedHead, ProbeCache, TokenScores, on_host
 
 
 _MIB = 1 << 20
 # Layers of a group, if not all go together.
 _GROUPS = (16, 8, 4, 2)
+# Tokens of a reply that `ReplyRecorder` reads at once.
+_CHUNK = 16
 _OTHER_PROMPT = (
     "the decoding method does not run the LM over the prompt as it was given (PEFT's prompt tuning? set_active_probes([]) "
     "generates without heads)"
@@ -46,14 +48,10 @@ class StateReader:
     order of the layers, and `end()`.
 
     Args:
-        heads: the heads, by name.
         states: token-stage states to resume, by head name; see `ProbeState.joined`. Other heads start anew.
         keep: names of the heads whose state is kept after the last token.
         output_attentions: also give token and layer weights.
         differentiable: the results have gradients, to the heads and to the LM.
-
-    Attributes:
-        layers: indices of the states that are read.
     """
 
     def __init__(
@@ -74,23 +72,20 @@ class StateReader:
             for name, head in self.heads.items()
         }
         self._whole, self._differentiable = output_attentions, differentiable
-        self._masks: dict[str, torch.Tensor | None] = {}
-        self._rows, self._columns = slice(None), slice(None)
-        self._last = True
-        self._seen: set[int] = set()
-        self._held: list[tuple[int, torch.Tensor]] = []
-        self._group = 1
+        self._seen: list[int] = []
+        self._held: list[torch.Tensor] = []  # states of the last of these layers
+        self.begin({})
 
     def begin(self, token_masks: Mapping[str, torch.Tensor], last: bool = True, repeats: int = 1) -> None:
         """Announce a forward pass over n further tokens.
 
         Args:
-            token_masks: for each head the tokens that count, `[batch, n]` bool. The LM may run over further columns. Masks on the
-                CPU are looked at: columns that no head reads are left out.
+            token_masks: for each head the tokens that count, `[batch, n]` bool. The LM may run over further columns. Masks of
+                several tokens are on the CPU: columns that no head reads are left out.
             last: no token that counts follows.
             repeats: rows of the LM for each row of the masks: beams or return sequences, which begin alike.
         """
-        self._seen, self._held, self._last = set(), [], last
+        self._seen, self._held, self._last, self._group = [], [], last, 1
         width = next(iter(token_masks.values())).shape[1] if token_masks else 0
         self._rows, self._columns = slice(None, None, repeats), slice(0, width)
         masks = self._trimmed(token_masks) if width > 1 and not self._whole else token_masks
@@ -101,81 +96,71 @@ class StateReader:
 
     def _trimmed(self, token_masks: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None]:
         """Leave out the tokens before the first, and behind the last, that counts for any head."""
-        distinct = {id(mask): mask for mask in token_masks.values()}  # heads of one scope share a tensor
-        if all(bool(mask.all()) for mask in distinct.values()):
-            return dict.fromkeys(token_masks)
-        counted = [column for mask in distinct.values() for column in mask.any(dim=0).nonzero().flatten().tolist()]
-        self._columns = slice(min(counted), max(counted) + 1) if counted else slice(0, 0)
-        cut = {key: mask[:, self._columns] for key, mask in distinct.items()}
-        whole = {key: bool(mask.all()) for key, mask in cut.items()}
-        return {name: None if whole[id(mask)] else cut[id(mask)] for name, mask in token_masks.items()}
+        if all(bool(mask.all()) for mask in {id(mask): mask for mask in token_masks.values()}.values()):
+            return dict.fromkeys(token_masks)  # heads of one scope share a mask
+        counted = torch.stack(list(token_masks.values())).any(dim=1).any(dim=0).nonzero().flatten().tolist()
+        # Of a prompt in which nothing counts one column is read, so that each head has a state.
+        self._columns = slice(counted[0], counted[-1] + 1) if counted else slice(0, int(self._last))
+        cut = {name: mask[:, self._columns] for name, mask in token_masks.items()}
+        return {name: None if bool(mask.all()) else mask for name, mask in cut.items()}
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
         """Take a state `[rows, columns, hidden_size]` of the announced pass. It must not change afterwards."""
         if layer not in self.layers:
             return
         # The LM's weights have just gone through the cache: here each further operation of Python takes 10 times as long.
+        if self._held and (hidden.device, hidden.dtype) != (self._held[0].device, self._held[0].dtype):
+            self._flush()
         if not self._held:
             # At most two of these are there at once, in fp32: the states and their stack, or the stack and its normalised copy.
             size, budget = 2 * 4 * hidden[self._rows, self._columns].numel(), state_budget(hidden.device)
             self._group = next((group for group in (len(self.layers), *_GROUPS) if group * size <= budget), 1)
-        self._held.append((layer, hidden))
+        self._held.append(hidden)
+        self._seen.append(layer)
         if len(self._held) >= self._group:
             self._flush()
 
     def end(self) -> None:
         """Read what is held at the end of a pass."""
-        check_seen(self.layers, self._seen.union(layer for layer, _ in self._held))
+        check_seen(self.layers, self._seen)
         self._flush()
 
     def _flush(self) -> None:
-        while self._held:
-            layers, x = self._stack()
-            if not x.shape[2]:
-                continue
-            with torch.set_grad_enabled(self._differentiable):
-                prepared: dict[Any, torch.Tensor] = {}  # heads that normalise alike share the result
-                inputs = {}
-                for name, head in self.heads.items():
-                    key = head.input_format(x)
-                    if key not in prepared:
-                        prepared[key] = head.prepare(x)
-                    inputs[name] = prepared[key]
-                del x
-                for name, head in self.heads.items():
-                    head.step(self.states[name], layers, inputs[name], self._masks[name], self._last)
-
-    def _stack(self) -> tuple[tuple[int, ...], torch.Tensor]:
-        """Return the first layers that are held on one device, and their states `[S, rows, n, hidden_size]`. Hold the others."""
-        kinds = [(hidden.device, hidden.dtype) for _, hidden in self._held]
-        count = next((place for place, kind in enumerate(kinds) if kind != kinds[0]), len(kinds))
-        group, self._held = self._held[:count], self._held[count:]
-        if short := [hidden.shape[1] for _, hidden in group if hidden.shape[1] < self._columns.stop]:
-            raise ProbeError(f"a state has {short[0]} tokens of {self._columns.stop}: no part is scored")
-        layers, states = zip(*((layer, hidden[self._rows, self._columns]) for layer, hidden in group), strict=True)
-        self._seen.update(layers)
-        return layers, states[0].unsqueeze(0) if len(states) == 1 else torch.stack(states)
+        """Read what is held, all on one device."""
+        held, self._held = self._held, []
+        if not held or self._columns == slice(0, 0):
+            return
+        if (tokens := min(hidden.shape[1] for hidden in held)) < self._columns.stop:
+            raise ProbeError(f"a state has {tokens} tokens of {self._columns.stop}: no part is scored")
+        layers, parts = self._seen[-len(held) :], [hidden[self._rows, self._columns] for hidden in held]
+        x = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)  # [S, rows, n, hidden_size]
+        del held, parts
+        with torch.set_grad_enabled(self._differentiable):
+            prepared: dict[Any, torch.Tensor] = {}  # heads that normalise alike share the result
+            formats = {name: head.input_format(x) for name, head in self.heads.items()}
+            for name, head in self.heads.items():
+                if formats[name] not in prepared:
+                    prepared[formats[name]] = head.prepare(x)
+            del x
+            for name, head in self.heads.items():
+                head.step(self.states[name], layers, prepared[formats[name]], self._masks[name], self._last)
 
     def results(self, names: Collection[str] | None = None) -> dict[str, ProbeOutput]:
         """Score what was read: a `ProbeOutput` of each head, or of those in `names`."""
-        names = self.heads if names is None else names
-        return {name: head.finish(self.states[name]) for name, head in self.heads.items() if name in names}
+        return {name: self.heads[name].finish(self.states[name]) for name in (self.heads if names is None else names)}
 
 
 class PromptReader:
     """Read one batch of prompts with heads while the LM runs over it, in one or more forward passes.
 
     Args:
-        heads: the heads that read along, by name.
-        decoder: the LM's decoder.
         inputs: whole prompts: `input_ids` or `inputs_embeds`, and `attention_mask`.
         probe_mask: true for the tokens that count, in place of the heads' own `token_scope`.
         past: leading prompt tokens that the KV cache holds already.
         earlier: what the heads keep of these tokens.
         return_state: keep the heads' states, for `probe_cache`.
         partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result.
-        output_attentions: also give token and layer weights.
-        differentiable: the results have gradients, to the heads and to the LM.
+        output_attentions, differentiable: see `StateReader`.
 
     Raises:
         ProbeError: a prompt cannot be scored.
@@ -195,43 +180,31 @@ class PromptReader:
         output_attentions: bool = False,
         differentiable: bool = False,
     ):
-        ids: Any = inputs.get("input_ids")
-        embeds: Any = inputs.get("inputs_embeds")
-        attention_mask: Any = inputs.get("attention_mask")
+        ids, embeds, attention_mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         # All that values decide - which tokens count, where to cut, empty rows - comes from this one copy.
         host = on_host({"ids": ids, "mask": attention_mask, "probe_mask": probe_mask})
         configs = {name: head.config for name, head in heads.items()}
         prompt = (host["ids"], embeds, host["mask"], host["probe_mask"], partial_prompt)
         self.heads, self.decoder = heads, decoder
         self.masks = prompt_masks(configs, *prompt, decoder.placeholder_ids, past)
-        self.prompts, self.length = (embeds if ids is None else ids).shape[:2]
-        self.input_ids: torch.Tensor | None = host["ids"]
-        self.attention_mask: torch.Tensor | None = host["mask"]
+        source: Any = embeds if ids is None else ids
+        self.prompts, self.length = source.shape[:2]
+        self.input_ids: Any = host["ids"]  # on the CPU; None for embeddings
+        self._attention_mask: torch.Tensor | None = host["mask"]
         self._expected: Any = ids
         self.seen = past
         self.return_state, self._partial_prompt = return_state, partial_prompt
         states = {}
         if earlier is not None:
-            states = earlier.resume(heads, self.masks, self.ids, self._attended(), past)
-        if not partial_prompt:
-            for mask, config in {id(mask): (mask, configs[name]) for name, mask in self.masks.items()}.values():
-                check_rows(mask, config)
-        self._read_masks = read_masks(configs, self.masks)
+            states = earlier.resume(heads, self.masks, self.input_ids, self._attended(), past)
+        self._read_masks = {name: tokens_read(config, self.masks[name]) for name, config in configs.items()}
         for name, mask in self._read_masks.items():
             if name not in states and past and bool(mask[:, :past].any()):
                 hint = "pass probe_state= of the call that filled it, or the whole prompt without a cache"
                 raise ProbeError(f"the cache holds {past} tokens, and head {name!r} has not read them: {hint}")
         keep = [name for name, head in heads.items() if return_state or head.config.reads_reply]
         self._reader = StateReader(heads, states, keep, output_attentions, differentiable)
-        self._results: dict[str, ProbeOutput] | None = None
         self._ran: list[torch.Tensor] = []  # ids of the passes so far
-
-    @property
-    def ids(self) -> torch.Tensor:
-        """Token ids of the prompts on the CPU, `[prompts, tokens]`. Only where they were not given as embeddings."""
-        if self.input_ids is None:
-            raise ProbeError("the prompts are embeddings, and this needs their input_ids")
-        return self.input_ids
 
     @property
     def complete(self) -> bool:
@@ -239,7 +212,7 @@ class PromptReader:
         return self.seen >= self.length
 
     @contextmanager
-    def reading(self, inputs: dict[str, Any], whole: bool = True):
+    def reading(self, inputs: dict[str, Any], whole: bool = True) -> Generator[dict[str, Any]]:
         """Read the states of one forward pass of the LM, which is about to run over `inputs`. Yield its arguments.
 
         With `whole=False` the pass ends with the last layer that a head reads.
@@ -258,8 +231,9 @@ class PromptReader:
             raise ProbeError(_OTHER_PROMPT)
         if ids is not None and self._expected is not None:
             self._ran.append(ids[::repeats, : stop - self.seen])
-        cut = {id(mask): mask[:, self.seen : stop] for mask in self._read_masks.values()}
-        masks = {name: cut[id(mask)] for name, mask in self._read_masks.items()}
+        masks = self._read_masks
+        if (self.seen, stop) != (0, self.length):
+            masks = {name: mask[:, self.seen : stop] for name, mask in masks.items()}
         self._reader.begin(masks, last=stop >= self.length, repeats=repeats)
         with capturing(self.decoder, self._reader.on_state, self._reader.layers, whole):
             yield self.decoder.whole(inputs)
@@ -270,66 +244,34 @@ class PromptReader:
             if not torch.equal(ran, self._expected[:, -ran.shape[1] :].to(ran.device)):
                 raise ProbeError(_OTHER_PROMPT)
 
+    @cached_property
     def results(self) -> dict[str, ProbeOutput]:
-        """Return the `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row."""
-        if self._results is None:
-            if not self.complete:
-                raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
-            names = list(self.heads)
-            if self._partial_prompt:
-                names = [name for name, mask in self.masks.items() if bool(mask.any(dim=1).all())]
-            of_tools = [name for name in names if self.heads[name].config.token_scope == "tool"]
-            read = {name: self.masks[name].any(dim=1) for name in of_tools}  # [prompts] each
-            unread = [name for name, rows in read.items() if not bool(rows.any())]
-            results = self._reader.results([name for name in names if name not in unread])
-            results |= {name: _nothing(self.heads[name], self.prompts) for name in unread}
-            for name, rows in read.items():
-                fill_unread(results[name], rows)
-            self._results = {name: results[name] for name in names}
-        return self._results
+        """The `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row."""
+        if not self.complete:
+            raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
+        names = [n for n in self.heads if not self._partial_prompt or bool(self.masks[n].any(dim=1).all())]
+        results = self._reader.results(names)
+        for name, output in results.items():
+            if self.heads[name].config.token_scope == "tool":
+                fill_unread(output, self.masks[name].any(dim=1))
+        return results
 
-    def state(self, name: str, repeats: int = 1) -> Any:
+    def state(self, name: str, repeats: int) -> Any:
         """Return a head's token-stage state behind the prompts, each row repeated; `None` if it does not read them."""
         return repeat_rows(self._reader.states[name].joined(), repeats) if name in self.heads else None
 
-    def probe_cache(
-        self,
-        states: dict[str, Any] | None = None,
-        tokens: torch.Tensor | None = None,
-        token_mask: torch.Tensor | None = None,
-    ) -> ProbeCache:
-        """Return what the heads keep of the prompts, and of replies to them. Needs `return_state`, and ids.
-
-        Args:
-            states: token-stage states behind the replies, by name. Defaults to no reply.
-            tokens, token_mask (`[rows, reply_tokens]`): ids of the replies, and which of them count, on the CPU.
-        """
-        if states is None or tokens is None or token_mask is None:
-            states = {name: self.state(name) for name in self.heads}
-            tokens = self.ids[:, :0]
-            token_mask = tokens.bool()
-
-        def behind(prompts: torch.Tensor, replies: torch.Tensor) -> torch.Tensor:
-            rows = prompts.repeat_interleave(len(replies) // self.prompts, 0)
-            return torch.cat([rows, replies], 1)
-
-        heads = {}
-        for name, head in self.heads.items():
-            replies = torch.zeros_like(token_mask) if head.config.skips_replies else token_mask
-            heads[name] = CachedHead(HeadReference(head), behind(self.masks[name], replies), states[name])
-        return ProbeCache(behind(self.ids, tokens), behind(self._attended(), token_mask), heads)
+    def probe_cache(self, repeats: int = 1) -> ProbeCache:
+        """Return what the heads keep of the prompts, each row repeated. Needs `return_state`, and ids."""
+        heads = {
+            name: CachedHead.create(head, self.masks[name].repeat_interleave(repeats, 0), self.state(name, repeats))
+            for name, head in self.heads.items()
+        }
+        ids, attended = (tensor.repeat_interleave(repeats, 0) for tensor in (self.input_ids, self._attended()))
+        return ProbeCache(ids, attended, heads)
 
     def _attended(self) -> torch.Tensor:
-        if self.attention_mask is None:
-            return torch.ones_like(self.ids, dtype=torch.bool)
-        return self.attention_mask.bool()
-
-
-def _nothing(head: ProbeModel, prompts: int) -> ProbeOutput:
-    """Return the output of a head for prompts of which it reads no token."""
-    x = torch.zeros(len(head.layer_indices), prompts, 1, head.hidden_size, device=head.device)
-    with torch.no_grad():
-        return head.score(x, x[0, :, :, 0].bool())
+        mask = self._attention_mask
+        return torch.ones(self.prompts, self.length, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def prompt_masks(
@@ -342,7 +284,7 @@ def prompt_masks(
     placeholder_ids: Sequence[int] = (),
     seen: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`. Heads of one scope share a tensor.
+    """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`.
 
     Heads are trained on texts. Tokens in `placeholder_ids`, which stand for images or the like, count only where
     `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
@@ -351,7 +293,7 @@ def prompt_masks(
         partial_prompt, seen: see `token_mask`.
 
     Raises:
-        ProbeError: there is no prompt, or mask and prompt have different shapes.
+        ProbeError: there is no prompt, mask and prompt have different shapes, or in some row no token counts.
     """
     tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
     for name, tensor in tensors.items():
@@ -367,27 +309,185 @@ def prompt_masks(
         if tensor is not None and tensor.shape != shape:
             hint = "with a cache, pass all input_ids of the conversation"
             raise ProbeError(f"{name} has the shape {tuple(tensor.shape)}, the prompt {tuple(shape)}: {hint}")
-    if attention_mask is None:
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=source.device)
+    attended = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     if probe_mask is not None:
-        chosen = probe_mask.to(attention_mask.device).bool() & attention_mask.bool()
+        chosen = probe_mask.bool() & attended
+        for config in () if partial_prompt else configs.values():
+            check_rows(chosen, config)
         return dict.fromkeys(configs, chosen)
-    text = None
+    is_text = None
     if placeholder_ids and input_ids is not None:
-        text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
-    masks_by_scope: list[tuple[Any, torch.Tensor]] = []
+        is_text = ~torch.isin(input_ids, torch.tensor(placeholder_ids))
+    masks_by_scope: dict[str, torch.Tensor] = {}
     masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
-        scope = config.token_scope, config.prefix_ids, config.turn_markers
-        mask = next((mask for other, mask in masks_by_scope if other == scope), None)
-        if mask is None:
-            mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
-            mask = mask if text is None else mask & text.to(mask.device)
-            masks_by_scope.append((scope, mask))
-        masks[name] = mask
+        scope = repr((config.token_scope, config.prefix_ids, config.turn_markers))
+        if scope not in masks_by_scope:
+            mask = token_mask(config, input_ids, attended, partial_prompt, seen)
+            mask = masks_by_scope[scope] = mask if is_text is None else mask & is_text
+            if not partial_prompt:
+                check_rows(mask, config)
+        masks[name] = masks_by_scope[scope]
     return masks
 
 
-def read_masks(configs: Mapping[str, ProbeConfig], masks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Apply `tokens_read` to the mask of each head. Heads that share a tensor, and read all tokens, share the result."""
-    return {name: tokens_read(config, masks[name]) for name, config in configs.items()}
+class ReplyReader:
+    """Read the tokens of replies with heads, one a row and pass, as the LM reads them.
+
+    A pass reads the token that the pass before it chose: scores are always of the text so far. The last token of a reply is
+    read by no pass, and has no score. End-of-sequence tokens and what follows them do not count.
+
+    Args:
+        heads: those that score replies, by name. `prompt` has read the prompts with those that read both.
+        copies: replies to each prompt.
+        eos_token_ids: tokens that end a reply.
+        pad_token_id: does not count, if replies may end without such a token: nothing else shows then that one has ended.
+            None if none may; it is then a token like any other.
+
+    Attributes:
+        recorder: reads the replies for `probe_state`; None if no state is wanted.
+    """
+
+    def __init__(
+        self,
+        heads: dict[str, ProbeModel],
+        prompt: PromptReader,
+        copies: int,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int | None,
+    ):
+        self.heads, self._decoder, self._prompt_length = heads, prompt.decoder, prompt.length
+        self.recorder = ReplyRecorder(prompt, copies) if prompt.return_state else None
+        states = {name: prompt.state(name, copies) for name in heads}
+        self._reader = StateReader(heads, states, keep=heads)
+        self._reading = False  # what other passes give is not wanted
+        self._ends, self._pad = torch.tensor(eos_token_ids, dtype=torch.long), pad_token_id
+        self._rows = prompt.prompts * copies
+        self._live = torch.ones(self._rows, dtype=torch.bool)
+        self._ended: torch.Tensor | None = None  # since the last pass
+        self._counted: list[torch.Tensor] = []  # which tokens count so far, [rows] each
+        self._logits: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
+
+    def end(self, rows: Sequence[bool]) -> None:
+        """Score no further token of these rows, or of replies to these prompts."""
+        ended = torch.tensor(rows).repeat_interleave(self._rows // len(rows))
+        if self._counted:
+            self._ended = ended
+        else:  # a prompt that was halted has no reply
+            self._live = ~ended
+
+    def capturing(self) -> AbstractContextManager[None]:
+        """Take the states of all passes over replies, inside a block. Hooks for each pass would cost more than reading it."""
+
+        def on_state(layer: int, hidden: torch.Tensor) -> None:
+            if self._reading:
+                # A view of the last token would keep the states of all.
+                last = hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone()
+                self._reader.on_state(layer, last)
+                if self.recorder is not None:
+                    self.recorder.on_state(layer, last)
+
+        layers = self._reader.layers | (frozenset() if self.recorder is None else self.recorder.layers)
+        return capturing(self._decoder, on_state, layers)
+
+    @contextmanager
+    def reading(self, inputs: dict[str, Any]) -> Generator[None]:
+        """Read the states of one forward pass of the LM, which is about to run over `inputs`.
+
+        Raises:
+            ProbeError: the pass is not over one more token of each reply.
+        """
+        ids = inputs.get("input_ids")
+        whole = self._prompt_length + len(self._counted) + 1  # without a cache
+        if ids is None or len(ids) != self._rows or ids.shape[1] not in (1, whole):
+            raise ProbeError("the decoding method does not run the LM over one more token of each reply")
+        token_mask = self._count(ids[:, -1])
+        self._reader.begin(dict.fromkeys(self.heads, token_mask[:, None]))
+        self._reading = True
+        try:
+            yield
+        finally:
+            self._reading = False
+        self._reader.end()
+        self._counted.append(token_mask)
+
+    def scores(self) -> TokenScores:
+        """Score the replies up to the token that was read last."""
+        outputs, counted = self._reader.results(), self._counted[-1]
+        for name, output in outputs.items():
+            unread = ~counted.to(output.logits.device)[:, None]
+            output.logits = output.logits.masked_fill(unread, float("nan"))
+            self._logits[name].append(output.logits)
+        return TokenScores(len(self._counted) - 1, outputs, counted)
+
+    def _count(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return which of these tokens, one a row, belong to a reply, `[rows]`, and announce them to the recorder."""
+        live, self._ends = self._live.to(tokens.device), self._ends.to(tokens.device)
+        ends = torch.isin(tokens, self._ends)
+        self._live = live & ~ends
+        if self._ended is not None:
+            self._live, self._ended = self._live & ~self._ended.to(tokens.device), None
+        # The end of the only reply is the end of all passes.
+        counted = self._live if self._pad is None or len(tokens) == 1 else self._live & (tokens != self._pad)
+        if self.recorder is not None:  # a later prompt holds the token that ends a reply as well
+            self.recorder.begin(tokens, counted | (live & ends))
+        return counted
+
+    def logits(self, new_tokens: int) -> dict[str, torch.Tensor]:
+        """Return the score after each token that was read: `[rows, new_tokens - 1, num_labels]` a head, NaN if none counted."""
+        if not self._counted:
+            shapes = {name: (self._rows, 0, head.config.num_labels) for name, head in self.heads.items()}
+            return {name: torch.zeros(shape, device=self.heads[name].device) for name, shape in shapes.items()}
+        return {name: torch.stack(logits, dim=1)[:, : new_tokens - 1] for name, logits in self._logits.items()}
+
+
+class ReplyRecorder:
+    """Reads the tokens of replies into what heads keep of the prompts. Nothing is scored.
+
+    Tokens wait until a chunk is full, and since `generate()` may take the last one back.
+    """
+
+    def __init__(self, prompt: PromptReader, copies: int):
+        self._before, self._prompt_length = prompt.probe_cache(copies), prompt.length
+        self.heads = {name: head for name, head in prompt.heads.items() if not head.config.skips_replies}
+        states = {name: kept.state for name, kept in self._before.heads.items()}
+        self._reader = StateReader(self.heads, states, keep=self.heads)
+        self.layers = self._reader.layers
+        self._tokens: list[tuple[torch.Tensor, torch.Tensor]] = []  # ids, and whether they count, [rows] each
+        self._waiting: list[dict[int, torch.Tensor]] = []  # states of the last of them by layer
+
+    def begin(self, tokens: torch.Tensor, token_mask: torch.Tensor) -> None:
+        """Announce one more token a row: its id, and whether it counts, `[rows]`."""
+        if len(self._waiting) > _CHUNK:
+            self._read(_CHUNK)
+        self._tokens.append((tokens, token_mask))
+        self._waiting.append({})
+
+    def on_state(self, layer: int, hidden: torch.Tensor) -> None:
+        """Take a state `[rows, 1, hidden_size]` of the announced token."""
+        if layer in self.layers:
+            self._waiting[-1][layer] = hidden
+
+    def _read(self, count: int) -> None:
+        """Read the first of the tokens that wait."""
+        first = len(self._tokens) - len(self._waiting)
+        states, self._waiting = self._waiting[:count], self._waiting[count:]
+        mask = torch.stack([counted for _, counted in self._tokens[first : first + count]], dim=1).cpu()  # [rows, n]
+        self._reader.begin(dict.fromkeys(self.heads, mask), last=False)
+        for layer in sorted(self.layers):
+            self._reader.on_state(layer, torch.cat([state[layer] for state in states], dim=1))  # [rows, n, D]
+        self._reader.end()
+
+    def probe_cache(self, length: int) -> ProbeCache:
+        """Return the state of the heads over prompts and replies, for a KV cache of `length` tokens."""
+        length -= self._prompt_length  # reply tokens in the KV cache
+        if (count := length - len(self._tokens) + len(self._waiting)) > 0:
+            self._read(min(count, len(self._waiting)))
+        read = self._tokens[: len(self._tokens) - len(self._waiting)]
+        if not read:
+            return self._before
+        tokens, token_mask = (torch.stack(part, dim=1) for part in zip(*read, strict=True))
+        host = on_host({"tokens": tokens, "token_mask": token_mask})
+        return self._before.extended(
+            **host, states={name: kept.joined() for name, kept in self._reader.states.items()}
+        )

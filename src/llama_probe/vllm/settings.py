@@ -100,7 +100,7 @@ class ProbeSettings:
                 labels = config.flagged_labels or list(config.id2label.values())
             else:
                 labels = [] if rules else config.flagged_labels
-            own = (HaltRule.create(name, config, label) for label in labels)
+            own = (rule for label in labels for rule in HaltRule.create_all(name, config, label))
             rules = {rule.index: rule for rule in own} | rules
             flags += [rules[index] for index in sorted(rules)]
         return flags
