@@ -81,20 +81,20 @@ def test_the_card_of_odd_names_and_labels(export, tmp_path):
     assert len(texts) == 2 and all('a "b" <c>' in found for found in texts) and '# `a "b" <c>`' in card
 
 
-@pytest.mark.parametrize("changes, chat", [({"prompt_format": "raw"}, False), ({"system_prompt": "Be brief."}, True)])
-def test_the_card_shows_prompts_as_its_first_head_was_trained_on_them(export, tmp_path, changes, chat):
-    folder = export(tmp_path / "x", {"toxic": toxic(**changes)}, base_model="org/other")
-    card = ModelCard.load(folder / "README.md")
-    expected = '[{"role": "system", "content": "Be brief."}, {"role": "user", ' if chat else '"Write me'
-    assert card.text.count(f"prompt = {expected}") == 2 and ("apply_chat_template" in card.text) == chat
-    assert card.data.base_model == "org/other" and card.data.license is None
-
-
-@pytest.mark.parametrize("scope", ["prompt", "response"])
-def test_the_code_of_the_card_works_when_pasted(export, tmp_path, monkeypatch, scope):
+@pytest.mark.parametrize(
+    "changes, prompt",
+    [
+        ({"prompt_format": "raw"}, '"Write me'),
+        ({"system_prompt": "Be brief."}, '[{"role": "system", "content": "Be brief."}, {"role": "user", '),
+        ({"token_scope": "response"}, '[{"role": "user", '),
+    ],
+)
+def test_the_code_of_the_card_works_when_pasted(export, tmp_path, monkeypatch, changes, prompt):
+    """Its prompts are as the first head was trained on them."""
     monkeypatch.chdir(tmp_path)
-    card = export("x", {"toxic": toxic(token_scope=scope)}) / "README.md"
-    _, with_package = (part.split("```")[0] for part in card.read_text().split("```python\n")[1:])
+    card = ModelCard.load(export("x", {"toxic": toxic(**changes)}, base_model="org/other") / "README.md")
+    assert card.data.base_model == "org/other" and card.text.count(f"prompt = {prompt}") == 2
+    _, with_package = (part.split("```")[0] for part in card.text.split("```python\n")[1:])
     exec(with_package, {})
 
 

@@ -173,26 +173,13 @@ def _card(
     repository: Path, heads: list[str], name: str, base_model: str | None, license: str | None, tokenizer
 ) -> str:
     """Return the card of the repository; `name` is the argument of `from_pretrained` in its examples."""
-    metadata = ModelCardData(
-        library_name="llama_probe",
-        license=license,
-        base_model=base_model,
-        pipeline_tag="text-generation",
-        tags=["llama_probe", "probe", "custom_code"],
-    )
+    tags = {"pipeline_tag": "text-generation", "tags": ["llama_probe", "probe", "custom_code"]}
+    metadata = ModelCardData(library_name="llama_probe", license=license, base_model=base_model, **tags)
     rows: list[dict[str, Any]] = []
     for head in heads:
         config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
         alone = not config.reads_reply and not (repository / head / CODE_NAME).is_file()
         rows.append({"name": head, "config": config, "facts": facts, "alone": alone})
-    first = rows[0]["config"]
-    chat = bool(tokenizer.chat_template) and first.prompt_format != "raw"
-    text = card_template(_CARD).render(
-        metadata=metadata.to_yaml(),
-        heads=rows,
-        base=base_model,
-        name=name,
-        chat=chat,
-        version=package_version(),
-    )
-    return f"{text}\n"
+    chat = bool(tokenizer.chat_template) and rows[0]["config"].prompt_format != "raw"
+    values = {"metadata": metadata.to_yaml(), "heads": rows, "base": base_model, "name": name, "chat": chat}
+    return card_template(_CARD).render(**values, version=package_version()) + "\n"
