@@ -1,7 +1,6 @@
 """Heads on a model: attached, switched, saved and removed by name."""
 
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
@@ -9,13 +8,11 @@ import pytest
 import torch
 from conftest import make_lm, make_probe, make_prompts, padded, probed, save_head
 from observers import assert_no_hooks
-from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.heads import probe_types
-from llama_probe.serving import host
 
 
 @pytest.fixture
@@ -236,22 +233,3 @@ def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, fo
         sys.setswitchinterval(interval)
     assert list(model.probes) == ["gate", "mha"] and set(model.active_probes) == {"gate", "mha"}
     assert_no_hooks(model)
-
-
-def test_no_head_is_lost_where_threads_attach_and_delete_at_once(model, monkeypatch):
-    class Slow(nn.ModuleDict):
-        """Gives other threads the time to come in between."""
-
-        def __init__(self, *args):
-            super().__init__(*args)
-            time.sleep(0.01)
-
-    monkeypatch.setattr(host.nn, "ModuleDict", Slow)
-    heads = [make_probe(seed=number) for number in range(6)]
-    model.add_probe("old", make_probe())
-    jobs = [lambda number=number: model.add_probe(f"head-{number}", heads[number]) for number in range(6)]
-    jobs.insert(3, lambda: model.delete_probe("old"))
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        list(pool.map(lambda job: job(), jobs))
-    names = {f"head-{number}" for number in range(6)}
-    assert set(model.probes) == set(model.active_probes) == names

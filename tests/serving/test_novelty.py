@@ -1,6 +1,5 @@
 """Novelty in what models with heads return, and labels that are left out because of it."""
 
-import copy
 import pickle
 
 import pytest
@@ -29,8 +28,10 @@ def assert_same(found, expected):
 
 @torch.no_grad()
 def test_every_way_gives_the_same(model, prompts):
-    expected = model(prompts).probe_novelty
-    assert expected["a"].shape == (3,)
+    out = model(prompts)
+    expected = out.probe_novelty
+    assert expected["a"].shape == (3,) and model(prompts, probes="old").probe_novelty is None
+    assert_same(pickle.loads(pickle.dumps(out)).probe_novelty, expected)
     assert_same({name: out.novelty for name, out in model.classify(prompts).items() if out.means}, expected)
     for more in ({}, {"prefill_chunk_size": 4}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
         assert_same(model.generate(prompts, max_new_tokens=2, **more).probe_novelty, expected)
@@ -88,18 +89,6 @@ def test_abstaining_of_other_heads(prompts, kind):
     model = probed({"a": head(problem_type=kind)})
     assert model.classify(prompts, abstain_at=0)["a"].labels == [None] * 3
     assert None not in model.classify(prompts, abstain_at=1)["a"].labels
-
-
-@torch.no_grad()
-def test_outputs_can_be_copied_and_pickled(model, prompts):
-    out = model(prompts)
-    assert_same(copy.deepcopy(out).probe_novelty, out.probe_novelty)
-    assert_same(pickle.loads(pickle.dumps(out)).probe_novelty, out.probe_novelty)
-
-
-def test_a_model_without_it_returns_none(prompts):
-    model = probed({"old": make_probe()})
-    assert model(prompts).probe_novelty is None and model.classify(prompts)["old"].novelty is None
 
 
 def test_texts_and_pipelines():
