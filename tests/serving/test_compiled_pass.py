@@ -1,9 +1,6 @@
 """Models with heads under `torch.compile`: the graph breaks at the heads, the scores stay, decoding compiles as the plain LM's does."""
 
-import copy
-import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -115,21 +112,6 @@ def test_without_heads_the_graph_is_whole(prompts):
     assert torch.equal(run(prompts).logits, model(prompts).logits)
 
 
-def test_a_row_without_a_token_that_counts_is_refused(prompts):
-    mask = torch.ones_like(prompts)
-    mask[1] = 0
-    with pytest.raises(ProbeError, match="hold no token"):
-        torch.compile(make_model(), backend="eager")(prompts, attention_mask=mask)
-
-
-def test_copies_and_pickles_of_a_compiled_model(prompts):
-    model = make_model()
-    expected = torch.compile(model, backend="eager")(prompts).probe_logits
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        torch.testing.assert_close(other(prompts).probe_logits, expected)
-        torch.testing.assert_close(torch.compile(other, backend="eager")(prompts).probe_logits, expected)
-
-
 @torch.enable_grad()
 def test_gradients_are_the_lms_own(prompts):
     model = make_model()
@@ -148,23 +130,6 @@ def test_with_the_compiler_that_torch_takes_by_itself():
     out = model.generate(prompts, max_new_tokens=3)
     assert torch.equal(out.sequences, expected.sequences)
     torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-4, atol=1e-4)
-
-
-def test_threads_with_different_heads(prompts):
-    model = make_model(a=make_probe(), b=make_probe(seed=1, probe_type="gate"))
-    expected, found = model(prompts).probe_logits, []
-    with_compiled_forward(model)
-
-    def generate(name):
-        for _ in range(3):
-            out = model.generate(prompts, max_new_tokens=3, do_sample=False, probes=[name])
-            found.append((name, out.probe_logits))
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(generate, "abab"))
-    assert len(found) == 3 * 4
-    for name, logits in found:
-        torch.testing.assert_close(logits, {name: expected[name]}, rtol=1e-5, atol=1e-5)
 
 
 class TestParts:

@@ -67,17 +67,12 @@ def test_other_problems_without_a_result(problem):
     assert out.probe_labels["tools"] == ([[]] if problem.startswith("multi") else [[0.0, 0.0]])
 
 
-def test_only_prompts_with_a_result_halt():
-    ids, _ = agent_prompts()
-    out = probed({"tools": tool_head()}).generate(ids, max_new_tokens=3, halt_on={"tools": {"threshold": 1e-6}})
-    assert [halt is not None for halt in out.probe_halts] == [True, False, True]
-
-
-def test_a_result_that_is_no_number_halts():
-    ids, _ = agent_prompts()
-    head = tool_head()
-    head.classifier.bias.data.fill_(float("nan"))
-    out = probed({"tools": head}).generate(ids, max_new_tokens=3, halt_on={"tools": {"threshold": 0.9}})
+@pytest.mark.parametrize("bias", [0.0, float("nan")])
+def test_only_prompts_with_a_result_halt(bias):
+    """Also if what the head gives for a result is no number."""
+    (ids, _), head = agent_prompts(), tool_head()
+    head.classifier.bias.data += bias
+    out = probed({"tools": head}).generate(ids, max_new_tokens=3, halt_on={"tools": {"threshold": 1e-6}})
     assert [halt is not None for halt in out.probe_halts] == [True, False, True]
 
 
