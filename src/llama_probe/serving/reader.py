@@ -448,46 +448,39 @@ class ReplyRecorder:
     """
 
     def __init__(self, prompt: PromptReader, copies: int):
-        self._before, self._prompt_length = prompt.probe_cache(copies), prompt.length
+        self._cache = prompt.probe_cache(copies)
         self.heads = {name: head for name, head in prompt.heads.items() if not head.config.skips_replies}
-        states = {name: kept.state for name, kept in self._before.heads.items()}
+        states = {name: kept.state for name, kept in self._cache.heads.items()}
         self._reader = StateReader(self.heads, states, keep=self.heads)
         self.layers = self._reader.layers
-        self._tokens: list[tuple[torch.Tensor, torch.Tensor]] = []  # ids, and whether they count, [rows] each
-        self._waiting: list[dict[int, torch.Tensor]] = []  # states of the last of them by layer
+        # Of each token that waits: ids and whether they count, [rows], and states by layer.
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]] = []
 
     def begin(self, tokens: torch.Tensor, token_mask: torch.Tensor) -> None:
         """Announce one more token a row: its id, and whether it counts, `[rows]`."""
         if len(self._waiting) > _CHUNK:
             self._read(_CHUNK)
-        self._tokens.append((tokens, token_mask))
-        self._waiting.append({})
+        self._waiting.append((tokens, token_mask, {}))
 
     def on_state(self, layer: int, hidden: torch.Tensor) -> None:
         """Take a state `[rows, 1, hidden_size]` of the announced token."""
         if layer in self.layers:
-            self._waiting[-1][layer] = hidden
+            self._waiting[-1][2][layer] = hidden
 
     def _read(self, count: int) -> None:
         """Read the first of the tokens that wait."""
-        first = len(self._tokens) - len(self._waiting)
-        states, self._waiting = self._waiting[:count], self._waiting[count:]
-        mask = torch.stack([counted for _, counted in self._tokens[first : first + count]], dim=1).cpu()  # [rows, n]
-        self._reader.begin(dict.fromkeys(self.heads, mask), last=False)
+        tokens, masks, states = zip(*self._waiting[:count], strict=True)
+        self._waiting = self._waiting[count:]
+        host = on_host({"tokens": torch.stack(tokens, dim=1), "token_mask": torch.stack(masks, dim=1)})  # [rows, n]
+        self._reader.begin(dict.fromkeys(self.heads, host["token_mask"]), last=False)
         for layer in sorted(self.layers):
             self._reader.on_state(layer, torch.cat([state[layer] for state in states], dim=1))  # [rows, n, D]
         self._reader.end()
+        kept = {name: state.joined() for name, state in self._reader.states.items()}
+        self._cache = self._cache.extended(**host, states=kept)
 
     def probe_cache(self, length: int) -> ProbeCache:
         """Return the state of the heads over prompts and replies, for a KV cache of `length` tokens."""
-        length -= self._prompt_length  # reply tokens in the KV cache
-        if (count := length - len(self._tokens) + len(self._waiting)) > 0:
-            self._read(min(count, len(self._waiting)))
-        read = self._tokens[: len(self._tokens) - len(self._waiting)]
-        if not read:
-            return self._before
-        tokens, token_mask = (torch.stack(part, dim=1) for part in zip(*read, strict=True))
-        host = on_host({"tokens": tokens, "token_mask": token_mask})
-        return self._before.extended(
-            **host, states={name: kept.joined() for name, kept in self._reader.states.items()}
-        )
+        if (count := min(length - self._cache.get_seq_length(), len(self._waiting))) > 0:
+            self._read(count)
+        return self._cache
