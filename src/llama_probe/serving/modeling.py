@@ -252,22 +252,23 @@ class ProbedGenerationMixin(ProbeHostMixin):
             raise ProbeError("no head is active: load_probe(...) or set_active_probes([...]) first")
         configs = {name: head.config for name, head in heads.items()}
         levels = abstain_levels(abstain_at, configs)
+        inputs: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
         if (texts := as_texts(input_ids)) is not None:
-            others = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "probe_mask": probe_mask}
-            others |= {"cache": cache, "probe_state": probe_state, **kwargs}
+            others = {**inputs, "probe_mask": probe_mask, "cache": cache, "probe_state": probe_state}
             if refused := [name for name, value in others.items() if value is not None]:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {refused[0]}")
             return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), levels)
-        cache = kwargs.pop("past_key_values", None) if cache is None else cache
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs |= {"inputs_embeds": inputs_embeds, **kwargs}
-        past, decoder = cached_tokens({"cache": cache}), self._decoder
         if probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
-        earlier = probe_state or None
-        prompt = PromptReader(
-            heads, decoder, inputs, probe_mask, past=past, earlier=earlier, output_attentions=output_attentions
-        )
+        inputs["input_ids"] = input_ids
+        cache = inputs.pop("past_key_values", None) if cache is None else cache
+        past, decoder = cached_tokens({"cache": cache}), self._decoder
+        options: dict[str, Any] = {
+            "past": past,
+            "earlier": probe_state or None,
+            "output_attentions": output_attentions,
+        }
+        prompt = PromptReader(heads, decoder, inputs, probe_mask, **options)
         self._warn_of_padding(prompt.input_ids, attention_mask, probe_mask)
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
         if past:
@@ -279,16 +280,16 @@ class ProbedGenerationMixin(ProbeHostMixin):
             decoder.run(**inputs)
         return abstaining(prompt.results, levels)
 
-    def _warn_of_padding(self, input_ids: Any, *masks: torch.Tensor | None) -> None:
+    def _warn_of_padding(self, input_ids: torch.Tensor | None, *masks: torch.Tensor | None) -> None:
         """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
         pad = self.config.get_text_config(decoder=True).pad_token_id
-        unmasked = all(mask is None for mask in masks) and isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2
-        if pad is None or not unmasked or not input_ids.numel():
+        if pad is None or input_ids is None or any(mask is not None for mask in masks):
             return
-        ends = torch.stack([input_ids[:, :2], input_ids[:, -2:].flip(1)]) == pad  # [2, B, 2], from the edge inwards
-        padded = ends[..., 0].any(dim=0)
+        is_pad = input_ids == pad
+        at_edge = is_pad[:, 0] | is_pad[:, -1]
+        is_long = is_pad[:, :2].all(dim=1) | is_pad[:, -2:].all(dim=1)
         # A single pad token that all rows have may be the template's own.
-        if bool(ends.all(dim=-1).any()) or (bool(padded.any()) and not bool(padded.all())):
+        if bool(is_long.any()) or (bool(at_edge.any()) and not bool(at_edge.all())):
             logger.warning_once(
                 "Rows are padded and there is no attention_mask: heads score the padding as text. Pass the tokenizer's "
                 "attention_mask."

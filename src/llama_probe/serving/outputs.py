@@ -17,6 +17,7 @@ from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
 from ..heads.probe import ProbeModel
 
 
+_NEEDS_IDS = "probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)"
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
@@ -315,7 +316,7 @@ class ProbeCache:
         if cached != (seen := self.get_seq_length()):
             raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
         if input_ids is None:
-            raise ProbeError(NEEDS_IDS)
+            raise ProbeError(_NEEDS_IDS)
         self._check_rows(len(input_ids))
         if input_ids.shape[1] <= seen:
             hint = "pass all of the conversation, with at least one new token"
@@ -336,9 +337,6 @@ class ProbeCache:
             _same_tokens(f"the tokens that {name!r} reads", wanted, kept.mask)
             states[name] = kept.state
         return states
-
-
-NEEDS_IDS = "probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)"
 
 
 def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
@@ -362,7 +360,7 @@ def asks_for_state(
     if use_cache is False:
         raise ProbeError("probe_state goes with a cache, and use_cache=False keeps none; leave one of them out")
     if input_ids is None:
-        raise ProbeError(NEEDS_IDS)
+        raise ProbeError(_NEEDS_IDS)
     return True
 
 
