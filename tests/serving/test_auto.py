@@ -47,12 +47,11 @@ def test_probe_gives_the_probed_class(auto_class, backbone_folder, head, prompts
     assert torch.equal(out.probe_logits["toxic"], expected.probe_logits["toxic"])
 
 
-def test_usual_arguments_work_beside_it(backbone_folder, head):
-    model, info = AutoModel.from_pretrained(
-        backbone_folder, probe=head, dtype=torch.bfloat16, device_map="cpu", output_loading_info=True
-    )
+def test_usual_arguments_work_beside_a_head_in_memory(backbone_folder):
+    head, options = make_probe(), {"dtype": torch.bfloat16, "device_map": "cpu", "output_loading_info": True}
+    model, info = AutoModel.from_pretrained(backbone_folder, probe=head, **options)
     assert model.dtype == torch.bfloat16 and not info["missing_keys"]
-    assert model.probes["toxic"].classifier.weight.dtype == torch.float32
+    assert model.probes["probe"] is head and head.classifier.weight.dtype == torch.float32
 
 
 def test_another_base_model(backbone_folder, tmp_path):
@@ -69,11 +68,6 @@ def test_calls_without_it_are_those_of_transformers(backbone_folder):
     types = [type(c.from_pretrained(backbone_folder)).__name__ for c in (AutoModel, AutoModelForCausalLM)]
     assert types == ["LlamaModel", "LlamaForCausalLM"]
     assert AutoModel.from_pretrained.__name__ == "from_pretrained" and AutoModel.from_pretrained.__doc__
-
-
-def test_a_head_in_memory(backbone_folder):
-    head = make_probe()
-    assert AutoModelForCausalLM.from_pretrained(backbone_folder, probe=head).probes["probe"] is head
 
 
 class TestAHeadsId:

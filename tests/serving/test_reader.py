@@ -1,14 +1,8 @@
-"""The reader: groups of layers by a budget, tokens that nobody reads, and what heads add to a pass, counted rather than timed.
-
-test_any_call.py draws budgets for the scores.
-"""
-
-import math
+"""The reader: groups of layers by a budget, tokens that nobody reads, and memory. test_any_call.py draws budgets for the scores."""
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, VOCAB, make_lm, make_probe
-from torch.utils.flop_counter import FlopCounterMode
+from conftest import HIDDEN, LAYERS, make_lm, make_probe
 
 from llama_probe.experiments.meters import peak_memory
 from llama_probe.experiments.systems import Systems, fresh_config
@@ -95,45 +89,3 @@ def test_memory_above_the_plain_models(model, batch_size, tokens, dtype, monkeyp
     assert above["4 x mha"] <= budget + 4 * summaries
     states = (DEEP + 1) * size * dtype.itemsize
     assert whole > states > max(above[kind] for kind in KINDS), "where all states are kept, they are seen"
-
-
-# Operations that torch's own table lacks. Attention: [B, heads, T, size]; key and value may have fewer heads than the query.
-FORMULAS = {
-    torch.ops.aten.mv: lambda matrix, vector, *_, **__: 2 * math.prod(matrix),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *_, **__: 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
-    ),
-}
-
-
-def operations(call) -> int:
-    """Multiplications and additions of products and attention, as if every token saw all others."""
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize("tokens", [31, 100])
-def test_operations_are_those_of_the_formulas(model, tokens):
-    states = DEEP + 1
-    systems = Systems(model, many=8)
-    prompts = systems.draw(1, tokens)
-    found = {name: operations(lambda name=name: systems.serve(name, prompts)) for name in systems.heads}
-    config = model.config
-    keys = config.num_key_value_heads * HIDDEN // config.num_attention_heads
-    weights = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * keys + 3 * HIDDEN * config.intermediate_size
-    layer = 2 * tokens * weights + 4 * tokens * tokens * HIDDEN
-    assert found["base"] == DEEP * layer + 2 * HIDDEN * VOCAB, "logits of the last token alone"
-    classifier = 2 * HIDDEN * 2
-    heads = {name: count - found["base"] for name, count in found.items()}
-    assert heads["base again"] == 0 and heads["pooling"] == classifier
-    assert heads["gate"] == states * 4 * tokens * HIDDEN + 4 * states * HIDDEN + classifier
-    inner = HIDDEN // 32
-
-    def attention(items):
-        # Of many items the mean of the queries comes before the values: one product with these in all.
-        values = 2 * items * inner * (1 if items >= 48 else items)
-        return 2 * items * HIDDEN * 3 * inner + 2 * items * items * inner + values + 2 * inner * HIDDEN
-
-    assert heads["mha"] == states * attention(tokens) + attention(states) + classifier
-    assert heads["8 x mha"] == 8 * heads["mha"]
