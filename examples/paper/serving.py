@@ -63,7 +63,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=9)
     given = parser.parse_args()
-    systems = load_systems(BenchmarkOptions(given.backbone, kinds=given.kind, many=0))
+    systems = load_systems(BenchmarkOptions(given.backbone, kind=given.kind, many=0))
     prompts = systems.draw(1, given.tokens)
     for name, call in ways(systems, given.guard, prompts):
         both = (lambda _: systems.serve(BASE, prompts)), (lambda _, call=call: call())

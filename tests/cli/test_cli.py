@@ -65,7 +65,7 @@ def test_benchmark(served, backbone_folder):
     systems = ["base", "base again", "mood", "mha", "2 x mha"]
     assert [row["system"] for row in succeed(*timed, "--json")["rows"]] == systems
     shown = succeed(*timed)
-    for part in ("batch 2, 8 tokens, 1 new", "2 x mha", "base again", "random weights"):
+    for part in ("2 x mha", "base again", "random_weights", "above_base_mb"):
         assert part in shown
     counted = (*args, "--operations", "--as", "cuda")
     report = succeed(*counted, "--json")
@@ -87,7 +87,7 @@ def test_evaluate(trained, served, rows):
     assert len(found["slices"]["half"]["1"]["intervals"]["accuracy"]) == 2
     assert sum(map(sum, found["confusion"])) == 20
     shown = succeed(*args, "--bootstrap", 50)
-    for part in ("all rows", "awful", "auroc", "labels from the head", "expected calibration error", "50 resamples"):
+    for part in ("awful", "auroc", "confusion", "calibration", "resamples"):
         assert part in shown
     assert "resamples" not in succeed(*args, "--bootstrap", 0)
     assert "slice_columns" in refuse(*args, "--slice-column", "who")
@@ -96,7 +96,7 @@ def test_evaluate(trained, served, rows):
 def test_evaluate_under_attack(served, rows, monkeypatch):
     monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (2, 2)))
     shown = succeed("evaluate", *served, "--data", rows / "test.jsonl", "--bootstrap", 0, "--attacks")
-    assert "rot13" in shown and "last in 7,500 tokens" in shown and "too long" in shown
+    assert "rot13" in shown and "last in 7,500 tokens" in shown
 
 
 def test_evaluate_with_a_judge(served, rows, tmp_path):
@@ -106,7 +106,7 @@ def test_evaluate_with_a_judge(served, rows, tmp_path):
     alone, always_right = succeed(*args, "--json")["asking"]
     assert alone["band"] is None and (always_right["recall"], always_right["false_alarms"]) == (1, 0)
     assert succeed(*args, "--judge-column", "guard", "--json")["asking"][1]["recall"] == 0
-    assert "with a judge" in succeed(*args)
+    assert "asking" in succeed(*args)
     assert "--judge-column" in refuse(*args, "--judge-column", "who")
     assert "--judge-column" in refuse(*args, "--judge-column", "text")
     assert "--ask" in refuse(*args[:-4], "--judge-column", "guard")
@@ -199,7 +199,7 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     assert found["rates"] == {"fpr-10%": 0.1}
     measured = succeed("evaluate", *data, "--probe", guard, "--data", rows, "--json")["replies"]
     assert measured["thresholds"]["fpr-10%"]["false_halts"] <= 0.1 and measured["t_auc"] is not None
-    assert "while they are written" in succeed("evaluate", *data, "--probe", guard, "--data", rows)
+    assert "halting: awful" in succeed("evaluate", *data, "--probe", guard, "--data", rows)
     served = ("--probe", guard, "--backbone", backbone_folder)
     args = ("generate", "good one", *served, "--max-new-tokens", 4, "--json", "--halt-on")
     (row,) = succeed(*args, "guard:awful:0")

@@ -67,7 +67,7 @@ def test_calibrate_fits_it_and_keeps_what_was_measured(rows, served):
     more = ("--novelty-data", rows / "train.jsonl", "--novelty-validation", rows / "test.jsonl", "--max-rows", 45)
     both = succeed("calibrate", *options, *more, "--benign", rows / "test.jsonl", "--rate", 0.1, "--json")
     assert both["novelty"]["rows"] == {"train": 45, "validation": 45} and "fpr-10%" in both["thresholds"]
-    assert "45 rows" in succeed("calibrate", *options, *more)
+    assert "novelty: rows" in succeed("calibrate", *options, *more)
     assert "--novelty-data" in refuse("calibrate", *options, "--novelty-validation", rows / "test.jsonl")
     assert "40" in refuse("calibrate", *options, *more[:2], "--max-rows", 45)
 

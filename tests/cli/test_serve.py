@@ -25,7 +25,7 @@ TWO = {"id2label": {0: "None", 1: "[some]"}}
 )
 def test_a_label_has_its_own_probability(capsys, config, label, found, shown):
     row = {"prompt": "[b]hi", "labels": {"mood": label}, "probabilities": {"mood": found}}
-    serve._print_rows([row], {"mood": ProbeConfig(**config)})
+    serve.print_rows([row], {"mood": ProbeConfig(**config)})
     printed = capsys.readouterr().out
     assert [cell.strip() for cell in printed.splitlines()[3].strip("│ ").split("│")] == ["[b]hi", shown]
 

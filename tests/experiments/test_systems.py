@@ -25,13 +25,13 @@ def clock(monkeypatch):
 
 
 def options(folder, **changes):
-    values = {"tokens": [6], "kinds": ["gate"], "many": 0, "pairs": 2, "warmup": 0, "device": "cpu"}
+    values = {"tokens": [6], "kind": ["gate"], "many": 0, "pairs": 2, "device": "cpu"}
     return BenchmarkOptions(folder, **{**values, **changes})
 
 
 def test_every_system_under_every_load(folder):
     report = measure_costs(
-        options(folder, tokens=[6, 9], batch_sizes=[1, 2], kinds=["gate", "mha"], many=2, random_weights=True)
+        options(folder, tokens=[6, 9], batch_size=[1, 2], kind=["gate", "mha"], many=2, random_weights=True)
     )
     names = ["base", "base again", "gate", "mha", "2 x mha"]
     found = [(found["batch_size"], found["tokens"], found["system"]) for found in report["rows"]]
@@ -58,17 +58,17 @@ def test_the_time_of_further_tokens(folder):
 
 def test_ones_own_heads(folder, tmp_path):
     save_head(make_probe(probe_type="mha"), tmp_path / "mine")
-    assert options(folder, probes=[str(tmp_path / "mine")], kinds=None).kinds == ()
-    report = measure_costs(options(folder, probes=[str(tmp_path / "mine")], kinds=["mha"]))
+    assert options(folder, probe=[str(tmp_path / "mine")], kind=None).kind == []
+    report = measure_costs(options(folder, probe=[str(tmp_path / "mine")], kind=["mha"]))
     assert [found["system"] for found in report["rows"][2:]] == ["mine", "mha"]
     (tmp_path / "mine").rename(tmp_path / "mha")
     with pytest.raises(ProbeError, match="'mha'"):
-        measure_costs(options(folder, probes=[str(tmp_path / "mha")], kinds=["mha"]))
+        measure_costs(options(folder, probe=[str(tmp_path / "mha")], kind=["mha"]))
 
 
 def test_a_shape_has_its_public_size(monkeypatch):
     monkeypatch.setattr(systems, "choose_device", lambda _: torch.device("meta"))
-    lm = load_systems(options(SHAPE, kinds=[], dtype="bfloat16", random_weights=True)).plain
+    lm = load_systems(options(SHAPE, kind=[], dtype="bfloat16", random_weights=True)).plain
     assert lm.num_parameters() == pytest.approx(3.213e9, rel=1e-3) and lm.dtype == torch.bfloat16
 
 
@@ -86,7 +86,8 @@ def test_ratios_are_medians_of_pairs():
 @pytest.mark.parametrize(
     "changes, field",
     [
-        ({"kinds": ["lstm"]}, "lstm"),
+        ({"kind": ["lstm"]}, "lstm"),
+        ({"pairs": 0}, "pairs"),
         ({"device": "abacus"}, "device"),
         ({"dtype": "int8"}, "dtype"),
     ],

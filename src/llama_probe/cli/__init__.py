@@ -71,9 +71,6 @@ _DIVIDED = ("train", "evaluate", "calibrate", "classify")
 # Commands that process many batches of hidden states.
 _MANY_BATCHES = (*_DIVIDED, "drift")
 
-# Commands that load heads, so that --import can register a kind for them.
-_OWN_KINDS = (*_DIVIDED, "drift", "generate", "inspect", "export", "push", "plot")
-
 # Packages of the extra `train`.
 _TRAIN = ("accelerate", "datasets", "optuna", "peft", "pyarrow", "scipy", "sklearn")
 
@@ -90,7 +87,7 @@ def load_command(name: str) -> Any:
     function = getattr(importlib.import_module(f".{entry.module}", __package__), name)
     single = typer.Typer(add_completion=False)
     epilog = "\n\n".join(map(escape, entry.examples))
-    single.command(name, epilog=epilog, context_settings=_SETTINGS)(as_command(function, name in _OWN_KINDS))
+    single.command(name, epilog=epilog, context_settings=_SETTINGS)(as_command(function))
     return typer.main.get_command(single)
 
 

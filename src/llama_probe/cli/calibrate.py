@@ -3,63 +3,42 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-import typer
 
-from ..data.row_files import MAX_TEXT
-from ..data.row_sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..files import short_path
 from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers
-from .console import print_table, print_text
-from .inputs import ScoredHead, check_head_folder, read_texts
-from .options import DataDir, Dtype, HeadsBackbone, MaxText, PromptColumn, Result, TextColumn, TrustRemoteCode
+from .console import print_values
+from .inputs import HeadOptions, ScoredHead, TextRows, check_head_folder
+from .options import ROWS, Result
 
 
 def calibrate(
-    probe: Annotated[str, typer.Option(help="A head folder. Its thresholds, or its novelty, are replaced.")],
-    backbone: HeadsBackbone = None,
-    benign: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Rows to flag seldom; they need no label column: {ROWS_HELP}. Repeatable."),
-    ] = None,
-    rate: Annotated[
-        list[float],
-        typer.Option(
-            help="Share of these rows that may be flagged. The first gives the head's own threshold. Repeatable."
-        ),
-    ] = [0.02, 0.005],  # noqa: B006 - typer copies it
-    flag: Annotated[
-        str | None,
-        typer.Option(
-            help="Label that the thresholds are for. Default: the one that the head flags. It is saved with the head."
-        ),
-    ] = None,
-    novelty_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Rows that the head was trained on, to fit how unlike them a prompt is; they need no label column. Repeatable."
-        ),
-    ] = None,
-    novelty_validation: Annotated[
-        list[str] | None,
-        typer.Option(help="Further rows of that kind, to calibrate novelty on. Default: a quarter of --novelty-data."),
-    ] = None,
-    max_rows: Annotated[
-        int,
-        typer.Option(min=MIN_ROWS, help="Rows of each --novelty-data and --novelty-validation at most, at random."),
-    ] = MAX_ROWS,
-    text_column: TextColumn = "text",
-    prompt_column: PromptColumn = None,
-    data_dir: DataDir = None,
-    max_text: MaxText = MAX_TEXT,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    rows: TextRows,
+    options: HeadOptions,
+    probe: str,
+    benign: Annotated[list[str] | None, ROWS] = None,
+    rate: list[float] = (0.02, 0.005),
+    flag: str | None = None,
+    novelty_data: list[str] | None = None,
+    novelty_validation: list[str] | None = None,
+    max_rows: Annotated[int, {"min": MIN_ROWS}] = MAX_ROWS,
 ) -> Result:
-    """Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is."""
+    """Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is.
+
+    Args:
+        probe: a head folder. Its thresholds, or its novelty, are replaced.
+        benign: rows to flag seldom; they need no label column.
+        rate: share of these rows that may be flagged. The first gives the head's own threshold.
+        flag: label that the thresholds are for. Default: the one that the head flags. It is saved with the head.
+        novelty_data: rows that the head was trained on, to fit how unlike them a prompt is; they need no label column.
+        novelty_validation: further rows of that kind, to calibrate novelty on. Default: a quarter of --novelty-data.
+        max_rows: rows of each --novelty-data and --novelty-validation at most, at random.
+    """
     check_head_folder(probe, "calibrate")
     if not benign and not novelty_data:
         raise ProbeError("calibrate needs rows: give --benign for thresholds, or --novelty-data")
@@ -68,9 +47,8 @@ def calibrate(
     if flag is not None and not benign:
         raise ProbeError(f"--flag {flag} needs --benign, rows to fit its thresholds on")
     with process_group():
-        scored = ScoredHead(probe, backbone, dtype, trust_remote_code)
-        head, place = scored.head, {"text_column": text_column, "data_dir": data_dir, "max_text": max_text}
-        place["prompt_column"] = prompt_column
+        scored = ScoredHead(probe, options)
+        head = scored.head
         # These take seconds to import.
         from ..evaluation.calibration import check_rates, with_rates
         from ..evaluation.novelty_fit import fit_novelty
@@ -85,8 +63,7 @@ def calibrate(
             check_rates(head.config, rate)
 
         def read(sources: list[str] | None, split: str, limit: int | None = max_rows) -> list:
-            each = (read_texts(source, head.config, limit, split=split, **place) for source in sources or ())
-            return [text for texts in each for text in texts]
+            return [text for source in sources or () for text in rows.texts(source, head.config, limit, split)]
 
         train, validation = read(novelty_data, "train"), read(novelty_validation, "validation")
         texts = read(benign, "test", None)
@@ -116,14 +93,4 @@ def calibrate(
             return None
         head.results = (head.results or {}) | later
         head.save_pretrained(probe)
-    return found, partial(_print, probe, found)
-
-
-def _print(probe: str, found: dict[str, Any]) -> None:
-    if "novelty" in found:
-        counts = found["novelty"]["rows"]
-        print_text(f"{probe}: novelty fitted on {counts['train']:,} rows, calibrated on {counts['validation']:,}")
-    if "thresholds" in found:
-        label = found["flagged"]
-        title = f"{probe} on {found['rows']:,} rows that it should not flag"
-        print_table(title, ("threshold", f"{label} from a probability of"), list(found["thresholds"].items()))
+    return found, partial(print_values, probe, found)

@@ -80,11 +80,42 @@ def with_spread(summary: dict[str, float], form: str) -> str:
 
 
 def print_records(title: str | None, records: Mapping[str, Mapping[str, Any]], left: int = 1) -> None:
-    """Print a row for each record, by its name, and a column for each of its values; `intervals` are below the values."""
-    first = next(iter(records.values()), {})
-    columns = [name for name, value in first.items() if not isinstance(value, dict)]
+    """Print a row for each record, by its name, and a column for each value in it; `intervals` are below the values."""
+    flat = {name: _flat(record) for name, record in records.items()}
+    columns = list(next(iter(flat.values()), {}))
     rows = [
-        (name, *(cell(record.get(column), record.get("intervals", {}).get(column)) for column in columns))
-        for name, record in records.items()
+        (name, *(cell(values.get(column), records[name].get("intervals", {}).get(column)) for column in columns))
+        for name, values in flat.items()
     ]
     print_table(title, ("", *columns), rows, left)
+
+
+def print_values(title: str, values: Mapping[str, Any]) -> None:
+    """Print a table of the plain values, and one of each group of records among the others."""
+    intervals = values.get("intervals", {})
+    rows = [(name, cell(value, intervals.get(name))) for name, value in values.items() if _is_plain(value)]
+    print_table(title, ("", "value"), rows)
+    for name, part in values.items():
+        if isinstance(part, list):
+            part = {str(number): record for number, record in enumerate(part, 1)} if not _is_plain(part) else {}
+        if not isinstance(part, dict) or name == "intervals":
+            continue
+        if part and all(isinstance(record, dict) and any(map(_is_plain, record.values())) for record in part.values()):
+            print_records(f"{title}: {name}", part)
+        else:
+            print_values(f"{title}: {name}", part)
+
+
+def _is_plain(value: object) -> bool:
+    return not isinstance(value, dict) and not (isinstance(value, list) and value and isinstance(value[0], dict))
+
+
+def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain values in a record and in the dicts inside it."""
+    values: dict[str, Any] = {}
+    for name, value in record.items():
+        if _is_plain(value):
+            values[name] = value
+        elif isinstance(value, dict) and name != "intervals":
+            values |= _flat(value)
+    return values

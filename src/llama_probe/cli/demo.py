@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Annotated, Any
 
 import torch
-import typer
-from rich.console import Console
+from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from ..backbone.loading import demo_backbone
 from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
 from ..serving.auto import AutoModelForProbedGeneration
-from .console import create_console, escape
-from .options import Result
+from .options import COUNT, Result
+from .serve import labelled_rows, print_rows
 
 
 HEADS = ("safety", "emotion-mha")
@@ -33,21 +32,19 @@ PROMPTS = (
 )
 
 
-def run_demo(max_new_tokens: int = 24) -> Iterator[dict[str, Any]]:
-    """Reply to each prompt with and without heads.
-
-    Yields:
-        A dict a prompt: `prompt`, `reply`, `labels`, `probabilities` and `novelty` by head, `seconds`, `seconds_without_heads`.
-    """
-    path = demo_backbone()
+def demo(*, max_new_tokens: Annotated[int, COUNT] = 24) -> Result:
+    """Reply to a handful of prompts with text and labels, on a small model that runs on any CPU."""
+    print(
+        "One 135M model replies. While it reads a prompt, two probe heads read its hidden states and label it.\n"
+        "Preparing it (half a minute the first time) ..."
+    )
+    path, rows = demo_backbone(), []
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForProbedGeneration.from_pretrained(path, probe=list(HEADS))
-    for turn, prompt in enumerate((PROMPTS[0], *PROMPTS)):  # turn 0 is a warm-up
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-
-        options = {"max_new_tokens": max_new_tokens, "do_sample": False, "tokenizer": tokenizer}
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "tokenizer": tokenizer}
+    for turn, prompt in enumerate(tqdm((PROMPTS[0], *PROMPTS))):  # turn 0 is a warm-up
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         runs = {}
         # The order alternates, so that neither run always has the warmer cache.
         for heads in ((), HEADS) if turn % 2 else (HEADS, ()):
@@ -58,55 +55,18 @@ def run_demo(max_new_tokens: int = 24) -> Iterator[dict[str, Any]]:
         (plain, seconds_without), (out, seconds) = runs[()], runs[HEADS]
         if not torch.equal(out.sequences, plain):
             raise ProbeError(f"the reply to {prompt!r} changed with heads attached; please report this")
-        if turn == 0:
-            continue
-        yield {
-            "prompt": prompt,
-            "reply": out.texts[0].strip(),
-            "labels": {name: found[0] for name, found in out.probe_labels.items()},
-            "novelty": {name: float(values) for name, values in out.probe_novelty.items()},
-            "probabilities": {
-                name: dict(zip(model.probes[name].config.id2label.values(), probs[0].tolist(), strict=True))
-                for name, probs in out.probe_probabilities.items()
-            },
-            "seconds": seconds,
-            "seconds_without_heads": seconds_without,
-        }
+        if turn:
+            (row,) = labelled_rows([prompt], out.probe_labels, out.probe_probabilities, out.probe_novelty)
+            timed = {"seconds": seconds, "seconds_without_heads": seconds_without}
+            rows.append(row | {"reply": " ".join(out.texts[0].split())} | timed)
+    return rows, partial(_print, rows, {name: head.config for name, head in model.probes.items()})
 
 
-def demo(max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 24) -> Result:
-    """Reply to a handful of prompts with text and labels, on a small model that runs on any CPU."""
-    create_console(stderr=True).print(
-        "One 135M model replies. While it reads a prompt, two probe heads read its hidden states and label it.\n"
-        "Preparing it (half a minute the first time) ...\n"
-    )
-    replies = run_demo(max_new_tokens)
-    return replies, partial(_print, replies)
-
-
-def _print(replies: Iterable[dict[str, Any]]) -> None:
-    console, rows = create_console(), []
-    for row in replies:
-        rows.append(row)
-        _print_reply(console, row)
-    if any(None in row["labels"].values() for row in rows):
-        console.print("?: the prompt is unlike what the head was trained on")
+def _print(rows: list[dict[str, Any]], configs: dict[str, ProbeConfig]) -> None:
+    print_rows(rows, configs)
     # The median of the pairs: one pause of the machine would dominate a sum.
     ratio = statistics.median(row["seconds"] / row["seconds_without_heads"] for row in rows)
-    console.print(
+    print(
         f"The replies are those of the plain model, token for token, in {ratio:.2f} times its time.\n"
         "Next: llama-probe generate --halt-on safety:harmful, llama-probe train --help, llama-probe plot --help"
     )
-
-
-def _print_reply(console: Console, row: dict[str, Any]) -> None:
-    verdict = ""
-    for name, label in row["labels"].items():
-        if label is None:
-            verdict += f"  {name.partition('-')[0]} ?"
-        else:
-            colour = {"harmful": "red", "harmless": "green"}.get(label, "cyan")
-            verdict += f"  [{colour}]{escape(label)} {row['probabilities'][name][label]:.0%}[/]"
-    console.print(f"[bold]{escape(row['prompt'])}[/bold]{verdict}", highlight=False)
-    reply = " ".join(row["reply"].split())
-    console.print(f"  {escape(reply[:100])}{'...' if len(reply) > 100 else ''}\n", style="dim", highlight=False)

@@ -7,40 +7,41 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import typer
 
 from ..data.prompts import is_text
 from ..data.row_files import MAX_TEXT, InputFile
 from ..errors import ProbeError
 from ..files import check_writable, make_folder, write_atomically
-from ..heads.novelty import FAR
-from .console import print_records, print_table, print_text
-from .inputs import ScoredHead
-from .options import Dtype, HeadsBackbone, MaxText, Probe, Result, TextColumn, TrustRemoteCode
+from .console import print_records, print_values
+from .inputs import HeadOptions, ScoredHead
+from .options import COUNT, PROBE, Result
 
 
 _SHOWN = 160  # characters of a text that are printed
 
 
 def drift(
-    probe: Probe,
-    input: Annotated[
-        list[str],
-        typer.Option(help="Files of served prompts in their order, or a pattern: jsonl, csv, tsv or parquet."),
-    ],
-    backbone: HeadsBackbone = None,
-    text_column: TextColumn = "text",
-    output: Annotated[Path | None, typer.Option(help="Folder for drift.png: novelty and scores over the log.")] = None,
-    top: Annotated[int, typer.Option(min=0, help="Rows to name as most worth labelling.")] = 20,
-    max_rows: Annotated[int, typer.Option(min=1, help="Rows to read at most, spread evenly over the log.")] = 5000,
-    max_text: MaxText = MAX_TEXT,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    options: HeadOptions,
+    probe: Annotated[str, PROBE],
+    input: list[str],
+    text_column: str = "text",
+    output: Path | None = None,
+    top: Annotated[int, {"min": 0}] = 20,
+    max_rows: Annotated[int, COUNT] = 5000,
+    max_text: Annotated[int, COUNT] = MAX_TEXT,
 ) -> Result:
-    """Compare a log of served prompts with the rows that a head was trained on."""
+    """Compare a log of served prompts with the rows that a head was trained on.
+
+    Args:
+        input: files of served prompts in their order, or a pattern: jsonl, csv, tsv or parquet.
+        output: folder for drift.png: novelty and scores over the log.
+        top: rows to name as most worth labelling.
+        max_rows: rows to read at most, spread evenly over the log.
+    """
     if output is not None:
         check_writable(output, "the plot")
-    scored = ScoredHead(probe, backbone, dtype, trust_remote_code)
+    scored = ScoredHead(probe, options)
     head = scored.head
     reference = (head.results or {}).get("novelty")
     if head.novelty is None or reference is None:
@@ -79,21 +80,11 @@ def _texts(patterns: list[str], text_column: str, max_text: int) -> list[Any]:
 
 
 def _print(probe: str, found: dict[str, Any], output: Path | None) -> None:
-    novelty, (low, high) = found["novelty"], found["novelty"]["interval"]
-    print_text(
-        f"{found['rows']:,} prompts. Novelty above {FAR}: {novelty['far']:.1%} (95 % interval {low:.1%} to {high:.1%}; "
-        f"1.0% of the validation rows). Median {novelty['median']:.2f} (0.50)."
-    )
-    print_records(
-        f"labels that {probe} gives: share in the log, and the one that was expected", found.get("labels", {})
-    )
-    deciles = {
-        name: {"log": part["found"][1:10:4], "expected": part["expected"][1:10:4]}
-        for name, part in found["scores"].items()
-    }
+    print_values(f"{probe} on a log", found | {"scores": {}, "worth_labelling": []})
+    deciles = {name: {key: levels[1:10:4] for key, levels in part.items()} for name, part in found["scores"].items()}
     print_records("deciles 10, 50 and 90 % of the scores", deciles)
-    rows = [(row["row"], row["novelty"], row["unsure"], _shorten(row["text"])) for row in found["worth_labelling"]]
-    print_table("most worth labelling: new, and unsure", ("row", "novelty", "unsure", "text"), rows, left=4)
+    rows = [row | {"text": _shorten(row["text"])} for row in found["worth_labelling"]]
+    print_records("most worth labelling: new, and unsure", {str(row.pop("row")): row for row in rows}, left=4)
     if output is not None:
         print(f"written: {output / 'drift.png'}")
 

@@ -6,34 +6,18 @@ from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
-import typer
 
 from ..data.known import slices_of
 from ..data.labels import read_labels
-from ..data.row_files import MAX_TEXT
-from ..data.row_sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..evaluation.asking import asked, check_shares
 from ..files import short_path
 from ..heads.configuration import ProbeConfig
-from ..heads.novelty import FAR
 from ..hub.folder import measured_rules, read_results
-from .console import print_records, print_table, print_text
-from .inputs import ScoredHead, check_head_folder, read_rows, read_texts
-from .options import (
-    Benign,
-    DataDir,
-    Dtype,
-    HeadsBackbone,
-    LabelColumn,
-    MaxText,
-    Probe,
-    PromptColumn,
-    Result,
-    TextColumn,
-    TrustRemoteCode,
-)
+from .console import print_values
+from .inputs import HeadOptions, LabelledRows, ScoredHead, TextRows, check_head_folder
+from .options import COUNT, PROBE, ROWS, Result
 
 
 _MAX_CONFUSION = 12  # labels of the largest confusion matrix that is printed
@@ -41,70 +25,42 @@ _MAX_AGAINST = 500  # rows of each other kind of texts
 
 
 def evaluate(
-    data: Annotated[str, typer.Option(help=f"Labelled rows to measure the head on: {ROWS_HELP}.")],
-    probe: Probe = "safety",
-    backbone: HeadsBackbone = None,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
-    prompt_column: PromptColumn = None,
-    benign: Benign = False,
-    slice_column: Annotated[
-        list[str] | None,
-        typer.Option(help="Report also by the values of this column. Named data sets have their own. Repeatable."),
-    ] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of --data at most, at random.")] = None,
-    record: Annotated[
-        str | None,
-        typer.Option(help="Keep the measurements in the head folder under this name, and show them in its card."),
-    ] = None,
-    wrappings: Annotated[
-        bool,
-        typer.Option(
-            "--wrappings",
-            help="Also wrap the flagged rows in twelve ways, and report how often they are still flagged.",
-        ),
-    ] = False,
-    attacks: Annotated[
-        bool,
-        typer.Option(
-            "--attacks",
-            help="Also hide the flagged rows in up to 7,500 tokens of the harmless rows, in codes, role play and turns.",
-        ),
-    ] = False,
-    ask: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Share of the rows, those nearest to the threshold, that a judge decides: report recall and false alarms "
-            "then. Repeatable."
-        ),
-    ] = None,
-    judge_column: Annotated[
-        str | None,
-        typer.Option(help="Column with the judge's labels for --ask; without it the judge is always right."),
-    ] = None,
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Texts of another kind, by name or file, without labels, 500 at most: report how well the head's novelty tells "
-            "them from --data. Repeatable."
-        ),
-    ] = None,
-    bootstrap: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Resamples of the rows for 95 % confidence intervals; 0 for none.")
-    ] = 1000,
-    data_dir: DataDir = None,
-    max_text: MaxText = MAX_TEXT,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    *,
+    rows: LabelledRows,
+    options: HeadOptions,
+    data: Annotated[str, ROWS],
+    probe: Annotated[str, PROBE] = "safety",
+    slice_column: list[str] | None = None,
+    max_rows: Annotated[int | None, COUNT] = None,
+    record: str | None = None,
+    wrappings: bool = False,
+    attacks: bool = False,
+    ask: list[float] | None = None,
+    judge_column: str | None = None,
+    against: list[str] | None = None,
+    bootstrap: Annotated[int, {"min": 0, "max": 100_000}] = 1000,
 ) -> Result:
-    """Score a head on labelled rows, with its saved temperature and threshold."""
+    """Score a head on labelled rows, with its saved temperature and threshold.
+
+    Args:
+        slice_column: report also by the values of this column. Named data sets have their own.
+        max_rows: rows of --data at most, at random.
+        record: keep the measurements in the head folder under this name, and show them in its card.
+        wrappings: also wrap the flagged rows in twelve ways, and report how often they are still flagged.
+        attacks: also hide the flagged rows in up to 7,500 tokens of the harmless rows, in codes, role play and turns.
+        ask: share of the rows, those nearest to the threshold, that a judge decides: report recall and false alarms then.
+        judge_column: column with the judge's labels for --ask; without it the judge is always right.
+        against: texts of another kind, by name or file, without labels, 500 at most: report how well the head's novelty
+            tells them from --data.
+        bootstrap: resamples of the rows for 95 % confidence intervals; 0 for none.
+    """
     if record is not None:
         check_head_folder(probe, "--record")
     check_shares(ask or ())
     if judge_column is not None and not ask:
         raise ProbeError(f"--judge-column {judge_column} needs --ask, the share of the rows to ask about")
     with process_group():
-        scored = ScoredHead(probe, backbone, dtype, trust_remote_code)
+        scored = ScoredHead(probe, options)
         head = scored.head
         # These take seconds to import.
         from ..evaluation import detection, report
@@ -116,16 +72,14 @@ def evaluate(
         if against and head.novelty is None:
             raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
         rules = measured_rules(head.results) if head.config.reads_reply else {}
-        place = {"data_dir": data_dir, "max_text": max_text}
-        columns = {"text_column": text_column, "label_column": label_column, "prompt_column": prompt_column}
-        labelled = read_rows(data, head.config, benign, **columns, **place).at_most(max_rows, seed=0)
+        labelled = rows.labelled(data, head.config).at_most(max_rows, seed=0)
         slices = slices_of(labelled.columns, data, slice_column or ())
         if ask:
             head.config.need_flagged_index("--ask")
         verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
-        others = {}
+        others, place = {}, TextRows(data_dir=rows.data_dir, max_text=rows.max_text)
         for source in against or ():
-            others[short_path(source)] = read_texts(source, head.config, _MAX_AGAINST, split="test", **place)
+            others[short_path(source)] = place.texts(source, head.config, _MAX_AGAINST, "test")
         scored.attach()
         dataset, followed = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels), None
         if dataset.reply_lengths is None:
@@ -163,7 +117,7 @@ def evaluate(
             measured = report.describe_evaluation(result, source=short_path(data))
             head.results.setdefault("evaluations", {})[record] = measured
             head.save_pretrained(probe)
-    return result, partial(_print_report, f"{probe} on {data}", result, head.config.temperature, bootstrap)
+    return result, partial(print_values, f"{probe} on {data}", _by_label(result))
 
 
 def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
@@ -174,54 +128,8 @@ def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
     return read_labels(f"--judge-column {column}", labelled.columns[column], names, config.problem_type)[0]
 
 
-def _print_report(title: str, result: dict[str, Any], temperature: float, bootstrap: int) -> None:
-    from ..evaluation.transformations import GROUPS
-
-    parts = {"all rows": {name: value for name, value in result.items() if not isinstance(value, list)}}
-    for column, values in result.get("slices", {}).items():
-        parts |= {f"{column} = {value}": part for value, part in values.items()}
-    flagged = result.get("flagged")
-    print_records(f"{title}, for the label {flagged['label']}" if flagged else title, parts)
-    if "labels" in result:
-        print_records("each label against the others", result["labels"])
-        calibration = {f"with the saved temperature, {temperature:.3f}": result["calibration"] | {"bins": {}}}
-        print_records("expected calibration error", calibration)
-    if len(matrix := result.get("confusion", ())) <= _MAX_CONFUSION:
-        rows = [(name, *counts) for name, counts in zip(result.get("labels", ()), matrix, strict=False)]
-        print_table("true labels (rows) and labels from the head (columns)", ("", *result.get("labels", ())), rows)
-    if flagged:
-        thresholds = flagged.get("named", {}) | {"own": flagged}
-        print_records(f"rows that are flagged as {flagged['label']}, by threshold", thresholds)
-    if novelty := result.get("novelty"):
-        title = f"novelty of these rows against others; {novelty['own']['far']:.1%} of them are above {FAR}"
-        print_records(title, novelty["against"])
-    transformed = {
-        name: {
-            "rows": part["rows"],
-            "same label": "too long" if kept is None else kept,
-            "harmless rows": part["harmless"],
-            "flagged": part["alarms"][name],
-        }
-        for part in map(result.get, GROUPS)
-        if part
-        for name, kept in part["kept"].items()
-    }
-    print_records("transformed: share of the flagged rows with the same label, and of harmless rows", transformed)
-    asking = {f"share {row['share']:.3f}": row for row in result.get("asking", ())}
-    print_records("with a judge for the rows nearest to the threshold", asking)
-    if replies := result.get("replies"):
-        areas = {name: replies[name] for name in ("r_auc", "t_auc") if name in replies}
-        print_records(
-            f"replies with {replies['label']} against the others",
-            {"all rows": areas | {"intervals": replies["intervals"]}},
-        )
-        thresholds = {name: rule | rule["delay"] for name, rule in replies["thresholds"].items()}
-        print_records(f"replies halted at the first token with {replies['label']}, by threshold", thresholds)
-    for label, rules in result.get("halting", {}).items():
-        tested = {
-            f"patience {rule['patience']}, window {rule.get('window', 1)}": rule | rule["test"] | rule["test"]["delay"]
-            for rule in rules
-        }
-        print_records(f"replies halted by {label} while they are written", tested)
-    if bootstrap:
-        print_text(f"In brackets: 95 % intervals from {bootstrap:,} resamples of the rows.")
+def _by_label(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with its confusion by the names of the labels, if these are few."""
+    names, matrix = list(result.get("labels", ())), result.get("confusion", ())
+    by_name = {name: dict(zip(names, counts, strict=True)) for name, counts in zip(names, matrix, strict=False)}
+    return result | {"confusion": by_name if len(matrix) <= _MAX_CONFUSION else {}}

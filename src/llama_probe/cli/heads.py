@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.text import Text
 
-from ..backbone.loading import backbone_target, load_backbone, model_id
+from ..backbone.loading import DtypeName, backbone_target, load_backbone, model_id
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import Check, compare
 from ..heads.probe import ProbeModel
-from ..hub.card import card_template
+from ..hub.card import kept_share, markdown_table, plain
 from ..hub.folder import read_results, training_results
 from ..hub.resolve import ALIASES, bundled_heads
 from ..hub.transport import HubOptions
 from .console import print_table, with_spread
-from .options import Dtype, Result, Revision, TrustRemoteCode, check_revision
+from .options import Result, check_revision
 
 
 _VERDICTS = {
@@ -32,23 +30,22 @@ _VERDICTS = {
 
 
 def inspect(
-    probe: Annotated[
-        str | None, typer.Argument(help="A head folder, a Hub id or an alias. Default: all bundled heads.")
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Compare with this model: 'demo', a folder, or a Hub id.")
-    ] = None,
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    markdown: Annotated[
-        bool,
-        typer.Option(
-            help="Print the results of all bundled heads, or what was measured of one on each backbone, in Markdown."
-        ),
-    ] = False,
-    trust_remote_code: TrustRemoteCode = False,
+    probe: str | None = None,
+    /,
+    *,
+    backbone: str | None = None,
+    dtype: DtypeName = "auto",
+    revision: str | None = None,
+    markdown: bool = False,
+    trust_remote_code: bool = False,
 ) -> Result:
-    """Show a head, check it against a backbone, or list the bundled heads."""
+    """Show a head, check it against a backbone, or list the bundled heads.
+
+    Args:
+        probe: a head folder, a Hub id or an alias. Default: all bundled heads.
+        backbone: compare with this model: 'demo', a folder, or a Hub id.
+        markdown: print the results of all bundled heads, or what was measured of one on each backbone, in Markdown.
+    """
     if markdown and probe:
         measured = read_measured(probe)
         return measured, partial(print, measured_table(measured))
@@ -75,12 +72,18 @@ def inspect(
 
 def results_table() -> str:
     """Return a Markdown table of the bundled heads with their test results: mean and standard deviation over the seeds."""
-    heads = [
-        (alias, read_config(folder), training_results(read_results(folder)))
-        for alias, folder in bundled_heads().items()
-    ]
-    template = card_template(Path(__file__).with_name("results_table.md"))
-    return template.render(heads=heads, metrics=("accuracy", "f1", "auprc"), with_spread=with_spread)
+    rows = []
+    for alias, folder in bundled_heads().items():
+        config, results = read_config(folder), training_results(read_results(folder))
+        test = results["summary"].get("test", {})
+        scores = (
+            with_spread(test[metric], ".3f") if metric in test else "-" for metric in ("accuracy", "f1", "auprc")
+        )
+        labels, parameters = plain(", ".join(config.id2label.values())), f"{results['num_parameters']:,}"
+        counts = parameters, labels, test.get("rows") or "-", len(results["runs"])
+        rows.append([f"`{alias}`", config.probe_type, *counts, *scores])
+    columns = "head", "kind", "parameters", "labels", "test rows", "seeds", "accuracy", "F1", "AUPRC"
+    return markdown_table(columns, rows, "llrlrrrrr")
 
 
 def measured_table(measured: dict[str, Any]) -> str:
@@ -89,8 +92,36 @@ def measured_table(measured: dict[str, Any]) -> str:
     A row is a set of rows and a figure: the share with a label that is flagged at the first threshold, AUROC, or AUPRC.
     The sets and TF-IDF are those of the first head. An asterisk marks the figures of a twin.
     """
-    parts = [{part["name"]: part for part in head["parts"]} for head in measured.values()]
-    return card_template(Path(__file__).with_name("measured_table.md")).render(heads=measured, parts_by_name=parts)
+    heads, rows = list(measured.values()), []
+    parts_by_name = [{part["name"]: part for part in head["parts"]} for head in heads]
+    rate = (heads[0]["rates"] or ["threshold"])[0]
+
+    def share(part: dict[str, Any], label: str) -> str:
+        flagged = part.get("labels", {}).get(label, {}).get(rate)
+        return "{:.2f} [{:.2f}, {:.2f}]".format(flagged["share"], *flagged["interval"]) if flagged else "-"
+
+    def score(part: dict[str, Any], metric: str) -> str:
+        value = part.get(metric)
+        return "-" if value is None else "{:.3f} [{:.3f}, {:.3f}]".format(value, *part["intervals"][metric])
+
+    for part in heads[0]["parts"]:
+        name = plain(part["name"]) + ("*" if part["twin"] is not None else "")
+        parts = [*(by_name.get(part["name"], {}) for by_name in parts_by_name), part.get("tfidf", {})]
+        for label, shares in part.get("labels", {}).items():
+            if rate in shares:
+                figures = [share(each, label) for each in parts]
+                rows.append([f"{name}, {shares['rows']:,} {plain(label)}", f"flagged at {rate}", *figures])
+        for metric in ("auroc", "auprc"):
+            if part.get(metric) is not None:
+                figures = [score(each, metric) for each in parts]
+                rows.append([f"{name}, {part['rows']:,}", metric.upper(), *figures])
+    for group, title in {"wrappings": "wrapped", "attacks": "attacks", "long": "long texts"}.items():
+        first, *others = (head.get(group, {}) for head in heads)
+        figure = "still flagged" + (" (harmless ones)" if "alarms" in first else "")
+        for name in first.get("kept", {}):
+            figures = [kept_share(each, name) for each in (first, *others, first.get("tfidf", {}))]
+            rows.append([f"flagged ones, {title}: {plain(name)}", figure, *figures])
+    return markdown_table(["rows", "figure", *map(plain, measured), "TF-IDF"], rows, "ll" + "r" * (len(heads) + 1))
 
 
 def read_measured(alias: str) -> dict[str, Any]:

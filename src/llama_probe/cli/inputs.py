@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
-from ..backbone.loading import DtypeName, backbone_target, load_backbone
+from ..backbone.loading import DtypeName, backbone_target, load_backbone, name_of_backbone
 from ..data.labelled_texts import LabelledTexts, Labels
 from ..data.prompts import PromptDataset, PromptFormat, Text
 from ..data.row_files import MAX_TEXT
@@ -15,56 +16,92 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
-from ..hub.folder import check_output, is_head_folder
+from ..hub.folder import check_output, is_head_folder, read_config_values
+from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions
-from .options import backbone_of
+from ..serving.host import read_heads
+from .options import BACKBONE, COUNT
+
+
+@dataclass(kw_only=True)
+class HeadOptions:
+    """How heads and their backbone are loaded."""
+
+    backbone: Annotated[str | None, BACKBONE] = None
+    dtype: DtypeName = "auto"
+    trust_remote_code: bool = False
+
+    def backbone_of(self, probe: str) -> str:
+        """Return the name of the backbone. Defaults to the one that the head records."""
+        if self.backbone is not None:
+            return self.backbone
+        config = read_config_values(resolve_head(probe, only_config=True))
+        return name_of_backbone(config.get("base_model_name_or_path"))
+
+    def read(self, probes: Sequence[str]) -> dict[str, ProbeModel]:
+        """Return heads by name, checked against the backbone, which is not loaded."""
+        options = HubOptions(trust_remote_code=self.trust_remote_code)
+        return read_heads(probes, backbone_target(self.backbone_of(probes[0])), options)
 
 
 class ScoredHead:
     """A head whose backbone is loaded by `attach`: what the head refuses comes before that.
 
     Attributes:
-        backbone: name of the backbone. Defaults to the one that the head records.
         prompts: format of the prompts, after `attach`.
     """
 
     prompts: PromptFormat
 
-    def __init__(self, probe: str, backbone: str | None, dtype: DtypeName, trust_remote_code: bool):
-        self.probe, self.dtype, self.backbone = probe, dtype, backbone_of(probe, backbone)
-        options = HubOptions(trust_remote_code=trust_remote_code)
-        self.head = ProbeModel.load_for(probe, backbone_target(self.backbone), options)
+    def __init__(self, probe: str, options: HeadOptions):
+        self.probe, self.options, self.backbone = probe, options, options.backbone_of(probe)
+        trust = HubOptions(trust_remote_code=options.trust_remote_code)
+        self.head = ProbeModel.load_for(probe, backbone_target(self.backbone), trust)
 
     def attach(self) -> None:
         """Load the backbone, and bind the head to it."""
-        lm, tokenizer = load_backbone(self.backbone, self.dtype)
+        lm, tokenizer = load_backbone(self.backbone, self.options.dtype)
         check_backbone(self.probe, self.head.config, lm, alias=self.head.alias)
         self.head.to(lm.device).set_backbone(lm)
         self.prompts = PromptFormat.from_config(self.head.config, tokenizer)
 
-    def dataset(self, texts: Sequence) -> PromptDataset:
+    def dataset(self, texts: Sequence[Text]) -> PromptDataset:
         """Return texts without labels, rendered as the head was trained."""
         return self.prompts.encode_for(self.head.config, texts)
 
 
-def read_rows(source: str, config: ProbeConfig, benign: bool, **options: Any) -> LabelledTexts:
-    """Return labelled rows with the labels of a head."""
-    names = list(config.id2label.values())
-    label = names[1 - config.need_flagged_index("--benign")] if benign else None
-    labels = Labels(names=names, problem_type=config.problem_type)
-    return _read(labels, "test", rows=source, label=label, **options)
+@dataclass(kw_only=True)
+class TextRows:
+    """Columns and place of rows of texts."""
+
+    text_column: str = "text"
+    prompt_column: str | None = None
+    data_dir: Path | None = None
+    max_text: Annotated[int, COUNT] = MAX_TEXT
+
+    def texts(self, source: str, config: ProbeConfig, limit: int | None, split: str) -> list[Text]:
+        """Return the texts of rows that need no labels; a random part of them if there are more than `limit`."""
+        labels = Labels(names=list(config.id2label.values()), problem_type="single_label_classification")
+        return self._read(source, labels, split, label=labels.names[0], max_rows=limit).texts
+
+    def _read(self, source: str, labels: Labels, split: str, **fields: Any) -> LabelledTexts:
+        columns = {"text_column": self.text_column, "prompt_column": self.prompt_column}
+        return Source(rows=source, **columns, **fields).read(labels, self.data_dir, split, max_text=self.max_text)
 
 
-def read_texts(source: str, config: ProbeConfig, limit: int | None, split: str, **options: Any) -> list[Text]:
-    """Return the texts of rows that need no labels; a random part of them if there are more than `limit`."""
-    labels = Labels(names=list(config.id2label.values()), problem_type="single_label_classification")
-    return _read(labels, split, rows=source, label=labels.names[0], max_rows=limit, **options).texts
+@dataclass(kw_only=True)
+class LabelledRows(TextRows):
+    """Columns and place of labelled rows."""
 
+    label_column: str = "label"
+    benign: bool = False
 
-def _read(
-    labels: Labels, split: str, data_dir: str | os.PathLike | None = None, max_text: int = MAX_TEXT, **fields: Any
-) -> LabelledTexts:
-    return Source(**fields).read(labels, data_dir, split, max_text=max_text)
+    def labelled(self, source: str, config: ProbeConfig) -> LabelledTexts:
+        """Return rows with the labels of a head."""
+        names = list(config.id2label.values())
+        label = names[1 - config.need_flagged_index("--benign")] if self.benign else None
+        labels = Labels(names=names, problem_type=config.problem_type)
+        return self._read(source, labels, "test", label=label, label_column=self.label_column)
 
 
 def check_head_folder(probe: str, option: str) -> None:

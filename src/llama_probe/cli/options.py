@@ -1,4 +1,8 @@
-"""Options that several commands have, and what makes a command of a function."""
+"""What makes a command of a function, and options that several commands have.
+
+Keyword-only parameters of a function become options, positional-only ones arguments, and a dataclass an option for each field.
+The docstring says what they are for.
+"""
 
 from __future__ import annotations
 
@@ -6,66 +10,72 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, is_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from ..backbone.loading import DtypeName, name_of_backbone
+from ..data.row_sources import ROWS_HELP
 from ..errors import ProbeError
 from ..files import short_path
 from ..heads import import_kinds
-from ..hub.folder import read_config_values
-from ..hub.resolve import resolve_head
 
 
-BACKBONE = "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, a GGUF file, or a Hub id."
-PROBE = "A head folder, a Hub id (user/repo@revision:subfolder) or an alias."
+# What typer takes beside a type: `names`, `min`, `max`, `metavar`, and `help` that follows that of the docstring.
+COUNT = {"min": 1}
+BACKBONE = {"help": "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, a GGUF file, or a Hub id."}
+PROBE = {"help": "A folder, a Hub id (user/repo@revision:subfolder) or an alias."}
+ROWS = {"help": f"Rows: {ROWS_HELP}."}
 
-Backbone = Annotated[str, typer.Option(help=BACKBONE)]
-HeadsBackbone = Annotated[str | None, typer.Option(help=f"{BACKBONE} Default: the head's own.")]
-Dtype = Annotated[DtypeName, typer.Option(help="dtype of the backbone.")]
-Probe = Annotated[str, typer.Option(help=PROBE)]
-Probes = Annotated[list[str], typer.Option(help=f"{PROBE} Repeatable.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a head on the Hub.")]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run the code file of a head whose kind is not part of this package. Read it first.",
-    ),
-]
-TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
-LabelColumn = Annotated[str, typer.Option(help="Column of the labels.")]
-PromptColumn = Annotated[
-    str | None,
-    typer.Option(help="Column of the prompts, where the texts are the replies to them; for heads that read replies."),
-]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Local copies of the data sets, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.")
-]
-MaxText = Annotated[
-    int,
-    typer.Option(min=1, help="Characters of the longest text; a file may have 512 times as many. Guards the memory."),
-]
-Benign = Annotated[
-    bool,
-    typer.Option("--benign", help="The rows need no label column: none of them has the label that the head flags."),
-]
+# Help of options that several commands have. A docstring may say something else.
+_SHARED = {
+    "backbone": "default: the head's own.",
+    "benign": "the rows need no label column: none of them has the label that the head flags.",
+    "data": "labelled rows to measure the head on.",
+    "data_dir": "local copies of the data sets, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.",
+    "dtype": "dtype of the backbone.",
+    "import_": "a Python file that registers a kind of head of your own.",
+    "json": "print machine-readable results on standard output.",
+    "label_column": "column of the labels.",
+    "max_text": "characters of the longest text; a file may have 512 times as many. Guards the memory.",
+    "max_new_tokens": "tokens of each reply.",
+    "probe": "the head.",
+    "prompt_column": "column of the prompts, where the texts are the replies to them; for heads that read replies.",
+    "prompts": "default: lines of standard input.",
+    "abstain_at": "novelty from 0 to 1 above which a prompt gets no label, such as 0.99; see calibrate --novelty-data.",
+    "revision": "branch, tag or commit of a head on the Hub.",
+    "text_column": "column of the texts.",
+    "trust_remote_code": "run the code file of a head whose kind is not part of this package. Read it first.",
+}
 
 # The result of a command as JSON values, and a function that prints it for people; None on a rank that prints nothing.
 Result = tuple[Any, Callable[[], object]] | None
 
+# A parameter in the section of a docstring that lists them.
+_PARAMETER = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 
-def backbone_of(probe: str, backbone: str | None) -> str:
-    """Return the backbone that was given, or else the one that a head records."""
-    if backbone is not None:
-        return backbone
-    config = read_config_values(resolve_head(probe, only_config=True))
-    return name_of_backbone(config.get("base_model_name_or_path"))
+
+@dataclass
+class _Common:
+    """Options of all commands."""
+
+    json: bool = False
+    import_: list[Path] | None = None
+
+    def __post_init__(self):
+        for path in self.import_ or ():
+            try:
+                import_kinds(path)
+            except ProbeError:
+                raise
+            except Exception as error:
+                raise ProbeError(f"--import {path}: {type(error).__name__}: {error}") from error
 
 
 def check_revision(head: str, revision: str | None) -> None:
@@ -74,58 +84,69 @@ def check_revision(head: str, revision: str | None) -> None:
         raise ProbeError(f"--revision {revision} is for a head on the Hub that names no revision, not for {head}")
 
 
-def _import_files(paths: Sequence[Path] | None) -> None:
-    for path in paths or ():
-        try:
-            import_kinds(path)
-        except ProbeError:
-            raise
-        except Exception as error:
-            raise ProbeError(f"--import {path}: {type(error).__name__}: {error}") from error
-
-
-_Import = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--import",
-        metavar="FILE.py",
-        callback=_import_files,
-        help="A Python file that registers a kind of head of your own. Repeatable.",
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print machine-readable results on standard output.")]
-
-
-def as_command(function: Callable[..., Result], own_kinds: bool = False) -> Callable[..., None]:
-    """Return `function` for typer, with the option `--json`, and with `--import` if `own_kinds`.
+def as_command(function: Callable[..., Result]) -> Callable[..., None]:
+    """Return `function` for typer, with the options of `_Common`.
 
     Its result is printed. All that it prints itself goes to standard error.
     """
-    signature = inspect.signature(function, eval_str=True)
-    further = {"as_json": (_Json, False)} | ({"imports": (_Import, None)} if own_kinds else {})
-    parameters = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-        for name, (annotation, default) in further.items()
-    ]
 
-    def run(as_json: bool, imports: None = None, **given: Any) -> None:
+    def run(**values: Any) -> None:
         try:
+            common = _call(_Common, values)
             if script := sys.modules.get("llama_probe_command"):
                 script.listen()
             with contextlib.redirect_stdout(sys.stderr):
-                result = function(**given)
-            if result is not None:
-                values, show = result
-                print(json.dumps(values, default=list)) if as_json else show()  # demo yields its replies one by one
+                result = _call(function, values)
+            if result is not None and common.json:
+                print(json.dumps(result[0]))
+            elif result is not None:
+                result[1]()
         except KeyboardInterrupt:
             # `classify` has no output, unless it reads files.
-            if "resume" in given and given["output"] and os.environ.get("RANK", "0") == "0":
+            if "resume" in values and values["output"] and os.environ.get("RANK", "0") == "0":
                 print("stopped: the same command with --resume continues", file=sys.stderr)
             raise
 
-    run.__name__, run.__doc__ = function.__name__, function.__doc__
-    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *parameters])
+    run.__name__, run.__doc__ = function.__name__, (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    run.__signature__ = inspect.Signature([*_options(function), *_options(_Common)])
     return run
+
+
+def _options(documented: Callable) -> Iterator[inspect.Parameter]:
+    """Yield the parameters of a function, or the fields of a dataclass, as typer takes them."""
+    texts = _SHARED | dict(_PARAMETER.findall(inspect.getdoc(documented) or ""))
+    for name, parameter in inspect.signature(documented, eval_str=True).parameters.items():
+        annotation, settings = parameter.annotation, {}
+        if is_dataclass(annotation):
+            yield from _options(annotation)
+            continue
+        if get_origin(annotation) is Annotated:
+            annotation, settings = get_args(annotation)
+        words = [" ".join(texts[name].split()), settings.get("help", "")]
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            create = typer.Argument
+        else:
+            create = partial(typer.Option, settings.get("names", f"--{name.rstrip('_').replace('_', '-')}"))
+            if list in map(get_origin, (annotation, *get_args(annotation))):
+                words.append("Repeatable.")
+        text = " ".join(filter(None, words))
+        limits = {key: value for key, value in settings.items() if key in ("min", "max", "metavar")}
+        option = create(help=text[0].upper() + text[1:], **limits)
+        yield inspect.Parameter(
+            name, parameter.KEYWORD_ONLY, default=parameter.default, annotation=Annotated[annotation, option]
+        )
+
+
+def _call(function: Callable, values: dict[str, Any]) -> Any:
+    """Call a function, or create a dataclass, with the values of its options by name."""
+    arguments, options = [], {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        value = _call(parameter.annotation, values) if is_dataclass(parameter.annotation) else values[name]
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            arguments.append(value)
+        else:
+            options[name] = value
+    return function(*arguments, **options)
 
 
 def command_line() -> str:

@@ -8,12 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import typer
-
 from ..backbone.loading import load_backbone
 from ..data.prompts import PromptFormat
-from ..data.row_files import MAX_TEXT
-from ..data.row_sources import ROWS_HELP
 from ..errors import ProbeError
 from ..evaluation import plots
 from ..evaluation.heatmap import heat_map
@@ -24,19 +20,8 @@ from ..files import Content, check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..hub.resolve import check_name, default_name
 from .console import print_table
-from .inputs import ScoredHead, read_rows
-from .options import (
-    Benign,
-    DataDir,
-    Dtype,
-    HeadsBackbone,
-    LabelColumn,
-    MaxText,
-    PromptColumn,
-    Result,
-    TextColumn,
-    TrustRemoteCode,
-)
+from .inputs import HeadOptions, LabelledRows, ScoredHead
+from .options import ROWS, Result
 
 
 class _Drawing(NamedTuple):
@@ -49,24 +34,24 @@ class _Drawing(NamedTuple):
 
 
 def plot(
-    output: Annotated[Path, typer.Option(help="Folder for the files. Files of the same names are replaced.")],
-    probe: Annotated[str, typer.Argument(help="Head: a folder, a Hub id or an alias.", metavar="HEAD")] = "safety",
-    backbone: HeadsBackbone = None,
-    text: Annotated[list[str] | None, typer.Option(help="A text for the head to read. Repeatable.")] = None,
-    data: Annotated[str | None, typer.Option(help=f"Labelled rows to measure the head on: {ROWS_HELP}.")] = None,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
-    prompt_column: PromptColumn = None,
-    benign: Benign = False,
-    data_dir: DataDir = None,
-    max_text: MaxText = MAX_TEXT,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    probe: Annotated[str, {"metavar": "HEAD"}] = "safety",
+    /,
+    *,
+    rows: LabelledRows,
+    options: HeadOptions,
+    output: Path,
+    text: list[str] | None = None,
+    data: Annotated[str | None, ROWS] = None,
 ) -> Result:
     """Draw what a head looked at in texts, and how well it does.
 
     For each text: a heat map of its tokens and the layers (PNG), and a page with the coloured text (HTML). For the head:
     layer weights, confusion and reliability, measured on --data or else when the head was trained.
+
+    Args:
+        probe: head: a folder, a Hub id or an alias.
+        output: folder for the files. Files of the same names are replaced.
+        text: a text for the head to read.
     """
     texts = text or []
     if not all(item.strip() for item in texts):
@@ -74,19 +59,18 @@ def plot(
     check_writable(output, "the plots")
     readings, labelled = [], None
     name = check_name(default_name(probe))
-    scored = ScoredHead(probe, backbone, dtype, trust_remote_code)
+    scored = ScoredHead(probe, options)
     head = scored.head
     new_figure()  # raises if matplotlib is missing
     inspection = (head.results or {}).get("inspection")
     if data is not None:
-        columns = {"text_column": text_column, "label_column": label_column, "prompt_column": prompt_column}
-        labelled = read_rows(data, head.config, benign, **columns, data_dir=data_dir, max_text=max_text)
+        labelled = rows.labelled(data, head.config)
     elif not texts and not inspection:
         raise ProbeError(f"{probe} has no measurements to draw: give texts (--text) or labelled rows (--data)")
     if texts or labelled is not None:
         from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
 
-        lm, tokenizer = load_backbone(scored.backbone, dtype)
+        lm, tokenizer = load_backbone(scored.backbone, options.dtype)
         model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
         readings = read_weights(model, tokenizer, texts) if texts else []
         if labelled is not None:

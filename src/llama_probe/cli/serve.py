@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.text import Text
 
-from ..backbone.loading import DtypeName, backbone_target, load_backbone
+from ..backbone.loading import DtypeName, load_backbone
 from ..data.prompts import PromptFormat, check_alike
 from ..data.row_files import MAX_TEXT
 from ..distributed import is_main, launched, process_group
@@ -20,26 +19,13 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import in_words, reply_outputs
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
-from ..hub.transport import HubOptions
-from ..serving.host import read_heads
 from ..vllm.halting_words import read_halting
 from .console import print_table, print_text, printable
-from .options import Dtype, HeadsBackbone, Probes, PromptColumn, Result, TextColumn, TrustRemoteCode, backbone_of
+from .inputs import HeadOptions
+from .options import COUNT, PROBE, Result
 
 
 _BATCH = 8  # prompts of a pass
-
-
-AbstainAt = Annotated[
-    float | None,
-    typer.Option(
-        help="Novelty from 0 to 1 above which a prompt gets no label, such as 0.99; see calibrate --novelty-data."
-    ),
-]
-
-
-def _read(probe: list[str], backbone: str, trust_remote_code: bool) -> dict[str, ProbeModel]:
-    return read_heads(probe, backbone_target(backbone), HubOptions(trust_remote_code=trust_remote_code))
 
 
 def _attach(
@@ -58,28 +44,27 @@ def _configs(heads: dict[str, ProbeModel]) -> dict[str, ProbeConfig]:
 
 
 def generate(
-    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts. Default: lines of standard input.")] = None,
-    probe: Probes = ["safety"],  # noqa: B006 - typer copies it
-    backbone: HeadsBackbone = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each reply.")] = 60,
-    halt_on: Annotated[
-        list[str] | None,
-        typer.Option(
-            help='HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}: prompts with that label get '
-            "no reply. A head that reads replies ends a reply at the last of `patience` tokens in a row with that label. Repeatable."
-        ),
-    ] = None,
-    halt_reply: Annotated[str | None, typer.Option(help="The reply to halted prompts.")] = None,
-    abstain_at: AbstainAt = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    prompts: list[str] | None = None,
+    /,
+    *,
+    loading: HeadOptions,
+    probe: Annotated[list[str], PROBE] = ("safety",),
+    max_new_tokens: Annotated[int, COUNT] = 60,
+    halt_on: list[str] | None = None,
+    halt_reply: str | None = None,
+    abstain_at: float | None = None,
 ) -> Result:
-    """Reply to prompts, with the labels of each head from the same pass."""
+    """Reply to prompts, with the labels of each head from the same pass.
+
+    Args:
+        halt_on: write HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}: prompts with that label
+            get no reply. A head that reads replies ends a reply at the last of `patience` tokens in a row with that label.
+        halt_reply: the reply to halted prompts.
+    """
     rules = read_halting(halt_on or [])
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
-    texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
-    heads = _read(probe, backbone, trust_remote_code)
+    texts, heads = _read_prompts(prompts), loading.read(probe)
     configs = _configs(heads)
     check_alike(configs)
     if rules:
@@ -87,7 +72,7 @@ def generate(
 
         for rule in Halter(rules, configs).rules:
             print_text(str(rule))
-    model, tokenizer = _attach(heads, backbone, dtype, abstain_at)
+    model, tokenizer = _attach(heads, loading.backbone_of(probe[0]), loading.dtype, abstain_at)
     # A prompt that gets a reply stays whole.
     prompt_format = PromptFormat.from_config(next(iter(configs.values())).replace(max_length=None), tokenizer)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "abstain_at": abstain_at}
@@ -98,7 +83,7 @@ def generate(
         part = texts[start : start + _BATCH]
         inputs = {key: value.to(model.device) for key, value in prompt_format.batch(part).items()}
         out = model.generate(**inputs, tokenizer=tokenizer, **options)
-        found = _rows(part, out.probe_labels, out.probe_probabilities, out.probe_novelty)
+        found = labelled_rows(part, out.probe_labels, out.probe_probabilities, out.probe_novelty)
         for row, reply, halt in zip(found, out.texts, out.probe_halts or [None] * len(part), strict=True):
             row["reply"] = reply
             if rules:
@@ -109,39 +94,38 @@ def generate(
                 row["labels"][name] = None if output is None else output.labels[0]
                 row["probabilities"][name] = [] if output is None else output.probabilities[0].tolist()
         rows += found
-    return rows, partial(_print_rows, rows, configs)
+    return rows, partial(print_rows, rows, configs)
 
 
 def classify(
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(help="Prompts. Default: lines of standard input. With --input: further files."),
-    ] = None,
-    probe: Probes = ["safety"],  # noqa: B006 - typer copies it
-    backbone: HeadsBackbone = None,
-    input: Annotated[
-        list[str] | None,
-        typer.Option(help="Files of rows, or a pattern: parquet, jsonl, csv or tsv; all but parquet also with .gz."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the labels of the rows of --input.")] = None,
-    text_column: TextColumn = "text",
-    prompt_column: PromptColumn = None,
-    keep_column: Annotated[
-        list[str] | None, typer.Option(help="A column of the input to keep in the output. Repeatable.")
-    ] = None,
-    chunk_rows: Annotated[int, typer.Option(min=1, help="Rows in memory at a time, and in each output file.")] = 2048,
-    resume: Annotated[bool, typer.Option(help="Resume a job that was stopped.")] = False,
-    max_text: Annotated[
-        int, typer.Option(min=1, help="Characters of the longest text of --input; a chunk may have 64 times as many.")
-    ] = MAX_TEXT,
-    abstain_at: AbstainAt = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: TrustRemoteCode = False,
+    prompts: list[str] | None = None,
+    /,
+    *,
+    loading: HeadOptions,
+    probe: Annotated[list[str], PROBE] = ("safety",),
+    input: list[str] | None = None,
+    output: Path | None = None,
+    text_column: str = "text",
+    prompt_column: str | None = None,
+    keep_column: list[str] | None = None,
+    chunk_rows: Annotated[int, COUNT] = 2048,
+    resume: bool = False,
+    max_text: Annotated[int, COUNT] = MAX_TEXT,
+    abstain_at: float | None = None,
 ) -> Result:
     """Label prompts, or the rows of files (--input), without a reply.
 
     With --input the rows of any number of files are read a chunk at a time, and each chunk becomes a parquet file in
     --output. --resume keeps the finished chunks. Under torchrun the processes divide the chunks.
+
+    Args:
+        prompts: prompts. Default: lines of standard input. With --input: further files.
+        input: files of rows, or a pattern: parquet, jsonl, csv or tsv; all but parquet also with .gz.
+        output: folder for the labels of the rows of --input.
+        keep_column: a column of the input to keep in the output.
+        chunk_rows: rows in memory at a time, and in each output file.
+        resume: resume a job that was stopped.
+        max_text: characters of the longest text of --input; a chunk may have 64 times as many.
     """
     if input or output is not None:
         if abstain_at is not None:
@@ -149,35 +133,38 @@ def classify(
         files = [*(input or []), *(prompts or [])]
         if not files or output is None:
             raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
-        backbone = backbone_of(probe[0], backbone)
-        settings = {"keep_columns": keep_column or [], "chunk_rows": chunk_rows, "resume": resume, "dtype": dtype}
-        settings |= {"max_text": max_text, "text_column": text_column, "prompt_column": prompt_column}
-        probes = _read(probe, backbone, True) if trust_remote_code else probe
+        settings = {
+            "keep_columns": keep_column or [],
+            "chunk_rows": chunk_rows,
+            "resume": resume,
+            "max_text": max_text,
+        }
+        settings |= {"text_column": text_column, "prompt_column": prompt_column, "dtype": loading.dtype}
+        probes = loading.read(probe) if loading.trust_remote_code else probe
         from ..evaluation.scoring_job import MANIFEST_NAME, ScoringJob  # needs pyarrow
 
         with process_group():
-            done = ScoringJob(files, output, probes, backbone, **settings).execute()
+            done = ScoringJob(files, output, probes, loading.backbone_of(probe[0]), **settings).execute()
             if not is_main():
                 return None
         summary = f"{done['rows']:,} rows in {len(done['parts'])} files in {output}; {MANIFEST_NAME} lists them"
         return done, partial(print, summary)
     if launched():
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
-    texts, backbone = _read_prompts(prompts), backbone_of(probe[0], backbone)
-    heads = _read(probe, backbone, trust_remote_code)
+    texts, heads = _read_prompts(prompts), loading.read(probe)
     configs = _configs(heads)
     for name, config in configs.items():
         if config.token_scope == "response":
             raise ProbeError(
                 f"{name!r} reads replies: give files of prompts and replies (--input with --prompt-column), or use generate"
             )
-    model, tokenizer = _attach(heads, backbone, dtype, abstain_at)
+    model, tokenizer = _attach(heads, loading.backbone_of(probe[0]), loading.dtype, abstain_at)
     found = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
     labels = {name: output.labels for name, output in found.items()}
     probabilities = {name: output.probabilities for name, output in found.items()}
     novelty = {name: output.novelty for name, output in found.items() if output.novelty is not None}
-    rows = _rows(texts, labels, probabilities, novelty)
-    return rows, partial(_print_rows, rows, configs)
+    rows = labelled_rows(texts, labels, probabilities, novelty)
+    return rows, partial(print_rows, rows, configs)
 
 
 def _read_prompts(prompts: list[str] | None) -> list[str]:
@@ -192,9 +179,10 @@ def _read_prompts(prompts: list[str] | None) -> list[str]:
     return texts
 
 
-def _rows(
+def labelled_rows(
     texts: list[str], labels: dict[str, list], probabilities: dict[str, Any], novelty: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
+    """Return a dict a prompt, with what each head says of it by the head's name."""
     rows: list[dict[str, Any]] = []
     for i, text in enumerate(texts):
         row = {"prompt": text, "labels": {name: values[i] for name, values in labels.items()}}
@@ -205,7 +193,8 @@ def _rows(
     return rows
 
 
-def _print_rows(rows: list[dict[str, Any]], configs: dict[str, ProbeConfig]) -> None:
+def print_rows(rows: list[dict[str, Any]], configs: dict[str, ProbeConfig]) -> None:
+    """Print a table of what `labelled_rows` returned, with the replies if there are any."""
     replies, lines = "reply" in rows[0], []
     for row in rows:
         cells: list[str | Text] = [row["prompt"]]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from huggingface_hub import CommitInfo
 
-from ..backbone.loading import backbone_target
+from ..backbone.loading import DtypeName, backbone_target
 from ..evaluation.plots import write_plots
 from ..files import check_new_folder
 from ..heads.probe import ProbeModel
@@ -19,43 +19,70 @@ from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions
 from ..serving.host import read_heads
-from .options import Backbone, Dtype, Probes, Result, Revision, TrustRemoteCode, check_revision
+from .options import BACKBONE, PROBE, Result, check_revision
 
 
-Private = Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")]
-PushRevision = Annotated[str | None, typer.Option(help="Branch to push to; created if it does not exist.")]
-CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
+@dataclass(kw_only=True)
+class Upload:
+    """Place of an upload.
+
+    Attributes:
+        private: visibility of a new repository.
+        revision: branch to push to; created if it does not exist.
+        create_pr: open a pull request instead.
+    """
+
+    private: Annotated[bool | None, {"names": "--private/--public"}] = None
+    revision: str | None = None
+    create_pr: bool = False
 
 
 def push(
-    head: Annotated[str, typer.Argument(help="A head folder, or the alias of a bundled head.")],
-    repo_id: Annotated[str, typer.Argument(help="user/name; created if it does not exist.")],
-    subfolder: Annotated[str | None, typer.Option(help="Folder in the repository, for several heads in one.")] = None,
-    private: Private = None,
-    revision: PushRevision = None,
-    create_pr: CreatePr = False,
-    commit_message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="A further tag for the card. Repeatable.")] = None,
-    license: Annotated[str | None, typer.Option(help="Licence of the head, if its results do not state it.")] = None,
-    trust_remote_code: TrustRemoteCode = False,
+    head: str,
+    repo_id: str,
+    /,
+    *,
+    place: Upload,
+    subfolder: str | None = None,
+    commit_message: str | None = None,
+    tag: list[str] | None = None,
+    license: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Result:
-    """Upload a head folder to the Hub in one commit."""
+    """Upload a head folder to the Hub in one commit.
+
+    Args:
+        head: a head folder, or the alias of a bundled head.
+        repo_id: name of the repository, user/name; created if it does not exist.
+        subfolder: folder in the repository, for several heads in one.
+        commit_message: message of the commit.
+        tag: a further tag for the card.
+        license: licence of the head, if its results do not state it.
+    """
     folder = resolve_head(head)
     ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)  # raises if the head is damaged
     card = {"tags": tag or [], "license": license}
-    place = {"private": private, "revision": revision, "create_pr": create_pr, "commit_message": commit_message}
-    pushed = _facts(push_folder(folder, repo_id, subfolder=subfolder, **place, **card))
+    info = push_folder(folder, repo_id, subfolder=subfolder, commit_message=commit_message, **vars(place), **card)
+    pushed = _facts(info)
     return pushed, partial(print, _in_words(pushed))
 
 
 def pull(
-    head: Annotated[str, typer.Argument(help="user/repo, with @revision and :subfolder if needed.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for it. Default: one of the head's name.")] = None,
-    revision: Revision = None,
-    force_download: Annotated[bool, typer.Option("--force-download", help="Fetch cached files again.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
+    head: str,
+    /,
+    *,
+    output: Path | None = None,
+    revision: str | None = None,
+    force_download: bool = False,
+    trust_remote_code: bool = False,
 ) -> Result:
-    """Copy a head from the Hub into a folder."""
+    """Copy a head from the Hub into a folder.
+
+    Args:
+        head: name of the repository, user/repo, with @revision and :subfolder if needed.
+        output: folder for it. Default: one of the head's name.
+        force_download: fetch cached files again.
+    """
     check_revision(head, revision)
     check = partial(ProbeModel.from_pretrained, trust_remote_code=trust_remote_code)
     folder = pull_head(head, output, HubOptions(revision, force_download=force_download), check=check)
@@ -63,21 +90,28 @@ def pull(
 
 
 def export(
-    output: Annotated[Path, typer.Argument(help="Folder for the repository. Must not exist, or be empty.")],
-    probe: Probes = ["safety"],  # noqa: B006 - typer copies it
-    backbone: Backbone = "demo",
-    dtype: Dtype = "auto",
-    base_model: Annotated[str | None, typer.Option(help="Hub id of the backbone, for the card.")] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Licence of the repository, for the card: the strictest of backbone and heads.")
-    ] = None,
-    push: Annotated[str | None, typer.Option(help="Also upload it, as user/name.")] = None,
-    private: Private = None,
-    revision: PushRevision = None,
-    create_pr: CreatePr = False,
-    trust_remote_code: TrustRemoteCode = False,
+    output: Path,
+    /,
+    *,
+    place: Upload,
+    probe: Annotated[list[str], PROBE] = ("safety",),
+    backbone: Annotated[str, BACKBONE] = "demo",
+    dtype: DtypeName = "auto",
+    base_model: str | None = None,
+    license: str | None = None,
+    push: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Result:
-    """Write a Hub repository that runs backbone and heads without this package."""
+    """Write a Hub repository that runs backbone and heads without this package.
+
+    Args:
+        output: folder for the repository. Must not exist, or be empty.
+        probe: a head for it.
+        backbone: the model for it.
+        base_model: Hub id of the backbone, for the card.
+        license: licence of the repository, for the card: the strictest of backbone and heads.
+        push: also upload it, as user/name.
+    """
     check_new_folder(output.absolute())
     heads = read_heads(probe, backbone_target(backbone), HubOptions(trust_remote_code=trust_remote_code))
     from ..serving.export import export_repository, push_repository  # takes seconds to import
@@ -89,7 +123,7 @@ def export(
             write_card(head, source=f"{push}:{name}" if push else None)  # shows the plots
     values, lines = {"folder": str(folder)}, [f"repository written to {output}; its README.md tells how to use it"]
     if push is not None:
-        pushed = _facts(push_repository(folder, push, private=private, revision=revision, create_pr=create_pr))
+        pushed = _facts(push_repository(folder, push, **vars(place)))
         values |= pushed
         lines.append(_in_words(pushed))
     return values, partial(print, *lines, sep="\n")

@@ -8,72 +8,65 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
-
-from ..backbone.loading import backbone_target
+from ..backbone.loading import DtypeName, backbone_target
 from ..data.known import find_benchmark
 from ..data.row_files import MAX_TEXT, kind_of
-from ..data.row_sources import ROWS_HELP
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..heads import probe_types
 from ..hub.folder import RECIPE_NAME
 from ..training.recipe import Recipe, recipe_names
 from .console import cell, print_records, print_text, with_spread
-from .options import Backbone, DataDir, Dtype, MaxText, PromptColumn, Result, command_line
+from .options import BACKBONE, COUNT, ROWS, Result, command_line
 
 
-_RECIPE_HELP = f"A recipe: {', '.join(recipe_names())}, or a YAML file; or training rows, as --train."
-_KINDS_HELP = f"Kind of head: {', '.join(probe_types())}; auto: by number of rows."
-
+_RECIPE = {"help": f"Recipes: {', '.join(recipe_names())}."}
+_KINDS = {"help": f"Kinds: {', '.join(probe_types())}; auto: by number of rows."}
 _MAX_TRIALS = 20  # configurations of a search that are printed
 
 
 def train(
-    output: Annotated[Path, typer.Option(help="Folder for the head.")],
-    recipe: Annotated[str | None, typer.Argument(help=_RECIPE_HELP, show_default=False)] = None,
-    backbone: Backbone = "demo",
-    train: Annotated[
-        list[str] | None, typer.Option(help=f"Training rows: {ROWS_HELP}. Given again, the rows of all of them.")
-    ] = None,
-    eval: Annotated[
-        str | None,
-        typer.Option(help="Validation rows. Default: those of a named --train, else a part of the training rows."),
-    ] = None,
-    test: Annotated[
-        str | None, typer.Option(help="Test rows, scored once at the end. Default: those of a named --train.")
-    ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels.")] = None,
-    prompt_column: PromptColumn = None,
-    flag: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Label to find, by name: halt_on halts on it; thresholds and metrics are for it. Repeatable."
-        ),
-    ] = None,
-    probe_type: Annotated[str | None, typer.Option(help=_KINDS_HELP)] = None,
-    epochs: Annotated[float | None, typer.Option(help="Epochs at most. Default: by number of rows.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Set a field of the recipe: seeds=3, head.layers=[0.5,1.0], training.patience=2. Repeatable."
-        ),
-    ] = None,
-    data_dir: DataDir = None,
-    licence: Annotated[
-        Literal["commercial"] | None,
-        typer.Option(help="Leave out the rows whose licence forbids commercial use, or is not known."),
-    ] = None,
-    max_text: MaxText = MAX_TEXT,
-    dtype: Dtype = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Resume a run that was stopped.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the head that --output holds.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how many rows, tokens, hours and GB it takes, and stop.")
-    ] = False,
+    recipe: Annotated[str | None, _RECIPE] = None,
+    /,
+    *,
+    output: Path,
+    backbone: Annotated[str, BACKBONE] = "demo",
+    train: Annotated[list[str] | None, ROWS] = None,
+    eval: str | None = None,
+    test: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    prompt_column: str | None = None,
+    flag: list[str] | None = None,
+    probe_type: Annotated[str | None, _KINDS] = None,
+    epochs: float | None = None,
+    set_: list[str] | None = None,
+    data_dir: Path | None = None,
+    licence: Literal["commercial"] | None = None,
+    max_text: Annotated[int, COUNT] = MAX_TEXT,
+    dtype: DtypeName = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Result:
-    """Train a head by a recipe, or on labelled rows, and write its folder: config, weights, results, recipe and card."""
+    """Train a head by a recipe, or on labelled rows, and write its folder: config, weights, results, recipe and card.
+
+    Args:
+        recipe: a recipe, a YAML file, or training rows, as --train.
+        output: folder for the head.
+        backbone: the model to read.
+        train: training rows. Given again, the rows of all of them.
+        eval: validation rows. Default: those of a named --train, else a part of the training rows.
+        test: test rows, scored once at the end. Default: those of a named --train.
+        flag: label to find, by name: halt_on halts on it; thresholds and metrics are for it.
+        probe_type: kind of head.
+        epochs: epochs at most. Default: by number of rows.
+        set_: set a field of the recipe: seeds=3, head.layers=[0.5,1.0], training.patience=2.
+        licence: leave out the rows whose licence forbids commercial use, or is not known.
+        resume: resume a run that was stopped.
+        overwrite: replace the head that --output holds.
+        dry_run: say how many rows, tokens, hours and GB it takes, and stop.
+    """
     columns = {"text_column": text_column, "label_column": label_column, "prompt_column": prompt_column}
     source = _recipe_source(recipe, train or [], {"validation": eval, "test": test}, columns)
     short = {"labels.flagged": flag, "head.probe_type": probe_type, "training.num_train_epochs": epochs}

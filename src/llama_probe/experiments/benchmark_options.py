@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..backbone.loading import DtypeName, check_dtype, choose_device
+from ..errors import ProbeError
 from ..heads import get_probe_type
 
 
@@ -18,32 +18,41 @@ class BenchmarkOptions:
     """Options of a benchmark. Every combination of the lists is measured.
 
     Attributes:
-        backbone: name of the backbone; with `random_weights` also `SHAPE`.
-        probes: heads. kinds: kinds of head, with fresh weights. Default to `KINDS` without `probes`.
-        many: number of `mha` heads to measure together; 0 for none.
-        tokens, batch_sizes: tokens of a prompt, and prompts of a batch.
-        new_tokens: tokens to generate.
-        pairs, warmup: timed and untimed runs of each system, alternating with the plain model.
-        random_weights: read only the config of the backbone, and draw random weights.
+        backbone: 'demo', a folder, a GGUF file, or a Hub id; with --random-weights also llama-3b.
+        probe: a head: a folder, a Hub id or an alias.
+        kind: a kind of head, with fresh weights. Default, without --probe: pooling, gate, mha.
+        many: number of mha heads to measure together; 0 for none.
+        tokens: tokens of a prompt.
+        batch_size: prompts of a batch.
+        new_tokens: tokens to generate. With more than 1, also the time of each.
+        pairs: timed runs of each system, alternating with the plain model.
+        device: auto (an accelerator if there is one), cpu, cuda, cuda:1 ...
+        dtype: dtype of the backbone.
+        random_weights: read only the config of the backbone, and draw random weights: the times are the same.
+
+    Raises:
+        ProbeError: a value is not allowed.
     """
 
     backbone: str = "demo"
-    probes: Sequence[str] = ()
-    kinds: Sequence[str] | None = None
+    probe: list[str] | None = None
+    kind: list[str] | None = None
     many: int = 8
-    tokens: Sequence[int] = (64, 512)
-    batch_sizes: Sequence[int] = (1,)
+    tokens: list[int] = (64, 512)
+    batch_size: list[int] = (1,)
     new_tokens: int = 1
     pairs: int = 9
-    warmup: int = 2
     device: str = "auto"
     dtype: DtypeName = "auto"
     random_weights: bool = False
 
     def __post_init__(self):
-        if self.kinds is None:
-            self.kinds = () if self.probes else KINDS
-        for kind in self.kinds:
+        self.probe = self.probe or []
+        if self.kind is None:
+            self.kind = [] if self.probe else list(KINDS)
+        for kind in self.kind:
             get_probe_type(kind)  # raises
+        if min(*self.tokens, *self.batch_size, self.new_tokens, self.pairs, self.many + 1) < 1:
+            raise ProbeError("tokens, batch_size, new_tokens and pairs must be at least 1, many at least 0")
         check_dtype(self.dtype)
         choose_device(self.device)

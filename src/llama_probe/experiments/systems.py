@@ -25,6 +25,7 @@ from .meters import Meter, Timing, peak_memory, spread, time_pairs
 
 
 BASE, AGAIN = "base", "base again"
+_WARMUP = 2  # untimed pairs
 # Public dimensions of Llama-3.2-3B.
 LLAMA_3B = transformers.LlamaConfig(
     vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
@@ -97,12 +98,12 @@ def fresh_config(kind: str, hidden_size: int, num_hidden_layers: int, **fields) 
 def measure_costs(options: BenchmarkOptions) -> dict[str, Any]:
     """Return `environment`, `settings`, `backbone` and `rows` of time and memory (see `row`), as JSON values."""
     systems, device, rows = load_systems(options), choose_device(options.device), []
-    runs = list(product(options.batch_sizes, options.tokens, systems.heads))
+    runs = list(product(options.batch_size, options.tokens, systems.heads))
     for batch_size, tokens, name in tqdm(runs, desc="systems", unit="system"):
         prompts = systems.draw(batch_size, tokens)
         base, system = (partial(systems.serve, which, prompts, options.new_tokens) for which in (BASE, name))
         base(), system()  # a first call may allocate what later calls keep
-        pairs = time_pairs(base, system, options.pairs, options.warmup, device)
+        pairs = time_pairs(base, system, options.pairs, _WARMUP, device)
         weights = sum(
             weight.nbytes for head in systems.heads[name] for weight in systems.model.probes[head].parameters()
         )
@@ -125,9 +126,9 @@ def load_systems(options: BenchmarkOptions, replies: bool = False) -> Systems:
             lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     else:
         lm, _ = load_backbone(name, options.dtype, device)
-    model = AutoModelForProbedGeneration.from_causal_lm(lm, list(options.probes))
+    model = AutoModelForProbedGeneration.from_causal_lm(lm, options.probe)
     sizes = find_decoder(model).hidden_size, find_decoder(model).num_hidden_layers
-    for kind in options.kinds:
+    for kind in options.kind:
         model.add_probe(kind, fresh_config(kind, *sizes))
         if replies:
             model.add_probe(f"{kind}-reply", fresh_config(kind, *sizes, token_scope="response"))

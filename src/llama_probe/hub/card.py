@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,22 @@ def word(text: str) -> str:
     return " ".join(text.split()) if re.fullmatch(r"[\w.,:/+% -]*", text) else code(text)
 
 
+def kept_share(part: dict[str, Any], name: str) -> str:
+    """Return the share of transformed rows that keep their label, and in brackets that of harmless ones that are flagged."""
+    if name not in part.get("kept", {}):
+        return "-"
+    kept, alarms = part["kept"][name], part.get("alarms", {}).get(name)
+    return ("too long" if kept is None else f"{kept:.2f}") + ("" if alarms is None else f" ({alarms:.2f})")
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], aligned: str) -> str:
+    """Return a table in Markdown; `aligned` has `l` or `r` for each column."""
+    rules = "|".join("---" if side == "l" else "---:" for side in aligned)
+    lines = (" | ".join(map(str, cells)) for cells in (columns, *rows))
+    first, *others = (f"| {line} |" for line in lines)
+    return "\n".join([first, f"|{rules}|", *others])
+
+
 def _fence(text: str, least: int) -> str:
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
@@ -224,7 +240,7 @@ def head_metadata(base_model: str | None, **fields) -> ModelCardData:
 def card_template(path: Path) -> Template:
     """Return a compiled template of a card. To compile that of a head takes ten times as long as the rest of a save."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {f.__name__: f for f in (plain, code, block, word)}
+    environment.filters |= {f.__name__: f for f in (plain, code, block, word, kept_share)}
     environment.filters |= {"quote": partial(json.dumps, ensure_ascii=False), "number": "{:g}".format}
     return environment.from_string(path.read_text(encoding="utf-8"))
 
