@@ -5,30 +5,100 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.evaluation.calibration import best_f1_threshold, calibrate, threshold_table
 from llama_probe.evaluation.metrics import (
+    all_scores,
     check_metric,
     compute_metrics,
     confusion,
     default_metric,
-    label_scores,
     outcomes,
     score_logits,
+    score_statistic,
     summarize,
 )
-from llama_probe.evaluation.report import detailed_report
-from llama_probe.heads.decision import probabilities
+from llama_probe.heads.decision import log_odds, predictions, probabilities
 
 
 MULTI = {"problem_type": "multi_label_classification"}
 REGRESSION = {"num_labels": 1, "problem_type": "regression"}
+CONFIGS = {
+    "two": ProbeConfig(probe_type="gate", id2label={0: "no", 1: "yes"}, threshold=0.4, temperature=3.0),
+    "many": ProbeConfig(probe_type="gate", num_labels=4),
+    "several": ProbeConfig(probe_type="gate", num_labels=3, threshold=[0.3, 0.5, 0.6], temperature=0.5, **MULTI),
+    "one of several": ProbeConfig(probe_type="gate", num_labels=1, **MULTI),
+    "value": ProbeConfig(probe_type="gate", **REGRESSION),
+    "values": ProbeConfig(probe_type="gate", **REGRESSION | {"num_labels": 2}),
+}
+
+
+def make_rows(config: ProbeConfig, rows: int, seed: int, steps: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Return logits on a coarse grid, so that some are equal, and labels that correlate with them."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, config.num_labels)
+    if config.problem_type == "regression":
+        return torch.from_numpy(rng.normal(size=shape)).float(), rng.integers(0, 3, shape).astype(float)
+    if config.problem_type == "multi_label_classification":
+        labels = target = (rng.random(shape) < 0.3).astype(float)
+    else:
+        labels = rng.integers(0, config.num_labels, rows)
+        target = np.eye(config.num_labels)[labels]
+    return torch.from_numpy(rng.integers(0, steps, shape) / steps * 4 - 2 + target).float(), labels
 
 
 def config(**changes):
     return ProbeConfig(probe_type="gate", **changes)
+
+
+def by_scikit_learn(config, logits, labels):
+    """Return the metrics by label and name; NaN if undefined."""
+    if config.problem_type == "regression":
+        constant = (labels == labels[0]).all(axis=0).any()
+        r2 = float("nan") if constant else sk.r2_score(labels, logits)
+        errors = sk.mean_squared_error(labels, logits), sk.mean_absolute_error(labels, logits)
+        return {(None, "mse"): errors[0], (None, "mae"): errors[1], (None, "r2"): r2}
+    predicted, ranked = predictions(probabilities(logits, config), config).numpy(), log_odds(logits, config).numpy()
+    truth = labels
+    if config.problem_type == "single_label_classification":
+        truth, predicted = (np.eye(config.num_labels)[rows] for rows in (labels, predicted))
+    metrics = {(None, "accuracy"): (truth == predicted).all(axis=1).mean()}
+    for index, label in config.id2label.items():
+        pair, is_ranked = (truth[:, index], predicted[:, index]), len(set(truth[:, index])) == 2
+        metrics |= {
+            (label, name): getattr(sk, f"{name}_score")(*pair, zero_division=0)
+            for name in ("f1", "precision", "recall")
+        }
+        for name, area in (("auprc", sk.average_precision_score), ("auroc", sk.roc_auc_score)):
+            metrics[label, name] = area(pair[0], ranked[:, index]) if is_ranked else float("nan")
+    occurs = (truth + predicted > 0).any(axis=0)
+    for name in ("f1", "precision", "recall", "auprc", "auroc"):
+        values = np.array([metrics[label, name] for label in config.id2label.values()])
+        counted = occurs if name in ("f1", "precision", "recall") else ~np.isnan(values)
+        mean = (
+            values[counted].mean() if counted.any() else 0.0 if name in ("f1", "precision", "recall") else float("nan")
+        )
+        metrics[None, name] = mean if config.flagged_index is None else values[config.flagged_index]
+    return metrics
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@settings(max_examples=8, deadline=None)
+@given(rows=st.integers(1, 25), seed=st.integers(0, 10**6), steps=st.integers(2, 50))
+def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
+    config = CONFIGS[kind]
+    logits, labels = make_rows(config, rows, seed, steps)
+    drawn = np.random.default_rng(seed).integers(0, rows, (2, rows))
+    weights = np.stack([np.bincount(numbers, minlength=rows) for numbers in drawn]).astype(float)
+    metrics = score_statistic(logits, labels, config)(weights)
+    for index, numbers in enumerate(drawn):
+        expected = by_scikit_learn(config, logits[numbers], labels[numbers])
+        assert set(metrics) == set(expected)
+        for key, value in expected.items():
+            np.testing.assert_allclose(metrics[key][index], value, rtol=1e-6, atol=1e-9, err_msg=str(key))
 
 
 @pytest.mark.parametrize(
@@ -47,61 +117,14 @@ def test_the_trainers_callback_gives_the_numbers_of_a_report(head, logits, label
     assert expected.get("auroc", 1.0) == 1.0 and expected.get("mse", 2.0) == 2.0
 
 
-def test_each_label_against_the_others_and_their_means():
-    rng = np.random.default_rng(0)
-    logits, truth = torch.randn(100, 4, generator=torch.Generator().manual_seed(0)), rng.integers(0, 3, 100)
-    head, given = config(id2label=dict(enumerate("abcd"))), logits.argmax(dim=1).numpy()  # label d never occurs
-    parts, probs = label_scores(logits, truth, head), logits.softmax(dim=1)
-    for index, name in enumerate("abc"):
-        assert parts[name] == pytest.approx(
-            {
-                "rows": (truth == index).sum(),
-                "f1": f1_score(truth == index, given == index),
-                "precision": precision_score(truth == index, given == index),
-                "recall": recall_score(truth == index, given == index),
-                "auprc": average_precision_score(truth == index, probs[:, index]),
-                "auroc": roc_auc_score(truth == index, probs[:, index]),
-            }
-        )
-    found, matrix = score_logits(logits, truth, head), confusion(logits, truth, head)
-    assert found["accuracy"] == pytest.approx(np.mean(given == truth))
-    assert found["f1"] == pytest.approx(f1_score(truth, given, average="macro", labels=range(4), zero_division=0))
-    assert found["auroc"] == pytest.approx(np.mean([parts[name]["auroc"] for name in "abc"]))
-    assert all(matrix[t][g] == ((truth == t) & (given == g)).sum() for t in range(4) for g in range(4))
-
-
-def test_a_label_counts_on_the_rows_where_it_is_known():
-    rng = np.random.default_rng(0)
-    head, logits = config(num_labels=2, **MULTI), torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
-    labels = rng.integers(0, 2, (80, 2)).astype(np.float32)
-    labels[:30, 0], labels[50:, 1] = np.nan, np.nan
-    one = config(num_labels=1, **MULTI)
-    apart = [(logits[30:, :1], labels[30:, :1]), (logits[:50, 1:], labels[:50, 1:])]
-    expected = [label_scores(*part, one)["LABEL_0"] for part in apart]
-    assert label_scores(logits, labels, head) == dict(zip(head.id2label.values(), expected, strict=True))
-    report, calibrated = detailed_report(head, logits, labels), calibrate(head, logits, torch.tensor(labels))
-    assert report["auroc"] == pytest.approx(np.mean([part["auroc"] for part in expected]))
-    low, high = report["labels"]["LABEL_1"]["intervals"]["auroc"]
-    assert low < expected[1]["auroc"] < high
-    for index, part in enumerate(apart):
-        warm = one.replace(temperature=calibrated.temperature)
-        alone = best_f1_threshold(probabilities(part[0], warm)[:, 0].numpy(), part[1][:, 0])
-        assert calibrate(head, logits, torch.tensor(labels), None, "best-f1").threshold[index] == pytest.approx(alone)
-        assert threshold_table(logits, labels, head)[f"LABEL_{index}"] == threshold_table(*part, one)["LABEL_0"]
-    assert sum(each["rows"] for each in report["calibration"]["bins"]) == 100
-
-
 def test_labels_by_hand():
     probs = torch.tensor([[0.3, 0.7], [0.6, 0.4], [0.9, 0.1], [0.2, 0.8]])
     assert confusion(probs.log(), np.array([1, 0, 0, 0]), config(threshold=0.35)) == [[1, 2], [0, 1]]
     several = config(num_labels=2, threshold=[0.25, 0.75], **MULTI)
-    found = label_scores(probs.logit(), np.array([[1.0, 0], [0, 0], [0, 0], [0, 0]]), several)
-    assert found == {
-        "LABEL_0": pytest.approx(
-            {"rows": 1, "f1": 0.5, "precision": 1 / 3, "recall": 1.0, "auprc": 1 / 3, "auroc": 1 / 3}
-        ),
-        "LABEL_1": {"rows": 0, "f1": 0.0, "precision": 0.0, "recall": 0.0, "auprc": None, "auroc": None},
-    }
+    found = all_scores(score_statistic(probs.logit(), np.array([[1.0, 0], [0, 0], [0, 0], [0, 0]]), several), 4)
+    first = {"f1": 0.5, "precision": 1 / 3, "recall": 1.0, "auprc": 1 / 3, "auroc": 1 / 3}
+    assert found["LABEL_0"] == pytest.approx(first)
+    assert found["LABEL_1"] == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "auprc": None, "auroc": None}
     assert outcomes(probs.logit(), np.array([[1.0, 0], [0, 1], [0, 0], [0, 0]]), several) == {
         "LABEL_0": {"found": 1, "missed": 0, "wrong": 2},
         "LABEL_1": {"found": 0, "missed": 1, "wrong": 1},

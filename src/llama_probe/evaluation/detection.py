@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import log_odds, probabilities
-from .bootstrap import Interval, Ranking, intervals
+from .bootstrap import Interval, auroc, intervals
 from .calibration import highest_recall_threshold, highest_unflagged
 from .metrics import has_label
 
@@ -167,12 +166,11 @@ def reply_report(
     positives = has_label(labels, index, config)
     odds = [log_odds(logits, config)[:, index].numpy() for logits in followed]
     scores, largest = _scores(config, followed, index), np.array([row.max() for row in odds])
-    areas = {"r_auc": _area(largest, positives, np.arange(len(largest)), resamples)}
+    areas = {"r_auc": auroc(largest, positives, resamples)}
     if token_labels is not None:
         rows = np.repeat(np.arange(len(odds)), list(map(len, odds)))
-        areas["t_auc"] = _area(
-            np.concatenate(odds), np.concatenate(token_labels), rows, min(resamples, _TOKEN_RESAMPLES)
-        )
+        token_scores, token_positives = np.concatenate(odds), np.concatenate(token_labels)
+        areas["t_auc"] = auroc(token_scores, token_positives, min(resamples, _TOKEN_RESAMPLES), rows)
     own = {"own": 0.5 if config.threshold is None else config.threshold, **(config.thresholds or {})}
     thresholds: dict[str, tuple[float, float | None]] = {name: (value, None) for name, value in own.items()}
     if 0 < positives.sum() < len(positives):
@@ -191,20 +189,6 @@ def reply_report(
     }
 
 
-def _area(
-    scores: np.ndarray, positives: np.ndarray, rows: np.ndarray, resamples: int
-) -> tuple[float | None, Interval]:
-    """Return the AUROC of scores and its interval; what belongs to one of `rows` is drawn together."""
-    ranking, count = Ranking(scores, positives), int(rows.max()) + 1
-    area = float(ranking.areas(np.ones((1, len(scores))))[1, 0])
-    if np.isnan(area) or not resamples:
-        return None if np.isnan(area) else area, None
-    (limits,) = intervals(
-        lambda weights: {(None, "auroc"): ranking.areas(weights[:, rows])[1]}, count, resamples
-    ).values()
-    return area, limits
-
-
 def _limits(
     scores: Sequence[np.ndarray],
     largest: np.ndarray,
@@ -215,19 +199,21 @@ def _limits(
 ) -> dict[str, Interval]:
     """Return 95 % intervals of what `detection` gives. With a `rate` each resample has its own threshold for `detected`."""
     halted, read, shown = _halts(scores, threshold)
-    rng, draws = np.random.default_rng(0), []
-    for _ in range(resamples):
-        rows = rng.integers(len(read), size=len(read))
-        is_positive, is_hit = positives[rows], (halted & positives)[rows]
-        drawn = largest[rows]
-        flagged = halted[rows] if rate is None else drawn > highest_unflagged(drawn[~is_positive], rate)
-        parts = flagged[is_positive], halted[rows][~is_positive], read[rows][is_hit], shown[rows][is_positive]
+
+    def measures(drawn: np.ndarray) -> list[float]:
+        is_positive, is_halted, highest = positives[drawn], halted[drawn], largest[drawn]
+        flagged = is_halted if rate is None else highest > highest_unflagged(highest[~is_positive], rate)
+        delays = read[drawn][is_halted & is_positive]
+        parts = flagged[is_positive], is_halted[~is_positive], shown[drawn][is_positive]
         means = [part.mean() if len(part) else np.nan for part in parts]
-        draws.append([*means[:2], np.median(parts[2]) if len(parts[2]) else np.nan, means[3]])
-    with warnings.catch_warnings(action="ignore"):  # of what is undefined in all resamples
-        limits = np.nanquantile(draws, [0.025, 0.975], axis=0).T.tolist()
-    names = ("detected", "false_halts", "median", "shown")
-    return {name: None if np.isnan(limit[0]) else limit for name, limit in zip(names, limits, strict=True)}
+        return [*means, np.median(delays) if len(delays) else np.nan]
+
+    def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
+        rows = np.arange(len(read))
+        resampled = [measures(np.repeat(rows, counts)) for counts in weights.astype(int)]
+        return dict(zip(("detected", "false_halts", "shown", "median"), np.array(resampled).T, strict=True))
+
+    return intervals(statistic, len(read), resamples)
 
 
 def span_mask(token_texts: Sequence[str], spans: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Metrics of a head: an `evaluate.Metric` over scikit-learn that loads without the Hub, and the Trainer's callback."""
+"""Metrics of a head, for its rows and for many resamples of them at once, and the Trainer's callback."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import torch
-from sklearn import metrics as sk
 from transformers import EvalPrediction
 
 from ..errors import ProbeError
@@ -29,65 +26,127 @@ METRICS = {
     "regression": ("r2",),
 }
 
+# A label and a metric; None for the metric of all labels.
+Key = tuple[str | None, str]
+# Maps weights `[resamples, rows]`, how often each row counts, to metrics `[resamples]`. NaN marks one that is undefined.
+Statistic = Callable[[np.ndarray], dict[Key, np.ndarray]]
 
-class ProbeMetric(evaluate.Metric):
-    """The metrics of `score_logits` as an `evaluate.Metric`.
 
-    Args:
-        config (`ProbeConfig`): its problem type, labels, temperature and threshold.
-    """
-
-    def __init__(self, config: ProbeConfig, **kwargs):
-        self.probe_config = config
-        super().__init__(keep_in_memory=True, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        single = self.probe_config.problem_type == "single_label_classification"
-        row = datasets.Sequence(datasets.Value("float32"))
-        return evaluate.MetricInfo(
-            description="Metrics of a probe head from its logits.",
-            citation="",
-            inputs_description="predictions: [rows, num_labels] logits; references: class indices, or rows of numbers",
-            features=datasets.Features({"predictions": row, "references": datasets.Value("int64") if single else row}),
-        )
-
-    def _compute(self, predictions, references) -> dict[str, float | None]:
-        return score_logits(torch.tensor(predictions), np.asarray(references), self.probe_config)
+def all_scores(statistic: Statistic, rows: int) -> dict[str | None, dict[str, float | None]]:
+    """Return the metrics of a `score_statistic` if each row counts once, by label. None are those that are undefined."""
+    scores: dict[str | None, dict[str, float | None]] = {}
+    for (label, name), (value,) in statistic(np.ones((1, rows))).items():
+        scores.setdefault(label, {})[name] = None if np.isnan(value) else float(value)
+    return scores
 
 
 def score_logits(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, float | None]:
-    """Return the metrics of a head for logits `[rows, num_labels]` and labels as in `LabelledTexts`.
+    """Return the metrics of a head over all labels; see `score_statistic`."""
+    return all_scores(score_statistic(logits, labels, config), len(labels))[None]
+
+
+def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> Statistic:
+    """Return a statistic for logits `[rows, num_labels]` and labels as in `LabelledTexts`.
+
+    A metric depends only on how often each row counts, so the rows are sorted by score once for all resamples.
 
     Returns:
-        Classes: `accuracy`, `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`; the last two rank the rows by
-        `log_odds`. If one of two labels is flagged, they are those of that label. Else they are means over the labels: the
-        first three over labels that some row has or is given, the last two over labels that some rows have and others do not
-        (None if there are none). A label counts on the rows where it is known.
-        Regression: `mse`, `mae` and `r2` (None if all rows have the same value).
+        Classes: for each label `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`; the last two rank the rows
+        by `log_odds`. For None, `accuracy` and: if one of two labels is flagged, the metrics of that label. Else means over
+        the labels: the first three over labels that some row has or is given, the last two over labels that some rows have
+        and others do not.
+        Regression: for None `mse`, `mae` and `r2`, which is undefined if all rows have the same value.
 
     Raises:
         ProbeError: a probability is not a number.
     """
-    probs = probabilities(logits.float(), config)
-    check_numbers(probs)
+    check_numbers(probabilities(logits.float(), config))
     if config.problem_type == "regression":
-        values = probs.numpy()
-        return {
-            "mse": float(sk.mean_squared_error(labels, values)),
-            "mae": float(sk.mean_absolute_error(labels, values)),
-            "r2": float(sk.r2_score(labels, values)) if np.ptp(labels, axis=0).any() else None,
-        }
+        return _regression_statistic(logits.float().numpy(), labels)
     truth, predicted = truth_and_predictions(logits, labels, config)
-    ranked = ranking_scores(logits, labels, config)
-    flagged = config.flagged_index
-    met = [flagged] if flagged is not None else np.flatnonzero((truth | predicted).any(axis=0))
-    parts = _score_columns(truth[:, met], predicted[:, met], ranked[:, met])
-    metrics: dict[str, float | None] = {"accuracy": float((truth == predicted).all(axis=1).mean())}
-    for name in _CLASS_METRICS[1:]:
-        values = [part[name] for part in parts if part[name] is not None]
-        undefined = None if name in AREAS else 0.0
-        metrics[name] = float(np.mean(values)) if values else undefined
-    return metrics
+    right = (truth == predicted).all(axis=1).astype(np.float64)
+    counted = np.concatenate([truth & predicted, predicted, truth], axis=1).astype(np.float64)
+    ranked = log_odds(logits.float(), config).numpy()
+    rankings = [Ranking(ranked[:, index], truth[:, index]) for index in range(config.num_labels)]
+
+    def statistic(weights: np.ndarray) -> dict[Key, np.ndarray]:
+        tp, predictions, support = np.split(weights @ counted, 3, axis=1)  # [resamples, num_labels] each
+        by_label = {
+            "f1": _ratio(2 * tp, predictions + support),
+            "precision": _ratio(tp, predictions),
+            "recall": _ratio(tp, support),
+        }
+        by_label |= dict(zip(AREAS, np.stack([r.areas(weights) for r in rankings], axis=2), strict=True))
+        metrics: dict[Key, np.ndarray] = {(None, "accuracy"): weights @ right / weights.sum(axis=1)}
+        for name, values in by_label.items():
+            if config.flagged_index is not None:
+                metrics[None, name] = values[:, config.flagged_index]
+            elif name in AREAS:
+                defined = ~np.isnan(values)
+                mean = _ratio(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1))
+                metrics[None, name] = np.where(defined.any(axis=1), mean, np.nan)
+            else:  # a mean leaves out labels that no row has or is given
+                metrics[None, name] = _ratio(values.sum(axis=1), (predictions + support > 0).sum(axis=1))
+            metrics |= {(label, name): values[:, index] for index, label in config.id2label.items()}
+        return metrics
+
+    return statistic
+
+
+class Ranking:
+    """Rows ranked by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows."""
+
+    def __init__(self, scores: np.ndarray, positive: np.ndarray):
+        order = np.argsort(-scores, kind="stable")
+        self.positives, self.negatives = order[positive[order]], order[~positive[order]]
+        hits, others = -scores[self.positives], -scores[self.negatives]
+        # For each positive row the number of positive rows with at least its score, and of negative ones with more or as much.
+        self.hits = np.searchsorted(hits, hits, "right")
+        self.above, self.reached = (np.searchsorted(others, hits, side) for side in ("left", "right"))
+
+    def areas(self, weights: np.ndarray) -> np.ndarray:
+        """Return average precision and the area under the ROC curve `[2, resamples]` for weights `[resamples, rows]`.
+
+        They are NaN if all rows that count have the label, or none.
+        """
+        new = weights[:, self.positives]
+        tp, fp = _running_totals(new), _running_totals(weights[:, self.negatives])
+        positives, negatives = tp[:, -1], fp[:, -1]
+        hits, false_hits = tp[:, self.hits], fp[:, self.reached]
+        precision = np.einsum("ij,ij->i", new, hits / np.maximum(hits + false_hits, 1))
+        # Negative rows of the same score count half.
+        pairs = np.einsum("ij,ij->i", new, negatives[:, None] - (false_hits + fp[:, self.above]) / 2)
+        areas = np.stack([precision / np.maximum(positives, 1), pairs / np.maximum(positives * negatives, 1)])
+        return np.where((positives > 0) & (negatives > 0), areas, np.nan)
+
+
+def _running_totals(weights: np.ndarray) -> np.ndarray:
+    """Return the sums of the first 0, 1, ... n columns of `[resamples, n]`."""
+    totals = np.zeros((len(weights), weights.shape[1] + 1))
+    np.cumsum(weights, axis=1, out=totals[:, 1:])
+    return totals
+
+
+def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
+    targets = np.asarray(targets, dtype=np.float64).reshape(len(targets), -1)
+    errors = np.asarray(values, dtype=np.float64).reshape(targets.shape) - targets
+    centred = targets - targets.mean(axis=0)  # keeps the digits of the variance below
+
+    def statistic(weights: np.ndarray) -> dict[Key, np.ndarray]:
+        rows = weights.sum(axis=1, keepdims=True)
+        squared = weights @ errors**2 / rows
+        variance = weights @ centred**2 / rows - (weights @ centred / rows) ** 2
+        # If all rows drawn have one value, the variance is rounding error.
+        variance[variance <= 1e-14 * (centred**2).max(axis=0)] = np.nan
+        metrics = {"mse": squared, "mae": weights @ np.abs(errors) / rows, "r2": 1 - squared / variance}
+        return {(None, name): each.mean(axis=1) for name, each in metrics.items()}
+
+    return statistic
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Divide; 0 / 0 is 0, as in `score_logits`."""
+    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
 def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray:
@@ -100,49 +159,12 @@ def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray
 def truth_and_predictions(
     logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`; both False if a label is not known."""
+    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`."""
     predicted = predictions(probabilities(logits.float(), config), config).numpy()
     if config.problem_type == "multi_label_classification":
-        return labels == 1, predicted & ~np.isnan(labels)
+        return labels.astype(bool), predicted
     one_hot = np.eye(config.num_labels, dtype=bool)
     return one_hot[labels.astype(int)], one_hot[predicted]
-
-
-def ranking_scores(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> np.ndarray:
-    """Return the scores `[rows, num_labels]` that rank rows for AUPRC and AUROC, NaN if a label is not known."""
-    scores = log_odds(logits.float(), config).numpy()
-    return np.where(np.isnan(labels), np.nan, scores) if labels.ndim == 2 else scores
-
-
-def label_scores(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, dict[str, Any]]:
-    """Score each label of a head of classes against all others; arguments as for `score_logits`.
-
-    Returns:
-        By label name: `rows` with the label, `f1`, `precision`, `recall`, `auprc` and `auroc`. The last two are None if
-        no row or each row has the label.
-    """
-    parts = _score_columns(*truth_and_predictions(logits, labels, config), ranking_scores(logits, labels, config))
-    return dict(zip(config.id2label.values(), parts, strict=True))
-
-
-def _score_columns(truth: np.ndarray, predicted: np.ndarray, ranked: np.ndarray) -> list[dict[str, Any]]:
-    parts = []
-    for positives, flagged, scores in zip(truth.T.astype(int), predicted.T.astype(int), ranked.T, strict=True):
-        options = {"average": "binary", "zero_division": 0.0}
-        precision, recall, f1 = map(float, sk.precision_recall_fscore_support(positives, flagged, **options)[:3])
-        part = {
-            "rows": int(positives.sum()),
-            "f1": f1,
-            "precision": precision,
-            "recall": recall,
-            **dict.fromkeys(AREAS),
-        }
-        is_known = ~np.isnan(scores)
-        if 0 < part["rows"] < is_known.sum():
-            part["auprc"] = float(sk.average_precision_score(positives[is_known], scores[is_known]))
-            part["auroc"] = float(sk.roc_auc_score(positives[is_known], scores[is_known]))
-        parts.append(part)
-    return parts
 
 
 def confusion(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> list[list[int]]:
@@ -162,13 +184,11 @@ def outcomes(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> d
 def compute_metrics(config: ProbeConfig) -> Callable[[EvalPrediction], dict[str, float | None]]:
     """Return the Trainer's `compute_metrics=` for a head with this config. It gives the numbers of a report."""
 
-    metric = ProbeMetric(config)
-
     def compute(evaluated: EvalPrediction) -> dict[str, float | None]:
         labels = np.asarray(evaluated.label_ids)
         if config.problem_type != "single_label_classification":
             labels = labels.reshape(len(labels), -1)
-        return metric.compute(predictions=evaluated.predictions, references=labels)
+        return score_logits(torch.as_tensor(evaluated.predictions), labels, config)
 
     return compute
 

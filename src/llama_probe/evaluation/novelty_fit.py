@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch.utils.data import Dataset, Subset
 
 from ..errors import ProbeError
@@ -15,7 +14,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.novelty import FAR, MAX_ROWS, MIN_ROWS, Novelty, novelty_layers
 from ..heads.probe import ProbeModel
-from .bootstrap import auroc_interval, share_interval
+from .bootstrap import auroc, share_interval
 from .prediction import collect, score_batches
 
 
@@ -100,9 +99,8 @@ def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamp
     against: dict[str, Any] = {}
     for name, other in others.items():
         scores, truth = torch.cat([own, other]).numpy(), np.repeat([False, True], [len(own), len(other)])
-        against[name] = _far(other) | {"auroc": float(roc_auc_score(truth, scores))}
-        if resamples:
-            against[name]["interval"] = auroc_interval(scores, truth, resamples)
+        area, interval = auroc(scores, truth, resamples)
+        against[name] = _far(other) | {"auroc": area} | ({"interval": interval} if resamples else {})
     return {"own": _far(own), "against": against}
 
 

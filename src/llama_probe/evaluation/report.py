@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
-from .bootstrap import Interval, Key, intervals, score_statistic, share_interval
+from .bootstrap import intervals, share_interval
 from .calibration import reliability, threshold_table
-from .metrics import confusion, has_label, label_scores, outcomes, score_logits
+from .metrics import all_scores, confusion, has_label, outcomes, score_statistic
 from .prediction import collect, score_batches
 from .transformations import GROUPS
 
@@ -68,17 +68,13 @@ def report(
     """Return metrics of all rows, and of each group of rows with the same value in a column.
 
     Args:
-        config, logits, labels: see `score_logits`.
+        config, logits, labels: see `score_statistic`.
         slices: columns by name, one value a row.
 
     Returns:
         `rows`, the metrics of `score_logits`, and `slices`: column -> value -> the same.
     """
-    result: dict[str, Any] = {"rows": len(labels), **score_logits(logits, labels, config)}
-    for column, value, rows in _groups(slices):
-        groups = result.setdefault("slices", {}).setdefault(column, {})
-        groups[value] = {"rows": int(rows.sum()), **score_logits(logits[rows], labels[rows], config)}
-    return result
+    return _scores(config, logits, labels, slices)[0]
 
 
 def detailed_report(
@@ -96,34 +92,46 @@ def detailed_report(
         resamples, seed: of the bootstrap that gives 95 % intervals; 0 resamples for none.
 
     Returns:
-        The keys of `report`. But for regression `labels` (see `label_scores`), `calibration` (see `reliability`) and, for
-        single-label heads, `confusion`. With resamples `bootstrap`: `resamples`, `seed` and `level`; and `intervals`
-        beside the metrics of all rows, of each slice and of each label: by metric `[low, high]`, or None if the metric is
-        undefined in all resamples.
+        The keys of `report`. But for regression `labels`: by name the metrics of the label against all others, and its
+        `rows`; `calibration` (see `reliability`) and, for single-label heads, `confusion`. With resamples `bootstrap`:
+        `resamples`, `seed` and `level`; and `intervals` beside the metrics of all rows, of each slice and of each label: by
+        metric `[low, high]`, or None if the metric is undefined in all resamples.
     """
-    result = report(config, logits, labels, slices)
+    result, by_label = _scores(config, logits, labels, slices, resamples, seed)
     if config.problem_type != "regression":
-        result["labels"] = label_scores(logits, labels, config)
+        rows = {name: int(has_label(labels, index, config).sum()) for index, name in config.id2label.items()}
+        result["labels"] = {name: {"rows": rows[name], **part} for name, part in by_label.items()}
         result["calibration"] = reliability(logits, labels, config)
     if config.problem_type == "single_label_classification":
         result["confusion"] = confusion(logits, labels, config)
-    if not resamples:
-        return result
-    result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
-
-    def add_intervals(part: dict[str, Any], limits: dict[Key, Interval], label: str | None = None) -> None:
-        part["intervals"] = {name: limits[label, name] for name in part if (label, name) in limits}
-
-    limits = intervals(score_statistic(logits, labels, config), len(labels), resamples, seed)
-    add_intervals(result, limits)
-    for label, part in result.get("labels", {}).items():
-        add_intervals(part, limits, label)
-    for column, value, rows in _groups(slices):
-        part = result["slices"][column][value]
-        add_intervals(
-            part, intervals(score_statistic(logits[rows], labels[rows], config), part["rows"], resamples, seed)
-        )
+    if resamples:
+        result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
     return result
+
+
+def _scores(
+    config: ProbeConfig,
+    logits: torch.Tensor,
+    labels: np.ndarray,
+    slices: dict[str, Sequence[Any]] | None = None,
+    resamples: int = 0,
+    seed: int = 0,
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return what `report` returns, and the metrics of each label, both with `intervals` if there are resamples."""
+    statistic = score_statistic(logits, labels, config)
+    parts: dict[str | None, dict[str, Any]] = dict(all_scores(statistic, len(labels)))
+    if resamples:
+        limits = intervals(statistic, len(labels), resamples, seed)
+        for label, part in parts.items():
+            part["intervals"] = {name: limits[label, name] for name in part}
+    result = {"rows": len(labels), **parts.pop(None)}
+    for column, values in (slices or {}).items():
+        texts = np.array([str(value) for value in values], dtype=object)
+        groups = result.setdefault("slices", {})[column] = {}
+        for value in sorted(set(texts)):
+            rows = texts == value
+            groups[value], _ = _scores(config, logits[rows], labels[rows], None, resamples, seed)
+    return result, parts
 
 
 def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
@@ -164,11 +172,3 @@ def describe_evaluation(result: dict[str, Any], **facts) -> dict[str, Any]:
     intervals = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}
     kept = {key: result[key] for key in ("flagged", "replies", "novelty", *GROUPS) if key in result}
     return {**facts, "rows": result["rows"], "metrics": metrics, "intervals": intervals, **kept}
-
-
-def _groups(slices: dict[str, Sequence[Any]] | None) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield column, value as text, and the mask `[rows]` of the rows with this value."""
-    for column, values in (slices or {}).items():
-        texts = np.array([str(value) for value in values], dtype=object)
-        for value in sorted(set(texts)):
-            yield column, value, texts == value
