@@ -112,7 +112,7 @@ def test_evaluate_with_a_judge(served, rows, tmp_path):
     assert "--ask" in refuse(*args[:-4], "--judge-column", "guard")
 
 
-def test_the_backbone_is_the_heads_own(trained, rows, tmp_path):
+def test_the_backbone_is_the_heads_own(trained, rows):
     """Without --backbone."""
     for args in (
         ("evaluate", "--data", rows / "test.jsonl", "--bootstrap", 0),
@@ -120,8 +120,6 @@ def test_the_backbone_is_the_heads_own(trained, rows, tmp_path):
         ("generate", "good morning", "--max-new-tokens", 1),
     ):
         assert succeed(*args, "--probe", trained[0], "--json")
-    save_head(make_probe(base_model_name_or_path="nowhere/at-all"), tmp_path / "lost")
-    assert "nowhere/at-all" in refuse("classify", "good morning", "--probe", tmp_path / "lost")
 
 
 def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
@@ -199,7 +197,7 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     assert found["rates"] == {"fpr-10%": 0.1}
     measured = succeed("evaluate", *data, "--probe", guard, "--data", rows, "--json")["replies"]
     assert measured["thresholds"]["fpr-10%"]["false_halts"] <= 0.1 and measured["t_auc"] is not None
-    assert "halting: awful" in succeed("evaluate", *data, "--probe", guard, "--data", rows)
+    assert "awful" in succeed("evaluate", *data, "--probe", guard, "--data", rows)
     served = ("--probe", guard, "--backbone", backbone_folder)
     args = ("generate", "good one", *served, "--max-new-tokens", 4, "--json", "--halt-on")
     (row,) = succeed(*args, "guard:awful:0")
@@ -252,6 +250,7 @@ TRAIN = "train --train {rows} --output {out} "
         ("destroy", "destroy"),
         ("evaluate", "--data"),
         ("calibrate", "--probe"),
+        ("evaluate --data x --ask 1.5", "--ask"),
         ("inspect nothing-here", "nothing-here"),
         ("inspect --backbone demo", "--backbone"),
         ("inspect --revision main", "--revision"),
@@ -271,6 +270,7 @@ TRAIN = "train --train {rows} --output {out} "
         (TRAIN + "--layers 1", "--layers"),
         (TRAIN + "--set head.layers=top", "layers"),
         (TRAIN + "--epochs 0", "num_train_epochs=0"),
+        (TRAIN + "--flag worse", "worse"),
         (TRAIN + "--set training.cache_states=false --set training.cache_dir=kept", "cache_states"),
     ],
 )

@@ -1,7 +1,7 @@
 """A guard is never the wrong way round: the label to flag is named, whatever the order of the labels."""
 
 import pytest
-from command_line import call, refuse, settings, succeed, train
+from command_line import call, refuse, succeed, train
 from training_runs import write
 
 from llama_probe import ProbeModel
@@ -75,13 +75,3 @@ def test_a_head_that_flags_nothing_halts_and_calibrates_when_told_what(guard, tm
     succeed(*fit, "--flag", "awful")
     head = ProbeModel.from_pretrained(tmp_path / "guard")
     assert head.config.flagged == [head.results["thresholds_from"]["flagged"]] == ["awful"] and head.config.thresholds
-
-
-def test_a_limit_of_false_alarms_needs_the_label(backbone_folder, tmp_path):
-    rows = write(
-        tmp_path / "rows.jsonl", [{"text": f"number {i}", "label": ("bad", "good")[i % 2]} for i in range(40)]
-    )
-    args = ("train", rows, "--backbone", backbone_folder, "--output", tmp_path / "head")
-    assert "--flag" in refuse(*args, *settings(training={"max_false_positive_rate": 0.1}))
-    assert "flagged=['worse']" in refuse(*args, "--flag", "worse")
-    assert not (tmp_path / "head").exists()

@@ -8,7 +8,7 @@ import pytest
 from command_line import refuse, succeed
 from conftest import make_probe, make_tokenizer, save_head
 
-from llama_probe.cli import plot as command
+from llama_probe.cli import inputs
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation import plots
 
@@ -88,7 +88,7 @@ def test_heads_without_a_confusion(make_head, backbone_folder, rows, tmp_path, l
 
 
 def test_measurements_of_the_head_need_no_backbone(make_head, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load_backbone", None)
+    monkeypatch.setattr(inputs, "load_backbone", None)
     succeed("plot", make_head(inspection=INSPECTION), "--output", tmp_path / "out")
     assert names_of(tmp_path / "out") == ["calibration.png", "confusion.png", "layer_weights.png"]
 
@@ -99,24 +99,20 @@ def test_measurements_of_the_head_need_no_backbone(make_head, tmp_path, monkeypa
         (None, "", "--data"),
         (None, "--data no.jsonl", "no.jsonl"),
         ([1], "", "cannot be drawn"),
+        (None, "--text x --output {0}/file/in/it", "file"),
+        (None, "--text=", "--text"),
         ({**INSPECTION, "confusion": [[1]]}, "", "cannot be drawn"),
     ],
 )
 def test_bad_input(make_head, tmp_path, inspection, args, named):
-    head = make_head(inspection=inspection)
-    assert named in refuse("plot", head, "--output", tmp_path / "out", *args.split())
-    assert not (tmp_path / "out").exists()
-
-
-def test_refused_before_the_head_is_read(tmp_path):
     (tmp_path / "file").write_text("mine")
-    for output in (tmp_path / "file", tmp_path / "file" / "in" / "it"):
-        assert "file" in refuse("plot", "nothing-here", "--text", "x", "--output", output)
-    assert "--text" in refuse("plot", "nothing-here", "--text", " ", "--output", tmp_path / "out")
+    head = make_head(inspection=inspection)
+    assert named in refuse("plot", head, "--output", tmp_path / "out", *args.format(tmp_path).split())
     assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib(make_head, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(command, "load_backbone", None)
+    monkeypatch.setattr(inputs, "load_backbone", None)
     assert "llama_probe[plots]" in refuse("plot", make_head(), "--text", "x", "--output", tmp_path / "out")

@@ -56,14 +56,6 @@ def test_a_stopped_run_says_how_to_go_on(rows, backbone_folder, tmp_path, monkey
     assert ProbeModel.from_pretrained(tmp_path / "a").results
 
 
-def test_a_head_of_one_layer(rows, backbone_folder, tmp_path):
-    train(backbone_folder, rows, tmp_path / "a", head={"probe_type": "last", "layers": [1, 3]})
-    config = read_config(tmp_path / "a")
-    assert config.layers == [1, 3] and config.layer_indices == [3]
-    served = ("--backbone", backbone_folder, "--probe", tmp_path / "a", "--json")
-    assert succeed("classify", "good morning", *served)[0]["labels"]["a"].startswith("LABEL_")
-
-
 def test_a_kind_of_ones_own(rows, backbone_folder, tmp_path, monkeypatch):
     known = dict(registry._PROBE_TYPES)
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(known))

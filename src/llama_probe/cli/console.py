@@ -90,20 +90,27 @@ def print_records(title: str | None, records: Mapping[str, Mapping[str, Any]], l
     print_table(title, ("", *columns), rows, left)
 
 
-def print_values(title: str, values: Mapping[str, Any]) -> None:
-    """Print a table of the plain values, and one of each group of records among the others."""
+def print_values(title: str, values: Mapping[str, Any], path: str = "") -> None:
+    """Print tables of JSON values: the plain ones, columns of dicts with the same keys, and groups of records."""
     intervals = values.get("intervals", {})
-    rows = [(name, cell(value, intervals.get(name))) for name, value in values.items() if _is_plain(value)]
-    print_table(title, ("", "value"), rows)
+    plain = [(name, cell(value, intervals.get(name))) for name, value in values.items() if _is_plain(value)]
+    print_table(title, ("", "value"), plain)
+    columns: dict[tuple[str, ...], dict[str, Any]] = {}
     for name, part in values.items():
-        if isinstance(part, list):
-            part = {str(number): record for number, record in enumerate(part, 1)} if not _is_plain(part) else {}
-        if not isinstance(part, dict) or name == "intervals":
+        if _is_plain(part) or not part or name == "intervals":
             continue
-        if part and all(isinstance(record, dict) and any(map(_is_plain, record.values())) for record in part.values()):
-            print_records(f"{title}: {name}", part)
+        if isinstance(part, list):
+            part = {str(number): record for number, record in enumerate(part, 1)}
+        if all(map(_is_plain, part.values())):
+            columns.setdefault(tuple(part), {})[name] = part
+        elif all(isinstance(record, dict) and any(map(_is_plain, record.values())) for record in part.values()):
+            print_records(path + name, part)
         else:
-            print_values(f"{title}: {name}", part)
+            print_values(path + name, part, f"{path}{name}: ")
+    for keys, parts in columns.items():
+        print_records(
+            path + ", ".join(parts), {key: {name: part[key] for name, part in parts.items()} for key in keys}
+        )
 
 
 def _is_plain(value: object) -> bool:
@@ -111,11 +118,9 @@ def _is_plain(value: object) -> bool:
 
 
 def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain values in a record and in the dicts inside it."""
-    values: dict[str, Any] = {}
-    for name, value in record.items():
-        if _is_plain(value):
-            values[name] = value
-        elif isinstance(value, dict) and name != "intervals":
-            values |= _flat(value)
+    """Return the plain values in a record, and those of the dicts in it that hold nothing else."""
+    values = {name: value for name, value in record.items() if _is_plain(value)}
+    for name, inner in record.items():
+        if isinstance(inner, dict) and name != "intervals" and all(map(_is_plain, inner.values())):
+            values |= {key: value for key, value in inner.items() if key not in values}
     return values

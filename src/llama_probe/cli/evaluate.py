@@ -11,7 +11,6 @@ from ..data.known import slices_of
 from ..data.labels import read_labels
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
-from ..evaluation.asking import asked, check_shares
 from ..files import short_path
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import measured_rules, read_results
@@ -35,7 +34,7 @@ def evaluate(
     record: str | None = None,
     wrappings: bool = False,
     attacks: bool = False,
-    ask: list[float] | None = None,
+    ask: Annotated[list[float] | None, {"min": 0, "max": 1}] = None,
     judge_column: str | None = None,
     against: list[str] | None = None,
     bootstrap: Annotated[int, {"min": 0, "max": 100_000}] = 1000,
@@ -56,7 +55,6 @@ def evaluate(
     """
     if record is not None:
         check_head_folder(probe, "--record")
-    check_shares(ask or ())
     if judge_column is not None and not ask:
         raise ProbeError(f"--judge-column {judge_column} needs --ask, the share of the rows to ask about")
     with process_group():
@@ -111,13 +109,13 @@ def evaluate(
             result["novelty"] = against_others(novelty, novelties, bootstrap)
         result |= transformed
         if ask:
-            result["asking"] = asked(head.config, logits, labelled.labels, ask, verdicts)
+            result["asking"] = report.asked(head.config, logits, labelled.labels, ask, verdicts)
         if record is not None:
             head.results = read_results(probe) or {}  # another evaluation may have been recorded in the meantime
             measured = report.describe_evaluation(result, source=short_path(data))
             head.results.setdefault("evaluations", {})[record] = measured
             head.save_pretrained(probe)
-    return result, partial(print_values, f"{probe} on {data}", _by_label(result))
+    return result, partial(print_values, f"{probe} on {data}", _for_display(result))
 
 
 def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
@@ -128,8 +126,12 @@ def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
     return read_labels(f"--judge-column {column}", labelled.columns[column], names, config.problem_type)[0]
 
 
-def _by_label(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a report with its confusion by the names of the labels, if these are few."""
+def _for_display(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a report with its confusion by the names of the labels, if these are few, and halting rules as they did here."""
     names, matrix = list(result.get("labels", ())), result.get("confusion", ())
     by_name = {name: dict(zip(names, counts, strict=True)) for name, counts in zip(names, matrix, strict=False)}
-    return result | {"confusion": by_name if len(matrix) <= _MAX_CONFUSION else {}}
+    halting = {
+        label: [{**rule, **rule["test"], "validation": {}, "test": {}} for rule in rules]
+        for label, rules in result.get("halting", {}).items()
+    }
+    return result | {"confusion": by_name if len(matrix) <= _MAX_CONFUSION else {}, "halting": halting}

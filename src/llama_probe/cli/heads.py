@@ -7,8 +7,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from rich.text import Text
-
 from ..backbone.loading import DtypeName, backbone_target, load_backbone, model_id
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
@@ -18,15 +16,8 @@ from ..hub.card import kept_share, markdown_table, plain
 from ..hub.folder import read_results, training_results
 from ..hub.resolve import ALIASES, bundled_heads
 from ..hub.transport import HubOptions
-from .console import print_table, with_spread
+from .console import print_records, print_table, with_spread
 from .options import Result, check_revision
-
-
-_VERDICTS = {
-    "same": Text("same", "green"),
-    "differs": Text("differs", "bold red"),
-    "explained": Text("differs, explained", "green"),
-}
 
 
 def inspect(
@@ -139,17 +130,19 @@ def read_measured(alias: str) -> dict[str, Any]:
 
 
 def _print_heads(configs: dict[str, ProbeConfig]) -> None:
-    rows = [
-        (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
+    facts = {
+        alias: {
+            "kind": config.probe_type,
+            "labels": ", ".join(config.id2label.values()),
+            "backbone": config.base_model_name_or_path,
+        }
         for alias, config in configs.items()
-    ]
-    print_table("bundled heads", ("alias", "kind", "labels", "backbone"), rows, left=4)
+    }
+    print_records("bundled heads", facts, left=4)
 
 
 def _print_checks(probe: str, backbone: str, checks: list[Check]) -> None:
-    rows = [
-        (check.field, check.recorded, check.actual, _VERDICTS.get(check.verdict, check.verdict)) for check in checks
-    ]
+    rows = [(check.field, check.recorded, check.actual, check.verdict) for check in checks]
     print_table(f"{probe} on {backbone}", ("", "the head was trained with", "this backbone", "verdict"), rows, left=4)
     differing = [check for check in checks if check.verdict == "differs"]
     guess = next((check.guess for check in checks if check.guess), None)  # from the fingerprints

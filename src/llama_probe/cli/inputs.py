@@ -43,6 +43,13 @@ class HeadOptions:
         options = HubOptions(trust_remote_code=self.trust_remote_code)
         return read_heads(probes, backbone_target(self.backbone_of(probes[0])), options)
 
+    def attach(self, heads: dict[str, ProbeModel], probe: str) -> tuple[Any, Any]:
+        """Return the backbone of a head with heads, and its tokenizer."""
+        from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
+
+        lm, tokenizer = load_backbone(self.backbone_of(probe), self.dtype)
+        return AutoModelForProbedGeneration.from_causal_lm(lm, heads), tokenizer
+
 
 class ScoredHead:
     """A head whose backbone is loaded by `attach`: what the head refuses comes before that.

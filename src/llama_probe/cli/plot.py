@@ -6,10 +6,8 @@ import re
 import unicodedata
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-from ..backbone.loading import load_backbone
-from ..data.prompts import PromptFormat
 from ..errors import ProbeError
 from ..evaluation import plots
 from ..evaluation.heatmap import heat_map
@@ -24,13 +22,8 @@ from .inputs import HeadOptions, LabelledRows, ScoredHead
 from .options import ROWS, Result
 
 
-class _Drawing(NamedTuple):
-    """A file to write, its content in words, and the facts of the text that it is about."""
-
-    name: str
-    shows: str
-    content: Content
-    facts: dict[str, Any]
+# The content of each file by its name, and the facts about it: what it `shows`, and of which text.
+_Drawings = dict[str, tuple[Content, dict[str, Any]]]
 
 
 def plot(
@@ -68,44 +61,43 @@ def plot(
     elif not texts and not inspection:
         raise ProbeError(f"{probe} has no measurements to draw: give texts (--text) or labelled rows (--data)")
     if texts or labelled is not None:
-        from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
-
-        lm, tokenizer = load_backbone(scored.backbone, options.dtype)
-        model = AutoModelForProbedGeneration.from_causal_lm(lm, {name: head})
-        readings = read_weights(model, tokenizer, texts) if texts else []
+        scored.attach()
         if labelled is not None:
             from ..evaluation.report import inspect_head  # needs packages that drawing does not need
 
-            head.set_backbone(model)
-            prompts = PromptFormat.from_config(head.config, tokenizer)
-            dataset = prompts.encode_for(head.config, labelled.texts, labelled.labels)
+            dataset = scored.dataset(labelled.texts)
             measured = inspect_head(head, dataset, labelled.labels, progress=True)
             inspection = {"split": Path(data).name, **measured}
-    drawings = [drawing for number, reading in enumerate(readings, 1) for drawing in _draw_text(reading, number)]
+        if texts:
+            from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
+
+            model = AutoModelForProbedGeneration.from_causal_lm(head.backbone, {name: head})
+            readings = read_weights(model, scored.prompts.tokenizer, texts)
+    drawings: _Drawings = {}
+    for number, reading in enumerate(readings, 1):
+        drawings |= _draw_text(reading, number)
     try:
-        drawings += _draw_head(inspection or {}, head.config)
+        drawings |= _draw_head(inspection or {}, head.config)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ProbeError(f"the measurements of {probe} cannot be drawn: {error}; --data measures anew") from error
     make_folder(output)
-    write_atomically({output / item.name: item.content for item in drawings})
-    files = [{"file": str(output / item.name), "shows": item.shows, **item.facts} for item in drawings]
+    write_atomically({output / file: content for file, (content, _) in drawings.items()})
+    files = [{"file": str(output / file), **facts} for file, (_, facts) in drawings.items()]
     shown = [(item["file"], item["shows"]) for item in files]
     return {"files": files}, partial(print_table, None, ("file", "shows"), shown, left=2)
 
 
-def _draw_text(reading: Reading, number: int) -> list[_Drawing]:
+def _draw_text(reading: Reading, number: int) -> _Drawings:
     plain = unicodedata.normalize("NFKD", reading.text).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40]
     stem = f"{number:02}-{words}".strip("-")
     facts = {"text": reading.text, "label": reading.label, "probabilities": reading.probabilities}
-    shows = f"tokens and layers: {reading.verdict}"
-    return [
-        _Drawing(f"{stem}.png", shows, png_writer(partial(heat_map, reading)), facts),
-        _Drawing(f"{stem}.html", "the coloured text", reading_page(reading), facts),
-    ]
+    writer, shows = png_writer(partial(heat_map, reading)), f"tokens and layers: {reading.verdict}"
+    page = reading_page(reading), {"shows": "the coloured text", **facts}
+    return {f"{stem}.png": (writer, {"shows": shows, **facts}), f"{stem}.html": page}
 
 
-def _draw_head(inspection: dict[str, Any], config: ProbeConfig) -> list[_Drawing]:
+def _draw_head(inspection: dict[str, Any], config: ProbeConfig) -> _Drawings:
     """Draw the parts of an `inspection`. The figures are made here, so that damaged numbers raise before a file is written."""
     if not isinstance(inspection, dict):
         raise TypeError("they are not a JSON object")
@@ -118,9 +110,9 @@ def _draw_head(inspection: dict[str, Any], config: ProbeConfig) -> list[_Drawing
     }
     if len(names) > plots.MAX_CONFUSION:
         del parts["confusion"]
-    drawings = []
+    drawings: _Drawings = {}
     for part, (draw, shows) in parts.items():
         if part in inspection:
             figure = draw(inspection)
-            drawings.append(_Drawing(f"{part}.png", shows, png_writer(lambda figure=figure: figure), {}))
+            drawings[f"{part}.png"] = png_writer(lambda figure=figure: figure), {"shows": shows}
     return drawings

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 from rich.text import Text
 
-from ..backbone.loading import DtypeName, load_backbone
 from ..data.prompts import PromptFormat, check_alike
 from ..data.row_files import MAX_TEXT
 from ..distributed import is_main, launched, process_group
@@ -18,7 +17,6 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import in_words, reply_outputs
 from ..heads.novelty import abstain_levels
-from ..heads.probe import ProbeModel
 from ..vllm.halting_words import read_halting
 from .console import print_table, print_text, printable
 from .inputs import HeadOptions
@@ -26,21 +24,6 @@ from .options import COUNT, PROBE, Result
 
 
 _BATCH = 8  # prompts of a pass
-
-
-def _attach(
-    heads: dict[str, ProbeModel], backbone: str, dtype: DtypeName, abstain_at: float | None
-) -> tuple[Any, Any]:
-    """Return the backbone with the heads, and its tokenizer."""
-    abstain_levels(abstain_at, _configs(heads))  # raises
-    from ..serving.auto import AutoModelForProbedGeneration
-
-    lm, tokenizer = load_backbone(backbone, dtype)
-    return AutoModelForProbedGeneration.from_causal_lm(lm, heads), tokenizer
-
-
-def _configs(heads: dict[str, ProbeModel]) -> dict[str, ProbeConfig]:
-    return {name: head.config for name, head in heads.items()}
 
 
 def generate(
@@ -65,14 +48,15 @@ def generate(
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
     texts, heads = _read_prompts(prompts), loading.read(probe)
-    configs = _configs(heads)
+    configs = {name: head.config for name, head in heads.items()}
     check_alike(configs)
     if rules:
         from ..serving.halting import Halter
 
         for rule in Halter(rules, configs).rules:
             print_text(str(rule))
-    model, tokenizer = _attach(heads, loading.backbone_of(probe[0]), loading.dtype, abstain_at)
+    abstain_levels(abstain_at, configs)  # raises
+    model, tokenizer = loading.attach(heads, probe[0])
     # A prompt that gets a reply stays whole.
     prompt_format = PromptFormat.from_config(next(iter(configs.values())).replace(max_length=None), tokenizer)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "abstain_at": abstain_at}
@@ -133,18 +117,14 @@ def classify(
         files = [*(input or []), *(prompts or [])]
         if not files or output is None:
             raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
-        settings = {
-            "keep_columns": keep_column or [],
-            "chunk_rows": chunk_rows,
-            "resume": resume,
-            "max_text": max_text,
-        }
-        settings |= {"text_column": text_column, "prompt_column": prompt_column, "dtype": loading.dtype}
         probes = loading.read(probe) if loading.trust_remote_code else probe
         from ..evaluation.scoring_job import MANIFEST_NAME, ScoringJob  # needs pyarrow
 
         with process_group():
-            done = ScoringJob(files, output, probes, loading.backbone_of(probe[0]), **settings).execute()
+            done = ScoringJob(
+                files, output, probes, loading.backbone_of(probe[0]), text_column, prompt_column, keep_column or [],
+                chunk_rows, loading.dtype, resume, max_text,
+            ).execute()  # fmt: skip
             if not is_main():
                 return None
         summary = f"{done['rows']:,} rows in {len(done['parts'])} files in {output}; {MANIFEST_NAME} lists them"
@@ -152,13 +132,14 @@ def classify(
     if launched():
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
     texts, heads = _read_prompts(prompts), loading.read(probe)
-    configs = _configs(heads)
+    configs = {name: head.config for name, head in heads.items()}
     for name, config in configs.items():
         if config.token_scope == "response":
             raise ProbeError(
                 f"{name!r} reads replies: give files of prompts and replies (--input with --prompt-column), or use generate"
             )
-    model, tokenizer = _attach(heads, loading.backbone_of(probe[0]), loading.dtype, abstain_at)
+    abstain_levels(abstain_at, configs)  # raises
+    model, tokenizer = loading.attach(heads, probe[0])
     found = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
     labels = {name: output.labels for name, output in found.items()}
     probabilities = {name: output.probabilities for name, output in found.items()}

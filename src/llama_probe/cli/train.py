@@ -16,7 +16,7 @@ from ..errors import ProbeError
 from ..heads import probe_types
 from ..hub.folder import RECIPE_NAME
 from ..training.recipe import Recipe, recipe_names
-from .console import cell, print_records, print_text, with_spread
+from .console import print_records, print_text, with_spread
 from .options import BACKBONE, COUNT, ROWS, Result, command_line
 
 
@@ -124,24 +124,19 @@ def _is_recipe(name: str) -> bool:
 
 
 def _print(results: dict[str, Any], output: Path) -> None:
-    parts: dict[str, dict[str, Any]] = {}
     for split, summary in results["summary"].items():
-        for run in results["runs"]:
-            chosen = " *" if run["seed"] == results["chosen_seed"] else ""
-            parts[f"{split}, seed {run['seed']}{chosen}"] = run[split]
-        if len(results["runs"]) > 1:
-            means = {name: value for name, value in summary.items() if isinstance(value, dict) and "mean" in value}
-            parts[f"{split}, mean ± sd"] = {name: with_spread(value, ".3f") for name, value in means.items()}
-    title = f"{results['probe_type']} on {results['backbone']}, {results['num_parameters']:,} parameters"
-    print_records(title, parts)
-    trials = {
-        ", ".join(f"{name}={cell(value)}" for name, value in trial["values"].items()): {
-            results["recipe"]["metric"]: trial["score"],
-            "parameters": trial["num_parameters"],
+        runs = {
+            f"seed {run['seed']}{' *' * (run['seed'] == results['chosen_seed'])}": run[split]
+            for run in results["runs"]
         }
-        for trial in results.get("search", [])[:_MAX_TRIALS]
-    }
-    print_records(f"{len(results.get('search', ()))} configurations by validation", trials)
+        means = {name: value for name, value in summary.items() if isinstance(value, dict) and "mean" in value}
+        runs["mean ± sd"] = {name: with_spread(value, ".3f") for name, value in means.items()}
+        print_records(f"{results['probe_type']} on {results['backbone']}, {split}", runs)
+    trials = results.get("search", [])
+    print_records(
+        f"{len(trials)} configurations by validation",
+        {str(i): trial for i, trial in enumerate(trials[:_MAX_TRIALS], 1)},
+    )
     if measured := results.get("measured"):
         _print_measured(measured)
     flagged = ", ".join(results["flagged"]) or "no label; name one with --flag, here or in calibrate, or in halt_on"
