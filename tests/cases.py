@@ -1,7 +1,10 @@
-"""Cases that several test modules share: kinds of head, ways to generate, and a guard of replies."""
+"""Cases that several test modules share: kinds of head, ways to generate, scores of rows, and a guard of replies."""
 
+import numpy as np
+import torch
 from conftest import make_probe
 
+from llama_probe import ProbeConfig
 from llama_probe.heads import probe_types
 
 
@@ -45,3 +48,19 @@ def flag(*tokens, rows=(0,)):
         return [row in rows and scores.step in tokens for row in range(len(scores.counted))]
 
     return callback
+
+
+def make_scores(
+    config: ProbeConfig, rows: int = 60, seed: int = 0, steps: int = 50
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Return logits on a coarse grid, so that some are equal, and labels that correlate with them."""
+    rng = np.random.default_rng(seed)
+    shape = (rows, config.num_labels)
+    if config.problem_type == "regression":
+        return torch.from_numpy(rng.normal(size=shape)).float(), rng.integers(0, 3, shape).astype(float)
+    if config.problem_type == "multi_label_classification":
+        labels = target = (rng.random(shape) < 0.3).astype(float)
+    else:
+        labels = rng.integers(0, config.num_labels, rows)
+        target = np.eye(config.num_labels)[labels]
+    return torch.from_numpy(rng.integers(0, steps, shape) / steps * 4 - 2 + target).float(), labels

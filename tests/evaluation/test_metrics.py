@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cases import make_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
@@ -34,20 +35,6 @@ CONFIGS = {
     "value": ProbeConfig(probe_type="gate", **REGRESSION),
     "values": ProbeConfig(probe_type="gate", **REGRESSION | {"num_labels": 2}),
 }
-
-
-def make_rows(config: ProbeConfig, rows: int, seed: int, steps: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Return logits on a coarse grid, so that some are equal, and labels that correlate with them."""
-    rng = np.random.default_rng(seed)
-    shape = (rows, config.num_labels)
-    if config.problem_type == "regression":
-        return torch.from_numpy(rng.normal(size=shape)).float(), rng.integers(0, 3, shape).astype(float)
-    if config.problem_type == "multi_label_classification":
-        labels = target = (rng.random(shape) < 0.3).astype(float)
-    else:
-        labels = rng.integers(0, config.num_labels, rows)
-        target = np.eye(config.num_labels)[labels]
-    return torch.from_numpy(rng.integers(0, steps, shape) / steps * 4 - 2 + target).float(), labels
 
 
 def config(**changes):
@@ -90,7 +77,7 @@ def by_scikit_learn(config, logits, labels):
 @given(rows=st.integers(1, 25), seed=st.integers(0, 10**6), steps=st.integers(2, 50))
 def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
     config = CONFIGS[kind]
-    logits, labels = make_rows(config, rows, seed, steps)
+    logits, labels = make_scores(config, rows, seed, steps)
     drawn = np.random.default_rng(seed).integers(0, rows, (2, rows))
     weights = np.stack([np.bincount(numbers, minlength=rows) for numbers in drawn]).astype(float)
     metrics = score_statistic(logits, labels, config)(weights)
@@ -129,17 +116,6 @@ def test_labels_by_hand():
         "LABEL_0": {"found": 1, "missed": 0, "wrong": 2},
         "LABEL_1": {"found": 0, "missed": 1, "wrong": 1},
     }
-
-
-def test_a_mean_is_over_the_labels_that_occur():
-    """A slice or a small file may lack some. If each row is right, F1 is 1."""
-    four, logits = config(num_labels=4), torch.eye(4)[[0, 2, 2]]
-    assert score_logits(logits, np.array([0, 2, 2]), four)["f1"] == 1.0
-    assert score_logits(logits, np.array([0, 2, 3]), four)["f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
-    several, logits = config(num_labels=3, **MULTI), torch.tensor([[1.0, -1, -1], [1, 1, -1]])
-    assert score_logits(logits, np.array([[1, 0, 0], [1, 1, 0]]), several)["f1"] == 1.0
-    nothing = score_logits(logits - 9, np.zeros((2, 3)), several)
-    assert nothing["f1"] == 0.0 and nothing["auprc"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,12 @@
 """Plots: files that the results alone decide."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_probe
 
-from llama_probe import ProbeError
 from llama_probe.evaluation import plots
 from llama_probe.evaluation.calibration import reliability, threshold_table
 from llama_probe.evaluation.plots import (
@@ -111,9 +109,3 @@ def test_names_are_never_formulas(inspection):
     confusion = confusion_plot(odd | {"confusion": [[1, 0], [0, 1]]}, list(by_label))
     for figure in (layers, calibration_plot(odd), outcomes_plot(odd | {"outcomes": outcomes}), confusion):
         figure.draw_without_rendering()
-
-
-def test_without_matplotlib(inspection, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ProbeError, match="pip install"):
-        layer_weights_plot(inspection)

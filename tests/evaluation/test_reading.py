@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import make_lm, make_probe, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -80,17 +79,12 @@ def test_what_is_not_read_and_what_is_not_text(model, read):
     assert text_of(chat).endswith("user\nhi") and chat.text == "hi", "a system turn is not the template's"
 
 
-def test_weights_that_say_little_are_noted(model, read):
-    assert read("good morning", "mood").note is None and read("good morning", "all").note is None
+def test_scales_begin_at_an_even_share_and_flat_weights_are_noted(read):
     value = read("good morning", "value")
-    assert "takes the mean" in value.note
+    assert read("good morning", "all").note is None and value.note is not None
     assert value.even_share == pytest.approx(1 / len(value.tokens))
     assert value.scale_end(value.token_weights) == pytest.approx(2 * value.even_share)
     assert value.scale_end(np.array([0.1, 0.9])) == 0.9
-    model.probes["value"].config.pool = "max"
-    assert "largest value" in read("good morning", "value").note
-    torch.nn.init.zeros_(next(p for n, p in model.probes["all"].named_parameters() if "token" in n))
-    assert "not learned where to look" in read("good morning", "all").note
 
 
 def test_heads_that_cannot_be_read(model, tokenizer, read, monkeypatch):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from cases import make_scores
 from conftest import LAYERS, make_lm, make_probe
-from sklearn.metrics import average_precision_score, roc_auc_score
 
+from llama_probe import ProbeConfig
 from llama_probe.data.cached_states import PromptDataset
-from llama_probe.evaluation.report import detailed_report, inspect_head, report
-from llama_probe.heads.decision import log_odds, probabilities
+from llama_probe.evaluation.report import asked, detailed_report, inspect_head, report
 
 
 LABELS = np.array([0, 1, 1, 0, 1])
@@ -56,32 +56,19 @@ def test_an_inspection_holds_what_has_a_meaning(dataset):
         assert part["found"] + part["missed"] == labels[:, index].sum()
 
 
-def scored(rows: int = 60, seed: int = 0, **changes):
-    """Return config, logits and labels of a head that is often right."""
+def scored(**changes):
+    """Return config, logits and labels of a head."""
     config = make_probe(**changes).config
-    rng = np.random.default_rng(seed)
-    shape = (rows, config.num_labels)
-    if config.problem_type == "single_label_classification":
-        labels = rng.integers(0, config.num_labels, rows)
-        target = np.eye(config.num_labels)[labels]
-    else:
-        labels = target = (rng.random(shape) < 0.4).astype(float)
-    return config, torch.from_numpy(target * 2 + rng.normal(size=shape)).float(), labels
-
-
-def test_slices_are_reports_of_their_rows():
-    config, logits, labels = scored()
-    found = report(config, logits, labels, {"who": [True] * 10 + [False] * 50})
-    for value, rows in (("True", slice(0, 10)), ("False", slice(10, 60))):
-        assert found["slices"]["who"][value] == report(config, logits[rows], labels[rows])
-    assert found["rows"] == 60 and found["slices"]["who"]["True"]["rows"] == 10
+    return config, *make_scores(config)
 
 
 def test_a_detailed_report_of_two_labels():
     config, logits, labels = scored(id2label={0: "no", 1: "yes"}, threshold=0.4, temperature=1.5)
     slices = {"half": np.arange(60) % 2}
     found, plain = detailed_report(config, logits, labels, slices, 200), report(config, logits, labels, slices)
+    assert plain["slices"]["half"]["1"] == report(config, logits[1::2], labels[1::2])
     assert found["bootstrap"] == {"resamples": 200, "seed": 0, "level": 0.95}
+    assert "intervals" not in str(detailed_report(config, logits, labels, slices, 0))
     for part in (found, *found["slices"]["half"].values()):
         assert list(part["intervals"]) == METRICS
         assert all(low <= part[name] <= high for name, (low, high) in part["intervals"].items())
@@ -98,23 +85,6 @@ def test_a_detailed_report_of_two_labels():
     assert np.sum(found["confusion"]) == 60 and np.trace(found["confusion"]) == found["accuracy"] * 60
 
 
-@pytest.mark.parametrize("num_labels", [2, 3])
-def test_a_low_temperature_changes_no_ranking(num_labels):
-    """Rows whose probability is 1 in float32 are ranked by their log odds."""
-    config, logits, labels = scored(num_labels=num_labels)
-    sharp = config.replace(temperature=0.05, threshold=None)
-    assert (probabilities(10 * logits, sharp).amax(dim=1) == 1).float().mean() > 0.8
-    found = detailed_report(sharp, 10 * logits, labels, resamples=50)
-    odds, part = log_odds(10 * logits, sharp)[:, 1].numpy(), found["labels"][config.id2label[1]]
-    assert part["auprc"] == pytest.approx(average_precision_score(labels == 1, odds))
-    assert part["auroc"] == pytest.approx(roc_auc_score(labels == 1, odds))
-    low, high = part["intervals"]["auroc"]
-    assert low <= part["auroc"] <= high
-    if num_labels == 2:
-        plain = detailed_report(config, logits, labels, resamples=50)
-        assert all(found["intervals"][name] == pytest.approx(plain["intervals"][name]) for name in ("auprc", "auroc"))
-
-
 def test_what_a_detailed_report_holds_for_each_problem():
     many = detailed_report(*scored(num_labels=3), resamples=20)
     assert np.shape(many["confusion"]) == (3, 3) and len(many["labels"]) == 3
@@ -125,7 +95,24 @@ def test_what_a_detailed_report_holds_for_each_problem():
     assert set(regression["intervals"]) == {"mse", "mae", "r2"} == set(regression["slices"]["half"]["1"]["intervals"])
 
 
-def test_the_bootstrap_can_be_off():
-    config, logits, labels = scored()
-    off = detailed_report(config, logits, labels, {"all": [0] * 60}, resamples=0)
-    assert "bootstrap" not in off and "intervals" not in str(off) and off["labels"] and off["slices"]
+ASKING = ProbeConfig(probe_type="gate", id2label={0: "fine", 1: "bad"}, threshold=0.2)
+ASKED_SCORES = np.array([0.01, 0.15, 0.19, 0.22, 0.3, 0.99])
+ASKED_LABELS = np.array([0, 1, 0, 0, 1, 1])
+ASKED_LOGITS = torch.tensor(np.stack([np.zeros(6), np.log(ASKED_SCORES / (1 - ASKED_SCORES))], axis=1))
+
+
+def test_the_rows_nearest_to_the_threshold_are_asked_about():
+    alone, some, all_rows = asked(ASKING, ASKED_LOGITS, ASKED_LABELS, [0, 0.5, 1])
+    assert alone == {"share": 0, "band": None, "recall": 2 / 3, "false_alarms": 1 / 3}
+    assert some["band"] == pytest.approx([0.15, 0.22]) and (some["recall"], some["false_alarms"]) == (1, 0)
+    assert (all_rows["recall"], all_rows["false_alarms"]) == (1, 0)
+
+
+def test_the_judge_may_be_wrong():
+    (found,) = asked(ASKING, ASKED_LOGITS, ASKED_LABELS, [0.5], verdicts=np.array([0, 0, 1, 1, 0, 0]))
+    assert (found["recall"], found["false_alarms"]) == (2 / 3, 2 / 3)
+
+
+def test_rows_of_one_label():
+    (found,) = asked(ASKING, ASKED_LOGITS[:1], ASKED_LABELS[:1], [0])
+    assert found["recall"] is None and found["false_alarms"] == 0

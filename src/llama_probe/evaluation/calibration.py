@@ -20,8 +20,6 @@ from .metrics import has_label
 
 logger = logging.get_logger(__name__)
 
-BEST_F1 = "best-f1"
-
 # A threshold outside of these flags next to nothing, or nearly all that is unlike the rows it was fitted on.
 _LOWEST, _HIGHEST = 0.001, 0.999
 # A head that gives the flagged label to a larger share of rows that should not be flagged has learned the other label.
@@ -144,7 +142,7 @@ def _halfway(upper: float, lower: float) -> float:
     return float(upper) if np.float32(middle) <= np.float32(lower) else middle
 
 
-_THRESHOLD_RULES = {"expected-f1": expected_f1_threshold, BEST_F1: best_f1_threshold}
+_THRESHOLD_RULES = {"expected-f1": expected_f1_threshold, "best-f1": best_f1_threshold}
 
 
 def check_threshold_rule(config: ProbeConfig, max_false_positive_rate: float | None, threshold_rule: str) -> None:
@@ -214,36 +212,30 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
         `error`: expected calibration error with the saved temperature; `error_uncalibrated`: the same at temperature 1;
         `bins`: for each that is not empty, `low`, `high`, `rows`, mean `confidence` and `frequency`.
     """
-    confidence, holds, bins = _confidence(logits, labels, config)
-    table = []
-    for number in np.unique(bins).tolist():
-        rows = bins == number
-        part = {"low": number / _BINS, "high": (number + 1) / _BINS, "rows": int(rows.sum())}
-        means = {"confidence": confidence[rows].mean(), "frequency": holds[rows].mean()}
-        table.append(part | {name: round(float(value), 4) for name, value in means.items()})
-    uncalibrated = _confidence(logits, labels, config.replace(temperature=1.0))
-    errors = {"error": (confidence, holds, bins), "error_uncalibrated": uncalibrated}
-    return {name: round(_calibration_error(*decisions), 4) for name, decisions in errors.items()} | {"bins": table}
+    calibrated, plain = (_bins(logits, labels, each) for each in (config, config.replace(temperature=1.0)))
+    errors = {}
+    for name, bins in {"error": calibrated, "error_uncalibrated": plain}.items():
+        gaps = [part["rows"] * abs(part["confidence"] - part["frequency"]) for part in bins]
+        errors[name] = round(sum(gaps) / sum(part["rows"] for part in bins), 4)
+    return errors | {"bins": [{name: round(value, 4) for name, value in part.items()} for part in calibrated]}
 
 
-def _calibration_error(confidence: np.ndarray, holds: np.ndarray, bins: np.ndarray) -> float:
-    gaps = np.bincount(bins.flatten(), (confidence.astype(np.float64) - holds).flatten(), minlength=_BINS)
-    return float(np.abs(gaps).sum() / confidence.size)
-
-
-def _confidence(
-    logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return confidence, truth and bin of the decisions on each row `[rows, decisions]`: one, or one a label (multi-label)."""
-    probs = probabilities(logits.float(), config).numpy()
+def _bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> list[dict[str, float]]:
+    """Return the bins of `reliability`. A multi-label head makes a decision a row and label, others one a row."""
+    probs = probabilities(logits.float(), config).double().numpy()
     if config.problem_type == "multi_label_classification":
         is_known = ~np.isnan(labels)
         confidence, holds = probs[is_known], labels[is_known] > 0
     elif (index := config.flagged_index) is not None:
-        confidence, holds = probs[:, [index]], (labels == index)[:, None]
+        confidence, holds = probs[:, index], labels == index
     else:
-        confidence, holds = probs.max(axis=1, keepdims=True), (probs.argmax(axis=1) == labels)[:, None]
-    return confidence, holds, np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+        confidence, holds = probs.max(axis=1), probs.argmax(axis=1) == labels
+    numbers, table = np.minimum((confidence * _BINS).astype(int), _BINS - 1), []
+    for number in np.unique(numbers).tolist():
+        rows = numbers == number
+        means = {"confidence": float(confidence[rows].mean()), "frequency": float(holds[rows].mean())}
+        table.append({"low": number / _BINS, "high": (number + 1) / _BINS, "rows": int(rows.sum()), **means})
+    return table
 
 
 def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[dict[str, Any]]]:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import predictions, probabilities
+from ..heads.decision import log_odds, predictions, probabilities, threshold_of
 from ..heads.probe import ProbeModel
 from .bootstrap import intervals, share_interval
 from .calibration import reliability, threshold_table
@@ -83,13 +83,12 @@ def detailed_report(
     labels: np.ndarray,
     slices: dict[str, Sequence[Any]] | None = None,
     resamples: int = 1000,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Return `report` with confidence intervals, and the numbers of each label.
 
     Args:
         config, logits, labels, slices: as for `report`.
-        resamples, seed: of the bootstrap that gives 95 % intervals; 0 resamples for none.
+        resamples: of the bootstrap that gives 95 % intervals; 0 for none.
 
     Returns:
         The keys of `report`. But for regression `labels`: by name the metrics of the label against all others, and its
@@ -97,7 +96,7 @@ def detailed_report(
         `resamples`, `seed` and `level`; and `intervals` beside the metrics of all rows, of each slice and of each label: by
         metric `[low, high]`, or None if the metric is undefined in all resamples.
     """
-    result, by_label = _scores(config, logits, labels, slices, resamples, seed)
+    result, by_label = _scores(config, logits, labels, slices, resamples)
     if config.problem_type != "regression":
         rows = {name: int(has_label(labels, index, config).sum()) for index, name in config.id2label.items()}
         result["labels"] = {name: {"rows": rows[name], **part} for name, part in by_label.items()}
@@ -105,7 +104,7 @@ def detailed_report(
     if config.problem_type == "single_label_classification":
         result["confusion"] = confusion(logits, labels, config)
     if resamples:
-        result["bootstrap"] = {"resamples": resamples, "seed": seed, "level": 0.95}
+        result["bootstrap"] = {"resamples": resamples, "seed": 0, "level": 0.95}
     return result
 
 
@@ -115,13 +114,12 @@ def _scores(
     labels: np.ndarray,
     slices: dict[str, Sequence[Any]] | None = None,
     resamples: int = 0,
-    seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return what `report` returns, and the metrics of each label, both with `intervals` if there are resamples."""
     statistic = score_statistic(logits, labels, config)
     parts: dict[str | None, dict[str, Any]] = dict(all_scores(statistic, len(labels)))
     if resamples:
-        limits = intervals(statistic, len(labels), resamples, seed)
+        limits = intervals(statistic, len(labels), resamples)
         for label, part in parts.items():
             part["intervals"] = {name: limits[label, name] for name in part}
     result = {"rows": len(labels), **parts.pop(None)}
@@ -130,7 +128,7 @@ def _scores(
         groups = result.setdefault("slices", {})[column] = {}
         for value in sorted(set(texts)):
             rows = texts == value
-            groups[value], _ = _scores(config, logits[rows], labels[rows], None, resamples, seed)
+            groups[value], _ = _scores(config, logits[rows], labels[rows], None, resamples)
     return result, parts
 
 
@@ -159,6 +157,45 @@ def without_undefined(result: dict[str, Any], labels: np.ndarray, flagged: int) 
     if len(present) == 2:
         return result
     return result | dict.fromkeys(("f1", "precision") if flagged in present else ("f1", "precision", "recall"))
+
+
+def asked(
+    config: ProbeConfig,
+    logits: torch.Tensor,
+    labels: np.ndarray,
+    shares: Sequence[float],
+    verdicts: np.ndarray | None = None,
+) -> list[dict[str, Any]]:
+    """Return recall and false alarms of a head that asks a judge about the rows nearest to its threshold.
+
+    The head flags one of two labels. A cheap score in front of an expensive judge, as in arXiv 2601.11516.
+
+    Args:
+        logits (`[rows, 2]`), labels (`[rows]`): scores and true labels.
+        shares: shares of the rows that the judge decides.
+        verdicts (`[rows]`, *optional*): labels by the judge. Defaults to the true ones: a judge that is always right.
+
+    Returns:
+        For each share: `share`, the `band` of probabilities that is asked about (None if empty), `recall` and
+        `false_alarms`, which are None without rows of that label.
+    """
+    index = config.need_flagged_index("asked")
+    threshold = threshold_of(config, index)
+    threshold = 0.5 if threshold is None else threshold
+    distance = log_odds(logits.float(), config)[:, index].numpy() - np.log(threshold / (1 - threshold))
+    scores = probabilities(logits.float(), config)[:, index].numpy()
+    judged = labels if verdicts is None else verdicts
+    nearest, parts = np.argsort(np.abs(distance), kind="stable"), []
+    for share in shares:
+        rows = nearest[: round(share * len(labels))]
+        flagged = distance >= 0
+        flagged[rows] = judged[rows] == index
+        band = [float(scores[rows].min()), float(scores[rows].max())] if len(rows) else None
+        recall, alarms = (
+            float(flagged[labels == label].mean()) if (labels == label).any() else None for label in (index, 1 - index)
+        )
+        parts.append({"share": share, "band": band, "recall": recall, "false_alarms": alarms})
+    return parts
 
 
 def describe_evaluation(result: dict[str, Any], **facts) -> dict[str, Any]:
