@@ -3,63 +3,61 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from .. import vllm as heads
 from ..errors import ProbeError
-from .compatibility import RESTRICTIONS, check_arguments, check_version, transfer_config
 from .halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_halting, read_unsure
+from .compatibility import check_arguments, check_version
 
 
-# Options of vLLM's that are restricted, and their short forms.
-_RESTRICTED = {restriction.argument: () for restriction in RESTRICTIONS if restriction.argument != "enable_dbo"} | {
-    "decode_context_parallel_size": ("-dcp",),
-    "prefill_context_parallel_size": ("-pcp",),
-    "speculative_config": ("-sc",),
-}
-_JSON = {
-    "hf_overrides": "of the backbone's config",
-    "additional_config": "beside what heads put there",
-    "kv_transfer_config": "of a connector beside that of heads",
-}
-# vLLM's parser may find none of these in the words that are left for it.
-_READ_HERE = ("model", "revision", "download_dir", "pipeline_parallel_size", *_JSON)
 _PROGRAM = "python -m llama_probe.vllm"
+# Of vLLM's options those that `engine_kwargs` takes.
+_TAKEN = (
+    "revision",
+    "download_dir",
+    "pipeline_parallel_size",
+    "speculative_config",
+    "hf_overrides",
+    "additional_config",
+    "kv_transfer_config",
+)
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
-def server_arguments(argv: Sequence[str] | None = None) -> list[str]:
-    """Return the command line of vLLM's server for one of ours. Options that are not ours go through."""
-    ours, rest = _parser().parse_known_args(list(map(_with_dashes, sys.argv[1:] if argv is None else argv)))
-    check_arguments(vars(ours))
-    _check_left({re.split("[.=]", word)[0].removeprefix("--").replace("-", "_") for word in rest if word[:2] == "--"})
+def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the arguments of vLLM's server for a command line of ours. Options that are not ours are vLLM's."""
+    ours, rest = _parser().parse_known_args(argv)
+    options = vars(ours)
     if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
         raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
     ours.probe = _heads(ours.probe)
     for option in ("halt_on", "monitor"):
-        rules = read_halting(getattr(ours, option) or ())
-        setattr(ours, option, rules or None)
-        if unknown := [name for name in rules if not _may_be_named(name, ours.probe)]:
-            raise ProbeError(f"{_option(option)} names {', '.join(unknown)}, and no --probe does")
+        options[option] = read_halting(options[option] or ()) or None
     ours.unsure, ours.judge = _judge(ours)
-    _check_memory()
-    transfer = transfer_config(ours.kv_transfer_config)
-    given = {name: value for name, value in vars(ours).items() if value is not None}
-    for_server = {name: given.pop(name, None) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
-    # From here on imports take seconds: all that is known without them was refused before.
+    for_server = {name: options.pop(name) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
+    # From here on imports take seconds: a wrong option of ours was refused before.
     check_version(ours.allow_untested_vllm)
-    _check_parsed(rest)
-    arguments = heads.engine_kwargs(**given, for_server=for_server)
-    arguments["kv_transfer_config"] = transfer
-    words = ["--middleware", MIDDLEWARE]
-    for name, value in arguments.items():
-        words += [_option(name), value if isinstance(value, str) else json.dumps(value)]
-    return words + rest
+    theirs = _vllm_arguments(rest)
+    check_arguments(vars(theirs))
+    taken = {name: getattr(theirs, name) for name in _TAKEN if getattr(theirs, name) is not None}
+    options = {name: value for name, value in options.items() if value is not None}
+    vars(theirs).update(heads.engine_kwargs(**options, **taken, for_server=for_server))
+    theirs.middleware = [MIDDLEWARE, *theirs.middleware]
+    return theirs
+
+
+def _vllm_arguments(words: Sequence[str]) -> argparse.Namespace:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog=_PROGRAM, usage="%(prog)s MODEL --probe HEAD [options]"))
+    theirs = parser.parse_args(list(words))
+    if theirs.model_tag is not None or theirs.model != parser.get_default("model"):
+        raise ProbeError("--model is refused here: heads need it as the first argument")
+    return theirs
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,20 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes = "compare sizes alone, which spares reading the weights once more"
     parser.add_argument("--skip-fingerprints", dest="compare_fingerprints", action="store_false", help=sizes)
     parser.add_argument("--allow-untested-vllm", action="store_true", help="go on with another version of vLLM")
-    theirs = parser.add_argument_group("options of vLLM's that heads must know of")
-    theirs.add_argument("--revision", help="of the backbone")
-    theirs.add_argument("--download-dir", help="where to keep the backbone")
-    theirs.add_argument("--pipeline-parallel-size", "-pp", type=int, metavar="N", help="stages that share the layers")
-    for name, meaning in _JSON.items():
-        theirs.add_argument(_option(name), type=_json, metavar="JSON", help=meaning)
-    for name, short in _RESTRICTED.items():
-        theirs.add_argument(*short, _option(name), type=_json_or_text, help=argparse.SUPPRESS)
-    theirs.add_argument("--enable-dbo", action="store_true", default=None, help=argparse.SUPPRESS)
     return parser
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _heads(texts: list[str]) -> dict[str, str] | list[str]:
@@ -140,62 +125,6 @@ def _judge(ours: argparse.Namespace) -> tuple[dict[str, list[float]] | None, dic
     return bands, {"url": ours.judge, **{name: value for name, value in options.items() if value is not None}}
 
 
-def _may_be_named(name: str, probes: dict[str, str] | list[str]) -> bool:
-    """Return False if no head has this name. That of a source is known exactly only after imports that take seconds."""
-    if isinstance(probes, dict):
-        return name in probes
-    spelled = (re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.realpath(source)) for source in probes)
-    return any(name.removesuffix("-head") in source for source in spelled)
-
-
-def _with_dashes(word: str) -> str:
-    """Spell an option as this parser does. vLLM takes underscores as well, but not dashes in a key after a dot."""
-    name, rest = re.match(r"([^.=]*)(.*)", word, re.DOTALL).groups()
-    return name.replace("_", "-") + rest if word.startswith("--") else word
-
-
-def _check_parsed(words: Sequence[str]) -> None:
-    """Refuse what vLLM's own parser finds in the words: abbreviations, parts of a JSON, lines of a `--config` file."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = make_arg_parser(FlexibleArgumentParser(prog=_PROGRAM, usage="%(prog)s MODEL --probe HEAD [options]"))
-    # A name that is there already gets no default: another value than None comes from a word.
-    parsed = vars(parser.parse_args(list(words), argparse.Namespace(**dict.fromkeys(_READ_HERE))))
-    _check_left({name for name in _READ_HERE if parsed[name] is not None})
-    check_arguments(parsed)
-
-
-def _check_left(names: set[str]) -> None:
-    """Refuse options that heads must know of, among those that are left for vLLM's parser. It takes abbreviations."""
-    for name in _READ_HERE:
-        if any(left and name.startswith(left) for left in names):
-            place = "as the first argument" if name == "model" else "under its full name, JSON in one piece"
-            raise ProbeError(f"{_option(name)} is refused here: heads need it on the command line, {place}")
-
-
-def _check_memory() -> None:
-    """Refuse a KV cache on the CPU that the machine cannot hold. vLLM finds that in a worker, with three tracebacks."""
-    asked = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE") or 0)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    if asked > there:
-        raise ProbeError(f"VLLM_CPU_KVCACHE_SPACE={asked} is more than the machine's memory, which is {there} GiB")
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from None
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def main() -> None:
     """Serve until the process is stopped. If the engine fails, exit with one line and status 1."""
     try:
@@ -204,9 +133,12 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-def serve(words: Sequence[str]) -> None:
+def serve(arguments: argparse.Namespace) -> None:
     """Run vLLM's server with these arguments. Raise `ProbeError` if the engine does not start, or dies."""
+    import uvloop
     from vllm.entrypoints.launchers.api_server import entry
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
     build_and_serve = entry.build_and_serve
 
@@ -219,17 +151,20 @@ def serve(words: Sequence[str]) -> None:
         return rest
 
     entry.build_and_serve = serve_until_stopped
-    sys.argv = [sys.argv[0], *words]
     try:
-        entry.main()
+        # As vLLM's own `main`, which would parse the command line.
+        cli_env_setup()
+        entry.configure_logging_from_args(arguments)
+        validate_parsed_serve_args(arguments)
+        uvloop.run(entry.run_server(arguments))
     except ProbeError:
         raise
-    except ValueError as error:  # an option's value that vLLM refuses when it makes its config
+    except (TypeError, ValueError) as error:  # an option's value that vLLM refuses when it makes its config
         raise ProbeError(" ".join(str(error).split())) from error
     except RuntimeError as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ProbeError(
-            f"{said}; if memory is short, lower --gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE"
+            f"{reason}; if memory is short, lower --gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE"
         ) from error
 
 

@@ -14,13 +14,10 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
-from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import (
-    reserve_aux_intermediate_tensor_slots,
-    verify_supports_aux_hidden_states_over_pp,
-)
+from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import reserve_aux_intermediate_tensor_slots
 
 from .cache_plan import CachePlan, Projector
-from .compatibility import ARCHITECTURES, PREFIX, check_version
+from .compatibility import ARCHITECTURES, PREFIX
 from .settings import ProbeSettings
 from .state_cache import FEATURES, STATES, StateCache
 
@@ -32,7 +29,6 @@ def _probed(name: str) -> type[nn.Module]:
     class Probed(base):
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
             settings = ProbeSettings.of(vllm_config)
-            check_version(settings.allow_untested_vllm)
             settings.check_engine(vllm_config)
             super().__init__(vllm_config=vllm_config, prefix=prefix)
             last = self.config.num_hidden_layers
@@ -41,7 +37,6 @@ def _probed(name: str) -> type[nn.Module]:
                 self.set_aux_hidden_state_layers(below)
             self.probe_states = self.probe_features = None
             if get_pp_group().world_size > 1:
-                verify_supports_aux_hidden_states_over_pp(self, "heads")
                 reserve_aux_intermediate_tensor_slots(self)
             if not get_pp_group().is_last_rank:
                 return

@@ -31,7 +31,6 @@ class ProbeSettings:
         halt_on: options by name of the heads that may halt a request; see `Halter`. `None` halts nothing.
         monitor: options by name of heads that flag as those in `halt_on` do, and halt nothing.
         hold_back: tokens of a reply that are held back, beside the one that has no score yet.
-        allow_untested_vllm: go on with a version of vLLM that was not tested.
         hide_scores: answer with labels alone.
         halt_reply: text that the server sends to a halted request.
         unsure: by name of heads in `halt_on` (low, high): the server's judge decides on prompts with low <= score < high.
@@ -42,7 +41,6 @@ class ProbeSettings:
     halt_on: dict[str, dict[str, Any]] | None = None
     monitor: dict[str, dict[str, Any]] | None = None
     hold_back: int = 0
-    allow_untested_vllm: bool = False
     hide_scores: bool = False
     halt_reply: str | None = None
     unsure: dict[str, list[float]] | None = None
