@@ -15,11 +15,11 @@ LAYERS, HIDDEN, BLOCK = list(range(5)), 32, 8
 
 
 class Reads(StateCache):
-    """Notes in a list what is read: how many states, of which blocks."""
+    """Notes in a list what is read: states, prompts, blocks of each."""
 
-    def read(self, states, block_ids):
-        self.reads.append((states.stop - states.start, self.width, block_ids.tolist()))
-        return super().read(states, block_ids)
+    def read(self, block_ids):
+        self.reads.append((self.kv_cache.shape[1], *block_ids.shape))
+        return super().read(block_ids)
 
 
 def make_cache(
@@ -36,9 +36,7 @@ def make_cache(
 class Served:
     """Caches of a plan, and a scorer of what they hold. What it reads is noted in `reads`."""
 
-    def __init__(
-        self, heads, projected: bool, blocks: int, kernel_block_size: int = BLOCK, runs: bool = True, slots=0
-    ):
+    def __init__(self, heads, projected: bool, blocks: int, kernel_block_size: int = BLOCK, slots=0):
         self.written, self.reads = heads, []
         self.plan = CachePlan({name: copy.deepcopy(head) for name, head in heads.items()}, projected)
         if slots:
@@ -46,7 +44,7 @@ class Served:
         sizes = (len(self.plan.layers), HIDDEN), (1, self.plan.width)
         makes = functools.partial(make_cache, self.plan, self.reads, blocks, kernel_block_size)
         self.caches = {kind: makes(*size) for kind, size in zip((STATES, FEATURES), sizes, strict=True) if all(size)}
-        self.scorer = Scorer(self.caches, BLOCK, runs)
+        self.scorer = Scorer(self.caches, BLOCK)
 
     def fill(self, lengths: list[int], heads: list[list[str]]):
         """Random prompts in random blocks of the scheduler's: requests, and by request the states `[layers, tokens, hidden_size]`."""

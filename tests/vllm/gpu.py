@@ -38,19 +38,19 @@ def pytest_configure() -> None:
     """Set the tests' engines up for a GPU: pytest takes this file as a plugin."""
     import tiny_engine
 
-    from llama_probe.vllm.following import Follower
+    from llama_probe.vllm.scoring import Scorer
 
     tiny_engine.OPTIONS |= {"enforce_eager": os.environ["GPU_GRAPHS"] == "0", "gpu_memory_utilization": 0.2}
-    follow = Follower.follow
+    follow = Scorer.follow
 
-    def follow_without_waiting(follower, tokens):
+    def follow_without_waiting(scorer, tokens):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return follow(follower, tokens)
+            return follow(scorer, tokens)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    Follower.follow = follow_without_waiting
+    Scorer.follow = follow_without_waiting
 
 
 def measure(head: str) -> None:

@@ -8,9 +8,8 @@ from accelerator import DEVICE, Accelerator
 from cached_prompts import BLOCK, Served
 from conftest import make_probe
 
-from llama_probe.vllm.following import Follower, ReplyTokens
 from llama_probe.vllm.reply_states import grows
-from llama_probe.vllm.scoring import Scorer
+from llama_probe.vllm.scoring import ReplyTokens, Scorer
 
 
 KINDS = {
@@ -56,7 +55,6 @@ def test_each_token_as_alone(kept, kernel_block_size, seed):
     torch.manual_seed(seed)
     heads, projected = KEPT[kept]
     served = Served(heads, projected, 60, kernel_block_size, slots=6)
-    follower = Follower(served.scorer)
     lengths = torch.randint(12, 50, (6,)).tolist()
     whole, states = served.fill(lengths, [[]] * 6)
     prompts = [int(torch.randint(4, length - 6, ())) for length in lengths]
@@ -93,7 +91,7 @@ def test_each_token_as_alone(kept, kernel_block_size, seed):
         tokens = reply_tokens(whole, at)
         if not tokens.request_ids:
             continue
-        logits = dict(zip(served.scorer.followers, follower.follow(tokens), strict=True))
+        logits = dict(zip(served.scorer.followers, served.scorer.follow(tokens), strict=True))
         rows = [number for number, place in enumerate(at) if place is not None]
         for row, number in enumerate(rows):
             done[number] += 1
@@ -115,23 +113,15 @@ def test_a_token_costs_as_many_operations_in_any_batch_and_no_wait(kept):
             plan.follow_replies(64, torch.device(DEVICE))
             for cache in served.caches.values():
                 cache.plan, cache.kv_cache = plan, cache.kv_cache.to(DEVICE)
-            follower = Follower(Scorer(served.caches, BLOCK, runs=True))
+            scorer = Scorer(served.caches, BLOCK)
             for slot, request in enumerate(requests):
                 request.slot = slot
             before = device.operations, device.reads
-            follower.follow(reply_tokens(requests, [11] * replies))
+            scorer.follow(reply_tokens(requests, [11] * replies))
             counts.append((device.operations - before[0], device.reads - before[1]))
     (alone, waits), *others = counts
     assert others[0] == others[1] and waits == others[0][1] == 0
     assert alone <= others[0][0] < 40 * len(heads), "alone some tensors need no copy"
-
-
-def test_other_ranks_read_along():
-    served = Served(SMALL, True, 10, slots=2)
-    (request,), _ = served.fill([9], [[]])
-    request.slot = 0
-    follower = Follower(Scorer(served.caches, BLOCK, runs=False))
-    assert follower.follow(reply_tokens([request], [8])) == []
 
 
 def test_kinds_whose_state_grows_are_known():

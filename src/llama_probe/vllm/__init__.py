@@ -8,8 +8,9 @@ HTTP, with OpenAI's API. Each request's output then carries what the heads say o
     # {"logits": [...], "label": "non-toxic", "score": 0.98, "scores": {"non-toxic": 0.98, "toxic": 0.02}}
 
 and with `halt_on=` `kv_transfer_params["halted"]`: why it was halted, or `None`. `kv_transfer_params["replies"]` has what heads
-that follow replies say of each. A request may ask for some of the heads alone with `SamplingParams(extra_args={"kv_transfer_params": {"probes": [names]}})`, over HTTP
-`"kv_transfer_params": {"probes": [names]}`; those in `halt_on` run in any case. `kv_transfer_params` is the one field that
+that follow replies say of each. A request may ask for some of the heads alone with
+`SamplingParams(extra_args={"kv_transfer_params": {"probes": [names]}})`, over HTTP `"kv_transfer_params": {"probes": [names]}`;
+those in `halt_on` run in any case. `kv_transfer_params` is the one field that
 vLLM lets a plugin fill in from the engine to the HTTP response.
 
 The way of a request, by file:
@@ -20,8 +21,8 @@ The way of a request, by file:
    prompts are complete after a step, which tokens of replies it reads, and tells the workers.
 3. `models` are vLLM's model classes with a cache (`state_cache`) of hidden states, or of the numbers that heads make of them
    (`cache_plan`). It is paged, filled and shared between requests as the keys and values are.
-4. In a worker `connector` has the heads run on what is cached of complete prompts (`scoring`), and of the newest token of each
-   reply (`following`), to the states of which they add it (`reply_states`). Their logits go back in one copy (`step_scores`).
+4. In a worker `connector` has the heads run on what is cached of complete prompts, and of the newest token of each reply
+   (`scoring`), to the states of which they add it (`reply_states`). Their logits go back in one copy (`step_scores`).
 5. `scheduler` ends a request that is halted before a token is delivered, holds tokens of replies back until they are scored
    (`replies`), and adds what the logits mean (`answers`) to outputs.
 6. `middleware` puts that into the response (`payloads`), and counts it (`counters`). If a head is unsure, a `judge` decides first.

@@ -73,57 +73,41 @@ class Projector:
     Heads that read the same layers, normalised alike, share one product with all their maps.
 
     Args:
-        heads: of the plan, by name. plan: with features.
+        heads: of the plan, by name. plan: with features. device, dtype: of the states.
     """
 
-    def __init__(self, heads: Mapping[str, ProbeModel], plan: CachePlan):
+    def __init__(
+        self,
+        heads: Mapping[str, ProbeModel],
+        plan: CachePlan,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         self.plan = plan
         self._groups: dict[tuple[tuple[int, ...], str | None], list[str]] = {}  # heads by layers and normalisation
         for name in plan.readers:
             alike = tuple(heads[name].layer_indices), heads[name].config.normalize
             self._groups.setdefault(alike, []).append(name)
         self._maps = {  # [S, D, ranks]
-            alike: torch.cat([plan.maps[name] for name in names], dim=1).transpose(1, 2)
+            alike: torch.cat([plan.maps[name] for name in names], dim=1).transpose(1, 2).to(device, dtype)
             for alike, names in self._groups.items()
         }
-        self._read = sorted({layer for layers, _ in self._groups for layer in layers})
 
     def project(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
         """Return `[tokens, width]`, in the model's dtype, for states `[tokens, hidden_size]` by layer."""
-        first = states[self._read[0]]
+        first = next(iter(states.values()))
         features = first.new_empty(len(first), self.plan.width)
-        # [tokens, S, rank]
-        rooms = {
-            name: features[:, self.plan.columns[name]].unflatten(1, (len(layers), -1))
-            for (layers, _), names in self._groups.items()
-            for name in names
-        }
-        # At most two of a group's states are there at once: their stack, and its normalised copy.
-        size = max(1, state_budget(first.device) // max(1, 2 * first.numel() * first.element_size()))
-        for begin in range(0, len(self._read), size):
-            some = self._read[begin : begin + size]
-            x, normalized = torch.stack([states[layer] for layer in some]), {}  # [S, tokens, D]
-            for (layers, kind), names in self._groups.items():
-                places = [place for place, layer in enumerate(some) if layer in layers]
-                if not places:
-                    continue
-                if kind not in normalized:
-                    normalized[kind] = normalize(x, kind)
-                own = normalized[kind] if len(places) == len(some) else normalized[kind][places]
-                slot = layers.index(some[places[0]])
-                slots = slice(slot, slot + len(places))
-                found = torch.bmm(own, self._maps_as(own, (layers, kind))[slots]).transpose(0, 1)  # [tokens, S, ranks]
-                ranks = [rooms[name].shape[-1] for name in names]
-                for name, part in zip(names, found.split(ranks, dim=-1), strict=True):
-                    rooms[name][:, slots] = part
+        for (layers, kind), names in self._groups.items():
+            ranks = [self.plan.maps[name].shape[1] for name in names]
+            # The states of a piece are there twice: their stack, and its normalised copy.
+            size = max(1, state_budget(first.device) // (2 * len(layers) * first.shape[1] * first.element_size()))
+            for begin in range(0, len(first), size):
+                piece = slice(begin, begin + size)
+                x = normalize(torch.stack([states[layer][piece] for layer in layers]), kind)  # [S, n, D]
+                products = torch.bmm(x, self._maps[layers, kind]).transpose(0, 1)  # [n, S, ranks]
+                for name, part in zip(names, products.split(ranks, dim=-1), strict=True):
+                    features[piece, self.plan.columns[name]] = part.flatten(1)
         return features
-
-    def _maps_as(self, states: torch.Tensor, alike: tuple[tuple[int, ...], str | None]) -> torch.Tensor:
-        """Return the maps of a group beside states. They are moved once, before an engine records anything."""
-        maps = self._maps[alike]
-        if (maps.device, maps.dtype) != (states.device, states.dtype):
-            self._maps[alike] = maps.to(states.device, states.dtype)
-        return self._maps[alike]
 
 
 def _layers(heads: Iterable[ProbeModel]) -> list[int]:

@@ -18,9 +18,8 @@ from vllm.logger import init_logger
 
 from ..errors import ProbeError
 from .answers import answer
-from .following import Follower, ReplyTokens
 from .replies import Replies, Reply, reply_start
-from .scoring import Scorer, ScoringRequest
+from .scoring import ReplyTokens, Scorer, ScoringRequest
 from .settings import ProbeSettings
 from .state_cache import StateCache, cache_growth
 from .step_scores import StepScores
@@ -60,9 +59,7 @@ class ProbeConnector(KVConnectorBase_V1):
         self._prompts: dict[str, Request] = {}
         self._answers: dict[str, dict[str, Any]] = {}
         self.replies = Replies(self.settings, vllm_config.scheduler_config.max_num_seqs)
-        # In a worker
-        self._scorer: Scorer | None = None
-        self._follower: Follower | None = None
+        self._scorer: Scorer | None = None  # in a worker
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -171,14 +168,12 @@ class ProbeConnector(KVConnectorBase_V1):
         if not get_pp_group().is_last_rank:
             return  # the last stage has the states of all
         caches = get_layers_from_vllm_config(self._vllm_config, StateCache).values()
-        runs = get_tensor_model_parallel_rank() == 0
-        if runs:
+        if get_tensor_model_parallel_rank() == 0:
             times = cache_growth(self._kv_cache_config.kv_cache_groups[0])
             logger.info("What heads need makes the KV cache %.2f times as large", times)
             for rule in self.settings.rules:
                 logger.info("halt_on: %s", rule)
-        self._scorer = Scorer({cache.kind: cache for cache in caches}, self._block_size, runs)
-        self._follower = Follower(self._scorer)
+        self._scorer = Scorer({cache.kind: cache for cache in caches}, self._block_size)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -199,5 +194,5 @@ class ProbeConnector(KVConnectorBase_V1):
             return None
         places, parts = self._scorer.score(step.requests)
         if step.reply_tokens.request_ids:
-            parts += self._follower.follow(step.reply_tokens)
-        return StepScores(places, parts, step.reply_tokens.request_ids) if self._scorer.runs else None
+            parts += self._scorer.follow(step.reply_tokens)
+        return StepScores(places, parts, step.reply_tokens.request_ids)

@@ -10,7 +10,7 @@ import functools
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
@@ -43,8 +43,8 @@ def _probed(name: str) -> type[nn.Module]:
             with torch.device("cpu"):  # vLLM builds a model for another device
                 heads = settings.read_heads()
                 self._plan = CachePlan(heads)
-            if get_tensor_model_parallel_rank() == 0:  # which runs them
-                self._plan.follow_replies(vllm_config.scheduler_config.max_num_seqs, vllm_config.device_config.device)
+            device = vllm_config.device_config.device
+            self._plan.follow_replies(vllm_config.scheduler_config.max_num_seqs, device)
             # vLLM orders its caches by the number in their names, and the layers have those below.
             if self._plan.layers:
                 name = maybe_prefix(prefix, f"{STATES}.{last}")
@@ -52,7 +52,7 @@ def _probed(name: str) -> type[nn.Module]:
             if self._plan.readers:
                 name = maybe_prefix(prefix, f"{FEATURES}.{last + 1}")
                 self.probe_features = StateCache(vllm_config, self._plan, FEATURES, name)
-                self._projector = Projector(heads, self._plan)
+                self._projector = Projector(heads, self._plan, device, vllm_config.model_config.dtype)
 
         @functools.wraps(base.forward)  # vLLM reads the signature
         def forward(self, *args, **kwargs) -> torch.Tensor:

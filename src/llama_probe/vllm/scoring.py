@@ -1,8 +1,8 @@
-"""Heads in a worker process: what they say of prompts whose states, or features of them, are all in the cache."""
+"""Heads in a worker process: what they say of prompts that are all in the cache, and of the newest tokens of replies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,8 @@ from .state_cache import FEATURES, STATES, StateCache
 from .step_scores import Places
 
 
-# States are read in pieces of about so many tokens, several layers of a short prompt at once: a long prompt's states never lie in
-# memory in fp32 at once, nor those of many prompts.
+# States are read in pieces of about so many tokens, of several layers of as many fewer: a long prompt's states never lie in memory
+# in fp32 at once, nor those of many prompts.
 _TOKENS = 4096
 # Prompts go together where none is shorter than this part of the longest: what is added to the others is computed for nothing.
 _SHORTEST = 0.6
@@ -51,32 +51,48 @@ class ScoringRequest:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class ReplyTokens:
+    """The tokens of replies that a step reads, one a request.
+
+    Attributes:
+        request_ids: of the engine.
+        places: where each token lies in the cache: its block's number times the tokens of a block, and its place in the block.
+        slots: of the requests' states.
+    """
+
+    request_ids: list[str] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+    def add(self, request_id: str, place: int, slot: int) -> None:
+        self.request_ids.append(request_id)
+        self.places.append(place)
+        self.slots.append(slot)
+
+
 class Scorer:
     """Runs heads on what is cached. It never waits for the device.
 
+    With tensor parallelism a read of the cache gathers the shares of all ranks: each must run the heads.
+
     Args:
-        caches: of states and of features, if there are any. With tensor parallelism all ranks have the plan of heads, to read
-            the same of the cache, and rank 0 runs them.
+        caches: of states and of features, if there are any.
         block_size: tokens a block of the scheduler's; the cache may split them.
-        runs: whether this rank runs the heads.
     """
 
-    def __init__(self, caches: Mapping[str, StateCache], block_size: int, runs: bool):
-        self.caches, self.block_size, self.runs = caches, block_size, runs
+    def __init__(self, caches: Mapping[str, StateCache], block_size: int):
+        self.caches, self.block_size = caches, block_size
         cache = next(iter(caches.values()))
         self.plan, self.device, self.kernel_block_size = cache.plan, cache.kv_cache.device, cache.kernel_block_size
         heads = self.plan.whole | self.plan.readers
         self.heads = {name: heads[name].to(self.device) for name in self.plan.names}
-
         self.states = self.plan.reply_states
         self.followers = {name: head for name, head in self.heads.items() if head.config.reads_reply}
 
     @torch.no_grad()
     def score(self, requests: Sequence[ScoringRequest]) -> tuple[Places, list[torch.Tensor]]:
-        """Return the scores of prompts, finite or not, or why there are none, as `StepScores` takes them. Begin states of replies.
-
-        A rank that runs no heads has no scores.
-        """
+        """Return the scores of prompts, finite or not, or why there are none, as `StepScores` takes them. Begin states of replies."""
         places: Places = {
             request.request_id: dict.fromkeys(request.heads, "") for request in requests if request.heads is not None
         }
@@ -91,13 +107,30 @@ class Scorer:
         if self.states is not None and (slots := [request.slot for request in requests if request.slot is not None]):
             self.states.clear(async_tensor_h2d(slots, self.device))
         parts: list[torch.Tensor] = []
-        for batch in _batches(requests, self.kernel_block_size):
+        for batch in _batches(requests, self.kernel_block_size, _TOKENS // self._depth(self.heads)):
             for name, logits in self._score(batch).items():
                 for row, request in enumerate(batch):
                     if name in (request.heads or ()):
                         places[request.request_id][name] = len(parts), row
                 parts.append(logits)
         return places, parts
+
+    @torch.no_grad()
+    def follow(self, tokens: ReplyTokens) -> list[torch.Tensor]:
+        """Return the scores of replies up to these tokens, `[replies, num_labels]` a head.
+
+        The number of operations does not depend on the number of replies.
+        """
+        places, slots = async_tensor_h2d([tokens.places, tokens.slots], self.device)
+        # [states, replies, 1, width]
+        cached = {kind: self.caches[kind].read_tokens(places).unsqueeze(2) for kind in self._kinds(self.followers)}
+        scores = []
+        for name, head in self.followers.items():
+            state = head.init_state(self.states.get(name, slots), keep=True)
+            head.step(state, head.layer_indices, self._own(name, cached))
+            self.states.put(name, slots, state.joined())
+            scores.append(head.finish(state).logits)
+        return scores
 
     def _score(self, requests: Sequence[ScoringRequest]) -> dict[str, torch.Tensor]:
         """Return logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
@@ -128,30 +161,32 @@ class Scorer:
     def _read(
         self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
     ) -> dict[str, ProbeState]:
-        """Return what heads have read of prompts in blocks `[prompts, blocks]`, if this rank runs them.
+        """Return what heads have read of prompts in blocks `[prompts, blocks]`.
 
         Args:
             masks: for each head the tokens that count, `[prompts, width]`, on the CPU.
             padding: the tokens that belong to no prompt, `[prompts, width]`.
         """
-        heads = {name: self.heads[name] for name in masks}
-        states = {name: head.init_state(keep=name in self.followers) for name, head in heads.items()}
-        for tokens, part, last in self._pieces(blocks, next(iter(masks.values())).shape[1]):
-            cut = {name: self._cut(mask[:, tokens]) for name, mask in masks.items()}
-            for layers, inputs in self._inputs(heads, part, padding, tokens):
-                for name, x in inputs.items() if self.runs else ():
-                    head, (columns, mask) = heads[name], cut[name]
-                    head.step(states[name], layers or head.layer_indices, x[:, :, columns], mask, last=last)
-        return states if self.runs else {}
-
-    def _pieces(self, blocks: torch.Tensor, width: int) -> Iterator[tuple[slice, torch.Tensor, bool]]:
-        """Yield the tokens of prompts in pieces: which, the blocks `[prompts, blocks]` that hold them, and if they are the last."""
-        size = self.kernel_block_size
-        step = max(_TOKENS // (len(blocks) * size), 1) * size
+        states = {name: self.heads[name].init_state(keep=name in self.followers) for name in masks}
+        size, width = self.kernel_block_size, next(iter(masks.values())).shape[1]
+        step = max(_TOKENS // (self._depth(masks) * len(blocks) * size), 1) * size
         for start in range(0, width, step):
-            stop = min(start + step, width)
-            part = blocks[:, start // size : -(-stop // size)]  # blocks are read whole
-            yield slice(start, stop), part, stop == width
+            tokens = slice(start, min(start + step, width))
+            part = blocks[:, start // size : -(-tokens.stop // size)]  # blocks are read whole
+            cached = {kind: self._numbers(kind, part, padding, tokens) for kind in self._kinds(masks)}
+            for name, state in states.items():
+                head, (columns, mask) = self.heads[name], self._cut(masks[name][:, tokens])
+                x = self._own(name, cached)[:, :, columns]
+                head.step(state, head.layer_indices, x, mask, last=tokens.stop == width)
+        return states
+
+    def _kinds(self, names: Iterable[str]) -> list[str]:
+        """Return of which kind the numbers are that heads read, in the same order on all ranks."""
+        return sorted({STATES if name in self.plan.whole else FEATURES for name in names})
+
+    def _depth(self, names: Iterable[str]) -> int:
+        """Return how many states of a token are read at once."""
+        return len(self.plan.layers) if STATES in self._kinds(names) else 1
 
     def _cut(self, mask: torch.Tensor) -> tuple[slice, torch.Tensor | None]:
         """Return the columns of a `[prompts, tokens]` mask in which some token counts, and what is left of it on the device."""
@@ -160,35 +195,21 @@ class Scorer:
         mask = mask[:, columns]
         return columns, None if bool(mask.all()) else async_tensor_h2d(mask, self.device)
 
-    def _inputs(
-        self, heads: Mapping[str, ProbeModel], blocks: torch.Tensor, padding: torch.Tensor | None, tokens: slice
-    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-        """Yield layers, of which an empty list is all of a head, and by head what it reads of them, `[S, prompts, tokens, width]`."""
-        whole = {name: head for name, head in heads.items() if name in self.plan.whole}
-        wanted = {layer for head in whole.values() for layer in head.layer_indices}
-        places = [place for place, layer in enumerate(self.plan.layers) if layer in wanted]
-        for states in _neighbours(places, _TOKENS // (blocks.numel() * self.kernel_block_size)):
-            hidden = self._numbers(STATES, states, blocks, padding, tokens)
-            prepared = {
-                head.input_format(hidden): head for head in whole.values()
-            }  # heads that agree share the result
-            prepared = {kind: head.prepare(hidden) for kind, head in prepared.items()}
-            yield self.plan.layers[states], {name: prepared[head.input_format(hidden)] for name, head in whole.items()}
-        if readers := {name: head for name, head in heads.items() if name not in whole}:
-            features = self._numbers(FEATURES, slice(0, 1), blocks, padding, tokens)[0]  # [prompts, tokens, F]
-            yield [], {name: self._own(name, head, features) for name, head in readers.items()}
+    def _own(self, name: str, cached: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return what a head reads, `[S, rows, tokens, width]`, of numbers `[states, rows, tokens, width]` by kind."""
+        head = self.heads[name]
+        if name in self.plan.readers:
+            own = cached[FEATURES][0][..., self.plan.columns[name]].unflatten(-1, (len(head.layer_indices), -1))
+            return head.prepare(own.permute(2, 0, 1, 3))
+        states = cached[STATES]
+        if len(head.layer_indices) < len(states):  # a list as index would come from pageable memory
+            states = torch.stack([states[self.plan.layers.index(layer)] for layer in head.layer_indices])
+        return head.prepare(states)
 
-    def _own(self, name: str, head: ProbeModel, features: torch.Tensor) -> torch.Tensor:
-        """Return a head's part of features `[prompts, tokens, F]`: `[S, prompts, tokens, rank]`."""
-        own = features[..., self.plan.columns[name]].unflatten(-1, (len(head.layer_indices), -1))
-        return head.prepare(own.permute(2, 0, 1, 3))
-
-    def _numbers(
-        self, kind: str, states: slice, blocks: torch.Tensor, padding: torch.Tensor | None, tokens: slice
-    ) -> torch.Tensor:
-        """Return what is cached of some tokens, `[S, prompts, tokens, width]`, 0 behind the end of a prompt."""
-        found = self.caches[kind].read(states, blocks)[:, :, : tokens.stop - tokens.start]
-        return found if padding is None else found.masked_fill(padding[:, tokens, None], 0)
+    def _numbers(self, kind: str, blocks: torch.Tensor, padding: torch.Tensor | None, tokens: slice) -> torch.Tensor:
+        """Return what is cached of some tokens, `[states, prompts, tokens, width]`, 0 behind the end of a prompt."""
+        numbers = self.caches[kind].read(blocks)[:, :, : tokens.stop - tokens.start]
+        return numbers if padding is None else numbers.masked_fill(padding[:, tokens, None], 0)
 
     def _mask(self, head: ProbeModel, request: ScoringRequest) -> torch.Tensor:
         prompt = torch.zeros(1, request.num_prompt_tokens, dtype=torch.bool)
@@ -200,20 +221,12 @@ class Scorer:
         return mask[0]
 
 
-def _neighbours(places: Sequence[int], most: int) -> Iterator[slice]:
-    """Yield ascending places as ranges of at most `most` places."""
-    first = 0
-    for i in range(1, len(places) + 1):
-        if i == len(places) or places[i] != places[i - 1] + 1 or i - first >= most:
-            yield slice(places[first], places[i - 1] + 1)
-            first = i
-
-
-def _batches(requests: Sequence[ScoringRequest], size: int) -> Iterator[list[ScoringRequest]]:
+def _batches(requests: Sequence[ScoringRequest], size: int, most: int) -> Iterator[list[ScoringRequest]]:
     """Yield prompts that go through the heads together: of the same heads, and of about one length.
 
     Args:
         size: tokens a block of the cache; blocks are read as a whole.
+        most: tokens that are read together.
     """
     together: dict[tuple[str, ...], list[ScoringRequest]] = {}
     for request in requests:
@@ -225,7 +238,7 @@ def _batches(requests: Sequence[ScoringRequest], size: int) -> Iterator[list[Sco
         for request in alike:
             width = batch[0].num_tokens if batch else 0
             read = -(-width // size) * size * (len(batch) + 1)
-            if batch and (read > _TOKENS or request.num_tokens < _SHORTEST * width):
+            if batch and (read > most or request.num_tokens < _SHORTEST * width):
                 yield batch
                 batch = []
             batch.append(request)

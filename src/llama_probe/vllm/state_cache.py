@@ -102,14 +102,14 @@ class StateCache(CacheOnlyAttentionLayer):
         for number, state in enumerate(states):
             self.kv_cache[:, number][blocks, places] = state[: len(slots), own].to(self.kv_cache.dtype)
 
-    def read(self, states: slice, block_ids: torch.Tensor) -> torch.Tensor:
-        """Return `[states, prompts, blocks * kernel_block_size, width]`: some states of all tokens in blocks `[prompts, blocks]`.
+    def read(self, block_ids: torch.Tensor) -> torch.Tensor:
+        """Return `[states, prompts, blocks * kernel_block_size, width]`: the states of all tokens in blocks `[prompts, blocks]`.
 
         They are in the model's dtype. With tensor parallelism every rank must call it.
         """
         # [prompts * blocks, S, block_size, share]
-        found = self.kv_cache[:, states].index_select(0, block_ids.flatten())
-        share = found.transpose(0, 1).reshape(found.shape[1], len(block_ids), -1, self.head_size)
+        blocks = self.kv_cache.index_select(0, block_ids.flatten())
+        share = blocks.transpose(0, 1).reshape(blocks.shape[1], len(block_ids), -1, self.head_size)
         return share if self.ranks == 1 else all_gather(share, dim=-1)[..., : self.width]
 
     def read_tokens(self, places: torch.Tensor) -> torch.Tensor:

@@ -67,5 +67,5 @@ class StepScores(KVConnectorWorkerMetadata):
         return self.__dict__
 
     def aggregate(self, other: StepScores) -> StepScores:
-        """Return the results of both. One rank of all runs heads."""
-        return self if self.prompts else other
+        """Return the results of one of two ranks: both have run the heads."""
+        return self
