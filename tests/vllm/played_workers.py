@@ -1,6 +1,6 @@
 """A scheduler of either form, and workers that are played: on the CPU, vLLM itself always takes the plain form."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -59,9 +59,13 @@ def add(
 
 @dataclass
 class Script:
-    """What workers say of a reply: tokens that are flagged or have no number, by index, and the index of its end."""
+    """What workers say: logits of the prompt, and of a reply the tokens that are flagged or have no number, by index, and its end.
+
+    The index of the prompt is -1.
+    """
 
     flags: Collection[int] = ()
+    prompt: list[float] | None = None
     no_number: Collection[int] = ()
     unscored: Collection[int] = ()
     end: int | None = None
@@ -74,18 +78,21 @@ class Script:
 
 
 class Player:
-    """Plays the workers of a scheduler whose only head follows replies, if it is named `watch`.
+    """Plays the workers of a scheduler with one head.
 
     Attributes:
         delivered: outputs by request.
-        steps: number of steps that were scheduled.
+        scored: by step the prompts that were complete, by request.
+        scheduled: number of steps by request. steps: of all.
     """
 
-    def __init__(self, scheduler, prompt_logits: list[float] | None = None):
-        self.scheduler, self.prompt_logits = scheduler, prompt_logits
+    def __init__(self, scheduler, head: str = "watch"):
+        self.scheduler, self.head = scheduler, head
         self.scripts: dict[str, Script] = {}
         self.lengths: dict[str, int] = {}
         self.delivered: dict[str, list] = defaultdict(list)
+        self.scored: list[dict] = []
+        self.scheduled: Counter[str] = Counter()
         self.queue, self.steps = [], 0
 
     def add(self, name: str, script: Script, length: int = 5, **options) -> Request:
@@ -96,6 +103,7 @@ class Player:
         """Schedule a step, and answer the oldest one: in the async form one is always under way."""
         if self.scheduler.has_requests():
             self.queue.append(self.scheduler.schedule())
+            self.scheduled.update(self.queue[-1].num_scheduled_tokens.keys())
             self.steps += 1
         if len(self.queue) > isinstance(self.scheduler, AsyncProbeScheduler) or not self.scheduler.has_requests():
             self.answer()
@@ -114,12 +122,13 @@ class Player:
         meta, cached = step.kv_connector_metadata, step.scheduled_cached_reqs
         computed = {new.req_id: new.num_computed_tokens for new in step.scheduled_new_reqs}
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        begun, read = {request.request_id for request in meta.requests}, meta.reply_tokens
+        self.scored.append(begun := {request.request_id: request for request in meta.requests})
+        read, running = meta.reply_tokens, self.scheduler.requests
         assert len({*read.slots}) == len(read.slots)
         ends = {name: computed[name] + count for name, count in step.num_scheduled_tokens.items()}
+        is_read = {name: name not in running or end >= running[name].num_tokens for name, end in ends.items()}
         tokens = [
-            [self.scripts[name].token(end - self.lengths[name])] if name in begun or name in read.request_ids else []
-            for name, end in ends.items()
+            [self.scripts[name].token(end - self.lengths[name])] if is_read[name] else [] for name, end in ends.items()
         ]
         rows = {}
         for name, place in zip(read.request_ids, read.places, strict=True):
@@ -127,11 +136,12 @@ class Player:
             assert index >= 0 and place % BLOCK == (ends[name] - 1) % BLOCK
             if index not in self.scripts[name].unscored:
                 rows[name] = self.scripts[name].logits(index)
-        prompts = {request.request_id: {} for request in meta.requests if request.heads is not None}
-        parts = []
-        if self.prompt_logits is not None:
-            prompts = {name: {"watch": (0, 0)} for name in prompts}
-            parts.append(torch.tensor([self.prompt_logits]))
+        prompts, parts = {}, []
+        for name, request in begun.items():
+            if request.heads is not None and -1 not in self.scripts[name].unscored:
+                logits = self.scripts[name].prompt
+                prompts[name] = {} if logits is None else {self.head: (len(parts), 0)}
+                parts += [] if logits is None else [torch.tensor([logits])]
         scores = StepScores(prompts, [*parts, torch.tensor(list(rows.values()))] if rows else parts, list(rows))
         from_workers = KVConnectorOutput(kv_connector_worker_meta=scores if prompts or rows else None)
         ids = np.array([sampled or [0] for sampled in tokens]).reshape(-1, 1)

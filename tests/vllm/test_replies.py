@@ -22,7 +22,6 @@ def start(request, tiny, tmp_path):
         halts=True,
         patience=1,
         blocks=30,
-        prompt=None,
         prefixes=False,
         hide=False,
         window=1,
@@ -35,7 +34,7 @@ def start(request, tiny, tmp_path):
         kwargs = engine_kwargs(tiny.backbone, {"watch": tmp_path / scope}, max_num_seqs=6, **options)
         kwargs["additional_config"]["llama_probe"]["hide_scores"] = hide
         started.append(make_scheduler(kwargs, request.param, blocks, prefixes))
-        return Player(started[-1], prompt)
+        return Player(started[-1])
 
     yield make
     for each in started:
@@ -143,8 +142,8 @@ def test_a_window_takes_the_mean_of_the_last_scores(start, flags, halt):
 
 def test_a_flagged_prompt_counts_for_the_patience(start):
     for patience, flags, count in ((2, [0], 0), (2, [1], 5), (1, [], 0)):
-        player = start("all", patience=patience, prompt=BAD)
-        player.add("a", Script(flags))
+        player = start("all", patience=patience)
+        player.add("a", Script(flags, prompt=BAD))
         player.run()
         assert len(player.tokens("a")) == count
         halted = player.delivered["a"][-1].kv_transfer_params["halted"]
@@ -225,10 +224,8 @@ def test_the_last_of_several_replies_knows_of_all(start):
 
 
 def test_a_prompt_alone_has_no_reply(start):
-    player = start("all", prompt=FINE)
-    add = {"asked": {"reply": False, "probes": ["watch"]}, "max_tokens": 1}
-    player.scripts["a"], player.lengths["a"] = Script(), 5
-    player.add("a", Script(), **add)
+    player = start("all")
+    player.add("a", Script(prompt=FINE), asked={"reply": False, "probes": ["watch"]}, max_tokens=1)
     player.run()
     (output,) = player.delivered["a"]
     assert output.new_token_ids == [] and output.kv_transfer_params["probes"]["watch"]["logits"] == FINE

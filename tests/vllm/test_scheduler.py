@@ -1,98 +1,55 @@
-"""Both schedulers, step by step, with the workers' part played: on the CPU, vLLM itself always takes the plain one."""
+"""Guards of prompts in both schedulers, with the workers' part played: on the CPU, vLLM itself always takes the plain one."""
+
+import math
 
 import pytest
-import torch
-from played_workers import BAD, CHUNK, FINE, add, make_scheduler
+from played_workers import BAD, CHUNK, FINE, FIRST, Player, Script, make_scheduler
 from vllm.sampling_params import RequestOutputKind
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from llama_probe.vllm import engine_kwargs
-from llama_probe.vllm.scheduler import AsyncProbeScheduler
-from llama_probe.vllm.step_scores import StepScores
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "async"])
-def scheduler(request, tiny):
+def player(request, tiny):
     made = make_scheduler(engine_kwargs(tiny.backbone, {"guard": tiny.heads["guard"]}, halt_on="guard"), request.param)
-    yield made
+    yield Player(made, "guard")
     made.shutdown()
 
 
-def requests(step: SchedulerOutput) -> dict:
-    return {request.request_id: request for request in step.kv_connector_metadata.requests}
+def check_halted(player: Player, name: str) -> dict:
+    """Raise unless a request got nothing. Return what it was told of its prompt."""
+    (output,) = player.delivered[name]
+    assert (output.new_token_ids, str(output.finish_reason), output.stop_reason) == ([], "stop", "guard")
+    assert output.kv_transfer_params["halted"]["head"] == "guard"
+    assert name not in player.scheduler.requests
+    return output.kv_transfer_params
 
 
-def answer(scheduler, step: SchedulerOutput, found: dict[str, list[float]]):
-    """What the workers return of a step: a token of each request whose prompt is complete, and logits."""
-    names = list(step.num_scheduled_tokens)
-    tokens = [
-        [7] if name in found or name not in scheduler.requests or scheduler.connector.get_answer(name) else []
-        for name in names
-    ]
-    scored = {name: {"guard": (0, row)} for row, name in enumerate(found)}
-    meta = StepScores(scored, [torch.tensor(list(found.values()))]) if found else None
-    places = {name: place for place, name in enumerate(names)}
-    said = KVConnectorOutput(kv_connector_worker_meta=meta)
-    output = ModelRunnerOutput(names, places, tokens, kv_connector_output=said)
-    batches = scheduler.update_from_output(step, output)
-    return {output.request_id: output for batch in batches.values() for output in batch.outputs}
-
-
-def test_a_token_without_scores_is_not_delivered(scheduler):
-    request = add(scheduler, "late", 10)
-    step = scheduler.schedule()
-    output = ModelRunnerOutput(["late"], {"late": 0}, [[7]])
-    (batch,) = scheduler.update_from_output(step, output).values()
-    (given,) = batch.outputs
-    assert given.new_token_ids == [] and given.kv_transfer_params["halted"]["head"] == "guard"
-    assert request.status == RequestStatus.FINISHED_STOPPED
-
-
-def test_prompts_are_scored_when_their_last_chunk_runs(scheduler):
-    add(scheduler, "long", 40)
-    first = scheduler.schedule()
-    assert first.num_scheduled_tokens == {"long": CHUNK} and requests(first) == {}
-    assert answer(scheduler, first, {}) == {}
-    second = scheduler.schedule()
-    request = requests(second)["long"]
-    assert (request.token_ids, request.num_tokens, request.heads) == (list(range(4, 44)), 40, ["guard"])
+def test_prompts_are_scored_when_their_last_chunk_runs(player):
+    player.add("long", Script(prompt=FINE), 40)
+    player.run()
+    assert [list(scored) for scored in player.scored[:2]] == [[], ["long"]] and not any(player.scored[2:])
+    request = player.scored[1]["long"]
+    assert CHUNK < 40 and (request.token_ids, request.num_tokens, request.heads) == (list(range(4, 44)), 40, ["guard"])
     assert len(request.block_ids) == 3 and len(set(request.block_ids)) == 3
-    out = answer(scheduler, second, {"long": FINE})["long"]
-    assert out.new_token_ids == [7] and out.finish_reason is None
-    assert out.kv_transfer_params["probes"]["guard"]["label"] == "fine"
-    assert out.kv_transfer_params["halted"] is None
-    third = scheduler.schedule()
-    assert requests(third) == {}
-    assert answer(scheduler, third, {})["long"].kv_transfer_params == out.kv_transfer_params
+    assert player.tokens("long") == [FIRST + i for i in range(5)]
+    for output in player.delivered["long"]:
+        assert output.kv_transfer_params["probes"]["guard"]["label"] == "fine"
+        assert output.kv_transfer_params["halted"] is None
 
 
-def test_halted_requests_end_without_a_token(scheduler):
-    add(scheduler, "bad", 5)
-    add(scheduler, "fine", 6)
-    step = scheduler.schedule()
-    assert set(requests(step)) == {"bad", "fine"}
-    ahead = scheduler.schedule() if isinstance(scheduler, AsyncProbeScheduler) else None
-    out = answer(scheduler, step, {"bad": BAD, "fine": FINE})
-    assert (out["bad"].new_token_ids, str(out["bad"].finish_reason), out["bad"].stop_reason) == ([], "stop", "guard")
-    assert out["bad"].kv_transfer_params["halted"]["label"] == "bad"
-    assert out["fine"].new_token_ids == [7] and out["fine"].finish_reason is None
-    if ahead is not None:  # it took part in a step that was begun before it was known
-        assert set(ahead.num_scheduled_tokens) == {"bad", "fine"}
-        assert set(answer(scheduler, ahead, {})) == {"fine"}
-    assert set(scheduler.schedule().num_scheduled_tokens) == {"fine"}
-    assert "bad" not in scheduler.requests and scheduler.connector.get_answer("bad") is None
-
-
-def test_a_score_that_is_no_number_halts_its_prompt_and_no_other(scheduler):
-    add(scheduler, "odd", 5)
-    add(scheduler, "fine", 6)
-    out = answer(scheduler, scheduler.schedule(), {"odd": [float("nan"), float("nan")], "fine": FINE})
-    assert (out["odd"].new_token_ids, out["odd"].stop_reason) == ([], "guard")
-    said = out["odd"].kv_transfer_params
-    assert "gives no number" in said["probes"]["guard"]["error"] and said["halted"]["score"] is None
-    assert out["fine"].new_token_ids == [7] and out["fine"].kv_transfer_params["halted"] is None
+@pytest.mark.parametrize("script", [Script(prompt=BAD), Script(prompt=[math.nan] * 2), Script(unscored=[-1])], ids=str)
+def test_what_is_flagged_or_has_no_score_ends_without_a_token_and_no_other(player, script):
+    player.add("bad", script)
+    player.add("fine", Script(prompt=FINE), 6)
+    player.run()
+    said = check_halted(player, "bad")
+    if script.prompt is not BAD:
+        assert said["halted"]["score"] is None and ("error" in said["probes"].get("guard", {})) == bool(script.prompt)
+    assert len(player.tokens("fine")) == 5 and player.delivered["fine"][-1].kv_transfer_params["halted"] is None
+    assert player.scheduled["bad"] <= 2, "in the async form it takes part in a step that began before it was known"
+    player.check_clean()
 
 
 @pytest.mark.parametrize(
@@ -103,34 +60,35 @@ def test_a_score_that_is_no_number_halts_its_prompt_and_no_other(scheduler):
     ],
     ids=["last", "each"],
 )
-def test_who_waits_for_the_end_gets_the_scores_there(scheduler, changes, have_scores):
-    add(scheduler, "whole", 5, RequestOutputKind.FINAL_ONLY, **changes)
-    for number, has_scores in enumerate(have_scores):
-        out = answer(scheduler, scheduler.schedule(), {} if number else {"whole": FINE})["whole"]
-        assert (out.kv_transfer_params is not None) == has_scores
-        assert not has_scores or out.kv_transfer_params["probes"]["guard"]["logits"] == FINE
+def test_who_waits_for_the_end_gets_the_scores_there(player, changes, have_scores):
+    player.add("whole", Script(prompt=FINE), kind=RequestOutputKind.FINAL_ONLY, **changes)
+    player.run()
+    known = [output.kv_transfer_params for output in player.delivered["whole"]]
+    assert [params is not None for params in known] == have_scores
+    assert known[-1]["probes"]["guard"]["logits"] == FINE
 
 
-def test_a_prompt_that_comes_in_pieces_is_scored_after_each(scheduler):
-    add(scheduler, "talk", 5, resumable=True)
-    out = answer(scheduler, scheduler.schedule(), {"talk": FINE})["talk"]
-    assert out.kv_transfer_params["halted"] is None
-    add(scheduler, "talk", 6, resumable=True)  # the next piece, which waits until the first one's reply has ended
-    for _ in range(4):
-        out = answer(scheduler, scheduler.schedule(), {})["talk"]
-    step = scheduler.schedule()
-    assert requests(step)["talk"].num_tokens == 5 + 4 + 6  # the last token of a reply is dropped
-    out = answer(scheduler, step, {"talk": BAD})["talk"]
-    assert (out.new_token_ids, out.stop_reason) == ([], "guard")
-    assert out.kv_transfer_params["probes"]["guard"]["logits"] == BAD
-    assert "talk" not in scheduler.requests and scheduler.connector.get_answer("talk") is None
+def test_a_prompt_that_comes_in_pieces_is_scored_after_each(player):
+    player.add("talk", Script(prompt=FINE), resumable=True)
+    while not player.delivered["talk"]:
+        player.step()
+    assert player.delivered["talk"][0].kv_transfer_params["halted"] is None
+    player.add("talk", Script(prompt=BAD), 6, resumable=True)  # it waits until the reply to the first piece has ended
+    player.run()
+    assert [scored["talk"].num_tokens for scored in player.scored if scored] == [5, 5 + 4 + 6], (
+        "less a reply's last token"
+    )
+    *_, last = player.delivered["talk"]
+    assert (last.new_token_ids, last.stop_reason) == ([], "guard")
+    assert last.kv_transfer_params["probes"]["guard"]["logits"] == BAD
+    player.check_clean()
 
 
-def test_nothing_is_kept_of_requests_that_are_gone(scheduler):
-    add(scheduler, "gone", 5)
-    add(scheduler, "waiting", 5)
-    step = scheduler.schedule()
-    scheduler.finish_requests(["gone", "waiting"], RequestStatus.FINISHED_ABORTED)
-    assert answer(scheduler, step, {"gone": BAD, "waiting": FINE}) == {}
-    connector = scheduler.connector
-    assert not connector._answers and not connector._prompts
+def test_nothing_is_kept_of_requests_that_are_gone(player):
+    for name in ("gone", "waiting"):
+        player.add(name, Script(prompt=BAD))
+    player.queue.append(player.scheduler.schedule())
+    player.scheduler.finish_requests(["gone", "waiting"], RequestStatus.FINISHED_ABORTED)
+    player.answer()
+    assert not any(player.delivered.values())
+    player.check_clean()
