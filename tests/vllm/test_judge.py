@@ -3,28 +3,18 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from types import SimpleNamespace
 
 import httpx
 import pytest
-from conftest import make_probe, make_tokenizer
-from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
+from played_server import NEW, TOKENIZER, play, save_heads
 from prometheus_client import REGISTRY
-from vllm import CompletionOutput, RequestOutput, SamplingParams
-from vllm.sampling_params import RequestOutputKind
-from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from llama_probe.vllm.answers import answer
-from llama_probe.vllm.compatibility import KEY
 from llama_probe.vllm.halting_words import CHAT, GUARDRAIL, MODERATIONS
 from llama_probe.vllm.judge import KEY_VARIABLE, Judge, logger
-from llama_probe.vllm.middleware import ProbeStreams
 from llama_probe.vllm.settings import ProbeSettings
 
 
-TOKENIZER = make_tokenizer()
-NEW, END = 5, " Sorry."
+END = " Sorry."
 BODY = {"prompt": TOKENIZER("Is it?")["input_ids"]}
 SURE_FINE, UNSURE, SURE_BAD = [3.0, 0.0], [0.5, 0.0], [0.0, 3.0]  # `bad` has 0.05, 0.38 and 0.95
 Behaviour = Callable[[asyncio.StreamWriter], Awaitable[None]]
@@ -89,100 +79,18 @@ class PlayedGuard:
             self.sent += 10_000
 
 
-class Engine:
-    """Writes the tokens `0` to `4` of each reply, one a turn of the loop, and hands them out as vLLM does."""
-
-    def __init__(self, settings: ProbeSettings, logits: list[float]):
-        self.vllm_config = SimpleNamespace(additional_config={KEY: settings.to_dict()})
-        self.known = answer(settings, {"guard": logits})
-        self.written = self.aborted = self.running = self.outputs = 0
-
-    def get_tokenizer(self):
-        return TOKENIZER
-
-    async def generate(self, prompt, params, request_id):
-        collector = RequestOutputCollector(params.output_kind, request_id)
-        writing = asyncio.ensure_future(self._write(prompt, params, collector))
-        self.running += 1
-        try:
-            finished = False
-            while not finished:
-                output = collector.get_nowait() or await collector.get()
-                finished, self.outputs = output.finished, self.outputs + 1
-                yield output
-        except (asyncio.CancelledError, GeneratorExit):
-            self.aborted += 1
-            raise
-        finally:
-            self.running -= 1
-            writing.cancel()
-
-    async def _write(self, prompt, params, collector):
-        first = 0
-        for token in range(NEW):
-            await asyncio.sleep(0)
-            self.written += params.n
-            ends = token == NEW - 1
-            is_due = token == 0 or token + 1 - first >= (params.stream_interval or 1)
-            if not ends and (params.output_kind is RequestOutputKind.FINAL_ONLY or not is_due):
-                continue
-            ids, first = list(range(first, token + 1)), token + 1
-            text, reason = "".join(map(str, ids)), "length" if ends else None
-            for index in range(params.n):
-                reply = CompletionOutput(index, text, ids, None, None, finish_reason=reason)
-                finished = ends and index == params.n - 1
-                collector.put(
-                    RequestOutput("1", None, prompt, None, [reply], finished, kv_transfer_params=dict(self.known))
-                )
-
-
 @pytest.fixture
 def serve(tmp_path):
     """A function that serves a head, and asks a judge: `(app, engine)`."""
 
     def start(url: str | None, logits=UNSURE, fails="closed", timeout=5.0, model=None):
-        head = make_probe(probe_type="pooling", prompt_format="chat", id2label={0: "fine", 1: "bad"})
-        head.save_pretrained(tmp_path / "guard")
+        heads = save_heads(tmp_path, {"guard": {"id2label": {0: "fine", 1: "bad"}}})
         judge = url and {"url": url, "fails": fails, "timeout": timeout, "model": model}
         rules, bands = {"guard": {"label": "bad", "threshold": 0.5}}, {"guard": [0.1, 0.9]}
-        settings = ProbeSettings(
-            {"guard": str(tmp_path / "guard")}, rules, halt_reply=END, judge=judge, unsure=bands if judge else None
-        )
-        engine, app = Engine(settings, logits), FastAPI()
-        app.state.engine_client, app.state.args = engine, SimpleNamespace(served_model_name=None, model="tiny")
-
-        @app.post("/v1/completions")
-        async def complete(request: Request):
-            body = await request.json()
-            streams, copies = body.get("stream", False), body.get("n", 1)
-            kind = RequestOutputKind.DELTA if streams else RequestOutputKind.FINAL_ONLY
-            params = SamplingParams(n=copies, max_tokens=NEW, output_kind=kind, temperature=1.0)
-            prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
-            outputs = [engine.generate(ids, params, "cmpl-1") for ids in prompts]
-
-            async def events():
-                async for output in outputs[0]:
-                    for reply in output.outputs:
-                        yield f"data: {json.dumps({'choices': [choice(reply)]})}\n\n"
-
-            if streams:
-                return StreamingResponse(events(), media_type="text/event-stream")
-            replies = [reply for output in outputs async for each in output for reply in each.outputs]
-            return {
-                "id": "cmpl-1",
-                "model": "tiny",
-                "choices": list(map(choice, replies)),
-                "usage": {"prompt_tokens": 1},
-            }
-
-        app.add_middleware(ProbeStreams)
-        return app, engine
+        settings = ProbeSettings(heads, rules, halt_reply=END, judge=judge, unsure=bands if judge else None)
+        return play(settings, {"guard": logits})
 
     return start
-
-
-def choice(reply: CompletionOutput) -> dict:
-    return {"index": reply.index, "text": reply.text, "finish_reason": reply.finish_reason}
 
 
 class Client:

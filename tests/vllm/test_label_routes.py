@@ -2,22 +2,15 @@
 
 import asyncio
 import json
-from types import SimpleNamespace
 
 import pytest
-from conftest import make_probe, make_tokenizer
-from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
-from vllm import SamplingParams
+from played_server import TOKENIZER, play, save_heads
 
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.vllm.answers import answer
-from llama_probe.vllm.compatibility import KEY
-from llama_probe.vllm.middleware import ProbeStreams
 from llama_probe.vllm.settings import ProbeSettings
 
 
-TOKENIZER = make_tokenizer()
 MULTI = {"problem_type": "multi_label_classification", "threshold": [0.3, 0.9]}
 KINDS = {
     "guard": {"id2label": {0: "fine", 1: "bad"}, "threshold": 0.25},
@@ -30,49 +23,14 @@ KINDS = {
 LOGITS = {"guard": [0.9, 0.0], "raw": [2.0, 0.0], "mood": [0.0, 2.0, 1.0], "topics": [0.0, 2.0], "size": [1.5]}
 
 
-class Engine:
-    """Says the same of each prompt, in this process."""
-
-    def __init__(self, settings: ProbeSettings, logits: dict):
-        self.vllm_config = SimpleNamespace(additional_config={KEY: settings.to_dict()})
-        self.settings, self.logits, self.prompts, self.starts = settings, logits, [], []
-
-    def get_tokenizer(self):
-        return TOKENIZER
-
-    async def generate(self, prompt, sampling_params, request_id):
-        self.prompts.append(prompt)
-        self.starts.append(sampling_params.extra_args["kv_transfer_params"].get("reply_start"))
-        reply = SimpleNamespace(finish_reason="length", stop_reason=None, text="x", index=0)
-        yield SimpleNamespace(kv_transfer_params=answer(self.settings, self.logits), outputs=[reply])
-
-
 @pytest.fixture
 def serve(tmp_path):
     """A function that serves heads: `(client, engine)`."""
 
     def start(heads=tuple(LOGITS), logits=LOGITS, halt_on=None, hide_scores=False):
-        for name in heads:
-            make_probe(**{"probe_type": "pooling", "prompt_format": "chat", **KINDS[name]}).save_pretrained(
-                tmp_path / name
-            )
-        folders = {name: str(tmp_path / name) for name in heads}
+        folders = save_heads(tmp_path, {name: KINDS[name] for name in heads})
         settings = ProbeSettings(folders, halt_on, hide_scores=hide_scores)
-        engine, app = Engine(settings, {name: logits[name] for name in heads}), FastAPI(root_path="/api")
-        app.state.engine_client, app.state.args = engine, SimpleNamespace(served_model_name=None, model="tiny")
-
-        @app.post("/v1/completions")
-        async def complete(request: Request):
-            body, engine.authorization = await request.json(), request.headers.get("authorization")
-            for prompt in body["prompt"]:
-                params = SamplingParams(extra_args={"kv_transfer_params": body["kv_transfer_params"]})
-                async for _ in engine.generate(prompt, params, "cmpl-1"):
-                    pass
-            engine.body = body
-            usage = {"prompt_tokens": sum(map(len, body["prompt"]))}
-            return {"id": "cmpl-1", "model": body["model"] or "tiny", "choices": [{"text": "x"}], "usage": usage}
-
-        app.add_middleware(ProbeStreams)
+        app, engine = play(settings, {name: logits[name] for name in heads}, root_path="/api")
         return TestClient(app, raise_server_exceptions=False), engine
 
     return start

@@ -1,78 +1,59 @@
 """The middleware before a server of a few routes and an engine that says what it is told to."""
 
 import json
-from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
-from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
+from played_server import play, save_heads
+from vllm import SamplingParams
 from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRATEGIES
 
-from llama_probe.vllm.compatibility import ARCHITECTURES, KEY, PREFIX
-from llama_probe.vllm.middleware import ProbeStreams
+from llama_probe.vllm.compatibility import ARCHITECTURES, PREFIX
 from llama_probe.vllm.payloads import Scores, halt_of
+from llama_probe.vllm.settings import ProbeSettings
 
 
 BAD = {"label": "bad", "score": 0.981234, "scores": {"fine": 0.018766, "bad": 0.981234}}
 
 
-class Engine:
-    """Answers each prompt with one output."""
+@pytest.fixture
+def serve(tmp_path):
+    """A function that serves an engine which says this of each prompt: `(client, engine)`."""
 
-    def __init__(self, known: dict):
-        additional = {KEY: {"heads": {"guard": "here", "tone": "there"}, "halt_on": {"guard": {}}}}
-        self.vllm_config = SimpleNamespace(additional_config=additional)
-        self.known, self.asked = known, 0
+    def start(known: dict):
+        settings = ProbeSettings(save_heads(tmp_path, {"guard": {}, "tone": {}}), {"guard": {"label": "LABEL_1"}})
+        app, engine = play(settings, {"guard": [0.0, 0.0], "tone": [0.0, 0.0]})
+        engine.known = known
 
-    async def generate(self, prompt, sampling_params, request_id):
-        self.asked += 1
-        reply = SimpleNamespace(finish_reason="stop", stop_reason=None, text="", index=0)
-        yield SimpleNamespace(kv_transfer_params=self.known, outputs=[reply])
+        @app.post("/v1/responses")
+        async def responses():
+            async def events():
+                yield 'event: response.created\ndata: {"type": "response.created", "response": {}}\n\n'
+                yield 'event: response.in_progress\ndata: {"type": "response.in_progress", "response": {}}\n\n'
+                async for _ in engine.generate([5], SamplingParams(), "resp_1_0"):
+                    pass
+                data = {"status": "completed", "kv_transfer_params": engine.known}
+                yield f"event: response.completed\ndata: {json.dumps({'type': 'response.completed', 'response': data})}\n\n"
 
+            return StreamingResponse(events(), media_type="text/event-stream")
 
-def client_of(engine: Engine) -> TestClient:
-    app = FastAPI()
-    app.state.engine_client = engine
-    app.state.args = SimpleNamespace(served_model_name=None, model="tiny")
-    params = SimpleNamespace(n=1)
+        @app.get("/v1/responses/1")
+        async def stored():
+            return {"object": "response", "status": "completed", "kv_transfer_params": engine.known}
 
-    @app.post("/complete")
-    async def complete(request: Request):
-        asked = await request.json()
-        async for output in engine.generate(None, params, "chatcmpl-1"):
-            return {"asked": asked, "choices": [{"index": 0, "finish_reason": output.outputs[0].finish_reason}]}
+        @app.post("/fails")
+        async def fails():
+            async def events():
+                yield "event: response.created\ndata: {}\n\n"
+                raise OSError("gone")
 
-    @app.post("/v1/responses")
-    async def responses():
-        async def events():
-            yield 'event: response.created\ndata: {"type": "response.created", "response": {}}\n\n'
-            yield 'event: response.in_progress\ndata: {"type": "response.in_progress", "response": {}}\n\n'
-            async for _ in engine.generate(None, params, "resp_1_0"):
-                pass
-            data = {
-                "type": "response.completed",
-                "response": {"status": "completed", "kv_transfer_params": engine.known},
-            }
-            yield f"event: response.completed\ndata: {json.dumps(data)}\n\n"
+            return StreamingResponse(events(), media_type="text/event-stream")
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        return TestClient(app, raise_server_exceptions=False), engine
 
-    @app.get("/v1/responses/1")
-    async def stored():
-        return {"object": "response", "status": "completed", "kv_transfer_params": engine.known}
-
-    @app.post("/fails")
-    async def fails():
-        async def events():
-            yield "event: response.created\ndata: {}\n\n"
-            raise OSError("gone")
-
-        return StreamingResponse(events(), media_type="text/event-stream")
-
-    app.add_middleware(ProbeStreams)
-    return TestClient(app, raise_server_exceptions=False)
+    return start
 
 
 def asking(heads) -> str:
@@ -87,10 +68,10 @@ def asking(heads) -> str:
         asking(["nowhere"]).replace("_", r"\u005f", 1),
     ],
 )
-def test_heads_that_are_not_there_are_refused_before_the_engine_is_asked(body):
-    engine = Engine({"probes": {"guard": BAD}})
-    response = client_of(engine).post("/complete", content=body)
-    assert response.status_code == 400 and engine.asked == 0
+def test_heads_that_are_not_there_are_refused_before_the_engine_is_asked(serve, body):
+    client, engine = serve({"probes": {"guard": BAD}})
+    response = client.post("/v1/completions", content=body)
+    assert response.status_code == 400 and engine.prompts == []
     detail = response.json()["detail"]
     assert "kv_transfer_params.probes" in detail and "guard, tone" in detail
     assert "\n" not in detail and len(detail) < 400
@@ -101,24 +82,24 @@ def test_heads_that_are_not_there_are_refused_before_the_engine_is_asked(body):
              {"kv_transfer_params": {"probes": []}}, {"kv_transfer_params": {"probes": ["tone"]}}, "kv_transfer_params"],
     ids=str,
 )  # fmt: skip
-def test_other_bodies_reach_the_server_as_they_are(body):
-    response = client_of(Engine({"probes": {"guard": BAD}, "halted": None})).post("/complete", json=body)
-    assert response.status_code == 200 and response.json()["asked"] == body
-    assert response.json()["choices"][0]["finish_reason"] == "stop"
+def test_other_bodies_reach_the_server_as_they_are(serve, body):
+    client, engine = serve({"probes": {"guard": BAD}, "halted": None})
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 200 and engine.body == body
+    assert response.json()["choices"][0]["finish_reason"] == "length"
 
 
-def test_a_body_in_pieces_is_checked_as_a_whole():
-    engine, body = Engine({"probes": {"guard": BAD}}), asking(["nowhere"])
-    client = client_of(engine)
-    assert client.post("/complete", content=(piece.encode() for piece in body)).status_code == 400
-    assert engine.asked == 0
-    good = body.replace("nowhere", "guard")
-    assert client.post("/complete", content=(piece.encode() for piece in good)).json()["asked"] == json.loads(good)
+def test_a_body_in_pieces_is_checked_as_a_whole(serve):
+    client, engine = serve({"probes": {"guard": BAD}})
+    for heads, status in ((["nowhere"], 400), (["guard"], 200)):
+        pieces = (piece.encode() for piece in asking(heads))
+        assert client.post("/v1/completions", content=pieces).status_code == status
+    assert engine.body == json.loads(asking(["guard"])) and len(engine.prompts) == 1
 
 
-def test_a_stream_that_begins_before_its_prompt_is_read_waits_for_the_scores():
+def test_a_stream_that_begins_before_its_prompt_is_read_waits_for_the_scores(serve):
     known = {"probes": {"guard": BAD}, "halted": {"head": "guard"}}
-    response = client_of(Engine(known)).post("/v1/responses")
+    response = serve(known)[0].post("/v1/responses")
     assert response.headers["x-llama-probe"] == "guard=bad;p=0.981"
     events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
     kinds = [event["type"].removeprefix("response.") for event in events]
@@ -130,14 +111,14 @@ def test_a_stream_that_begins_before_its_prompt_is_read_waits_for_the_scores():
 
 
 @pytest.mark.parametrize("halted", [None, {"head": "guard"}])
-def test_a_stored_response_says_that_it_was_halted(halted):
-    engine = Engine({"probes": {"guard": BAD}, "halted": halted})
-    said = client_of(engine).get("/v1/responses/1").json()
-    assert said["status"] == ("incomplete" if halted else "completed") and engine.asked == 0
+def test_a_stored_response_says_that_it_was_halted(serve, halted):
+    client, engine = serve({"probes": {"guard": BAD}, "halted": halted})
+    response = client.get("/v1/responses/1").json()
+    assert response["status"] == ("incomplete" if halted else "completed") and engine.prompts == []
 
 
-def test_a_stream_that_fails_before_its_scores_is_an_error():
-    assert client_of(Engine({})).post("/fails").status_code == 500
+def test_a_stream_that_fails_before_its_scores_is_an_error(serve):
+    assert serve({})[0].post("/fails").status_code == 500
 
 
 def chunk(index: int, finish_reason=None, **delta) -> bytes:

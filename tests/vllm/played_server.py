@@ -1,0 +1,119 @@
+"""An engine that says what it is told to, and a server of one route before it, with the middleware in front."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+from conftest import make_probe, make_tokenizer
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+from vllm import CompletionOutput, RequestOutput, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.output_processor import RequestOutputCollector
+
+from llama_probe.vllm.answers import answer
+from llama_probe.vllm.compatibility import KEY
+from llama_probe.vllm.middleware import ProbeStreams
+from llama_probe.vllm.settings import ProbeSettings
+
+
+TOKENIZER, NEW = make_tokenizer(), 5
+
+
+class Engine:
+    """Writes the tokens `0` to `4` of each reply, one a turn of the loop, and hands them out as vLLM does.
+
+    Attributes:
+        prompts: of all requests. starts: where replies in them begin.
+        written: tokens. outputs, aborted, running: of requests.
+        body, authorization: of the last request to the server.
+    """
+
+    def __init__(self, settings: ProbeSettings, known: dict):
+        self.vllm_config = SimpleNamespace(additional_config={KEY: settings.to_dict()})
+        self.known, self.prompts, self.starts = known, [], []
+        self.written = self.aborted = self.running = self.outputs = 0
+
+    def get_tokenizer(self):
+        return TOKENIZER
+
+    async def generate(self, prompt, params, request_id):
+        self.prompts.append(prompt)
+        self.starts.append((params.extra_args or {}).get("kv_transfer_params", {}).get("reply_start"))
+        collector = RequestOutputCollector(params.output_kind, request_id)
+        writing = asyncio.ensure_future(self._write(prompt, params, collector))
+        self.running += 1
+        try:
+            finished = False
+            while not finished:
+                output = collector.get_nowait() or await collector.get()
+                finished, self.outputs = output.finished, self.outputs + 1
+                yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            self.aborted += 1
+            raise
+        finally:
+            self.running -= 1
+            writing.cancel()
+
+    async def _write(self, prompt, params, collector):
+        first = 0
+        for token in range(NEW):
+            await asyncio.sleep(0)
+            self.written += params.n
+            ends = token == NEW - 1
+            is_due = token == 0 or token + 1 - first >= (params.stream_interval or 1)
+            if not ends and (params.output_kind is RequestOutputKind.FINAL_ONLY or not is_due):
+                continue
+            ids, first = list(range(first, token + 1)), token + 1
+            text, reason = "".join(map(str, ids)), "length" if ends else None
+            for index in range(params.n):
+                reply = CompletionOutput(index, text, ids, None, None, finish_reason=reason)
+                finished = ends and index == params.n - 1
+                collector.put(
+                    RequestOutput("1", None, prompt, None, [reply], finished, kv_transfer_params=dict(self.known))
+                )
+
+
+def save_heads(folder, kinds: dict[str, dict]) -> dict[str, str]:
+    """Save heads of chats, and return their folders, by name."""
+    for name, config in kinds.items():
+        values = {"probe_type": "pooling", "prompt_format": "chat", **config}
+        make_probe(**values).save_pretrained(folder / name)
+    return {name: str(folder / name) for name in kinds}
+
+
+def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[FastAPI, Engine]:
+    """A server whose heads give these logits for each prompt."""
+    engine, app = Engine(settings, answer(settings, logits)), FastAPI(root_path=root_path)
+    app.state.engine_client, app.state.args = engine, SimpleNamespace(served_model_name=None, model="tiny")
+
+    @app.post("/v1/completions")
+    async def complete(request: Request):
+        engine.body, engine.authorization = await request.json(), request.headers.get("authorization")
+        body = {"prompt": [5], **engine.body} if isinstance(engine.body, dict) else {"prompt": [5]}
+        prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
+        asked = body.get("kv_transfer_params")
+        kind = RequestOutputKind.DELTA if body.get("stream") else RequestOutputKind.FINAL_ONLY
+        extra = {"kv_transfer_params": asked} if isinstance(asked, dict) else None
+        params = SamplingParams(n=body.get("n", 1), max_tokens=NEW, output_kind=kind, extra_args=extra)
+        outputs = [engine.generate(ids, params, "cmpl-1") for ids in prompts]
+
+        async def choices():
+            for output in outputs:
+                async for part in output:
+                    for reply in part.outputs:
+                        yield {"index": reply.index, "text": reply.text, "finish_reason": reply.finish_reason}
+
+        async def events():
+            async for choice in choices():
+                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+
+        if body.get("stream"):
+            return StreamingResponse(events(), media_type="text/event-stream")
+        usage = {"prompt_tokens": sum(map(len, prompts))}
+        common = {"id": "cmpl-1", "model": body.get("model") or "tiny", "usage": usage}
+        return common | {"choices": [choice async for choice in choices()]}
+
+    app.add_middleware(ProbeStreams)
+    return app, engine
