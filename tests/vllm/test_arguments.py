@@ -76,7 +76,6 @@ def test_the_model_runner_that_was_tested_is_used(tiny, monkeypatch):
     [
         {"speculative_config": {"method": "eagle3", "model": "a"}},
         {"kv_offloading_size": 1.0},
-        {"additional_config": [1]},
         {"scheduler_cls": "mine.Scheduler"},
         {"kv_transfer_config": {"kv_connector": "NixlConnector"}},
         {"hf_overrides": {"architectures": ["Other"]}},

@@ -8,7 +8,7 @@ from accelerator import DEVICE, Accelerator
 from cached_prompts import BLOCK, Served
 from conftest import make_probe
 
-from llama_probe.vllm.reply_states import grows
+from llama_probe.vllm.cache_plan import grows
 from llama_probe.vllm.scoring import ReplyTokens, Scorer
 
 

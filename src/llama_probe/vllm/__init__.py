@@ -22,7 +22,7 @@ The way of a request, by file:
 3. `models` are vLLM's model classes with a cache (`state_cache`) of hidden states, or of the numbers that heads make of them
    (`cache_plan`). It is paged, filled and shared between requests as the keys and values are.
 4. In a worker `connector` has the heads run on what is cached of complete prompts, and of the newest token of each reply
-   (`scoring`), to the states of which they add it (`reply_states`). Their logits go back in one copy (`step_scores`).
+   (`scoring`), to whose states they add it. Their logits go back in one copy (`step_scores`).
 5. `scheduler` ends a request that is halted before a token is delivered, holds tokens of replies back until they are scored
    (`replies`), and adds what the logits mean (`answers`) to outputs.
 6. `middleware` puts that into the response (`payloads`), and counts it (`counters`). If a head is unsure, a `judge` decides first.

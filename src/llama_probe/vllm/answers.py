@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ProbeError
-from ..heads.decision import ProbeOutput, check_numbers, verdict
-from ..serving.halting import HaltRule
+from ..heads.configuration import ProbeConfig
+from ..heads.decision import ProbeOutput, verdict
 from ..serving.outputs import Halt
 from .settings import ProbeSettings
 
@@ -28,37 +27,30 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
         prompts could not score is halted. If it is not halted, and a judge has to decide, `"unsure"` has the fields of the
         `Halt`s that it may confirm. With `hide_scores` only the labels are left of a head, and head and label of a `Halt`.
     """
-    outputs: dict[str, ProbeOutput] = {}
     probes: dict[str, Any] = {}
+    probs: dict[str, torch.Tensor] = {}
     for name, logits in found.items():
-        if isinstance(logits, str):
-            probes[name] = {"error": logits}
-            continue
-        config = settings.configs[name]
-        output = ProbeOutput.from_logits(torch.tensor([logits]), config)
-        try:
-            check_numbers(output.logits)
-        except ProbeError as error:  # one prompt's affair, which must not end the engine
-            probes[name] = {"error": str(error)}
-            continue
-        outputs[name] = output
-        said = {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
-        if rules := [rule for rule in settings.flags if rule.head == name]:
-            said["flagged"] = [
-                halt.label for rule in rules for halt in rule.halts(output.probabilities) if halt is not None
-            ]
-        probes[name] = only(said, "label", "flagged") if settings.hide_scores else said
+        probes[name], read = reading(logits, settings.configs[name])
+        if read is not None:
+            probs[name] = read
+            if rules := [rule for rule in settings.flags if rule.head == name]:
+                flagged = (halt for rule in rules for halt in rule.halts(read))
+                probes[name]["flagged"] = [halt.label for halt in flagged if halt is not None]
+        if settings.hide_scores:
+            probes[name] = only(probes[name], "label", "flagged", "error")
     if settings.halt_on is None:
         return {"probes": probes}
     halt, unsure = None, []
     for rule in settings.rules:
         if rule.config.token_scope != "response":
-            output = outputs.get(rule.head)
-            score = math.nan if output is None else float(output.probabilities[0, rule.index])
+            read = probs.get(rule.head)
+            score = math.nan if read is None else float(read[0, rule.index])
             if rule.is_unsure(score):
                 unsure.append(rule.reason(score))
-            else:
-                halt = halt or _halt(rule, output)
+            elif read is None:
+                halt = halt or Halt(rule.head, threshold=rule.threshold)
+            elif rule.patience == 1:  # else its flag is the first of a reply's
+                halt = halt or rule.halts(read)[0]
     shown = [asdict(each) for each in ([halt] if halt else unsure)]
     if settings.hide_scores:
         shown = [only(each, "head", "label") for each in shown]
@@ -66,11 +58,13 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
     return known if halt or not unsure else {**known, "unsure": shown}
 
 
-def _halt(rule: HaltRule, output: ProbeOutput | None) -> Halt | None:
-    """Return why a rule halts a prompt. A flag that needs patience is the first of a reply's."""
-    if output is None:
-        return Halt(rule.head, threshold=rule.threshold)
-    return rule.halts(output.probabilities)[0] if rule.patience == 1 else None
+def reading(logits: list[float] | str, config: ProbeConfig) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """Return what a head says with a row of logits, or why it has none, and its probabilities `[1, num_labels]` if it has some."""
+    if isinstance(logits, str) or not all(map(math.isfinite, logits)):
+        return {"error": logits if isinstance(logits, str) else "the head gives no number"}, None
+    output = ProbeOutput.from_logits(torch.tensor([logits]), config)
+    probs = output.probabilities
+    return {"logits": logits, **verdict(output.labels[0], probs[0].tolist(), config)}, probs
 
 
 def only(said: Mapping[str, Any], *names: str) -> dict[str, Any]:

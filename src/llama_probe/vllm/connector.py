@@ -16,7 +16,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
-from ..errors import ProbeError
 from .answers import answer
 from .replies import Replies, Reply, reply_start
 from .scoring import ReplyTokens, Scorer, ScoringRequest
@@ -51,10 +50,8 @@ class ProbeConnector(KVConnectorBase_V1):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self.settings = ProbeSettings.of(vllm_config)
         self.settings.check_engine(vllm_config)
-        groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            raise ProbeError(f"this model has {len(groups)} kinds of caches, and states can be kept beside one alone")
-        self._block_size = groups[0].kv_cache_spec.block_size
+        (group,) = kv_cache_config.kv_cache_groups  # vLLM makes one of all beside a connector
+        self._block_size = group.kv_cache_spec.block_size
         # In the scheduler's process: requests whose prompts are not complete, and answers to the others.
         self._prompts: dict[str, Request] = {}
         self._answers: dict[str, dict[str, Any]] = {}

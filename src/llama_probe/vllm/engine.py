@@ -16,8 +16,8 @@ from ..hub.transport import HubOptions
 from ..serving.halting import HaltSpec, options_by_head
 from ..serving.host import ProbeSpec, named_sources
 from .backbone_check import check_heads
+from .cache_plan import grows
 from .compatibility import KEY, SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
-from .reply_states import grows
 from .settings import NO_FUNCTIONS, ProbeSettings
 
 
@@ -73,8 +73,6 @@ def engine_kwargs(
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
     if not isinstance(overrides, Mapping) or "architectures" in overrides:
         raise ProbeError("hf_overrides must be a dict without architectures: heads need the model class of their own")
-    if not isinstance(additional, Mapping):
-        raise ProbeError(f"additional_config is a {type(additional).__name__}; beside heads it must be a dict")
     model = resolve_backbone(os.fspath(model))
     check_within_reach(model)
     options = HubOptions(probe_revision)

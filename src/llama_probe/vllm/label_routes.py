@@ -10,13 +10,13 @@ import functools
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException
 from transformers import PreTrainedTokenizerBase
 
-from ..data.prompts import PromptFormat, Text, exchange
+from ..data.prompts import PromptFormat, exchange
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..serving.texts import heads_by_format
@@ -26,37 +26,15 @@ from .settings import ProbeSettings
 COMPLETIONS = "/v1/completions"
 
 
-class TextEncoder:
-    """Turns texts into the prompts that heads, whose configs are by name, were trained to read."""
+Formats = Callable[[str], PromptFormat]  # from a head's name
 
-    def __init__(self, configs: Mapping[str, ProbeConfig], tokenizer: Any):
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise ProbeError(f"texts need a tokenizer of transformers, not {type(tokenizer).__name__}")
-        # The server's own may be at work in another thread.
-        self._configs, tokenizer = configs, copy.deepcopy(tokenizer)
-        self._format = functools.cache(lambda name: PromptFormat.from_config(configs[name], tokenizer))
 
-    def encode(
-        self, heads: Sequence[str], texts: Sequence[Text], have_replies: bool = False
-    ) -> tuple[list[list[int]], dict[str, range], list[int]]:
-        """Return token ids of prompts, for each head the places of its own, one a text, and where the replies begin.
-
-        Args:
-            have_replies: texts are chats that end with a reply. Else no reply begins.
-        """
-        prompts: list[list[int]] = []
-        starts: list[int] = []
-        places = {}
-        for group in heads_by_format({name: self._configs[name] for name in heads}):
-            form = self._format(group[0])
-            if have_replies:
-                encoded, masks = form.encode_replies(texts)
-                starts += [len(mask) - sum(mask) for mask in masks]
-            else:
-                encoded = form.encode(texts)
-            prompts += encoded
-            places |= dict.fromkeys(group, range(len(prompts) - len(texts), len(prompts)))
-        return prompts, places, starts
+def prompt_formats(configs: Mapping[str, ProbeConfig], tokenizer: Any) -> Formats:
+    """Return a function that gives the form in which a head, whose config is by name, was trained to read texts."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ProbeError(f"texts need a tokenizer of transformers, not {type(tokenizer).__name__}")
+    tokenizer = copy.deepcopy(tokenizer)  # the server's own may be at work in another thread
+    return functools.cache(lambda name: PromptFormat.from_config(configs[name], tokenizer))
 
 
 class LabelRequest(ABC):
@@ -66,11 +44,12 @@ class LabelRequest(ABC):
         settings: of the heads.
         query: of the URL.
         is_judged: the answer depends on what is flagged, and so on a judge.
+        names_model: the body may name the model that is served.
         have_replies: the inputs are chats that end with a reply, which is scored.
         starts: number of tokens before the reply, for each prompt that has one.
     """
 
-    is_judged = True
+    is_judged = names_model = True
 
     def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
         self.settings, self.query = settings, query
@@ -85,27 +64,35 @@ class LabelRequest(ABC):
     def results(self, said: Mapping[str, list[dict[str, Any]]], completion: Mapping[str, Any]) -> dict[str, Any]:
         """Return the response, for what each head says of each input."""
 
-    def completion(self, body: bytes, encoder: TextEncoder) -> bytes:
+    def completion(self, body: bytes, formats: Formats) -> bytes:
         """Return the body of the request for completions. Raise status 400 for a body that this route does not take."""
         try:
             request = json.loads(body)
             if not isinstance(request, dict):
                 raise ProbeError("the body must be a JSON object")
             heads, inputs = self.read(request)
-            if all(map(_is_ids, inputs)):
-                prompts, self._places = inputs, dict.fromkeys(heads, range(len(inputs)))
-            else:
-                prompts, self._places, starts = encoder.encode(heads, inputs, self.have_replies)
-                self.starts += starts
+            prompts = self._prompts(heads, inputs, formats)
         except ValueError as error:  # a ProbeError is one, and so is a body that is not JSON
             raise HTTPException(400, str(error)) from None
-        asked = {
-            "prompt": prompts,
-            "max_tokens": 1,
-            "temperature": 0,
-            "kv_transfer_params": {"probes": heads, "reply": False},
-        }
-        return json.dumps({"model": request.get("model"), **asked}).encode()
+        asked = {"probes": heads, "reply": False}
+        completion = {"prompt": prompts, "max_tokens": 1, "temperature": 0, "kv_transfer_params": asked}
+        return json.dumps({"model": request.get("model") if self.names_model else None, **completion}).encode()
+
+    def _prompts(self, heads: Sequence[str], inputs: list[Any], formats: Formats) -> list[list[int]]:
+        """Return token ids. Note for each head the places of its own, one an input, and where replies begin."""
+        if all(map(_is_ids, inputs)):
+            self._places = dict.fromkeys(heads, range(len(inputs)))
+            return inputs
+        prompts: list[list[int]] = []
+        for group in heads_by_format({name: self.settings.configs[name] for name in heads}):
+            self._places |= dict.fromkeys(group, range(len(prompts), len(prompts) + len(inputs)))
+            if self.have_replies:
+                encoded, masks = formats(group[0]).encode_replies(inputs)
+                self.starts += [len(mask) - sum(mask) for mask in masks]
+            else:
+                encoded = formats(group[0]).encode(inputs)
+            prompts += encoded
+        return prompts
 
     def response(
         self, completion: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
@@ -166,6 +153,8 @@ class Guardrail(Moderations):
     Its messages are one chat. Without these, each of its texts is one. A response is its texts, each a reply to the chat, whole.
     """
 
+    names_model = False  # the model is the gateway's
+
     def read(self, body):
         kind, texts = body.get("input_type"), body.get("texts") or []
         chat = [_with_text(message) for message in body.get("structured_messages") or ()]
@@ -182,10 +171,6 @@ class Guardrail(Moderations):
         if not _are_texts(texts):
             raise ProbeError("structured_messages or texts must hold a text")
         return self.flagging(), texts
-
-    def completion(self, body, encoder):
-        # The model is the gateway's.
-        return json.dumps(json.loads(super().completion(body, encoder)) | {"model": None}).encode()
 
     def results(self, said, completion):
         moderations = super().results(said, completion)["results"]

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse
 from ..errors import ProbeError
 from .counters import announce, count, count_reply
 from .judge import Judge
-from .label_routes import COMPLETIONS, LABEL_ROUTES, LabelRequest, TextEncoder
+from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
 from .payloads import HALTED, Scores, halt_of
 from .settings import ProbeSettings
 
@@ -49,7 +49,7 @@ class ProbeStreams:
     def __init__(self, app: Any):
         self.app = app
         self._settings: ProbeSettings | None = None
-        self._encoder: TextEncoder | None = None
+        self._formats: Formats | None = None
         # A long list of texts must not keep streams waiting, and a tokenizer is for one thread.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama-probe-texts")
 
@@ -97,9 +97,9 @@ class ProbeStreams:
 
     async def _completion(self, asked: LabelRequest, engine: Any, body: bytes) -> bytes:
         def encoded() -> bytes:
-            if self._encoder is None:
-                self._encoder = TextEncoder(asked.settings.configs, engine.get_tokenizer())
-            return asked.completion(body, self._encoder)
+            if self._formats is None:
+                self._formats = prompt_formats(asked.settings.configs, engine.get_tokenizer())
+            return asked.completion(body, self._formats)
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, encoded)

@@ -13,10 +13,10 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request, RequestStatus
 
-from ..heads.decision import ProbeOutput, verdict
+from ..heads.decision import ProbeOutput
 from ..serving.halting import HaltRule, Window
 from ..serving.outputs import Halt
-from .answers import only
+from .answers import only, reading
 from .settings import ProbeSettings
 from .step_scores import StepScores
 
@@ -246,11 +246,10 @@ class Replies:
             if rule.head == name and number in reply.flagged
         }
         if reply.last is not None:
-            logits = reply.last[columns]
-            if not all(map(math.isfinite, logits)):
-                return {**summary, "error": "the head gives no number"}
-            output = ProbeOutput.from_logits(torch.tensor([logits]), config)
-            summary |= {"logits": logits, **verdict(output.labels[0], output.probabilities[0].tolist(), config)}
+            said, probs = reading(reply.last[columns], config)
+            summary |= said
+            if probs is None:
+                return summary
             pairs = zip(reply.largest[columns], reply.largest_at[columns], strict=True)
             largest = [{"score": score, "token": token} for score, token in pairs]
             summary["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
