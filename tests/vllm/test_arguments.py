@@ -121,8 +121,11 @@ def test_heads_of_another_backbone(tiny, elsewhere, caplog):
     engine_kwargs(backbone, head, compare_fingerprints=False)
     assert take_warnings(caplog) == []
     words = [str(backbone), "--probe", head, "--probe-strict"]
-    with pytest.raises(ProbeError, match="has a fingerprint"):
-        engine_kwargs(backbone, head, probe_strict=True)
+    guard = {"halt_on": {"head": {"label": "LABEL_1"}}}
+    for options in ({"probe_strict": True}, guard):
+        with pytest.raises(ProbeError, match="has a fingerprint"):
+            engine_kwargs(backbone, head, **options)
+    assert engine_kwargs(backbone, head, probe_strict=False, **guard)
     with pytest.raises(ProbeError, match="has a fingerprint"):
         server_arguments(words)
     assert server_arguments([*words, "--skip-fingerprints"])
@@ -388,13 +391,3 @@ def test_an_engine_that_does_not_start_is_one_line(serve, kind):
 
     with pytest.raises(SystemExit, match=r"^error: Engine core failed\. See root cause above[^\n]*$"):
         serve(fail)
-
-
-def test_a_guard_of_another_backbone_does_not_serve(tiny, tmp_path):
-    head = make_probe(hidden_size=HIDDEN, **{**HEADS["guard"], "base_model_name_or_path": "alice/other"})
-    head.save_pretrained(tmp_path / "guard")
-    heads = {"guard": str(tmp_path / "guard")}
-    with pytest.raises(ProbeError, match="strict=False"):
-        engine_kwargs(tiny.backbone, heads, halt_on="guard")
-    assert engine_kwargs(tiny.backbone, heads, halt_on="guard", probe_strict=False)
-    assert engine_kwargs(tiny.backbone, heads)

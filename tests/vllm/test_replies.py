@@ -186,14 +186,6 @@ def test_who_monitors_halts_and_delays_nothing(start):
     player.check_clean()
 
 
-def test_all_scores_if_they_are_asked_for(start):
-    player = start()
-    player.add("a", Script([3]), asked={"token_scores": True})
-    player.run()
-    said = player.delivered["a"][-1].kv_transfer_params["replies"][0]["probes"]["watch"]
-    assert said["token_logits"] == [FINE, FINE, FINE, BAD] and said["logits"] == BAD and said["label"] == "bad"
-
-
 def test_hidden_scores(start):
     player = start(hide=True)
     player.add("a", Script([1]), asked={"token_scores": True})
