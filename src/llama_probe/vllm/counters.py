@@ -27,10 +27,10 @@ def announce(heads: Iterable[str]) -> None:
 
 def count(known: Mapping[str, Any]) -> None:
     """Count one prompt, by what the engine says of it; see `answer`."""
-    for name, said in known["probes"].items():
-        if "error" not in said:
+    for name, probe in known["probes"].items():
+        if "error" not in probe:
             _SCORED.labels(name).inc()
-        if said.get("flagged"):
+        if probe.get("flagged"):
             _FLAGGED.labels(name).inc()
     if (halted := known.get("halted")) and halted.get("token") is None:  # not in a reply
         _HALTED.labels(halted["head"]).inc()
@@ -47,9 +47,9 @@ def count_reply(known: Mapping[str, Any], index: int) -> None:
     reply = replies[index] if index < len(replies) else None
     if reply is None:
         return
-    for name, said in reply["probes"].items():
-        _TOKENS.labels(name).inc(said["tokens"])
-        if said.get("flagged"):
+    for name, probe in reply["probes"].items():
+        _TOKENS.labels(name).inc(probe["tokens"])
+        if probe.get("flagged"):
             _FLAGGED_REPLIES.labels(name).inc()
     if halted := reply["halted"]:
         _HALTED_REPLIES.labels(halted["head"]).inc()

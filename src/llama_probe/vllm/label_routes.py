@@ -61,7 +61,7 @@ class LabelRequest(ABC):
         """Return the names of the heads that answer, and the inputs: texts, chats or token ids."""
 
     @abstractmethod
-    def results(self, said: Mapping[str, list[dict[str, Any]]], completion: Mapping[str, Any]) -> dict[str, Any]:
+    def results(self, readings: Mapping[str, list[dict[str, Any]]], completion: Mapping[str, Any]) -> dict[str, Any]:
         """Return the response, for what each head says of each input."""
 
     def completion(self, body: bytes, formats: Formats) -> bytes:
@@ -98,15 +98,15 @@ class LabelRequest(ABC):
         self, completion: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
     ) -> tuple[int, dict[str, Any]]:
         """Return status and body, for the completion and what the engine says of each prompt."""
-        said = {name: [known[place]["probes"][name] for place in places] for name, places in self._places.items()}
-        for name, rows in said.items():
+        readings = {name: [known[place]["probes"][name] for place in places] for name, places in self._places.items()}
+        for name, rows in readings.items():
             for place, row in enumerate(rows):
                 if "error" in row:  # it must not pass for an input that is fine
                     message = f"input {place} has no score of {name}: {row['error']}"
                     return 400, {
                         "error": {"message": message, "type": "BadRequestError", "param": "input", "code": 400}
                     }
-        return 200, self.results(said, completion)
+        return 200, self.results(readings, completion)
 
 
 class Moderations(LabelRequest):
@@ -126,16 +126,16 @@ class Moderations(LabelRequest):
             raise ProbeError("no head here flags a label of such inputs: halt_on must name one")
         return heads
 
-    def results(self, said, completion):
+    def results(self, readings, completion):
         results = []
-        for row in range(len(next(iter(said.values())))):
+        for row in range(len(next(iter(readings.values())))):
             categories, scores = {}, {}
             for rule in self.flags:
-                label, found = rule.config.id2label[rule.index], said[rule.head][row]
+                label, reading = rule.config.id2label[rule.index], readings[rule.head][row]
                 category = f"{rule.head}/{label}"
-                categories[category] = label in found["flagged"]
+                categories[category] = label in reading["flagged"]
                 # Of a head whose scores are hidden, the decision is all there is.
-                score = found.get("scores", {}).get(label, found.get("score"))
+                score = reading.get("scores", {}).get(label, reading.get("score"))
                 scores[category] = float(categories[category]) if score is None else score
             results.append({
                 "flagged": any(categories.values()),
@@ -172,8 +172,8 @@ class Guardrail(Moderations):
             raise ProbeError("structured_messages or texts must hold a text")
         return self.flagging(), texts
 
-    def results(self, said, completion):
-        moderations = super().results(said, completion)["results"]
+    def results(self, readings, completion):
+        moderations = super().results(readings, completion)["results"]
         flagged = [name for result in moderations for name, is_flagged in result["categories"].items() if is_flagged]
         if not flagged:
             return {"action": "NONE"}
@@ -193,14 +193,14 @@ class Classification(LabelRequest):
             raise ProbeError(f"probe is {head!r}; it must be one of: {', '.join(heads)}")
         if "messages" in body:
             return [head], [body["messages"]]
-        given = body.get("input")
-        inputs = given if isinstance(given, list) and not _is_ids(given) else [given]
+        value = body.get("input")
+        inputs = value if isinstance(value, list) and not _is_ids(value) else [value]
         if not _are_texts(inputs) and not (inputs and all(map(_is_ids, inputs))):
             raise ProbeError("input must be a text, a list of texts, or token ids")
         return [head], inputs
 
-    def results(self, said, completion):
-        ((head, rows),) = said.items()
+    def results(self, readings, completion):
+        ((head, rows),) = readings.items()
         config = self.settings.configs[head]
         data = []
         for index, row in enumerate(rows):
@@ -233,9 +233,9 @@ def _with_text(message: Any) -> Any:
     return {**message, "content": "\n".join(filter(None, parts))}
 
 
-def _moderated(given: Any) -> list[str]:
+def _moderated(value: Any) -> list[str]:
     """Return the texts of an `input`. Content parts are one text, as OpenAI's API answers them with one result."""
-    inputs = given if isinstance(given, list) else [given]
+    inputs = value if isinstance(value, list) else [value]
     if _are_texts(inputs):
         return inputs
     parts = [part.get("text") for part in inputs if isinstance(part, dict) and part.get("type") == "text"]
@@ -244,21 +244,21 @@ def _moderated(given: Any) -> list[str]:
     raise ProbeError("input must be a text, a list of texts, or a list of content parts of type text")
 
 
-def _classified(said: Mapping[str, Any], config: ProbeConfig) -> tuple[str | None, list[float]]:
+def _classified(reading: Mapping[str, Any], config: ProbeConfig) -> tuple[str | None, list[float]]:
     """Return the label, and a number for each label: its probability, its value, or 0 and 1 if scores are hidden."""
-    found = said.get("label")
-    labels = found if isinstance(found, list) else [] if found is None else [found]
-    if "logits" not in said:
+    label = reading.get("label")
+    labels = label if isinstance(label, list) else [] if label is None else [label]
+    if "logits" not in reading:
         hidden = config.problem_type == "regression"
         values = [] if hidden else [float(name in labels) for name in config.id2label.values()]
         return next(iter(labels), None), values
-    scores = said.get("scores") or {config.id2label[0]: said["score"]}
+    scores = reading.get("scores") or {config.id2label[0]: reading["score"]}
     return max(labels, key=scores.get, default=None), list(scores.values())
 
 
-def _is_ids(given: Any) -> bool:
+def _is_ids(value: Any) -> bool:
     # Not isinstance: True is an int.
-    return isinstance(given, list) and len(given) > 0 and all(type(item) is int for item in given)
+    return isinstance(value, list) and len(value) > 0 and all(type(item) is int for item in value)
 
 
 def _are_texts(items: Sequence[Any]) -> bool:

@@ -92,8 +92,8 @@ class ProbeStreams:
                 await send(message)
             return
         completion = json.loads(b"".join(message.get("body", b"") for message in messages))
-        status, found = asked.response(completion, scores.prompts)
-        await JSONResponse(found, status)(scope, receive, send)
+        status, content = asked.response(completion, scores.prompts)
+        await JSONResponse(content, status)(scope, receive, send)
 
     async def _completion(self, asked: LabelRequest, engine: Any, body: bytes) -> bytes:
         def encoded() -> bytes:
@@ -147,8 +147,8 @@ class _Response:
         headers = MutableHeaders(raw=list(self._start["headers"]))
         if self._is_json and self._scores.are_known:
             headers["content-length"] = str(len(body))
-        if said := self._scores.header:
-            headers["x-llama-probe"] = said
+        if value := self._scores.header:
+            headers["x-llama-probe"] = value
         return headers.raw
 
 

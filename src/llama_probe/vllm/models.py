@@ -58,9 +58,9 @@ def _probed(name: str) -> type[nn.Module]:
         def forward(self, *args, **kwargs) -> torch.Tensor:
             output = super().forward(*args, **kwargs)
             if isinstance(output, IntermediateTensors):  # of a stage, to the next; the last one gets the states of all
-                for given in (*args, *kwargs.values()):
-                    if isinstance(given, IntermediateTensors):
-                        output.tensors = given.tensors | output.tensors
+                for value in (*args, *kwargs.values()):
+                    if isinstance(value, IntermediateTensors):
+                        output.tensors = value.tensors | output.tensors
                 return output
             # States between the layers come in order, before the last, which is the one after the final norm.
             final, below = output if isinstance(output, tuple) else (output, [])

@@ -34,7 +34,7 @@ class Scores:
         request_id: of the engine's request for the last prompt.
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
-        told: choices of a stream that have them. ended: those that have ended.
+        sent: choices of a stream that have them. ended: those that have ended.
     """
 
     model: str = ""
@@ -44,7 +44,7 @@ class Scores:
     request_id: str = ""
     copies: int = 1
     prompts: list[dict[str, Any] | None] = field(default_factory=list)
-    told: set[int] = field(default_factory=set)
+    sent: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
     _head: dict[str, Any] = field(default_factory=dict)  # what chunks of the stream begin with
 
@@ -69,7 +69,7 @@ class Scores:
         """The value of `x-llama-probe`, for a response to one prompt."""
         if len(self.prompts) != 1 or not self.prompts[0]:
             return None
-        items = (_item(quote(name, safe=""), said) for name, said in self.prompts[0]["probes"].items())
+        items = (_item(quote(name, safe=""), probe) for name, probe in self.prompts[0]["probes"].items())
         value = ", ".join(item for item in items if item)
         return value if 0 < len(value) <= _LONGEST else None
 
@@ -95,8 +95,8 @@ class Scores:
     def _event(self, event: bytes) -> bytes:
         if event.startswith(_DATA):
             # Most chunks need not be read: those in the middle of a reply.
-            all_told = len(self.told) == self.copies * len(self.prompts)
-            return event if all_told and _GOES_ON in event else self._chunk(event)
+            all_sent = len(self.sent) == self.copies * len(self.prompts)
+            return event if all_sent and _GOES_ON in event else self._chunk(event)
         if not event.startswith(_EVENTS) or not self.are_known:
             return event
         name, _, data = event.partition(_DATA)
@@ -124,11 +124,11 @@ class Scores:
         (choice,) = chunk["choices"]
         index, ends = choice["index"], choice.get("finish_reason") is not None
         known = self._of(index)
-        if not known or not (ends or index not in self.told):
+        if not known or not (ends or index not in self.sent):
             return event
-        if index not in self.told or "replies" in known:
+        if index not in self.sent or "replies" in known:
             chunk["kv_transfer_params"] = known
-        self.told.add(index)
+        self.sent.add(index)
         if ends:
             self.ended.add(index)
         return _data(chunk)
@@ -180,18 +180,18 @@ def _data(payload: dict[str, Any]) -> bytes:
     return _DATA + json.dumps(payload, ensure_ascii=False).encode()
 
 
-def _item(name: str, said: Mapping[str, Any]) -> str:
+def _item(name: str, probe: Mapping[str, Any]) -> str:
     """Return one head's part of the header, a member of a structured field. Empty if the head's scores are hidden."""
-    if "error" in said:
+    if "error" in probe:
         return f"{name};error"
-    score, scores = said.get("score"), said.get("scores", {})
-    if "label" not in said:  # regression
+    score, scores = probe.get("score"), probe.get("scores", {})
+    if "label" not in probe:  # regression
         values = list(scores.values()) if score is None else [score]
-        found, is_one = [f"{value:.6g}" for value in values], len(values) == 1
-        if not found:
+        texts, is_one = [f"{value:.6g}" for value in values], len(values) == 1
+        if not texts:
             return ""
     else:
-        is_one = not isinstance(said["label"], list)
-        labels = [said["label"]] if is_one else said["label"]
-        found = [quote(label, safe="") + (f";p={round(scores[label], 3):g}" if scores else "") for label in labels]
-    return f"{name}={found[0]}" if is_one else f"{name}=({' '.join(found)})"
+        is_one = not isinstance(probe["label"], list)
+        labels = [probe["label"]] if is_one else probe["label"]
+        texts = [quote(label, safe="") + (f";p={round(scores[label], 3):g}" if scores else "") for label in labels]
+    return f"{name}={texts[0]}" if is_one else f"{name}=({' '.join(texts)})"

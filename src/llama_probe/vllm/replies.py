@@ -246,8 +246,8 @@ class Replies:
             if rule.head == name and number in reply.flagged
         }
         if reply.last is not None:
-            said, probs = reading(reply.last[columns], config)
-            summary |= said
+            values, probs = reading(reply.last[columns], config)
+            summary |= values
             if probs is None:
                 return summary
             pairs = zip(reply.largest[columns], reply.largest_at[columns], strict=True)

@@ -21,12 +21,12 @@ class _Probed:
         self.replies = self.probes.replies
 
     def update_from_output(self, scheduler_output, model_runner_output):
-        """As vLLM's. What the workers found comes first, so that it goes out with the very first token."""
+        """As vLLM's. The scores of the step come first, so that they go out with the very first token."""
         from_workers = model_runner_output.kv_connector_output
         scores = from_workers and from_workers.kv_connector_worker_meta
-        for request_id, found in (scores.read_prompts() if scores else {}).items():
+        for request_id, rows in (scores.read_prompts() if scores else {}).items():
             if request_id in self.requests:  # not aborted meanwhile
-                self.probes.take_in(request_id, found)
+                self.probes.take_in(request_id, rows)
         self.replies.begin_step(scores)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for batch in outputs.values():

@@ -98,8 +98,8 @@ class ProbeSettings:
                 labels = config.flagged_labels or list(config.id2label.values())
             else:
                 labels = [] if rules else config.flagged_labels
-            own = (rule for label in labels for rule in HaltRule.create_all(name, config, label))
-            rules = {rule.index: rule for rule in own} | rules
+            saved = (HaltRule.create(name, config, label) for label in labels)
+            rules = {rule.index: rule for rule in saved} | rules
             flags += [rules[index] for index in sorted(rules)]
         return flags
 

@@ -90,17 +90,17 @@ class StateCache(CacheOnlyAttentionLayer):
         slots = get_forward_context().slot_mapping.get(self.layer_name)
         if slots is None or not self.kv_cache.numel():  # a trial run, before there is a cache
             return
-        own = slice(self.start, self.start + self.head_size)
+        share = slice(self.start, self.start + self.head_size)
         if missing := self.head_size * self.ranks - self.width:
             states = [F.pad(state, (0, missing)) for state in states]
         slots = slots.clamp_min(0)  # padding is written to block 0, which belongs to no request
         blocks, places = slots // self.kernel_block_size, slots % self.kernel_block_size
         if len(slots) <= _FEW:
-            values = torch.stack([state[: len(slots), own] for state in states], dim=1)
+            values = torch.stack([state[: len(slots), share] for state in states], dim=1)
             self.kv_cache[blocks, :, places] = values.to(self.kv_cache.dtype)
             return
         for number, state in enumerate(states):
-            self.kv_cache[:, number][blocks, places] = state[: len(slots), own].to(self.kv_cache.dtype)
+            self.kv_cache[:, number][blocks, places] = state[: len(slots), share].to(self.kv_cache.dtype)
 
     def read(self, block_ids: torch.Tensor) -> torch.Tensor:
         """Return `[states, prompts, blocks * kernel_block_size, width]`: the states of all tokens in blocks `[prompts, blocks]`.
