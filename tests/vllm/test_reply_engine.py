@@ -55,7 +55,7 @@ def halted_at(logits: torch.Tensor, threshold: float) -> int | None:
     return int(flagged[0]) if len(flagged) else None
 
 
-def check(llm, tiny, replies, threshold, atol=1e-4, **options) -> list[int | None]:
+def check(llm, tiny, replies, threshold, **options) -> list[int | None]:
     """Asks all prompts at once. Returns where their replies were halted."""
     outputs, halts = generate(llm, PROMPTS, NEW, **ASKED, **options), []
     for number, output in enumerate(outputs):
@@ -70,7 +70,7 @@ def check(llm, tiny, replies, threshold, atol=1e-4, **options) -> list[int | Non
         for name, expected in logits.items():
             rows = torch.tensor(said["probes"][name]["token_logits"])
             assert len(rows) == said["probes"][name]["tokens"] == scored
-            torch.testing.assert_close(rows, expected[:scored], rtol=1e-5, atol=atol)
+            torch.testing.assert_close(rows, expected[:scored], rtol=1e-5, atol=1e-5)
         assert (said["halted"] and said["halted"]["token"]) == halt and said["halted"] == known["halted"]
         assert list(known["probes"]) == ["theme", "end", "tone"]
         halts.append(halt)
@@ -216,10 +216,10 @@ def test_a_reply_that_is_sent_along_is_scored_as_a_whole(llm, tiny, replies):
         for name in REPLY_HEADS:
             expected = tiny.token_logits(ids, reply, name)[-1]
             logits = torch.tensor(output.kv_transfer_params["probes"][name]["logits"])
-            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
         alone, whole = (generate(llm, [text])[0].kv_transfer_params["probes"] for text in (ids, [*ids, *reply]))
         assert output.kv_transfer_params["probes"]["tone"]["logits"] == pytest.approx(
-            alone["tone"]["logits"], abs=1e-4
+            alone["tone"]["logits"], abs=1e-5
         )
         (output,) = generate(llm, [[*ids, *reply]], extra_args={"kv_transfer_params": {"reply_start": len(ids)}})
         assert output.kv_transfer_params["probes"] == whole

@@ -16,7 +16,15 @@ from llama_probe.vllm import engine_kwargs
 
 
 HIDDEN = 128
-SIZES = {"vocab_size": 260, "hidden_size": HIDDEN, "num_attention_heads": 4, "max_position_embeddings": 1024}
+# With weights of 0.2, which the other tests have, rounding alone moves states by 3e-4, and scores by 1e-4: states in fp32 of transformers
+# are then as far from those in fp64 as the ones in vLLM's cache are. So it is no kernel of vLLM's that differs.
+SIZES = {
+    "vocab_size": 260,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.12,
+}
 PREFIX = [1, 30, 31]  # what "content" heads leave out
 HEADS = {
     "guard": {
@@ -96,7 +104,7 @@ class TinyServing:
             ]
         return torch.cat(found) if found else torch.zeros(0, head.config.num_labels)
 
-    def check_tokens(self, ids: list[int], reply: list[int], said: dict, scored: int | None = None, atol=1e-4) -> None:
+    def check_tokens(self, ids: list[int], reply: list[int], said: dict, scored: int | None = None, atol=1e-5) -> None:
         """Raises where what vLLM says of a reply's tokens is not what the heads say of the whole text."""
         assert list(said["probes"]) == [name for name in self.heads if name in REPLY_HEADS]
         for name, probe in said["probes"].items():
@@ -123,15 +131,15 @@ class TinyServing:
         assert list(probes) == list(heads)
         for name, said in probes.items():
             logits = torch.tensor(said["logits"])
-            torch.testing.assert_close(logits, reference.probe_logits[name][0], rtol=1e-5, atol=1e-3)
+            torch.testing.assert_close(logits, reference.probe_logits[name][0], rtol=1e-5, atol=1e-5)
             probabilities = reference.probe_probabilities[name][0].tolist()
             config = self.model.probes[name].config
             if config.problem_type == "regression":
-                assert said["score"] == pytest.approx(probabilities[0], abs=1e-3)
+                assert said["score"] == pytest.approx(probabilities[0], abs=1e-5)
             else:
                 assert said["label"] == reference.probe_labels[name][0]
                 assert list(said["scores"]) == list(config.id2label.values())
-                assert list(said["scores"].values()) == pytest.approx(probabilities, abs=1e-3)
+                assert list(said["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
 
     def check_replies(
         self, outputs: Sequence[RequestOutput], prompts: Sequence[list[int]], threshold: float, new: int
@@ -158,7 +166,8 @@ def make_serving(folder: Path, lm: PreTrainedModel, kinds: Mapping[str, dict] = 
     heads = {name: str(folder / name) for name in kinds}
     for seed, (name, config) in enumerate(kinds.items()):
         probe = make_probe(seed, hidden_size=HIDDEN, **config)
-        probe.classifier.weight.data *= 0.2  # logits of the size that trained heads give
+        for parameter in probe.parameters():  # logits of the size that trained heads give
+            parameter.data *= 0.2 if config["probe_type"] == "last" else 0.5
         probe.save_pretrained(heads[name])
     return TinyServing(folder / "lm", heads, AutoModelForProbedGeneration.from_pretrained(folder / "lm", probe=heads))
 
