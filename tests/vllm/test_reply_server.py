@@ -1,9 +1,13 @@
 """A server on two ranks whose guard follows replies, asked by the clients of OpenAI and Anthropic: nobody sees a flagged token."""
 
+import asyncio
 import itertools
 from urllib.request import urlopen
 
 import anthropic
+import httpx
+import openai
+import psutil
 import pytest
 from conftest import make_lm
 from http_server import ask, serving
@@ -11,7 +15,7 @@ from tiny_engine import HEADS, REPLY_HEADS, SIZES, TinyServing, make_serving
 from transformers import AutoTokenizer
 
 
-NEW, END = 12, " Sorry."
+NEW, LONG, END = 12, 60, " Sorry."
 EXTRA = {"extra_body": {"ignore_eos": True}}
 SCORES = {"extra_body": {"ignore_eos": True, "kv_transfer_params": {"token_scores": True}}}
 
@@ -44,13 +48,10 @@ def threshold(replies) -> float:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny, replies, threshold) -> dict[str, tuple[str, int | None]]:
+def expected(tiny, chats, threshold) -> dict[str, tuple[str, int | None]]:
     """By text what a client sees of the LM, and the token that halted it."""
-    tokenizer, found = AutoTokenizer.from_pretrained(tiny.backbone), {}
-    for text, (reply, scores) in replies.items():
-        halt = next((token for token, score in enumerate(scores) if score >= threshold), None)
-        found[text] = lm_text(tokenizer.decode(reply[:halt], skip_special_tokens=True)), halt
-    assert {halt is None for _, halt in found.values()} == {True, False}
+    found = {text: without_flagged(tiny, ids, threshold, NEW) for text, ids in chats.items()}
+    assert {halt is None for _, halt in found.values()} == {True, False} and any(shown for shown, _ in found.values())
     return found
 
 
@@ -67,6 +68,15 @@ def url(tiny, threshold, tmp_path_factory):
 def lm_text(text: str) -> str:
     """What the LM has written of a text, without half a character at its end, which vLLM does not send."""
     return text.removesuffix(END).rstrip("\ufffd")
+
+
+def without_flagged(tiny, ids: list[int], threshold: float, new: int) -> tuple[str, int | None]:
+    """What a client may see of a reply of transformers, and the token that halted it."""
+    output = tiny.reference(ids, new + 1)
+    scores = output.probe_token_logits["watch"][0, :new].softmax(dim=-1)[:, 1]
+    halt = next((token for token, score in enumerate(scores) if score >= threshold), None)
+    reply = output.sequences[0, len(ids) : len(ids) + new][:halt]
+    return lm_text(AutoTokenizer.from_pretrained(tiny.backbone).decode(reply, skip_special_tokens=True)), halt
 
 
 def test_whole_replies_and_streams(client, tiny, chats, replies, expected):
@@ -124,15 +134,45 @@ def test_other_routes(url, client, expected):
                 streamed = stream.get_final_message()
             for message in (whole, streamed):
                 assert (message.stop_reason == "refusal") == (halt is not None)
-                assert lm_text(message.content[0].text) == shown
-                assert message.content[0].text.endswith(END) == (halt is not None)
+                text = "".join(block.text for block in message.content)
+                assert lm_text(text) == shown and text.endswith(END) == (halt is not None)
 
 
 def test_metrics(url, client, expected):
-
     ask(client, next(text for text, (_, halt) in expected.items() if halt is not None), max_tokens=NEW, **EXTRA)
     with urlopen(url.removesuffix("v1") + "metrics", timeout=250) as response:
         lines = dict(line.rsplit(" ", 1) for line in response.read().decode().splitlines() if line[:1] != "#")
     for name in ("halted_replies", "flagged_replies", "reply_tokens"):
         assert float(lines[f'llama_probe_{name}_total{{probe="watch"}}']) > 0
     assert float(lines['llama_probe_halted_total{probe="watch"}']) == 0
+
+
+def test_kill_9_of_the_engine_lets_no_unscored_token_through(url, tiny, chats, threshold):
+    """Streams end with an error, and so does the server, which no other test can ask afterwards."""
+    processes = psutil.Process().children(recursive=True)
+    engine = next(process for process in processes if "EngineCore" in " ".join(process.cmdline()))
+    server = engine.parent()
+
+    async def stream(client, text):
+        seen = ""
+        try:
+            async for chunk in await ask(client, text, max_tokens=LONG, stream=True, **EXTRA):
+                seen += chunk.choices[0].delta.content or ""
+                if seen and engine.is_running():
+                    engine.kill()
+        except (openai.APIError, httpx.HTTPError):
+            return seen, True
+        return seen, False
+
+    async def all_streams():
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=100, max_retries=0) as client:
+            return await asyncio.gather(*(stream(client, text) for text in chats))
+
+    cut = []
+    for (text, ids), (seen, is_cut) in zip(chats.items(), asyncio.run(all_streams()), strict=True):
+        shown, halt = without_flagged(tiny, ids, threshold, LONG)
+        assert shown.startswith(lm_text(seen)), text
+        assert is_cut or halt is not None, "one that was halted before may be complete"
+        cut.append(is_cut)
+    assert any(cut)
+    server.wait(timeout=100)
