@@ -181,16 +181,6 @@ def test_messages(url, tiny, chats, flagged):
                 assert not flagged[text] or (message.stop_sequence is None and message.usage.output_tokens == 0)
 
 
-def test_invocations(url, tiny, chats, flagged):
-    for text, ids in chats.items():
-        body = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 2, "stream": True}
-        with post(url.removesuffix("v1") + "invocations", body) as response:
-            lines = [line.removeprefix(b"data: ") for line in response if line.startswith(b"data: {")]
-        first, *_, last = map(json.loads, lines)
-        tiny.check(first["kv_transfer_params"]["probes"], ids)
-        assert (last["choices"][0]["finish_reason"] == "content_filter") == flagged[text]
-
-
 def test_the_header_in_other_clients(monkeypatch, url, client, chats):
     """As docs/scaling.md shows."""
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its import asks GitHub for prices
@@ -260,16 +250,6 @@ def test_moderations(client, tiny, chats, flagged):
         client.moderations.create(input="a", model="other")
     with pytest.raises(openai.BadRequestError, match="context length"):
         client.moderations.create(input="far too long " * 200)
-
-
-def test_classification(url, tiny, chats):
-    with post(url.removesuffix("v1") + "classify?probe=tone", {"input": list(chats)}) as response:
-        said = json.load(response)
-    assert said["usage"]["prompt_tokens"] == sum(map(len, chats.values()))
-    for ids, row in zip(chats.values(), said["data"], strict=True):
-        reference = tiny.reference(ids)
-        assert row["label"] == reference.probe_labels["tone"][0] and row["num_classes"] == 3
-        assert row["probs"] == pytest.approx(reference.probe_probabilities["tone"][0].tolist(), abs=1e-3)
 
 
 def test_metrics(url, client, chats, flagged):
