@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from llama_probe import ProbeConfig, ProbeError
+from llama_probe.evaluation.calibration import best_f1_threshold, calibrate, threshold_table
 from llama_probe.evaluation.metrics import (
     all_scores,
     check_metric,
@@ -22,6 +23,7 @@ from llama_probe.evaluation.metrics import (
     score_statistic,
     summarize,
 )
+from llama_probe.evaluation.report import detailed_report
 from llama_probe.heads.decision import log_odds, predictions, probabilities
 
 
@@ -102,6 +104,28 @@ def test_the_trainers_callback_gives_the_numbers_of_a_report(head, logits, label
     expected = score_logits(torch.from_numpy(evaluated.predictions), truth, head)
     assert compute_metrics(head)(evaluated) == pytest.approx(expected)
     assert expected.get("auroc", 1.0) == 1.0 and expected.get("mse", 2.0) == 2.0
+
+
+def test_a_label_counts_on_the_rows_where_it_is_known():
+    rng = np.random.default_rng(0)
+    head, logits = config(num_labels=2, **MULTI), torch.randn(80, 2, generator=torch.Generator().manual_seed(0))
+    labels = rng.integers(0, 2, (80, 2)).astype(np.float32)
+    labels[:30, 0], labels[50:, 1] = np.nan, np.nan
+    one = config(num_labels=1, **MULTI)
+    apart = [(logits[30:, :1], labels[30:, :1]), (logits[:50, 1:], labels[:50, 1:])]
+    expected = [all_scores(score_statistic(*part, one), len(part[1]))["LABEL_0"] for part in apart]
+    scores = all_scores(score_statistic(logits, labels, head), 80)
+    assert [scores[name] for name in head.id2label.values()] == [pytest.approx(part) for part in expected]
+    report, calibrated = detailed_report(head, logits, labels), calibrate(head, logits, torch.tensor(labels))
+    assert report["auroc"] == pytest.approx(np.mean([part["auroc"] for part in expected]))
+    low, high = report["labels"]["LABEL_1"]["intervals"]["auroc"]
+    assert low < expected[1]["auroc"] < high
+    for index, part in enumerate(apart):
+        warm = one.replace(temperature=calibrated.temperature)
+        alone = best_f1_threshold(probabilities(part[0], warm)[:, 0].numpy(), part[1][:, 0])
+        assert calibrate(head, logits, torch.tensor(labels), None, "best-f1").threshold[index] == pytest.approx(alone)
+        assert threshold_table(logits, labels, head)[f"LABEL_{index}"] == threshold_table(*part, one)["LABEL_0"]
+    assert sum(each["rows"] for each in report["calibration"]["bins"]) == 100
 
 
 def test_labels_by_hand():

@@ -366,7 +366,7 @@ class TestAsking:
 
     @pytest.fixture(scope="class")
     def served(self):
-        prompts = PromptFormat.create(make_tokenizer())
+        prompts = PromptFormat(make_tokenizer())
         head = make_probe(probe_type="gate", token_scope="user", **prompts.config_fields())
         model = probed({"guard": head}, vocab_size=260)
         inputs = prompts.batch(self.TEXTS)
@@ -411,7 +411,7 @@ class TestAsking:
         generate, asked = generate
         turns = (("user", "one"), ("assistant", "two"), ("user", "three"))
         chat = [{"role": role, "content": text} for role, text in turns]
-        generate(lambda _: False, PromptFormat.create(make_tokenizer()).batch([chat]))
+        generate(lambda _: False, PromptFormat(make_tokenizer()).batch([chat]))
         assert "one" in asked[0] and "three" in asked[0] and "two" not in asked[0] and "assistant" not in asked[0]
 
     @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Metrics of a head, for its rows and for many resamples of them at once, and the Trainer's callback."""
+"""Metrics of a head: an `evaluate.Metric`, the Trainer's callback, and a statistic for many resamples of the rows at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import datasets
+import evaluate
 import numpy as np
 import torch
 from transformers import EvalPrediction
@@ -32,6 +34,31 @@ Key = tuple[str | None, str]
 Statistic = Callable[[np.ndarray], dict[Key, np.ndarray]]
 
 
+class ProbeMetric(evaluate.Metric):
+    """The metrics of `score_logits` as an `evaluate.Metric`, which loads without the Hub.
+
+    Args:
+        config (`ProbeConfig`): its problem type, labels, temperature and threshold.
+    """
+
+    def __init__(self, config: ProbeConfig, **kwargs):
+        self.probe_config = config
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        single = self.probe_config.problem_type == "single_label_classification"
+        row = datasets.Sequence(datasets.Value("float32"))
+        return evaluate.MetricInfo(
+            description="Metrics of a probe head from its logits.",
+            citation="",
+            inputs_description="predictions: [rows, num_labels] logits; references: class indices, or rows of numbers",
+            features=datasets.Features({"predictions": row, "references": datasets.Value("int64") if single else row}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float | None]:
+        return score_logits(torch.tensor(predictions), np.asarray(references), self.probe_config)
+
+
 def all_scores(statistic: Statistic, rows: int) -> dict[str | None, dict[str, float | None]]:
     """Return the metrics of a `score_statistic` if each row counts once, by label. None are those that are undefined."""
     scores: dict[str | None, dict[str, float | None]] = {}
@@ -54,7 +81,7 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         Classes: for each label `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`; the last two rank the rows
         by `log_odds`. For None, `accuracy` and: if one of two labels is flagged, the metrics of that label. Else means over
         the labels: the first three over labels that some row has or is given, the last two over labels that some rows have
-        and others do not.
+        and others do not. A label counts on the rows where it is known.
         Regression: for None `mse`, `mae` and `r2`, which is undefined if all rows have the same value.
 
     Raises:
@@ -67,6 +94,7 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     right = (truth == predicted).all(axis=1).astype(np.float64)
     counted = np.concatenate([truth & predicted, predicted, truth], axis=1).astype(np.float64)
     ranked = log_odds(logits.float(), config).numpy()
+    ranked = np.where(np.isnan(labels), np.nan, ranked) if labels.ndim == 2 else ranked  # a label that is not known
     rankings = [Ranking(ranked[:, index], truth[:, index]) for index in range(config.num_labels)]
 
     def statistic(weights: np.ndarray) -> dict[Key, np.ndarray]:
@@ -94,10 +122,13 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
 
 
 class Ranking:
-    """Rows ranked by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows."""
+    """Rows ranked by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows.
+
+    Rows with the score NaN do not count.
+    """
 
     def __init__(self, scores: np.ndarray, positive: np.ndarray):
-        order = np.argsort(-scores, kind="stable")
+        order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))]
         self.positives, self.negatives = order[positive[order]], order[~positive[order]]
         hits, others = -scores[self.positives], -scores[self.negatives]
         # For each positive row the number of positive rows with at least its score, and of negative ones with more or as much.
@@ -159,10 +190,10 @@ def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray
 def truth_and_predictions(
     logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`."""
+    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`; both False if a label is not known."""
     predicted = predictions(probabilities(logits.float(), config), config).numpy()
     if config.problem_type == "multi_label_classification":
-        return labels.astype(bool), predicted
+        return labels == 1, predicted & ~np.isnan(labels)
     one_hot = np.eye(config.num_labels, dtype=bool)
     return one_hot[labels.astype(int)], one_hot[predicted]
 
@@ -183,12 +214,13 @@ def outcomes(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> d
 
 def compute_metrics(config: ProbeConfig) -> Callable[[EvalPrediction], dict[str, float | None]]:
     """Return the Trainer's `compute_metrics=` for a head with this config. It gives the numbers of a report."""
+    metric = ProbeMetric(config)
 
     def compute(evaluated: EvalPrediction) -> dict[str, float | None]:
         labels = np.asarray(evaluated.label_ids)
         if config.problem_type != "single_label_classification":
             labels = labels.reshape(len(labels), -1)
-        return score_logits(torch.as_tensor(evaluated.predictions), labels, config)
+        return metric.compute(predictions=evaluated.predictions, references=labels)
 
     return compute
 

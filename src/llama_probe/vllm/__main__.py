@@ -9,8 +9,8 @@ from typing import Any
 
 from .. import vllm as heads
 from ..errors import ProbeError
-from .halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_halting, read_unsure
 from .compatibility import check_arguments, check_version
+from .halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_halting, read_unsure
 
 
 _PROGRAM = "python -m llama_probe.vllm"

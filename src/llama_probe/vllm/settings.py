@@ -98,7 +98,7 @@ class ProbeSettings:
                 labels = config.flagged_labels or list(config.id2label.values())
             else:
                 labels = [] if rules else config.flagged_labels
-            saved = (HaltRule.create(name, config, label) for label in labels)
+            saved = (rule for label in labels for rule in HaltRule.create_all(name, config, label))
             rules = {rule.index: rule for rule in saved} | rules
             flags += [rules[index] for index in sorted(rules)]
         return flags
