@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, probe_loss
-from .token_loss import TOKEN_LOSSES, check_token_loss
+from .token_loss import TOKEN_LOSSES
 
 
 @dataclass
@@ -38,34 +39,29 @@ class ProbeLoss:
 
     def __post_init__(self):
         if self.token_loss is not None:
-            check_token_loss(self.config, self.token_loss)
+            needs, scope = f"token_loss={self.token_loss!r}", self.config.token_scope
+            if not self.config.reads_reply:
+                raise ProbeError(f"{needs} needs a head that reads replies, not token_scope={scope!r}")
+            if self.config.problem_type != "multi_label_classification":
+                self.config.need_flagged_index(needs)
         if self.class_weights is not None and len(self.class_weights) != self.config.num_labels:
             raise ProbeError(f"class_weights has {len(self.class_weights)} values for {self.config.num_labels} labels")
         if not 0 <= self.label_smoothing < 1:
             raise ProbeError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
 
     @classmethod
-    def create(
-        cls,
-        config: ProbeConfig,
-        labels: np.ndarray,
-        class_weights: str | None,
-        label_smoothing: float,
-        focal_gamma: float,
-        token_loss: str | None = None,
-    ) -> ProbeLoss:
+    def create(cls, config: ProbeConfig, args: Mapping[str, Any], labels: np.ndarray | None) -> ProbeLoss:
         """Build the loss that training arguments describe. Balanced class weights are those of `labels`."""
-        weights = None
-        if class_weights == "balanced":
-            weights = balanced_weights(labels, config)
-        elif class_weights is not None:
+        class_weights = args["class_weights"]
+        weights = balanced_weights(labels, config) if class_weights == "balanced" else None
+        if class_weights not in (None, "balanced"):
             try:
                 weights = [float(value) for value in class_weights.split(",")]
             except ValueError:
                 weights = []
             if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
                 raise ProbeError(f"class_weights={class_weights!r} must be 'balanced', or numbers from 0, not all 0")
-        return cls(config, weights, label_smoothing, focal_gamma, token_loss)
+        return cls(config, weights, args["label_smoothing_factor"], args["focal_gamma"], args["token_loss"])
 
     def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Return the mean loss over the rows of all accumulated batches; the Trainer counts their labels."""

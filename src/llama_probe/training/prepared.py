@@ -93,7 +93,11 @@ class PreparedRun:
             target = backbone.config.get_text_config(decoder=True)
             head |= {"hidden_size": target.hidden_size, "num_hidden_layers": target.num_hidden_layers}
         config = head_config(head, rows.train, name)
-        self.args = args = _arguments(recipe, output, config, count)
+        training = dict(recipe.training)
+        if batch_size := training.get("per_device_train_batch_size"):
+            training["per_device_train_batch_size"] = math.ceil(batch_size / world_size())
+        self.args = args = ProbeTrainingArguments(str(output / CHECKPOINTS), seed=recipe.seed, **training)
+        args.fill(config, count)
         _check(recipe, rows, config, args)
         if tokenizer is None and name is None:
             raise ProbeError("a loaded backbone needs processing_class=, its tokenizer")
@@ -202,21 +206,11 @@ class PreparedRun:
             self.cache.delete()
 
 
-def _arguments(recipe: Recipe, output: Path, config: ProbeConfig, rows: int) -> ProbeTrainingArguments:
-    training = dict(recipe.training)
-    if batch_size := training.get("per_device_train_batch_size"):
-        training["per_device_train_batch_size"] = math.ceil(batch_size / world_size())
-    args = ProbeTrainingArguments(str(output / CHECKPOINTS), seed=recipe.seed, **training)
-    args.fill(config, rows)
-    return args
-
-
 def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTrainingArguments) -> None:
     """Raise `ProbeError` for settings that do not fit the rows, before the backbone is loaded."""
     check_metric(args.metric, rows.judged.labels, config)
     check_threshold_rule(config, args.max_false_positive_rate, args.threshold_rule)
-    names = "class_weights label_smoothing_factor focal_gamma token_loss"
-    ProbeLoss.create(config, rows.train.labels, *(getattr(args, name) for name in names.split()))
+    ProbeLoss.create(config, vars(args), rows.train.labels)
     if rows.calibration is not None:
         check_rates(config, recipe.calibration.rates, len(rows.calibration))
     members = get_probe_type(config.probe_type).members(config)

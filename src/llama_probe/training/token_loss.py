@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, flagged_score, probe_loss
 
@@ -15,16 +14,6 @@ from ..heads.decision import ProbeOutput, flagged_score, probe_loss
 # Settings of `probe_loss` behind the targets, up to `reduction`.
 Settings = tuple[Any, ...]
 _TOP = 8  # scores of a reply that must agree, of about 32
-
-
-def check_token_loss(config: ProbeConfig, name: str) -> None:
-    """Raise `ProbeError` if a head cannot learn by a token loss: it reads prompts alone, or flags no label."""
-    if not config.reads_reply:
-        raise ProbeError(
-            f"token_loss={name!r} needs a head that reads replies, not token_scope={config.token_scope!r}"
-        )
-    if config.problem_type != "multi_label_classification":
-        config.need_flagged_index(f"token_loss={name!r}")
 
 
 def _scores(outputs: ProbeOutput, config: ProbeConfig) -> torch.Tensor:

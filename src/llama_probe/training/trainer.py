@@ -270,10 +270,9 @@ class ProbeTrainer(Trainer):
 
     def _create_loss(self, name: str, train: LabelledTexts | Dataset | None) -> ProbeLoss:
         """Return the loss that the arguments describe for a head."""
-        names = ("class_weights", "label_smoothing_factor", "focal_gamma", "token_loss")
-        values = [self._head_args[name].get(argument, getattr(self.args, argument)) for argument in names]
-        labels = np.empty(0) if train is None or values[0] != "balanced" else labels_of(train)
-        return ProbeLoss.create(self.heads[name].config, labels, *values)
+        args = vars(self.args) | self._head_args[name]
+        labels = None if train is None or args["class_weights"] != "balanced" else labels_of(train)
+        return ProbeLoss.create(self.heads[name].config, args, labels)
 
     def _label(self, name: str, data: Any, learned: bool = False) -> LabelledTexts | Dataset | None:
         """Read a table with the labels of the heads, whose configs record what the labels of training rows are called."""
