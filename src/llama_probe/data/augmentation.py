@@ -115,10 +115,10 @@ class Augmenter:
 AUGMENTATIONS = ("lead_in", "quote", "document", "earlier_turns", "later_turns", "system_prompt")
 
 
-def augment(
+def wrapped_copies(
     rows: LabelledTexts, names: Sequence[str], seed: int, system_prompts: Sequence[str] = (), share: float = SHARE
-) -> LabelledTexts:
-    """Return the rows, and behind them wrapped copies of some of them with the same labels.
+) -> list[LabelledTexts]:
+    """Return wrapped copies of some of the rows, with the same labels, by each of some augmentations.
 
     Each augmentation copies a random share of the rows: as many of each label, while there are rows with it. Lead-ins,
     documents and other turns are texts of the rows that have no flagged label (multi-label: no label). A column `source` of a copy
@@ -128,7 +128,7 @@ def augment(
         ProbeError: the labels are values, none is flagged, or there is nothing to draw from.
     """
     if not names:
-        return rows
+        return []
     if rows.problem_type == "regression":
         raise ProbeError(f"augment={list(names)} needs rows with labels, not {rows.problem_type}")
     harmless: list[int] = []
@@ -138,7 +138,7 @@ def augment(
             raise ProbeError(f"augment={list(names)} draws from the texts without a flagged label, and there are none")
     groups = _rows_by_label(rows.labels)
     texts, rng = [rows.texts[row] for row in harmless], np.random.default_rng(seed)
-    augmenter, parts, sources = Augmenter(texts, system_prompts, rng), [rows], rows.columns.get("source")
+    augmenter, parts, sources = Augmenter(texts, system_prompts, rng), [], rows.columns.get("source")
     for name in names:
         copies = rows.select(_draw(groups, max(1, round(share * len(rows))), augmenter.rng))
         wrapped: list[Text] = []
@@ -149,7 +149,7 @@ def augment(
                 drawn = {sources[harmless[drawn_place]] for drawn_place in augmenter.drawn}
                 copies.columns["source"][place] = "+".join(sorted({copies.columns["source"][place], *drawn}))
         parts.append(replace(copies, texts=wrapped))
-    return LabelledTexts.join(parts)
+    return parts
 
 
 def _harmless_rows(rows: LabelledTexts) -> np.ndarray:

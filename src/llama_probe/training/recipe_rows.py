@@ -14,7 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.augmentation import augment
+from ..data.augmentation import wrapped_copies
 from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts, Labels, check_labels
 from ..data.row_sources import SOURCE, Source
@@ -108,13 +108,13 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         raise ProbeError(
             "train has no rows that may be judged by: at least one source needs extra=False and a licence"
         )
-    test = reader.join(held_test, "test")
+    test = reader.join("test", held_test.sources, "test")
     if held_test.share:
         whole, test = whole.split(held_test.share, recipe.seed)
     test = None if test is None else test.at_most(held_test.max_rows, recipe.seed)
     plain = whole.at_most(recipe.max_rows, recipe.seed)
     few = len(plain) < FEW_ROWS and not recipe.copies.names and not (held_validation.share or held_validation.sources)
-    folds, validation = held_validation.folds, reader.join(held_validation, "validation")
+    folds, validation = held_validation.folds, reader.join("validation", held_validation.sources, "validation")
     folds = FOLDS if folds is None and few else folds
     if folds:
         if used := [name for name, value in (("copies", recipe.copies.names), ("hold_out", recipe.hold_out)) if value]:
@@ -127,10 +127,12 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     extra = _without_judged(extra, [plain if folds else validation, test])
     learned = LabelledTexts.join([plain, *([extra] if extra else [])])
     check_labels(", ".join(source.name for source in recipe.train), learned)
-    for name, rows in (("validation", validation), ("test", test)):
-        _warn_of_learned(name, rows, plain)
-    copied = augment(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
-    train = LabelledTexts.join([learned, copied.select(range(len(plain), len(copied)))])
+    plain_texts, learned_texts = set(map(str, plain.texts)), set(map(str, learned.texts))
+    for name, part in (("validation", validation), ("test", test)):
+        if seen := sum(str(text) in plain_texts for text in (() if part is None else part.texts)):
+            logger.warning(f"{seen} of {len(part)} {name} rows have a text that is among the training rows")
+    copies = wrapped_copies(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
+    train = LabelledTexts.join([learned, *copies])
     held_rows = _held_rows(recipe, by_source)
     named_test = held_test.sources[0].rows if len(held_test.sources) == 1 else None
     # Copies are learned once, with the weight 1.
@@ -145,7 +147,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         test=test,
         folds=plain.folds(folds, recipe.seed) if folds else [],
         calibration=reader.calibration(),
-        measured=reader.measured(set(map(str, learned.texts))),
+        measured=reader.measured(learned_texts),
         repeats=[source.repeat for source in sources] + [1] * num_copies,
         weights=weights if any(weights) else None,
         held_out=_rows_of_twins(train, recipe, held_rows),
@@ -184,23 +186,21 @@ class _Reader:
             self.labels = Labels(names=rows.label_names, flagged=flagged, problem_type=rows.problem_type)
         return replace(rows, flagged=flagged)
 
-    def join(self, held: Held, split: str) -> LabelledTexts | None:
-        """Return the rows of the sources of `validation` or `test`, None if it has none."""
-        return self._join(split, [self.read(source, split) for source in held.sources])
-
-    def _join(self, name: str, parts: Sequence[LabelledTexts]) -> LabelledTexts | None:
+    def join(self, name: str, sources: Sequence[Source], split: str) -> LabelledTexts | None:
+        """Return the rows of the sources of a section, None if it has none."""
+        parts = [self.read(source, split) for source in sources]
         if parts and not any(map(len, parts)):
             raise ProbeError(f"{name} has no rows whose licence allows commercial use")
         return LabelledTexts.join(parts) if parts else None
 
     def measured(self, learned_texts: set[str]) -> dict[str, LabelledTexts]:
         """Return the rows to measure on, by source, without texts that were learned and rows that a licence has left out."""
-        found = {}
+        rows_by_source = {}
         for source in self.recipe.measure.sources:
             rows = self.read(source, "test")
             rows = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in learned_texts])
-            found |= {source.name: rows} if len(rows) else {}
-        return found
+            rows_by_source |= {source.name: rows} if len(rows) else {}
+        return rows_by_source
 
     def calibration(self) -> LabelledTexts | None:
         sources = self.recipe.calibration.sources
@@ -211,16 +211,15 @@ class _Reader:
         harmless = next((name for name in names if name not in (flagged or ())), None)
         if len(names) != 2 or flagged is None or harmless is None:
             raise ProbeError(f"calibration needs one flagged label of two, not {flagged} of {', '.join(names)}")
-        return self._join("calibration", [self.read(replace(source, label=harmless), "train") for source in sources])
+        return self.join("calibration", [replace(source, label=harmless) for source in sources], "train")
 
     def system_prompts(self) -> Sequence[str]:
         source = self.recipe.copies.system_prompts
         if source is None:
             return []
         labels = Labels(names=["text", "none"], problem_type="single_label_classification")
-        return [
-            text for text in self.read(replace(source, label="text"), "all", labels).texts if isinstance(text, str)
-        ]
+        rows = self.read(replace(source, label="text"), "all", labels)
+        return [text for text in rows.texts if isinstance(text, str)]
 
 
 def _joined(recipe: Recipe, by_source: dict[str, LabelledTexts], extra: bool) -> LabelledTexts | None:
@@ -242,28 +241,20 @@ def _without_judged(extra: LabelledTexts | None, judged: Sequence[LabelledTexts 
     return allowed
 
 
-def _warn_of_learned(name: str, rows: LabelledTexts | None, train: LabelledTexts) -> None:
-    if rows is None:
-        return
-    learned = set(map(str, train.texts))
-    if seen := sum(str(text) in learned for text in rows.texts):
-        logger.warning(f"{seen} of {len(rows)} {name} rows have a text that is among the training rows")
-
-
 def _held_rows(recipe: Recipe, by_source: dict[str, LabelledTexts]) -> dict[str, dict[str, LabelledTexts]]:
     """Return the rows that each twin is measured on, by source."""
-    found = {
+    rows_by_twin = {
         twin: {name: by_source[name] for name in sources if len(by_source[name])}
         for twin, sources in recipe.hold_out.items()
     }
-    return {twin: rows for twin, rows in found.items() if rows}
+    return {twin: rows for twin, rows in rows_by_twin.items() if rows}
 
 
 def _rows_of_twins(
     rows: LabelledTexts | None, recipe: Recipe, held_rows: dict[str, dict[str, LabelledTexts]]
 ) -> dict[str, np.ndarray]:
     """Return for each twin the rows with words of its sources, or with one of their texts."""
-    found = {}
+    places_by_twin = {}
     for twin, held in held_rows.items() if rows is not None else ():
         sources, texts = set(recipe.hold_out[twin]), {str(text) for part in held.values() for text in part.texts}
         names = rows.columns.get(SOURCE, [""] * len(rows))
@@ -271,10 +262,10 @@ def _rows_of_twins(
             bool(sources & set(name.split("+"))) or str(text) in texts
             for name, text in zip(names, rows.texts, strict=True)
         ]
-        found[twin] = np.flatnonzero(is_held)
+        places_by_twin[twin] = np.flatnonzero(is_held)
         if all(is_held):
             raise ProbeError(f"hold_out.{twin} leaves no rows to learn from, or to choose by")
-    return found
+    return places_by_twin
 
 
 def _describe(recipe: Recipe, validation: Held, test: Held, rows: RecipeRows) -> dict[str, dict[str, Any]]:
