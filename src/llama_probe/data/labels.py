@@ -46,13 +46,13 @@ def read_labels(
         if label_names is not None and len(label_names) != 1:
             raise ProbeError(f"{source}: label_names={list(label_names)} must be one name for a regression")
         return _read_values(source, flat), list(label_names or ["value"]), problem_type
-    found, names = _read_names(source, flat, label_names, several)
+    written, names = _read_names(source, flat, label_names, several)
     if not label_names and not 1 <= len(names) <= _MAX_LABELS:
         raise ProbeError(f"{source}: {len(names):,} labels; 1 to {_MAX_LABELS:,} are allowed without label_names")
     index = {name: i for i, name in enumerate(names)}
-    if missing := sorted(set(found) - set(names)):
+    if missing := sorted(set(written) - set(names)):
         raise ProbeError(f"{source}: labels without a name: {missing[:5]}; label_names: {', '.join(names[:100])}")
-    indices = np.array([index[name] for name in found], dtype=np.int64)
+    indices = np.array([index[name] for name in written], dtype=np.int64)
     if not several:
         return indices, names, problem_type
     labels = np.zeros((len(values), len(names)), dtype=np.float32)

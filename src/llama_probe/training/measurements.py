@@ -78,11 +78,7 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
         head: the head, with its thresholds. twins: heads by the name of what they were trained without.
 
     Returns:
-        `rates`: names of the thresholds; `parts`: for each set of rows `name`, `twin` (None for the head itself), `rows`,
-        `auroc` and `auprc` with `intervals` if both labels occur, `labels`: for each label that occurs `rows` and by threshold
-        the share that is flagged with its interval, `novel`: share of rows unlike the training data, `tfidf`: the same of the
-        baseline; `wrappings`, `attacks` and `long`, see `kept_labels`, the latter two with `tfidf` and `length`; `bytes`: of the
-        head's weights.
+        The section `measured` of `results.json`; `docs/recipes.md` explains its keys.
     """
     recipe, rows = run.recipe, run.rows
     parts: list[dict[str, Any]] = []

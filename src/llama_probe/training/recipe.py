@@ -213,13 +213,11 @@ class Recipe:
             return self.validation, self.test
         benchmark, split = self._known
         splits = set(benchmark_splits(benchmark, data_dir)) - {split or "train"}
-
-        def with_split(name: str, held: Held) -> Held:
-            if name not in splits or held.share or held.folds or held.sources:
-                return held
-            return replace(held, sources=[Source(rows=f"{benchmark.name}:{name}")])
-
-        return with_split("validation", self.validation), with_split("test", self.test)
+        parts = {"validation": self.validation, "test": self.test}
+        for name, held in parts.items():
+            if name in splits and not (held.share or held.folds or held.sources):
+                parts[name] = replace(held, sources=[Source(rows=f"{benchmark.name}:{name}")])
+        return parts["validation"], parts["test"]
 
     def write(self) -> str:
         """Return the recipe as YAML, without folders of this machine."""

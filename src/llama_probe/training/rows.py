@@ -88,5 +88,5 @@ def learners(rows: int, heads: Collection[str], left_out: Mapping[str, Sequence[
 
 def labels_of(dataset: Dataset | LabelledTexts) -> np.ndarray:
     """Return the labels `[rows, ...]` of a data set."""
-    found = getattr(dataset, "labels", None)
-    return np.stack([dataset[row]["labels"] for row in range(len(dataset))]) if found is None else found
+    labels = getattr(dataset, "labels", None)
+    return np.stack([dataset[row]["labels"] for row in range(len(dataset))]) if labels is None else labels
