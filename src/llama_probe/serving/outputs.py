@@ -1,4 +1,4 @@
-"""What users get back: outputs of the LM with the results of its heads, and the heads' state for the next turn."""
+"""Outputs of the LM with the results of its heads, and the state of the heads for the next turn."""
 
 from __future__ import annotations
 
