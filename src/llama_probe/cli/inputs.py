@@ -25,7 +25,7 @@ from .options import BACKBONE, COUNT
 
 @dataclass(kw_only=True)
 class HeadOptions:
-    """How heads and their backbone are loaded."""
+    """Options of heads and of their backbone."""
 
     backbone: Annotated[str | None, BACKBONE] = None
     dtype: DtypeName = "auto"

@@ -1,4 +1,4 @@
-"""What makes a command of a function, and options that several commands have.
+"""Makes commands of functions, and the options that several commands have.
 
 Keyword-only parameters of a function become options, positional-only ones arguments, and a dataclass an option for each field.
 The docstring says what they are for.
