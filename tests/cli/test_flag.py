@@ -45,17 +45,8 @@ def test_the_flagged_label_halts_calibrates_and_is_measured(guard, tmp_path, ord
     rows = succeed(*args, "--json")
     assert f"guard halts on '{bad}'" in call(*args).stderr
     assert [row["halted"] is not None for row in rows] == [True, False] and rows[0]["halted"]["label"] == bad
-    args = (
-        "evaluate",
-        *served,
-        "--data",
-        benign(tmp_path / "kind.jsonl", "kind"),
-        "--benign",
-        "--bootstrap",
-        0,
-        "--json",
-    )
-    report = succeed(*args)
+    kind = benign(tmp_path / "kind.jsonl", "kind")
+    report = succeed("evaluate", *served, "--data", kind, "--benign", "--bootstrap", 0, "--json")
     assert report["flagged"]["label"] == bad and report["flagged"]["share"] == 0 and report["labels"][bad]["rows"] == 0
     refuse("calibrate", *served, "--benign", benign(tmp_path / "bad.jsonl", "BAD!!"), "--rate", 0.1)
     assert read_config(tmp_path / "guard").threshold == config.threshold, "nothing was written"

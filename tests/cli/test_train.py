@@ -24,17 +24,7 @@ def rows(tmp_path_factory):
 def test_a_finished_head_is_not_replaced_in_silence(rows, backbone_folder, tmp_path):
     train(backbone_folder, rows, tmp_path / "a", training={"cache_states": False})
     before = (tmp_path / "a" / "probe_model.safetensors").read_bytes()
-    words = (
-        "train",
-        rows,
-        "--backbone",
-        backbone_folder,
-        "--output",
-        tmp_path / "a",
-        "--probe-type",
-        "pooling",
-        *SHORT,
-    )
+    words = ("train", rows, "--backbone", backbone_folder, "--output", tmp_path / "a", *SHORT, "--probe-type=pooling")
     for more in ((), ("--resume",), ("--resume", "--set", "training.learning_rate=0.5")):
         assert "--overwrite" in refuse(*words, *more)
     assert (tmp_path / "a" / "probe_model.safetensors").read_bytes() == before
@@ -60,31 +50,15 @@ def test_a_kind_of_ones_own(rows, backbone_folder, tmp_path, monkeypatch):
     known = dict(registry._PROBE_TYPES)
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(known))
     (tmp_path / "kind.py").write_text(CODE)  # without weights of layers
-    words = (
-        "train",
-        rows,
-        "--backbone",
-        backbone_folder,
-        "--probe-type",
-        "top",
-        "--output",
-        tmp_path / "mine",
-        *SHORT,
-    )
+    words = ("train", rows, "--backbone", backbone_folder, "--output", tmp_path / "mine", *SHORT, "--probe-type=top")
     assert "top" in refuse(*words)
     own = ("--import", tmp_path / "kind.py")
     succeed(*words, *own)
     head = ("--probe", tmp_path / "mine", "--backbone", backbone_folder, "--json")
     assert "mine" in succeed("classify", "good morning", *head, *own)[0]["labels"]
     monkeypatch.setattr(registry, "_PROBE_TYPES", known)  # as in another process
-    for line in (
-        "classify x --probe {0}",
-        "evaluate --data sst2 --probe {0}",
-        "inspect {0}",
-        "plot {0} --output x",
-        "push {0} a/b",
-    ):
-        assert "trust_remote_code" in refuse(*line.format(tmp_path / "mine").split()).replace("-", "_")
+    for line in ("classify x --probe", "evaluate --data sst2 --probe", "inspect", "plot --output x"):
+        assert "trust_remote_code" in refuse(*line.split(), tmp_path / "mine").replace("-", "_")
     assert succeed("inspect", tmp_path / "mine", "--trust-remote-code", "--json")["probe_type"] == "top"
     assert "mine" in succeed("classify", "good morning", *head, "--trust-remote-code")[0]["labels"]
     (tmp_path / "broken.py").write_text("1 / 0")

@@ -94,13 +94,8 @@ def test_a_rate_means_whole_replies():
     largest = torch.stack([logits[logits[:, 1].argmax()] for logits in followed])
     config = with_rates(CONFIG, largest[:400], [0.05, 0.01])
     report = reply_report(config, followed, labels, resamples=30)
-    for name, limit in (
-        ("own", 0.05),
-        ("fpr-5%", 0.05),
-        ("fpr-1%", 0.01),
-        ("1.0% halted", 0.01),
-        ("0.5% halted", 0.005),
-    ):
+    limits = {"own": 0.05, "fpr-5%": 0.05, "fpr-1%": 0.01, "1.0% halted": 0.01, "0.5% halted": 0.005}
+    for name, limit in limits.items():
         rule = report["thresholds"][name]
         assert 0 < rule["false_halts"] <= limit
         intervals = {**rule, **rule["delay"]}

@@ -9,7 +9,6 @@ from typing import Any
 from rich import markup
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 
 # Control characters, except those that Rich handles (line breaks, tabs), and marks that change the text direction.
@@ -26,21 +25,16 @@ def escape(text: str) -> str:
     return markup.escape(printable(text))
 
 
-def create_console(stderr: bool = False) -> Console:
-    """Return a console that prints `:fire:` as it is, not as an emoji."""
-    return Console(stderr=stderr, emoji=False)
+def print_text(text: str | Table) -> None:
+    """Print a text between tables as it is, or a table. `:fire:` is no emoji."""
+    Console(emoji=False).print(escape(text) if isinstance(text, str) else text)
 
 
-def print_text(text: str) -> None:
-    """Print a text between tables, as it is."""
-    create_console().print(escape(text))
-
-
-def cell(value: object, interval: Sequence[float] | None = None) -> str | Text:
+def cell(value: object, interval: Sequence[float] | None = None) -> str:
     """Return a value as the text of a cell: texts as they are, None as `-`, numbers in three digits, an interval below."""
     if interval is not None and value is not None:
         return f"{cell(value)}\n{cell(interval)}"
-    if value is None or isinstance(value, str | Text):
+    if value is None or isinstance(value, str):
         return "-" if value is None else value
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -61,7 +55,7 @@ def print_table(
     """Print a table, if it has rows. Long cells continue on the next line, so that a narrow terminal or a log cuts nothing.
 
     Args:
-        rows: values for `cell`. A `Text` may have a style, other texts are escaped.
+        rows: values for `cell`, whose texts are escaped.
         left: this many columns are aligned to the left, the others to the right.
     """
     if not rows:
@@ -70,8 +64,8 @@ def print_table(
     for number, name in enumerate(columns):
         table.add_column(escape(name), justify="left" if number < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(text) if isinstance(text, str) else text for text in map(cell, row)))
-    create_console().print(table)
+        table.add_row(*map(escape, map(cell, row)))
+    print_text(table)
 
 
 def with_spread(summary: dict[str, float], form: str) -> str:

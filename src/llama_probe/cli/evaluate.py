@@ -75,9 +75,8 @@ def evaluate(
         if ask:
             head.config.need_flagged_index("--ask")
         verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
-        others, place = {}, TextRows(data_dir=rows.data_dir, max_text=rows.max_text)
-        for source in against or ():
-            others[short_path(source)] = place.texts(source, head.config, _MAX_AGAINST, "test")
+        place = TextRows(data_dir=rows.data_dir, max_text=rows.max_text)
+        others = {short_path(name): place.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
         scored.attach()
         dataset, followed = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels), None
         if dataset.reply_lengths is None:
@@ -85,9 +84,9 @@ def evaluate(
         else:
             (followed,) = follow_replies([head], dataset, progress=True)
             logits = strongest_of(head, followed)
-        novelties = {}
-        for name, texts in others.items():
-            _, novelties[name] = predict_rows(head, scored.dataset(texts), progress=True)
+        novelties = {
+            name: predict_rows(head, scored.dataset(texts), progress=True)[1] for name, texts in others.items()
+        }
         groups = (["wrappings"] if wrappings else []) + (list(ATTACKS) if attacks else [])
         transformed = kept_labels(head, labelled, scored.prompts, groups, progress=True) if groups else {}
         if not is_main():

@@ -16,7 +16,7 @@ from ..hub.card import kept_share, markdown_table, plain
 from ..hub.folder import read_results, training_results
 from ..hub.resolve import ALIASES, bundled_heads
 from ..hub.transport import HubOptions
-from .console import print_records, print_table, with_spread
+from .console import print_table, with_spread
 from .options import Result, check_revision
 
 
@@ -130,15 +130,11 @@ def read_measured(alias: str) -> dict[str, Any]:
 
 
 def _print_heads(configs: dict[str, ProbeConfig]) -> None:
-    facts = {
-        alias: {
-            "kind": config.probe_type,
-            "labels": ", ".join(config.id2label.values()),
-            "backbone": config.base_model_name_or_path,
-        }
+    rows = [
+        (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
         for alias, config in configs.items()
-    }
-    print_records("bundled heads", facts, left=4)
+    ]
+    print_table("bundled heads", ("alias", "kind", "labels", "backbone"), rows, left=4)
 
 
 def _print_checks(probe: str, backbone: str, checks: list[Check]) -> None:

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.text import Text
-
 from ..data.prompts import PromptFormat, check_alike
 from ..data.row_files import MAX_TEXT
 from ..distributed import is_main, launched, process_group
@@ -18,7 +16,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import in_words, reply_outputs
 from ..heads.novelty import abstain_levels
 from ..vllm.halting_words import read_halting
-from .console import print_table, print_text, printable
+from .console import print_table, print_text
 from .inputs import HeadOptions
 from .options import COUNT, PROBE, Result
 
@@ -178,10 +176,9 @@ def print_rows(rows: list[dict[str, Any]], configs: dict[str, ProbeConfig]) -> N
     """Print a table of what `labelled_rows` returned, with the replies if there are any."""
     replies, lines = "reply" in rows[0], []
     for row in rows:
-        cells: list[str | Text] = [row["prompt"]]
+        cells = [row["prompt"]]
         if replies:
-            halted = ("halted ", "bold") if row.get("halted") else ""
-            cells.append(Text.assemble(halted, printable(row["reply"])))
+            cells.append(f"halted: {row['reply']}" if row.get("halted") else row["reply"])
         for name, label in row["labels"].items():
             scores = dict(zip(configs[name].id2label.values(), row["probabilities"][name], strict=False))
             cells.append(in_words(label, scores, configs[name]) if scores else "-")

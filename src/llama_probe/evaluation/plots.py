@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import ProbeError
-from ..files import settle, write_atomically
+from ..files import replace_files
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import probabilities
 from ..hub.folder import PLOT_NAMES, read_results
@@ -80,15 +80,12 @@ def write_plots(folder: Path) -> list[Path]:
     """
     inspection = (read_results(folder) or {}).get("inspection", {}) if find_spec("matplotlib") is not None else {}
     writers = {
-        folder / name: png_writer(partial(draw, inspection))
+        name: png_writer(partial(draw, inspection))
         for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True)
         if name.removesuffix(".png") in inspection
     }
-    settle(folder)
-    write_atomically(writers)
-    for path in {folder / name for name in PLOT_NAMES} - set(writers):
-        path.unlink(missing_ok=True)
-    return list(writers)
+    replace_files(folder, writers, gone=set(PLOT_NAMES) - set(writers))
+    return [folder / name for name in writers]
 
 
 def calibration_plot(inspection: dict[str, Any]) -> Figure:

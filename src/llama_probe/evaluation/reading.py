@@ -76,13 +76,12 @@ class Reading:
     @property
     def note(self) -> str | None:
         """Reason why the weights say less than they seem to; None if there is none."""
-        if self.config.probe_type == "pooling" and self.config.pool == "max":
-            return (
-                "This head has learned no weights: it takes the largest value of each dimension, and a weight is the "
-                "share of dimensions in which a token (or a layer) has the largest value."
-            )
         if self.config.probe_type == "pooling":
-            return "This head has learned no weights: it takes the mean, so all tokens and all layers count alike."
+            largest = (
+                "takes the largest value of each dimension, and a weight is the share of dimensions that have it there"
+            )
+            mean = "takes the mean, so all tokens and all layers count alike"
+            return f"This head has learned no weights: it {largest if self.config.pool == 'max' else mean}."
         if np.allclose(self.weights[:, self.counted], self.even_share, rtol=1e-3, atol=0):
             return "All tokens count alike here: this head has not learned where to look."
         return None
