@@ -21,7 +21,7 @@ def benchmark(
     """Measure what heads cost while the model serves, next to the plain model.
 
     Args:
-        operations: count the operations that heads add to a pass, instead of time and memory. On a GPU each is a kernel launch.
+        operations: count the operations that heads add to a pass, instead of time and memory; a GPU launches each.
         as_: with --operations: choose as on this device. Default: as on --device.
     """
     if as_ is not None and not operations:

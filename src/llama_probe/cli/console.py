@@ -74,7 +74,7 @@ def with_spread(summary: dict[str, float], form: str) -> str:
 
 
 def print_records(title: str | None, records: Mapping[str, Mapping[str, Any]], left: int = 1) -> None:
-    """Print a row for each record, by its name, and a column for each value in it; `intervals` are below the values."""
+    """Print a row for each record, by its name, and a column for each value; `intervals` are below the values."""
     flat = {name: _flat(record) for name, record in records.items()}
     columns = list(next(iter(flat.values()), {}))
     rows = [

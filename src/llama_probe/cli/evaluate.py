@@ -47,10 +47,9 @@ def evaluate(
         record: keep the measurements in the head folder under this name, and show them in its card.
         wrappings: also wrap the flagged rows in twelve ways, and report how often they are still flagged.
         attacks: also hide the flagged rows in up to 7,500 tokens of the harmless rows, in codes, role play and turns.
-        ask: share of the rows, those nearest to the threshold, that a judge decides: report recall and false alarms then.
+        ask: report recall and false alarms if a judge decides this share of the rows, nearest to the threshold.
         judge_column: column with the judge's labels for --ask; without it the judge is always right.
-        against: texts of another kind, by name or file, without labels, 500 at most: report how well the head's novelty
-            tells them from --data.
+        against: texts of another kind, without labels, 500 at most: report how well novelty tells them from --data.
         bootstrap: resamples of the rows for 95 % confidence intervals; 0 for none.
     """
     if record is not None:
@@ -126,7 +125,7 @@ def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
 
 
 def _for_display(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a report with its confusion by the names of the labels, if these are few, and halting rules as they did here."""
+    """Return a report with its confusion by names of labels, if these are few, and halting rules as they did here."""
     names, matrix = list(result.get("labels", ())), result.get("confusion", ())
     by_name = {name: dict(zip(names, counts, strict=True)) for name, counts in zip(names, matrix, strict=False)}
     halting = {

@@ -25,7 +25,7 @@ from .options import BACKBONE, COUNT
 
 @dataclass(kw_only=True)
 class HeadOptions:
-    """Options of heads and of their backbone."""
+    """Options of all commands that load heads and their backbone."""
 
     backbone: Annotated[str | None, BACKBONE] = None
     dtype: DtypeName = "auto"

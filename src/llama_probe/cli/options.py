@@ -1,7 +1,7 @@
-"""Makes commands of functions, and the options that several commands have.
+"""Commands made of functions, and options that several commands have.
 
-Keyword-only parameters of a function become options, positional-only ones arguments, and a dataclass an option for each field.
-The docstring says what they are for.
+Keyword-only parameters of a function become options, positional-only ones arguments, and a dataclass an option for each
+field. The docstring says what they are for.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SHARED = {
     "probe": "the head.",
     "prompt_column": "column of the prompts, where the texts are the replies to them; for heads that read replies.",
     "prompts": "default: lines of standard input.",
-    "abstain_at": "novelty from 0 to 1 above which a prompt gets no label, such as 0.99; see calibrate --novelty-data.",
+    "abstain_at": "novelty above which a prompt gets no label, from 0 to 1, such as 0.99; see calibrate --novelty-data.",
     "revision": "branch, tag or commit of a head on the Hub.",
     "text_column": "column of the texts.",
     "trust_remote_code": "run the code file of a head whose kind is not part of this package. Read it first.",
@@ -63,7 +63,7 @@ _PARAMETER = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 
 @dataclass
 class _Common:
-    """Options of all commands."""
+    """Options that each command has."""
 
     json: bool = False
     import_: list[Path] | None = None

@@ -38,8 +38,8 @@ def generate(
     """Reply to prompts, with the labels of each head from the same pass.
 
     Args:
-        halt_on: write HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}: prompts with that label
-            get no reply. A head that reads replies ends a reply at the last of `patience` tokens in a row with that label.
+        halt_on: write HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}: prompts with that
+            label get no reply. A head that reads replies ends one at the last of `patience` tokens in a row with it.
         halt_reply: the reply to halted prompts.
     """
     rules = read_halting(halt_on or [])

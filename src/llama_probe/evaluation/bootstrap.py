@@ -24,8 +24,8 @@ def intervals(
     """Return a 95 % percentile interval `[low, high]` for each value of a statistic, from resamples of the rows.
 
     Args:
-        statistic: maps weights `[resamples, rows]`, how often each row counts, to values `[resamples]` by name. NaN marks one
-            that is undefined. These do not count; the interval is None if there are no others.
+        statistic: maps weights `[resamples, rows]`, how often each row counts, to values `[resamples]` by name. NaN is
+            undefined and does not count; the interval is None if there is nothing else.
     """
     names: list[Name] = []
 
@@ -46,10 +46,12 @@ def intervals(
 def auroc(
     scores: np.ndarray, positive: np.ndarray, resamples: int = 1000, rows: np.ndarray | None = None
 ) -> tuple[float | None, Interval]:
-    """Return the area under the ROC curve for scores `[n]` and a mask `[n]`, and its 95 % interval; None without both labels.
+    """Return the area under the ROC curve for scores `[n]` and a mask `[n]`, and its 95 % interval.
+
+    Both are None if all scores have the label, or none.
 
     Args:
-        rows (`[n]`, *optional*): rows that the scores belong to, numbered from 0. What is of one row is drawn together.
+        rows (`[n]`, *optional*): rows that the scores belong to, from 0. What is of one row is drawn together.
     """
     ranking, rows = Ranking(scores, positive), np.arange(len(scores)) if rows is None else rows
     area = float(ranking.areas(np.ones((1, len(scores))))[1, 0])

@@ -30,7 +30,7 @@ METRICS = {
 
 # A label and a metric; None for the metric of all labels.
 Key = tuple[str | None, str]
-# Maps weights `[resamples, rows]`, how often each row counts, to metrics `[resamples]`. NaN marks one that is undefined.
+# Maps weights `[resamples, rows]`, how often each row counts, to metrics `[resamples]`. NaN is undefined.
 Statistic = Callable[[np.ndarray], dict[Key, np.ndarray]]
 
 
@@ -60,7 +60,7 @@ class ProbeMetric(evaluate.Metric):
 
 
 def all_scores(statistic: Statistic, rows: int) -> dict[str | None, dict[str, float | None]]:
-    """Return the metrics of a `score_statistic` if each row counts once, by label. None are those that are undefined."""
+    """Return the metrics of a `score_statistic` if each row counts once, by label; None if undefined."""
     scores: dict[str | None, dict[str, float | None]] = {}
     for (label, name), (value,) in statistic(np.ones((1, rows))).items():
         scores.setdefault(label, {})[name] = None if np.isnan(value) else float(value)
@@ -131,7 +131,7 @@ class Ranking:
         order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))]
         self.positives, self.negatives = order[positive[order]], order[~positive[order]]
         hits, others = -scores[self.positives], -scores[self.negatives]
-        # For each positive row the number of positive rows with at least its score, and of negative ones with more or as much.
+        # For each positive row the number of positive rows with at least its score, and of negative ones with more, as much.
         self.hits = np.searchsorted(hits, hits, "right")
         self.above, self.reached = (np.searchsorted(others, hits, side) for side in ("left", "right"))
 

@@ -93,8 +93,8 @@ def detailed_report(
     Returns:
         The keys of `report`. But for regression `labels`: by name the metrics of the label against all others, and its
         `rows`; `calibration` (see `reliability`) and, for single-label heads, `confusion`. With resamples `bootstrap`:
-        `resamples`, `seed` and `level`; and `intervals` beside the metrics of all rows, of each slice and of each label: by
-        metric `[low, high]`, or None if the metric is undefined in all resamples.
+        `resamples`, `seed` and `level`; and `intervals` beside the metrics of all rows, of each slice and of each label:
+        by metric `[low, high]`, or None if the metric is undefined in all resamples.
     """
     result, by_label = _scores(config, logits, labels, slices, resamples)
     if config.problem_type != "regression":

@@ -15,7 +15,7 @@ SHAPE = "llama-3b"  # a backbone without weights
 
 @dataclass
 class BenchmarkOptions:
-    """Options of a benchmark. Every combination of the lists is measured.
+    """Options of a benchmark. Every combination of the lists is measured. Wrong values raise `ProbeError`.
 
     Attributes:
         backbone: 'demo', a folder, a GGUF file, or a Hub id; with --random-weights also llama-3b.
@@ -27,15 +27,11 @@ class BenchmarkOptions:
         new_tokens: tokens to generate. With more than 1, also the time of each.
         pairs: timed runs of each system, alternating with the plain model.
         device: auto (an accelerator if there is one), cpu, cuda, cuda:1 ...
-        dtype: dtype of the backbone.
         random_weights: read only the config of the backbone, and draw random weights: the times are the same.
-
-    Raises:
-        ProbeError: a value is not allowed.
     """
 
     backbone: str = "demo"
-    probe: list[str] | None = None
+    probe: list[str] = ()
     kind: list[str] | None = None
     many: int = 8
     tokens: list[int] = (64, 512)
@@ -47,7 +43,6 @@ class BenchmarkOptions:
     random_weights: bool = False
 
     def __post_init__(self):
-        self.probe = self.probe or []
         if self.kind is None:
             self.kind = [] if self.probe else list(KINDS)
         for kind in self.kind:

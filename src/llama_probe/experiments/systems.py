@@ -25,7 +25,6 @@ from .meters import Meter, Timing, peak_memory, spread, time_pairs
 
 
 BASE, AGAIN = "base", "base again"
-_WARMUP = 2  # untimed pairs
 # Public dimensions of Llama-3.2-3B.
 LLAMA_3B = transformers.LlamaConfig(
     vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
@@ -103,7 +102,7 @@ def measure_costs(options: BenchmarkOptions) -> dict[str, Any]:
         prompts = systems.draw(batch_size, tokens)
         base, system = (partial(systems.serve, which, prompts, options.new_tokens) for which in (BASE, name))
         base(), system()  # a first call may allocate what later calls keep
-        pairs = time_pairs(base, system, options.pairs, _WARMUP, device)
+        pairs = time_pairs(base, system, options.pairs, warmup=2, device=device)
         weights = sum(
             weight.nbytes for head in systems.heads[name] for weight in systems.model.probes[head].parameters()
         )

@@ -145,7 +145,7 @@ def word(text: str) -> str:
 
 
 def kept_share(part: dict[str, Any], name: str) -> str:
-    """Return the share of transformed rows that keep their label, and in brackets that of harmless ones that are flagged."""
+    """Return the share of transformed rows that keep their label, and in brackets of harmless ones that are flagged."""
     if name not in part.get("kept", {}):
         return "-"
     kept, alarms = part["kept"][name], part.get("alarms", {}).get(name)
