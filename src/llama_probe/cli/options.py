@@ -122,7 +122,7 @@ def _options(documented: Callable) -> Iterator[inspect.Parameter]:
             continue
         if get_origin(annotation) is Annotated:
             annotation, settings = get_args(annotation)
-        words = [" ".join(texts[name].split()), settings.get("help", "")]
+        words = [" ".join(texts.get(name, name).split()), settings.get("help", "")]  # python -OO has no docstrings
         if parameter.kind is parameter.POSITIONAL_ONLY:
             create = typer.Argument
         else:
