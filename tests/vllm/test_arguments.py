@@ -211,6 +211,18 @@ def test_an_engine_of_another_model_class(tiny):
         ProbeConnector(config, KVConnectorRole.WORKER, KVCacheConfig(1, [], []))
 
 
+def test_a_stored_prompt_is_read_in_one_chunk(tiny):
+    stored = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    kwargs = engine_kwargs(tiny.backbone, tiny.heads, kv_transfer_config=stored)
+    for chunked in (False, True):
+        config = EngineArgs(**kwargs, enable_chunked_prefill=chunked).create_engine_config()
+        with pytest.raises(ProbeError, match="enable_chunked_prefill") if chunked else contextlib.nullcontext():
+            check_config(config)
+    beside = command_line(tiny, "--kv-transfer-config", json.dumps(stored)).kv_transfer_config
+    names = [each["kv_connector"] for each in beside.kv_connector_extra_config["connectors"]]
+    assert names == ["ProbeConnector", "ExampleConnector"]
+
+
 def test_versions_that_were_not_tested(tiny, monkeypatch):
     monkeypatch.setattr("vllm.version.__version__", "0.33.1")
     with pytest.raises(ProbeError, match=r"vLLM 0.33.1 was not tested with heads \(0.32.x was\)"):

@@ -18,10 +18,11 @@ from llama_probe.vllm.compatibility import ARCHITECTURES
 
 NEW = 20
 FAMILIES = {
-    "states": "qwen3_moe",
+    "states": "mistral",
     "bfloat16": "mistral",
     "ngram": "phi3",
     "draft_model": "qwen3",
+    "connector": "qwen3_moe",
     "pipeline": "qwen2",
 }
 
@@ -110,6 +111,21 @@ def test_speculation(tiny, threshold, tmp_path, method):
         for ids, outputs in zip(PROMPTS, streams.values(), strict=True):
             tiny.check(outputs[0].kv_transfer_params["probes"], ids)
             assert sum(len(output.outputs[0].token_ids) for output in outputs) in (0, 9)
+
+
+def test_connector(tiny, threshold, tmp_path):
+    """One that stores caches."""
+    stored = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    stored["kv_connector_extra_config"] = {"shared_storage_path": str(tmp_path / "store")}
+    changes = {"kv_transfer_config": stored, "enable_chunked_prefill": False, "max_num_batched_tokens": 512}
+    with running(tiny, threshold, **changes) as llm:
+        check(llm, tiny, threshold)
+        llm.reset_prefix_cache()
+        (output,) = generate(llm, PROMPTS[-1:])
+        assert output.num_cached_tokens > 0  # from the disk
+        llm.reset_prefix_cache()
+        tiny.check_replies(generate(llm, PROMPTS, NEW), PROMPTS, threshold, NEW)
+        tiny.check(output.kv_transfer_params["probes"], PROMPTS[-1])
 
 
 def test_pipeline(tiny, threshold):

@@ -10,7 +10,7 @@ from ..errors import ProbeError
 
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
 
 # The scheduler, the connector and the cache layers of vLLM are no public interfaces: they change between minor versions.
 TESTED_VLLM = ("0.32",)
@@ -35,6 +35,9 @@ TRANSFER = {
     "kv_connector_module_path": "llama_probe.vllm.connector",
     "kv_role": "kv_producer",
 }
+# Connectors of vLLM's that also store what heads read, and so may stand beside ours. Without it a prompt that they find gets
+# the scores of another.
+STORES = ("ExampleConnector",)
 SCHEDULER = "llama_probe.vllm.scheduler.create_scheduler"
 
 
@@ -107,12 +110,39 @@ def check_config(config: VllmConfig) -> None:
     for restriction in RESTRICTIONS:
         restriction.check_config(config)
     architecture, scheduler = config.model_config.architecture, config.scheduler_config.scheduler_cls
-    connector = getattr(config.kv_transfer_config, "kv_connector", None)
-    if not architecture.startswith(PREFIX) or (scheduler, connector) != (SCHEDULER, CONNECTOR):
+    if not architecture.startswith(PREFIX) or scheduler != SCHEDULER:
         raise ProbeError(
-            f"this engine has heads, but its model class is {architecture}, its scheduler {scheduler} and its connector "
-            f"{connector}: pass all arguments that llama_probe.vllm.engine_kwargs returns"
+            f"this engine has heads, but its model class is {architecture} and its scheduler {scheduler}: pass all arguments "
+            "that llama_probe.vllm.engine_kwargs returns"
         )
+    transfer = config.kv_transfer_config
+    connector = getattr(transfer, "kv_connector", None)
+    if connector == CONNECTOR:
+        return
+    others = getattr(transfer, "kv_connector_extra_config", {}).get("connectors", ())
+    names = [each["kv_connector"] for each in others]
+    if CONNECTOR not in names or set(names) - {CONNECTOR, *STORES}:
+        needed = f"heads need {CONNECTOR}, and allow {' or '.join(STORES)} beside it"
+        raise ProbeError(f"kv_transfer_config has {', '.join(names) or connector}; {needed}")
+    if config.scheduler_config.enable_chunked_prefill:
+        raise ProbeError("kv_transfer_config needs enable_chunked_prefill=False: prompts are stored after a chunk")
+
+
+def transfer_config(beside: Mapping[str, Any] | KVTransferConfig | None) -> dict[str, Any]:
+    """Return fields of vLLM's `KVTransferConfig` for the heads' connector, and one beside it, which must be in `STORES`."""
+    if beside is None:
+        return TRANSFER
+    if not isinstance(beside, Mapping):  # vLLM's own object, of the server's options
+        beside = {
+            name: getattr(beside, name, None) for name in ("kv_connector", "kv_role", "kv_connector_extra_config")
+        }
+    if beside.get("kv_connector") not in STORES:
+        raise ProbeError(
+            f"kv_transfer_config={beside!r} does not go with heads: its kv_connector must be {' or '.join(STORES)}, which "
+            "also stores what heads read"
+        )
+    connectors = {"connectors": [TRANSFER, dict(beside)]}
+    return {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": connectors}
 
 
 def check_version(allow_untested: bool = False) -> None:

@@ -17,7 +17,7 @@ from ..serving.halting import HaltSpec, options_by_head
 from ..serving.host import ProbeSpec, named_sources
 from .backbone_check import check_heads
 from .cache_plan import grows
-from .compatibility import KEY, SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
+from .compatibility import KEY, SCHEDULER, check_arguments, check_version, probed_architecture, transfer_config
 from .settings import NO_FUNCTIONS, ProbeSettings
 
 
@@ -56,7 +56,7 @@ def engine_kwargs(
         compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         for_server: fields of `ProbeSettings` that the server of `python -m llama_probe.vllm` alone heeds.
-        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`.
+        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. A `kv_transfer_config` is a dict.
 
     Raises:
         ProbeError: vLLM is missing or of another version, an argument, the model's class or a head does not go with the
@@ -68,8 +68,7 @@ def engine_kwargs(
         raise ProbeError(NO_FUNCTIONS)
     if not isinstance(hold_back, int) or hold_back < 0:
         raise ProbeError(f"hold_back={hold_back!r} must be a number of tokens from 0")
-    if kwargs.pop("kv_transfer_config", None) is not None:
-        raise ProbeError("kv_transfer_config does not go with heads: they take the engine's only connector")
+    transfer = transfer_config(kwargs.pop("kv_transfer_config", None))
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
     if not isinstance(overrides, Mapping) or "architectures" in overrides:
         raise ProbeError("hf_overrides must be a dict without architectures: heads need the model class of their own")
@@ -106,7 +105,7 @@ def engine_kwargs(
         **kwargs,
         "hf_overrides": {**overrides, "architectures": [architecture]},
         "scheduler_cls": SCHEDULER,
-        "kv_transfer_config": KVTransferConfig(**TRANSFER),
+        "kv_transfer_config": KVTransferConfig(**transfer),
         "additional_config": {**additional, KEY: settings.to_dict()},
     }
 

@@ -12,18 +12,24 @@ from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 
 from .connector import ProbeConnector
 from .replies import has_no_reply
+from .step_scores import StepScores
 
 
 class _Probed:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.probes: ProbeConnector = self.connector
+        connectors = getattr(self.connector, "sub_connectors", [self.connector])  # of a MultiConnector
+        self.probes = next(each for each in connectors if isinstance(each, ProbeConnector))
         self.replies = self.probes.replies
 
     def update_from_output(self, scheduler_output, model_runner_output):
         """As vLLM's. The scores of the step come first, so that they go out with the very first token."""
         from_workers = model_runner_output.kv_connector_output
-        scores = from_workers and from_workers.kv_connector_worker_meta
+        metadata = from_workers and from_workers.kv_connector_worker_meta
+        # Of a MultiConnector it is by connector.
+        scores = next(
+            (each for each in getattr(metadata, "metadata", [metadata]) if isinstance(each, StepScores)), None
+        )
         for request_id, rows in (scores.read_prompts() if scores else {}).items():
             if request_id in self.requests:  # not aborted meanwhile
                 self.probes.take_in(request_id, rows)

@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed import tensor_model_parallel_all_gather as all_gather
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention.kv_transfer_utils import maybe_transfer_kv_layer
 from vllm.model_executor.models.extract_hidden_states import (
     CacheOnlyAttentionBackend,
     CacheOnlyAttentionLayer,
@@ -87,7 +88,11 @@ class StateCache(CacheOnlyAttentionLayer):
         Args:
             states: one tensor `[tokens, width]` a state, ascending; padding may follow the tokens.
         """
-        slots = get_forward_context().slot_mapping.get(self.layer_name)
+        self._write(self.layer_name, states)
+
+    @maybe_transfer_kv_layer  # a connector that stores the other layers' caches stores this one
+    def _write(self, layer_name: str, states: Sequence[torch.Tensor]) -> None:
+        slots = get_forward_context().slot_mapping.get(layer_name)
         if slots is None or not self.kv_cache.numel():  # a trial run, before there is a cache
             return
         share = slice(self.start, self.start + self.head_size)
