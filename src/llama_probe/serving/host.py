@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..backbone.decoder import Decoder, backbone_name, find_decoder, target_of
@@ -38,6 +37,7 @@ _HUB_KEYS = ("token", "private", "revision")
 
 
 if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedModel
 
     class CausalLM(PreTrainedModel, GenerationMixin):
         """The classes that the mixins are mixed into."""
