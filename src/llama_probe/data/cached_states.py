@@ -58,7 +58,7 @@ class StateDataset(Dataset):
 
     def __init__(self, folder: Path, keys: Sequence[str], rows: PromptDataset, layers: Sequence[int]):
         self.labels, self.layers, self.reply_lengths = rows.labels, list(layers), rows.reply_lengths
-        on_disk = _rows_on_disk(folder)
+        on_disk = rows_on_disk(folder)
         self.items = [on_disk[key] for key in keys]
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class StateCache:
         reads = [get_probe_type(config.probe_type).reads, config.layer_indices]
         entry = self.folder / _digest([_FORMAT, str(dtype), scope, reads, weights_digest(lm)])
         keys = [_digest([ids, rows.masks and rows.masks[row]]) for row, ids in enumerate(rows.prompts)]
-        done = on_main(lambda: set(_rows_on_disk(entry)))
+        done = on_main(lambda: set(rows_on_disk(entry)))
         row_of = {key: row for row, key in enumerate(keys)}
         if left := [row for key, row in row_of.items() if key not in done]:
             read = [_tokens_read(config, rows[row]) for row in left]
@@ -150,7 +150,7 @@ def _digest(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Return by key the tokens `[T]` and the states `[S, T, D]` of each row that an entry has, mapped from disk."""
     on_disk = {}
     for path in sorted(entry.glob("*.safetensors")):
