@@ -284,7 +284,7 @@ def test_streams_of_texts(client, tiny, chats, flagged):
         tiny.check(first[index].kv_transfer_params["probes"], ids)
         own = [chunk for chunk in chunks if chunk.choices[0].index == index]
         assert own[-1].choices[0].finish_reason == ("content_filter" if flagged[text] else "length")
-        assert len(own) == (1 if flagged[text] else 3)
+        assert len(own) <= (1 if flagged[text] else 3)  # vLLM may join chunks that wait for their reader
         assert (own[0].choices[0].text == "") or not flagged[text]
         assert (own[0].id, own[0].model) == (chunks[0].id, "tiny")
     complete = client.completions.create(model="tiny", prompt=prompts[0], **options)
