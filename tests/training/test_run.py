@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import make_lm, read_head
+from conftest import make_lm, make_probe, read_head
 from training_runs import recipe_of, train, write
 
 from llama_probe import ProbeError, ProbeTrainer
@@ -18,8 +19,10 @@ from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.training import estimate, prepared, trainer
+from llama_probe.training import results as training_results
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
 from llama_probe.training.progress import last_checkpoint
+from llama_probe.training.recipe import Calibration
 from llama_probe.training.run import train_recipe
 
 
@@ -334,3 +337,17 @@ def test_an_estimate_writes_nothing(tmp_path, backbone_folder):
     work = PreparedRun(recipe_of(tmp_path), tmp_path / "head", str(backbone_folder), only_estimate=True).estimate
     assert work.rows == 40 and work.tokens > 400 and work.bytes > 0 and work.seconds > 0
     assert not (tmp_path / "head").exists()
+
+
+def test_rates_without_a_threshold_are_left_out(monkeypatch):
+    head = make_probe(id2label={0: "mild", 1: "wild"}, flagged=["wild"])
+    scores = torch.tensor([0.99999, 0.9999, 0.8, 0.6, 0.5, *[0.3] * 95])
+    monkeypatch.setattr(
+        training_results, "predict_logits", lambda *_, **__: torch.stack([1 - scores, scores], 1).log()
+    )
+    recipe, rows = SimpleNamespace(calibration=Calibration(rates=[0.05, 0.01])), SimpleNamespace(calibration=scores)
+    run = SimpleNamespace(recipe=recipe, rows=rows, datasets={"calibration": None})
+    assert training_results._calibrate(run, head)["rates"] == {"fpr-5%": 0.05}
+    assert head.config.thresholds == {"fpr-5%": pytest.approx(0.4)} and head.config.threshold == pytest.approx(0.4)
+    run.recipe.calibration.rates = [0.01]
+    assert training_results._calibrate(run, head) is None

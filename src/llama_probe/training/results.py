@@ -133,13 +133,18 @@ def _novelty_rows(run: PreparedRun, logits: torch.Tensor) -> tuple[Dataset, Data
 def _calibrate(run: PreparedRun, probe: ProbeModel) -> dict[str, Any] | None:
     """Fit the thresholds of a head on the calibration rows, and return what `results.json` says of them.
 
-    None if they do not fit: a head is not thrown away for its thresholds.
+    The last rates are left out if they do not fit, and None is returned if none does: a head is not thrown away for its
+    thresholds.
     """
     rates, logits = run.recipe.calibration.rates, predict_logits(probe, run.datasets["calibration"], progress=True)
-    try:
-        probe.config = with_rates(probe.config, logits, rates)
-    except ProbeError as error:
-        logger.warning(f"no thresholds were fitted on the calibration rows: {error}")
+    while rates:
+        try:
+            probe.config = with_rates(probe.config, logits, rates)
+            break
+        except ProbeError as error:
+            logger.warning(f"no threshold for {rates[-1]:g} was fitted on the calibration rows: {error}")
+            rates = rates[:-1]
+    else:
         return None
     return {
         "flagged": probe.config.flagged[0],
