@@ -215,9 +215,13 @@ def test_loaded_models(repository):
 
 def test_saving(repository, tmp_path):
     pipe = pipeline(TASK, model=str(repository), probe="toxic")
+    # What pipeline() leaves in the config of a repository with a pipeline of its own.
+    pipe.model.config.custom_pipelines = {TASK: {"impl": "x.Y", "pt": (AutoModelForCausalLM,)}}
+    pipe = pipeline(TASK, model=pipe.model, tokenizer=pipe.tokenizer)
     pipe.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("*.py"))
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["custom_pipelines"][TASK]["pt"] == ["AutoModelForCausalLM"]
     assert saved["architectures"] == ["LlamaForCausalLM"]
     again = pipeline("text-generation", model=str(tmp_path / "saved"))
     assert again(TEXTS[0], **GREEDY)[0]["generated_text"] == pipe(TEXTS[0], **GREEDY)[0]["generated_text"]

@@ -69,6 +69,7 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
             target = replace(target_of(model), revision=getattr(model.config, "_commit_hash", None))
             probe = read_heads(probe, target, HubOptions(probe_revision))
         model = AutoModelForProbedGeneration.from_causal_lm(model, probe, probe_strict)
+        _name_classes(model.config)
         super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
 
     def check_model_type(self, supported_models) -> None:
@@ -201,6 +202,13 @@ def _padding_left(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokeni
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def _name_classes(config) -> None:
+    """Replace the classes that `pipeline()` puts into a config by their names, so that it can be saved."""
+    for task in (getattr(config, "custom_pipelines", None) or {}).values():
+        if isinstance(task.get("pt"), (list, tuple)):
+            task["pt"] = [item if isinstance(item, str) else item.__name__ for item in task["pt"]]
 
 
 for _task, _pipeline in {
