@@ -14,7 +14,10 @@ from vllm.distributed import get_pp_group
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.sequence import IntermediateTensors
-from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import reserve_aux_intermediate_tensor_slots
+from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import (
+    reserve_aux_intermediate_tensor_slots,
+    verify_supports_aux_hidden_states_over_pp,
+)
 
 from .cache_plan import CachePlan, Projector
 from .compatibility import ARCHITECTURES, PREFIX
@@ -37,6 +40,7 @@ def _probed(name: str) -> type[nn.Module]:
                 self.set_aux_hidden_state_layers(below)
             self.probe_states = self.probe_features = None
             if get_pp_group().world_size > 1:
+                verify_supports_aux_hidden_states_over_pp(self, "heads")
                 reserve_aux_intermediate_tensor_slots(self)
             if not get_pp_group().is_last_rank:
                 return
