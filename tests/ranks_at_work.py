@@ -3,12 +3,14 @@
 import contextlib
 import json
 import sys
+import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from conftest import LAYERS, make_lm, make_probe, make_prompts
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.loading import weights_digest
@@ -119,6 +121,28 @@ def in_parts(folder: Path) -> dict:
     }
 
 
+def checkpointed(folder: Path) -> list[str]:
+    """The files of a checkpoint when it is marked as complete; the other rank is late."""
+    heads = {name: make_probe(probe_type="gate") for name in "ab"}
+    arguments = ProbeTrainingArguments(str(folder / "checkpointed"), num_train_epochs=1, save_strategy="epoch")
+    save, found = Trainer._save_rng_state, []
+    lm = make_lm()
+    for head in heads.values():
+        head.set_backbone(lm)
+    dataset = PromptDataset(prompts(), LABELS)
+
+    def save_late(trainer: Trainer, output: str) -> None:
+        time.sleep(0.3 * rank())
+        save(trainer, output)
+
+    def list_files(_, path: str) -> None:
+        found.extend(sorted(file.name for file in Path(path).parent.iterdir()))
+
+    with patch.object(Trainer, "_save_rng_state", save_late), patch.object(TrainerState, "save_to_json", list_files):
+        ProbeTrainer(heads, arguments, None, dataset).train()
+    return gather(found)[0]
+
+
 def main(folder: Path) -> None:
     with process_group():
         check_helpers()
@@ -134,6 +158,7 @@ def main(folder: Path) -> None:
             "search": search(folder, "search"),
             "sharded": sharded(folder),
             "in_parts": in_parts(folder),
+            "checkpointed": checkpointed(folder),
         }
         (folder / f"rank-{rank()}.json").write_text(json.dumps(found))
 

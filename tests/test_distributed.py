@@ -121,6 +121,9 @@ class TestTwoNodes:
         tables = [pq.read_table(folder / name).to_pylist() for name in ("scored", "scored-alone")]
         assert tables[0] == tables[1]
 
+    def test_a_checkpoint_is_complete_once_its_state_is_written(self, found):
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(found[0]["checkpointed"])
+
     def test_folds(self, found, folder):
         (run,) = found[0]["folded"]["runs"]
         assert run["validation"]["rows"] == found[0]["folded"]["data"]["train"]["rows"] == 28

@@ -406,6 +406,10 @@ class ProbeTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.progress = read_progress(Path(resume_from_checkpoint))
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # a checkpoint is complete once the main rank has written the state
+
     def judge(self) -> dict[str, Any]:
         """Fit temperature and threshold on the evaluation rows, fit novelty, and measure the heads on the evaluation rows.
 
