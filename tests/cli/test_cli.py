@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 from unittest.mock import Mock
 
 import pytest
+import typer
 from command_line import call, refuse, succeed, train, write_rows
 from conftest import make_lm, make_probe, make_tokenizer, save_head
 from training_runs import write
@@ -310,6 +312,20 @@ def test_what_the_system_refuses_and_packages_that_are_missing(monkeypatch, erro
             call("train")
     else:
         assert told in refuse("train")
+
+
+def test_a_file_that_ends_early_is_not_taken_for_the_end_of_a_dialogue(monkeypatch):
+    """An interrupt ends in silence; a fault of the program shows where it lies."""
+
+    def command(name: str):
+        raise EOFError("Ran out of input")
+
+    app = typer.Typer()
+    app.command()(command)
+    monkeypatch.setattr(cli, "app", typer.main.get_command(app))
+    monkeypatch.setattr(sys, "argv", ["llama-probe", "train"])
+    with pytest.raises(EOFError, match="Ran out"):
+        cli.main()
 
 
 def test_the_version_and_the_list_of_commands():

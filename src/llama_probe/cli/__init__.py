@@ -155,7 +155,9 @@ def main() -> None:
         if error.filename is None or error.strerror is None:
             raise
         _refuse(f"{str(error.filename)[:300]}: {error.strerror}")
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort as error:  # typer takes an EOFError for the end of a dialogue, and there is none here
+        raise (error.__cause__ or error) from None
+    except KeyboardInterrupt:
         sys.exit(130)
 
 
