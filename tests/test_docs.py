@@ -1,5 +1,6 @@
 """The pages of docs/: every block of code runs, in order, with the tiny backbone in place of the one that they name."""
 
+import json
 import re
 import shlex
 import sys
@@ -45,6 +46,8 @@ def desk(backbone_folder, tmp_path, monkeypatch, hub):
             problem_type=f"{'multi' if name == 'safety-categories' else 'single'}_label_classification", **fields,
         )  # fmt: skip
         save_head(with_novelty(probe) if name == "emotion-mha" else probe, tmp_path / name)
+    rows = [json.dumps({"id": i, "text": f"Is number {i} lucky?", "label": ("no", "yes")[i % 2]}) for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", hub.add_user("user"))
     monkeypatch.setattr(backbones, "demo_backbone", lambda: backbone_folder)
