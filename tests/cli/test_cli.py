@@ -67,7 +67,7 @@ def test_benchmark(served, backbone_folder):
     systems = ["base", "base again", "mood", "mha", "2 x mha"]
     assert [row["system"] for row in succeed(*timed, "--json")["rows"]] == systems
     shown = succeed(*timed)
-    for part in ("2 x mha", "base again", "random_weights", "above_base_mb"):
+    for part in ("2 x mha", "base again", "random weights", "above_base_mb", "tokens 8"):
         assert part in shown
     counted = (*args, "--operations", "--as", "cuda")
     report = succeed(*counted, "--json")

@@ -11,7 +11,7 @@ from ..backbone.loading import backbone_target
 from ..errors import ProbeError
 from ..experiments.benchmark_options import BenchmarkOptions
 from ..serving.host import read_heads
-from .console import cell, print_text, print_values
+from .console import cell, print_table, print_text
 from .options import Result
 
 
@@ -46,12 +46,18 @@ def benchmark(
 
 
 def _print(report: dict[str, Any]) -> None:
-    rows = [
-        {
-            name: cell(value["median"], value["quartiles"]) if isinstance(value, dict) else value
-            for name, value in row.items()
-        }
-        for row in report["rows"]
-    ]
-    print_values(report["backbone"]["name"], report | {"rows": rows})
-    print_text("Ratios and, in brackets, their quartiles are of pairs of runs; those of `base again` show the noise.")
+    rows, backbone = report["rows"], report["backbone"]
+    device = report.get("as_device", report["environment"]["device"])
+    weights = "random weights" if report["settings"]["random_weights"] else "its weights"
+    varying = [name for name in rows[0] if len({str(row[name]) for row in rows}) > 1]
+    alike = [f"{name} {rows[0][name]}" for name in rows[0] if name not in varying and rows[0][name] is not None]
+    table = [[_with_quartiles(row[name]) for name in varying] for row in rows]
+    print_table(f"{backbone['name']}, {weights}, {backbone['dtype']}, {device}", varying, table)
+    if alike:
+        print_text(f"In all rows: {', '.join(alike)}.")
+    if "ratio" in varying:
+        print_text("Ratios to `base`, with quartiles, are of pairs of runs; those of `base again` show the noise.")
+
+
+def _with_quartiles(value: Any) -> Any:
+    return cell(value["median"], value["quartiles"]) if isinstance(value, dict) else value
