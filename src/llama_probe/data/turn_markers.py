@@ -128,11 +128,11 @@ def _behind_turns(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
 
 def _ids_before(render: Callable, before: Chat, role: str, after: Sequence = ()) -> tuple[list[int], list[int]]:
     """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
-
-    def ids(texts: Sequence[str]) -> list[int]:
-        return _shared_start(render([*before, _turn(role, text, before), *after], False) for text in texts)
-
-    return ids([*DIFFERENT_TEXTS, *_SPACED_TEXTS]), ids(DIFFERENT_TEXTS)
+    plain, spaced = (
+        [render([*before, _turn(role, text, before), *after], False) for text in texts]
+        for texts in (DIFFERENT_TEXTS, _SPACED_TEXTS)
+    )
+    return _shared_start([*plain, *spaced]), _shared_start(plain)
 
 
 def _shared_start(prompts: Iterable[list[int]]) -> list[int]:
