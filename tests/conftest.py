@@ -1,5 +1,6 @@
 """Tiny random models: every test runs on them, without a network and within seconds."""
 
+import copy
 import gc
 import gzip
 import json
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeModel
+from llama_probe.data import prompts as prompts_module
 from llama_probe.evaluation import plots
 from llama_probe.evaluation.reading import Reading
 from llama_probe.heads.novelty import Novelty, novelty_layers
@@ -109,6 +111,23 @@ def expected_logits(probe: ProbeModel, ids: torch.Tensor, mask: torch.Tensor | N
     with torch.no_grad():
         states = (lm or make_lm())(ids, attention_mask=mask, output_hidden_states=True).hidden_states
         return probe(hidden_states=states, attention_mask=mask).logits
+
+
+@pytest.fixture(scope="session", autouse=True)
+def markers_are_learned_once():
+    """Remember the turns of each chat template: learning takes hundreds of renderings, and most tests have the same one."""
+    learn, known = prompts_module.learn_turn_markers, {}
+
+    def remember(render):
+        tokenizer = render.__self__.tokenizer
+        key = tokenizer.chat_template, tokenizer.backend_tokenizer.to_str()
+        if key not in known:
+            known[key] = learn(render)
+        return copy.deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts_module, "learn_turn_markers", remember)
+        yield
 
 
 @pytest.fixture
