@@ -37,14 +37,13 @@ def test_views_and_changes_in_place_are_no_memory():
         assert meter.held == 0 and meter.peak == 400
 
 
-def test_views_and_allocations_are_not_counted():
+def test_views_and_allocations_are_no_operations():
     a = torch.ones(4, 6)
     with Meter() as meter:
         a.t().reshape(-1)[:3].view(3, 1).unsqueeze(0)  # the reshape copies
         torch.empty(3).detach()
-        assert meter.operations == 1
         (a @ a.t() + 1).sum()
-    assert meter.operations == 4
+    assert meter.operations == 1 + 3
 
 
 @pytest.mark.parametrize("tokens, a_step", [(0, None), (1, None), (3, 1.0)])
