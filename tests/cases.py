@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from conftest import make_probe
+from conftest import make_lm, make_probe
 
-from llama_probe import ProbeConfig
+from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.heads import probe_types
 
 
@@ -32,6 +32,13 @@ MODES = {
     "beams x return sequences": {"num_beams": 4, "num_return_sequences": 2},
     "sampling x return sequences": {"do_sample": True, "num_return_sequences": 3},
 }
+
+
+def with_backbone(**changes) -> ProbeModel:
+    """A head on the tiny model."""
+    probe = make_probe(**changes)
+    probe.set_backbone(make_lm())
+    return probe
 
 
 def guard(labels=("fine", "awful"), **changes):

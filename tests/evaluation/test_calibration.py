@@ -15,7 +15,6 @@ from llama_probe.evaluation.calibration import (
     check_rates,
     check_threshold_rule,
     expected_f1_threshold,
-    fit_temperature,
     highest_recall_threshold,
     reliability,
     threshold_table,
@@ -41,14 +40,6 @@ def f1_at(threshold, scores, positives):
     return f1_score(positives, scores >= threshold, zero_division=0.0)
 
 
-def test_temperature_undoes_a_scale():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4000, 3, generator=generator) * 2
-    truth = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
-    for scale in (1, 5):
-        assert fit_temperature(logits * scale, truth, THREE) == pytest.approx(scale, rel=0.1)
-
-
 def test_the_threshold_has_the_best_f1():
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 2, 100)
@@ -57,9 +48,8 @@ def test_the_threshold_has_the_best_f1():
     assert best == pytest.approx(max(f1_at(t, scores, truth) for t in scores))
     assert best_f1_threshold(np.array([0.2, 0.8]), np.array([0, 1])) == pytest.approx(0.5)
     apart = (scores > 0.5).astype(int)
-    assert f1_at(expected_f1_threshold(scores, apart), scores, apart) == 1
-    close = 0.5 + 1e-3 * (scores - 0.5)  # as at a high temperature
-    assert f1_at(expected_f1_threshold(close, apart), close, apart) == 1
+    for close in (scores, 0.5 + 1e-3 * (scores - 0.5)):  # the second as at a high temperature
+        assert f1_at(expected_f1_threshold(close, apart), close, apart) == 1
 
 
 def test_the_best_expected_f1_is_twice_its_threshold():
@@ -68,26 +58,23 @@ def test_the_best_expected_f1_is_twice_its_threshold():
     odds = np.exp(rng.normal(-4, 3, 40_000))
     scores = odds / (1 + odds)
     positives = (rng.random(40_000) < scores).astype(int)
-    best = max(f1_at(threshold, scores, positives) for threshold in np.linspace(0.05, 0.95, 91))
+    best = max(f1_at(threshold, scores, positives) for threshold in np.linspace(0.2, 0.6, 21))
     assert expected_f1_threshold(scores[:20_000], positives[:20_000]) == pytest.approx(best / 2, abs=0.02)
 
 
-@pytest.mark.parametrize("place", range(1, 6))
+@pytest.mark.parametrize("place", [1, 2])
 def test_a_threshold_between_neighbours_keeps_them_apart(place):
     """Heads compare in float32, where there may be no number between two scores."""
     scores = [np.float32(1)]
     for _ in range(place):
         scores.append(np.nextafter(scores[-1], np.float32(0)))
-    scores = np.array([*scores[-2:], 0.2, 0.1], dtype=np.float32)
+    scores, truth = np.array([*scores[-2:], 0.2, 0.1], dtype=np.float32), np.array([1, 0, 0, 0])
     probs = torch.from_numpy(np.stack([1 - scores, scores], axis=1))
-    for threshold in (
-        best_f1_threshold(scores, np.array([1, 0, 0, 0])),
-        highest_recall_threshold(scores, np.array([1, 0, 0, 0]), 0.0),
-    ):
+    for threshold in (best_f1_threshold(scores, truth), highest_recall_threshold(scores, truth, 0.0)):
         assert predictions(probs, CONFIG.replace(threshold=threshold)).tolist() == [1, 0, 0, 0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=2, max_size=40),
     rate=st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.3, 0.5, 0.9]),
@@ -107,20 +94,12 @@ def test_no_threshold_has_a_higher_recall(rows, rate):
     assert all(f >= false_positives for f, r in map(rates, scores) if r == recall)
 
 
-def test_too_many_harmless_rows_of_probability_1_are_warned_of(caplog):
-    with caplog.at_level("WARNING"):
-        assert highest_recall_threshold(np.array([1.0, 0.3]), np.array([0, 1]), 0.0) == 1
-    assert "max_false_positive_rate" in caplog.text
-
-
 def test_calibrate_sets_what_the_problem_has():
     generator = torch.Generator().manual_seed(0)
     logits, on = torch.randn(60, 2, generator=generator), torch.randint(0, 2, (60, 2), generator=generator)
     on[:, 1] = 0
     assert calibrate(SEVERAL, logits, on).threshold[1] == 0.5
     assert calibrate(CONFIG, logits, on[:, 1]).threshold is None
-    three = calibrate(THREE, torch.randn(60, 3, generator=generator), torch.arange(60) % 3)
-    assert three.threshold is None and three.temperature != 1.0
     assert calibrate(VALUE, torch.randn(5, 1), torch.randn(5, 1)) == VALUE
     scores, truth = logits_of([0.1, 0.9, 0.2, 0.8]), torch.tensor([0, 1, 0, 0])
     assert calibrate(CONFIG.replace(thresholds={"fpr-2%": 0.5}), scores, truth).thresholds is None
@@ -129,22 +108,14 @@ def test_calibrate_sets_what_the_problem_has():
     for name, rule in {"expected-f1": expected_f1_threshold, "best-f1": best_f1_threshold}.items():
         fitted = calibrate(CONFIG, scores, truth, threshold_rule=name)
         assert fitted.threshold == rule(probabilities(scores, fitted).numpy()[:, 1], truth.numpy())
-
-
-def test_calibrate_keeps_to_the_rate():
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.randint(0, 2, (400,), generator=generator)
-    logits = torch.randn(400, 2, generator=generator)
-    logits[:, 1] += truth * 1.5
-    for rate in (0.02, 0.2):
-        head = calibrate(CONFIG, logits, truth, rate)
-        assert rate - 0.01 <= predictions(probabilities(logits, head), head)[truth == 0].float().mean() <= rate
-        assert head.temperature == calibrate(CONFIG, logits, truth).temperature
-    on = torch.stack([truth, 1 - truth], dim=1)
-    head = calibrate(SEVERAL, logits, on, 0.1)
-    flagged = predictions(probabilities(logits, head), head)
-    assert all(flagged[on[:, i] == 0, i].float().mean() <= 0.1 for i in range(2))
-    assert len(set(head.threshold)) == 2
+    rated = logits_of([0.3, 0.9, 0.2, 0.8]), torch.tensor([1, 1, 0, 0])
+    assert calibrate(CONFIG, *rated, 0.5).threshold < 0.5 < calibrate(CONFIG, *rated, 0.0).threshold
+    assert highest_recall_threshold(np.array([1.0, 0.3]), np.array([0, 1]), 0.0) == 1, "none keeps to it"
+    logits = torch.randn(4000, 3, generator=generator) * 2
+    truth = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    for scale in (1, 5):  # the temperature undoes it
+        three = calibrate(THREE, logits * scale, truth)
+        assert three.threshold is None and three.temperature == pytest.approx(scale, rel=0.1)
 
 
 def test_thresholds_by_hand():
@@ -159,15 +130,14 @@ def test_thresholds_by_hand():
 
 
 def test_reliability_by_hand():
-    found = reliability(logits_of([0.12, 0.18, 0.95, 0.95]), np.array([0, 1, 1, 1]), CONFIG)
-    assert found["error"] == pytest.approx((2 * 0.35 + 2 * 0.05) / 4)
-    low, high = found["bins"]
+    logits, labels = logits_of([0.12, 0.18, 0.95, 0.95]), np.array([0, 1, 1, 1])
+    table = reliability(logits, labels, CONFIG)
+    assert table["error"] == pytest.approx((2 * 0.35 + 2 * 0.05) / 4)
+    low, high = table["bins"]
     assert low == {"low": 0.1, "high": 0.2, "rows": 2, "confidence": pytest.approx(0.15), "frequency": 0.5}
     assert (high["low"], high["rows"], high["frequency"]) == (0.9, 2, 1.0)
-    uncalibrated = reliability(
-        logits_of([0.12, 0.18, 0.95, 0.95]), np.array([0, 1, 1, 1]), CONFIG.replace(temperature=1)
-    )
-    assert found["error_uncalibrated"] == uncalibrated["error"] != found["error"]
+    uncalibrated = reliability(logits, labels, CONFIG.replace(temperature=1))
+    assert table["error_uncalibrated"] == uncalibrated["error"] != table["error"]
     logits = torch.tensor([[9.0, 0, 0], [0, 9.0, 0]])
     many = reliability(logits, np.array([0, 2]), THREE)
     assert many["bins"] == [{"low": 0.9, "high": 1.0, "rows": 2, "confidence": 0.9998, "frequency": 0.5}]
@@ -175,7 +145,7 @@ def test_reliability_by_hand():
     assert sum(part["rows"] for part in several["bins"]) == 4
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 19), min_size=20, max_size=60), st.sampled_from([0.05, 0.1, 0.3]))
 def test_a_rate_is_kept_to_and_used_up(twentieths, rate):
     logits = logits_of([number / 20 for number in twentieths])
@@ -191,14 +161,13 @@ def test_a_rate_is_kept_to_and_used_up(twentieths, rate):
 def test_either_label_can_be_the_flagged_one(flagged):
     """Two heads that differ in the order of their labels alone."""
     config = ProbeConfig(id2label={flagged: "bad", 1 - flagged: "good"}, flagged=["bad"], temperature=2.0)
+    other, order = CONFIG.replace(id2label={0: "good", 1: "bad"}, flagged=["bad"]), [0, 1] if flagged else [1, 0]
     logits, labels = logits_of([0.01 * i for i in range(1, 99)]), torch.tensor([0, 0, 1] * 32 + [1, 1])
-    order = [0, 1] if flagged else [1, 0]
-    found = calibrate(config, logits[:, order], labels if flagged else 1 - labels)
-    other = calibrate(CONFIG.replace(id2label={0: "good", 1: "bad"}, flagged=["bad"]), logits, labels)
-    assert found.threshold == pytest.approx(other.threshold) and found.flagged == ["bad"]
+    fitted = calibrate(config, logits[:, order], labels if flagged else 1 - labels)
+    assert fitted.threshold == pytest.approx(calibrate(other, logits, labels).threshold)
     rated = with_rates(config, logits[:, order], [0.1, 0.02])
-    assert rated.thresholds == pytest.approx(with_rates(CONFIG, logits, [0.1, 0.02]).thresholds)
-    assert rated.flagged == ["bad"] and with_rates(CONFIG, logits, [0.1]).flagged == ["yes"]
+    assert rated.thresholds == pytest.approx(with_rates(other, logits, [0.1, 0.02]).thresholds)
+    assert fitted.flagged == rated.flagged == ["bad"] and with_rates(CONFIG, logits, [0.1]).flagged == ["yes"]
 
 
 @pytest.mark.parametrize(
@@ -206,10 +175,8 @@ def test_either_label_can_be_the_flagged_one(flagged):
     [
         (lambda: check_threshold_rule(CONFIG, None, "f2"), "threshold_rule='f2'"),
         (lambda: check_threshold_rule(CONFIG, 1.0, "best-f1"), "max_false_positive_rate=1.0"),
-        (lambda: check_threshold_rule(CONFIG, -0.1, "best-f1"), "max_false_positive_rate=-0.1"),
         (lambda: check_threshold_rule(THREE, 0.1, "best-f1"), "max_false_positive_rate=0.1"),
         (lambda: check_threshold_rule(UNFLAGGED, 0.1, "best-f1"), "max_false_positive_rate=0.1 .* --flag"),
-        (lambda: check_rates(CONFIG, [], 100), "rates"),
         (lambda: check_rates(CONFIG, [0.1, 0.1], 100), "rates"),
         (lambda: check_rates(CONFIG, [0.51], 100), "rates"),
         (lambda: check_rates(CONFIG, [0.1, 0.005], 199), "200 rows"),

@@ -18,8 +18,7 @@ PROMPT, LENGTHS = 4, [5, 9, 7]
 
 
 @pytest.mark.parametrize("scope", ["response", "all"])
-@pytest.mark.parametrize("kind", probe_types())
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("kind, cached", [*((kind, True) for kind in probe_types()), ("mha", False)])
 def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cached, tmp_path):
     lm, probe = make_lm(), make_probe(token_scope=scope, temperature=1.7, probe_type=kind, flagged=["LABEL_1"])
     prompts = make_prompts(3, PROMPT + max(LENGTHS)).tolist()
@@ -52,14 +51,14 @@ def test_the_delay_is_counted_in_tokens_read():
         np.array([0.6, 0.6]),  # halted in vain
         np.array([0.1, 0.1]),
     ]
-    told = detection(scores, np.array([1, 1, 0, 0]), threshold=0.5, patience=2)
+    labels = np.array([1, 1, 0, 0])
     delay = {"median": 5.0, "p90": 5.0, "share": 5 / 8}
-    assert told == {"rows": 4, "detected": 0.5, "false_halts": 0.5, "delay": delay, "shown": (4 / 8 + 1) / 2}
-    by_window = detection(scores, np.array([1, 1, 0, 0]), threshold=0.45, patience=1, window=2)
-    assert (
-        by_window["detected"] == 1 and by_window["delay"]["median"] == (2 + 1) / 2 and by_window["false_halts"] == 0.5
-    )
-    silent = detection(scores, np.array([1, 1, 0, 0]), threshold=0.95, patience=1)
+    assert detection(scores, labels, threshold=0.5, patience=2) == {
+        "rows": 4, "detected": 0.5, "false_halts": 0.5, "delay": delay, "shown": (4 / 8 + 1) / 2
+    }  # fmt: skip
+    by_window = detection(scores, labels, threshold=0.45, patience=1, window=2)
+    assert (by_window["detected"], by_window["delay"]["median"], by_window["false_halts"]) == (1, 1.5, 0.5)
+    silent = detection(scores, labels, threshold=0.95, patience=1)
     assert silent["detected"] == 0 and silent["delay"] == dict.fromkeys(delay)
     assert detection(scores, np.zeros(4), 0.5, 1)["detected"] is None
 
@@ -122,7 +121,7 @@ def test_each_of_several_labels_has_rules():
     rules = halting_rules(config, followed, labels)
     assert list(rules) == list(config.id2label.values())
     for first, *_ in rules.values():
-        told = first["validation"]
-        assert (told["detected"], told["false_halts"], told["delay"]["median"]) == (1, 0, 1)
+        measured = first["validation"]
+        assert (measured["detected"], measured["false_halts"], measured["delay"]["median"]) == (1, 0, 1)
     regression = make_probe(token_scope="response", num_labels=1, problem_type="regression").config
     assert halting_rules(regression, followed, labels.astype(float)[:, None]) == {}

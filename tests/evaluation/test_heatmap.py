@@ -4,30 +4,24 @@ import dataclasses
 import itertools
 
 import numpy as np
-import pytest
 from conftest import make_reading
 
 from llama_probe.evaluation.heatmap import heat_map
 from llama_probe.evaluation.plots import png_writer
 
 
-TOKENS = ["<bos>", "system", "\n", "good", " mor", "ning", "日", "", "\t", "<eos>"]
-
-
-def panels(figure):
-    """Return the bars above, the map, the layer weights and the scale."""
-    above, _, center, side, scale = figure.axes
-    return above, center, side, scale
+TOKENS = ["<bos>", "system", "\n", "$\\frac{$", " \u202eabc", "\n", "👩\u200d👧語", "", "\t", "<eos>"]
 
 
 def names(axes):
     return [label.get_text() for label in axes.get_xticklabels()]
 
 
-def test_what_it_shows():
-    reading = make_reading(TOKENS, unread=3, layers=[0, 2, 4])
+def test_what_it_shows(tmp_path, recwarn):
+    """A text and a name are never a formula, and move nothing."""
+    reading = make_reading(TOKENS, 3, "$^{$", {"$^{$": 0.5}, layers=[0, 2, 4])
     figure = heat_map(reading)
-    above, center, side, scale = panels(figure)
+    above, _, center, side, scale = figure.axes
     assert center.images[0].get_array().tolist() == reading.weights[:, 3:].tolist()
     left, right, *_ = center.images[0].get_extent()
     assert (left, right) == (2.5, 9.5), "a column lies at the position of its token"
@@ -35,52 +29,38 @@ def test_what_it_shows():
     assert [bar.get_height() for bar in above.patches] == reading.token_weights[3:].tolist()
     assert [bar.get_width() for bar in side.patches] == reading.layer_weights.tolist()
     assert list(center.get_xticks()) == list(range(3, 10))
-    assert names(center) == ["good", "mor", "ning", "日", "◦", "⇥", "<eos>"]
+    assert names(center) == ["$\\frac{$", "\\u202eabc", "⏎", "👩\u200d👧語", "◦", "⇥", "<eos>"]
     assert [label.get_color() for label in center.get_xticklabels()] == ["black"] * 6 + ["0.55"]
     assert [label.get_text() for label in center.get_yticklabels()] == ["0", "2", "4"]
-    assert figure.get_suptitle() == "mood: yes (75%)\ngood morning日⇥"
-    ends = [label.get_text() for label in scale.get_yticklabels()][:: len(scale.get_yticklabels()) - 1]
-    assert ends == [f"{1 / 7:.1%}", f"{reading.weights.max():.1%}"]
+    assert figure.get_suptitle() == "mood: $^{$ (50%)\n$\\frac{$ \\u202eabc⏎👩\u200d👧語⇥"
+    ends = [label.get_text() for label in scale.get_yticklabels()]
+    assert [ends[0], ends[-1]] == [f"{1 / 7:.1%}", f"{reading.weights.max():.1%}"]
+    png_writer(lambda: figure)(tmp_path / "a.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_a_color_means_more_than_an_even_share():
     reading = make_reading(["a", "b", "c", "d"])
     weights = np.tile([0.1, 0.25, 0.05, 0.6], (5, 1))
-    image = panels(heat_map(dataclasses.replace(reading, weights=weights)))[1].images[0]
+    image = heat_map(dataclasses.replace(reading, weights=weights)).axes[2].images[0]
     white, *_, darkest = image.cmap(image.norm(weights[0]))
     assert image.norm(weights[0]).tolist() == [0, 0, 0, 1] and white.tolist() == [1, 1, 1, 1]
     assert darkest[:3].sum() < 1
     even = heat_map(dataclasses.replace(reading, weights=np.full((5, 4), 0.25)))
-    image = panels(even)[1].images[0]
+    image = even.axes[2].images[0]
     assert not image.norm(np.full(4, 0.25)).any() and image.norm.vmax == 0.5
     assert "not learned where to look" in even.get_supxlabel() and "for which label" not in even.get_supxlabel()
 
 
 def test_a_long_text_keeps_to_a_width_and_names_the_heaviest():
-    reading = make_reading([f" w{i}" for i in range(600)], unread=24)
+    reading = make_reading([f" w{i}" for i in range(400)], unread=24)
     figure = heat_map(reading)
-    _, center, *_ = panels(figure)
-    assert figure.get_figwidth() <= 22
+    center = figure.axes[2]
+    assert heat_map(make_reading(["a", "b"])).get_figwidth() < 8 < figure.get_figwidth() <= 22
     assert f"w{int(reading.token_weights.argmax())}" in names(center)
     figure.draw_without_rendering()
     edges = [(box.x0, box.x1) for box in (label.get_window_extent() for label in center.get_xticklabels())]
     assert all(right <= left for (_, right), (left, _) in itertools.pairwise(edges)), "names do not overlap"
-    assert 50 < len(edges) < 500 and "heaviest tokens" in figure.get_supxlabel()
+    assert 50 < len(edges) < 350 and "heaviest tokens" in figure.get_supxlabel()
     title = figure.get_suptitle().splitlines()[1]
     assert title.endswith("…") and len(title) <= 22 * 12
-    assert heat_map(make_reading(["a", "b"])).get_figwidth() < 8
-
-
-@pytest.mark.parametrize("tokens, layers", [(1, 1), (40, 1), (1, 100), (40, 100)])
-def test_all_sizes_can_be_drawn(tokens, layers):
-    heat_map(make_reading(["a"] * tokens, num_hidden_layers=100, layers=list(range(layers)))).draw_without_rendering()
-
-
-def test_a_text_is_never_a_formula_and_moves_nothing(tmp_path, recwarn):
-    tokens = ["$\\frac{$", " \u202eabc", "\n", "🎉語", "<eos>"]
-    reading = make_reading(tokens, label="$^{$", probabilities={"$^{$": 0.5})
-    assert heat_map(reading).get_suptitle() == "mood: $^{$ (50%)\n$\\frac{$ \\u202eabc⏎🎉語"
-    for name in ("a.png", "b.png"):
-        png_writer(lambda: heat_map(reading))(tmp_path / name)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -1,4 +1,4 @@
-"""Metrics beside scikit-learn, and cases known by hand."""
+"""Metrics and their intervals beside scikit-learn, and cases known by hand."""
 
 from types import SimpleNamespace
 
@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from llama_probe import ProbeConfig, ProbeError
+from llama_probe.evaluation import bootstrap
+from llama_probe.evaluation.bootstrap import intervals
 from llama_probe.evaluation.calibration import best_f1_threshold, calibrate, threshold_table
 from llama_probe.evaluation.metrics import (
     all_scores,
@@ -43,34 +45,32 @@ def config(**changes):
     return ProbeConfig(probe_type="gate", **changes)
 
 
+COUNTED, RANKED = ("f1", "precision", "recall"), {"auprc": sk.average_precision_score, "auroc": sk.roc_auc_score}
+
+
 def by_scikit_learn(config, logits, labels):
     """Return the metrics by label and name; NaN if undefined."""
     if config.problem_type == "regression":
-        constant = (labels == labels[0]).all(axis=0).any()
-        r2 = float("nan") if constant else sk.r2_score(labels, logits)
+        r2 = float("nan") if (labels == labels[0]).all(axis=0).any() else sk.r2_score(labels, logits)
         errors = sk.mean_squared_error(labels, logits), sk.mean_absolute_error(labels, logits)
         return {(None, "mse"): errors[0], (None, "mae"): errors[1], (None, "r2"): r2}
-    predicted, ranked = predictions(probabilities(logits, config), config).numpy(), log_odds(logits, config).numpy()
-    truth = labels
+    truth, predicted = labels, predictions(probabilities(logits, config), config).numpy()
     if config.problem_type == "single_label_classification":
         truth, predicted = (np.eye(config.num_labels)[rows] for rows in (labels, predicted))
-    metrics = {(None, "accuracy"): (truth == predicted).all(axis=1).mean()}
+    metrics, odds = {(None, "accuracy"): (truth == predicted).all(axis=1).mean()}, log_odds(logits, config).numpy()
     for index, label in config.id2label.items():
-        pair, is_ranked = (truth[:, index], predicted[:, index]), len(set(truth[:, index])) == 2
-        metrics |= {
-            (label, name): getattr(sk, f"{name}_score")(*pair, zero_division=0)
-            for name in ("f1", "precision", "recall")
-        }
-        for name, area in (("auprc", sk.average_precision_score), ("auroc", sk.roc_auc_score)):
-            metrics[label, name] = area(pair[0], ranked[:, index]) if is_ranked else float("nan")
+        pair, has_both = (truth[:, index], predicted[:, index]), len(set(truth[:, index])) == 2
+        for name in COUNTED:
+            metrics[label, name] = getattr(sk, f"{name}_score")(*pair, zero_division=0)
+        for name, area in RANKED.items():
+            metrics[label, name] = area(pair[0], odds[:, index]) if has_both else float("nan")
     occurs = (truth + predicted > 0).any(axis=0)
-    for name in ("f1", "precision", "recall", "auprc", "auroc"):
+    for name in (*COUNTED, *RANKED):
         values = np.array([metrics[label, name] for label in config.id2label.values()])
-        counted = occurs if name in ("f1", "precision", "recall") else ~np.isnan(values)
-        mean = (
-            values[counted].mean() if counted.any() else 0.0 if name in ("f1", "precision", "recall") else float("nan")
-        )
-        metrics[None, name] = mean if config.flagged_index is None else values[config.flagged_index]
+        values_of_mean = values[occurs] if name in COUNTED else values[~np.isnan(values)]
+        if not len(values_of_mean):
+            values_of_mean = [0.0 if name in COUNTED else float("nan")]
+        metrics[None, name] = np.mean(values_of_mean) if config.flagged_index is None else values[config.flagged_index]
     return metrics
 
 
@@ -128,14 +128,10 @@ def test_a_label_counts_on_the_rows_where_it_is_known():
     assert sum(each["rows"] for each in report["calibration"]["bins"]) == 100
 
 
-def test_labels_by_hand():
+def test_confusion_and_outcomes_by_hand():
     probs = torch.tensor([[0.3, 0.7], [0.6, 0.4], [0.9, 0.1], [0.2, 0.8]])
     assert confusion(probs.log(), np.array([1, 0, 0, 0]), config(threshold=0.35)) == [[1, 2], [0, 1]]
     several = config(num_labels=2, threshold=[0.25, 0.75], **MULTI)
-    found = all_scores(score_statistic(probs.logit(), np.array([[1.0, 0], [0, 0], [0, 0], [0, 0]]), several), 4)
-    first = {"f1": 0.5, "precision": 1 / 3, "recall": 1.0, "auprc": 1 / 3, "auroc": 1 / 3}
-    assert found["LABEL_0"] == pytest.approx(first)
-    assert found["LABEL_1"] == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "auprc": None, "auroc": None}
     assert outcomes(probs.logit(), np.array([[1.0, 0], [0, 1], [0, 0], [0, 0]]), several) == {
         "LABEL_0": {"found": 1, "missed": 0, "wrong": 2},
         "LABEL_1": {"found": 0, "missed": 1, "wrong": 1},
@@ -170,3 +166,34 @@ def test_a_summary_has_the_shape_of_a_report():
     assert found.pop("f1") == pytest.approx({"mean": 0.6, "std": 0.2})
     assert found == {"rows": 3, "auprc": None, "slices": {"a": {"x": {"f1": one}}}}
     assert summarize(reports[:1])["f1"] == {"mean": 0.4, "std": 0.0}
+
+
+def mean_of(values):
+    values = np.asarray(values, dtype=float)
+    return lambda weights: {"mean": weights @ values / weights.sum(axis=1)}
+
+
+def test_intervals_by_hand():
+    # Two rows, 0 and 1: a resample has the mean 0, 0.5 or 1 in a quarter, a half and a quarter of all draws.
+    assert intervals(mean_of([0, 1]), 2)["mean"] == [0.0, 1.0]
+    assert intervals(mean_of([3]), 1, resamples=1)["mean"] == [3.0, 3.0]
+    # A share of 0.8 of 400 rows has a standard error of 0.02.
+    low, high = intervals(mean_of([1] * 320 + [0] * 80), 400, resamples=4000)["mean"]
+    assert (low, high) == pytest.approx((0.8 - 1.96 * 0.02, 0.8 + 1.96 * 0.02), abs=0.006)
+
+
+def test_undefined_resamples_are_left_out():
+    head, logits = config(id2label={0: "no", 1: "yes"}, threshold=0.4), torch.tensor([[2.0, 0], [0, 2], [1, 0]])
+    limits = intervals(score_statistic(logits, np.array([0, 1, 0]), head), 3, resamples=200)
+    assert limits[None, "auprc"] == limits[None, "auroc"] == [1.0, 1.0]
+    assert limits["yes", "recall"][0] == 0, "without a positive row recall counts as 0, as in score_logits"
+    limits = intervals(score_statistic(logits, np.array([0, 0, 0]), head), 3, resamples=20)
+    assert limits[None, "auprc"] is limits["no", "auroc"] is limits["yes", "auroc"] is None
+
+
+def test_the_seed_decides(monkeypatch):
+    statistic = mean_of(np.random.default_rng(0).normal(size=50))
+    first = intervals(statistic, 50, 100, seed=1)
+    assert intervals(statistic, 50, 100, seed=2) != first
+    monkeypatch.setattr(bootstrap, "_BLOCK", 150)  # three resamples at a time
+    assert intervals(statistic, 50, 100, seed=1)["mean"] == pytest.approx(first["mean"])

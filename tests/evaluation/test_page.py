@@ -27,10 +27,9 @@ class Parsed(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         inside = {element.get("id") for element in self._open}
-        element = {"tag": tag, "text": "", "inside": inside, **dict(attrs)}
-        self.elements.append(element)
+        self.elements.append({"tag": tag, "text": "", "inside": inside, **dict(attrs)})
         if tag not in ("meta", "br"):
-            self._open.append(element)
+            self._open.append(self.elements[-1])
 
     def handle_endtag(self, tag):
         assert self._open.pop()["tag"] == tag, "every element is closed"
@@ -51,20 +50,15 @@ def level(token):
     return int(token["style"].removeprefix("--w: "))
 
 
-def test_tokens_join_into_the_text_and_those_not_read_are_marked():
-    tokens = tokens_of(reading_page(make_reading(TOKENS, unread=3)))
+def test_tokens_join_into_the_text_with_colors_by_their_weights():
+    reading = make_reading(TOKENS, unread=3)
+    tokens, combined = tokens_of(reading_page(reading)), reading.token_weights[3:]
     shown = "".join(token["text"] for token in tokens)
     assert shown.replace("⏎", "\n").replace("⇥", "\t").replace("◦", "") == "".join(TOKENS)
     assert [token.get("class") for token in tokens] == ["unread"] * 3 + [None] * 6 + ["template"]
     assert all("not read by the head" in token["title"] and "style" not in token for token in tokens[:3])
     assert all("data-read" in token for token in tokens[3:])
-
-
-def test_colors_are_the_weights():
-    reading = make_reading(TOKENS, unread=3)
-    tokens, combined = tokens_of(reading_page(reading))[3:], reading.token_weights[3:]
-    assert level(tokens[int(combined.argmax())]) == 100
-    for token, weight in zip(tokens, combined, strict=True):
+    for token, weight in zip(tokens[3:], combined, strict=True):
         share = max(weight - 1 / 7, 0) / (combined.max() - 1 / 7)
         assert level(token) == pytest.approx(100 * share**0.5, abs=0.51)
         assert f"{weight:.1%} over all layers, {7 * weight:.1f} times an even share" in token["title"]
@@ -82,18 +76,16 @@ def test_a_button_a_layer():
     assert first["data-weights"].split() == [str(level(token)) for token in tokens_of(page)[3:]]
     for slot, button in enumerate(buttons):
         levels, weights = [int(n) for n in button["data-weights"].split()], reading.weights[slot, 3:]
-        assert len(levels) == 7 and levels[int(weights.argmax())] == 100
+        assert levels[int(weights.argmax())] == 100 and button["data-end"] == f"{weights.max():.1%}"
         assert all(n == 0 for n, weight in zip(levels, weights, strict=True) if weight <= 1 / 7)
-        assert button["data-end"] == f"{weights.max():.1%}"
     heaviest = [reading.shown(int(i), 24) for slot in (0, 1) for i in np.argsort(-reading.weights[slot])[:5]]
     assert [code["text"] for code in Parsed(page).all("code")] == heaviest
 
 
 def test_hostile_texts_and_names_stay_text():
-    label = HOSTILE.translate(dict.fromkeys(map(ord, "\u202e\u2066")))  # names of labels cannot have these
-    names = {"id2label": {0: label, 1: "{{ digest }} {% x %}"}}
+    label, other = re.sub("[\u202e\u2066]", "", HOSTILE), "{{ digest }} {% x %}"  # names of labels are visible
     tokens = [HOSTILE, "a", HOSTILE + "\r", "<eos>"]
-    reading = make_reading(tokens, 1, label, {label: 0.9, "{{ digest }} {% x %}": 0.1}, **names)
+    reading = make_reading(tokens, 1, label, {label: 0.9, other: 0.1}, id2label={0: label, 1: other})
     page = reading_page(dataclasses.replace(reading, head=HOSTILE))
     parsed = Parsed(page)
     (script,) = parsed.all("script")
@@ -102,29 +94,25 @@ def test_hostile_texts_and_names_stay_text():
     assert policy.startswith("default-src 'none'") and f"script-src 'sha256-{digest}'" in policy
     assert not re.search(r"https?:|url\(|@import|<link|\bsrc=|\bhref=", reading_page(make_reading(TOKENS)))
     assert not parsed.all("img") and not any(key.startswith("on") for e in parsed.elements for key in e)
-    assert not set("\u202e\u2066\r") & set(page) and "\\u202eabc\\u2066" in page and "{{ digest }} {% x %}" in page
+    assert not set("\u202e\u2066\r") & set(page) and "\\u202eabc\\u2066" in page and other in page
     assert tokens_of(page)[2]["text"] == HOSTILE.replace("\u202e", "\\u202e").replace("\u2066", "\\u2066") + "␍"
 
 
-def rows(page):
-    """Return label, number, width of the bar and place of the line of each row."""
-    body = page[: page.index("The text, token by token")]
-    found = re.findall(r'<tr><th scope="row">(.*?)</th><td class="number">(.*?)</td>(.*?)</tr>', body)
-    bars = [[*re.findall(r"(?:width|left): ([\d.]+)%", bar), None, None] for *_, bar in found]
-    return [(name, number, *bar[:2]) for (name, number, _), bar in zip(found, bars, strict=True)]
+def scores_of(page):
+    """Return the numbers of the labels, and the places of their thresholds."""
+    table = page.partition("The text, token by token")[0]
+    return [re.findall(part, table) for part in (r'<td class="number">(.*?)</td>', r'style="left: ([\d.]+)%')]
 
 
 def test_the_scores_of_each_kind_of_problem():
-    page = reading_page(make_reading(TOKENS, threshold=0.6))
-    assert rows(page) == [("yes", "75.0%", "75.0", "60.0"), ("no", "25.0%", "25.0", None)]
+    assert scores_of(reading_page(make_reading(TOKENS, threshold=0.6))) == [["75.0%", "25.0%"], ["60.0"]]
     value = {"problem_type": "regression", "id2label": {0: "score"}}
     page = reading_page(make_reading(TOKENS, 0, [-1.5], {"score": -1.5}, **value))
-    assert rows(page) == [("score", "-1.5", None, None)] and "<h1>score -1.5</h1>" in page
-    names = {f"label {i}": i / 28 for i in range(28)}
-    multi = {"problem_type": "multi_label_classification", "id2label": dict(enumerate(names))}
-    thresholds = [0.0, *(round(0.5 + i / 100, 2) for i in range(27))]
-    page = reading_page(make_reading(TOKENS, 0, ["label 27"], names, threshold=thresholds, **multi))
-    assert [row[0] for row in rows(page)] == list(names)[::-1]
-    assert [float(row[3]) for row in rows(page)] == pytest.approx([100 * value for value in thresholds[::-1]])
+    assert scores_of(page) == [["-1.5"], []] and "<h1>score -1.5</h1>" in page
+    shares = {f"label {i}": i / 28 for i in range(28)}
+    multi = {"problem_type": "multi_label_classification", "id2label": dict(enumerate(shares))}
+    page = reading_page(make_reading(TOKENS, 0, ["label 27"], shares, threshold=[0.0] + [0.5] * 27, **multi))
+    numbers = [f"{share:.1%}" for share in sorted(shares.values(), reverse=True)]
+    assert scores_of(page) == [numbers, ["50.0"] * 27 + ["0.0"]]
     folded = page[page.index("<details>") : page.index("</details>")]
     assert "label 19<" in folded and "label 20<" not in folded

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.evaluation.reading import printable, read_weights, token_texts
+from llama_probe.evaluation.reading import read_weights, token_texts
 from llama_probe.heads import Aggregator, get_probe_type
 
 
@@ -26,7 +26,6 @@ def model(tokenizer):
     heads = {
         "mood": make_probe(probe_type="mha", id2label={0: "fine", 1: "awful"}, **content),
         "all": make_probe(seed=1, probe_type="gate", layers=[1, 3]),
-        "several": make_probe(seed=2, probe_type="gate", num_labels=3, problem_type="multi_label_classification"),
         "value": make_probe(seed=3, probe_type="pooling", num_labels=1, problem_type="regression"),
     }
     return AutoModelForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads)
@@ -109,15 +108,3 @@ def test_spaces_of_sentencepiece_are_kept():
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     assert token_texts(tokenizer, [1, 2, 3, 4]) == [" good", " ", "morn", "ing"]
-
-
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        ("a\nb\tc", "a⏎b⇥c"),
-        ("x\u202eabc\u200b\x07\ud83d", "x\\u202eabc\\u200b\\u0007\\ud83d"),
-        ("日本 é 👩\u200d👧 שלום", "日本 é 👩\u200d👧 שלום"),
-    ],
-)
-def test_what_moves_or_hides_text_is_spelled_out(text, shown):
-    assert printable(text) == shown

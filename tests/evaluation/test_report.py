@@ -1,13 +1,14 @@
-"""Scores of a head on labelled rows."""
+"""Scores of a head on labelled rows, and its outputs for them."""
 
 import numpy as np
 import pytest
 import torch
-from cases import make_scores
-from conftest import LAYERS, make_lm, make_probe
+from cases import make_scores, with_backbone
+from conftest import LAYERS, make_probe, make_prompts
 
-from llama_probe import ProbeConfig
+from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.data.cached_states import PromptDataset
+from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import asked, detailed_report, inspect_head, report
 
 
@@ -19,14 +20,7 @@ METRICS = ["accuracy", "f1", "precision", "recall", "auprc", "auroc"]
 
 @pytest.fixture
 def dataset():
-    generator = torch.Generator().manual_seed(0)
-    return PromptDataset([torch.randint(3, 97, (n,), generator=generator).tolist() for n in (7, 3, 9, 5, 3)], LABELS)
-
-
-def with_backbone(**changes):
-    probe = make_probe(**changes)
-    probe.set_backbone(make_lm())
-    return probe
+    return PromptDataset([make_prompts(1, length, length)[0].tolist() for length in (7, 3, 9, 5, 3)], LABELS)
 
 
 @pytest.mark.parametrize("kind", ["pooling", "gate", "mha"])
@@ -40,20 +34,6 @@ def test_layer_weights_by_label(dataset, kind):
         assert weights == pytest.approx(expected.tolist(), abs=1e-4) and sum(weights) == pytest.approx(1, abs=1e-3)
     assert set(found["thresholds"]) == {"yes"} and found["calibration"]["bins"]
     assert [sum(row) for row in found["confusion"]] == [(index == LABELS).sum() for index in range(2)]
-
-
-def test_an_inspection_holds_what_has_a_meaning(dataset):
-    three = inspect_head(with_backbone(num_labels=3), dataset, LABELS)
-    assert set(three) == {"layer_weights", "calibration", "confusion"}
-    assert set(three["layer_weights"]["by_label"]) == {"LABEL_0", "LABEL_1"}, "label 2 does not occur"
-    value = inspect_head(with_backbone(**REGRESSION), dataset, LABELS.astype(float))
-    assert set(value) == {"layer_weights"} and list(value["layer_weights"]["by_label"]) == ["LABEL_0"]
-    labels = np.eye(2)[LABELS]
-    several = inspect_head(with_backbone(**MULTI), dataset, labels)
-    assert set(several) == {"layer_weights", "calibration", "outcomes", "thresholds"}
-    assert set(several["thresholds"]) == {"LABEL_0", "LABEL_1"}
-    for index, part in enumerate(several["outcomes"].values()):
-        assert part["found"] + part["missed"] == labels[:, index].sum()
 
 
 def scored(**changes):
@@ -106,13 +86,32 @@ def test_the_rows_nearest_to_the_threshold_are_asked_about():
     assert alone == {"share": 0, "band": None, "recall": 2 / 3, "false_alarms": 1 / 3}
     assert some["band"] == pytest.approx([0.15, 0.22]) and (some["recall"], some["false_alarms"]) == (1, 0)
     assert (all_rows["recall"], all_rows["false_alarms"]) == (1, 0)
+    (misled,) = asked(ASKING, ASKED_LOGITS, ASKED_LABELS, [0.5], verdicts=np.array([0, 0, 1, 1, 0, 0]))
+    assert (misled["recall"], misled["false_alarms"]) == (2 / 3, 2 / 3), "the judge may be wrong"
+    (harmless,) = asked(ASKING, ASKED_LOGITS[:1], ASKED_LABELS[:1], [0])
+    assert harmless["recall"] is None and harmless["false_alarms"] == 0
 
 
-def test_the_judge_may_be_wrong():
-    (found,) = asked(ASKING, ASKED_LOGITS, ASKED_LABELS, [0.5], verdicts=np.array([0, 0, 1, 1, 0, 0]))
-    assert (found["recall"], found["false_alarms"]) == (2 / 3, 2 / 3)
+def test_rows_come_back_in_their_order_in_bounded_batches(dataset, monkeypatch):
+    probe, shapes, original = with_backbone(), [], ProbeModel.score
+
+    def score(probe, x, mask, *args, **kwargs):
+        shapes.append(tuple(mask.shape))
+        return original(probe, x, mask, *args, **kwargs)
+
+    monkeypatch.setattr(ProbeModel, "score", score)
+    together = predict_logits(probe, dataset, batch_tokens=8)
+    inspect_head(probe, dataset, LABELS, batch_tokens=14)
+    assert shapes[:4] == [(1, 9), (1, 7), (1, 5), (2, 3)], "a longer row is a batch of its own"
+    assert shapes[4:] == [(1, 9), (2, 7), (2, 3)]
+    for row, ids in enumerate(dataset.prompts):
+        alone = probe(input_ids=torch.tensor([ids])).logits[0]
+        torch.testing.assert_close(together[row], alone, atol=1e-5, rtol=0)
 
 
-def test_rows_of_one_label():
-    (found,) = asked(ASKING, ASKED_LOGITS[:1], ASKED_LABELS[:1], [0])
-    assert found["recall"] is None and found["false_alarms"] == 0
+def test_rows_without_a_tool_result_are_not_flagged():
+    markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 60), ("tool", 61), ("assistant", 62))}
+    probe = with_backbone(probe_type="gate", token_scope="tool", turn_markers=markers, flagged=["LABEL_1"])
+    plain = (make_prompts(1, 6) % 50 + 3)[0].tolist()
+    probs = predict_logits(probe, PromptDataset([[60, *plain], [60, 5, 62, 61, *plain]], LABELS[:2])).softmax(-1)
+    assert probs[0, 1] == 0 < probs[1, 1]

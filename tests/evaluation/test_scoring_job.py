@@ -83,10 +83,7 @@ def test_chunked_is_whole_for_several_heads(tmp_path, backbone_folder, heads, ru
 
 
 def test_rows_without_a_number_are_left_empty(tmp_path, backbone_folder, heads, run, monkeypatch, caplog):
-    """A blank text is not scored. A text whose logits overflow does not stop the job, and a warning names its row.
-
-    Whole numbers of more than 64 bits are kept as texts.
-    """
+    """A blank text is not scored. A text whose logits overflow does not stop the job, and a warning names its row."""
 
     def overflowing(model, input_ids, **kwargs):
         outputs = classify(model, input_ids=input_ids, **kwargs)
@@ -96,14 +93,11 @@ def test_rows_without_a_number_are_left_empty(tmp_path, backbone_folder, heads, 
     classify = ProbedGenerationMixin.classify
     token = AutoTokenizer.from_pretrained(backbone_folder)("#", add_special_tokens=False).input_ids[-1]
     monkeypatch.setattr(ProbedGenerationMixin, "classify", overflowing)
-    path = write(
-        tmp_path / "a.jsonl",
-        [*({"text": text, "id": 10**20} for text in (*texts(5), "#", None, "  ", "a", "and #")), {}],
-    )
+    lines = [{"text": text, "id": 10**20} for text in (*texts(5), "#", None, "  ", "a", "and #")]
     with caplog.at_level("WARNING"):
-        run(path, probes=heads[:2], chunk_rows=6, keep_columns=["id"])
+        run(write(tmp_path / "a.jsonl", [*lines, {}]), probes=heads[:2], chunk_rows=6, keep_columns=["id"])
     rows = read(tmp_path / "out")
-    assert [row["id"] for row in rows] == [str(10**20)] * 10 + [None]
+    assert [row["id"] for row in rows] == [str(10**20)] * 10 + [None], "more than 64 bits are kept as texts"
     for column, empty in (("mood_label", [5, 6, 7, 9, 10]), ("topics_probabilities", [6, 7, 10])):
         assert [row["row"] for row in rows if row[column] is None] == empty
     assert all(math.isfinite(score) for row in rows for score in (row["mood_probabilities"] or {}).values())
@@ -113,21 +107,18 @@ def test_rows_without_a_number_are_left_empty(tmp_path, backbone_folder, heads, 
 
 def test_a_template_that_no_head_reads_is_run_once(tmp_path, backbone_folder):
     fields = PromptFormat(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
-    kinds = {"mood": ("gate", "content"), "last": ("last", "prompt"), "whole": ("mha", "prompt")}
-    for name, (kind, scope) in kinds.items():
+    for name, kind, scope in (("mood", "gate", "content"), ("last", "last", "prompt"), ("whole", "mha", "prompt")):
         changes = fields | {"probe_type": kind, "token_scope": scope}
         make_probe(5, id2label={0: "no", 1: "yes"}, **changes).save_pretrained(tmp_path / name)
-    found, ran = [], []
-    several = [*texts(12), "\nwith a break before it", "x" * 90]
-    for names in (["mood", "last"], list(kinds)):
+    scores, tokens, several = [], [], [*texts(12), "\nwith a break before it", "x" * 90]
+    for names in (["mood", "last"], ["mood", "last", "whole"]):
         scorer, widths = TextScorer([str(tmp_path / name) for name in names], str(backbone_folder)), []
         scorer.model.model.layers[0].register_forward_hook(lambda m, a, out, w=widths: w.append(out[..., 0].numel()))
-        found.append(scorer(several))
-        ran.append(sum(widths))
-    shared, alone = found
+        scores.append(scorer(several))
+        tokens.append(sum(widths))
     for column in ("mood_probabilities", "last_probabilities"):
-        assert shared[column] == [pytest.approx(scores, abs=1e-5) for scores in alone[column]]
-    assert ran[0] == ran[1] - (len(several) - 1) * len(fields["prefix_ids"])
+        assert scores[0][column] == [pytest.approx(row, abs=1e-5) for row in scores[1][column]]
+    assert tokens[0] == tokens[1] - (len(several) - 1) * len(fields["prefix_ids"])
 
 
 @pytest.mark.parametrize("scope", ["response", "all"])
@@ -160,12 +151,10 @@ def test_heads_of_other_formats_score_as_they_do_alone(tmp_path, backbone_folder
     [
         ([{"body": "a"}], {}, "no column 'text'"),
         ([{"text": "whole"}, {"text": "half \ud83d"}], {}, "row 1: text"),
-        ([{"text": "a"}, {"text": 1}], {}, "row 1: text"),
-        ([{"text": "a", "id": 1}] * 1000 + [{"text": "b", "id": "two"}], {"keep_columns": ["id"]}, "column 'id'"),
+        ([{"text": None, "id": 1}] * 1000 + [{"id": "two"}], {"keep_columns": ["id"]}, "column 'id'"),
         ([{"text": "a", "row": 1}], {"keep_columns": ["row"]}, "keep_columns.* row"),
         ([{"text": "a"}], {"chunk_rows": 0}, "chunk_rows=0"),
         ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], {"prompt_column": "ask"}, "row 1: text"),
-        ([{"text": "a", "ask": ""}, {"text": "a", "ask": 1}], {"prompt_column": "ask"}, "row 1: ask"),
         ([{"text": "a", "ask": ""}, {"text": "a", "ask": ["hi"]}], {"prompt_column": "ask"}, "row 1: ask"),
     ],
 )
@@ -197,25 +186,21 @@ def test_what_is_done_stays_and_the_rest_is_done(tmp_path, run):
 def test_another_job_is_refused(tmp_path, heads, run):
     one, more = write(tmp_path / "a.jsonl", 7), write(tmp_path / "b.jsonl", 3)
     run(one, more, probes=heads[:2])
-    for inputs, changes, words in (
-        ([one, more], {"chunk_rows": 4}, r"chunk_rows=5 \(now 4\)"),
-        ([one, more], {"probes": heads[:1]}, "heads="),
-        ([one, more], {"probes": heads[1::-1]}, "heads="),
-        ([more, one], {}, "inputs="),
-        ([one], {}, "inputs="),
-    ):
+
+    def refuse(words, *inputs, **changes):
         with pytest.raises(ProbeError, match=words):
             run(*inputs, **{"probes": heads[:2], "resume": True, **changes})
+
+    refuse(r"chunk_rows=5 \(now 4\)", one, more, chunk_rows=4)
+    refuse("heads=", one, more, probes=heads[:1])
+    refuse("heads=", one, more, probes=heads[1::-1])
+    refuse("inputs=", more, one)
     write(one, 8)
-    with pytest.raises(ProbeError, match="inputs="):
-        run(one, more, probes=heads[:2], resume=True)
+    refuse("inputs=", one, more)
     (tmp_path / "out" / MANIFEST_NAME).write_text("[]")
-    with pytest.raises(ProbeError, match="damaged"):
-        run(one, more, probes=heads[:2], resume=True)
+    refuse("damaged", one, more)
     (tmp_path / "other").mkdir()
-    write(tmp_path / "other" / "part-1.parquet", 1)
-    with pytest.raises(ProbeError, match=r"part-1\.parquet"):
-        run(one, output="other")
+    refuse(r"part-1\.parquet", one, output=write(tmp_path / "other" / "part-1.parquet", 1).parent)
 
 
 @pytest.mark.slow
