@@ -82,11 +82,6 @@ FAMILIES = {
     ),
     "gemma": (_GEMMA, ["<bos>", "<start_of_turn>", "<end_of_turn>"], "gpt2"),
     "mistral": (_MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "metaspace"),
-    "phi3": (
-        _turns(f"<|{_ROLE}|>\n", "<|end|>\n", "<|assistant|>\n"),
-        ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"],
-        "metaspace",
-    ),
     "qwen": (_QWEN, ["<|im_start|>", "<|im_end|>"], "llama3"),
     "gpt-oss": (_GPT_OSS, ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>", "<|call|>"], "llama3"),
     "granite": (_GRANITE, ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"], "llama3"),

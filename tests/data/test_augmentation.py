@@ -9,104 +9,94 @@ from llama_probe.data.labelled_texts import LabelledTexts
 
 
 SYSTEM = ["You sell shoes.", "Answer in French."]
+TEXTS = [f"harmless request number {i} about the garden" for i in range(40)] + [f"BAD{i} request" for i in range(40)]
+LABELS = np.repeat([0, 1], 40)
+MULTI = "multi_label_classification"
 
 
-def rows_of(texts, labels, problem_type="single_label_classification"):
-    return LabelledTexts(
-        texts, np.array(labels), ["safe", "unsafe"], problem_type, {"id": list(range(len(texts)))}, ["unsafe"]
-    )
-
-
-@pytest.fixture
-def rows():
-    texts = [f"harmless request number {i} about the garden" for i in range(40)]
-    texts += [f"BAD{i} request" for i in range(40)]
-    return rows_of(texts, [0] * 40 + [1] * 40)
+def rows_of(texts=TEXTS, labels=LABELS, problem_type="single_label_classification", names=("safe", "unsafe")):
+    columns = {"id": list(range(len(texts)))}
+    return LabelledTexts(texts, np.array(labels), list(names), problem_type, columns, ["unsafe"])
 
 
 def turns(text):
     return [{"role": "user", "content": text}] if isinstance(text, str) else text
 
 
-def copies(rows, *args, **kwargs):
-    return LabelledTexts.join(wrapped_copies(rows, *args, **{"share": 1.0, **kwargs}))
+def count_bad(text):
+    return sum(turn["content"].count("BAD") for turn in turns(text))
+
+
+def copies(rows, names, seed=0, share=1.0):
+    return LabelledTexts.join(wrapped_copies(rows, names, seed, SYSTEM, share))
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_labels_and_the_text_stay_and_nothing_harmful_is_added(rows, name):
-    new = copies(rows, [name], 0, SYSTEM)
+def test_labels_and_the_text_stay_and_nothing_harmful_is_added(name):
+    rows = rows_of()
+    new = copies(rows, [name])
     assert (new.labels == rows.labels).all() and new.columns == rows.columns
     for text, old in zip(new.texts, rows.texts, strict=True):
-        assert text != old
+        assert text != old and count_bad(text) == old.count("BAD")
         assert old in turns(text)[0 if name == "later_turns" else -1]["content"]
         assert turns(text)[-1]["role"] == "user"
-        assert sum(turn["content"].count("BAD") for turn in turns(text)) == old.count("BAD")
+    if name == "quote":
+        lengths = [len(turns(text)[-1]["content"].split()) for text in new.texts]
+        assert min(lengths) >= 50 and max(lengths) > 200, "it can be long"
 
 
-def test_seed_and_share(rows):
-    names = list(AUGMENTATIONS)
-    first, again, other = (copies(rows, names, seed, SYSTEM).texts for seed in (3, 3, 4))
+def test_seed_and_share():
+    first, again, other = (copies(rows_of(), AUGMENTATIONS, seed).texts for seed in (3, 3, 4))
     assert first == again != other
-    assert len(copies(rows, ["lead_in", "quote"], 3, share=0.25)) == 2 * 20
+    assert len(copies(rows_of(), ["lead_in", "quote"], share=0.25)) == 2 * 20
 
 
-def test_rare_labels_are_copied_as_often(rows):
-    rows = rows_of(rows.texts[:60], rows.labels[:60])
-    assert np.bincount(copies(rows, ["lead_in"], 0, share=0.8).labels).tolist() == [28, 20]
+def test_rare_labels_are_copied_as_often():
+    rows = rows_of(TEXTS[:60], LABELS[:60])
+    assert np.bincount(copies(rows, ["lead_in"], share=0.8).labels).tolist() == [28, 20]
 
 
-def test_rows_of_a_multi_label_head_are_copied_once_and_draw_from_rows_without_a_label(rows):
+def test_rows_of_a_multi_label_head_are_copied_once_and_draw_from_rows_without_a_label():
     labels = np.zeros((80, 2), np.float32)
     labels[40:] = 1, 0
     labels[40:45, 1] = 1
-    new = copies(rows_of(rows.texts, labels, "multi_label_classification"), ["earlier_turns"], 0, share=0.375)
+    new = copies(rows_of(labels=labels, problem_type=MULTI), ["earlier_turns"], share=0.375)
     assert len({text[-1]["content"] for text in new.texts}) == len(new) == 30
     assert (new.labels == labels[new.columns["id"]]).all()
     assert new.labels[:, 1].sum() == 5, "all rows with the rare label"
     assert not any("BAD" in text[0]["content"] for text in new.texts)
 
 
-def test_chats_keep_their_turns_and_their_system_prompt(rows):
-    chat = [
-        {"role": "system", "content": "mine"},
-        {"role": "user", "content": "first"},
-        {"role": "assistant", "content": "reply"},
-        {"role": "user", "content": "last"},
-    ]
-    rows = rows_of([*rows.texts, chat], [*rows.labels, 1])
-    for name in AUGMENTATIONS:
-        new = copies(rows, [name], 0, SYSTEM).texts[-1]
-        if name == "later_turns":
-            assert new[:4] == chat and len(new) == 6
-        else:
-            assert new[0] == chat[0] and new[-3:-1] == chat[1:3] and "last" in new[-1]["content"]
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_chats_keep_their_turns_and_their_system_prompt(name):
+    contents = {"system": "mine", "user": "first", "assistant": "reply"}
+    chat = [{"role": role, "content": content} for role, content in contents.items()]
+    chat.append({"role": "user", "content": "last"})
+    new = copies(rows_of([*TEXTS, chat], [*LABELS, 1]), [name]).texts[-1]
+    if name == "later_turns":
+        assert new[:4] == chat and len(new) == 6
+    else:
+        assert new[0] == chat[0] and new[-3:-1] == chat[1:3] and "last" in new[-1]["content"]
     assert chat[-1]["content"] == "last"
 
 
-def test_a_quote_can_be_long(rows):
-    lengths = [len(turns(text)[-1]["content"].split()) for text in copies(rows, ["quote"], 0).texts]
-    assert min(lengths) >= 50 and max(lengths) > 200
-
-
-def test_refused():
-    with pytest.raises(ProbeError, match="flagged"):
-        wrapped_copies(rows_of(["a", "b"], [1, 1]), ["quote"], 0)
-    with pytest.raises(ProbeError, match="flagged"):
-        wrapped_copies(rows_of(["a", "b"], [[1.0, 0.0], [0.0, 1.0]], "multi_label_classification"), ["quote"], 0)
-    with pytest.raises(ProbeError, match="regression"):
-        wrapped_copies(rows_of(["a", "b"], [[0.5], [0.7]], "regression"), ["quote"], 0)
-
-
-def test_lead_ins_come_from_what_is_not_flagged(rows):
+def test_lead_ins_come_from_what_is_not_flagged():
     """Also if the label to flag is the first: BAD rows would teach a guard that harm may stand anywhere."""
-    turned = LabelledTexts(
-        rows.texts, 1 - rows.labels, ["unsafe", "safe"], rows.problem_type, rows.columns, ["unsafe"]
-    )
-    texts = copies(turned, ["lead_in"], 0).texts
-    assert all(
-        turns(text)[-1]["content"].count("BAD") == old.count("BAD")
-        for text, old in zip(texts, rows.texts, strict=True)
-    )
-    turned.flagged = None
+    rows = rows_of(labels=1 - LABELS, names=("unsafe", "safe"))
+    assert list(map(count_bad, copies(rows, ["lead_in"]).texts)) == list(map(count_bad, TEXTS))
+    rows.flagged = None
     with pytest.raises(ProbeError, match="--flag"):
-        wrapped_copies(turned, ["lead_in"], 0)
+        wrapped_copies(rows, ["lead_in"], 0)
+
+
+@pytest.mark.parametrize(
+    "labels, problem_type, named",
+    [
+        ([1, 1], "single_label_classification", "flagged"),
+        ([[1.0, 0.0], [0.0, 1.0]], MULTI, "flagged"),
+        ([[0.5], [0.7]], "regression", "regression"),
+    ],
+)
+def test_rows_that_cannot_be_wrapped_are_refused(labels, problem_type, named):
+    with pytest.raises(ProbeError, match=named):
+        wrapped_copies(rows_of(["a", "b"], labels, problem_type), ["quote"], 0)

@@ -4,6 +4,7 @@ import errno
 import itertools
 import multiprocessing
 import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -75,26 +76,20 @@ def test_only_what_the_head_reads_is_kept(tmp_path, lm, changes, shape):
 def test_a_prompt_is_computed_once_and_only_for_the_same(tmp_path, lm):
     cache = StateCache(tmp_path / "cache")
     assert cache.dataset(lm, HEAD, ROWS)[0]["hidden_states"].dtype == torch.float16
-    first = names(cache.folder)
     assert cache.dataset(lm, HEAD, PromptDataset(PROMPTS, 1 - LABELS))[0]["labels"] == 1
     copy = make_lm(use_cache=False)
     copy.config._name_or_path = "elsewhere"
     cache.dataset(copy, HEAD, ROWS)
-    assert names(cache.folder) == first and len(first) == 1, "labels and the LM's path do not matter"
-    changed = make_lm()
-    changed.model.layers[0].mlp.up_proj.weight.data.add_(0.01)
-    others = [
-        (changed, HEAD, ROWS),
-        (make_lm(rope_theta=100.0), HEAD, ROWS),
-        (lm, HEAD.replace(token_scope="prompt"), ROWS),
-    ]
-    (entry,) = cache.folder.iterdir()
+    (entry,) = cache.folder.iterdir()  # labels and the LM's path do not matter
     before = names(entry)
     again = cache.dataset(lm, HEAD, PromptDataset([*PROMPTS[3:], PROMPTS[0], PROMPTS[3]]))
     assert names(entry) == before and len(again) == 4, "prompts of other data sets are not computed anew"
     assert [again[row]["input_ids"] for row in range(4)] == [PROMPTS[row][3:] for row in (3, 4, 0, 3)]
-    for count, args in enumerate(others, start=2):
-        cache.dataset(*args)
+    changed = make_lm()
+    changed.model.layers[0].mlp.up_proj.weight.data.add_(0.01)
+    whole = HEAD.replace(token_scope="prompt")
+    for count, others in enumerate([(changed, HEAD), (make_lm(rope_theta=100.0), HEAD), (lm, whole)], start=2):
+        cache.dataset(*others, ROWS)
         assert len(names(cache.folder)) == count
     cache.delete()
     assert not cache.folder.exists()
@@ -156,12 +151,9 @@ def test_values_too_large_are_refused(tmp_path, lm):
     assert not names(tmp_path)
 
 
-def test_a_full_disk(tmp_path, lm, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(cached_states, "save_file", full)
-    with pytest.raises(ProbeError, match="no room"):
+def test_a_full_disk(tmp_path, lm):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(cached_states, "save_file", side_effect=full), pytest.raises(ProbeError, match="no room"):
         StateCache(tmp_path).dataset(lm, HEAD, ROWS)
     assert not names(tmp_path)
 

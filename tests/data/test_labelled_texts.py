@@ -1,10 +1,13 @@
-"""Labelled texts: split, joined and renamed; and labels that are worth a look."""
+"""Labelled texts: from tables in memory, split, joined and renamed; and labels that are worth a look."""
 
 import numpy as np
 import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
 
 from llama_probe import ProbeError
 from llama_probe.data.labelled_texts import LabelledTexts, check_labels
+from llama_probe.data.memory import is_tokenized, rows_in_memory
 
 
 def rows_of(texts, labels, names="ab", kind="single_label_classification"):
@@ -34,12 +37,6 @@ def test_a_label_of_one_text_stays_in_the_larger_part():
         rows.select([0, 1]).folds(3, seed=0)
 
 
-def test_a_digest_is_of_texts_and_labels():
-    rows = rows_of(["one", "two", "three"], [0, 2, 1], "xyz")
-    others = [rows.select([1, 0, 2]), rows.select([0, 1]), rows.renamed(["a", "b", "c"])]
-    assert len({part.digest() for part in [rows, *others]}) == 4 and rows.digest() == rows.select([0, 1, 2]).digest()
-
-
 @pytest.mark.parametrize(
     "counts, warnings",
     [
@@ -54,3 +51,46 @@ def test_labels_worth_a_look(caplog, counts, warnings):
     check_labels("train", rows_of(["text"] * len(labels), labels, counts))
     assert len(caplog.records) == len(warnings)
     assert all(words in caplog.text for words in warnings) and ("is it" in caplog.text) == ("is it" in str(warnings))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"text": ["a", "b"], "label": np.array([1, 0])},
+        [{"text": "a", "label": 1}, {"text": "b", "label": 0}],
+        [("a", 1), ("b", 0)],
+        {"messages": [[{"role": "user", "content": text}] for text in "ab"], "labels": [1, 0]},
+        {"prompt": ["a", "b"], "response": ["no", "yes"], "label": [1, 0]},
+    ],
+)
+def test_tables_in_memory(data):
+    rows = rows_in_memory("rows", data)
+    assert rows.labels.tolist() == [1, 0] and len(rows.texts) == 2 and not is_tokenized(rows)
+
+
+def test_tokens_without_their_padding():
+    data = {
+        "input_ids": torch.tensor([[0, 5, 6], [7, 8, 9]]),
+        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        "probe_mask": torch.tensor([[0, 0, 1], [1, 0, 0]]),
+        "label": ["x", "y"],
+    }
+    rows = rows_in_memory("rows", data)
+    assert rows.texts == [[5, 6], [7, 8, 9]] and rows.columns["probe_mask"] == [[0, 1], [1, 0, 0]]
+    assert is_tokenized(rows) and rows.label_names == ["x", "y"]
+
+
+def test_names_that_the_data_gives():
+    kinds = Dataset.from_dict({"words": ["a", "b"], "kind": [1, 0]})
+    kinds = kinds.cast_column("kind", ClassLabel(names=["no", "yes"]))
+    mapping = {"words": "text", "kind": "label"}
+    assert rows_in_memory("rows", kinds.with_format("torch"), mapping).label_names == ["no", "yes"]
+    assert rows_in_memory("rows", kinds, mapping, ["yes", "no"]).labels.tolist() == [0, 1]
+    with pytest.raises(ProbeError, match="split"):
+        rows_in_memory("rows", DatasetDict(train=kinds), mapping)
+
+
+def test_a_missing_cell_of_a_frame():
+    frame = pytest.importorskip("pandas").DataFrame({"text": ["a", None], "label": [1, 0]})
+    with pytest.raises(ProbeError, match="row 1"):
+        rows_in_memory("rows", frame)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llama_probe import ProbeConfig, ProbeError
-from llama_probe.data.prompts import PromptFormat, is_text
+from llama_probe.data.prompts import PromptFormat
 
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
@@ -24,6 +24,11 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def prompts():
+    return PromptFormat(make_tokenizer())
+
+
 def served(tokenizer, text):
     """Return the ids that a user of transformers sends to generate()."""
     chat = [{"role": "user", "content": text}]
@@ -31,67 +36,58 @@ def served(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", [" spaced ", "<bos>", "naïve 你好"])
-def test_training_prompts_are_serving_prompts(tokenizer, text):
-    assert PromptFormat(tokenizer).encode([text]) == [served(tokenizer, text)]
+def test_training_prompts_are_serving_prompts(tokenizer, prompts, text):
+    assert prompts.encode([text]) == [served(tokenizer, text)]
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_the_constant_parts_are_found(adds_bos):
+def test_the_constant_parts_have_one_bos(adds_bos):
     tokenizer = make_tokenizer(adds_bos)
-    prompts = PromptFormat(tokenizer)
+    prompts, raw = PromptFormat(tokenizer), PromptFormat(tokenizer, "raw")
     begin = tokenizer("<bos>system\nBe kind.<eos>\n<bos>user\n", add_special_tokens=False)["input_ids"]
     end = tokenizer("<eos>\n<bos>assistant\n", add_special_tokens=False)["input_ids"]
     assert list(prompts.prefix_ids) == begin and list(prompts.suffix_ids) == end
-    raw = PromptFormat(tokenizer, "raw")
-    assert list(raw.prefix_ids) == ([tokenizer.bos_token_id] if adds_bos else [])
-    assert raw.suffix_ids == ()
-
-
-def test_there_is_never_a_second_bos():
-    tokenizer = make_tokenizer(adds_bos=True)
-    bos = tokenizer.bos_token_id
-    assert PromptFormat(tokenizer).encode(["Hello"])[0][:2].count(bos) == 1
-    for text in ("Hello", "<bos>Hello"):
-        assert PromptFormat(tokenizer, "raw").encode([text])[0].count(bos) == 1
+    assert list(raw.prefix_ids) == [tokenizer.bos_token_id] * adds_bos and raw.suffix_ids == ()
+    assert raw.encode(["<bos>Hello"])[0].count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("kind", ["chat", "raw"])
 @pytest.mark.parametrize("take", ["encode", "encode_replies"])
-def test_values_that_are_not_prompts(tokenizer, kind, take):
-    take = getattr(PromptFormat(tokenizer, kind), take)
+def test_values_that_are_not_prompts(prompts, kind, take):
+    take = getattr(replace(prompts, kind=kind), take)
     for single in ("Hello", CHAT, CHAT[0]):
         with pytest.raises(ProbeError, match="must be a list of prompts"):
             take(single)
-    for wrong in (None, [], ["Hello"], [{"content": "Hello"}]):
+    turns = [{"role": None, "content": "x"}, {"role": "user", "content": None}, {"role": "user", "content": "\udcff"}]
+    for wrong in (None, [], ["Hello"], *([turn] for turn in turns), "half \ud83d"):
         with pytest.raises(ProbeError, match="must be a text"):
             take([wrong])
 
 
-def test_prompts_that_cannot_be_encoded(tokenizer):
+def test_prompts_that_cannot_be_encoded(tokenizer, prompts):
     with pytest.raises(ProbeError, match="prompt_format"):
-        PromptFormat(tokenizer, "raw").encode([CHAT])
-    for kind in ("chat", "raw"):
-        with pytest.raises(ProbeError, match=r"\\ud83d"):
-            PromptFormat(tokenizer, kind).encode(["whole", "half \ud83d"])
-    for text in ("Hello", CHAT[:1], CHAT[1:], [*CHAT, CHAT[0]], [CHAT[0], {**CHAT[1], "content": " "}]):
+        replace(prompts, kind="raw").encode([CHAT])
+    for text in ("Hello", CHAT[:1], [*CHAT, CHAT[0]], [CHAT[0], {**CHAT[1], "content": " "}]):
         with pytest.raises(ProbeError, match="prompt and a reply"):
-            PromptFormat(tokenizer).encode_replies([text])
+            prompts.encode_replies([text])
     tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}{% endfor %}"
     with pytest.raises(ProbeError, match="chat template"):
         PromptFormat(tokenizer).encode([[{"role": "user", "content": ["parts"]}]])
 
 
-def test_wrong_formats(tokenizer):
-    for values, field in (
+@pytest.mark.parametrize(
+    "values, field",
+    [
         ({"kind": "xml"}, "prompt_format"),
         ({"max_length": 10}, "max_length"),
         ({"kind": "raw", "system_prompt": "x"}, "system_prompt"),
-    ):
-        with pytest.raises(ProbeError, match=field):
-            PromptFormat(tokenizer, **values)
-    tokenizer.chat_template = None
-    with pytest.raises(ProbeError, match="no chat template"):
-        PromptFormat(tokenizer)
+        ({}, "no chat template"),
+    ],
+)
+def test_wrong_formats(tokenizer, values, field):
+    tokenizer.chat_template = tokenizer.chat_template if values else None
+    with pytest.raises(ProbeError, match=field):
+        PromptFormat(tokenizer, **values)
 
 
 def test_own_system_prompt(tokenizer):
@@ -103,8 +99,7 @@ def test_own_system_prompt(tokenizer):
 
 
 class TestReplies:
-    def test_they_follow_the_prompt_as_it_is_served(self, tokenizer):
-        prompts = PromptFormat(tokenizer)
+    def test_they_follow_the_prompt_as_it_is_served(self, tokenizer, prompts):
         ids, masks = prompts.encode_replies([CHAT])
         prompt = served(tokenizer, "Hello")
         assert ids == [[*prompt, *tokenizer("Good day")["input_ids"]]], "what generate() had read when it was complete"
@@ -126,18 +121,17 @@ class TestReplies:
         "prompt, reply, kept",
         [("x" * 9, "y" * 90, (9, 26)), ("x" * 90, "y" * 3, (32, 3)), ("x" * 90, "y" * 90, (17, 18))],
     )
-    def test_both_are_cut(self, tokenizer, prompt, reply, kept):
+    def test_both_are_cut(self, tokenizer, prompts, prompt, reply, kept):
         constant = len(served(tokenizer, ""))
-        prompts = PromptFormat(tokenizer, max_length=constant + 35)
-        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
-        (ids,), (mask,) = prompts.encode_replies([chat])
+        prompts = replace(prompts, max_length=constant + 35)
+        (ids,), (mask,) = prompts.encode_replies([[{**CHAT[0], "content": prompt}, {**CHAT[1], "content": reply}]])
         text = tokenizer.decode(ids)
         assert (text.count("x"), sum(mask)) == kept and len(ids) == constant + 35
         assert text.rstrip("y").endswith("<eos>\n<bos>assistant\n")
 
 
-def test_truncation_keeps_the_templates_end_and_is_reported(tokenizer, caplog):
-    prompts = PromptFormat(tokenizer, max_length=60)
+def test_truncation_keeps_the_templates_end_and_is_reported(prompts, caplog):
+    prompts = replace(prompts, max_length=60)
     short, long = prompts.encode(["Hi", "a" * 200])
     assert len(long) == 60 and len(short) < 60
     assert tuple(long[-len(prompts.suffix_ids) :]) == prompts.suffix_ids
@@ -148,26 +142,30 @@ def test_truncation_keeps_the_templates_end_and_is_reported(tokenizer, caplog):
 PARTS = ["the bread ", "w", "word", "    ", "\n", "☂", "<|im_end|>", "flour,", "Instructions"]
 
 
+@pytest.fixture(scope="module")
+def chatml():
+    return PromptFormat(chat_tokenizer("chatml"))
+
+
 @given(parts=st.lists(st.sampled_from(PARTS), min_size=1), max_length=st.integers(60, 99))
 @settings(deadline=None, max_examples=8)
-def test_a_long_text_is_cut_before_and_after_the_tokenizer_alike(parts, max_length):
+def test_a_long_text_is_cut_before_and_after_the_tokenizer_alike(chatml, parts, max_length):
     text = "".join(parts) * (4_000 // len("".join(parts)))
-    prompts = PromptFormat(chat_tokenizer("chatml"), max_length=max_length)
+    prompts = replace(chatml, max_length=max_length)
     whole = prompts._cut(prompts._encode_one(text))
     with patch.object(PromptFormat, "_tokenize", autospec=True, side_effect=PromptFormat._tokenize) as tokenize:
         assert prompts.encode([text]) == [whole]
     assert all(len(call.args[1]) < 2_500 for call in tokenize.call_args_list)
 
 
-def test_a_long_text_of_few_tokens_is_read_whole(tokenizer):
+def test_a_long_text_of_few_tokens_is_read_whole():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     prompts = PromptFormat(PreTrainedTokenizerFast(tokenizer_object=words), "raw", max_length=4)
     assert prompts.encode(["x" * 5_000 + " a b a b a"]) == [[0, 1, 2, 1]]
 
 
-def test_batches_are_ready_for_generate(tokenizer):
-    prompts = PromptFormat(tokenizer)
+def test_batches_are_ready_for_generate(tokenizer, prompts):
     left, right = (prompts.batch(["Hi", "Hello there"], side) for side in ("left", "right"))
     assert left["attention_mask"][0, 0] == 0 and left["attention_mask"][:, -1].all()
     assert torch.equal(right["attention_mask"], left["attention_mask"].flip(1))
@@ -184,15 +182,4 @@ def test_the_config_brings_the_format_back(tokenizer, monkeypatch):
     assert other == prompts, "of the tokenizer's own template"
     monkeypatch.setattr("llama_probe.data.prompts.learn_turn_markers", lambda render: pytest.fail("130 chats again"))
     own = config.replace(turn_markers=markers)
-    assert config.chat_template_hash is not None
     assert PromptFormat.from_config(own, tokenizer) == replace(prompts, turn_markers=markers)
-
-
-def test_is_text():
-    turn = {"role": "user", "content": "x"}
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    parts = {"role": "user", "content": [{"type": "text", "text": "x"}]}
-    assert all(map(is_text, ["", [turn], [turn, call], [parts]]))
-    wrong = [None, 1, [], ["x"], [{"role": "user"}], [turn, {"role": "user", "content": None, "tool_calls": None}]]
-    wrong += [[{"role": None, "content": "x"}], "half \ud83d", [{"role": "user", "content": "\udcff"}]]
-    assert not any(map(is_text, wrong))

@@ -14,20 +14,21 @@ from llama_probe import ProbeError
 from llama_probe.data.row_files import InputFile, check_length, limited
 
 
-def write(path, count: int, group: int = 7):
+def write(path, count: int, group: int = 7, text: str = "number {}"):
     """Write `id` and `text` in the format of the name."""
-    rows = [{"id": i, "text": f"number {i}"} for i in range(count)]
+    rows = [{"id": i, "text": text.format(i)} for i in range(count)]
     if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+        table = pa.Table.from_pylist(rows)
+        pq.write_table(table, path, row_group_size=group, use_dictionary=False, compression="none")
     else:
         cells = ["id,text", *(f"{row['id']},{row['text']}" for row in rows)]
-        text = "\n".join(cells) if path.suffix == ".csv" else "\n\n".join(map(json.dumps, rows))
-        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+        lines = "\n".join(cells) if path.suffix == ".csv" else "\n\n".join(map(json.dumps, rows))
+        path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
     return path
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(count=st.integers(1, 40), size=st.integers(1, 45), group=st.integers(1, 45), world=st.integers(1, 4))
 def test_chunks_are_the_rows_each_once(tmp_path_factory, name, count, size, group, world):
     path = write(tmp_path_factory.mktemp("rows") / name, count, group)
@@ -46,38 +47,38 @@ def rows_of(file, size=2):
     return [chunk.columns["text"] for chunk in file.chunks(["text"], size, lambda _: True)]
 
 
-@pytest.mark.parametrize("text", ['[{"text": "a"}, {"text": "b"}]', '\n[\n{"text":\n"a"},\n{"text": "b"}]\n'])
-def test_an_array_of_rows(tmp_path, text):
-    (tmp_path / "a.json").write_text(text)
+def test_an_array_of_rows(tmp_path):
+    (tmp_path / "a.json").write_text('\n[\n{"text":\n"a"},\n{"text": "b"}]\n')
     file = InputFile(tmp_path / "a.json")
     assert rows_of(file) == [["a", "b"]] and list(file.fields()) == ["text"]
 
 
 def test_csv_cells_are_texts(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufefftext,n\r\n007,\r\n\r\n"a,\n""b""",1\r\nshort\r\n'.encode())
-    rows = [{"text": "007", "n": ""}, {"text": 'a,\r\n"b"'.replace("\r", ""), "n": "1"}, {"text": "short", "n": None}]
+    rows = [{"text": "007", "n": ""}, {"text": 'a,\n"b"', "n": "1"}, {"text": "short", "n": None}]
     assert list(InputFile(tmp_path / "a.csv")) == rows
+
+
+def peaks_of(call) -> tuple[int, int]:
+    """Return the most bytes that Python holds during a call, and those of pyarrow at its end."""
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak, pa.total_allocated_bytes()
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.csv"])
 def test_a_large_file_is_never_held(tmp_path, name):
-    path, text, rows = tmp_path / name, "x" * 2000, 20_000
-    if name == "a.parquet":
-        table = pa.table({"text": [text] * rows})
-        pq.write_table(table, path, row_group_size=1000, use_dictionary=False, compression="none")
-        del table
-    else:
-        line = json.dumps({"text": text}) if name == "a.jsonl" else text
-        path.write_text("\n".join([*(["text"] if name == "a.csv" else []), *[line] * rows]))
-    assert path.stat().st_size > 40e6
-    tracemalloc.start()
-    seen, arrow = 0, 0
-    for chunk in InputFile(path).chunks(["text"], 500, lambda number: number % 2 == 0):
-        seen += len(chunk)
-        arrow = max(arrow, pa.total_allocated_bytes())
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert seen == rows // 2 and peak < 8e6 and arrow < 10e6
+    path, sizes, arrow = write(tmp_path / name, 8000, 500, "x" * 2000), [], []
+
+    def read():
+        for chunk in InputFile(path).chunks(["text"], 500, lambda number: number % 2 == 0):
+            sizes.append(len(chunk))
+            arrow.append(pa.total_allocated_bytes())
+
+    assert peaks_of(read)[0] < 8e6 < 16e6 < path.stat().st_size
+    assert sum(sizes) == 4000 and max(arrow) < 8e6
 
 
 GOOD = '{"text": "a"}\n' * 3
@@ -93,8 +94,6 @@ GOOD = '{"text": "a"}\n' * 3
         ("a.json", '[{"text": "a"}, 1]', 1, "must be a JSON object"),
         ("a.csv", "text,label\na,0\nI say, no,1\n", 1, "more cells than the header"),
         ("a.csv", "text,label,text\na,0,b\n", 0, "2 columns 'text'"),
-        ("a.csv", "text,label\né,0\n".encode("utf-16"), 0, "0xff.*UTF-8"),
-        ("a.jsonl.gz", b"\x1f\x8b\x08\x00 and nothing else", 0, ""),
         ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], 3, "end-of-stream"),
         ("a.parquet", b"PAR1 and nothing else", 0, ""),
     ],
@@ -122,39 +121,35 @@ def test_patterns_and_files_named_twice(tmp_path):
             InputFile.find([pattern])
 
 
-def bomb(path):
-    """Write a small file of which a chunk, or a text, takes 160 MB."""
-    pieces = {
-        "rows.jsonl.gz": [b'{"text": "' + b"x" * 200_000 + b'"}\n'] * 800,
-        "text.jsonl.gz": [b'{"text": "', *[b"x" * 200_000] * 800, b'"}'],
-        "columns.csv.gz": [b"text", *[b",x" * 100_000] * 800],
-        "quotes.csv.gz": [b'text\n"', *[(b"x" * 199 + b"\n") * 1000] * 800, b'"\n'],
-        "array.json.gz": [b"[", *[b'{"text": "' + b"x" * 2000 + b'"},\n'] * 80_000],
-    }
-    if path.suffix == ".parquet":
-        text = pa.DictionaryArray.from_arrays(pa.array([0] * 800, pa.int32()), ["x" * 200_000])
-        pq.write_table(pa.table({"text": text if "dictionary" in path.name else text.dictionary_decode()}), path)
-    else:
-        with gzip.open(path, "wb", 1) as file:
-            file.writelines(pieces[path.name])
-    assert path.stat().st_size < 2e6
-    return path
+# Small files of which a chunk, or a text, takes 16 MB.
+BOMBS = {
+    "rows.jsonl.gz": [b'{"text": "' + b"x" * 20_000 + b'"}\n'] * 800,
+    "text.jsonl.gz": [b'{"text": "', *[b"x" * 20_000] * 800, b'"}'],
+    "quotes.csv.gz": [b'text\n"', *[(b"x" * 199 + b"\n") * 100] * 800, b'"\n'],
+    "array.json.gz": [b"[", *[b'{"text": "' + b"x" * 2000 + b'"},\n'] * 8000],
+    "plain.parquet": [],
+    "dictionary.parquet": [],
+}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["a.parquet", "dictionary.parquet", "rows.jsonl.gz", "text.jsonl.gz", "columns.csv.gz", "quotes.csv.gz", "array.json.gz"],
-)  # fmt: skip
+@pytest.mark.parametrize("name", BOMBS)
 def test_small_files_that_unpack_to_much(tmp_path, name):
-    limit = 50_000 if name == "array.json.gz" else 200_000
-    file = InputFile(bomb(tmp_path / name), limit)
-    tracemalloc.start()
-    with pytest.raises(ProbeError, match=r"max_text|field larger"):
-        file.fields()
-        rows_of(file, 2048)
-    peak, arrow = tracemalloc.get_traced_memory()[1], pa.total_allocated_bytes()
-    tracemalloc.stop()
-    assert peak < 90e6 and arrow < 80e6
+    if name.endswith(".parquet"):
+        text = pa.DictionaryArray.from_arrays(pa.array([0] * 800, pa.int32()), ["x" * 20_000])
+        pq.write_table(pa.table({"text": text if "dictionary" in name else text.dictionary_decode()}), tmp_path / name)
+    else:
+        with gzip.open(tmp_path / name, "wb", 1) as file:
+            file.writelines(BOMBS[name])
+    assert (tmp_path / name).stat().st_size < 3e5
+    file = InputFile(tmp_path / name, 5000 if name == "array.json.gz" else 20_000)
+
+    def refuse():
+        with pytest.raises(ProbeError, match=r"max_text|field larger"):
+            file.fields()
+            rows_of(file, 2048)
+
+    peak, arrow = peaks_of(refuse)
+    assert peak < 9e6 and arrow < 8e6
 
 
 def test_limits_that_are_raised(tmp_path):
@@ -166,10 +161,7 @@ def test_limits_that_are_raised(tmp_path):
     assert len(rows_of(file, 10)) == 20 and len(list(limited("it", file, 120_000))) == 200
     with pytest.raises(ProbeError, match="it has more than"):
         list(limited("it", file, 119_999))
-
-
-def test_lengths_of_chats():
-    check_length("row 0", [{"role": "user", "content": "x" * 4}], 10)
-    for value in ("x" * 11, [{"role": "user", "content": "x" * 6}, {"role": "assistant", "content": "y"}]):
-        with pytest.raises(ProbeError, match="row 0"):
-            check_length("row 0", value, 10)
+    chat = [{"role": "user", "content": "x" * 6}, {"role": "assistant", "content": "y" * 4}]
+    check_length("row 0", chat, 23)  # with the roles
+    with pytest.raises(ProbeError, match="row 0"):
+        check_length("row 0", chat, 22)

@@ -1,7 +1,5 @@
 """Rows of a source: where they are found, which of them are taken, and what their labels are."""
 
-from typing import get_args
-
 import datasets
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ from llama_probe import ProbeError
 from llama_probe.data.known import BENCHMARKS, find_benchmark
 from llama_probe.data.labelled_texts import LabelledTexts, Labels
 from llama_probe.data.row_sources import Source, allows_commercial_use
-from llama_probe.heads.rules import ProblemType
 
 
 def read(rows, names=None, kind=None, data_dir=None, split="train", **fields) -> LabelledTexts:
@@ -40,23 +37,22 @@ ROWS = [
 
 
 class TestFiles:
-    @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.tsv", "a.parquet"])
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet"])
     def test_formats(self, tmp_path, name):
         rows = read(write(tmp_path / name, ROWS))
         assert rows.texts == ["one", "two", "three"] and rows.labels.tolist() == [0, 2, 1]
         assert rows.label_names == ["LABEL_0", "LABEL_1", "LABEL_2"] and rows.columns == {"kind": ["x", "y", "x"]}
-        assert rows.problem_type == "single_label_classification"
 
-    @pytest.mark.parametrize("name", ["a.csv", "folder/train.csv", "folder/train.tsv"])
-    def test_texts_of_a_csv_file_stay_as_they_are(self, tmp_path, name):
+    @pytest.mark.parametrize("name, source", [("a.csv", "a.csv"), ("folder/train.tsv", "folder")])
+    def test_texts_of_a_csv_file_stay_as_they_are(self, tmp_path, name, source):
         path, text = tmp_path / name, "text,label,ask\n007,None,1.0\nNone,NA,NA\n1e3,None,x\n"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text if name.endswith(".csv") else text.replace(",", "\t"))
-        source = path.parent if "/" in name else path
-        rows = read(source)
+        rows = read(tmp_path / source)
         assert rows.texts == ["007", "None", "1e3"]
         assert rows.label_names == ["NA", "None"] and rows.labels.tolist() == [1, 0, 1]
-        assert [reply[0]["content"] for reply in read(source, prompt_column="ask").texts] == ["1.0", "NA", "x"]
+        asked = read(tmp_path / source, prompt_column="ask").texts
+        assert [reply[0]["content"] for reply in asked] == ["1.0", "NA", "x"]
 
     def test_replies_with_their_prompts(self, tmp_path):
         def replies(prompt):
@@ -74,8 +70,7 @@ class TestFiles:
     def test_class_label_names_are_matched_with_those_given(self, tmp_path):
         def write(name, labels, feature):
             features = Features({"text": Value("string"), "label": feature})
-            rows = {"text": [f"t{i}" for i in range(len(labels))], "label": labels}
-            Dataset.from_dict(rows, features).to_parquet(tmp_path / name)
+            Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features).to_parquet(tmp_path / name)
             return tmp_path / name
 
         path = write("a.parquet", [0, 0, 1], ClassLabel(names=["pos", "neg"]))
@@ -113,64 +108,56 @@ class TestFiles:
 
 KINDS, TERMS = ("yes", "no", "unsure"), ("MIT", "CC BY-NC 4.0")
 ASKED = [{"q": f"text {i}", "kind": KINDS[i % 3], "of": "ab"[i % 2], "terms": TERMS[i % 2]} for i in range(30)]
-MAPPED = {
-    "text_column": "q",
-    "label_column": "kind",
-    "label_map": {"yes": "harmful", "no": "harmless", "unsure": None},
-}
+MAPPED = {"label_column": "kind", "label_map": {"yes": "harmful", "no": "harmless", "unsure": None}}
 HARM = Labels(names=["harmless", "harmful"], flagged=["harmful"])
+SEVERAL = Labels(names=["x", "y"], problem_type="multi_label_classification")
 
 
 class TestChoice:
     @pytest.fixture
-    def place(self, tmp_path):
-        return str(write(tmp_path / "a.jsonl", ASKED))
+    def take(self, tmp_path):
+        place = str(write(tmp_path / "a.jsonl", ASKED))
 
-    def test_labels_are_mapped_and_rows_left_out(self, place):
-        rows = Source(rows=place, **MAPPED).read(HARM)
+        def take(labels=HARM, seed=0, commercial=False, **fields):
+            return Source(rows=place, text_column="q", **fields).read(labels, seed=seed, commercial=commercial)
+
+        return take
+
+    def test_labels_are_mapped_and_rows_left_out(self, take):
+        rows = take(**MAPPED)
         assert rows.labels.tolist() == [1, 0] * 10 and set(rows.columns["of"]) == {"a", "b"}
 
-    def test_all_rows_of_one_label(self, place):
-        assert set(Source(rows=place, text_column="q", label="harmful").read(HARM).labels.tolist()) == {1}
-        several = Labels(names=["x", "y"], problem_type="multi_label_classification")
-        assert Source(rows=place, text_column="q", label=["y"]).read(several).labels.tolist() == [[0, 1]] * 30
-        assert Source(rows=place, text_column="q", label=[]).read(several).labels.sum() == 0
+    def test_all_rows_of_one_label(self, take):
+        assert set(take(label="harmful").labels.tolist()) == {1}
+        assert take(SEVERAL, label=["y"]).labels.tolist() == [[0, 1]] * 30
+        assert take(SEVERAL, label=[]).labels.sum() == 0
 
-    def test_labels_that_nobody_gave_are_not_known(self, place):
-        several = Labels(names=["x", "y"], problem_type="multi_label_classification")
-        rows = Source(rows=place, text_column="q", label=["y"], known_labels=["y"]).read(several)
-        assert np.isnan(rows.labels[:, 0]).all() and (rows.labels[:, 1] == 1).all()
-        for labels, known in ((several, ["z"]), (several, ["x"]), (HARM, ["harmful"])):
+    def test_labels_that_nobody_gave_are_not_known(self, take):
+        labels = take(SEVERAL, label=["y"], known_labels=["y"]).labels
+        assert np.isnan(labels[:, 0]).all() and (labels[:, 1] == 1).all()
+        for kind, label, known in ((SEVERAL, ["y"], "z"), (SEVERAL, ["y"], "x"), (HARM, "harmful", "harmful")):
             with pytest.raises(ProbeError, match="known_labels"):
-                label = "harmful" if labels is HARM else ["y"]
-                Source(rows=place, text_column="q", label=label, known_labels=known).read(labels)
+                take(kind, label=label, known_labels=[known])
 
-    def test_where(self, place):
-        rows = Source(rows=place, **MAPPED, where={"of": ["a"], "kind": ["yes", "no"]}).read(HARM)
+    def test_where(self, take):
+        rows = take(**MAPPED, where={"of": ["a"], "kind": ["yes", "no"]})
         assert len(rows) == 10 and set(rows.columns["of"]) == {"a"}
 
-    def test_parts_share_no_text(self, place):
-        parts = [Source(rows=place, **MAPPED, part=part).read(HARM) for part in ([0, 0.6], [0.6, 1])]
-        texts = [set(rows.texts) for rows in parts]
-        assert len(texts[0]) + len(texts[1]) == 20 and not texts[0] & texts[1] and len(texts[0]) > len(texts[1])
+    def test_parts_share_no_text(self, take):
+        first, rest = (set(take(**MAPPED, part=part).texts) for part in ([0, 0.6], [0.6, 1]))
+        assert len(first) + len(rest) == 20 and not first & rest and len(first) > len(rest)
 
-    def test_limits(self, place):
-        first, again, other = (Source(rows=place, **MAPPED, max_rows=7).read(HARM, seed=i).texts for i in (3, 3, 4))
+    def test_limits(self, take):
+        first, again, other = (take(**MAPPED, max_rows=7, seed=seed).texts for seed in (3, 3, 4))
         assert first == again != other and len(first) == 7
 
-    @pytest.mark.parametrize(
-        "licence, allowed",
-        [("MIT", True), ("cc-by-4.0", True), ("odc-by", True), ("Apache-2.0", True), ("cc-by-nc-4.0", False),
-         ("CC BY-NC 4.0: non-commercial", False), ("for research purposes", False), ("unknown", False), (None, False)],
-    )  # fmt: skip
-    def test_licences(self, licence, allowed):
-        assert allows_commercial_use(licence) == allowed
-
-    def test_rows_without_a_licence_for_commercial_use_are_left_out(self, place):
-        by_row = Source(rows=place, **MAPPED, licence_column="terms")
-        assert len(by_row.read(HARM)) == 20 and len(by_row.read(HARM, commercial=True)) == 10
-        sources = (Source(rows=place, **MAPPED, licence=licence) for licence in ("MIT", "cc-by-nc-4.0", None))
-        assert [len(source.read(HARM, commercial=True)) for source in sources] == [20, 0, 0]
+    def test_rows_without_a_licence_for_commercial_use_are_left_out(self, take):
+        assert len(take(**MAPPED, licence_column="terms")) == 20
+        assert len(take(**MAPPED, licence_column="terms", commercial=True)) == 10
+        counts = [len(take(**MAPPED, licence=licence, commercial=True)) for licence in ("MIT", "cc-by-nc-4.0", None)]
+        assert counts == [20, 0, 0]
+        assert all(map(allows_commercial_use, ["cc-by-4.0", "odc-by", "Apache-2.0"]))
+        assert not any(map(allows_commercial_use, ["CC BY-NC 4.0", "for research purposes", "unknown"]))
 
 
 class TestLocalCopies:
@@ -181,7 +168,8 @@ class TestLocalCopies:
         write(folder / "sst2" / "train.jsonl.gz", rows)
         write(folder / "sst2" / "train_sentences.jsonl.gz", rows[:1])
         write(folder / "goemotions" / "test.jsonl.gz", [{"id": "x", "text": "wow", "label": [0, 27]}])
-        write(folder / "wildguardmix" / "train.jsonl.gz", [{"text": "a", "label": "harmful"}])
+        cells = [("a", "harmful"), (None, "harmful"), ("b", None)]  # the last two are skipped
+        write(folder / "wildguardmix" / "train.jsonl.gz", [{"text": text, "label": label} for text, label in cells])
         write(folder / "xstest" / "test.jsonl", [{"prompt": "a", "label": "unsafe", "type": "x"}])
         write(folder / "emotion" / "train.jsonl", [{"text": "a", "label": 9}])
         write(folder / "prompts" / "train.jsonl", ASKED)
@@ -200,10 +188,11 @@ class TestLocalCopies:
         assert rows.texts == ["a"] and rows.labels.tolist() == [1] and rows.columns == {"type": ["x"]}
 
     def test_of_hub_data_sets(self, copies):
-        source = Source(rows="someone/prompts@abc:main:train", **MAPPED)
+        asked = {"text_column": "q", **MAPPED}
+        source = Source(rows="someone/prompts@abc:main:train", **asked)
         assert source.name == "prompts" and source.find() is source, "nothing is asked of the Hub yet"
-        assert len(source.read(HARM, copies)) == len(Source(rows="prompts", **MAPPED).read(HARM, copies)) == 20
-        assert len(Source(rows="someone/prompts::more", name="m", **MAPPED).read(HARM, copies)) == 7
+        assert len(source.read(HARM, copies)) == len(Source(rows="prompts", **asked).read(HARM, copies)) == 20
+        assert len(Source(rows="someone/prompts::more", name="m", **asked).read(HARM, copies)) == 7
 
     def test_fields_that_differ_in_copies(self, copies):
         local = {"rows": "prompts", "text_column": "q", "where": {"of": ["b"]}}
@@ -217,7 +206,6 @@ class TestLocalCopies:
             ("sst2:validation", "no split 'validation'; it has: train, train_sentences"),
             ("someone/prompts::test", "no split 'test', but more, train"),
             ("imdb", "DIR/imdb/SPLIT.jsonl.gz"),
-            ("someone/other", "DIR/other/SPLIT.jsonl.gz"),
             ("emotion", "'9'"),
             ("rows.csv", "rows.csv"),
         ],
@@ -231,81 +219,23 @@ class TestLocalCopies:
             Source(rows="prompts").find()
 
 
-def wildguard(prompt, label):
-    return {"prompt": prompt, "adversarial": False, "prompt_harm_label": label, "subcategory": "benign"}
-
-
-def aegis(text, *votes, kind="user_message"):
-    padded = dict(zip([f"labels_{i}" for i in range(5)], [*votes, *["None"] * 5], strict=False))
-    return {"id": text, "text": text, "text_type": kind, "num_annotations": len(votes), **padded}
-
-
-BEAVERS = [
-    {"prompt": "Q", "response": "A", "category": {"violence": False}, "is_safe": True},
-    {"prompt": "Q", "response": "B", "category": {"violence": True}, "is_safe": False},
-]
-BEAVERS_COLUMNS = {name: [row[name] for row in BEAVERS] for name in ("prompt", "response", "category")}
-# The split, its configuration and split on the Hub, the rows there, and the texts, labels and columns that come of them.
+VOTES = {
+    "text_type": ["user_message"] * 4 + ["llm_response"],
+    "labels_0": ["Safe", "Threat", "Safe", None, "Safe"],
+    "labels_1": ["Violence", "Needs Caution", None, "None", "Safe"],
+}
+BEAVERS = {"prompt": ["Q", "Q"], "response": ["A", "B"], "is_safe": [True, False], "category": [{}, {}]}
+# Columns of data sets on the Hub, and the texts and labels that come of them.
 ON_HUB = {
-    "toxicchat": (
-        "train", ("toxicchat0124", "train"), [{"user_input": "grr", "toxicity": 1, "human_annotation": False, "x": 0}],
-        ["grr"], [1], {"human_annotation": [False]},
-    ),
-    "wildguardmix": (
-        "train", ("wildguardtrain", "train"),
-        [wildguard("a", "unharmful"), wildguard("b", "harmful"), wildguard(None, "harmful"), wildguard("d", None)],
-        ["a", "b"], [0, 1], {"adversarial": [False, False], "subcategory": ["benign", "benign"]},
-    ),
-    "goemotions": (
-        "train", ("simplified", "train"),
-        [{"text": "wow", "labels": [0, 26], "id": "x1"}, {"text": "ok", "labels": [27], "id": "x2"}],
-        ["wow", "ok"], [[0, 26], [27]], {"id": ["x1", "x2"]},
-    ),
-    "openai_moderation": (
-        "test", (None, "train"),
-        [{"prompt": "none", "S": 0, "V2": 0}, {"prompt": "one", "S": 0, "V2": 1}, {"prompt": "?", "S": None, "V2": None}],
-        ["none", "one", "?"], [0, 1, 0], {"S": [0, 0, None], "V2": [0, 1, None]},
-    ),
-    "aegis": (
-        "train", (None, "train"),
-        [
-            aegis("safe", "Safe", "Violence", "Safe"),
-            aegis("harmful", "Violence", "Threat", "Safe"),
-            aegis("unsure", "Needs Caution", "Needs Caution", "Safe"),
-            aegis("tie", "Safe", "Violence"),
-            aegis("reply", "Safe", kind="llm_response"),
-            aegis("nobody"),
-        ],
-        ["safe", "harmful", "unsure", "tie"], [0, 1, 1, 1], {"id": ["safe", "harmful", "unsure", "tie"]},
-    ),
-    "beavertails": (
-        "test", (None, "30k_test"), BEAVERS,
-        ["User: Q\n\nAssistant: A", "User: Q\n\nAssistant: B"], [0, 1], BEAVERS_COLUMNS,
-    ),
-    "beavertails_prompts": ("test", (None, "30k_test"), BEAVERS, ["Q", "Q"], [0, 1], BEAVERS_COLUMNS),
-}  # fmt: skip
+    "wildguardmix": ({"prompt": ["a", None], "prompt_harm_label": ["harmful", None]}, ["a", None], ["harmful", None]),
+    "openai_moderation": ({"prompt": list("abc"), "S": [0, 0, None], "V2": [0, 1, None]}, list("abc"), [0, 1, 0]),
+    "aegis": ({"text": list("abcde"), **VOTES}, list("abcde"), [1, 1, 0, None, None]),
+    "beavertails": (BEAVERS, ["User: Q\n\nAssistant: A", "User: Q\n\nAssistant: B"], [0, 1]),
+    "beavertails_prompts": (BEAVERS, ["Q", "Q"], [0, 1]),
+}
 
 
 class TestDataSetsKnownByName:
-    @pytest.fixture
-    def on_hub(self, monkeypatch):
-        """Lets the Hub have rows by id, configuration and split."""
-        rows = {}
-        monkeypatch.setattr(
-            datasets, "load_dataset", lambda *place, split, **_: Dataset.from_list(rows[*place, split])
-        )
-
-        def put(name, configuration, split, given):
-            rows[BENCHMARKS[name].hub_id, configuration, split] = given
-
-        return put
-
-    def test_the_table_is_complete(self):
-        for name, benchmark in BENCHMARKS.items():
-            assert benchmark.name == name and benchmark.hub_id.count("/") == 1 and "test" in benchmark.splits
-            assert len(set(benchmark.label_names)) == len(benchmark.label_names) >= 2
-            assert benchmark.problem_type in get_args(ProblemType) and set(benchmark.slices) <= set(benchmark.columns)
-
     def test_names_and_paths(self, tmp_path, monkeypatch, caplog):
         monkeypatch.chdir(tmp_path)
         assert find_benchmark("imdb") == (BENCHMARKS["imdb"], None)
@@ -325,26 +255,18 @@ class TestDataSetsKnownByName:
                 Source(rows="toxicchat", **fields)
 
     @pytest.mark.parametrize("name", ON_HUB)
-    def test_rows_as_they_are_on_the_hub(self, on_hub, name):
-        split, place, rows, texts, labels, columns = ON_HUB[name]
-        on_hub(name, *place, rows)
-        for found in (read(name, split=split), read(f"{name}:{split}")):
-            assert found.texts == texts and found.columns == columns
-            assert found.label_names == list(BENCHMARKS[name].label_names)
-            several = found.labels.ndim == 2
-            indices = [row.nonzero()[0].tolist() for row in found.labels] if several else found.labels.tolist()
-            assert indices == labels and found.flagged in (None, [BENCHMARKS[name].flagged])
+    def test_rows_as_they_are_on_the_hub(self, name):
+        columns, texts, labels = ON_HUB[name]
+        table = BENCHMARKS[name].convert(columns)
+        assert (table.pop("text"), table.pop("label")) == (texts, labels)
+        assert table == {column: columns[column] for column in BENCHMARKS[name].columns if column in columns}
 
-    def test_replies(self, on_hub):
-        on_hub("beavertails", None, "30k_test", BEAVERS)
-        rows = read("beavertails", split="test", prompt_column="prompt")
-        asked = {"role": "user", "content": "Q"}
-        assert rows.texts == [[asked, {"role": "assistant", "content": reply}] for reply in "AB"]
-        assert rows.labels.tolist() == [0, 1] and list(rows.columns) == ["category"]
-
-    def test_rows_that_the_hub_does_not_give(self, on_hub):
-        on_hub("imdb", None, "train", [{"review": "a", "label": 1}])
-        with pytest.raises(ProbeError, match=r"imdb.*'text'.*review, label"):
-            read("imdb")
-        with pytest.raises(ProbeError, match=r"dair-ai/emotion.*'split', 'validation'"):
-            read("emotion", split="validation")
+    def test_rows_that_the_hub_does_not_give(self, monkeypatch):
+        places, rows = [], Dataset.from_list([{"review": "a", "label": 1}])
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *place, split, **_: places.append((*place, split)) or rows
+        )
+        for name, split in (("imdb", "train"), ("emotion", "validation")):
+            with pytest.raises(ProbeError, match=rf"{name}.*'text'.*review, label"):
+                read(name, split=split)
+        assert places == [("stanfordnlp/imdb", None, "train"), ("dair-ai/emotion", "split", "validation")]

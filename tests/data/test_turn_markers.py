@@ -24,11 +24,20 @@ def assistant(content):
     return {"role": "assistant", "content": content}
 
 
+CHAT = [user(ASK), assistant(REPLY), user(AGAIN)]
+
+
 def called(*results):
     """Return a chat in which tools gave some results."""
     call = {"id": "call12345", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
     turns = [{"role": "tool", "content": text, "tool_call_id": "call12345", "name": "look"} for text in results]
     return [user(ASK), {"role": "assistant", "content": "", "tool_calls": [call]}, *turns]
+
+
+def between(family, chat, first, second):
+    """Return what the template writes between two texts."""
+    rendered = chat_tokenizer(family).apply_chat_template(chat, tokenize=False)
+    return rendered[rendered.index(first) + 1 : rendered.index(second)]
 
 
 def read(family, chat, scope, cut=slice(None), padding=(0, 0), ids=None, **kwargs):
@@ -57,31 +66,25 @@ class TestFamilies:
         plain = read(family, [user(ASK)], scope)
         assert ASK in plain and "system" not in plain and "user" not in plain
         systems = [[]] if family in NO_SYSTEM else [[], [SYSTEM], [{**SYSTEM, "content": SYSTEM["content"] * 20}]]
-        for space in ("", "\n", "\n\n", "\n\n\n", " ", "    ", "\t", "\r\n", " \n "):
+        for space in ("\n", "\n\n\n", "    ", "\t", "\r\n", " \n "):
             for system in systems:
                 assert read(family, [*system, user(space + ASK)], scope).strip() == plain.strip()
 
     def test_several_turns(self, family):
-        chat = [user(ASK), assistant(REPLY), user(AGAIN)]
-        last, all_users, turns = (read(family, chat, scope) for scope in ("last_user", "user", "turns"))
+        last, all_users, turns = (read(family, CHAT, scope) for scope in ("last_user", "user", "turns"))
         assert AGAIN in last and ASK not in last and REPLY not in last
         assert AGAIN in all_users and ASK in all_users and REPLY not in all_users
         assert all(text in turns for text in (ASK, REPLY, AGAIN))
+        for scope, plain in (("last_user", last), ("user", all_users), ("turns", turns)):
+            assert all(read(family, CHAT, scope, padding=padding) == plain for padding in ((5, 0), (0, 5)))
 
     def test_cut_on_either_side(self, family):
-        chat = [user(ASK), assistant(REPLY), user(AGAIN)]
         inside = len(PromptFormat(chat_tokenizer(family)).prefix_ids) + 3
-        for scope in ("user", "turns"):
-            found = read(family, chat, scope, slice(inside, None))
-            assert "bread?" in found and AGAIN in found
-        assert AGAIN in read(family, chat, "last_user", slice(inside, None))
+        for scope in ("user", "turns", "last_user"):
+            found = read(family, CHAT, scope, slice(inside, None))
+            assert AGAIN in found and (scope == "last_user" or "bread?" in found)
         whole = read(family, [user(ASK)], "last_user")
         assert whole.startswith(read(family, [user(ASK)], "last_user", slice(None, -1)).rstrip("\ufffd"))
-
-    def test_padding(self, family):
-        chat = [user(ASK), assistant(REPLY), user(AGAIN)]
-        for scope in ("last_user", "user", "turns"):
-            assert len({read(family, chat, scope, padding=padding) for padding in ((0, 0), (5, 0), (0, 5))}) == 1
 
     def test_the_beginning_of_a_long_text_is_kept(self, family):
         """`max_length` cuts the end of the last text, and an earlier turn before it."""
@@ -92,15 +95,11 @@ class TestFamilies:
 
     def test_markers_that_a_user_types(self, family):
         """Where the tokenizer makes special tokens of them, what stands behind is still the user's."""
-        tokenizer = chat_tokenizer(family)
-        empty = tokenizer.apply_chat_template([user("X"), assistant("Y"), user("Z")], tokenize=False)
-        forged = empty[empty.index("X") + 1 : empty.index("Y")]
-        for scope in ("last_user", "user"):
-            found = read(family, [user(f"Hello{forged}{ASK}")], scope)
+        turns = [user("X"), assistant("Y"), user("Z")]
+        reply, again = between(family, turns, "X", "Y"), between(family, turns, "Y", "Z")
+        for scope, typed in (("last_user", reply), ("user", reply), ("user", f"{reply}Yes{again}")):
+            found = read(family, [user(f"Hello{typed}{ASK}")], scope)
             assert "Hello" in found and ASK in found
-        both = empty[empty.index("Y") + 1 : empty.index("Z")]
-        found = read(family, [user(f"Hello{forged}Yes{both}{ASK}")], "user")
-        assert "Hello" in found and ASK in found
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(NO_SYSTEM) - {"deepseek"}))
@@ -118,8 +117,7 @@ def test_raw_text_is_read_whole(scope):
 
 
 def test_a_system_turn_behind_the_users_is_read():
-    chat = [user(ASK), {**SYSTEM, "content": "ignore this"}]
-    assert "ignore this" in read("chatml", chat, "user")
+    assert "ignore this" in read("chatml", [user(ASK), {**SYSTEM, "content": "ignore this"}], "user")
 
 
 WITH_TOOLS = ["chatml", "llama3", "qwen", "gpt-oss", "granite"]
@@ -147,15 +145,12 @@ class TestToolResults:
         assert "14" in found and REPLY not in found and AGAIN not in found
 
     def test_none_leaves_nothing_to_read(self, family):
-        assert read(family, [SYSTEM, user(ASK), assistant(REPLY), user(AGAIN)], "tool") == ""
+        assert read(family, [SYSTEM, *CHAT], "tool") == ""
 
     @pytest.mark.parametrize("role", ["user", "assistant", "system"])
     def test_do_not_end_at_a_marker_that_they_hold(self, family, role):
-        forged = chat_tokenizer(family).apply_chat_template(
-            [user("X"), {"role": role, "content": "Y"}], tokenize=False
-        )
-        forged = forged[forged.index("X") + 1 : forged.index("Y")]
-        assert AGAIN in read(family, called(f"It is 12 hours.{forged}{AGAIN}"), "tool")
+        typed = between(family, [user("X"), {"role": role, "content": "Y"}], "X", "Y")
+        assert AGAIN in read(family, called(f"It is 12 hours.{typed}{AGAIN}"), "tool")
 
     def test_the_last_is_kept_of_a_long_chat(self, family):
         prompts = PromptFormat(chat_tokenizer(family), max_length=200, text_role="tool")
@@ -171,7 +166,7 @@ class TestToolResults:
 
 def test_documents_are_read_with_tool_results():
     documents = [{"doc_id": str(place), "text": text} for place, text in enumerate(("It is 12 hours.", "Or 13."))]
-    found = read("granite", [user(ASK), assistant(REPLY), user(AGAIN)], "tool", documents=documents)
+    found = read("granite", CHAT, "tool", documents=documents)
     assert "12 hours" in found and "13" in found
     assert not any(text in found for text in (ASK, AGAIN, REPLY, "You are Granite"))
 
