@@ -112,5 +112,7 @@ class TestRecipes:
         search = {"trials": 3, "probe_types": ["gate", "attentive"]}
         shown = train(backbone_folder, rows, tmp_path / "a", search=search)
         assert "3 configurations by validation" in shown
-        best = json.loads((tmp_path / "a" / "results.json").read_text())["search"][0]
-        assert read_config(tmp_path / "a").probe_type == best["values"]["probe_type"]
+        results = json.loads((tmp_path / "a" / "results.json").read_text())
+        best, *others = results["search"]
+        assert best["score"] == results["runs"][0]["validation"]["auprc"] >= max(trial["score"] for trial in others)
+        assert read_config(tmp_path / "a").probe_type == best["values"]["probe_type"] == results["probe_type"]

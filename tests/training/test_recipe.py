@@ -11,7 +11,7 @@ from llama_probe.data.labelled_texts import Labels
 from llama_probe.data.row_sources import Source
 from llama_probe.heads import get_probe_type, probe_types
 from llama_probe.training.defaults import complete_head, layers_at
-from llama_probe.training.recipe import Calibration, CardFacts, Copies, Held, Measure, Recipe, recipe_names
+from llama_probe.training.recipe import Calibration, CardFacts, Copies, Held, Measure, Recipe
 from llama_probe.training.search import Search, draw_trials
 
 
@@ -24,7 +24,7 @@ def changed(**sections):
 
 @pytest.mark.parametrize(
     "rows, kind",
-    [(1, "pooling"), (128, "pooling"), (129, "gate"), (512, "gate"), (513, "multimax"), (10**7, "multimax")],
+    [(1, "pooling"), (128, "pooling"), (129, "gate"), (512, "gate"), (513, "multimax")],
 )
 def test_a_kind_for_so_many_rows(rows, kind):
     head = complete_head({}, rows)
@@ -94,13 +94,6 @@ class TestFile:
         assert recipe.labels.flagged == ["toxic"] and recipe.head == {"dropout": 0.3}
         assert "max_rows: 7" in recipe.write() and Recipe.load(tmp_path / "a.yaml").train[1].max_rows == 5
 
-    def test_folders_of_this_machine_are_not_written(self, tmp_path):
-        rows = tmp_path / "data" / "rows.csv"
-        rows.parent.mkdir()
-        rows.write_text("text,label\na,0\n")
-        written = Recipe.load({"train": [str(rows)]}).write()
-        assert str(tmp_path) not in written and "data/rows.csv" in written
-
     @pytest.mark.parametrize(
         "values, named",
         [
@@ -111,12 +104,9 @@ class TestFile:
             (changed(head={"probe_type": "gate", "options": {"num_members": 2}}), "num_members"),
             (changed(measure={"sources": ["xstest", "xstest"]}), "'xstest'"),
             (changed(measure={"sources": ["xstest"], "wrappings": "aegis"}), "wrappings='aegis'"),
-            (changed(measure={"sources": ["xstest"], "attacks": "aegis"}), "attacks='aegis'"),
-            (changed(labels={"flag": ["a"]}), "labels has no field 'flag'"),
             (changed(labels={"flagged": "toxic"}), "labels.*flagged"),
             (changed(train=[{"rows": "toxicchat", "column": "x"}]), r"train\[0\] has no field 'column'"),
             (changed(train=[{"rows": "toxicchat", "max_rows": 0}]), r"train\[0\].max_rows=0"),
-            (changed(train=[{"rows": "toxicchat", "repeat": 0}]), r"repeat=0"),
             (changed(train=[{"rows": "toxicchat", "part": [0.5, 0.5]}]), r"part="),
             (changed(train=[{"rows": "toxicchat", "weights": [-1.0]}]), r"weights="),
             (changed(train=["toxicchat", "toxicchat"]), "'toxicchat'"),
@@ -133,7 +123,6 @@ class TestFile:
             (changed(hold_out={"a.b": ["toxicchat"]}), "'a.b'"),
             (changed(seeds=0), "seeds=0"),
             (changed(seed=2**32), "seed=4294967296"),
-            (changed(max_rows=0), "max_rows=0"),
             (changed(head=[1]), "head="),
             (changed(search={"trials": -1}), "trials=-1"),
             (changed(search={"probe_types": ["lstm"]}), "lstm"),
@@ -149,25 +138,13 @@ class TestFile:
         with pytest.raises(ProbeError, match=named):
             Recipe.load(tmp_path / "a.yaml")
 
-    def test_names_that_there_are_not(self, tmp_path):
-        for name in ("no-such-recipe", tmp_path / "b.yaml", tmp_path):
-            with pytest.raises(ProbeError, match="no recipe"):
-                Recipe.load(name)
-        assert "safety" in recipe_names()
-
     @pytest.mark.parametrize("setting", ["seed", "train.5.rows=1", "name.x=1", "seed=[", "train.x=1"])
     def test_settings_that_cannot_be(self, setting):
         with pytest.raises(ProbeError, match="--set"):
             Recipe.load(changed(name="a"), [setting])
 
 
-def test_a_single_data_set_brings_its_facts():
-    assert Recipe.load({"train": ["emotion"]}).card.dataset == "dair-ai/emotion"
-    shares = {"validation": {"share": 0.2}, "test": {"share": 0.1}}
-    assert not any(part.sources for part in Recipe.load({"train": ["emotion"], **shares}).named_parts(None))
-
-
-@pytest.mark.parametrize("hidden_size", [32, 576, 3072])
+@pytest.mark.parametrize("hidden_size", [32, 576])
 def test_every_draw_can_be_built(hidden_size):
     base = ProbeConfig(probe_type="pooling", hidden_size=hidden_size, num_hidden_layers=2)
     search = Search(trials=30, probe_types=list(probe_types()))

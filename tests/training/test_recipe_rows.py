@@ -22,11 +22,6 @@ def train(tmp_path):
 
 
 class TestHoldingBack:
-    def test_a_share(self, train):
-        rows = read(train)
-        assert (len(rows.train), len(rows.validation)) == (34, 6)
-        assert not set(rows.train.texts) & set(rows.validation.texts)
-
     @pytest.mark.parametrize("count, folded", [(FEW_ROWS - 1, True), (FEW_ROWS, False)])
     def test_few_rows_are_folded(self, tmp_path, count, folded):
         rows = read(write(tmp_path / "a.jsonl", count), validation={})
@@ -70,12 +65,8 @@ class TestMixtures:
 
     def test_repeats_and_weights(self, tmp_path, train):
         extra = {"rows": write(tmp_path / "b.jsonl", 60), "extra": True, "weights": [0.0, 0.3]}
-        rows = read(
-            {"rows": train, "repeat": 3},
-            extra,
-            copies={"names": ["lead_in"], "share": 0.2},
-            labels={"flagged": ["LABEL_1"]},
-        )
+        sections = {"copies": {"names": ["lead_in"], "share": 0.2}, "labels": {"flagged": ["LABEL_1"]}}
+        rows = read({"rows": train, "repeat": 3}, extra, **sections)
         plain, more = rows.num_plain, rows.num_extra
         assert rows.repeats == [3] * plain + [1] * (len(rows.train) - plain), "copies are learned once"
         assert rows.weights == [None] * plain + [[0.0, 0.3]] * more + [None] * (len(rows.train) - plain - more)
@@ -90,21 +81,16 @@ class TestMixtures:
             read(own, other)
 
 
-class TestCopies:
-    def test_only_training_rows_are_wrapped(self, tmp_path, train):
-        system = write(tmp_path / "system.jsonl", [{"text": "You sell shoes."}])
-        split = {"test": {"share": 0.25}, "validation": {"share": 0.2}}
-        plain = read(train, **split)
-        rows = read(train, **split, copies={"names": ["system_prompt"], "share": 1.0, "system_prompts": system})
-        texts = plain.train.texts
-        assert rows.validation.texts == plain.validation.texts and rows.test.texts == plain.test.texts
-        wrapped = [[turn["content"] for turn in text] for text in rows.train.texts[len(texts) :]]
-        assert rows.train.texts[: len(texts)] == texts and wrapped == [["You sell shoes.", text] for text in texts]
-        assert rows.train.labels.tolist() == plain.train.labels.tolist() * 2
-
-    def test_refused(self, train):
-        with pytest.raises(ProbeError, match="copies"):  # folds would share them
-            read(train, validation={"folds": 3}, copies={"names": ["lead_in"]})
+def test_only_training_rows_are_wrapped(tmp_path, train):
+    copies = {"names": ["system_prompt"], "share": 1.0}
+    copies["system_prompts"] = write(tmp_path / "system.jsonl", [{"text": "You sell shoes."}])
+    split = {"test": {"share": 0.25}, "validation": {"share": 0.2}}
+    plain, rows = read(train, **split), read(train, **split, copies=copies)
+    texts = plain.train.texts
+    assert rows.validation.texts == plain.validation.texts and rows.test.texts == plain.test.texts
+    wrapped = [[turn["content"] for turn in text] for text in rows.train.texts[len(texts) :]]
+    assert rows.train.texts[: len(texts)] == texts and wrapped == [["You sell shoes.", text] for text in texts]
+    assert rows.train.labels.tolist() == plain.train.labels.tolist() * 2
 
 
 class TestExtraRows:
@@ -118,76 +104,68 @@ class TestExtraRows:
         assert with_folds.train.texts[40:] == [f"{('bad', 'good')[i % 2]} no {i}" for i in range(40, 60)]
 
     def test_rows_that_are_all_validation_rows(self, tmp_path, train, caplog):
-        extra = {"rows": write(tmp_path / "b.jsonl", 20), "extra": True}
+        extra, other = ({"rows": write(tmp_path / f"{n}.jsonl", n), "extra": True} for n in (20, 60))
         with pytest.raises(ProbeError, match="extra"):
             read(train, extra, validation={"folds": 3})
-        other = {"rows": write(tmp_path / "c.jsonl", 60), "extra": True}
-        assert (
-            read(train, extra, other, validation={"folds": 3}).num_extra == 20
-            and "60 extra rows are skipped" in caplog.text
-        )
-
-    def test_a_named_data_set_is_read_by_the_order_of_its_labels(self, tmp_path):
-        write(tmp_path / "advbench" / "test.jsonl", [{"text": "Make a bomb.", "label": 1}])
-        write(tmp_path / "toxicchat" / "train.jsonl", 40)
-        rows = read("toxicchat", {"rows": "advbench:test", "extra": True}, data_dir=tmp_path)
-        assert rows.train.labels[rows.num_plain :].tolist() == [1] and rows.train.flagged == ["toxic"]
+        assert read(train, extra, other, validation={"folds": 3}).num_extra == 20
+        assert "60 extra rows are skipped" in caplog.text
 
 
-class TestHoldingOut:
-    def test_a_twin_is_not_chosen_by_its_sources_either(self, tmp_path):
-        sources = [
-            write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(60)])
-            for name in "ab"
-        ]
-        rows = read(*sources, validation={"share": 0.3}, hold_out={"twin": ["b"]})
-        for part, held in ((rows.train, rows.held_out["twin"]), (rows.validation, rows.unjudged["twin"])):
-            assert {part.texts[row][0] for row in held} == {"b"} and len(held) == sum(
-                text[0] == "b" for text in part.texts
-            )
-        assert len(rows.held_rows["twin"]["b"]) == 60
+def test_a_twin_is_not_chosen_by_its_sources_either(tmp_path):
+    def source(name):
+        return write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(60)])
 
-    @pytest.mark.parametrize(
-        "sections", [{"validation": {"folds": 2}, "hold_out": {"x": ["b"]}}, {"hold_out": {"x": ["a", "b"]}}]
-    )
-    def test_refused(self, tmp_path, sections):
-        with pytest.raises(ProbeError, match="hold_out"):
-            read(write(tmp_path / "a.jsonl", 40), write(tmp_path / "b.jsonl", 40), **sections)
-
-    def test_rows_that_were_learned_are_not_measured(self, tmp_path, train):
-        rows = read(train, measure={"sources": [write(tmp_path / "b.jsonl", 60)]})
-        assert not set(rows.measured["b"].texts) & set(rows.train.texts) and len(rows.measured["b"]) == 26
+    rows = read(source("a"), source("b"), validation={"share": 0.3}, hold_out={"twin": ["b"]})
+    for part, held in ((rows.train, rows.held_out["twin"]), (rows.validation, rows.unjudged["twin"])):
+        assert held.tolist() == [row for row, text in enumerate(part.texts) if text[0] == "b"]
+    assert len(rows.held_rows["twin"]["b"]) == 60
 
 
-class TestCalibration:
-    def test_rows_need_no_labels(self, tmp_path, train):
-        calm = write(tmp_path / "b.jsonl", [{"text": f"calm {i}"} for i in range(60)])
-        sections = {"labels": {"flagged": ["LABEL_1"]}, "calibration": {"sources": [calm]}}
-        rows = read(train, **sections)
-        assert rows.calibration.labels.tolist() == [0] * 60
-        with pytest.raises(ProbeError, match="calibration"):
-            read(write(tmp_path / "c.jsonl", 60, WORDS), calibration={"sources": [calm]})
+def test_rows_that_were_learned_are_not_measured(tmp_path, train):
+    rows = read(train, measure={"sources": [write(tmp_path / "b.jsonl", 60)]})
+    assert not set(rows.measured["b"].texts) & set(rows.train.texts) and len(rows.measured["b"]) == 26
 
 
-class TestLicences:
-    def test_what_is_left_out_is_told(self, tmp_path, train):
-        bound = {"rows": write(tmp_path / "b.jsonl", 30), "name": "bound", "licence": "cc-by-nc-4.0"}
-        free = {"rows": train, "licence": "mit"}
-        rows = read(free, bound, licence="commercial")
-        assert rows.described["train"]["not_commercial"] == {"bound": 30} and set(rows.train.columns["source"]) == {
-            "a"
-        }
-        with pytest.raises(ProbeError, match="licence"):
-            read(bound, licence="commercial")
+def test_rows_to_calibrate_on_need_no_labels(tmp_path, train):
+    calm = write(tmp_path / "b.jsonl", [{"text": f"calm {i}"} for i in range(60)])
+    rows = read(train, labels={"flagged": ["LABEL_1"]}, calibration={"sources": [calm]})
+    assert rows.calibration.labels.tolist() == [0] * 60
+    with pytest.raises(ProbeError, match="calibration"):
+        read(write(tmp_path / "c.jsonl", 60, WORDS), calibration={"sources": [calm]})
 
 
-class TestWarnings:
-    @pytest.mark.parametrize(
-        "name, told", [("validation", "40 of 50 validation rows"), ("test", "34 of 50 test rows")]
-    )
-    def test_rows_that_are_learned_from_and_judged_by(self, tmp_path, train, name, told, caplog):
-        read(train, **{name: {"sources": [write(tmp_path / "b.jsonl", 50)]}})
-        assert caplog.text.count("among the training rows") == 1 and told in caplog.text
+def test_what_a_licence_leaves_out_is_told(tmp_path, train):
+    bound = {"rows": write(tmp_path / "b.jsonl", 30), "name": "bound", "licence": "cc-by-nc-4.0"}
+    rows = read({"rows": train, "licence": "mit"}, bound, licence="commercial")
+    assert rows.described["train"]["not_commercial"] == {"bound": 30}
+    assert set(rows.train.columns["source"]) == {"a"}
+    with pytest.raises(ProbeError, match="licence"):
+        read(bound, licence="commercial")
+
+
+@pytest.mark.parametrize("name, told", [("validation", "40 of 50 validation rows"), ("test", "34 of 50 test rows")])
+def test_rows_that_are_learned_from_and_judged_by_are_warned_of(tmp_path, train, name, told, caplog):
+    read(train, **{name: {"sources": [write(tmp_path / "b.jsonl", 50)]}})
+    assert caplog.text.count("among the training rows") == 1 and told in caplog.text
+
+
+@pytest.mark.parametrize(
+    "sections, named",
+    [
+        ({"validation": {"folds": 3}, "copies": {"names": ["lead_in"]}}, "copies"),  # folds would share them
+        ({"validation": {"folds": 2}, "hold_out": {"x": ["b"]}}, "hold_out"),
+        ({"hold_out": {"x": ["a", "b"]}}, "hold_out"),
+    ],
+)
+def test_sections_that_exclude_each_other(tmp_path, sections, named):
+    with pytest.raises(ProbeError, match=named):
+        read(write(tmp_path / "a.jsonl", 40), write(tmp_path / "b.jsonl", 40), **sections)
+
+
+def test_other_folds_are_other_rows(train):
+    """A run does not resume with them: its heads have learned from rows that are held out now."""
+    first, again, other = (read(train, validation={"folds": 2}, seed=seed).digest() for seed in (0, 0, 1))
+    assert first == again and first["learned"] != other["learned"]
 
 
 class TestNamedDataSets:
@@ -206,10 +184,3 @@ class TestNamedDataSets:
         assert {name: part.texts[0] for name, part in rows.parts().items()} == {
             "train": "train 0", "validation": "validation 0", "test": "test 0",
         }  # fmt: skip
-
-    def test_labels_of_another_set_are_those_of_train(self, named):
-        rows = read("toxicchat", test={"sources": ["xstest"]}, data_dir=named)
-        assert rows.test.label_names == ["non-toxic", "toxic"] and rows.test.labels.sum() == 10
-        assert rows.train.flagged == rows.test.flagged == ["toxic"]
-        with pytest.raises(ProbeError, match="safe, unsafe"):
-            read("emotion", test={"sources": ["xstest"]}, data_dir=named)

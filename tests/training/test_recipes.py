@@ -5,13 +5,10 @@ import re
 from collections import defaultdict
 from dataclasses import replace
 
-import datasets
 import pytest
-import torch
 import yaml
-from conftest import read_head
+from training_runs import write
 
-from llama_probe import ProbeTrainer
 from llama_probe.data.known import find_benchmark
 from llama_probe.data.tables import TablePlace
 from llama_probe.training.recipe import Recipe, recipe_names
@@ -19,67 +16,59 @@ from llama_probe.training.recipe_rows import read_rows
 
 
 ROWS = 12  # of each source
-CATEGORIES = ("violence", "hate", "sexual", "self-harm", "crime", "privacy")
-# Columns of data sets on the Hub, by id, as cards and public code show them; a list has the values of a label column.
+SAFE, LABELS, LICENCES = ["safe", "unsafe"], [0, 1], ["MIT", "CC BY-NC 4.0"]
+# The columns that recipes read of data sets on the Hub, by id, as cards and public code show them. A list has the values of a
+# label column, or of one that rows are chosen by.
 HUB = {
     "nvidia/Aegis-AI-Content-Safety-Dataset-2.0": {
-        "id": "id", "reconstruction_id_if_redacted": [None, 7.0], "prompt": "text", "prompt_label": ["safe", "unsafe"],
-        "response": None, "response_label": None, "violated_categories": "", "prompt_label_source": "human",
+        "prompt": "text", "prompt_label": SAFE, "reconstruction_id_if_redacted": [None, 7.0],
     },
     "nvidia/Nemotron-Safety-Guard-Dataset-v3": {
-        "id": "id", "reconstruction_id_if_redacted": [None, 7.0], "prompt": "text", "prompt_label": ["safe", "unsafe"],
-        "response": None, "response_label": None, "violated_categories": "", "tag": "generic",
+        "prompt": "text", "prompt_label": SAFE, "reconstruction_id_if_redacted": [None, 7.0],
         "language": ["en", "ar", "de", "es", "fr", "hi", "ja", "th", "zh"],
     },
-    "TrustAIRLab/in-the-wild-jailbreak-prompts": {
-        "platform": "reddit", "source": "r/x", "prompt": "text", "jailbreak": [True, False], "created_at": None,
-        "date": "2023-05-07", "community_id": None, "community_name": None,
-    },
+    "TrustAIRLab/in-the-wild-jailbreak-prompts": {"prompt": "text"},
     "bench-llm/or-bench": {"prompt": "text", "category": ["violence", "harmful", "illegal", "unethical", "hate"]},
     "allenai/coconot": {
-        "id": "id", "category": ["Requests with safety concerns"], "prompt": "text", "response": "",
+        "prompt": "text", "category": ["Requests with safety concerns"],
         "subcategory": ["dangerous or sensitive topics", "triggers for offensive language", "privacy violations"],
     },
     "OpenAssistant/oasst1": {
-        "message_id": "id", "parent_id": [None, "m"], "text": "text", "role": ["prompter", "assistant"],
+        "text": "text", "parent_id": [None, "m"], "role": ["prompter", "assistant"],
         "lang": ["en", "es", "ru", "zh", "de", "fr", "th", "ja"],
     },
-    "databricks/databricks-dolly-15k": {"instruction": "text", "context": "", "response": "", "category": ["closed_qa"]},
-    "fka/awesome-chatgpt-prompts": {"act": "a", "prompt": "text"},
+    "databricks/databricks-dolly-15k": {"instruction": "text"},
+    "fka/awesome-chatgpt-prompts": {"prompt": "text"},
     "walledai/TDC23-RedTeaming": {"prompt": "text"},
-    "LibrAI/do-not-answer": {
-        "id": 1, "risk_area": "a", "types_of_harm": ["Assisting illegal activities", "Toxic language (hate speech)"],
-        "specific_harms": "b", "question": "text",
-    },
+    "LibrAI/do-not-answer": {"question": "text", "types_of_harm": ["Assisting illegal activities", "Toxic language"]},
 }  # fmt: skip
 # The same of data sets known by name.
 KNOWN = {
-    "toxicchat": {"conv_id": "id", "user_input": "text", "human_annotation": [True, False], "toxicity": [0, 1], "jailbreaking": 0},
-    "wildguardmix": {"prompt": "text", "prompt_harm_label": ["harmful", "unharmful"], "adversarial": False},
-    "imdb": {"text": "text", "label": [0, 1]},
-    "sst2": {"sentence": "text", "label": [0, 1]},
+    "toxicchat": {"user_input": "text", "human_annotation": [True, False], "toxicity": LABELS},
+    "wildguardmix": {"prompt": "text", "prompt_harm_label": ["harmful", "unharmful"]},
+    "imdb": {"text": "text", "label": LABELS},
+    "sst2": {"sentence": "text", "label": LABELS},
     "emotion": {"text": "text", "label": [0, 1, 2, 3, 4, 5]},
-    "xstest": {"id": 1, "prompt": "text", "label": ["safe", "unsafe"], "type": "a"},
-    "openai_moderation": {"prompt": "text", "S": [0, 1], "H": 0},
-    "aegis": {"text": "text", "text_type": "user_message", "labels_0": ["Safe", "Violence"], "labels_1": ["Safe", "Violence"]},
-    "advbench": {"prompt": "text", "target": "Sure"},
-    "beavertails": {"prompt": "asked", "response": "text", "is_safe": [True, False], "category": {"privacy_violation": False}},
-}  # fmt: skip
+    "xstest": {"prompt": "text", "label": SAFE},
+    "openai_moderation": {"prompt": "text", "S": LABELS},
+    "aegis": {"text": "text", "text_type": "user_message", "labels_0": ["Safe", "Violence"]},
+    "advbench": {"prompt": "text"},
+    "beavertails": {"prompt": "asked", "response": "text", "is_safe": [True, False]},
+}
 # The same of local copies, by folder; one that is not here has `text` and `label`, and the label values of KNOWN.
+PLAIN = {"text": "text", "label": LABELS}
 LOCAL = {
-    "safety_prompts": {"id": "id", "text": "text", "label": [0, 1], "source": ["other"], "category": [None], "licence": "MIT"},
-    "benign_prompts": {"id": "id", "text": "text", "label": 0, "source": "alpaca", "category": None, "licence": ["MIT", "CC BY-NC 4.0"]},
-    "system_prompts": {"id": "id", "text": "text", "source": "a", "licence": ["MIT", "CC0"]},
-    "toxicchat": {"id": "id", "text": "text", "label": [0, 1], "human_annotation": [True, False], "jailbreaking": 0},
-    "xstest": {"id": "id", "text": "text", "label": [0, 1], "type": "a"},
-    "emotion": {"id": "id", "text": "text", "label": [0, 1, 2, 3, 4, 5]},
-    "replies": {"id": "id", "text": "text", "prompt": "asked", "response": "text", "label": [0, 1], "source": ["other"], "licence": "MIT"},
-    "injections": {"id": "id", "text": "text", "messages": "text", "label": [0, 1], "kind": "indirect", "source": ["other"], "licence": "MIT"},
-    "hallucination": {"id": "id", "text": "text", "reference": "text", "label": [0, 1], "source": ["other"], "licence": "MIT"},
-    "beavertails": {"prompt": "asked", "response": "text", "text": "text", "label": [0, 1], "categories": [[]]},
-    "openai_moderation": {"id": "id", "text": "text", "label": [0, 1], "categories": [None]},
-}  # fmt: skip
-PLAIN = {"id": "id", "text": "text", "label": [0, 1]}
+    "safety_prompts": {**PLAIN, "source": ["other"], "category": [None], "licence": "MIT"},
+    "benign_prompts": {**PLAIN, "label": 0, "licence": LICENCES},
+    "system_prompts": {"text": "text", "licence": LICENCES},
+    "toxicchat": {**PLAIN, "human_annotation": [True, False]},
+    "emotion": KNOWN["emotion"],
+    "replies": {"prompt": "asked", "response": "text", "label": LABELS, "source": ["other"], "licence": "MIT"},
+    "injections": {**PLAIN, "messages": "text", "kind": "indirect", "source": ["other"], "licence": "MIT"},
+    "hallucination": {"reference": "text", "source": ["other"]},
+    "beavertails": {**PLAIN, "prompt": "asked", "response": "text", "categories": [[]]},
+    "openai_moderation": {**PLAIN, "categories": [None]},
+}
 
 
 def sources_of(recipe):
@@ -89,36 +78,30 @@ def sources_of(recipe):
     return [*recipe.train, *(source for part in held for source in part.sources), *([prompts] if prompts else [])]
 
 
-def cell(wanted):
-    """Return the value of a cell that `where` names by its text."""
-    text = str(wanted)
-    return json.loads(text.replace("'", '"')) if text[:1] in "[{" else wanted
-
-
 def stand_ins(columns, source):
     """Return rows with these columns: most as `where` wants them, and one as it does not."""
-    assert source.text_column in columns or find_benchmark(source.rows), f"{source.name}: {source.text_column}"
-    where = source.where or {}
+    is_known, where = find_benchmark(source.rows), source.where or {}
+    assert source.text_column in columns or is_known, f"{source.name}: {source.text_column}"
     assert set(where) <= set(columns), source.name
-    for name, values in where.items():  # a value that the data set does not have would find no row
-        listed = [value for value in columns[name] if value is not None] if isinstance(columns[name], list) else []
-        if listed and isinstance(listed[0], (str, bool)) and listed != ["other"]:
-            unknown = set(map(str, values)) - set(map(str, columns[name]))
-            # The values of a known data set are those of the Hub and those of local copies.
-            assert not unknown or (find_benchmark(source.rows) and len(unknown) < len(values)), (
-                f"{source.name}: {unknown}"
-            )
+    for name, wanted in where.items():  # a value that the data set does not have would find no row
+        values = columns[name] if isinstance(columns[name], list) else []
+        is_whole = any(isinstance(value, (str, bool)) for value in values) and values != ["other"]
+        unknown = set(map(str, wanted)) - set(map(str, values)) if is_whole else ()
+        # The values of a known data set are those of the Hub and those of local copies.
+        assert not unknown or (is_known and len(unknown) < len(wanted)), f"{source.name}: {unknown}"
     count = 5 * ROWS if source.part else ROWS
     for row in range(count + bool(where)):
-        values = {
+        picked = {
             name: value[row % len(value)] if isinstance(value, list) else value for name, value in columns.items()
         }
-        mark = f"{source.name} {source.rows} {row}"
-        texts = {name: f"{value} {mark}" for name, value in values.items() if value in ("text", "asked")}
-        values |= texts | {name: cell(wanted[row % len(wanted)]) for name, wanted in where.items()}
-        if row == count:
-            values |= dict.fromkeys(where, "no such value")
-        yield values
+        for name, wanted in where.items():
+            value = wanted[row % len(wanted)] if row < count else "no such value"
+            is_json = str(value)[:1] in ("[", "{")  # the text of a list or a dict
+            picked[name] = json.loads(value.replace("'", '"')) if is_json else value
+        for name, value in picked.items():
+            if value in ("text", "asked"):
+                picked[name] = f"{value} {source.name} {source.rows} {row}"
+        yield picked
 
 
 def write_rows(recipe, folder, as_hub):
@@ -137,9 +120,7 @@ def write_rows(recipe, folder, as_hub):
         for split in splits:
             files[name, split] += stand_ins(columns, source)
     for (name, split), rows in files.items():
-        path = folder / name / f"{split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(folder / name / f"{split}.jsonl", rows)
 
 
 def as_hub_rows(recipe):
@@ -149,6 +130,11 @@ def as_hub_rows(recipe):
         if isinstance(source, dict) and "local" in source:
             source["local"] = {"rows": f"{source['name']}::{TablePlace.parse(source['rows']).split}"}
     return Recipe.load(values)
+
+
+def names_in(columns):
+    """Return the sources that some rows have words of."""
+    return {name for names in columns for name in names.split("+")}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -172,71 +158,33 @@ class TestPackagedRecipe:
         write_rows(recipe, tmp_path, as_hub)
         rows = read_rows(recipe, tmp_path)
         parts = [rows.train, *(part for part in (rows.validation, rows.test) if part is not None)]
-        read = {name for part in parts for names in part.columns["source"] for name in names.split("+")}
+        read = names_in(names for part in parts for names in part.columns["source"])
         assert read == {source.name for part in (recipe.train, recipe.test.sources) for source in part} | (
             {source.name for source in recipe.validation.sources} or read
         )
         labels = rows.train.labels
-        assert rows.train.label_names == recipe.labels.names
+        assert rows.train.label_names == recipe.labels.names and rows.train.flagged == recipe.labels.flagged
         assert len(set(labels.nonzero()[1] if labels.ndim == 2 else labels)) == len(recipe.labels.names)
-        assert rows.train.flagged == recipe.labels.flagged
         assert set(rows.measured) == {source.name for source in recipe.measure.sources} and all(rows.measured.values())
         assert set(rows.held_rows) == set(recipe.hold_out)
         if recipe.calibration.sources:
-            assert len(rows.calibration)
-            assert not set(map(str, rows.calibration.texts)) & set(map(str, rows.train.texts)), (
-                "part divides the texts"
-            )
+            learned = set(map(str, rows.train.texts))
+            assert len(rows.calibration) and not learned & set(map(str, rows.calibration.texts)), "part divides them"
         for twin, places in rows.held_out.items():
-            left = {
-                name
-                for row, names in enumerate(rows.train.columns["source"])
-                if row not in set(places)
-                for name in names.split("+")
-            }
+            held, sources = set(places), rows.train.columns["source"]
+            left = names_in(names for row, names in enumerate(sources) if row not in held)
             assert not left & set(recipe.hold_out[twin])
 
 
-def test_all_rows_of_the_guard_may_be_used_commercially(tmp_path):
-    write_rows(as_hub_rows("guard"), tmp_path, as_hub=True)
-    rows = read_rows(Recipe.load(as_hub_rows("guard"), ["licence=commercial"]), tmp_path)
-    assert "not_commercial" not in rows.described["train"]
-
-
-def test_safety_leaves_out_the_rows_that_may_not_be_used_commercially(tmp_path):
-    recipe = Recipe.load("safety", ["licence=commercial"])
-    write_rows(recipe, tmp_path, as_hub=False)
-    left_out = read_rows(recipe, tmp_path).described["train"]["not_commercial"]
-    assert {"toxicchat", "stl_malicious", "do_not_answer", "benign_prompts", "reviews"} <= set(left_out)
-    assert left_out["toxicchat"] == ROWS and left_out["benign_prompts"] < 5 * ROWS
-    assert not {"advbench", "xstest", "atlas", "orbench", "tdc2023", "coconot_contrast"} & set(left_out)
-
-
-@pytest.mark.slow
-def test_a_recipe_makes_the_same_head_from_the_hub_and_from_local_copies(hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    names = Recipe.load("emotion").labels.names
-    files = {"README.md": "---\nconfigs:\n- config_name: split\n  data_files:\n"}
-    for number, split in enumerate(("train", "validation", "test")):
-        rows = [{"text": f"I feel {names[row % 6]}, {number} {row}", "label": row % 6} for row in range(60)]
-        files[f"{split}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
-        files["README.md"] += f"  - {{split: {split}, path: {split}.jsonl}}\n"
-        copy = tmp_path / "copies" / "emotion" / f"{split}.jsonl"
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(files[f"{split}.jsonl"])
-    files["README.md"] += "---\n"
-    hub.plant("datasets/dair-ai/emotion", {name: text.encode() for name, text in files.items()})
-    heads = {}
-    for place, data_dir in {"hub": None, "copies": tmp_path / "copies"}.items():
-        settings = ["seeds=1", "head.layers=[0.5, 1.0]", "training.num_train_epochs=6"]
-        trainer = ProbeTrainer.from_recipe(
-            "emotion", backbone="demo", output_dir=tmp_path / place, data_dir=data_dir, settings=settings
-        )
-        trainer.train()
-        trainer.save_model()
-        heads[place] = read_head(tmp_path / place)
-    hub_head, copied = (head.state_dict() for head in heads.values())
-    assert all(torch.equal(hub_head[name], copied[name]) for name in copied)
-    own, other = (head.results for head in heads.values())
-    assert own["runs"] == other["runs"] and own["runs"][0]["test"]["accuracy"] > 0.6, "words name the label"
-    assert Recipe.load(tmp_path / "hub").values == Recipe.load(tmp_path / "copies").values
+@pytest.mark.parametrize("name, as_hub", [("guard", True), ("safety", False)])
+def test_rows_that_may_not_be_used_commercially_are_left_out(name, as_hub, tmp_path):
+    recipe = as_hub_rows(name) if as_hub else Recipe.load(name)
+    write_rows(recipe, tmp_path, as_hub)
+    described = read_rows(Recipe.load(recipe, ["licence=commercial"]), tmp_path).described["train"]
+    left_out = described.get("not_commercial", {})
+    if name == "guard":
+        assert not left_out, "it has none"
+    else:
+        assert {"toxicchat", "stl_malicious", "do_not_answer", "benign_prompts", "reviews"} <= set(left_out)
+        assert left_out["toxicchat"] == ROWS and left_out["benign_prompts"] < 5 * ROWS
+        assert not {"advbench", "xstest", "atlas", "orbench", "tdc2023", "coconot_contrast"} & set(left_out)

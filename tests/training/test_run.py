@@ -20,7 +20,7 @@ from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.training import estimate, prepared, trainer
 from llama_probe.training import results as training_results
-from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
+from llama_probe.training.prepared import CHECKPOINTS
 from llama_probe.training.progress import last_checkpoint
 from llama_probe.training.recipe import Calibration
 from llama_probe.training.run import train_recipe
@@ -59,8 +59,7 @@ def test_folds(backbone_folder, tmp_path):
     assert "2 folds" in (output / "README.md").read_text()
 
 
-@pytest.mark.parametrize("rate", [None, 0.0])
-def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path, rate):
+def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
     words = ("fine, all is good", "fine, BAD BAD BAD BAD!")
     lines = [{"ask": f"number {i}?", "text": words[i % 2] + "!" * (i % 3), "label": i % 2} for i in range(100)]
     sections = {
@@ -68,48 +67,15 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path, rat
         "labels": {"names": ["fine", "awful"], "flagged": ["awful"]},
         "head": {"probe_type": "gate", "token_scope": "response"},
         "test": {"share": 0.25},
-        "training": {"num_train_epochs": 4, "learning_rate": 0.03, "max_false_positive_rate": rate},
+        "training": {"num_train_epochs": 4, "learning_rate": 0.03, "max_false_positive_rate": 0.02},
     }
-    results = train(tmp_path, backbone_folder, **sections)
-    found = results["runs"][0]["halting"]
-    assert found["max_false_halts"] == (0.05 if rate is None else 0)
-    rules = found["labels"]["awful"]
-    assert all(rule["validation"]["false_halts"] <= found["max_false_halts"] for rule in rules)
+    halting = train(tmp_path, backbone_folder, **sections)["runs"][0]["halting"]
+    rules = halting["labels"]["awful"]
+    assert all(rule["validation"]["false_halts"] <= halting["max_false_halts"] == 0.02 for rule in rules)
     (best,) = [rule for rule in rules if rule["chosen"]]
     assert best["test"]["rows"] == 25 and best["test"]["detected"] > 0.5
     assert best["test"]["delay"]["median"] > len("fine, "), "the two begin alike, a token a letter"
     assert "halted by `awful`" in (tmp_path / "head" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("folds", [0, 2])
-def test_extra_rows_are_trained_on(backbone_folder, tmp_path, folds):
-    """A head learns from the extra rows what the rows of train do not show."""
-    extra = write(tmp_path / "e.jsonl", 60, ("XX", "OO"))
-    test = write(tmp_path / "t.jsonl", 30, ("XX is", "OO is"))
-
-    def results(further):
-        sections = {"train": [write(tmp_path / "40.jsonl", 40), *({"rows": rows, "extra": True} for rows in further)]}
-        sections["training"] = {"num_train_epochs": 6, "learning_rate": 0.03, "patience": None}
-        sections |= {"test": {"sources": [test]}, "validation": {"folds": folds}}
-        return train(tmp_path, backbone_folder, **sections)
-
-    found = results([extra])
-    assert found["data"]["extra"]["rows"] == 60 and found["data"]["extra"]["source"].endswith("e.jsonl")
-    assert "extra 60 rows" in (tmp_path / "head" / "README.md").read_text()
-    without = results([])
-    assert found["data"]["train"] == without["data"]["train"] and "extra" not in without["data"]
-    assert found["runs"][0]["test"]["auroc"] == 1.0 > without["runs"][0]["test"]["auroc"]
-
-
-def test_weights_of_extra_rows(backbone_folder, tmp_path):
-    extra = {"rows": write(tmp_path / "b.jsonl", 60), "weights": [0.0, 0.25], "extra": True}
-    sources = [write(tmp_path / "a.jsonl", 40), extra]
-    head = {"probe_type": "multimax", "options": {"num_members": 2, "num_maxima": 1}}
-    results = train(tmp_path, backbone_folder, train=sources, head=head)
-    assert results["data"]["extra"]["weights"] == [0.0, 0.25] and "weights" not in results["data"]["train"]
-    assert "0 and 0.25" in (tmp_path / "head" / "README.md").read_text()
-    with pytest.raises(ProbeError, match="weights"):
-        train(tmp_path, train=sources)
 
 
 class TestTwins:
@@ -135,7 +101,7 @@ class TestTwins:
             "validation": {"share": 0.2},
             "copies": {"names": ["lead_in", "earlier_turns"], "share": 0.3},
             "head": {"probe_type": "gate", "token_scope": "user", "layers": [0.5, 1.0]},
-            "training": {"num_train_epochs": 6, "learning_rate": 0.03},
+            "training": {"num_train_epochs": 4, "learning_rate": 0.03},
             "calibration": {"sources": [rows("mild", 60, 0)], "rates": [0.1, 0.05]},
             "hold_out": {"lists": ["list"], "talks": ["talk"]},
             "measure": {
@@ -147,18 +113,17 @@ class TestTwins:
         }
 
     def test_what_is_measured(self, recipe, backbone_folder, tmp_path, monkeypatch):
-        monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (4, 4)))
+        monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (2, 2)))
         numbers, recipe = recipe
         trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
         assert list(trainer.heads) == ["seed-0", "twin-lists", "twin-talks"]
         rows, run = trainer._run.rows, trainer._run
+        texts = list(map(json.dumps, rows.train.texts))
         for twin, source in (("lists", "list"), ("talks", "talk")):
-            held, texts = set(rows.held_out[twin].tolist()), list(map(json.dumps, rows.train.texts))
-            told = {row for row, text in enumerate(texts) if any(number in text for number in numbers[source])}
-            assert held == told, "copies with a lead-in from these rows as well"
-            places = {run.places[place] for place in run.left_out[f"twin-{twin}"]}
-            assert places == held
-        assert sorted(map(run.places.count, set(run.places)))[-1] == 2, "repeated rows"
+            of_source = {row for row, text in enumerate(texts) if any(number in text for number in numbers[source])}
+            assert set(rows.held_out[twin]) == of_source, "copies with a lead-in from these rows as well"
+            assert {run.places[place] for place in run.left_out[f"twin-{twin}"]} == of_source
+        assert max(map(run.places.count, run.places)) == 2, "repeated rows"
         trainer.train()
         trainer.save_model()
         measured = trainer.results["measured"]
@@ -168,12 +133,12 @@ class TestTwins:
         ]  # fmt: skip
         assert measured["rates"] == ["fpr-10%", "fpr-5%"] and measured["wrappings"]["rows"]
         for attacks in (measured["attacks"], measured["long"]):
-            assert attacks["rows"] == 4 and attacks["kept"].keys() == attacks["tfidf"]["kept"].keys()
+            assert attacks["rows"] == 2 and attacks["kept"].keys() == attacks["tfidf"]["kept"].keys()
             assert attacks["length"]["kept"].keys() == attacks["length"]["alarms"].keys()
         shares = {part["name"]: part for part in measured["parts"]}
         assert set(shares["list"]["labels"]) == {"harmful"} and set(shares["talk"]["labels"]) == {"harmless"}
-        found = shares["list"]["labels"]["harmful"]
-        assert found["fpr-10%"]["share"] >= found["fpr-5%"]["share"] and "tfidf" in shares["seen"]
+        harmful = shares["list"]["labels"]["harmful"]
+        assert harmful["fpr-10%"]["share"] >= harmful["fpr-5%"]["share"] and "tfidf" in shares["seen"]
         whole, int8 = (shares[name]["labels"]["harmful"]["fpr-10%"]["share"] for name in list(shares)[::4])
         assert abs(whole - int8) <= 0.1, "int8 weights change little"
         assert trainer._chosen.backbone is run.lm
@@ -181,11 +146,12 @@ class TestTwins:
         assert saved.config.layers == [2, 4] and saved.config.thresholds.keys() == {"fpr-10%", "fpr-5%"}
         assert saved.results["measured"] == measured and saved.results["data"]["calibration"]["rows"] == 60
         card = (tmp_path / "head" / "README.md").read_text()
-        assert (
-            "On rows that it was not trained on" in card
-            and "| rot13 | 4 |" in card
-            and "| list (twin without lists) | harmful | 30 |" in card
-        )
+        for line in (
+            "On rows that it was not trained on",
+            "| rot13 | 2 |",
+            "| list (twin without lists) | harmful | 30 |",
+        ):
+            assert line in card
         written = (tmp_path / "head" / "recipe.yaml").read_text()
         assert yaml.safe_load(written)["hold_out"] == recipe["hold_out"] and str(tmp_path) not in written
 
@@ -201,19 +167,6 @@ class TestTwins:
             with pytest.raises(ProbeError, match=named):
                 ProbeTrainer.from_recipe(**given, **more)
 
-    def test_a_search_keeps_the_best(self, recipe, backbone_folder, tmp_path):
-        settings = ["hold_out={}", "measure={}", "copies={}", "training.num_train_epochs=2", "validation={folds: 2}"]
-        settings += ["search={trials: 4, probe_types: [gate, pooling]}"]
-        place = {"backbone": str(backbone_folder), "output_dir": tmp_path / "head"}
-        trainer = ProbeTrainer.from_recipe(recipe[1], **place, settings=settings)
-        trainer.train()
-        results = trainer.results
-        scores, values = ([trial[name] for trial in results["search"]] for name in ("score", "values"))
-        assert [value["probe_type"] for value in values].count("gate") == 2 == len(values) / 2
-        assert scores[0] == max(scores) == results["runs"][0]["validation"]["auprc"]
-        assert results["probe_type"] == values[0]["probe_type"]
-        assert results["recipe"]["learning_rate"] == values[0]["learning_rate"]
-
 
 class TestResuming:
     @pytest.fixture
@@ -227,9 +180,8 @@ class TestResuming:
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(trainer, "finish", interrupt)
             resumed(resume=False)
-        assert (
-            list((tmp_path / "head" / CHECKPOINTS).glob("checkpoint-*")) and (tmp_path / "head" / ".states").is_dir()
-        )
+        assert list((tmp_path / "head" / CHECKPOINTS).glob("checkpoint-*"))
+        assert (tmp_path / "head" / ".states").is_dir()
         return resumed
 
     def test_the_same_training(self, stopped, tmp_path, monkeypatch):
@@ -256,15 +208,6 @@ class TestResuming:
         stopped(resume=False, learning_rate=0.5)
         assert (tmp_path / "head" / "probe_config.json").exists()
 
-    def test_other_folds_are_refused(self, backbone_folder, tmp_path, monkeypatch):
-        """Folds are drawn by the first seed: heads of another one have learned from rows that are held out now."""
-
-        monkeypatch.setattr(trainer, "finish", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, backbone_folder, 30, validation={"folds": 2})
-        with pytest.raises(ProbeError, match=r"seed|learned"):
-            train(tmp_path, backbone_folder, 30, True, validation={"folds": 2}, seed=1)
-
 
 def test_half_of_a_checkpoint_is_none(tmp_path):
     assert last_checkpoint(tmp_path / "none") is None
@@ -276,22 +219,20 @@ def test_half_of_a_checkpoint_is_none(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
-class TestOutput:
-    def test_states_go_where_the_training_fails_and_folders_of_ones_own_stay(
-        self, backbone_folder, tmp_path, monkeypatch
-    ):
-        def fail(*_):
-            raise RuntimeError("out of order")
+def test_states_go_where_the_training_fails_and_folders_of_ones_own_stay(backbone_folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of order")
 
-        (tmp_path / "head" / "checkpoints").mkdir(parents=True)
-        monkeypatch.setattr(trainer, "finish", fail)
-        with pytest.raises(RuntimeError, match="out of order"):
-            train(tmp_path, backbone_folder)
-        assert not (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()
+    (tmp_path / "head" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(trainer, "finish", fail)
+    with pytest.raises(RuntimeError, match="out of order"):
+        train(tmp_path, backbone_folder)
+    assert not (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()
 
-    def test_a_second_run_into_the_same_folder_is_refused(self, tmp_path):
-        with claimed(tmp_path / "head"), pytest.raises(ProbeError, match="another run"):
-            train(tmp_path)
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    with claimed(tmp_path / "head"), pytest.raises(ProbeError, match="another run"):
+        train(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -299,10 +240,10 @@ class TestOutput:
     [
         # A metric that is not defined on the validation rows.
         ({"validation": {"sources": ["alike.jsonl"]}}, "auprc"),
-        *(({"training": {"class_weights": weights}}, "class_weights") for weights in ("nan,1", "-1,2", "a,b", "0,0")),
-        ({"head": {"layers": [99]}}, "layers"),
+        *(({"training": {"class_weights": weights}}, "class_weights") for weights in ("nan,1", "a,b", "0,0")),
         ({"head": {"layers": [0.5, 7.5]}}, "layers"),
         ({"head": {"probe_type": "mha", "downcast": 5}}, "downcast"),
+        ({"train": [{"rows": "40.jsonl", "weights": [0.0, 0.25]}]}, "weights"),
         ({"training": {"lr": 1}}, "lr"),
         ({"training": {"output_dir": 1}}, "output_dir"),
         ({"training": {"cache_states": True}}, "cache_states"),
@@ -331,12 +272,6 @@ def test_states_that_do_not_fit_are_not_cached(tmp_path, backbone_folder, monkey
     assert "no hidden states on disk" in caplog.text and found["runs"][0]["validation"] == pytest.approx(
         whole["runs"][0]["validation"], abs=0.02
     )
-
-
-def test_an_estimate_writes_nothing(tmp_path, backbone_folder):
-    work = PreparedRun(recipe_of(tmp_path), tmp_path / "head", str(backbone_folder), only_estimate=True).estimate
-    assert work.rows == 40 and work.tokens > 400 and work.bytes > 0 and work.seconds > 0
-    assert not (tmp_path / "head").exists()
 
 
 def test_rates_without_a_threshold_are_left_out(monkeypatch):

@@ -78,15 +78,8 @@ def train(model, folder, loss, lm, cached, scope):
             rows = StateCache(folder / "states", torch.float32).dataset(lm, head("gate", scope).config, rows)
         return TrainingRows(rows, replies=replies)
 
-    args = ProbeTrainingArguments(
-        str(folder / "run"),
-        use_cpu=True,
-        disable_tqdm=True,
-        num_train_epochs=2,
-        learning_rate=3e-2,
-        token_loss=loss,
-        seed=5,
-    )
+    quiet = {"use_cpu": True, "disable_tqdm": True, "num_train_epochs": 2, "learning_rate": 3e-2, "seed": 5}
+    args = ProbeTrainingArguments(str(folder / "run"), token_loss=loss, **quiet)
     trainer = ProbeTrainer(model, args, None, dataset(0, args.replies), dataset(1, "tokens"))
     trainer.train()
     return trainer
