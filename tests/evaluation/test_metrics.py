@@ -67,10 +67,9 @@ def by_scikit_learn(config, logits, labels):
     occurs = (truth + predicted > 0).any(axis=0)
     for name in (*COUNTED, *RANKED):
         values = np.array([metrics[label, name] for label in config.id2label.values()])
-        values_of_mean = values[occurs] if name in COUNTED else values[~np.isnan(values)]
-        if not len(values_of_mean):
-            values_of_mean = [0.0 if name in COUNTED else float("nan")]
-        metrics[None, name] = np.mean(values_of_mean) if config.flagged_index is None else values[config.flagged_index]
+        defined = values[occurs if name in COUNTED else ~np.isnan(values)]
+        mean = defined.mean() if len(defined) else 0.0 if name in COUNTED else float("nan")
+        metrics[None, name] = mean if config.flagged_index is None else values[config.flagged_index]
     return metrics
 
 

@@ -14,12 +14,12 @@ LAYERS, HIDDEN = 30, 576
 ONE, EIGHT, STEP = 1.03, 1.10, 1.05
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
-def rows(request):
+@pytest.fixture(scope="module")
+def rows():
     lm = make_lm(
         hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=9, num_key_value_heads=3, intermediate_size=16
     )  # fmt: skip
-    model = AutoModelForProbedGeneration.from_causal_lm(lm.to(request.param))
+    model = AutoModelForProbedGeneration.from_causal_lm(lm.to(torch.bfloat16))
     for kind in probe_types():
         model.add_probe(kind, fresh_config(kind, HIDDEN, LAYERS))
     with_novelty(model.add_probe("multimax-novelty", fresh_config("multimax", HIDDEN, LAYERS)))
