@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from conftest import make_prompts
-from transformers import TrainerCallback
+from conftest import HIDDEN, LAYERS, make_prompts
+from transformers import TrainerCallback, set_seed
 
+from llama_probe import ProbeConfig, ProbeModel, ProbeTrainer, ProbeTrainingArguments
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import train_recipe
 
@@ -36,6 +37,22 @@ def recipe_of(folder: Path, rows=40, training=None, **sections) -> Recipe:
         **sections,
     }
     return Recipe.load(values)
+
+
+def head_of(lm=None, seed: int = 3, **fields) -> ProbeModel:
+    """A fresh head of the tiny model's sizes."""
+    set_seed(seed)
+    sizes = {"downcast": 4, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
+    return ProbeModel(ProbeConfig(**{"probe_type": "gate", **sizes, **fields}), backbone=lm)
+
+
+def trainer_of(folder: Path, train_rows, validation_rows, **changes) -> ProbeTrainer:
+    """The trainer of a short run; `changes` are of its arguments, or parameters of its own."""
+    arguments = {"num_train_epochs": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2}
+    for name in set(changes) & set(ProbeTrainingArguments.__dataclass_fields__):
+        arguments[name] = changes.pop(name)
+    args = ProbeTrainingArguments(str(folder), disable_tqdm=True, use_cpu=True, **arguments)
+    return ProbeTrainer(args=args, train_dataset=train_rows, eval_dataset=validation_rows, **changes)
 
 
 def token_rows(count: int, seed: int = 0) -> tuple[list[list[int]], np.ndarray]:

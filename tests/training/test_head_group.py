@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm
-from training_runs import Kill, token_rows
+from conftest import make_lm
+from training_runs import Kill, head_of, token_rows, trainer_of
 from transformers import set_seed
 
-from llama_probe import ProbeConfig, ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
+from llama_probe import ProbeError, ProbeModel
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.heads import probe_types
 
@@ -20,22 +20,17 @@ RATES = {"few-layers": {"learning_rate": 3e-2, "weight_decay": 0.0, "label_smoot
 
 
 def head(name="gate", lm=None, seed=3):
-    set_seed(seed)
-    sizes = {"downcast": 4, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
-    return ProbeModel(ProbeConfig(**{**sizes, **HEADS[name]}), backbone=lm)
+    return head_of(lm, seed, **HEADS[name])
 
 
-def train(model, folder, lm=None, callbacks=(), resume=None, train_rows=TRAIN, validation=VALIDATION, **changes):
+def train(model, folder, lm=None, resume=None, train_rows=TRAIN, validation=VALIDATION, **changes):
     """Train on prompts with `lm`, else on cached states, and return the trainer."""
-    given = {name: changes.pop(name) for name in ("head_args", "left_out") if name in changes}
-    defaults = {"num_train_epochs": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "patience": None}
-    changes = {**defaults, "label_smoothing_factor": 0.0, **changes}
-    args = ProbeTrainingArguments(str(folder / "run"), disable_tqdm=True, use_cpu=True, seed=5, **changes)
     parts = [PromptDataset(*train_rows), PromptDataset(*validation)]
     if lm is None:
         lm, config, cache = make_lm(), head().config, StateCache(folder / "states", torch.float32)
         parts = [cache.dataset(lm, config, part) for part in parts]
-    trainer = ProbeTrainer(model, args, None, *parts, callbacks=list(callbacks), **given)
+    changes = {"patience": None, "label_smoothing_factor": 0.0, **changes}
+    trainer = trainer_of(folder / "run", *parts, model=model, **changes)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts
+from conftest import make_lm, make_probe, make_prompts
 from torch.nn.functional import softplus
-from transformers import set_seed
+from training_runs import head_of, trainer_of
 
-from llama_probe import ProbeConfig, ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
+from llama_probe import ProbeError
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.heads.decision import ProbeOutput
 from llama_probe.training.loss import ProbeLoss
@@ -63,24 +63,20 @@ def reply_rows(count=24, seed=0):
 
 
 def head(kind, scope, lm=None):
-    set_seed(3)
-    sizes = {"downcast": 4, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "dropout": 0.1}
-    return ProbeModel(ProbeConfig(probe_type=kind, **sizes, **(GUARD | {"token_scope": scope})), backbone=lm)
+    return head_of(lm, probe_type=kind, dropout=0.1, **(GUARD | {"token_scope": scope}))
 
 
 def train(model, folder, loss, lm, cached, scope):
-    def dataset(seed, replies):
+    def dataset(seed):
         ids, labels, lengths = reply_rows(seed=seed)
         masks = [[False] * (len(row) - n) + [True] * n for row, n in zip(ids, lengths, strict=True)]
-        masks = masks if scope == "response" else None
-        rows = PromptDataset(ids, labels, masks, lengths)
+        rows = PromptDataset(ids, labels, masks if scope == "response" else None, lengths)
         if cached:
             rows = StateCache(folder / "states", torch.float32).dataset(lm, head("gate", scope).config, rows)
-        return TrainingRows(rows, replies=replies)
+        return TrainingRows(rows, replies="tokens")
 
-    quiet = {"use_cpu": True, "disable_tqdm": True, "num_train_epochs": 2, "learning_rate": 3e-2, "seed": 5}
-    args = ProbeTrainingArguments(str(folder / "run"), token_loss=loss, **quiet)
-    trainer = ProbeTrainer(model, args, None, dataset(0, args.replies), dataset(1, "tokens"))
+    changes = {"num_train_epochs": 2, "learning_rate": 3e-2, "token_loss": loss}
+    trainer = trainer_of(folder / "run", dataset(0), dataset(1), model=model, **changes)
     trainer.train()
     return trainer
 
@@ -107,9 +103,6 @@ def test_heads_learn_side_by_side_as_alone_and_from_cached_states(name, scope, t
 )
 def test_refusals(values, match, tmp_path):
     values = GUARD | values
-    loss = values.pop("token_loss")
-    sizes = {"probe_type": "gate", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS}
-    rows = PromptDataset([[1, 2], [3, 4]], np.array([0, 1]))
+    loss, rows = values.pop("token_loss"), PromptDataset([[1, 2], [3, 4]], np.array([0, 1]))
     with pytest.raises(ProbeError, match=match):
-        model = ProbeModel(ProbeConfig(**sizes, **values))
-        ProbeTrainer(model, ProbeTrainingArguments(str(tmp_path), token_loss=loss, use_cpu=True), train_dataset=rows)
+        trainer_of(tmp_path, rows, None, model=head_of(**values), token_loss=loss)

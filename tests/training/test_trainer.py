@@ -12,17 +12,10 @@ from hub_server.heads import same_weights
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from training_runs import token_rows
-from transformers import Trainer, TrainingArguments, set_seed
+from training_runs import head_of, token_rows, trainer_of
+from transformers import Trainer, TrainingArguments
 
-from llama_probe import (
-    AutoModelForProbedGeneration,
-    ProbeConfig,
-    ProbeError,
-    ProbeModel,
-    ProbeTrainer,
-    ProbeTrainingArguments,
-)
+from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel
 from llama_probe.data.cached_states import ProbeCollator, PromptDataset
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.prediction import predict_logits
@@ -39,28 +32,19 @@ TEXTS = [text for text, _ in ANSWERS]
 
 
 def head(backbone=None, **changes):
-    set_seed(3)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 4}
-    config = ProbeConfig(**{"probe_type": "mha", "downcast": 4, "dropout": 0.1, **sizes, **changes})
-    return ProbeModel(config, backbone=backbone)
+    return head_of(backbone, **{"probe_type": "mha", "dropout": 0.1, **changes})
 
 
 def trainer_for(probe, folder, metric="auprc", train=TRAIN, **changes):
-    changes = {"per_device_train_batch_size": 8, "num_train_epochs": 4, "learning_rate": 1e-2, **changes}
     changes |= {"label_smoothing_factor": 0.0, "metric_for_best_model": metric, "patience": None}
-    args = ProbeTrainingArguments(str(folder), disable_tqdm=True, use_cpu=True, **changes)
-    return ProbeTrainer(probe, args, None, PromptDataset(*train), PromptDataset(*VALIDATION))
+    return trainer_of(folder, PromptDataset(*train), PromptDataset(*VALIDATION), model=probe, **changes)
 
 
 def mood(folder, rows=ANSWERS, held_back=ANSWERS[:12], **changes):
     """A trainer of a head for good and bad, on a backbone that is given by `changes`."""
-    arguments = {"num_train_epochs": 4, "learning_rate": 3e-2, "per_device_train_batch_size": 8}
-    for name in set(changes) & set(ProbeTrainingArguments.__dataclass_fields__):
-        arguments[name] = changes.pop(name)
     if "model" in changes or "model_init" in changes:
         changes.setdefault("processing_class", make_tokenizer())
-    args = ProbeTrainingArguments(str(folder), disable_tqdm=True, use_cpu=True, **arguments)
-    return ProbeTrainer(args=args, train_dataset=rows, eval_dataset=held_back, **changes)
+    return trainer_of(folder, rows, held_back, **{"learning_rate": 3e-2, **changes})
 
 
 def test_the_stock_trainer_alone_will_do(tmp_path, caplog):
