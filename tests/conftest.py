@@ -115,7 +115,7 @@ def expected_logits(probe: ProbeModel, ids: torch.Tensor, mask: torch.Tensor | N
 
 @pytest.fixture(scope="session", autouse=True)
 def markers_are_learned_once():
-    """Remember the turns of each chat template: learning takes hundreds of renderings, and most tests have the same one."""
+    """Remember the turns of a chat template: they are learned from hundreds of texts, and most tests have the same."""
     learn, known = prompts_module.learn_turn_markers, {}
 
     def remember(render):

@@ -17,8 +17,8 @@ from llama_probe.training.recipe_rows import read_rows
 
 ROWS = 12  # of each source
 SAFE, LABELS, LICENCES = ["safe", "unsafe"], [0, 1], ["MIT", "CC BY-NC 4.0"]
-# The columns that recipes read of data sets on the Hub, by id, as cards and public code show them. A list has the values of a
-# label column, or of one that rows are chosen by.
+# The columns that recipes read of data sets on the Hub, by id, as cards and public code show them. A list has the values
+# of a label column, or of one that rows are chosen by.
 HUB = {
     "nvidia/Aegis-AI-Content-Safety-Dataset-2.0": {
         "prompt": "text", "prompt_label": SAFE, "reconstruction_id_if_redacted": [None, 7.0],

@@ -1,4 +1,4 @@
-"""Runs from a recipe to a head folder: folds, extra rows, twins, and resuming after a stop."""
+"""Runs from a recipe to a head folder: folds, twins, and resuming after a stop."""
 
 import json
 import shutil
