@@ -22,7 +22,7 @@ FOLLOWING = {
 }
 
 
-def make_model(forms, dtype=torch.float32, **sizes):
+def make_model(forms=KINDS, dtype=torch.float32, **sizes):
     lm = make_lm(attn_implementation="eager", **sizes).to(dtype)
     return LlamaForProbedGeneration.from_causal_lm(lm, {name: make_probe(**form) for name, form in forms.items()})
 
@@ -33,28 +33,35 @@ def device(no_grad):
         yield device
 
 
-def on_device(inputs):
-    return {name: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+def placed(inputs, where):
+    return {name: value.to(where) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
 def same(found, expected, tolerance=1e-5):
-    """Compare results by name: those of the device are on it, and equal those of the CPU."""
+    """Compare tensors by name: those of the device are on it, and equal those of the CPU."""
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert isinstance(tensor, SimTensor), name
-        torch.testing.assert_close(
-            tensor.cpu(),
-            expected[name],
-            rtol=tolerance,
-            atol=tolerance,
-            equal_nan=True,
-        )
+        torch.testing.assert_close(tensor.cpu(), expected[name], rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def prompts(side="left"):
+def on_both(run, forms=KINDS, **options):
+    """Return what a function of a model and of a place gives on the CPU and on the device."""
+    results = []
+    for where in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        results.append(run(make_model(forms, **options).to(where), where))
+    return results
+
+
+def prompts(where="cpu", side="left"):
     ids = make_prompts()
     mask = padded(ids) if side == "left" else padded(ids).flip(1)
-    return {"input_ids": ids, "attention_mask": mask}
+    return placed({"input_ids": ids, "attention_mask": mask}, where)
+
+
+def logits_of(outputs):
+    return {name: output.logits for name, output in outputs.items()}
 
 
 CALLS = {
@@ -72,13 +79,8 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_generate_is_that_of_the_cpu(device, call):
     asked = {"max_new_tokens": 3, "do_sample": False, **CALLS[call]}
-    inputs = prompts(asked.pop("side", "left"))
-    model = make_model(KINDS)
-    torch.manual_seed(0)
-    expected = model.generate(**inputs, **asked)
-    model, inputs = make_model(KINDS).to(DEVICE), on_device(inputs)
-    torch.manual_seed(0)
-    out = model.generate(**inputs, **asked)
+    side = asked.pop("side", "left")
+    expected, out = on_both(lambda model, where: model.generate(**prompts(where, side), **asked))
     same(out.probe_logits, expected.probe_logits)
     assert torch.equal(out.sequences.cpu(), expected.sequences)
     assert out.probe_labels == expected.probe_labels
@@ -87,83 +89,56 @@ def test_generate_is_that_of_the_cpu(device, call):
 
 
 def test_a_reply_is_followed_and_halted(device):
-    model, inputs = make_model(FOLLOWING), prompts()
     asked = {"max_new_tokens": 6, "do_sample": False}
-    scores = model.generate(**inputs, **asked).probe_token_probabilities["reply"][..., 1]
+    scores = make_model(FOLLOWING).generate(**prompts(), **asked).probe_token_probabilities["reply"][..., 1]
     asked["halt_on"] = {"reply": {"threshold": float(scores.median()), "label": "LABEL_1"}}
-    expected = model.generate(**inputs, **asked)
-    assert any(expected.probe_halts)
-    out = make_model(FOLLOWING).to(DEVICE).generate(**on_device(inputs), **asked)
+    expected, out = on_both(lambda model, where: model.generate(**prompts(where), **asked), FOLLOWING)
     same(out.probe_token_logits, expected.probe_token_logits)
-    assert [halt and halt.token for halt in out.probe_halts] == [halt and halt.token for halt in expected.probe_halts]
-
-
-def test_a_judge_is_asked_about_the_texts_in_the_band(device):
-    asked = []
-
-    def judge(texts):
-        asked.append(texts)
-        return [True] * len(texts)
-
-    inputs = prompts()
-    rule = {"gate": {"unsure": (0.0, 1.0), "ask": judge}}
-    for where in ("cpu", DEVICE):
-        model = make_model({"gate": KINDS["gate"]}).to(where)
-        values = inputs if where == "cpu" else on_device(inputs)
-        out = model.generate(**values, max_new_tokens=2, halt_on=rule, tokenizer=make_tokenizer())
-        assert all(out.probe_halts)
-    assert asked[0] == asked[1] and len(asked[0]) == 3
+    halts = [[halt and halt.token for halt in each.probe_halts] for each in (out, expected)]
+    assert halts[0] == halts[1] and any(expected.probe_halts)
 
 
 def test_turns_continue_from_a_state(device):
-    inputs = {"input_ids": make_prompts()}
-    results = []
-    for where in ("cpu", DEVICE):
-        model = make_model(FOLLOWING).to(where)
-        ids = inputs["input_ids"].to(where)
-        first = model.generate(ids, max_new_tokens=3, do_sample=False, probe_state=True)
+    def two_turns(model, where):
+        ids, call = make_prompts().to(where), {"max_new_tokens": 3, "do_sample": False}
+        first = model.generate(ids, probe_state=True, **call)
         longer = torch.cat([first.sequences, ids], dim=1)
-        again = model.generate(
-            longer,
-            max_new_tokens=2,
-            do_sample=False,
-            probe_state=first.probe_state,
-            past_key_values=first.past_key_values,
-        )
-        results.append(again)
-    same(results[1].probe_logits, results[0].probe_logits)
-    assert results[1].probe_state.input_ids.device.type == "cpu", "what later prompts are compared with is on the host"
+        return model.generate(longer, probe_state=first.probe_state, cache=first.cache, **call)
+
+    expected, out = on_both(two_turns, FOLLOWING)
+    same(out.probe_logits, expected.probe_logits)
+    assert out.probe_state.input_ids.device.type == "cpu", "what later prompts are compared with is on the host"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(device, dtype):
-    inputs = prompts()
-    expected = make_model(KINDS, dtype).classify(**inputs)
-    out = make_model(KINDS, dtype).to(DEVICE).classify(**on_device(inputs))
-    same({n: o.logits for n, o in out.items()}, {n: o.logits for n, o in expected.items()}, 0.03)
+@pytest.mark.parametrize(
+    "dtype, budget", [(torch.bfloat16, None), (torch.float16, None), *((torch.float32, 1 << n) for n in (0, 12, 30))]
+)
+def test_classify_in_any_precision_and_groups_of_layers(device, monkeypatch, dtype, budget):
+    if budget:
+        monkeypatch.setattr(reader, "state_budget", lambda device: budget)
+    expected, found = on_both(lambda model, where: logits_of(model.classify(**prompts(where))), dtype=dtype)
+    same(found, expected, 1e-5 if budget else 0.03)
 
 
 def test_classify_texts_and_forward(device):
     texts, tokenizer = ["Well done!", "I hate it.", "a long text, " * 9], make_tokenizer()
-    model = make_model(KINDS, vocab_size=260)
-    expected = model.classify(texts, tokenizer=tokenizer)
-    forward = model(**prompts()).probe_logits
-    model = make_model(KINDS, vocab_size=260).to(DEVICE)
-    found = model.classify(texts, tokenizer=tokenizer)
-    same({n: o.logits for n, o in found.items()}, {n: o.logits for n, o in expected.items()})
-    assert [o.labels for o in found.values()] == [o.labels for o in expected.values()]
-    same(model(**on_device(prompts())).probe_logits, forward)
+    runs = on_both(lambda model, where: model.classify(texts, tokenizer=tokenizer), vocab_size=260)
+    same(logits_of(runs[1]), logits_of(runs[0]))
+    assert [output.labels for output in runs[1].values()] == [output.labels for output in runs[0].values()]
+    expected, found = on_both(lambda model, where: model(**prompts(where)).probe_logits)
+    same(found, expected)
 
 
 def test_heads_on_another_device_than_the_lm(device):
-    expected = make_model(KINDS).generate(**prompts(), max_new_tokens=1).probe_logits
-    model = make_model(KINDS)
-    model.probes.to(DEVICE)
-    same(model.generate(**prompts(), max_new_tokens=1).probe_logits, expected)
-    model = make_model(KINDS).to(DEVICE)
-    model.probes.to("cpu")
-    found = model.generate(**on_device(prompts()), max_new_tokens=1).probe_logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    expected = make_model().generate(**prompts(), max_new_tokens=1).probe_logits
+    for lm_place, heads_place in (("cpu", DEVICE), (DEVICE, "cpu")):
+        model = make_model().to(lm_place)
+        model.probes.to(heads_place)
+        found = model.generate(**prompts(lm_place), max_new_tokens=1).probe_logits
+        if heads_place == DEVICE:
+            same(found, expected)
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def train_a_step() -> None:
@@ -186,64 +161,47 @@ def test_a_training_step():
         process.submit(train_a_step).result()
 
 
-@pytest.mark.parametrize("budget", [1, 1 << 12, 1 << 30])
-def test_groups_of_layers(device, monkeypatch, budget):
-    monkeypatch.setattr(reader, "state_budget", lambda device: budget)
-    expected = make_model(KINDS).classify(**prompts())
-    found = make_model(KINDS).to(DEVICE).classify(**on_device(prompts()))
-    same({n: o.logits for n, o in found.items()}, {n: o.logits for n, o in expected.items()})
-
-
 def test_a_head_abstains(device):
-    labels = []
-    for where in ("cpu", DEVICE):
-        model = LlamaForProbedGeneration.from_causal_lm(
-            make_lm(attn_implementation="eager"), {"a": with_novelty(make_probe())}
-        ).to(where)
+    def abstain(model, where):
+        with_novelty(model.probes["gate"])
         out = model.generate(make_prompts().to(where), max_new_tokens=1, abstain_at=0.5)
         before = device.reads
-        labels.append((out.probe_labels, out.probe_novelty["a"].cpu()))
+        labels, novelty = out.probe_labels, out.probe_novelty["gate"].cpu()
         assert where == "cpu" or device.reads - before <= 2, "labels with their novelty, and the copy of this test"
-    assert labels[0][0] == labels[1][0]
-    torch.testing.assert_close(labels[1][1], labels[0][1], rtol=1e-4, atol=1e-4)
+        return labels, novelty
+
+    (labels, novelty), (found_labels, found) = on_both(abstain, {"gate": KINDS["gate"]})
+    assert found_labels == labels
+    torch.testing.assert_close(found, novelty, rtol=1e-4, atol=1e-4)
 
 
-class TestReads:
+ONE_IN_THREE = {"halt_on": lambda outputs: [True, False, False]}
+TWO_RULES = {"halt_on": {"gate": {"threshold": 0.99}, "mha": {"threshold": 0.99}}}
+
+
+@pytest.mark.parametrize(
+    "heads, asked, reads",
+    [
+        (["gate"], {}, 2),
+        (["mha", "multimax", "pooling"], {}, 2),
+        (list(KINDS), {}, 2),
+        (list(KINDS), TWO_RULES, 3),
+        (["gate"], {"prefill_chunk_size": 3}, 2),
+        (["gate"], ONE_IN_THREE, 2),
+    ],
+    ids=["one", "three", "all", "a rule reads once more", "chunks cost none", "a halted row costs none"],
+)
+def test_reads_that_heads_add_to_a_call(device, heads, asked, reads):
     """The host reads a value of the device only after the device has done all work before it."""
-
-    @pytest.fixture
-    def count(self, device):
-        def count(heads, **asked):
-            model = make_model({name: KINDS[name] for name in heads} or {"gate": {}}).to(DEVICE)
-            if not heads:
-                model.set_active_probes([])
-            values = on_device(prompts())
-            device.reads = device.operations = 0
-            out = model.generate(**values, max_new_tokens=3, do_sample=False, **asked)
-            return device.reads, device.operations, out
-
-        return count
-
-    @pytest.mark.parametrize("heads", [["gate"], ["mha", "multimax", "pooling"], list(KINDS)], ids=len)
-    def test_a_call_reads_twice(self, device, count, heads):
-        plain, *_ = count([])
-        reads, _, out = count(heads)
-        assert reads - plain <= 2
-        before = device.reads
-        assert out.probe_labels and out.probe_probabilities
-        assert device.reads - before <= 1, "the labels of all heads come in one copy"
-
-    def test_a_rule_reads_once_more(self, count):
-        plain, *_ = count([])
-        reads, *_ = count(list(KINDS), halt_on={"gate": {"threshold": 0.99}, "mha": {"threshold": 0.99}})
-        assert reads - plain <= 3
-
-    def test_chunks_cost_no_read_each(self, count):
-        plain, *_ = count([], prefill_chunk_size=3)
-        reads, *_ = count(["gate"], prefill_chunk_size=3)
-        assert reads - plain <= 2
-
-    def test_a_row_that_is_halted_costs_no_read_a_token(self, count):
-        plain, *_ = count([])
-        reads, _, out = count(["gate"], halt_on=lambda outputs: [True, False, False])
-        assert out.probe_halts[0] and reads - plain <= 2
+    counts = []
+    for names in ([], heads):
+        model, values = make_model({name: KINDS[name] for name in heads}).to(DEVICE), prompts(DEVICE)
+        rules = {key: value for key, value in asked.items() if names or key != "halt_on"}
+        device.reads = 0
+        out = model.generate(**values, max_new_tokens=3, do_sample=False, probes=names, **rules)
+        counts.append(device.reads)
+    assert counts[1] - counts[0] <= reads
+    assert asked != ONE_IN_THREE or out.probe_halts[0]
+    before = device.reads
+    assert out.probe_labels and out.probe_probabilities
+    assert device.reads - before <= 1, "the labels of all heads come in one copy"

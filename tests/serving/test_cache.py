@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import itertools
 
 import pytest
 import torch
@@ -10,10 +9,9 @@ from cases import FORMS
 from conftest import HIDDEN, LAYERS, VOCAB, make_probe, make_prompts, probed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from observers import passes_of
+from observers import Recorder, passes_of
 from tiny_families import make
 from transformers import DynamicCache, StaticCache
-from transformers.generation.streamers import BaseStreamer
 
 from llama_probe import AutoModelForProbedGeneration, ProbeCache, ProbeError
 from llama_probe.heads.rules import TURN_SCOPES
@@ -47,36 +45,41 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], logits, atol=tolerance, rtol=1e-5, equal_nan=True)
 
 
+def follow(model, out, ids, **call):
+    """Go on from the cache and the state of a call, as the whole conversation is generated and scored without them."""
+    call = {"max_new_tokens": 2, **call}
+    found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, **call)
+    expected = model.generate(ids, **{**call, "probe_state": None})
+    assert torch.equal(found.sequences, expected.sequences)
+    assert_same(found.probe_logits, expected.probe_logits)
+    return found
+
+
 def assert_goes_on(model, out, cached):
-    """What follows a call, which left so many tokens in the cache, is scored as the whole conversation is."""
+    """A call that left so many tokens in the cache can be followed."""
     assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == cached
-    ids = torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1)
-    found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, max_new_tokens=2)
-    assert_same(found.probe_logits, model.generate(ids, max_new_tokens=2).probe_logits)
+    follow(model, out, torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1))
 
 
-MODES = {
-    "greedy": {},
-    "sampling": {"do_sample": True, "temperature": 0.8},
-    "chunked prefill": {"prefill_chunk_size": 3},
-    "long replies": {"max_new_tokens": 19},
-    "one token": {"max_new_tokens": 1},
-}
+TURNS = [
+    {},
+    {"do_sample": True, "temperature": 0.8},
+    {"prefill_chunk_size": 3},
+    {"max_new_tokens": 19},
+    {"max_new_tokens": 1},
+    {},
+]
 
 
-@pytest.mark.parametrize(
-    "cache_type, mode", [*(("dynamic", mode) for mode in MODES), ("static", "greedy"), ("static", "chunked prefill")]
-)
-def test_a_conversation_of_ten_turns(mode, cache_type):
-    """Each turn runs its own tokens and nothing else, and is scored as the whole conversation is."""
+@pytest.mark.parametrize("cache_type", [DynamicCache, StaticCache])
+def test_a_turn_runs_its_new_tokens_alone_and_is_scored_as_the_whole_conversation(cache_type):
     model, fresh = of_kinds(), of_kinds()
-    widths = passes_of(model)
-    kwargs = {"max_new_tokens": 5, "eos_token_id": None, **MODES[mode]}
-    ids, state = make_prompts(1, 9), True
-    cache = DynamicCache() if cache_type == "dynamic" else StaticCache(config=model.config, max_cache_len=400)
-    for turn in range(10):
+    widths, ids, state = passes_of(model), make_prompts(1, 9), True
+    cache = DynamicCache() if cache_type is DynamicCache else StaticCache(config=model.config, max_cache_len=200)
+    for turn, way in enumerate(TURNS):
         cached = int(cache.get_seq_length())
-        kwargs["attention_mask"] = torch.ones_like(ids)  # also where this LM writes its padding token
+        # a mask, because this LM writes its padding token
+        kwargs = {"max_new_tokens": 5, "eos_token_id": None, "attention_mask": torch.ones_like(ids), **way}
         torch.manual_seed(turn)
         out = model.generate(ids, cache=cache, probe_state=state, **kwargs)
         torch.manual_seed(turn)
@@ -92,7 +95,7 @@ def test_a_conversation_of_ten_turns(mode, cache_type):
         ids = torch.cat([out.sequences, make_prompts(1, 4, seed=turn + 1)], 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     padding=st.lists(st.integers(0, 5), min_size=1, max_size=3),
     more=st.integers(1, 9),
@@ -125,11 +128,7 @@ def test_batches_with_padding_and_replies_that_end(padding, more, behind, pad, r
     mask = torch.cat([mask.repeat_interleave(repeats, 0)[rows], (~ended[rows]).long(), torch.ones_like(new)], 1)
     if behind:  # padding on the right as well
         ids, mask = torch.nn.functional.pad(ids, (0, behind), value=pad), torch.nn.functional.pad(mask, (0, behind))
-    call = {"attention_mask": mask, "max_new_tokens": 2}
-    out = model.generate(ids, cache=first.cache, probe_state=first.probe_state, **call)
-    expected = model.generate(ids, **call)
-    assert_same(out.probe_logits, expected.probe_logits)
-    assert torch.equal(out.sequences, expected.sequences)
+    follow(model, first, ids, attention_mask=mask)
 
 
 class TestSharedPrefix:
@@ -157,15 +156,14 @@ class TestSharedPrefix:
             assert_same({name: output.logits for name, output in classified.items()}, expected.probe_logits)
         assert shared.probe_state.get_seq_length() == 6 and shared.probe_state.batch_size == 1
 
-    def test_a_cache_that_was_made_with_gradients(self, model, prefix):
+    def test_a_cache_that_was_made_with_gradients_stays_as_it_is(self, model, prefix):
+        ids = torch.cat([prefix, make_prompts(1, 5)], 1)
         with torch.enable_grad():
             shared = model(prefix, use_cache=True)
-            ids = torch.cat([prefix, make_prompts(1, 5)], 1)
             found = model.classify(ids, cache=shared.cache, probe_state=shared.probe_state)
-        expected = model.classify(ids)
-        for name, output in found.items():
-            torch.testing.assert_close(output.logits, expected[name].logits)
-        assert shared.cache.get_seq_length() == 6 and shared.cache.layers[0].keys.requires_grad, "it stays as it is"
+        for name, output in model.classify(ids).items():
+            torch.testing.assert_close(found[name].logits, output.logits)
+        assert shared.cache.get_seq_length() == 6 and shared.cache.layers[0].keys.requires_grad
 
     @pytest.mark.parametrize("scope", ["content", "all"])
     @pytest.mark.parametrize("length", [2, 4, 6])
@@ -176,52 +174,37 @@ class TestSharedPrefix:
         shared = model(prefix[:, :length], use_cache=True)
         assert list(shared.probe_logits) == (["gate", "content"] if length > 4 else ["gate"]), "nothing to read yet"
         ids = torch.cat([prefix, make_prompts(1, 3)], 1)
-        out = model.generate(ids, cache=shared.cache, probe_state=shared.probe_state, max_new_tokens=3)
-        assert_same(out.probe_logits, model.generate(ids, max_new_tokens=3).probe_logits)
-
-    def test_a_prompt_that_leaves_the_constant_prefix(self, prefix):
-        head = make_probe(token_scope="content", prefix_ids=prefix[0, :4].tolist())
-        model = probed({"content": head})
-        shared = model(prefix[:, :2], use_cache=True)
-        ids = torch.cat([prefix[:, :2], make_prompts(1, 5)], 1)
-        with pytest.raises(ProbeError, match=r"tokens that 'content' reads: of the 2 tokens .* other ones count now"):
-            model.generate(ids, cache=shared.cache, probe_state=shared.probe_state)
+        follow(model, shared, ids, max_new_tokens=3)
 
 
-USER, REPLY, END = 5, 8, 9
-TURNS = {"user": {"ids": [USER], "skip": 0}, "assistant": {"ids": [REPLY], "skip": 0}}
+USER, TOOL, REPLY, END = 5, 6, 7, 8
+MARKERS = {role: {"ids": [token], "skip": 0} for role, token in (("user", USER), ("tool", TOOL), ("assistant", REPLY))}
 
 
-class TestTurns:
-    """A chat that goes on is scored as the whole chat is."""
+class TestTurnScopes:
+    """A chat whose heads read some of its turns is scored as the whole chat is."""
 
-    @pytest.fixture(params=itertools.product(["gate", "mha"], TURN_SCOPES), ids="-".join)
+    @pytest.fixture(params=(*TURN_SCOPES, "tool"))
     def model(self, request):
-        kind, scope = request.param
-        return probed({"turns": make_probe(probe_type=kind, token_scope=scope, turn_markers=TURNS)})
+        scope = {"token_scope": request.param, "turn_markers": MARKERS}
+        return probed({name: make_probe(**form, **scope) for name, form in FORMS.items()})
 
-    def test_with_replies_of_the_model(self, model):
-        ids, state = torch.tensor([[1, USER, 10, 11, 12, END, REPLY], [1, USER, 20, 21, 22, END, REPLY]]), {}
-        ways = {"max_new_tokens": 3, "suppress_tokens": [USER, REPLY]}
-        for asked in ([30, 31], [32], [33, 34, 35]):
-            out = model.generate(ids, **{"probe_state": True, **state}, **ways)
-            assert_same(out.probe_logits, model.generate(ids, **ways).probe_logits)
-            state = {"cache": out.cache, "probe_state": out.probe_state}
-            turn = torch.tensor([[END, USER, *asked, END, REPLY]]).expand(2, -1)
-            ids = torch.cat([out.sequences, turn], 1)
-
-    def test_a_reply_that_goes_on(self, model):
-        ids = torch.tensor([[1, USER, 10, 11, 12, END, REPLY]])
-        ways = {"max_new_tokens": 3, "suppress_tokens": [USER, REPLY]}
+    def test_turns_of_a_tool_and_of_a_user_go_on(self, model):
+        """The first turn holds no result of a tool. The last one is a reply that goes on."""
+        ids = torch.tensor([[1, USER, 10, 11, 12, END, REPLY], [1, USER, 20, 21, 22, END, REPLY]])
+        ways = {"max_new_tokens": 3, "suppress_tokens": [USER, TOOL, REPLY]}
         out = model.generate(ids, probe_state=True, **ways)
+        for turn in ([TOOL, 30, 31], [USER, 32], [USER, 33, 34, 35]):
+            ids = torch.cat([out.sequences, torch.tensor([[END, *turn, END, REPLY]]).expand(2, -1)], 1)
+            out = follow(model, out, ids, **ways)
+        skips_replies = model.probes["gate"].config.token_scope == "user"
         longer = model.generate(out.sequences, cache=out.cache, probe_state=out.probe_state, **ways)
-        skips_it = model.probes["turns"].config.token_scope == "user"
-        expected = out if skips_it else model.generate(out.sequences, **ways)
-        assert_same(longer.probe_logits, expected.probe_logits)
+        whole = model.generate(out.sequences, **ways)
+        assert_same(longer.probe_logits, (out if skips_replies else whole).probe_logits)
 
-    @pytest.mark.parametrize("cuts", [(3,), (7, 9), (9,), (1, 2, 8, 11)])
-    def test_in_pieces(self, model, cuts):
-        ids = torch.tensor([[1, USER, 10, 11, END, REPLY, 12, 13, END, USER, 14, 15, END, REPLY]])
+    @pytest.mark.parametrize("cuts", [(3,), (7, 9), (1, 2, 8, 11)])
+    def test_pieces_of_forward(self, model, cuts):
+        ids = torch.tensor([[1, USER, 10, 11, END, REPLY, 12, 13, END, TOOL, 14, 15, END, REPLY]])
         state, first = {}, 0
         for last in (*cuts, ids.shape[1]):
             out = model(ids[:, first:last], use_cache=True, **state)
@@ -269,12 +252,13 @@ class TestCost:
         "kind, growing", [("pooling", 0), ("gate", 0), ("attentive", 0), ("multimax", 0), ("last", 0), ("mha", 24)]
     )
     def test_what_a_state_holds(self, kind, growing):
-        """Of floats, per token, row and layer: nothing, or the low-rank projections."""
+        """Of floats, per token, row and layer: nothing, or the low-rank projections. Views hold what they are of."""
 
         def floats(state):
             if isinstance(state, (tuple, list)):
                 return sum(floats(part) for part in state)
-            return state.numel() if state is not None and state.is_floating_point() else 0
+            is_float = state is not None and state.is_floating_point()
+            return state.untyped_storage().nbytes() // state.itemsize if is_float else 0
 
         model = of_kinds(kind)
         sizes = [
@@ -297,9 +281,7 @@ class TestHalting:
         new = make_prompts(3, 3, seed=1)
         ids = torch.cat([out.sequences, new], 1)
         mask = torch.cat([torch.ones_like(prompts), (out.sequences[:, 9:] != 0).long(), torch.ones_like(new)], 1)
-        call = {"attention_mask": mask, "max_new_tokens": 2}
-        found = model.generate(ids, cache=out.cache, probe_state=out.probe_state, **call)
-        assert_same(found.probe_logits, model.generate(ids, **call).probe_logits)
+        follow(model, out, ids, attention_mask=mask)
 
     @pytest.mark.parametrize("reply", [None, [5, 6, 7]])
     def test_a_reply_that_was_halted_midway(self, prompts, reply):
@@ -312,24 +294,19 @@ class TestHalting:
 
 
 def test_tokens_that_generate_takes_back(model):
-    """Where stops are noticed one step late, the last pass is undone, in the cache too."""
+    """On an accelerator stops are noticed one step late: the last pass is undone, in the cache too."""
     ids, found = make_prompts(1, 7), []
 
-    class AtTheEnd(BaseStreamer):
-        def put(self, value):
-            pass
-
+    class AtTheEnd(Recorder):
         def end(self):
             found.append(session_of(model).reply.recorder.probe_cache(7 + 4))
 
     kwargs = {"eos_token_id": None, "probe_state": True}
-    out = model.generate(ids, max_new_tokens=6, streamer=AtTheEnd(), **kwargs)
-    one_less = model.generate(ids, max_new_tokens=5, **kwargs)
-    assert out.probe_state.get_seq_length() == 12
-    assert torch.equal(found[0].input_ids, one_less.probe_state.input_ids)
-    new = make_prompts(1, 3, seed=1)
-    a = model(new, cache=one_less.cache, probe_state=found[0]).probe_logits
-    assert_same(a, model(torch.cat([one_less.sequences[:, :-1], new], 1)).probe_logits)
+    model.generate(ids, max_new_tokens=6, streamer=AtTheEnd(), **kwargs)
+    out = model.generate(ids, max_new_tokens=5, **kwargs)
+    assert torch.equal(found[0].input_ids, out.probe_state.input_ids)
+    out["probe_state"] = found[0]
+    assert_goes_on(model, out, cached=11)
 
 
 def test_a_cache_that_the_model_makes_itself():
@@ -344,15 +321,35 @@ def test_a_cache_that_the_model_makes_itself():
 
 
 def test_a_head_that_was_switched_off_is_left_out(model, prompts):
-    first = model.generate(prompts, max_new_tokens=3, probe_state=True, eos_token_id=None)
+    first = model.generate(prompts, probe_state=True, max_new_tokens=3, eos_token_id=None)
     model.set_active_probes("gate")
-    ids = torch.cat([first.sequences, prompts], 1)
-    second = model.generate(ids, cache=first.cache, probe_state=first.probe_state, max_new_tokens=3, eos_token_id=None)
-    assert_same(second.probe_logits, model.generate(ids, max_new_tokens=1).probe_logits)
+    second = follow(model, first, torch.cat([first.sequences, prompts], 1), max_new_tokens=3, eos_token_id=None)
     model.set_active_probes(["gate", "mha"])
     ids = torch.cat([second.sequences, prompts], 1)
     with pytest.raises(ProbeError, match="head 'mha' has not read them"):
         model.generate(ids, cache=second.cache, probe_state=second.probe_state)
+
+
+def changed(ids):
+    ids[1, 4] = (ids[1, 4] + 1) % VOCAB
+    return ids
+
+
+def masked(ids):
+    mask = torch.ones_like(ids)
+    mask[0, 2] = 0
+    return mask
+
+
+def cropped(cache):
+    cache.crop(-2)
+    return cache
+
+
+def replace_head(model):
+    model.delete_probe("gate")
+    model.add_probe("gate", make_probe(seed=5, probe_type="gate"))
+    gc.collect()
 
 
 class TestRefusals:
@@ -366,57 +363,57 @@ class TestRefusals:
     def ids(self, first):
         return torch.cat([first.sequences, make_prompts(3, 4, seed=1)], 1)
 
-    def check(self, model, first, ids, words, **kwargs):
+    @pytest.mark.parametrize(
+        "words, change",
+        {
+            "number 4": lambda model, first, ids: {"inputs": changed(ids)},
+            "at least one new token": lambda model, first, ids: {"inputs": ids[:, :12]},
+            "12 tokens, and the cache beside it holds 10": lambda model, first, ids: {"cache": cropped(first.cache)},
+            "pass probe_state=": lambda model, first, ids: {"probe_state": None},
+            "pass probe_state= of the call": lambda model, first, ids: {"probe_state": True},
+            "3 rows, and 2 prompts": lambda model, first, ids: {"inputs": ids[:2]},
+            "attention_mask: .* number 2": lambda model, first, ids: {"attention_mask": masked(ids)},
+            "'gate' reads: .* number 2": lambda model, first, ids: {"probe_mask": masked(ids)},
+            "another head called 'gate'": lambda model, first, ids: replace_head(model) or {},
+        }.items(),
+    )
+    def test_generate(self, model, first, ids, words, change):
+        call = {"inputs": ids, "cache": first.cache, "probe_state": first.probe_state, "max_new_tokens": 2}
+        call |= change(model, first, ids)
         widths = passes_of(model)
-        call = {"cache": first.cache, "probe_state": first.probe_state, "max_new_tokens": 2, **kwargs}
         with pytest.raises(ProbeError, match=words):
-            model.generate(ids, **call)
+            model.generate(**call)
         assert not widths
 
-    def test_other_tokens(self, model, first, ids):
-        ids[1, 4] = (ids[1, 4] + 1) % VOCAB
-        self.check(model, first, ids, "number 4")
-        self.check(model, first, first.sequences[:, :-1], "at least one new token")
-
-    def test_a_cache_that_was_cropped_or_grew(self, model, first, ids):
-        cache = copy.deepcopy(first.cache)
-        cache.crop(-2)
-        self.check(model, first, ids, "of 12 tokens, and the cache beside it holds 10", cache=cache)
-        with pytest.raises(ProbeError, match="holds 0"):
-            model.classify(ids, probe_state=first.probe_state)
-
-    def test_a_cache_without_its_state(self, model, first, ids):
-        for state in (None, True):
-            self.check(model, first, ids, "pass probe_state=", probe_state=state)
-        with pytest.raises(ProbeError, match="holds 12 tokens"):
-            model(ids[:, 12:], cache=first.cache, probe_state=True)
-
-    def test_other_rows(self, model, first, ids):
-        self.check(model, first, ids[:2], "3 rows, and 2 prompts")
-        with pytest.raises(ProbeError, match="3 rows, and 2 prompts"):
-            model(ids[:2, 12:], cache=first.cache, probe_state=first.probe_state)
-
-    def test_another_mask(self, model, first, ids):
-        mask = torch.ones_like(ids)
-        mask[0, 2] = 0
-        self.check(model, first, ids, "attention_mask: .* number 2", attention_mask=mask)
-        self.check(model, first, ids, "'gate' reads: .* number 2", probe_mask=mask)
-
-    def test_another_head_of_the_same_name(self, model, first, ids):
-        model.delete_probe("gate")
-        model.add_probe("gate", make_probe(seed=5, probe_type="gate"))
-        gc.collect()
-        self.check(model, first, ids, "another head called 'gate'")
+    def test_forward_and_classify(self, model, first, ids):
+        cache, state = {"cache": first.cache}, {"probe_state": first.probe_state}
+        for words, call in {
+            "holds 12 tokens": lambda: model(ids[:, 12:], **cache, probe_state=True),
+            "3 rows, and 2 prompts": lambda: model(ids[:2, 12:], **cache, **state),
+            "holds 0": lambda: model.classify(ids, **state),
+            "output_attentions": lambda: model.classify(ids, output_attentions=True, **cache, **state),
+            "classify returns no probe_state": lambda: model.classify(ids, probe_state=True),
+        }.items():
+            with pytest.raises(ProbeError, match=words):
+                call()
 
     def test_other_weights_of_the_same_head(self, model, first, ids):
-        head, call = model.probes["mha"], {"cache": first.cache, "probe_state": copy.deepcopy(first.probe_state)}
-        head.to(torch.float64).to(torch.float32).requires_grad_(False)  # which changes nothing
-        second = model.generate(ids, max_new_tokens=2, eos_token_id=None, **call)
+        head = model.probes["mha"].to(torch.float64).to(torch.float32).requires_grad_(False)  # which changes nothing
+        second = follow(model, first, ids, eos_token_id=None)
         optimizer = torch.optim.SGD(head.requires_grad_().parameters(), lr=1.0)
         head.classifier.bias.grad = torch.ones_like(head.classifier.bias)
         optimizer.step()
         ids = torch.cat([second.sequences, ids[:, -2:]], 1)
-        self.check(model, second, ids, "'mha', or by other weights of it")
+        with pytest.raises(ProbeError, match="'mha', or by other weights of it"):
+            model.generate(ids, cache=second.cache, probe_state=second.probe_state)
+
+    def test_a_prompt_that_leaves_the_constant_prefix(self, prompts):
+        head = make_probe(token_scope="content", prefix_ids=prompts[0, :4].tolist())
+        model = probed({"content": head})
+        shared = model(prompts[:1, :2], use_cache=True)
+        ids = torch.cat([prompts[:1, :2], make_prompts(1, 5, seed=2)], 1)
+        with pytest.raises(ProbeError, match=r"tokens that 'content' reads: of the 2 tokens .* other ones count now"):
+            model.generate(ids, cache=shared.cache, probe_state=shared.probe_state)
 
     @pytest.mark.parametrize(
         "kwargs, words",
@@ -435,8 +432,7 @@ class TestRefusals:
             model.generate(**{"inputs": prompts, "max_new_tokens": 2, "probe_state": True, **kwargs})
         assert not widths
 
-    def test_classify(self, model):
-        """Positions behind padding in the cache are not known."""
+    def test_classify_behind_padding_without_positions(self, model):
         ids, mask = make_prompts(1, 6), torch.ones(1, 6, dtype=torch.long)
         ids[0, :2], mask[0, :2] = 0, 0
         first = model.generate(ids, attention_mask=mask, max_new_tokens=3, probe_state=True, eos_token_id=None)
@@ -448,7 +444,3 @@ class TestRefusals:
         found = model.classify(ids, position_ids=torch.tensor([[6, 7, 8]]), **call)
         expected = model.generate(ids, attention_mask=mask, max_new_tokens=1).probe_logits
         assert_same({name: output.logits for name, output in found.items()}, expected)
-        with pytest.raises(ProbeError, match="output_attentions"):
-            model.classify(ids, position_ids=torch.tensor([[6, 7, 8]]), output_attentions=True, **call)
-        with pytest.raises(ProbeError, match="classify returns no probe_state"):
-            model.classify(ids, probe_state=True)

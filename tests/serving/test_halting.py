@@ -38,13 +38,6 @@ def passes(model):
     return passes_of(model)
 
 
-def refused(passes, words, call):
-    """The call is refused, names this, and does no work first."""
-    with pytest.raises(ProbeError, match=words):
-        call()
-    assert not passes
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_decoded_if_all_are_halted(model, passes, prompts, mode):
     out = model.generate(prompts, max_new_tokens=5, halt_on=flag(0, 1, 2), **MODES[mode])
@@ -88,10 +81,7 @@ def test_prompts_given_as_embeddings(model, prompts):
     assert torch.equal(out.sequences[1:], free.sequences[1:]) and out.sequences[0].tolist() == [9, 8, PAD, PAD]
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [{"halt_on": flag()}, {"halt_on": flag(1)}, {"on_probe_token": lambda scores: None}, {"probe_state": True}],
-)
+@pytest.mark.parametrize("kwargs", [{"halt_on": flag()}, {"on_probe_token": lambda scores: None, "probe_state": True}])
 def test_the_cache_goes_with_the_output(model, prompts, kwargs):
     """Nothing that a call leaves behind waits for the garbage collector."""
     model.add_probe("both", make_probe(token_scope="all"))
@@ -118,10 +108,27 @@ def test_fields_that_the_output_was_asked_to_hold(model, prompts, rows):
     assert isinstance(tensor, torch.Tensor) and (tensor[0, 9:] == PAD).all()
 
 
-def test_a_config_of_the_model_that_would_not_halt_is_refused(model, passes, prompts):
-    """As one of the call is (docs/troubleshooting.md)."""
-    model.generation_config = GenerationConfig(max_new_tokens=2, halt_on="mood")
-    refused(passes, "halt_on in a generation_config", lambda: model.generate(prompts))
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        ({"halt_on": "other"}, "'other'.* active: mood"),
+        ({"halt_on": []}, "no head"),
+        ({"halt_on": {"mood": "awful"}}, "'mood' are 'awful'"),
+        ({"halt_on": True}, "halt_on=True"),
+        ({"halt_on": {"mood": {"above": 0.5}}}, "'above'"),
+        ({"halt_on": "mood", "probes": []}, "no head is active"),
+        ({"generation_config": GenerationConfig(halt_on="mood")}, "halt_on in a generation_config"),
+        ({"halt_reply": [5]}, "nothing halts here"),
+        ({"halt_on": "mood", "halt_reply": ["No."] * 999}, "^halt_reply=.{1,60} must be token ids"),
+        ({"halt_on": "mood", "halt_reply": torch.eye(99)}, "^halt_reply=.{1,60} must be token ids"),
+        ({"halt_on": "mood", "halt_reply": [1.5]}, "^halt_reply=.{1,60} must be token ids"),
+        ({"halt_on": "mood", "halt_reply": "No."}, "tokenizer="),
+    ],
+)
+def test_refusals_before_any_work(model, passes, prompts, call, words):
+    with pytest.raises(ProbeError, match=words):
+        model.generate(prompts, **call)
+    assert not passes
 
 
 class TestReplies:
@@ -150,18 +157,9 @@ class TestReplies:
         assert passes[:2] == [9, 4] and sum(passes) == 9 + 4 + 5, "it is written once, after the prompts were read"
         assert len(out.probe_logits["mood"]) == 3, "the heads have read the prompts, not the re-prompt"
 
-    @pytest.mark.parametrize("reply", [[[1, 2]], 5, ["No."], [1.5], torch.eye(99), ["No."] * 999])
-    def test_replies_that_are_refused(self, model, passes, prompts, reply):
-        refused(
-            passes,
-            "^halt_reply=.{1,60} must be token ids",
-            lambda: model.generate(prompts, halt_on="mood", halt_reply=reply),
-        )
-
-    @pytest.mark.parametrize("ids", [[[3, 4]], torch.ones(2, 3, dtype=torch.long)])
-    def test_reprompts_that_are_refused(self, ids):
+    def test_a_reprompt_is_one_prompt(self):
         with pytest.raises(ProbeError, match="input_ids"):
-            Reprompt(ids)
+            Reprompt(torch.ones(2, 3, dtype=torch.long))
 
 
 class TestPolicies:
@@ -178,43 +176,26 @@ class TestPolicies:
     def test_it_may_call_the_model(self, model, prompts):
         """Heads run there as anywhere else, and halt."""
         model.add_probe("reply", make_probe(token_scope="response"))
-        expected = model.generate(prompts, max_new_tokens=4, eos_token_id=None)
-        inner = []
+        kwargs, inner = {"max_new_tokens": 4, "eos_token_id": None}, []
+        expected = model.generate(prompts, **kwargs)
 
         def call(*_):
             inner.append(model.generate(prompts, max_new_tokens=3, halt_on={"mood": {"threshold": 0.0}}))
-            inner.append(model(prompts, probes="mood"))
+            torch.testing.assert_close(
+                model(prompts, probes="mood").probe_logits["mood"], expected.probe_logits["mood"]
+            )
             return [False] * 3
 
-        kwargs = {"max_new_tokens": 4, "eos_token_id": None, "halt_on": call, "on_probe_token": call}
-        out = model.generate(prompts, **kwargs)
+        out = model.generate(prompts, halt_on=call, on_probe_token=call, **kwargs)
         assert torch.equal(out.sequences, expected.sequences) and out.probe_halts == [None] * 3
         torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits)
-        assert len(inner) == 2 * (1 + 3)
-        for generated, passed in zip(inner[::2], inner[1::2], strict=True):
-            assert torch.equal(generated.sequences, prompts) and all(generated.probe_halts)
-            torch.testing.assert_close(passed.probe_logits["mood"], expected.probe_logits["mood"])
-
-    def test_a_streamer_may_call_the_model_with_a_policy(self, model, prompts):
-        """Such a call is not one of the decoding method, and halts."""
-        inner = []
-
-        class Calling(Recorder):
-            def put(self, value):
-                super().put(value)
-                inner.append(model.generate(prompts, max_new_tokens=3, halt_on=lambda outputs: [True] * 3))
-
-        expected = model.generate(prompts[:1], max_new_tokens=4)
-        out = model.generate(prompts[:1], max_new_tokens=4, streamer=Calling())
-        assert torch.equal(out.sequences, expected.sequences)
-        torch.testing.assert_close(out.probe_logits, expected.probe_logits)
-        assert len(inner) > 1 and all(torch.equal(each.sequences, prompts) for each in inner)
+        assert len(inner) == 1 + 3
+        assert all(torch.equal(each.sequences, prompts) and all(each.probe_halts) for each in inner)
 
     @pytest.mark.parametrize(
         "decisions",
         [
             [None, Halt("mood", "awful", 0.7, 0.5), 1],
-            (False, True, True),
             torch.tensor([False, True, True]),
             [torch.tensor([0]), np.bool_(True), np.True_],
         ],
@@ -224,9 +205,7 @@ class TestPolicies:
         assert halts[0] is None and halts[2] == Halt()
         assert halts[1] == (decisions[1] if isinstance(decisions[1], Halt) else Halt())
 
-    @pytest.mark.parametrize(
-        "decisions", [None, [False, False], {0: True, 1: True, 2: True}, ["fine"] * 3, torch.rand(3), [math.nan, 0, 0]]
-    )
+    @pytest.mark.parametrize("decisions", [None, [False, False], {0: True, 1: True, 2: True}, [math.nan, 0, 0]])
     def test_anything_else_is_no_decision(self, model, passes, prompts, decisions):
         with pytest.raises(ProbeError, match="the halting policy returned"):
             model.generate(prompts, halt_on=lambda outputs: decisions)
@@ -238,62 +217,52 @@ def output_of(logits, **changes):
     return config, ProbeOutput.from_logits(torch.tensor(logits, dtype=torch.float32), config)
 
 
-TWO, MANY = [[0.0, 0.1], [0.0, 1.0]], [[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]]
+TWO, MANY, THREE = [[0.0, 0.1], [0.0, 1.0]], [[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]], (3 * torch.eye(3) - 1).tolist()
 SEVERAL = {"num_labels": 3, "problem_type": "multi_label_classification", "threshold": [0.5, 0.9, 0.5]}
+VALUE = {"num_labels": 1, "problem_type": "regression"}
+FLAGS_TWO = {"num_labels": 3, "flagged": ["LABEL_0", "LABEL_2"]}
+NAN = [[math.nan, 0.0], [1.0, 0.0]]
 
 
 class TestRules:
     @pytest.mark.parametrize(
         "logits, changes, options, halted",
         [
-            (TWO, {"threshold": 0.6}, {}, [False, True]),
-            (TWO, {"thresholds": {"fpr-2%": 0.6}}, {"threshold": "fpr-2%"}, [False, True]),
-            (MANY, {"num_labels": 3}, {"label": "LABEL_2"}, [True, False]),
-            (MANY, {"num_labels": 3}, {"label": "LABEL_2", "threshold": 0.1}, [True, True]),
-            ([[0.0, 1.0, 1.0]], SEVERAL, {"label": "LABEL_1"}, [False]),  # its saved threshold is 0.9
-            ([[0.0, 1.0, 1.0]], SEVERAL, {"label": "LABEL_2"}, [True]),
-            ([[2.5], [3.5]], {"num_labels": 1, "problem_type": "regression"}, {"threshold": 3}, [False, True]),
+            (TWO, {"threshold": 0.6}, {}, [None, "LABEL_1"]),
+            (TWO, {"thresholds": {"fpr-2%": 0.6}}, {"threshold": "fpr-2%"}, [None, "LABEL_1"]),
+            (MANY, {"num_labels": 3}, {"label": "LABEL_2"}, ["LABEL_2", None]),
+            (MANY, {"num_labels": 3}, {"label": "LABEL_2", "threshold": 0.1}, ["LABEL_2", "LABEL_2"]),
+            ([[0.0, 1.0, 1.0]], SEVERAL, {"label": "LABEL_1"}, [None]),  # its saved threshold is 0.9
+            ([[0.0, 1.0, 1.0]], SEVERAL, {"label": "LABEL_2"}, ["LABEL_2"]),
+            ([[2.5], [3.5]], VALUE, {"threshold": 3}, [None, "LABEL_0"]),
+            (NAN, {}, {}, ["LABEL_1", None]),
+            (THREE, FLAGS_TWO, {}, ["LABEL_0", None, "LABEL_2"]),
+            (THREE, {**SEVERAL, **FLAGS_TWO, "threshold": 0.5}, {}, ["LABEL_0", None, "LABEL_2"]),
+            (THREE, FLAGS_TWO, {"label": "LABEL_1"}, [None, "LABEL_1", None]),
         ],
     )
-    def test_what_a_rule_halts(self, logits, changes, options, halted):
+    def test_the_label_that_a_rule_halts_on(self, logits, changes, options, halted):
         config, output = output_of(logits, **changes)
-        (rule,) = HaltRule.create_all("h", config, **options)
-        found = rule.halts(output.probabilities)
-        assert [halt is not None for halt in found] == halted
+        halts = Halter({"h": options}, {"h": config}).decide({"h": output}, len(logits))
+        assert [halt and halt.label for halt in halts] == halted
 
-    def test_as_the_head_decides(self, model, prompts):
-        out = model.generate(prompts, max_new_tokens=2, halt_on="mood")
-        labels = out.probe_labels["mood"]
-        assert [halt is not None for halt in out.probe_halts] == [label == "awful" for label in labels]
-
-    def test_a_label_and_a_threshold(self):
+    def test_a_halt_says_why(self):
         config, output = output_of([[2.0, 0.0], [0.0, 0.5]], id2label={0: "no", 1: "yes"}, temperature=2.0)
-        found = HaltRule.create_all("h", config, "no", 0.6)[0].halts(output.probabilities)
-        assert found[1] is None and found[0] == Halt("h", "no", pytest.approx(1 / (1 + math.exp(-1))), 0.6)
+        halts = HaltRule.create_all("h", config, "no", 0.6)[0].halts(output.probabilities)
+        assert halts == [Halt("h", "no", pytest.approx(1 / (1 + math.exp(-1))), 0.6), None]
 
     @pytest.mark.parametrize("bad", [0, 1])
     def test_the_label_that_the_head_flags(self, prompts, bad):
-        """By its name: two heads with the same scores and their labels in turned order halt the same."""
+        """By its name: two heads with the same scores and their labels in turned order halt the same, as they decide."""
         head = make_probe()
         config = head.config.replace(id2label={bad: "bad", 1 - bad: "good"}, flagged=["bad"])
         if not bad:
             for name in ("weight", "bias"):
                 getattr(head.classifier, name).data = getattr(head.classifier, name).data.flip(0)
-        expected = [
-            halt is not None for halt in probed({"h": make_probe()}).generate(prompts, halt_on="h").probe_halts
-        ]
+        labels = probed({"h": make_probe()}).classify(prompts)["h"].labels
         head.config = config
-        out = probed({"h": head}).generate(prompts, halt_on="h")
-        assert [halt is not None for halt in out.probe_halts] == expected
-        assert {halt.label for halt in out.probe_halts if halt} <= {"bad"}
-
-    def test_each_of_several_labels_that_the_head_flags(self):
-        logits = (3 * torch.eye(3) - 1).tolist()
-        for changes, label in (({}, None), ({**SEVERAL, "threshold": 0.5}, None), ({}, "LABEL_1")):
-            config, output = output_of(logits, **{"num_labels": 3, "flagged": ["LABEL_0", "LABEL_2"], **changes})
-            found = Halter({"h": {} if label is None else {"label": label}}, {"h": config}).decide({"h": output}, 3)
-            labels = [halt and halt.label for halt in found]
-            assert labels == (["LABEL_0", None, "LABEL_2"] if label is None else [None, "LABEL_1", None])
+        halts = probed({"h": head}).generate(prompts, halt_on="h").probe_halts
+        assert [halt and halt.label for halt in halts] == ["bad" if label == "LABEL_1" else None for label in labels]
 
     def test_a_head_that_flags_nothing(self):
         config = ProbeConfig(id2label={0: "bad", 1: "good"})
@@ -306,30 +275,26 @@ class TestRules:
         halter = Halter({"a": {"threshold": 0.9}, "b": None}, {"a": config, "b": config})
         assert [halt and halt.head for halt in halter.decide({"a": output, "b": output}, 2)] == ["b", None]
 
-    def test_nan_halts(self):
-        config, output = output_of([[float("nan"), 0.0], [1.0, 0.0]])
-        found = Halter("h", {"h": config}).decide({"h": output}, 2)
-        assert found[0] is not None and math.isnan(found[0].score) and found[1] is None
-
-    @pytest.mark.parametrize("scope", ["prompt", "all"])
+    @pytest.mark.parametrize("chunks", [{}, {"prefill_chunk_size": 2}])
     @pytest.mark.parametrize("kind", probe_types())
-    def test_an_lm_that_gives_nan_lets_nothing_through(self, kind, scope, prompts):
-        head = make_probe(probe_type=kind, token_scope=scope, vocab_size=VOCAB)
-        model = probed({"mood": head})
+    def test_an_lm_that_gives_nan_lets_nothing_through(self, kind, chunks, prompts):
+        heads = {
+            scope: make_probe(probe_type=kind, token_scope=scope, vocab_size=VOCAB) for scope in ("prompt", "all")
+        }
+        model, mask = probed(heads), padded(prompts)
         model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
-        mask = padded(prompts)
-        for kwargs in ({}, {"prefill_chunk_size": 2}):
-            halting = {"halt_on": {"mood": {"label": "LABEL_1", "threshold": 1.0}}, **kwargs}
-            out = model.generate(prompts, attention_mask=mask, max_new_tokens=2, **halting)
-            assert out.probe_logits["mood"].isnan().all() and all(out.probe_halts)
-        assert expected_logits(head, prompts, mask, model).isnan().all()
+        for scope, head in heads.items():
+            halting = {"halt_on": {scope: {"label": "LABEL_1", "threshold": 1.0}}, **chunks}
+            out = model.generate(prompts, attention_mask=mask, max_new_tokens=2, probes=scope, **halting)
+            assert out.probe_logits[scope].isnan().all() and all(out.probe_halts)
+            assert expected_logits(head, prompts, mask, model).isnan().all()
 
     @pytest.mark.parametrize(
         "changes, options, words",
         [
             ({"num_labels": 3}, {}, "label"),
-            ({"num_labels": 1, "problem_type": "regression"}, {}, "threshold"),
-            ({"num_labels": 1, "problem_type": "regression"}, {"threshold": math.nan}, "threshold"),
+            (VALUE, {}, "threshold"),
+            (VALUE, {"threshold": math.nan}, "threshold"),
             ({"num_labels": 2, "problem_type": "regression"}, {"threshold": 1.0}, "label"),
             ({}, {"threshold": True}, "threshold"),
             ({"thresholds": {"low": 0.1, "high": 0.9}}, {"threshold": "middle"}, "'middle'.* low, high"),
@@ -337,26 +302,14 @@ class TestRules:
             ({}, {"patience": 2}, "patience"),
             ({"token_scope": "all"}, {"patience": 0}, "patience"),
             ({}, {"window": 2}, "window"),
+            *(({}, {"ask": bool, "unsure": band}, "unsure") for band in (None, 0.5, (0.6, 0.2))),
+            ({}, {"unsure": (0, 1)}, "unsure"),
+            ({"token_scope": "response"}, {"ask": bool, "unsure": (0, 1)}, "unsure"),
         ],
     )
     def test_options_that_a_head_refuses(self, changes, options, words):
         with pytest.raises(ProbeError, match=words):
             HaltRule.create_all("h", ProbeConfig(probe_type="gate", **changes), **options)
-
-    @pytest.mark.parametrize(
-        "spec, words",
-        [
-            ("other", "'other'.* active: mood"),
-            ([], "no head"),
-            ({"mood": "awful"}, "'mood' are 'awful'"),
-            (True, "halt_on=True"),
-            ({"mood": {"above": 0.5}}, "'above'"),
-        ],
-    )
-    def test_specs_that_are_refused(self, model, passes, prompts, spec, words):
-        refused(passes, words, lambda: model.generate(prompts, halt_on=spec))
-        model.set_active_probes([])
-        refused(passes, "active", lambda: model.generate(prompts, halt_on=spec))
 
 
 class TestAsking:
@@ -416,12 +369,7 @@ class TestAsking:
 
     @pytest.mark.parametrize(
         "options, words",
-        [
-            ({"answer": lambda text: "yes"}, "ask of 'guard'"),
-            ({"call": {"tokenizer": None}}, "tokenizer="),
-            *(({name: value}, "unsure") for name, value in (("ask", None), ("unsure", None), ("unsure", 0.5))),
-            ({"unsure": (0.6, 0.2)}, "unsure"),
-        ],
+        [({"answer": lambda text: "yes"}, "ask of 'guard'"), ({"call": {"tokenizer": None}}, "tokenizer=")],
     )
     def test_refusals(self, generate, options, words):
         with pytest.raises(ProbeError, match=words):

@@ -13,13 +13,9 @@ MARKERS = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", USER), ("t
 
 
 def tool_head(**changes):
-    fields = {
-        "probe_type": "gate",
-        "id2label": {0: "injection", 1: "clean"},
-        "flagged": ["injection"],
-        "threshold": 0.5,
-    }
-    return make_probe(**{**fields, "token_scope": "tool", "turn_markers": MARKERS, **changes})
+    labels = {"id2label": {0: "injection", 1: "clean"}, "flagged": ["injection"], "threshold": 0.5}
+    fields = {"probe_type": "gate", "token_scope": "tool", "turn_markers": MARKERS}
+    return make_probe(**{**labels, **fields, **changes})
 
 
 def agent_prompts():
@@ -33,20 +29,16 @@ def agent_prompts():
     return ids, read
 
 
-def counted_logits(head, ids, read):
-    with torch.no_grad():
-        states = make_lm()(ids, output_hidden_states=True).hidden_states
-        return head(hidden_states=states, attention_mask=read).logits
-
-
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", [{}, {"prefill_chunk_size": 4}, {"num_beams": 2}], ids=["whole", "chunks", "beams"])
-def test_rows_with_a_result_are_scored_and_others_are_not_flagged(form, mode):
-    head, (ids, read) = tool_head(**FORMS[form]), agent_prompts()
-    out = probed({"tools": head}).generate(ids, max_new_tokens=2, **mode)
-    expected = counted_logits(head, ids[[0, 2]], read[[0, 2]])
-    torch.testing.assert_close(out.probe_logits["tools"][[0, 2]], expected, atol=1e-5, rtol=1e-5)
-    assert out.probe_probabilities["tools"][1].tolist() == [0.0, 1.0]
+def test_rows_with_a_result_are_scored_and_others_are_not_flagged(mode):
+    heads, (ids, read) = {name: tool_head(**form) for name, form in FORMS.items()}, agent_prompts()
+    out = probed(heads).generate(ids, max_new_tokens=2, **mode)
+    with torch.no_grad():
+        states = make_lm()(ids[[0, 2]], output_hidden_states=True).hidden_states
+    for name, head in heads.items():
+        expected = head(hidden_states=states, attention_mask=read[[0, 2]]).logits
+        torch.testing.assert_close(out.probe_logits[name][[0, 2]], expected, atol=1e-5, rtol=1e-5)
+        assert out.probe_probabilities[name][1].tolist() == [0.0, 1.0]
 
 
 def test_no_row_has_a_result():
@@ -74,27 +66,6 @@ def test_only_prompts_with_a_result_halt(bias):
     head.classifier.bias.data += bias
     out = probed({"tools": head}).generate(ids, max_new_tokens=3, halt_on={"tools": {"threshold": 1e-6}})
     assert [halt is not None for halt in out.probe_halts] == [True, False, True]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_states_go_on_over_the_turns_of_an_agent(form):
-    """The first turn holds no result; the second brings one; the third asks again."""
-    head = tool_head(**FORMS[form])
-    model, whole = probed({"tools": head}), make_prompts(rows=1, length=4) % 40 + 8
-    whole[0, 0], whole[0, -1] = USER, REPLY
-    cache, state = None, True
-    for opening in (None, TOOL, USER):
-        if opening is not None:
-            turn = make_prompts(rows=1, length=5, seed=opening) % 40 + 8
-            turn[0, 0], turn[0, -1] = opening, REPLY
-            whole = torch.cat([whole, turn], dim=1)
-        out = model.generate(
-            whole, max_new_tokens=3, cache=cache, probe_state=state, suppress_tokens=[USER, TOOL, REPLY]
-        )
-        again = model.generate(whole, max_new_tokens=1)
-        torch.testing.assert_close(out.probe_logits, again.probe_logits, atol=1e-5, rtol=1e-5)
-        whole, cache, state = out.sequences, out.cache, out.probe_state
-    assert out.probe_probabilities["tools"][0, 0] > 0
 
 
 def test_a_template_without_tool_results_needs_a_mask():
