@@ -3,13 +3,10 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import accelerate
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_prompts, padded, probed, save_head
+from conftest import make_probe, make_prompts, padded, probed, save_head
 from observers import assert_no_hooks
-from transformers import LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.heads import probe_types
@@ -25,29 +22,21 @@ def folder(tmp_path):
     return save_head(make_probe(base_model_name_or_path="org/other"), tmp_path / "toxic")
 
 
-def test_switching_and_deleting(model, prompts):
+def test_switching_disabling_and_deleting(model, prompts):
     model.add_probe("a", make_probe())
     model.add_probe("b", make_probe(seed=1))
     model.set_active_probes("b")
     assert list(model(prompts).probe_logits) == ["b"]
-    model.set_active_probes(["b", "a", "b"])
-    assert model.active_probes == ["b", "a"]
-    model.delete_probe("b")
-    assert model.active_probes == ["a"] and list(model.probes) == ["a"]
-    del model.probes["a"]  # an `nn.ModuleDict` cannot be kept from that
-    assert model.active_probes == []
-
-
-def test_heads_are_disabled_for_a_while(model, prompts):
-    model.add_probe("a", make_probe())
-    model.add_probe("b", make_probe(seed=1))
-    model.set_active_probes(["b"])
     with pytest.raises(KeyError), model.disable_probes():
         assert model.active_probes == [] and not hasattr(model(prompts), "probe_logits")
         raise KeyError
     assert model.active_probes == ["b"]
+    model.set_active_probes(["b", "a", "b"])
+    assert model.active_probes == ["b", "a"]
     with model.disable_probes() as plain:
         plain.delete_probe("b")
+    assert model.active_probes == ["a"] and list(model.probes) == ["a"]
+    del model.probes["a"]  # an `nn.ModuleDict` cannot be kept from that
     assert model.active_probes == []
 
 
@@ -111,22 +100,6 @@ def test_load_and_save(model, folder, tmp_path):
     model.load_probe(folder, "third", strict=True)
 
 
-@pytest.mark.parametrize("change", ["compiled", "offloaded"])
-def test_what_is_without_heads_runs_without_them(folder, prompts, change):
-    """Also where the instance has a forward of its own, which runs the model with its heads."""
-    model = probed()
-    if change == "offloaded":
-        accelerate.cpu_offload(model, execution_device="cpu")
-    else:
-        model.forward = torch.compile(model.forward, backend="eager")
-    model.load_probe(folder, "a")
-    plain = model._without_probes()
-    out = plain(prompts)
-    assert type(plain) is LlamaForCausalLM and type(out) is CausalLMOutputWithPast
-    torch.testing.assert_close(out.logits, make_lm()(prompts).logits)
-    assert model(prompts).probe_logits.keys() == {"a"}, "and the model is as it was"
-
-
 @pytest.mark.parametrize("name", ["a.b", "", "../a", "ä", None, "train", "_modules"])
 def test_names(model, name):
     with pytest.raises(ProbeError, match="cannot name a head"):
@@ -178,29 +151,24 @@ def test_heads_of_one_call(model, prompts):
             call(prompts, probes=["a", "c"])
 
 
-def a_job(model, name, seed):
-    """A function that uses one head in every way, and compares with what it finds now, in a single thread."""
-    prompts, more = make_prompts(2, 5 + seed, seed=seed), make_prompts(2, 3, seed=seed + 50)
-
-    @torch.no_grad()
-    def use():
-        kwargs = {"max_new_tokens": 3, "probes": [name], "eos_token_id": None}
-        first = model.generate(prompts, probe_state=True, prefill_chunk_size=4, **kwargs)
-        ids = torch.cat([first.sequences, more], 1)
-        second = model.generate(ids, cache=first.cache, probe_state=first.probe_state, **kwargs)
-        passed, classified = model(prompts, probes=name), model.classify(prompts, probes=name)
-        logits = [output.probe_logits for output in (first, second, passed)]
-        return [first.sequences, second.sequences, passed.logits, *logits, classified[name].logits]
-
-    expected = use()
-    return lambda: torch.testing.assert_close(use(), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, folder):
     model.add_probe("gate", make_probe(probe_type="gate"))
     model.add_probe("mha", make_probe(seed=1, probe_type="mha"))
-    prompts = make_prompts(1)
-    active = model.generate(prompts, max_new_tokens=2)
+
+    def use(names):
+        """Use heads in every way; all that is active for None, among which are always these two."""
+        kwargs = {"max_new_tokens": 3, "probes": names, "eos_token_id": None}
+        first = model.generate(make_prompts(2), probe_state=names is not None, prefill_chunk_size=4, **kwargs)
+        outputs = [first, model(make_prompts(2), probes=names)]
+        if names is not None:
+            ids = torch.cat([first.sequences, make_prompts(2, 3, seed=50)], 1)
+            outputs.append(model.generate(ids, cache=first.cache, probe_state=first.probe_state, **kwargs))
+        logits = [{name: output.probe_logits[name] for name in names or ("gate", "mha")} for output in outputs]
+        return first.sequences, logits
+
+    def use_as_now(names):
+        expected = use(names)
+        return lambda: torch.testing.assert_close(use(names), expected, atol=1e-5, rtol=1e-5)
 
     def load_and_delete():
         model.load_probe(folder)
@@ -212,23 +180,11 @@ def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, fo
             model.set_active_probes(["guard", "gate", "mha"])
             model.delete_probe("guard")
 
-    def use_the_active_ones():
-        """Whatever is active at the moment: the two that stay are always among them, and are right."""
-        found = model.generate(prompts, max_new_tokens=2)
-        assert torch.equal(found.sequences, active.sequences)
-        for name, logits in active.probe_logits.items():
-            torch.testing.assert_close(found.probe_logits[name], logits, atol=1e-5, rtol=1e-5)
-
-    def repeat(job):
-        for _ in range(5):
-            job()
-
-    interval = sys.getswitchinterval()
+    interval, jobs = sys.getswitchinterval(), [*map(use_as_now, (["gate"], ["mha"], None)), load_and_delete, swap]
     sys.setswitchinterval(1e-5)  # threads take turns as often as they can
-    jobs = [a_job(model, "gate", 0), a_job(model, "mha", 1), use_the_active_ones, load_and_delete, swap]
     try:
         with ThreadPoolExecutor(len(jobs)) as pool:
-            list(pool.map(repeat, jobs))
+            list(pool.map(lambda job: [job() for _ in range(5)], jobs))
     finally:
         sys.setswitchinterval(interval)
     assert list(model.probes) == ["gate", "mha"] and set(model.active_probes) == {"gate", "mha"}
