@@ -1,7 +1,5 @@
 """Models with heads under `torch.compile`: the graph breaks at the heads, the scores stay, decoding compiles as the plain LM's does."""
 
-import shutil
-
 import pytest
 import torch
 from conftest import VOCAB, make_lm, make_prompts, padded
@@ -52,13 +50,10 @@ def test_the_scores_of_every_kind_stay(prompts):
 @pytest.mark.parametrize(
     "asked",
     [
-        {},
         {"num_beams": 2, "num_return_sequences": 2},
         {"cache_implementation": "static"},
-        {"return_dict_in_generate": False},
-        {"halt_on": lambda outputs: [True, False, False]},
+        {"halt_on": lambda outputs: [True, False, False], "probe_state": True},
         {"halt_on": {"a": {"threshold": 0.0}}, "halt_reply": [5, 6]},
-        {"probe_state": True},
     ],
 )
 def test_generate_is_that_of_a_model_that_is_not_compiled(prompts, asked):
@@ -68,9 +63,6 @@ def test_generate_is_that_of_a_model_that_is_not_compiled(prompts, asked):
     asked = {"attention_mask": padded(prompts), "max_new_tokens": 3, "do_sample": False, **asked}
     expected = make_model(**heads).generate(prompts, **asked)
     out = with_compiled_forward(make_model(**heads)).generate(prompts, **asked)
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(out, expected)
-        return
     assert torch.equal(out.sequences, expected.sequences)
     torch.testing.assert_close(out.probe_logits, expected.probe_logits)
     torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
@@ -86,7 +78,7 @@ def test_decoding_makes_the_graphs_of_the_plain_model():
         if not heads:
             model.set_active_probes([])
         with_compiled_forward(model, counter)
-        for length in (7, 8, 12):
+        for length in (7, 8):
             model.generate(make_prompts(length=length), max_new_tokens=4, do_sample=False)
         graphs.append(counter.frame_count)
     with_heads, plain = graphs
@@ -102,14 +94,8 @@ def test_heads_come_and_go(prompts):
     model.delete_probe("a")
     assert run(prompts).probe_logits.keys() == {"b"}
     model.set_active_probes([])
-    assert not hasattr(run(prompts), "probe_logits")
-
-
-def test_without_heads_the_graph_is_whole(prompts):
-    model = make_model()
-    model.set_active_probes([])
-    run = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.equal(run(prompts).logits, model(prompts).logits)
+    whole = torch.compile(model, backend="eager", fullgraph=True)(prompts)
+    assert not hasattr(whole, "probe_logits") and torch.equal(whole.logits, model(prompts).logits)
 
 
 @torch.enable_grad()
@@ -122,38 +108,22 @@ def test_gradients_are_the_lms_own(prompts):
     assert all(parameter.grad is None for parameter in model.probes.parameters())
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_with_the_compiler_that_torch_takes_by_itself():
-    model, prompts = make_model(a=make_probe(), b=make_probe(seed=1, probe_type="multimax")), make_prompts(length=26)
-    expected = model.generate(prompts, max_new_tokens=3)
-    model.compile()
-    out = model.generate(prompts, max_new_tokens=3)
-    assert torch.equal(out.sequences, expected.sequences)
-    torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-4, atol=1e-4)
-
-
 class TestParts:
     """Parts of the LM, compiled by themselves with torch's stock settings."""
 
-    def test_layers_one_by_one(self):
+    def test_layers_one_by_one(self, prompts):
         forms = {"a": {"token_scope": "prompt"}, "b": {"token_scope": "all"}}
         model, plain = (make_model(**{name: make_probe(**form) for name, form in forms.items()}) for _ in range(2))
         for layer in model.model.layers:
             layer.compile(backend="eager")
-        for length in (7, 8):
-            ids = make_prompts(length=length)
-            out, expected = (lm.generate(ids, max_new_tokens=4, do_sample=False) for lm in (model, plain))
-            assert torch.equal(out.sequences, expected.sequences)
-            torch.testing.assert_close(out.probe_logits, expected.probe_logits)
-            torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
+        out, expected = (lm.generate(prompts, max_new_tokens=4, do_sample=False) for lm in (model, plain))
+        assert torch.equal(out.sequences, expected.sequences)
+        torch.testing.assert_close(out.probe_logits, expected.probe_logits)
+        torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
 
     def test_a_decoder_that_ran_before_hides_its_states(self, prompts):
         model = make_model()
         model.model.compile(backend="eager")
         model.generate(prompts, max_new_tokens=3, probes=[])
         with pytest.raises(ProbeError, match="skip_nnmodule_hook_guards"):
-            model.generate(prompts, max_new_tokens=3)
-        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-            torch._dynamo.reset()
-            model.generate(prompts, max_new_tokens=3, probes=[])
             model.generate(prompts, max_new_tokens=3)

@@ -68,34 +68,26 @@ def test_quantised_backbones(dtype, prompts, tmp_path):
     check_all_kinds(model, prompts)
 
 
-def test_lora_inside_and_around(prompts):
-    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-
-    def adapt(model):
-        torch.manual_seed(3)
-        return get_peft_model(model, lora)
-
-    adapted = adapt(make_lm())
-    expected = expected_logits(make_probe(), prompts, lm=adapted)
-    assert not torch.allclose(expected, expected_logits(make_probe(), prompts))
-    around = adapt(probed({"a": make_probe()}))
-    torch.testing.assert_close(around.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
-    inside = AutoModelForProbedGeneration.from_causal_lm(adapted, {"a": make_probe()})
-    assert type(inside) is LlamaForProbedGeneration
-    torch.testing.assert_close(inside.generate(prompts, max_new_tokens=2).probe_logits["a"], expected)
-    torch.testing.assert_close(adapted.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
-
-
-def test_lora_on_all_linear_layers_leaves_heads_alone(prompts, tmp_path):
-    model = probed(ALL_KINDS)
+def test_lora_around_and_inside(prompts, tmp_path):
+    torch.manual_seed(3)
+    model = probed(copy.deepcopy(ALL_KINDS))
     before = {name: tensor.clone() for name, tensor in model.probes.state_dict().items()}
-    around = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    around = get_peft_model(model, lora).train()
     around(input_ids=prompts, labels=prompts).loss.backward()
     assert any(parameter.grad is not None for parameter in around.parameters())
     check_all_kinds(around.eval().get_base_model(), prompts)
+    out = around.generate(input_ids=prompts, max_new_tokens=2)
+    assert not torch.allclose(out.probe_logits["gate"], expected_logits(ALL_KINDS["gate"], prompts)), "LoRA acts"
     for name in ALL_KINDS:
         saved = load_file(model.save_probe(tmp_path / name, name) / "probe_model.safetensors")
         assert all(torch.equal(tensor, before[f"{name}.{key}"]) for key, tensor in saved.items())
+    adapted = get_peft_model(make_lm(), lora)
+    inside = AutoModelForProbedGeneration.from_causal_lm(adapted, {"a": make_probe()})
+    assert type(inside) is LlamaForProbedGeneration
+    expected = expected_logits(inside.probes["a"], prompts, lm=adapted)
+    for lm in (inside, adapted):
+        torch.testing.assert_close(lm.generate(input_ids=prompts, max_new_tokens=2).probe_logits["a"], expected)
 
 
 @torch.no_grad()

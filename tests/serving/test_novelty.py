@@ -4,11 +4,11 @@ import pickle
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_prompts, make_tokenizer, probed, with_novelty
+from conftest import make_probe, make_prompts, make_tokenizer, probed, with_novelty
 from torch.nn.functional import pad
 from transformers import DynamicCache, pipeline
 
-from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe import ProbeError
 
 
 def head(**changes):
@@ -40,9 +40,6 @@ def test_every_way_gives_the_same(model, prompts):
     assert_same(found.probe_novelty, expected)
     torch._dynamo.reset()
     assert_same(torch.compile(model, backend="eager")(prompts).probe_novelty, expected)
-    model.forward = torch.compile(model.forward, backend="eager")
-    assert_same(model(prompts).probe_novelty, expected)
-    assert_same(model.generate(prompts, max_new_tokens=2).probe_novelty, expected)
     torch._dynamo.reset()
 
 
@@ -68,11 +65,9 @@ def test_abstaining(model, prompts):
     labels = model(prompts).probe_labels["a"]
     expected = [None if value > at else label for value, label in zip(novelty.tolist(), labels, strict=True)]
     assert expected.count(None) == 1
-    out = model.generate(prompts, max_new_tokens=1, probes="a", abstain_at=at)
-    assert out.probe_labels == {"a": expected}
-    assert model.classify(prompts, probes="a", abstain_at=at)["a"].labels == expected
     plain = model.generate(prompts, max_new_tokens=1, probes="a")
     assert plain.probe_labels == {"a": labels} and plain.abstain_at is None
+    assert model.generate(prompts, max_new_tokens=1, probes="a", abstain_at=at).probe_labels == {"a": expected}
     out = model.generate(prompts, max_new_tokens=1, abstain_at={"a": at})
     found = model.classify(prompts, abstain_at={"a": at})
     assert out.probe_labels["a"] == found["a"].labels == expected
@@ -80,8 +75,6 @@ def test_abstaining(model, prompts):
     for call in (model.classify, model.generate):
         with pytest.raises(ProbeError, match="'old' has no novelty"):
             call(prompts, abstain_at=0.5)
-        with pytest.raises(ProbeError, match="abstain_at=2"):
-            call(prompts, probes="a", abstain_at=2)
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
@@ -92,11 +85,8 @@ def test_abstaining_of_other_heads(prompts, kind):
 
 
 def test_texts_and_pipelines():
-    tokenizer = make_tokenizer()
-    config = {"prompt_format": "chat", "token_scope": "prompt"}
-    lm = make_lm(vocab_size=260)
-    model = LlamaForProbedGeneration.from_causal_lm(lm, {"a": head(**config)})
-    texts = ["good morning", "a", "what is this about?"]
+    tokenizer, texts = make_tokenizer(), ["good morning", "a", "what is this about?"]
+    model = probed({"a": head(prompt_format="chat", token_scope="prompt")}, vocab_size=260)
     found = model.classify(texts, tokenizer=tokenizer)["a"]
     for text, value in zip(texts, found.novelty.tolist(), strict=True):
         assert float(model.classify(text, tokenizer=tokenizer)["a"].novelty) == pytest.approx(value, abs=1e-4)
@@ -108,8 +98,6 @@ def test_texts_and_pipelines():
         assert [each["label"] for each in classify(texts, abstain_at=level)] == labels
     every = classify(texts[labels.index(None)], abstain_at=at, top_k=None)
     assert every[0]["label"] is None and len(every) == 4
-    with pytest.raises(ProbeError, match="abstain_at=7"):
-        classify(texts, abstain_at=7)
     write = pipeline("probed-text-generation", model=model, tokenizer=tokenizer)
     record = write("good", max_new_tokens=1, abstain_at=0)[0]["probes"]["a"]
     assert record["label"] is None and record["score"] is None and 0 <= record["novelty"] <= 1

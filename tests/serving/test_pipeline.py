@@ -2,11 +2,12 @@
 
 import copy
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import make_lm, make_probe, make_tokenizer, save_head
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextGenerationPipeline, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, TextGenerationPipeline, pipeline
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.heads.decision import verdict
@@ -33,7 +34,7 @@ def make_pipe(tokenizer=None, **kwargs):
 
 
 def close(found, expected, tolerance=1e-4):
-    """Whether two verdicts are the same but for rounding."""
+    """Return True if two verdicts are the same but for rounding."""
     if isinstance(expected, dict):
         return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
     if isinstance(expected, list):
@@ -43,31 +44,24 @@ def close(found, expected, tolerance=1e-4):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_halted_prompts(batch_size):
-    pipe = make_pipe()
-    halting = {"halt_on": {"toxic": {"threshold": 0.0}}, "halt_reply": [40, 41]}
-    results = pipe(TEXTS, batch_size=batch_size, return_full_text=False, **halting, **GREEDY)
-    said = make_tokenizer().decode([40, 41])
-    assert [result["generated_text"] for (result,) in results] == [said] * 4
-    for (result,) in results:
-        assert result["halted"]["head"] == "toxic" and result["halted"]["score"] == pytest.approx(
-            result["probes"]["toxic"]["scores"]["toxic"], abs=1e-6
-        )
-    halting["halt_reply"] = said
-    (result,) = pipe(TEXTS[0], return_full_text=False, **halting, **GREEDY)
-    assert result["generated_text"] == said, "the pipeline has a tokenizer for a text"
+    pipe, refusal = make_pipe(), make_tokenizer().decode([40, 41])
+    halting = {"halt_on": {"toxic": {"threshold": 0.0}}, "halt_reply": refusal, "return_full_text": False}
+    for (result,) in pipe(TEXTS, batch_size=batch_size, **halting, **GREEDY):
+        assert result["generated_text"] == refusal and result["halted"]["head"] == "toxic"
+        assert result["halted"]["score"] == pytest.approx(result["probes"]["toxic"]["scores"]["toxic"], abs=1e-6)
     (free,) = pipe(TEXTS[0], halt_on={"toxic": {"threshold": 1.0}}, **GREEDY)
     assert free["halted"] is None and "halted" not in pipe(TEXTS[0], **GREEDY)[0]
 
 
-@pytest.mark.parametrize("texts, batch_size", [(TEXTS[:2], 2), (TEXTS[:2], 1)])
-def test_a_sequence_that_was_halted_midway_says_so_itself(texts, batch_size):
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_sequence_that_was_halted_midway_says_so_itself(batch_size):
     pipe = make_pipe(probe={"guard": make_probe(probe_type="gate", token_scope="response")})
 
     def second_of_three(scores):
         return [row % 3 == 1 for row in range(len(scores.counted))]
 
     sampling = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 4}
-    for records in pipe(texts, batch_size=batch_size, on_probe_token=second_of_three, **sampling):
+    for records in pipe(TEXTS[:2], batch_size=batch_size, on_probe_token=second_of_three, **sampling):
         assert [record["halted"] is not None for record in records] == [False, True, False]
 
 
@@ -141,20 +135,15 @@ def test_other_forms_of_results(options):
     assert set(result.pop("probes")) == set(heads()) and result == expected
 
 
-def test_beams_and_options_given_early():
+def test_beams_options_given_early_and_heads_that_do_not_run():
     pipe = make_pipe(num_beams=2, output_scores=True, return_full_text=False, batch_size=2, **GREEDY)
     for (found,), prompt in zip(pipe(TEXTS), TEXTS, strict=True):
         assert close(found["probes"], make_pipe()(prompt, **GREEDY)[0]["probes"])
         assert not found["generated_text"].startswith(prompt)
-
-
-def test_heads_that_do_not_run():
-    pipe = make_pipe()
-    assert pipe(TEXTS[0], return_dict_in_generate=False, **GREEDY)[0]["probes"] == {}
-    pipe.model.set_active_probes([])
-    assert [result["probes"] for (result,) in pipe(TEXTS, batch_size=2, **GREEDY)] == [{}] * 4
-    pipe.model.set_active_probes("length")
-    assert [list(result["probes"]) for (result,) in pipe(TEXTS, **GREEDY)] == [["length"]] * 4
+    assert pipe(TEXTS[0], return_dict_in_generate=False)[0]["probes"] == {}
+    for names in ([], ["length"]):
+        pipe.model.set_active_probes(names)
+        assert [list(result["probes"]) for (result,) in pipe(TEXTS)] == [names] * 4
 
 
 def test_two_threads_share_a_pipeline():
@@ -177,22 +166,17 @@ def test_the_callers_tokenizer_is_left_as_it_is():
     assert make_pipe(ready).tokenizer is ready
 
 
-# What `model` and `probe` may be.
-
-
 @pytest.fixture
 def repository(backbone_folder, tmp_path):
     """A backbone with a head in a folder of its own."""
-    folder = tmp_path / "repository"
-    AutoModelForCausalLM.from_pretrained(backbone_folder).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(backbone_folder).save_pretrained(folder)
-    save_head(heads()["toxic"], folder / "toxic")
-    return folder
+    shutil.copytree(backbone_folder, tmp_path / "repository")
+    save_head(heads()["toxic"], tmp_path / "repository" / "toxic")
+    return tmp_path / "repository"
 
 
 def test_a_path_with_an_alias_or_a_folder(repository):
     expected = make_pipe()(TEXTS[0], **GREEDY)[0]["probes"]["toxic"]
-    for probe, name in (("toxic", "toxic"), (repository / "toxic", "toxic"), ({"x": repository / "toxic"}, "x")):
+    for probe, name in (("toxic", "toxic"), ({"x": repository / "toxic"}, "x")):
         pipe = pipeline(TASK, model=str(repository), probe=probe)
         assert type(pipe.model) is LlamaForProbedGeneration and pipe.model.active_probes == [name]
         assert close(pipe(TEXTS[0], **GREEDY)[0]["probes"][name], expected)
@@ -254,13 +238,12 @@ class TestClassification:
                 {"fine": probs[0], "toxic": probs[1]}, abs=1e-5
             )
 
-    def test_other_problems(self, model):
-        for name, labels in (("topics", {"a", "b", "c"}), ("length", {"LABEL_0"})):
-            pipe = self.make(model, tokenizer=make_tokenizer(), probe=name)
-            records = pipe(TEXTS[0], top_k=None)
-            assert {record["label"] for record in records} == labels
-            value = model.classify(TEXTS[0], tokenizer=make_tokenizer())[name].probabilities
-            assert max(record["score"] for record in records) == pytest.approx(value.max().item(), abs=1e-5)
+    @pytest.mark.parametrize("name, labels", [("topics", {"a", "b", "c"}), ("length", {"LABEL_0"})])
+    def test_other_problems(self, model, name, labels):
+        records = self.make(model, tokenizer=make_tokenizer(), probe=name)(TEXTS[0], top_k=None)
+        assert {record["label"] for record in records} == labels
+        value = model.classify(TEXTS[0], tokenizer=make_tokenizer())[name].probabilities
+        assert max(record["score"] for record in records) == pytest.approx(value.max().item(), abs=1e-5)
 
     def test_the_id_of_a_head(self, backbone_folder, tmp_path, token, monkeypatch):
         monkeypatch.chdir(backbone_folder.parent)  # a pushed head keeps the name of a local backbone, and not its path

@@ -78,35 +78,28 @@ def test_replies(model):
         model.classify(TEXTS, tokenizer=TOKENIZER)
 
 
-def test_weights(model):
+def test_weights_and_mistakes(model):
     model.add_probe("a", make_probe(**fields()))
     found = model.classify(TEXTS, tokenizer=TOKENIZER, output_attentions=True)["a"]
     assert found.token_weights.shape[:2] == (4, 5) and found.layer_weights.shape == (4, 5)
+    for words, call in {
+        "attention_mask": {"input_ids": TEXTS, "tokenizer": TOKENIZER, "attention_mask": torch.ones(4, 4)},
+        "input_ids": {"input_ids": [], "tokenizer": TOKENIZER},
+        "input_ids must": {"input_ids": [[1, 2]]},
+    }.items():
+        with pytest.raises(ProbeError, match=words):
+            model.classify(**call)
 
 
-@pytest.mark.parametrize(
-    "given, words",
-    [
-        ({"input_ids": TEXTS, "tokenizer": TOKENIZER, "attention_mask": torch.ones(4, 4)}, "attention_mask"),
-        ({"input_ids": [], "tokenizer": TOKENIZER}, "input_ids"),
-        ({"input_ids": [[1, 2]]}, "input_ids"),
-    ],
-)
-def test_mistakes(model, given, words):
-    model.add_probe("a", make_probe(**fields()))
-    with pytest.raises(ProbeError, match=words):
-        model.classify(**given)
-
-
-@pytest.mark.parametrize("call", ["classify", "__call__"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rows", [4, 1])
-def test_padding_without_a_mask_is_warned_of(model, caplog, call, side, rows):
-    logging.get_logger("llama_probe").warning_once.__func__.cache_clear()
+@pytest.mark.parametrize("side, rows", [("left", 4), ("right", 4), ("left", 1)])
+def test_padding_without_a_mask_is_warned_of(model, caplog, side, rows):
     model.add_probe("a", make_probe(**fields()))
     inputs = PromptFormat(TOKENIZER).batch(TEXTS, side)
-    getattr(model, call)(**inputs)
-    assert "attention_mask" not in caplog.text
     shortest = inputs["attention_mask"].sum(dim=1).argsort()[:rows]
-    getattr(model, call)(inputs["input_ids"][shortest])
-    assert "Pass the tokenizer's attention_mask" in caplog.text
+    for call in (model.classify, model):
+        logging.get_logger("llama_probe").warning_once.__func__.cache_clear()
+        caplog.clear()
+        call(**inputs)
+        assert "attention_mask" not in caplog.text
+        call(inputs["input_ids"][shortest])
+        assert "Pass the tokenizer's attention_mask" in caplog.text
