@@ -55,22 +55,19 @@ def test_regression():
 def test_losses_against_torch():
     torch.manual_seed(0)
     logits, targets = torch.randn(6, 3), torch.randint(0, 3, (6,))
-    head = config(num_labels=3)
-    torch.testing.assert_close(probe_loss(logits, targets, head), F.cross_entropy(logits, targets))
-    weights = torch.tensor([1.0, 2.0, 3.0])
+    head, weights = config(num_labels=3), torch.tensor([1.0, 2.0, 3.0])
+    plain = F.cross_entropy(logits, targets)
+    torch.testing.assert_close(probe_loss(logits, targets, head), plain)
+    torch.testing.assert_close(probe_loss(logits, targets, head, reduction="sum"), plain * 6)
     weighted = F.cross_entropy(logits, targets, weight=weights, label_smoothing=0.1, reduction="none").mean()
     torch.testing.assert_close(probe_loss(logits, targets, head, weights, label_smoothing=0.1), weighted)
-    torch.testing.assert_close(
-        probe_loss(logits, targets, head, reduction="sum"), F.cross_entropy(logits, targets) * 6
-    )
-    several = config(num_labels=3, problem_type="multi_label_classification")
-    on = torch.randint(0, 2, (6, 3))
-    torch.testing.assert_close(probe_loss(logits, on, several), F.binary_cross_entropy_with_logits(logits, on.float()))
-    some, rows = on.float(), torch.arange(6) < 2
-    some[rows, 1] = float("nan")  # not known
-    parts = [F.binary_cross_entropy_with_logits(logits[:, i], on[:, i].float(), reduction="none") for i in range(3)]
-    parts[1] = parts[1].where(~rows, 0)
-    torch.testing.assert_close(probe_loss(logits, some, several), sum(parts).mean() / 3)
+    several, on = config(num_labels=3, problem_type="multi_label_classification"), torch.randint(0, 2, (6, 3)).float()
+    known = torch.ones(6, 3)
+    known[:2, 1] = 0
+    losses = F.binary_cross_entropy_with_logits(logits, on, reduction="none")
+    torch.testing.assert_close(probe_loss(logits, on, several), losses.mean())
+    some = on.masked_fill(known == 0, float("nan"))
+    torch.testing.assert_close(probe_loss(logits, some, several), (losses * known).mean())
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
@@ -102,9 +99,8 @@ def test_what_is_no_number_has_no_label(problem_type, threshold):
         output.labels  # noqa: B018
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_scores_that_are_no_numbers_are_not_measured(wrong):
-    scores = torch.tensor([[0.5, 0.5], [wrong, 0.5], [0.1, 0.9]])
+def test_scores_that_are_no_numbers_are_not_measured():
+    scores = torch.tensor([[0.5, 0.5], [float("inf"), 0.5], [0.1, 0.9]])
     with pytest.raises(ProbeError, match="no number for 1 of 3 rows: its training ran away"):
         check_numbers(scores)
     check_numbers(scores[::2])

@@ -21,7 +21,7 @@ def by_the_book(query, key, value, valid, scale):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("numbers", [1, 7 * ITEMS, 10_000])
-@pytest.mark.parametrize("size", [0.0, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("size", [0.0, 1.0, 1000.0])
 def test_it_is_the_mean_of_an_attention(size, numbers, masked, monkeypatch):
     """Also with scores too large for exp(), and in rows of which nothing or a single item counts."""
     monkeypatch.setattr(module, "_SCORES", numbers)

@@ -37,12 +37,6 @@ def test_it_is_calibrated_and_the_number_of_tokens_is_taken_out():
     assert far == sorted(far)
 
 
-def test_a_row_without_tokens_has_none():
-    probe = with_novelty(make_probe(probe_type="gate"))
-    total, count = torch.zeros(2, 2, HIDDEN), torch.tensor([[0.0, 2.0]]).expand(2, -1)
-    assert probe.novelty(total, count).isnan().tolist() == [True, False]
-
-
 def test_layers_are_those_of_the_head():
     def layers(read, count=30):
         return novelty_layers(ProbeConfig(probe_type="gate", layers=read, hidden_size=8, num_hidden_layers=count))
@@ -53,20 +47,18 @@ def test_layers_are_those_of_the_head():
 
 def test_it_is_saved_with_the_head_and_keeps_its_results(tmp_path):
     probe = make_probe(probe_type="gate")
-    save_head(probe, tmp_path / "old")
-    old = read_head(tmp_path / "old")
-    assert old.novelty is None and old.config.novelty is None
+    old = read_head(save_head(probe, tmp_path / "old"))
     states = torch.randn(2, len(old.layer_indices), 5, HIDDEN)
-    assert old(hidden_states=states).novelty is None
+    assert old.novelty is old.config.novelty is old(hidden_states=states).novelty is None
     old.results = {"evaluations": {}}
-    with_novelty(old)
-    save_head(old, tmp_path / "new")
-    new = read_head(tmp_path / "new")
+    new = read_head(save_head(with_novelty(old), tmp_path / "new"))
     assert new.results == {"evaluations": {}} and new.config.novelty == old.config.novelty
     with torch.no_grad():
         torch.testing.assert_close(new(hidden_states=states).novelty, old(hidden_states=states).novelty)
         torch.testing.assert_close(new(hidden_states=states).logits, probe(hidden_states=states).logits)
     assert new.num_parameters() == probe.num_parameters()
+    total, count = torch.zeros(2, 2, HIDDEN), torch.tensor([[0.0, 2.0]]).expand(2, -1)
+    assert new.novelty(total, count).isnan().tolist() == [True, False], "a row without tokens has none"
 
 
 @pytest.mark.parametrize(

@@ -36,23 +36,11 @@ def test_another_head_in_the_folder_takes_the_code_away(own_kind):
     assert not (own_kind / "probe_kind.py").exists()
 
 
-def test_a_file_that_registers_nothing(tmp_path):
+def test_refusals(tmp_path):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "kinds.txt").write_text("")
     for name in ("empty.py", "kinds.txt", "gone.py"):
         with pytest.raises(ProbeError, match=name):
             import_kinds(tmp_path / name)
-
-
-def test_a_kind_must_be_complete():
-    class Half(Aggregator):
-        def update(self, state, x, mask, slots):
-            return x
-
-    with pytest.raises(TypeError, match="result"):
-        Half(1, ProbeConfig(probe_type="gate", hidden_size=4))
-
-
-def test_names_are_taken_once():
     with pytest.raises(ValueError, match="'mha' is taken by AttentionAggregator"):
         register_probe_type("mha")(type("Other", (Aggregator,), {}))

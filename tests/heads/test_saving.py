@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import struct
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -87,17 +86,14 @@ def head_files(folder):
     return {name: path.read_bytes() for name, path in paths if path.is_file()}
 
 
-@pytest.mark.parametrize("before", ["another head", "a head with a card", "no folder"])
+@pytest.mark.parametrize("before", ["another head", "no folder"])
 def test_a_kill_at_any_operation_leaves_the_old_head_or_the_new_one(tmp_path, before):
     """Wholly: results, plots and card as well; and the next save leaves nothing of the killed one."""
-    place, kept = tmp_path / "head", tmp_path / "kept"
-    if before == "a head with a card":
-        save_head(make_probe(probe_type="gate"), kept)
-    elif before == "another head":
+    place, kept, new = tmp_path / "head", tmp_path / "kept", with_results(make_probe(seed=5), 7)
+    if before == "another head":
         save_head(with_results(make_probe(seed=1), 0), kept)
-        (kept / PLOT_NAMES[0]).write_bytes(b"a plot")
-        (kept / CODE_NAME).write_bytes(b"code")
-    new = with_results(make_probe(seed=5), 7)
+        for name in (PLOT_NAMES[0], CODE_NAME, CARD_NAME):
+            (kept / name).write_bytes(b"of the old head")
 
     def prepare():
         shutil.rmtree(place, ignore_errors=True)
@@ -107,9 +103,7 @@ def test_a_kill_at_any_operation_leaves_the_old_head_or_the_new_one(tmp_path, be
     prepare()
     old_files = head_files(place)
     save_head(new, place)
-    new_files = head_files(place)
-    assert set(new_files) == {CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME}  # such results give no card
-    seen = set()
+    new_files, seen = head_files(place), set()
     for number in each_kill(lambda: save_head(new, place), tmp_path, prepare):
         found = head_files(place)
         assert found in (old_files, new_files), number
@@ -173,15 +167,6 @@ def test_two_saves_at_the_same_time(tmp_path):
     assert {path.name for path in (tmp_path / "head").iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME}
 
 
-@pytest.mark.parametrize("name", [CONFIG_NAME, CARD_NAME, RESULTS_NAME])
-def test_a_folder_in_place_of_a_file(folder, name):
-    (folder / name).unlink(missing_ok=True)
-    (folder / name).mkdir()
-    with pytest.raises(ProbeError, match=f"{name} is a folder"):
-        save_head(make_probe(seed=1), folder)
-    assert load_file(folder / WEIGHTS_NAME)["classifier.bias"].equal(make_probe().classifier.bias)
-
-
 def test_files_of_a_killed_save_behind_a_link(folder, tmp_path):
     """A stranger's folder must not have files from elsewhere moved into it."""
     save_head(make_probe(seed=1), tmp_path / "other")
@@ -204,14 +189,15 @@ def test_a_config_that_was_changed_after_it_was_saved(folder, change):
     assert read_config(folder)
 
 
-def test_weights_without_a_digest(folder, caplog):
-    change_config(folder, weights_sha256=None)
-    assert read_head(folder) and "weights_sha256" in caplog.text
+def test_what_a_config_lacks_or_has_too_much_is_said(folder, caplog):
+    change_config(folder, weights_sha256=None, **{"colour": "red", "a\x1b[31m": 1})
+    assert read_head(folder).config.num_labels == 2
+    assert "weights_sha256" in caplog.text and r"'a\x1b[31m', 'colour'" in caplog.text
 
 
-@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, CARD_NAME, CODE_NAME])
-@pytest.mark.parametrize("there", ["/proc/self/mem", "/proc/kmsg", "/dev/zero", "a fifo", "20 GB"])
-def test_files_that_are_none(folder, tmp_path, name, there):
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME])
+@pytest.mark.parametrize("there", ["/dev/zero", "a fifo", "20 GB"])
+def test_files_that_are_none(folder, name, there):
     """Refused at once, or not taken for a file."""
     (folder / name).unlink(missing_ok=True)
     if there == "a fifo":
@@ -226,26 +212,6 @@ def test_files_that_are_none(folder, tmp_path, name, there):
             work(folder)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="changes the user")
-@pytest.mark.parametrize("closed", [".", CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME])
-def test_files_that_may_not_be_read(folder, closed):
-    (folder / RESULTS_NAME).write_text("{}")
-    for path in folder.parents:
-        if path.stat().st_uid == 0 and str(path).startswith(tempfile.gettempdir() + "/"):
-            path.chmod(0o755)
-    (folder / closed).chmod(0)
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setuid(65534)
-            read_head(folder)
-        except ProbeError:
-            os._exit(0)
-        finally:
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
-
-
 @pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000])
 def test_names_that_are_too_long(name, tmp_path):
     for read in (read_head, lambda path: Source(rows=path).read(), lambda path: InputFile.find([path])):
@@ -253,16 +219,9 @@ def test_names_that_are_too_long(name, tmp_path):
             read(str(tmp_path / name))
 
 
-def test_unknown_keys_are_reported_and_left_out(folder, caplog):
-    change_config(folder, **{"colour": "red", "a\x1b[31m": 1})
-    assert read_config(folder).num_labels == 2
-    assert r"'a\x1b[31m', 'colour'" in caplog.text
-
-
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "not valid JSON"),
         (b"{", "not valid JSON"),
         (b"[1, 2]", "must be a JSON object"),
         (b"\xff\xfe\x00", "not valid JSON"),
@@ -270,7 +229,6 @@ def test_unknown_keys_are_reported_and_left_out(folder, caplog):
         (b'{"threshold": 0.9, "threshold": 0.3}', "'threshold' occurs twice"),
         (b'{"probe_type": "pickle"}', "probe_type='pickle'"),
         (b'{"probe_type": "muli"}', "probe_type='muli' is gone.*examples/paper"),
-        (b'{"hidden_size": 1e400}', "hidden_size"),
         (b'{"num_hidden_layers": 99999999999}', "num_hidden_layers"),
         (b'{"probe_type": "gate"}', "hidden_size and num_hidden_layers"),
         (b" " * (5 * 2**20), "larger than"),
@@ -300,9 +258,7 @@ def _long_header(path):
 
 
 DAMAGES = {
-    "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "cut header": lambda path: path.write_bytes(path.read_bytes()[:40]),
     "endless header": lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
     "long header": _long_header,
     "too large": lambda path: path.write_bytes(path.read_bytes() + bytes(2**21)),
@@ -336,17 +292,14 @@ def test_wrong_tensors(folder, change, words):
         read_head(folder)
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite(tmp_path, wrong):
+def test_weights_that_are_not_finite(tmp_path):
     probe = make_probe(probe_type="gate")
-    name, weight = list(probe.named_parameters())[-1]
-    weight.data.flatten()[-1] = wrong
-    with pytest.raises(ProbeError, match=f"{name} holds NaN or infinity"):
+    probe.classifier.bias.data[-1] = float("-inf")
+    with pytest.raises(ProbeError, match=r"classifier\.bias holds NaN or infinity"):
         read_head(save_head(probe, tmp_path / "head"))
 
 
 def test_only_safetensors_are_read(folder):
-    (folder / WEIGHTS_NAME).unlink()
-    (folder / "probe_model.bin").write_bytes(b"pickle")
+    (folder / WEIGHTS_NAME).rename(folder / "probe_model.bin")
     with pytest.raises(ProbeError, match="only safetensors are read"):
         read_head(folder)
