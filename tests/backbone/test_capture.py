@@ -29,16 +29,14 @@ def test_hooks_that_change_a_layers_input_in_place_leave_the_captured_state(lm, 
     torch.testing.assert_close(after, at_once)
 
 
-def test_the_pass_ends_with_the_last_wanted_layer(lm, prompts):
-    expected = collect_hidden_states(lm, ALL, prompts)
-    ran = []
+@pytest.mark.parametrize("layers, last", [([2, 1], 2), ([0], 1), ([LAYERS], LAYERS)])
+def test_the_pass_ends_with_the_last_wanted_layer(lm, prompts, layers, last):
+    expected, ran = collect_hidden_states(lm, ALL, prompts), []
     for number, layer in enumerate(lm.model.layers, start=1):
         layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
-    for layers, last in (([2, 1], 2), ([0], 1), ([LAYERS], LAYERS)):
-        ran.clear()
-        found = collect_hidden_states(lm, layers, prompts)
-        assert all(torch.equal(state, expected[layer]) for state, layer in zip(found, layers, strict=True))
-        assert ran == list(range(1, last + 1))
+    found = collect_hidden_states(lm, layers, prompts)
+    assert all(torch.equal(state, expected[layer]) for state, layer in zip(found, layers, strict=True))
+    assert ran == list(range(1, last + 1))
 
 
 def test_hooks_go_even_after_an_error(lm, prompts):

@@ -49,32 +49,28 @@ def _whole_llama4(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_capture_equals_output_hidden_states(family):
+def test_every_way_sees_the_states_of_the_plain_model(family):
+    """Captured, while it generates, in `classify`, in training: positions and windows count from the first token of text."""
     lm, inputs = tiny(family), padded_prompts()
-    decoder = find_decoder(lm)
+    mask, decoder = inputs["attention_mask"], find_decoder(lm)
     assert decoder.origin == "table" and decoder.embeddings is lm.get_input_embeddings()
     states = {}
-    with capturing(decoder, states.__setitem__, range(LAYERS + 1)):
-        lm(**inputs)
-    expected = lm(**inputs, output_hidden_states=True).hidden_states
+    with torch.no_grad(), capturing(decoder, states.__setitem__, range(LAYERS + 1)):
+        expected = lm(**inputs, output_hidden_states=True).hidden_states
     assert len(expected) == len(states) == LAYERS + 1
     assert all(torch.equal(states[layer], hidden) for layer, hidden in enumerate(expected))
     # The model without its LM head has the same states.
     assert find_decoder(lm.base_model).origin == "table"
     found, whole = (collect_hidden_states(model, range(LAYERS + 1), **inputs) for model in (lm.base_model, lm))
     assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generate_and_classify_equal_the_plain_model(family):
-    inputs = padded_prompts()
-    mask = inputs["attention_mask"]
-    model = assert_serves(tiny(family), inputs, mask)
-    stem, _, _ = TINY[family][1].partition("For")
-    stem = stem.removesuffix("LMHeadModel")
-    inner = "Conditional" if family in WRAPPERS else ""
-    assert type(model).__name__ == f"{stem}ForProbed{inner}Generation"
+    head = make_heads()["gate"]
+    head.set_backbone(lm)
+    with torch.no_grad():
+        trained = head(**inputs).logits
+    model = assert_serves(lm, inputs, mask)
+    torch.testing.assert_close(trained, model.classify(**inputs)["gate"].logits, **TOLERANCE)
+    stem = TINY[family][1].partition("For")[0].removesuffix("LMHeadModel")
+    assert type(model).__name__ == f"{stem}ForProbed{'Conditional' if family in WRAPPERS else ''}Generation"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])
@@ -97,18 +93,6 @@ def test_models_and_outputs_pickle(family, tmp_path):
     assert type(copy.deepcopy(model)) is type(model), "a class derived from a probed one stays what it is"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_sees_the_states_that_generate_sees(family):
-    """Learned positions (GPT-2) and windows count from the first token that is not padding, on both ways."""
-    lm, inputs = tiny(family), padded_prompts()
-    counted = inputs["attention_mask"].bool()
-    _, states = plain_pass(lm, inputs, new_tokens=1)
-    head = make_heads()["gate"]
-    head.set_backbone(lm)
-    with torch.no_grad():
-        torch.testing.assert_close(head(**inputs).logits, scores(states, counted)["gate"], **TOLERANCE)
-
-
 def assert_a_shared_start_runs_once(lm, folder, monkeypatch):
     """The states that are kept for training are those of each prompt by itself, whatever the prompts begin with."""
     monkeypatch.setattr(passes, "_PASS_COST", 0)  # else so short a start is not worth a pass
@@ -129,20 +113,18 @@ def test_a_shared_start_runs_once(family, tmp_path, monkeypatch):
     assert_a_shared_start_runs_once(tiny(family), tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "llama4", "mixtral", "qwen2_vl"])
 def test_a_folder_loads_with_heads(family, tmp_path):
     lm, inputs = tiny(family), padded_prompts()
     lm.save_pretrained(tmp_path / "lm")
     head = save_head(make_heads()["gate"], tmp_path / "head")
-    model = AutoModelForProbedGeneration.from_pretrained(tmp_path / "lm", probe={"gate": head})
     tokens, states = plain_pass(lm, inputs, new_tokens=2)
-    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "lm", probe={"gate": head})
-    for loaded in (model, auto):
-        out = loaded.generate(**inputs, max_new_tokens=2, do_sample=False)
+    expected = {"gate": scores(states, inputs["attention_mask"])["gate"]}
+    for auto_class in (AutoModelForCausalLM, AutoModelForProbedGeneration):
+        model = auto_class.from_pretrained(tmp_path / "lm", probe={"gate": head})
+        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
         assert torch.equal(out.sequences, tokens)
-        torch.testing.assert_close(
-            out.probe_logits["gate"], scores(states, inputs["attention_mask"])["gate"], **TOLERANCE
-        )
+        assert_same(out.probe_logits, expected)
     model.save_pretrained(tmp_path / "again")
     again = AutoConfig.from_pretrained(tmp_path / "again")
     # of Llama 4 the auto class for causal LMs loads the language model alone
@@ -158,8 +140,7 @@ def test_bf16(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_new_head_learns_its_backbone(family):
     lm = tiny(family)
-    model = AutoModelForProbedGeneration.from_causal_lm(lm)
-    config = model.add_probe("new", ProbeConfig(probe_type="gate")).config
+    config = AutoModelForProbedGeneration.from_causal_lm(lm).add_probe("new", ProbeConfig(probe_type="gate")).config
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (HIDDEN, LAYERS, VOCAB)
     assert (config.base_model_type, config.base_model_class) == (family, TINY[family][1])
     assert config.fingerprint == fingerprint(tiny(family))
@@ -173,31 +154,21 @@ def test_the_table_is_tested_and_named_in_the_docs():
     assert set(line.replace(" and ", ", ").split(", ")) == {name for name, _, _ in TINY.values()}
 
 
-class TestImages:
-    @pytest.mark.parametrize("family", WRAPPERS)
-    def test_heads_read_the_text_around_an_image(self, family):
-        inputs = with_images(family)
-        counted = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
-        lm = tiny(family)
-        _, blank = plain_pass(lm, {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])})
-        model = assert_serves(lm, inputs, counted)
-        # what is in the image reaches the heads all the same
-        found = model.classify(**inputs)["gate"].logits
-        assert (found - scores(blank, counted)["gate"]).abs().max() > 1e-4
-
-    @pytest.mark.parametrize("family", WRAPPERS)
-    def test_a_mask_can_count_the_image(self, family):
-        inputs = with_images(family)
-        mask = inputs["attention_mask"].bool()
-        _, states = plain_pass(tiny(family), inputs)
-        model = AutoModelForProbedGeneration.from_causal_lm(tiny(family), make_heads())
-        out = model.generate(**inputs, probe_mask=mask, max_new_tokens=1)
-        assert_same(out.probe_logits, scores(states, mask))
-        found = model.classify(**inputs, probe_mask=mask)
-        assert_same({name: output.logits for name, output in found.items()}, scores(states, mask))
-        inputs["attention_mask"] = (inputs["input_ids"] == IMAGE).long()
-        with pytest.raises(ProbeError, match="hold no token that a head reads"):
-            model.generate(**inputs, max_new_tokens=1)
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_heads_read_the_text_around_an_image_or_what_a_mask_counts(family):
+    inputs, lm = with_images(family), tiny(family)
+    attended, is_image = inputs["attention_mask"].bool(), inputs["input_ids"] == IMAGE
+    counted = attended & ~is_image
+    _, states = plain_pass(lm, inputs)
+    _, blank = plain_pass(lm, {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])})
+    model = assert_serves(lm, inputs, counted)
+    # what is in the image reaches the heads all the same
+    logits = model.classify(**inputs)["gate"].logits
+    assert (logits - scores(blank, counted)["gate"]).abs().max() > 1e-4
+    out = model.generate(**inputs, probe_mask=attended, max_new_tokens=1)
+    assert_same(out.probe_logits, scores(states, attended))
+    with pytest.raises(ProbeError, match="hold no token that a head reads"):
+        model.generate(**{**inputs, "attention_mask": is_image.long()}, max_new_tokens=1)
 
 
 UNKNOWN = {
@@ -238,26 +209,25 @@ class TestUnknownFamilies:
             inputs = {name: tensor[1:2] for name, tensor in inputs.items()}
         assert_serves(lm, inputs, inputs["attention_mask"])
 
-    @pytest.mark.parametrize(
-        "kwargs", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 5}]
-    )
+    @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}])
     def test_a_decoder_that_leaves_tokens_out(self, kwargs):
         """From its shared layers on Gemma 4 runs over the last tokens alone, unless heads read the others."""
         lm = make("gemma4_text", *UNKNOWN["gemma4_text"])
-        ids = padded_prompts()["input_ids"][1:2].repeat(1, 2)
-        tokens = lm.generate(ids, max_new_tokens=4, do_sample=False, **kwargs)
-        logits = lm(ids, logits_to_keep=2).logits
+        ids, call = (
+            padded_prompts()["input_ids"][1:2].repeat(1, 2),
+            {"max_new_tokens": 4, "do_sample": False, **kwargs},
+        )
+        tokens, logits = lm.generate(ids, **call), lm(ids, logits_to_keep=2).logits
         model = AutoModelForProbedGeneration.from_causal_lm(lm, make_heads())
-        expected = {name: output.logits for name, output in model.classify(ids).items()}
-        out = model.generate(ids, max_new_tokens=4, do_sample=False, **kwargs)
+        out, passed = model.generate(ids, **call), model(ids, logits_to_keep=2)
         assert torch.equal(out.sequences, tokens)
-        assert_same(out.probe_logits, expected)
-        passed = model(ids, logits_to_keep=2)
         torch.testing.assert_close(passed.logits, logits)
-        assert_same(passed.probe_logits, expected)
+        for found in (out, passed):
+            assert_same(found.probe_logits, {name: output.logits for name, output in model.classify(ids).items()})
 
+    @pytest.mark.usefixtures("registry")
     def test_states_that_the_model_does_not_list_are_refused(self):
-        """Mamba lists other states than those between its layers."""
+        """Mamba lists other states than those between its layers, which can be registered."""
         lm = make("mamba", "MambaForCausalLM", {"state_size": 4})
         for attach in (
             lambda: AutoModelForProbedGeneration.from_causal_lm(lm, make_heads()),
@@ -266,16 +236,11 @@ class TestUnknownFamilies:
             with pytest.raises(ProbeError, match=r"register_family\('mamba'"):
                 attach()
         assert type(lm) is transformers.MambaForCausalLM and not hasattr(lm, "probes")
-
-    @pytest.mark.usefixtures("registry")
-    def test_states_between_its_layers_can_be_registered(self):
         register_family("mamba", embeddings="backbone.embeddings", layers="backbone.layers", norm="backbone.norm_f")
-        lm = make("mamba", "MambaForCausalLM", {"state_size": 4})
         ids = padded_prompts()["input_ids"][1:2]
         states = collect_hidden_states(lm, range(LAYERS + 1), ids)
         tokens = lm.generate(ids, max_new_tokens=4, do_sample=False)
-        model = AutoModelForProbedGeneration.from_causal_lm(lm, make_heads())
-        out = model.generate(ids, max_new_tokens=4, do_sample=False)
+        out = AutoModelForProbedGeneration.from_causal_lm(lm, make_heads()).generate(ids, max_new_tokens=4)
         assert torch.equal(out.sequences, tokens)
         assert_same(out.probe_logits, scores(states, None))
 

@@ -64,18 +64,7 @@ def test_tolerance(recorded, found, expected):
             "torchao-8bit",
         ),
         (
-            {
-                "quant_method": "torchao",
-                "quant_type": {
-                    "default": {
-                        "_type": "Int8DynamicActivationIntxWeightConfig",
-                        "_data": {
-                            "weight_dtype": {"_type": "torch.dtype", "_data": "int4"},
-                            "scale_dtype": "bfloat16",
-                        },
-                    }
-                },
-            },
+            {"quant_method": "torchao", "quant_type": {"default": {"_data": {"weight_dtype": {"_data": "int4"}}}}},
             "torchao-4bit",
         ),
     ],

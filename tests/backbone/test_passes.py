@@ -6,7 +6,6 @@ from conftest import LAYERS, VOCAB, make_lm, make_probe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_probe.backbone import passes
 from llama_probe.backbone.passes import length_batches, plan_passes, shared_start
 from llama_probe.data.cached_states import PromptDataset, iterate_states
 
@@ -77,12 +76,6 @@ def test_states_are_those_of_rows_run_whole_and_alone(rows, unread, batch_tokens
             torch.testing.assert_close(found[:, mask], expected, atol=1e-5, rtol=1e-5)
             seen.add(row)
     assert seen == set(range(len(rows)))
-
-
-def test_models_whose_cache_cannot_be_repeated_run_all_rows_whole(monkeypatch):
-    monkeypatch.setattr(passes, "prefill", lambda lm, ids: None)
-    plan = plan_passes(make_lm(), [[*START, row] for row in range(3, 8)], [20] * 5, 500)
-    assert [(sorted(each.rows), each.prefix, each.skip) for each in plan] == [([0, 1, 2, 3, 4], None, 0)]
 
 
 def test_a_pass_over_a_data_set_runs_few_tokens(lm):

@@ -52,13 +52,9 @@ def test_usual_arguments_work_beside_a_head_in_memory(backbone_folder):
     model, info = AutoModel.from_pretrained(backbone_folder, probe=head, **options)
     assert model.dtype == torch.bfloat16 and not info["missing_keys"]
     assert model.probes["probe"] is head and head.classifier.weight.dtype == torch.float32
-
-
-def test_another_base_model(backbone_folder, tmp_path):
-    head = save_head(make_probe(base_model_name_or_path="org/other"), tmp_path / "other")
-    AutoModel.from_pretrained(backbone_folder, probe=head)
+    other = make_probe(base_model_name_or_path="org/other")
     with pytest.raises(ProbeError, match="org/other"):
-        AutoModel.from_pretrained(backbone_folder, probe=head, probe_strict=True)
+        AutoModel.from_pretrained(backbone_folder, probe=other, probe_strict=True)
 
 
 def test_calls_without_it_are_those_of_transformers(backbone_folder):
@@ -67,7 +63,6 @@ def test_calls_without_it_are_those_of_transformers(backbone_folder):
     assert vars(AutoModel)["from_pretrained"] is installed, "a second time it changes nothing"
     types = [type(c.from_pretrained(backbone_folder)).__name__ for c in (AutoModel, AutoModelForCausalLM)]
     assert types == ["LlamaModel", "LlamaForCausalLM"]
-    assert AutoModel.from_pretrained.__name__ == "from_pretrained" and AutoModel.from_pretrained.__doc__
 
 
 class TestAHeadsId:
@@ -84,20 +79,18 @@ class TestAHeadsId:
         probe.push_to_hub("alice/mood", **where)
         return "alice/mood", where
 
-    @pytest.mark.parametrize(
-        "auto_class", [*AUTO_CLASSES, LlamaForProbedGeneration, AutoModelForSequenceClassification]
-    )
-    def test_models(self, auto_class, place, prompts):
-        model, info = auto_class.from_pretrained(place[0], **place[1], output_loading_info=True)
-        assert type(model) is LlamaForProbedGeneration and model.active_probes == ["mood"] and not info["missing_keys"]
+    def test_models_config_and_tokenizer(self, place, backbone_folder, prompts):
+        source, where = place
+        for auto_class in (*AUTO_CLASSES, LlamaForProbedGeneration, AutoModelForSequenceClassification):
+            model, info = auto_class.from_pretrained(source, **where, output_loading_info=True)
+            assert type(model) is LlamaForProbedGeneration and model.active_probes == ["mood"]
+            assert not info["missing_keys"]
         assert model.generate(prompts, max_new_tokens=2).probe_labels["mood"][0] in ("no", "yes")
-
-    def test_config_and_tokenizer(self, place, backbone_folder):
-        config = AutoConfig.from_pretrained(place[0], **place[1])
+        config = AutoConfig.from_pretrained(source, **where)
         assert config.model_type == "llama_probe_head" and config.id2label == {0: "no", 1: "yes"}
         assert Path(config.base_model_name_or_path).name == backbone_folder.name
         assert config.probe["probe_type"] == "mha"
-        tokenizer = AutoTokenizer.from_pretrained(place[0], **place[1])
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
         assert tokenizer.chat_template == AutoTokenizer.from_pretrained(backbone_folder).chat_template
 
     def test_what_is_neither(self, tmp_path):
@@ -106,9 +99,12 @@ class TestAHeadsId:
                 auto_class.from_pretrained(str(tmp_path / "nothing"))
 
 
-def test_the_hub_is_not_asked_for_a_bundled_head(monkeypatch):
+def test_the_hub_is_not_asked_for_a_bundled_head(hub, monkeypatch):
     monkeypatch.setattr(auto, "load_or_find_head", lambda load, *rest: load_or_find_head(pytest.fail, *rest))
     assert AutoConfig.from_pretrained("toxicchat-gate").probe["probe_type"] == "gate"
+    assert pipelines.find_adapter_config_file("toxicchat-gate") is None
+    with pytest.raises(OSError, match="gpt2"):
+        pipelines.find_adapter_config_file("gpt2")
 
 
 @pytest.mark.parametrize(
@@ -127,12 +123,6 @@ def test_without_a_network_the_hub_is_asked_once(hub, monkeypatch, load):
     with hub.down(), pytest.raises(ProbeError, match=r"^org/tiny [^\n]*llama-probe demo[^\n]*$"):
         load("org/tiny")
     assert not waits
-
-
-def test_a_pipeline_asks_the_hub_for_no_adapter_of_a_bundled_head(hub, monkeypatch):
-    assert pipelines.find_adapter_config_file("toxicchat-gate") is None
-    with pytest.raises(OSError, match="gpt2"):
-        pipelines.find_adapter_config_file("gpt2")
 
 
 class TestDemo:

@@ -1,13 +1,12 @@
 """Exported repositories: their files, what is refused before anything is written, and how they get to a Hub."""
 
-import ast
 import json
-import re
 
 import pytest
 import torch
 from command_line import succeed
 from conftest import make_lm, make_probe, make_tokenizer, read_head, save_head
+from hub_server.heads import same_weights
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -47,38 +46,29 @@ def test_what_is_in_it(export, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
     assert config["auto_map"] == auto_map("llama") and "custom_pipelines" not in config
-    weights = load_file(folder / "model.safetensors")
-    assert weights.keys() == lm.state_dict().keys()
-    assert all(torch.equal(weights[name], tensor) for name, tensor in lm.state_dict().items())
+    torch.testing.assert_close(load_file(folder / "model.safetensors"), dict(lm.state_dict()), rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"] == make_tokenizer()("abc")["input_ids"]
     head = read_head(folder / "toxic")
-    assert head.config.id2label == {0: "fine", 1: "toxic"} and head.config.threshold == 0.3
-    assert all(torch.equal(head.state_dict()[name], tensor) for name, tensor in toxic().state_dict().items())
+    assert head.config.id2label == {0: "fine", 1: "toxic"} and same_weights(head, toxic())
     assert {path.name for path in (folder / "toxic").iterdir()} <= set(HEAD_FILES)
     again = export(tmp_path / "again", backbone=folder, dtype="bfloat16")
     assert load_file(again / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
 def test_the_card(export, tmp_path):
-    heads = {"toxic": toxic(base_model_name_or_path="org/tiny"), "mood": make_probe(1, probe_type="gate")}
-    folder = export(tmp_path / "x", heads, license="mit", repo_id=REPO)
+    """Labels come from data: whatever is in them, a head is one row of the table."""
+    heads = {"toxic": toxic(base_model_name_or_path="org/tiny"), "mood": make_probe(1, id2label={0: "a|b", 1: "c d"})}
+    heads["toxic"].results = json.loads((bundled_heads()["toxicchat-gate"] / "results.json").read_text())
+    folder, facts = export(tmp_path / "x", heads, license="mit", repo_id=REPO), heads["toxic"].results["card"]
     card = ModelCard.load(folder / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("llama_probe", "text-generation")
     assert (card.data.base_model, card.data.license) == ("org/tiny", "mit") and "custom_code" in card.data.tags
-    assert "| [`toxic`](toxic/README.md) | mha | `fine`, `toxic` |" in card.text and "(mood/README.md)" in card.text
+    assert f"`fine`, `toxic` | {facts['dataset_name']} | {facts['license']} |" in card.text
+    assert "| [`mood`](mood/README.md) | mha | `a\\|b`, `c d` | not stated | not stated |\n" in card.text
     assert f'AutoModel.from_pretrained("{REPO}", probe="toxic", trust_remote_code=True)' in card.text
     assert f'AutoModel.from_pretrained("{REPO}", probe="toxic")' in card.text and "import llama_probe" in card.text
     assert f'probe="{REPO}:mood"' in (folder / "mood" / "README.md").read_text()
-
-
-def test_the_card_of_odd_names_and_labels(export, tmp_path):
-    """Labels come from data: whatever is in them, a head is one row of the table."""
-    odd = make_probe(id2label={0: "a|b", 1: "c d"})
-    card = (export(tmp_path / 'a "b" <c>', {"odd": odd}) / "README.md").read_text()
-    assert "| [`odd`](odd/README.md) | mha | `a\\|b`, `c d` | not stated | not stated |\n" in card
-    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    texts = [{item.value for item in ast.walk(ast.parse(block)) if isinstance(item, ast.Constant)} for block in blocks]
-    assert len(texts) == 2 and all('a "b" <c>' in found for found in texts) and '# `a "b" <c>`' in card
+    assert read_results(folder / "toxic") == heads["toxic"].results
 
 
 @pytest.mark.parametrize(
@@ -92,7 +82,7 @@ def test_the_card_of_odd_names_and_labels(export, tmp_path):
 def test_the_code_of_the_card_works_when_pasted(export, tmp_path, monkeypatch, changes, prompt):
     """Its prompts are as the first head was trained on them."""
     monkeypatch.chdir(tmp_path)
-    card = ModelCard.load(export("x", {"toxic": toxic(**changes)}, base_model="org/other") / "README.md")
+    card = ModelCard.load(export('a "b" <c>', {"toxic": toxic(**changes)}, base_model="org/other") / "README.md")
     assert card.data.base_model == "org/other" and card.text.count(f"prompt = {prompt}") == 2
     _, with_package = (part.split("```")[0] for part in card.text.split("```python\n")[1:])
     exec(with_package, {})
@@ -104,45 +94,26 @@ def test_the_card_of_a_kind_with_its_own_code(export, tmp_path, own_kind):
     assert card.count('probe="own", trust_remote_code=True)') == 2 and "(not this head: it needs the package)" in card
 
 
-def test_results_of_a_head_go_along(export, tmp_path):
-    measured = json.loads((bundled_heads()["toxicchat-gate"] / "results.json").read_text())
-    head = toxic()
-    head.results = measured
-    folder = export(tmp_path / "x", {"toxic": head})
-    assert read_results(folder / "toxic") == measured
-    card = (folder / "README.md").read_text()
-    assert f"{measured['card']['dataset_name']} | {measured['card']['license']} |" in card
-
-
-def test_other_families_are_refused_before_they_are_loaded(export, tmp_path, monkeypatch):
+def test_what_is_refused(export, backbone_folder, tmp_path, monkeypatch):
     tiny("mixtral").save_pretrained(tmp_path / "mixtral")
-    monkeypatch.setattr("llama_probe.serving.export.load_backbone", lambda *args, **kwargs: pytest.fail("was loaded"))
-    with pytest.raises(ProbeError, match="'mixtral' cannot be exported; allowed: llama, qwen2"):
-        export(tmp_path / "x", backbone=tmp_path / "mixtral")
-    assert not (tmp_path / "x").exists()
-
-
-def test_what_is_refused(export, tmp_path, monkeypatch):
-    with pytest.raises(ProbeError, match="cannot be loaded"):
-        export(tmp_path / "x", backbone=tmp_path / "nothing")
-    with pytest.raises(ProbeError, match="hidden_size"):
-        export(tmp_path / "x", {"toxic": make_probe(hidden_size=64)})
+    lm = AutoModelForCausalLM.from_pretrained(backbone_folder)
+    get_peft_model(lm, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    make_tokenizer().save_pretrained(tmp_path / "lora")
 
     def cannot(*args, **kwargs):
         raise ValueError("no such\nquantiser")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", cannot)
-    with pytest.raises(ProbeError, match="cannot be saved: no such quantiser"):
-        export(tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
-def test_adapters_are_refused(export, backbone_folder, tmp_path):
-    lm = AutoModelForCausalLM.from_pretrained(backbone_folder)
-    get_peft_model(lm, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    make_tokenizer().save_pretrained(tmp_path / "lora")
-    with pytest.raises(ProbeError, match=r"merge_and_unload\(\)"):
-        export(tmp_path / "x", backbone=tmp_path / "lora")
+    for words, call in {
+        "'mixtral' cannot be exported; allowed: llama, qwen2": {"backbone": tmp_path / "mixtral"},
+        "cannot be loaded": {"backbone": tmp_path / "nothing"},
+        "hidden_size": {"heads": {"toxic": make_probe(hidden_size=64)}},
+        r"merge_and_unload\(\)": {"backbone": tmp_path / "lora"},
+        "cannot be saved: no such quantiser": {},
+    }.items():
+        with pytest.raises(ProbeError, match=words):
+            export(tmp_path / "x", **call)
+        assert not (tmp_path / "x").exists()
 
 
 def test_other_backbones_are_warned_of(export, tmp_path, caplog):

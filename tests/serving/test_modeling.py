@@ -39,9 +39,8 @@ class TestForward:
         assert out.probe_labels["a"] == model.classify(prompts, mask)["a"].labels
 
     def test_positional_arguments_and_tuples(self, model, prompts):
-        mask = torch.ones_like(prompts)
-        out = model(prompts, mask, return_dict=False)
-        assert torch.equal(out[0], make_lm()(prompts, mask).logits)
+        out = model(prompts, torch.ones_like(prompts), return_dict=False)
+        assert torch.equal(out[0], make_lm()(prompts).logits)
         torch.testing.assert_close(out[-1]["a"], expected_logits(model.probes["a"], prompts))
         assert isinstance(model(prompts, probe_state=True, return_dict=False)[-1], ProbeCache)
 
@@ -134,6 +133,8 @@ class TestConversion:
     def test_a_head_is_read_before_the_backbone(self, tmp_path):
         with pytest.raises(ProbeError, match="no-such-head"):
             LlamaForProbedGeneration.from_pretrained(tmp_path / "no such model", probe="no-such-head")
+        with pytest.raises(ProbeError, match="AutoModelForProbedGeneration"):
+            LlamaForProbedGeneration.from_causal_lm(tiny("mistral"))
 
     def test_a_forward_that_was_replaced_is_refused(self, lm, prompts):
         """In the instance it stands before that of any class, and heads would not run."""
@@ -144,7 +145,3 @@ class TestConversion:
         del lm.forward
         LlamaForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
         torch.testing.assert_close(lm(prompts).probe_logits["a"], expected_logits(make_probe(), prompts))
-
-    def test_another_class(self):
-        with pytest.raises(ProbeError, match="AutoModelForProbedGeneration"):
-            LlamaForProbedGeneration.from_causal_lm(tiny("mistral"))
