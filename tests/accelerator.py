@@ -7,9 +7,6 @@ that is on the CPU cannot be mixed with them, as on a GPU. What it counts:
 - `operations`: kernels that would be launched; views are none
 """
 
-import traceback
-from collections import Counter
-
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
@@ -89,14 +86,12 @@ class Accelerator(TorchDispatchMode):
 
     Attributes:
         reads, operations: counts.
-        places: the lines of the package that read, and how often.
     """
 
     def __init__(self):
         super().__init__()
         _register()
         self.reads = self.operations = 0
-        self.places: Counter[str] = Counter()
         self._factories = _Factories()
 
     def __enter__(self):
@@ -109,20 +104,6 @@ class Accelerator(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return _run(self, function, args, kwargs or {})
-
-    def read(self) -> None:
-        self.reads += 1
-        own = [
-            f"{each.filename}:{each.lineno}" for each in traceback.extract_stack() if "/llama_probe/" in each.filename
-        ]
-        self.places[own[-1].split("/llama_probe/")[-1] if own else "elsewhere"] += 1
-
-    @property
-    def own_reads(self) -> int:
-        """Reads below a line of the package that is not a call of the plain `forward` or `generate`."""
-        return sum(
-            count for place, count in self.places.items() if place != "elsewhere" and "modeling.py" not in place
-        )
 
 
 def _is_sim(device) -> bool:
@@ -148,7 +129,7 @@ def _run(count: Accelerator | None, function, args, kwargs):
             isinstance(each, SimTensor) and each.dtype == torch.bool for each in tree_leaves(args[1])
         )
         if name in READS or goes_to_cpu or by_mask:
-            count.read()
+            count.reads += 1
         is_view = any(each.alias_info and not each.alias_info.is_write for each in function._schema.arguments)
         count.operations += not is_view and name not in NO_KERNEL | READS
     kwargs = {key: "cpu" if key == "device" else value for key, value in kwargs.items()}

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from cases import FORMS
-from conftest import HIDDEN, LAYERS, VOCAB, make_probe, make_prompts, probed
+from conftest import HIDDEN, LAYERS, VOCAB, make_probe, make_prompts, probed, with_novelty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import Recorder, passes_of
@@ -14,6 +14,7 @@ from tiny_families import make
 from transformers import DynamicCache, StaticCache
 
 from llama_probe import AutoModelForProbedGeneration, ProbeCache, ProbeError
+from llama_probe.heads import probe_types
 from llama_probe.heads.rules import TURN_SCOPES
 from llama_probe.serving.session import session_of
 
@@ -28,8 +29,11 @@ KINDS = {
 
 
 def of_kinds(*names, **lm_changes):
-    """A model with a head of each of these kinds, or of all."""
-    return probed({name: make_probe(seed=i, **KINDS[name]) for i, name in enumerate(names or KINDS)}, **lm_changes)
+    """A model with a head of each of these kinds, or of all. A gate tells novelty."""
+    heads = {name: make_probe(seed=i, **KINDS[name]) for i, name in enumerate(names or KINDS)}
+    if "gate" in heads:
+        with_novelty(heads["gate"])
+    return probed(heads, **lm_changes)
 
 
 @pytest.fixture
@@ -52,6 +56,7 @@ def follow(model, out, ids, **call):
     expected = model.generate(ids, **{**call, "probe_state": None})
     assert torch.equal(found.sequences, expected.sequences)
     assert_same(found.probe_logits, expected.probe_logits)
+    torch.testing.assert_close(found.probe_novelty, expected.probe_novelty, atol=1e-4, rtol=1e-4)
     return found
 
 
@@ -138,22 +143,18 @@ class TestSharedPrefix:
 
     def test_it_is_run_once_for_many_prompts(self, prefix):
         model = of_kinds(*[name for name in KINDS if name != "reply"])
-        widths = passes_of(model)
-        shared = model(prefix, use_cache=True)
+        widths, shared = passes_of(model), model(prefix, use_cache=True)
         for seed in (1, 2):  # the state stays as it is, the cache is copied
-            new = make_prompts(4, 5, seed=seed)
-            ids = torch.cat([prefix.expand(4, -1), new], 1)
-            expected = model.generate(ids, max_new_tokens=2)
+            ids = torch.cat([prefix.expand(4, -1), make_prompts(4, 5, seed=seed)], 1)
+            copied = copy.deepcopy(shared)
+            copied.cache.batch_repeat_interleave(4)
+            copied.probe_state.batch_repeat_interleave(4)
             widths.clear()
-            cache, state = copy.deepcopy(shared.cache), copy.deepcopy(shared.probe_state)
-            cache.batch_repeat_interleave(4)
-            state.batch_repeat_interleave(4)
-            classified = model.classify(ids, cache=cache, probe_state=state)
-            assert cache.get_seq_length() == 6
-            generated = model.generate(ids, cache=cache, probe_state=state, max_new_tokens=2)
-            assert widths == [5, 5, 1] and torch.equal(generated.sequences, expected.sequences)
-            assert_same(generated.probe_logits, expected.probe_logits)
-            assert_same({name: output.logits for name, output in classified.items()}, expected.probe_logits)
+            classified = model.classify(ids, cache=copied.cache, probe_state=copied.probe_state)
+            assert copied.cache.get_seq_length() == 6
+            generated = follow(model, copied, ids)
+            assert widths == [5, 5, 1, 11, 1]
+            assert_same({name: output.logits for name, output in classified.items()}, generated.probe_logits)
         assert shared.probe_state.get_seq_length() == 6 and shared.probe_state.batch_size == 1
 
     def test_a_cache_that_was_made_with_gradients_stays_as_it_is(self, model, prefix):
@@ -165,16 +166,15 @@ class TestSharedPrefix:
             torch.testing.assert_close(found[name].logits, output.logits)
         assert shared.cache.get_seq_length() == 6 and shared.cache.layers[0].keys.requires_grad
 
-    @pytest.mark.parametrize("scope", ["content", "all"])
     @pytest.mark.parametrize("length", [2, 4, 6])
-    def test_around_the_constant_prefix(self, prefix, scope, length):
+    def test_around_the_constant_prefix(self, prefix, length):
         """A part of it, the whole of it, or more: none of it counts."""
         model = of_kinds("gate")
-        model.add_probe("content", make_probe(token_scope=scope, prefix_ids=prefix[0, :4].tolist()))
+        for scope in ("content", "all"):
+            model.add_probe(scope, make_probe(token_scope=scope, prefix_ids=prefix[0, :4].tolist()))
         shared = model(prefix[:, :length], use_cache=True)
-        assert list(shared.probe_logits) == (["gate", "content"] if length > 4 else ["gate"]), "nothing to read yet"
-        ids = torch.cat([prefix, make_prompts(1, 3)], 1)
-        follow(model, shared, ids, max_new_tokens=3)
+        assert list(shared.probe_logits) == ["gate", "content", "all"][: 3 if length > 4 else 1], "nothing to read yet"
+        follow(model, shared, torch.cat([prefix, make_prompts(1, 3)], 1), max_new_tokens=3)
 
 
 USER, TOOL, REPLY, END = 5, 6, 7, 8
@@ -226,13 +226,15 @@ class TestForward:
         assert_same(out.probe_logits, model(torch.cat([ids, new], 1), attention_mask=mask).probe_logits)
 
     def test_a_state_is_kept_where_it_is_asked_for(self, model, prompts):
-        assert model(prompts).probe_state is None
-        assert model(prompts, use_cache=False).probe_state is None
+        first, embeds = model(prompts, use_cache=True), model.get_input_embeddings()(prompts)
         assert isinstance(model(prompts, probe_state=True).probe_state, ProbeCache)
-        first = model(prompts, use_cache=True)
-        assert model(prompts[:, :1], cache=first.cache).probe_state is None
-        embeds = model.get_input_embeddings()(prompts)
-        assert model(inputs_embeds=embeds, use_cache=True).probe_state is None
+        for out in (
+            model(prompts),
+            model(prompts, use_cache=False),
+            model(prompts[:, :1], cache=first.cache),
+            model(inputs_embeds=embeds, use_cache=True),
+        ):
+            assert out.probe_state is None
 
 
 class TestCost:
@@ -248,23 +250,20 @@ class TestCost:
         assert shapes == [(LAYERS + 1, n) for n in (prompts.shape[1], 16, 16, 7)]
         assert len(results) == 1, "of the prompt"
 
-    @pytest.mark.parametrize(
-        "kind, growing", [("pooling", 0), ("gate", 0), ("attentive", 0), ("multimax", 0), ("last", 0), ("mha", 24)]
-    )
-    def test_what_a_state_holds(self, kind, growing):
+    @pytest.mark.parametrize("kind", probe_types())
+    def test_what_a_state_holds(self, kind):
         """Of floats, per token, row and layer: nothing, or the low-rank projections. Views hold what they are of."""
 
         def floats(state):
             if isinstance(state, (tuple, list)):
-                return sum(floats(part) for part in state)
-            is_float = state is not None and state.is_floating_point()
+                return sum(map(floats, state))
+            is_float = isinstance(state, torch.Tensor) and state.is_floating_point()
             return state.untyped_storage().nbytes() // state.itemsize if is_float else 0
 
         model = of_kinds(kind)
-        sizes = [
-            floats(model(make_prompts(2, length), use_cache=True).probe_state.heads[kind].state) for length in (5, 15)
-        ]
-        assert sizes[1] - sizes[0] == 10 * 2 * (LAYERS + 1) * growing
+        states = (model(make_prompts(2, n), use_cache=True).probe_state.heads[kind].state for n in (5, 15))
+        short, long = map(floats, states)
+        assert long - short == 10 * 2 * (LAYERS + 1) * (24 if kind == "mha" else 0)
 
 
 class TestHalting:
@@ -375,6 +374,7 @@ class TestRefusals:
             "attention_mask: .* number 2": lambda model, first, ids: {"attention_mask": masked(ids)},
             "'gate' reads: .* number 2": lambda model, first, ids: {"probe_mask": masked(ids)},
             "another head called 'gate'": lambda model, first, ids: replace_head(model) or {},
+            "'gate', or by other weights": lambda model, first, ids: with_novelty(model.probes["gate"], 5) and {},
         }.items(),
     )
     def test_generate(self, model, first, ids, words, change):

@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import make_probe, make_prompts, make_tokenizer, probed, with_novelty
+from conftest import make_probe, make_tokenizer, probed, with_novelty
 from torch.nn.functional import pad
-from transformers import DynamicCache, pipeline
+from transformers import pipeline
 
 from llama_probe import ProbeError
 
@@ -41,21 +41,6 @@ def test_every_way_gives_the_same(model, prompts):
     torch._dynamo.reset()
     assert_same(torch.compile(model, backend="eager")(prompts).probe_novelty, expected)
     torch._dynamo.reset()
-
-
-@torch.no_grad()
-def test_a_conversation_that_goes_on(model):
-    cache, ids, state = DynamicCache(), make_prompts(2, 7), True
-    for turn in range(3):
-        mask = torch.ones_like(ids)
-        kwargs = {"cache": cache, "probe_state": state, "max_new_tokens": 3, "eos_token_id": None}
-        out = model.generate(ids, attention_mask=mask, **kwargs)
-        assert_same(out.probe_novelty, model(ids, attention_mask=mask).probe_novelty)
-        cache, state = out.cache, out.probe_state
-        ids = torch.cat([out.sequences, make_prompts(2, 4, seed=turn)], 1)
-    with_novelty(model.probes["a"], seed=5)
-    with pytest.raises(ProbeError, match="'a'"):
-        model.generate(ids, cache=cache, probe_state=state, max_new_tokens=1)
 
 
 @torch.no_grad()
