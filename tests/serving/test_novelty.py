@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from transformers import pipeline
 
 from llama_probe import ProbeError
+from llama_probe.data.prompts import PromptFormat
 
 
 def head(**changes):
@@ -71,7 +72,7 @@ def test_abstaining_of_other_heads(prompts, kind):
 
 def test_texts_and_pipelines():
     tokenizer, texts = make_tokenizer(), ["good morning", "a", "what is this about?"]
-    model = probed({"a": head(prompt_format="chat", token_scope="prompt")}, vocab_size=260)
+    model = probed({"a": head(**PromptFormat(tokenizer).config_fields())}, vocab_size=260)
     found = model.classify(texts, tokenizer=tokenizer)["a"]
     for text, value in zip(texts, found.novelty.tolist(), strict=True):
         assert float(model.classify(text, tokenizer=tokenizer)["a"].novelty) == pytest.approx(value, abs=1e-4)

@@ -10,6 +10,7 @@ from conftest import make_lm, make_probe, make_tokenizer, save_head
 from transformers import AutoModel, AutoModelForCausalLM, TextGenerationPipeline, pipeline
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.decision import verdict
 from llama_probe.serving.pipeline import TASK, ProbedTextGenerationPipeline
 
@@ -19,11 +20,14 @@ CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
+FORMAT = PromptFormat(make_tokenizer()).config_fields()
+
+
 def heads():
     return {
-        "toxic": make_probe(id2label={0: "fine", 1: "toxic"}, threshold=0.3, temperature=2.0),
-        "topics": make_probe(1, id2label={0: "a", 1: "b", 2: "c"}, problem_type="multi_label_classification"),
-        "length": make_probe(2, num_labels=1, problem_type="regression"),
+        "toxic": make_probe(id2label={0: "fine", 1: "toxic"}, threshold=0.3, temperature=2.0, **FORMAT),
+        "topics": make_probe(1, num_labels=3, problem_type="multi_label_classification", **FORMAT),
+        "length": make_probe(2, num_labels=1, problem_type="regression", **FORMAT),
         "sizes": make_probe(3, probe_type="gate", num_labels=2, problem_type="regression"),
     }
 
@@ -236,7 +240,7 @@ class TestClassification:
         with pytest.raises(ProbeError, match="probe=NAME"):
             self.make(model, tokenizer=make_tokenizer())
 
-    @pytest.mark.parametrize("name, labels", [("topics", {"a", "b", "c"}), ("length", {"LABEL_0"})])
+    @pytest.mark.parametrize("name, labels", [("topics", {"LABEL_0", "LABEL_1", "LABEL_2"}), ("length", {"LABEL_0"})])
     def test_other_problems(self, model, name, labels):
         records = self.make(model, tokenizer=make_tokenizer(), probe=name)(TEXTS[0], top_k=None)
         assert {record["label"] for record in records} == labels
@@ -245,7 +249,7 @@ class TestClassification:
 
     def test_the_id_of_a_head(self, backbone_folder, tmp_path, token, monkeypatch):
         monkeypatch.chdir(backbone_folder.parent)  # a pushed head keeps the name of a local backbone, and not its path
-        head = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"})
+        head = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"}, **FORMAT)
         head.push_to_hub("alice/mood")
         save_head(head, tmp_path / "mood")
         results = [self.make(place)(TEXTS) for place in ("alice/mood", str(tmp_path / "mood"))]

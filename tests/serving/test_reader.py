@@ -47,45 +47,36 @@ def test_a_chunk_in_which_nothing_counts_is_not_read(monkeypatch):
     assert reader.states["a"].joined() is None
 
 
-CPU = torch.device("cpu")
 DEEP = 12  # deep enough for several groups of layers
-KINDS = probe_types()
 
 
-@pytest.fixture
-def model():
+@pytest.mark.parametrize("batch_size, tokens, dtype", [(3, 100, torch.float32), (2, 60, torch.bfloat16)])
+def test_memory_above_the_plain_models(batch_size, tokens, dtype, monkeypatch):
+    """Beside its parameters, which are there before the call, a head takes at most the reader's budget."""
     model = AutoModelForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=DEEP))
-    for kind in KINDS:
+    for kind in probe_types():
         # As many directions as suit so narrow a model: the usual 64 are twice its hidden size.
         options = {"options": {"num_maxima": 2, "num_members": 2}} if kind == "multimax" else {}
         model.add_probe(kind, fresh_config(kind, HIDDEN, DEEP).replace(**options))
-    return model
-
-
-@pytest.mark.parametrize(
-    "batch_size, tokens, dtype",
-    [(3, 100, torch.float32), (1, 40, torch.float32), (2, 60, torch.bfloat16)],
-)
-def test_memory_above_the_plain_models(model, batch_size, tokens, dtype, monkeypatch):
-    """Beside its parameters, which are there before the call, a head takes at most the reader's budget."""
-    model.to(dtype)
-    systems = Systems(model, many=4)
+    systems = Systems(model.to(dtype), many=4)
     prompts = systems.draw(batch_size, tokens)
-    size = prompts["input_ids"].numel() * HIDDEN
-    layer = size * 4
-    budget = 2 * 2 * layer  # of two layers in fp32
+    size, peaks = prompts["input_ids"].numel() * HIDDEN, {}
+    budget = 2 * 2 * 4 * size  # of two layers in fp32
     monkeypatch.setattr(module, "state_budget", lambda device: budget)
     monkeypatch.setattr(mean_attention, "_SCORES", size // 4)
-    peaks = {}
+
+    def peak(serve):
+        return peak_memory(serve, torch.device("cpu"))
+
     for name in systems.heads:
         systems.serve(name, prompts)
-        peaks[name] = peak_memory(lambda name=name: systems.serve(name, prompts), CPU)
-    whole = peak_memory(lambda: systems.plain(**prompts, output_hidden_states=True), CPU)
-    above = {name: peak - peaks["base"] for name, peak in peaks.items()}
+        peaks[name] = peak(lambda name=name: systems.serve(name, prompts))
+    above = {name: memory - peaks["base"] for name, memory in peaks.items()}
     assert above["base again"] == 0
     summaries = (DEEP + 1) * batch_size * HIDDEN * 4  # one vector a layer, what is kept of the tokens
-    for kind in KINDS:
+    for kind in probe_types():
         assert above[kind] <= budget + summaries, kind
     assert above["4 x mha"] <= budget + 4 * summaries
     states = (DEEP + 1) * size * dtype.itemsize
-    assert whole > states > max(above[kind] for kind in KINDS), "where all states are kept, they are seen"
+    whole = peak(lambda: systems.plain(**prompts, output_hidden_states=True))
+    assert whole > states > max(above[kind] for kind in probe_types()), "where all states are kept, they are seen"

@@ -1,5 +1,7 @@
 """classify(): text in, labels out."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ TOKENIZER = make_tokenizer()
 TEXTS = ["Hi", "A much longer text than that one", "Something between", "x"]
 
 
+@functools.cache
 def fields(kind="chat", **changes):
     return PromptFormat(TOKENIZER, kind, **changes).config_fields()
 
