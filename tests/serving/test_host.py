@@ -40,48 +40,41 @@ def test_switching_disabling_and_deleting(model, prompts):
     assert model.active_probes == []
 
 
-@pytest.mark.parametrize("scope", ["prompt", "all"])
-def test_heads_score_alike_while_the_lm_is_trained(model, prompts, scope):
+def test_heads_score_alike_while_the_lm_is_trained_and_have_gradients(model, prompts):
     """`model.train()`, as for a LoRA, reaches the heads, whose dropouts are for their own training."""
-    model.add_probe("mood", make_probe(dropout=0.5, layer_dropout=0.5, token_scope=scope))
+    for kind in probe_types():
+        model.add_probe(kind, make_probe(probe_type=kind, dropout=0.5, layer_dropout=0.5))
+    model.add_probe("both", make_probe(dropout=0.5, token_scope="all"))
+    call = {"attention_mask": padded(prompts)}
 
     def scores():
-        out = model.generate(prompts, max_new_tokens=4, do_sample=False)
-        logits = [model.classify(prompts)["mood"].logits, model(prompts).probe_logits["mood"]]
-        return [*logits, out.probe_logits, out.probe_token_logits]
+        out = model.generate(prompts, max_new_tokens=4, **call)
+        return [out.probe_logits, out.probe_token_logits, model.classify(prompts, **call)["mha"].logits]
 
-    before = scores()
+    before, logits = scores(), model(prompts, **call).probe_logits
+    assert not any(each.requires_grad for each in logits.values()), "in eval mode a pass keeps nothing"
     model.train()
     for found, expected in zip(scores(), before, strict=True):
         torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("kind", probe_types())
-def test_gradients_flow_through_an_attached_head_in_training(model, prompts, kind):
-    head = model.add_probe("mood", make_probe(probe_type=kind, dropout=0.5))
-    mask = padded(prompts)
-    expected = model(prompts, attention_mask=mask).probe_logits["mood"]
-    assert not expected.requires_grad, "in eval mode a pass keeps nothing"
-    model.train()
-    found = model(prompts, attention_mask=mask).probe_logits["mood"]
-    torch.testing.assert_close(found, expected)
-    found.sum().backward()
-    assert all(parameter.grad is not None for parameter in head.classifier.parameters())
-    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    trained = model(prompts, **call).probe_logits
+    torch.testing.assert_close(trained, logits)
+    for name, head in model.probes.items():
+        model.zero_grad()
+        trained[name].sum().backward(retain_graph=True)
+        assert all(parameter.grad is not None for parameter in head.classifier.parameters())
+        assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
 def test_heads_are_fp32_whatever_the_default_dtype_is(model, folder, prompts):
-    heads = {kind: ProbeConfig(probe_type=kind, downcast=4) for kind in probe_types()}
     torch.set_default_dtype(torch.bfloat16)
     try:
         model.load_probe(folder)
-        for name, config in heads.items():
-            model.add_probe(name, config)
+        for kind in probe_types():
+            model.add_probe(kind, ProbeConfig(probe_type=kind, downcast=4))
         out = model.generate(prompts, max_new_tokens=2)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {parameter.dtype for parameter in model.probes.parameters()} == {torch.float32}
-    assert {logits.dtype for logits in out.probe_logits.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in (*model.probes.parameters(), *out.probe_logits.values())} == {torch.float32}
     assert not any(head.training for head in model.probes.values())
     torch.testing.assert_close(out.probe_logits["toxic"], model.classify(prompts)["toxic"].logits)
 
@@ -100,12 +93,6 @@ def test_load_and_save(model, folder, tmp_path):
     model.load_probe(folder, "third", strict=True)
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "../a", "ä", None, "train", "_modules"])
-def test_names(model, name):
-    with pytest.raises(ProbeError, match="cannot name a head"):
-        model.add_probe(name, make_probe())
-
-
 def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
     model.add_probe("a", make_probe())
     before = model.probes["a"]
@@ -113,6 +100,10 @@ def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
         (lambda: model.add_probe("a", make_probe(seed=1)), "'a'"),
         (lambda: model.load_probe(folder, name="a"), "'a'"),
         (lambda: model.load_probe(None), "NoneType"),
+        *(
+            (lambda name=name: model.add_probe(name, make_probe()), "cannot name")
+            for name in ("a.b", "", "ä", "train")
+        ),
         (lambda: model.add_probe("b", "sst2-mha"), "add_probe"),
         (lambda: model.add_probe("b", make_probe(hidden_size=64)), "hidden_size=64"),
         (lambda: model.add_probe("b", make_probe(num_hidden_layers=3)), "num_hidden_layers=3"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import Recorder
 
-from llama_probe import HoldBackStreamer, ProbeError, Reprompt
+from llama_probe import HoldBackStreamer, ProbeError
 
 
 @pytest.fixture
@@ -82,20 +82,6 @@ def test_a_prompt_that_is_halted(model):
     recorder, halting = Recorder(), {"halt_on": {"both": {"threshold": 0.0}}, "halt_reply": [5, 6]}
     out = model.generate(make_prompts(1), max_new_tokens=3, streamer=HoldBackStreamer(recorder, 2), **halting)
     assert recorder.reply == [5, 6] == out.sequences[0, 9:].tolist() and recorder.ended == 1
-
-
-@pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_a_refusal_that_fails_ends_the_stream(model, threshold):
-    """At the prefill, and on the way."""
-    model.add_probe("both", make_probe(token_scope="all"))
-    recorder, ids = Recorder(), make_prompts(1)
-    call = {"streamer": HoldBackStreamer(recorder, 0), "max_new_tokens": 5, "eos_token_id": None}
-    halting = {"halt_on": {"both": {"threshold": threshold}}, "halt_reply": Reprompt(ids, {"bogus": 1})}
-    with pytest.raises(ValueError, match="bogus"):
-        model.generate(ids, on_probe_token=flag(2), **halting, **call)
-    assert recorder.ended == 1
-    model.generate(ids, on_probe_token=flag(), halt_reply=[5], **call)
-    assert recorder.ended == 2 and recorder.tokens.count(ids[0].tolist()) == 2, "and it can be used again"
 
 
 def test_refusals(model, prompts):
