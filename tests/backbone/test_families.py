@@ -73,10 +73,9 @@ def test_every_way_sees_the_states_of_the_plain_model(family):
     assert type(model).__name__ == f"{stem}ForProbed{'Conditional' if family in WRAPPERS else ''}Generation"
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
-def test_models_and_outputs_pickle(family, tmp_path):
+def test_models_and_outputs_pickle(tmp_path):
     inputs = padded_prompts()
-    model = AutoModelForProbedGeneration.from_causal_lm(tiny(family), make_heads())
+    model = AutoModelForProbedGeneration.from_causal_lm(tiny("mixtral"), make_heads())
     model.set_active_probes("mha")
     with torch.no_grad():
         outputs = [model(**inputs), model.generate(**inputs, max_new_tokens=2)]

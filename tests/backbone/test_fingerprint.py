@@ -40,12 +40,10 @@ def test_models_of_every_size_have_one(layers, hidden, vocab):
 @pytest.mark.parametrize(
     "recorded, found, expected",
     [
-        (("float32", None), ("float32", None), 0.003),
         (("float32", None), ("bfloat16", None), 0.02),
         (("bfloat16", None), ("float16", "bitsandbytes-8bit"), 0.1),
         (("bfloat16", None), ("float32", "gguf-q4_1"), 0.4),
         (("float32", "gguf-q4_1"), ("float32", "gguf-q4_1"), 0.003),
-        ((None, None), ("float32", None), 0.02),
     ],
 )
 def test_tolerance(recorded, found, expected):

@@ -11,13 +11,36 @@ from llama_probe.backbone.fingerprint import backbone_facts
 from llama_probe.backbone.loading import load_backbone, load_causal_lm, weights_digest
 
 
-def test_the_lm_head_is_a_part_unless_it_is_tied():
-    def digest(factor):
+class Packed(torch.Tensor):
+    """A weight of integers and their scales, as torchao's, with hardly any operation of its own."""
+
+    @staticmethod
+    def __new__(cls, numbers, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
+
+    def __init__(self, numbers, scale):
+        self.numbers, self.scale = numbers, scale
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return cls(args[0].numbers, args[0].scale)  # detached
+
+
+def test_a_digest_tells_weights_apart():
+    """Quantised ones as well, and the LM head unless it is tied."""
+
+    def digest(factor=1, number=3, scale=0.5):
         lm = make_lm()
         lm.lm_head.weight.data.mul_(factor)
+        packed = Packed(torch.full((4, 4), number, dtype=torch.int8), torch.full((4,), scale))
+        lm.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
         return weights_digest(lm)
 
-    assert digest(1) == digest(1) != digest(2)
+    assert digest() == digest()
+    assert len({digest(), digest(factor=2), digest(number=4), digest(scale=0.25)}) == 4
     tied = make_lm(tie_word_embeddings=True)
     before = weights_digest(tied)
     tied.lm_head = None

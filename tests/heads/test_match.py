@@ -52,46 +52,32 @@ def test_a_backbone_whose_states_are_not_finite_takes_no_new_head(lm):
         described(lm.half())
 
 
-def test_a_head_keeps_its_record_on_another_backbone(lm, tmp_path):
-    folder = save_head(ProbeModel(described(lm)), tmp_path / "head")
-    other = fine_tuned(lm)
-    assert read_head(folder, backbone=other).config.fingerprint == fingerprint(lm) != fingerprint(other)
-    assert ProbeModel(described(lm), backbone=other).config.fingerprint == fingerprint(lm)
-
-
-@pytest.mark.parametrize("copied", ["bfloat16", "float16", "8bit"])
+@pytest.mark.parametrize("copied", ["bfloat16", "float16", 4, 8])
 def test_a_copy_in_another_precision_is_the_same_backbone(lm, copied):
     config = described(lm)
-    other = (
-        rounded(lm, 8, {"quant_method": "bitsandbytes", "load_in_8bit": True})
-        if copied == "8bit"
-        else copy.deepcopy(lm).to(getattr(torch, copied))
-    )
+    if isinstance(copied, int):
+        other = rounded(lm, copied, {"quant_method": "torchao", "quant_type": f"Int{copied}WeightOnlyConfig"})
+    else:
+        other = copy.deepcopy(lm).to(getattr(torch, copied))
     other.config._name_or_path = "/somewhere/tiny"
-    assert fingerprint(other) != config.fingerprint
-    found = verdicts(config, other)
-    assert found["fingerprint"] == "same" and "differs" not in found.values()
+    assert fingerprint(other) != config.fingerprint and "differs" not in verdicts(config, other).values()
     check_backbone("head", config, other, strict=True)
+    guesses = [check.guess for check in compare(config, other) if check.guess]
+    assert guesses == ([f"a quantised copy (torchao-{copied}bit)"] if isinstance(copied, int) else [])
+    assert not any(check.guess for check in compare(described(other), other)), "nothing is new"
 
 
-def test_a_fine_tuned_copy_is_another_backbone(lm):
+def test_a_fine_tuned_copy_is_another_backbone(lm, tmp_path):
     config, other = described(lm), fine_tuned(lm)
     other.config._name_or_path = "org/tiny"
     assert verdicts(config, other)["fingerprint"] == "differs"
     with pytest.raises(ProbeError, match="'head' has a fingerprint"):
         check_backbone("head", config, other, strict=True)
+    # a head keeps its record
+    folder = save_head(ProbeModel(config), tmp_path / "head")
+    for head in (read_head(folder, backbone=other), ProbeModel(config, backbone=other)):
+        assert head.config.fingerprint == fingerprint(lm) != fingerprint(other)
     assert verdicts(config, other.to(torch.bfloat16))["fingerprint"] == "differs"
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_copy_is_called_so(lm, bits):
-    config = described(lm)
-    other = rounded(lm, bits, {"quant_method": "torchao", "quant_type": f"Int{bits}WeightOnlyConfig"})
-    other.config._name_or_path = "org/tiny"
-    check_backbone("head", config, other, strict=True)
-    guesses = {check.field: check.guess for check in compare(config, other) if check.guess}
-    assert guesses == {"fingerprint": f"a quantised copy (torchao-{bits}bit)"}
-    assert not any(check.guess for check in compare(described(other), other)), "nothing is new"
 
 
 @pytest.mark.parametrize(
@@ -119,13 +105,13 @@ def test_a_distance_tells_a_quantised_copy_from_another_model(lm, monkeypatch, a
             check_backbone("head", config, lm, strict=True)
 
 
-@pytest.mark.parametrize("apart, refused", [(0.7, False), (0.9, True)])
-def test_a_bundled_head_is_for_no_unrelated_model(lm, monkeypatch, apart, refused):
+def test_a_bundled_head_is_for_no_unrelated_model(lm, monkeypatch):
     config = described(lm)
-    monkeypatch.setattr(matching, "distance", lambda recorded, found: apart)
-    check_backbone("head", config, lm)
-    with pytest.raises(ProbeError, match="no bundled head") if refused else contextlib.nullcontext():
-        check_backbone("head", config, lm, alias="safety")
+    for apart, refused in ((0.7, contextlib.nullcontext()), (0.9, pytest.raises(ProbeError, match="no bundled head"))):
+        monkeypatch.setattr(matching, "distance", lambda recorded, found, apart=apart: apart)
+        check_backbone("head", config, lm)
+        with refused:
+            check_backbone("head", config, lm, alias="safety")
 
 
 def test_all_that_differs_is_one_warning(lm, caplog):

@@ -74,14 +74,15 @@ def test_a_reply_that_is_given_is_scored_by_classify_and_forward(prompts):
     out = model.generate(prompts, max_new_tokens=5, eos_token_id=None, pad_token_id=96)
     mask = torch.zeros_like(out.sequences)
     mask[:, 9:-1] = 1
-    whole = model.classify(out.sequences, probe_mask=mask)
-    passed = model(out.sequences, probe_mask=mask).probe_logits
+    whole, passed = model.classify(out.sequences, probe_mask=mask), model(out.sequences, probe_mask=mask)
     for name, logits in out.probe_token_logits.items():
         torch.testing.assert_close(whole[name].logits, logits[:, -1], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(passed[name], logits[:, -1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(passed.probe_logits[name], logits[:, -1], atol=1e-4, rtol=1e-4)
     for call in (model.classify, model):
         with pytest.raises(ProbeError, match="probe_mask"):
             call(out.sequences)
+    embedded = model.generate(inputs_embeds=model.get_input_embeddings()(prompts), max_new_tokens=5, eos_token_id=None)
+    torch.testing.assert_close(embedded.probe_token_logits, out.probe_token_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_said_of_the_prompt(prompts):
@@ -112,13 +113,6 @@ def test_a_pass_costs_something_only_where_a_head_reads_it(prompts, scope, kwarg
     out = model.generate(prompts, max_new_tokens=3, eos_token_id=None, **kwargs)
     assert found == hooks
     assert (out.probe_token_logits is None) == (scope != "response") and (out.probe_state is None) == (not kwargs)
-
-
-def test_prompts_given_as_embeddings(prompts):
-    model = probed({"guard": guard()})
-    whole = model.generate(prompts, max_new_tokens=4)
-    embedded = model.generate(inputs_embeds=model.get_input_embeddings()(prompts), max_new_tokens=4)
-    torch.testing.assert_close(embedded.probe_token_logits, whole.probe_token_logits, equal_nan=True)
 
 
 class TestCallback:
@@ -183,11 +177,11 @@ class TestHalting:
         assert (out.sequences[first, 9:] == 96).all() and out.probe_token_logits["guard"][first].isnan().all()
 
     def test_a_head_of_both_may_halt_before_the_reply(self, prompts):
-        model = probed({"both": make_probe(token_scope="all")})
-        out = model.generate(prompts, max_new_tokens=6, halt_on={"both": {"threshold": 0.0}})
+        model, rule = probed({"both": make_probe(token_scope="all")}), {"threshold": 0.0}
+        out = model.generate(prompts, max_new_tokens=6, halt_on={"both": rule})
         assert [halt.token for halt in out.probe_halts] == [None] * 3 and torch.equal(out.sequences, prompts)
         assert out.probe_token_logits["both"].shape == (3, 0, 2)
-        out = model.generate(prompts, max_new_tokens=6, halt_on={"both": {"threshold": 0.0, "patience": 2}})
+        out = model.generate(prompts, max_new_tokens=6, halt_on={"both": {**rule, "patience": 2}})
         assert [halt.token for halt in out.probe_halts] == [0] * 3, "the prompt's score is the first"
 
     def test_each_return_sequence_by_itself(self, model, prompts):
