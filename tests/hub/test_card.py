@@ -24,16 +24,15 @@ def folder(tmp_path):
         make_probe(id2label={0: "no", 1: "yes"}, threshold=0.4, base_model_name_or_path="me/lm"), tmp_path / "weather"
     )
     scores = {"rows": 10, "accuracy": 0.8, "f1": 0.5, "precision": 0.6, "recall": 0.4, "auprc": 0.7, "auroc": 0.9}
-    runs = [
-        {"seed": seed, "validation": dict(scores), "test": {**scores, "f1": 0.5 + seed / 10, "slices": {"who": {"a": {**scores, "auprc": None}}}}}
-        for seed in (0, 1)
-    ]  # fmt: skip
+    slices = {"who": {"a": {**scores, "auprc": None}}}
+    tests = [{**scores, "f1": 0.5 + seed / 10, "slices": slices} for seed in (0, 1)]
+    runs = [{"seed": seed, "validation": dict(scores), "test": test} for seed, test in enumerate(tests)]
     results = {
         "num_parameters": 1234,
         "data": {"train": {"source": "a/b.csv", "rows": 90}, "test": {"source": "c.csv", "rows": 10}},
         "recipe": {
-            "learning_rate": 0.01, "weight_decay": 0.0, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
-            "num_train_epochs": 3, "label_smoothing": 0.0, "metric": "auprc",
+            "learning_rate": 0.01, "weight_decay": 0.0, "per_device_train_batch_size": 8, "metric": "auprc",
+            "gradient_accumulation_steps": 2, "num_train_epochs": 3, "label_smoothing": 0.0,
         },
         "runs": runs,
         "chosen_seed": 1,
@@ -45,10 +44,14 @@ def folder(tmp_path):
     return folder
 
 
-def create_card(folder, **given):
-    """The card that a save of the head would write."""
+def create_card(folder, **arguments):
+    """Return the card that a save of the head would write."""
     plots = [name for name in PLOT_NAMES if (folder / name).is_file()]
-    return renew_card(folder, read_config_values(folder), read_results(folder), plots, **given)
+    return renew_card(folder, read_config_values(folder), read_results(folder), plots, **arguments)
+
+
+def change_config(folder, **changes):
+    (folder / "probe_config.json").write_text(read_config(folder).replace(**changes).to_json_string())
 
 
 def card_of(folder) -> str:
@@ -57,9 +60,15 @@ def card_of(folder) -> str:
 
 def test_the_chosen_seed_and_the_spread(folder):
     text = write_card(folder).read_text()
-    assert "0.600 (0.550 ± 0.071)" in text and "seed 1, the best of 2 by auprc" in text
-    assert "test, who = a" in text and "| - |" in text
-    assert "batch 16" in text and "- hail." in text and "me/weather" in text
+    for part in (
+        "0.600 (0.550 ± 0.071)",
+        "seed 1, the best of 2 by auprc",
+        "test, who = a",
+        "| - |",
+        "batch 16",
+        "- hail.",
+    ):
+        assert part in text
     data = create_card(folder).data
     assert data.license == "cc0-1.0" and data.base_model_relation == "adapter"
     assert {result.metric_type: result.metric_value for result in data.eval_results}["f1"] == 0.6
@@ -95,15 +104,7 @@ def test_a_saved_head_gets_a_card_that_a_person_may_edit(folder):
     assert (folder / "README.md").read_bytes() == b"caf\xe9"
 
 
-@pytest.mark.parametrize(
-    "results",
-    [
-        {"of": "another version"},
-        {"card": "x", "summary": {"test": {}}},
-        {"card": {"new": 1}},
-        {"card": {}, "summary": {"validation": {}}, "runs": [], "chosen_seed": 0},
-    ],
-)
+@pytest.mark.parametrize("results", [{"of": "another version"}, {"card": "x", "summary": {"test": {}}}])
 def test_results_of_another_version_give_no_card(tmp_path, results):
     probe = make_probe()
     probe.results = results
@@ -139,35 +140,26 @@ def test_bundled_cards_are_what_their_folders_give(alias):
     assert best["seed"] == results["chosen_seed"], "chosen by validation"
 
 
-@pytest.mark.parametrize(
-    "page, mark, table",
-    [
-        ("heads.md", "results", results_table),
-        ("guard.md", "measured", lambda: measured_table(read_measured("safety"))),
-    ],
-)
-def test_a_page_shows_what_inspect_prints(page, mark, table):
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    assert text.split(f"<!-- {mark} -->\n")[1].split(f"\n<!-- /{mark} -->")[0] == table()
+def test_pages_show_what_inspect_prints():
+    for page, mark, table in (
+        ("heads.md", "results", results_table()),
+        ("guard.md", "measured", measured_table(read_measured("safety"))),
+    ):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert text.split(f"<!-- {mark} -->\n")[1].split(f"\n<!-- /{mark} -->")[0] == table
+
+
+BOMB = [f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]" for i in range(24)]
 
 
 @pytest.mark.parametrize(
-    "content",
-    [
-        "---\ntags:\n" + "".join(f"- tag {i}\n" for i in range(200_000)) + "---\n" + MARKER,
-        "---\na: &a [x, x]\n"
-        + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(24))
-        + "---\n"
-        + MARKER,
-        "---\ntags: [5, {a: b}, [c]]\n---\n" + MARKER,
-        "---\ntags: 5\n---\n" + MARKER,
-        MARKER + "x" * 5_000_000,
-    ],
-    ids=["many tags", "a bomb of aliases", "tags that are none", "a number", "long"],
+    "metadata",
+    [["tags:", *(f"- tag {i}" for i in range(200_000))], ["a: &a [x, x]", *BOMB], ["tags: [5, {a: b}, [c]]"]],
+    ids=["many tags", "aliases that multiply", "tags that are none"],
 )
-def test_a_card_that_takes_long_to_read(folder, content):
+def test_hostile_metadata_takes_no_time(folder, metadata):
     """A save replaces it, and others refuse it, in a second."""
-    (folder / "README.md").write_text(content)
+    (folder / "README.md").write_text("\n".join(["---", *metadata, "---", MARKER]))
     start = time.process_time()
     for work in (write_card, read_card):
         with contextlib.suppress(ProbeError):
@@ -178,49 +170,34 @@ def test_a_card_that_takes_long_to_read(folder, content):
 
 def test_hostile_texts_begin_nothing_of_their_own(folder):
     """A card is shown as HTML on the Hub, and a head may come from anybody."""
-    plain = create_card(folder).content
-    config = read_config(folder).replace(
-        id2label={0: "a`b<script>", 1: "x ## Title ``` | y"},
-        base_model_name_or_path="lm <b># Evil",
-        base_model_class="<i>",
-        system_prompt="{{ 7 * 7 }}\n```\n# Evil",
-    )
-    (folder / "probe_config.json").write_text(config.to_json_string())
-
+    marks = ("#", "```", "<", "---")
+    before = [line for line in create_card(folder).content.splitlines() if line.startswith(marks)]
+    names, evil = {0: "a`b<script>", 1: "x ## Title ``` | y"}, "{{ 7 * 7 }}\n```\n# Evil"
+    change_config(folder, id2label=names, base_model_name_or_path="lm <b># Evil", system_prompt=evil)
     results = read_results(folder)
-    results["card"] |= {
-        "dataset_name": "rain\n\n# Evil: [",
-        "data_note": "# CC0.\n\n<h1>Evil</h1>",
-        "language": "en\nevil: true",
-        "limits": ["English\n```", "```"],
-        "command": "train\n```\n# Evil",
-    }
+    results["card"] |= {"dataset_name": "rain\n\n# Evil: [", "data_note": "# CC0.\n\n<h1>Evil</h1>"}
+    results["card"] |= {"limits": ["English\n```"], "command": "train\n```\n# Evil", "language": "en\nevil: true"}
     results["environment"] = {"torch": "2.13.0+cpu", "<b>": "1"}
     results["data"]["train"]["source"] = "50% of <script>"
-    results["data"]["validation"] = results["data"]["train"] | {"source": "<img/src=x> folds of train"}
     for part in (*(run["test"] for run in results["runs"]), results["summary"]["test"]):
-        part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"]}}
-        for rows in (part, part["slices"]["who"]["a|b\nc"]):
-            rows["a | b\n# Evil <img src=x> [here](x)"] = rows["f1"]
+        part["a | b\n# Evil <img src=x> [here](x)"] = part["f1"]
+        part["slices"] = {"who": {"a|b\nc": part["slices"]["who"]["a"] | part}}
     (folder / "results.json").write_text(json.dumps(results))
     card = create_card(folder)
     text, data = card.content, card.data.to_dict()
     assert "evil" not in data and data["license"] == "cc0-1.0" and "49" not in text.split("## Results")[0]
-    assert r", trained on rain # Evil: \[." in text and r"\# CC0. &lt;h1>Evil&lt;/h1> Rows: train" in text
-    assert "gives one of ``a`b<script>``, ````x ## Title ``` | y````" in text
-    assert "torch 2.13.0+cpu, `<b> 1`" in text and "(`50% of <script>`" in text and "class: `<i>`;" in text
-    assert r"| test, who = a\|b c | 10 |" in text and "the others of 0 folds" in text
-    assert "````\ntrain\n```\n# Evil\n````" in text and "- English ```." in text
+    for part in (
+        r", trained on rain # Evil: \[.", r"\# CC0. &lt;h1>Evil&lt;/h1> Rows: train", "````\ntrain\n```\n# Evil\n````",
+        "gives one of ``a`b<script>``, ````x ## Title ``` | y````", "torch 2.13.0+cpu, `<b> 1`", "(`50% of <script>`",
+        r"| test, who = a\|b c | 10 |", "- English ```.", r"| a \| b # Evil &lt;img src=x> \[here](x) |",
+    ):  # fmt: skip
+        assert part in text
     text = text.replace("````\ntrain\n```\n# Evil\n````", "```\n```")
-    marks = ("#", "```", "<", "---")
-    assert [line for line in text.splitlines() if line.startswith(marks)] == [
-        line for line in plain.splitlines() if line.startswith(marks)
-    ]
-    assert r"| a \| b # Evil &lt;img src=x> \[here](x) |" in text
+    assert [line for line in text.splitlines() if line.startswith(marks)] == before
 
 
 @pytest.mark.parametrize(
-    "base_model, shown", [("me/lm", "me/lm"), ("/home/me/lm", None), ("./me/lm", None), ("../lm", None), ("lm", None)]
+    "base_model, shown", [("me/lm", "me/lm"), ("/home/me/lm", None), ("../lm", None), ("lm", None)]
 )
 def test_a_folder_is_not_a_base_model_on_the_hub(tmp_path, base_model, shown):
     card = create_card(save_head(make_probe(base_model_name_or_path=base_model), tmp_path / "weather"))
@@ -230,36 +207,31 @@ def test_a_folder_is_not_a_base_model_on_the_hub(tmp_path, base_model, shown):
 
 
 EVALUATION = {
-    "source": "sets/look-alikes.jsonl", "rows": 1200, "metrics": {"accuracy": 0.9, "auroc": 0.93, "auprc": None},
+    "source": "sets/b.jsonl", "rows": 1200, "metrics": {"accuracy": 0.9, "auroc": 0.93, "auprc": None},
     "intervals": {"auroc": [0.91, 0.95]}, "flagged": {"share": 0.021, "interval": [0.014, 0.031], "threshold": 0.31},
     "wrappings": {"rows": 40, "kept": {"code fence": 0.975, "tools": 0.95}},  # as written by earlier code
     "attacks": {
         "rows": 30, "kept": {"base64": 0.25}, "harmless": 8, "alarms": {"base64": 0.125},
         "tfidf": {"kept": {"base64": 0.0}, "alarms": {"base64": 0.0}},
     },
-    "long": {"rows": 4, "kept": {"last in 7,500 tokens": None}, "harmless": 0, "alarms": {"last in 7,500 tokens": None}},
+    "long": {"rows": 4, "kept": {"in 7,500 tokens": None}, "harmless": 0, "alarms": {"in 7,500 tokens": None}},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_what_was_measured_and_fitted_after_training(folder, trained):
     before = create_card(folder).content
-    config = read_config(folder).replace(threshold=0.31, thresholds={"fpr-2%": 0.31, "fpr-0.5%": 0.64})
-    (folder / "probe_config.json").write_text(config.to_json_string())
-    later = {
-        "evaluations": {
-            "look|alikes": EVALUATION,
-            "values": {"source": "a", "rows": 3, "metrics": {}, "intervals": {}},
-        },
-        "thresholds_from": {"sources": ["sets/a.jsonl"], "rows": 2000, "rates": {"fpr-2%": 0.02, "fpr-0.5%": 0.005}},
-    }
+    change_config(folder, threshold=0.31, thresholds={"fpr-2%": 0.31, "fpr-0.5%": 0.64})
+    bare = {"source": "a", "rows": 3, "metrics": {}, "intervals": {}}
+    rates = {"sources": ["sets/a.jsonl"], "rows": 2000, "rates": {"fpr-2%": 0.02, "fpr-0.5%": 0.005}}
+    later = {"evaluations": {"look|alikes": EVALUATION, "values": bare}, "thresholds_from": rates}
     (folder / "results.json").write_text(json.dumps(later | (read_results(folder) if trained else {})))
     text = create_card(folder).content
-    assert "| fpr-0.5% | 0.640 | 0.5% |" in text and "2,000 rows" in text and "sets/a.jsonl" in text
-    row = (
-        "| look\\|alikes (sets/look-alikes.jsonl) | 1,200 | 0.310 | 2.1% (1.4% to 3.1%) | 0.930 (0.910 to 0.950) | - |"
-    )
-    assert row in text and "| values (a) | 3 | - | - | - | - |" in text
-    assert "| tools | 40 | 0.95 | - | - |\n| base64 | 30 | 0.25 (0.12) | 0.00 (0.00) | - |" in text
-    assert "| last in 7,500 tokens | 4 | too long | - | - |\n\nIn brackets" in text
+    for line in (
+        "| fpr-0.5% | 0.640 | 0.5% |", "2,000 rows", "sets/a.jsonl", "| values (a) | 3 | - | - | - | - |",
+        r"| look\|alikes (sets/b.jsonl) | 1,200 | 0.310 | 2.1% (1.4% to 3.1%) | 0.930 (0.910 to 0.950) | - |",
+        "| tools | 40 | 0.95 | - | - |\n| base64 | 30 | 0.25 (0.12) | 0.00 (0.00) | - |",
+        "| in 7,500 tokens | 4 | too long | - | - |\n\nIn brackets",
+    ):  # fmt: skip
+        assert line in text
     assert ("## Results" in text) == trained and "## Thresholds" not in before and "\n\n\n" not in text
