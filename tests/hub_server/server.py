@@ -1,24 +1,21 @@
-"""The server: its state, the requests it answers, and the threads of the test process in which it runs."""
+"""The server: repositories in memory, the requests that it answers, and the threads in which it runs."""
 
 import base64
 import hashlib
 import json
 import re
 import secrets
-import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, quote, unquote, urlsplit
-
-import yaml
-
-from .repository import LFS_SUFFIXES, Blob, Refusal, Repository
+from urllib.parse import quote, unquote, urlsplit
 
 
+LFS_SUFFIXES = (".safetensors", ".png")
 _ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
 _API = rf"/api/(?P<kind>models|datasets)/{_ID}"
 _REVISION = r"(?P<revision>[^/]+)"
@@ -50,6 +47,72 @@ FAULTS = {
     "truncate": {"method": "GET"},  # send half of a file, with `declared` under the Content-Length of the whole
     "wrong sha": {"method": "GET"},  # send a file with its last byte changed, under the old etag
 }
+OF_FILES = ("truncate", "wrong sha")
+
+
+class Refusal(Exception):
+    """Ends a request with a status, a message, and the `X-Error-Code` from which the client picks its exception."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
+        super().__init__(message)
+        self.status, self.body = status, {"error": message}
+        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One version of a file; with `lfs` the client downloads it from another origin."""
+
+    data: bytes
+    lfs: bool = False
+
+    @cached_property
+    def oid(self) -> str:
+        """The name under which the client caches the file."""
+        if self.lfs:
+            return hashlib.sha256(self.data).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+
+    def entry(self, path: str) -> dict:
+        """The file as the API lists it."""
+        return {"type": "file", "path": path, "size": len(self.data), "oid": self.oid}
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A whole tree, after another one."""
+
+    files: Mapping[str, Blob]
+    parent: str = ""
+
+    @cached_property
+    def oid(self) -> str:
+        lines = [self.parent, *(f"{path}\0{self.files[path].oid}" for path in sorted(self.files))]
+        return hashlib.sha1("\n".join(lines).encode()).hexdigest()
+
+
+class Repository:
+    """A model or a data set; it starts with one commit."""
+
+    def __init__(self, repo_id: str, files: Mapping[str, Blob], private: bool = False):
+        self.id, self.owner, self.private = repo_id, repo_id.split("/")[-2], private
+        first = Commit(dict(files))
+        self.commits = {first.oid: first}
+        self.refs = {"main": first}  # branches by name, pull requests as refs/pr/N
+
+    def find(self, revision: str) -> Commit:
+        """The commit of a branch, pull request or full sha; a `Refusal` if there is none."""
+        found = self.refs.get(revision.removeprefix("refs/heads/")) or self.commits.get(revision)
+        if found is None:
+            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return found
+
+    def commit(self, revision: str, files: Mapping[str, Blob]) -> Commit:
+        """Make `files` the tree of a revision, after `main` if it is new; the same tree again makes no commit."""
+        parent = self.refs.get(revision, self.refs["main"])
+        commit = parent if dict(files) == dict(parent.files) else Commit(dict(files), parent.oid)
+        self.commits[commit.oid] = self.refs[revision] = commit
+        return commit
 
 
 @dataclass
@@ -63,7 +126,7 @@ class Fault:
     status: int | None = None
     code: str | None = None
     declared: bool = True
-    action: Callable[[], object] | None = None
+    action: Callable[[], object] = lambda: None
     hits: int = 0
 
     def befalls(self, method: str, path: str) -> bool:
@@ -80,7 +143,6 @@ class HubServer:
         url: value for `HF_ENDPOINT`.
         requests: `(method, path, status)` of each request; no query, no header; the status is None if it was cut.
         repositories: by id; that of a data set begins with `datasets/`.
-        renamed: new id of a repository by its old one.
         errors: tracebacks of the server's own errors.
         env: environment for a subprocess whose client uses this server; set by the fixture.
     """
@@ -93,7 +155,6 @@ class HubServer:
         self.tokens: dict[str, tuple[str, str]] = {}  # (user, role) by token
         self.faults: list[Fault] = []
         self.repositories: dict[str, Repository] = {}
-        self.renamed: dict[str, str] = {}
         self.objects: dict[str, bytes] = {}  # large files by sha256
         self.requests: list[tuple[str, str, int | None]] = []
         self.errors: list[str] = []
@@ -111,8 +172,7 @@ class HubServer:
 
     def start(self) -> "HubServer":
         """Listen, on the port of the last time if there was one."""
-        handler = type("Handler", (Handler,), {"hub": self})
-        self._lock, self._connections = threading.Lock(), set()
+        handler = type("Handler", (Handler,), {"hub": self, "lock": threading.Lock()})
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
@@ -120,17 +180,14 @@ class HubServer:
         threading.Thread(target=self._server.serve_forever, args=(0.01,), name="hub", daemon=True).start()
         return self
 
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        for connection in list(self._connections):
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
     @contextmanager
     def down(self) -> Iterator[None]:
         """Nothing listens at the server's address inside the block; its state is kept."""
-        self.stop()
+        from huggingface_hub import close_session
+
+        close_session()  # it holds connections
+        self._server.shutdown()
+        self._server.server_close()
         try:
             yield
         finally:
@@ -151,16 +208,16 @@ class HubServer:
         self.faults.append(Fault(kind, **{**FAULTS[kind], **fields}))
         return self.faults[-1]
 
-    def take(self, kinds: tuple[str, ...], method: str, path: str) -> Fault | None:
-        return next((fault for fault in self.faults if fault.kind in kinds and fault.befalls(method, path)), None)
+    def take(self, method: str, path: str, of_files: bool) -> Fault:
+        """Return the fault that befalls a request, or the sending of a file."""
+        faults = (fault for fault in self.faults if (fault.kind in OF_FILES) == of_files)
+        return next((fault for fault in faults if fault.befalls(method, path)), Fault("none"))
 
     def plant(self, repo_id: str, files: Mapping[str, bytes], *, branch: str = "main", private: bool = False) -> None:
         """Commit files, unchecked, to a repository and branch that may be new."""
         blobs = {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}
         self.objects |= {blob.oid: blob.data for blob in blobs.values() if blob.lfs}
-        if repo_id not in self.repositories:
-            self.repositories[repo_id] = Repository(repo_id, blobs, private)
-        repo = self.repositories[repo_id]
+        repo = self.repositories.setdefault(repo_id, Repository(repo_id, blobs, private))
         repo.commit(branch, {**repo.refs.get(branch, repo.refs["main"]).files, **blobs})
 
     def head(self, repo_id: str, revision: str = "main") -> str:
@@ -169,59 +226,44 @@ class HubServer:
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         return {path: blob.data for path, blob in self.repositories[repo_id].find(revision).files.items()}
 
-    def count(self, method: str | None = None, path: str = "") -> int:
+    def count(self, method: str, path: str) -> int:
         """Count requests of a method with `path` in their path."""
-        return sum(method in (None, verb) and path in where for verb, where, _ in self.requests)
+        return sum(method == verb and path in where for verb, where, _ in self.requests)
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers one connection. A route returns a JSON value, or (status, headers, bytes)."""
 
     hub: HubServer
+    lock: threading.Lock
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1
-
-    def setup(self):
-        super().setup()
-        self.hub._connections.add(self.connection)
-
-    def finish(self):
-        with suppress(OSError):
-            super().finish()
-        self.hub._connections.discard(self.connection)
 
     def log_message(self, *args):
         pass
 
     def do_GET(self):
-        hub, self.where = self.hub, urlsplit(self.path).path
-        self.query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
-        fault = hub.take(("answer", "forbid", "refuse upload", "cut upload", "run", "lose"), self.command, self.where)
-        fault = fault or Fault("none")
-        if fault.kind == "cut upload":
-            self.rfile.read(1)
-            hub.requests.append((self.command, self.where, None))
-            self.close_connection = True
-            return
-        length = int(self.headers.get("Content-Length", 0))
+        self.where = urlsplit(self.path).path
+        fault = self.hub.take(self.command, self.where, of_files=False)
+        length = 1 if fault.kind == "cut upload" else int(self.headers.get("Content-Length", 0))
         self.body = self.rfile.read(length)
-        if len(self.body) < length:  # the client was killed
+        if fault.kind == "cut upload" or len(self.body) < length:  # or the client was killed
+            self.hub.requests.append((self.command, self.where, None))
             self.close_connection = True
             return
         try:
             if fault.status is not None:
                 raise Refusal(fault.status, "a fault that was asked for", fault.code)
-            if fault.action is not None:
-                fault.action()
-            with hub._lock:
+            fault.action()
+            with self.lock:
                 answer = self._route()
             if fault.kind == "lose":
                 raise Refusal(500, "a fault that was asked for")
         except Refusal as refusal:
             answer = refusal.status, refusal.headers, json.dumps(refusal.body).encode()
         except Exception:
-            hub.errors.append(traceback.format_exc())
+            self.hub.errors.append(traceback.format_exc())
             answer = 501, {}, b""  # the client does not repeat a request after it
         self._send(*(answer if isinstance(answer, tuple) else (200, {}, json.dumps(answer).encode())))
 
@@ -230,13 +272,13 @@ class Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.hub.requests.append((self.command, self.where, status))
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), **headers}.items():
+        headers = {"Content-Length": str(len(data)), **headers}
+        for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-        if int(headers.get("Content-Length", len(data))) != len(data):
-            self.close_connection = True
+        self.close_connection |= int(headers["Content-Length"]) != len(data)
 
     def _route(self):
         at_cdn = self.headers["Host"] == urlsplit(self.hub.cdn_url).netloc
@@ -246,8 +288,6 @@ class Handler(BaseHTTPRequestHandler):
         for name, route in ROUTES.items():
             if match := re.fullmatch(route, line):
                 self.part = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-                if new := self.hub.renamed.get(self.part.get("id")):
-                    return 307, {"Location": self.path.replace(self.part["id"], new)}, b""
                 return getattr(self, f"on_{name}")()
         raise AssertionError(f"no route for {line}")
 
@@ -256,13 +296,11 @@ class Handler(BaseHTTPRequestHandler):
     @property
     def visitor(self) -> tuple[str, str] | None:
         """(user, role) of the request's token."""
-        given = self.headers.get("Authorization")
-        if given is None:
-            return None
-        if given.removeprefix("Bearer ") not in self.hub.tokens:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in self.hub.tokens:
             # The client tells a wrong token from a hidden repository by these words.
             raise Refusal(401, "Invalid credentials in Authorization header")
-        return self.hub.tokens[given.removeprefix("Bearer ")]
+        return self.hub.tokens.get(token)
 
     def readable(self) -> Repository:
         visitor = self.visitor
@@ -278,17 +316,13 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403, "Forbidden: this token has no write access to the repository")
         return repo
 
-    @property
-    def json(self):
-        return json.loads(self.body)
-
     # Routes
 
     def on_whoami(self):
         return {"type": "user", "name": self.visitor[0], "orgs": [], "auth": {}}
 
     def on_create(self):
-        (user, role), body = self.visitor, self.json
+        (user, role), body = self.visitor, json.loads(self.body)
         repo_id = f"{body.get('organization') or user}/{body['name']}"
         answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
         if role != "write" or not repo_id.startswith(f"{user}/"):
@@ -300,38 +334,24 @@ class Handler(BaseHTTPRequestHandler):
         return answer
 
     def on_validate(self):
-        tags = metadata(self.json["content"]).get("tags", [])
-        if isinstance(tags, list):
-            return {"errors": [], "warnings": []}
-        errors = [{"message": '"tags" must be an array of strings'}]
-        return 400, {}, json.dumps({"errors": errors, "warnings": []}).encode()
+        return {"errors": [], "warnings": []}
 
     def on_info(self):
         repo = self.readable()
         commit = repo.find(self.part.get("revision", "main"))
-        card = commit.files.get("README.md", Blob(b"")).data.decode("utf-8", "replace")
-        return {
-            "id": repo.id.removeprefix("datasets/"),
-            "sha": commit.oid,
-            "cardData": metadata(card),
-            "tags": [],
-            "siblings": [
-                {"rfilename": path, "blobId": blob.oid, "lfs": blob.entry(path).get("lfs")}
-                for path, blob in sorted(commit.files.items())
-            ],
-        }
+        files = [{"rfilename": path} for path in sorted(commit.files)]
+        return {"id": repo.id.removeprefix("datasets/"), "sha": commit.oid, "tags": [], "siblings": files}
 
     def on_tree(self):
-        commit, folder = self.readable().find(self.part["revision"]), self.part.get("path", "")
+        files, folder = self.readable().find(self.part["revision"]).files, self.part.get("path", "")
         start = f"{folder}/" if folder else ""
         entries = {}
-        for path, blob in sorted(commit.files.items()):
-            if path.startswith(start):
-                first, _, rest = path.removeprefix(start).partition("/")
-                if rest:
-                    entries[start + first] = {"type": "directory", "path": start + first, "size": 0, "oid": "0" * 40}
-                if not rest or "recursive" in self.query:
-                    entries[path] = blob.entry(path)
+        for path in sorted(name for name in files if name.startswith(start)):
+            first, _, rest = path.removeprefix(start).partition("/")
+            if rest:
+                entries[start + first] = {"type": "directory", "path": start + first, "size": 0, "oid": "0" * 40}
+            if not rest or "recursive" in self.path:
+                entries[path] = files[path].entry(path)
         if folder and not entries:
             raise Refusal(404, f"Entry not found: {folder}", "EntryNotFound")
         return list(entries.values())
@@ -345,7 +365,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def on_preupload(self):
         commit, answer = self.writable().find(self.part["revision"]), []
-        for path in (file["path"] for file in self.json["files"]):
+        for path in (file["path"] for file in json.loads(self.body)["files"]):
             mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
             known = {"oid": commit.files[path].oid} if path in commit.files else {}
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
@@ -353,7 +373,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def on_batch(self):
         repo, objects = self.writable(), []
-        for item in self.json["objects"]:
+        for item in json.loads(self.body)["objects"]:
             upload = {"upload": {"href": f"{self.hub.cdn_url}/cdn/{repo.id}/{item['oid']}"}}
             actions = {} if item["oid"] in self.hub.objects else {"actions": upload}
             objects.append({"oid": item["oid"], "size": item["size"], **actions})
@@ -367,7 +387,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def on_commit(self):
         """Apply all lines of a commit to a copy of the tree, and only then make it the branch's."""
-        repo, as_pull, revision = self.writable(), "create_pr" in self.query, self.part["revision"]
+        repo, as_pull, revision = self.writable(), "create_pr" in self.path, self.part["revision"]
         header, *lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
         head = repo.find(revision)
         if header["value"].get("parentCommit", head.oid) != head.oid:
@@ -405,16 +425,10 @@ class Handler(BaseHTTPRequestHandler):
         return self._file(self.hub.objects[self.part["oid"]], {"ETag": f'"{self.part["oid"]}"'})
 
     def _file(self, data: bytes, headers: dict[str, str]):
-        if self.hub.take(("wrong sha",), self.command, self.where):
-            data = data[:-1] + bytes([data[-1] ^ 0xFF])
-        if fault := self.hub.take(("truncate",), self.command, self.where):
-            headers |= {"Content-Length": str(len(data))} if fault.declared else {}
-            data = data[: len(data) // 2]
+        fault = self.hub.take(self.command, self.where, of_files=True)
+        if fault.kind == "wrong sha":
+            return 200, headers, data[:-1] + bytes([data[-1] ^ 0xFF])
+        if fault.kind == "truncate":
+            declared = {"Content-Length": str(len(data))} if fault.declared else {}
+            return 200, headers | declared, data[: len(data) // 2]
         return 200, headers, data
-
-
-def metadata(card: str) -> dict:
-    """The metadata of a card, as JSON values."""
-    match = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(\r?\n|$)", card, re.DOTALL)
-    data = (yaml.safe_load(match.group(1)) if match else None) or {}
-    return json.loads(json.dumps(data, default=str))
