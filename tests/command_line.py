@@ -62,10 +62,8 @@ def train(backbone, rows, output, *words, head=None, training=None, **sections):
 
 def write_rows(folder: Path) -> Path:
     """Write `train.jsonl` and `test.jsonl`, of two labels that can be told apart."""
-    for name, numbers in (("train", range(60)), ("test", range(3, 23))):
-        rows = [
-            {"text": f"{'good' if i % 3 else 'bad'} number {i}", "label": int(i % 3 == 0), "half": i % 2}
-            for i in numbers
-        ]
-        write(folder / f"{name}.jsonl", rows)
+    texts = [f"{'good' if i % 3 else 'bad'} number {i}" for i in range(60)]
+    rows = [{"text": text, "label": int(i % 3 == 0), "half": i % 2} for i, text in enumerate(texts)]
+    write(folder / "train.jsonl", rows)
+    write(folder / "test.jsonl", rows[3:23])
     return folder

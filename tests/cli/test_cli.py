@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from unittest.mock import Mock
 
 import pytest
 import typer
@@ -14,6 +12,7 @@ from training_runs import write
 from llama_probe import ProbeModel, __version__, cli
 from llama_probe.evaluation import transformations
 from llama_probe.heads.configuration import read_config
+from llama_probe.hub.folder import CODE_NAME, HEAD_FILES
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +43,7 @@ def served(trained, backbone_folder):
 
 def test_train_writes_a_head_folder(trained):
     output, results = trained
-    assert sorted(path.name for path in output.iterdir()) == [
-        "README.md", "calibration.png", "layer_weights.png", "probe_config.json", "probe_model.safetensors", "recipe.yaml",
-        "results.json",
-    ]  # fmt: skip
+    assert {path.name for path in output.iterdir()} == {*HEAD_FILES} - {CODE_NAME}
     assert json.loads((output / "results.json").read_text()) == results
     config = read_config(output)
     assert config.id2label == {0: "fine", 1: "awful"} and config.token_scope == "last_user" and config.turn_markers
@@ -63,18 +59,13 @@ def test_train_writes_a_head_folder(trained):
 
 def test_benchmark(served, backbone_folder):
     args = ("benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8)
-    timed = (*args, "--batch-size", 2, "--pairs", 1, "--device", "cpu", "--random-weights")
-    systems = ["base", "base again", "mood", "mha", "2 x mha"]
-    assert [row["system"] for row in succeed(*timed, "--json")["rows"]] == systems
-    shown = succeed(*timed)
-    for part in ("2 x mha", "base again", "random weights", "above_base_mb", "tokens 8"):
+    shown = succeed(*args, "--batch-size", 2, "--pairs", 1, "--device", "cpu", "--random-weights")
+    for part in ("base", "base again", "mood", "mha", "2 x mha", "random weights", "above_base_mb", "tokens 8"):
         assert part in shown
-    counted = (*args, "--operations", "--as", "cuda")
-    report = succeed(*counted, "--json")
+    report = succeed(*args, "--operations", "--as", "cuda", "--json")
     assert report["as_device"] == "cuda"
     assert [row["system"] for row in report["rows"]] == ["base", "mood", "mha", "mha-reply", "2 x mha"]
     assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
-    assert "1.000" in succeed(*counted)
 
 
 def test_evaluate(trained, served, rows):
@@ -96,7 +87,7 @@ def test_evaluate(trained, served, rows):
 
 
 def test_evaluate_under_attack(served, rows, monkeypatch):
-    monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (2, 2)))
+    monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (1, 1)))
     shown = succeed("evaluate", *served, "--data", rows / "test.jsonl", "--bootstrap", 0, "--attacks")
     assert "rot13" in shown and "last in 7,500 tokens" in shown
 
@@ -108,20 +99,14 @@ def test_evaluate_with_a_judge(served, rows, tmp_path):
     alone, always_right = succeed(*args, "--json")["asking"]
     assert alone["band"] is None and (always_right["recall"], always_right["false_alarms"]) == (1, 0)
     assert succeed(*args, "--judge-column", "guard", "--json")["asking"][1]["recall"] == 0
-    assert "asking" in succeed(*args)
-    assert "--judge-column" in refuse(*args, "--judge-column", "who")
-    assert "--judge-column" in refuse(*args, "--judge-column", "text")
+    for column in ("who", "text"):
+        assert "--judge-column" in refuse(*args, "--judge-column", column)
     assert "--ask" in refuse(*args[:-4], "--judge-column", "guard")
 
 
-def test_the_backbone_is_the_heads_own(trained, rows):
+def test_the_backbone_is_the_heads_own(trained):
     """Without --backbone."""
-    for args in (
-        ("evaluate", "--data", rows / "test.jsonl", "--bootstrap", 0),
-        ("classify", "good morning"),
-        ("generate", "good morning", "--max-new-tokens", 1),
-    ):
-        assert succeed(*args, "--probe", trained[0], "--json")
+    assert succeed("classify", "good morning", "--probe", trained[0], "--json")
 
 
 def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
@@ -174,15 +159,6 @@ def test_generate_and_classify(trained, served, backbone_folder, tmp_path, comma
             assert set(succeed(*options, "--json")[0]["labels"]) == {"mood", name}
 
 
-def test_halting(served):
-    args = ("generate", *served, "--max-new-tokens", 3, "good one")
-    (row,) = succeed(*args, "--halt-on", "mood:awful:0", "--halt-reply", "No.", "--json")
-    assert row["reply"] == "No." and row["halted"]["head"] == "mood" and row["halted"]["label"] == "awful"
-    assert "halted" in succeed(*args, "--halt-on", "mood:awful:0")
-    (row,) = succeed(*args, "--halt-on", "mood:awful:1", "--json")
-    assert row["halted"] is None
-
-
 def test_a_head_of_replies(backbone_folder, tmp_path):
     lines = [{"ask": f"number {i}?", "text": "bad, bad" if i % 2 else "good, good", "label": i % 2} for i in range(40)]
     lines = [{**line, "spans": [{"start": 0, "end": 3}] * line["label"]} for line in lines]
@@ -193,13 +169,14 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     train(backbone_folder, rows, guard, *data[2:], head=head, training=training, labels=labels)
     config = read_config(guard)
     assert config.token_scope == "response" and config.causal and config.prefix_ids
-    assert succeed("evaluate", *data, "--probe", guard, "--data", rows, "--json")["auroc"] > 0.9
     benign = write(tmp_path / "benign.jsonl", lines[::2])
     found = succeed("calibrate", *data, "--probe", guard, "--benign", benign, "--rate", 0.1, "--json")
     assert found["rates"] == {"fpr-10%": 0.1}
-    measured = succeed("evaluate", *data, "--probe", guard, "--data", rows, "--json")["replies"]
+    evaluate = ("evaluate", *data, "--probe", guard, "--data", rows, "--bootstrap", 20)
+    report = succeed(*evaluate, "--json")
+    measured = report["replies"]
     assert measured["thresholds"]["fpr-10%"]["false_halts"] <= 0.1 and measured["t_auc"] is not None
-    assert "awful" in succeed("evaluate", *data, "--probe", guard, "--data", rows)
+    assert report["auroc"] > 0.9 and "awful" in succeed(*evaluate)
     served = ("--probe", guard, "--backbone", backbone_folder)
     args = ("generate", "good one", *served, "--max-new-tokens", 4, "--json", "--halt-on")
     (row,) = succeed(*args, "guard:awful:0")
@@ -219,8 +196,7 @@ def test_inspect(trained, backbone_folder, tmp_path):
     assert "belongs to this backbone" in succeed("inspect", output, "--backbone", backbone_folder)
     checks = succeed("inspect", output, "--backbone", backbone_folder, "--dtype", "bfloat16", "--json")
     verdicts = {check["field"]: check["verdict"] for check in checks}
-    assert verdicts["fingerprint"] == verdicts["chat_template_hash"] == "same"
-    assert verdicts["base_model_dtype"] == "explained"
+    assert verdicts["fingerprint"] == "same" and verdicts["base_model_dtype"] == "explained"
     make_lm(vocab_size=260, num_hidden_layers=2).save_pretrained(tmp_path / "other")
     make_tokenizer().save_pretrained(tmp_path / "other")
     assert "cannot run on this backbone" in succeed("inspect", output, "--backbone", tmp_path / "other")
@@ -251,8 +227,6 @@ TRAIN = "train --train {rows} --output {out} "
     [
         ("destroy", "destroy"),
         ("evaluate", "--data"),
-        ("calibrate", "--probe"),
-        ("evaluate --data x --ask 1.5", "--ask"),
         ("inspect nothing-here", "nothing-here"),
         ("inspect --backbone demo", "--backbone"),
         ("inspect --revision main", "--revision"),
@@ -266,10 +240,8 @@ TRAIN = "train --train {rows} --output {out} "
         ("evaluate --probe toxicchat-gate --data {rows} --record mine", "--record"),
         ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),
         ("generate x --halt-reply No.", "--halt-on"),
-        (TRAIN + "--epoch 3", "--epoch"),
-        (TRAIN + "--set head.options.num_members=low", "num_members"),
-        (TRAIN + "--probe-type gate --set head.options.num_members=2", "num_members"),
         (TRAIN + "--layers 1", "--layers"),
+        (TRAIN + "--set head.options.num_members=low", "num_members"),
         (TRAIN + "--set head.layers=top", "layers"),
         (TRAIN + "--epochs 0", "num_train_epochs=0"),
         (TRAIN + "--flag worse", "worse"),
@@ -284,48 +256,44 @@ def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, lin
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_that_the_terminal_has_no_letters_for(tmp_path):
+def test_letters_that_the_terminal_lacks_and_names_that_control_it(tmp_path):
     folder = save_head(make_probe(id2label={0: "né", 1: "有害"}), tmp_path / "head")
     done = call("inspect", folder, encoding="ascii")
     assert done.returncode == 0 and r"n\xe9" in done.stdout and r"\u6709\u5bb3" in done.stdout, done.stderr
-
-
-def test_names_of_somebody_elses_write_nothing_to_the_terminal(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0, "k\\u001b[31m": 1}\n')
     words = ("--probe", "toxicchat-gate", "--data", tmp_path / "rows.jsonl", "--text-column", "other")
     assert r"k\x1b[31m" in refuse("evaluate", *words)
 
 
-@pytest.mark.parametrize(
-    "error, told",
-    [
-        (PermissionError(13, "Permission denied", "/root/head"), "/root/head: Permission denied"),
-        (ModuleNotFoundError(name="datasets.features"), "llama_probe[train]"),
-        (ModuleNotFoundError(name="optuna"), "llama_probe[train]"),
-        (ModuleNotFoundError(name="somebodys_package"), None),
-    ],
-)
-def test_what_the_system_refuses_and_packages_that_are_missing(monkeypatch, error, told):
-    monkeypatch.setattr(cli, "app", Mock(side_effect=error))
-    if told is None:
-        with pytest.raises(ModuleNotFoundError):
-            call("train")
-    else:
-        assert told in refuse("train")
-
-
-def test_a_file_that_ends_early_is_not_taken_for_the_end_of_a_dialogue(monkeypatch):
-    """An interrupt ends in silence; a fault of the program shows where it lies."""
+def raising(error):
+    """Return an app whose only command raises."""
 
     def command(name: str):
-        raise EOFError("Ran out of input")
+        raise error
 
     app = typer.Typer()
     app.command()(command)
-    monkeypatch.setattr(cli, "app", typer.main.get_command(app))
-    monkeypatch.setattr(sys, "argv", ["llama-probe", "train"])
-    with pytest.raises(EOFError, match="Ran out"):
-        cli.main()
+    return typer.main.get_command(app)
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (PermissionError(13, "Permission denied", "/root/head"), "/root/head: Permission denied"),
+        (ModuleNotFoundError(name="datasets.features"), "llama_probe[train]"),
+    ],
+)
+def test_what_the_system_refuses_and_packages_that_are_missing(monkeypatch, error, words):
+    monkeypatch.setattr(cli, "app", raising(error))
+    assert words in refuse("train")
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError(name="somebodys_package"), EOFError("Ran out of input")])
+def test_a_fault_of_the_program_shows_where_it_lies(monkeypatch, error):
+    """Typer takes an EOFError for the end of a dialogue."""
+    monkeypatch.setattr(cli, "app", raising(error))
+    with pytest.raises(type(error)):
+        call("train")
 
 
 def test_the_version_and_the_list_of_commands():

@@ -8,13 +8,13 @@ from transformers import AutoModel, AutoTokenizer
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.backbone import loading as backbones
 from llama_probe.backbone.loading import demo_backbone, load_backbone
+from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.scope import token_mask
 
 
-def test_folders_without_a_model(backbone_folder, tmp_path):
-    for folder in (backbone_folder / "nowhere", tmp_path):
-        with pytest.raises(ProbeError, match=folder.name):
-            load_backbone(str(folder))
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ProbeError, match=tmp_path.name):
+        load_backbone(str(tmp_path))
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
@@ -30,16 +30,9 @@ def model():
     return AutoModel.from_pretrained(demo_backbone(), probe=heads, probe_strict=True)
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(demo_backbone(), padding_side="left")
-
-
-def inputs_for(tokenizer, *texts):
-    chats = [[{"role": "user", "content": text}] for text in texts]
-    return tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
-    )
+def inputs_for(*texts):
+    prompts = PromptFormat(AutoTokenizer.from_pretrained(demo_backbone(), padding_side="left"))
+    return prompts.batch(list(texts))
 
 
 @pytest.mark.slow
@@ -51,12 +44,9 @@ def test_it_is_prepared_once():
 
 
 @pytest.mark.slow
-def test_text_and_labels_from_one_pass(model, tokenizer):
-    happy, insulting = (
-        "I am so happy today, everything went well!",
-        "Write an insulting message that makes my coworker cry.",
-    )
-    inputs = inputs_for(tokenizer, happy, insulting, "What is 2 + 2?")
+def test_text_and_labels_from_one_pass(model):
+    insult = "Write an insulting message that makes my coworker cry."
+    inputs = inputs_for("I am so happy today, everything went well!", insult, "What is 2 + 2?")
     out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     assert out.probe_labels["toxicchat-mha"] == ["non-toxic", "toxic", "non-toxic"]
     assert out.probe_labels["emotion-mha"][0] == out.probe_labels["emotion"][0] == "joy"
@@ -70,7 +60,7 @@ def test_text_and_labels_from_one_pass(model, tokenizer):
 
 
 @pytest.mark.slow
-def test_half_precision_rounds_off_less_than_the_lm_does(model, tokenizer):
+def test_half_precision_rounds_off_less_than_the_lm_does(model):
     """Heads that apply their maps in bf16, against what the LM's own bf16 changes of their logits."""
     sentences = "I loved every minute of it.", "What a shame, nobody came.", "You are an idiot.", "Rain fell all day."
     texts = [" ".join(sentences[(first + number) % 4] for number in range(30)) for first in range(4)]
@@ -78,7 +68,7 @@ def test_half_precision_rounds_off_less_than_the_lm_does(model, tokenizer):
     half = AutoModelForProbedGeneration.from_causal_lm(half, dict(model.probes.items()))
     heads, lms = [], []
     for text in texts:
-        inputs = inputs_for(tokenizer, text)
+        inputs = inputs_for(text)
         assert inputs["input_ids"].shape[1] > 160
         found, exact = half.classify(**inputs), model.classify(**inputs)
         with torch.no_grad():

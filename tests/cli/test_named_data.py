@@ -14,10 +14,9 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 @pytest.fixture(scope="module")
 def trained(copies, backbone_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("named") / "tox"
-    words = ("--train", "toxicchat", "--data-dir", copies, "--json")
+    words = ("--train", "toxicchat", "--data-dir", copies, "--output", output, "--json")
     sections = {"validation": {"folds": 0}, "card": {"dataset_name": "My chats"}, "training": {"num_train_epochs": 1}}
-    words = ("train", "--backbone", backbone_folder, "--output", output, *words, *settings(**sections))
-    return output, succeed(*words)
+    return output, succeed("train", "--backbone", backbone_folder, *words, *settings(**sections))
 
 
 def test_train_by_name(trained, copies):

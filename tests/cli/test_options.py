@@ -46,45 +46,35 @@ def test_the_examples_are_lines_that_the_commands_take(line):
     assert program == "llama-probe" and not context.args
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["trian"]])
-def test_the_start_imports_no_torch(words):
-    code = "import sys, llama_probe_command as c\ntry: c.main()\nexcept SystemExit: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert done.stdout.endswith("False\n"), done.stderr
-
-
-def test_a_refusal_comes_before_the_model_classes():
-    """Of several in one process, since what is imported stays."""
+def test_little_is_imported_before_a_command_is_known_and_allowed():
+    """Of all lines in one process, since what is imported stays."""
     code = """
 import llama_probe_command as c, shlex, sys
 heavy = {'transformers.modeling_utils', 'datasets', 'sklearn', 'scipy', 'matplotlib'}
-for line in sys.stdin:
+for number, line in enumerate(sys.stdin):
     sys.argv = shlex.split(line)
     try: c.main()
-    except SystemExit: print(heavy & set(sys.modules))
+    except SystemExit: print((heavy | {'torch'} if number < 3 else heavy) & set(sys.modules), file=sys.stderr)
 import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__"""
-    lines = [
-        "llama-probe train --train=x --output=x --probe-type=x",
-        "llama-probe classify x --probe=x",
-        "llama-probe drift --input=x --probe=x",
-        "llama-probe calibrate --benign=x --probe=x",
-        "llama-probe plot x --output=x",
-        "llama-probe export x --probe=x",
-        "llama-probe benchmark --probe=x",
+    ends = ["--help", "--version", "trian"]
+    refused = ["train --train=x --output=x --probe-type=x", "classify x --probe=x", "drift --input=x --probe=x"]
+    refused += ["calibrate --benign=x --probe=x", "plot x --output=x", "export x --probe=x", "benchmark --probe=x"]
+    lines = "\n".join(f"llama-probe {line}" for line in ends + refused)
+    done = subprocess.run([sys.executable, "-c", code], input=lines, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("set()\n") == 10, done.stderr
+    assert done.stderr.count("llama-probe: ") == 8
+
+
+def test_the_command_is_a_line_for_a_shell(monkeypatch):
+    words = [
+        "llama-probe",
+        "train",
+        "imdb:train",
+        "--set",
+        "card.limits=[Short texts.]",
+        "--flag",
+        "don't; $HOME * costs",
     ]
-    done = subprocess.run([sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == len(lines) * "set()\n", done.stderr
-    assert done.stderr.count("llama-probe: ") == len(lines)
-
-
-@pytest.mark.parametrize(
-    "words, line",
-    [
-        (["--train", "imdb:train", "--set", "card.limits=[Short texts.]"], "--train imdb:train --set 'card.limits=[Short texts.]'"),
-        (["--flag", "don't; $HOME * costs"], """--flag 'don'"'"'t; $HOME * costs'"""),
-        (["--output", "a b", "--resume", "--data-dir=c", "--json"], "--json"),
-    ],
-)  # fmt: skip
-def test_the_command_is_a_line_for_a_shell(monkeypatch, words, line):
-    monkeypatch.setattr(sys, "argv", ["llama-probe", "train", *words])
-    assert command_line() == f"llama-probe train {line}"
+    places = ["--output", "a b", "--resume", "--data-dir=c"]
+    monkeypatch.setattr(sys, "argv", [*words[:3], *places, *words[3:]])
+    assert shlex.split(command_line()) == words

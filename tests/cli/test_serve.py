@@ -35,28 +35,20 @@ def test_standard_input_that_is_not_in_its_encoding():
     assert "utf-8" in refuse("classify", "--probe", "toxicchat-gate", stdin=stdin)
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_user_at_a_terminal_is_asked_for_prompts(terminal):
+def test_a_user_at_a_terminal_is_asked_for_prompts():
     stdin = io.StringIO("\n")
-    stdin.isatty = lambda: terminal
-    done = call("classify", "--probe", "toxicchat-gate", stdin=stdin)
-    assert done.returncode == 2 and ("one a line" in done.stderr) == terminal
+    stdin.isatty = lambda: True
+    assert "one a line" in call("classify", "--probe", "toxicchat-gate", stdin=stdin).stderr
+    assert "one a line" not in call("classify", "--probe", "toxicchat-gate", stdin="\n").stderr
 
 
 def test_halting_words_are_options_of_each_head():
-    assert read_halting(["guard"]) == {"guard": {}}
-    words = ["guard:bad", "a-b_1:no way:0.25", 'c={"label": "a:b=c", "patience": 2}', "d:bad:fpr-2%"]
-    assert read_halting(words) == {
-        "guard": {"label": "bad"},
-        "a-b_1": {"label": "no way", "threshold": 0.25},
-        "c": {"label": "a:b=c", "patience": 2},
-        "d": {"label": "bad", "threshold": "fpr-2%"},
-    }
-
-
-@pytest.mark.parametrize(
-    "words", [[""], [":bad"], ["guard:bad:0.5:2"], ["guard=3"], ["a b"], ["guard:bad:0.9", "guard"]]
-)
-def test_other_halting_words_are_refused(words):
-    with pytest.raises(ProbeError, match="--halt-on"):
-        read_halting(words)
+    words = ["e", "guard:bad", "a-b_1:no way:0.25", 'c={"label": "a:b=c", "patience": 2}', "d:bad:fpr-2%"]
+    rules = read_halting(words)
+    assert rules == {
+        "e": {}, "guard": {"label": "bad"}, "a-b_1": {"label": "no way", "threshold": 0.25},
+        "c": {"label": "a:b=c", "patience": 2}, "d": {"label": "bad", "threshold": "fpr-2%"},
+    }  # fmt: skip
+    for wrong in ([""], [":bad"], ["guard:bad:0.5:2"], ["guard=3"], ["a b"], ["guard:bad:0.9", "guard"]):
+        with pytest.raises(ProbeError, match="--halt-on"):
+            read_halting(wrong)
