@@ -8,7 +8,6 @@ import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
@@ -26,20 +25,8 @@ class Hung(BaseException):
     """A try took longer than `SECONDS`."""
 
 
-@contextmanager
-def limited() -> Iterator[None]:
-    """Raise `Hung` in the block once it has lasted for `SECONDS`."""
-
-    def end(*_) -> None:
-        raise Hung
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+def _hang_up(*_) -> None:
+    raise Hung
 
 
 def memory() -> tuple[int, int]:
@@ -71,15 +58,19 @@ class Tally:
 
     def attempt(self, action: Callable[[], object], judge: Callable[[object], bool], note: object = "") -> str:
         """Call an action, and judge what it returns: False means wrongly accepted."""
+        before = signal.signal(signal.SIGALRM, _hang_up)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
-            with limited():
-                outcome = "harmless" if judge(action()) else "wrongly accepted"
+            outcome = "harmless" if judge(action()) else "wrongly accepted"
         except ProbeError:
             outcome = "refused"
         except Hung:
             outcome = "hung"
         except Exception:
             outcome, note = "crashed", f"{note}\n{traceback.format_exc()}"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
         self.add(outcome, note)
         return outcome
 

@@ -18,18 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts, read_head, save_head
+from conftest import HIDDEN, LAYERS, make_probe, make_prompts, probed, read_head, save_head
 from hub_server import HOME
 from hub_server.heads import same_weights
 from kills import each_kill, full_disk, kill_after
 from mutators import VALUES, changed, damage_head, damaged
 from training_runs import train
 
-from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError
+from llama_probe import ProbeConfig, ProbeError
 from llama_probe.data.row_files import InputFile
 from llama_probe.data.row_sources import Source
 from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.files import current_file
+from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
 from llama_probe.hub.card import MARKER, write_card
 from llama_probe.hub.folder import CARD_NAME, HEAD_FILES, WEIGHTS_NAME, is_head_folder
@@ -80,11 +81,7 @@ def test_head_folders(tally, heads, tmp_path):
 
 def test_configs(tally):
     """A config that is taken gives numbers, and is the same when it is read again."""
-    kinds = ("mha", "gate", "pooling", "multimax", "attentive")
-    plain = [
-        ProbeConfig(probe_type=kind, downcast=4, hidden_size=HIDDEN, num_hidden_layers=LAYERS).to_dict()
-        for kind in kinds
-    ]
+    plain = [make_probe(probe_type=kind).config.to_dict() for kind in probe_types()]
     for number in tally.times(10_000):
         values = dict(tally.rng.choice(plain))
         for _ in range(tally.rng.randrange(1, 4)):
@@ -104,12 +101,11 @@ def test_data_files(tally, tmp_path):
     """Damage in a text cannot be seen, but nothing crashes, and no row comes twice."""
     datasets.disable_progress_bars()
     rows = [{"text": f"number {i} ☂", "label": i % 2} for i in range(20)]
-    table = pa.Table.from_pylist(rows)
     lines = "\n".join(map(json.dumps, rows)).encode()
     cells = "\n".join(["text,label", *(f"number {i} ☂,{i % 2}" for i in range(20))]).encode()
-    files = {"a.jsonl": lines, "a.csv": cells, "a.jsonl.gz": gzip.compress(lines), "a.csv.gz": gzip.compress(cells)}
-    pq.write_table(table, tmp_path / "a.parquet")
-    files["a.parquet"] = (tmp_path / "a.parquet").read_bytes()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    files = {"a.jsonl": lines, "a.csv": cells, "a.parquet": (tmp_path / "a.parquet").read_bytes()}
+    files |= {"a.jsonl.gz": gzip.compress(lines), "a.csv.gz": gzip.compress(cells)}
     for number in tally.times(2000):
         name = tally.rng.choice(list(files))
         if name == "a.jsonl" and tally.rng.random() < 0.5:
@@ -125,9 +121,8 @@ def test_data_files(tally, tmp_path):
 
         tally.attempt(stream, lambda found: found == sorted(set(found)), f"{number}: {name}")
         if number % 10 == 0:
-            tally.attempt(
-                lambda path=tmp_path / name: Source(rows=str(path)).read(), lambda _: True, f"{number}: {name}"
-            )
+            source = Source(rows=str(tmp_path / name))
+            tally.attempt(source.read, lambda _: True, f"{number}: {name}")
 
 
 def found_in(folder: Path) -> dict[str, bytes]:
@@ -193,20 +188,20 @@ def resumed(tally, tmp_path, run, judge, last) -> None:
             tally.add("harmless" if is_whole else "lost", f"{number}: {error}")
 
 
-def test_kills_of_train(tally, backbone_folder, tmp_path):
+def kill_training(tally, backbone, folder, **sections):
     def run(resume):
-        return train(tmp_path, backbone_folder, 20, resume, "killed", validation={"share": 0.3})
+        return train(folder, backbone, 20, resume, "killed", validation={"share": 0.3}, **sections)
 
-    resumed(tally, tmp_path, run, lambda output: bool(read_head(output).results), 60)
+    resumed(tally, folder, run, lambda output: bool(read_head(output).results), 60)
+
+
+def test_kills_of_train(tally, backbone_folder, tmp_path):
+    kill_training(tally, backbone_folder, tmp_path)
 
 
 def test_kills_of_a_search(tally, backbone_folder, tmp_path):
-    def run(resume):
-        sections = {"search": {"trials": 2, "probe_types": ["gate", "pooling"]}, "validation": {"share": 0.3}}
-        sections["training"] = {"cache_states": False}
-        return train(tmp_path, backbone_folder, 20, resume, "killed", **sections)
-
-    resumed(tally, tmp_path, run, lambda output: bool(read_head(output).results), 60)
+    search = {"trials": 2, "probe_types": ["gate", "pooling"]}
+    kill_training(tally, backbone_folder, tmp_path, search=search, training={"cache_states": False})
 
 
 def test_kills_of_classify(tally, backbone_folder, tmp_path):
@@ -215,9 +210,8 @@ def test_kills_of_classify(tally, backbone_folder, tmp_path):
     head = save_head(make_probe(probe_type="gate", prompt_format="chat"), tmp_path / "head")
 
     def run(resume):
-        return ScoringJob(
-            [str(path)], tmp_path / "killed", [str(head)], str(backbone_folder), chunk_rows=5, resume=resume
-        ).execute()
+        places = ([str(path)], tmp_path / "killed", [str(head)], str(backbone_folder))
+        return ScoringJob(*places, chunk_rows=5, resume=resume).execute()
 
     def judge(output):
         rows = pq.read_table(output)["row"].to_pylist()
@@ -230,12 +224,9 @@ def test_kills_of_pull(tally, hub, heads, tmp_path):
     hub.plant(REPO, found_in(heads[0]))
     place = tmp_path / "pulled"
     pull_head(REPO, place)
-    for number in each_kill(
-        lambda: pull_head(REPO, place), tmp_path, lambda: shutil.rmtree(place, ignore_errors=True)
-    ):
+    for number in each_kill(lambda: pull_head(REPO, place), tmp_path, lambda: shutil.rmtree(place, True)):
         whole = not place.exists() or found_in(place) == found_in(heads[0])
-        if place.exists():
-            shutil.rmtree(place)
+        shutil.rmtree(place, True)
         pull_head(REPO, place)
         tally.add("harmless" if whole and found_in(place) == found_in(heads[0]) else "lost", number)
 
@@ -262,19 +253,15 @@ def test_a_hub_with_faults(tally, hub, token, heads):
     old, new = (read_head(folder) for folder in heads)
     old.results = new.results = None  # they would give no card
     old.push_to_hub(REPO, license="mit")
-    kinds = ("answer", "forbid", "refuse upload", "cut upload", "truncate", "wrong sha", "lose")
+    anywhere, paths = ("answer", "truncate", "wrong sha", "lose"), ("/resolve/", "/cdn/", "/commit/", "json", "/api/")
     for number in tally.times(1000):
         hub.faults.clear()
         for _ in range(tally.rng.randrange(1, 4)):
-            match = (
-                {}
-                if tally.rng.random() < 0.3
-                else {"path": tally.rng.choice(["/resolve/", "/cdn/", "/commit/", "safetensors", "json", "/api/"])}
-            )
-            kind = tally.rng.choice(kinds)
-            match = match if kind in ("answer", "truncate", "wrong sha", "lose") else {}
-            match |= {"status": tally.rng.choice([400, 403, 404, 412, 429, 500, 503])} if kind == "answer" else {}
-            hub.fault(kind, times=tally.rng.choice([1, 1, 2, None]), **match)
+            kind = tally.rng.choice(["forbid", "refuse upload", "cut upload", *anywhere])
+            fields = {"path": tally.rng.choice(["", "safetensors", *paths])} if kind in anywhere else {}
+            if kind == "answer":
+                fields["status"] = tally.rng.choice([400, 403, 404, 412, 429, 500, 503])
+            hub.fault(kind, times=tally.rng.choice([1, 1, 2, None]), **fields)
         before = hub.head(REPO)
         head = tally.rng.choice([old, new])
         if number % 2:
@@ -306,9 +293,7 @@ def test_full_disks(tally, heads, tmp_path):
 
 def test_threads(tally):
     """Scores of calls from eight threads are those of one, while heads come and go."""
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
-    for seed in range(3):
-        model.add_probe(f"head-{seed}", make_probe(seed))
+    model = probed({f"head-{seed}": make_probe(seed) for seed in range(3)})
     prompts = [make_prompts(2, 6, seed) for seed in range(4)]
     expected = [{name: output.logits for name, output in model.classify(input_ids=ids).items()} for ids in prompts]
     over = threading.Event()
@@ -342,8 +327,7 @@ def test_threads(tally):
 
 def test_a_soak(tally, heads, tmp_path):
     """Memory, handles and threads stay as they are."""
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm())
-    ids, process = make_prompts(), psutil.Process()
+    model, ids, process = probed(), make_prompts(), psutil.Process()
 
     def turn():
         model.load_probe(heads[0], name="mood")
