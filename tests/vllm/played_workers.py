@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput, LogprobsLists, ModelRunnerOutput
 from vllm.v1.request import Request
@@ -44,19 +45,6 @@ def make_scheduler(kwargs: dict, is_async: bool, blocks: int = 30, caches_prefix
     return made
 
 
-def add(
-    scheduler, name: str, length: int, kind=RequestOutputKind.DELTA, resumable=False, asked=None, **changes
-) -> Request:
-    """Add a request with a prompt of some length."""
-    extra = {"extra_args": {"kv_transfer_params": asked}} if asked else {}
-    params = SamplingParams(**{"max_tokens": 5, "output_kind": kind, **changes, **extra})
-    params._eos_token_id = None if params.ignore_eos else END
-    hasher = get_request_block_hasher(BLOCK, sha256)
-    request = Request(name, list(range(4, 4 + length)), params, None, resumable=resumable, block_hasher=hasher)
-    scheduler.add_request(request)
-    return request
-
-
 @dataclass
 class Script:
     """What workers say: logits of the prompt, and of a reply the tokens that are flagged or have no number, by index, and its end.
@@ -78,7 +66,7 @@ class Script:
 
 
 class Player:
-    """Plays the workers of a scheduler with one head.
+    """Plays the workers of a scheduler with one head, `watch`.
 
     Attributes:
         delivered: outputs by request.
@@ -86,8 +74,8 @@ class Player:
         scheduled: number of steps by request. steps: of all.
     """
 
-    def __init__(self, scheduler, head: str = "watch"):
-        self.scheduler, self.head = scheduler, head
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
         self.scripts: dict[str, Script] = {}
         self.lengths: dict[str, int] = {}
         self.delivered: dict[str, list] = defaultdict(list)
@@ -95,9 +83,33 @@ class Player:
         self.scheduled: Counter[str] = Counter()
         self.queue, self.steps = [], 0
 
-    def add(self, name: str, script: Script, length: int = 5, **options) -> Request:
+    def add(
+        self,
+        name: str,
+        script: Script,
+        length: int = 5,
+        kind=RequestOutputKind.DELTA,
+        resumable=False,
+        asked: dict | None = None,
+        **changes,
+    ) -> None:
+        """Add a request with a prompt of some length."""
         self.scripts[name], self.lengths[name] = script, length
-        return add(self.scheduler, name, length, **options)
+        extra = {"extra_args": {"kv_transfer_params": asked}} if asked else {}
+        params = SamplingParams(**{"max_tokens": 5, "output_kind": kind, **changes, **extra})
+        params._eos_token_id = END
+        hasher = get_request_block_hasher(BLOCK, sha256)
+        request = Request(name, list(range(4, 4 + length)), params, None, resumable=resumable, block_hasher=hasher)
+        self.scheduler.add_request(request)
+
+    def play(self, script: Script, length: int = 5, **options) -> list[EngineCoreOutput]:
+        """Run one more request, called `a`, and all others until they end. Return its outputs."""
+        if not options.get("resumable"):
+            self.delivered.pop("a", None)
+        self.add("a", script, length, **options)
+        self.run()
+        self.check_clean()
+        return self.delivered["a"]
 
     def step(self) -> None:
         """Schedule a step, and answer the oldest one: in the async form one is always under way."""
@@ -140,7 +152,7 @@ class Player:
         for name, request in begun.items():
             if request.heads is not None and -1 not in self.scripts[name].unscored:
                 logits = self.scripts[name].prompt
-                prompts[name] = {} if logits is None else {self.head: (len(parts), 0)}
+                prompts[name] = {} if logits is None else {"watch": (len(parts), 0)}
                 parts += [] if logits is None else [torch.tensor([logits])]
         scores = StepScores(prompts, [*parts, torch.tensor(list(rows.values()))] if rows else parts, list(rows))
         from_workers = KVConnectorOutput(kv_connector_worker_meta=scores if prompts or rows else None)

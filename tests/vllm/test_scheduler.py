@@ -1,9 +1,12 @@
-"""Guards of prompts in both schedulers, with the workers' part played: on the CPU, vLLM itself always takes the plain one."""
+"""Guards of prompts and of replies in both schedulers, with workers that are played: what a client gets."""
 
 import math
+import random
 
 import pytest
-from played_workers import BAD, CHUNK, FINE, FIRST, Player, Script, make_scheduler
+from conftest import make_probe
+from played_workers import BAD, CHUNK, END, FINE, FIRST, Player, Script, make_scheduler
+from tiny_engine import HIDDEN
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.request import RequestStatus
 
@@ -11,84 +14,227 @@ from llama_probe.vllm import engine_kwargs
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "async"])
-def player(request, tiny):
-    made = make_scheduler(engine_kwargs(tiny.backbone, {"guard": tiny.heads["guard"]}, halt_on="guard"), request.param)
-    yield Player(made, "guard")
-    made.shutdown()
+def start(request, tiny, tmp_path):
+    """A function that starts a scheduler whose one head is called `watch`. It halts, or flags alone."""
+    started = []
+
+    def make(scope="response", does="halt_on", blocks=30, prefixes=False, hide=False, hold_back=0, **rule) -> Player:
+        head = make_probe(hidden_size=HIDDEN, probe_type="gate", id2label={0: "fine", 1: "bad"}, token_scope=scope)
+        head.save_pretrained(tmp_path / scope)
+        options = {does: {"watch": {"label": "bad", "threshold": 0.5, **rule}}, "hold_back": hold_back}
+        options["for_server"] = {"hide_scores": hide}
+        kwargs = engine_kwargs(tiny.backbone, {"watch": tmp_path / scope}, max_num_seqs=6, **options)
+        started.append(make_scheduler(kwargs, request.param, blocks, prefixes))
+        return Player(started[-1])
+
+    yield make
+    for each in started:
+        each.shutdown()
 
 
-def check_halted(player: Player, name: str) -> dict:
-    """Raise unless a request got nothing. Return what it was told of its prompt."""
-    (output,) = player.delivered[name]
-    assert (output.new_token_ids, str(output.finish_reason), output.stop_reason) == ([], "stop", "guard")
-    assert output.kv_transfer_params["halted"]["head"] == "guard"
-    assert name not in player.scheduler.requests
-    return output.kv_transfer_params
+class TestPrompts:
+    def test_is_scored_when_its_last_chunk_runs(self, start):
+        player = start("content")
+        outputs = player.play(Script(prompt=FINE), 40)
+        assert [list(scored) for scored in player.scored[:2]] == [[], ["a"]] and not any(player.scored[2:])
+        request = player.scored[1]["a"]
+        assert CHUNK < 40 and (request.token_ids, request.heads) == (list(range(4, 44)), ["watch"])
+        assert request.num_tokens == 40 and len({*request.block_ids}) == len(request.block_ids) == 3
+        assert player.tokens("a") == [FIRST + i for i in range(5)]
+        for output in outputs:
+            assert output.kv_transfer_params["probes"]["watch"]["label"] == "fine"
+            assert output.kv_transfer_params["halted"] is None
+
+    def test_flagged_or_unscored_one_gets_no_token_and_no_other_ends(self, start):
+        for script in (Script(prompt=BAD), Script(prompt=[math.nan] * 2), Script(unscored=[-1])):
+            player = start("content")
+            player.add("fine", Script(prompt=FINE), 6)
+            (output,) = player.play(script)
+            assert (output.new_token_ids, str(output.finish_reason), output.stop_reason) == ([], "stop", "watch")
+            known = output.kv_transfer_params
+            assert known["halted"]["head"] == "watch" and (known["halted"]["score"] is None) == (script.prompt != BAD)
+            assert ("error" in known["probes"].get("watch", {})) == (script.prompt not in (None, BAD))
+            assert len(player.tokens("fine")) == 5
+            assert player.delivered["fine"][-1].kv_transfer_params["halted"] is None
+            assert player.scheduled["a"] <= 2, "in the async form a step may have begun before it was known"
+
+    def test_scores_come_with_the_last_output_or_each_that_may_be_the_last(self, start):
+        # With a stop string the front end may end the reply at any output.
+        for changes, have_scores in (({}, [False] * 4 + [True]), ({"stop": ["end"], "detokenize": True}, [True] * 5)):
+            options = {"kind": RequestOutputKind.FINAL_ONLY, **changes}
+            known = [output.kv_transfer_params for output in start("content").play(Script(prompt=FINE), **options)]
+            assert [params is not None for params in known] == have_scores
+            assert known[-1]["probes"]["watch"]["logits"] == FINE
+
+    def test_one_in_pieces_is_scored_after_each(self, start):
+        player = start("content")
+        player.add("a", Script(prompt=FINE), resumable=True)
+        while not player.delivered["a"]:
+            player.step()
+        assert player.delivered["a"][0].kv_transfer_params["halted"] is None
+        *_, last = player.play(Script(prompt=BAD), 6, resumable=True)  # it waits for the reply to the first piece
+        lengths = [scored["a"].num_tokens for scored in player.scored if scored]
+        assert lengths == [5, 5 + 4 + 6], "less a reply's last token"
+        assert (last.new_token_ids, last.stop_reason) == ([], "watch")
+        assert last.kv_transfer_params["probes"]["watch"]["logits"] == BAD
+
+    def test_nothing_is_kept_of_one_that_is_aborted(self, start):
+        player = start("content")
+        for name in ("gone", "waiting"):
+            player.add(name, Script(prompt=BAD))
+        player.queue.append(player.scheduler.schedule())
+        player.scheduler.finish_requests(["gone", "waiting"], RequestStatus.FINISHED_ABORTED)
+        player.answer()
+        assert not any(player.delivered.values())
+        player.check_clean()
+
+    def test_labels_alone_take_no_step_more(self, start):
+        player = start("all")
+        (output,) = player.play(Script(prompt=FINE), asked={"reply": False, "probes": ["watch"]}, max_tokens=1)
+        assert output.new_token_ids == [] and output.kv_transfer_params["probes"]["watch"]["logits"] == FINE
+        assert player.steps <= 3
 
 
-def test_prompts_are_scored_when_their_last_chunk_runs(player):
-    player.add("long", Script(prompt=FINE), 40)
-    player.run()
-    assert [list(scored) for scored in player.scored[:2]] == [[], ["long"]] and not any(player.scored[2:])
-    request = player.scored[1]["long"]
-    assert CHUNK < 40 and (request.token_ids, request.num_tokens, request.heads) == (list(range(4, 44)), 40, ["guard"])
-    assert len(request.block_ids) == 3 and len(set(request.block_ids)) == 3
-    assert player.tokens("long") == [FIRST + i for i in range(5)]
-    for output in player.delivered["long"]:
-        assert output.kv_transfer_params["probes"]["guard"]["label"] == "fine"
-        assert output.kv_transfer_params["halted"] is None
+def shown(script: Script, most: int, patience: int = 1, hold_back: int = 0) -> tuple[int, int | None]:
+    """The number of tokens that a client may see, and the token that halted the reply."""
+    flagged = [token in script.flags for token in range(most)]
+    total = most if script.end is None else min(script.end, most)
+    for token in range(total):
+        if token + 1 >= patience and all(flagged[token + 1 - patience : token + 1]):
+            clear = [t for t in range(hold_back, token) if not any(flagged[t - hold_back : t + 1])]
+            return max((t + 1 - hold_back for t in clear), default=0), token
+    return total, None
 
 
-@pytest.mark.parametrize("script", [Script(prompt=BAD), Script(prompt=[math.nan] * 2), Script(unscored=[-1])], ids=str)
-def test_what_is_flagged_or_has_no_score_ends_without_a_token_and_no_other(player, script):
-    player.add("bad", script)
-    player.add("fine", Script(prompt=FINE), 6)
-    player.run()
-    said = check_halted(player, "bad")
-    if script.prompt is not BAD:
-        assert said["halted"]["score"] is None and ("error" in said["probes"].get("guard", {})) == bool(script.prompt)
-    assert len(player.tokens("fine")) == 5 and player.delivered["fine"][-1].kv_transfer_params["halted"] is None
-    assert player.scheduled["bad"] <= 2, "in the async form it takes part in a step that began before it was known"
-    player.check_clean()
+def check(player: Player, name: str, most: int = 5, **rule) -> None:
+    """Raise unless a client has got of a reply all that it may see, and what heads say of it."""
+    script, outputs = player.scripts[name], player.delivered[name]
+    count, halt = shown(script, most, **rule)
+    ends = script.end is not None and script.end < most and halt is None
+    assert player.tokens(name) == [FIRST + i for i in range(count)] + [END] * ends
+    assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    assert all(output.new_token_ids for output in outputs[1:-1]), "no empty output but the first, and the last"
+    last = outputs[-1]
+    assert str(last.finish_reason) == ("length" if halt is None and not ends else "stop")
+    assert last.stop_reason == (None if halt is None else "watch")
+    reply = last.kv_transfer_params["replies"][int(name.partition("_")[0]) if "_" in name else 0]
+    halted, said = reply["halted"], reply["probes"]["watch"]
+    assert (halted and halted["token"]) == halt and (not halted or last.kv_transfer_params["halted"])
+    scored = halt + 1 if halt is not None else count
+    assert said["tokens"] == scored
+    if scored:
+        largest = float(any(token in script.flags for token in range(scored)))
+        assert said["largest"]["bad"]["score"] == pytest.approx(largest, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("changes", "have_scores"),
-    [
-        ({}, [False] * 4 + [True]),
-        ({"stop": ["end"], "detokenize": True}, [True] * 5),  # the front end may end the reply at any of them
-    ],
-    ids=["last", "each"],
-)
-def test_who_waits_for_the_end_gets_the_scores_there(player, changes, have_scores):
-    player.add("whole", Script(prompt=FINE), kind=RequestOutputKind.FINAL_ONLY, **changes)
-    player.run()
-    known = [output.kv_transfer_params for output in player.delivered["whole"]]
-    assert [params is not None for params in known] == have_scores
-    assert known[-1]["probes"]["guard"]["logits"] == FINE
+class TestReplies:
+    def test_token_is_delivered_once_it_has_a_score(self, start):
+        player = start()
+        player.add("a", Script(), max_tokens=3)
+        while not player.tokens("a"):
+            player.step()
+        assert player.tokens("a") == [FIRST] and player.scheduler.requests["a"].num_output_tokens == 2
+        player.run()
+        check(player, "a", 3)
+        first = player.delivered["a"][0]
+        assert first.new_token_ids == [] and first.kv_transfer_params == {"probes": {}, "halted": None}
 
+    @pytest.mark.parametrize(("patience", "hold_back"), [(1, 0), (1, 1), (2, 0), (2, 2)])
+    def test_ends_before_its_first_flagged_token(self, start, patience, hold_back):
+        """Or before the first of as many as the patience; what is held back besides is not delivered either."""
+        rule, player = {"patience": patience, "hold_back": hold_back}, start(patience=patience, hold_back=hold_back)
+        ends = Script([3], end=3), Script(end=2), Script(end=0), Script([4], end=4)
+        flags = [], [0], [2], [6], [9], [0, 1], [1, 2], [1, 3], [0, 2, 3]
+        for script in (*ends, *map(Script, flags)):
+            player.play(script, max_tokens=7)
+            check(player, "a", 7, **rule)
 
-def test_a_prompt_that_comes_in_pieces_is_scored_after_each(player):
-    player.add("talk", Script(prompt=FINE), resumable=True)
-    while not player.delivered["talk"]:
-        player.step()
-    assert player.delivered["talk"][0].kv_transfer_params["halted"] is None
-    player.add("talk", Script(prompt=BAD), 6, resumable=True)  # it waits until the reply to the first piece has ended
-    player.run()
-    assert [scored["talk"].num_tokens for scored in player.scored if scored] == [5, 5 + 4 + 6], (
-        "less a reply's last token"
-    )
-    *_, last = player.delivered["talk"]
-    assert (last.new_token_ids, last.stop_reason) == ([], "guard")
-    assert last.kv_transfer_params["probes"]["guard"]["logits"] == BAD
-    player.check_clean()
+    def test_no_more_than_a_step_is_wasted_on_a_halted_one(self, start):
+        player = start()
+        player.play(Script([2]), max_tokens=50)
+        # The prompt, and tokens 0 to 2. One more has begun in the async form.
+        assert player.steps - 4 in (0, 1, 2)
 
+    def test_window_takes_the_mean_of_the_last_scores(self, start):
+        for flags, halt in (([0], None), ([3, 4], 4), ([0, 1], 1)):
+            player = start(window=4)
+            reply = player.play(Script(flags), max_tokens=7)[-1].kv_transfer_params["replies"][0]
+            assert (reply["halted"] and reply["halted"]["token"]) == halt
+            assert len(player.tokens("a")) == (7 if halt is None else halt)
 
-def test_nothing_is_kept_of_requests_that_are_gone(player):
-    for name in ("gone", "waiting"):
-        player.add(name, Script(prompt=BAD))
-    player.queue.append(player.scheduler.schedule())
-    player.scheduler.finish_requests(["gone", "waiting"], RequestStatus.FINISHED_ABORTED)
-    player.answer()
-    assert not any(player.delivered.values())
-    player.check_clean()
+    def test_flagged_prompt_counts_for_the_patience(self, start):
+        for patience, flags, count in ((2, [0], 0), (2, [1], 5), (1, [], 0)):
+            player = start("all", patience=patience)
+            halted = player.play(Script(flags, prompt=BAD))[-1].kv_transfer_params["halted"]
+            assert len(player.tokens("a")) == count and bool(halted) == (count == 0)
+            assert (halted and halted["token"]) == (0 if flags == [0] else None)
+
+    def test_token_without_a_score_is_not_delivered(self, start):
+        for script in (Script(no_number=[2]), Script(unscored=[2])):
+            player = start()
+            last = player.play(script)[-1]
+            halted = last.kv_transfer_params["halted"]
+            assert player.tokens("a") == [100, 101] and last.stop_reason == "watch"
+            assert (halted["head"], halted["score"], halted["token"]) == ("watch", None, 2)
+
+    def test_logprobs_are_those_of_the_tokens(self, start):
+        for script in (Script(), Script([3]), Script(end=3)):
+            player = start()
+            player.add("other", Script(), logprobs=None)
+            for output in player.play(script, logprobs=2):
+                assert output.new_logprobs.sampled_token_ranks.tolist() == output.new_token_ids
+                assert output.new_logprobs.logprob_token_ids[:, 0].tolist() == output.new_token_ids
+                assert output.new_logprobs.logprobs.shape == (len(output.new_token_ids), 3)
+            assert not any(output.new_logprobs for output in player.delivered["other"])
+
+    def test_monitor_halts_and_delays_nothing(self, start):
+        player = start(does="monitor", patience=2)
+        first, *_, last = player.play(Script([1, 2]))
+        assert first.new_token_ids == [FIRST] and player.tokens("a") == [FIRST + i for i in range(5)]
+        said = last.kv_transfer_params["replies"][0]["probes"]["watch"]
+        assert "halted" not in last.kv_transfer_params
+        assert (said["flagged"], said["token"], said["tokens"]) == (["bad"], 2, 4)
+
+    def test_hidden_scores_leave_labels_and_places(self, start):
+        *_, last = start(hide=True).play(Script([1]), asked={"token_scores": True})
+        probes = {"watch": {"tokens": 2, "label": "bad", "flagged": ["bad"], "token": 1}}
+        halted = {"head": "watch", "label": "bad", "token": 1}
+        assert last.kv_transfer_params["replies"] == [{"probes": probes, "halted": halted}]
+
+    def test_context_that_is_full_ends_it_a_token_earlier(self, start):
+        player = start()
+        *_, last = player.play(Script(), 120, max_tokens=8)  # of 128
+        assert player.tokens("a") == [FIRST + i for i in range(7)] and str(last.finish_reason) == "length"
+
+    @pytest.mark.parametrize("seed", range(6))
+    def test_crowd_in_a_small_cache_gets_no_unscored_token(self, start, seed):
+        """Preempted, aborted, thrown out of the prefix cache: no slot is lost either."""
+        chance = random.Random(seed)
+        hold_back, patience = chance.choice([(0, 1), (2, 1), (1, 2)])
+        player = start(patience=patience, hold_back=hold_back, blocks=12, prefixes=seed % 2 == 1)
+        waiting, gone = [f"{number % 2}_{number // 2}" for number in range(40)], set()
+        most, preempted = {}, 0
+        while waiting or player.scheduler.has_unfinished_requests() or player.queue:
+            for _ in range(min(len(waiting), chance.randrange(3))):
+                name = waiting.pop()
+                most[name] = chance.randrange(1, 60)
+                flags = [token for token in range(60) if chance.random() < 0.03 * patience**2]
+                script = Script(flags, end=chance.choice([None, chance.randrange(60)]))
+                player.add(name, script, chance.randrange(1, 60), max_tokens=most[name])
+            if chance.random() < 0.05 and (running := list(player.scheduler.requests)):
+                gone.add(name := chance.choice(running))
+                player.scheduler.finish_requests([name], RequestStatus.FINISHED_ABORTED)
+            if chance.random() < 0.03:
+                player.scheduler.reset_prefix_cache(reset_running_requests=True)
+            player.step()
+            preempted += sum(request.num_preemptions for request in player.scheduler.requests.values())
+            assert player.steps < 4000
+        assert preempted and gone
+        for name in most:
+            if name not in gone:
+                check(player, name, most[name], patience=patience, hold_back=hold_back)
+                continue
+            count, _ = shown(player.scripts[name], most[name], patience, hold_back)
+            tokens = [token for token in player.tokens(name) if token != END]
+            assert tokens == [FIRST + i for i in range(len(tokens))] and len(tokens) <= count
+        player.check_clean()
