@@ -11,196 +11,186 @@ from llama_probe.data.prompts import PromptFormat
 from llama_probe.vllm.settings import ProbeSettings
 
 
-MULTI = {"problem_type": "multi_label_classification", "threshold": [0.3, 0.9]}
+MODERATIONS, GUARDRAIL = "/v1/moderations", "/beta/litellm_basic_guardrail_api"
 KINDS = {
     "guard": {"id2label": {0: "fine", 1: "bad"}, "threshold": 0.25},
     "raw": {"id2label": {0: "no", 1: "yes"}, "flagged": ["yes"], "prompt_format": "raw"},
     "mood": {"id2label": {0: "sad", 1: "glad", 2: "calm"}},
-    "topics": {"id2label": {0: "a", 1: "b"}, **MULTI},
+    "topics": {"id2label": {0: "a", 1: "b"}, "problem_type": "multi_label_classification", "threshold": [0.3, 0.9]},
     "size": {"num_labels": 1, "problem_type": "regression"},
     "watch": {"id2label": {0: "fine", 1: "bad"}, "flagged": ["bad"], "token_scope": "response", "max_length": 120},
 }
 LOGITS = {"guard": [0.9, 0.0], "raw": [2.0, 0.0], "mood": [0.0, 2.0, 1.0], "topics": [0.0, 2.0], "size": [1.5]}
 
 
+def encode(*texts, kind: str = "chat") -> list[list[int]]:
+    return PromptFormat(TOKENIZER, kind).encode(list(texts))
+
+
 @pytest.fixture
 def serve(tmp_path):
-    """A function that serves heads: `(client, engine)`."""
+    """A function that serves heads: a function that posts a body and returns the response, and the engine."""
 
-    def start(heads=tuple(LOGITS), logits=LOGITS, halt_on=None, hide_scores=False):
+    def start(heads=tuple(LOGITS), halt_on=None, hide_scores=False, **logits):
         folders = save_heads(tmp_path, {name: KINDS[name] for name in heads})
         settings = ProbeSettings(folders, halt_on, hide_scores=hide_scores)
-        app, engine = play(settings, {name: logits[name] for name in heads}, root_path="/api")
-        return TestClient(app, raise_server_exceptions=False), engine
+        app, engine = play(settings, {name: {**LOGITS, **logits}[name] for name in heads}, root_path="/api")
+        client = TestClient(app, raise_server_exceptions=False)
+
+        def post(path: str, headers: dict | None = None, **body):
+            content = {"Content-Type": "application/json", **(headers or {})}
+            return client.post(path, content=json.dumps(body), headers=content)
+
+        return post, engine
 
     return start
 
 
-def test_categories_are_the_labels_that_heads_flag(serve):
-    client, engine = serve()
-    said = client.post("/v1/moderations", json={"input": ["a", "b"], "model": "mine"}).json()
-    assert (said["id"], said["model"], len(said["results"])) == ("modr-1", "mine", 2)
-    assert set(said) == {"id", "model", "results"}
-    for result in said["results"]:
-        # A threshold of the head's own decides, not the largest score; `mood` and `size` have none.
-        assert result["categories"] == {"guard/bad": True, "raw/yes": False, "topics/a": True, "topics/b": False}
-        scores = {"guard/bad": 0.289, "raw/yes": 0.119, "topics/a": 0.5, "topics/b": 0.881}
-        assert result["category_scores"] == pytest.approx(scores, abs=1e-3)
-        assert result["flagged"] is True
-    assert engine.body["kv_transfer_params"] == {"probes": ["guard", "raw", "topics"], "reply": False}
-    assert engine.body["max_tokens"] == 1
-    formats = [PromptFormat(TOKENIZER, kind) for kind in ("chat", "raw")]
-    assert engine.prompts == [ids for prompts in formats for ids in prompts.encode(["a", "b"])]
+class TestModerations:
+    def test_categories_are_the_labels_that_heads_flag(self, serve):
+        post, engine = serve()
+        said = post(MODERATIONS, input=["a", "b"], model="mine").json()
+        assert (said["id"], said["model"], len(said["results"])) == ("modr-1", "mine", 2)
+        assert set(said) == {"id", "model", "results"}
+        for result in said["results"]:
+            # A threshold of the head's own decides, not the largest score; `mood` and `size` have none.
+            assert result["categories"] == {"guard/bad": True, "raw/yes": False, "topics/a": True, "topics/b": False}
+            scores = {"guard/bad": 0.289, "raw/yes": 0.119, "topics/a": 0.5, "topics/b": 0.881}
+            assert result["category_scores"] == pytest.approx(scores, abs=1e-3)
+            assert result["flagged"] is True
+        assert engine.body["kv_transfer_params"] == {"probes": ["guard", "raw", "topics"], "reply": False}
+        assert engine.body["max_tokens"] == 1
+        assert engine.prompts == encode("a", "b") + encode("a", "b", kind="raw")
+
+    def test_rules_of_halting_decide_what_is_flagged(self, serve):
+        rules = {"guard": {"threshold": 0.6}, "mood": {"label": "glad"}, "size": {"threshold": 1.0}}
+        post, _ = serve(["guard", "mood", "size"], halt_on=rules)
+        (result,) = post(MODERATIONS, input="a").json()["results"]
+        assert result["categories"] == {"guard/bad": False, "mood/glad": True, "size/LABEL_0": True}
+        assert result["category_scores"]["size/LABEL_0"] == 1.5
+        post, _ = serve(["guard"], guard=[9.0, -9.0])
+        assert post(MODERATIONS, input="a").json()["results"][0]["flagged"] is False
+
+    def test_content_parts_are_one_text(self, serve):
+        post, engine = serve(["guard"])
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        assert len(post(MODERATIONS, input=parts).json()["results"]) == 1
+        assert engine.prompts == encode("a\nb")
 
 
-def test_the_rules_of_halting_decide_what_is_flagged(serve):
-    rules = {"guard": {"threshold": 0.6}, "mood": {"label": "glad"}, "size": {"threshold": 1.0}}
-    client, _ = serve(["guard", "mood", "size"], halt_on=rules)
-    (result,) = client.post("/v1/moderations", json={"input": "a"}).json()["results"]
-    assert result["categories"] == {"guard/bad": False, "mood/glad": True, "size/LABEL_0": True}
-    assert result["category_scores"]["size/LABEL_0"] == 1.5
-    client, _ = serve(["guard"], logits={"guard": [9.0, -9.0]})
-    (result,) = client.post("/v1/moderations", json={"input": "a"}).json()["results"]
-    assert result["flagged"] is False
+class TestClassify:
+    def test_gives_one_head(self, serve):
+        post, engine = serve()
+        said = post("/classify", input=["a", "bc"], probe="mood").json()
+        assert (said["object"], said["model"], [row["index"] for row in said["data"]]) == ("list", "tiny", [0, 1])
+        for row in said["data"]:
+            assert (row["label"], row["num_classes"]) == ("glad", 3)
+            assert row["probs"] == pytest.approx([0.090, 0.665, 0.245], abs=1e-3)
+        tokens = sum(map(len, engine.prompts))
+        assert said["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
+        of_heads = ("guard", "bad", [0.711, 0.289]), ("topics", "a", [0.5, 0.881]), ("size", None, [1.5])
+        for head, label, probs in of_heads:
+            (row,) = post(f"/classify?probe={head}", input="a").json()["data"]
+            assert (row["label"], row["num_classes"]) == (label, len(probs))
+            assert row["probs"] == pytest.approx(probs, abs=1e-3)
+
+    def test_takes_chats_and_tokens(self, serve):
+        post, engine = serve(["guard"])
+        chat = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+        for body in ({"messages": chat}, {"input": [5, 6]}, {"input": [[5, 6], [7]]}):
+            assert post("/classify", **body).status_code == 200
+        assert engine.prompts == [*encode(chat), [5, 6], [5, 6], [7]]
+
+    def test_needs_to_know_which_head(self, serve):
+        post, engine = serve(["guard", "mood"])
+        for asked in ({}, {"probe": "nowhere"}, {"probe": ["guard"]}):
+            response = post("/classify", input="a", **asked)
+            assert response.status_code == 400 and "guard, mood" in response.json()["detail"]
+        assert engine.prompts == []
+        post, _ = serve(["mood"])
+        assert post("/classify", input="a").status_code == 200
+        assert post(MODERATIONS, input="a").status_code == 400, "mood flags nothing"
 
 
 def test_hidden_scores_are_decisions(serve):
-    client, _ = serve(hide_scores=True)
-    (result,) = client.post("/v1/moderations", json={"input": "a"}).json()["results"]
+    post, _ = serve(hide_scores=True)
+    (result,) = post(MODERATIONS, input="a").json()["results"]
     assert result["category_scores"] == {"guard/bad": 1.0, "raw/yes": 0.0, "topics/a": 1.0, "topics/b": 0.0}
     values = {"guard": [0.0, 1.0], "topics": [1.0, 0.0], "mood": [0.0, 1.0, 0.0], "size": []}
     for (head, probs), label in zip(values.items(), ("bad", "a", "glad", None), strict=True):
-        (row,) = client.post("/classify", json={"input": "a", "probe": head}).json()["data"]
+        (row,) = post("/classify", input="a", probe=head).json()["data"]
         assert (row["label"], row["probs"]) == (label, probs)
 
 
-def test_content_parts_are_one_text(serve):
-    client, engine = serve(["guard"])
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert len(client.post("/v1/moderations", json={"input": parts}).json()["results"]) == 1
-    assert engine.prompts == PromptFormat(TOKENIZER).encode(["a\nb"])
-
-
-def test_classification(serve):
-    client, engine = serve()
-    said = client.post("/classify", json={"input": ["a", "bc"], "probe": "mood"}).json()
-    assert (said["object"], said["model"], [row["index"] for row in said["data"]]) == ("list", "tiny", [0, 1])
-    for row in said["data"]:
-        assert (row["label"], row["num_classes"]) == ("glad", 3)
-        assert row["probs"] == pytest.approx([0.090, 0.665, 0.245], abs=1e-3)
-    tokens = sum(map(len, engine.prompts))
-    assert said["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0}
-    for head, label, probs in (("guard", "bad", [0.711, 0.289]), ("topics", "a", [0.5, 0.881]), ("size", None, [1.5])):
-        (row,) = client.post(f"/classify?probe={head}", json={"input": "a"}).json()["data"]
-        assert (row["label"], row["num_classes"]) == (label, len(probs))
-        assert row["probs"] == pytest.approx(probs, abs=1e-3)
-
-
-def test_classification_of_chats_and_tokens(serve):
-    client, engine = serve(["guard"])
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    for body in ({"messages": chat}, {"input": [5, 6]}, {"input": [[5, 6], [7]]}):
-        assert client.post("/classify", json=body).status_code == 200
-    assert engine.prompts == [*PromptFormat(TOKENIZER).encode([chat]), [5, 6], [5, 6], [7]]
-
-
-@pytest.mark.parametrize("path", ["/v1/moderations", "/classify?probe=guard"])
-@pytest.mark.parametrize(
-    "given",
-    [None, [], 7, {}, ["a", 7], [{"type": "image_url", "image_url": {"url": "x"}}], [[]], [True], [[5, False]], "\udc80"],
-    ids=repr,
-)  # fmt: skip
-def test_other_inputs_are_refused_before_the_engine_is_asked(serve, path, given):
-    client, engine = serve(["guard"])
-    for body in (json.dumps({"input": given}), "[1"):
-        assert client.post(path, content=body, headers={"Content-Type": "application/json"}).status_code == 400
+@pytest.mark.parametrize("path", [MODERATIONS, "/classify?probe=guard"])
+def test_other_inputs_are_refused_before_the_engine_is_asked(serve, path):
+    post, engine = serve(["guard"])
+    image = {"type": "image_url", "image_url": {"url": "x"}}
+    for value in (None, [], 7, {}, ["a", 7], [image], [[]], [True], [[5, False]], "\udc80"):
+        assert post(path, input=value).status_code == 400, value
     assert engine.prompts == []
 
 
-def test_which_head_classifies(serve):
-    client, engine = serve(["guard", "mood"])
-    for asked in ({}, {"probe": "nowhere"}, {"probe": ["guard"]}):
-        response = client.post("/classify", json={"input": "a", **asked})
-        assert response.status_code == 400 and "guard, mood" in response.json()["detail"]
-    client, _ = serve(["mood"])
-    assert client.post("/classify", json={"input": "a"}).status_code == 200
-    response = client.post("/v1/moderations", json={"input": "a"})
-    assert response.status_code == 400 and "halt_on" in response.json()["detail"]
-    assert engine.prompts == []
-
-
-def test_an_input_without_a_score_is_an_error(serve):
+def test_input_without_a_score_is_an_error(serve):
     for logits in ("no turn", [float("nan"), 0.0]):
-        client, _ = serve(["guard"], logits={"guard": logits})
-        for path in ("/v1/moderations", "/classify"):
-            response = client.post(path, json={"input": "a"})
-            assert response.status_code == 400
-            assert "input 0 has no score of guard" in response.json()["error"]["message"]
+        post, _ = serve(["guard"], guard=logits)
+        for path in (MODERATIONS, "/classify"):
+            response = post(path, input="a")
+            assert response.status_code == 400 and "input 0" in response.json()["error"]["message"]
 
 
-class Gateway:
-    """What litellm's client class posts with."""
-
-    timeout = 5
-
-    def __init__(self, client: TestClient):
-        self.client, self.headers = client, []
-
-    async def post(self, url, json, headers, timeout):
-        self.headers.append(headers)
-        return self.client.post(url.removeprefix("http://guard"), json=json, headers=headers)
+def test_path_may_have_a_prefix(serve):
+    assert serve(["guard"])[0]("/api/v1/moderations", input="a").status_code == 200
 
 
-@pytest.mark.parametrize("logits", [{"guard": [0.9, 0.0]}, {"guard": [9.0, -9.0]}], ids=["flagged", "fine"])
-def test_the_guardrail_of_litellm(monkeypatch, serve, logits):
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its import asks GitHub for prices
-    from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import GenericGuardrailAPI
+class TestGuardrail:
+    @pytest.mark.parametrize("is_flagged", [True, False])
+    def test_answers_the_client_of_litellm(self, monkeypatch, serve, is_flagged):
+        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its import asks GitHub for prices
+        from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import GenericGuardrailAPI
 
-    client, engine = serve(["guard"], logits=logits)
-    guardrail = GenericGuardrailAPI(api_base="http://guard", api_key="key", async_handler=Gateway(client))
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]
-    encode = PromptFormat(TOKENIZER).encode
+        post, engine = serve(["guard"], guard=[0.9, 0.0] if is_flagged else [9.0, -9.0])
 
-    def ask(kind, **inputs):
-        return asyncio.run(guardrail.apply_guardrail(inputs, {"model": "gpt"}, kind))
+        class Gateway:  # what the client posts with
+            timeout = 5
 
-    for inputs in ({"texts": ["s", "a"], "structured_messages": chat}, {"texts": ["a"]}):
-        if logits["guard"][1] < 0:
-            assert ask("request", **inputs)["texts"] == inputs["texts"]
-            continue
-        with pytest.raises(Exception, match="guard/bad"):
-            ask("request", **inputs)
-    plain = [chat[0], {"role": "user", "content": "a"}]
-    assert engine.prompts == [*encode([plain]), *encode(["a"])]
-    assert engine.body["model"] is None and engine.body["kv_transfer_params"]["reply"] is False
-    assert engine.authorization == "Bearer key"
-    for kind, inputs in (("response", {"texts": ["a"]}), ("request", {"texts": [], "images": ["x"]})):
-        with pytest.raises(Exception, match="Generic Guardrail API failed"):
-            ask(kind, **inputs)
-    assert len(engine.prompts) == 2
+            async def post(self, url, json, headers, timeout):
+                return post(url.removeprefix("http://guard"), headers, **json)
 
+        guardrail = GenericGuardrailAPI(api_base="http://guard", api_key="key", async_handler=Gateway())
+        chat = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]
 
-@pytest.mark.parametrize("logits", [[0.0, 1.0], [1.0, 0.0]], ids=["flagged", "fine"])
-def test_replies_for_a_gateway(serve, logits):
-    """Each text is a reply to the chat. Where it begins goes with each prompt, whose beginning may be cut."""
-    client, engine = serve(["guard", "watch"], logits={"guard": [9.0, -9.0], "watch": logits})
-    chat = [{"role": "user", "content": "Is it? " * 10}]
-    body = {"input_type": "response", "structured_messages": chat, "texts": ["Yes.", "No, and again no. " * 9]}
-    said = client.post("/beta/litellm_basic_guardrail_api", json=body).json()
-    is_bad = logits[1] > 0
-    assert said == ({"action": "BLOCKED", "blocked_reason": "watch/bad"} if is_bad else {"action": "NONE"})
-    replies = [[*chat, {"role": "assistant", "content": text}] for text in body["texts"]]
-    encoded, masks = PromptFormat(TOKENIZER, max_length=120).encode_replies(replies)
-    assert engine.prompts == encoded and engine.starts == [mask.index(True) for mask in masks]
-    assert engine.starts[0] != engine.starts[1]
-    for change in ({"structured_messages": None}, {"texts": []}, {"texts": [""]}, {"input_type": "other"}):
-        assert client.post("/beta/litellm_basic_guardrail_api", json=body | change).status_code == 400
-    client, other = serve(["guard"])
-    assert client.post("/beta/litellm_basic_guardrail_api", json=body).status_code == 400
-    assert len(engine.prompts) == 2 and other.prompts == []
+        def ask(kind, **inputs):
+            return asyncio.run(guardrail.apply_guardrail(inputs, {"model": "gpt"}, kind))
 
+        for inputs in ({"texts": ["s", "a"], "structured_messages": chat}, {"texts": ["a"]}):
+            if not is_flagged:
+                assert ask("request", **inputs)["texts"] == inputs["texts"]
+                continue
+            with pytest.raises(Exception, match="guard/bad"):
+                ask("request", **inputs)
+        assert engine.prompts == encode([chat[0], {"role": "user", "content": "a"}]) + encode("a")
+        assert engine.body["model"] is None and engine.body["kv_transfer_params"]["reply"] is False
+        assert engine.authorization == "Bearer key"
+        for kind, inputs in (("response", {"texts": ["a"]}), ("request", {"texts": [], "images": ["x"]})):
+            with pytest.raises(Exception, match="Generic Guardrail API failed"):
+                ask(kind, **inputs)
+        assert len(engine.prompts) == 2
 
-def test_the_path_may_have_a_prefix(serve):
-    client, _ = serve(["guard"])
-    assert client.post("/api/v1/moderations", json={"input": "a"}).status_code == 200
-    assert client.get("/v1/moderations").status_code == 404
+    @pytest.mark.parametrize("is_flagged", [True, False])
+    def test_scores_each_text_as_a_reply_to_the_chat(self, serve, is_flagged):
+        """Where it begins goes with each prompt, whose beginning may be cut."""
+        post, engine = serve(["guard", "watch"], guard=[9.0, -9.0], watch=[1.0 - is_flagged, 0.5])
+        chat = [{"role": "user", "content": "Is it? " * 10}]
+        body = {"input_type": "response", "structured_messages": chat, "texts": ["Yes.", "No, and again no. " * 9]}
+        blocked = {"action": "BLOCKED", "blocked_reason": "watch/bad"}
+        assert post(GUARDRAIL, **body).json() == (blocked if is_flagged else {"action": "NONE"})
+        replies = [[*chat, {"role": "assistant", "content": text}] for text in body["texts"]]
+        encoded, masks = PromptFormat(TOKENIZER, max_length=120).encode_replies(replies)
+        assert engine.prompts == encoded and engine.starts == [mask.index(True) for mask in masks]
+        assert engine.starts[0] != engine.starts[1]
+        for change in ({"structured_messages": None}, {"texts": []}, {"texts": [""]}, {"input_type": "other"}):
+            assert post(GUARDRAIL, **body | change).status_code == 400
+        post, other = serve(["guard"])
+        assert post(GUARDRAIL, **body).status_code == 400
+        assert len(engine.prompts) == 2 and other.prompts == []
