@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-import torch
-import transformers
 from safetensors import SafetensorError
 
 from .errors import ProbeError
@@ -31,6 +30,8 @@ PENDING, _GONE = ".new-files", ".gone"
 _TEMPORARY = ".tmp"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# A JSON object: the contents of results.json, a report, fields of a config. The function that makes one says what it holds.
+JSON = dict[str, Any]
 # What a file is to hold: a text in UTF-8, bytes, or a function that writes the file.
 Content = str | bytes | Callable[[Path], object]
 
@@ -253,12 +254,8 @@ def is_disk_full(error: Exception) -> bool:
 
 def environment() -> dict[str, str]:
     """Return the versions that results depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "llama_probe": package_version(),
-    }
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    return {"python": platform.python_version(), **versions, "llama_probe": package_version()}
 
 
 def package_version() -> str:

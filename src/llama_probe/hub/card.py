@@ -10,14 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, StrictUndefined, Template, TemplateError
 
 from ..errors import ProbeError
-from ..files import current_file, settle, write_atomically
+from ..files import JSON, current_file, settle, write_atomically
 from .folder import (
     CARD_NAME,
     LATER_RESULTS,
@@ -56,8 +55,8 @@ def write_card(
 
 def renew_card(
     folder: str | os.PathLike,
-    config: dict[str, Any],
-    results: dict[str, Any] | None,
+    config: JSON,
+    results: JSON | None,
     plots: Sequence[str],
     source: str | None = None,
     license: str | None = None,
@@ -144,7 +143,7 @@ def word(text: str) -> str:
     return " ".join(text.split()) if re.fullmatch(r"[\w.,:/+% -]*", text) else code(text)
 
 
-def kept_share(part: dict[str, Any], name: str) -> str:
+def kept_share(part: JSON, name: str) -> str:
     """Return the share of transformed rows that keep their label, and in brackets of harmless ones that are flagged."""
     if name not in part.get("kept", {}):
         return "-"
@@ -164,7 +163,7 @@ def _fence(text: str, least: int) -> str:
     return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
-def _complete(config: dict[str, Any]) -> dict[str, Any]:
+def _complete(config: JSON) -> JSON:
     # A config written by hand may leave fields out; None reads as the default in each sentence.
     config = defaultdict(lambda: None, {"probe_type": "mha"} | config)
     names = config["id2label"] or {index: f"LABEL_{index}" for index in range(config["num_labels"] or 2)}
@@ -177,9 +176,7 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _card(
-    config: dict[str, Any], results: dict[str, Any] | None, plots: Sequence[str], source: str, tags: Sequence[str]
-) -> ModelCard:
+def _card(config: JSON, results: JSON | None, plots: Sequence[str], source: str, tags: Sequence[str]) -> ModelCard:
     later = {name: (results or {}).get(name) for name in LATER_RESULTS}
     results = training_results(results)
     facts = defaultdict(lambda: None, results["card"] if results else {})
@@ -246,7 +243,7 @@ def card_template(path: Path) -> Template:
 
 
 def _halting_cells(
-    results: dict[str, Any], label: str, place: int, split: str
+    results: JSON, label: str, place: int, split: str
 ) -> list[tuple[float | None, dict[str, float], str]]:
     """Return number, spread over the runs and format of each cell of a halting rule."""
     rules = {run["seed"]: run["halting"]["labels"][label][place][split] for run in results["runs"]}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ProbeError
-from ..files import check_writable, current_file
+from ..files import JSON, check_writable, current_file
 
 
 CONFIG_NAME = "probe_config.json"
@@ -62,7 +62,7 @@ def read_bytes(path: Path) -> bytes:
     return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JSON:
     """Read a JSON object, in which no object names a key twice, from a file of limited size."""
     content = read_bytes(path)
     try:
@@ -74,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> JSON:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -82,7 +82,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
+def read_config_values(folder: str | os.PathLike) -> JSON:
     """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them."""
     path = current_file(folder, CONFIG_NAME)
     if not os.path.isfile(path):
@@ -92,13 +92,13 @@ def read_config_values(folder: str | os.PathLike) -> dict[str, Any]:
     return read_json(path)
 
 
-def read_results(folder: str | os.PathLike) -> dict[str, Any] | None:
+def read_results(folder: str | os.PathLike) -> JSON | None:
     """Read the `results.json` of a head folder; None if the head was never evaluated."""
     path = current_file(folder, RESULTS_NAME)
     return read_json(path) if os.path.isfile(path) else None
 
 
-def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
+def chosen_run(results: JSON) -> JSON:
     """Return the run of the seed whose head was kept."""
     try:
         return next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
@@ -106,12 +106,12 @@ def chosen_run(results: dict[str, Any]) -> dict[str, Any]:
         raise ProbeError(f"{RESULTS_NAME} has no run for chosen_seed; delete it to load the head without") from error
 
 
-def training_results(results: dict[str, Any] | None) -> dict[str, Any] | None:
+def training_results(results: JSON | None) -> JSON | None:
     """Return what the training run wrote of a head's results; None if there is nothing of it."""
     return {key: value for key, value in (results or {}).items() if key not in LATER_RESULTS} or None
 
 
-def measured_rules(results: dict[str, Any] | None) -> dict[str, list[dict[str, Any]]]:
+def measured_rules(results: JSON | None) -> dict[str, list[JSON]]:
     """Return the halting rules in a head's results, by label; empty if none were measured."""
     results = training_results(results)
     return {} if results is None else chosen_run(results).get("halting", {}).get("labels", {})

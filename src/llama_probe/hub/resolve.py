@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -179,13 +178,13 @@ def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os
     return str(replace(reference, subfolder=subfolder))
 
 
-def check_place(source: Any) -> None:
+def check_place(source: object) -> None:
     """Raise `ProbeError` unless a source is a str or a path."""
     if not isinstance(source, (str, os.PathLike)):
         raise ProbeError(f"a head is given as a folder, a Hub id or an alias, not as {type(source).__name__}")
 
 
-def is_alias(source: Any) -> bool:
+def is_alias(source: object) -> bool:
     """Return True if a source can be an alias, which names another head on each backbone."""
     return isinstance(source, str) and _ALIAS.fullmatch(source) is not None
 
