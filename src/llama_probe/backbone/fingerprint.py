@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from ..files import JSON
 from .capture import collect_hidden_states
 from .decoder import backbone_name, find_decoder, without_peft
 
@@ -85,7 +85,7 @@ def template_hash(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None
     return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
 
 
-def backbone_facts(lm: nn.Module) -> dict[str, Any]:
+def backbone_facts(lm: nn.Module) -> JSON:
     """Return what a head records of its backbone beside sizes and fingerprint, by `ProbeConfig` field."""
     base = without_peft(lm)
     config = base.config

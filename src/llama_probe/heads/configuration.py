@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..files import current_file, make_folder, settle, write_atomically
+from ..files import JSON, current_file, make_folder, settle, write_atomically
 from ..hub.folder import CODE_NAME, CONFIG_NAME, check_output, read_config_values
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
@@ -152,7 +152,7 @@ class ProbeConfig:
     temperature: float = 1.0
     novelty: NoveltySettings | None = None
 
-    options: dict[str, Any] = field(default_factory=dict)
+    options: JSON = field(default_factory=dict)
     weights_sha256: str | None = None
     llama_probe_version: str | None = None
     transformers_version: str | None = None
@@ -328,7 +328,7 @@ class ProbeConfig:
         settle(save_directory)
         write_atomically({Path(save_directory) / CONFIG_NAME: text})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """Return JSON values; `from_dict` gives the same config back."""
         values = dataclasses.asdict(self)
         values["id2label"] = {str(index): name for index, name in self.id2label.items()}
@@ -342,7 +342,7 @@ class ProbeConfig:
         return json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> tuple[ProbeConfig, list[str]]:
+    def from_dict(cls, values: JSON) -> tuple[ProbeConfig, list[str]]:
         """Build a config from JSON values. Return it with the keys that this version does not know.
 
         Raises:
@@ -359,7 +359,7 @@ class ProbeConfig:
         return config, sorted(values.keys() - names - {"label2id", "config_sha256"})
 
 
-def _digest(values: dict[str, Any]) -> str:
+def _digest(values: JSON) -> str:
     """Return a digest of the values of a config, as a file holds them, that say something about scores."""
     scored = {key: value for key, value in values.items() if key not in _NOT_SCORED}
     return hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()

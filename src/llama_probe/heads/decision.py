@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
+from ..files import JSON
 from .configuration import ProbeConfig, filled_later
 from .novelty import MeanStates
 
@@ -187,7 +188,7 @@ def strongest(logits: torch.Tensor, config: ProbeConfig, counted: torch.Tensor |
     return logits.take_along_dim(place[..., None, None], dim=-2).squeeze(-2)
 
 
-def verdict(label: Label, probs: list[float], config: ProbeConfig) -> dict[str, Any]:
+def verdict(label: Label, probs: list[float], config: ProbeConfig) -> JSON:
     """Return one row's prediction as JSON values.
 
     Args:

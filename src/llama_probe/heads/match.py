@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import transformers
@@ -25,6 +24,7 @@ from ..backbone.fingerprint import (
     tolerance,
 )
 from ..errors import ProbeError
+from ..files import JSON
 from ..hub.resolve import model_name, no_bundled_head
 from .configuration import ProbeConfig
 from .rules import TURN_SCOPES
@@ -179,7 +179,7 @@ def _explain(check: Check) -> str:
 
 
 def _compare_fingerprints(
-    config: ProbeConfig, facts: dict[str, Any], take_fingerprint: Callable[[int | None], list[float]] | None
+    config: ProbeConfig, facts: JSON, take_fingerprint: Callable[[int | None], list[float]] | None
 ) -> Check:
     recorded, actual = config.base_model_quantization, facts["base_model_quantization"]
     allowed = tolerance((config.base_model_dtype, recorded), (facts["base_model_dtype"], actual))
@@ -205,10 +205,10 @@ def _guess(apart: float, allowed: float, quantization: str | None) -> str | None
     return f"fine-tuned since, or {_ANOTHER}"
 
 
-def _verdict(recorded: Any, actual: Any, name: str = "") -> str:
+def _verdict(recorded: str | int | None, actual: str | int | None, name: str = "") -> str:
     # For the quantization, None means "not quantized". For all other fields, it means "not known".
     if name != "base_model_quantization" and (recorded is None or actual is None):
         return "unknown"
     if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
-        recorded, actual = model_name(recorded), model_name(actual)
+        recorded, actual = model_name(str(recorded)), model_name(str(actual))
     return "same" if recorded == actual else "differs"

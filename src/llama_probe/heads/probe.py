@@ -17,6 +17,7 @@ from torch import nn
 from ..backbone.capture import collect_hidden_states
 from ..backbone.decoder import target_of
 from ..errors import ProbeError
+from ..files import JSON
 from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
 from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, with_subfolder
@@ -90,7 +91,7 @@ class ProbeModel(nn.Module):
             config = match(backbone, config) if known else describe(backbone, config)
         self.hidden_size, self.num_hidden_layers = config.sizes
         self.config = config
-        self.results: dict[str, Any] | None = None
+        self.results: JSON | None = None
         self.alias: str | None = None  # of a bundled head, which `check_backbone` attaches to no other model
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
@@ -116,7 +117,7 @@ class ProbeModel(nn.Module):
         self.config = self.config.replace(novelty=settings, weights_sha256=None)
         self.novelty = novelty.to(self.device)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> JSON:
         return {**self.__dict__, "backbone": None}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ProbeModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 from ..errors import ProbeError
 from .turns import TURN_ROLES
@@ -22,7 +22,7 @@ PROMPT_FORMATS = get_args(RenderedFormat)
 UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 
 # What a field may hold: a description and a check.
-Rule = tuple[str, Callable[[Any], bool]]
+Rule = tuple[str, Callable[[object], bool]]
 
 # A guard against hostile files, far above any model: larger sizes are refused before anything is built.
 MAX_SIZE = 2**20
@@ -34,62 +34,62 @@ HALF_PAIR = re.compile("[\\ud800-\\udfff]")
 _NOT_IN_NAMES = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\U000e0000-\\U000e007f]")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Return True for an int or a float that is finite. torch takes no larger int."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
 
 
-def _is_int(value: Any, least: int = 1) -> bool:
+def _is_int(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_SIZE
 
 
-def _is_share(value: Any) -> bool:
+def _is_share(value: object) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
 
-def _are_ids(value: Any) -> bool:
+def _are_ids(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(_is_int(index, least=0) for index in value)
 
 
-def _is_list_of(holds: Callable[[Any], bool], value: Any) -> bool:
+def _is_list_of(value: object, holds: Callable[[object], bool]) -> TypeGuard[list[object]]:
     return isinstance(value, list) and value != [] and all(map(holds, value))
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and HALF_PAIR.search(value) is None
 
 
-def _is_name(value: Any) -> bool:
+def _is_name(value: object) -> bool:
     """Return True for a text that cannot write to a terminal, start a log line, or reorder the text around it."""
     return _is_text(value) and _NOT_IN_NAMES.search(value) is None
 
 
-def _is_marker(value: Any) -> bool:
+def _is_marker(value: object) -> bool:
     if not isinstance(value, dict) or set(value) != {"ids", "skip"}:
         return False
     return value["ids"] != [] and _are_ids(value["ids"]) and _is_int(value["skip"], least=0)
 
 
-def _are_markers(value: Any) -> bool:
+def _are_markers(value: object) -> bool:
     if not isinstance(value, dict) or not {"user", "assistant"} <= set(value) <= set(TURN_ROLES):
         return False
     return all(map(_is_marker, value.values()))
 
 
-def _are_thresholds(value: Any) -> bool:
+def _are_thresholds(value: object) -> bool:
     if not isinstance(value, dict) or not all(map(_is_share, value.values())):
         return False
     return all(_is_name(name) and name.strip() for name in value)
 
 
-def _is_novelty(value: Any) -> bool:
+def _is_novelty(value: object) -> bool:
     if not isinstance(value, dict) or set(value) != {"layers", "rank"}:
         return False
     layers, rank = value["layers"], value["rank"]
     return _are_ids(layers) and layers == sorted(set(layers)) != [] and _is_int(rank)
 
 
-def _are_layers(value: Any) -> bool:
+def _are_layers(value: object) -> bool:
     return value == "all" or (_are_ids(value) and len(set(value)) == len(value) > 0)
 
 
@@ -123,15 +123,15 @@ RULES: dict[str, Rule] = {
     ),
     "threshold": (
         "a number from 0 to 1, a list of these",
-        lambda value: _is_share(value) or _is_list_of(_is_share, value),
+        lambda value: _is_share(value) or _is_list_of(value, _is_share),
     ),
     "flagged": (
         "a list of different label names",
-        lambda value: _is_list_of(_is_name, value) and len(set(value)) == len(value),
+        lambda value: _is_list_of(value, _is_name) and len(set(value)) == len(value),
     ),
     "thresholds": ("{name: a number from 0 to 1} with printable names", _are_thresholds),
     "novelty": ("{'layers': [ascending state indices], 'rank': a whole number from 1}", _is_novelty),
-    "fingerprint": ("a list of numbers", lambda value: _is_list_of(_is_number, value)),
+    "fingerprint": ("a list of numbers", lambda value: _is_list_of(value, _is_number)),
     "options": ("a dict", lambda value: isinstance(value, dict)),
     "system_prompt": ("text", _is_text),
     **dict.fromkeys(_NAMED, _NAME),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..files import (
+    JSON,
     Content,
     check_writable,
     current_file,
@@ -57,7 +58,7 @@ def save_head(
     folder: str | os.PathLike[str],
     config: ProbeConfig,
     tensors: Mapping[str, torch.Tensor],
-    results: dict[str, Any] | None = None,
+    results: JSON | None = None,
 ) -> Path:
     """Write config, weights, results and a card into a folder, in one step: a kill leaves the old head or the new one.
 
@@ -104,7 +105,7 @@ def save_head(
     return folder
 
 
-def _is_same_training(folder: Path, results: dict[str, Any]) -> bool:
+def _is_same_training(folder: Path, results: JSON) -> bool:
     try:
         return training_results(read_results(folder)) == training_results(results)
     except ProbeError:
