@@ -13,10 +13,8 @@ import numpy as np
 from ..errors import ProbeError
 from ..heads.rules import flagged_by_default
 from .labelled_texts import LabelledTexts
-from .prompts import Text, as_chat
+from .prompts import Chat, Text, as_chat
 
-
-Chat = list[dict[str, str]]
 
 SHARE = 0.15  # of the rows, copied by each augmentation
 _LEAD_IN_WORDS, _QUOTE_WORDS, _TURN_WORDS = (8, 80), (50, 1000), (2, 60)

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +145,7 @@ class StateCache:
         remove_leftovers(entry)
 
 
-def _digest(values: list[Any]) -> str:
+def _digest(values: list[object]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..errors import ProbeError
-
-
-Row = dict[str, Any]
+from .row_files import Columns, Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,7 @@ class Benchmark:
     question: str | None = None
     verbalisers: Sequence[str] = ()
 
-    def convert(self, table: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def convert(self, table: Columns) -> Columns:
         """Convert columns of the Hub into `text`, `label` (which may be None) and those of `columns` that they have."""
         rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
         parts = {"text": self.text, "label": self.label} | {name: name for name in self.columns if name in table}
@@ -108,7 +105,7 @@ def _dialogue(row: Row) -> str | None:
     return None if None in (prompt, reply) else f"User: {prompt}\n\nAssistant: {reply}"
 
 
-_FUNCTIONS: dict[str, Callable[[Row], Any]] = {
+_FUNCTIONS: dict[str, Callable[[Row], object]] = {
     "(any category)": _any_category,
     "(majority vote)": _majority_vote,
     "(dialogue)": _dialogue,

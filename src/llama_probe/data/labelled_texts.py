@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
 
 import numpy as np
 from transformers.utils import logging
@@ -17,8 +16,8 @@ from ..errors import ProbeError
 from ..heads.rules import ProblemType
 from .labels import read_labels
 from .prompts import Text, exchange, is_text
-from .row_files import MAX_TEXT, check_length
-from .tables import Columns, find_column
+from .row_files import MAX_TEXT, Columns, check_length
+from .tables import find_column
 
 
 logger = logging.get_logger(__name__)
@@ -226,12 +225,12 @@ def label_rows(
     return rows.renamed(labels.names) if own.names and labels.names else rows
 
 
-def is_empty(text: Any) -> bool:
+def is_empty(text: object) -> bool:
     """Return True if there is no text in a cell."""
     return text is None or (isinstance(text, str) and not text.strip())
 
 
-def _read_text(name: str, text: Any, max_text: int) -> Text:
+def _read_text(name: str, text: object, max_text: int) -> Text:
     """Return a cell as a text. A number is one."""
     if is_empty(text):
         raise ProbeError(f"{name} has no text")

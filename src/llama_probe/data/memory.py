@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import ProbeError
 from .labelled_texts import LabelledTexts, Labels, label_rows
-from .row_files import by_column
-from .tables import Columns, LabelNames, dataset_columns
+from .row_files import Columns, by_column
+from .tables import LabelNames, dataset_columns
 
 
 def rows_in_memory(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -16,15 +16,16 @@ from transformers.utils import logging
 
 from ..backbone.fingerprint import template_hash
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.rules import HALF_PAIR, PROMPT_FORMATS
 from ..heads.turns import TurnMarker, turn_mask
-from .turn_markers import DIFFERENT_TEXTS, as_tool_result, common_end, common_start, learn_turn_markers
+from .turn_markers import DIFFERENT_TEXTS, Chat, as_tool_result, common_end, common_start, learn_turn_markers
 
 
 logger = logging.get_logger(__name__)
 
-Text = str | list[dict[str, str]]
+Text = str | Chat
 _MARGIN = 64  # tokens
 
 
@@ -120,7 +121,7 @@ class PromptFormat:
             markers = None
         return cls(tokenizer, kind, config.system_prompt, config.max_length, markers, text_role_of(config))
 
-    def config_fields(self) -> dict[str, Any]:
+    def config_fields(self) -> JSON:
         """Return the fields of a `ProbeConfig` that record the format."""
         return {
             "prompt_format": self.kind,
@@ -222,21 +223,25 @@ class PromptFormat:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
         return self._encode_chat(messages)
 
-    def _encode_chat(self, messages: list[dict[str, Any]], generation_prompt: bool = True, **kwargs: Any) -> list[int]:
+    def _encode_chat(
+        self, messages: Chat, generation_prompt: bool = True, documents: list[dict[str, str]] | None = None
+    ) -> list[int]:
         # The template has written every special token.
-        return self._tokenize(self.render(messages, generation_prompt, **kwargs), add_special_tokens=False)
+        return self._tokenize(self.render(messages, generation_prompt, documents), add_special_tokens=False)
 
-    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = True, **kwargs: Any) -> str:
-        """Return chat messages, and `documents=` or `tools=`, as the template writes them."""
+    def render(
+        self, messages: Chat, generation_prompt: bool = True, documents: list[dict[str, str]] | None = None
+    ) -> str:
+        """Return chat messages, and documents, as the template writes them."""
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+                messages, tokenize=False, add_generation_prompt=generation_prompt, documents=documents
             )
         except Exception as error:  # A template is a program and can raise anything.
             raise ProbeError(f"the chat template cannot render {str(messages)[:60]!r}: {error}") from error
 
-    def _tokenize(self, text: str, **kwargs: Any) -> list[int]:
-        return self.tokenizer(text, **kwargs)["input_ids"]
+    def _tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def _cut(self, ids: list[int]) -> list[int]:
         room, first = self.max_length - len(self.suffix_ids), 0
@@ -270,17 +275,17 @@ def text_role_of(config: ProbeConfig) -> str:
     return "tool" if config.token_scope == "tool" else "user"
 
 
-def as_chat(text: Text) -> list[dict[str, str]]:
+def as_chat(text: Text) -> Chat:
     """Return a text or chat messages as chat messages."""
     return [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
 
 
-def exchange(prompt: Text, reply: str) -> list[dict[str, str]]:
+def exchange(prompt: Text, reply: str) -> Chat:
     """Return a prompt and the reply to it as chat messages."""
     return [*as_chat(prompt), {"role": "assistant", "content": reply}]
 
 
-def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
+def split_reply(text: Text) -> tuple[Chat, str]:
     """Return the messages before the assistant's last turn, and its content."""
     _check_text(text)
     *before, last = as_chat(text)
@@ -291,14 +296,14 @@ def split_reply(text: Text) -> tuple[list[dict[str, str]], str]:
     return before, last["content"]
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> TypeGuard[Text]:
     """Return True for a text in Unicode, or a list of chat messages that have a content or call a tool."""
     if isinstance(value, str):
         return HALF_PAIR.search(value) is None
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_turn, value))
 
 
-def _is_turn(turn: Any) -> bool:
+def _is_turn(turn: object) -> bool:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
         return False
     content = turn.get("content")

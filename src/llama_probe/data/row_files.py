@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import ProbeError, first_line
+from ..files import JSON
 
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 T = TypeVar("T")
+Row = dict[str, Any]  # values by column name
+Columns = dict[str, list[Any]]  # None where a row has no value
 
 # Suffix -> format.
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
@@ -49,7 +52,7 @@ class Chunk:
 
     number: int
     first_row: int
-    columns: dict[str, list[Any]]
+    columns: Columns
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -82,7 +85,7 @@ class InputFile:
                 paths.setdefault(path.resolve(), path)
         return [cls(path, max_text) for path in paths.values()]
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JSON:
         """Return path, size in bytes and time of the last change, to recognise the file by."""
         status = self.path.stat()
         return {"path": str(self.path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
@@ -104,7 +107,7 @@ class InputFile:
             raise ProbeError(f"{self.path} cannot be read: {first_line(error)}") from error
         return dict(zip(schema.names, schema.types, strict=True))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         """Yield the rows, with their values by column name.
 
         Raises:
@@ -130,7 +133,7 @@ class InputFile:
                         check_length(f"{self.path}: row {row}: {name}", value, self.max_text)
                 yield chunk
 
-    def _rows(self, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+    def _rows(self, columns: list[str] | None) -> Iterator[Row]:
         row = 0
         readers = {"json": self._read_json, "parquet": lambda: self._read_parquet(columns)}
         try:
@@ -143,7 +146,7 @@ class InputFile:
             advice = ": save it in UTF-8" if isinstance(error, UnicodeDecodeError) else ""
             raise ProbeError(f"{self.path}: row {row} cannot be read: {first_line(error)}{advice}") from error
 
-    def _read_parquet(self, columns: list[str] | None) -> Iterator[dict[str, Any]]:
+    def _read_parquet(self, columns: list[str] | None) -> Iterator[Row]:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(self.path, pre_buffer=False) as file:
@@ -151,7 +154,7 @@ class InputFile:
             for batch in file.iter_batches(_BATCH, columns=columns):
                 yield from batch.to_pylist()
 
-    def _read_json(self) -> Iterator[dict[str, Any]]:
+    def _read_json(self) -> Iterator[Row]:
         lines = filter(str.strip, self._lines())
         first = next(lines, "")
         if first.lstrip().startswith("["):
@@ -164,7 +167,7 @@ class InputFile:
                 raise ValueError(f"it must be a JSON object, not {type(value).__name__}")
             yield value
 
-    def _read_csv(self) -> Iterator[dict[str, Any]]:
+    def _read_csv(self) -> Iterator[Row]:
         csv.field_size_limit(self.max_text * _CHUNK_TEXTS)
         reader = csv.DictReader(self._lines(), delimiter="\t" if self.kind == "tsv" else ",")
         _check_names(reader.fieldnames or ())
@@ -183,12 +186,12 @@ class InputFile:
                 yield line.decode("utf-8-sig")
 
 
-def by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def by_column(rows: Sequence[Mapping[str, object]]) -> Columns:
     """Return the values of rows by column name, None where a row has none."""
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
 
 
-def text_length(value: Any) -> int:
+def text_length(value: object) -> int:
     """Return the characters of all texts in a value, such as a text, chat messages or a row."""
     length, left = 0, [value]
     while left:
@@ -210,7 +213,7 @@ def limited(name: str, values: Iterable[T], limit: int) -> Iterator[T]:
         yield value
 
 
-def check_length(name: str, value: Any, max_text: int = MAX_TEXT) -> None:
+def check_length(name: str, value: object, max_text: int = MAX_TEXT) -> None:
     """Raise `ProbeError` if a text, or all texts of chat messages together, have more than `max_text` characters."""
     if text_length(value) > max_text:
         raise ProbeError(f"{name} has more than {max_text:,} characters: cut it, or raise max_text (--max-text)")
@@ -222,7 +225,7 @@ def _check_names(names: Sequence[str]) -> None:
             raise ValueError(f"it has {times} columns {name!r}: leave one")
 
 
-def _infer_type(values: list[Any]) -> pa.DataType:
+def _infer_type(values: Sequence[object]) -> pa.DataType:
     import pyarrow as pa
 
     try:

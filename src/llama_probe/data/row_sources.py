@@ -12,10 +12,12 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import ProbeError
+from ..files import JSON
 from .known import BENCHMARKS, Benchmark, find_benchmark
 from .labelled_texts import LabelledTexts, Labels, is_empty, label_rows
-from .row_files import MAX_TEXT, kind_of
-from .tables import Columns, TablePlace, find_column, read_table
+from .prompts import Text
+from .row_files import MAX_TEXT, Columns, kind_of
+from .tables import TablePlace, find_column, read_table
 
 
 logger = logging.get_logger(__name__)
@@ -65,7 +67,7 @@ class Source:
     repeat: int = 1
     weights: list[float | int] | None = None
     extra: bool = False
-    local: dict[str, Any] | None = None
+    local: JSON | None = None
 
     def __post_init__(self):
         known = find_benchmark(self.rows)
@@ -229,6 +231,6 @@ def _short_name(rows: str) -> str:
     return path.name.split(".")[0] if kind_of(path) else path.name
 
 
-def _hash_of(text: Any) -> float:
+def _hash_of(text: Text) -> float:
     """Return a number from 0 to 1 that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(str(text).encode()).digest()[:6]) / 2**48

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
 from .known import BENCHMARKS
-from .row_files import FILE_TEXTS, MAX_TEXT, InputFile, by_column, kind_of, limited
+from .row_files import FILE_TEXTS, MAX_TEXT, Columns, InputFile, by_column, kind_of, limited
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Columns = dict[str, list[Any]]
 LabelNames = dict[str, list[str]]
 
 _PLACE = re.compile(r"([^:@]+)(?:@([^:]+))?(?::([^:]*)(?::([^:]+))?)?")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import takewhile
-from typing import Any
 
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.turns import TurnMarker
 
 
-Chat = list[dict[str, Any]]
+Chat = list[JSON]
 
 # They share neither their first nor their last token: what all their prompts share is the template's. Common words merge
 # with a space before them, other signs do not.
@@ -153,7 +153,7 @@ def _called(function: str, call_id: str) -> Chat:
     return [*_ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]
 
 
-def _turn(role: str, text: str, before: Chat) -> dict[str, Any]:
+def _turn(role: str, text: str, before: Chat) -> JSON:
     turn = {"role": role, "content": text}
     if role == "tool":
         call = before[-1]["tool_calls"][0]
