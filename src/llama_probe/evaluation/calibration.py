@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers.utils import logging
 
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import check_numbers, probabilities, probe_loss, threshold_of
 from .metrics import has_label
@@ -202,7 +202,7 @@ def calibrate(
     return config.replace(threshold=choose(probs[:, index], truth == index, None))
 
 
-def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, Any]:
+def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> JSON:
     """Compare the confidence of a head with how often it is right (Guo et al., arXiv 1706.04599).
 
     Heads that flag one of two labels and multi-label heads: the probability of the flagged or of each label against how often
@@ -238,7 +238,7 @@ def _bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> list
     return table
 
 
-def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[dict[str, Any]]]:
+def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[JSON]]:
     """Return what each threshold would give: 0.1 to 0.9, and the saved one.
 
     Returns:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import log_odds, probabilities
 from .bootstrap import Interval, auroc, intervals
@@ -44,7 +44,7 @@ def _halts(
 
 def detection(
     scores: Sequence[np.ndarray], positives: np.ndarray, threshold: float, patience: int = 1, window: int = 1
-) -> dict[str, Any]:
+) -> JSON:
     """Return what a halting rule does to replies.
 
     Args:
@@ -80,7 +80,7 @@ def halting_rules(
     validation: Sequence[torch.Tensor],
     labels: np.ndarray,
     max_false_halts: float = MAX_FALSE_HALTS,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[JSON]]:
     """Return, for each label and each patience and window of `RULES`, the threshold that detects most replies.
 
     Labels are the flagged one of two, else all. Regression heads have none. Labels of no row or of each row are skipped.
@@ -94,7 +94,7 @@ def halting_rules(
         By label name a list of rules with `patience`, `window`, `threshold`, `validation` (see `detection`) and `chosen`: True for
         the rule that detects most replies, and of several such rules the soonest.
     """
-    by_label: dict[str, list[dict[str, Any]]] = {}
+    by_label: dict[str, list[JSON]] = {}
     for index, name in config.id2label.items():
         if config.problem_type == "regression" or config.flagged_index not in (None, index):
             continue
@@ -114,13 +114,13 @@ def halting_rules(
 
 
 def apply_rules(
-    config: ProbeConfig, rules: dict[str, list[dict[str, Any]]], followed: Sequence[torch.Tensor], labels: np.ndarray
-) -> dict[str, list[dict[str, Any]]]:
+    config: ProbeConfig, rules: dict[str, list[JSON]], followed: Sequence[torch.Tensor], labels: np.ndarray
+) -> dict[str, list[JSON]]:
     """Return the rules of `halting_rules`, each with `test`: what it does to further rows, see `detection`.
 
     Labels that the head no longer has, because they were renamed, are skipped.
     """
-    by_label: dict[str, list[dict[str, Any]]] = {}
+    by_label: dict[str, list[JSON]] = {}
     for name, index in config.label2id.items():
         if name not in rules:
             continue
@@ -132,7 +132,7 @@ def apply_rules(
     return by_label
 
 
-def _detects_most(rule: dict[str, Any]) -> tuple[float, float]:
+def _detects_most(rule: JSON) -> tuple[float, float]:
     result = rule["validation"]
     return result["detected"], -(result["delay"]["median"] or 0)
 
@@ -147,7 +147,7 @@ def reply_report(
     labels: np.ndarray,
     token_labels: Sequence[np.ndarray] | None = None,
     resamples: int = 1000,
-) -> dict[str, Any]:
+) -> JSON:
     """Return how well a head with a flagged label halts replies at their first token over a threshold.
 
     Args:
@@ -216,7 +216,7 @@ def _limits(
     return intervals(statistic, len(read), resamples)
 
 
-def span_mask(token_texts: Sequence[str], spans: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def span_mask(token_texts: Sequence[str], spans: Sequence[Mapping[str, int]]) -> np.ndarray:
     """Return which tokens have a character of a span, `[tokens]` bool.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import datasets
 import evaluate
@@ -13,6 +12,7 @@ import torch
 from transformers import EvalPrediction
 
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import check_numbers, log_odds, predictions, probabilities
 
@@ -245,9 +245,9 @@ def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
         raise ProbeError(f"{metric} is not defined on the {len(labels)} validation rows: {reason}")
 
 
-def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(reports: list[JSON]) -> JSON:
     """Return mean and standard deviation (n - 1) of each metric over runs, in the shape of one report."""
-    summary: dict[str, Any] = {}
+    summary: JSON = {}
     for key, value in reports[0].items():
         values = [item[key] for item in reports]
         if isinstance(value, dict):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.novelty import FAR, MAX_ROWS, MIN_ROWS, Novelty, novelty_layers
@@ -29,7 +29,7 @@ def can_fit(config: ProbeConfig, train: Dataset, validation: Dataset) -> bool:
 
 def fit_novelty(
     probe: ProbeModel, train: Dataset, validation: Dataset, logits: torch.Tensor | None = None, progress: bool = False
-) -> dict[str, Any]:
+) -> JSON:
     """Fit a head's `Novelty` on training rows and calibrate it on validation rows. At most 2,000 of each count.
 
     Args:
@@ -73,7 +73,7 @@ def _mean_states(probe: ProbeModel, dataset: Dataset, progress: bool) -> tuple[t
     return (total.transpose(0, 1), count.T), logits
 
 
-def _summarize(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
+def _summarize(config: ProbeConfig, logits: torch.Tensor) -> JSON:
     """Return the share of rows with each label, and quantiles of each label's probability."""
     probs, names = probabilities(logits.float(), config), config.id2label.values()
     levels = np.quantile(probs.numpy(), _LEVELS, axis=0).round(5)  # [levels, num_labels]
@@ -86,7 +86,7 @@ def _summarize(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
     return {"labels": dict(zip(names, labels.double().mean(dim=0).tolist(), strict=True)), "scores": scores}
 
 
-def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamples: int = 1000) -> dict[str, Any]:
+def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamples: int = 1000) -> JSON:
     """Measure how well novelty tells a head's own kind of rows from others.
 
     Args:
@@ -96,7 +96,7 @@ def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamp
     Returns:
         `own`: `rows`, and `far`, the share above 0.99; `against`: the same by name, with `auroc` and its `interval`.
     """
-    against: dict[str, Any] = {}
+    against: JSON = {}
     for name, other in others.items():
         scores, truth = torch.cat([own, other]).numpy(), np.repeat([False, True], [len(own), len(other)])
         area, interval = auroc(scores, truth, resamples)
@@ -104,13 +104,13 @@ def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamp
     return {"own": _far(own), "against": against}
 
 
-def _far(novelty: torch.Tensor) -> dict[str, Any]:
+def _far(novelty: torch.Tensor) -> JSON:
     return {"rows": len(novelty), "far": float((novelty > FAR).double().mean())}
 
 
 def compare_log(
-    config: ProbeConfig, reference: Mapping[str, Any], logits: torch.Tensor, novelty: torch.Tensor, top: int = 20
-) -> dict[str, Any]:
+    config: ProbeConfig, reference: JSON, logits: torch.Tensor, novelty: torch.Tensor, top: int = 20
+) -> JSON:
     """Compare what a head says of a log of prompts with what it said of its validation rows.
 
     Args:
@@ -126,7 +126,7 @@ def compare_log(
     """
     summary, rows, far = _summarize(config, logits), len(novelty), _far(novelty)
     far |= {"interval": share_interval(int((novelty > FAR).sum()), rows), "median": float(novelty.median())}
-    comparison: dict[str, Any] = {"rows": rows, "novelty": far}
+    comparison: JSON = {"rows": rows, "novelty": far}
     for name, share in summary.get("labels", {}).items():
         low, high = share_interval(round(share * rows), rows)
         expected = reference["labels"][name]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..errors import ProbeError
-from ..files import replace_files
+from ..files import JSON, replace_files
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import probabilities
 from ..hub.folder import PLOT_NAMES, read_results
@@ -23,6 +23,7 @@ from ..hub.folder import PLOT_NAMES, read_results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 MAX_CONFUSION = 60  # labels; the cells of a larger confusion cannot be read
 _DPI = 110
@@ -88,7 +89,7 @@ def write_plots(folder: Path) -> list[Path]:
     return [folder / name for name in writers]
 
 
-def calibration_plot(inspection: dict[str, Any]) -> Figure:
+def calibration_plot(inspection: JSON) -> Figure:
     """Draw a reliability diagram: observed frequency against the head's probability, with the rows of each bin."""
     figure, calibration = new_figure((6.4, 4.2)), inspection["calibration"]
     bins = {name: np.array([part[name] for part in calibration["bins"]]) for name in calibration["bins"][0]}
@@ -109,7 +110,7 @@ def calibration_plot(inspection: dict[str, Any]) -> Figure:
     )
 
 
-def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
+def layer_weights_plot(inspection: JSON) -> Figure:
     """Draw the mean weight of each layer by label; more than ten labels become rows of a heat map.
 
     Layer 0 is the embedding output.
@@ -140,7 +141,7 @@ def layer_weights_plot(inspection: dict[str, Any]) -> Figure:
     )
 
 
-def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
+def confusion_plot(inspection: JSON, names: Sequence[str]) -> Figure:
     """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares.
 
     Raises:
@@ -169,7 +170,7 @@ def confusion_plot(inspection: dict[str, Any], names: Sequence[str]) -> Figure:
     )
 
 
-def outcomes_plot(inspection: dict[str, Any]) -> Figure:
+def outcomes_plot(inspection: JSON) -> Figure:
     """Draw in how many rows a multi-label head finds each label, misses it, or gives it wrongly."""
     # The label with the most rows is on top.
     outcomes = sorted(inspection["outcomes"].items(), key=lambda item: item[1]["found"] + item[1]["missed"])
@@ -192,9 +193,7 @@ def outcomes_plot(inspection: dict[str, Any]) -> Figure:
     )
 
 
-def drift_plot(
-    config: ProbeConfig, logits: torch.Tensor, novelty: torch.Tensor, reference: Mapping[str, Any]
-) -> Figure:
+def drift_plot(config: ProbeConfig, logits: torch.Tensor, novelty: torch.Tensor, reference: JSON) -> Figure:
     """Draw novelty and scores over a log of prompts, as means of up to 50 groups of rows. Arguments as for `compare_log`."""
     groups = np.array_split(np.arange(len(novelty)), min(50, len(novelty)))
     middle = [group.mean() for group in groups]
@@ -221,7 +220,7 @@ def drift_plot(
     )
 
 
-def _name_lines(axes: Axes, lines: Sequence[Any], names: Sequence[str]) -> None:
+def _name_lines(axes: Axes, lines: Sequence[Line2D], names: Sequence[str]) -> None:
     # Lines are passed because one labelled "_x" would be left out of the legend.
     for text in axes.legend(lines, names, fontsize=8).get_texts():
         text.set_parse_math(False)

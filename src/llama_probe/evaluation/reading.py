@@ -5,7 +5,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ import transformers
 from ..data.prompts import PromptFormat, Text
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import in_words
+from ..heads.decision import Label, in_words
 from ..heads.scope import token_mask
 
 
@@ -50,7 +49,7 @@ class Reading:
     counted: list[bool]
     weights: np.ndarray
     layer_weights: np.ndarray
-    label: Any
+    label: Label
     probabilities: dict[str, float]
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import log_odds, predictions, probabilities, threshold_of
 from ..heads.probe import ProbeModel
@@ -26,7 +26,7 @@ def inspect_head(
     batch_tokens: int = 4096,
     logits: torch.Tensor | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> JSON:
     """Return what cards and plots show of a head beyond its metrics.
 
     Args:
@@ -44,7 +44,7 @@ def inspect_head(
     parts = ((rows, [t for t in (out.logits, out.layer_weights) if t is not None]) for rows, (out,) in batches)
     head_logits, *weights = collect(len(dataset), parts)
     logits = head_logits if logits is None else logits
-    inspection: dict[str, Any] = {}
+    inspection: JSON = {}
     if weights:
         rows = {name: has_label(labels, index, config) for index, name in config.id2label.items()}
         means = {name: weights[0][mask].mean(dim=0).tolist() for name, mask in rows.items() if mask.any()}
@@ -63,8 +63,8 @@ def inspect_head(
 
 
 def report(
-    config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, slices: dict[str, Sequence[Any]] | None = None
-) -> dict[str, Any]:
+    config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, slices: Mapping[str, Sequence[object]] | None = None
+) -> JSON:
     """Return metrics of all rows, and of each group of rows with the same value in a column.
 
     Args:
@@ -81,9 +81,9 @@ def detailed_report(
     config: ProbeConfig,
     logits: torch.Tensor,
     labels: np.ndarray,
-    slices: dict[str, Sequence[Any]] | None = None,
+    slices: Mapping[str, Sequence[object]] | None = None,
     resamples: int = 1000,
-) -> dict[str, Any]:
+) -> JSON:
     """Return `report` with confidence intervals, and the numbers of each label.
 
     Args:
@@ -112,12 +112,12 @@ def _scores(
     config: ProbeConfig,
     logits: torch.Tensor,
     labels: np.ndarray,
-    slices: dict[str, Sequence[Any]] | None = None,
+    slices: Mapping[str, Sequence[object]] | None = None,
     resamples: int = 0,
-) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+) -> tuple[JSON, dict[str, JSON]]:
     """Return what `report` returns, and the metrics of each label, both with `intervals` if there are resamples."""
     statistic = score_statistic(logits, labels, config)
-    parts: dict[str | None, dict[str, Any]] = dict(all_scores(statistic, len(labels)))
+    parts: dict[str | None, JSON] = dict(all_scores(statistic, len(labels)))
     if resamples:
         limits = intervals(statistic, len(labels), resamples)
         for label, part in parts.items():
@@ -132,7 +132,7 @@ def _scores(
     return result, parts
 
 
-def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
+def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> JSON:
     """Return how many rows get the flagged label of a head with two labels.
 
     Returns:
@@ -141,7 +141,7 @@ def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
     """
     probs, index = probabilities(logits.float(), config), config.need_flagged_index("flagged_share")
 
-    def share(config: ProbeConfig) -> dict[str, Any]:
+    def share(config: ProbeConfig) -> JSON:
         flagged = predictions(probs, config) == index
         interval = share_interval(int(flagged.sum()), len(flagged))
         threshold = 0.5 if config.threshold is None else config.threshold
@@ -151,7 +151,7 @@ def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> dict[str, Any]:
     return {"label": config.id2label[index], **share(config), **({"named": named} if named else {})}
 
 
-def without_undefined(result: dict[str, Any], labels: np.ndarray, flagged: int) -> dict[str, Any]:
+def without_undefined(result: JSON, labels: np.ndarray, flagged: int) -> JSON:
     """Return a report in which metrics of the `flagged` one of two labels are None if they need rows of a label that none has."""
     present = set(labels.tolist())
     if len(present) == 2:
@@ -165,7 +165,7 @@ def asked(
     labels: np.ndarray,
     shares: Sequence[float],
     verdicts: np.ndarray | None = None,
-) -> list[dict[str, Any]]:
+) -> list[JSON]:
     """Return recall and false alarms of a head that asks a judge about the rows nearest to its threshold.
 
     The head flags one of two labels. A cheap score in front of an expensive judge, as in arXiv 2601.11516.
@@ -198,7 +198,7 @@ def asked(
     return parts
 
 
-def describe_evaluation(result: dict[str, Any], **facts) -> dict[str, Any]:
+def describe_evaluation(result: JSON, **facts) -> JSON:
     """Return what a head folder keeps of a report: `rows`, `metrics` of all rows, `intervals`, and by-products.
 
     Args:

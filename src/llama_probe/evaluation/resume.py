@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ..errors import ProbeError
-from ..files import make_folder, remove_leftovers, write_atomically
+from ..files import JSON, make_folder, remove_leftovers, write_atomically
 
 
-def same_settings(path: Path, settings: dict[str, Any]) -> bool:
+def same_settings(path: Path, settings: JSON) -> bool:
     """Compare the settings of a run with those of the run that it resumes. Write them if there is none.
 
     Args:
@@ -32,7 +31,7 @@ def same_settings(path: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> JSON:
     """Return the settings in a file. Raise `ProbeError` if it is damaged."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -43,7 +42,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ProbeError(f"{path} is damaged: {error}; remove it to start again") from None
 
 
-def check_settings(path: Path, written: dict[str, Any], settings: dict[str, Any]) -> None:
+def check_settings(path: Path, written: JSON, settings: JSON) -> None:
     """Raise `ProbeError` with the first difference between settings and those written in a file."""
     before, now = _flat(written), _flat(json.loads(json.dumps(settings)))
     for name in dict.fromkeys([*now, *before]):
@@ -53,7 +52,7 @@ def check_settings(path: Path, written: dict[str, Any], settings: dict[str, Any]
             raise ProbeError(f"{path} was written with {difference}: give the same settings, or another folder")
 
 
-def _flat(value: Any, name: str = "") -> dict[str, str]:
+def _flat(value: object, name: str = "") -> dict[str, str]:
     """Return the values in nested dicts by their dotted names, as Python writes them."""
     if not isinstance(value, dict):
         return {name: repr(value)}

@@ -22,7 +22,7 @@ from ..data.prompts import Text, exchange, is_text
 from ..data.row_files import MAX_TEXT, Chunk, InputFile
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
 from ..errors import ProbeError, first_line
-from ..files import remove_leftovers, write_atomically
+from ..files import JSON, remove_leftovers, write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
@@ -117,7 +117,7 @@ class ScoringJob:
     resume: bool = False
     max_text: int = MAX_TEXT
 
-    def execute(self) -> dict[str, Any]:
+    def execute(self) -> JSON:
         """Run the job.
 
         Returns:
@@ -160,10 +160,10 @@ class ScoringJob:
             kept = {name: fields[name] for name in self.keep_columns if name in fields} | kept
         return files, {name: kept.get(name, pa.string()) for name in self.keep_columns}
 
-    def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> dict[str, Any]:
+    def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> JSON:
         """Return the manifest, which is written if the job is new."""
         names = ("backbone", "dtype", "text_column", "prompt_column", "chunk_rows")
-        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        settings: JSON = {name: getattr(self, name) for name in names}
         settings["keep_columns"] = list(self.keep_columns)
         settings["heads"] = [[name, _digest(head)] for name, head in heads.items()]
         begun = {"format": _FORMAT, "inputs": [file.identity() for file in files], "settings": settings}
@@ -219,7 +219,7 @@ class ScoringJob:
         pairs = zip(prompts, replies, strict=True)
         return [exchange(prompt, reply) if prompt and reply and reply.strip() else None for prompt, reply in pairs]
 
-    def _complete(self, manifest: dict[str, Any]) -> dict[str, Any]:
+    def _complete(self, manifest: JSON) -> JSON:
         paths = sorted(self.output.glob("part-*.parquet"))
         parts = [{"name": path.name, "rows": pq.read_metadata(path).num_rows} for path in paths]
         finished = {"complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
@@ -285,7 +285,7 @@ def _write(table: pa.Table, path: Path) -> None:
         os.fsync(file.fileno())  # a part with its name must be complete, even after a power cut
 
 
-def _write_manifest(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+def _write_manifest(path: Path, content: JSON) -> JSON:
     write_atomically({path: json.dumps(content, indent=2, ensure_ascii=False) + "\n"})
     return content
 

@@ -12,15 +12,15 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from operator import methodcaller
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.decoder import find_decoder
 from ..data.labelled_texts import LabelledTexts
-from ..data.prompts import PromptDataset, PromptFormat, Text
+from ..data.prompts import Chat, PromptDataset, PromptFormat, Text
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
 from .prediction import predict_logits
@@ -48,7 +48,7 @@ Transformation = Callable[[str], Text]
 Wrapping = str | tuple[str, ...]
 
 
-def wrap(wrapping: Wrapping, text: str, system: str | None = None) -> list[dict[str, str]]:
+def wrap(wrapping: Wrapping, text: str, system: str | None = None) -> Chat:
     """Return a text in a wrapping as chat messages, after a system prompt if there is one."""
     turns = (wrapping,) if isinstance(wrapping, str) else wrapping
     filled = [("user" if index % 2 == 0 else "assistant", turn) for index, turn in enumerate(turns)]
@@ -56,7 +56,7 @@ def wrap(wrapping: Wrapping, text: str, system: str | None = None) -> list[dict[
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def _split(text: str) -> list[dict[str, str]]:
+def _split(text: str) -> Chat:
     """Return the thirds of a text as turns of the user."""
     first, *others = (" ".join(words) for words in np.array_split(text.split(), 3) if len(words))
     return wrap((first, *(turn for part in others for turn in ("Go on.", part))), "")
@@ -195,7 +195,7 @@ def kept_labels(
     harmless: LabelledTexts | None = None,
     baselines: Mapping[str, Labeller] | None = None,
     progress: bool = False,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JSON]:
     """Return how often a head's label stays when a text is transformed.
 
     Prompts are read whole, as `generate()` reads them, also beyond the head's `max_length`.
@@ -244,7 +244,7 @@ def kept_labels(
         chosen, safe = (
             rng.permutation(places)[:most] for places, most in zip((counted, spared), GROUPS[group], strict=True)
         )
-        shares: dict[str, dict[str, Any]] = {name: {"kept": {}, "alarms": {}} for name in labellers}
+        shares: dict[str, JSON] = {name: {"kept": {}, "alarms": {}} for name in labellers}
         for name, transform in transformations(prompts, group, [around[row] for row in unflagged]).items():
             if name == "second turn" and config.token_scope == "last_user":
                 continue  # such a head reads the second turn alone

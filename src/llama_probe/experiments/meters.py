@@ -5,16 +5,17 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..files import JSON
+
 
 # A timed call gets a function that it calls after each new token.
-Timed = Callable[[Callable[[], None]], Any]
+Timed = Callable[[Callable[[], None]], object]
 # Seconds of a call, and of each new token after the first, or None.
 Timing = tuple[float, float | None]
 # Operations that touch no data, beside views.
@@ -48,14 +49,14 @@ def time_pairs(
     return timed[warmup:]
 
 
-def spread(values: Iterable[float]) -> dict[str, Any]:
+def spread(values: Iterable[float]) -> JSON:
     """Return `median`, `quartiles` (first and third) and `runs` of some numbers."""
     values = list(values)
     low, middle, high = map(float, np.percentile(values, (25, 50, 75)))
     return {"median": middle, "quartiles": [low, high], "runs": len(values)}
 
 
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int:
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Return the bytes that a call holds at its peak, above those held at its start.
 
     On CUDA the allocator counts them. Elsewhere all tensors are counted, without a kernel's own scratch memory.
@@ -102,5 +103,5 @@ class Meter(TorchDispatchMode):
         self.held -= size
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
+def _storages(tree: object) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..backbone.decoder import find_decoder
 from ..backbone.loading import choose_device, load_backbone, model_id, resolve_backbone
 from ..errors import ProbeError, first_line
-from ..files import environment
+from ..files import JSON, environment
 from ..heads.configuration import ProbeConfig
 from ..heads.device import acting_as
 from ..serving.auto import AutoModelForProbedGeneration
@@ -94,7 +94,7 @@ def fresh_config(kind: str, hidden_size: int, num_hidden_layers: int, **fields) 
     raise refused
 
 
-def measure_costs(options: BenchmarkOptions) -> dict[str, Any]:
+def measure_costs(options: BenchmarkOptions) -> JSON:
     """Return `environment`, `settings`, `backbone` and `rows` of time and memory (see `row`), as JSON values."""
     systems, device, rows = load_systems(options), choose_device(options.device), []
     runs = list(product(options.batch_size, options.tokens, systems.heads))
@@ -134,7 +134,7 @@ def load_systems(options: BenchmarkOptions, replies: bool = False) -> Systems:
     return Systems(model, options.many)
 
 
-def row(pairs: list[tuple[Timing, Timing]], memory: int, compared: bool = True) -> dict[str, Any]:
+def row(pairs: list[tuple[Timing, Timing]], memory: int, compared: bool = True) -> JSON:
     """Return the numbers of a system, from timings of the plain model and of the system, and bytes above the plain model's.
 
     Returns:
@@ -142,7 +142,7 @@ def row(pairs: list[tuple[Timing, Timing]], memory: int, compared: bool = True) 
         `ratio` and `step_ratio`, if `compared`: median and quartiles of system over plain model, pair by pair.
         `above_base_mb`: 1 MB is 1e6 bytes. Values that are not defined are `None`.
     """
-    numbers: dict[str, Any] = {"above_base_mb": memory / 1e6}
+    numbers: JSON = {"above_base_mb": memory / 1e6}
     for index, name in enumerate(("", "step_")):
         values = [(first[index], second[index]) for first, second in pairs]
         known = values[0][1] is not None
@@ -151,7 +151,7 @@ def row(pairs: list[tuple[Timing, Timing]], memory: int, compared: bool = True) 
     return numbers
 
 
-def count_operations(systems: Systems, tokens: Sequence[int], as_device: str = "cuda") -> list[dict[str, Any]]:
+def count_operations(systems: Systems, tokens: Sequence[int], as_device: str = "cuda") -> list[JSON]:
     """Count the operations of each system for one prompt, with the choices of `"cuda"` or `"cpu"`, on any device.
 
     Returns:
@@ -178,7 +178,7 @@ def count_operations(systems: Systems, tokens: Sequence[int], as_device: str = "
     return rows
 
 
-def describe_run(options: BenchmarkOptions, lm: PreTrainedModel, rows: list[dict]) -> dict[str, Any]:
+def describe_run(options: BenchmarkOptions, lm: PreTrainedModel, rows: list[dict]) -> JSON:
     """Return a report as a dict of JSON values."""
     device = torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else str(lm.device)
     machine = {**environment(), "device": device, "threads": torch.get_num_threads()}

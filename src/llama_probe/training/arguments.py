@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 
 from ..errors import ProbeError
 from ..evaluation.metrics import default_metric
+from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from .defaults import check_numbers, schedule
@@ -117,7 +118,7 @@ class ProbeTrainingArguments(TrainingArguments):
         """The metric that chooses a head, by its name in results."""
         return self.metric_for_best_model.removeprefix("eval_")
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> JSON:
         """Return what `results.json` says of the training. Rows of a step are those of all processes."""
         names = "learning_rate num_train_epochs gradient_accumulation_steps weight_decay focal_gamma class_weights patience"
         names += "" if self.token_loss is None else " token_loss"

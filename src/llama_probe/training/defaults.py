@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from ..backbone.loading import backbone_target, model_id
 from ..data.labelled_texts import LabelledTexts
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads import get_probe_type, probe_types
 from ..heads.configuration import ProbeConfig
 
@@ -31,7 +31,7 @@ def schedule(rows: int) -> tuple[int, int]:
     return next(entry[1:] for entry in _SCHEDULES if rows <= entry[0])
 
 
-def check_numbers(values: dict[str, Any]) -> None:
+def check_numbers(values: JSON) -> None:
     """Raise `ProbeError` for a number of training that is out of its range. None is allowed."""
     for allowed, (is_allowed, names) in _RANGES.items():
         for name in names:
@@ -39,7 +39,7 @@ def check_numbers(values: dict[str, Any]) -> None:
                 raise ProbeError(f"{name}={value} must be {allowed}")
 
 
-def complete_head(head: dict[str, Any], rows: int) -> dict[str, Any]:
+def complete_head(head: JSON, rows: int) -> JSON:
     """Return fields of `ProbeConfig` with a kind for `"auto"` or none, and the kind's dropouts for those that are None."""
     name = head.get("probe_type", AUTO)
     if name == AUTO:
@@ -51,7 +51,7 @@ def complete_head(head: dict[str, Any], rows: int) -> dict[str, Any]:
     return {**head, "probe_type": name, **dropouts}
 
 
-def check_head(head: dict[str, Any]) -> None:
+def check_head(head: JSON) -> None:
     """Raise `ProbeError` for fields of `ProbeConfig` that are not allowed. A kind that is not chosen yet allows all."""
     if head.get("probe_type", AUTO) != AUTO:
         given = {name: value for name, value in head.items() if value is not None}
@@ -60,7 +60,7 @@ def check_head(head: dict[str, Any]) -> None:
         ProbeConfig(**given)
 
 
-def head_config(head: dict[str, Any], rows: LabelledTexts, backbone: str | None) -> ProbeConfig:
+def head_config(head: JSON, rows: LabelledTexts, backbone: str | None) -> ProbeConfig:
     """Return the config of a new head for the labels of its training rows.
 
     Args:
@@ -88,7 +88,7 @@ def head_config(head: dict[str, Any], rows: LabelledTexts, backbone: str | None)
     return ProbeConfig(**{**known, **head, **labels})
 
 
-def is_depths(layers: Any) -> bool:
+def is_depths(layers: object) -> bool:
     """Return True if layers are named as parts of the depth."""
     return isinstance(layers, (list, tuple)) and any(isinstance(layer, float) for layer in layers)
 

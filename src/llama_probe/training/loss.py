@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, probe_loss
 from .token_loss import TOKEN_LOSSES
@@ -50,7 +50,7 @@ class ProbeLoss:
             raise ProbeError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
 
     @classmethod
-    def create(cls, config: ProbeConfig, args: Mapping[str, Any], labels: np.ndarray | None) -> ProbeLoss:
+    def create(cls, config: ProbeConfig, args: JSON, labels: np.ndarray | None) -> ProbeLoss:
         """Build the loss that training arguments describe. Balanced class weights are those of `labels`."""
         class_weights = args["class_weights"]
         weights = balanced_weights(labels, config) if class_weights == "balanced" else None

@@ -24,6 +24,7 @@ from ..evaluation.calibration import with_rates
 from ..evaluation.prediction import predict_rows
 from ..evaluation.report import detailed_report, flagged_share
 from ..evaluation.transformations import ATTACKS, kept_labels
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.novelty import FAR
@@ -71,7 +72,7 @@ class Baseline:
         return predictions(probabilities(self.logits(texts), self.config), self.config).numpy()
 
 
-def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel]) -> dict[str, Any]:
+def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel]) -> JSON:
     """Measure a head on the further rows of its recipe, and each twin on the rows that it has not learned from.
 
     Args:
@@ -81,7 +82,7 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
         The section `measured` of `results.json`; `docs/recipes.md` explains its keys.
     """
     recipe, rows = run.recipe, run.rows
-    parts: list[dict[str, Any]] = []
+    parts: list[JSON] = []
     for twin, probe in {None: head, **twins}.items():
         baseline = _baseline(run, probe.config, () if twin is None else rows.held_out[twin].tolist())
         for name, part in (rows.measured if twin is None else rows.held_rows[twin]).items():
@@ -95,7 +96,7 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
             measured = _measure_part(head, prompts, first, None)
             parts.append({"name": f"{name}, {form} copy of the backbone", "twin": None, **measured})
         head.set_backbone(run.lm)
-    results: dict[str, Any] = {"rates": list(head.config.thresholds or {}), "parts": parts}
+    results: JSON = {"rates": list(head.config.thresholds or {}), "parts": parts}
     results["bytes"] = sum(tensor.nbytes for tensor in head.state_dict().values())
     if recipe.measure.wrappings in rows.measured:
         wrapped = rows.measured[recipe.measure.wrappings]
@@ -143,9 +144,7 @@ def quantised(lm: nn.Module, form: str) -> nn.Module:
     return rounded
 
 
-def _measure_part(
-    head: ProbeModel, dataset: Dataset, rows: LabelledTexts, baseline: Baseline | None
-) -> dict[str, Any]:
+def _measure_part(head: ProbeModel, dataset: Dataset, rows: LabelledTexts, baseline: Baseline | None) -> JSON:
     logits, novelty = predict_rows(head, dataset, progress=True)
     part = {"rows": len(rows), **_scores(head.config, logits, rows.labels)}
     if novelty is not None:
@@ -155,8 +154,8 @@ def _measure_part(
     return part
 
 
-def _scores(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray) -> dict[str, Any]:
-    scores: dict[str, Any] = {}
+def _scores(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray) -> JSON:
+    scores: JSON = {}
     if config.problem_type != "single_label_classification" or len(set(labels.tolist())) > 1:
         report = detailed_report(config, logits, labels)
         metrics = ("auroc", "auprc") if config.problem_type != "regression" else ("r2",)

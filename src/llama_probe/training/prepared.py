@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -20,6 +19,7 @@ from ..distributed import check_shared, is_main, on_main, world_size
 from ..errors import ProbeError
 from ..evaluation.calibration import check_rates, check_threshold_rule
 from ..evaluation.metrics import check_metric
+from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.match import describe
@@ -136,7 +136,7 @@ class PreparedRun:
         """Make the heads that train side by side, each with its own seed."""
         recipe, lm, row_of = self.recipe, None if self.cache is not None else self.lm, np.asarray(self.places)
         self.heads: dict[str, ProbeModel] = {}
-        self.head_args: dict[str, dict[str, Any]] = {}
+        self.head_args: dict[str, JSON] = {}
         self.left_out: dict[str, np.ndarray] = {}
 
         def create(name: str, seed: int, trial: Trial | None = None, without: np.ndarray | None = None) -> None:
@@ -180,7 +180,7 @@ class PreparedRun:
         replies = "tokens" if self.config.reads_reply else None
         return TrainingRows(self.datasets["validation"], replies=replies, learned_by=judged_by)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> JSON:
         """Return what must be the same if a run is resumed, as JSON values."""
         return {
             "recipe": {name: value for name, value in self.recipe.values.items() if name not in ("card", "measure")},

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -80,7 +79,7 @@ class KeepBest(TrainerCallback):
         progress = self.trainer.progress
         for name, head in self.trainer.heads.items():
             if not progress[name].has_stopped(args.patience):
-                value: Any = metrics.get(f"eval_{self.trainer.metric_name(name, args.metric)}")
+                value = metrics.get(f"eval_{self.trainer.metric_name(name, args.metric)}")
                 is_number = value is not None and math.isfinite(value)
                 score = (value if args.greater_is_better else -value) if is_number else -math.inf
                 progress[name].note(score, state.epoch, head.state_dict())

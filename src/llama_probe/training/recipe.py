@@ -19,7 +19,7 @@ from ..data.labelled_texts import Labels
 from ..data.row_files import MAX_TEXT
 from ..data.row_sources import Source, benchmark_splits
 from ..errors import ProbeError, first_line
-from ..files import short_path
+from ..files import JSON, short_path
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import RECIPE_NAME
 from .defaults import check_head, check_numbers
@@ -127,8 +127,8 @@ class Recipe:
     test: Held = field(default_factory=Held)
     slice_columns: list[str] = field(default_factory=list)
     copies: Copies = field(default_factory=Copies)
-    head: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    head: JSON = field(default_factory=dict)
+    training: JSON = field(default_factory=dict)
     seeds: int = 1
     seed: int = 0
     search: Search = field(default_factory=Search)
@@ -136,10 +136,10 @@ class Recipe:
     hold_out: dict[str, list[str]] = field(default_factory=dict)
     measure: Measure = field(default_factory=Measure)
     card: CardFacts = field(default_factory=CardFacts)
-    values: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    values: JSON = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def load(cls, source: str | os.PathLike | Mapping[str, Any] | Recipe, settings: Sequence[str] = ()) -> Recipe:
+    def load(cls, source: str | os.PathLike | Mapping[str, object] | Recipe, settings: Sequence[str] = ()) -> Recipe:
         """Read a recipe.
 
         Args:
@@ -261,7 +261,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> JSON:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -321,7 +321,7 @@ def _parse(owner: type, at: str, values: Any) -> Any:
         raise ProbeError(f"{at or 'the recipe'}: {first_line(error)}") from None
 
 
-def _sources(at: str, values: Any) -> list[Source]:
+def _sources(at: str, values: object) -> list[Source]:
     values = values if isinstance(values, list) else [values]
     return [
         _parse(Source, f"{at}[{i}]", {"rows": value} if isinstance(value, str) else value)
@@ -329,7 +329,7 @@ def _sources(at: str, values: Any) -> list[Source]:
     ]
 
 
-def _without_folders(value: Any, name: str = "") -> Any:
+def _without_folders(value: object, name: str = "") -> object:
     """Return values in which paths of this machine have their last two parts alone."""
     if isinstance(value, dict):
         return {key: _without_folders(part, key) for key, part in value.items()}

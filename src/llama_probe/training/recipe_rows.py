@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -17,10 +16,11 @@ from transformers.utils import logging
 from ..data.augmentation import wrapped_copies
 from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts, Labels, check_labels
+from ..data.row_files import Columns
 from ..data.row_sources import SOURCE, Source
 from ..distributed import is_main
 from ..errors import ProbeError
-from ..files import short_path
+from ..files import JSON, short_path
 from .recipe import FEW_ROWS, FOLDS, VALIDATION_SHARE, Held, Recipe
 
 
@@ -59,8 +59,8 @@ class RecipeRows:
     held_out: dict[str, np.ndarray]
     unjudged: dict[str, np.ndarray]
     held_rows: dict[str, dict[str, LabelledTexts]]
-    slices: dict[str, list[Any]]
-    described: dict[str, dict[str, Any]] = field(default_factory=dict)
+    slices: Columns
+    described: dict[str, JSON] = field(default_factory=dict)
 
     @property
     def judged(self) -> LabelledTexts:
@@ -268,7 +268,7 @@ def _rows_of_twins(
     return places_by_twin
 
 
-def _describe(recipe: Recipe, validation: Held, test: Held, rows: RecipeRows) -> dict[str, dict[str, Any]]:
+def _describe(recipe: Recipe, validation: Held, test: Held, rows: RecipeRows) -> dict[str, JSON]:
     """Return `source` and `rows` of each part, and the `weights` of extra rows."""
 
     def names(sources: Sequence[Source]) -> str:
@@ -286,7 +286,7 @@ def _describe(recipe: Recipe, validation: Held, test: Held, rows: RecipeRows) ->
         "test": (names(test.sources) or f"{test.share or 0:.0%} of train", len(rows.test or ())),
         "calibration": (names(recipe.calibration.sources), len(rows.calibration or ())),
     }
-    described: dict[str, dict[str, Any]] = {
+    described: dict[str, JSON] = {
         name: {"source": source, "rows": count} for name, (source, count) in parts.items() if count
     }
     if "extra" in described and (weights := next((source.weights for source in extra if source.weights), None)):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from ..evaluation.novelty_fit import can_fit, fit_novelty
 from ..evaluation.plots import write_plots
 from ..evaluation.prediction import follow_replies, predict_logits, predict_together, strongest_of
 from ..evaluation.report import inspect_head, report
-from ..files import environment, write_atomically
+from ..files import JSON, environment, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..hub.card import write_card
@@ -59,7 +58,7 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
     rows, args, metric = run.rows, run.args, run.args.metric
     logits_by_head, followed = _judged_logits(run)
     tested: dict[str, torch.Tensor] = {}
-    runs: dict[str, dict[str, Any]] = {}
+    runs: dict[str, JSON] = {}
     for name, seed in run.candidates.items():
         probe, logits = run.heads[name], logits_by_head[name]
         if not bool(logits.isfinite().all()):
@@ -130,7 +129,7 @@ def _novelty_rows(run: PreparedRun, logits: torch.Tensor) -> tuple[Dataset, Data
     return TrainingRows(train, rest), TrainingRows(train, held), logits[held]
 
 
-def _calibrate(run: PreparedRun, probe: ProbeModel) -> dict[str, Any] | None:
+def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     """Fit the thresholds of a head on the calibration rows, and return what `results.json` says of them.
 
     The last rates are left out if they do not fit, and None is returned if none does: a head is not thrown away for its
@@ -182,7 +181,7 @@ def _card(run: PreparedRun) -> CardFacts:
     return replace(facts, limits=limits, data_note=" ".join(filter(None, sentences)) or None)
 
 
-def _describe_search(run: PreparedRun, runs: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def _describe_search(run: PreparedRun, runs: Mapping[str, JSON]) -> list[JSON]:
     """Return the trials of a search, best first; a trial that diverged has the score None."""
     trials = [
         {
@@ -199,7 +198,7 @@ def _describe_search(run: PreparedRun, runs: Mapping[str, dict[str, Any]]) -> li
 
 def decide(
     config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, args: ProbeTrainingArguments
-) -> tuple[ProbeConfig, dict[str, Any]]:
+) -> tuple[ProbeConfig, JSON]:
     """Fit temperature and threshold on validation rows, and measure these.
 
     Returns:
@@ -213,7 +212,7 @@ def decide(
 
 def _halting(
     probe: ProbeModel, run: PreparedRun, validation: list[torch.Tensor], test: list[torch.Tensor] | None
-) -> dict[str, Any]:
+) -> JSON:
     """Choose halting rules on the followed validation rows, and measure them on the test rows; see `halting_rules`."""
     rate = run.args.max_false_positive_rate
     limit = MAX_FALSE_HALTS if rate is None else rate
@@ -226,9 +225,9 @@ def _halting(
 def add_results(
     probe: ProbeModel,
     args: ProbeTrainingArguments,
-    rows: dict[str, dict[str, Any]],
-    head_args: Mapping[str, Any],
-    runs: list[dict[str, Any]],
+    rows: dict[str, JSON],
+    head_args: JSON,
+    runs: list[JSON],
     inspected: tuple[str, Dataset, torch.Tensor | None],
     novelty: tuple[Dataset | None, Dataset, torch.Tensor],
     dtype: str | None,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import ProgressCallback
 
 from ..distributed import claimed, on_main, process_group
 from ..errors import ProbeError
 from ..evaluation.resume import same_settings
+from ..files import JSON
 from ..hub.folder import check_output, is_head_folder
 from .prepared import CHECKPOINTS, SETUP_NAME, PreparedRun
 from .progress import last_checkpoint
@@ -27,7 +27,7 @@ def train_recipe(
     data_dir: str | os.PathLike | None = None,
     resume: bool = False,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> JSON:
     """Train, calibrate and measure a head by a recipe, and write it into a folder.
 
     The processes of `torchrun` divide the rows: each runs the backbone on a share of them, and gets a share of every batch.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 
@@ -41,9 +42,9 @@ class Search:
 class Trial:
     """A configuration that was drawn: its values by name, the config of its head, and training arguments that differ."""
 
-    values: dict[str, Any]
+    values: JSON
     config: ProbeConfig
-    training: dict[str, Any]
+    training: JSON
 
 
 def draw_trials(search: Search, base: ProbeConfig, seed: int) -> dict[str, Trial]:
@@ -79,7 +80,7 @@ def draw_trials(search: Search, base: ProbeConfig, seed: int) -> dict[str, Trial
     return trials
 
 
-def draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> dict[str, Any]:
+def draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> JSON:
     """Let an Optuna trial draw a value for each name: of a range, or of a list of choices."""
     return {
         name: trial.suggest_categorical(name, choices)
@@ -89,7 +90,7 @@ def draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> dict[
     }
 
 
-def _trial(base: ProbeConfig, values: dict[str, Any]) -> Trial:
+def _trial(base: ProbeConfig, values: JSON) -> Trial:
     training = {name: values[name] for name in _TRAINING}
     options = {name: value for name, value in values.items() if name in get_probe_type(values["probe_type"]).options}
     head = {name: value for name, value in values.items() if name not in training and name not in options}

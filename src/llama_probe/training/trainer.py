@@ -33,6 +33,7 @@ from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric
 from ..evaluation.metrics import compute_metrics as metrics_of
 from ..evaluation.prediction import predict_logits
+from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
@@ -110,9 +111,9 @@ class ProbeTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] | None = None,
         *,
         backbone: str | os.PathLike | PreTrainedModel | None = None,
-        probe_config: Mapping[str, Any] | None = None,
+        probe_config: Mapping[str, object] | None = None,
         column_mapping: Mapping[str, str] | None = None,
-        head_args: Mapping[str, Mapping[str, Any]] | None = None,
+        head_args: Mapping[str, Mapping[str, object]] | None = None,
         left_out: Mapping[str, Sequence[int]] | None = None,
         **kwargs,
     ):
@@ -126,7 +127,7 @@ class ProbeTrainer(Trainer):
         if unknown := set(probe_config or ()) - {item.name for item in fields(ProbeConfig)}:
             raise ProbeError(f"probe_config has no {min(unknown)!r}; learning rates and the like go into args=")
         self._columns, self._tokenizer = column_mapping, processing_class
-        self._recorded: dict[str, Any] = {}
+        self._recorded: JSON = {}
         self._run: PreparedRun | None = None
         self._chosen: ProbeModel | None = None
         self.logits: torch.Tensor | dict[str, torch.Tensor] | None = None
@@ -186,7 +187,7 @@ class ProbeTrainer(Trainer):
     @classmethod
     def from_recipe(
         cls,
-        recipe: str | os.PathLike | Mapping[str, Any] | Recipe,
+        recipe: str | os.PathLike | Mapping[str, object] | Recipe,
         *,
         backbone: str | os.PathLike | PreTrainedModel,
         output_dir: str | os.PathLike = "head",
@@ -242,7 +243,7 @@ class ProbeTrainer(Trainer):
         return dict(self.model.heads) if self._is_group else {"head": self.model}
 
     @property
-    def results(self) -> dict[str, Any] | None:
+    def results(self) -> JSON | None:
         """Results of the head of a recipe, or of a single head; None before `judge`."""
         head = next(iter(self.heads.values())) if self._chosen is None else self._chosen
         return head.results
@@ -254,7 +255,7 @@ class ProbeTrainer(Trainer):
             weakref.finalize(self, cache.delete)
         return cache
 
-    def _create_head(self, backbone: Any, head: dict[str, Any], data: Any) -> tuple[ProbeModel, LabelledTexts]:
+    def _create_head(self, backbone: Any, head: JSON, data: Any) -> tuple[ProbeModel, LabelledTexts]:
         """Read the training rows, load the backbone, and make a head for the labels of the rows."""
         names = list(head["id2label"].values()) if head.get("id2label") else None
         rows = rows_in_memory("train_dataset", data, self._columns, names, head.get("problem_type"))
@@ -356,7 +357,9 @@ class ProbeTrainer(Trainer):
             self.judge()
         return output
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """Do a step, in which dropout draws numbers of its own: a head learns the same beside others as alone."""
         seed = int(torch.randint(2**62, ()))
         device = self.args.device
@@ -368,7 +371,7 @@ class ProbeTrainer(Trainer):
     def prediction_step(
         self,
         model: nn.Module,
-        inputs: dict[str, Any],
+        inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
@@ -410,7 +413,7 @@ class ProbeTrainer(Trainer):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # a checkpoint is complete once the main rank has written the state
 
-    def judge(self) -> dict[str, Any]:
+    def judge(self) -> JSON:
         """Fit temperature and threshold on the evaluation rows, fit novelty, and measure the heads on the evaluation rows.
 
         With a recipe: also calibrate and measure as it says, and choose the best head.
@@ -476,7 +479,7 @@ class ProbeTrainer(Trainer):
         kwargs.setdefault("direction", "maximize")
         return super().hyperparameter_search(hp_space or self._suggest, compute_objective, n_trials, **kwargs)
 
-    def _suggest(self, trial: Any) -> dict[str, Any]:
+    def _suggest(self, trial: Any) -> JSON:
         space = SEARCH_SPACE | get_probe_type(self.model.config.probe_type).search_space
         names = ("learning_rate", "weight_decay")
         return draw(trial, {name: space[name] for name in names} | {"per_device_train_batch_size": [8, 16, 32, 64]})
