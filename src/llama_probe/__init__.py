@@ -5,7 +5,7 @@ Importing the package gives `transformers.AutoModel.from_pretrained` and `AutoMo
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .auto_classes import install
 from .errors import ProbeError
@@ -48,7 +48,7 @@ _MODULES = {
 __all__ = ["ProbeError", "__version__", *_MODULES]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         value = import_module(".files", __name__).package_version()
     elif name in _MODULES:

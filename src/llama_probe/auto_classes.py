@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
 
 
 _PIPELINES = "transformers.pipelines"
@@ -43,20 +42,22 @@ def install() -> None:
 class _Finder(MetaPathFinder):
     """Finds the modules to change, as Python does, with a loader that changes them once they are loaded."""
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in (*_CLASSES, _PIPELINES):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None:
+        if spec is not None and spec.loader is not None:
             spec.loader = _ChangingLoader(spec.loader)
         return spec
 
 
 class _ChangingLoader(Loader):
-    def __init__(self, loader: Any):
+    def __init__(self, loader: Loader):
         self.loader = loader
 
-    def __getattr__(self, name: str) -> Any:  # such as `get_source`
+    def __getattr__(self, name: str) -> object:  # such as `get_source`
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from transformers.utils import logging
 
 from ..backbone.loading import backbone_target
 from ..errors import ProbeError
 from ..experiments.benchmark_options import BenchmarkOptions
+from ..files import JSON
 from ..serving.host import read_heads
 from .console import cell, print_table, print_text
 from .options import Result
@@ -45,7 +46,7 @@ def benchmark(
         logging.set_verbosity(verbosity)
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: JSON) -> None:
     rows, backbone = report["rows"], report["backbone"]
     device = report.get("as_device", report["environment"]["device"])
     weights = "random weights" if report["settings"]["random_weights"] else "its weights"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import markup
 from rich.console import Console
 from rich.table import Table
+
+from ..files import JSON
 
 
 # Control characters, except those that Rich handles (line breaks, tabs), and marks that change the text direction.
@@ -73,7 +74,7 @@ def with_spread(summary: dict[str, float], form: str) -> str:
     return f"{summary['mean']:{form}}" + (f" ± {summary['std']:{form}}" if summary["std"] else "")
 
 
-def print_records(title: str | None, records: Mapping[str, Mapping[str, Any]], left: int = 1) -> None:
+def print_records(title: str | None, records: Mapping[str, JSON], left: int = 1) -> None:
     """Print a row for each record, by its name, and a column for each value; `intervals` are below the values."""
     flat = {name: _flat(record) for name, record in records.items()}
     columns = list(next(iter(flat.values()), {}))
@@ -84,12 +85,12 @@ def print_records(title: str | None, records: Mapping[str, Mapping[str, Any]], l
     print_table(title, ("", *columns), rows, left)
 
 
-def print_values(title: str, values: Mapping[str, Any], path: str = "") -> None:
+def print_values(title: str, values: JSON, path: str = "") -> None:
     """Print tables of JSON values: the plain ones, columns of dicts with the same keys, and groups of records."""
     intervals = values.get("intervals", {})
     plain = [(name, cell(value, intervals.get(name))) for name, value in values.items() if _is_plain(value)]
     print_table(title, ("", "value"), plain)
-    columns: dict[tuple[str, ...], dict[str, Any]] = {}
+    columns: dict[tuple[str, ...], JSON] = {}
     for name, part in values.items():
         if _is_plain(part) or not part or name == "intervals":
             continue
@@ -111,7 +112,7 @@ def _is_plain(value: object) -> bool:
     return not isinstance(value, dict) and not (isinstance(value, list) and value and isinstance(value[0], dict))
 
 
-def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(record: JSON) -> JSON:
     """Return the plain values in a record, and those of the dicts in it that hold nothing else."""
     values = {name: value for name, value in record.items() if _is_plain(value)}
     for name, inner in record.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from tqdm.auto import tqdm
@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from ..backbone.loading import demo_backbone
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..serving.auto import AutoModelForProbedGeneration
 from .options import COUNT, Result
@@ -62,7 +63,7 @@ def demo(*, max_new_tokens: Annotated[int, COUNT] = 24) -> Result:
     return rows, partial(_print, rows, {name: head.config for name, head in model.probes.items()})
 
 
-def _print(rows: list[dict[str, Any]], configs: dict[str, ProbeConfig]) -> None:
+def _print(rows: list[JSON], configs: dict[str, ProbeConfig]) -> None:
     print_rows(rows, configs)
     # The median of the pairs: one pause of the machine would dominate a sum.
     ratio = statistics.median(row["seconds"] / row["seconds_without_heads"] for row in rows)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
-from ..data.prompts import is_text
+from ..data.prompts import Text, is_text
 from ..data.row_files import MAX_TEXT, InputFile
 from ..errors import ProbeError
-from ..files import check_writable, make_folder, write_atomically
+from ..files import JSON, check_writable, make_folder, write_atomically
 from .console import print_records, print_values
 from .inputs import HeadOptions, ScoredHead
 from .options import COUNT, PROBE, Result
@@ -66,9 +66,9 @@ def drift(
     return found, partial(_print, probe, found, output)
 
 
-def _texts(patterns: list[str], text_column: str, max_text: int) -> list[Any]:
+def _texts(patterns: list[str], text_column: str, max_text: int) -> list[Text]:
     """Return the texts of all files in their order; rows without one are skipped."""
-    texts: list[Any] = []
+    texts: list[Text] = []
     for file in InputFile.find(patterns, max_text):
         if text_column not in (fields := file.fields()):
             raise ProbeError(f"{file.path} has no column {text_column!r}; it has: {', '.join(fields) or 'none'}")
@@ -79,7 +79,7 @@ def _texts(patterns: list[str], text_column: str, max_text: int) -> list[Any]:
     return texts
 
 
-def _print(probe: str, found: dict[str, Any], output: Path | None) -> None:
+def _print(probe: str, found: JSON, output: Path | None) -> None:
     print_values(f"{probe} on a log", found | {"scores": {}, "worth_labelling": []})
     deciles = {name: {key: levels[1:10:4] for key, levels in part.items()} for name, part in found["scores"].items()}
     print_records("deciles 10, 50 and 90 % of the scores", deciles)
@@ -89,6 +89,6 @@ def _print(probe: str, found: dict[str, Any], output: Path | None) -> None:
         print(f"written: {output / 'drift.png'}")
 
 
-def _shorten(text: str | list[dict[str, Any]]) -> str:
+def _shorten(text: Text) -> str:
     words = " ".join(str(text if isinstance(text, str) else text[-1]["content"]).split())
     return words if len(words) <= _SHOWN else f"{words[:_SHOWN]} ..."

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
 from ..data.known import slices_of
+from ..data.labelled_texts import LabelledTexts
 from ..data.labels import read_labels
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
-from ..files import short_path
+from ..files import JSON, short_path
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import measured_rules, read_results
 from .console import print_values
@@ -116,7 +117,7 @@ def evaluate(
     return result, partial(print_values, f"{probe} on {data}", _for_display(result))
 
 
-def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
+def _verdicts(labelled: LabelledTexts, config: ProbeConfig, column: str) -> np.ndarray:
     """Return the labels of a column, which are given like those of the rows."""
     if column not in labelled.columns:
         raise ProbeError(f"--judge-column {column!r} must be a column: {', '.join(labelled.columns) or 'none'}")
@@ -124,7 +125,7 @@ def _verdicts(labelled: Any, config: ProbeConfig, column: str) -> np.ndarray:
     return read_labels(f"--judge-column {column}", labelled.columns[column], names, config.problem_type)[0]
 
 
-def _for_display(result: dict[str, Any]) -> dict[str, Any]:
+def _for_display(result: JSON) -> JSON:
     """Return a report with its confusion by names of labels, if these are few, and halting rules as they did here."""
     names, matrix = list(result.get("labels", ())), result.get("confusion", ())
     by_name = {name: dict(zip(names, counts, strict=True)) for name, counts in zip(names, matrix, strict=False)}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 from ..backbone.loading import DtypeName, backbone_target, load_backbone, model_id
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import Check, compare
 from ..heads.probe import ProbeModel
@@ -77,7 +77,7 @@ def results_table() -> str:
     return markdown_table(columns, rows, "llrlrrrrr")
 
 
-def measured_table(measured: dict[str, Any]) -> str:
+def measured_table(measured: JSON) -> str:
     """Return a Markdown table of what one recipe has measured of heads, by backbone, beside TF-IDF, with 95 % intervals.
 
     A row is a set of rows and a figure: the share with a label that is flagged at the first threshold, AUROC, or AUPRC.
@@ -87,11 +87,11 @@ def measured_table(measured: dict[str, Any]) -> str:
     parts_by_name = [{part["name"]: part for part in head["parts"]} for head in heads]
     rate = (heads[0]["rates"] or ["threshold"])[0]
 
-    def share(part: dict[str, Any], label: str) -> str:
+    def share(part: JSON, label: str) -> str:
         flagged = part.get("labels", {}).get(label, {}).get(rate)
         return "{:.2f} [{:.2f}, {:.2f}]".format(flagged["share"], *flagged["interval"]) if flagged else "-"
 
-    def score(part: dict[str, Any], metric: str) -> str:
+    def score(part: JSON, metric: str) -> str:
         value = part.get(metric)
         return "-" if value is None else "{:.3f} [{:.3f}, {:.3f}]".format(value, *part["intervals"][metric])
 
@@ -115,7 +115,7 @@ def measured_table(measured: dict[str, Any]) -> str:
     return markdown_table(["rows", "figure", *map(plain, measured), "TF-IDF"], rows, "ll" + "r" * (len(heads) + 1))
 
 
-def read_measured(alias: str) -> dict[str, Any]:
+def read_measured(alias: str) -> JSON:
     """Return what its recipe has measured of a bundled head on each backbone, by the backbone's name."""
     name = ALIASES.get(alias, alias)
     measured = {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
+
+import transformers
 
 from ..backbone.loading import DtypeName, backbone_target, load_backbone, name_of_backbone
 from ..data.labelled_texts import LabelledTexts, Labels
@@ -43,7 +45,9 @@ class HeadOptions:
         options = HubOptions(trust_remote_code=self.trust_remote_code)
         return read_heads(probes, backbone_target(self.backbone_of(probes[0])), options)
 
-    def attach(self, heads: dict[str, ProbeModel], probe: str) -> tuple[Any, Any]:
+    def attach(
+        self, heads: dict[str, ProbeModel], probe: str
+    ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
         """Return the backbone of a head with heads, and its tokenizer."""
         from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
 
@@ -91,7 +95,7 @@ class TextRows:
         labels = Labels(names=list(config.id2label.values()), problem_type="single_label_classification")
         return self._read(source, labels, split, label=labels.names[0], max_rows=limit).texts
 
-    def _read(self, source: str, labels: Labels, split: str, **fields: Any) -> LabelledTexts:
+    def _read(self, source: str, labels: Labels, split: str, **fields) -> LabelledTexts:
         columns = {"text_column": self.text_column, "prompt_column": self.prompt_column}
         return Source(rows=source, **columns, **fields).read(labels, self.data_dir, split, max_text=self.max_text)
 

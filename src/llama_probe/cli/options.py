@@ -55,7 +55,7 @@ _SHARED = {
 }
 
 # The result of a command as JSON values, and a function that prints it for people; None on a rank that prints nothing.
-Result = tuple[Any, Callable[[], object]] | None
+Result = tuple[object, Callable[[], object]] | None
 
 # A parameter in the section of a docstring that lists them.
 _PARAMETER = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
@@ -90,7 +90,7 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
     Its result is printed. All that it prints itself goes to standard error.
     """
 
-    def run(**values: Any) -> None:
+    def run(**values: object) -> None:
         try:
             common = _call(_Common, values)
             if script := sys.modules.get("llama_probe_command"):
@@ -137,7 +137,7 @@ def _options(documented: Callable) -> Iterator[inspect.Parameter]:
         )
 
 
-def _call(function: Callable, values: dict[str, Any]) -> Any:
+def _call(function: Callable, values: dict[str, object]) -> Any:
     """Call a function, or create a dataclass, with the values of its options by name."""
     arguments, options = [], {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():

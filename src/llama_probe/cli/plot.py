@@ -6,7 +6,7 @@ import re
 import unicodedata
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ..errors import ProbeError
 from ..evaluation import plots
@@ -14,7 +14,7 @@ from ..evaluation.heatmap import heat_map
 from ..evaluation.page import reading_page
 from ..evaluation.plots import new_figure, png_writer
 from ..evaluation.reading import Reading, read_weights
-from ..files import Content, check_writable, make_folder, write_atomically
+from ..files import JSON, Content, check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
 from ..hub.resolve import check_name, default_name
 from .console import print_table
@@ -23,7 +23,7 @@ from .options import ROWS, Result
 
 
 # The content of each file by its name, and the facts about it: what it `shows`, and of which text.
-_Drawings = dict[str, tuple[Content, dict[str, Any]]]
+_Drawings = dict[str, tuple[Content, JSON]]
 
 
 def plot(
@@ -97,7 +97,7 @@ def _draw_text(reading: Reading, number: int) -> _Drawings:
     return {f"{stem}.png": (writer, {"shows": shows, **facts}), f"{stem}.html": page}
 
 
-def _draw_head(inspection: dict[str, Any], config: ProbeConfig) -> _Drawings:
+def _draw_head(inspection: JSON, config: ProbeConfig) -> _Drawings:
     """Draw the parts of an `inspection`. The figures are made here, so that damaged numbers raise before a file is written."""
     if not isinstance(inspection, dict):
         raise TypeError("they are not a JSON object")

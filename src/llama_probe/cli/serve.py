@@ -6,12 +6,13 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from ..data.prompts import PromptFormat, check_alike
 from ..data.row_files import MAX_TEXT
 from ..distributed import is_main, launched, process_group
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import in_words, reply_outputs
 from ..heads.novelty import abstain_levels
@@ -158,11 +159,9 @@ def _read_prompts(prompts: list[str] | None) -> list[str]:
     return texts
 
 
-def labelled_rows(
-    texts: list[str], labels: dict[str, list], probabilities: dict[str, Any], novelty: dict[str, Any] | None
-) -> list[dict[str, Any]]:
+def labelled_rows(texts: list[str], labels: dict[str, list], probabilities: JSON, novelty: JSON | None) -> list[JSON]:
     """Return a dict a prompt, with what each head says of it by the head's name."""
-    rows: list[dict[str, Any]] = []
+    rows: list[JSON] = []
     for i, text in enumerate(texts):
         row = {"prompt": text, "labels": {name: values[i] for name, values in labels.items()}}
         row["probabilities"] = {name: values[i].tolist() for name, values in probabilities.items()}
@@ -172,7 +171,7 @@ def labelled_rows(
     return rows
 
 
-def print_rows(rows: list[dict[str, Any]], configs: dict[str, ProbeConfig]) -> None:
+def print_rows(rows: list[JSON], configs: dict[str, ProbeConfig]) -> None:
     """Print a table of what `labelled_rows` returned, with the replies if there are any."""
     replies, lines = "reply" in rows[0], []
     for row in rows:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from huggingface_hub import CommitInfo
 
 from ..backbone.loading import DtypeName, backbone_target
 from ..evaluation.plots import write_plots
-from ..files import check_new_folder
+from ..files import JSON, check_new_folder
 from ..heads.probe import ProbeModel
 from ..hub.card import write_card
 from ..hub.folder import list_heads
@@ -129,9 +129,9 @@ def export(
     return values, partial(print, *lines, sep="\n")
 
 
-def _facts(info: CommitInfo) -> dict[str, Any]:
+def _facts(info: CommitInfo) -> JSON:
     return {"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}
 
 
-def _in_words(pushed: dict[str, Any]) -> str:
+def _in_words(pushed: JSON) -> str:
     return f"pushed: {pushed['pull_request'] or pushed['url']}"

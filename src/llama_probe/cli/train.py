@@ -6,13 +6,14 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from ..backbone.loading import DtypeName, backbone_target
 from ..data.known import find_benchmark
 from ..data.row_files import MAX_TEXT, kind_of
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads import probe_types
 from ..hub.folder import RECIPE_NAME
 from ..training.recipe import Recipe, recipe_names
@@ -77,7 +78,7 @@ def train(
     backbone_target(backbone)  # raises if the Hub must be asked and does not answer
     from ..training.run import PreparedRun, train_recipe  # takes seconds to import
 
-    place: dict[str, Any] = {"recipe": loaded, "backbone": backbone, "output": output}
+    place: JSON = {"recipe": loaded, "backbone": backbone, "output": output}
     place |= {"dtype": dtype, "data_dir": data_dir}
     with process_group():
         if dry_run:
@@ -90,7 +91,7 @@ def train(
 
 def _recipe_source(
     recipe: str | None, train: list[str], held: dict[str, str | None], columns: dict[str, str | None]
-) -> str | dict[str, Any]:
+) -> str | JSON:
     """Return the recipe that was named, or one of the rows that were given."""
     if recipe is not None and not _is_recipe(recipe):
         train, recipe = [recipe, *train], None
@@ -110,7 +111,7 @@ def _recipe_source(
     # A data set known by name has columns of its own. Columns that are for no file are refused by the recipe.
     is_for_all = "prompt_column" in columns or all(map(find_benchmark, (*train, *held.values())))
 
-    def source(rows: str) -> dict[str, Any]:
+    def source(rows: str) -> JSON:
         return {"rows": rows, **(columns if is_for_all or find_benchmark(rows) is None else {})}
 
     sections = {part: {"sources": [source(rows)]} for part, rows in held.items()}
@@ -123,7 +124,7 @@ def _is_recipe(name: str) -> bool:
     return name in recipe_names() or not (find_benchmark(name) or kind_of(Path(name)))
 
 
-def _print(results: dict[str, Any], output: Path) -> None:
+def _print(results: JSON, output: Path) -> None:
     for split, summary in results["summary"].items():
         runs = {
             f"seed {run['seed']}{' *' * (run['seed'] == results['chosen_seed'])}": run[split]
@@ -144,7 +145,7 @@ def _print(results: dict[str, Any], output: Path) -> None:
     print(f"head written to {output}")
 
 
-def _print_measured(measured: dict[str, Any]) -> None:
+def _print_measured(measured: JSON) -> None:
     rows, rates = {}, measured["rates"] or ["threshold"]
     for part in measured["parts"]:
         name = part["name"] if part["twin"] is None else f"{part['name']} (twin without {part['twin']})"
