@@ -217,7 +217,7 @@ class ProbeCollator:
             batch["learned_by"] = torch.from_numpy(np.stack([row["learned_by"] for row in rows]))
         weights = [row.get("row_weights") for row in rows]
         if (some := next(filter(None, weights), None)) is not None:
-            batch["row_weights"] = torch.tensor([each or [1.0] * len(some) for each in weights])
+            batch["row_weights"] = torch.tensor([row or [1.0] * len(some) for row in weights])
         return batch
 
 
@@ -264,15 +264,15 @@ def iterate_states(
         layers = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
     title = "scoring" if lm is None else "hidden states"
     with tqdm(total=len(prompts), desc=title, unit=" rows", disable=not (progress and is_main()), leave=False) as bar:
-        for each in passes if is_tensor_parallel(lm) else share(passes):
-            batch = collate([dataset[row] for row in each.rows])
+        for run in passes if is_tensor_parallel(lm) else share(passes):
+            batch = collate([dataset[row] for row in run.rows])
             if lm is None:
                 states, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
             else:
-                ids, mask = batch["input_ids"][:, each.skip :], counted_tokens(config, batch)[:, each.skip :]
-                states = torch.stack(collect_hidden_states(lm, layers, ids, prefix=each.prefix))
-            yield each.rows, states, mask
-            bar.update(len(each.rows) * world_size())
+                ids, mask = batch["input_ids"][:, run.skip :], counted_tokens(config, batch)[:, run.skip :]
+                states = torch.stack(collect_hidden_states(lm, layers, ids, prefix=run.prefix))
+            yield run.rows, states, mask
+            bar.update(len(run.rows) * world_size())
 
 
 class SharedStates:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import yaml
@@ -56,10 +57,7 @@ class Benchmark:
         rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
         parts = {"text": self.text, "label": self.label} | {name: name for name in self.columns if name in table}
         try:
-            return {
-                name: list(map(_FUNCTIONS.get(part, lambda row, part=part: row[part]), rows))
-                for name, part in parts.items()
-            }
+            return {name: list(map(_FUNCTIONS.get(part, itemgetter(part)), rows)) for name, part in parts.items()}
         except KeyError as error:
             raise ProbeError(f"{self.name} has no column {error}; it has: {', '.join(table)}") from None
 

@@ -190,7 +190,7 @@ def label_rows(
     text_column: str,
     label_column: str,
     labels: Labels,
-    own: Labels | None = None,
+    stated: Labels | None = None,
     prompt_column: str | None = None,
     max_text: int = MAX_TEXT,
 ) -> LabelledTexts:
@@ -200,7 +200,7 @@ def label_rows(
         source: name of the rows, for messages.
         text_column, label_column: columns of the texts or chat messages, and of the labels. The other columns are kept.
         labels: names and type that the labels should have.
-        own: the names that the data itself gives its labels, and those to flag; see `LabelledTexts.renamed`.
+        stated: the names that the data itself gives its labels, and those to flag; see `LabelledTexts.renamed`.
         prompt_column: column of the prompts, if the texts are replies to them.
         max_text: characters of the longest text.
 
@@ -219,10 +219,10 @@ def label_rows(
         if not isinstance(texts[row], str):
             raise ProbeError(f"{source}: row {row} has a prompt, and its reply is not a text")
         texts[row] = exchange(_read_text(f"{source}: the prompt of row {row}", prompt, max_text), texts[row])
-    own = Labels() if own is None or labels.problem_type == "regression" else own
-    indices, names, problem_type = read_labels(source, values, own.names or labels.names, labels.problem_type)
-    rows = LabelledTexts(texts, indices, names, problem_type, columns, own.flagged)
-    return rows.renamed(labels.names) if own.names and labels.names else rows
+    stated = Labels() if stated is None or labels.problem_type == "regression" else stated
+    indices, names, problem_type = read_labels(source, values, stated.names or labels.names, labels.problem_type)
+    rows = LabelledTexts(texts, indices, names, problem_type, columns, stated.flagged)
+    return rows.renamed(labels.names) if stated.names and labels.names else rows
 
 
 def is_empty(text: object) -> bool:

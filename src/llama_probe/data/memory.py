@@ -44,18 +44,16 @@ def rows_in_memory(
     label = next((column for column in ("label", "labels") if column in columns), None)
     if label is None:
         raise ProbeError(f"{name} has no column 'label'; it has: {', '.join(columns)} (column_mapping renames)")
-    labels, own = (
-        Labels(names=label_names and list(label_names), problem_type=problem_type),
-        Labels(names=names.get(label)),
-    )
+    labels = Labels(names=label_names and list(label_names), problem_type=problem_type)
+    stated = Labels(names=names.get(label))
     if "input_ids" in columns:
-        return _tokenized(name, columns, label, labels, own)
+        return _tokenized(name, columns, label, labels, stated)
     prompt = "prompt" if {"prompt", "response"} <= columns.keys() else None
     text = "response" if prompt else next((column for column in ("text", "messages") if column in columns), None)
     if text is None:
         needed, had = "text, messages, prompt and response, input_ids", ", ".join(columns)
         raise ProbeError(f"{name} has none of: {needed}; it has: {had} (column_mapping renames)")
-    return label_rows(name, columns, text, label, labels, own, prompt)
+    return label_rows(name, columns, text, label, labels, stated, prompt)
 
 
 def is_tokenized(rows: LabelledTexts) -> bool:
@@ -64,7 +62,7 @@ def is_tokenized(rows: LabelledTexts) -> bool:
     return not isinstance(first, str) and isinstance(first[0], int)
 
 
-def _tokenized(name: str, columns: Columns, label: str, labels: Labels, own: Labels) -> LabelledTexts:
+def _tokenized(name: str, columns: Columns, label: str, labels: Labels, stated: Labels) -> LabelledTexts:
     """Return rows of token ids, without the tokens that `attention_mask` leaves out."""
 
     def read(column: str) -> list[list[int]]:
@@ -78,7 +76,7 @@ def _tokenized(name: str, columns: Columns, label: str, labels: Labels, own: Lab
     if not tokens or not all(tokens):
         raise ProbeError(f"{name} holds no rows, or a row without input_ids")
     # Labels do not depend on the texts.
-    rows = label_rows(name, {"text": ["ids"] * len(tokens), "label": columns[label]}, "text", "label", labels, own)
+    rows = label_rows(name, {"text": ["ids"] * len(tokens), "label": columns[label]}, "text", "label", labels, stated)
     masks = {"probe_mask": read("probe_mask")} if "probe_mask" in columns else {}
     return replace(rows, texts=tokens, columns=masks)
 

@@ -103,9 +103,7 @@ class PromptFormat:
         self.suffix_ids = suffix = tuple(common_end(ids[len(prefix) :] for ids in examples))
         constant = len(prefix) + len(suffix)
         if self.max_length is not None and self.max_length <= constant:
-            raise ProbeError(
-                f"max_length={self.max_length} leaves no room for a text beside {constant} constant tokens"
-            )
+            raise ProbeError(f"max_length={self.max_length} leaves no room for a text beside {constant} tokens")
 
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
@@ -290,9 +288,7 @@ def split_reply(text: Text) -> tuple[Chat, str]:
     _check_text(text)
     *before, last = as_chat(text)
     if not before or last["role"] != "assistant" or not str(last["content"]).strip():
-        raise ProbeError(
-            f"a head that reads replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}"
-        )
+        raise ProbeError(f"a head of replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}")
     return before, last["content"]
 
 

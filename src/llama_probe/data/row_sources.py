@@ -106,15 +106,12 @@ class Source:
         place = TablePlace.parse(self.rows)
         if data_dir is not None:
             copies = local_copies(_short_name(self.rows), data_dir)
-            if (path := copies.get(place.split or "train")) is None:
-                raise ProbeError(
-                    f"{self.rows}: {data_dir} has no split {place.split or 'train'!r}, but {', '.join(copies)}"
-                )
+            split = place.split or "train"
+            if (path := copies.get(split)) is None:
+                raise ProbeError(f"{self.rows}: {data_dir} has no split {split!r}, but {', '.join(copies)}")
             return replace(self, rows=str(path), name=self.name)
         if not _HUB_ID.fullmatch(place.id):
-            raise ProbeError(
-                f"{self.rows!r} is no file and no Hub id; --data-dir DIR reads DIR/{place.id}/SPLIT.jsonl.gz"
-            )
+            raise ProbeError(f"{self.rows!r} is no file and no Hub id; --data-dir reads DIR/{place.id}/SPLIT.jsonl.gz")
         return self
 
     def read(
@@ -140,12 +137,11 @@ class Source:
             ProbeError: the source cannot be read, or a row does not have a label of `labels`.
         """
         place, labels = self.find(data_dir), labels or Labels()
-        columns, own = place._read_columns(split, data_dir, max_text)
+        columns, stated = place._read_columns(split, data_dir, max_text)
         is_file = find_benchmark(self.rows) is None and os.path.exists(self.rows)
-        columns, own = place._select_rows(columns, own, skip_empty=not is_file)
-        rows = label_rows(
-            place.rows, columns, place.text_column, place.label_column, labels, own, place.prompt_column, max_text
-        )
+        columns, stated = place._select_rows(columns, stated, skip_empty=not is_file)
+        names = place.text_column, place.label_column
+        rows = label_rows(place.rows, columns, *names, labels, stated, place.prompt_column, max_text)
         if place.known_labels is not None:
             rows = rows.known_only(place.known_labels)
         keep = range(len(rows))
@@ -178,18 +174,16 @@ class Source:
             columns["text"] = columns.pop(benchmark.exchange[1])
         return columns, Labels(names=benchmark.label_names, flagged=benchmark.flagged and [benchmark.flagged])
 
-    def _select_rows(self, columns: Columns, own: Labels, skip_empty: bool) -> tuple[Columns, Labels]:
+    def _select_rows(self, columns: Columns, stated: Labels, skip_empty: bool) -> tuple[Columns, Labels]:
         """Return the rows that are wanted, with their labels mapped, and the labels that they have by themselves."""
         keep, original = range(len(next(iter(columns.values()), []))), columns
         if self.label is not None:
-            columns, own = columns | {self.label_column: [self.label] * len(keep)}, Labels()
+            columns, stated = columns | {self.label_column: [self.label] * len(keep)}, Labels()
         texts, labels = (find_column(self.rows, columns, name) for name in (self.text_column, self.label_column))
         if skip_empty:
             full = [row for row in keep if not is_empty(texts[row]) and labels[row] is not None]
             if len(full) < len(keep):
-                logger.warning(
-                    f"{len(keep) - len(full)} rows of {self.rows} have no text or no label and are skipped."
-                )
+                logger.warning(f"{len(keep) - len(full)} rows of {self.rows} without a text or a label are skipped")
             keep = full
         for name, values in (self.where or {}).items():
             allowed, cells = set(map(str, values)), find_column(self.rows, original, name)
@@ -197,17 +191,14 @@ class Source:
             if not keep:
                 raise ProbeError(f"{self.rows} has no rows where {name} is one of {values}")
         if self.label_map is not None and self.label is None:
-            named = {
-                str(index): name for index, name in enumerate(own.names or ()) if str(index) not in self.label_map
-            }
-            values = [named.get(str(value), str(value)) for value in labels]
+            named = {str(index): name for index, name in enumerate(stated.names or ())}
+            values = map(str, labels)
+            values = [value if value in self.label_map else named.get(value, value) for value in values]
             if unknown := sorted({values[row] for row in keep} - self.label_map.keys()):
-                raise ProbeError(
-                    f"{self.rows}: the label {unknown[0]!r} is not in label_map: {', '.join(self.label_map)}"
-                )
+                raise ProbeError(f"{self.rows}: {unknown[0]!r} is not in label_map: {', '.join(self.label_map)}")
             keep = [row for row in keep if self.label_map[values[row]] is not None]
-            columns, own = columns | {self.label_column: list(map(self.label_map.get, values))}, Labels()
-        return {name: [values[row] for row in keep] for name, values in columns.items()}, own
+            columns, stated = columns | {self.label_column: list(map(self.label_map.get, values))}, Labels()
+        return {name: [values[row] for row in keep] for name, values in columns.items()}, stated
 
 
 def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None) -> dict[str, str]:

@@ -80,9 +80,8 @@ def read_table(
     folder = Path(place.id).resolve() if os.path.isdir(place.id) else None  # the loader has no name for `.`
     try:
         if folder is None:
-            return dataset_columns(
-                datasets.load_dataset(place.id, place.configuration, revision=place.revision, split=split)
-            )
+            rows = datasets.load_dataset(place.id, place.configuration, revision=place.revision, split=split)
+            return dataset_columns(rows)
         splits = datasets.load_dataset_builder(str(folder), place.configuration).config.data_files or {}
     except Exception as error:  # The loaders raise dozens of types for bad input.
         known = "" if "/" in place.id else f" (data sets known by name: {', '.join(BENCHMARKS)})"

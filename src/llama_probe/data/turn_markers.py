@@ -109,10 +109,8 @@ def _tool_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) 
 
 def _document_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) -> list[int]:
     """Return what opens a document, up to its number, title or text."""
-    names = ("title", "text", "doc_id")
-    start = _shared_start(
-        render(_ASKED, False, documents=[dict.fromkeys(names, text)]) for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS)
-    )
+    documents = (dict.fromkeys(("title", "text", "doc_id"), text) for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS))
+    start = _shared_start(render(_ASKED, False, documents=[document]) for document in documents)
     return _behind_turns(start, ends)
 
 
