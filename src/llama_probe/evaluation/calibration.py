@@ -129,9 +129,7 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
         threshold = thresholds[name] = _halfway(scores[scores > limit].min(initial=1.0), limit)
         if not _LOWEST <= threshold <= _HIGHEST:
             flags = "nothing" if threshold > _HIGHEST else "nearly all"
-            raise ProbeError(
-                f"{name} gives {label!r} the threshold {threshold:.5f}, which flags {flags} of other rows"
-            )
+            raise ProbeError(f"{name} gives {label!r} the threshold {threshold:.5f}: it flags {flags} of other rows")
     return config.replace(flagged=[label], threshold=next(iter(thresholds.values())), thresholds=thresholds)
 
 
@@ -212,7 +210,7 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
         `error`: expected calibration error with the saved temperature; `error_uncalibrated`: the same at temperature 1;
         `bins`: for each that is not empty, `low`, `high`, `rows`, mean `confidence` and `frequency`.
     """
-    calibrated, plain = (_bins(logits, labels, each) for each in (config, config.replace(temperature=1.0)))
+    calibrated, plain = (_bins(logits, labels, scaled) for scaled in (config, config.replace(temperature=1.0)))
     errors = {}
     for name, bins in {"error": calibrated, "error_uncalibrated": plain}.items():
         gaps = [part["rows"] * abs(part["confidence"] - part["frequency"]) for part in bins]

@@ -171,8 +171,8 @@ def reply_report(
         rows = np.repeat(np.arange(len(odds)), list(map(len, odds)))
         token_scores, token_positives = np.concatenate(odds), np.concatenate(token_labels)
         areas["t_auc"] = auroc(token_scores, token_positives, min(resamples, _TOKEN_RESAMPLES), rows)
-    own = {"own": 0.5 if config.threshold is None else config.threshold, **(config.thresholds or {})}
-    thresholds: dict[str, tuple[float, float | None]] = {name: (value, None) for name, value in own.items()}
+    named = {"own": 0.5 if config.threshold is None else config.threshold, **(config.thresholds or {})}
+    thresholds: dict[str, tuple[float, float | None]] = {name: (value, None) for name, value in named.items()}
     if 0 < positives.sum() < len(positives):
         highest = np.array([row.max() for row in scores])
         for rate in RATES:

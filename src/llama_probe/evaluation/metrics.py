@@ -170,7 +170,7 @@ def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
         # If all rows drawn have one value, the variance is rounding error.
         variance[variance <= 1e-14 * (centred**2).max(axis=0)] = np.nan
         metrics = {"mse": squared, "mae": weights @ np.abs(errors) / rows, "r2": 1 - squared / variance}
-        return {(None, name): each.mean(axis=1) for name, each in metrics.items()}
+        return {(None, name): values.mean(axis=1) for name, values in metrics.items()}
 
     return statistic
 
@@ -209,7 +209,7 @@ def outcomes(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> d
     truth, predicted = truth_and_predictions(logits, labels, config)
     counts = {"found": truth & predicted, "missed": truth & ~predicted, "wrong": ~truth & predicted}
     sums = {name: rows.sum(axis=0).tolist() for name, rows in counts.items()}
-    return {label: {name: each[index] for name, each in sums.items()} for index, label in config.id2label.items()}
+    return {label: {name: rows[index] for name, rows in sums.items()} for index, label in config.id2label.items()}
 
 
 def compute_metrics(config: ProbeConfig) -> Callable[[EvalPrediction], dict[str, float | None]]:

@@ -86,11 +86,11 @@ def _summarize(config: ProbeConfig, logits: torch.Tensor) -> JSON:
     return {"labels": dict(zip(names, labels.double().mean(dim=0).tolist(), strict=True)), "scores": scores}
 
 
-def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamples: int = 1000) -> JSON:
+def against_others(novelty: torch.Tensor, others: Mapping[str, torch.Tensor], resamples: int = 1000) -> JSON:
     """Measure how well novelty tells a head's own kind of rows from others.
 
     Args:
-        own (`[rows]`): novelty of rows like the training data. others: novelty of other rows, by name.
+        novelty (`[rows]`): of rows like the training data. others: novelty of other rows, by name.
         resamples: of the bootstrap that gives the 95 % intervals; no intervals with 0.
 
     Returns:
@@ -98,10 +98,10 @@ def against_others(own: torch.Tensor, others: Mapping[str, torch.Tensor], resamp
     """
     against: JSON = {}
     for name, other in others.items():
-        scores, truth = torch.cat([own, other]).numpy(), np.repeat([False, True], [len(own), len(other)])
+        scores, truth = torch.cat([novelty, other]).numpy(), np.repeat([False, True], [len(novelty), len(other)])
         area, interval = auroc(scores, truth, resamples)
         against[name] = _far(other) | {"auroc": area} | ({"interval": interval} if resamples else {})
-    return {"own": _far(own), "against": against}
+    return {"own": _far(novelty), "against": against}
 
 
 def _far(novelty: torch.Tensor) -> JSON:
@@ -133,7 +133,7 @@ def compare_log(
         part = {"share": share, "interval": [low, high], "expected": expected, "changed": not low <= expected <= high}
         comparison.setdefault("labels", {})[name] = part
     quantiles = summary["scores"].items()
-    comparison["scores"] = {name: {"found": each, "expected": reference["scores"][name]} for name, each in quantiles}
+    comparison["scores"] = {name: {"found": part, "expected": reference["scores"][name]} for name, part in quantiles}
     unsure = _unsure(config, probabilities(logits.float(), config))
     order = (novelty.double() + unsure).argsort(descending=True, stable=True)[:top].tolist()
     comparison["worth_labelling"] = [

@@ -174,11 +174,11 @@ def outcomes_plot(inspection: JSON) -> Figure:
     """Draw in how many rows a multi-label head finds each label, misses it, or gives it wrongly."""
     # The label with the most rows is on top.
     outcomes = sorted(inspection["outcomes"].items(), key=lambda item: item[1]["found"] + item[1]["missed"])
-    found, missed, wrong = (np.array([part[key] for _, part in outcomes]) for key in ("found", "missed", "wrong"))
+    hits, missed, wrong = (np.array([part[key] for _, part in outcomes]) for key in ("found", "missed", "wrong"))
     figure, lines = new_figure((7.5, 0.22 * len(outcomes) + 2.0)), range(len(outcomes))
     axes = figure.subplots()
-    axes.barh(lines, found, color="tab:blue", label="found")
-    axes.barh(lines, missed, left=found, color="0.75", label="missed")
+    axes.barh(lines, hits, color="tab:blue", label="found")
+    axes.barh(lines, missed, left=hits, color="0.75", label="missed")
     axes.barh(lines, -wrong, color="tab:orange", label="given wrongly")
     axes.axvline(0, color="0.3", linewidth=0.8)
     axes.set_yticks(lines, [name for name, _ in outcomes], **_NAMES)

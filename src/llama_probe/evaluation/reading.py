@@ -77,7 +77,7 @@ class Reading:
         """Reason why the weights say less than they seem to; None if there is none."""
         if self.config.probe_type == "pooling":
             largest = (
-                "takes the largest value of each dimension, and a weight is the share of dimensions that have it there"
+                "takes the largest value of each dimension; a weight is the share of dimensions that have it there"
             )
             mean = "takes the mean, so all tokens and all layers count alike"
             return f"This head has learned no weights: it {largest if self.config.pool == 'max' else mean}."

@@ -191,9 +191,8 @@ def asked(
         flagged = distance >= 0
         flagged[rows] = judged[rows] == index
         band = [float(scores[rows].min()), float(scores[rows].max())] if len(rows) else None
-        recall, alarms = (
-            float(flagged[labels == label].mean()) if (labels == label).any() else None for label in (index, 1 - index)
-        )
+        masks = labels == index, labels == 1 - index
+        recall, alarms = (float(flagged[mask].mean()) if mask.any() else None for mask in masks)
         parts.append({"share": share, "band": band, "recall": recall, "false_alarms": alarms})
     return parts
 

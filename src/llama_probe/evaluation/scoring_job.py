@@ -174,9 +174,7 @@ class ScoringJob:
                 raise ProbeError(f"{self.output} holds {parts[0].name} of something else: give another folder")
             return _write_manifest(path, {**begun, "complete": False})
         if not self.resume:
-            raise ProbeError(
-                f"{self.output} holds a scoring job already: continue with --resume, or give another folder"
-            )
+            raise ProbeError(f"{self.output} holds a scoring job: continue with --resume, or give another folder")
         manifest = read_settings(path)
         check_settings(path, {name: manifest.get(name) for name in begun}, begun)
         return manifest if manifest.get("complete") else {**begun, "complete": False}
@@ -193,7 +191,7 @@ class ScoringJob:
                     _warn_of_gaps(file, chunk, texts, scores)
                     numbers = range(chunk.first_row, chunk.first_row + len(chunk))
                     columns = {**chunk.columns, **scores, "file": [str(file.path)] * len(chunk), "row": numbers}
-                    table = pa.table([_array(file, chunk, each, columns[each.name]) for each in schema], schema)
+                    table = pa.table([_array(file, chunk, column, columns[column.name]) for column in schema], schema)
                     write_atomically({self._part(index, chunk.number): partial(_write, table)})
                     bar.update(len(chunk))
 
@@ -230,9 +228,7 @@ def _read_heads(probes: Any, backbone: str) -> dict[str, ProbeModel]:
     heads = read_heads(probes, backbone_target(backbone))
     by_reads = {head.config.reads_reply: name for name, head in heads.items()}
     if len(by_reads) == 2:
-        raise ProbeError(
-            f"{by_reads[True]!r} reads replies and {by_reads[False]!r} prompts: score them one after the other"
-        )
+        raise ProbeError(f"{by_reads[True]!r} reads replies and {by_reads[False]!r} prompts: score them apart")
     return heads
 
 

@@ -220,9 +220,7 @@ def kept_labels(
     """
     config, named = head.config, " and ".join(groups)
     if config.reads_reply or config.problem_type == "regression" or prompts.kind != "chat":
-        raise ProbeError(
-            f"{named} are for heads that label prompts of a chat (token_scope, problem_type, prompt_format)"
-        )
+        raise ProbeError(f"{named} need a head of chats (token_scope, problem_type, prompt_format)")
     flagged = config.flagged_index
     limit = getattr(find_decoder(head.backbone).model.config, "max_position_embeddings", None)
     # Texts that are too long as they are get cut.
@@ -231,9 +229,7 @@ def kept_labels(
     )
     texts, labels, counted, spared = _plain_labels(rows, flagged, label_cut)
     if not len(counted):
-        raise ProbeError(
-            f"{named}: no row has the label {config.id2label[flagged]!r} and gets it from the head; pass rows that do"
-        )
+        raise ProbeError(f"{named}: no row has the label {config.id2label[flagged]!r} and gets it from the head")
     around, unflagged = texts, spared
     if harmless is not None:
         around, _, _, unflagged = _plain_labels(harmless, flagged, label_cut)
