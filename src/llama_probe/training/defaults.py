@@ -54,10 +54,10 @@ def complete_head(head: JSON, rows: int) -> JSON:
 def check_head(head: JSON) -> None:
     """Raise `ProbeError` for fields of `ProbeConfig` that are not allowed. A kind that is not chosen yet allows all."""
     if head.get("probe_type", AUTO) != AUTO:
-        given = {name: value for name, value in head.items() if value is not None}
-        if is_depths(given.get("layers")):
-            given["layers"] = list(range(len(given["layers"])))
-        ProbeConfig(**given)
+        fields = {name: value for name, value in head.items() if value is not None}
+        if is_depths(fields.get("layers")):
+            fields["layers"] = list(range(len(fields["layers"])))
+        ProbeConfig(**fields)
 
 
 def head_config(head: JSON, rows: LabelledTexts, backbone: str | None) -> ProbeConfig:
@@ -100,7 +100,5 @@ def layers_at(depths: list[float], num_hidden_layers: int) -> list[int]:
         ProbeError: a part is not from 0 to 1.
     """
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
-        raise ProbeError(
-            f"layers={wrong[0]} must be a part of the depth, from 0.0 to 1.0, or all must be whole numbers"
-        )
+        raise ProbeError(f"layers={wrong[0]} must be a part of the depth from 0.0 to 1.0, or all whole numbers")
     return sorted({round(depth * num_hidden_layers) for depth in depths})

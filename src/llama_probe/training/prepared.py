@@ -217,7 +217,7 @@ def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTra
     for source in recipe.train:
         if source.weights is not None and len(source.weights) > members:
             raise ProbeError(
-                f"weights={source.weights} must have 1 value: probe_type={config.probe_type!r} has {members} members"
+                f"weights={source.weights}: probe_type={config.probe_type!r} takes at most {members} values"
             )
     for part in rows.parts().values() if config.reads_reply else ():
         for text in part.texts:

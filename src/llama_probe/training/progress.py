@@ -83,9 +83,9 @@ class KeepBest(TrainerCallback):
                 is_number = value is not None and math.isfinite(value)
                 score = (value if args.greater_is_better else -value) if is_number else -math.inf
                 progress[name].note(score, state.epoch, head.state_dict())
-        if all(each.best == -math.inf for each in progress.values()):
+        if all(head.best == -math.inf for head in progress.values()):
             raise ProbeError(f"none of {len(progress)} heads gives numbers: {NO_NUMBER_BECAUSE}")
-        control.should_training_stop |= all(each.has_stopped(args.patience) for each in progress.values())
+        control.should_training_stop |= all(head.has_stopped(args.patience) for head in progress.values())
 
     def on_train_end(self, args, state, control, **kwargs):
         """Load the best weights into each head that was evaluated."""
@@ -96,8 +96,8 @@ class KeepBest(TrainerCallback):
 
 def write_progress(folder: Path, progress: Mapping[str, Progress]) -> None:
     """Write the progress of heads into a checkpoint."""
-    weights = {f"{name}/{key}": tensor for name, each in progress.items() for key, tensor in each.weights.items()}
-    values = json.dumps({name: [each.scores, each.epochs] for name, each in progress.items()})
+    weights = {f"{name}/{key}": tensor for name, head in progress.items() for key, tensor in head.weights.items()}
+    values = json.dumps({name: [head.scores, head.epochs] for name, head in progress.items()})
     write_atomically({folder / BEST_NAME: lambda path: save_file(weights, path, metadata={"progress": values})})
 
 

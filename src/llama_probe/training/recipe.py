@@ -171,9 +171,7 @@ class Recipe:
             if not re.fullmatch(r"[\w-]+", twin):
                 raise ProbeError(f"hold_out: the name {twin!r} must have letters, digits, - and _ alone")
             if unknown := [name for name in held if name not in names]:
-                raise ProbeError(
-                    f"hold_out.{twin} names {unknown[0]!r}, which is no source of train: {', '.join(names)}"
-                )
+                raise ProbeError(f"hold_out.{twin} names {unknown[0]!r}, no source of train: {', '.join(names)}")
         for name in ("wrappings", "attacks"):
             if (source := getattr(self.measure, name)) not in (None, *measured):
                 raise ProbeError(f"measure.{name}={source!r} must be one of: {', '.join(measured)}")
@@ -240,9 +238,7 @@ def find_recipe(source: str | os.PathLike) -> Path:
             raise ProbeError(f"there is no recipe {path}")
         return path
     if str(source) not in recipe_names():
-        raise ProbeError(
-            f"there is no recipe {str(source)!r}; there are {', '.join(recipe_names())}, or give a .yaml file"
-        )
+        raise ProbeError(f"there is no recipe {source}: give a .yaml file, or one of {', '.join(recipe_names())}")
     return _FOLDER / f"{source}.yaml"
 
 

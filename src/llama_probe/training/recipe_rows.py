@@ -105,9 +105,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         by_source = {source.name: reader.read(source, "train") for source in bar}
     whole, extra = _joined(recipe, by_source, False), _joined(recipe, by_source, True)
     if whole is None:
-        raise ProbeError(
-            "train has no rows that may be judged by: at least one source needs extra=False and a licence"
-        )
+        raise ProbeError("train has no rows to judge by: at least one source needs extra=False and a licence")
     test = reader.join("test", held_test.sources, "test")
     if held_test.share:
         whole, test = whole.split(held_test.share, recipe.seed)

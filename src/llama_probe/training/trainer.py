@@ -322,8 +322,8 @@ class ProbeTrainer(Trainer):
     def _record(self, **changes) -> None:
         """Write fields into the configs of the heads, and of those that `model_init` makes."""
         self._recorded |= changes
-        for each in (self.model, *self.heads.values()):
-            each.config = each.config.replace(**changes)
+        for module in (self.model, *self.heads.values()):
+            module.config = module.config.replace(**changes)
 
     def _table(self, name: str, data: Any) -> Dataset | None:
         return self._encode(name, self._label(name, data))
@@ -349,9 +349,7 @@ class ProbeTrainer(Trainer):
         self.progress = {name: Progress() for name in self.heads}
         is_new = not resume_from_checkpoint and trial is None and self._run is None and self.args.should_save
         if is_new and (stopped := last_checkpoint(Path(self.args.output_dir))):
-            logger.warning(
-                f"{stopped} is of an earlier run: train(resume_from_checkpoint=True) continues a stopped one"
-            )
+            logger.warning(f"{stopped} is of an earlier run: train(resume_from_checkpoint=True) continues it")
         output = super().train(resume_from_checkpoint, trial, **kwargs)
         if trial is None and (self.eval_dataset is not None or self._run is not None):
             self.judge()
@@ -385,9 +383,9 @@ class ProbeTrainer(Trainer):
             return super().create_optimizer(model)
         groups = []
         for name, head in self.heads.items():
-            decayed, given = self.get_decay_parameter_names(head), self._head_args[name]
-            rate = {"lr": given.get("learning_rate", self.args.learning_rate)}
-            decay = given.get("weight_decay", self.args.weight_decay)
+            decayed, differing = self.get_decay_parameter_names(head), self._head_args[name]
+            rate = {"lr": differing.get("learning_rate", self.args.learning_rate)}
+            decay = differing.get("weight_decay", self.args.weight_decay)
             for is_decayed in (True, False):
                 parameters = [p for key, p in head.named_parameters() if (key in decayed) == is_decayed]
                 groups.append({"params": parameters, "weight_decay": decay if is_decayed else 0.0, **rate})
