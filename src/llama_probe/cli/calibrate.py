@@ -70,17 +70,17 @@ def calibrate(
         if benign:
             check_rates(head.config, rate, len(texts))
         scored.attach()
-        found, later = {}, {}
+        shown, recorded = {}, {}
         if benign:
             head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts), progress=True), rate)
-            later["thresholds_from"] = {
+            recorded["thresholds_from"] = {
                 "flagged": head.config.flagged[0],
                 "sources": list(map(short_path, benign)),
                 "rows": len(texts),
                 "rates": dict(zip(head.config.thresholds, rate, strict=True)),
             }
-            found |= later["thresholds_from"]
-            found |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
+            shown |= recorded["thresholds_from"]
+            shown |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
         if novelty_data:
             if not validation:
                 held = set(np.random.default_rng(0).permutation(len(train))[: len(train) // 4].tolist())
@@ -88,9 +88,9 @@ def calibrate(
                 train = [text for row, text in enumerate(train) if row not in held]
             fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation), progress=True)
             sources = list(map(short_path, (*novelty_data, *(novelty_validation or ()))))
-            found["novelty"] = later["novelty"] = {"sources": sources, **fitted}
+            shown["novelty"] = recorded["novelty"] = {"sources": sources, **fitted}
         if not is_main():
             return None
-        head.results = (head.results or {}) | later
+        head.results = (head.results or {}) | recorded
         head.save_pretrained(probe)
-    return found, partial(print_values, probe, found)
+    return shown, partial(print_values, probe, shown)

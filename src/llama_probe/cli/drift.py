@@ -55,15 +55,15 @@ def drift(
     rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
     scored.attach()
     logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]), progress=True)
-    found = compare_log(head.config, reference, logits, novelty, top)
-    for row in found["worth_labelling"]:
+    report = compare_log(head.config, reference, logits, novelty, top)
+    for row in report["worth_labelling"]:
         row["row"] = rows[row["row"]]
         row["text"] = texts[row["row"]]
     if output is not None:
         figure = drift_plot(head.config, logits, novelty, reference)
         make_folder(output)
         write_atomically({output / "drift.png": png_writer(lambda: figure)})
-    return found, partial(_print, probe, found, output)
+    return report, partial(_print, probe, report, output)
 
 
 def _texts(patterns: list[str], text_column: str, max_text: int) -> list[Text]:
@@ -79,11 +79,11 @@ def _texts(patterns: list[str], text_column: str, max_text: int) -> list[Text]:
     return texts
 
 
-def _print(probe: str, found: JSON, output: Path | None) -> None:
-    print_values(f"{probe} on a log", found | {"scores": {}, "worth_labelling": []})
-    deciles = {name: {key: levels[1:10:4] for key, levels in part.items()} for name, part in found["scores"].items()}
+def _print(probe: str, report: JSON, output: Path | None) -> None:
+    print_values(f"{probe} on a log", report | {"scores": {}, "worth_labelling": []})
+    deciles = {name: {key: levels[1:10:4] for key, levels in part.items()} for name, part in report["scores"].items()}
     print_records("deciles 10, 50 and 90 % of the scores", deciles)
-    rows = [row | {"text": _shorten(row["text"])} for row in found["worth_labelling"]]
+    rows = [row | {"text": _shorten(row["text"])} for row in report["worth_labelling"]]
     print_records("most worth labelling: new, and unsure", {str(row.pop("row")): row for row in rows}, left=4)
     if output is not None:
         print(f"written: {output / 'drift.png'}")

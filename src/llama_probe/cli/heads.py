@@ -100,17 +100,17 @@ def measured_table(measured: JSON) -> str:
         parts = [*(by_name.get(part["name"], {}) for by_name in parts_by_name), part.get("tfidf", {})]
         for label, shares in part.get("labels", {}).items():
             if rate in shares:
-                figures = [share(each, label) for each in parts]
+                figures = [share(head_part, label) for head_part in parts]
                 rows.append([f"{name}, {shares['rows']:,} {plain(label)}", f"flagged at {rate}", *figures])
         for metric in ("auroc", "auprc"):
             if part.get(metric) is not None:
-                figures = [score(each, metric) for each in parts]
+                figures = [score(head_part, metric) for head_part in parts]
                 rows.append([f"{name}, {part['rows']:,}", metric.upper(), *figures])
     for group, title in {"wrappings": "wrapped", "attacks": "attacks", "long": "long texts"}.items():
         first, *others = (head.get(group, {}) for head in heads)
         figure = "still flagged" + (" (harmless ones)" if "alarms" in first else "")
         for name in first.get("kept", {}):
-            figures = [kept_share(each, name) for each in (first, *others, first.get("tfidf", {}))]
+            figures = [kept_share(kept, name) for kept in (first, *others, first.get("tfidf", {}))]
             rows.append([f"flagged ones, {title}: {plain(name)}", figure, *figures])
     return markdown_table(["rows", "figure", *map(plain, measured), "TF-IDF"], rows, "ll" + "r" * (len(heads) + 1))
 
@@ -123,9 +123,7 @@ def read_measured(alias: str) -> JSON:
         if folder.name == name and "measured" in (results := read_results(folder) or {}):
             measured[read_config(folder).base_model_name_or_path.rpartition("/")[2]] = results["measured"]
     if not measured:
-        raise ProbeError(
-            f"--markdown takes a bundled head that its recipe has measured, not {alias}; or none, for all"
-        )
+        raise ProbeError(f"--markdown takes a bundled head that its recipe has measured, not {alias}")
     return measured
 
 

@@ -66,17 +66,17 @@ def generate(
         part = texts[start : start + _BATCH]
         inputs = {key: value.to(model.device) for key, value in prompt_format.batch(part).items()}
         out = model.generate(**inputs, tokenizer=tokenizer, **options)
-        found = labelled_rows(part, out.probe_labels, out.probe_probabilities, out.probe_novelty)
-        for row, reply, halt in zip(found, out.texts, out.probe_halts or [None] * len(part), strict=True):
+        labelled = labelled_rows(part, out.probe_labels, out.probe_probabilities, out.probe_novelty)
+        for row, reply, halt in zip(labelled, out.texts, out.probe_halts or [None] * len(part), strict=True):
             row["reply"] = reply
             if rules:
                 row["halted"] = halt and dataclasses.asdict(halt)
         for name in set(out.probe_token_logits or {}) - set(out.probe_logits):
-            for row, output in zip(found, reply_outputs(out.probe_token_logits[name], configs[name]), strict=True):
+            for row, output in zip(labelled, reply_outputs(out.probe_token_logits[name], configs[name]), strict=True):
                 # No token of an empty reply was read.
                 row["labels"][name] = None if output is None else output.labels[0]
                 row["probabilities"][name] = [] if output is None else output.probabilities[0].tolist()
-        rows += found
+        rows += labelled
     return rows, partial(print_rows, rows, configs)
 
 
@@ -139,10 +139,10 @@ def classify(
             )
     abstain_levels(abstain_at, configs)  # raises
     model, tokenizer = loading.attach(heads, probe[0])
-    found = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
-    labels = {name: output.labels for name, output in found.items()}
-    probabilities = {name: output.probabilities for name, output in found.items()}
-    novelty = {name: output.novelty for name, output in found.items() if output.novelty is not None}
+    outputs = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
+    labels = {name: output.labels for name, output in outputs.items()}
+    probabilities = {name: output.probabilities for name, output in outputs.items()}
+    novelty = {name: output.novelty for name, output in outputs.items() if output.novelty is not None}
     rows = labelled_rows(texts, labels, probabilities, novelty)
     return rows, partial(print_rows, rows, configs)
 

@@ -99,14 +99,10 @@ def _recipe_source(
     columns = {name: column for name, column in columns.items() if column is not None}
     if recipe is not None:
         if train or held or columns:
-            raise ProbeError(
-                f"the recipe {recipe} and options of rows, such as --train, exclude each other: use --set"
-            )
+            raise ProbeError(f"the recipe {recipe} and options of rows (--train) exclude each other: use --set")
         return recipe
     if not train:
-        raise ProbeError(
-            f"train needs a recipe ({', '.join(recipe_names())}, or a .yaml file) or --train, training rows"
-        )
+        raise ProbeError(f"train needs --train rows, or a recipe: a .yaml file, {', '.join(recipe_names())}")
 
     # A data set known by name has columns of its own. Columns that are for no file are refused by the recipe.
     is_for_all = "prompt_column" in columns or all(map(find_benchmark, (*train, *held.values())))
