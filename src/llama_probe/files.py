@@ -185,9 +185,7 @@ def _staged(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()
     """
     for name in (*contents, *gone):
         if (folder / name).is_dir() and not (folder / name).is_symlink():
-            raise ProbeError(
-                f"{folder / name} is a folder, and a file of this name is to be written; remove or rename it"
-            )
+            raise ProbeError(f"{folder / name} is a folder where a file is to be written; remove or rename it")
     handle = None
     while handle is None:
         stage = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"

@@ -160,9 +160,7 @@ def check_states(lm: nn.Module) -> None:
         elif not torch.allclose(*pair, rtol=0, atol=0, equal_nan=True):
             problem = "is changed in place by a later layer; write x = x + y for x += y in the model's code"
         elif is_listed and not (len(listed) == len(layers) and _close(listed[layer], pair[0])):
-            problem = (
-                f"is not in output_hidden_states; llama_probe.register_family({decoder.model_type!r}, ...) accepts it"
-            )
+            problem = f"is not in output_hidden_states; register_family({decoder.model_type!r}, ...) accepts it"
         else:
             continue
         raise ProbeError(f"hidden state {layer} of {type(without_peft(lm)).__name__} ({decoder.model_type}) {problem}")

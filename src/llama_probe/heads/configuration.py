@@ -176,9 +176,7 @@ class ProbeConfig:
             self.check_supports_novelty()
             sized = self.layers != "all" or self.num_hidden_layers is not None
             if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
-                raise ProbeError(
-                    f"novelty={self.novelty!r} must name layers that the head reads: {self.layer_indices}"
-                )
+                raise ProbeError(f"novelty={self.novelty!r} must name layers of the head: {self.layer_indices}")
         kind.check(self)
 
     def _check_flagged(self) -> None:
@@ -389,7 +387,6 @@ def read_config(folder: str | os.PathLike[str], trust_remote_code: bool = False)
     if values.get("config_sha256") not in (None, _digest(values)):  # older heads have none
         raise ProbeError(f"{path} was changed after it was saved: fetch it again, or remove config_sha256 if you did")
     if unknown:
-        logger.warning(
-            f"{path}: ignored unknown keys (another version?): {', '.join(repr(key)[:60] for key in unknown[:8])}"
-        )
+        keys = ", ".join(repr(key)[:60] for key in unknown[:8])
+        logger.warning(f"{path}: ignored unknown keys (another version?): {keys}")
     return config

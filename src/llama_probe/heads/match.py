@@ -153,9 +153,7 @@ def check_backbone(
     match(lm, config)
     check_states(lm)
     if config.token_scope in TURN_SCOPES and config.turn_markers is None and config.prompt_format == "chat":
-        logger.warning(
-            f"head {name!r} reads the whole prompt: the chat template that it was trained with has no markers of turns"
-        )
+        logger.warning(f"head {name!r} reads the whole prompt: its chat template has no markers of turns")
     checks = compare(config, lm, take_fingerprint=take_fingerprint)
     apart = next((check.actual for check in checks if check.guess == _ANOTHER), None)
     if alias is not None and apart is not None:

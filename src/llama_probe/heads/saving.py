@@ -79,9 +79,8 @@ def save_head(
     make_folder(folder)
     weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()
-    saved = config.replace(
-        weights_sha256=digest, llama_probe_version=package_version(), transformers_version=transformers.__version__
-    )
+    versions = {"llama_probe_version": package_version(), "transformers_version": transformers.__version__}
+    saved = config.replace(weights_sha256=digest, **versions)
     contents: dict[str, Content] = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
     if (code := kind_code(config.probe_type)) is not None:
         contents[CODE_NAME] = code
