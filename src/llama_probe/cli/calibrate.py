@@ -72,7 +72,7 @@ def calibrate(
         scored.attach()
         shown, recorded = {}, {}
         if benign:
-            head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts), progress=True), rate)
+            head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts)), rate)
             recorded["thresholds_from"] = {
                 "flagged": head.config.flagged[0],
                 "sources": list(map(short_path, benign)),
@@ -86,7 +86,7 @@ def calibrate(
                 held = set(np.random.default_rng(0).permutation(len(train))[: len(train) // 4].tolist())
                 validation = [text for row, text in enumerate(train) if row in held]
                 train = [text for row, text in enumerate(train) if row not in held]
-            fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation), progress=True)
+            fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation))
             sources = list(map(short_path, (*novelty_data, *(novelty_validation or ()))))
             shown["novelty"] = recorded["novelty"] = {"sources": sources, **fitted}
         if not is_main():

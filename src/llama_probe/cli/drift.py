@@ -54,7 +54,7 @@ def drift(
     texts = _texts(input, text_column, max_text)
     rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
     scored.attach()
-    logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]), progress=True)
+    logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]))
     report = compare_log(head.config, reference, logits, novelty, top)
     for row in report["worth_labelling"]:
         row["row"] = rows[row["row"]]

@@ -80,15 +80,13 @@ def evaluate(
         scored.attach()
         dataset, followed = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels), None
         if dataset.reply_lengths is None:
-            logits, novelty = predict_rows(head, dataset, progress=True)
+            logits, novelty = predict_rows(head, dataset)
         else:
-            (followed,) = follow_replies([head], dataset, progress=True)
+            (followed,) = follow_replies([head], dataset)
             logits = strongest_of(head, followed)
-        novelties = {
-            name: predict_rows(head, scored.dataset(texts), progress=True)[1] for name, texts in others.items()
-        }
+        novelties = {name: predict_rows(head, scored.dataset(texts))[1] for name, texts in others.items()}
         groups = (["wrappings"] if wrappings else []) + (list(ATTACKS) if attacks else [])
-        transformed = kept_labels(head, labelled, scored.prompts, groups, progress=True) if groups else {}
+        transformed = kept_labels(head, labelled, scored.prompts, groups) if groups else {}
         if not is_main():
             return None
         result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)

@@ -66,7 +66,7 @@ def plot(
             from ..evaluation.report import inspect_head  # needs packages that drawing does not need
 
             dataset = scored.dataset(labelled.texts)
-            measured = inspect_head(head, dataset, labelled.labels, progress=True)
+            measured = inspect_head(head, dataset, labelled.labels)
             inspection = {"split": Path(data).name, **measured}
         if texts:
             from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import

@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbone.capture import collect_hidden_states
@@ -114,7 +113,7 @@ class StateCache:
             read = [_tokens_read(config, rows[row]) for row in left]
             dataset = PromptDataset([rows.prompts[row] for row in left], masks=read)
             on_main(lambda: self._begin(entry))
-            passes = iterate_states(dataset, config, lm, batch_tokens, True, config.layer_indices)
+            passes = iterate_states(dataset, config, lm, batch_tokens, config.layer_indices)
             try:
                 for places, states, counted in passes:
                     tensors = _tensors_of_pass([dataset[place] for place in places], states.to("cpu", dtype), counted)
@@ -233,7 +232,6 @@ def iterate_states(
     config: ProbeConfig,
     lm: nn.Module | None = None,
     batch_tokens: int = 4096,
-    progress: bool = False,
     layers: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Yield the hidden states of a data set in batches of rows of similar length.
@@ -263,7 +261,7 @@ def iterate_states(
         passes = plan_passes(lm, prompts, unread, batch_tokens)
         layers = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
     title = "scoring" if lm is None else "hidden states"
-    with tqdm(total=len(prompts), desc=title, unit=" rows", disable=not (progress and is_main()), leave=False) as bar:
+    with logging.tqdm(total=len(prompts), desc=title, unit=" rows", leave=False) as bar:
         for run in passes if is_tensor_parallel(lm) else share(passes):
             batch = collate([dataset[row] for row in run.rows])
             if lm is None:

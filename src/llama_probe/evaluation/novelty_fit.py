@@ -27,9 +27,7 @@ def can_fit(config: ProbeConfig, train: Dataset, validation: Dataset) -> bool:
     return config.supports_novelty and min(len(train), len(validation)) >= MIN_ROWS
 
 
-def fit_novelty(
-    probe: ProbeModel, train: Dataset, validation: Dataset, logits: torch.Tensor | None = None, progress: bool = False
-) -> JSON:
+def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset, logits: torch.Tensor | None = None) -> JSON:
     """Fit a head's `Novelty` on training rows and calibrate it on validation rows. At most 2,000 of each count.
 
     Args:
@@ -53,8 +51,8 @@ def fit_novelty(
     train, validation = (Subset(rows, _places(rows)) for rows in (train, validation))
     settings = {"layers": layers, "rank": min(_RANK, len(train) // 8, len(layers) * probe.config.hidden_size // 2)}
     probe.set_novelty(Novelty(probe.config.replace(novelty=settings)), settings)  # it reads, and is fitted to that
-    learned, _ = _mean_states(probe, train, progress)
-    held, own_logits = _mean_states(probe, validation, progress)
+    learned, _ = _mean_states(probe, train)
+    held, own_logits = _mean_states(probe, validation)
     probe.set_novelty(Novelty.fit(probe.config, learned, held), settings)
     rows = {"train": len(train), "validation": len(validation)}
     return {"rows": rows, **_summarize(probe.config, own_logits if logits is None else logits)}
@@ -65,9 +63,9 @@ def _places(dataset: Dataset) -> list[int]:
     return sorted(rows.tolist())
 
 
-def _mean_states(probe: ProbeModel, dataset: Dataset, progress: bool) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def _mean_states(probe: ProbeModel, dataset: Dataset) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return total and count of the rows, see `MeanStates`, and logits `[rows, num_labels]`."""
-    batches = score_batches([probe], dataset, progress=progress)
+    batches = score_batches([probe], dataset)
     tensors = ((rows, (out.means.total.transpose(0, 1), out.means.count.T, out.logits)) for rows, (out,) in batches)
     total, count, logits = collect(len(dataset), tensors)
     return (total.transpose(0, 1), count.T), logits

@@ -15,16 +15,12 @@ from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows
 
 
-def predict_logits(
-    probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
-) -> torch.Tensor:
+def predict_logits(probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096) -> torch.Tensor:
     """Return logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order; see `predict_together`."""
-    return predict_together([probe], dataset, batch_tokens, progress)[0]
+    return predict_together([probe], dataset, batch_tokens)[0]
 
 
-def predict_together(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
-) -> list[torch.Tensor]:
+def predict_together(probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096) -> list[torch.Tensor]:
     """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_batches`.
 
     A reply counts by its largest score while it is written, because that is where it is halted; see `strongest`. Data sets without
@@ -33,28 +29,28 @@ def predict_together(
     In a process group (see `llama_probe.distributed`) the ranks divide the rows, and each rank gets all logits.
     """
     if probes[0].config.reads_reply and getattr(dataset, "reply_lengths", None) is not None:
-        followed = follow_replies(probes, dataset, batch_tokens, progress)
+        followed = follow_replies(probes, dataset, batch_tokens)
         return [strongest_of(probe, rows) for probe, rows in zip(probes, followed, strict=True)]
-    batches = score_batches(probes, dataset, batch_tokens, progress)
+    batches = score_batches(probes, dataset, batch_tokens)
     return collect(len(dataset), ((rows, [output.logits for output in outputs]) for rows, outputs in batches))
 
 
 def follow_replies(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
+    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096
 ) -> list[list[torch.Tensor]]:
     """Return the logits of heads after each token of finished replies, as if the LM were writing them.
 
     Args:
         probes: heads that read replies, the first bound to its backbone unless the data set holds hidden states.
         dataset: a `PromptDataset` or `StateDataset` with `reply_lengths`. Its rows end with the replies.
-        batch_tokens, progress: see `score_batches`.
+        batch_tokens: see `score_batches`.
 
     Returns:
         For each head and each row logits `[reply_tokens, num_labels]`; the last are those of the whole row. In a process group
         the ranks divide the rows, and each rank gets all results.
     """
     lengths, logits = dataset.reply_lengths, [{} for _ in probes]
-    for rows, shared, mask in states_for(probes, dataset, batch_tokens, progress):
+    for rows, shared, mask in states_for(probes, dataset, batch_tokens):
         for probe, by_row in zip(probes, logits, strict=True):
             states = shared.raw(probe)
             counted = [states[:, i, columns].transpose(0, 1) for i, columns in enumerate(mask)]  # [n, S, D] each
@@ -91,13 +87,11 @@ def _follow(probe: ProbeModel, before: Sequence[torch.Tensor], replies: Sequence
     return torch.stack([step(states[:, :, [t]], mask[:, [t]]) for t in range(mask.shape[1])], dim=1).cpu()
 
 
-def predict_rows(
-    probe: ProbeModel, dataset: Dataset, progress: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def predict_rows(probe: ProbeModel, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the logits of `predict_logits`, and novelty `[rows]` if the head tells it."""
     if probe.novelty is None:
-        return predict_logits(probe, dataset, progress=progress), None
-    batches = score_batches([probe], dataset, progress=progress)
+        return predict_logits(probe, dataset), None
+    batches = score_batches([probe], dataset)
     logits, novelty = collect(len(dataset), ((rows, [out.logits, out.novelty]) for rows, (out,) in batches))
     return logits, novelty
 
@@ -115,7 +109,7 @@ def collect(count: int, batches: Iterable[tuple[list[int], Sequence[torch.Tensor
 
 
 def score_batches(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False, **kwargs
+    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, **kwargs
 ) -> Iterator[tuple[list[int], list[ProbeOutput]]]:
     """Run heads over a data set with one pass of the backbone, or one reading of the cached states, for all.
 
@@ -132,7 +126,7 @@ def score_batches(
     Raises:
         ProbeError: no token of a row counts.
     """
-    for rows, shared, mask in states_for(probes, dataset, batch_tokens, progress):
+    for rows, shared, mask in states_for(probes, dataset, batch_tokens):
         check_rows(mask, probes[0].config)
         with torch.no_grad():
             outputs = [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
@@ -140,7 +134,7 @@ def score_batches(
 
 
 def states_for(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, progress: bool = False
+    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096
 ) -> Iterator[tuple[list[int], SharedStates, torch.Tensor]]:
     """Yield row numbers, states that the heads read, and the mask `[B, T]` of this rank's batches; see `iterate_states`."""
     for probe in probes:
@@ -151,5 +145,5 @@ def states_for(
         if len(dataset) and (states := dataset[0].get("hidden_states")) is not None:  # of a data set of the user's
             every = range(probes[0].config.num_hidden_layers + 1)
             layers, lm = every if len(states) == len(every) else probes[0].layer_indices, None
-    for rows, states, mask in iterate_states(dataset, probes[0].config, lm, batch_tokens, progress, layers):
+    for rows, states, mask in iterate_states(dataset, probes[0].config, lm, batch_tokens, layers):
         yield rows, SharedStates(states, layers), mask

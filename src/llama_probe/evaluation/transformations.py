@@ -194,7 +194,6 @@ def kept_labels(
     groups: Sequence[str],
     harmless: LabelledTexts | None = None,
     baselines: Mapping[str, Labeller] | None = None,
-    progress: bool = False,
 ) -> dict[str, JSON]:
     """Return how often a head's label stays when a text is transformed.
 
@@ -224,9 +223,7 @@ def kept_labels(
     flagged = config.flagged_index
     limit = getattr(find_decoder(head.backbone).model.config, "max_position_embeddings", None)
     # Texts that are too long as they are get cut.
-    label_cut, label_whole = (
-        partial(_labels, head, replace(prompts, max_length=cut), limit, progress) for cut in (limit, None)
-    )
+    label_cut, label_whole = (partial(_labels, head, replace(prompts, max_length=cut), limit) for cut in (limit, None))
     texts, labels, counted, spared = _plain_labels(rows, flagged, label_cut)
     if not len(counted):
         raise ProbeError(f"{named}: no row has the label {config.id2label[flagged]!r} and gets it from the head")
@@ -275,11 +272,9 @@ def _are_flagged(labels: np.ndarray, flagged: int | None) -> np.ndarray:
     return np.ones(len(labels), bool) if flagged is None else labels == flagged
 
 
-def _labels(
-    head: ProbeModel, prompts: PromptFormat, limit: int | None, progress: bool, texts: Sequence[Text]
-) -> np.ndarray | None:
+def _labels(head: ProbeModel, prompts: PromptFormat, limit: int | None, texts: Sequence[Text]) -> np.ndarray | None:
     ids = prompts.encode(texts)
     if limit is not None and max(map(len, ids), default=0) > limit:
         return None
-    logits = predict_logits(head, PromptDataset(ids), progress=progress)
+    logits = predict_logits(head, PromptDataset(ids))
     return predictions(probabilities(logits, head.config), head.config).numpy()

@@ -100,13 +100,13 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
     results["bytes"] = sum(tensor.nbytes for tensor in head.state_dict().values())
     if recipe.measure.wrappings in rows.measured:
         wrapped = rows.measured[recipe.measure.wrappings]
-        results |= kept_labels(head, wrapped, run.prompts, ["wrappings"], progress=True)
+        results |= kept_labels(head, wrapped, run.prompts, ["wrappings"])
     if recipe.measure.attacks in rows.measured:
         attacked, around = rows.measured[recipe.measure.attacks], rows.calibration
         baselines = {"tfidf": _baseline(run, head.config), "length": _baseline(run, head.config, by_length=True)}
         labellers = {name: baseline.labels for name, baseline in baselines.items() if baseline is not None}
         around = around and around.at_most(500, recipe.seed)
-        results |= kept_labels(head, attacked, run.prompts, ATTACKS, around, labellers, progress=True)
+        results |= kept_labels(head, attacked, run.prompts, ATTACKS, around, labellers)
     return results
 
 
@@ -145,7 +145,7 @@ def quantised(lm: nn.Module, form: str) -> nn.Module:
 
 
 def _measure_part(head: ProbeModel, dataset: Dataset, rows: LabelledTexts, baseline: Baseline | None) -> JSON:
-    logits, novelty = predict_rows(head, dataset, progress=True)
+    logits, novelty = predict_rows(head, dataset)
     part = {"rows": len(rows), **_scores(head.config, logits, rows.labels)}
     if novelty is not None:
         part["novel"] = float((novelty > FAR).double().mean())

@@ -67,7 +67,7 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
         runs[name] = {"seed": seed, "epochs": progress[name].epochs or epochs, **decided}
         test = None
         if rows.test is not None and name in followed:
-            (test,) = follow_replies([probe], run.datasets["test"], progress=True)
+            (test,) = follow_replies([probe], run.datasets["test"])
             tested[name] = strongest_of(probe, test)
         elif rows.test is not None:
             tested[name] = predict_logits(probe, run.datasets["test"])
@@ -109,10 +109,10 @@ def _judged_logits(run: PreparedRun) -> tuple[dict[str, torch.Tensor], dict[str,
     """
     heads, part = list(run.heads.values()), run.datasets["validation"]
     if run.config.reads_reply:
-        followed = dict(zip(run.heads, follow_replies(heads, part, progress=True), strict=True))
+        followed = dict(zip(run.heads, follow_replies(heads, part), strict=True))
         by_head = {name: strongest_of(run.heads[name], rows) for name, rows in followed.items()}
     else:
-        followed, by_head = {}, dict(zip(run.heads, predict_together(heads, part, progress=True), strict=True))
+        followed, by_head = {}, dict(zip(run.heads, predict_together(heads, part), strict=True))
     for name in run.candidates:
         for number, fold in enumerate(run.rows.folds):
             by_head[name][fold] = by_head[f"{name}-fold-{number}"][fold]
@@ -135,7 +135,7 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     The last rates are left out if they do not fit, and None is returned if none does: a head is not thrown away for its
     thresholds.
     """
-    rates, logits = run.recipe.calibration.rates, predict_logits(probe, run.datasets["calibration"], progress=True)
+    rates, logits = run.recipe.calibration.rates, predict_logits(probe, run.datasets["calibration"])
     while rates:
         try:
             probe.config = with_rates(probe.config, logits, rates)
