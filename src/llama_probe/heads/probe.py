@@ -22,6 +22,7 @@ from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
 from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
+from .aggregator import State
 from .configuration import NoveltySettings, ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss, strongest
 from .match import check_backbone, describe, match
@@ -38,10 +39,6 @@ _HALF = (torch.bfloat16, torch.float16)
 _FEW_TOKENS = 128
 # Blocks that `score_replies` reads replies in: summaries of so many tokens are held at once.
 _BLOCKS = 32
-
-
-def _as_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -101,7 +98,7 @@ class ProbeModel(nn.Module):
         self.layer_stage, self.classifier = kind.create_layer_stage(config), kind.create_classifier(config)
         self.novelty = None if config.novelty is None else Novelty(config)
         # Whatever torch.set_default_dtype says, which is meant for the LM.
-        super()._apply(_as_fp32)
+        super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
@@ -170,7 +167,7 @@ class ProbeModel(nn.Module):
         cls,
         source: str | os.PathLike[str],
         target: Target | None = None,
-        options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+        options: HubOptions = HubOptions(),
     ) -> ProbeModel:
         """Load a head for a backbone that need not be loaded; see `resolve_head`."""
         folder = resolve_head(source, target, options)
@@ -355,7 +352,7 @@ class ProbeModel(nn.Module):
     # Groups of layers, while the LM runs
 
     def init_state(
-        self, state: Any = None, keep: bool = False, output_attentions: bool = False, differentiable: bool = False
+        self, state: State = None, keep: bool = False, output_attentions: bool = False, differentiable: bool = False
     ) -> ProbeState:
         """Start on a batch of prompts.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from ..errors import ProbeError
 from ..files import JSON, check_writable, current_file
@@ -74,7 +73,7 @@ def read_json(path: Path) -> JSON:
     return values
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> JSON:
+def _unique(pairs: list[tuple[str, object]]) -> JSON:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -97,7 +97,7 @@ def push_folder(
 def pull_head(
     source: str,
     folder: str | os.PathLike | None = None,
-    options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+    options: HubOptions = HubOptions(),
     check: Callable[[Path], object] = read_config_values,
 ) -> Path:
     """Copy a head from the Hub into a folder, and return the folder.

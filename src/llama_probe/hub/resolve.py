@@ -90,7 +90,7 @@ def bundled_alias(source: str | os.PathLike, folder: Path) -> str | None:
 def resolve_head(
     source: str | os.PathLike,
     target: Target | None = None,
-    options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+    options: HubOptions = HubOptions(),
     *,
     only_config: bool = False,
 ) -> Path:

@@ -310,7 +310,7 @@ def named_sources(spec: ProbeSpec) -> dict[str, ProbeSource]:
 def read_heads(
     spec: ProbeSpec,
     target: Target | None = None,
-    options: HubOptions = HubOptions(),  # noqa: B008 - frozen
+    options: HubOptions = HubOptions(),
 ) -> dict[str, ProbeModel]:
     """Load all heads of a `probe=` argument, by name (see `named_sources`); `resolve_head` explains the others.
 
@@ -368,7 +368,7 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
 
 def place_of_model(place: Any, kwargs: Mapping[str, Any]) -> Any:
     """Return the place with the demo backbone's folder for its names; see `is_demo`. A head in a folder `./demo` stays."""
-    return place if place == DEMO and is_head_folder(DEMO) else resolve_backbone(place, kwargs)
+    return place if place == DEMO and is_head_folder(DEMO) else resolve_backbone(place, HubOptions.beside(kwargs))
 
 
 def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -402,7 +402,7 @@ def load_with_heads(
     beside the model are loaded. The place of a head stands for its backbone with this head.
     """
     place = place_of_model(place, kwargs)
-    check_within_reach(place, kwargs)
+    check_within_reach(place, HubOptions.beside(kwargs))
     if probe is not None:
         options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
         target = read_target(place, kwargs, options) if any(map(is_alias, sources.values())) else None
