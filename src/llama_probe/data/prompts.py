@@ -117,7 +117,8 @@ class PromptFormat:
         elif kind == "chat" and config.chat_template_hash not in (None, template_hash(tokenizer)):
             logger.warning("The head was trained with another chat template; its scores may be less reliable.")
             markers = None
-        return cls(tokenizer, kind, config.system_prompt, config.max_length, markers, text_role_of(config))
+        role = "tool" if config.token_scope == "tool" else "user"
+        return cls(tokenizer, kind, config.system_prompt, config.max_length, markers, role)
 
     def config_fields(self) -> JSON:
         """Return the fields of a `ProbeConfig` that record the format."""
@@ -266,11 +267,6 @@ def _check_text(text: Text) -> None:
     """Raise `ProbeError` unless it is a text or chat messages."""
     if not is_text(text):
         raise ProbeError(f"a prompt must be a text or a list of chat messages, not {ascii(text)[:60]}")
-
-
-def text_role_of(config: ProbeConfig) -> str:
-    """Return the turn that a text is rendered as for a head; see `PromptFormat.text_role`."""
-    return "tool" if config.token_scope == "tool" else "user"
 
 
 def as_chat(text: Text) -> Chat:

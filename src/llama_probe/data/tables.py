@@ -125,7 +125,7 @@ def _read_files(paths: Sequence[str], text_columns: Sequence[str], max_text: int
     return columns, names
 
 
-def _typed(cells: list[str | None]) -> list[Any]:
+def _typed(cells: list[str | None]) -> list[int | float | bool | str | None]:
     """Return the cells of a csv column as whole numbers, numbers or truth values if all are; an empty one is None."""
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -140,7 +140,7 @@ def _typed(cells: list[str | None]) -> list[Any]:
     return column.to_pylist()
 
 
-def _label_names(features: Mapping[str, Any]) -> LabelNames:
+def _label_names(features: Mapping[str, object]) -> LabelNames:
     """Return the names of the class labels, or lists of them, by column."""
     kinds = {column: getattr(kind, "feature", kind) for column, kind in features.items()}
     return {column: kind.names for column, kind in kinds.items() if hasattr(kind, "names")}

@@ -17,6 +17,7 @@ Chat = list[JSON]
 DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.", "How now", "the end", "I am here")
 # Their white space merges with the end of what opens a turn, or with the beginning of what closes it.
 _SPACED_TEXTS = ("\n\nGamma\n\n", "    delta   ", "\tepsilon\t", "\r\nzeta \n", " eta ", "\ntheta\n")
+_TEXTS = (*DIFFERENT_TEXTS, *_SPACED_TEXTS)
 _ASKED = [{"role": "user", "content": "Look at it."}]
 
 
@@ -35,7 +36,8 @@ def learn_turn_markers(render: Callable[..., list[int]]) -> dict[str, TurnMarker
     """
     try:
         user_end, reply_end = _turn_end(render, "user"), _turn_end(render, "assistant")
-        user = _user_marker(render, (reply_end, user_end))
+        replies = ([*_ASKED, {"role": "assistant", "content": text}] for text in _TEXTS)
+        user = _marker([_ids_before(render, before, "user") for before in ([], *replies)], (reply_end, user_end))
         assistant = _assistant_marker(render, (user_end, reply_end))
     except ProbeError:
         return None
@@ -69,14 +71,9 @@ def _turn_end(render: Callable, role: str) -> list[int]:
     return common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
 
 
-def _user_marker(render: Callable, ends: Sequence[list[int]]) -> TurnMarker:
-    replies = ([*_ASKED, {"role": "assistant", "content": text}] for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS))
-    return _marker([_ids_before(render, before, "user") for before in ([], *replies)], ends)
-
-
 def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> TurnMarker:
     starts = []
-    for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS):
+    for text in _TEXTS:
         asked = [{"role": "user", "content": text}]
         prompt = render(asked, True)
         # The generation prompt may end before what opens a reply in the history, or continue after it.
@@ -109,7 +106,7 @@ def _tool_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) 
 
 def _document_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) -> list[int]:
     """Return what opens a document, up to its number, title or text."""
-    documents = (dict.fromkeys(("title", "text", "doc_id"), text) for text in (*DIFFERENT_TEXTS, *_SPACED_TEXTS))
+    documents = (dict.fromkeys(("title", "text", "doc_id"), text) for text in _TEXTS)
     start = _shared_start(render(_ASKED, False, documents=[document]) for document in documents)
     return _behind_turns(start, ends)
 

@@ -19,14 +19,14 @@ from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.prompts import Text, exchange, is_text
-from ..data.row_files import MAX_TEXT, Chunk, InputFile
+from ..data.row_files import MAX_TEXT, Chunk, Columns, InputFile
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
 from ..errors import ProbeError, first_line
 from ..files import JSON, remove_leftovers, write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
-from ..serving.host import read_heads
+from ..serving.host import ProbeSpec, read_heads
 from ..serving.texts import classify_texts
 from .resume import check_settings, read_settings
 
@@ -50,12 +50,12 @@ class TextScorer:
         ProbeError: a head is not found, or some heads read prompts and others replies.
     """
 
-    def __init__(self, probes: Any, backbone: str = "demo", dtype: str = "auto"):
+    def __init__(self, probes: ProbeSpec, backbone: str = "demo", dtype: str = "auto"):
         self.heads = _read_heads(probes, backbone)
         lm, self.tokenizer = load_backbone(backbone, dtype)
         self.model = AutoModelForProbedGeneration.from_causal_lm(lm, self.heads)
 
-    def __call__(self, texts: Sequence[Text | None]) -> dict[str, list[Any]]:
+    def __call__(self, texts: Sequence[Text | None]) -> Columns:
         """Score texts.
 
         Args:
@@ -67,7 +67,7 @@ class TextScorer:
             the head gives no number: one such text must not stop a job over millions.
         """
         rows = [row for row, text in enumerate(texts) if not _is_blank(text)]
-        columns: dict[str, list[Any]] = {name: [None] * len(texts) for name in output_fields(self.heads)}
+        columns: Columns = {name: [None] * len(texts) for name in output_fields(self.heads)}
         if not rows:
             return columns
         configs = {name: head.config for name, head in self.heads.items()}
@@ -107,7 +107,7 @@ class ScoringJob:
 
     inputs: Sequence[str]
     output: Path
-    probes: Any
+    probes: ProbeSpec
     backbone: str = "demo"
     text_column: str = "text"
     prompt_column: str | None = None
@@ -204,7 +204,7 @@ class ScoringJob:
     def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
         """Return the texts of a chunk, with their prompts as chat messages if there is a column of prompts."""
 
-        def check(name: str, is_allowed: Callable[[Any], bool], allowed: str) -> list[Any]:
+        def check(name: str, is_allowed: Callable[[object], bool], allowed: str) -> list[Any]:
             for row, value in enumerate(chunk.columns[name], start=chunk.first_row):
                 if value is not None and not is_allowed(value):
                     raise ProbeError(f"{file.path}: row {row}: {name} must be {allowed}, not {str(value)[:60]!r}")
@@ -224,7 +224,7 @@ class ScoringJob:
         return _write_manifest(self.output / MANIFEST_NAME, manifest | finished)
 
 
-def _read_heads(probes: Any, backbone: str) -> dict[str, ProbeModel]:
+def _read_heads(probes: ProbeSpec, backbone: str) -> dict[str, ProbeModel]:
     heads = read_heads(probes, backbone_target(backbone))
     by_reads = {head.config.reads_reply: name for name, head in heads.items()}
     if len(by_reads) == 2:
@@ -249,7 +249,7 @@ def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
     return fields
 
 
-def _warn_of_gaps(file: InputFile, chunk: Chunk, texts: list[Text | None], scores: dict[str, list[Any]]) -> None:
+def _warn_of_gaps(file: InputFile, chunk: Chunk, texts: list[Text | None], scores: Columns) -> None:
     """Name rows that have a text and no score. In the output they look like rows without a text."""
     scored = [i for i, text in enumerate(texts) if not _is_blank(text)]
     gaps = [i for i in scored if any(values[i] is None for values in scores.values())]
@@ -263,7 +263,7 @@ def _is_blank(text: Text | None) -> bool:
     return not (text.strip() if isinstance(text, str) else text)
 
 
-def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[Any]) -> pa.Array:
+def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[object]) -> pa.Array:
     if column.type == pa.string():
         # Whole numbers of more than 64 bits in json lines are kept as texts.
         values = [str(value) if type(value) is int else value for value in values]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -60,7 +59,7 @@ class Systems:
                 ids[:, : len(opening)] = torch.tensor(opening)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def serve(self, system: str, prompts: dict, new_tokens: int = 1, on_token: Callable | None = None) -> Any:
+    def serve(self, system: str, prompts: dict, new_tokens: int = 1, on_token: Callable | None = None) -> object:
         """Generate greedily, exactly `new_tokens` for each prompt. Call `on_token` after each."""
         names = self.heads[system]
         model = self.model if names else self.plain

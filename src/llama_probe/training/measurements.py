@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -110,12 +109,14 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
     return results
 
 
-def _baseline(run: PreparedRun, config: ProbeConfig, *options: Any, by_length: bool = False) -> Baseline | None:
+def _baseline(
+    run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False
+) -> Baseline | None:
     """Return a baseline beside a head of two labels, if the recipe wants one and its thresholds can be fitted."""
     if not run.recipe.measure.tfidf or config.flagged_index is None or config.num_labels != 2:
         return None
     try:
-        return Baseline(run, config, *options, by_length=by_length)
+        return Baseline(run, config, without, by_length)
     except ProbeError as error:
         logger.warning(f"{'The length' if by_length else 'TF-IDF'} is not measured: {error}")
         return None

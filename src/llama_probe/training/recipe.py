@@ -285,7 +285,7 @@ def _set(values: Any, setting: str) -> None:
         raise ProbeError(f"--set {setting!r} {reason}") from None
 
 
-def _parse(owner: type, at: str, values: Any) -> Any:
+def _parse(owner: type, at: str, values: object) -> Any:
     """Return a dataclass of the values of a section. Errors begin with the path of the field."""
     if not isinstance(values, Mapping):
         raise ProbeError(f"{at or 'the recipe'} must have fields, not the value {values!r}")

@@ -69,12 +69,7 @@ class RecipeRows:
 
     def parts(self) -> dict[str, LabelledTexts]:
         """Return all rows by the name of their part."""
-        named = {
-            "train": self.train,
-            "validation": self.validation,
-            "test": self.test,
-            "calibration": self.calibration,
-        }
+        named = {name: getattr(self, name) for name in ("train", "validation", "test", "calibration")}
         named |= {f"measure.{name}": rows for name, rows in self.measured.items()}
         named |= {f"{twin}.{name}": rows for twin, parts in self.held_rows.items() for name, rows in parts.items()}
         return {name: rows for name, rows in named.items() if rows is not None}

@@ -19,7 +19,7 @@ from huggingface_hub import CommitInfo
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput
+from transformers.trainer_utils import BestRun, EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput
 from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
@@ -102,8 +102,8 @@ class ProbeTrainer(Trainer):
         model: ProbeModel | Mapping[str, ProbeModel] | None = None,
         args: ProbeTrainingArguments | None = None,
         data_collator: Callable | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
+        train_dataset: object = None,
+        eval_dataset: object = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         model_init: Callable[..., ProbeModel] | None = None,
         compute_loss_func: Callable | None = None,
@@ -255,7 +255,7 @@ class ProbeTrainer(Trainer):
             weakref.finalize(self, cache.delete)
         return cache
 
-    def _create_head(self, backbone: Any, head: JSON, data: Any) -> tuple[ProbeModel, LabelledTexts]:
+    def _create_head(self, backbone: Any, head: JSON, data: object) -> tuple[ProbeModel, LabelledTexts]:
         """Read the training rows, load the backbone, and make a head for the labels of the rows."""
         names = list(head["id2label"].values()) if head.get("id2label") else None
         rows = rows_in_memory("train_dataset", data, self._columns, names, head.get("problem_type"))
@@ -275,7 +275,7 @@ class ProbeTrainer(Trainer):
         labels = None if train is None or args["class_weights"] != "balanced" else labels_of(train)
         return ProbeLoss.create(self.heads[name].config, args, labels)
 
-    def _label(self, name: str, data: Any, learned: bool = False) -> LabelledTexts | Dataset | None:
+    def _label(self, name: str, data: object, learned: bool = False) -> LabelledTexts | Dataset | None:
         """Read a table with the labels of the heads, whose configs record what the labels of training rows are called."""
         if data is None or isinstance(data, Dataset):
             return data
@@ -293,7 +293,7 @@ class ProbeTrainer(Trainer):
             check_labels(name, rows)
         return rows
 
-    def _encode(self, name: str, rows: Any, learned: bool = False) -> Dataset | None:
+    def _encode(self, name: str, rows: LabelledTexts | Dataset | None, learned: bool = False) -> Dataset | None:
         """Return rows as prompts, or as their hidden states."""
         if not isinstance(rows, LabelledTexts):
             return rows
@@ -325,14 +325,14 @@ class ProbeTrainer(Trainer):
         for module in (self.model, *self.heads.values()):
             module.config = module.config.replace(**changes)
 
-    def _table(self, name: str, data: Any) -> Dataset | None:
+    def _table(self, name: str, data: object) -> Dataset | None:
         return self._encode(name, self._label(name, data))
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: object = None) -> DataLoader:
         """Return the batches of `eval_dataset`, a table as well, or of the trainer's own."""
         return super().get_eval_dataloader(self._table("eval_dataset", eval_dataset))
 
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+    def get_test_dataloader(self, test_dataset: object) -> DataLoader:
         """Return the batches of `test_dataset`, a table as well."""
         return super().get_test_dataloader(self._table("test_dataset", test_dataset))
 
@@ -372,7 +372,7 @@ class ProbeTrainer(Trainer):
         inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[Any, Any, Any]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Return loss, logits and labels of a batch; see `Trainer.prediction_step`."""
         ignored = [*(ignore_keys or ["cache"]), "by_head", "token_logits", "token_mask"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignored)
@@ -466,7 +466,7 @@ class ProbeTrainer(Trainer):
 
     def hyperparameter_search(
         self, hp_space: Callable | None = None, compute_objective: Callable | None = None, n_trials: int = 20, **kwargs
-    ) -> Any:
+    ) -> BestRun | list[BestRun]:
         """Search hyper-parameters; see `Trainer.hyperparameter_search`. It needs `model_init` or `backbone`.
 
         Args:
