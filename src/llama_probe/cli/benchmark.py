@@ -60,5 +60,5 @@ def _print(report: JSON) -> None:
         print_text("Ratios to `base`, with quartiles, are of pairs of runs; those of `base again` show the noise.")
 
 
-def _with_quartiles(value: Any) -> Any:
+def _with_quartiles(value: object) -> object:
     return cell(value["median"], value["quartiles"]) if isinstance(value, dict) else value
