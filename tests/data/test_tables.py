@@ -106,6 +106,7 @@ def test_a_folder_that_names_rows_outside(tmp_path, key, name):
         ("a.jsonl", "a.jsonl", b"", "holds no rows"),
         ("a.csv", "a.csv", b"text,label\n", "holds no rows"),
         ("missing.csv", None, None, "there is no file"),
+        ("folder", None, None, "cannot be read"),
         ("folder", "folder/a.txt", b"x", "no known format"),  # loaders of other files can do more than read rows
         (" ", None, None, "names no rows"),
         ("toxichat", None, None, "known by name: toxicchat, wildguardmix, imdb, sst2"),

@@ -122,6 +122,7 @@ class TestFile:
             (changed(hold_out={"lists": ["advbench"]}), "hold_out.lists names 'advbench'"),
             (changed(hold_out={"a.b": ["toxicchat"]}), "'a.b'"),
             (changed(seeds=0), "seeds=0"),
+            (changed(max_rows=0), "max_rows=0"),
             (changed(seed=2**32), "seed=4294967296"),
             (changed(head=[1]), "head="),
             (changed(search={"trials": -1}), "trials=-1"),

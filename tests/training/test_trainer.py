@@ -128,6 +128,7 @@ class TestRows:
         [
             ({"model": None}, "backbone"),
             ({"backbone": "demo"}, "one of"),
+            ({"probe_config": {"probe_type": "gate"}}, "backbone"),
             ({"model": head()}, "backbone"),
             ({"rows": {"words": ["a", "b"], "label": [1, 0]}}, "words"),
             ({"column_mapping": {"review": "text"}}, "review"),
@@ -239,6 +240,11 @@ class TestLoss:
         assert balanced_weights(np.array([0, 0, 0, 1]), config) == [pytest.approx(4 / 6), pytest.approx(2.0)]
         several = config.replace(problem_type="multi_label_classification")
         assert balanced_weights(np.array([[1, 0], [1, 0], [0, 1], [1, 0]]), several) == [pytest.approx(1 / 3), 3.0]
+
+    @pytest.mark.parametrize("name, value", [("class_weights", [1.0]), ("label_smoothing", 1.0)])
+    def test_refusals(self, name, value):
+        with pytest.raises(ProbeError, match=name):
+            ProbeLoss(head().config, **{name: value})
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
