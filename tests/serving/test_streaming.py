@@ -55,13 +55,14 @@ def test_a_reply_without_a_flag_is_shown_whole(model, tokens):
 
 @pytest.mark.parametrize("tokens, seen", [(0, 3), (1, 2), (2, 1), (5, 0)])
 def test_what_is_held_goes_with_a_halt(model, tokens, seen):
-    ids = make_prompts(1)
+    ids, recorder = make_prompts(1), Recorder()
     free = make_lm().generate(ids, max_new_tokens=8, eos_token_id=None)[0, 9:].tolist()
-    for reply in (None, [5, 6]):
-        recorder = Recorder()
+    streamer = HoldBackStreamer(recorder, tokens)
+    for calls, reply in enumerate(([5, 6], None), start=1):  # it can be used again
+        recorder.tokens.clear()
         kwargs = {"halt_reply": reply, "on_probe_token": flag(3), "max_new_tokens": 8, "eos_token_id": None}
-        model.generate(ids, streamer=HoldBackStreamer(recorder, tokens), **kwargs)
-        assert recorder.reply == [*free[:seen], *(reply or [])] and recorder.ended == 1
+        model.generate(ids, streamer=streamer, **kwargs)
+        assert recorder.reply == [*free[:seen], *(reply or [])] and recorder.ended == calls
 
 
 def test_an_error_shows_nothing_more(model):
@@ -75,6 +76,8 @@ def test_an_error_shows_nothing_more(model):
     with pytest.raises(RuntimeError, match="out of order"):
         model.generate(make_prompts(1), **call)
     assert len(recorder.reply) == 1 and recorder.ended == 1
+    model.generate(make_prompts(1), max_new_tokens=3, streamer=streamer, on_probe_token=lambda scores: None)
+    assert recorder.ended == 2, "and it can be used again"
 
 
 def test_a_prompt_that_is_halted(model):
