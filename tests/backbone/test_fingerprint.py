@@ -62,7 +62,10 @@ def test_tolerance(recorded, found, expected):
             "torchao-8bit",
         ),
         (
-            {"quant_method": "torchao", "quant_type": {"default": {"_data": {"weight_dtype": {"_data": "int4"}}}}},
+            {
+                "quant_method": "torchao",
+                "quant_type": {"default": {"_type": "Int8Activation", "weight_dtype": "int4"}},
+            },
             "torchao-4bit",
         ),
     ],
