@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerState
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.loading import weights_digest
 from llama_probe.data.cached_states import PromptDataset, StateCache
-from llama_probe.distributed import gather, merge_rows, process_group, rank, share, world_size
+from llama_probe.distributed import gather, process_group, rank, world_size
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head
 from llama_probe.evaluation.scoring_job import ScoringJob
@@ -34,15 +34,9 @@ def prompts() -> list[list[int]]:
 
 def recipe(rows: Path, **sections) -> Recipe:
     """A short one on the rows that the test has written."""
-    values = {
-        "train": [str(rows)],
-        "validation": {"folds": 0},
-        "test": {"share": 0.3},
-        "head": {"probe_type": "gate"},
-        **sections,
-    }
-    values["training"] = {"num_train_epochs": 2, "learning_rate": 0.03, **sections.get("training", {})}
-    return Recipe.load(values)
+    training = {"num_train_epochs": 2, "learning_rate": 0.03, **sections.pop("training", {})}
+    parts = {"validation": {"folds": 0}, "test": {"share": 0.3}, "head": {"probe_type": "gate"}, **sections}
+    return Recipe.load({"train": [str(rows)], "training": training, **parts})
 
 
 def train(folder: Path, name: str, **sections) -> dict:
@@ -57,16 +51,6 @@ def scored(folder: Path, name: str) -> dict:
     """A scoring job of one head over the rows, in chunks of five."""
     rows, head, backbone = (str(folder / part) for part in ("rows.jsonl", "mood", "backbone"))
     return ScoringJob([rows], folder / name, [head], backbone, chunk_rows=5).execute()
-
-
-def check_helpers() -> None:
-    shares = gather(share(range(5)))
-    assert len({len(part) for part in shares}) == 1 and set().union(*shares) == set(range(5))
-    rows = share(range(5))
-    values = torch.full((5, 2), -1.0)
-    values[rows] = torch.tensor(rows, dtype=torch.float).unsqueeze(1).expand(-1, 2)
-    assert merge_rows(rows, values)[:, 1].tolist() == [0, 1, 2, 3, 4]
-    assert share([]) == []
 
 
 def sharded(folder: Path) -> dict:
@@ -145,7 +129,6 @@ def checkpointed(folder: Path) -> list[str]:
 
 def main(folder: Path) -> None:
     with process_group():
-        check_helpers()
         head = make_probe(probe_type="mha")
         head.set_backbone(make_lm())
         dataset = PromptDataset(prompts(), LABELS)

@@ -11,37 +11,33 @@ import pyarrow.parquet as pq
 import pytest
 import ranks_at_work
 import torch
+from command_line import settings
 from conftest import LAYERS, make_lm, make_probe, make_prompts, read_head
 from launcher import finish, free_port, torchrun
 from ranks_at_work import LABELS, prompts
+from training_runs import write
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llama_probe import ProbeError
 from llama_probe.cli import app
 from llama_probe.data.cached_states import PromptDataset, rows_on_disk
-from llama_probe.distributed import check_shared, claimed
+from llama_probe.distributed import claimed
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head, report
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
 
 
-def write_rows(path: Path, count: int) -> None:
-    rows = ((f"{'good' if i % 3 else 'bad'} number {i}{'!' * (i % 7)}", int(i % 3 == 0)) for i in range(count))
-    path.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in rows))
+def write_rows(path: Path) -> None:
+    texts = [f"{'good' if i % 3 else 'bad'} number {i}{'!' * (i % 7)}" for i in range(41)]
+    write(path, [{"text": text, "label": int("bad" in text)} for text in texts])
 
 
-@pytest.mark.parametrize(
-    "words, told",
-    [
-        (["inspect", "x"], "inspect runs in one process"),
-        (["classify", "x"], "give files with"),
-    ],
-)
-def test_commands_that_cannot_divide_refuse(monkeypatch, words, told):
+def test_commands_that_cannot_divide_refuse(monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert told in str(CliRunner().invoke(app, words).exception)
+    for words, message in ((["inspect", "x"], "inspect runs in one process"), (["classify", "x"], "give files with")):
+        assert message in str(CliRunner().invoke(app, words).exception)
 
 
 def test_a_claimed_folder_has_one_run_at_a_time(tmp_path):
@@ -65,12 +61,6 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_one_process_marks_no_folder(tmp_path, monkeypatch):
-    """A kill would leave the mark behind."""
-    monkeypatch.setattr("tempfile.mkdtemp", lambda **_: pytest.fail("a mark for other ranks"))
-    check_shared(tmp_path / "new")
-
-
 @pytest.mark.slow
 class TestTwoNodes:
     """Two agents on loopback with a process each."""
@@ -79,7 +69,7 @@ class TestTwoNodes:
     def folder(self, tmp_path_factory, backbone_folder) -> Path:
         folder = tmp_path_factory.mktemp("nodes")
         shutil.copytree(backbone_folder, folder / "backbone")
-        write_rows(folder / "rows.jsonl", 41)
+        write_rows(folder / "rows.jsonl")
         make_probe(probe_type="gate", prompt_format="chat", max_length=64).save_pretrained(folder / "mood")
         return folder
 
@@ -110,9 +100,8 @@ class TestTwoNodes:
         trials = found[0]["search"]["search"]
         assert len(trials) == 4 and trials[0]["score"] == max(trial["score"] for trial in trials)
         alone = ranks_at_work.search(folder, "alone")
-        assert {trial["name"]: trial["values"] for trial in trials} == {
-            t["name"]: t["values"] for t in alone["search"]
-        }
+        values = [{trial["name"]: trial["values"] for trial in search} for search in (trials, alone["search"])]
+        assert values[0] == values[1]
         assert not list((folder / "search").glob(".*")), "no part of a checkpoint is left"
 
     def test_a_scoring_job_writes_what_one_process_writes(self, found, folder):
@@ -150,14 +139,14 @@ class TestTwoNodes:
 
 @pytest.mark.slow
 def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, backbone_folder):
-    write_rows(tmp_path / "rows.jsonl", 41)
+    write_rows(tmp_path / "rows.jsonl")
     output = tmp_path / "head"
-    arguments = [
-        "-m", "llama_probe.cli", "train", "--backbone", backbone_folder, "--probe-type", "gate",
-        "--train", tmp_path / "rows.jsonl", "--set", "validation.folds=0", "--set", "head.max_length=64", "--epochs", 10,
-        "--set", "training.per_device_train_batch_size=8", "--set", "training.learning_rate=0.03", "--set", "training.patience=10",
-        "--set", f"training.cache_dir={tmp_path / 'two'}", "--output", output, "--resume", "--json",
-    ]  # fmt: skip
+    training = {"num_train_epochs": 10, "per_device_train_batch_size": 8, "learning_rate": 0.03, "patience": 10}
+    training["cache_dir"] = str(tmp_path / "two")
+    head = {"probe_type": "gate", "max_length": 64}
+    words = settings(validation={"folds": 0}, head=head, training=training)
+    places = (tmp_path / "rows.jsonl", "--backbone", backbone_folder, "--output", output)
+    arguments = ["-m", "llama_probe.cli", "train", *places, *words, "--resume", "--json"]
     process = torchrun(*arguments)
     saved = output / CHECKPOINTS
     deadline = time.monotonic() + 200
@@ -185,15 +174,13 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     assert not any(f" {step}/50 " in done.stderr for step in range(1, last + 1)), "it did only what was left"
     assert not (output / CHECKPOINTS).exists()
     # The states on disk are those of one process, and so are the scores of the head on them.
-    alone = ranks_at_work.recipe(
-        tmp_path / "rows.jsonl", test={}, head={"probe_type": "gate", "max_length": 64},
-        training={"cache_dir": str(tmp_path / "one")},
-    )  # fmt: skip
+    training = {"cache_dir": str(tmp_path / "one")}
+    alone = ranks_at_work.recipe(tmp_path / "rows.jsonl", test={}, head=head, training=training)
     prepared = PreparedRun(alone, tmp_path / "alone", str(backbone_folder))
     for entry in (tmp_path / "one").iterdir():
         one, two = (rows_on_disk(tmp_path / name / entry.name) for name in ("one", "two"))
         assert one.keys() == two.keys() and one
         assert all(torch.equal(states, two[key][1]) for key, (_, states) in one.items())
-    head = read_head(output)
-    logits = predict_logits(head, prepared.datasets["validation"])
-    assert run["validation"] == json.loads(json.dumps(report(head.config, logits, prepared.rows.validation.labels)))
+    trained = read_head(output)
+    logits = predict_logits(trained, prepared.datasets["validation"])
+    assert run["validation"] == json.loads(json.dumps(report(trained.config, logits, prepared.rows.validation.labels)))
