@@ -85,11 +85,7 @@ class _Factories(TorchFunctionMode):
 
 
 class Accelerator(TorchDispatchMode):
-    """Counts inside its block.
-
-    Attributes:
-        reads, operations: counts.
-    """
+    """Counts `reads` and `operations` inside its block."""
 
     def __init__(self):
         super().__init__()
@@ -130,8 +126,7 @@ def _run(count: Accelerator | None, function, args, kwargs):
         by_mask = name in INDEXED and any(
             isinstance(each, SimTensor) and each.dtype == torch.bool for each in tree_leaves(args[1])
         )
-        if name in READS or goes_to_cpu or by_mask:
-            count.reads += 1
+        count.reads += name in READS or goes_to_cpu or by_mask
         is_view = any(each.alias_info and not each.alias_info.is_write for each in function._schema.arguments)
         count.operations += not is_view and name not in NO_KERNEL | READS
     kwargs = {key: "cpu" if key == "device" else value for key, value in kwargs.items()}
