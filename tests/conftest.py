@@ -179,29 +179,18 @@ def make_reading(
     tokens: list[str], unread: int = 0, label=None, probabilities: dict | None = None, seed: int = 0, **changes
 ) -> Reading:
     """What a head might have looked at; random weights. The last token is the template's, and those not read are too."""
-    values = {
-        "probe_type": "gate",
-        "num_hidden_layers": LAYERS,
-        "hidden_size": HIDDEN,
-        "id2label": {0: "no", 1: "yes"},
-    }
-    config = ProbeConfig(**{**values, **changes})
+    config = make_probe(**{"probe_type": "gate", "id2label": {0: "no", 1: "yes"}, **changes}).config
     rng = np.random.default_rng(seed)
     weights = np.zeros((len(config.layer_indices), len(tokens)))
     weights[:, unread:] = rng.dirichlet(np.full(len(tokens) - unread, 0.3), len(weights))
-    template = [position < unread or position == len(tokens) - 1 for position in range(len(tokens))]
-    return Reading(
-        head="mood",
-        config=config,
-        text="".join(token for token, other in zip(tokens, template, strict=True) if not other),
-        tokens=tokens,
-        template=template,
-        counted=[position >= unread for position in range(len(tokens))],
-        weights=weights,
-        layer_weights=rng.dirichlet(np.ones(len(weights))),
-        label="yes" if label is None else label,
-        probabilities={"no": 0.25, "yes": 0.75} if probabilities is None else probabilities,
-    )
+    places = range(len(tokens))
+    template = [place < unread or place == len(tokens) - 1 for place in places]
+    text = "".join(token for token, other in zip(tokens, template, strict=True) if not other)
+    probabilities = {"no": 0.25, "yes": 0.75} if probabilities is None else probabilities
+    layer_weights = rng.dirichlet(np.ones(len(weights)))
+    counted = [place >= unread for place in places]
+    label = "yes" if label is None else label
+    return Reading("mood", config, text, tokens, template, counted, weights, layer_weights, label, probabilities)
 
 
 @pytest.fixture(scope="session")
@@ -209,24 +198,23 @@ def copies(tmp_path_factory) -> Path:
     """Local copies of data sets known by name, a few rows each."""
     folder = tmp_path_factory.mktemp("copies")
 
-    def put(name, split, count, shift=0, labels=2):
-        rows = []
-        for i in range(shift, shift + count):
-            words = ("kind", "rude", "odd", "sad", "shy", "loud")[i % labels]
-            label = [i % 3 + 1, 27] if name == "goemotions" else i % labels
-            rows.append({"text": f"{words} no {i}", "label": label, "human_annotation": i % 4 < 2})
-        path = folder / name / f"{split}.jsonl.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-
-    put("toxicchat", "train", 40)
-    put("toxicchat", "test", 12, 100)
-    put("emotion", "train", 30, labels=6)
-    put("emotion", "validation", 12, 60, labels=6)
-    put("emotion", "test", 12, 80, labels=6)
-    put("xstest", "test", 8, 200)
-    put("goemotions", "train", 40)
-    put("goemotions", "test", 12, 100)
+    words = ("kind", "rude", "odd", "sad", "shy", "loud")
+    tables = {  # labels, and the first and last row of each split
+        "toxicchat": (2, {"train": (0, 40), "test": (100, 112)}),
+        "emotion": (6, {"train": (0, 30), "validation": (60, 72), "test": (80, 92)}),
+        "xstest": (2, {"test": (200, 208)}),
+        "goemotions": (2, {"train": (0, 40), "test": (100, 112)}),
+    }
+    for name, (labels, splits) in tables.items():
+        (folder / name).mkdir()
+        for split, (first, end) in splits.items():
+            label = (lambda i: [i % 3 + 1, 27]) if name == "goemotions" else lambda i, count=labels: i % count
+            rows = [
+                {"text": f"{words[i % labels]} no {i}", "label": label(i), "human_annotation": i % 4 < 2}
+                for i in range(first, end)
+            ]
+            lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            (folder / name / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines))
     return folder
 
 
