@@ -1,24 +1,26 @@
 """The scripts of the examples folder. Slow: they run on the demo backbone."""
 
-import ast
 import contextlib
 import io
 import json
+import os
 import runpy
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from conftest import make_probe, save_head
 from repository import ROOT
 
 from llama_probe import ProbeError
-from llama_probe.backbone import loading
+from llama_probe.evaluation.scoring_job import ScoringJob
 
 
 FOLDER = ROOT / "examples"
-EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
-CHECKED = ("moderation.py", "routing.py", "chat.py")  # their output has a test below
-ALONE = ("quickstart.py", "ray_scoring.py")  # these import the package for its effect, or start a cluster
+EXAMPLES = {path.name for path in FOLDER.glob("*.py")}
+TESTED = {"moderation.py", "routing.py", "chat.py", "quickstart.py", "ray_scoring.py"}  # each by a test of its own
 REFUSAL = "Sorry, I would rather not reply to that."
 
 
@@ -84,50 +86,28 @@ def test_a_guard_that_reads_first_is_timed(backbone_folder):
     assert lines[0].startswith("gate: ") and "(paper: 1.17)" in lines[0] and lines[1].startswith("guard ")
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_it_says_how_to_run_it(name):
-    assert f"python examples/{name}" in ast.get_docstring(ast.parse((FOLDER / name).read_text()))
-
-
-def notebook() -> list[str]:
-    """Return the code cells of the notebook."""
-    cells = json.loads((FOLDER / "train_a_head.ipynb").read_text())["cells"]
-    assert not any(cell.get("outputs") for cell in cells), "it is stored without outputs"
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
-def run_notebook(folder, monkeypatch) -> dict:
-    monkeypatch.chdir(folder)
+@pytest.mark.slow
+def test_the_notebook_trains_a_head_that_is_right(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
-    for number, cell in enumerate(notebook()):
-        exec(compile(cell, f"cell {number}", "exec"), names)
-    return names
-
-
-def test_the_notebook_runs(backbone_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "demo_backbone", lambda: backbone_folder)
-    names = run_notebook(tmp_path, monkeypatch)
+    for number, cell in enumerate(json.loads((FOLDER / "train_a_head.ipynb").read_text())["cells"]):
+        assert not cell.get("outputs"), "it is stored without outputs"
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert names["accuracy"] > 0.9 and names["labels"] == ["cooking", "travel", "code"]
     assert names["figure"].axes and (tmp_path / "topic" / "probe_config.json").is_file()
 
 
 @pytest.mark.slow
-def test_the_head_of_the_notebook_is_right(tmp_path, monkeypatch):
-    names = run_notebook(tmp_path, monkeypatch)
-    assert names["accuracy"] > 0.9 and names["labels"] == ["cooking", "travel", "code"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {*CHECKED, *ALONE}))
+@pytest.mark.parametrize("name", sorted(EXAMPLES - TESTED))
 def test_it_runs(name):
     assert run(name, *(["--steps", "1"] if name == "fingerprint_distances.py" else [])).strip()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALONE)
-def test_it_runs_in_a_process_of_its_own(name):
-    if name == "ray_scoring.py":
-        pytest.importorskip("ray")
-    done = subprocess.run([sys.executable, FOLDER / name], capture_output=True, text=True)
+def test_the_quickstart_runs_in_a_process_of_its_own():
+    """It imports the package for its effect."""
+    done = subprocess.run([sys.executable, FOLDER / "quickstart.py"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
@@ -152,3 +132,27 @@ def test_the_chat_halts_flagged_messages_and_continues():
     assert "halted" not in last and len(last.splitlines()) > 2, "it replies"
     shown = run("chat.py", "--threshold", "0", "--max-new-tokens", "4", lines=("Hello!",))
     assert "halted from 0.00 on" in shown and REFUSAL in shown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a CPU beside the actors'")
+def test_actors_of_ray_give_the_scores_of_a_job(tmp_path, backbone_folder):
+    """On a small cluster of its own on this machine."""
+    pytest.importorskip("ray.data", reason="ray is not installed: pip install 'ray[data]'")
+    head, source = tmp_path / "mood", tmp_path / "rows.parquet"
+    save_head(make_probe(1, probe_type="gate", prompt_format="chat", max_length=64), head)
+    rows = {"id": list(range(40)), "text": [f"number {i}{'!' * (i % 7)}" for i in range(40)]}
+    pq.write_table(pa.table(rows), source)
+    words = ("--probe", head, "--backbone", backbone_folder, "--batch-rows", 16, "--actors", 2, "--cpus", 0.5)
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": str(100_000_000)}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {**settings, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, FOLDER / "ray_scoring.py", source, tmp_path / "ray", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0 and "40 rows" in done.stdout, done.stderr
+    ScoringJob([str(source)], tmp_path / "job", [str(head)], str(backbone_folder), keep_columns=["id"]).execute()
+    ours, theirs = (pq.read_table(tmp_path / name).sort_by("id").to_pylist() for name in ("ray", "job"))
+    assert len(ours) == len(theirs) == 40
+    for one, other in zip(ours, theirs, strict=True):
+        assert one["mood_label"] == other["mood_label"]
+        assert one["mood_probabilities"] == pytest.approx(other["mood_probabilities"], abs=1e-5)

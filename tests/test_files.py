@@ -1,6 +1,7 @@
 """Writing to disk: nothing half-written, a full disk is named, and places that cannot hold a folder are refused."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -13,14 +14,12 @@ from llama_probe.files import new_folder, remove_leftovers, write_atomically
 from llama_probe.hub.folder import check_output
 
 
-@pytest.mark.parametrize(
-    "write", [lambda path: path.write_bytes(bytes(2**16)), lambda path: save_file({"w": torch.zeros(2**14)}, path)]
-)
-def test_a_full_disk_changes_nothing_and_is_named(tmp_path, write):
+def test_a_full_disk_changes_nothing_and_is_named(tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("as it was")
-    with full_disk(2**12), pytest.raises(ProbeError, match="kept cannot be written: there is no room"):
-        write_atomically({kept: write})
+    for write in (lambda path: path.write_bytes(bytes(2**16)), partial(save_file, {"w": torch.zeros(2**14)})):
+        with full_disk(2**12), pytest.raises(ProbeError, match="kept cannot be written: there is no room"):
+            write_atomically({kept: write})
     assert kept.read_text() == "as it was" and list(tmp_path.iterdir()) == [kept]
 
 
@@ -40,19 +39,12 @@ def test_a_new_folder_is_whole_or_missing(tmp_path, exists):
         pass
 
 
-PLACES = pytest.mark.parametrize("write", [check_output, lambda folder: save_head(make_probe(), folder)])
-
-
-@PLACES
-@pytest.mark.parametrize("name", ["a" * 300, "taken", "taken/inside"])
-def test_places_that_cannot_be_a_folder(tmp_path, name, write):
+@pytest.mark.parametrize("write", [check_output, lambda folder: save_head(make_probe(), folder)])
+def test_places_that_cannot_be_a_folder(tmp_path, monkeypatch, write):
     (tmp_path / "taken").write_text("x")
-    with pytest.raises(ProbeError, match=r"cannot be a folder|taken is a file"):
-        write(tmp_path / name)
-
-
-@PLACES
-def test_a_folder_that_is_read_only(tmp_path, monkeypatch, write):
+    for name in ("a" * 300, "taken", "taken/inside"):
+        with pytest.raises(ProbeError, match=r"cannot be a folder|taken is a file"):
+            write(tmp_path / name)
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(ProbeError, match="is not writable"):
         write(tmp_path / "new")
@@ -72,24 +64,20 @@ def test_leftovers_of_killed_processes_are_told_from_files_in_use(tmp_path):
 
 def test_a_save_that_begins_while_the_state_of_a_folder_is_taken_changes_it(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("old")
-    staged = tmp_path / "staged"
-    staged.mkdir()
-    (staged / "a").write_text("new")
-    waiting = [staged]
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "a").write_text("new")
+    waiting = [tmp_path / "staged"]
 
-    def then_save(function):
-        def call(*args, **kwargs):
-            try:
-                return function(*args, **kwargs)
-            finally:
-                if waiting:
-                    waiting.pop().rename(tmp_path / files.PENDING)
-
-        return call
+    def then_save(function, *args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        finally:
+            if waiting:
+                waiting.pop().rename(tmp_path / files.PENDING)
 
     with monkeypatch.context() as patch:
         for name in ("stat", "listdir"):
-            patch.setattr(files.os, name, then_save(getattr(os, name)))
+            patch.setattr(files.os, name, partial(then_save, getattr(os, name)))
         before = files.folder_state(tmp_path, "a")
     files.settle(tmp_path)
     assert files.folder_state(tmp_path, "a") != before, "what was read in between may be of both"

@@ -1,8 +1,5 @@
 """Packages, modules and extras of `pip install`."""
 
-import importlib
-
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from repository import ROOT, SETUP
@@ -18,13 +15,6 @@ def test_every_package_and_module_is_installed():
     found = {".".join(path.parent.relative_to(ROOT / "src").parts) for path in (ROOT / "src").rglob("__init__.py")}
     assert len(found) > 4 and named == found | {"llama_probe.hub_cards", "llama_probe.modeling", "llama_probe.recipes"}
     assert SETUP["options"]["py_modules"].split() == [path.stem for path in (ROOT / "src").glob("*.py")]
-
-
-@pytest.mark.parametrize("folder", ["backbone", "evaluation", "experiments", "serving"])
-def test_a_folder_names_its_modules(folder):
-    package = importlib.import_module(f"llama_probe.{folder}")
-    modules = {path.stem for path in (ROOT / "src" / "llama_probe" / folder).iterdir() if path.suffix in ("", ".py")}
-    assert all(f"`{name}`" in package.__doc__ for name in modules if not name.startswith("__"))
 
 
 def test_tested_versions_are_allowed():

@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_probe, save_head
+from launcher import free_port
 from packaging.requirements import Requirement
 from packaging.version import Version
 from repository import ROOT, SETUP
@@ -31,12 +31,10 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def app(backbone_folder, tmp_path_factory):
     """The module, on a tiny model with a guard and another head; no server is started."""
     heads = tmp_path_factory.mktemp("heads")
-    shared = {"token_scope": "content", "prefix_ids": []}
-    guard = make_probe(
-        1, probe_type="gate", id2label={0: "good", 1: "<bad>"}, max_length=40, threshold=0.9968, **shared
-    )
-    save_head(guard, heads / "guard")
-    save_head(make_probe(2, probe_type="mha", id2label={0: "a", 1: "b", 2: "c"}, **shared), heads / "mood")
+    shared = {"token_scope": "content", "prefix_ids": [], "max_length": 40}
+    for seed, (name, labels) in enumerate({"guard": ("good", "<bad>"), "mood": ("a", "b", "c")}.items(), 1):
+        threshold = 0.9968 if name == "guard" else None
+        save_head(make_probe(seed, id2label=dict(enumerate(labels)), threshold=threshold, **shared), heads / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BACKBONE", str(backbone_folder))
         patch.setenv("HEADS", f"{heads / 'guard'}, {heads / 'mood'}")
@@ -87,6 +85,7 @@ def test_a_flagged_message_is_halted_shown_and_forgotten(app):
     assert found[app.chatbot][:2] == before and found[app.chatbot][-1]["content"] == app.REFUSAL
     assert page.chat.shown == found[app.chatbot] and page.chat.turns == before
     assert "Halted before the first token" in found[app.banner] and "fill flagged" in found[app.bars]
+    assert "&lt;bad&gt;" in found[app.bars] and "<bad>" not in found[app.bars]
     _, off = respond(app, "Hello there", halting=False, threshold=0.0)
     assert off[app.chatbot][-1]["content"] != app.REFUSAL and "halting is off" in off[app.banner]
     assert "flagged" not in off[app.bars] and "threshold" not in off[app.bars]
@@ -103,26 +102,15 @@ def test_heads_read_the_newest_message_however_long_the_chat(app, words):
     assert "x" * 90 in whole and whole.endswith(read)
 
 
-def test_an_empty_message_and_a_cleared_chat(app):
-    page = app.Page()
-    assert respond(app, "  ", page)[0] == [{app.message: ""}] and page == app.Page()
-    assert set(app.preview("", page, True, 0.5)) == {app.banner} and not app.look(page, "mood")["visible"]
-    page = app.Page(app.Chat(*[[user("Hi")]] * 3))
-    held = app.forget(page, True, 0.5)
-    assert page.chat == app.Chat() and held[app.chatbot] == []
-    assert held[app.scores] == {} and "row" not in held[app.bars] and not held[app.plot]["visible"], "nothing empty"
-
-
 def test_the_preview_says_the_same_but_not_of_a_message_that_was_sent(app):
     """The browser may ask for it late, behind the reply."""
     page = app.Page()
+    assert respond(app, "  ", page)[0] == [{app.message: ""}] and set(app.preview("", page, True, 0.5)) == {app.banner}
     shown = app.preview("Hello there", page, True, 0.0)
     assert_scores_of_the_prompt(app, "Hello there", shown[app.scores])
     assert "Would be halted" in shown[app.banner]
-    assert "Would pass" in app.preview("Hello there", page, True, 1.0)[app.banner]
     respond(app, "Hello there", page)
     assert set(app.preview("Hello there", page, True, 0.5)) == {app.banner}
-    assert app.scores in app.preview("Hello again", page, True, 0.5)
     assert app.threshold.value == app.OWN == 0.997, "the guard's own"
 
 
@@ -147,47 +135,26 @@ def test_a_reply_that_nobody_waits_for_ends(app, monkeypatch, cleared):
     assert 0 < len(passes) < 400
 
 
-def test_bars_show_each_score_and_escape_names(app):
-    bars = app.bars_of({"guard": {"good": 0.25, "<bad>": 0.75}, "mood": {"a": 1.0, "b": 0.0, "c": 0.0}}, True, 0.6)
-    assert bars.count('class="row"') == 5 and "<bad>" not in bars and "&lt;bad&gt;" in bars
-    assert "width:75.0%" in bars and 'left:60.0%" title="threshold"' in bars and bars.count("<i ") == 1
-
-
-def test_the_heat_map_is_of_the_newest_message(app):
-    chat = [user("old"), {"role": "assistant", "content": "x"}, user("new")]
-    figure = app.look(app.Page(app.Chat(asked=chat)), "mood")["value"]
-    names = [tick.get_text() for tick in figure.axes[2].get_xticklabels()]
-    assert names[:3] == ["n", "e", "w"] and "mood" in figure.get_suptitle()
-    (image,) = figure.axes[2].get_images()
-    assert image.get_array().shape == (5, 16)  # layers; three letters and the end of the template
-
-
 def test_the_folder_can_be_pushed():
     header = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
-    assert header["sdk"] == "gradio" and (SPACE / header["app_file"]).is_file()
-    assert len(header["short_description"]) <= 60
+    assert (SPACE / header["app_file"]).is_file() and len(header["short_description"]) <= 60
     extras = SETUP["options.extras_require"]
     (gradio,) = (Requirement(line) for line in extras["space"].split() if line.startswith("gradio"))
     assert gradio.specifier.contains(header["sdk_version"])
     (needed,) = map(Requirement, (SPACE / "requirements.txt").read_text().split())
-    assert needed.name == SETUP["metadata"]["name"] and needed.extras <= set(extras)
-    assert needed.specifier.contains(Version(__version__))
+    assert needed.extras <= set(extras) and needed.specifier.contains(Version(__version__))
 
 
 @pytest.fixture
 def page(tmp_path):
     """The Space on the demo backbone, in a browser. In the end no other host was asked, and no error was raised."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     settings = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "MAX_NEW_TOKENS": "24"}
     log, address = tmp_path / "log", f"http://127.0.0.1:{port}/"
-    asked, errors = [], []
+    asked, errors, command = [], [], [sys.executable, "-u", SPACE / "app.py"]
     with log.open("w") as out, sync_api.sync_playwright() as playwright:
-        server = subprocess.Popen(
-            [sys.executable, "-u", SPACE / "app.py"], env=os.environ | settings, stdout=out, stderr=out
-        )
+        server = subprocess.Popen(command, env=os.environ | settings, stdout=out, stderr=out)
         try:
             while "Running on" not in log.read_text():
                 assert server.poll() is None, log.read_text()
@@ -235,15 +202,13 @@ def test_the_page_in_a_browser(page):
     page.wait_for_function("before => document.querySelector('#heatmap img').src != before", arg=before)
 
     page.get_by_label("Clear").click()
-    insult = "Write an insulting message that makes my coworker cry."
-    message.fill(insult)
+    message.fill(insult := "Write an insulting message that makes my coworker cry.")
     message.press("Enter")
     assert "it halts from 0." in banner("Halted before the first token")
     page.get_by_text("Sorry, I would rather not reply to that.").wait_for()
     assert score("safety", "harmful") > 0.3 and page.locator(".fill.flagged").count() == 1
-    number = page.locator("#threshold input[type=number]")
-    number.fill("1")
-    number.press("Enter")
+    page.locator("#threshold input[type=number]").fill("1")
+    page.locator("#threshold input[type=number]").press("Enter")
     page.wait_for_function("document.querySelector('.bars i').style.left == '100%'")
     assert page.locator(".fill.flagged").count() == 0, "without a further pass"
     page.get_by_label("Clear").click()

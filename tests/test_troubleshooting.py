@@ -1,22 +1,24 @@
 """docs/troubleshooting.md: each mistake gives the one line that the page quotes."""
 
-import json
 import re
 import shlex
 
 import pytest
-import torch
 from command_line import refuse
 from conftest import make_lm, make_probe, make_tokenizer, save_head
 from repository import ROOT
-from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArguments, pipeline
+from training_runs import write
 
-import llama_probe
 from llama_probe import ProbeError
 from llama_probe.data.prompts import PromptFormat
 
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
+IMPORTS = """
+import torch
+from llama_probe import *
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArguments, pipeline
+"""
 MISTAKES = re.findall(r"^\| `(.*)` \| (.*) \|$", PAGE, re.MULTILINE)
 
 
@@ -28,10 +30,7 @@ def desk(tmp_path_factory):
         lm, tokenizer = make_lm(vocab_size=260), make_tokenizer()
         lm.save_pretrained("backbone")
         tokenizer.save_pretrained("backbone")
-        fields = PromptFormat(tokenizer).config_fields() | {
-            "id2label": {0: "fine", 1: "rude"},
-            "flagged": ["rude"],
-        }
+        fields = PromptFormat(tokenizer).config_fields() | {"id2label": {0: "fine", 1: "rude"}, "flagged": ["rude"]}
         save_head(make_probe(base_model_name_or_path="backbone", **fields), "guard")
         save_head(make_probe(base_model_name_or_path="backbone", id2label={0: "cold", 1: "warm"}), "tone")
         save_head(make_probe(hidden_size=64), "larger")
@@ -39,35 +38,20 @@ def desk(tmp_path_factory):
         (folder / "checkpoint" / "training_args.bin").touch()
         texts = [f"{word} {number}" for number in range(20) for word in ("good", "bad")]
         rows = [(text, text.split()[0]) for text in texts]
-        lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
-        (folder / "rows.jsonl").write_text("\n".join(lines))
-        names = {name: getattr(llama_probe, name) for name in llama_probe.__all__}
-        yield names | {
-            "AutoModelForCausalLM": AutoModelForCausalLM,
-            "GenerationConfig": GenerationConfig,
-            "TrainingArguments": TrainingArguments,
-            "pipeline": pipeline,
-            "torch": torch,
-            "name": "backbone",
-            "lm": lm,
-            "model": AutoModelForCausalLM.from_pretrained("backbone", probe="guard"),
-            "tokenizer": tokenizer,
-            "texts": texts[:2],
-            "rows": rows,
-            "inputs": tokenizer(texts[:2], return_tensors="pt", padding=True),
-        }
+        write(folder / "rows.jsonl", [{"text": text, "label": label} for text, label in rows])
+        inputs = tokenizer(texts[:2], return_tensors="pt", padding=True)
+        names = {"name": "backbone", "lm": lm, "tokenizer": tokenizer}
+        names |= {"texts": texts[:2], "rows": rows, "inputs": inputs}
+        exec(IMPORTS, names)
+        yield names | {"model": names["AutoModelForCausalLM"].from_pretrained("backbone", probe="guard")}
 
 
-def test_there_are_enough():
-    assert len(MISTAKES) >= 30
-
-
-@pytest.mark.parametrize("code, told", MISTAKES, ids=[code[:40] for code, _ in MISTAKES])
-def test_a_mistake(desk, code, told):
+@pytest.mark.parametrize("code, quoted", MISTAKES, ids=[code[:40] for code, _ in MISTAKES])
+def test_a_mistake(desk, code, quoted):
     if code.startswith("llama-probe"):
-        found = refuse(*shlex.split(code.replace("--backbone name", "--backbone backbone"))[1:])
+        message = refuse(*shlex.split(code.replace("--backbone name", "--backbone backbone"))[1:])
     else:
         with pytest.raises((ProbeError, KeyError)) as caught:
             eval(code, dict(desk))
-        found = str(caught.value)
-    assert told in found and "\n" not in found.strip()
+        message = str(caught.value)
+    assert quoted in message and "\n" not in message.strip()
