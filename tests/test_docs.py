@@ -12,6 +12,7 @@ from conftest import make_probe, save_head, with_novelty
 from repository import ROOT
 from torch.distributed.run import parse_args
 
+from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.backbone import loading as backbones
 from llama_probe.cli import app
 from llama_probe.data.prompts import PromptFormat
@@ -61,18 +62,17 @@ def run_shell(block: str, backbone: Path) -> None:
         program, *words = shlex.split(line)
         if program == "pip" or words[:2] == ["-m", "llama_probe.vllm"]:  # tests/vllm/test_demo.py runs these
             continue
-        if program == "torchrun":
-            program, words = divided(words, backbone)
+        if program == "torchrun":  # in this process; test_distributed.py starts several
+            settings = parse_args(words)
+            assert settings.module and settings.training_script == "llama_probe.cli"
+            program, words = "llama-probe", [*settings.training_script_args, "--backbone", str(backbone)]
         assert program == "llama-probe", line
         sys.argv = ["llama-probe", *words]  # which the card of a head quotes
         app(words, standalone_mode=False)
 
 
-def divided(words: list[str], backbone: Path) -> tuple[str, list[str]]:
-    """Return the command that torchrun would start. It runs in this process; test_distributed.py starts several."""
-    settings = parse_args(words)
-    assert settings.module and settings.training_script == "llama_probe.cli"
-    return "llama-probe", [*settings.training_script_args, "--backbone", str(backbone)]
+def run_python(block: str, page: str, backbone: Path, names: dict) -> None:
+    exec(compile(block.replace(MODEL, str(backbone)), page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -84,23 +84,21 @@ def test_the_blocks_run(page, desk, backbone_folder, monkeypatch):
             run_shell(block, backbone_folder)
         else:
             assert language == "python", f"{page} has a block of {language or 'no language'}"
-            exec(compile(block.replace(MODEL, str(backbone_folder)), page, "exec"), names)
+            run_python(block, page, backbone_folder, names)
 
 
 def test_the_blocks_of_the_readme_run(desk, backbone_folder, hub):
     rows = [f"{'what a lovely' if i % 2 else 'such an awful'} day {i},{'good' if i % 2 else 'bad'}" for i in range(40)]
     (desk / "rows.csv").write_text("\n".join(["text,label", *rows]))
-    blocks = [block for language, block in BLOCK.findall((ROOT / "README.md").read_text()) if language == "python"]
     names = {"__name__": "__main__"}
-    for block in blocks:
-        exec(compile(block.replace(MODEL, str(backbone_folder)), "README.md", "exec"), names)
+    for language, block in BLOCK.findall((ROOT / "README.md").read_text()):
+        if language == "python":
+            run_python(block, "README.md", backbone_folder, names)
     assert names["trainer"].model.config.id2label == {0: "bad", 1: "good"} and "README.md" in hub.files("user/mood")
 
 
 def test_a_kind_as_the_page_writes_it_runs_where_the_model_is():
     """The meta device stands for a GPU: it takes no tensor that was made elsewhere."""
-    from llama_probe import ProbeConfig, ProbeModel
-
     exec(BLOCK.findall((DOCS / "new-kind.md").read_text())[0][1], {"__name__": "__main__"})
     with torch.device("meta"):
         probe = ProbeModel(ProbeConfig(probe_type="mean-max", hidden_size=16, num_hidden_layers=2))
