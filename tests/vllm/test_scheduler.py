@@ -201,6 +201,15 @@ class TestReplies:
         halted = {"head": "watch", "label": "bad", "token": 1}
         assert last.kv_transfer_params["replies"] == [{"probes": probes, "halted": halted}]
 
+    def test_others_tell_of_one_that_has_ended(self, start):
+        """vLLM may merge an output of theirs with its last one."""
+        player = start()
+        for index, script in enumerate((Script([0]), Script())):
+            player.add(f"{index}_parent", script)
+        player.run()
+        for output in player.delivered["1_parent"][1:]:
+            assert output.kv_transfer_params["replies"][0]["halted"]["token"] == 0
+
     def test_context_that_is_full_ends_it_a_token_earlier(self, start):
         player = start()
         *_, last = player.play(Script(), 120, max_tokens=8)  # of 128

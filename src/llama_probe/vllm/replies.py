@@ -121,6 +121,10 @@ class Replies:
             if all(each.is_done for each in self._siblings.get(family, {}).values()):
                 self._siblings.pop(family, None)
 
+    def has_ended(self, request_id: str) -> bool:
+        """Return True if one of the replies to the same prompt has ended."""
+        return any(reply.is_done for reply in self._siblings.get(_family(request_id)[0], {}).values())
+
     def begin_step(self, step: StepScores | None) -> None:
         """Take in the scores of a step."""
         self._scores, self._touched = {}, {}

@@ -43,9 +43,9 @@ class _Probed:
         """Put scores and what is held back of a reply into an output. Return False if it has nothing to deliver."""
         request = self.requests.get(output.request_id)
         # The last output of a request has its scores already. Of the others, vLLM may merge the first with later ones on the
-        # way: so all that may be delivered carry them.
+        # way, and the last one of a reply with those of other replies: so all that may be delivered carry them.
         if output.kv_transfer_params is None and request is not None and _may_be_delivered(request):
-            with_replies = output.finished or bool(request.sampling_params.stop)
+            with_replies = bool(request.sampling_params.stop) or self.replies.has_ended(output.request_id)
             output.kv_transfer_params = self.probes.get_answer(output.request_id, with_replies)
         return self.replies.edit(output)
 
