@@ -2,31 +2,21 @@
 
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tiny_engine import TinyServing
+import httpx
 
 
 HEADERS = {"Content-Type": "application/json", "Authorization": "Bearer none"}
-
-
-def guarded(tiny: TinyServing, heads: Sequence[str], threshold: float, options: str) -> list[str]:
-    """The arguments of a server called `tiny`, with `guard` and further heads."""
-    probes = [word for name in heads for word in ("--probe", f"{name}={tiny.heads[name]}")]
-    common = "--served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 8"
-    halting = ["--halt-on", f'guard={{"threshold": {threshold}}}']
-    return [str(tiny.backbone), *probes, *halting, *common.split(), *shlex.split(options)]
 
 
 @contextmanager
@@ -58,39 +48,52 @@ def serving(arguments: Sequence[str], log: Path, seconds: float = 900) -> Iterat
 
 
 def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+    return False
 
 
-@contextmanager
-def judging(is_bad: Callable[[str], bool]) -> Iterator[tuple[str, list[str]]]:
-    """Moderates texts on loopback while the block lasts; its URL, and a list that gets the texts."""
-    texts: list[str] = []
+class PlayedGuard(ThreadingHTTPServer):
+    """A judge on loopback that does as it is told.
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            texts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input"])
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"results": [{"flagged": is_bad(texts[-1])}]}).encode())
+    Attributes:
+        requests: headers and body of each.
+        sent: bytes of a long answer that were taken.
+        gone: requests that the other side left.
+    """
 
-        def log_message(self, *words):
-            pass
+    def __init__(self, behave: Callable[["PlayedRequest"], None]):
+        super().__init__(("127.0.0.1", 0), PlayedRequest)
+        self.behave, self.requests, self.sent, self.gone = behave, [], 0, 0
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/v1/moderations", texts
-        server.shutdown()
+    def close(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class PlayedRequest(BaseHTTPRequestHandler):
+    """A request to a `PlayedGuard`."""
+
+    def do_POST(self):
+        self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.headers, self.body))
+        self.server.behave(self)
+
+    def answer(self, payload, status: int = 200, length: int | None = None, **headers: str) -> None:
+        body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(length or len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words):
+        pass
 
 
 def ask(client, text: str, **kwargs):
     messages = [{"role": "user", "content": text}]
     options = {"temperature": 0.0, "max_tokens": 4, **kwargs}
     return client.chat.completions.create(model="tiny", messages=messages, **options)
-
-
-def post(url: str, body: dict):
-    return urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), HEADERS), timeout=250)

@@ -1,4 +1,4 @@
-"""Print what heads cost on vLLM: tokens that the KV cache holds, and CPU seconds, beside plain vLLM.
+"""Print what heads cost on vLLM: tokens that the KV cache holds, and CPU seconds (seconds on a GPU), beside plain vLLM.
 
     VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ALLOW_INSECURE_SERIALIZATION=1 \
         python tests/vllm/measure.py [HEAD]
@@ -18,8 +18,16 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig
+from vllm import LLM, SamplingParams
 
-PROMPT, NEW, TURNS, MOST = 128, 65, int(os.environ.get("TURNS", "7")), 32
+from llama_probe import ProbeConfig, ProbeModel
+from llama_probe.backbone.loading import demo_backbone
+from llama_probe.vllm import engine_kwargs
+
+
+PROMPT, NEW, TURNS, MOST = 128, 65, int(os.environ.get("TURNS", "7")), 64 if torch.cuda.is_available() else 32
 REPLY_KINDS = ("gate", "multimax")
 COPIES = {"plain": 0, "one head": 1, "eight heads": 8} | {f"{kind} of replies": 1 for kind in REPLY_KINDS}
 ASKS_FOR_NONE = "without heads"
@@ -34,51 +42,46 @@ for requests in (1, 8, MOST):
 _MARK = "measured "  # vLLM logs to the same stream
 
 
-def cpu_seconds(_) -> float:
-    return time.process_time()
+def clock(_) -> float:
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def make_reply_head(kind: str, folder: str) -> str:
     """Save an untrained head of this kind that follows replies. Return its folder."""
-    from transformers import AutoConfig
-
-    from llama_probe import ProbeConfig, ProbeModel
-    from llama_probe.backbone.loading import demo_backbone
-
     lm = AutoConfig.from_pretrained(demo_backbone())
     sizes = {"hidden_size": lm.hidden_size, "num_hidden_layers": lm.num_hidden_layers}
     head = ProbeModel(ProbeConfig(probe_type=kind, token_scope="response", num_labels=2, **sizes))
     return str(head.save_pretrained(Path(folder) / kind))
 
 
-def serve(engine: str, head: str) -> None:
-    """Start an engine, print the tokens of its cache, and for each case on standard input the seconds that it takes."""
-    from vllm import LLM, SamplingParams
-
-    from llama_probe.backbone.loading import demo_backbone
-    from llama_probe.vllm import engine_kwargs
-
-    common = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": MOST, "enforce_eager": True}
+def load(engine: str, head: str) -> LLM:
+    """Start an engine."""
+    common = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": MOST}
+    common["enforce_eager"] = os.environ.get("GPU_GRAPHS", "0") == "0"
+    if torch.cuda.is_available():
+        common["gpu_memory_utilization"] = 0.8 / len(COPIES)
+    if engine == "plain":
+        return LLM(str(demo_backbone()), **common)
     with tempfile.TemporaryDirectory() as folder:
         kind = engine.removesuffix(" of replies")
         source = make_reply_head(kind, folder) if kind in REPLY_KINDS else head
         heads = {f"head-{number}": source for number in range(COPIES[engine])}
-        kwargs = {"model": str(demo_backbone()), **common}
-        if heads:
-            # It flags nothing. A guard would cost the same: a token that is held back takes no time.
-            rules = {"head-0": {"label": "LABEL_1", "threshold": 1.0}} if source != head else None
-            kwargs = engine_kwargs("demo", heads, monitor=rules, compare_fingerprints=False, **common)
-        _answer(LLM(**kwargs), SamplingParams)
+        # It flags nothing. A guard would cost the same: a token that is held back takes no time.
+        rules = {"head-0": {"label": "LABEL_1", "threshold": 1.0}} if source != head else None
+        return LLM(**engine_kwargs("demo", heads, monitor=rules, compare_fingerprints=False, **common))
 
 
-def _answer(llm, params_class) -> None:
+def serve(engine: str, head: str) -> None:
+    """Print the tokens of an engine's cache, and for each case on standard input the seconds that it takes."""
+    llm = load(engine, head)
+
     def seconds(requests: int, new: int, asked: dict) -> float:
-        params = params_class(max_tokens=new, temperature=0, ignore_eos=True, extra_args=asked)
+        params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, extra_args=asked)
         prompts = [{"prompt_token_ids": list(range(100 + i, 100 + i + PROMPT))} for i in range(requests)]
         llm.reset_prefix_cache()
-        (cpu,) = llm.collective_rpc(cpu_seconds)
+        (begin,) = llm.collective_rpc(clock)
         llm.generate(prompts, params, use_tqdm=False)
-        return llm.collective_rpc(cpu_seconds)[0] - cpu
+        return llm.collective_rpc(clock)[0] - begin
 
     cache = llm.llm_engine.vllm_config.cache_config
     print(f"{_MARK}{cache.num_gpu_blocks * cache.block_size}", flush=True)
@@ -118,7 +121,7 @@ def main(head: str) -> None:
         if engine == "plain":
             base = figures
             middle = [round(1000 * statistics.median(column), 1) for column in zip(*base, strict=True)]
-            print(f"{case}: {tokens['plain']:,} tokens in the cache; prefill and step take {middle} ms of CPU")
+            print(f"{case}: {tokens['plain']:,} tokens in the cache; prefill and step take {middle} ms")
             continue
         ratios = [[own / plain for own, plain in zip(*pair, strict=True)] for pair in zip(figures, base, strict=True)]
         prefill, step = (f"{statistics.median(column):.3f}x" for column in zip(*ratios, strict=True))

@@ -1,40 +1,302 @@
-"""A server on two ranks with a guard, asked by the clients of OpenAI and Anthropic."""
+"""A server on two ranks with guards of prompts and of replies and a judge, asked by the clients of OpenAI and Anthropic."""
 
 import asyncio
 import http.client
 import json
 import time
-import urllib.error
-import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import anthropic
+import httpx
 import openai
+import psutil
 import pytest
-from http_server import HEADERS, ask, guarded, judging, post, serving
-from tiny_engine import HEADS
+from http_server import HEADERS, PlayedGuard, ask, serving
+from tiny_engine import HEADS, OPTIONS, REPLY_HEADS, TinyServing, make_serving
+from transformers import AutoTokenizer
 
 from llama_probe.vllm.payloads import Scores
 
 
-LONG = "far too long " * 2000
-CHAT = [{"role": "user", "content": LONG}]
-# A body with a prompt above the server's 512 tokens, by route.
-ROUTES = {
-    "v1/chat/completions": {"messages": CHAT},
-    "v1/chat/completions/batch": {"messages": [CHAT]},
-    "v1/completions": {"prompt": LONG},
-    "v1/responses": {"input": LONG},
-    "v1/messages": {"messages": CHAT, "max_tokens": 4},
-    "v1/moderations": {"input": LONG},
-    "classify": {"input": LONG, "probe": "tone"},
-    "generative_scoring": {"query": LONG, "items": ["a"], "label_token_ids": [40, 41]},
-    "invocations": {"messages": CHAT},
+NEW, LONG, END = 12, 60, " Sorry."
+WORDS = ("alpha", "beta", "gamma", "delta", "eps", "zeta", "kappa", "lambda", "sigma")
+TEXTS = [f"{word} number {number} " * (1 + 2 * number) for number, word in enumerate(WORDS)]
+GREEDY = {"ignore_eos": True, "temperature": 0.0}
+WITH_SCORES = {**GREEDY, "kv_transfer_params": {"token_scores": True}}
+
+
+def chat(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> TinyServing:
+    return make_serving(tmp_path_factory.mktemp("serving"), "phi3", HEADS | {"watch": REPLY_HEADS["watch"]})
+
+
+@pytest.fixture(scope="module")
+def chats(tiny) -> dict[str, list[int]]:
+    """Token ids of the prompts, by text. The guards halt some of them, and some of their replies."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.backbone)
+    options = {"add_generation_prompt": True, "return_dict": False}
+    chats = {text: tokenizer.apply_chat_template(chat(text), **options) for text in TEXTS}
+    tiny.set_thresholds(list(chats.values()), NEW)
+    halts = [tiny.expected(ids, NEW)[1] for ids in chats.values()]
+    assert {halt and halt[0] for halt in halts} == {None, "guard", "watch"}
+    assert any(halt and halt[1] for halt in halts), "a reply is halted behind its first token"
+    return chats
+
+
+@pytest.fixture(scope="module")
+def judge(tiny, chats):
+    """Knows which prompts are flagged."""
+    flagged = [text.split()[0] for text, ids in chats.items() if tiny.score(ids) >= tiny.thresholds["guard"]]
+
+    def decide(request) -> None:
+        request.answer({"results": [{"flagged": any(word in request.body["input"] for word in flagged)}]})
+
+    yield (guard := PlayedGuard(decide))
+    guard.close()
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def url(tiny, chats, judge, log):
+    scores = sorted(map(tiny.score, chats.values()))
+    first = next(number for number, score in enumerate(scores) if score >= tiny.thresholds["guard"])
+    # The judge decides on the last prompt that is not flagged, and on the first that is.
+    low, high = scores[first - 1] - 1e-4, scores[first] + 1e-4
+    arguments = [str(tiny.backbone), "--judge", judge.url + "/moderations", "--unsure", f"guard={low}:{high}"]
+    arguments += ["--halt-reply", END]
+    for name, folder in tiny.heads.items():
+        arguments += ["--probe", f"{name}={folder}"]
+    for name, threshold in {**tiny.thresholds, "guard": high}.items():
+        arguments += ["--halt-on", f'{name}={{"label": "bad", "threshold": {threshold}}}']
+    options = "--served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 8 --api-key none"
+    options += " --tensor-parallel-size 2 --max-num-batched-tokens 64" + " --enforce-eager" * OPTIONS["enforce_eager"]
+    with serving([*arguments, *options.split()], log) as url:
+        yield url
+
+
+@pytest.fixture
+def claude(url):
+    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="none", timeout=250, max_retries=0) as client:
+        yield client
+
+
+def lm_text(text: str) -> str:
+    """What the LM has written of a text, without half a character at its end, which vLLM does not send."""
+    return text.removesuffix(END).rstrip("\ufffd")
+
+
+def expected(tiny: TinyServing, ids: list[int], new: int) -> tuple[str, tuple[str, int | None] | None]:
+    """What a client may see of a reply, and what halts it."""
+    tokens, halt = tiny.expected(ids, new)
+    return lm_text(AutoTokenizer.from_pretrained(tiny.backbone).decode(tokens, skip_special_tokens=True)), halt
+
+
+@dataclass
+class Seen:
+    """What a client sees: a text, why it ends, what heads say, and in whole replies the number of tokens."""
+
+    text: str
+    reason: str
+    known: dict
+    tokens: int | None = None
+
+
+def read_chat(client, claude, text, stream) -> Seen:
+    answer = ask(client, text, max_tokens=NEW, stream=stream, extra_body=WITH_SCORES)
+    parts = list(answer) if stream else [answer]
+    choices = [part.choices[0] for part in parts]
+    (reason,) = [choice.finish_reason for choice in choices if choice.finish_reason]
+    texts = [(choice.delta if stream else choice.message).content or "" for choice in choices]
+    assert "probes" in parts[0].kv_transfer_params
+    known = [part.kv_transfer_params for part in parts if hasattr(part, "kv_transfer_params")]
+    return Seen("".join(texts), reason, known[-1], None if stream else answer.usage.completion_tokens)
+
+
+def read_response(client, claude, text, stream) -> Seen:
+    options = {"model": "tiny", "max_output_tokens": NEW, "extra_body": WITH_SCORES}
+    answer = client.responses.create(input=text, stream=stream, **options)
+    if stream:
+        first, *_, last = answer
+        assert first.type == "response.created" and "probes" in first.response.kv_transfer_params
+        answer = last.response
+        assert last.type == ("response.incomplete" if answer.kv_transfer_params["halted"] else "response.completed")
+    reason = answer.incomplete_details.reason if answer.incomplete_details else "max_output_tokens"
+    return Seen(answer.output_text, reason, answer.kv_transfer_params)
+
+
+def read_message(client, claude, text, stream) -> Seen:
+    options = {"model": "tiny", "max_tokens": NEW, "messages": chat(text), "extra_body": WITH_SCORES}
+    if not stream:
+        answer = claude.messages.create(**options)
+        known = answer.kv_transfer_params
+    else:
+        with claude.messages.stream(**options) as events:
+            first, *_, last = (event for event in events if event.type in ("message_start", "message_delta"))
+            answer = events.get_final_message()
+        known = getattr(last, "kv_transfer_params", first.message.kv_transfer_params)
+        assert "probes" in first.message.kv_transfer_params
+    return Seen("".join(block.text for block in answer.content), answer.stop_reason, known)
+
+
+ROUTES = {  # how they are read, and why a reply ends there that is not halted, and one that is
+    "chat": (read_chat, "length", "content_filter"),
+    "response": (read_response, "max_output_tokens", "content_filter"),
+    "message": (read_message, "max_tokens", "refusal"),
 }
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_route_shows_no_flagged_token(client, claude, tiny, chats, route, stream):
+    """To many at once."""
+    read, *reasons = ROUTES[route]
+    with ThreadPoolExecutor() as threads:
+        answers = list(threads.map(lambda text: read(client, claude, text, stream), chats))
+    for ids, seen in zip(chats.values(), answers, strict=True):
+        shown, halt = expected(tiny, ids, NEW)
+        assert lm_text(seen.text) == shown and seen.text.endswith(END) == bool(halt)
+        assert seen.reason == reasons[bool(halt)]
+        halted = seen.known["halted"]
+        assert (halted and (halted["head"], halted["token"])) == halt
+        assert seen.tokens in (None, len(tiny.expected(ids, NEW)[0]))
+        tiny.check_prompt(seen.known["probes"], ids)
+        if halt and halt[1] is None:
+            continue
+        whole = tiny.reference(ids, NEW).sequences[0, len(ids) : len(ids) + NEW].tolist()
+        tiny.check_reply(ids, whole, seen.known["replies"][0], scored=halt[1] + 1 if halt else NEW)
+
+
+def test_each_of_several_prompts_ends_by_itself(client, tiny, chats):
+    options = {"model": "tiny", "max_tokens": NEW}
+    prompts = list(chats.values())
+    whole = client.completions.create(prompt=prompts, extra_body=GREEDY, **options).model_dump()
+    body = {"messages": [chat(text) for text in chats], **options, **GREEDY}
+    batch = client.post("/chat/completions/batch", cast_to=dict, body=body)
+    chunks = list(client.completions.create(prompt=prompts, stream=True, extra_body=GREEDY, **options))
+    assert whole["kv_transfer_params"] is None and batch["kv_transfer_params"] is None
+    for index, ids in enumerate(prompts):
+        shown, halt = expected(tiny, ids, NEW)
+        of_stream = [chunk for chunk in chunks if chunk.choices[0].index == index]
+        last = of_stream[-1].choices[0].model_dump()
+        last["text"] = "".join(chunk.choices[0].text for chunk in of_stream)
+        last["kv_transfer_params"] = of_stream[0].kv_transfer_params
+        for choice in (whole["choices"][index], batch["choices"][index], last):
+            text = choice["text"] if "text" in choice else choice["message"]["content"]
+            assert lm_text(text) == shown and text.endswith(END) == bool(halt)
+            assert choice["finish_reason"] == ("content_filter" if halt else "length")
+            assert choice["stop_reason"] == (halt and halt[0])
+            tiny.check_prompt(choice["kv_transfer_params"]["probes"], ids)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_each_of_several_replies_ends_by_itself(client, tiny, chats, stream):
+    for text, ids in chats.items():
+        options = {"n": 3, "temperature": 1.0, "max_tokens": NEW, "extra_body": {"ignore_eos": True}}
+        answer = ask(client, text, stream=stream, **options)
+        parts = list(answer) if stream else [answer]
+        known = [part.kv_transfer_params for part in parts if hasattr(part, "kv_transfer_params")]
+        tiny.check_prompt(known[0]["probes"], ids)
+        texts, ends = ["", "", ""], [None] * 3
+        for choice in (choice for part in parts for choice in part.choices):
+            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
+            ends[choice.index] = choice.finish_reason
+        is_halted = [True] * 3
+        if expected(tiny, ids, NEW)[1] != ("guard", None):
+            is_halted = [bool(reply["halted"]) for reply in known[-1]["replies"]]
+        assert ends == ["content_filter" if halted else "length" for halted in is_halted]
+        assert [text.endswith(END) for text in texts] == is_halted
+
+
+def test_judge_is_asked_once_a_prompt(url, client, tiny, chats, judge):
+    answers = []
+    for text, ids in chats.items():
+        judge.requests.clear()
+        known = ask(client, text, n=2, temperature=1.0, logprobs=True).kv_transfer_params
+        assert len(judge.requests) == ("judged" in known) and "unsure" not in known
+        if judge.requests:
+            is_halted = tiny.score(ids) >= tiny.thresholds["guard"]
+            assert text.strip() in judge.requests[0][1]["input"]
+            assert (known["judged"]["guard"] == "halted") == is_halted
+            answers.append(is_halted)
+    assert sorted(answers) == [False, True]
+    assert len([name for name in metrics(url) if name.startswith("llama_probe_judged_total")]) == 2
+
+
+def test_header_has_the_labels_of_a_prompt(client):
+    raw = ask(client.with_raw_response, TEXTS[0])
+    assert raw.headers["x-llama-probe"] == Scores("tiny", prompts=[raw.parse().kv_transfer_params]).header
+    with ask(client.with_streaming_response, TEXTS[0], stream=True) as stream:
+        assert stream.headers["x-llama-probe"] == raw.headers["x-llama-probe"]
+
+
+def test_moderations_flag_what_the_server_halts(client, tiny, chats):
+    results = client.moderations.create(input=list(chats), model="tiny").results
+    for ids, result in zip(chats.values(), results, strict=True):
+        probabilities = tiny.reference(ids).probe_probabilities
+        scores = {"guard/bad": tiny.score(ids), "mood/LABEL_1": float(probabilities["mood"][0, 1])}
+        scores |= {f"topics/LABEL_{i}": score for i, score in enumerate(probabilities["topics"][0].tolist())}
+        assert result.category_scores.to_dict() == pytest.approx(scores, abs=1e-5)
+        # The server's threshold decides, not the head's own.
+        assert result.categories.to_dict()["guard/bad"] == (tiny.score(ids) >= tiny.thresholds["guard"])
+
+
+def test_halted_prompt_gives_no_probability_of_its_next_token(url, tiny, chats):
+    answers = set()
+    for ids in chats.values():
+        body = {"query": ids[:-1], "items": [ids[-1:]], "label_token_ids": [40, 41]}
+        is_halted = tiny.score(ids) >= tiny.thresholds["guard"]
+        answers.add((is_halted, status(url, "generative_scoring", json.dumps(body).encode())))
+    assert (True, 400) in answers and (False, 200) in answers and (True, 200) not in answers
+
+
+def metrics(url: str) -> dict[str, float]:
+    lines = httpx.get(url.removesuffix("v1") + "metrics", timeout=250).text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+
+def test_metrics_count_prompts_and_replies(url, client, tiny, chats):
+    before, options = metrics(url), {"model": "tiny", "prompt": list(chats.values()), "max_tokens": NEW}
+    client.completions.create(**options, extra_body=GREEDY)
+    once = metrics(url)
+    client.completions.create(**options, n=2, temperature=1.0)
+    twice = metrics(url)
+    halts = [tiny.expected(ids, NEW)[1] for ids in chats.values()]
+    prompts = halts.count(("guard", None))
+    tokens = sum(NEW if halt is None else halt[1] + 1 for halt in halts if halt != ("guard", None))
+
+    def grown(name: str, head: str, after: dict, before: dict) -> float:
+        line = f'llama_probe_{name}_total{{probe="{head}"}}'
+        return after[line] - before.get(line, 0)
+
+    for pair in ((once, before), (twice, once)):
+        assert [grown("scored", head, *pair) for head in HEADS] == [len(chats)] * len(HEADS)
+        assert [grown(name, "guard", *pair) for name in ("halted", "flagged")] == [prompts] * 2
+        assert grown("halted", "tone", *pair) == grown("halted", "watch", *pair) == 0
+    replies = len([halt for halt in halts if halt and halt[0] == "watch"])
+    assert [grown(name, "watch", once, before) for name in ("halted_replies", "flagged_replies")] == [replies] * 2
+    assert grown("reply_tokens", "watch", once, before) == tokens
+
+
+def status(url: str, path: str, body: bytes, headers: dict = HEADERS) -> int:
+    return httpx.post(url.removesuffix("v1") + path, content=body, headers=headers, timeout=250).status_code
+
+
+PATHS = ("chat/completions", "chat/completions/batch", "completions", "responses", "messages", "moderations")
+PATHS = (*(f"v1/{path}" for path in PATHS), "classify", "generative_scoring", "invocations")
 MALFORMED = {
     "empty": b"",
     "cut off": b'{"model": "tiny", "messages": [',
     "no object": b"[1]",
-    "null": b"null",
     "no UTF-8": b'{"model": "tiny", "input": "\xff"}',
     "nothing asked": b'{"model": "tiny"}',
     "wrong types": b'{"model": "tiny", "messages": 7, "prompt": {"a": 1}, "input": 7, "query": 7, "items": 7}',
@@ -43,184 +305,30 @@ MALFORMED = {
 }
 
 
-def status(url: str, path: str, body: bytes) -> int:
-    request = urllib.request.Request(url.removesuffix("v1") + path, body, HEADERS)
-    try:
-        return urllib.request.urlopen(request, timeout=250).status
-    except urllib.error.HTTPError as error:
-        return error.code
+@pytest.mark.parametrize("path", PATHS)
+def test_malformed_body_is_refused(url, path):
+    assert {kind: status(url, path, body) for kind, body in MALFORMED.items()} == dict.fromkeys(MALFORMED, 400)
 
 
-def metrics(url: str) -> dict[str, float]:
-    with urllib.request.urlopen(url.removesuffix("v1") + "metrics", timeout=250) as response:
-        lines = response.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+def test_refusals_of_vllm_reach_clients(url, client):
+    assert status(url, "v1/moderations", b'{"input": "a", "model": "other"}') == 404
+    for path in ("v1/moderations", "classify?probe=tone"):
+        assert status(url, path, b'{"input": "%s"}' % (b"too long " * 100)) == 400
+        assert status(url, path, b'{"input": "a"}', {**HEADERS, "Authorization": "Bearer other"}) == 401
+    with pytest.raises(openai.BadRequestError, match="beam search"):
+        ask(client, "alpha", n=2, extra_body={"use_beam_search": True})
 
 
-@pytest.fixture(scope="module")
-def band(tiny, chats, flagged) -> list[float]:
-    """Scores of `guard` in which a judge decides: the last chat that is not flagged, and the first that is."""
-    scores = {text: float(tiny.reference(ids).probe_probabilities["guard"][0, 1]) for text, ids in chats.items()}
-    low, high = (
-        nearest(score for text, score in scores.items() if flagged[text] is flag)
-        for nearest, flag in ((max, False), (min, True))
-    )
-    return [low - 1e-4, high + 1e-4]
-
-
-@pytest.fixture(scope="module")
-def judge(chats, flagged):
-    """Knows which chats are flagged. Its URL, and the texts that it was asked about."""
-    with judging(lambda asked: any(flagged[text] and text.split()[0] in asked for text in chats)) as judge:
-        yield judge
-
-
-@pytest.fixture(scope="module")
-def url(tiny, band, judge, tmp_path_factory):
-    options = '--tensor-parallel-size 2 --max-num-batched-tokens 64 --api-key none --compilation-config \'{"backend": "eager"}\''
-    options += f" --judge {judge[0]} --unsure guard={band[0]}:{band[1]}"
-    arguments = guarded(tiny, list(HEADS), band[1], options)  # from its end on nobody is asked
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
-        with serving(arguments, tmp_path_factory.mktemp("server") / "log") as url:
-            yield url
-
-
-def test_complete_responses(client, tiny, chats, flagged):
-    for text, ids in chats.items():
-        response = ask(client, text, extra_body={"ignore_eos": True})
-        tiny.check(response.kv_transfer_params["probes"], ids)
-        (choice,) = response.choices
-        if flagged[text]:
-            assert not choice.message.content and response.usage.completion_tokens == 0
-            assert (choice.finish_reason, choice.stop_reason) == ("content_filter", "guard")
-            assert response.kv_transfer_params["halted"]["head"] == "guard"
-        else:
-            assert response.usage.completion_tokens == 4 and choice.finish_reason == "length"
-            assert response.kv_transfer_params["halted"] is None
-    text, ids = next(iter(chats.items()))
-    response = ask(client, text, extra_body={"kv_transfer_params": {"probes": ["size"]}})
-    tiny.check(response.kv_transfer_params["probes"], ids, ("guard", "size"))
-
-
-def test_a_judge_is_asked_once_a_prompt(url, client, chats, flagged, judge):
-    asked = []
-    for text in chats:
-        for options in ({}, {"n": 2, "temperature": 1.0, "logprobs": True}, {"stream": True}):
-            judge[1].clear()
-            response = ask(client, text, extra_body={"ignore_eos": True}, **options)
-            known = (next(iter(response)) if "stream" in options else response).kv_transfer_params
-            assert len(judge[1]) == ("judged" in known) and "unsure" not in known
-            if judge[1]:
-                assert text.strip() in judge[1][0] and (known["judged"]["guard"] == "halted") == flagged[text]
-                asked.append(flagged[text])
-    assert {*asked} == {False, True}
-    lines = [name for name in metrics(url) if name.startswith("llama_probe_judged_total")]
-    assert len(lines) == 2
-
-
-@pytest.mark.parametrize("copies", [1, 2])
-def test_streams_of_chats_at_the_same_time(url, tiny, chats, flagged, copies):
-    async def stream(client, text):
-        options = {"n": copies, "temperature": copies - 1, "extra_body": {"ignore_eos": True}}
-        return [chunk async for chunk in await ask(client, text, stream=True, **options)]
-
-    async def all_streams():
-        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
-            return await asyncio.gather(*(stream(client, text) for text in chats))
-
-    for (text, ids), chunks in zip(chats.items(), asyncio.run(all_streams()), strict=True):
-        first = {chunk.choices[0].index: chunk for chunk in reversed(chunks)}
-        assert sorted(first) == list(range(copies))
-        for chunk in first.values():
-            tiny.check(chunk.kv_transfer_params["probes"], ids)
-            assert not chunk.choices[0].delta.content
-        later = [chunk for chunk in chunks if chunk not in first.values()]
-        if flagged[text]:
-            assert len(later) == copies
-            assert all(chunk.choices[0].finish_reason == "content_filter" for chunk in later)
-            assert all(chunk.choices[0].stop_reason == "guard" for chunk in later)
-        else:
-            assert [chunk.choices[0].finish_reason for chunk in later].count("length") == copies
-
-
-def test_responses(client, tiny, chats, flagged):
-    options = {"model": "tiny", "temperature": 0.0, "max_output_tokens": 16}
-    for text, ids in chats.items():
-        whole = client.responses.create(input=text, **options)
-        events = list(client.responses.create(input=text, stream=True, **options))
-        later = next(iter(client.responses.create(input=text, stream=True, background=True, **options))).response
-        assert events[0].type == "response.created"
-        tiny.check(whole.kv_transfer_params["probes"], ids)
-        tiny.check(events[0].response.kv_transfer_params["probes"], ids)
-        stored = client.responses.retrieve(whole.id)
-        replayed = list(client.responses.retrieve(later.id, stream=True))[-1]
-        for response in (whole, events[-1].response, stored, replayed.response):
-            if flagged[text]:
-                assert (response.status, response.incomplete_details.reason) == ("incomplete", "content_filter")
-                assert response.output_text == "" and response.kv_transfer_params["halted"]["head"] == "guard"
-            else:
-                assert response.incomplete_details is None or response.incomplete_details.reason == "max_output_tokens"
-        for last in (events[-1], replayed):
-            assert last.type == ("response.incomplete" if flagged[text] else "response.completed")
-
-
-def test_messages(url, tiny, chats, flagged):
-    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="none", timeout=250, max_retries=0) as client:
-        for text, ids in chats.items():
-            options = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": text}]}
-            whole = client.messages.create(**options)
-            with client.messages.stream(**options) as stream:
-                first = next(iter(stream))
-                streamed = stream.get_final_message()
-            assert first.type == "message_start"
-            tiny.check(first.message.kv_transfer_params["probes"], ids)
-            tiny.check(whole.kv_transfer_params["probes"], ids)
-            for message in (whole, streamed):
-                assert (message.stop_reason == "refusal") == flagged[text]
-                assert not flagged[text] or (message.stop_sequence is None and message.usage.output_tokens == 0)
-
-
-def test_the_header_in_other_clients(monkeypatch, url, client, chats):
-    """As docs/scaling.md shows."""
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its import asks GitHub for prices
-    import litellm
-    from langchain_openai import ChatOpenAI
-
-    text = next(iter(chats))
-    raw = ask(client.with_raw_response, text)
-    said = raw.headers["x-llama-probe"]
-    assert said == Scores("tiny", prompts=[raw.parse().kv_transfer_params]).header
-    messages = [{"role": "user", "content": text}]
-    options = {"api_base": url, "api_key": "none", "temperature": 0.0, "max_tokens": 4}
-    for stream in (False, True):
-        response = litellm.completion("hosted_vllm/tiny", messages, stream=stream, **options)
-        assert response._hidden_params["additional_headers"]["llm_provider-x-llama-probe"] == said
-    chat = ChatOpenAI(model="tiny", base_url=url, api_key="none", max_tokens=4, include_response_headers=True)
-    assert chat.invoke(text).response_metadata["headers"]["x-llama-probe"] == said
-    assert next(chat.stream(text)).response_metadata["headers"]["x-llama-probe"] == said
-
-
-@pytest.mark.parametrize("path", sorted(ROUTES.keys() - {"generative_scoring"}))  # vLLM cuts its prompts
-def test_prompts_that_are_too_long(url, path):
-    assert status(url, path, json.dumps({"model": "tiny", **ROUTES[path]}).encode()) == 400
-
-
-@pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_bodies(url, kind):
-    found = {path: status(url, path, MALFORMED[kind]) for path in ROUTES}
-    assert found == dict.fromkeys(ROUTES, 400)
-
-
-def test_clients_that_go_away(url, client, chats, flagged):
-    text = min((text for text in chats if not flagged[text]), key=lambda text: len(chats[text]))
-    asked = {"max_tokens": 500 - len(chats[text]), "ignore_eos": True}
-    body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": text}], **asked})
+def test_request_ends_if_its_client_goes_away(url, client, tiny, chats):
+    passing = [text for text, ids in chats.items() if tiny.expected(ids, NEW)[1] is None]
+    text = min(passing, key=len)
+    most = 500 - len(chats[text])
+    body = json.dumps({"model": "tiny", "messages": chat(text), "max_tokens": most, "ignore_eos": True})
     for _ in range(8):
         connection = http.client.HTTPConnection(url.split("/")[2])
         connection.request("POST", "/v1/chat/completions", body, HEADERS)
         connection.close()
-        with ask(client, text, stream=True, max_tokens=asked["max_tokens"], extra_body={"ignore_eos": True}) as stream:
+        with ask(client, text, stream=True, max_tokens=most, extra_body={"ignore_eos": True}) as stream:
             next(iter(stream))
 
     def running() -> float:
@@ -232,99 +340,34 @@ def test_clients_that_go_away(url, client, chats, flagged):
         time.sleep(0.2)
 
 
-def test_moderations(client, tiny, chats, flagged):
-    said = client.moderations.create(input=list(chats), model="tiny")
-    assert said.id.startswith("modr-") and said.model == "tiny"
-    for (text, ids), result in zip(chats.items(), said.results, strict=True):
-        reference, scores = tiny.reference(ids), result.category_scores.to_dict()
-        expected = {"guard/bad": reference.probe_probabilities["guard"][0, 1]}
-        expected |= {f"topics/LABEL_{i}": score for i, score in enumerate(reference.probe_probabilities["topics"][0])}
-        expected["mood/LABEL_1"] = reference.probe_probabilities["mood"][0, 1]
-        assert scores == pytest.approx({name: float(score) for name, score in expected.items()}, abs=1e-5)
-        # The server's threshold decides, not the head's own.
-        assert result.categories.to_dict()["guard/bad"] == flagged[text]
-        assert result.flagged == any(result.categories.to_dict().values())
-    (alone,) = client.moderations.create(input=list(chats)[1]).results
-    assert alone.category_scores.to_dict() == pytest.approx(said.results[1].category_scores.to_dict(), abs=1e-5)
-    with pytest.raises(openai.NotFoundError, match="other"):
-        client.moderations.create(input="a", model="other")
-    with pytest.raises(openai.BadRequestError, match="context length"):
-        client.moderations.create(input="far too long " * 200)
+def test_kill_9_of_the_engine_lets_no_unscored_token_through(url, tiny, chats, log):
+    """Streams end with an error, and so does the server, in one line. No other test can ask it afterwards."""
+    processes = psutil.Process().children(recursive=True)
+    alive = [process for process in processes if process.status() != psutil.STATUS_ZOMBIE]  # of earlier servers
+    engine = next(process for process in alive if "EngineCore" in " ".join(process.cmdline()))
+    server = engine.parent()
 
+    async def stream(client, text):
+        seen = ""
+        try:
+            async for chunk in await ask(client, text, max_tokens=LONG, stream=True, extra_body=GREEDY):
+                seen += chunk.choices[0].delta.content or ""
+                if seen.removesuffix(END) and engine.is_running():
+                    engine.kill()
+        except (openai.APIError, httpx.HTTPError):
+            return seen, True
+        return seen, False
 
-def test_metrics(url, client, chats, flagged):
-    before = metrics(url)
-    client.completions.create(model="tiny", prompt=list(chats.values()), n=2, temperature=1.0, max_tokens=2)
-    grown = {name: value - before.get(name, 0) for name, value in metrics(url).items() if "_total" in name}
-    scored = {name: value for name, value in grown.items() if name.startswith("llama_probe_scored_total")}
-    assert scored == {f'llama_probe_scored_total{{probe="{name}"}}': len(chats) for name in HEADS}
-    for head, halted in (("guard", sum(flagged[text] for text in chats)), ("tone", 0)):
-        assert grown[f'llama_probe_halted_total{{probe="{head}"}}'] == halted
-        assert grown[f'llama_probe_flagged_total{{probe="{head}"}}'] == halted
+    async def all_streams():
+        async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=100, max_retries=0) as client:
+            return await asyncio.gather(*(stream(client, text) for text in chats))
 
-
-def test_the_next_token_of_a_halted_prompt_has_no_score(url, chats, flagged):
-    for text, ids in chats.items():
-        body = {"query": ids[:-1], "items": [ids[-1:]], "label_token_ids": [40, 41]}
-        if not flagged[text]:
-            with post(url.removesuffix("v1") + "generative_scoring", body) as response:
-                assert 0 < json.load(response)["data"][0]["score"] < 1
-            continue
-        with pytest.raises(urllib.error.HTTPError) as error:
-            post(url.removesuffix("v1") + "generative_scoring", body)
-        assert error.value.code == 400 and "guard halts this prompt" in error.value.read().decode()
-
-
-def test_streams_of_texts(client, tiny, chats, flagged):
-    prompts = list(chats.values())
-    options = {"max_tokens": 3, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
-    chunks = list(client.completions.create(model="tiny", prompt=prompts, stream=True, **options))
-    first = {chunk.choices[0].index: chunk for chunk in reversed(chunks)}
-    for index, (text, ids) in enumerate(chats.items()):
-        tiny.check(first[index].kv_transfer_params["probes"], ids)
-        own = [chunk for chunk in chunks if chunk.choices[0].index == index]
-        assert own[-1].choices[0].finish_reason == ("content_filter" if flagged[text] else "length")
-        assert len(own) <= (1 if flagged[text] else 3)  # vLLM may join chunks that wait for their reader
-        assert (own[0].choices[0].text == "") or not flagged[text]
-        assert (own[0].id, own[0].model) == (chunks[0].id, "tiny")
-    complete = client.completions.create(model="tiny", prompt=prompts[0], **options)
-    tiny.check(complete.kv_transfer_params["probes"], prompts[0])
-
-
-def test_complete_responses_to_several_prompts(client, tiny, chats, flagged):
-    options = {"max_tokens": 3, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
-    whole = client.completions.create(model="tiny", prompt=list(chats.values()), **options)
-    messages = [[{"role": "user", "content": text}] for text in chats]
-    body = {"model": "tiny", "messages": messages, "max_tokens": 3}
-    batch = client.post("/chat/completions/batch", cast_to=dict, body=body)
-    for response in (whole.model_dump(), batch):
-        assert response["kv_transfer_params"] is None and len(response["choices"]) == len(chats)
-        for choice, (text, ids) in zip(response["choices"], chats.items(), strict=True):
-            said = choice["kv_transfer_params"]
-            tiny.check(said["probes"], ids)
-            assert (choice["stop_reason"] == "guard") == flagged[text] == (said["halted"] is not None)
-            assert (choice["finish_reason"] == "content_filter") == flagged[text]
-    prompts = list(chats.values())[:2]
-    twice = client.completions.create(model="tiny", prompt=prompts, n=2, **options | {"temperature": 1.0})
-    for choice in twice.choices:
-        tiny.check(choice.kv_transfer_params["probes"], prompts[choice.index // 2])
-
-
-def test_replies_that_a_text_ends_have_scores(client, tiny, chats, flagged):
-    text = next(text for text in chats if not flagged[text])
-    said = ask(client, text, max_tokens=12, extra_body={"ignore_eos": True}).choices[0].message.content
-    response = ask(client, text, max_tokens=12, stop=[said[2:4]], extra_body={"ignore_eos": True})
-    assert response.choices[0].finish_reason == "stop" and response.choices[0].message.content == said[:2]
-    tiny.check(response.kv_transfer_params["probes"], chats[text])
-
-
-def test_beams_are_refused_beside_a_guard(client):
-    with pytest.raises(openai.BadRequestError, match="beam search does not go with heads that halt"):
-        ask(client, "alpha", n=2, extra_body={"use_beam_search": True})
-
-
-def test_labels_are_for_those_with_the_key(url):
-    with openai.OpenAI(base_url=url, api_key="other", timeout=250, max_retries=0) as client:
-        for path, body in (("/moderations", {"input": 7}), ("/../classify", {"input": "a"})):
-            with pytest.raises(openai.AuthenticationError):
-                client.post(path, cast_to=dict, body=body)
+    cut = []
+    for (text, ids), (seen, is_cut) in zip(chats.items(), asyncio.run(all_streams()), strict=True):
+        shown, _ = expected(tiny, ids, LONG)
+        assert shown.startswith(lm_text(seen)), text
+        assert is_cut or lm_text(seen) == shown, "what had ended before is whole"
+        cut.append(is_cut)
+    assert any(cut)
+    server.wait(timeout=100)
+    assert len([line for line in log.read_text().splitlines() if line.startswith("error: ")]) == 1

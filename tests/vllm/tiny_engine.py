@@ -1,14 +1,17 @@
-"""Tiny random backbones that vLLM's CPU kernels take, heads for them, and what transformers says with these."""
+"""Tiny random backbones that vLLM's CPU kernels take, heads for them, and what `generate` of transformers says with these."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from conftest import make_probe, make_tokenizer
-from transformers import PreTrainedModel
+from tiny_families import TINY
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from vllm import LLM, RequestOutput, SamplingParams
 
 from llama_probe import AutoModelForProbedGeneration
@@ -24,44 +27,35 @@ SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
     "initializer_range": 0.12,
+    "head_dim": 32,
 }
 PREFIX = [1, 30, 31]  # what "content" heads leave out
+MULTI = {"probe_type": "attentive", "options": {"num_queries": 1, "value_rank": 4}, "num_labels": 3}
+MULTI |= {"problem_type": "multi_label_classification"}
+VALUE = {"probe_type": "last", "num_labels": 1, "problem_type": "regression"}
+MAXIMA = {"probe_type": "multimax", "options": {"num_maxima": 2, "num_members": 3}}
+NAMES = {0: "fine", 1: "bad"}
+# Together an odd number of features, which two ranks share.
 HEADS = {
     "guard": {
         "probe_type": "mha",
         "downcast": 8,
-        "id2label": {0: "fine", 1: "bad"},
+        "id2label": NAMES,
         "token_scope": "content",
         "prefix_ids": PREFIX,
         "threshold": 0.4,
         "temperature": 4.0,
     },
     "tone": {"probe_type": "gate", "layers": [1, 3], "num_labels": 3, "temperature": 2.0},
-    "topics": {
-        "probe_type": "attentive",
-        "options": {"num_queries": 1, "value_rank": 4},  # an odd number of features, which two ranks share
-        "num_labels": 3,
-        "problem_type": "multi_label_classification",
-    },
-    "size": {"probe_type": "last", "num_labels": 1, "problem_type": "regression"},
-    "mood": {"probe_type": "multimax", "options": {"num_maxima": 2, "num_members": 3}, "num_labels": 2},
+    "topics": MULTI,
+    "size": VALUE,
+    "mood": {**MAXIMA, "num_labels": 2},
 }
 REPLY_HEADS = {
-    "watch": {"probe_type": "gate", "layers": [1, 3], "id2label": {0: "fine", 1: "bad"}, "token_scope": "response"},
-    "theme": {
-        "probe_type": "multimax",
-        "options": {"num_maxima": 2, "num_members": 3},
-        "num_labels": 3,
-        "token_scope": "all",
-        "prefix_ids": PREFIX,
-    },
-    "tags": {
-        "probe_type": "attentive",
-        "num_labels": 2,
-        "problem_type": "multi_label_classification",
-        "token_scope": "response",
-    },
-    "end": {"probe_type": "last", "num_labels": 1, "problem_type": "regression", "token_scope": "all"},
+    "watch": {"probe_type": "gate", "layers": [1, 3], "id2label": NAMES, "token_scope": "response"},
+    "theme": {**MAXIMA, "num_labels": 3, "token_scope": "all", "prefix_ids": PREFIX},
+    "tags": {**MULTI, "token_scope": "response"},
+    "end": {**VALUE, "token_scope": "all"},
     "mean": {"probe_type": "pooling", "layers": [2, 4], "num_labels": 2, "token_scope": "response"},
 }
 OPTIONS = {"dtype": "float32", "enforce_eager": True}  # of every engine; `gpu` sets others
@@ -77,58 +71,75 @@ PROMPTS = [PREFIX * (seed % 2) + make_ids(length, seed) for seed, length in enum
 
 @dataclass
 class TinyServing:
-    """Folders of a backbone and of heads by name, and the probed model of transformers."""
+    """Folders of a backbone and of heads by name, the probed model of transformers, and the thresholds of guards by head."""
 
     backbone: Path
     heads: dict[str, str]
     model: PreTrainedModel = field(repr=False)
+    thresholds: dict[str, float] = field(default_factory=dict)
+    _references: dict[tuple[int, ...], object] = field(default_factory=dict, repr=False)
 
-    def reference(self, ids: list[int], max_new_tokens: int = 1):
-        """What `generate` gives for one prompt, greedily, whatever the end-of-sequence token."""
-        prompt = torch.tensor([ids])
-        return self.model.generate(prompt, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None)
+    @property
+    def rules(self) -> dict[str, dict] | None:
+        return {head: {"label": "bad", "threshold": score} for head, score in self.thresholds.items()} or None
 
-    def token_logits(self, ids: list[int], reply: list[int], name: str) -> torch.Tensor:
-        """What a head says after each token of a reply, `[tokens, num_labels]`: of the states of the whole text so far."""
-        head, text = self.model.probes[name], torch.tensor([[*ids, *reply]])
-        with torch.no_grad():
-            states = self.model(text, output_hidden_states=True, probes=[]).hidden_states
-            mask = torch.ones(1, len(ids))
-            mask[:, : len(PREFIX) if ids[: len(PREFIX)] == head.config.prefix_ids else 0] = 0
-            mask = mask * (head.config.token_scope == "all")
-            lengths = [len(ids) + number + 1 for number in range(len(reply))]
-            masks = [torch.cat([mask, torch.ones(1, length - len(ids))], dim=1) for length in lengths]
-            found = [
-                head(hidden_states=[state[:, :length] for state in states], attention_mask=mask).logits
-                for length, mask in zip(lengths, masks, strict=True)
+    def reference(self, ids: list[int], new: int = 1):
+        """What `generate` gives for one prompt, greedily, whatever the end-of-sequence token: at least `new` tokens with scores."""
+        known = self._references.get(tuple(ids))
+        if known is None or known.sequences.shape[1] <= len(ids) + new:
+            options = {"max_new_tokens": new + 1, "do_sample": False, "eos_token_id": None}
+            known = self._references[tuple(ids)] = self.model.generate(torch.tensor([ids]), **options)
+        return known
+
+    def expected(self, ids: list[int], new: int) -> tuple[list[int], tuple[str, int | None] | None]:
+        """What a client may see of `new` tokens, and if it is halted the head that does, and at which token of the reply."""
+        output = self.reference(ids, new)
+        tokens = output.sequences[0, len(ids) : len(ids) + new].tolist()
+        for head, threshold in self.thresholds.items():
+            if head not in REPLY_HEADS and self.score(ids, head) >= threshold:
+                return [], (head, None)
+        if "watch" in self.thresholds:
+            flagged = (output.probe_token_probabilities["watch"][0, :new, 1] >= self.thresholds["watch"]).nonzero()
+            if len(flagged):
+                return tokens[: int(flagged[0])], ("watch", int(flagged[0]))
+        return tokens, None
+
+    def score(self, ids: list[int], head: str = "guard") -> float:
+        return float(self.reference(ids).probe_probabilities[head][0, 1])
+
+    def set_thresholds(self, prompts: Sequence[list[int]], new: int = 0) -> None:
+        """Have `guard` halt some of these prompts, and with `new` tokens `watch` some of the other replies. Far from all scores."""
+        scores = sorted(map(self.score, prompts))
+        self.thresholds = {"guard": middle_of_gap(scores[len(scores) // 2 - 1 : -1])}
+        if new:
+            replies = [
+                self.reference(ids, new).probe_token_probabilities["watch"][0, :new, 1].tolist()
+                for ids in prompts
+                if self.expected(ids, 1)[1] is None
             ]
-        return torch.cat(found) if found else torch.zeros(0, head.config.num_labels)
+            highest = sorted(map(max, replies))
+            third = len(highest) // 3
+            low, high = highest[third], highest[-1 - third]
+            between = sorted(score for scores in replies for score in scores if low <= score <= high)
+            self.thresholds["watch"] = middle_of_gap(between)
 
-    def check_tokens(self, ids: list[int], reply: list[int], said: dict, scored: int | None = None, atol=1e-5) -> None:
-        """Raises where what vLLM says of a reply's tokens is not what the heads say of the whole text."""
-        assert list(said["probes"]) == [name for name in self.heads if name in REPLY_HEADS]
-        for name, probe in said["probes"].items():
-            expected = self.token_logits(ids, reply, name)
-            logits = torch.tensor(probe["token_logits"]).view(-1, expected.shape[1])
-            scored = len(reply) if scored is None else scored
-            assert probe["tokens"] == len(logits) == scored
-            torch.testing.assert_close(logits, expected[:scored], rtol=1e-5, atol=atol)
+    def token_logits(self, ids: list[int], reply: list[int]) -> dict[str, torch.Tensor]:
+        """What heads say in `generate` after each token of a reply, `[tokens, num_labels]`, whoever wrote it."""
+        known = self.reference(ids, len(reply))
+        if known.sequences[0, len(ids) : len(ids) + len(reply)].tolist() != reply:
 
-    def threshold(self, prompts: list[list[int]]) -> float:
-        """From which on `guard` flags about half of some prompts; far from the probability of each."""
-        scores = sorted(float(self.reference(ids).probe_probabilities["guard"][0, 1]) for ids in prompts)
-        middle = range(len(scores) // 3, 2 * len(scores) // 3 + 1)
-        low, high = max(((scores[i - 1], scores[i]) for i in middle), key=lambda pair: pair[1] - pair[0])
-        assert high - low > 1e-3
-        return (low + high) / 2
+            def force(text: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                next_token = torch.tensor([*reply, 0])[text.shape[1] - len(ids)]
+                return torch.full_like(scores, -torch.inf).index_fill(1, next_token, 0.0)
 
-    def is_flagged(self, ids: list[int], threshold: float) -> bool:
-        return float(self.reference(ids).probe_probabilities["guard"][0, 1]) >= threshold
+            options = {"max_new_tokens": len(reply) + 1, "do_sample": False, "eos_token_id": None}
+            known = self.model.generate(torch.tensor([ids]), logits_processor=[force], **options)
+        return {name: logits[0, : len(reply)] for name, logits in known.probe_token_logits.items()}
 
-    def check(self, probes: dict, ids: list[int], heads=tuple(HEADS)) -> None:
+    def check_prompt(self, probes: dict, ids: list[int], heads: Sequence[str] | None = None) -> None:
         """Raises where what vLLM says of a prompt is not what transformers says."""
         reference = self.reference(ids)
-        assert list(probes) == list(heads)
+        assert list(probes) == list(reference.probe_logits if heads is None else heads)
         for name, said in probes.items():
             logits = torch.tensor(said["logits"])
             torch.testing.assert_close(logits, reference.probe_logits[name][0], rtol=1e-5, atol=1e-5)
@@ -141,63 +152,99 @@ class TinyServing:
                 assert list(said["scores"]) == list(config.id2label.values())
                 assert list(said["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
 
-    def check_replies(
-        self, outputs: Sequence[RequestOutput], prompts: Sequence[list[int]], threshold: float, new: int
-    ):
-        """Raises where a prompt's scores, its halt or its `new` tokens are not those of transformers."""
+    def check_reply(self, ids: list[int], reply: list[int], said: dict, scored: int | None = None, atol=1e-5) -> None:
+        """Raises where what vLLM says of a reply's tokens is not what the heads say of the whole text."""
+        expected = self.token_logits(ids, reply)
+        scored = len(reply) if scored is None else scored
+        assert list(said["probes"]) == list(expected)
+        for name, probe in said["probes"].items():
+            assert probe["tokens"] == len(probe["token_logits"]) == scored
+            rows = expected[name][:scored]
+            torch.testing.assert_close(torch.tensor(probe["token_logits"]).view_as(rows), rows, rtol=1e-5, atol=atol)
+
+    def check(self, outputs: Sequence[RequestOutput], prompts: Sequence[list[int]], new: int) -> set[str | None]:
+        """Raises where scores, halts or the `new` tokens are not those of transformers. Returns the heads that halted some."""
+        halts = set()
         for ids, output in zip(prompts, outputs, strict=True):
-            self.check(output.kv_transfer_params["probes"], ids)
-            (reply,), why = output.outputs, output.kv_transfer_params["halted"]
-            if self.is_flagged(ids, threshold):
-                assert (reply.text, list(reply.token_ids)) == ("", [])
-                assert (reply.finish_reason, reply.stop_reason) == ("stop", "guard")
-                assert (why["head"], why["label"], why["threshold"]) == ("guard", "bad", threshold)
-                assert why["score"] == output.kv_transfer_params["probes"]["guard"]["scores"]["bad"]
-            else:
-                expected = self.reference(ids, max_new_tokens=new).sequences[0, len(ids) :]
-                assert list(reply.token_ids) == expected.tolist()
-                assert (reply.finish_reason, why) == ("length", None)
+            (reply,), known = output.outputs, output.kv_transfer_params
+            tokens, halt = self.expected(ids, new)
+            head, token = halt or (None, None)
+            halts.add(head)
+            self.check_prompt(known["probes"], ids)
+            assert list(reply.token_ids) == tokens
+            assert (reply.finish_reason, reply.stop_reason) == ("stop" if halt else "length", head)
+            halted = known.get("halted")
+            shown = halted and [halted[name] for name in ("head", "label", "threshold", "token")]
+            assert shown == (halt and [head, "bad", self.thresholds[head], token])
+            if halt and token is None:
+                assert halted["score"] == known["probes"][head]["scores"]["bad"]
+            # No guard of replies waits for the score of the last token.
+            scored = new - ("watch" not in self.thresholds)
+            if halt:
+                scored = 0 if token is None else token + 1
+            for said in known.get("replies", ()):
+                whole = self.reference(ids, new).sequences[0, len(ids) : len(ids) + new].tolist()
+                self.check_reply(ids, whole, said, scored)
+                assert said["halted"] == (None if token is None else halted)
+        return halts
+
+    @contextmanager
+    def running(self, **changes) -> Iterator[LLM]:
+        """An engine in this process, that halts by the thresholds and takes prompts in chunks."""
+        sizes = {"max_model_len": 256, "max_num_batched_tokens": 32, "max_num_seqs": 8, "disable_log_stats": False}
+        kwargs = {**OPTIONS, **sizes, **changes}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+            patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads of earlier engines do not survive a fork
+            llm = LLM(**engine_kwargs(self.backbone, self.heads, halt_on=self.rules, **kwargs))
+            try:
+                yield llm
+            finally:
+                llm.llm_engine.engine_core.shutdown()
+
+    def next_turn(self, llm: LLM) -> tuple[list[int], RequestOutput]:
+        """Ask a prompt of 120 tokens, then the same with its reply of 20 and 30 more; the second prompt and its output."""
+        prompts = (make_ids(120, seed) for seed in range(100, 200))
+        ids = next(ids for ids in prompts if self.expected(ids, 20)[1] is None)
+        following = [*ids, *generate(llm, [ids], 20)[0].outputs[0].token_ids, *make_ids(30, 1)]
+        (second,) = generate(llm, [following])
+        self.check_prompt(second.kv_transfer_params["probes"], following)
+        return following, second
 
 
-def make_serving(folder: Path, lm: PreTrainedModel, kinds: Mapping[str, dict] = HEADS) -> TinyServing:
-    """A backbone and heads of each kind of problem, reading all layers, some, or one, as folders."""
-    lm.save_pretrained(folder / "lm")
+def middle_of_gap(scores: Sequence[float]) -> float:
+    """Where some sorted scores are farthest from each other."""
+    low, high = max(itertools.pairwise(scores), key=lambda pair: pair[1] - pair[0])
+    assert high - low > 1e-4
+    return (low + high) / 2
+
+
+def make_serving(folder: Path, family: str = "llama", heads: Mapping[str, dict] = HEADS) -> TinyServing:
+    """A backbone of a family, and heads of each kind of problem, reading all layers, some, or one, as folders."""
+    more = TINY[family][2] if family.endswith("_moe") else {}
+    if family != "llama":
+        more = {**more, "sliding_window": 16}  # shorter than the prompts, where a family has one
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**conftest.SIZES, **more, **SIZES})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "lm")
     make_tokenizer().save_pretrained(folder / "lm")
-    heads = {name: str(folder / name) for name in kinds}
-    for seed, (name, config) in enumerate(kinds.items()):
-        probe = make_probe(seed, hidden_size=HIDDEN, **config)
+    folders = {name: str(folder / name) for name in heads}
+    for seed, (name, values) in enumerate(heads.items()):
+        probe = make_probe(seed, hidden_size=HIDDEN, **values)
         for parameter in probe.parameters():  # logits of the size that trained heads give
-            parameter.data *= 0.2 if config["probe_type"] == "last" else 0.5
-        probe.save_pretrained(heads[name])
-    return TinyServing(folder / "lm", heads, AutoModelForProbedGeneration.from_pretrained(folder / "lm", probe=heads))
+            parameter.data *= 0.2 if values["probe_type"] == "last" else 0.5
+        probe.save_pretrained(folders[name])
+    model = AutoModelForProbedGeneration.from_pretrained(folder / "lm", probe=folders)
+    return TinyServing(folder / "lm", folders, model)
 
 
-@contextmanager
-def running(tiny: TinyServing, threshold: float, processes: int = 1, guard: str = "guard", **changes) -> Iterator[LLM]:
-    """An engine that halts by one head and takes prompts in chunks. One process of it can be looked at."""
-    sizes = {"max_model_len": 256, "max_num_batched_tokens": 32, "max_num_seqs": 8}
-    kwargs = {**OPTIONS, **sizes, **changes}
-    halt_on = {guard: {"label": "bad", "threshold": threshold}}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(processes > 1)))
-        patch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads of earlier engines do not survive a fork
-        llm = LLM(**engine_kwargs(tiny.backbone, tiny.heads, halt_on=halt_on, **kwargs))
-        try:
-            yield llm
-        finally:
-            llm.llm_engine.engine_core.shutdown()
+def generate(llm: LLM, prompts: Sequence[list[int]], new: int = 1, asked=None, lora=None, **params):
+    """The outputs of an engine for `new` greedy tokens, with the scores of each."""
+    extra = {"kv_transfer_params": {"token_scores": True} if asked is None else asked}
+    params = {"max_tokens": new, "temperature": 0.0, "ignore_eos": True, "extra_args": extra, **params}
+    texts = [{"prompt_token_ids": ids} for ids in prompts]
+    return llm.generate(texts, SamplingParams(**params), use_tqdm=False, lora_request=lora)
 
 
-def generate(llm: LLM, prompts: Sequence[list[int]], max_tokens: int = 1, lora=None, **params) -> list[RequestOutput]:
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, **params)
-    return llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False, lora_request=lora)
-
-
-def next_turn(llm: LLM, tiny: TinyServing, threshold: float) -> tuple[list[int], RequestOutput]:
-    """Ask a prompt of 120 tokens, then the same with its reply of 20 and 30 more; the second prompt and its output."""
-    ids = next(ids for ids in (make_ids(120, seed) for seed in range(100, 200)) if not tiny.is_flagged(ids, threshold))
-    (first,) = generate(llm, [ids], max_tokens=20)
-    following = [*ids, *first.outputs[0].token_ids, *make_ids(30, 1)]
-    (second,) = generate(llm, [following])
-    tiny.check(second.kv_transfer_params["probes"], following)
-    return following, second
+def metric(llm: LLM, name: str) -> float:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
