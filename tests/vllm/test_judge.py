@@ -1,11 +1,15 @@
 """A judge on loopback that does as it is told, asked by the middleware about prompts of which a head is unsure."""
 
 import asyncio
+import contextlib
+import functools
 import json
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Callable
 
 import httpx
 import pytest
+from http_server import PlayedGuard, PlayedRequest
 from played_server import NEW, TOKENIZER, play, save_heads
 from prometheus_client import REGISTRY
 
@@ -15,77 +19,59 @@ from llama_probe.vllm.settings import ProbeSettings
 
 
 END = " Sorry."
-BODY = {"prompt": TOKENIZER("Is it?")["input_ids"]}
 SURE_FINE, UNSURE, SURE_BAD = [3.0, 0.0], [0.5, 0.0], [0.0, 3.0]  # `bad` has 0.05, 0.38 and 0.95
-Behaviour = Callable[[asyncio.StreamWriter], Awaitable[None]]
+WHOLE, HALTED = ("01234", "length"), (END, "content_filter")
 
 
-def says(payload, status: str = "200 OK") -> Behaviour:
-    async def behave(writer):
-        body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+def on_loop(test):
+    """Runs an async test."""
 
-    return behave
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+def says(payload, status: int = 200, **options) -> Callable[[PlayedRequest], None]:
+    return lambda request: request.answer(payload, status, **options)
 
 
 FINE, BAD = (says({"results": [{"flagged": flag}]}) for flag in (False, True))
 
 
-async def hangs(writer):
-    await asyncio.sleep(600)
+def hangs(request: PlayedRequest) -> None:
+    request.server.gone += request.rfile.read(1) == b""
 
 
-async def dies(writer):
-    writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{"results"')
+def floods(request: PlayedRequest) -> None:
+    with contextlib.suppress(OSError):  # the other side has left
+        request.answer(b" ", length=10_000_000)
+        while request.server.sent < 10_000_000:
+            request.wfile.write(b" " * 10_000)
+            request.server.sent += 10_000
 
 
-class PlayedGuard:
-    """An HTTP server.
+@pytest.fixture
+def play_guard():
+    """A function that starts a judge."""
+    with contextlib.ExitStack() as stack:
 
-    Attributes:
-        requests: header and body of each.
-        sent: bytes of a long answer that were taken.
-        gone: requests that the other side left.
-    """
+        def start(behave) -> PlayedGuard:
+            guard = PlayedGuard(behave)
+            stack.callback(guard.close)
+            return guard
 
-    def __init__(self, behave: Behaviour):
-        self.behave, self.requests, self.sent, self.gone = behave, [], 0, 0
-
-    async def __aenter__(self):
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/v1"
-        return self
-
-    async def __aexit__(self, *error):
-        self.server.close()
-
-    async def _serve(self, reader, writer):
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-        length = int(head.split("content-length: ")[1].split("\r\n")[0])
-        self.requests.append((head, json.loads(await reader.readexactly(length))))
-        answering = asyncio.ensure_future(self.behave(writer))
-        leaving = asyncio.ensure_future(reader.read())
-        await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
-        self.gone += not answering.done()
-        for task in (answering, leaving):
-            task.cancel()
-        writer.close()
-
-    async def floods(self, writer):
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
-        while self.sent < 10_000_000:
-            writer.write(b" " * 10_000)
-            await writer.drain()
-            self.sent += 10_000
+        yield start
 
 
 @pytest.fixture
 def serve(tmp_path):
     """A function that serves a head, and asks a judge: `(app, engine)`."""
 
-    def start(url: str | None, logits=UNSURE, fails="closed", timeout=5.0, model=None):
+    def start(url: str | None, logits=UNSURE, fails="closed", timeout=20.0):
         heads = save_heads(tmp_path, {"guard": {"id2label": {0: "fine", 1: "bad"}}})
-        judge = url and {"url": url, "fails": fails, "timeout": timeout, "model": model}
+        judge = url and {"url": url, "fails": fails, "timeout": timeout}
         rules, bands = {"guard": {"label": "bad", "threshold": 0.5}}, {"guard": [0.1, 0.9]}
         settings = ProbeSettings(heads, rules, halt_reply=END, judge=judge, unsure=bands if judge else None)
         return play(settings, {"guard": logits})
@@ -97,7 +83,8 @@ class Client:
     """One that sees what is sent when, and may go away."""
 
     def __init__(self, app, path: str = "/v1/completions", **body):
-        self.sent, self.leave, self._body = b"", asyncio.Event(), json.dumps({**BODY, **body}).encode()
+        body = {"prompt": TOKENIZER("Is it?")["input_ids"], **body}
+        self.sent, self.leave, self._body = b"", asyncio.Event(), json.dumps(body).encode()
         head = {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "root_path": ""}
         self.task = asyncio.ensure_future(app({**head, "http_version": "1.1"}, self._receive, self._send))
 
@@ -111,15 +98,19 @@ class Client:
     async def _send(self, message):
         self.sent += message.get("body", b"")
 
-    async def choices(self) -> dict[int, tuple[str, str]]:
-        """By index the whole text of each, and why it ended."""
+    async def choices(self) -> list[tuple[str, str]]:
+        """The whole text of each, and why it ended."""
         await self.task
         lines = [line.removeprefix(b"data: ") for line in self.sent.splitlines() if line.strip()]
-        texts, reasons = {}, {}
+        choices = {}
         for each in (each for line in lines for each in json.loads(line)["choices"]):
-            texts[each["index"]] = texts.get(each["index"], "") + each["text"]
-            reasons[each["index"]] = each["finish_reason"]
-        return {index: (text, reasons[index]) for index, text in sorted(texts.items())}
+            text, _ = choices.get(each["index"], ("", None))
+            choices[each["index"]] = text + each["text"], each["finish_reason"]
+        return [choices[index] for index in range(len(choices))]
+
+    async def answer(self) -> dict:
+        await self.task
+        return json.loads(self.sent)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -130,61 +121,52 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("behave", [FINE, BAD], ids=["fine", "bad"])
-def test_a_client_sees_nothing_until_the_judge_has_answered(serve, stream, copies, behave):
-    async def run():
-        answers = asyncio.Event()
-
-        async def waits(writer):
-            await answers.wait()
-            await behave(writer)
-
-        async with PlayedGuard(waits) as guard:
-            app, engine = serve(guard.url + MODERATIONS)
-            client = Client(app, stream=stream, n=copies)
-            await until(lambda: len(guard.requests) and engine.written == NEW * copies)
-            assert client.sent == b"" and not client.task.done()
-            answers.set()
-            text, reason = ("01234", "length") if behave is FINE else (END, "content_filter")
-            assert await client.choices() == dict.fromkeys(range(copies), (text, reason))
-            assert [body for _, body in guard.requests] == [{"input": "Is it?"}]
-            assert engine.running == 0 and engine.aborted == (behave is BAD)
-            # However long a reply is, it costs two outputs.
-            assert stream or engine.outputs <= 2
-            if stream:
-                known = json.loads(client.sent.split(b"data: ")[1])["kv_transfer_params"]
-                assert known["judged"] == {"guard": "passed" if behave is FINE else "halted"}
-                assert known["probes"]["guard"]["flagged"] == ["bad"] * (behave is BAD) and "unsure" not in known
-                assert (known["halted"] is None) == (behave is FINE)
-
-    asyncio.run(run())
+@pytest.mark.parametrize("halts", [False, True], ids=["fine", "bad"])
+@on_loop
+async def test_client_sees_nothing_until_the_judge_has_answered(serve, play_guard, stream, copies, halts):
+    answers = threading.Event()
+    guard = play_guard(lambda request: answers.wait() and (BAD if halts else FINE)(request))
+    app, engine = serve(guard.url + MODERATIONS)
+    client = Client(app, stream=stream, n=copies)
+    await until(lambda: len(guard.requests) and engine.written == NEW * copies)
+    assert client.sent == b"" and not client.task.done()
+    answers.set()
+    assert await client.choices() == [HALTED if halts else WHOLE] * copies
+    assert [body for _, body in guard.requests] == [{"input": "Is it?"}]
+    assert engine.running == 0 and engine.aborted == halts
+    # However long a reply is, it costs two outputs.
+    assert stream or engine.outputs <= 2
+    if stream:
+        known = json.loads(client.sent.split(b"data: ")[1])["kv_transfer_params"]
+        assert known["judged"] == {"guard": "halted" if halts else "passed"} and "unsure" not in known
+        assert known["probes"]["guard"]["flagged"] == ["bad"] * halts
+        assert (known["halted"] is not None) == halts
 
 
-@pytest.mark.parametrize("logits", [SURE_FINE, SURE_BAD], ids=["fine", "bad"])
-def test_of_what_the_head_is_sure_nobody_is_asked(serve, logits):
-    async def run():
-        async with PlayedGuard(hangs) as guard:
-            app, engine = serve(guard.url + MODERATIONS, logits)
-            await Client(app).task
-            assert guard.requests == [] and (engine.known["halted"] is None) == (logits is SURE_FINE)
-
-    asyncio.run(run())
+@on_loop
+async def test_nobody_is_asked_if_the_head_is_sure(serve, play_guard):
+    guard = play_guard(BAD)
+    for logits in (SURE_FINE, SURE_BAD):
+        app, engine = serve(guard.url + MODERATIONS, logits)
+        await Client(app).task
+        assert guard.requests == [] and (engine.known["halted"] is None) == (logits is SURE_FINE)
 
 
-READ = [
+READ = [  # True halts, and None is not an answer
     (MODERATIONS, {"results": [{"flagged": True}]}, True),
     (MODERATIONS, {"results": [{"flagged": False}]}, False),
     (MODERATIONS, {"results": [{"flagged": "no"}]}, None),
     (MODERATIONS, {"results": []}, None),
+    (MODERATIONS, b"[" * 60_000, None),
+    (MODERATIONS, [1], None),
     (GUARDRAIL, {"action": "NONE"}, False),
     (GUARDRAIL, {"action": "BLOCKED"}, True),
     (GUARDRAIL, {"action": "GUARDRAIL_INTERVENED"}, True),
     (GUARDRAIL, {"action": "none"}, None),
+    (CHAT, {"choices": [{"finish_reason": "content_filter", "message": {"content": None}}]}, True),
 ]
 WORDS = {"unsafe\nS1": True, " Safe.": False, "Yes": True, "**No**": False, "Safety: Unsafe\n": True, "Not safe": None}
 READ += [(CHAT, {"choices": [{"finish_reason": "stop", "message": {"content": k}}]}, v) for k, v in WORDS.items()]
-READ.append((CHAT, {"choices": [{"finish_reason": "content_filter", "message": {"content": None}}]}, True))
-READ += [(MODERATIONS, body, None) for body in (b"", b"<html>", b"[" * 60_000, [1], {"results": 7})]
 ASKED = {
     MODERATIONS: {"model": "m", "input": "a"},
     GUARDRAIL: {"model": "m", "input_type": "request", "texts": ["a"]},
@@ -192,109 +174,84 @@ ASKED = {
 }
 
 
-def test_what_answers_mean(serve, monkeypatch):
+@on_loop
+async def test_questions_and_answers_of_each_protocol(play_guard, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "secret\n")
-
-    async def run():
-        for path, payload, halts in READ:
-            async with PlayedGuard(says(payload)) as guard:
-                assert await Judge(None, TOKENIZER, guard.url + path, "m").ask("a") is halts, payload
-                ((head, body),) = guard.requests
-                assert body == ASKED[path]
-                assert ("x-api-key: secret" if path == GUARDRAIL else "authorization: bearer secret") in head
-
-    asyncio.run(run())
+    for path, payload, halts in READ:
+        guard = play_guard(says(payload))
+        assert await Judge(None, TOKENIZER, guard.url + path, "m").ask("a") is halts, payload
+        ((headers, body),) = guard.requests
+        assert body == ASKED[path]
+        key = headers["x-api-key"] if path == GUARDRAIL else headers["authorization"].removeprefix("Bearer ")
+        assert key == "secret"
 
 
 FAULTS = {
     "hangs": hangs,
-    "dies": dies,
+    "dies": says(b'{"results"', length=50),
     "garbage": says(b"\xff\x00"),
-    "error": says(b"{}", "500 Oh"),
-    "moved": says(b"", "307 Moved\r\nLocation: /"),
+    "error": says(b"{}", 500),
+    "moved": says(b"", 307, Location="/"),
+    "floods": floods,
+    "refuses": FINE,
 }
 
 
 @pytest.mark.parametrize("fails", ["closed", "open"])
-@pytest.mark.parametrize("fault", [*FAULTS, "floods", "refuses"])
-def test_a_judge_that_fails(serve, monkeypatch, fault, fails):
-    """It halts by default. What is logged does not hold the key, and only the beginning of an answer is read."""
+@pytest.mark.parametrize("fault", FAULTS)
+@on_loop
+async def test_judge_that_fails_halts_or_lets_pass(serve, play_guard, monkeypatch, fault, fails):
+    """What is logged does not hold the key, and only the beginning of an answer is read."""
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     logged = []
     monkeypatch.setattr(logger, "warning", lambda *words: logged.append(str(words)))
-
-    async def run():
-        async with PlayedGuard(FAULTS.get(fault, FINE)) as guard:
-            guard.behave = guard.floods if fault == "floods" else guard.behave
-            if fault == "refuses":
-                guard.server.close()
-            app, engine = serve(guard.url + MODERATIONS, fails=fails, timeout=0.2 if fault == "hangs" else 20.0)
-            text, reason = ("01234", "length") if fails == "open" else (END, "content_filter")
-            assert await Client(app).choices() == {0: (text, reason)}
-            assert len(guard.requests) == (fault != "refuses"), "asked once"
-            assert engine.running == 0 and guard.sent < 8_000_000
-
-    asyncio.run(run())
+    guard = play_guard(FAULTS[fault])
+    if fault == "refuses":
+        guard.close()
+    app, engine = serve(guard.url + MODERATIONS, fails=fails, timeout=0.2 if fault == "hangs" else 20.0)
+    assert await Client(app).choices() == [WHOLE if fails == "open" else HALTED]
+    assert len(guard.requests) == (fault != "refuses"), "asked once"
+    assert engine.running == 0 and guard.sent < 8_000_000
     assert len(logged) == 1 and "secret" not in logged[0]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_client_that_goes_away_meanwhile(serve, stream):
-    async def run():
-        async with PlayedGuard(hangs) as guard:
-            app, engine = serve(guard.url + MODERATIONS, timeout=600.0)
-            client = Client(app, stream=stream)
-            await until(lambda: len(guard.requests) == 1)
-            client.leave.set()  # which ends a stream
-            if not stream:
-                client.task.cancel()  # as vLLM does
-            await until(lambda: client.task.done() and guard.gone == 1 and engine.running == 0)
-            assert engine.aborted == 1 and client.sent == b""
-
-    asyncio.run(run())
+@on_loop
+async def test_client_that_goes_away_ends_the_question(serve, play_guard, stream):
+    guard = play_guard(hangs)
+    app, engine = serve(guard.url + MODERATIONS, timeout=600.0)
+    client = Client(app, stream=stream)
+    await until(lambda: len(guard.requests) == 1)
+    client.leave.set()  # which ends a stream
+    if not stream:
+        client.task.cancel()  # as vLLM does
+    await until(lambda: client.task.done() and guard.gone == 1 and engine.running == 0)
+    assert engine.aborted == 1 and client.sent == b""
 
 
-def test_a_judge_counts(serve):
-    def judged() -> dict[str, float]:
-        name, answers = "llama_probe_judged_total", ("halted", "passed", "failed")
-        return {word: REGISTRY.get_sample_value(name, {"probe": "guard", "answer": word}) or 0 for word in answers}
+@on_loop
+async def test_answers_are_counted_once_a_prompt(serve, play_guard):
+    def judged() -> list[float]:
+        labels = ({"probe": "guard", "answer": word} for word in ("halted", "passed", "failed"))
+        return [REGISTRY.get_sample_value("llama_probe_judged_total", each) or 0 for each in labels]
 
     before = judged()
-
-    async def run():
-        for behave in (FINE, BAD, BAD, dies):
-            async with PlayedGuard(behave) as guard:
-                app, _ = serve(guard.url + MODERATIONS)
-                await Client(app, n=2).choices()
-
-    asyncio.run(run())
-    assert {word: count - before[word] for word, count in judged().items()} == {"halted": 2, "passed": 1, "failed": 1}
+    for behave in (FINE, BAD, BAD, FAULTS["dies"]):
+        await Client(serve(play_guard(behave).url + MODERATIONS)[0], n=2).choices()
+    assert [count - earlier for count, earlier in zip(judged(), before, strict=True)] == [2, 1, 1]
 
 
-@pytest.mark.parametrize(("path", "logits"), [(MODERATIONS, SURE_BAD), (GUARDRAIL, SURE_FINE)], ids=["bad", "fine"])
-def test_one_server_judges_for_another(serve, monkeypatch, path, logits):
+@pytest.mark.parametrize(("path", "halts"), [(MODERATIONS, True), (GUARDRAIL, False)], ids=["bad", "fine"])
+@on_loop
+async def test_server_judges_for_another(serve, monkeypatch, path, halts):
     """Also for its routes of labels: a small backbone that is unsure asks a larger one."""
-    larger, _ = serve(None, logits)
-    create = httpx.AsyncClient
-    transport = httpx.ASGITransport(larger)
+    larger, _ = serve(None, SURE_BAD if halts else SURE_FINE)
+    create, transport = httpx.AsyncClient, httpx.ASGITransport(larger)
     monkeypatch.setattr(httpx, "AsyncClient", lambda **options: create(transport=transport, **options))
-    prefix = "http://larger/v1" if path == MODERATIONS else "http://larger"
-    app, _ = serve(prefix + path)
-    is_bad = logits is SURE_BAD
-
-    async def run():
-        text, reason = (END, "content_filter") if is_bad else ("01234", "length")
-        assert await Client(app).choices() == {0: (text, reason)}
-        for route, body, read in (
-            ("/v1/moderations", {"input": ["a", "b"]}, lambda said: [each["flagged"] for each in said["results"]]),
-            (GUARDRAIL, {"input_type": "request", "texts": ["a"]}, lambda said: [said["action"] == "BLOCKED"]),
-        ):
-            client = Client(app, route, **body)
-            await client.task
-            said = read(json.loads(client.sent))
-            assert said == [is_bad] * len(said)
-        client = Client(app, "/classify", input="a")
-        await client.task
-        assert json.loads(client.sent)["data"][0]["label"] == "fine"
-
-    asyncio.run(run())
+    app, _ = serve(("http://larger/v1" if path == MODERATIONS else "http://larger") + path)
+    assert await Client(app).choices() == [HALTED if halts else WHOLE]
+    results = (await Client(app, "/v1/moderations", input=["a", "b"]).answer())["results"]
+    assert [result["flagged"] for result in results] == [halts] * 2
+    answer = await Client(app, GUARDRAIL, input_type="request", texts=["a"]).answer()
+    assert (answer["action"] == "BLOCKED") == halts
+    assert (await Client(app, "/classify", input="a").answer())["data"][0]["label"] == "fine", "the head's own"
