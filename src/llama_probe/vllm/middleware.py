@@ -28,7 +28,6 @@ from .settings import ProbeSettings
 
 _BEAM = re.compile(r"-[0-9a-f]+-beam-\d+$")  # ends the id of a request that a beam search makes
 _scores: ContextVar[Scores] = ContextVar("llama_probe_scores")  # of the HTTP request that a task serves
-_NEXT_TOKEN = "generative-scoring-"  # begins the ids of requests for the next token's probabilities
 _STORED = "/v1/responses/"  # begins the paths of responses to earlier requests
 _UNSCORED = b"event: response."  # a stream of /v1/responses begins before its prompt is read
 
@@ -230,19 +229,15 @@ def _listen(engine: Any, settings: ProbeSettings) -> None:
         outputs = generate(prompt, params, request_id, *args, **kwargs)
         if is_judged:
             outputs = judge.watch(outputs, sampling_params)
-        return outputs if scores is None else noting(outputs, request_id, scores, place)
+        return outputs if scores is None else noting(outputs, scores, place)
 
-    async def noting(outputs: AsyncIterator[Any], request_id: str, scores: Scores, place: int) -> AsyncIterator[Any]:
+    async def noting(outputs: AsyncIterator[Any], scores: Scores, place: int) -> AsyncIterator[Any]:
         async for output in outputs:
             known = output.kv_transfer_params
             if known and "probes" in known:
                 if scores.prompts[place] is None:
                     count(known)
                 scores.prompts[place] = known
-                if (halted := known.get("halted")) and request_id.startswith(_NEXT_TOKEN):
-                    raise ValueError(
-                        f"{halted['head']} halts this prompt: its next token is not scored ({request_id})"
-                    )
                 for reply in output.outputs:
                     if reply.finish_reason is None:
                         continue
