@@ -2,8 +2,8 @@
 
     python tests/vllm/gpu.py [--dry-run]
 
-Each combination is a process of its own. In each, heads that follow replies must not wait for the device: a step of theirs that
-synchronises is an error. Then `measure.py` prints what heads cost there. With one GPU, tests of several ranks are left out.
+Each combination is a process of its own. In each, a step of heads that follow replies must not synchronise: that is an
+error. Then `measure.py` prints what heads cost there. With one GPU, tests of several ranks are left out.
 `--dry-run` prints the commands, and needs no GPU.
 """
 
@@ -66,7 +66,7 @@ def environment(runner: str, graphs: str) -> dict[str, str]:
 
 
 def run(what: str, command: list[str], variables: dict[str, str]) -> str:
-    """Run one command. Return what the table says of it: all costs, or the last line of its output, which counts tests."""
+    """Run one command. Return all costs, or the last line of its output, which counts tests."""
     process = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     lines = process.stdout.splitlines() or process.stderr.splitlines() or ["no output"]
     if what == "cost" and process.returncode == 0:

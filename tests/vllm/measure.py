@@ -1,10 +1,10 @@
-"""Print what heads cost on vLLM: tokens that the KV cache holds, and CPU seconds (seconds on a GPU), beside plain vLLM.
+"""Print what heads cost on vLLM: tokens that fit in its cache, and CPU seconds (on a GPU seconds), beside plain vLLM.
 
     VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ALLOW_INSECURE_SERIALIZATION=1 \
         python tests/vllm/measure.py [HEAD]
 
-On the demo backbone in bf16, with HEAD of prompts, and untrained heads that follow replies. Each engine is a process of its own,
-with its scheduler and worker. All of them wait while one works, in turn, and each figure is the median of the turns' ratios. The
+On the demo backbone in bf16, with HEAD of prompts, and untrained heads that follow replies. Each engine is a process,
+with its scheduler and worker. All wait while one works, in turn, and each figure is the median of all ratios. The
 last variable lets the engine run the function that reads the worker's clock.
 """
 

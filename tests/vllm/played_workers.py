@@ -47,7 +47,7 @@ def make_scheduler(kwargs: dict, is_async: bool, blocks: int = 30, caches_prefix
 
 @dataclass
 class Script:
-    """What workers say: logits of the prompt, and of a reply the tokens that are flagged or have no number, by index, and its end.
+    """What workers say: logits of the prompt, tokens of a reply that are flagged or have no number, and its end.
 
     The index of the prompt is -1.
     """

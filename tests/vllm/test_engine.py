@@ -1,4 +1,4 @@
-"""One engine: prompts in chunks, many at once, a cache too small for all of them, guards of prompts and of replies, an adapter."""
+"""One engine: prompts in chunks, a cache too small for all at once, guards of prompts and of replies, an adapter."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""What vLLM can do beside heads, an engine each, of another family: scores, halts and texts are those of transformers."""
+"""What vLLM can do beside heads, an engine each, of another family: scores, halts and texts are `generate()`'s."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_each_family_has_an_engine():
 
 
 def test_bfloat16(tiny):
-    """Heads are in fp32 beside a model that is not. Its texts are others: scores are compared with those of its texts in fp32."""
+    """Heads are in fp32 beside a model that is not. Its texts are others, and are scored in fp32 to compare."""
     with tiny.running(dtype="bfloat16") as llm:
         for ids, output in zip(PROMPTS, generate(llm, PROMPTS, NEW), strict=True):
             known, reply = output.kv_transfer_params, list(output.outputs[0].token_ids)

@@ -1,4 +1,4 @@
-"""The middleware before a server of a few routes and an engine that says what it is told to, and the parts of its answers."""
+"""The middleware before a played server and an engine that says what it is told to, and parts of its answers."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def chunk(index: int, finish_reason=None, **delta) -> bytes:
 
 
 def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it():
-    """The first ends before it has a token, of which vLLM says nothing, the second in the middle, the third by itself."""
+    """The first before it has a token, of which vLLM says nothing, the second in the middle, the third by itself."""
     halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None]
     replies = [{"probes": {"watch": {"tokens": number}}, "halted": halt} for number, halt in enumerate(halts)]
     prompt = {"probes": {"guard": BAD}, "halted": None}
@@ -100,7 +100,7 @@ def test_halt_of_each_reply():
 
 
 def test_structured_decisions_are_off():
-    """vLLM answers /v1/systemone for classes of some names. A halted prompt would have no probabilities to answer with."""
+    """vLLM answers /v1/systemone for classes of some names, and a halted prompt has no probabilities for it."""
     assert READ_STRATEGIES and not READ_STRATEGIES.keys() & {PREFIX + name for name in ARCHITECTURES}
 
 

@@ -1,4 +1,4 @@
-"""Heads on cached states say of every prompt and token what they say of its states alone, whatever else lies around."""
+"""Heads on cached states say of every prompt and token what they say of its states alone, whatever lies around."""
 
 import copy
 import functools
@@ -47,7 +47,7 @@ KEPT = {"states": (REPLY_HEADS, False), "both": (REPLY_HEADS, True), "features":
 
 
 class Reads(StateCache):
-    """Notes in a list what is read: states, prompts, blocks of each. What is not written is not a number, as others may leave it."""
+    """Notes in a list what is read: states, prompts, blocks of each. What is not written is not a number."""
 
     def __init__(self, plan: CachePlan, reads: list, blocks: int, kernel_block_size: int, num_states: int, width: int):
         nn.Module.__init__(self)
@@ -73,7 +73,7 @@ class Served:
         self.scorer = Scorer(self.caches, BLOCK)
 
     def fill(self, lengths: list[int], heads: list[list[str]]):
-        """Random prompts in random blocks of the scheduler's: requests, and by request the states `[layers, tokens, hidden_size]`."""
+        """Random prompts in random blocks: requests, and by request the states `[layers, tokens, hidden_size]`."""
         size, blocks = self.scorer.kernel_block_size, len(next(iter(self.caches.values())).kv_cache)
         free = torch.randperm(blocks * size // BLOCK).tolist()
         requests, states, projector = [], {}, Projector(self.written, self.plan)

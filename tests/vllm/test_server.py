@@ -1,4 +1,4 @@
-"""A server on two ranks with guards of prompts and of replies and a judge, asked by the clients of OpenAI and Anthropic."""
+"""A server on two ranks with guards of prompts and replies and a judge, asked by clients of OpenAI and Anthropic."""
 
 import asyncio
 import http.client

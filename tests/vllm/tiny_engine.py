@@ -1,4 +1,4 @@
-"""Tiny random backbones that vLLM's CPU kernels take, heads for them, and what `generate` of transformers says with these."""
+"""Tiny random backbones that vLLM's CPU kernels take, heads for them, and what `generate` says with these."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +19,8 @@ from llama_probe.vllm import engine_kwargs
 
 
 HIDDEN = 128
-# With weights of 0.2, which the other tests have, rounding alone moves states by 3e-4, and scores by 1e-4: states in fp32 of transformers
-# are then as far from those in fp64 as the ones in vLLM's cache are. So it is no kernel of vLLM's that differs.
+# With weights of 0.2, which the other tests have, rounding alone moves states by 3e-4 and scores by 1e-4: those in fp32
+# of transformers are then as far from those in fp64 as vLLM's are.
 SIZES = {
     "vocab_size": 260,
     "hidden_size": HIDDEN,
@@ -71,7 +71,7 @@ PROMPTS = [PREFIX * (seed % 2) + make_ids(length, seed) for seed, length in enum
 
 @dataclass
 class TinyServing:
-    """Folders of a backbone and of heads by name, the probed model of transformers, and the thresholds of guards by head."""
+    """Folders of a backbone and of heads by name, the probed model, and the thresholds of guards by head."""
 
     backbone: Path
     heads: dict[str, str]
@@ -84,7 +84,7 @@ class TinyServing:
         return {head: {"label": "bad", "threshold": score} for head, score in self.thresholds.items()} or None
 
     def reference(self, ids: list[int], new: int = 1):
-        """What `generate` gives for one prompt, greedily, whatever the end-of-sequence token: at least `new` tokens with scores."""
+        """What `generate` gives for a prompt, greedily, also behind the end: at least `new` tokens with scores."""
         known = self._references.get(tuple(ids))
         if known is None or known.sequences.shape[1] <= len(ids) + new:
             options = {"max_new_tokens": new + 1, "do_sample": False, "eos_token_id": None}
@@ -92,7 +92,7 @@ class TinyServing:
         return known
 
     def expected(self, ids: list[int], new: int) -> tuple[list[int], tuple[str, int | None] | None]:
-        """What a client may see of `new` tokens, and if it is halted the head that does, and at which token of the reply."""
+        """What a client may see of `new` tokens, and if they are halted the head that does, and at which token."""
         output = self.reference(ids, new)
         tokens = output.sequences[0, len(ids) : len(ids) + new].tolist()
         for head, threshold in self.thresholds.items():
@@ -108,7 +108,7 @@ class TinyServing:
         return float(self.reference(ids).probe_probabilities[head][0, 1])
 
     def set_thresholds(self, prompts: Sequence[list[int]], new: int = 0) -> None:
-        """Have `guard` halt some of these prompts, and with `new` tokens `watch` some of the other replies. Far from all scores."""
+        """Have `guard` halt some of these prompts, and `watch` some replies of `new` tokens, far from all scores."""
         scores = sorted(map(self.score, prompts))
         self.thresholds = {"guard": middle_of_gap(scores[len(scores) // 2 - 1 : -1])}
         if new:
@@ -163,7 +163,7 @@ class TinyServing:
             torch.testing.assert_close(torch.tensor(probe["token_logits"]).view_as(rows), rows, rtol=1e-5, atol=atol)
 
     def check(self, outputs: Sequence[RequestOutput], prompts: Sequence[list[int]], new: int) -> set[str | None]:
-        """Raises where scores, halts or the `new` tokens are not those of transformers. Returns the heads that halted some."""
+        """Raises where scores, halts or the `new` tokens are not those of `generate`. Returns heads that halted."""
         halts = set()
         for ids, output in zip(prompts, outputs, strict=True):
             (reply,), known = output.outputs, output.kv_transfer_params
@@ -203,7 +203,7 @@ class TinyServing:
                 llm.llm_engine.engine_core.shutdown()
 
     def next_turn(self, llm: LLM) -> tuple[list[int], RequestOutput]:
-        """Ask a prompt of 120 tokens, then the same with its reply of 20 and 30 more; the second prompt and its output."""
+        """Ask a prompt of 120 tokens, then it with its reply of 20 and 30 more. Return the second and its output."""
         prompts = (make_ids(120, seed) for seed in range(100, 200))
         ids = next(ids for ids in prompts if self.expected(ids, 20)[1] is None)
         following = [*ids, *generate(llm, [ids], 20)[0].outputs[0].token_ids, *make_ids(30, 1)]
