@@ -13,7 +13,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request, RequestStatus
 
-from ..heads.decision import ProbeOutput
+from ..heads.decision import probabilities
 from ..serving.halting import HaltRule, Window
 from ..serving.outputs import Halt
 from .answers import only, reading
@@ -132,8 +132,7 @@ class Replies:
             return
         logits, probs = step.read_replies(len(self.configs)), {}
         for name, config in self.configs.items():
-            part = torch.from_numpy(logits[:, self._columns[name]])
-            probs[name] = ProbeOutput.from_logits(part, config).probabilities
+            probs[name] = probabilities(torch.from_numpy(logits[:, self._columns[name]]), config)
         scores = torch.cat(list(probs.values()), dim=1).tolist()
         flags = [rule.halts(probs[rule.head]) for rule in self.rules]
         rows = zip(*flags, strict=True) if flags else [()] * len(scores)
