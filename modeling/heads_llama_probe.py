@@ -76,17 +76,13 @@ class Classifier(nn.Module):
         linear = nn.Linear(in_features, num_labels)
         self.weight, self.bias = linear.weight, linear.bias
 
-    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
-        return pooled
-
     def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
         """Return the logits of each member, `[members, B, num_labels]`, for a head that averages several; else `None`."""
         return None
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """`[B, D]` to `[B, num_labels]`."""
-        return F.linear(self.inputs(pooled), self.weight, self.bias)
+        return F.linear(pooled, self.weight, self.bias)
 
 
 class Aggregator(nn.Module, ABC):
@@ -543,7 +539,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     def result(self, state: State, slots: slice) -> torch.Tensor:
         # A row without a token that counts has -inf. NaN stays: such a row gets no score.
-        return state.masked_fill(state == float("-inf"), 0.0)
+        return state.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the share of the directions that have their largest value at the item."""
@@ -592,8 +588,8 @@ class AveragedClassifier(Classifier):
             bound = 1.0 / math.sqrt(width)
             nn.init.uniform_(self.weight, -bound, bound)
 
-    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
-        return pooled / self.num_members
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, pooled, self.weight.t(), alpha=1 / self.num_members)
 
     def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
         if self.num_members == 1:

@@ -35,17 +35,13 @@ class Classifier(nn.Module):
         linear = nn.Linear(in_features, num_labels)
         self.weight, self.bias = linear.weight, linear.bias
 
-    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Turn the pooled vector `[B, D]` into the input of the linear map, `[B, in_features]`."""
-        return pooled
-
     def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
         """Return the logits of each member, `[members, B, num_labels]`, for a head that averages several; else `None`."""
         return None
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
         """`[B, D]` to `[B, num_labels]`."""
-        return F.linear(self.inputs(pooled), self.weight, self.bias)
+        return F.linear(pooled, self.weight, self.bias)
 
 
 class Aggregator(nn.Module, ABC):

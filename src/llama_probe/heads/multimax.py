@@ -59,7 +59,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     def result(self, state: State, slots: slice) -> torch.Tensor:
         # A row without a token that counts has -inf. NaN stays: such a row gets no score.
-        return state.masked_fill(state == float("-inf"), 0.0)
+        return state.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         """Return the share of the directions that have their largest value at the item."""
@@ -108,8 +108,8 @@ class AveragedClassifier(Classifier):
             bound = 1.0 / math.sqrt(width)
             nn.init.uniform_(self.weight, -bound, bound)
 
-    def inputs(self, pooled: torch.Tensor) -> torch.Tensor:
-        return pooled / self.num_members
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, pooled, self.weight.t(), alpha=1 / self.num_members)
 
     def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
         if self.num_members == 1:
