@@ -36,13 +36,10 @@ class _Module(backend_registration._DummyBackendModule):
     def is_available(self):
         return False
 
-    def device_count(self):
-        return 0
 
-
-# Before the first gradient of the process is computed: torch counts the devices then, and makes a thread for each.
-if torch._C._get_privateuse1_backend_name() != DEVICE:
-    backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
+def _register() -> None:
+    if torch._C._get_privateuse1_backend_name() != DEVICE:
+        backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
 
 
 class SimTensor(torch.Tensor):
@@ -89,6 +86,7 @@ class Accelerator(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        _register()
         self.reads = self.operations = 0
         self._factories = _Factories()
 

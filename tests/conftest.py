@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, and
 from importlib.util import find_spec
 from pathlib import Path
 
-import accelerator  # noqa: F401 - before the first gradient
 import hub_server  # noqa: F401 - before all that imports huggingface_hub
 import numpy as np
 import pytest
