@@ -19,7 +19,6 @@ BUNDLE = Path(__file__).resolve().parents[1] / "hub_cards"
 BUNDLE = BUNDLE if BUNDLE.is_dir() else BUNDLE.parents[2] / "hub_cards"
 # Bundled heads by their shorter alias, which is the name of their recipe too.
 ALIASES = {
-    "beavertails": "beavertails-mha",
     "emotion": "emotion-multimax",
     "imdb": "imdb-multimax",
     "injection": "injection-multimax",
