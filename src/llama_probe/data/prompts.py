@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeGuard
 
 import numpy as np
@@ -95,7 +95,7 @@ class PromptFormat:
         if self.kind == "raw" and self.system_prompt is not None:
             raise ProbeError("system_prompt needs prompt_format='chat'")
         if self.turn_markers is None and self.kind == "chat":
-            self.turn_markers = learn_turn_markers(self._encode_chat)
+            self.turn_markers = _learned_markers(self.tokenizer, str(self.tokenizer.chat_template))
         if self.text_role == "tool" and "tool" not in (self.turn_markers or ()):
             raise ProbeError("token_scope='tool' needs a chat template that marks tool results, and this one does not")
         examples = list(map(self._encode_one, DIFFERENT_TEXTS))
@@ -254,6 +254,14 @@ class PromptFormat:
     def _report_cut(self, is_long: Sequence[bool]) -> None:
         if any(is_long):
             logger.warning(f"{sum(is_long)} of {len(is_long)} prompts were cut to max_length={self.max_length} tokens")
+
+
+@lru_cache(maxsize=4)
+def _learned_markers(
+    tokenizer: transformers.PreTrainedTokenizerBase, chat_template: str
+) -> dict[str, TurnMarker] | None:
+    """Learn the turn markers of a chat template, which takes some hundred renderings, once."""
+    return learn_turn_markers(PromptFormat(tokenizer, turn_markers={})._encode_chat)
 
 
 def _check_list(texts: Sequence[Text]) -> None:
