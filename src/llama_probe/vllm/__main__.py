@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import vllm as heads
 from ..errors import ProbeError
+from ..files import JSON
 from .compatibility import check_arguments, check_version
 from .halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_halting, read_unsure
 
@@ -108,7 +109,7 @@ def _heads(texts: list[str]) -> dict[str, str] | list[str]:
     return named
 
 
-def _judge(ours: argparse.Namespace) -> tuple[dict[str, list[float]] | None, dict[str, Any] | None]:
+def _judge(ours: argparse.Namespace) -> tuple[dict[str, list[float]] | None, JSON | None]:
     """Take the options of the judge out of the others. Return the bands by head, and the fields of a `Judge`."""
     options = {name: vars(ours).pop(f"judge_{name}") for name in ("model", "timeout", "fails")}
     bands = read_unsure(ours.unsure or ())

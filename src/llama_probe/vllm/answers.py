@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, verdict
 from ..serving.outputs import Halt
 from .settings import ProbeSettings
 
 
-def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> dict[str, Any]:
+def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> JSON:
     """Plain JSON types for one prompt.
 
     Args:
@@ -27,7 +27,7 @@ def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> di
         prompts could not score is halted. If it is not halted, and a judge has to decide, `"unsure"` has the fields of the
         `Halt`s that it may confirm. With `hide_scores` only the labels are left of a head, and head and label of a `Halt`.
     """
-    probes: dict[str, Any] = {}
+    probes: JSON = {}
     probs: dict[str, torch.Tensor] = {}
     for name, logits in rows.items():
         probes[name], read = reading(logits, settings.configs[name])
@@ -58,7 +58,7 @@ def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> di
     return known if halt or not unsure else {**known, "unsure": shown}
 
 
-def reading(logits: list[float] | str, config: ProbeConfig) -> tuple[dict[str, Any], torch.Tensor | None]:
+def reading(logits: list[float] | str, config: ProbeConfig) -> tuple[JSON, torch.Tensor | None]:
     """Return what a head says with a row of logits, or why it has none, and its probabilities `[1, num_labels]` if it has some."""
     if isinstance(logits, str) or not all(map(math.isfinite, logits)):
         return {"error": logits if isinstance(logits, str) else "the head gives no number"}, None
@@ -67,6 +67,6 @@ def reading(logits: list[float] | str, config: ProbeConfig) -> tuple[dict[str, A
     return {"logits": logits, **verdict(output.labels[0], probs[0].tolist(), config)}, probs
 
 
-def only(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def only(values: JSON, *names: str) -> JSON:
     """Return the entries of these names, where there are any."""
     return {name: values[name] for name in names if name in values}

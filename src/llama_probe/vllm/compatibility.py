@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
+from ..files import JSON
 
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def check_config(config: VllmConfig) -> None:
         raise ProbeError("kv_transfer_config needs enable_chunked_prefill=False: prompts are stored after a chunk")
 
 
-def transfer_config(beside: Mapping[str, Any] | KVTransferConfig | None) -> dict[str, Any]:
+def transfer_config(beside: Mapping[str, Any] | KVTransferConfig | None) -> JSON:
     """Return fields of vLLM's `KVTransferConfig` for the heads' connector, and one beside it, which must be in `STORES`."""
     if beside is None:
         return TRANSFER

@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.logger import init_logger
 
+from ..files import JSON
 from .answers import answer
 from .replies import Replies, Reply, reply_start
 from .scoring import ReplyTokens, Scorer, ScoringRequest
@@ -54,7 +55,7 @@ class ProbeConnector(KVConnectorBase_V1):
         self._block_size = group.kv_cache_spec.block_size
         # In the scheduler's process: requests whose prompts are not complete, and answers to the others.
         self._prompts: dict[str, Request] = {}
-        self._answers: dict[str, dict[str, Any]] = {}
+        self._answers: dict[str, JSON] = {}
         self.replies = Replies(self.settings, vllm_config.scheduler_config.max_num_seqs)
         self._scorer: Scorer | None = None  # in a worker
 
@@ -143,7 +144,7 @@ class ProbeConnector(KVConnectorBase_V1):
         if self.settings.halt_on is not None and request_id not in self._answers:
             self.take_in(request_id, {})
 
-    def get_answer(self, request_id: str, with_replies: bool = False) -> dict[str, Any] | None:
+    def get_answer(self, request_id: str, with_replies: bool = False) -> JSON | None:
         """Return the answer for a running request; `None` before its prompt is complete. See `answer` and `Replies.summaries`."""
         known = self._answers.get(request_id)
         replies = self.replies.summaries(request_id) if with_replies else None
@@ -154,7 +155,7 @@ class ProbeConnector(KVConnectorBase_V1):
             known = {**known, "halted": halted}
         return {**known, "replies": replies}
 
-    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, JSON | None]:
         known = self.get_answer(request.request_id, with_replies=True)
         self._prompts.pop(request.request_id, None)
         self._answers.pop(request.request_id, None)

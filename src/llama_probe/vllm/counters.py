@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from prometheus_client import Counter
+
+from ..files import JSON
 
 
 _SCORED = Counter("llama_probe_scored", "Prompts that the head scored.", ["probe"])
@@ -25,7 +26,7 @@ def announce(heads: Iterable[str]) -> None:
             counter.labels(name)
 
 
-def count(known: Mapping[str, Any]) -> None:
+def count(known: JSON) -> None:
     """Count one prompt, by what the engine says of it; see `answer`."""
     for name, probe in known["probes"].items():
         if "error" not in probe:
@@ -41,7 +42,7 @@ def count_judged(head: str, answer: str) -> None:
     _JUDGED.labels(head, answer).inc()
 
 
-def count_reply(known: Mapping[str, Any], index: int) -> None:
+def count_reply(known: JSON, index: int) -> None:
     """Count one reply that has ended; see `Replies.summaries`."""
     replies = known.get("replies") or []
     reply = replies[index] if index < len(replies) else None

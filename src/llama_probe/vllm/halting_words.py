@@ -6,10 +6,10 @@ import contextlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlsplit
 
 from ..errors import ProbeError
+from ..files import JSON
 
 
 # THRESHOLD is a number or the name of one. A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
@@ -20,13 +20,13 @@ _BAND = re.compile(r"([\w-]+)=([^:]+):([^:]+)")
 JUDGE_PATHS = MODERATIONS, CHAT, GUARDRAIL = "/moderations", "/chat/completions", "/beta/litellm_basic_guardrail_api"
 
 
-def read_halting(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+def read_halting(words: Sequence[str]) -> dict[str, JSON]:
     """Return the `halt_on` that the words of a command line give, each in one of `HALTING_FORMS`.
 
     Raises:
         ProbeError: a word has another form, or two words name one head.
     """
-    spec: dict[str, dict[str, Any]] = {}
+    spec: dict[str, JSON] = {}
     for word in words:
         match = _WORD.fullmatch(word)
         head, text, label, threshold = (None,) * 4 if match is None else match.groups()

@@ -10,15 +10,16 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 import httpx
 import torch
+from transformers import PreTrainedTokenizerBase
 from vllm import RequestOutput, SamplingParams
 from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind
 
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.scope import token_mask
 from ..heads.turns import marker_mask
 from .counters import count_judged
@@ -58,7 +59,7 @@ class Judge:
     def __init__(
         self,
         settings: ProbeSettings,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         url: str,
         model: str | None = None,
         timeout: float = 5.0,
@@ -120,7 +121,7 @@ class Judge:
             return None
 
     async def _ask(self, text: str) -> bool:
-        body: dict[str, Any] = {"model": self.model} if self.model else {}
+        body: JSON = {"model": self.model} if self.model else {}
         key, headers = os.environ.get(KEY_VARIABLE, "").strip(), {"Accept-Encoding": "identity"}
         if self._path == MODERATIONS:
             body |= {"input": text}
@@ -139,7 +140,7 @@ class Judge:
                     raise ProbeError("the answer is too long")
         return self._read(json.loads(answer))
 
-    def _read(self, answer: Any) -> bool:
+    def _read(self, answer: JSON) -> bool:
         """Return what an answer says. An error of any kind means that it says nothing."""
         if self._path == GUARDRAIL:
             return _ACTIONS[answer["action"]]
@@ -153,7 +154,7 @@ class Judge:
             return True
         return _WORDS[_WORD.match(choice["message"]["content"].lower())[1]]
 
-    async def _decide(self, unsure: list[dict[str, Any]], ids: list[int]) -> dict[str, str]:
+    async def _decide(self, unsure: list[JSON], ids: list[int]) -> dict[str, str]:
         """Return by head "halted", "passed" or "failed", for a prompt of these token ids."""
         texts = {halt["head"]: self._text(halt["head"], ids) for halt in unsure}
         # One after the other: a task of its own would be cut off while it closes the connection of a client that is gone.
@@ -172,7 +173,7 @@ class Judge:
             mask &= ~marker_mask(config.turn_markers, prompt)
         return self.tokenizer.decode(prompt[mask].tolist(), skip_special_tokens=True).strip()
 
-    def _judged(self, known: Mapping[str, Any], answers: Mapping[str, str]) -> dict[str, Any]:
+    def _judged(self, known: JSON, answers: Mapping[str, str]) -> JSON:
         """Return what the engine says of a prompt, with the decisions of the judge."""
         probes, halted = dict(known["probes"]), known["halted"]
         for halt in known["unsure"]:

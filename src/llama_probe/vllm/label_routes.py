@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import PromptFormat, exchange
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..serving.texts import heads_by_format
 from .settings import ProbeSettings
@@ -29,7 +30,7 @@ COMPLETIONS = "/v1/completions"
 Formats = Callable[[str], PromptFormat]  # from a head's name
 
 
-def prompt_formats(configs: Mapping[str, ProbeConfig], tokenizer: Any) -> Formats:
+def prompt_formats(configs: Mapping[str, ProbeConfig], tokenizer: object) -> Formats:
     """Return a function that gives the form in which a head, whose config is by name, was trained to read texts."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ProbeError(f"texts need a tokenizer of transformers, not {type(tokenizer).__name__}")
@@ -57,11 +58,11 @@ class LabelRequest(ABC):
         self._places: dict[str, range] = {}
 
     @abstractmethod
-    def read(self, body: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
+    def read(self, body: JSON) -> tuple[list[str], list[Any]]:
         """Return the names of the heads that answer, and the inputs: texts, chats or token ids."""
 
     @abstractmethod
-    def results(self, readings: Mapping[str, list[dict[str, Any]]], completion: Mapping[str, Any]) -> dict[str, Any]:
+    def results(self, readings: Mapping[str, list[JSON]], completion: JSON) -> JSON:
         """Return the response, for what each head says of each input."""
 
     def completion(self, body: bytes, formats: Formats) -> bytes:
@@ -94,9 +95,7 @@ class LabelRequest(ABC):
             prompts += encoded
         return prompts
 
-    def response(
-        self, completion: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
-    ) -> tuple[int, dict[str, Any]]:
+    def response(self, completion: JSON, known: Sequence[JSON]) -> tuple[int, JSON]:
         """Return status and body, for the completion and what the engine says of each prompt."""
         readings = {name: [known[place]["probes"][name] for place in places] for name, places in self._places.items()}
         for name, rows in readings.items():
@@ -224,7 +223,7 @@ LABEL_ROUTES: dict[str, type[LabelRequest]] = {
 }
 
 
-def _with_text(message: Any) -> Any:
+def _with_text(message: object) -> object:
     """Return a chat message whose content parts of type text are one text."""
     content = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list):
@@ -233,7 +232,7 @@ def _with_text(message: Any) -> Any:
     return {**message, "content": "\n".join(filter(None, parts))}
 
 
-def _moderated(value: Any) -> list[str]:
+def _moderated(value: object) -> list[str]:
     """Return the texts of an `input`. Content parts are one text, as OpenAI's API answers them with one result."""
     inputs = value if isinstance(value, list) else [value]
     if _are_texts(inputs):
@@ -244,7 +243,7 @@ def _moderated(value: Any) -> list[str]:
     raise ProbeError("input must be a text, a list of texts, or a list of content parts of type text")
 
 
-def _classified(reading: Mapping[str, Any], config: ProbeConfig) -> tuple[str | None, list[float]]:
+def _classified(reading: JSON, config: ProbeConfig) -> tuple[str | None, list[float]]:
     """Return the label, and a number for each label: its probability, its value, or 0 and 1 if scores are hidden."""
     label = reading.get("label")
     labels = label if isinstance(label, list) else [] if label is None else [label]
@@ -256,10 +255,10 @@ def _classified(reading: Mapping[str, Any], config: ProbeConfig) -> tuple[str | 
     return max(labels, key=scores.get, default=None), list(scores.values())
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: object) -> bool:
     # Not isinstance: True is an int.
     return isinstance(value, list) and len(value) > 0 and all(type(item) is int for item in value)
 
 
-def _are_texts(items: Sequence[Any]) -> bool:
+def _are_texts(items: Sequence[object]) -> bool:
     return len(items) > 0 and all(isinstance(item, str) for item in items)

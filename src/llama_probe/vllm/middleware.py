@@ -17,6 +17,9 @@ from fastapi import HTTPException
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm import RequestOutput, SamplingParams
+from vllm.engine.protocol import EngineClient
 
 from ..errors import ProbeError
 from .counters import announce, count, count_reply
@@ -45,14 +48,14 @@ class ProbeStreams:
     a beam that ended would be an error inside of vLLM.
     """
 
-    def __init__(self, app: Any):
+    def __init__(self, app: ASGIApp):
         self.app = app
         self._settings: ProbeSettings | None = None
         self._formats: Formats | None = None
         # A long list of texts must not keep streams waiting, and a tokenizer is for one thread.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama-probe-texts")
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         method = scope["method"] if scope["type"] == "http" else None
         if method != "POST":
             if method == "GET" and _path(scope).startswith(_STORED):
@@ -74,14 +77,12 @@ class ProbeStreams:
         checked = _rewritten(scope, receive, functools.partial(check_request, settings))
         await self.app(scope, checked, _Response(send, scores).send)
 
-    async def _label(
-        self, asked: LabelRequest, scores: Scores, scope: dict[str, Any], receive: Any, send: Any
-    ) -> None:
+    async def _label(self, asked: LabelRequest, scores: Scores, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request for labels by one for completions."""
-        messages: list[dict[str, Any]] = []
+        messages: list[Message] = []
         scores.starts = asked.starts  # filled as the body is read
 
-        async def keep(message: dict[str, Any]) -> None:
+        async def keep(message: Message) -> None:
             messages.append(message)
 
         rewrite = functools.partial(self._completion, asked, scope["app"].state.engine_client)
@@ -94,7 +95,7 @@ class ProbeStreams:
         status, content = asked.response(completion, scores.prompts)
         await JSONResponse(content, status)(scope, receive, send)
 
-    async def _completion(self, asked: LabelRequest, engine: Any, body: bytes) -> bytes:
+    async def _completion(self, asked: LabelRequest, engine: EngineClient, body: bytes) -> bytes:
         def encoded() -> bytes:
             if self._formats is None:
                 self._formats = prompt_formats(asked.settings.configs, engine.get_tokenizer())
@@ -109,13 +110,13 @@ class ProbeStreams:
 class _Response:
     """One response on its way. Its start waits for its first body, when the scores are known."""
 
-    def __init__(self, send: Any, scores: Scores):
+    def __init__(self, send: Send, scores: Scores):
         self._send, self._scores = send, scores
-        self._start: dict[str, Any] | None = None
+        self._start: Message | None = None
         self._is_stream = self._is_json = False
         self._body = b""
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             content_type = dict(message["headers"]).get(b"content-type", b"")
             self._is_stream = content_type.startswith(b"text/event-stream")
@@ -151,12 +152,12 @@ class _Response:
         return headers.raw
 
 
-def _path(scope: dict[str, Any]) -> str:
+def _path(scope: Scope) -> str:
     """Return the path of a request, without `--root-path`."""
     return scope["path"].removeprefix(scope.get("root_path", ""))
 
 
-def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
+def _as_completion(scope: Scope) -> Scope:
     path = scope["path"].removesuffix(_path(scope)) + COMPLETIONS
     headers = MutableHeaders(raw=list(scope["headers"]))
     del headers["content-length"]
@@ -165,11 +166,11 @@ def _as_completion(scope: dict[str, Any]) -> dict[str, Any]:
     return {**scope, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers.raw}
 
 
-def _rewritten(scope: dict[str, Any], receive: Any, rewrite: Callable[[bytes], Awaitable[bytes]]) -> Any:
+def _rewritten(scope: Scope, receive: Receive, rewrite: Callable[[bytes], Awaitable[bytes]]) -> Receive:
     """Return `receive` with another body, made where the server reads it: after its authentication. It answers errors."""
     is_read = False
 
-    async def rewritten() -> dict[str, Any]:
+    async def rewritten() -> Message:
         nonlocal is_read
         if is_read:
             return await receive()
@@ -196,7 +197,7 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
     )
 
 
-def _with_start(params: Any, start: int) -> Any:
+def _with_start(params: SamplingParams, start: int) -> SamplingParams:
     """Return an engine's parameters for a prompt that ends with a reply."""
     params = copy.copy(params)
     asked = {**params.extra_args["kv_transfer_params"], "reply_start": start}
@@ -204,14 +205,16 @@ def _with_start(params: Any, start: int) -> Any:
     return params
 
 
-def _listen(engine: Any, settings: ProbeSettings) -> None:
+def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
     """Have an engine client note and count what its outputs say of heads."""
     announce(settings.heads)
     generate = engine.generate
     judge = None if settings.judge is None else Judge(settings, engine.get_tokenizer(), **settings.judge)
 
     @functools.wraps(generate)
-    def listening(prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    def listening(
+        prompt: Any, sampling_params: SamplingParams, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[RequestOutput]:
         scores, params = _scores.get(None), sampling_params
         if _BEAM.search(request_id):  # a prompt with a part of a reply to it
             if settings.halt_on is not None:
@@ -231,7 +234,9 @@ def _listen(engine: Any, settings: ProbeSettings) -> None:
             outputs = judge.watch(outputs, sampling_params)
         return outputs if scores is None else noting(outputs, scores, place)
 
-    async def noting(outputs: AsyncIterator[Any], scores: Scores, place: int) -> AsyncIterator[Any]:
+    async def noting(
+        outputs: AsyncIterator[RequestOutput], scores: Scores, place: int
+    ) -> AsyncIterator[RequestOutput]:
         async for output in outputs:
             known = output.kv_transfer_params
             if known and "probes" in known:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import quote
+
+from ..files import JSON
 
 
 HALTED = "content_filter"
@@ -43,10 +43,10 @@ class Scores:
     starts: list[int] = field(default_factory=list)
     request_id: str = ""
     copies: int = 1
-    prompts: list[dict[str, Any] | None] = field(default_factory=list)
+    prompts: list[JSON | None] = field(default_factory=list)
     sent: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
-    _head: dict[str, Any] = field(default_factory=dict)  # what chunks of the stream begin with
+    _head: JSON = field(default_factory=dict)  # what chunks of the stream begin with
 
     def add(self, request_id: str, copies: int) -> int:
         """Return the place of a prompt that the server hands to the engine."""
@@ -60,7 +60,7 @@ class Scores:
         return self.is_stored or any(self.prompts)
 
     @property
-    def last(self) -> dict[str, Any] | None:
+    def last(self) -> JSON | None:
         """The newest prompt that is known. A response with several turns has one prompt after the other."""
         return next((known for known in reversed(self.prompts) if known), None)
 
@@ -133,7 +133,7 @@ class Scores:
             self.ended.add(index)
         return _data(chunk)
 
-    def _missing(self) -> list[dict[str, Any]]:
+    def _missing(self) -> list[JSON]:
         """Return last chunks of halted choices without a token, of which vLLM sends none."""
         head = self._head
         if not head:  # it has sent nothing
@@ -151,12 +151,12 @@ class Scores:
                 chunks.append({**head, "choices": [{"index": index, **empty, **end}], "kv_transfer_params": known})
         return chunks
 
-    def _of(self, index: int) -> dict[str, Any] | None:
+    def _of(self, index: int) -> JSON | None:
         prompt = index // self.copies
         return self.prompts[prompt] if prompt < len(self.prompts) else None
 
 
-def halt_of(known: Mapping[str, Any], index: int, stop_reason: Any = None) -> Mapping[str, Any] | None:
+def halt_of(known: JSON, index: int, stop_reason: int | str | None = None) -> JSON | None:
     """Return why the reply of an index was halted, by what the engine says of its prompt; `None` if it was not.
 
     Args:
@@ -172,15 +172,15 @@ def halt_of(known: Mapping[str, Any], index: int, stop_reason: Any = None) -> Ma
     return reply["halted"]
 
 
-def _is_halted(known: Mapping[str, Any] | None) -> bool:
+def _is_halted(known: JSON | None) -> bool:
     return bool(known and known.get("halted"))
 
 
-def _data(payload: dict[str, Any]) -> bytes:
+def _data(payload: JSON) -> bytes:
     return _DATA + json.dumps(payload, ensure_ascii=False).encode()
 
 
-def _item(name: str, probe: Mapping[str, Any]) -> str:
+def _item(name: str, probe: JSON) -> str:
     """Return one head's part of the header, a member of a structured field. Empty if the head's scores are hidden."""
     if "error" in probe:
         return f"{name};error"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request, RequestStatus
 
+from ..files import JSON
 from ..heads.decision import probabilities
 from ..serving.halting import HaltRule, Window
 from ..serving.outputs import Halt
@@ -214,7 +214,7 @@ class Replies:
         reply.is_delivered = True
         return is_needed
 
-    def summaries(self, request_id: str) -> list[dict[str, Any] | None] | None:
+    def summaries(self, request_id: str) -> list[JSON | None] | None:
         """Return what heads say of a request's replies so far, by index; `None` for those that are not known here.
 
         Each is `{"probes": {head: ...}, "halted": fields of a `Halt`, or None}`. Of a head there are `tokens`, the number that
@@ -228,7 +228,7 @@ class Replies:
         siblings = self._siblings.get(_family(request_id)[0], {})
         return [self._summary(siblings[i]) if i in siblings else None for i in range(max(siblings, default=-1) + 1)]
 
-    def _summary(self, reply: Reply) -> dict[str, Any]:
+    def _summary(self, reply: Reply) -> JSON:
         probes = {}
         for name, columns in self._columns.items():
             if name in reply.heads:
@@ -241,7 +241,7 @@ class Replies:
             halted = only(halted, "head", "label", "token")
         return {"probes": probes, "halted": halted}
 
-    def _of_head(self, reply: Reply, name: str, columns: slice) -> dict[str, Any]:
+    def _of_head(self, reply: Reply, name: str, columns: slice) -> JSON:
         config, summary = self.configs[name], {"tokens": reply.scored}
         flagged = {
             config.id2label[rule.index]: reply.flagged[number]

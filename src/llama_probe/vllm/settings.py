@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.probe import ProbeModel
 from ..serving.halting import Halter, HaltRule
@@ -38,13 +39,13 @@ class ProbeSettings:
     """
 
     heads: dict[str, str]
-    halt_on: dict[str, dict[str, Any]] | None = None
-    monitor: dict[str, dict[str, Any]] | None = None
+    halt_on: dict[str, JSON] | None = None
+    monitor: dict[str, JSON] | None = None
     hold_back: int = 0
     hide_scores: bool = False
     halt_reply: str | None = None
     unsure: dict[str, list[float]] | None = None
-    judge: dict[str, Any] | None = None
+    judge: JSON | None = None
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ProbeSettings:
@@ -57,7 +58,7 @@ class ProbeSettings:
             )
         return cls(**{name: value for name, value in additional[KEY].items() if name != _LAYERS})
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JSON:
         """With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders."""
         return {**asdict(self), _LAYERS: self.layers}
 
