@@ -12,7 +12,7 @@ import torch
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
-from ..heads import select_rows
+from ..heads.aggregator import State, select_rows
 from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
 from ..heads.probe import ProbeModel
 
@@ -203,10 +203,10 @@ class CachedHead:
     head: weakref.ref[ProbeModel]
     versions: list[tuple[int, int]]
     mask: torch.Tensor
-    state: Any
+    state: State
 
     @classmethod
-    def create(cls, head: ProbeModel, mask: torch.Tensor, state: Any) -> CachedHead:
+    def create(cls, head: ProbeModel, mask: torch.Tensor, state: State) -> CachedHead:
         """Keep what a head has just read."""
         return cls(weakref.ref(head), _versions(head), mask, state)
 
@@ -258,7 +258,7 @@ class ProbeCache:
             for name, kept in self.heads.items()
         }
 
-    def extended(self, tokens: torch.Tensor, token_mask: torch.Tensor, states: Mapping[str, Any]) -> ProbeCache:
+    def extended(self, tokens: torch.Tensor, token_mask: torch.Tensor, states: Mapping[str, State]) -> ProbeCache:
         """Return it with the replies that followed: `[rows, reply_tokens]`, which of them count, and states by name.
 
         Heads without a state here do not read replies.
@@ -300,7 +300,7 @@ class ProbeCache:
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor,
         cached: int,
-    ) -> dict[str, Any]:
+    ) -> dict[str, State]:
         """Return the state that each head goes on from, by name, for prompts that begin with the tokens it has seen.
 
         Args:

@@ -12,7 +12,7 @@ import torch
 from ..backbone.capture import capturing, check_seen
 from ..backbone.decoder import Decoder
 from ..errors import ProbeError
-from ..heads import repeat_rows
+from ..heads.aggregator import State, repeat_rows
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.device import device_type
@@ -57,7 +57,7 @@ class StateReader:
     def __init__(
         self,
         heads: Mapping[str, ProbeModel],
-        states: Mapping[str, Any] | None = None,
+        states: Mapping[str, State] | None = None,
         keep: Collection[str] = (),
         output_attentions: bool = False,
         differentiable: bool = False,
@@ -256,7 +256,7 @@ class PromptReader:
                 fill_unread(output, self.masks[name].any(dim=1))
         return results
 
-    def state(self, name: str, repeats: int) -> Any:
+    def state(self, name: str, repeats: int) -> State:
         """Return a head's token-stage state behind the prompts, each row repeated; `None` if it does not read them."""
         return repeat_rows(self._reader.states[name].joined(), repeats) if name in self.heads else None
 

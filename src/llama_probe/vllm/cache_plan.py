@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 
-from ..heads.aggregator import select_rows
+from ..heads.aggregator import State, select_rows
 from ..heads.probe import ProbeModel
 from ..heads.states import normalize
 from ..serving.reader import state_budget
@@ -115,7 +114,7 @@ def _layers(heads: Iterable[ProbeModel]) -> list[int]:
     return sorted({layer for head in heads for layer in head.layer_indices})
 
 
-def empty_state(head: ProbeModel, width: int) -> Any:
+def empty_state(head: ProbeModel, width: int) -> State:
     """Return the state `[S, 1, ...]` of a head that has read nothing, for inputs `[S, B, n, width]`."""
     # vLLM builds models with another default dtype.
     nothing = torch.zeros(len(head.layer_indices), 1, 1, width, dtype=torch.float32, device=head.device)
@@ -148,11 +147,11 @@ class ReplyStates:
         every = torch.zeros(slots + 1, dtype=torch.long, device=next(iter(heads.values())).device)
         self._states = {name: select_rows(empty, every) for name, empty in self._empty.items()}
 
-    def get(self, name: str, slots: torch.Tensor) -> Any:
+    def get(self, name: str, slots: torch.Tensor) -> State:
         """Return a copy of the states of a head in slots `[B]`: `[S, B, ...]`."""
         return select_rows(self._states[name], slots)
 
-    def put(self, name: str, slots: torch.Tensor, state: Any) -> None:
+    def put(self, name: str, slots: torch.Tensor, state: State) -> None:
         """Store the states `[S, B, ...]` of a head in slots `[B]`."""
         for kept, new in zip(_leaves(self._states[name]), _leaves(state), strict=True):
             kept.index_copy_(1, slots, new)
@@ -164,7 +163,7 @@ class ReplyStates:
             self.put(name, slots, select_rows(empty, first))
 
 
-def _leaves(state: Any) -> Iterator[torch.Tensor]:
+def _leaves(state: State) -> Iterator[torch.Tensor]:
     if isinstance(state, torch.Tensor):
         yield state
     else:
