@@ -5,11 +5,12 @@ import json
 import time
 
 import pytest
-from conftest import make_probe, read_head, save_head
+from conftest import make_probe, make_tokenizer, read_head, save_head
 from repository import ROOT
 
 from llama_probe import ProbeError
 from llama_probe.cli.heads import measured_table, read_measured, results_table
+from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.metrics import summarize
 from llama_probe.heads.configuration import read_config
 from llama_probe.hub.card import MARKER, read_card, renew_card, write_card
@@ -114,13 +115,14 @@ def test_results_of_another_version_give_no_card(tmp_path, results):
         write_card(folder)
 
 
-@pytest.mark.parametrize("kind", ["system", "raw", "response"])
+@pytest.mark.parametrize("kind", ["system", "raw", "response", "tool"])
 def test_the_usage_block_works_when_pasted(kind, tmp_path, backbone_folder, monkeypatch, capsys):
     probe = make_probe(
         prompt_format="raw" if kind == "raw" else "chat",
         system_prompt='You\'re "kind".' if kind == "system" else None,
         base_model_name_or_path=str(backbone_folder),
-        token_scope="response" if kind == "response" else "content",
+        token_scope=kind if kind in ("response", "tool") else "content",
+        turn_markers=PromptFormat(make_tokenizer()).turn_markers,
     )
     monkeypatch.chdir(tmp_path)
     text = create_card(save_head(probe, tmp_path / 'my "good" head')).content
