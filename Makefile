@@ -40,13 +40,14 @@ attack: $(VENV)/.test
 	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 
 # Engines of vLLM on the CPU, a GB each, on tiny models and on the demo backbone, which the main environment prepares. Where one
-# hangs, the test fails. The files that take longest come first; pytest-xdist would begin with those of most tests. In the process
-# of test_features no engine may follow, so test_engine comes before it. Each file is named once: beside their folder, pytest would
-# drop the files.
-VLLM_TESTS := $(addprefix tests/vllm/test_,server.py engine.py features.py demo.py)
-VLLM_TESTS += $(filter-out $(VLLM_TESTS),$(wildcard tests/vllm/test_*.py))
+# hangs, the test fails. The server, of four processes, runs beside tests of one process: two engines of several processes take
+# three times as long beside each other. In the process of test_features no engine may follow, so test_engine comes before it. Each
+# file is named once: beside their folder, pytest would drop the files.
+VLLM_FIRST := $(addprefix tests/vllm/test_,server.py engine.py)
+VLLM_LAST := $(addprefix tests/vllm/test_,features.py demo.py)
+VLLM_TESTS := $(VLLM_FIRST) $(filter-out $(VLLM_FIRST) $(VLLM_LAST),$(wildcard tests/vllm/test_*.py))
 # Offline scores must be the same with the older release of transformers that vLLM needs.
-VLLM_TESTS += tests/serving/test_texts.py
+VLLM_TESTS += tests/serving/test_texts.py $(VLLM_LAST)
 
 test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
 	$(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"

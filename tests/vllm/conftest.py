@@ -14,5 +14,6 @@ def tiny(tmp_path_factory) -> TinyServing:
 @pytest.fixture
 def client(url):
     """OpenAI's, of the server that a module starts."""
-    with openai.OpenAI(base_url=url, api_key="none", timeout=250, max_retries=0) as client:
+    # A busy server may close an idle connection just as it is used again.
+    with openai.OpenAI(base_url=url, api_key="none", timeout=250, max_retries=1) as client:
         yield client

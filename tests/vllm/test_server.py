@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from llama_probe.vllm.payloads import Scores
 
 
-NEW, LONG, END = 12, 60, " Sorry."
+NEW, LONG, END = 12, 200, " Sorry."
 WORDS = ("alpha", "beta", "gamma", "delta", "eps", "zeta", "kappa", "lambda", "sigma")
 TEXTS = [f"{word} number {number} " * (1 + 2 * number) for number, word in enumerate(WORDS)]
 GREEDY = {"ignore_eos": True, "temperature": 0.0}
@@ -86,7 +86,8 @@ def url(tiny, chats, judge, log):
 
 @pytest.fixture
 def claude(url):
-    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="none", timeout=250, max_retries=0) as client:
+    # A busy server may close an idle connection just as it is used again.
+    with anthropic.Anthropic(base_url=url.removesuffix("/v1"), api_key="none", timeout=250, max_retries=1) as client:
         yield client
 
 
