@@ -208,7 +208,7 @@ async def test_judge_that_fails_halts_or_lets_pass(serve, play_guard, monkeypatc
     guard = play_guard(FAULTS[fault])
     if fault == "refuses":
         guard.close()
-    app, engine = serve(guard.url + MODERATIONS, fails=fails, timeout=0.2 if fault == "hangs" else 20.0)
+    app, engine = serve(guard.url + MODERATIONS, fails=fails, timeout=2.0 if fault == "hangs" else 20.0)
     assert await Client(app).choices() == [WHOLE if fails == "open" else HALTED]
     assert len(guard.requests) == (fault != "refuses"), "asked once"
     assert engine.running == 0 and guard.sent < 8_000_000
