@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from llama_probe.vllm.payloads import Scores
 
 
-NEW, LONG, END = 12, 60, " Sorry."
+NEW, LONG, END = 12, 200, " Sorry."
 WORDS = ("alpha", "beta", "gamma", "delta", "eps", "zeta", "kappa", "lambda", "sigma")
 TEXTS = [f"{word} number {number} " * (1 + 2 * number) for number, word in enumerate(WORDS)]
 GREEDY = {"ignore_eos": True, "temperature": 0.0}
