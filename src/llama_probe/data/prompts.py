@@ -260,7 +260,11 @@ class PromptFormat:
 def _learned_markers(
     tokenizer: transformers.PreTrainedTokenizerBase, chat_template: str
 ) -> dict[str, TurnMarker] | None:
-    """Learn the turn markers of a chat template, which takes some hundred renderings, once."""
+    """Learn the turn markers of a tokenizer's chat template. Some hundred renderings: they are done once a template.
+
+    Args:
+        chat_template: the template, because that of a tokenizer may be replaced.
+    """
     return learn_turn_markers(PromptFormat(tokenizer, turn_markers={})._encode_chat)
 
 
