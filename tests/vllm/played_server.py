@@ -5,7 +5,7 @@ import json
 from types import SimpleNamespace
 
 from conftest import make_probe, make_tokenizer
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from vllm import CompletionOutput, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
@@ -27,12 +27,14 @@ class Engine:
         prompts: of all requests. starts: where replies in them begin.
         written: tokens. outputs, aborted, running: of requests.
         body, authorization: of the last request to the server.
+        is_left: the clients go before an answer.
     """
 
     def __init__(self, settings: ProbeSettings, known: dict):
         self.vllm_config = SimpleNamespace(additional_config={KEY: settings.to_dict()})
         self.known, self.prompts, self.starts = known, [], []
         self.written = self.aborted = self.running = self.outputs = 0
+        self.is_left = False
 
     def get_tokenizer(self):
         return TOKENIZER
@@ -89,7 +91,8 @@ def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[Fa
     app.state.engine_client, app.state.args = engine, SimpleNamespace(served_model_name=None, model="tiny")
 
     @app.post("/v1/completions")
-    async def complete(request: Request):
+    async def complete(request: Request, response: Response):
+        response.headers["x-request-id"] = "7"
         engine.body, engine.authorization = await request.json(), request.headers.get("authorization")
         body = {"prompt": [5], **engine.body} if isinstance(engine.body, dict) else {"prompt": [5]}
         prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
@@ -109,6 +112,8 @@ def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[Fa
             async for choice in choices():
                 yield f"data: {json.dumps({'choices': [choice]})}\n\n"
 
+        if engine.is_left:
+            return None  # as vLLM's routes do
         if body.get("stream"):
             return StreamingResponse(events(), media_type="text/event-stream")
         usage = {"prompt_tokens": sum(map(len, prompts))}

@@ -72,6 +72,7 @@ class Player:
         delivered: outputs by request.
         scored: by step the prompts that were complete, by request.
         scheduled: number of steps by request. steps: of all.
+        columns: of logprobs, in all requests of a step.
     """
 
     def __init__(self, scheduler):
@@ -81,7 +82,7 @@ class Player:
         self.delivered: dict[str, list] = defaultdict(list)
         self.scored: list[dict] = []
         self.scheduled: Counter[str] = Counter()
-        self.queue, self.steps = [], 0
+        self.queue, self.steps, self.columns = [], 0, 4
 
     def add(
         self,
@@ -157,7 +158,7 @@ class Player:
         scores = StepScores(prompts, [*parts, torch.tensor(list(rows.values()))] if rows else parts, list(rows))
         from_workers = KVConnectorOutput(kv_connector_worker_meta=scores if prompts or rows else None)
         ids = np.array([sampled or [0] for sampled in tokens]).reshape(-1, 1)
-        logprobs = LogprobsLists(np.repeat(ids, 4, axis=1), ids / 1000.0 * np.ones(4), ids[:, 0])
+        logprobs = LogprobsLists(np.repeat(ids, self.columns, axis=1), ids / 1000.0 * np.ones(self.columns), ids[:, 0])
         places = {name: place for place, name in enumerate(ends)}
         output = ModelRunnerOutput(list(ends), places, tokens, logprobs=logprobs, kv_connector_output=from_workers)
         for batch in self.scheduler.update_from_output(step, output).values():

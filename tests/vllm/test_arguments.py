@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
-from conftest import make_probe
+from conftest import make_lm, make_probe
+from own_kind_fixture import forget
 from tiny_engine import HEADS, HIDDEN, REPLY_HEADS
 from tiny_families import TINY
 from tiny_families import tiny as make_tiny
@@ -75,6 +77,8 @@ class TestEngine:
         [
             {"speculative_config": {"method": "eagle3", "model": "a"}},
             {"kv_offloading_size": 1.0},
+            {"enable_sleep_mode": True},
+            {"monitor": {"tone": {"label": "no such label"}}},
             {"scheduler_cls": "mine.Scheduler"},
             {"kv_transfer_config": {"kv_connector": "NixlConnector"}},
             {"hf_overrides": {"architectures": ["Other"]}},
@@ -127,6 +131,26 @@ class TestEngine:
         with pytest.raises(ProbeError, match=r"0\.33\.1"):
             engine_kwargs(tiny.backbone, tiny.heads)
         assert engine_kwargs(tiny.backbone, tiny.heads, allow_untested_vllm=True)
+
+    def test_refuses_plugins_without_its_own(self, tiny, monkeypatch):
+        monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+        with pytest.raises(ProbeError, match="VLLM_PLUGINS"):
+            engine_kwargs(tiny.backbone, tiny.heads)
+        monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver,llama_probe")
+        assert make_config(tiny.backbone, tiny.heads).model_config.architecture == "ProbedLlamaForCausalLM"
+
+    def test_takes_thresholds_of_numpy(self, tiny):
+        config = make_config(tiny.backbone, tiny.heads, halt_on={"guard": {"threshold": np.float32(0.25)}})
+        assert config.compute_hash() and ProbeSettings.of(config).rules[0].threshold == 0.25
+
+    def test_runs_the_code_of_heads_that_are_trusted(self, own_kind, tmp_path):
+        make_lm().save_pretrained(tmp_path / "lm")
+        with pytest.raises(ProbeError, match="trust_remote_code"):
+            engine_kwargs(tmp_path / "lm", own_kind)
+        config = make_config(tmp_path / "lm", own_kind, trust_remote_code=True, skip_tokenizer_init=True)
+        forget()  # as in another process
+        settings = ProbeSettings.of(config)
+        assert list(settings.configs) == ["head"] and settings.read_heads()["head"].config.probe_type == "top"
 
     @pytest.mark.parametrize(
         ("part", "name", "value"),
@@ -251,6 +275,7 @@ class TestCommandLine:
         theirs += ["--additional-config", '{"b": 2}', "--speculative-config.method", "ngram"]
         theirs += ["--kv-transfer-config", json.dumps(STORED)]
         arguments = command_line(tiny, "--probe", f"tone={tiny.heads['tone']}", *ours, *theirs)
+        assert arguments.served_model_name == [str(tiny.backbone)]
         assert arguments.model == str(tiny.backbone) and arguments.scheduler_cls == compatibility.SCHEDULER
         assert arguments.hf_overrides == {"a": 1, "architectures": ["ProbedLlamaForCausalLM"]}
         assert (arguments.revision, arguments.max_model_len, arguments.enable_lora) == ("main", 64, True)
@@ -282,6 +307,9 @@ class TestCommandLine:
             (["--judge", "http://me:secret@h/v1/moderations", *BAND], "LLAMA_PROBE_JUDGE_KEY"),
             (["--judge", "http://h/v1/moderations?key=secret", *BAND], "LLAMA_PROBE_JUDGE_KEY"),
             (["--model=other"], "--model"),
+            (["--monitor", "guard={"], "--monitor 'guard="),
+            (["--headless"], "--headless"),
+            (["--api-server-count", "2"], "--api-server-count"),
             (["-dcp", "2"], "decode_context_parallel_size"),
             (["--speculative-config", '{"model": "eagle"}'], "speculative_config"),
             (["--spec-method", "eagle3"], "speculative_config"),
@@ -309,7 +337,7 @@ class TestCommandLine:
         assert "llama_probe.errors" in done.stderr and "torch" not in done.stderr.split("error: ")[0]
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyError, OSError])
 def test_server_whose_engine_does_not_start_exits_with_one_line(tiny, monkeypatch, kind):
     async def fail(arguments):
         raise kind("Engine core failed.\nSee root cause above.")

@@ -139,6 +139,19 @@ def test_input_without_a_score_is_an_error(serve):
             assert response.status_code == 400 and "input 0" in response.json()["error"]["message"]
 
 
+def test_headers_of_other_middleware_stay(serve):
+    post, engine = serve(("guard",))
+    plain, said = post("/v1/completions"), post(MODERATIONS, input="a")
+    assert said.headers["x-request-id"] == plain.headers["x-request-id"] == "7"
+    assert int(said.headers["content-length"]) == len(said.content) != len(plain.content)
+
+
+def test_client_that_has_gone_gets_nothing(serve):
+    post, engine = serve(("guard",))
+    engine.is_left = True
+    assert post(MODERATIONS, input="a").content == b""
+
+
 def test_path_may_have_a_prefix(serve):
     assert serve(["guard"])[0]("/api/v1/moderations", input="a").status_code == 200
 

@@ -57,6 +57,27 @@ class TestRequests:
             assert response.json()["choices"][0]["finish_reason"] == "length"
 
 
+def test_no_request_is_answered_without_the_judge(tmp_path):
+    bands = {"judge": {"url": "http://127.0.0.1:9/v1/moderations"}, "unsure": {"guard": [0.1, 0.9]}}
+    settings = ProbeSettings(save_heads(tmp_path, {"guard": {}}), {"guard": {"label": "LABEL_1"}}, **bands)
+    app, engine = play(settings, {"guard": [0.0, 0.0]})
+    engine.get_tokenizer = None
+    client = TestClient(app, raise_server_exceptions=False)
+    assert [client.post("/v1/completions", json={}).status_code for _ in range(2)] == [500, 500]
+
+
+def test_halted_choice_with_a_tool_call_says_so():
+    """vLLM overwrites the finish reason of a whole reply with a tool call."""
+    scores = Scores("tiny")
+    scores.add("chatcmpl-1", 2)
+    replies = [{"probes": {"watch": {}}, "halted": halt} for halt in ({"head": "watch", "token": 9}, None)]
+    scores.prompts = [{"probes": {}, "halted": None, "replies": replies}]
+    choices = [{"index": index, "finish_reason": "tool_calls", "stop_reason": None} for index in range(2)]
+    said = json.loads(scores.complete(json.dumps({"choices": choices, "kv_transfer_params": scores.last}).encode()))
+    assert [choice["finish_reason"] for choice in said["choices"]] == ["content_filter", "tool_calls"]
+    assert said["kv_transfer_params"] == scores.last
+
+
 def test_stored_response_says_that_it_was_halted(serve):
     for halted, status in ((None, "completed"), ({"head": "guard"}, "incomplete")):
         client, engine = serve({"probes": {"guard": BAD}, "halted": halted})

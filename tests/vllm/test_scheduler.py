@@ -170,8 +170,8 @@ class TestReplies:
             assert (halted and halted["token"]) == (0 if flags == [0] else None)
 
     def test_token_without_a_score_is_not_delivered(self, start):
-        for script in (Script(no_number=[2]), Script(unscored=[2])):
-            player = start()
+        for script, patience in ((Script(no_number=[2]), 1), (Script(no_number=[2]), 3), (Script(unscored=[2]), 3)):
+            player = start(patience=patience)
             last = player.play(script)[-1]
             halted = last.kv_transfer_params["halted"]
             assert player.tokens("a") == [100, 101] and last.stop_reason == "watch"
@@ -186,6 +186,17 @@ class TestReplies:
                 assert output.new_logprobs.logprob_token_ids[:, 0].tolist() == output.new_token_ids
                 assert output.new_logprobs.logprobs.shape == (len(output.new_token_ids), 3)
             assert not any(output.new_logprobs for output in player.delivered["other"])
+
+    def test_logprobs_that_a_request_beside_it_made_narrower(self, start):
+        """A request with `logprob_token_ids` gives its own number of columns to all."""
+        player = start()
+        player.add("a", Script(end=3), logprobs=2)
+        while player.scheduler.has_unfinished_requests() or player.queue:
+            player.columns = 2 + player.steps % 2
+            player.step()
+        assert player.tokens("a") == [FIRST, FIRST + 1, FIRST + 2, END]
+        last = player.delivered["a"][-1]
+        assert len(last.new_token_ids) == 2 and last.new_logprobs.logprobs.shape == (2, 3)
 
     def test_monitor_halts_and_delays_nothing(self, start):
         player = start(does="monitor", patience=2)

@@ -10,21 +10,13 @@ from typing import Any
 from .. import vllm as heads
 from ..errors import ProbeError
 from ..files import JSON
-from .compatibility import check_arguments, check_version
+from .compatibility import check_version
 from .halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_halting, read_unsure
 
 
 _PROGRAM = "python -m llama_probe.vllm"
-# Of vLLM's options those that `engine_kwargs` takes.
-_TAKEN = (
-    "revision",
-    "download_dir",
-    "pipeline_parallel_size",
-    "speculative_config",
-    "hf_overrides",
-    "additional_config",
-    "kv_transfer_config",
-)
+# Of vLLM's options those that `vllm serve` alone heeds, and the value that asks for nothing.
+_IGNORED = {"headless": False, "api_server_count": 1, "grpc": False}
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
@@ -36,16 +28,15 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
     ours.probe = _heads(ours.probe)
     for option in ("halt_on", "monitor"):
-        options[option] = read_halting(options[option] or ()) or None
+        options[option] = read_halting(options[option] or (), f"--{option.replace('_', '-')}") or None
     ours.unsure, ours.judge = _judge(ours)
     for_server = {name: options.pop(name) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
     # From here on imports take seconds: a wrong option of ours was refused before.
     check_version(ours.allow_untested_vllm)
     theirs = _vllm_arguments(rest)
-    check_arguments(vars(theirs))
-    taken = {name: getattr(theirs, name) for name in _TAKEN if getattr(theirs, name) is not None}
-    options = {name: value for name, value in options.items() if value is not None}
-    vars(theirs).update(heads.engine_kwargs(**options, **taken, for_server=for_server))
+    theirs.served_model_name = theirs.served_model_name or [ours.model]  # `model` may become a folder
+    options = {name: value for name, value in (vars(theirs) | options).items() if value is not None}
+    vars(theirs).update(heads.engine_kwargs(**options, for_server=for_server))
     theirs.middleware = [MIDDLEWARE, *theirs.middleware]
     return theirs
 
@@ -58,6 +49,8 @@ def _vllm_arguments(words: Sequence[str]) -> argparse.Namespace:
     theirs = parser.parse_args(list(words))
     if theirs.model_tag is not None or theirs.model != parser.get_default("model"):
         raise ProbeError("--model is refused here: heads need it as the first argument")
+    if ignored := [name for name, value in _IGNORED.items() if getattr(theirs, name, None) not in (None, value)]:
+        raise ProbeError(f"--{ignored[0].replace('_', '-')} is of `vllm serve`: here one process serves HTTP")
     return theirs
 
 
@@ -160,8 +153,9 @@ def serve(arguments: argparse.Namespace) -> None:
         uvloop.run(entry.run_server(arguments))
     except ProbeError:
         raise
-    except (TypeError, ValueError) as error:  # an option's value that vLLM refuses when it makes its config
-        raise ProbeError(" ".join(str(error).split())) from error
+    except (KeyError, OSError, TypeError, ValueError) as error:  # a value that vLLM refuses, or a port that is in use
+        reason = str(error.args[0] if isinstance(error, KeyError) else error)
+        raise ProbeError(" ".join(reason.split())) from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ProbeError(

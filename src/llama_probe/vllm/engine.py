@@ -56,7 +56,8 @@ def engine_kwargs(
         compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         for_server: fields of `ProbeSettings` that the server of `python -m llama_probe.vllm` alone heeds.
-        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. A `kv_transfer_config` is a dict.
+        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. A `kv_transfer_config` is a dict. `trust_remote_code` is also
+            for heads of a kind of one's own. Request ids of the form `NUMBER_ID` are those of several replies to one prompt.
 
     Raises:
         ProbeError: vLLM is missing or of another version, an argument, the model's class or a head does not go with the
@@ -74,7 +75,8 @@ def engine_kwargs(
         raise ProbeError("hf_overrides must be a dict without architectures: heads need the model class of their own")
     model = resolve_backbone(os.fspath(model))
     check_within_reach(model)
-    options = HubOptions(probe_revision)
+    trust_remote_code = bool(kwargs.get("trust_remote_code", False))
+    options = HubOptions(probe_revision, trust_remote_code=trust_remote_code)
     target = read_target(model, kwargs, options)
     if target is None or target.hidden_size is None:
         raise ProbeError(f"the config of {model!r} cannot be read, or names no sizes: heads cannot be matched to it")
@@ -86,12 +88,12 @@ def engine_kwargs(
             raise ProbeError(f"probe={name!r} is in memory, and the engine's processes read folders: save it first")
         folder = resolve_head(source, target, options).resolve()
         aliases[name] = bundled_alias(source, folder)
-        _check_head(name, ProbeModel.from_pretrained(folder), target)
+        _check_head(name, ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code), target)
         heads[name] = str(folder)
     if not heads:
         raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
     options = (None if spec is None else options_by_head(spec) for spec in (halt_on, monitor))
-    settings = ProbeSettings(heads, *options, hold_back, **(for_server or {}))
+    settings = ProbeSettings(heads, *options, hold_back, trust_remote_code=trust_remote_code, **(for_server or {}))
     settings.check(kwargs.get("speculative_config") is not None)
     probe_strict = halt_on is not None if probe_strict is None else probe_strict
     if compare_fingerprints:

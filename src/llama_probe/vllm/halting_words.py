@@ -20,8 +20,8 @@ _BAND = re.compile(r"([\w-]+)=([^:]+):([^:]+)")
 JUDGE_PATHS = MODERATIONS, CHAT, GUARDRAIL = "/moderations", "/chat/completions", "/beta/litellm_basic_guardrail_api"
 
 
-def read_halting(words: Sequence[str]) -> dict[str, JSON]:
-    """Return the `halt_on` that the words of a command line give, each in one of `HALTING_FORMS`.
+def read_halting(words: Sequence[str], option: str = "--halt-on") -> dict[str, JSON]:
+    """Return the `halt_on` that the words of an option of a command line give, each in one of `HALTING_FORMS`.
 
     Raises:
         ProbeError: a word has another form, or two words name one head.
@@ -35,9 +35,9 @@ def read_halting(words: Sequence[str]) -> dict[str, JSON]:
         except ValueError:
             options = None
         if head is None or not isinstance(options, dict):
-            raise ProbeError(f"--halt-on {word!r} must be {HALTING_FORMS}")
+            raise ProbeError(f"{option} {word!r} must be {HALTING_FORMS}")
         if head in spec:
-            raise ProbeError(f"--halt-on names {head} more than once: give each head once")
+            raise ProbeError(f"{option} names {head} more than once: give each head once")
         if threshold is not None:
             with contextlib.suppress(ValueError):  # else the name of a threshold
                 threshold = float(threshold)

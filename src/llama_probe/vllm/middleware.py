@@ -64,8 +64,9 @@ class ProbeStreams:
             return
         state = scope["app"].state
         if self._settings is None:
-            self._settings = ProbeSettings.of(state.engine_client.vllm_config)
-            _listen(state.engine_client, self._settings)
+            settings = ProbeSettings.of(state.engine_client.vllm_config)
+            _listen(state.engine_client, settings)  # may raise: then no request is answered
+            self._settings = settings
         settings = self._settings
         model = (state.args.served_model_name or [state.args.model])[0]
         route = LABEL_ROUTES.get(_path(scope))
@@ -92,8 +93,13 @@ class ProbeStreams:
                 await send(message)
             return
         completion = json.loads(b"".join(message.get("body", b"") for message in messages))
+        if completion is None:  # the client has gone
+            return
         status, content = asked.response(completion, scores.prompts)
-        await JSONResponse(content, status)(scope, receive, send)
+        response, headers = JSONResponse(content, status), MutableHeaders(raw=list(messages[0]["headers"]))
+        headers["content-length"] = str(len(response.body))
+        response.raw_headers = headers.raw  # those of other middleware as well
+        await response(scope, receive, send)
 
     async def _completion(self, asked: LabelRequest, engine: EngineClient, body: bytes) -> bytes:
         def encoded() -> bytes:

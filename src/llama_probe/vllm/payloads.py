@@ -76,10 +76,14 @@ class Scores:
     def complete(self, body: bytes) -> bytes:
         """Return a complete response with scores in each of several choices, and with the halt."""
         payload = json.loads(body)
-        if "choices" in payload and len(self.prompts) > 1:
-            payload["kv_transfer_params"] = None
+        if "choices" in payload:
+            several = len(self.prompts) > 1
+            payload |= {"kv_transfer_params": None} if several else {}
             for choice in payload["choices"]:
-                choice["kv_transfer_params"] = self._of(choice["index"])
+                index, known = choice["index"], self._of(choice["index"])
+                choice |= {"kv_transfer_params": known} if several else {}
+                if known and halt_of(known, index % self.copies, choice.get("stop_reason")):
+                    choice["finish_reason"] = HALTED  # a tool call before it has replaced the reason
         elif payload.get("object") == "response" and _is_halted(payload.get("kv_transfer_params")):
             payload |= _INCOMPLETE
         elif payload.get("type") == "message" and _is_halted(self.last):
@@ -102,7 +106,7 @@ class Scores:
         name, _, data = event.partition(_DATA)
         payload = json.loads(data)
         match payload["type"]:
-            case "response.created":
+            case "response.created" if self.last:
                 payload["response"]["kv_transfer_params"] = self.last
             case "message_start":
                 payload["message"]["kv_transfer_params"] = self.last

@@ -188,7 +188,7 @@ class Replies:
                 continue
             reply.streaks[number] += 1
             is_clear = is_clear and not self._guards[number]
-            if reply.streaks[number] < rule.patience:
+            if is_score and reply.streaks[number] < rule.patience:
                 continue
             reply.flagged.setdefault(number, token)
             if self._guards[number] and reply.halt is None:
@@ -290,9 +290,11 @@ def _own_logprobs(logprobs: LogprobsLists, request: Request) -> LogprobsLists:
 
 
 def _joined(rows: list[LogprobsLists], count: int) -> LogprobsLists:
-    """Return the first of several tokens' logprobs as one."""
+    """Return the first of several tokens' logprobs as one. A request beside them may have made some of them wider."""
     first = rows[0]
     if not count:
         return first.slice_request(0, 0)
-    parts = zip(*(row[:3] for row in rows[:count]), strict=True)
-    return type(first)(*(np.concatenate(part) for part in parts))
+    width = max(row.logprobs.shape[1] for row in rows[:count])
+    *wide, ranks = (list(part) for part in zip(*(row[:3] for row in rows[:count]), strict=True))
+    padded = [[np.pad(part, ((0, 0), (0, width - part.shape[1])), "edge") for part in parts] for parts in wide]
+    return type(first)(*map(np.concatenate, (*padded, ranks)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ class ProbeSettings:
         halt_reply: text that the server sends to a halted request.
         unsure: by name of heads in `halt_on` (low, high): the server's judge decides on prompts with low <= score < high.
         judge: fields of `Judge`. Only the server asks it.
+        trust_remote_code: run the code of heads of a kind that the package does not have.
     """
 
     heads: dict[str, str]
@@ -46,6 +48,7 @@ class ProbeSettings:
     halt_reply: str | None = None
     unsure: dict[str, list[float]] | None = None
     judge: JSON | None = None
+    trust_remote_code: bool = False
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ProbeSettings:
@@ -60,12 +63,15 @@ class ProbeSettings:
 
     def to_dict(self) -> JSON:
         """With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders."""
-        return {**asdict(self), _LAYERS: self.layers}
+        return {
+            **json.loads(json.dumps(asdict(self), default=float)),
+            _LAYERS: self.layers,
+        }  # thresholds may be NumPy's
 
     @cached_property
     def configs(self) -> dict[str, ProbeConfig]:
         """The configs of the heads, by name."""
-        return {name: read_config(folder) for name, folder in self.heads.items()}
+        return {name: read_config(folder, self.trust_remote_code) for name, folder in self.heads.items()}
 
     @cached_property
     def layers(self) -> list[int]:
@@ -91,7 +97,10 @@ class ProbeSettings:
         A head flags what its config names (`flagged`), a multi-label head that names none any label, from its own thresholds
         on. `halt_on` and `monitor` add what they name, and take the place of what a head of exclusive labels flags.
         """
-        named = self.rules + ([] if self.monitor is None else Halter(self.monitor, self.configs).rules)
+        try:
+            named = self.rules + ([] if self.monitor is None else Halter(self.monitor, self.configs).rules)
+        except ProbeError as error:
+            raise ProbeError(str(error).replace("halt_on", "monitor").replace("--halt-on", "--monitor")) from None
         flags: list[HaltRule] = []
         for name, config in self.configs.items():
             rules = {rule.index: rule for rule in named if rule.head == name}
@@ -137,9 +146,12 @@ class ProbeSettings:
         check_config(config)
         if self.judge is not None and config.model_config.enable_prompt_embeds:
             raise ProbeError("enable_prompt_embeds does not go with a judge: it reads texts")
+        if self.judge is not None and config.model_config.skip_tokenizer_init:
+            raise ProbeError("skip_tokenizer_init does not go with a judge: it reads texts")
         adds_to_tokens = config.model_config.return_sampling_mask or config.aux_output_config.enabled
         self.check(config.speculative_config is not None, adds_to_tokens)
 
     def read_heads(self) -> dict[str, ProbeModel]:
         """Load the heads, by name, in eval mode."""
-        return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}
+        options = {"trust_remote_code": self.trust_remote_code}
+        return {name: ProbeModel.from_pretrained(folder, **options) for name, folder in self.heads.items()}
