@@ -1,5 +1,7 @@
 """`calibrate --novelty-data`, `evaluate --against`, `drift`, and a head that `train` gives its novelty."""
 
+import json
+
 import pytest
 from command_line import refuse, succeed, train
 from conftest import read_head, save_head
@@ -83,10 +85,18 @@ def test_evaluate_against_other_texts(rows, new, old):
 
 def test_drift(rows, new, old, tmp_path):
     log = tmp_path / "log.jsonl"
-    log.write_text((rows / "test.jsonl").read_text() + "\n" + (rows / "other.jsonl").read_text() + '\n{"text": null}')
+    log.write_text(
+        '{"text": ""}\n'
+        + (rows / "test.jsonl").read_text()
+        + "\n"
+        + (rows / "other.jsonl").read_text()
+        + '\n{"text": null}'
+    )
     args = ("drift", *new, "--input", log)
     found = succeed(*args, "--top", 3, "--json")
     assert found["rows"] == 100 and found["novelty"]["far"] > 0.3 and set(found["labels"]) == {"fine", "awful"}
+    lines = log.read_text().splitlines()
+    assert all(json.loads(lines[row["row"]])["text"] == row["text"] for row in found["worth_labelling"])
     assert len(found["worth_labelling"]) == 3 and any("@@" in row["text"] for row in found["worth_labelling"])
     assert "drift.png" in succeed(*args, "--max-rows", 20, "--output", tmp_path / "out")
     assert (tmp_path / "out" / "drift.png").stat().st_size > 1000

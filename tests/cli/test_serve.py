@@ -3,10 +3,13 @@
 import io
 
 import pytest
-from command_line import call, refuse
+from command_line import call, refuse, succeed
+from conftest import make_probe
+from transformers import AutoTokenizer
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.cli import serve
+from llama_probe.data.prompts import PromptFormat
 from llama_probe.vllm.halting_words import read_halting
 
 
@@ -33,6 +36,19 @@ def test_a_label_has_its_own_probability(capsys, config, label, found, shown):
 def test_standard_input_that_is_not_in_its_encoding():
     stdin = io.TextIOWrapper(io.BytesIO("café".encode("cp1252")), encoding="utf-8")
     assert "utf-8" in refuse("classify", "--probe", "toxicchat-gate", stdin=stdin)
+
+
+@pytest.mark.parametrize("names", [("tool", "user"), ("user", "tool")])
+def test_a_prompt_is_the_users_beside_a_head_of_tool_results(backbone_folder, tmp_path, names):
+    fields = PromptFormat(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
+    for name in names:
+        make_probe(token_scope=name, flagged=["LABEL_1"], **fields).save_pretrained(tmp_path / name)
+    probes = [word for name in names for word in ("--probe", tmp_path / name)]
+    args = ("Look at it.", "--backbone", backbone_folder, "--max-new-tokens", 1, "--json")
+    (row,) = succeed("generate", *probes, *args)
+    (alone,) = succeed("generate", "--probe", tmp_path / "user", *args)
+    assert row["probabilities"]["user"] == alone["probabilities"]["user"]
+    assert row["probabilities"]["tool"] == [1.0, 0.0], "it has nothing to read"
 
 
 def test_a_user_at_a_terminal_is_asked_for_prompts():

@@ -67,7 +67,9 @@ def test_values_that_are_not_prompts(prompts, kind, take):
 def test_prompts_that_cannot_be_encoded(tokenizer, prompts):
     with pytest.raises(ProbeError, match="prompt_format"):
         replace(prompts, kind="raw").encode([CHAT])
-    for text in ("Hello", CHAT[:1], [*CHAT, CHAT[0]], [CHAT[0], {**CHAT[1], "content": " "}]):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    replies = call, {**call, "content": None}, *({**CHAT[1], "content": content} for content in (" ", ["parts"]))
+    for text in ("Hello", CHAT[:1], [*CHAT, CHAT[0]], *([CHAT[0], reply] for reply in replies)):
         with pytest.raises(ProbeError, match="prompt and a reply"):
             prompts.encode_replies([text])
     tokenizer.chat_template = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] }}{% endfor %}"

@@ -94,6 +94,7 @@ GOOD = '{"text": "a"}\n' * 3
         ("a.json", '[{"text": "a"}, 1]', 1, "must be a JSON object"),
         ("a.csv", "text,label\na,0\nI say, no,1\n", 1, "more cells than the header"),
         ("a.csv", "text,label,text\na,0,b\n", 0, "2 columns 'text'"),
+        ("a.csv", 'label,text\n0,a\n1,"he said stop\n0,b\n0,c\n', 1, "unexpected end"),
         ("a.jsonl.gz", gzip.compress(GOOD.encode(), mtime=0)[:-9], 3, "end-of-stream"),
         ("a.parquet", b"PAR1 and nothing else", 0, ""),
     ],

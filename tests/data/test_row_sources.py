@@ -171,6 +171,7 @@ class TestLocalCopies:
         cells = [("a", "harmful"), (None, "harmful"), ("b", None)]  # the last two are skipped
         write(folder / "wildguardmix" / "train.jsonl.gz", [{"text": text, "label": label} for text, label in cells])
         write(folder / "xstest" / "test.jsonl", [{"prompt": "a", "label": "unsafe", "type": "x"}])
+        write(folder / "beavertails" / "train.jsonl", [{"prompt": "a", "text": "b", "label": 1}])
         write(folder / "emotion" / "train.jsonl", [{"text": "a", "label": 9}])
         write(folder / "prompts" / "train.jsonl", ASKED)
         write(folder / "prompts" / "more.jsonl", ASKED[:10])
@@ -184,6 +185,8 @@ class TestLocalCopies:
         assert read("sst2:train_sentences", data_dir=str(copies)).texts == ["fine"]
         assert read("goemotions:test", data_dir=copies).labels.nonzero()[1].tolist() == [0, 27]
         assert read("wildguardmix", data_dir=copies).labels.tolist() == [1], "names of labels do as well"
+        with pytest.raises(ProbeError, match="'response'"):
+            read("beavertails", data_dir=copies, prompt_column="prompt")
         rows = read("xstest", split="test", data_dir=copies)
         assert rows.texts == ["a"] and rows.labels.tolist() == [1] and rows.columns == {"type": ["x"]}
 

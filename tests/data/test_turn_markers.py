@@ -1,5 +1,6 @@
 """A head finds what users wrote in the ids, whatever the template, the system prompt and the white space."""
 
+import copy
 from functools import cache
 
 import pytest
@@ -186,6 +187,16 @@ def test_without_markers_the_whole_prompt_is_read(template):
     chat = [SYSTEM, user(ASK)]
     for scope in ("last_user", "user", "turns"):
         assert SYSTEM["content"] in read(template, chat, scope) and ASK in read(template, chat, scope)
+
+
+def test_a_template_that_begins_with_the_system_text():
+    tokenizer = copy.copy(chat_tokenizer("lines"))
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn['role'].upper() + ': ' if turn['role'] != 'system' }}{{ turn['content'] }}\n"
+        "{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    markers = PromptFormat(tokenizer).turn_markers
+    assert {"user", "assistant"} <= set(markers) and "system" not in markers
 
 
 @pytest.mark.parametrize("padding", [0, 1, 3])

@@ -104,6 +104,25 @@ def test_a_rate_means_whole_replies():
     assert report["label"] == "awful" and 0.5 < low < report["r_auc"] < high < 1 and "t_auc" not in report
 
 
+def test_few_harmless_replies_give_no_limits_where_there_are_none():
+    followed, labels = replies(3, harmless=2, harmful=8)
+    largest = torch.stack([logits[logits[:, 1].argmax()] for logits in followed])
+    config = CONFIG.replace(thresholds={"fpr-5%": 0.5}, threshold=0.5)
+    report = reply_report(config, followed, labels)
+    assert len(largest) == 10 and report["thresholds"]["fpr-5%"]["intervals"]["detected"][0] >= 0
+
+
+def test_replies_whose_label_nobody_knows_do_not_count():
+    followed, labels = replies(3, harmless=40, harmful=20)
+    config = make_probe(token_scope="response", problem_type="multi_label_classification", num_labels=2).config
+    known = np.stack([1 - labels, labels], axis=1).astype("float32")
+    unknown = [torch.tensor([[0.0, 30.0]] * 5)] * 50
+    rules = halting_rules(config, followed, known)
+    more = np.concatenate([known, np.full((50, 2), np.nan, "float32")])
+    assert halting_rules(config, followed + unknown, more) == rules
+    assert apply_rules(config, rules, followed + unknown, more) == apply_rules(config, rules, followed, known)
+
+
 def test_tokens_of_spans_are_ranked_against_all_others():
     texts = ["Mix", " the", " acid", "."]
     marked = [span_mask(texts, [{"start": 8, "end": 12}]), span_mask(texts, [])]

@@ -62,6 +62,17 @@ def test_a_log_is_compared():
     assert alike["novelty"]["far"] < 0.1 < other["novelty"]["far"]
     assert alike["novelty"]["median"] < other["novelty"]["median"]
     assert set(alike["labels"]) == {"no", "yes"} and not alike["labels"]["yes"]["changed"]
+    later = probe.config.replace(threshold=0.999, flagged=["yes"])
+    logits, novelty = predict_rows(probe, dataset(100, 2))
+    assert compare_log(later, reference, logits, novelty, top=5) == alike, "shares are those at the threshold of then"
+    old = {name: value for name, value in reference.items() if name != "threshold"}
+    assert "labels" not in compare_log(later.replace(thresholds={"fpr-1%": 0.999}), old, logits, novelty)
+    renamed = compare_log(probe.config.replace(id2label={0: "no", 1: "oh"}), reference, logits, novelty)
+    assert list(renamed["labels"]) == ["no"] and "expected" not in renamed["scores"]["oh"]
+    unread = torch.cat([torch.tensor([torch.nan] * 2), novelty])
+    log = compare_log(probe.config, reference, torch.cat([logits[:2], logits]), unread, top=5)
+    assert [row["row"] - 2 for row in log["worth_labelling"]] == [row["row"] for row in alike["worth_labelling"]]
+    assert log["rows"] == 100 and log["novelty"] == alike["novelty"]
     worth = [row["novelty"] + row["unsure"] for row in other["worth_labelling"]]
     assert len(worth) == 5 and worth == sorted(worth, reverse=True)
 

@@ -106,6 +106,8 @@ def scores_of(page):
 
 def test_the_scores_of_each_kind_of_problem():
     assert scores_of(reading_page(make_reading(TOKENS, threshold=0.6))) == [["75.0%", "25.0%"], ["60.0"]]
+    page = reading_page(make_reading(TOKENS, threshold=0.3, flagged=["no"]))
+    assert "“no” is given from" in page and "else “yes”" in page
     value = {"problem_type": "regression", "id2label": {0: "score"}}
     page = reading_page(make_reading(TOKENS, 0, [-1.5], {"score": -1.5}, **value))
     assert scores_of(page) == [["-1.5"], []] and "<h1>score -1.5</h1>" in page

@@ -152,6 +152,11 @@ def test_heads_of_other_formats_score_as_they_do_alone(tmp_path, backbone_folder
         ([{"body": "a"}], {}, "no column 'text'"),
         ([{"text": "whole"}, {"text": "half \ud83d"}], {}, "row 1: text"),
         ([{"text": None, "id": 1}] * 1000 + [{"id": "two"}], {"keep_columns": ["id"]}, "column 'id'"),
+        (
+            [{"text": "a", "id": 1}] * 1000 + [{"text": "a", "id": 2.9}],
+            {"keep_columns": ["id"]},
+            "column 'id'.*fraction",
+        ),
         ([{"text": "a", "row": 1}], {"keep_columns": ["row"]}, "keep_columns.* row"),
         ([{"text": "a"}], {"chunk_rows": 0}, "chunk_rows=0"),
         ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], {"prompt_column": "ask"}, "row 1: text"),
@@ -161,6 +166,12 @@ def test_heads_of_other_formats_score_as_they_do_alone(tmp_path, backbone_folder
 def test_rows_and_columns_that_are_refused(tmp_path, heads, run, rows, changes, words):
     with pytest.raises(ProbeError, match=words):
         run(write(tmp_path / "a.jsonl", rows), probes=heads[:1], **{"chunk_rows": 1000, **changes})
+
+
+def test_a_column_that_begins_with_nothing_is_text(tmp_path, heads, run):
+    rows = [{"text": "a", "of": None}] * 300 + [{"text": [], "of": 2.5}, {"text": "a", "of": 3}]
+    run(write(tmp_path / "a.jsonl", rows), probes=heads[:1], keep_columns=["of"], chunk_rows=1000)
+    assert [row["of"] for row in read(tmp_path / "out")][299:] == [None, "2.5", "3"]
 
 
 def test_what_is_done_stays_and_the_rest_is_done(tmp_path, run):

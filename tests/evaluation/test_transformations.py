@@ -1,5 +1,7 @@
 """What stands around a text, and how it is spelled, may change a head's label: a table says how often it does."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import make_lm, make_probe, make_tokenizer
@@ -112,6 +114,12 @@ def test_harmless_rows_and_baselines_are_counted_too(prompts, monkeypatch):
 def test_nothing_to_transform(prompts, changes):
     with pytest.raises(ProbeError, match="attacks"):
         kept_labels(make_head(prompts, **changes), make_rows(), prompts, ["attacks"])
+
+
+def test_chats_are_not_transformed(prompts):
+    chats = [[{"role": "user", "content": text}] for text in make_rows().texts]
+    with pytest.raises(ProbeError, match="not chats"):
+        kept_labels(make_head(prompts), replace(make_rows(), texts=chats), prompts, ["attacks"])
 
 
 def test_what_a_tool_returns_is_put_into_documents_and_no_turn_of_a_user():

@@ -49,6 +49,16 @@ def test_each_head_reads_its_own_format(model, monkeypatch):
     assert list(model.classify(TEXTS, tokenizer=TOKENIZER, probes="raw")) == ["raw"]
 
 
+@pytest.mark.parametrize("names", [("tool", "user"), ("user", "tool")])
+def test_a_text_is_the_users_and_a_tools_for_heads_that_read_these(model, names):
+    for name in names:
+        model.add_probe(name, make_probe(token_scope=name, **fields()))
+    outputs = model.classify(TEXTS, tokenizer=TOKENIZER)
+    for name in names:
+        torch.testing.assert_close(outputs[name].logits, alone(model, name, TEXTS), atol=1e-5, rtol=1e-4)
+    assert len(outputs["tool"].logits.unique(dim=0)) == len(outputs["user"].logits.unique(dim=0)) == len(TEXTS)
+
+
 def test_a_start_that_no_head_reads_runs_once(model):
     texts = [f"text {number:02}" for number in range(12)]
     probe = model.add_probe("a", make_probe(token_scope="content", **fields()))

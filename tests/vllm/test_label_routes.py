@@ -140,7 +140,7 @@ def test_input_without_a_score_is_an_error(serve):
 
 
 def test_headers_of_other_middleware_stay(serve):
-    post, engine = serve(("guard",))
+    post, _ = serve(("guard",))
     plain, said = post("/v1/completions"), post(MODERATIONS, input="a")
     assert said.headers["x-request-id"] == plain.headers["x-request-id"] == "7"
     assert int(said.headers["content-length"]) == len(said.content) != len(plain.content)

@@ -52,7 +52,8 @@ def drift(
     from ..evaluation.prediction import predict_rows
 
     texts = _texts(input, text_column, max_text)
-    rows = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int)).tolist()
+    places = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int))
+    rows = np.array(list(texts))[places].tolist()
     scored.attach()
     logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]))
     report = compare_log(head.config, reference, logits, novelty, top)
@@ -66,14 +67,16 @@ def drift(
     return report, partial(_print, probe, report, output)
 
 
-def _texts(patterns: list[str], text_column: str, max_text: int) -> list[Text]:
-    """Return the texts of all files in their order; rows without one are skipped."""
-    texts: list[Text] = []
+def _texts(patterns: list[str], text_column: str, max_text: int) -> dict[int, Text]:
+    """Return the texts of all files in their order, by the number of their row; rows without one are skipped."""
+    texts, rows = dict[int, Text](), 0
     for file in InputFile.find(patterns, max_text):
         if text_column not in (fields := file.fields()):
             raise ProbeError(f"{file.path} has no column {text_column!r}; it has: {', '.join(fields) or 'none'}")
         for chunk in file.chunks([text_column], 2048, lambda _number: True):
-            texts += [text for text in chunk.columns[text_column] if text and is_text(text)]
+            column = enumerate(chunk.columns[text_column], rows)
+            texts |= {row: text for row, text in column if text and is_text(text)}
+            rows += len(chunk)
     if not texts:
         raise ProbeError(f"--input {', '.join(patterns)} holds no texts in the column {text_column!r}")
     return texts
@@ -90,5 +93,5 @@ def _print(probe: str, report: JSON, output: Path | None) -> None:
 
 
 def _shorten(text: Text) -> str:
-    words = " ".join(str(text if isinstance(text, str) else text[-1]["content"]).split())
+    words = " ".join(str(text if isinstance(text, str) else text[-1].get("content")).split())
     return words if len(words) <= _SHOWN else f"{words[:_SHOWN]} ..."

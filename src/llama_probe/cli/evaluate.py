@@ -99,7 +99,9 @@ def evaluate(
             tokenizer, spans = scored.prompts.tokenizer, labelled.columns.get("spans")
             pairs = zip(dataset.prompts, dataset.reply_lengths, strict=True)
             replies = [token_texts(tokenizer, row[-n:]) for row, n in pairs] if spans else []
-            marked = [detection.span_mask(texts, parts) for texts, parts in zip(replies, spans or (), strict=True)]
+            marked = [
+                detection.span_mask(texts, parts or ()) for texts, parts in zip(replies, spans or (), strict=True)
+            ]
             measured = detection.reply_report(head.config, followed, labelled.labels, marked or None, bootstrap)
             result["replies"] = measured
         if others:

@@ -56,8 +56,9 @@ def generate(
             print_text(str(rule))
     abstain_levels(abstain_at, configs)  # raises
     model, tokenizer = loading.attach(heads, probe[0])
-    # A prompt that gets a reply stays whole.
-    prompt_format = PromptFormat.from_config(next(iter(configs.values())).replace(max_length=None), tokenizer)
+    # A prompt that gets a reply stays whole, and is the user's if any head reads what users say.
+    config = min(configs.values(), key=lambda config: config.token_scope == "tool").replace(max_length=None)
+    prompt_format = PromptFormat.from_config(config, tokenizer)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "abstain_at": abstain_at}
     if rules:
         options |= {"halt_on": rules, "halt_reply": halt_reply}

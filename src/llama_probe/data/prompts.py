@@ -295,9 +295,10 @@ def split_reply(text: Text) -> tuple[Chat, str]:
     """Return the messages before the assistant's last turn, and its content."""
     _check_text(text)
     *before, last = as_chat(text)
-    if not before or last["role"] != "assistant" or not str(last["content"]).strip():
+    content = last.get("content")  # none if it calls a tool
+    if not before or last["role"] != "assistant" or not isinstance(content, str) or not content.strip():
         raise ProbeError(f"a head of replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}")
-    return before, last["content"]
+    return before, content
 
 
 def is_text(value: object) -> TypeGuard[Text]:

@@ -169,7 +169,7 @@ class InputFile:
 
     def _read_csv(self) -> Iterator[Row]:
         csv.field_size_limit(self.max_text * _CHUNK_TEXTS)
-        reader = csv.DictReader(self._lines(), delimiter="\t" if self.kind == "tsv" else ",")
+        reader = csv.DictReader(self._lines(), delimiter="\t" if self.kind == "tsv" else ",", strict=True)
         _check_names(reader.fieldnames or ())
         for row in reader:
             if any(row.pop(None, ())):

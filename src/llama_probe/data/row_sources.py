@@ -171,7 +171,7 @@ class Source:
         if data_dir is None or not {"text", "label"} <= columns.keys():
             columns = benchmark.convert(columns)
         if self.prompt_column is not None:
-            columns["text"] = columns.pop(benchmark.exchange[1])
+            columns["text"] = find_column(self.rows, columns, benchmark.exchange[1])
         return columns, Labels(names=benchmark.label_names, flagged=benchmark.flagged and [benchmark.flagged])
 
     def _select_rows(self, columns: Columns, stated: Labels, skip_empty: bool) -> tuple[Columns, Labels]:
@@ -181,7 +181,11 @@ class Source:
             columns, stated = columns | {self.label_column: [self.label] * len(keep)}, Labels()
         texts, labels = (find_column(self.rows, columns, name) for name in (self.text_column, self.label_column))
         if skip_empty:
-            full = [row for row in keep if not is_empty(texts[row]) and labels[row] is not None]
+            prompts = texts if self.prompt_column is None else find_column(self.rows, columns, self.prompt_column)
+            is_full = [
+                not is_empty(text) and not is_empty(prompt) for text, prompt in zip(texts, prompts, strict=True)
+            ]
+            full = [row for row in keep if is_full[row] and labels[row] is not None]
             if len(full) < len(keep):
                 logger.warning(f"{len(keep) - len(full)} rows of {self.rows} without a text or a label are skipped")
             keep = full

@@ -90,7 +90,7 @@ def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) ->
 def _system_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) -> list[int]:
     ids = _behind_turns(_ids_before(render, [], "system", _ASKED)[0], ends)
     first = render(_ASKED, False)[0]
-    if ids[0] == first != user[0] and len(ids) > 1:
+    if len(ids) > 1 and ids[0] == first != user[0]:
         ids = ids[1:]
     # Behind the marker may follow the template's own text, with the date perhaps.
     return ids[: len(user)]

@@ -98,7 +98,7 @@ def halting_rules(
     for index, name in config.id2label.items():
         if config.problem_type == "regression" or config.flagged_index not in (None, index):
             continue
-        positives, scores = has_label(labels, index, config), _scores(config, validation, index)
+        scores, positives = _known_rows(config, validation, labels, index)
         if not 0 < positives.sum() < len(positives):
             continue
         rules = []
@@ -124,7 +124,7 @@ def apply_rules(
     for name, index in config.label2id.items():
         if name not in rules:
             continue
-        scored = _scores(config, followed, index), has_label(labels, index, config)
+        scored = _known_rows(config, followed, labels, index)
         tests = [
             detection(*scored, rule["threshold"], rule["patience"], rule.get("window", 1)) for rule in rules[name]
         ]
@@ -135,6 +135,15 @@ def apply_rules(
 def _detects_most(rule: JSON) -> tuple[float, float]:
     result = rule["validation"]
     return result["detected"], -(result["delay"]["median"] or 0)
+
+
+def _known_rows(
+    config: ProbeConfig, followed: Sequence[torch.Tensor], labels: np.ndarray, index: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return scores of a label, and which rows have it, of the rows of which that is known."""
+    known = np.ones(len(labels), bool) if labels.ndim == 1 else ~np.isnan(labels[:, index].astype(float))
+    scores = _scores(config, [followed[row] for row in np.flatnonzero(known)], index)
+    return scores, has_label(labels[known], index, config)
 
 
 def _scores(config: ProbeConfig, followed: Sequence[torch.Tensor], index: int) -> list[np.ndarray]:
@@ -202,7 +211,12 @@ def _limits(
 
     def measures(drawn: np.ndarray) -> list[float]:
         is_positive, is_halted, highest = positives[drawn], halted[drawn], largest[drawn]
-        flagged = is_halted if rate is None else highest > highest_unflagged(highest[~is_positive], rate)
+        if rate is None:
+            flagged = is_halted
+        elif is_positive.all():  # nothing tells its threshold
+            flagged = np.full(len(drawn), np.nan)
+        else:
+            flagged = highest > highest_unflagged(highest[~is_positive], rate)
         delays = read[drawn][is_halted & is_positive]
         parts = flagged[is_positive], is_halted[~is_positive], shown[drawn][is_positive]
         means = [part.mean() if len(part) else np.nan for part in parts]

@@ -36,8 +36,8 @@ def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset, logits: 
         logits (`[rows, num_labels]`, *optional*): of the validation rows.
 
     Returns:
-        What `results.json` keeps under `novelty`: `rows`: numbers of rows; `labels`: share of the validation rows with each label;
-        `scores`: quantiles 0, 10, ..., 100 % of each label's probability (regression: value).
+        What `results.json` keeps under `novelty`: `rows`: numbers of rows; `labels`: share of the validation rows with each label at
+        the head's `threshold`; `scores`: quantiles 0, 10, ..., 100 % of each label's probability (regression: value).
 
     Raises:
         ProbeError: the head cannot tell novelty, or there are too few rows.
@@ -55,7 +55,8 @@ def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset, logits: 
     held, own_logits = _mean_states(probe, validation)
     probe.set_novelty(Novelty.fit(probe.config, learned, held), settings)
     rows = {"train": len(train), "validation": len(validation)}
-    return {"rows": rows, **_summarize(probe.config, own_logits if logits is None else logits)}
+    summary = _summarize(probe.config, own_logits if logits is None else logits)
+    return {"rows": rows, "threshold": probe.config.threshold, **summary}
 
 
 def _places(dataset: Dataset) -> list[int]:
@@ -113,29 +114,43 @@ def compare_log(
 
     Args:
         config, reference: of the head, and what `fit_novelty` returned.
-        logits (`[rows, num_labels]`), novelty (`[rows]`): of the log's rows, in their order.
+        logits (`[rows, num_labels]`), novelty (`[rows]`): of the log's rows, in their order. Rows without a number for novelty
+            hold nothing that the head reads, and do not count.
         top: number of rows to name as most worth labelling.
 
     Returns:
         `rows`; `novelty`: `median`, `far` (share above 0.99, 1 % of validation rows) and its 95 % `interval`; `labels`: for each label
-        its `share` in the log, its 95 % `interval`, its `expected` share, and if the interval excludes that, `changed`;
+        its `share` in the log, its 95 % `interval`, its `expected` share, and if the interval excludes that, `changed`, at the
+        threshold of the expected one (none if that is not known);
         `scores`: for each label quantiles in the log and `expected` ones; `worth_labelling`: `row`, `novelty` and `unsure` of
         rows, the most useful ones first.
     """
+    places = (~novelty.isnan()).nonzero().flatten()
+    if not len(places):
+        raise ProbeError("the log has no row with something that the head reads")
+    logits, novelty = logits[places], novelty[places]
+    if "threshold" in reference:
+        config = config.replace(threshold=reference["threshold"])
     summary, rows, far = _summarize(config, logits), len(novelty), _far(novelty)
     far |= {"interval": share_interval(int((novelty > FAR).sum()), rows), "median": float(novelty.median())}
     comparison: JSON = {"rows": rows, "novelty": far}
-    for name, share in summary.get("labels", {}).items():
+    # Thresholds that were fitted later give other shares than those that were counted.
+    is_known = "threshold" in reference or not config.thresholds
+    for name, share in summary.get("labels", {}).items() if is_known else ():
+        if name not in reference["labels"]:  # it was renamed
+            continue
         low, high = share_interval(round(share * rows), rows)
         expected = reference["labels"][name]
         part = {"share": share, "interval": [low, high], "expected": expected, "changed": not low <= expected <= high}
         comparison.setdefault("labels", {})[name] = part
-    quantiles = summary["scores"].items()
-    comparison["scores"] = {name: {"found": part, "expected": reference["scores"][name]} for name, part in quantiles}
+    quantiles, expected = summary["scores"].items(), reference["scores"]
+    comparison["scores"] = {
+        name: {"found": part, **({"expected": expected[name]} if name in expected else {})} for name, part in quantiles
+    }
     unsure = _unsure(config, probabilities(logits.float(), config))
     order = (novelty.double() + unsure).argsort(descending=True, stable=True)[:top].tolist()
     comparison["worth_labelling"] = [
-        {"row": row, "novelty": float(novelty[row]), "unsure": float(unsure[row])} for row in order
+        {"row": int(places[row]), "novelty": float(novelty[row]), "unsure": float(unsure[row])} for row in order
     ]
     return comparison
 

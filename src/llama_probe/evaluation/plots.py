@@ -207,9 +207,10 @@ def drift_plot(config: ProbeConfig, logits: torch.Tensor, novelty: torch.Tensor,
     names, lines = list(config.id2label.values())[:_MAX_LINES], []
     for index, name in enumerate(names):
         lines += scores.plot(middle, [probs[group, index].mean() for group in groups])
-        levels = np.array(reference["scores"][name])  # the mean is that of the quantiles
-        expected = ((levels[1:] + levels[:-1]) / 2).mean()
-        scores.axhline(expected, color=lines[-1].get_color(), linestyle="--", linewidth=0.8)
+        if name in reference["scores"]:  # it was not renamed
+            levels = np.array(reference["scores"][name])  # the mean is that of the quantiles
+            expected = ((levels[1:] + levels[:-1]) / 2).mean()
+            scores.axhline(expected, color=lines[-1].get_color(), linestyle="--", linewidth=0.8)
     scores.set(ylabel="mean score", xlabel="row of the log")
     _name_lines(scores, lines, names)
     return explain(

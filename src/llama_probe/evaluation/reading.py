@@ -133,7 +133,7 @@ def read_weights(
             Reading(
                 head=head,
                 config=config,
-                text=text if isinstance(text, str) else str(text[-1]["content"]),
+                text=text if isinstance(text, str) else str(text[-1].get("content")),
                 tokens=token_texts(tokenizer, ids),
                 template=_template_mask(prompt_format, ids),
                 counted=token_mask(config, input_ids, None)[0].tolist(),

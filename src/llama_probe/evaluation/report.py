@@ -180,7 +180,7 @@ def asked(
     """
     index = config.need_flagged_index("asked")
     threshold = threshold_of(config, index)
-    threshold = 0.5 if threshold is None else threshold
+    threshold = np.clip(0.5 if threshold is None else threshold, 1e-12, 1 - 1e-12)
     distance = log_odds(logits.float(), config)[:, index].numpy() - np.log(threshold / (1 - threshold))
     scores = probabilities(logits.float(), config)[:, index].numpy()
     judged = labels if verdicts is None else verdicts

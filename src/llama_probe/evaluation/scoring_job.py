@@ -211,7 +211,7 @@ class ScoringJob:
             return chunk.columns[name]
 
         if self.prompt_column is None:
-            return check(self.text_column, is_text, "a text or chat messages")
+            return check(self.text_column, lambda value: value == [] or is_text(value), "a text or chat messages")
         replies = check(self.text_column, lambda value: isinstance(value, str), "a text")
         prompts = check(self.prompt_column, lambda value: value == [] or is_text(value), "a text or chat messages")
         pairs = zip(prompts, replies, strict=True)
@@ -265,9 +265,11 @@ def _is_blank(text: Text | None) -> bool:
 
 def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[object]) -> pa.Array:
     if column.type == pa.string():
-        # Whole numbers of more than 64 bits in json lines are kept as texts.
-        values = [str(value) if type(value) is int else value for value in values]
+        # Whole numbers of more than 64 bits in json lines are kept as texts, and so is a column that begins with none.
+        values = [str(value) if type(value) in (int, float) else value for value in values]
     try:
+        if pa.types.is_integer(column.type) and any(isinstance(value, float) and value % 1 for value in values):
+            raise ValueError("it has a fraction")  # pyarrow would cut it off
         return pa.array(values, column.type)
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         reason = f"must be {column.type} as in the first file: {first_line(error)}"

@@ -258,6 +258,8 @@ def _plain_labels(
 ) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Return texts, their labels from the head, and the places of those that count and of those that are harmless."""
     places = [place for place, text in enumerate(rows.texts) if isinstance(text, str)]
+    if not places:
+        raise ProbeError("wrappings and attacks need rows that are texts, not chats")
     texts, truth = [rows.texts[place] for place in places], rows.labels[places]
     labels = label(texts)
     has_label, gets_label = _are_flagged(truth, flagged), _are_flagged(labels, flagged)

@@ -42,7 +42,7 @@ def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
     """Return the names of heads in groups. All heads of a group read a text as the same tokens."""
     groups: dict[tuple, list[str]] = {}
     for name, config in configs.items():
-        reads = config.token_scope if config.reads_reply else None
+        reads = config.token_scope if config.reads_reply or config.token_scope == "tool" else None
         groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
     return list(groups.values())
 
