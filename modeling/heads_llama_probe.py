@@ -355,7 +355,8 @@ class GateAggregator(Aggregator):
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         shares = self._shares(x, mask, slots)
-        total = torch.matmul(shares.to(x.dtype).unsqueeze(2), x).squeeze(2).float()  # [S, B, D]
+        small = (shares / 256).to(x.dtype).unsqueeze(2)  # else the sum of a long prompt passes the range of fp16
+        total = torch.matmul(small, x).squeeze(2).float() * 256  # [S, B, D]
         norm = shares.sum(dim=2)  # [S, B]
         return (total, norm) if state is None else (state[0] + total, state[1] + norm)
 
@@ -734,13 +735,15 @@ class AttentionAggregator(LowRankAggregator):
         # Slots beside the heads, [B, S * heads, n, ...]: one mask a row serves them all.
         qkv = self.project(x, slots).view(slot_count, batch, items, 3, self.num_heads, -1)
         query, key, value = qkv.permute(3, 1, 0, 4, 2, 5).flatten(2, 3).unbind(0)
+        is_whole = mask is None and state is None  # needs no mask [B, N, N]
         mask = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
         valid = mask
         if state is not None:
             old_key, old_value = (part.transpose(0, 1).flatten(1, 2) for part in state[:2])
             key, value = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
             valid = torch.cat([state[2][0], mask], dim=1)  # [B, N]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=_earlier(valid, items)[:, None])
+        earlier = None if is_whole else _earlier(valid, items)[:, None]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=earlier, is_causal=is_whole)
         mixed = mixed.unflatten(1, (slot_count, -1)).permute(1, 0, 3, 2, 4).flatten(3)  # [S, B, n, d_inner]
         weight = mask.to(mixed.dtype)
         if self.pool == "mean":

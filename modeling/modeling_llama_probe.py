@@ -33,7 +33,9 @@ from .heads_llama_probe import check_rows, join_slots, normalize, take_slots, to
 
 # Arguments of generate() that heads have in the package, and those under which a pass is not one over the prompt.
 _PACKAGE_ONLY = ("halt_reply", "on_probe_token", "probe_state", "abstain_at", "probe_mask")
-_OTHER_PASSES = ("inputs_embeds", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+_CACHES = ("cache", "past_key_values")
+_OTHER_PASSES = ("inputs_embeds", *_CACHES, "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+_METHODS = ("load_probe", "add_probe", "save_probe", "push_probe_to_hub", "set_active_probes", "disable_probes")
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _MOST_HELD = 2**24  # numbers in the hidden states that are held at once
 _INSIDE = threading.local()  # `generate` is true while it runs: forward() is then the plain one
@@ -304,14 +306,7 @@ class ProbedGenerationMixin:
         return loaded
 
     def __getattr__(self, name: str) -> Any:
-        if name in (
-            "load_probe",
-            "add_probe",
-            "save_probe",
-            "push_probe_to_hub",
-            "set_active_probes",
-            "disable_probes",
-        ):
+        if name in _METHODS:
             raise needs_package(name)
         return super().__getattr__(name)
 
@@ -330,7 +325,7 @@ class ProbedGenerationMixin:
         self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, *args, **kwargs
     ):
         """Run the LM. A pass over whole prompts, given as ids, has `probe_logits` in its output."""
-        past, plain = kwargs.get("past_key_values"), self._causal_lm_class.forward
+        past, plain = kwargs.get("cache", kwargs.get("past_key_values")), self._causal_lm_class.forward
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inside, has_past = getattr(_INSIDE, "generate", False), past is not None and past.get_seq_length()
         if inside or has_past or not self.probes or input_ids is None or args:
@@ -364,7 +359,10 @@ class ProbedGenerationMixin:
                 raise ProbeError("halt_on needs a head, probe=NAME in from_pretrained, and return_dict_in_generate")
             return super().generate(inputs, generation_config, **kwargs)
         settings = generation_config or self.generation_config
-        ends, pad = (_ids(kwargs.get(name, getattr(settings, name))) for name in ("eos_token_id", "pad_token_id"))
+        ends, pad = (
+            _ids(kwargs.get(name), getattr(settings, name), getattr(self.generation_config, name))
+            for name in ("eos_token_id", "pad_token_id")
+        )
         mask = kwargs.get("attention_mask")
         if mask is None and pad and not set(pad) & set(ends):
             mask = inputs != pad[0]
@@ -427,8 +425,9 @@ class ProbedGenerationMixin:
         return HeadOutput(torch.cat(logits), config)
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
+def _ids(*values: int | list[int] | None) -> list[int]:
+    value = next((value for value in values if value is not None), [])
+    return value if isinstance(value, list) else [value]
 
 
 def __getattr__(name: str) -> type:

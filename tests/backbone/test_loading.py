@@ -1,5 +1,7 @@
 """Digests of an LM's weights, and GGUF files; tests/cli/test_demo.py loads the demo backbone, which is one."""
 
+import shutil
+
 import gguf
 import pytest
 import torch
@@ -27,6 +29,15 @@ class Packed(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return cls(args[0].numbers, args[0].scale)  # detached
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", None], ids=["pointer", "cut"])
+def test_damaged_weights_are_refused_in_one_line(backbone_folder, tmp_path, content):
+    shutil.copytree(backbone_folder, tmp_path / "lm")
+    weights = tmp_path / "lm" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ProbeError, match=r"cannot be loaded: [^\n]*$"):
+        load_backbone(str(tmp_path / "lm"))
 
 
 def test_a_digest_tells_weights_apart():

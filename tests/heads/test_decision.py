@@ -31,6 +31,13 @@ def test_multi_label():
     probs = probabilities(torch.tensor([[1.0, 1.0, -1.0], [-1.0, -1.0, -4.0]]), head)
     assert labels(probs, head) == [["a", "c"], []]
     assert labels(probs, head.replace(threshold=None)) == [["a", "b"], []]
+    fine = head.replace(threshold=[0.999, 0.999, 0.31])
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        probs = torch.tensor([[0.9991, 0.9985, 0.3105]], dtype=torch.float32)
+        assert labels(probs, fine) == [["a", "c"]]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])

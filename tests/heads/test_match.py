@@ -142,6 +142,13 @@ def test_the_fingerprint_explains_another_commit_and_a_local_folder_but_not_anot
     assert describe(lm, ProbeConfig(probe_type="gate")).base_model_name_or_path == "org/tiny"
 
 
+def test_the_fingerprint_explains_a_padded_vocabulary(lm):
+    config = described(lm)
+    lm.resize_token_embeddings(lm.config.vocab_size + 3)
+    assert verdicts(config, lm)["vocab_size"] == "explained"
+    assert verdicts(config.replace(fingerprint=None), lm)["vocab_size"] == "differs"
+
+
 def test_sizes(lm):
     config = match(lm, ProbeConfig(probe_type="gate"))
     assert (config.hidden_size, config.num_hidden_layers, config.base_model_type) == (HIDDEN, LAYERS, "llama")

@@ -36,6 +36,21 @@ def test_another_head_in_the_folder_takes_the_code_away(own_kind):
     assert not (own_kind / "probe_kind.py").exists()
 
 
+def test_the_code_is_that_which_was_imported(own_kind, tmp_path):
+    head = ProbeModel.from_pretrained(own_kind, trust_remote_code=True)
+    (own_kind / "probe_kind.py").write_text("changed")
+    assert (head.save_pretrained(tmp_path / "again") / "probe_kind.py").read_text() == CODE
+    (own_kind / "probe_kind.py").unlink()
+    assert (head.save_pretrained(tmp_path / "more") / "probe_kind.py").read_text() == CODE
+
+
+def test_two_kinds_of_one_name_are_refused(own_kind, tmp_path):
+    other = ProbeModel.from_pretrained(own_kind, trust_remote_code=True).save_pretrained(tmp_path / "other")
+    (other / "probe_kind.py").write_text(CODE.replace("masked_max(x, mask)", "masked_max(-x, mask)"))
+    with pytest.raises(ProbeError, match="other code"):
+        ProbeModel.from_pretrained(other, trust_remote_code=True)
+
+
 def test_refusals(tmp_path):
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "kinds.txt").write_text("")

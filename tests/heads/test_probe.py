@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.heads import probe_types, repeat_rows
+from llama_probe.heads.registry import get_probe_type
 
 
 KINDS = probe_types()
@@ -223,6 +224,15 @@ def expected_size(kind, layers, hidden, downcast, labels):
     if kind == "multimax":
         return (layers + 1) * 16 * (4 * (hidden + labels + 1) + 1) + labels
     return aggregators[kind] + hidden * labels + labels
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if get_probe_type(kind).reads_half])
+def test_a_long_prompt_in_half_precision_has_finite_scores(kind):
+    """A sum over its tokens would be larger than fp16 can say."""
+    stage = make_probe(probe_type=kind).token_stage
+    x = torch.full((LAYERS + 1, 1, 5000, HIDDEN), 20.0) + torch.randn(LAYERS + 1, 1, 5000, HIDDEN)
+    half, whole = (stage.result(stage.update(None, part, None, slice(None)), slice(None)) for part in (x.half(), x))
+    torch.testing.assert_close(half, whole, rtol=0.05, atol=0.3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

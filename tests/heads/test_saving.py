@@ -29,6 +29,7 @@ from llama_probe.hub.folder import (
     CONFIG_NAME,
     HEAD_FILES,
     PLOT_NAMES,
+    RECIPE_NAME,
     RESULTS_NAME,
     WEIGHTS_NAME,
     check_output,
@@ -70,11 +71,13 @@ def with_results(probe, number):
 def test_results_and_plots_of_another_head_are_removed(folder, caplog):
     measured = with_results(read_head(folder), 0)
     save_head(measured, folder)
-    (folder / PLOT_NAMES[0]).write_bytes(b"a plot")
+    kept = [folder / name for name in (PLOT_NAMES[0], RECIPE_NAME)]
+    for path in kept:
+        path.write_bytes(b"of the training")
     save_head(read_head(folder), folder)
-    assert read_head(folder).results == {"chosen_seed": 0} and (folder / PLOT_NAMES[0]).is_file(), "the same head"
+    assert read_head(folder).results == {"chosen_seed": 0} and all(path.is_file() for path in kept), "the same head"
     save_head(with_results(measured, 1), folder)
-    assert read_head(folder).results == {"chosen_seed": 1} and not (folder / PLOT_NAMES[0]).exists()
+    assert read_head(folder).results == {"chosen_seed": 1} and not any(path.exists() for path in kept)
     measured = with_results(read_head(folder), 0)
     measured.classifier.bias.data += 1
     assert read_head(save_head(measured, folder)).results is None and "after its results were measured" in caplog.text

@@ -19,6 +19,7 @@ from heads_runtime import heads_file
 from packaging.requirements import Requirement
 from repository import ROOT
 from tiny_families import tiny
+from transformers import DynamicCache, GenerationConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module, get_imports
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
@@ -35,6 +36,8 @@ FORMS = {
     "content": {"probe_type": "multimax", "token_scope": "content", "prefix_ids": [make_prompts()[1, 0].item()]},
     "topics": {"probe_type": "gate", "id2label": {0: "a", 1: "b", 2: "c"}, "problem_type": "multi_label_classification"},
     "length": {"probe_type": "gate", "id2label": {0: "n"}, "num_labels": 1, "problem_type": "regression"},
+    "old": {"id2label": {0: "no", 1: "yes"}, "threshold": 0.999},
+    "pair": {"id2label": {0: "no", 1: "yes"}},
     "guard": {"id2label": {0: "bad", 1: "fine"}, "flagged": ["bad"], "threshold": 0.4, "thresholds": {"all": 0.0}},
     **{scope: {"probe_type": "gate", "token_scope": scope, "turn_markers": TURNS} for scope in TURN_SCOPES},
 }  # fmt: skip
@@ -95,6 +98,8 @@ CALLS = {
     "halted by label": {"halt_on": {"topics": {"label": "b", "threshold": 0.5}}},
     "all halted": {"halt_on": {"guard": {"threshold": "all"}}},
     "as the head decides": {"halt_on": "guard"},
+    "without names": {"halt_on": "gate"},
+    "of two the second": {"halt_on": "old"},
 }
 
 
@@ -125,12 +130,21 @@ def test_classify_and_forward(models):
             torch.testing.assert_close(found[name].logits, output.logits, rtol=1e-6, atol=1e-6)
             assert found[name].labels == output.labels
     expected = package(ids, attention_mask=right).probe_logits
-    torch.testing.assert_close(runtime(ids, attention_mask=right).probe_logits, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(runtime(ids, attention_mask=right).probe_logits, expected, rtol=1e-5, atol=1e-6)
+    out = runtime(ids, use_cache=True)
+    assert "probe_logits" in out and "probe_logits" not in runtime(ids[:, -1:], cache=out["cache"])
     texts, tokenizer = ["Well done!", "I hate it."], make_tokenizer()
     names = [name for name in FORMS if name not in TURN_SCOPES]
     found, expected = (model.classify(texts, tokenizer=tokenizer, probes=names) for model in models)
     for name in names:
         torch.testing.assert_close(found[name].logits, expected[name].logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_config_without_token_ids_has_those_of_the_model(models):
+    ids, config = prompts(), GenerationConfig(max_new_tokens=2, do_sample=False)
+    ids[0, :2] = 0  # padding, of which no mask says anything
+    found, expected = (model.generate(ids, generation_config=config).probe_logits for model in models)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
@@ -168,11 +182,12 @@ NO_TOKEN = torch.zeros(3, 9, dtype=torch.long)
                 lambda model: model.generate(prompts(), halt_on=lambda outputs: []),
                 lambda model: model.generate(prompts(), halt_on={"guard": {"unsure": (0, 1)}}),
                 lambda model: model.generate(inputs_embeds=torch.zeros(1, 2, 32)),
+                lambda model: model.generate(prompts(), cache=DynamicCache()),
                 lambda model: type(model).from_pretrained("x", probe="alice/heads"),
             )
         ),
         ("no head 'god'", lambda model: model.generate(prompts(), halt_on="god")),
-        ("needs a label", lambda model: model.generate(prompts(), halt_on="gate")),
+        ("needs a label", lambda model: model.generate(prompts(), halt_on="pair")),
         ("no threshold 'low'", lambda model: model.generate(prompts(), halt_on={"guard": {"threshold": "low"}})),
         ("no head 'x'", lambda model: model.generate(prompts(), probes=["x"])),
         ("no token that a head reads", lambda model: model.classify(prompts(), NO_TOKEN)),

@@ -104,7 +104,7 @@ def collect_hidden_states(
         prefix: a KV cache from `prefill`, of tokens that come before every row. Not together with `attention_mask`.
 
     Returns:
-        One tensor `[B, T, D]` for each of `layers`, in their order and in the backbone's dtype.
+        One tensor `[B, T, D]` for each of `layers`, in their order, in the backbone's dtype and on the device of its end.
     """
     decoder = find_decoder(lm)
     device = decoder.input_device
@@ -115,7 +115,7 @@ def collect_hidden_states(
     with torch.no_grad(), capturing(decoder, states.__setitem__, layers, whole=False):
         decoder.run(input_ids=input_ids, attention_mask=attention_mask, cache=cache, use_cache=cache is not None)
     check_seen(layers, states)
-    return [states[layer] for layer in layers]
+    return [states[layer].to(decoder.device) for layer in layers]
 
 
 def prefill(lm: nn.Module, ids: Sequence[int]) -> transformers.Cache | None:

@@ -19,6 +19,7 @@ import transformers
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import repo_folder_name
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging
 
@@ -223,7 +224,13 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
 def _explained(name: str, path: str) -> Generator[None]:
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:  # the first if the package gguf is missing
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        ValueError,
+    ) as error:  # the first without the package gguf
         missing = "" if os.path.exists(path) else f" There is no folder {path!r} either."
         raise ProbeError(f"the backbone {name!r} cannot be loaded: {first_line(error)}{missing}") from error
 

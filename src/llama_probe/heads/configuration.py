@@ -18,7 +18,7 @@ from ..files import JSON, current_file, make_folder, settle, write_atomically
 from ..hub.folder import CODE_NAME, CONFIG_NAME, check_output, read_config_values
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
-from .registry import get_probe_type, import_kinds, probe_types
+from .registry import get_probe_type, import_kinds, kind_code, probe_types
 from .rules import (
     REPLY_SCOPES,
     UNKNOWN_FORMAT,
@@ -380,6 +380,10 @@ def read_config(folder: str | os.PathLike[str], trust_remote_code: bool = False)
         if not trust_remote_code:
             raise ProbeError(f"probe_type={kind!r} needs the code in {code}: read it, then trust_remote_code=True")
         import_kinds(code)
+    elif os.path.isfile(code) and kind_code(kind) not in (None, code.read_bytes()):
+        raise ProbeError(
+            f"probe_type={kind!r} has other code here than in {code}: give one of both kinds another name"
+        )
     try:
         config, unknown = ProbeConfig.from_dict(values)
     except ProbeError as error:

@@ -101,7 +101,7 @@ def predictions(probs: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
         return probs
     if config.problem_type == "multi_label_classification":
         thresholds = [threshold_of(config, index) for index in range(config.num_labels)]
-        return probs >= torch.as_tensor(thresholds, device=probs.device)
+        return probs >= torch.as_tensor(thresholds, dtype=probs.dtype, device=probs.device)
     flagged = config.flagged_index
     if flagged is not None and (threshold := threshold_of(config, flagged)) is not None:
         return torch.where(probs[:, flagged] >= threshold, flagged, 1 - flagged)

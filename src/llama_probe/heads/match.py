@@ -121,7 +121,8 @@ def compare(
         verdict = _verdict(recorded, actual, name)
         # Copies of one backbone may differ in these.
         local_copy = name == "base_model_name_or_path" and actual is not None and Path(actual).exists()
-        if verdict == "differs" and same_behaviour and (name in ("base_model_revision", *_PRECISION) or local_copy):
+        explained = ("base_model_revision", "vocab_size", *_PRECISION)  # a vocabulary may be padded
+        if verdict == "differs" and same_behaviour and (name in explained or local_copy):
             verdict = "explained"
         checks.append(Check(name, recorded, actual, verdict))
     if config.prompt_format == "chat" and tokenizer is not None:
@@ -153,7 +154,7 @@ def check_backbone(
     match(lm, config)
     check_states(lm)
     if config.token_scope in TURN_SCOPES and config.turn_markers is None and config.prompt_format == "chat":
-        logger.warning(f"head {name!r} reads the whole prompt: its chat template has no markers of turns")
+        logger.warning(f"head {name!r} reads all turns: its chat template has no markers of turns")
     checks = compare(config, lm, take_fingerprint=take_fingerprint)
     apart = next((check.actual for check in checks if check.guess == _ANOTHER), None)
     if alias is not None and apart is not None:

@@ -258,10 +258,11 @@ class ProbeModel(nn.Module):
             mask = self._checked(attention_mask if probe_mask is None else probe_mask, x.shape[1:3])
         else:
             raise ProbeError("give either input_ids (with a backbone) or hidden_states")
-        if reply_mask is None:
-            output = self.score(self.normalize(x), mask, output_attentions)
-        else:
-            output = self.score_replies(self.normalize(x), mask, reply_mask)
+        with _without_autocast(self.device):
+            if reply_mask is None:
+                output = self.score(self.normalize(x), mask, output_attentions)
+            else:
+                output = self.score_replies(self.normalize(x), mask, reply_mask)
         output.row_weights = row_weights
         if labels is not None:
             output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
@@ -330,11 +331,6 @@ class ProbeModel(nn.Module):
         output.token_logits, output.token_mask = members, counted
         return output
 
-    def pool(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the classifier's input, without dropout: `[batch, width]`. For the arguments see `forward`."""
-        summaries = self.token_stage(self.normalize(self._stack(hidden_states)), mask.to(self.device))  # [S, B, D]
-        return self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0]
-
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the states of the layers that the head reads, `[layers_read, batch, tokens, hidden_size]`."""
         layers, width, read = self.num_hidden_layers + 1, self.hidden_size, len(self.layer_indices)
@@ -347,7 +343,7 @@ class ProbeModel(nn.Module):
         if len(hidden_states) != layers or any(state.shape[2:] != (width,) for state in hidden_states):
             actual = f"{len(hidden_states)} tensors {[tuple(state.shape) for state in hidden_states[:2]]}..."
             raise ProbeError(f"hidden_states has {actual}; it must have {layers} tensors [batch, tokens, {width}]")
-        return torch.stack([hidden_states[layer] for layer in self.layer_indices])
+        return torch.stack([hidden_states[layer].to(self.device) for layer in self.layer_indices])
 
     # Groups of layers, while the LM runs
 

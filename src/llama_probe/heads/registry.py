@@ -7,8 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from ..errors import ProbeError
 Kind = TypeVar("Kind", bound=type)
 
 _PROBE_TYPES: dict[str, type[Any]] = {}
+_CODE: dict[str, bytes] = {}  # of imported files, by the name of their module
 # Kinds of earlier versions, with what is in their place.
 _GONE = {"muli": "a baseline of examples/paper"}
 
@@ -62,19 +62,19 @@ def import_kinds(path: str | os.PathLike[str]) -> None:
     path, before = Path(path), set(_PROBE_TYPES.values())
     if not path.is_file():
         raise ProbeError(f"{path} is not a file; give a Python file that registers a kind with register_probe_type")
-    # Each copy of this code, such as that of a Hub repository, has kinds of its own.
-    name = f"{path.stem}_{hashlib.sha256(__name__.encode() + path.read_bytes()).hexdigest()[:12]}"
+    code = path.read_bytes()
+    name = f"{path.stem}_{hashlib.sha256(code).hexdigest()[:12]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ProbeError(f"{path} is not a Python file: its name must end in .py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    _CODE[name] = code  # the file may change afterwards
     try:
-        with _as_package():
-            spec.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[name], _CODE[name]
         raise
     if set(_PROBE_TYPES.values()) == before:
         raise ProbeError(f"{path} registers no kind of head: decorate its class with register_probe_type")
@@ -83,23 +83,8 @@ def import_kinds(path: str | os.PathLike[str]) -> None:
 def kind_code(probe_type: str) -> bytes | None:
     """Return the source file of a kind from outside the package; None for the package's own and those typed into a session."""
     kind = get_probe_type(probe_type)
+    if kind.__module__ in _CODE:
+        return _CODE[kind.__module__]
     is_ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
     file = None if is_ours or kind.__module__ == "__main__" else inspect.getsourcefile(kind)
     return None if file is None else Path(file).read_bytes()
-
-
-@contextmanager
-def _as_package() -> Generator[None]:
-    """Let `from llama_probe.heads import ...` find this copy of the code, even in a Hub repository."""
-    if __name__ == "llama_probe.heads.registry":
-        yield
-        return
-    names = ("llama_probe", "llama_probe.heads")
-    installed = {name: sys.modules[name] for name in names if name in sys.modules}
-    sys.modules.update(dict.fromkeys(names, sys.modules[get_probe_type("gate").__module__]))
-    try:
-        yield
-    finally:
-        for name in names:
-            del sys.modules[name]
-        sys.modules.update(installed)

@@ -36,6 +36,7 @@ from ..hub.folder import (
     CONFIG_NAME,
     HEAD_FILES,
     PLOT_NAMES,
+    RECIPE_NAME,
     RESULTS_NAME,
     WEIGHTS_NAME,
     is_head_folder,
@@ -85,6 +86,7 @@ def save_head(
     if (code := kind_code(config.probe_type)) is not None:
         contents[CODE_NAME] = code
     plots: list[str] = []
+    kept = [CARD_NAME]
     if results is not None and config.weights_sha256 not in (None, digest):
         logger.warning("the head was trained after its results were measured: they are not saved with it")
         results = None
@@ -92,7 +94,8 @@ def save_head(
         contents[RESULTS_NAME] = (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode()
         if _is_same_training(folder, results):
             plots = [name for name in PLOT_NAMES if current_file(folder, name).is_file()]
-    kept = [*plots, CARD_NAME]
+            kept.append(RECIPE_NAME)
+    kept += plots
     with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
         if not has_own_card(folder):
             kept.remove(CARD_NAME)

@@ -271,7 +271,7 @@ class PromptReader:
 
     def _attended(self) -> torch.Tensor:
         mask = self._attention_mask
-        return torch.ones(self.prompts, self.length, dtype=torch.bool) if mask is None else mask.bool()
+        return torch.ones(self.prompts, self.length, dtype=torch.bool, device="cpu") if mask is None else mask.bool()
 
 
 def prompt_masks(
@@ -309,7 +309,9 @@ def prompt_masks(
         if tensor is not None and tensor.shape != shape:
             hint = "with a cache, pass all input_ids of the conversation"
             raise ProbeError(f"{name} has the shape {tuple(tensor.shape)}, the prompt {tuple(shape)}: {hint}")
-    attended = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    attended = (
+        attention_mask.bool() if attention_mask is not None else torch.ones(shape, dtype=torch.bool, device="cpu")
+    )
     if probe_mask is not None:
         chosen = probe_mask.bool() & attended
         for config in () if partial_prompt else configs.values():
@@ -317,7 +319,7 @@ def prompt_masks(
         return dict.fromkeys(configs, chosen)
     is_text = None
     if placeholder_ids and input_ids is not None:
-        is_text = ~torch.isin(input_ids, torch.tensor(placeholder_ids))
+        is_text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
     masks_by_scope: dict[str, torch.Tensor] = {}
     masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
