@@ -291,6 +291,17 @@ class TestHalting:
         assert out.probe_halts[0].token == 2 and (reply is None or out.sequences[0, 12:].tolist() == reply)
         assert_goes_on(model, out, cached=12)
 
+    def test_one_of_a_batch_midway(self, prompts):
+        """What was forced behind its end is no token of it: the halt reply stands there."""
+        model = of_kinds("pooling", "reply")
+        halting = {"on_probe_token": lambda scores: [False, scores.step == 1, False], "halt_reply": [5, 6]}
+        out = model.generate(prompts, max_new_tokens=5, probe_state=True, eos_token_id=2, **halting)
+        assert out.sequences[1, 11:13].tolist() == [5, 6]
+        new, seen = make_prompts(3, 3, seed=1), out.probe_state.attention_mask.long()
+        ids = torch.cat([out.sequences, new], 1)
+        mask = torch.cat([seen, torch.ones(3, ids.shape[1] - seen.shape[1], dtype=torch.long)], 1)
+        follow(model, out, ids, attention_mask=mask)
+
 
 def test_tokens_that_generate_takes_back(model):
     """On an accelerator stops are noticed one step late: the last pass is undone, in the cache too."""

@@ -55,6 +55,15 @@ def test_what_is_in_it(export, tmp_path):
     assert load_file(again / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
+def test_heads_that_were_saved_beside_the_backbone_stay_there(export, tmp_path):
+    AutoModelForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), {"own": toxic()}).save_pretrained(
+        tmp_path / "lm"
+    )
+    make_tokenizer().save_pretrained(tmp_path / "lm")
+    folder = export(tmp_path / "out", backbone=tmp_path / "lm")
+    assert AutoModelForCausalLM.from_pretrained(folder).config.to_dict().get("probe_heads") is None
+
+
 def test_the_card(export, tmp_path):
     """Labels come from data: whatever is in them, a head is one row of the table."""
     heads = {"toxic": toxic(base_model_name_or_path="org/tiny"), "mood": make_probe(1, id2label={0: "a|b", 1: "c d"})}

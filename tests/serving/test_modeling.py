@@ -2,11 +2,12 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import expected_logits, make_lm, make_probe, padded, probed
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_families import tiny
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
@@ -103,6 +104,25 @@ class TestSavingTheBackbone:
         assert not hasattr(model.config, "probe_heads")
         loaded.save_pretrained(tmp_path / "again", save_probes=False)
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) is LlamaForCausalLM
+
+    def test_an_adapter_brings_the_heads_of_its_backbone(self, model, prompts, tmp_path):
+        model.save_pretrained(tmp_path / "guarded")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "guarded", probe=[])
+        get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "lora", probe_strict=True)
+        torch.testing.assert_close(loaded(prompts).probe_logits, model(prompts).probe_logits)
+
+    def test_heads_that_are_listed_and_missing(self, model, tmp_path):
+        model.save_pretrained(tmp_path)
+        shutil.rmtree(tmp_path / "probes" / "a")
+        with pytest.raises(ProbeError, match=r"probe=\[\]"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path, probe=[]).active_probes == []
+
+    def test_a_pull_request_with_heads_is_refused_before_anything_is_written(self, model, tmp_path):
+        with pytest.raises(ProbeError, match="create_pr"):
+            model.save_pretrained(tmp_path / "new", push_to_hub=True, create_pr=True)
+        assert not (tmp_path / "new").exists()
 
     def test_heads_know_the_backbone_under_its_new_name(self, lm, token):
         lm.config._name_or_path = "org/tiny"

@@ -53,6 +53,9 @@ def test_halted_prompts(batch_size):
     for (result,) in pipe(TEXTS, batch_size=batch_size, **halting, **GREEDY):
         assert result["generated_text"] == refusal and result["halted"]["head"] == "toxic"
         assert result["halted"]["score"] == pytest.approx(result["probes"]["toxic"]["scores"]["toxic"], abs=1e-6)
+    assert pipe(TEXTS[0], batch_size=batch_size, output_scores=True, **halting, **GREEDY)[0]["halted"]
+    asking = {"toxic": {"unsure": (0.0, 1.0), "ask": lambda texts: [text == TEXTS[0] for text in texts]}}
+    assert [bool(record[0]["halted"]) for record in pipe(TEXTS[:2], halt_on=asking, **GREEDY)] == [True, False]
     (free,) = pipe(TEXTS[0], halt_on={"toxic": {"threshold": 1.0}}, **GREEDY)
     assert free["halted"] is None and "halted" not in pipe(TEXTS[0], **GREEDY)[0]
 
@@ -200,13 +203,10 @@ def test_loaded_models(repository):
 
 
 def test_saving(repository, tmp_path):
-    """Also from a config in which pipeline() has left the classes of a repository's own pipeline."""
     pipe = pipeline(TASK, model=str(repository), probe="toxic")
-    pipe.model.config.custom_pipelines = {TASK: {"impl": "x.Y", "pt": (AutoModelForCausalLM,)}}
     pipeline(TASK, model=pipe.model, tokenizer=pipe.tokenizer).save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("*.py"))
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert saved["custom_pipelines"][TASK]["pt"] == ["AutoModelForCausalLM"]
     assert saved["architectures"] == ["LlamaForCausalLM"]
     again = pipeline("text-generation", model=str(tmp_path / "saved"))
     assert again(TEXTS[0], **GREEDY)[0]["generated_text"] == pipe(TEXTS[0], **GREEDY)[0]["generated_text"]

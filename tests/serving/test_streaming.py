@@ -87,6 +87,15 @@ def test_a_prompt_that_is_halted(model):
     assert recorder.reply == [5, 6] == out.sequences[0, 9:].tolist() and recorder.ended == 1
 
 
+@pytest.mark.parametrize("kwargs", [{"halt_on": "nobody"}, {"halt_on": {"guard": {"threshold": 2}}}, {"probe_state": 1}])
+def test_the_stream_of_a_call_that_is_refused_ends(model, prompts, kwargs):
+    """A reader in another thread waits for the end."""
+    recorder = Recorder()
+    with pytest.raises(ProbeError):
+        model.generate(prompts[:1], streamer=recorder, **kwargs)
+    assert recorder.ended == 1 and recorder.reply == []
+
+
 def test_refusals(model, prompts):
     with pytest.raises(ProbeError, match="tokens=-1"):
         HoldBackStreamer(Recorder(), -1)

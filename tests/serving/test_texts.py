@@ -5,12 +5,14 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_tokenizer
+from conftest import make_lm, make_probe, make_tokenizer, with_novelty
+from datasets import Dataset
 from transformers.utils import logging
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.serving import texts as module
+from llama_probe.serving.pipeline import ProbedTextClassificationPipeline
 
 
 TOKENIZER = make_tokenizer()
@@ -71,6 +73,25 @@ def test_a_start_that_no_head_reads_runs_once(model):
     start = len(probe.config.prefix_ids)
     whole = PromptFormat.from_config(probe.config, TOKENIZER).batch(texts)["input_ids"].shape[1]
     assert ran == [(1, start), (12, whole - start)]
+
+
+def test_many_texts_are_read_in_parts(model, monkeypatch):
+    model.add_probe("a", with_novelty(make_probe(**fields())))
+    whole = model.classify(TEXTS * 3, tokenizer=TOKENIZER)["a"]
+    monkeypatch.setattr(module, "_TEXTS", 5)
+    parts = model.classify(TEXTS * 3, tokenizer=TOKENIZER)["a"]
+    torch.testing.assert_close(parts.logits, whole.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(parts.novelty, whole.novelty, atol=1e-4, rtol=1e-4)
+
+
+def test_a_column_of_datasets(model):
+    model.add_probe("a", make_probe(**fields()))
+    column = Dataset.from_dict({"text": TEXTS})["text"]
+    assert torch.equal(*(model.classify(texts, tokenizer=TOKENIZER)["a"].logits for texts in (column, TEXTS)))
+    pipe = ProbedTextClassificationPipeline(model, TOKENIZER)
+    assert pipe(column) == pipe(TEXTS)
+    with pytest.raises(ProbeError, match="texts or chats"):
+        pipe(7)
 
 
 def test_one_text_one_chat_and_an_array(model):

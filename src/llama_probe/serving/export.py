@@ -23,6 +23,7 @@ from ..hub.card import card_template, write_card
 from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, list_heads, read_results
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import HubReference, commit_files
+from .host import SAVED_HEADS
 
 
 logger = logging.get_logger(__name__)
@@ -54,8 +55,8 @@ def export_repository(
 ) -> Path:
     """Write a repository that `AutoModel.from_pretrained(folder, probe="name", trust_remote_code=True)` loads.
 
-    Loading it needs transformers, torch and safetensors. Without `probe=` it is the plain backbone. Heads that follow replies, and
-    those of a kind from outside the package, run with the package alone.
+    Loading it needs transformers, torch and safetensors. Without `probe=` it is the plain backbone. Heads that follow replies or read
+    tool results, and those of a kind from outside the package, run with the package alone.
 
     Args:
         backbone: `"demo"`, a folder or a Hub id.
@@ -104,6 +105,7 @@ def export_repository(
             hide_local_path(head.save_pretrained(repository / name))
             write_card(repository / name, source=f"{repo_id}:{name}" if repo_id else None)
         config = json.loads((repository / _CONFIG_NAME).read_text(encoding="utf-8"))
+        config.pop(SAVED_HEADS, None)  # the heads here are those of `heads`
         config["auto_map"] = auto_map(lm.config.model_type)
         if base_model is not None:
             config["base_model_name_or_path"] = base_model
@@ -178,8 +180,9 @@ def _card(
     rows: list[dict[str, Any]] = []
     for head in heads:
         config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
-        alone = not config.reads_reply and not (repository / head / CODE_NAME).is_file()
-        rows.append({"name": head, "config": config, "facts": facts, "alone": alone})
+        has_code = (repository / head / CODE_NAME).is_file()
+        alone = not (has_code or config.reads_reply or config.token_scope == "tool")
+        rows.append({"name": head, "config": config, "facts": facts, "alone": alone, "has_code": has_code})
     chat = bool(tokenizer.chat_template) and rows[0]["config"].prompt_format != "raw"
     values = {"metadata": metadata.to_yaml(), "heads": rows, "base": base_model, "name": name, "chat": chat}
     return card_template(_CARD).render(**values, version=package_version()) + "\n"

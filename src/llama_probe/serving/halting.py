@@ -173,7 +173,7 @@ class Window:
     """The last tokens of one reply, for a rule with a `window`."""
 
     def __init__(self, rule: HaltRule):
-        without = torch.ones(rule.config.num_labels)
+        without = torch.ones(rule.config.num_labels, device="cpu")
         without[rule.index] = 0
         self._probs = deque([without] * rule.window, maxlen=rule.window)
 

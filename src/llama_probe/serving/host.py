@@ -34,6 +34,8 @@ ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 _CHANGING = threading.RLock()
 
 _HUB_KEYS = ("token", "private", "revision")
+# Arguments of an upload that `save_pretrained(push_to_hub=True)` takes as well.
+_PUSH_KEYS = ("repo_id", *_HUB_KEYS, "commit_message", "commit_description", "create_pr", "tags")
 
 
 if TYPE_CHECKING:
@@ -185,7 +187,8 @@ class ProbeHostMixin(CausalLM):
             state_dict = {key: tensor for key, tensor in state_dict.items() if not key.startswith("probes.")}
         heads = self._heads if save_probes else {}
         push = kwargs.pop("push_to_hub", False)
-        hub = {name: kwargs.pop(name) for name in ("repo_id", *_HUB_KEYS) if push and name in kwargs}
+        hub = {name: kwargs.pop(name) for name in _PUSH_KEYS if push and name in kwargs}
+        _check_pull_request(heads, hub)
         self._without_probes(heads).save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         for name, head in heads.items() if is_main_process else ():
             head.save_pretrained(Path(save_directory) / PROBES_FOLDER / name)
@@ -199,8 +202,7 @@ class ProbeHostMixin(CausalLM):
             ProbeError: `create_pr` without `save_probes=False`, or the Hub refused a head.
         """
         heads = self._heads if save_probes else {}
-        if heads and kwargs.get("create_pr"):
-            raise ProbeError("create_pr=True needs save_probes=False: each head is a commit of its own")
+        _check_pull_request(heads, kwargs)
         for name, head in heads.items():
             options = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
             head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **options)
@@ -361,9 +363,19 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
     """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`, and that its config lists."""
     names = getattr(config, SAVED_HEADS, None) or []
     inside = "/".join(filter(None, [kwargs.get("subfolder"), PROBES_FOLDER]))
+    place = getattr(config, "_name_or_path", None) or place  # of an adapter, its backbone
     local = Path(place).is_dir()
     heads = {check_name(name): Path(place, inside, name) if local else f"{place}:{inside}/{name}" for name in names}
+    if missing := [path for path in heads.values() if local and not os.path.isdir(path)]:
+        raise ProbeError(
+            f"{place} lists the heads {', '.join(heads)}, and {missing[0]} is missing: probe=[] loads none"
+        )
     return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
+
+
+def _check_pull_request(heads: Mapping[str, ProbeModel], options: Mapping[str, Any]) -> None:
+    if heads and options.get("create_pr"):
+        raise ProbeError("create_pr=True needs save_probes=False: each head is a commit of its own")
 
 
 def place_of_model(place: Any, kwargs: Mapping[str, Any]) -> Any:

@@ -23,7 +23,16 @@ from ..heads.probe import ProbeModel
 from .host import ProbeHostMixin, ProbeSpec, change_class, load_with_heads, model_of, read_heads
 from .outputs import ProbeCache, ProbedOutputMixin, asks_for_state, refuse_without_heads, with_results
 from .reader import PromptReader
-from .session import HEAD_ARGUMENTS, PAGED, GenerateCall, ProbedSession, generate_session, is_inner_call, session_of
+from .session import (
+    HEAD_ARGUMENTS,
+    PAGED,
+    GenerateCall,
+    ProbedSession,
+    end_stream,
+    generate_session,
+    is_inner_call,
+    session_of,
+)
 from .texts import as_texts, classify_texts
 
 
@@ -337,7 +346,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
         # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
         inner = is_inner_call(self) and all(value is None for value in asked.values())
         probes = asked.pop("probes")
-        return generate_session(call, {} if inner else self._active_heads(probes), **asked).run()
+        try:
+            return generate_session(call, {} if inner else self._active_heads(probes), **asked).run()
+        except BaseException:
+            end_stream(call.kwargs.get("streamer"))
+            raise
 
     def init_continuous_batching(self, *args, **kwargs):
         """Start continuous batching, without heads: they cannot read its paged passes."""

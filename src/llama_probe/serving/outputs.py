@@ -47,8 +47,8 @@ class TokenScores:
 
     Attributes:
         step: index of the token in the reply, from 0.
-        outputs: by head name; logits `[rows, num_labels]`, NaN if the token does not count. A row is a prompt, or one of
-            its return sequences.
+        outputs: by head name; logits `[rows, num_labels]`, NaN if the token does not count: then `labels` raises. A row is a
+            prompt, or one of its return sequences.
         counted (`torch.BoolTensor` of shape `[rows]`): false for padding and after the end of a reply.
     """
 
@@ -251,7 +251,7 @@ class ProbeCache:
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows whose indices are given, in place, as `DynamicCache.batch_select_indices` does."""
-        rows = torch.arange(self.batch_size)[indices.cpu()]
+        rows = torch.arange(self.batch_size, device="cpu")[indices.cpu()]
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.heads = {
             name: replace(kept, mask=kept.mask[rows], state=select_rows(kept.state, rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
 from ..backbone.decoder import target_of
+from ..data.prompts import PromptFormat
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, reply_outputs, verdict
 from ..heads.novelty import abstain_levels
@@ -69,14 +70,13 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
             target = replace(target_of(model), revision=getattr(model.config, "_commit_hash", None))
             probe = read_heads(probe, target, HubOptions(probe_revision))
         model = AutoModelForProbedGeneration.from_causal_lm(model, probe, probe_strict)
-        _name_classes(model.config)
         super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
 
     def check_model_type(self, supported_models) -> None:
         """Accept the probed classes, which transformers does not list."""
 
     def _forward(self, model_inputs, **generate_kwargs):
-        if isinstance(generate_kwargs.get("halt_reply"), str):
+        if generate_kwargs.get("halt_on") is not None:
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
         # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
         twin: Any = copy.copy(self)
@@ -114,11 +114,15 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         self.probe, head = next(iter(heads.items()))
         self.head_config = head.config
         super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
+        tokenizer = self.tokenizer
+        self.prompts = None if tokenizer is None else PromptFormat.from_config(head.config, tokenizer)
 
     check_model_type = ProbedTextGenerationPipeline.check_model_type
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Classify a text, a chat, or a list of them."""
+        if isinstance(inputs, Sequence) and not isinstance(inputs, str):  # such as a column of `datasets`
+            inputs = list(inputs)
         records = super().__call__(inputs, **kwargs)
         return [records] if isinstance(records, dict) else records  # of one chat, as of one text
 
@@ -132,8 +136,9 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
     def preprocess(self, inputs: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         inputs = getattr(inputs, "messages", inputs)
         texts = as_texts(inputs["text"] if isinstance(inputs, Mapping) else inputs)
-        tokenizer: Any = self.tokenizer
-        return encode(self.head_config, texts or [], tokenizer)[1]
+        if self.prompts is None or texts is None:
+            raise ProbeError(f"the pipeline needs a tokenizer, and texts or chats, not {str(inputs)[:60]!r}")
+        return encode(self.prompts, self.head_config, texts)[1]
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **kwargs: Any) -> ModelOutput:
         model: Any = self.model
@@ -166,6 +171,8 @@ class _Listener:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         self.output = self.model.generate(*args, **kwargs)
+        for name in [name for name, value in getattr(self.output, "items", dict)() if value == ()]:
+            self.output[name] = None  # no token was written, and the pipeline looks at the first
         return self.output
 
 
@@ -202,13 +209,6 @@ def _padding_left(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokeni
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
-
-
-def _name_classes(config) -> None:
-    """Replace the classes that `pipeline()` puts into a config by their names, so that it can be saved."""
-    for task in (getattr(config, "custom_pipelines", None) or {}).values():
-        if isinstance(task.get("pt"), (list, tuple)):
-            task["pt"] = [item if isinstance(item, str) else item.__name__ for item in task["pt"]]
 
 
 for _task, _pipeline in {

@@ -425,10 +425,10 @@ class ReplyReader:
     def _count(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return which of these tokens, one a row, belong to a reply, `[rows]`, and announce them to the recorder."""
         live, self._ends = self._live.to(tokens.device), self._ends.to(tokens.device)
+        if self._ended is not None:  # what follows is no token of these replies
+            live, self._ended = live & ~self._ended.to(tokens.device), None
         ends = torch.isin(tokens, self._ends)
         self._live = live & ~ends
-        if self._ended is not None:
-            self._live, self._ended = self._live & ~self._ended.to(tokens.device), None
         # The end of the only reply is the end of all passes.
         counted = self._live if self._pad is None or len(tokens) == 1 else self._live & (tokens != self._pad)
         if self.recorder is not None:  # a later prompt holds the token that ends a reply as well

@@ -238,11 +238,6 @@ class ProbedSession(PlainSession):
                 output = call.run(**changes)
             except _AllHalted as halted:
                 output = self._without_tokens(halted.cache)
-            except BaseException:
-                if self.streamer is not None:  # its reader must not wait
-                    with contextlib.suppress(Exception):  # the first error tells more than that of a broken stream
-                        self.streamer.abort() if isinstance(self.streamer, HoldBackStreamer) else self.streamer.end()
-                raise
             output = self._finish(output)
         return output if as_dict else output["sequences"]
 
@@ -408,6 +403,13 @@ def generate_session(
         return ProbedSession(call, heads, halter, halt_reply, probe_mask, probe_state, levels)
     refuse_without_heads(probe_state)
     return PlainSession(call)
+
+
+def end_stream(streamer: Any) -> None:
+    """End a stream after an error: its reader must not wait."""
+    if streamer is not None:
+        with contextlib.suppress(Exception):  # the first error tells more than that of a broken stream
+            streamer.abort() if isinstance(streamer, HoldBackStreamer) else streamer.end()
 
 
 def _with_reply(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .reader import prompt_masks
 
 
 BATCH_TOKENS = 4096  # of a pass, padding included
+_TEXTS = 1024  # at once, since all are padded to the longest
 
 
 def as_texts(inputs: Any) -> list[Text] | None:
@@ -29,7 +30,9 @@ def as_texts(inputs: Any) -> list[Text] | None:
         inputs = inputs.tolist()
     if isinstance(inputs, str):
         return [inputs]
-    if not isinstance(inputs, (list, tuple)) or not inputs:
+    if isinstance(inputs, Sequence):  # such as a column of `datasets`
+        inputs = list(inputs)
+    if not isinstance(inputs, list) or not inputs:
         return None
     first = inputs[0]
     if isinstance(first, Mapping):
@@ -48,14 +51,14 @@ def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
 
 
 def encode(
-    config: ProbeConfig, texts: list[Text], tokenizer: PreTrainedTokenizerBase
+    prompts: PromptFormat, config: ProbeConfig, texts: list[Text]
 ) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Return texts in a head's own format: token ids, and padded on the right, `[rows, tokens]`, the arguments of `classify`.
+    """Return texts in a head's format: token ids, and padded on the right, `[rows, tokens]`, the arguments of `classify`.
 
     `probe_mask` is among them if the ids do not tell which tokens count.
     """
-    encoded = PromptFormat.from_config(config, tokenizer).encode_for(config, texts)
-    inputs = pad_prompts(encoded.prompts, tokenizer)
+    encoded = prompts.encode_for(config, texts)
+    inputs = pad_prompts(encoded.prompts, prompts.tokenizer)
     if encoded.masks is not None:
         inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, encoded.masks)), batch_first=True)
     return encoded.prompts, inputs
@@ -75,9 +78,14 @@ def classify_texts(
     """
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
+    if len(texts) > _TEXTS and not output_attentions:
+        slices = [texts[first : first + _TEXTS] for first in range(0, len(texts), _TEXTS)]
+        parts = [classify_texts(model, configs, some, tokenizer) for some in slices]
+        order = torch.arange(len(texts))
+        return {name: _joined([part[name] for part in parts], order, config) for name, config in configs.items()}
     outputs: dict[str, ProbeOutput] = {}
     for names in heads_by_format(configs):
-        ids, inputs = encode(configs[names[0]], texts, tokenizer)
+        ids, inputs = encode(PromptFormat.from_config(configs[names[0]], tokenizer), configs[names[0]], texts)
         passes = [Pass(list(range(len(ids))))]
         if not output_attentions:
             prompt = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
