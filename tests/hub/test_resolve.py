@@ -6,7 +6,7 @@ from hub_server.heads import plain, plant_model, same_weights
 from huggingface_hub.utils import _http
 from transformers import AutoModel
 
-from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.loading import read_target
 from llama_probe.heads.match import describe
 from llama_probe.hub import resolve
@@ -128,6 +128,8 @@ class TestBundledAliases:
             f"train safety --backbone {name} --output DIR",
         ):
             assert words in str(raised.value) and "\n" not in str(raised.value)
+        with pytest.raises(ProbeError, match=f"train safety --backbone {name}"):
+            resolve_head("safety-multimax", target, HubOptions(local_files_only=True))
 
     def test_an_unrelated_model_of_the_same_sizes_is_refused(self, bundle, tmp_path):
         make_lm(seed=5, hidden_size=16).save_pretrained(tmp_path / "other")
@@ -155,6 +157,12 @@ class TestAliasesOfTheBackbonesOwnHeads:
         assert same_weights(model.probes["mine"], make_probe(seed=6))
         with pytest.raises(ProbeError, match=r"in (it|/.*): (org/tiny:)?mine$"):
             model.load_probe("weather")
+
+    def test_that_were_saved_with_it(self, tmp_path):
+        model = AutoModelForProbedGeneration.from_causal_lm(make_lm(), {"mine": make_probe(seed=6)})
+        model.save_pretrained(tmp_path / "guarded")
+        again = AutoModel.from_pretrained(tmp_path / "guarded", probe="mine")
+        assert again.active_probes == ["mine"] and same_weights(again.probes["mine"], make_probe(seed=6))
 
     def test_a_hub_out_of_reach_is_asked_once(self, hub, monkeypatch):
         backbone = plain(hub)

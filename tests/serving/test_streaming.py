@@ -87,7 +87,9 @@ def test_a_prompt_that_is_halted(model):
     assert recorder.reply == [5, 6] == out.sequences[0, 9:].tolist() and recorder.ended == 1
 
 
-@pytest.mark.parametrize("kwargs", [{"halt_on": "nobody"}, {"halt_on": {"guard": {"threshold": 2}}}, {"probe_state": 1}])
+@pytest.mark.parametrize(
+    "kwargs", [{"halt_on": "nobody"}, {"halt_on": {"guard": {"threshold": 2}}}, {"probe_state": 1}]
+)
 def test_the_stream_of_a_call_that_is_refused_ends(model, prompts, kwargs):
     """A reader in another thread waits for the end."""
     recorder = Recorder()

@@ -83,7 +83,7 @@ def _texts(patterns: list[str], text_column: str, max_text: int) -> dict[int, Te
 
 
 def _print(probe: str, report: JSON, output: Path | None) -> None:
-    print_values(f"{probe} on a log", report | {"scores": {}, "worth_labelling": []})
+    print_values(f"{probe} on a log", report | {"scores": {}, "worth_labelling": {}})
     deciles = {name: {key: levels[1:10:4] for key, levels in part.items()} for name, part in report["scores"].items()}
     print_records("deciles 10, 50 and 90 % of the scores", deciles)
     rows = [row | {"text": _shorten(row["text"])} for row in report["worth_labelling"]]

@@ -237,7 +237,8 @@ class ProbeConfig:
         """
         names = list(self.id2label.values())
         if not self.has_two_labels:
-            raise ProbeError(f"{purpose} needs a head with two labels; this one has {', '.join(names)}")
+            kind = f"{self.problem_type} of {', '.join(names)}"
+            raise ProbeError(f"{purpose} needs a head that gives one of two labels; this one is {kind}")
         if self.flagged_index is None:
             way = f"flagged=[{names[0]!r}], or on the command line train or calibrate --flag {names[0]}"
             raise ProbeError(f"{purpose} needs the label to flag; name it, {way}; labels: {', '.join(names)}")

@@ -114,7 +114,7 @@ def read_card(folder: str | os.PathLike) -> ModelCard:
 
 def is_hub_id(name: str | None) -> bool:
     """Return True if a backbone can have a page on the Hub, which refuses a folder as a card's base model."""
-    return name is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    return name is not None and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not os.path.isdir(name)
 
 
 # Texts from configs and results may be hostile: nothing in them may begin a line, a tag or a cell of its own.
@@ -169,7 +169,8 @@ def _complete(config: JSON) -> JSON:
     names = config["id2label"] or {index: f"LABEL_{index}" for index in range(config["num_labels"] or 2)}
     config |= {"labels": [str(names[index]) for index in sorted(names, key=int)]}
     # As `ProbeConfig.flagged_labels`: heads of earlier versions, with a threshold, or without names flag the second of two.
-    second = config["labels"][1:] if len(names) == 2 and config["problem_type"] != "regression" else []
+    is_pair = len(names) == 2 and config["problem_type"] in (None, "single_label_classification")
+    second = config["labels"][1:] if is_pair else []
     is_older = "flagged" not in config or config["threshold"] is not None or config["thresholds"]
     if not config["flagged"] and (is_older or second == ["LABEL_1"]):
         config["flagged"] = second

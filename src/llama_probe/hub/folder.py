@@ -14,6 +14,7 @@ CONFIG_NAME = "probe_config.json"
 WEIGHTS_NAME = "probe_model.safetensors"
 RESULTS_NAME = "results.json"
 CARD_NAME = "README.md"
+PROBES_FOLDER = "probes"  # of the heads that are saved beside a model
 RECIPE_NAME = "recipe.yaml"  # of a head that a recipe made
 CODE_NAME = "probe_kind.py"  # of a kind that the package does not have
 PLOT_NAMES = ("calibration.png", "layer_weights.png")

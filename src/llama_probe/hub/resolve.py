@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import ProbeError
-from .folder import CONFIG_NAME, list_heads, read_config_values
+from .folder import CONFIG_NAME, PROBES_FOLDER, list_heads, read_config_values
 from .transport import HubOptions, HubReference, check_subfolder, download_head
 
 
@@ -131,7 +131,8 @@ def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_
         raise ProbeError(f"probe={alias!r} is a bundled head and has no revision {options.revision!r}")
     details = []  # heads that exist elsewhere
     if backbone and os.path.isdir(backbone):
-        heads = list_heads(backbone)
+        saved = Path(backbone) / PROBES_FOLDER  # of `save_pretrained`
+        heads = list_heads(backbone) | (list_heads(saved) if saved.is_dir() else {})
         if alias in heads:
             return heads[alias]
         details = [f"in {backbone}: {', '.join(heads)}"] if heads else []
@@ -153,7 +154,8 @@ def no_bundled_head(alias: str, backbone: str | None, *details: str) -> str:
         return "; ".join([f"probe={alias!r} is neither a folder nor a bundled head", known, *details])
     bases = dict.fromkeys(Path(read_config_values(folder)["base_model_name_or_path"]).name for folder in folders)
     backbone = backbone or "this backbone"
-    command = [f"make one: llama-probe train {alias} --backbone {backbone} --output DIR"] if alias in ALIASES else []
+    recipe = max((name for name in ALIASES if alias.startswith(name)), key=len, default=None)
+    command = [f"make one: llama-probe train {recipe} --backbone {backbone} --output DIR"] if recipe else []
     return "; ".join(
         [f"probe={alias!r}: no bundled head for {backbone}", f"they are for {', '.join(bases)}", *details, *command]
     )

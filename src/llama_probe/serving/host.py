@@ -21,12 +21,11 @@ from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
-from ..hub.folder import is_head_folder
+from ..hub.folder import PROBES_FOLDER, is_head_folder
 from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 
 
-PROBES_FOLDER = "probes"  # in the folder of a model
 SAVED_HEADS = "probe_heads"  # names of the heads there, in the model's config
 ProbeSource = str | os.PathLike | ProbeModel
 ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
