@@ -39,7 +39,7 @@ def names(folder) -> set[str]:
 @pytest.mark.parametrize("kind", ["mha", "last"])
 def test_masks_replace_the_scope(tmp_path, lm, kind):
     probe = make_head(lm, probe_type=kind, token_scope="response")
-    masks = [[i >= len(ids) // 2 for i in range(len(ids))] for ids in PROMPTS]
+    masks = [[int(i >= len(ids) // 2) for i in range(len(ids))] for ids in PROMPTS]  # as `assistant_masks` are
     live, cache = PromptDataset(PROMPTS, LABELS, masks), StateCache(tmp_path, torch.float32)
     whole = PromptDataset(PROMPTS, LABELS, [[True] * len(ids) for ids in PROMPTS])
     cached, others = (cache.dataset(lm, probe.config, rows) for rows in (live, whole))

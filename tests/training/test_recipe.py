@@ -119,6 +119,8 @@ class TestFile:
             (changed(copies={"names": ["lead_in"], "share": 1.5}), "1.5"),
             (changed(copies={"names": ["system_prompt"]}), "system_prompts"),
             (changed(copies={"names": ["later_turns"]}), "token_scope"),
+            (changed(copies={"names": ["earlier_turns"]}, head={"token_scope": "tool"}), "earlier_turns"),
+            (changed(search={"trials": 2}, hold_out={"twin": ["toxicchat"]}), "hold_out"),
             (changed(hold_out={"lists": ["advbench"]}), "hold_out.lists names 'advbench'"),
             (changed(hold_out={"a.b": ["toxicchat"]}), "'a.b'"),
             (changed(seeds=0), "seeds=0"),

@@ -121,9 +121,17 @@ def test_a_twin_is_not_chosen_by_its_sources_either(tmp_path):
     assert len(rows.held_rows["twin"]["b"]) == 60
 
 
+def test_a_twin_needs_rows_of_several_labels(tmp_path):
+    sources = [{"rows": write(tmp_path / f"{name}.jsonl", 60), "label": name} for name in ("bad", "good")]
+    with pytest.raises(ProbeError, match=r"hold_out\.twin"):
+        read(*sources, labels={"names": ["bad", "good"]}, hold_out={"twin": ["good"]})
+
+
 def test_rows_that_were_learned_are_not_measured(tmp_path, train):
     rows = read(train, measure={"sources": [write(tmp_path / "b.jsonl", 60)]})
     assert not set(rows.measured["b"].texts) & set(rows.train.texts) and len(rows.measured["b"]) == 26
+    with pytest.raises(ProbeError, match="slice_columns"):
+        read(train, measure={"sources": [str(tmp_path / "b.jsonl")], "slice_columns": ["tone"]})
 
 
 def test_rows_to_calibrate_on_need_no_labels(tmp_path, train):
@@ -138,6 +146,10 @@ def test_what_a_licence_leaves_out_is_told(tmp_path, train):
     bound = {"rows": write(tmp_path / "b.jsonl", 30), "name": "bound", "licence": "cc-by-nc-4.0"}
     rows = read({"rows": train, "licence": "mit"}, bound, licence="commercial")
     assert rows.described["train"]["not_commercial"] == {"bound": 30}
+    few = {**bound, "rows": "gone", "local": {"rows": bound["rows"], "max_rows": 20}}
+    assert len(read({"rows": train, "licence": "mit"}, few, data_dir=tmp_path).train) == 0.85 * 60
+    rows = read({"rows": train, "licence": "mit"}, {**bound, "max_rows": 10}, licence="commercial")
+    assert rows.described["train"]["not_commercial"] == {"bound": 30}, "however few were to be drawn"
     assert set(rows.train.columns["source"]) == {"a"}
     with pytest.raises(ProbeError, match="licence"):
         read(bound, licence="commercial")

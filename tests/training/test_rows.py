@@ -46,6 +46,8 @@ def test_rows_without_a_weight_count_for_one():
     batch = ProbeCollator()([rows[0], rows[24], rows[1]])
     assert batch["row_weights"].tolist() == [[1, 1], [0, 0.25], [1, 1]]
     assert "row_weights" not in ProbeCollator()([rows[0], rows[1]])
+    one = mixed([0.5])
+    assert ProbeCollator()([rows[24], one[24]])["row_weights"].tolist() == [[0, 0.25], [0.5, 0.5]], "of two sources"
 
 
 def test_members_take_turns():

@@ -90,7 +90,8 @@ class TestTwins:
             first = 1000 * len(list(tmp_path.glob("*.jsonl")))
             numbers[name] = [str((first + i) * 7919 % 90000 + 10000) for i in range(count)]
             words = [("kind", "BAD!!")[label != (i % 4 == 0)] for i in range(count)]
-            lines = [{"text": f"{w} {number}", "label": label} for w, number in zip(words, numbers[name], strict=True)]
+            marked = zip(words, numbers[name], strict=True)
+            lines = [{"text": f"{w} {number}", "label": label, "tone": w[:4].lower()} for w, number in marked]
             return {"rows": write(tmp_path / f"{name}.jsonl", lines)}
 
         sources = [rows("ask", 40, 1), rows("list", 30, 1), rows("talk", 80, 0), {**rows("chat", 40, 0), "repeat": 2}]
@@ -106,6 +107,7 @@ class TestTwins:
             "hold_out": {"lists": ["list"], "talks": ["talk"]},
             "measure": {
                 "sources": [rows("seen", 20, 1), rows("other", 20, 0)],
+                "slice_columns": ["tone"],
                 "wrappings": "seen",
                 "attacks": "seen",
                 "quantised": ["int8", "int4"],
@@ -139,6 +141,9 @@ class TestTwins:
         assert set(shares["list"]["labels"]) == {"harmful"} and set(shares["talk"]["labels"]) == {"harmless"}
         harmful = shares["list"]["labels"]["harmful"]
         assert harmful["fpr-10%"]["share"] >= harmful["fpr-5%"]["share"] and "tfidf" in shares["seen"]
+        by_tone = shares["list"]["slices"]["tone"]
+        counts = {tone: part["labels"]["harmful"]["rows"] for tone, part in by_tone.items()}
+        assert counts == {"bad!": 22, "kind": 8} and "slices" not in shares["seen, int8 copy of the backbone"]
         whole, int8 = (shares[name]["labels"]["harmful"]["fpr-10%"]["share"] for name in list(shares)[::4])
         assert abs(whole - int8) <= 0.1, "int8 weights change little"
         assert trainer._chosen.backbone is run.lm
@@ -150,6 +155,8 @@ class TestTwins:
             "On rows that it was not trained on",
             "| rot13 | 2 |",
             "| list (twin without lists) | harmful | 30 |",
+            "| list (twin without lists), by tone | harmful | flagged at fpr-10% | AUROC |",
+            "| bad! | 22 |",
         ):
             assert line in card
         written = (tmp_path / "head" / "recipe.yaml").read_text()
@@ -199,6 +206,7 @@ class TestResuming:
         for changes, name in (({"learning_rate": 0.5}, "learning_rate"), ({"rows": 42}, "train")):
             with pytest.raises(ProbeError, match=name):
                 stopped(**changes)
+        assert list((tmp_path / "head" / ".states").rglob("*.safetensors")), "of the run that can be resumed"
         make_lm(seed=1, vocab_size=260).save_pretrained(tmp_path / "backbone")
         with pytest.raises(ProbeError, match="backbone_weights"):
             stopped()
@@ -214,6 +222,8 @@ def test_half_of_a_checkpoint_is_none(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
     for step in (5, 10):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-best" / "trainer_state.json").touch()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
@@ -243,7 +253,8 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
         ({"head": {"probe_type": "mha", "downcast": 5}}, "downcast"),
         ({"train": [{"rows": "40.jsonl", "weights": [0.0, 0.25]}]}, "weights"),
         ({"training": {"lr": 1}}, "lr"),
-        ({"training": {"output_dir": 1}}, "output_dir"),
+        *(({"training": {name: 1}}, name) for name in ("output_dir", "seed")),
+        ({"training": {"lr_scheduler_type": "foo"}}, "lr_scheduler_type|foo"),
         ({"training": {"cache_states": True}}, "cache_states"),
         ({"calibration": {"sources": ["40.jsonl"], "rates": [0.01]}}, "at least 100 rows"),
     ],

@@ -170,6 +170,35 @@ def test_model_init_and_a_search(tmp_path):
     assert made[-1].config.id2label == {0: "bad", 1: "good"} and made[-1].config.prompt_format == "chat"
 
 
+def test_model_init_keeps_to_the_states_that_are_cached(tmp_path):
+    lm, layers = make_lm(vocab_size=260), [1, 3]
+    trainer = mood(tmp_path, model_init=lambda: head(lm, layers=layers), cache_states=True)
+    layers = [0, 1]
+    with pytest.raises(ProbeError, match="other layers"):
+        trainer.train()
+
+
+def test_a_search_for_the_smallest_loss(tmp_path):
+    trainer = mood(
+        tmp_path,
+        model_init=lambda trial: head(make_lm(vocab_size=260)),
+        metric_for_best_model="loss",
+        num_train_epochs=1,
+    )
+    seen = []
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [1e-3, 0.5])}, n_trials=3,
+        compute_objective=lambda metrics: seen.append(metrics["eval_loss"]) or seen[-1],
+    )  # fmt: skip
+    assert best.objective == min(seen)
+
+
+def test_a_metric_that_is_not_measured_is_named(tmp_path):
+    own = {"compute_metrics": lambda evaluated: {"rows": 1}, "metric_for_best_model": "row"}
+    with pytest.raises(ProbeError, match=r"'row' must be one of: .*eval_rows"):
+        mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1, **own).train()
+
+
 def test_own_callables(tmp_path):
     collate, sizes = ProbeCollator(), []
     own = {"compute_metrics": lambda evaluated: {"rows": len(evaluated.label_ids)}, "metric_for_best_model": "rows"}

@@ -308,7 +308,14 @@ def weights_digest(lm: nn.Module) -> str:
     # The same weights give other hidden states with another rope_theta or rms_norm_eps.
     config = decoder.model.config.to_dict().items()
     values = {name: value for name, value in config if name not in _NO_PART_OF_STATES}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode())
+    # Layers of PEFT say which of their adapters run.
+    modules = decoder.model.named_modules()
+    adapters = [
+        (name, module.active_adapters, module.disable_adapters) for name, module in modules if _has_adapter(module)
+    ]
+    digest = hashlib.sha256(
+        json.dumps([values, adapters] if adapters else values, sort_keys=True, default=str).encode()
+    )
     weights = decoder.model.state_dict()
     if (lm_head := without_peft(lm).get_output_embeddings()) is not None:
         tied = {id(parameter) for parameter in decoder.embeddings.parameters()}
@@ -320,6 +327,10 @@ def weights_digest(lm: nn.Module) -> str:
             flat = part.detach().flatten()
             digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return hasattr(module, "active_adapters") and hasattr(module, "disable_adapters")
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

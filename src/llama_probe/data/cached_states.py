@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -172,7 +173,9 @@ def _tokens_read(config: ProbeConfig, row: dict) -> list[bool]:
 def _tensors_of_pass(items: list[dict], states: torch.Tensor, counted: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the tensors of a file, which holds the states `[S, B, T, D]` of the rows of a pass."""
     if not bool(states.isfinite().all()):
-        raise ProbeError(f"a hidden state is too large for {states.dtype}; cache as bfloat16 or float32")
+        raise ProbeError(
+            f"a hidden state is too large for {states.dtype}: load the backbone in bfloat16, or use cache_states=False"
+        )
     ids = [torch.tensor(item["input_ids"])[torch.tensor(item["probe_mask"])] for item in items]
     return {
         "lengths": torch.tensor(list(map(len, ids))),
@@ -214,16 +217,17 @@ class ProbeCollator:
             batch["reply_mask"] = (columns >= starts) & (columns < ends)
         if "learned_by" in rows[0]:
             batch["learned_by"] = torch.from_numpy(np.stack([row["learned_by"] for row in rows]))
-        weights = [row.get("row_weights") for row in rows]
-        if (some := next(filter(None, weights), None)) is not None:
-            batch["row_weights"] = torch.tensor([row or [1.0] * len(some) for row in weights])
+        weights = [row.get("row_weights") or [1.0] for row in rows]
+        if any("row_weights" in row for row in rows):
+            count = math.lcm(*map(len, weights))  # members take them in turn
+            batch["row_weights"] = torch.tensor([row * (count // len(row)) for row in weights])
         return batch
 
 
 def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the mask `[B, T]` of the tokens that count for a head, for a batch of a `PromptDataset`."""
     if "probe_mask" in batch:
-        return batch["probe_mask"]
+        return batch["probe_mask"].bool()  # as indices, 0 and 1 would be the first two tokens
     return token_mask(config, batch["input_ids"], batch["attention_mask"])
 
 

@@ -151,7 +151,7 @@ class Source:
             column = place.licence_column
             licences = [place.licence] * len(rows) if column is None else find_column(self.name, rows.columns, column)
             keep = [row for row in keep if allows_commercial_use(licences[row])]
-        rows = (rows if len(keep) == len(rows) else rows.select(list(keep))).at_most(self.max_rows, seed)
+        rows = (rows if len(keep) == len(rows) else rows.select(list(keep))).at_most(place.max_rows, seed)
         return replace(rows, columns=rows.columns | {SOURCE: [self.name] * len(rows)})
 
     def _read_columns(self, split: str, data_dir: str | os.PathLike | None, max_text: int) -> tuple[Columns, Labels]:

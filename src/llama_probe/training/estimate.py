@@ -65,7 +65,8 @@ def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, furthe
     Raises:
         ProbeError: they are wanted and do not fit on the disk.
     """
-    free = free_bytes(folder)
+    there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))  # of a run that was stopped
+    free = free_bytes(folder) + there
     fits, sizes = needed < 0.9 * free, f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
     if args.cache_states is True and not fits:
         raise ProbeError(f"hidden states need {sizes} in {folder}: cache_states=False runs the backbone each epoch")

@@ -86,7 +86,8 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
         baseline = _baseline(run, probe.config, () if twin is None else rows.held_out[twin].tolist())
         for name, part in (rows.measured if twin is None else rows.held_rows[twin]).items():
             dataset = run.datasets[f"{twin or 'measure'}.{name}"]
-            parts.append({"name": name, "twin": twin, **_measure_part(probe, dataset, part, baseline)})
+            measured = _measure_part(probe, dataset, part, baseline, recipe.measure.slice_columns)
+            parts.append({"name": name, "twin": twin, **measured})
     if rows.measured and recipe.measure.quantised:
         name, first = next(iter(rows.measured.items()))
         prompts = run.prompts.encode_for(head.config, first.texts, first.labels)
@@ -117,7 +118,7 @@ def _baseline(
         return None
     try:
         return Baseline(run, config, without, by_length)
-    except ProbeError as error:
+    except (ProbeError, ValueError) as error:  # the second of texts without words, such as Chinese ones
         logger.warning(f"{'The length' if by_length else 'TF-IDF'} is not measured: {error}")
         return None
 
@@ -131,23 +132,38 @@ def quantised(lm: nn.Module, form: str) -> nn.Module:
     """
     rounded = copy.deepcopy(lm)
     for module in rounded.modules():
-        if not isinstance(module, nn.Linear) or module is rounded.get_output_embeddings():
+        if isinstance(module, nn.Embedding) or module is rounded.get_output_embeddings():
             continue  # embeddings, which the LM head may share, stay
-        weight = module.weight.float()
-        if form == "int8":
-            scale, low = weight.abs().amax(dim=1, keepdim=True) / 127, 0.0
-        else:
-            weight = weight.unflatten(1, (-1, math.gcd(32, module.in_features)))
-            low, high = weight.aminmax(dim=-1, keepdim=True)
-            scale = (high - low) / 15
-        values = ((weight - low) / scale.clamp(min=1e-12)).round() * scale + low
-        module.weight.copy_(values.view(module.weight.shape))
+        for matrix in module.parameters(recurse=False):
+            if matrix.dim() < 2 or not matrix.is_floating_point():
+                continue
+            weight = matrix.float()
+            if form == "int8":
+                scale, low = weight.abs().amax(dim=-1, keepdim=True) / 127, 0.0
+            else:
+                weight = weight.unflatten(-1, (-1, math.gcd(32, weight.shape[-1])))
+                low, high = weight.aminmax(dim=-1, keepdim=True)
+                scale = (high - low) / 15
+            values = ((weight - low) / scale.clamp(min=1e-12)).round() * scale + low
+            matrix.copy_(values.view(matrix.shape))
     return rounded
 
 
-def _measure_part(head: ProbeModel, dataset: Dataset, rows: LabelledTexts, baseline: Baseline | None) -> JSON:
+def _measure_part(
+    head: ProbeModel,
+    dataset: Dataset,
+    rows: LabelledTexts,
+    baseline: Baseline | None,
+    slice_columns: Sequence[str] = (),
+) -> JSON:
     logits, novelty = predict_rows(head, dataset)
     part = {"rows": len(rows), **_scores(head.config, logits, rows.labels)}
+    for column in slice_columns:
+        values = np.array([str(value) for value in rows.columns.get(column, ())])
+        for value in sorted(set(values)):
+            places = np.flatnonzero(values == value)
+            scores = {"rows": len(places), **_scores(head.config, logits[places], rows.labels[places])}
+            part.setdefault("slices", {}).setdefault(column, {})[value] = scores
     if novelty is not None:
         part["novel"] = float((novelty > FAR).double().mean())
     if baseline is not None:

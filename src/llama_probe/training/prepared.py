@@ -16,7 +16,7 @@ from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
 from ..data.cached_states import StateCache
 from ..data.prompts import PromptFormat, split_reply
 from ..distributed import check_shared, is_main, on_main, world_size
-from ..errors import ProbeError
+from ..errors import ProbeError, first_line
 from ..evaluation.calibration import check_rates, check_threshold_rule
 from ..evaluation.metrics import check_metric
 from ..files import JSON
@@ -36,7 +36,7 @@ from .search import Trial, draw_trials
 
 logger = logging.get_logger(__name__)
 
-_OUTPUT_FIELDS = {"output_dir", "push_to_hub", "hub_model_id", "hub_token"}
+_OUTPUT_FIELDS = {"seed", "output_dir", "push_to_hub", "hub_model_id", "hub_token"}
 CHECKPOINTS, STATES, SETUP_NAME = ".checkpoints", ".states", "setup.json"  # what a stopped run leaves in its folder
 
 
@@ -96,7 +96,13 @@ class PreparedRun:
         training = dict(recipe.training)
         if batch_size := training.get("per_device_train_batch_size"):
             training["per_device_train_batch_size"] = math.ceil(batch_size / world_size())
-        self.args = args = ProbeTrainingArguments(str(output / CHECKPOINTS), seed=recipe.seed, **training)
+        for field in ("save_strategy", "eval_strategy"):
+            if training.get(field) is False:  # `no` in YAML
+                training[field] = "no"
+        try:
+            self.args = args = ProbeTrainingArguments(str(output / CHECKPOINTS), seed=recipe.seed, **training)
+        except (TypeError, ValueError) as error:
+            raise error if isinstance(error, ProbeError) else ProbeError(f"training: {first_line(error)}") from None
         args.fill(config, count)
         _check(recipe, rows, config, args)
         if tokenizer is None and name is None:
@@ -184,7 +190,8 @@ class PreparedRun:
         """Return what must be the same if a run is resumed, as JSON values."""
         return {
             "recipe": {name: value for name, value in self.recipe.values.items() if name not in ("card", "measure")},
-            "training": self.args.describe(),
+            # The rows of a step are those of the recipe, rounded up to a multiple of the processes.
+            "training": self.args.describe() | {"per_device_train_batch_size": None},
             # Measured anew by each run; `backbone_weights` tells whether the backbone is the same.
             "head": self.config.to_dict() | {"fingerprint": None},
             "backbone_weights": weights_digest(self.lm),
@@ -202,8 +209,8 @@ class PreparedRun:
 
     def clean_states(self) -> None:
         """Delete the hidden states, unless they were asked to be kept."""
-        if self.cache is not None and self.args.cache_dir is None:
-            self.cache.delete()
+        if self.args.cache_dir is None and is_main():
+            shutil.rmtree(self.output / STATES, ignore_errors=True)  # an earlier run may have left some
 
 
 def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTrainingArguments) -> None:

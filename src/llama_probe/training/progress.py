@@ -76,7 +76,9 @@ class KeepBest(TrainerCallback):
         """
         if not self.trainer.is_in_train or not args.load_best_model_at_end:
             return
-        progress = self.trainer.progress
+        progress, expected = self.trainer.progress, f"eval_{args.metric}"
+        if expected not in metrics:
+            raise ProbeError(f"metric_for_best_model={args.metric!r} must be one of: {', '.join(sorted(metrics))}")
         for name, head in self.trainer.heads.items():
             if not progress[name].has_stopped(args.patience):
                 value = metrics.get(f"eval_{self.trainer.metric_name(name, args.metric)}")
@@ -115,4 +117,5 @@ def read_progress(folder: Path) -> dict[str, Progress]:
 def last_checkpoint(folder: Path) -> str | None:
     """Return the last complete checkpoint: the Trainer writes its state last, so a kill leaves one without it."""
     whole = [str(path.parent) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)
+    numbered = [path for path in whole if path.rpartition("-")[2].isdecimal()]
+    return max(numbered, key=lambda path: int(path.rpartition("-")[2]), default=None)

@@ -82,6 +82,7 @@ class Measure:
     """Further measurements, for the card."""
 
     sources: list[Source] = field(default_factory=list)
+    slice_columns: list[str] = field(default_factory=list)
     wrappings: str | None = None
     attacks: str | None = None
     tfidf: bool = True
@@ -175,6 +176,8 @@ class Recipe:
         for name in ("wrappings", "attacks"):
             if (source := getattr(self.measure, name)) not in (None, *measured):
                 raise ProbeError(f"measure.{name}={source!r} must be one of: {', '.join(measured)}")
+        if self.search.trials and self.hold_out:
+            raise ProbeError("hold_out cannot be used with search: a twin is trained as the head that is found")
         if self.seeds < 1 or not 0 <= self.seed <= 2**32 - self.seeds:
             raise ProbeError(f"seeds={self.seeds} and seed={self.seed} must be at least 1 and 0, and below 2**32")
         if self.max_rows is not None and self.max_rows < 1:
@@ -188,6 +191,9 @@ class Recipe:
             raise ProbeError(f"head has no {unknown[0]!r}; it takes fields of ProbeConfig, and labels are a section")
         check_head(self.head)
         scope = self.head.get("token_scope", "last_user")
+        turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.copies.names))
+        if turns and scope == "tool":
+            raise ProbeError(f"token_scope='tool' reads no turns of a chat, so copies.names={turns} is not allowed")
         if "later_turns" in self.copies.names and scope in ("last_user", "response"):
             raise ProbeError(f"token_scope={scope!r} does not read copies of later_turns: use 'user'")
 

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -126,7 +125,11 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
             logger.warning(f"{seen} of {len(part)} {name} rows have a text that is among the training rows")
     copies = wrapped_copies(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
     train = LabelledTexts.join([learned, *copies])
-    held_rows = _held_rows(recipe, by_source)
+    held_rows, measured = _held_rows(recipe, by_source), reader.measured(learned_texts)
+    further = [*measured.values(), *(part for parts in held_rows.values() for part in parts.values())]
+    columns = {name for part in further for name in part.columns}
+    if unknown := sorted(set(recipe.measure.slice_columns) - columns):
+        raise ProbeError(f"measure.slice_columns={unknown} must be columns of the rows: {', '.join(sorted(columns))}")
     named_test = held_test.sources[0].rows if len(held_test.sources) == 1 else None
     # Copies are learned once, with the weight 1.
     by_name, num_copies = {source.name: source for source in recipe.train}, len(train) - len(learned)
@@ -140,7 +143,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         test=test,
         folds=plain.folds(folds, recipe.seed) if folds else [],
         calibration=reader.calibration(),
-        measured=reader.measured(learned_texts),
+        measured=measured,
         repeats=[source.repeat for source in sources] + [1] * num_copies,
         weights=weights if any(weights) else None,
         held_out=_rows_of_twins(train, recipe, held_rows),
@@ -162,13 +165,14 @@ class _Reader:
         self.labels, self.not_commercial = recipe.labels, {}
 
     def read(self, source: Source, split: str, labels: Labels | None = None) -> LabelledTexts:
-        read = partial(
-            source.read, labels or self.labels, self.data_dir, split, self.recipe.seed, self.recipe.max_text
-        )
-        rows = read(commercial=self.recipe.licence is not None)
-        if self.recipe.licence is not None:
-            every = read()
-            if left_out := len(every) - len(rows):
+        arguments = labels or self.labels, self.data_dir, split, self.recipe.seed, self.recipe.max_text
+        commercial = self.recipe.licence is not None
+        rows = source.read(*arguments, commercial=commercial)
+        if commercial:
+            local = source.local and {**source.local, "max_rows": None}
+            whole = replace(source, max_rows=None, local=local)
+            every, allowed = (len(whole.read(*arguments, commercial=only)) for only in (False, True))
+            if left_out := every - allowed:
                 self.not_commercial[source.name] = left_out
         if labels is not None or not len(rows):
             return rows
@@ -256,8 +260,9 @@ def _rows_of_twins(
             for name, text in zip(names, rows.texts, strict=True)
         ]
         places_by_twin[twin] = np.flatnonzero(is_held)
-        if all(is_held):
-            raise ProbeError(f"hold_out.{twin} leaves no rows to learn from, or to choose by")
+        left = rows.select(np.flatnonzero(~np.array(is_held)).tolist())
+        if not len(left) or (left.labels.ndim == 1 and len(set(left.labels.tolist())) < 2):
+            raise ProbeError(f"hold_out.{twin} leaves no rows of several labels to learn from, or to choose by")
     return places_by_twin
 
 

@@ -161,6 +161,9 @@ def _calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tenso
         probe = run.heads[f"twin-{name}"]
         known = np.setdiff1d(np.arange(len(judged)), run.rows.unjudged.get(name, []))
         logits = logits_by_head[f"twin-{name}"][known]
+        if not bool(logits.isfinite().all()):
+            logger.warning(f"the twin without {name} is not measured: it diverged")
+            continue
         probe.config, _ = decide(probe.config, logits, judged.labels[known], run.args)
         if run.rows.calibration is not None:
             _calibrate(run, probe)

@@ -68,8 +68,8 @@ def train_recipe(
         on_main(check_free)
         with claimed(output):
             run = PreparedRun(recipe, output, backbone, data_dir=data_dir, dtype=dtype)
+            on_main(open_checkpoints)  # if it raises, the states stay for the run that can be resumed
             try:
-                on_main(open_checkpoints)
                 trainer = ProbeTrainer.from_prepared(run)
                 if trainer.pop_callback(ProgressCallback) is not None:
                     trainer.add_callback(_ProgressBar)

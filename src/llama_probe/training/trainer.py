@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
-from ..data.cached_states import ProbeCollator, StateCache
+from ..data.cached_states import ProbeCollator, StateCache, layers_of
 from ..data.labelled_texts import LabelledTexts, check_labels, ends_with_reply
 from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import PromptDataset, PromptFormat
@@ -38,6 +38,7 @@ from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..heads.rules import PROMPT_FORMATS
+from ..hub.publish import push_folder
 from .arguments import ProbeTrainingArguments
 from .defaults import MAX_LENGTH, complete_head, head_config
 from .estimate import keeps_states
@@ -263,6 +264,9 @@ class ProbeTrainer(Trainer):
         has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
         scope = {"token_scope": "response"} if has_replies else {}
         name = None if isinstance(backbone, nn.Module) else str(backbone)
+        if name is None:
+            text = backbone.config.get_text_config(decoder=True)
+            head |= {"hidden_size": text.hidden_size, "num_hidden_layers": text.num_hidden_layers}
         config = head_config({"max_length": MAX_LENGTH, **scope, **head}, rows, name)
         if name is not None:
             backbone, tokenizer = load_backbone(name)
@@ -341,6 +345,10 @@ class ProbeTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> ProbeModel:
         """Make a head with `model_init`. Its config records what the rows have told."""
         probe = super().call_model_init(trial)
+        if layers_of(getattr(self, "train_dataset", None)) not in (None, probe.layer_indices):
+            raise ProbeError(
+                f"model_init gives heads that read other layers: {probe.layer_indices}; cache_states=False reads all"
+            )
         probe.config = probe.config.replace(**self._recorded)
         return probe
 
@@ -462,7 +470,7 @@ class ProbeTrainer(Trainer):
             part = EvalPrediction(predictions=predictions[rows], label_ids=labels[rows])
             values[name] = metrics_of(head.config)(part)[metric] if is_number else -math.inf
         named = {self.metric_name(name, metric): value for name, value in values.items()}
-        return named | {metric: max(values.values())}
+        return named | {metric: max(-math.inf if value is None else value for value in values.values())}
 
     def hyperparameter_search(
         self, hp_space: Callable | None = None, compute_objective: Callable | None = None, n_trials: int = 20, **kwargs
@@ -471,10 +479,10 @@ class ProbeTrainer(Trainer):
 
         Args:
             hp_space: defaults to learning rate, weight decay and batch size, in the ranges of arXiv 2601.13288.
-            compute_objective: defaults to `metric_for_best_model`, which is maximised.
+            compute_objective: defaults to `metric_for_best_model`.
         """
         compute_objective = compute_objective or (lambda metrics: metrics[f"eval_{self.args.metric}"])
-        kwargs.setdefault("direction", "maximize")
+        kwargs.setdefault("direction", "maximize" if self.args.greater_is_better else "minimize")
         return super().hyperparameter_search(hp_space or self._suggest, compute_objective, n_trials, **kwargs)
 
     def _suggest(self, trial: Any) -> JSON:
@@ -527,10 +535,10 @@ class ProbeTrainer(Trainer):
             return None
         if self._is_group and self._run is None:
             raise ProbeError("push each of several heads by itself: trainer.heads[name].push_to_hub(repo_id)")
-        head = self._chosen or self.model
         self._save_heads(None)  # before the Hub can refuse
         kwargs["revision"] = kwargs.get("revision") or self.args.hub_revision
-        return head.push_to_hub(repo_id, token=token, commit_message=commit_message, **kwargs)
+        folder = self.args.output_dir if self._run is None else self._run.output
+        return push_folder(Path(folder), repo_id, token=token, commit_message=commit_message, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The parent would upload training_args.bin, a pickle, and weights without a config.
