@@ -6,29 +6,13 @@ import gguf
 import pytest
 import torch
 from conftest import LAYERS, SIZES, make_lm
+from peft import LoraConfig, get_peft_model
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoTokenizer
 
 from llama_probe import ProbeError
 from llama_probe.backbone.fingerprint import backbone_facts
 from llama_probe.backbone.loading import load_backbone, load_causal_lm, weights_digest
-
-
-class Packed(torch.Tensor):
-    """A weight of integers and their scales, as torchao's, with hardly any operation of its own."""
-
-    @staticmethod
-    def __new__(cls, numbers, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=scale.dtype)
-
-    def __init__(self, numbers, scale):
-        self.numbers, self.scale = numbers, scale
-
-    def __tensor_flatten__(self):
-        return ["numbers", "scale"], None
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return cls(args[0].numbers, args[0].scale)  # detached
 
 
 @pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", None], ids=["pointer", "cut"])
@@ -46,7 +30,7 @@ def test_a_digest_tells_weights_apart():
     def digest(factor=1, number=3, scale=0.5):
         lm = make_lm()
         lm.lm_head.weight.data.mul_(factor)
-        packed = Packed(torch.full((4, 4), number, dtype=torch.int8), torch.full((4,), scale))
+        packed = TwoTensor(torch.full((4, 4), float(number)), torch.full((4, 4), scale))  # as torchao's
         lm.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(packed, requires_grad=False)
         return weights_digest(lm)
 
@@ -56,6 +40,14 @@ def test_a_digest_tells_weights_apart():
     before = weights_digest(tied)
     tied.lm_head = None
     assert weights_digest(tied) == before
+    adapted = get_peft_model(make_lm(), LoraConfig())
+    adapted.add_adapter("two", LoraConfig())
+    digests = {weights_digest(adapted)}
+    adapted.set_adapter("two")
+    digests.add(weights_digest(adapted))
+    with adapted.disable_adapter():
+        digests.add(weights_digest(adapted))
+    assert len(digests) == 3, "what runs differs"
 
 
 def write_gguf(path, lm):

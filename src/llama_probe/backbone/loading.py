@@ -308,14 +308,11 @@ def weights_digest(lm: nn.Module) -> str:
     # The same weights give other hidden states with another rope_theta or rms_norm_eps.
     config = decoder.model.config.to_dict().items()
     values = {name: value for name, value in config if name not in _NO_PART_OF_STATES}
-    # Layers of PEFT say which of their adapters run.
-    modules = decoder.model.named_modules()
-    adapters = [
-        (name, module.active_adapters, module.disable_adapters) for name, module in modules if _has_adapter(module)
-    ]
-    digest = hashlib.sha256(
-        json.dumps([values, adapters] if adapters else values, sort_keys=True, default=str).encode()
-    )
+    # Layers of PEFT know which of their adapters run. Models have methods of the same names.
+    layers = [(name, module) for name, module in decoder.model.named_modules() if _is_adapted(module)]
+    adapters = [(name, layer.active_adapters, layer.disable_adapters) for name, layer in layers]
+    described = [values, adapters] if adapters else values
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     weights = decoder.model.state_dict()
     if (lm_head := without_peft(lm).get_output_embeddings()) is not None:
         tied = {id(parameter) for parameter in decoder.embeddings.parameters()}
@@ -329,8 +326,8 @@ def weights_digest(lm: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _has_adapter(module: nn.Module) -> bool:
-    return hasattr(module, "active_adapters") and hasattr(module, "disable_adapters")
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "disable_adapters", None), bool)
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -381,7 +381,7 @@ def read_config(folder: str | os.PathLike[str], trust_remote_code: bool = False)
         if not trust_remote_code:
             raise ProbeError(f"probe_type={kind!r} needs the code in {code}: read it, then trust_remote_code=True")
         import_kinds(code)
-    elif os.path.isfile(code) and kind_code(kind) not in (None, code.read_bytes()):
+    elif os.path.isfile(code) and kind_code(str(kind)) not in (None, code.read_bytes()):
         raise ProbeError(
             f"probe_type={kind!r} has other code here than in {code}: give one of both kinds another name"
         )

@@ -43,7 +43,7 @@ _BLOCKS = 32
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch `torch.autocast`, which is meant for the LM, off inside a block."""
-    is_on = torch.is_autocast_enabled(device.type)
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
