@@ -5,6 +5,7 @@ import gc
 import gzip
 import json
 import os
+import sys
 
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -18,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from hub_server.fixture import alices_token, hub  # noqa: F401 - fixtures for all tests
-from own_kind_fixture import own_kind  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -26,6 +26,7 @@ from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeModel
 from llama_probe.data import prompts as prompts_module
 from llama_probe.evaluation import plots
 from llama_probe.evaluation.reading import Reading
+from llama_probe.heads import import_kinds, registry
 from llama_probe.heads.novelty import Novelty, novelty_layers
 
 
@@ -224,3 +225,44 @@ def backbone_folder(tmp_path_factory) -> Path:
     make_lm(vocab_size=260).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+OWN_KIND = """
+import torch
+from llama_probe.heads import Aggregator, Classifier, masked_max, register_probe_type
+
+
+@register_probe_type("top")
+class Top(Aggregator):
+    @classmethod
+    def create_classifier(cls, config):
+        return Classifier(2 * config.hidden_size, config.num_labels)
+
+    def update(self, state, x, mask, slots):
+        top = masked_max(x, mask)
+        return top if state is None else torch.maximum(state, top)
+
+    def result(self, state, slots):
+        return state if self.num_slots > 1 else torch.cat([state, -state], dim=-1)
+"""
+
+
+@pytest.fixture
+def own_kind(tmp_path, monkeypatch):
+    """A saved head of a kind that is then forgotten, as in another process."""
+    monkeypatch.setattr(registry, "_PROBE_TYPES", dict(registry._PROBE_TYPES))
+    path = tmp_path / "top.py"
+    path.write_text(OWN_KIND)
+    import_kinds(path)
+    torch.manual_seed(0)
+    config = ProbeConfig(probe_type="top", hidden_size=HIDDEN, num_hidden_layers=LAYERS)
+    ProbeModel(config).save_pretrained(tmp_path / "head")
+    forget_own_kind()
+    yield tmp_path / "head"
+    forget_own_kind()  # the test may have loaded it, and the next one imports it anew
+
+
+def forget_own_kind():
+    registry._PROBE_TYPES.pop("top", None)
+    for name in [name for name in sys.modules if name.startswith(("top_", "probe_kind_"))]:
+        del sys.modules[name]

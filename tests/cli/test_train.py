@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import yaml
 from command_line import call, refuse, settings, succeed, train, write_rows
-from own_kind_fixture import CODE
+from conftest import OWN_KIND
 
 from llama_probe import ProbeModel
 from llama_probe.heads import registry
@@ -47,7 +47,7 @@ def test_a_stopped_run_says_how_to_go_on(rows, backbone_folder, tmp_path, monkey
 def test_a_kind_of_ones_own(rows, backbone_folder, tmp_path, monkeypatch):
     known = dict(registry._PROBE_TYPES)
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(known))
-    (tmp_path / "kind.py").write_text(CODE)  # without weights of layers
+    (tmp_path / "kind.py").write_text(OWN_KIND)  # without weights of layers
     words = ("train", rows, "--backbone", backbone_folder, "--output", tmp_path / "mine", *SHORT, "--probe-type=top")
     assert "top" in refuse(*words)
     own = ("--import", tmp_path / "kind.py")

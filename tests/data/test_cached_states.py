@@ -1,15 +1,14 @@
 """Cached hidden states give the logits of the backbone in the loop, whatever else happens to the cache."""
 
 import errno
-import itertools
-import multiprocessing
-import time
+import shutil
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_lm, make_prompts
+from kills import each_kill
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.data import cached_states
@@ -95,40 +94,26 @@ def test_a_prompt_is_computed_once_and_only_for_the_same(tmp_path, lm):
     assert not cache.folder.exists()
 
 
-def compute_until_killed(folder, passes: int) -> None:
-    """Compute states in a process of its own, two rows a pass, and kill it in the pass after so many."""
-    context, count = multiprocessing.get_context("fork"), itertools.count()
-    at_work = context.Event()
+def test_a_run_continues_where_a_killed_one_has_stopped(tmp_path):
+    """Killed before some of its operations on the folder."""
+    place, counts = tmp_path / "killed", []
 
-    def stand_still(*_) -> None:
-        if next(count) == passes:
-            at_work.set()
-            time.sleep(600)
+    def compute(folder=place):
+        lm, rows = make_lm(), []
+        lm.model.layers[1].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        found = StateCache(folder).dataset(lm, HEAD, ROWS, batch_tokens=20)
+        return sum(rows), [found[row]["hidden_states"] for row in range(len(PROMPTS))]
 
-    def work():
-        own = make_lm()
-        own.model.layers[1].register_forward_pre_hook(stand_still)
-        StateCache(folder).dataset(own, HEAD, ROWS, batch_tokens=20)
-
-    run = context.Process(target=work)
-    run.start()
-    assert at_work.wait(60)
-    run.kill()
-    run.join()
-
-
-def test_a_run_continues_where_a_killed_one_has_stopped(tmp_path, lm):
-    compute_until_killed(tmp_path / "killed", passes=1)
-    rows = []
-    lm.model.layers[1].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    found = StateCache(tmp_path / "killed").dataset(lm, HEAD, ROWS, batch_tokens=20)
-    assert 0 < sum(rows) < len(PROMPTS), "the rows that the killed run has finished are not computed again"
-    expected = StateCache(tmp_path / "whole").dataset(make_lm(), HEAD, ROWS)
-    for row in range(len(PROMPTS)):
-        torch.testing.assert_close(found[row]["hidden_states"], expected[row]["hidden_states"], atol=1e-2, rtol=1e-2)
-    assert names(tmp_path / "killed") == names(tmp_path / "whole")
-    (entry,) = (tmp_path / "killed").iterdir()
-    assert {path.suffix for path in entry.iterdir()} == {".safetensors"}, "nothing else is left"
+    _, expected = compute(tmp_path / "whole")
+    for _ in each_kill(compute, place, lambda: shutil.rmtree(place, ignore_errors=True), iter(range(0, 99, 4))):
+        count, found = compute()
+        counts.append(count)
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+        assert names(place) == names(tmp_path / "whole")
+        (entry,) = place.iterdir()
+        left = {path.suffix for path in entry.iterdir()} - {".safetensors"}
+        assert not (count and left), "a run that writes leaves nothing else"
+    assert any(0 < count < len(PROMPTS) for count in counts), "finished rows are not computed again"
 
 
 def test_two_runs_may_compute_the_same(tmp_path, lm):

@@ -14,7 +14,7 @@ from launcher import finish, torchrun
 from transformers import AutoTokenizer
 
 from llama_probe import ProbeError
-from llama_probe.data.prompts import PromptFormat, exchange
+from llama_probe.data.prompts import exchange
 from llama_probe.evaluation.scoring_job import MANIFEST_NAME, ScoringJob, TextScorer
 from llama_probe.serving.modeling import ProbedGenerationMixin
 
@@ -105,22 +105,6 @@ def test_rows_without_a_number_are_left_empty(tmp_path, backbone_folder, heads, 
     assert "mood_label, mood_probabilities" in first and "(5)" in first and "(9)" in second
 
 
-def test_a_template_that_no_head_reads_is_run_once(tmp_path, backbone_folder):
-    fields = PromptFormat(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
-    for name, kind, scope in (("mood", "gate", "content"), ("last", "last", "prompt"), ("whole", "mha", "prompt")):
-        changes = fields | {"probe_type": kind, "token_scope": scope}
-        make_probe(5, id2label={0: "no", 1: "yes"}, **changes).save_pretrained(tmp_path / name)
-    scores, tokens, several = [], [], [*texts(12), "\nwith a break before it", "x" * 90]
-    for names in (["mood", "last"], ["mood", "last", "whole"]):
-        scorer, widths = TextScorer([str(tmp_path / name) for name in names], str(backbone_folder)), []
-        scorer.model.model.layers[0].register_forward_hook(lambda m, a, out, w=widths: w.append(out[..., 0].numel()))
-        scores.append(scorer(several))
-        tokens.append(sum(widths))
-    for column in ("mood_probabilities", "last_probabilities"):
-        assert scores[0][column] == [pytest.approx(row, abs=1e-5) for row in scores[1][column]]
-    assert tokens[0] == tokens[1] - (len(several) - 1) * len(fields["prefix_ids"])
-
-
 @pytest.mark.parametrize("scope", ["response", "all"])
 def test_replies(tmp_path, backbone_folder, heads, run, scope):
     head = make_probe(4, probe_type="gate", token_scope=scope, prompt_format="chat", id2label={0: "no", 1: "yes"})
@@ -135,15 +119,6 @@ def test_replies(tmp_path, backbone_folder, heads, run, scope):
     assert found[2]["guard_label"] is None, "there is no reply"
     with pytest.raises(ProbeError, match=r"guard.*mood"):
         TextScorer([heads[0], *guard], str(backbone_folder))
-
-
-def test_heads_of_other_formats_score_as_they_do_alone(tmp_path, backbone_folder, heads):
-    make_probe(probe_type="gate", prompt_format="raw", max_length=8).save_pretrained(tmp_path / "raw")
-    both = [heads[0], str(tmp_path / "raw")]
-    together = TextScorer(both, str(backbone_folder))(texts(9))
-    for head, column in zip(both, ("mood_probabilities", "raw_probabilities"), strict=True):
-        alone = TextScorer([head], str(backbone_folder))(texts(9))[column]
-        assert together[column] == [pytest.approx(scores, abs=1e-5) for scores in alone]
 
 
 @pytest.mark.parametrize(

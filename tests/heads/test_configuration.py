@@ -46,6 +46,9 @@ def refused(field, *values):
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels=3 but id2label names 2"),
         *refused("num_labels", 0, "2", True),
         *refused("id2label", {0: "a", 2: "b"}, {"zero": "a"}, ["a"], {}),
+        # indices that are not plain numbers, or come twice
+        *(({"id2label": {0: "a", key: "b"}}, "id2label") for key in ("01", "+1", "\u0661", "", 1.0, None, "9" * 9999)),
+        ({"id2label": {0: "a", 1: "b", "1": "c"}}, "id2label"),
         ({"id2label": {0: "a", 1: "a"}}, "id2label has the names"),
         *[
             ({"id2label": {0: name, 1: "b"}}, "id2label has the name .* must be text without line breaks")
@@ -57,6 +60,11 @@ def refused(field, *values):
         ({"layers": [0, 5], "num_hidden_layers": 4}, "layers=.*num_hidden_layers=4"),
         *refused("prefix_ids", [1, "2"]),
         *refused("options", []),
+        ({"probe_type": "gate", "options": {"foo": 1}}, r"\['foo'\]"),
+        ({"probe_type": "attentive", "options": {"num_queries": 3}}, "num_queries=3 must divide value_rank=8"),
+        ({"probe_type": "attentive", "options": {"value_rank": 0}}, "value_rank"),
+        ({"probe_type": "attentive", "options": {"queries": 2}}, r"\['queries'\].* \['num_queries', 'value_rank'\]"),
+        ({"probe_type": "multimax", "options": {"num_members": 1.5}}, "num_members"),
         *refused("flagged", ["worse"], ["LABEL_0", "LABEL_1"], [], "LABEL_1"),
         ({"flagged": ["LABEL_1", "LABEL_1"], "num_labels": 3}, "^flagged="),
         ({"flagged": ["LABEL_0"], "problem_type": "regression"}, "^flagged="),
@@ -80,12 +88,6 @@ def test_heads_that_read_replies_are_causal():
     scopes = ("prompt", "content", "response", "all")
     assert [ProbeConfig(token_scope=scope).causal for scope in scopes] == [False, False, True, True]
     assert ProbeConfig(causal=True).causal, "a prompt may be read so as well"
-
-
-@pytest.mark.parametrize("key", ["01", "+1", "\u0661", "", 1.0, None, "1", "9" * 9999])
-def test_indices_that_are_not_plain_numbers_or_come_twice(key):
-    with pytest.raises(ProbeError, match="id2label"):
-        ProbeConfig(id2label={0: "a", 1: "b", key: "c"} if key == "1" else {0: "a", key: "b"})
 
 
 def test_messages_are_cut():

@@ -7,12 +7,12 @@ import re
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, VOCAB, make_lm, read_head, save_head
+from conftest import VOCAB, make_lm, read_head, save_head
 
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.fingerprint import fingerprint
 from llama_probe.heads import match as matching
-from llama_probe.heads.match import check_backbone, compare, describe, match
+from llama_probe.heads.match import check_backbone, compare, describe
 
 
 def described(lm) -> ProbeConfig:
@@ -147,13 +147,3 @@ def test_the_fingerprint_explains_a_padded_vocabulary(lm):
     lm.resize_token_embeddings(lm.config.vocab_size + 3)
     assert verdicts(config, lm)["vocab_size"] == "explained"
     assert verdicts(config.replace(fingerprint=None), lm)["vocab_size"] == "differs"
-
-
-def test_sizes(lm):
-    config = match(lm, ProbeConfig(probe_type="gate"))
-    assert (config.hidden_size, config.num_hidden_layers, config.base_model_type) == (HIDDEN, LAYERS, "llama")
-    other = described(make_lm(num_hidden_layers=3))
-    assert verdicts(other, lm)["num_hidden_layers"] == "differs"
-    for refuses in (lambda: match(lm, other), lambda: check_backbone("head", other, lm)):
-        with pytest.raises(ProbeError, match="num_hidden_layers=3"):
-            refuses()

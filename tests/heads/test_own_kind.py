@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, expected_logits, make_prompts, probed
-from own_kind_fixture import CODE
+from conftest import HIDDEN, LAYERS, OWN_KIND, expected_logits, make_prompts, probed
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.heads import Aggregator, import_kinds, register_probe_type, registry
 
 
 def test_the_code_lies_beside_the_head_and_is_not_run_unasked(own_kind):
-    assert (own_kind / "probe_kind.py").read_text() == CODE
+    assert (own_kind / "probe_kind.py").read_text() == OWN_KIND
     with pytest.raises(ProbeError, match="trust_remote_code"):
         ProbeModel.from_pretrained(own_kind)
     assert "top" not in registry._PROBE_TYPES
@@ -39,14 +38,14 @@ def test_another_head_in_the_folder_takes_the_code_away(own_kind):
 def test_the_code_is_that_which_was_imported(own_kind, tmp_path):
     head = ProbeModel.from_pretrained(own_kind, trust_remote_code=True)
     (own_kind / "probe_kind.py").write_text("changed")
-    assert (head.save_pretrained(tmp_path / "again") / "probe_kind.py").read_text() == CODE
+    assert (head.save_pretrained(tmp_path / "again") / "probe_kind.py").read_text() == OWN_KIND
     (own_kind / "probe_kind.py").unlink()
-    assert (head.save_pretrained(tmp_path / "more") / "probe_kind.py").read_text() == CODE
+    assert (head.save_pretrained(tmp_path / "more") / "probe_kind.py").read_text() == OWN_KIND
 
 
 def test_two_kinds_of_one_name_are_refused(own_kind, tmp_path):
     other = ProbeModel.from_pretrained(own_kind, trust_remote_code=True).save_pretrained(tmp_path / "other")
-    (other / "probe_kind.py").write_text(CODE.replace("masked_max(x, mask)", "masked_max(-x, mask)"))
+    (other / "probe_kind.py").write_text(OWN_KIND.replace("masked_max(x, mask)", "masked_max(-x, mask)"))
     with pytest.raises(ProbeError, match="other code"):
         ProbeModel.from_pretrained(other, trust_remote_code=True)
 

@@ -335,21 +335,6 @@ def test_scores_of_any_size_stay_finite():
         torch.testing.assert_close(probe.finish(state).logits, whole, rtol=1e-4, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "kind, options, words",
-    [
-        ("gate", {"foo": 1}, r"\['foo'\]"),
-        ("attentive", {"num_queries": 3}, "num_queries=3 must divide value_rank=8"),
-        ("attentive", {"value_rank": 0}, "value_rank"),
-        ("attentive", {"queries": 2}, r"\['queries'\].* knows \['num_queries', 'value_rank'\]"),
-        ("multimax", {"num_members": 1.5}, "num_members"),
-    ],
-)
-def test_wrong_options(kind, options, words):
-    with pytest.raises(ProbeError, match=words):
-        ProbeConfig(probe_type=kind, options=options)
-
-
 STATES = tuple(torch.randn(2, 5, HIDDEN) for _ in range(LAYERS + 1))
 
 

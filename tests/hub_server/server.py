@@ -78,41 +78,30 @@ class Blob:
         return {"type": "file", "path": path, "size": len(self.data), "oid": self.oid}
 
 
-@dataclass(frozen=True)
-class Commit:
-    """A whole tree, after another one."""
-
-    files: Mapping[str, Blob]
-    parent: str = ""
-
-    @cached_property
-    def oid(self) -> str:
-        lines = [self.parent, *(f"{path}\0{self.files[path].oid}" for path in sorted(self.files))]
-        return hashlib.sha1("\n".join(lines).encode()).hexdigest()
-
-
 class Repository:
-    """A model or a data set; it starts with one commit."""
+    """A model or a data set: trees by the id of their commit. It starts with one."""
 
     def __init__(self, repo_id: str, files: Mapping[str, Blob], private: bool = False):
         self.id, self.owner, self.private = repo_id, repo_id.split("/")[-2], private
-        first = Commit(dict(files))
-        self.commits = {first.oid: first}
-        self.refs = {"main": first}  # branches by name, pull requests as refs/pr/N
+        self.commits: dict[str, Mapping[str, Blob]] = {}
+        self.refs: dict[str, str] = {}  # commits of branches by name, of pull requests as refs/pr/N
+        self.commit("main", files)
 
-    def find(self, revision: str) -> Commit:
-        """The commit of a branch, pull request or full sha; a `Refusal` if there is none."""
-        found = self.refs.get(revision.removeprefix("refs/heads/")) or self.commits.get(revision)
-        if found is None:
+    def find(self, revision: str) -> tuple[str, Mapping[str, Blob]]:
+        """The commit of a branch, pull request or full sha, and its tree; a `Refusal` if there is none."""
+        oid = self.refs.get(revision.removeprefix("refs/heads/"), revision)
+        if oid not in self.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return found
+        return oid, self.commits[oid]
 
-    def commit(self, revision: str, files: Mapping[str, Blob]) -> Commit:
+    def commit(self, revision: str, files: Mapping[str, Blob]) -> str:
         """Make `files` the tree of a revision, after `main` if it is new; the same tree again makes no commit."""
-        parent = self.refs.get(revision, self.refs["main"])
-        commit = parent if dict(files) == dict(parent.files) else Commit(dict(files), parent.oid)
-        self.commits[commit.oid] = self.refs[revision] = commit
-        return commit
+        oid = self.refs.get(revision, self.refs.get("main", ""))
+        if self.commits.get(oid) != files:
+            lines = [oid, *(f"{path}\0{files[path].oid}" for path in sorted(files))]
+            oid = hashlib.sha1("\n".join(lines).encode()).hexdigest()
+        self.commits[oid], self.refs[revision] = dict(files), oid
+        return oid
 
 
 @dataclass
@@ -218,13 +207,13 @@ class HubServer:
         blobs = {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}
         self.objects |= {blob.oid: blob.data for blob in blobs.values() if blob.lfs}
         repo = self.repositories.setdefault(repo_id, Repository(repo_id, blobs, private))
-        repo.commit(branch, {**repo.refs.get(branch, repo.refs["main"]).files, **blobs})
+        repo.commit(branch, repo.commits[repo.refs.get(branch, repo.refs["main"])] | blobs)
 
     def head(self, repo_id: str, revision: str = "main") -> str:
-        return self.repositories[repo_id].find(revision).oid
+        return self.repositories[repo_id].find(revision)[0]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        return {path: blob.data for path, blob in self.repositories[repo_id].find(revision).files.items()}
+        return {path: blob.data for path, blob in self.repositories[repo_id].find(revision)[1].items()}
 
     def count(self, method: str, path: str) -> int:
         """Count requests of a method with `path` in their path."""
@@ -338,12 +327,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def on_info(self):
         repo = self.readable()
-        commit = repo.find(self.part.get("revision", "main"))
-        files = [{"rfilename": path} for path in sorted(commit.files)]
-        return {"id": repo.id.removeprefix("datasets/"), "sha": commit.oid, "tags": [], "siblings": files}
+        oid, files = repo.find(self.part.get("revision", "main"))
+        siblings = [{"rfilename": path} for path in sorted(files)]
+        return {"id": repo.id.removeprefix("datasets/"), "sha": oid, "tags": [], "siblings": siblings}
 
     def on_tree(self):
-        files, folder = self.readable().find(self.part["revision"]).files, self.part.get("path", "")
+        (_, files), folder = self.readable().find(self.part["revision"]), self.part.get("path", "")
         start = f"{folder}/" if folder else ""
         entries = {}
         for path in sorted(name for name in files if name.startswith(start)):
@@ -364,12 +353,12 @@ class Handler(BaseHTTPRequestHandler):
         return {}
 
     def on_preupload(self):
-        commit, answer = self.writable().find(self.part["revision"]), []
+        (oid, files), answer = self.writable().find(self.part["revision"]), []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
             mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
-            known = {"oid": commit.files[path].oid} if path in commit.files else {}
+            known = {"oid": files[path].oid} if path in files else {}
             answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
-        return {"files": answer, "commitOid": commit.oid}
+        return {"files": answer, "commitOid": oid}
 
     def on_batch(self):
         repo, objects = self.writable(), []
@@ -389,10 +378,10 @@ class Handler(BaseHTTPRequestHandler):
         """Apply all lines of a commit to a copy of the tree, and only then make it the branch's."""
         repo, as_pull, revision = self.writable(), "create_pr" in self.path, self.part["revision"]
         header, *lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
-        head = repo.find(revision)
-        if header["value"].get("parentCommit", head.oid) != head.oid:
+        head, files = repo.find(revision)
+        if header["value"].get("parentCommit", head) != head:
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-        files = dict(head.files)
+        files = dict(files)
         for line in lines:
             value = line["value"]
             if line["key"] == "deletedFile":
@@ -402,18 +391,18 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 files[value["path"]] = Blob(base64.b64decode(value["content"]))
         number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
-        commit = repo.commit(f"refs/pr/{number}" if as_pull else revision, files)
+        oid = repo.commit(f"refs/pr/{number}" if as_pull else revision, files)
         page = f"{self.hub.url}/{repo.id}"
-        answer = {"success": True, "commitOid": commit.oid, "commitUrl": f"{page}/commit/{commit.oid}"}
+        answer = {"success": True, "commitOid": oid, "commitUrl": f"{page}/commit/{oid}"}
         return answer | ({"pullRequestUrl": f"{page}/discussions/{number}"} if as_pull else {})
 
     def on_resolve(self):
         repo, path = self.readable(), self.part["path"]
-        commit = repo.find(self.part["revision"])
-        if path not in commit.files:
-            raise Refusal(404, f"Entry not found: {path}", "EntryNotFound", **{"X-Repo-Commit": commit.oid})
-        blob = commit.files[path]
-        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.oid}"'}
+        oid, files = repo.find(self.part["revision"])
+        if path not in files:
+            raise Refusal(404, f"Entry not found: {path}", "EntryNotFound", **{"X-Repo-Commit": oid})
+        blob = files[path]
+        headers = {"X-Repo-Commit": oid, "ETag": f'"{blob.oid}"'}
         if not blob.lfs:
             return self._file(blob.data, headers)
         # The file's name is in the URL so that faults find it.

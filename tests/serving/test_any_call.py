@@ -99,11 +99,6 @@ def score(head, states, prompt_tokens, ids=None):
     budget=BUDGETS,
 )
 def test_text_and_scores(family, drawn, alike, batch, way, budget):
-    with patch.object(reader, "state_budget", return_value=budget):
-        check_text_and_scores(family, drawn, alike, batch, way)
-
-
-def check_text_and_scores(family, drawn, alike, batch, way):
     lm, rows = tiny(family), []
     torch.manual_seed(0)
     expected = lm.generate(**batch, **way, max_new_tokens=4)
@@ -116,13 +111,13 @@ def check_text_and_scores(family, drawn, alike, batch, way):
     }
 
     model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
-    torch.manual_seed(0)
-    out = model.generate(**batch, **way, max_new_tokens=4)
-    assert torch.equal(out.sequences, expected)
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    with torch.no_grad():
+    torch.manual_seed(0)
+    with patch.object(reader, "state_budget", return_value=budget), torch.no_grad():
+        out = model.generate(**batch, **way, max_new_tokens=4)
         forward = model(**batch, position_ids=positions).probe_logits
-    classified = {name: output.logits for name, output in model.classify(**batch).items()}
+        classified = {name: output.logits for name, output in model.classify(**batch).items()}
+    assert torch.equal(out.sequences, expected)
     for found in (out.probe_logits, forward, classified):
         torch.testing.assert_close(found, wanted, **TOLERANCE)
 
@@ -137,11 +132,6 @@ def check_text_and_scores(family, drawn, alike, batch, way):
     data=st.data(),
 )
 def test_replies_end_where_a_head_says_so(family, config, batch, patience, budget, data):
-    with patch.object(reader, "state_budget", return_value=budget):
-        check_replies(family, config, batch, patience, data)
-
-
-def check_replies(family, config, batch, patience, data):
     lm, head, eos = tiny(family), make_probe(**config), 2
     ways = {"do_sample": False, "max_new_tokens": 6, "suppress_tokens": [eos]}  # none ends by itself
     plain = lm.generate(**batch, **ways, return_dict_in_generate=True, output_hidden_states=True)
@@ -162,7 +152,8 @@ def check_replies(family, config, batch, patience, data):
 
     model = AutoModelForProbedGeneration.from_causal_lm(lm, {"guard": head})
     rule = {"label": head.config.id2label[0], "threshold": threshold, "patience": patience}
-    out = model.generate(**batch, **ways, halt_on={"guard": rule})
+    with patch.object(reader, "state_budget", return_value=budget):
+        out = model.generate(**batch, **ways, halt_on={"guard": rule})
     for row, probabilities in enumerate(scores):
         flagged = [value >= threshold for value in probabilities]
         ends = [end for end in range(patience, len(flagged) + 1) if all(flagged[end - patience : end])]

@@ -214,16 +214,20 @@ class TestTurnScopes:
 
 class TestForward:
     def test_padding(self, model):
-        ids, mask = make_prompts(2, 6), torch.ones(2, 6, dtype=torch.long)
+        ids, mask, new = make_prompts(2, 6), torch.ones(2, 9, dtype=torch.long), make_prompts(2, 3, seed=1)
         ids[0, :3], mask[0, :3] = 0, 0
-        first = model(ids, attention_mask=mask, use_cache=True)
-        new = make_prompts(2, 3, seed=1)
+        first, whole = model(ids, attention_mask=mask[:, :6], use_cache=True), torch.cat([ids, new], 1)
+        known = {"cache": first.cache, "probe_state": first.probe_state}
         with pytest.raises(ProbeError, match="padding: pass attention_mask"):
-            model(new, cache=first.cache, probe_state=first.probe_state)
-        mask = torch.cat([mask, torch.ones_like(new)], 1)
-        out = model(new, attention_mask=mask, cache=first.cache, probe_state=first.probe_state)
+            model(new, **known)
+        with pytest.raises(ProbeError, match="pass position_ids"):
+            model.classify(whole, attention_mask=mask, **known)
+        expected = model(whole, attention_mask=mask).probe_logits
+        found = model.classify(whole, attention_mask=mask, position_ids=torch.tensor([[6, 7, 8]] * 2), **known)
+        assert_same({name: output.logits for name, output in found.items()}, expected)
+        out = model(new, attention_mask=mask, **known)
         assert out.probe_state.get_seq_length() == out.cache.get_seq_length() == 9
-        assert_same(out.probe_logits, model(torch.cat([ids, new], 1), attention_mask=mask).probe_logits)
+        assert_same(out.probe_logits, expected)
 
     def test_a_state_is_kept_where_it_is_asked_for(self, model, prompts):
         first, embeds = model(prompts, use_cache=True), model.get_input_embeddings()(prompts)
@@ -386,6 +390,12 @@ class TestRefusals:
             "'gate' reads: .* number 2": lambda model, first, ids: {"probe_mask": masked(ids)},
             "another head called 'gate'": lambda model, first, ids: replace_head(model) or {},
             "'gate', or by other weights": lambda model, first, ids: with_novelty(model.probes["gate"], 5) and {},
+            "num_beams": lambda model, first, ids: {"num_beams": 2},
+            "use_cache=False": lambda model, first, ids: {"use_cache": False},
+            "return_dict_in_generate=False": lambda model, first, ids: {"return_dict_in_generate": False},
+            "probe_state is a str": lambda model, first, ids: {"probe_state": "yes"},
+            "none is active": lambda model, first, ids: {"probes": []},
+            "probe_state needs input_ids": lambda *_: {"inputs": None, "inputs_embeds": torch.randn(3, 16, HIDDEN)},
         }.items(),
     )
     def test_generate(self, model, first, ids, words, change):
@@ -425,33 +435,3 @@ class TestRefusals:
         ids = torch.cat([prompts[:1, :2], make_prompts(1, 5, seed=2)], 1)
         with pytest.raises(ProbeError, match=r"tokens that 'content' reads: of the 2 tokens .* other ones count now"):
             model.generate(ids, cache=shared.cache, probe_state=shared.probe_state)
-
-    @pytest.mark.parametrize(
-        "kwargs, words",
-        [
-            ({"num_beams": 2}, "num_beams"),
-            ({"use_cache": False}, "use_cache=False"),
-            ({"return_dict_in_generate": False}, "return_dict_in_generate=False"),
-            ({"probe_state": "yes"}, "probe_state is a str"),
-            ({"probes": []}, "none is active"),
-            ({"inputs": None, "inputs_embeds": torch.randn(3, 9, HIDDEN)}, "probe_state needs input_ids"),
-        ],
-    )
-    def test_settings(self, model, prompts, kwargs, words):
-        widths = passes_of(model)
-        with pytest.raises(ProbeError, match=words):
-            model.generate(**{"inputs": prompts, "max_new_tokens": 2, "probe_state": True, **kwargs})
-        assert not widths
-
-    def test_classify_behind_padding_without_positions(self, model):
-        ids, mask = make_prompts(1, 6), torch.ones(1, 6, dtype=torch.long)
-        ids[0, :2], mask[0, :2] = 0, 0
-        first = model.generate(ids, attention_mask=mask, max_new_tokens=3, probe_state=True, eos_token_id=None)
-        ids = torch.cat([first.sequences, make_prompts(1, 2, seed=1)], 1)
-        mask = torch.cat([mask, torch.ones(1, 5, dtype=torch.long)], 1)
-        call = {"attention_mask": mask, "cache": first.cache, "probe_state": first.probe_state}
-        with pytest.raises(ProbeError, match="pass position_ids"):
-            model.classify(ids, **call)
-        found = model.classify(ids, position_ids=torch.tensor([[6, 7, 8]]), **call)
-        expected = model.generate(ids, attention_mask=mask, max_new_tokens=1).probe_logits
-        assert_same({name: output.logits for name, output in found.items()}, expected)

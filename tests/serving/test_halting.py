@@ -221,7 +221,7 @@ TWO, MANY, THREE = [[0.0, 0.1], [0.0, 1.0]], [[0.0, 1.0, 2.0], [3.0, 1.0, 2.0]],
 SEVERAL = {"num_labels": 3, "problem_type": "multi_label_classification", "threshold": [0.5, 0.9, 0.5]}
 VALUE = {"num_labels": 1, "problem_type": "regression"}
 FLAGS_TWO = {"num_labels": 3, "flagged": ["LABEL_0", "LABEL_2"]}
-NAN = [[math.nan, 0.0], [1.0, 0.0]]
+NAN, EITHER = [[math.nan, 0.0], [1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]
 
 
 class TestRules:
@@ -236,6 +236,9 @@ class TestRules:
             ([[0.0, 1.0, 1.0]], SEVERAL, {"label": "LABEL_2"}, ["LABEL_2"]),
             ([[2.5], [3.5]], VALUE, {"threshold": 3}, [None, "LABEL_0"]),
             (NAN, {}, {}, ["LABEL_1", None]),
+            # by its name, wherever it stands
+            (EITHER, {"id2label": {0: "good", 1: "bad"}, "flagged": ["bad"]}, {}, ["bad", None]),
+            (EITHER, {"id2label": {0: "bad", 1: "good"}, "flagged": ["bad"]}, {}, [None, "bad"]),
             (THREE, FLAGS_TWO, {}, ["LABEL_0", None, "LABEL_2"]),
             (THREE, {**SEVERAL, **FLAGS_TWO, "threshold": 0.5}, {}, ["LABEL_0", None, "LABEL_2"]),
             (THREE, FLAGS_TWO, {"label": "LABEL_1"}, [None, "LABEL_1", None]),
@@ -245,21 +248,6 @@ class TestRules:
         config, output = output_of(logits, **changes)
         halts = Halter({"h": options}, {"h": config}).decide({"h": output}, len(logits))
         assert [halt and halt.label for halt in halts] == halted
-
-    @pytest.mark.parametrize("bad", [0, 1])
-    def test_the_label_that_the_head_flags(self, prompts, bad):
-        """By its name: two heads with the same scores and their labels in turned order halt the same, as they decide."""
-        head = make_probe()
-        config = head.config.replace(id2label={bad: "bad", 1 - bad: "good"}, flagged=["bad"])
-        if not bad:
-            for name in ("weight", "bias"):
-                getattr(head.classifier, name).data = getattr(head.classifier, name).data.flip(0)
-        classified = probed({"h": make_probe()}).classify(prompts)["h"]
-        head.config = config
-        halts = probed({"h": head}).generate(prompts, halt_on="h").probe_halts
-        scores = classified.probabilities[:, 1].tolist()
-        for halt, label, score in zip(halts, classified.labels, scores, strict=True):
-            assert halt == (Halt("h", "bad", pytest.approx(score, abs=1e-6), None) if label == "LABEL_1" else None)
 
     def test_a_head_that_flags_nothing(self):
         config = ProbeConfig(id2label={0: "bad", 1: "good"})

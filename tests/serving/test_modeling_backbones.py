@@ -5,6 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
+from cases import KINDS
 from conftest import LAYERS, expected_logits, make_lm, make_probe, padded, probed
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -13,15 +14,8 @@ from transformers import AutoModelForCausalLM
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 
 
-ALL_KINDS = {
-    "pooling": make_probe(probe_type="pooling", pool="max"),
-    "gate": make_probe(seed=1, probe_type="gate"),
-    "mha": make_probe(seed=2, probe_type="mha", num_labels=3),
-    "attentive": make_probe(seed=3, probe_type="attentive"),
-    "multimax": make_probe(seed=3, probe_type="multimax"),
-    "last": make_probe(seed=4, probe_type="last", layers=[2]),
-    "follows": make_probe(seed=6, probe_type="mha", token_scope="all"),
-}
+ALL_KINDS = {name: make_probe(seed, **form) for seed, (name, form) in enumerate(KINDS.items())}
+ALL_KINDS |= {"max": make_probe(5, probe_type="pooling", pool="max"), "follows": make_probe(6, token_scope="all")}
 
 
 def check_all_kinds(model, prompts):

@@ -8,9 +8,8 @@ from conftest import LAYERS, make_lm, make_probe, make_prompts, probed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import Recorder, assert_no_hooks, hooks_in_passes, passes_of
-from transformers import LogitsProcessor
 
-from llama_probe import Halt, ProbeError, Reprompt
+from llama_probe import Halt, HoldBackStreamer, ProbeError, Reprompt
 
 
 def both_scopes(**changes):
@@ -135,18 +134,21 @@ class TestCallback:
         out = model.generate(prompts[:1], max_new_tokens=6, on_probe_token=lambda scores: [why])
         assert out.probe_halts == [Halt("mine", "bad", 0.5, token=0)] and out.sequences.shape[1] == 11
 
-    def test_an_error_lets_nothing_through(self, model, prompts):
+    @pytest.mark.parametrize("held, shown", [(None, 3), (1, 1)])
+    def test_an_error_lets_nothing_through(self, model, prompts, held, shown):
         def callback(scores):
             if scores.step == 2:
                 raise RuntimeError("out of order")
 
-        streamer = Recorder()
-        call = {"max_new_tokens": 9, "eos_token_id": None, "on_probe_token": callback, "streamer": streamer}
+        recorder = Recorder()
+        streamer = recorder if held is None else HoldBackStreamer(recorder, held)
+        call = {"max_new_tokens": 9, "eos_token_id": None, "streamer": streamer}
         with pytest.raises(RuntimeError, match="out of order"):
-            model.generate(prompts[:1], **call)
-        assert len(streamer.tokens) == 1 + 3 and streamer.ended == 1
+            model.generate(prompts[:1], on_probe_token=callback, **call)
+        assert len(recorder.reply) == shown and recorder.ended == 1
         assert_no_hooks(model)
-        assert len(model.generate(prompts, max_new_tokens=2).probe_token_logits["guard"]) == 3
+        out = model.generate(prompts[:1], on_probe_token=lambda scores: None, **call)
+        assert out.probe_token_logits["guard"].shape[1] == 8 and recorder.ended == 2, "it can be used again"
 
 
 class TestHalting:
@@ -254,16 +256,9 @@ def test_what_is_refused_when_it_happens(model, prompts, monkeypatch):
         model.generate(prompts, max_new_tokens=6)
 
 
-class Say(LogitsProcessor):
-    """Makes the model write these tokens behind the prompts, which have nine."""
-
-    def __init__(self, tokens):
-        self.tokens = tokens
-
-    def __call__(self, input_ids, scores):
-        scores = torch.full_like(scores, -1e9)
-        scores[:, self.tokens[input_ids.shape[1] - 9]] = 0
-        return scores
+def say(*tokens):
+    """Have the model write these tokens behind the prompts, which have nine."""
+    return {"prefix_allowed_tokens_fn": lambda row, ids: [tokens[len(ids) - 9]]}
 
 
 class TestPadTokens:
@@ -275,7 +270,7 @@ class TestPadTokens:
 
     @pytest.mark.parametrize("stops", [None, [lambda ids, scores, **_: ids[:, -1] == 96]])
     def test_written_by_the_model(self, model, prompts, stops):
-        call = {"max_new_tokens": 6, "logits_processor": [Say([10, 0, 0, 0, 11, 12])], "stopping_criteria": stops}
+        call = {"max_new_tokens": 6, "stopping_criteria": stops, **say(10, 0, 0, 0, 11, 12)}
         out = model.generate(prompts[:1], probe_state=True, **call)
         assert out.sequences[0, 9:].tolist() == [10, 0, 0, 0, 11, 12] and out.probe_state.attention_mask.all()
         whole = [model.classify(out.sequences[:, :stop])["both"].logits for stop in range(10, 15)]
@@ -292,7 +287,7 @@ class TestPadTokens:
         stopped = {"stopping_criteria": [stop]}, [[False, True, True, True], [False, True, False, False]]
         halted = {"eos_token_id": None, "on_probe_token": flag(1)}, [[False, False, True, True], [False] * 4]
         for ways, unread in (stopped, halted):  # of a stopped one nothing tells those apart that the model writes
-            call = {"max_new_tokens": 5, "logits_processor": [Say([10, 0, 13, 14, 11])], **ways}
+            call = {"max_new_tokens": 5, **say(10, 0, 13, 14, 11), **ways}
             out = model.generate(prompts[:2], probe_state=True, **call)
             assert out.sequences[:, 9:].tolist() == [[10, 0, 0, 0, 0], [10, 0, 13, 14, 11]]
             assert out.probe_token_logits["both"][..., 0].isnan().tolist() == unread

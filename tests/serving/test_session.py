@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import KINDS, MODES
-from conftest import expected_logits, make_lm, make_probe, make_prompts, make_tokenizer, probed
+from conftest import expected_logits, make_lm, make_probe, make_prompts, make_tokenizer, padded, probed
 from observers import Recorder, passes_of
 from peft import LoraConfig, get_peft_model
 from transformers import BatchEncoding, GenerationConfig
@@ -27,17 +27,11 @@ def assert_scores(out, ids, mask=None):
     torch.testing.assert_close(out.probe_logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def left_padded(prompts):
-    ids, mask = prompts.clone(), torch.ones_like(prompts)
-    ids[0, :4], mask[0, :4] = 0, 0
-    ids[2, :1], mask[2, :1] = 0, 0
-    return ids, mask
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_equals_the_plain_model(mode, model, prompts):
     kwargs = {"max_new_tokens": 6, **MODES[mode]}
-    ids, mask = left_padded(prompts)
+    mask = padded(prompts)
+    ids = prompts * mask
     plain_model = make_lm()
     plain_passes, passes = passes_of(plain_model), passes_of(model)
     torch.manual_seed(5)
@@ -75,7 +69,8 @@ def test_inputs_embeds(model, prompts):
 
 @pytest.mark.parametrize("eos", [2, torch.tensor([2, 3])])
 def test_padding_is_found_without_a_mask(model, prompts, eos):
-    ids, mask = left_padded(prompts)
+    mask = padded(prompts)
+    ids = prompts * mask
     for pad, expected in ((0, mask), (torch.tensor(0), mask), (2, None)):
         assert_scores(model.generate(ids, max_new_tokens=2, eos_token_id=eos, pad_token_id=pad), ids, expected)
 

@@ -65,21 +65,6 @@ def test_what_is_held_goes_with_a_halt(model, tokens, seen):
         assert recorder.reply == [*free[:seen], *(reply or [])] and recorder.ended == calls
 
 
-def test_an_error_shows_nothing_more(model):
-    def callback(scores):
-        if scores.step == 3:
-            raise RuntimeError("out of order")
-
-    recorder = Recorder()
-    streamer = HoldBackStreamer(recorder, 2)
-    call = {"max_new_tokens": 9, "eos_token_id": None, "streamer": streamer, "on_probe_token": callback}
-    with pytest.raises(RuntimeError, match="out of order"):
-        model.generate(make_prompts(1), **call)
-    assert len(recorder.reply) == 1 and recorder.ended == 1
-    model.generate(make_prompts(1), max_new_tokens=3, streamer=streamer, on_probe_token=lambda scores: None)
-    assert recorder.ended == 2, "and it can be used again"
-
-
 def test_a_prompt_that_is_halted(model):
     model.add_probe("both", make_probe(token_scope="all"))
     recorder, halting = Recorder(), {"halt_on": {"both": {"threshold": 0.0}}, "halt_reply": [5, 6]}

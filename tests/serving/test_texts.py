@@ -64,15 +64,19 @@ def test_a_text_is_the_users_and_a_tools_for_heads_that_read_these(model, names)
 def test_a_start_that_no_head_reads_runs_once(model):
     texts = [f"text {number:02}" for number in range(12)]
     probe = model.add_probe("a", make_probe(token_scope="content", **fields()))
-    expected, ran = alone(model, "a", texts), []
+    model.add_probe("last", make_probe(probe_type="last", token_scope="prompt", **fields()))
+    expected, ran = {name: alone(model, name, texts) for name in model.probes}, []
     model.model.register_forward_pre_hook(
         lambda _, args, kwargs: ran.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    found = model.classify(texts, tokenizer=TOKENIZER)["a"].logits
+    found = {name: output.logits for name, output in model.classify(texts, tokenizer=TOKENIZER).items()}
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     start = len(probe.config.prefix_ids)
     whole = PromptFormat.from_config(probe.config, TOKENIZER).batch(texts)["input_ids"].shape[1]
     assert ran == [(1, start), (12, whole - start)]
+    model.add_probe("whole", make_probe(token_scope="prompt", **fields()))
+    model.classify(texts, tokenizer=TOKENIZER)
+    assert ran[2:] == [(12, whole)], "one head reads it"
 
 
 def test_many_texts_are_read_in_parts(model, monkeypatch):

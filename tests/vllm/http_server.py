@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+from launcher import free_port
 
 
 HEADERS = {"Content-Type": "application/json", "Authorization": "Bearer none"}
@@ -26,9 +26,7 @@ def serving(arguments: Sequence[str], log: Path, seconds: float = 900) -> Iterat
     Raises:
         RuntimeError: the server did not start; with the end of its log.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-m", "llama_probe.vllm", *arguments, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)

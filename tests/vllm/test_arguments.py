@@ -11,8 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from conftest import make_lm, make_probe
-from own_kind_fixture import forget
+from conftest import forget_own_kind, make_lm, make_probe
 from tiny_engine import HEADS, HIDDEN, REPLY_HEADS
 from tiny_families import TINY
 from tiny_families import tiny as make_tiny
@@ -148,7 +147,7 @@ class TestEngine:
         with pytest.raises(ProbeError, match="trust_remote_code"):
             engine_kwargs(tmp_path / "lm", own_kind)
         config = make_config(tmp_path / "lm", own_kind, trust_remote_code=True, skip_tokenizer_init=True)
-        forget()  # as in another process
+        forget_own_kind()  # as in another process
         settings = ProbeSettings.of(config)
         assert list(settings.configs) == ["head"] and settings.read_heads()["head"].config.probe_type == "top"
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import json
 import threading
 from collections.abc import Callable
@@ -23,14 +22,12 @@ SURE_FINE, UNSURE, SURE_BAD = [3.0, 0.0], [0.5, 0.0], [0.0, 3.0]  # `bad` has 0.
 WHOLE, HALTED = ("01234", "length"), (END, "content_filter")
 
 
-def on_loop(test):
-    """Runs an async test."""
+pytestmark = pytest.mark.anyio
 
-    @functools.wraps(test)
-    def run(*args, **kwargs):
-        asyncio.run(test(*args, **kwargs))
 
-    return run
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 def says(payload, status: int = 200, **options) -> Callable[[PlayedRequest], None]:
@@ -122,7 +119,6 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("halts", [False, True], ids=["fine", "bad"])
-@on_loop
 async def test_client_sees_nothing_until_the_judge_has_answered(serve, play_guard, stream, copies, halts):
     answers = threading.Event()
     guard = play_guard(lambda request: answers.wait() and (BAD if halts else FINE)(request))
@@ -143,7 +139,6 @@ async def test_client_sees_nothing_until_the_judge_has_answered(serve, play_guar
         assert (known["halted"] is not None) == halts
 
 
-@on_loop
 async def test_nobody_is_asked_if_the_head_is_sure(serve, play_guard):
     guard = play_guard(BAD)
     for logits in (SURE_FINE, SURE_BAD):
@@ -174,7 +169,6 @@ ASKED = {
 }
 
 
-@on_loop
 async def test_questions_and_answers_of_each_protocol(play_guard, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "secret\n")
     for path, payload, halts in READ:
@@ -199,7 +193,6 @@ FAULTS = {
 
 @pytest.mark.parametrize("fails", ["closed", "open"])
 @pytest.mark.parametrize("fault", FAULTS)
-@on_loop
 async def test_judge_that_fails_halts_or_lets_pass(serve, play_guard, monkeypatch, fault, fails):
     """What is logged does not hold the key, and only the beginning of an answer is read."""
     monkeypatch.setenv(KEY_VARIABLE, "secret")
@@ -216,7 +209,6 @@ async def test_judge_that_fails_halts_or_lets_pass(serve, play_guard, monkeypatc
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@on_loop
 async def test_client_that_goes_away_ends_the_question(serve, play_guard, stream):
     guard = play_guard(hangs)
     app, engine = serve(guard.url + MODERATIONS, timeout=600.0)
@@ -229,7 +221,6 @@ async def test_client_that_goes_away_ends_the_question(serve, play_guard, stream
     assert engine.aborted == 1 and client.sent == b""
 
 
-@on_loop
 async def test_answers_are_counted_once_a_prompt(serve, play_guard):
     def judged() -> list[float]:
         labels = ({"probe": "guard", "answer": word} for word in ("halted", "passed", "failed"))
@@ -242,7 +233,6 @@ async def test_answers_are_counted_once_a_prompt(serve, play_guard):
 
 
 @pytest.mark.parametrize(("path", "halts"), [(MODERATIONS, True), (GUARDRAIL, False)], ids=["bad", "fine"])
-@on_loop
 async def test_server_judges_for_another(serve, monkeypatch, path, halts):
     """Also for its routes of labels: a small backbone that is unsure asks a larger one."""
     larger, _ = serve(None, SURE_BAD if halts else SURE_FINE)
