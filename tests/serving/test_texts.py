@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_lm, make_probe, make_tokenizer, with_novelty
-from datasets import Dataset
 from transformers.utils import logging
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
@@ -90,7 +89,8 @@ def test_many_texts_are_read_in_parts(model, monkeypatch):
 
 def test_a_column_of_datasets(model):
     model.add_probe("a", make_probe(**fields()))
-    column = Dataset.from_dict({"text": TEXTS})["text"]
+    datasets = pytest.importorskip("datasets")  # which vLLM's environment does not have
+    column = datasets.Dataset.from_dict({"text": TEXTS})["text"]
     assert torch.equal(*(model.classify(texts, tokenizer=TOKENIZER)["a"].logits for texts in (column, TEXTS)))
     pipe = ProbedTextClassificationPipeline(model, TOKENIZER)
     assert pipe(column) == pipe(TEXTS)

@@ -65,6 +65,7 @@ LOCAL = {
     "emotion": KNOWN["emotion"],
     "replies": {"prompt": "asked", "response": "text", "label": LABELS, "source": ["other"], "licence": "MIT"},
     "injections": {**PLAIN, "messages": "text", "kind": "indirect", "source": ["other"], "licence": "MIT"},
+    "multilingual": {**PLAIN, "source": ["other"], "language": ["ar", "zh"], "licence": LICENCES},
     "hallucination": {"reference": "text", "source": ["other"]},
     "beavertails": {**PLAIN, "prompt": "asked", "response": "text", "categories": [[]]},
     "openai_moderation": {**PLAIN, "categories": [None]},
