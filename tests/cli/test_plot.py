@@ -86,6 +86,11 @@ def test_measurements_of_the_head_need_no_backbone(make_head, tmp_path, monkeypa
     assert names_of(tmp_path / "out") == ["calibration.png", "confusion.png", "layer_weights.png"]
 
 
+def test_a_head_of_replies_has_no_prompt_to_draw(tmp_path):
+    head = make_probe(token_scope="response").save_pretrained(tmp_path / "replies")
+    assert "reads replies alone" in refuse("plot", head, "--text", "x", "--output", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "inspection, args, named",
     [

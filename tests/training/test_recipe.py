@@ -114,6 +114,7 @@ class TestFile:
             (changed(validation={"share": 7}), "validation.share=7"),
             (changed(validation={"share": 0.2, "folds": 3}), "share and folds"),
             (changed(validation={"folds": 1}), "folds=1"),
+            (changed(test={"folds": 3}), "test.folds"),
             (changed(test={"share": 0.2, "sources": ["xstest"]}), "share and sources"),
             (changed(copies={"names": ["rot13"]}), "rot13"),
             (changed(copies={"names": ["lead_in"], "share": 1.5}), "1.5"),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training_runs import head_of, token_rows, trainer_of
 from transformers import Trainer, TrainingArguments
 
-from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel
+from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
 from llama_probe.data.cached_states import ProbeCollator, PromptDataset
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.prediction import predict_logits
@@ -191,6 +191,24 @@ def test_a_search_for_the_smallest_loss(tmp_path):
         compute_objective=lambda metrics: seen.append(metrics["eval_loss"]) or seen[-1],
     )  # fmt: skip
     assert best.objective == min(seen)
+
+
+def test_the_loss_follows_the_arguments(tmp_path):
+    trainer = mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1)
+    trainer.args.focal_gamma = 2.0  # as a trial of a search does
+    trainer.train()
+    assert trainer.compute_loss_func.focal_gamma == 2.0
+
+
+def test_a_reply_in_token_ids_ends_with_its_mask(tmp_path):
+    rows = [
+        {"input_ids": [5, 6, 7, 8, 9, 3, 4], "probe_mask": [0, 0, 1, 1, 1, 0, 0], "label": i % 2} for i in range(8)
+    ]
+    probe = head(make_lm(vocab_size=260), token_scope="response")
+    args = ProbeTrainingArguments(str(tmp_path), cache_states=False, num_train_epochs=1, novelty=False)
+    trainer = ProbeTrainer(probe, args, train_dataset=rows)
+    item = trainer.train_dataset.dataset[0]
+    assert item["input_ids"] == [5, 6, 7, 8, 9] and trainer.train_dataset.dataset.reply_lengths[0] == 3
 
 
 def test_a_metric_that_is_not_measured_is_named(tmp_path):

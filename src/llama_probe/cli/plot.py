@@ -54,6 +54,8 @@ def plot(
     name = check_name(default_name(probe))
     scored = ScoredHead(probe, options)
     head = scored.head
+    if texts and head.config.token_scope == "response":
+        raise ProbeError(f"--text is a prompt, and {probe} reads replies alone: give rows with replies (--data)")
     new_figure()  # raises if matplotlib is missing
     inspection = (head.results or {}).get("inspection")
     if data is not None:

@@ -10,8 +10,9 @@ from typing import Annotated
 from huggingface_hub import CommitInfo
 
 from ..backbone.loading import DtypeName, backbone_target
+from ..errors import ProbeError
 from ..evaluation.plots import write_plots
-from ..files import JSON, check_new_folder
+from ..files import JSON, check_new_folder, check_writable
 from ..heads.probe import ProbeModel
 from ..hub.card import write_card
 from ..hub.folder import list_heads
@@ -112,7 +113,10 @@ def export(
         license: licence of the repository, for the card: the strictest of backbone and heads.
         push: also upload it, as user/name.
     """
+    if push is None and (unused := [name for name, value in vars(place).items() if value not in (None, False)]):
+        raise ProbeError(f"--{unused[0].replace('_', '-')} needs --push USER/NAME")
     check_new_folder(output.absolute())
+    check_writable(output.absolute(), "the repository")
     heads = read_heads(probe, backbone_target(backbone), HubOptions(trust_remote_code=trust_remote_code))
     from ..serving.export import export_repository, push_repository  # takes seconds to import
 

@@ -176,6 +176,8 @@ class Recipe:
         for name in ("wrappings", "attacks"):
             if (source := getattr(self.measure, name)) not in (None, *measured):
                 raise ProbeError(f"measure.{name}={source!r} must be one of: {', '.join(measured)}")
+        if self.test.folds is not None:
+            raise ProbeError("test.folds is not allowed: folds are for validation; use test.share or test.sources")
         if self.search.trials and self.hold_out:
             raise ProbeError("hold_out cannot be used with search: a twin is trained as the head that is found")
         if self.seeds < 1 or not 0 <= self.seed <= 2**32 - self.seeds:

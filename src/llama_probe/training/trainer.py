@@ -159,9 +159,9 @@ class ProbeTrainer(Trainer):
         if is_open and args.greater_is_better and validation is not None and compute_metrics is None:
             check_metric(args.metric, labels_of(validation), model.config)
         check_threshold_rule(model.config, args.max_false_positive_rate, args.threshold_rule)
+        self._has_own_loss = compute_loss_func is None
         if compute_loss_func is None:
-            losses = {name: self._create_loss(name, train) for name in self.heads}
-            compute_loss_func = GroupLoss(losses) if self._is_group else losses["head"]
+            compute_loss_func = self._create_loss(train)
         learned = self._encode("train_dataset", train, learned=True)
         if left_out:
             learned = TrainingRows(learned, learned_by=learners(len(learned), self.heads, left_out))
@@ -273,11 +273,19 @@ class ProbeTrainer(Trainer):
             self._tokenizer = self._tokenizer or tokenizer
         return ProbeModel(config, backbone=backbone), rows
 
-    def _create_loss(self, name: str, train: LabelledTexts | Dataset | None) -> ProbeLoss:
-        """Return the loss that the arguments describe for a head."""
-        args = vars(self.args) | self._head_args[name]
-        labels = None if train is None or args["class_weights"] != "balanced" else labels_of(train)
-        return ProbeLoss.create(self.heads[name].config, args, labels)
+    def _create_loss(self, train: LabelledTexts | Dataset | None) -> ProbeLoss | GroupLoss:
+        """Return the loss that the arguments describe for the heads."""
+        losses = {}
+        for name, head in self.heads.items():
+            args = vars(self.args) | self._head_args[name]
+            labels = None if train is None or args["class_weights"] != "balanced" else labels_of(train)
+            losses[name] = ProbeLoss.create(head.config, args, labels)
+        return GroupLoss(losses) if self._is_group else losses["head"]
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self._has_own_loss:  # a trial, or the caller, may have changed what it depends on
+            self.compute_loss_func = self._create_loss(self.train_dataset)
 
     def _label(self, name: str, data: object, learned: bool = False) -> LabelledTexts | Dataset | None:
         """Read a table with the labels of the heads, whose configs record what the labels of training rows are called."""
@@ -305,9 +313,12 @@ class ProbeTrainer(Trainer):
         if lm is None:
             raise ProbeError(f"{name} has texts or token ids, which need ProbeModel(config, backbone=lm)")
         if is_tokenized(rows):
-            masks = rows.columns.get("probe_mask")
+            ids, masks = rows.texts, rows.columns.get("probe_mask")
             lengths = None if masks is None or not config.reads_reply else list(map(sum, masks))
-            dataset = PromptDataset(rows.texts, rows.labels, masks, lengths)
+            if lengths is not None:  # what follows a reply, such as the end of its turn, is no part of it
+                stops = [max((i for i, counts in enumerate(mask) if counts), default=-1) + 1 for mask in masks]
+                ids, masks = ([row[:stop] for row, stop in zip(part, stops, strict=True)] for part in (ids, masks))
+            dataset = PromptDataset(ids, rows.labels, masks, lengths)
         else:
             if self._tokenizer is None:
                 raise ProbeError(f"{name} has texts: pass the backbone's tokenizer, processing_class=tokenizer")
