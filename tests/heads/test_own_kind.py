@@ -43,11 +43,12 @@ def test_the_code_is_that_which_was_imported(own_kind, tmp_path):
     assert (head.save_pretrained(tmp_path / "more") / "probe_kind.py").read_text() == OWN_KIND
 
 
-def test_two_kinds_of_one_name_are_refused(own_kind, tmp_path):
+def test_two_kinds_of_one_name_are_refused(own_kind, tmp_path, caplog):
     other = ProbeModel.from_pretrained(own_kind, trust_remote_code=True).save_pretrained(tmp_path / "other")
     (other / "probe_kind.py").write_text(OWN_KIND.replace("masked_max(x, mask)", "masked_max(-x, mask)"))
     with pytest.raises(ProbeError, match="other code"):
         ProbeModel.from_pretrained(other, trust_remote_code=True)
+    assert ProbeModel.from_pretrained(other) and "other code" in caplog.text, "the user's own, which was changed since"
 
 
 def test_refusals(tmp_path):

@@ -382,9 +382,10 @@ def read_config(folder: str | os.PathLike[str], trust_remote_code: bool = False)
             raise ProbeError(f"probe_type={kind!r} needs the code in {code}: read it, then trust_remote_code=True")
         import_kinds(code)
     elif os.path.isfile(code) and kind_code(str(kind)) not in (None, code.read_bytes()):
-        raise ProbeError(
-            f"probe_type={kind!r} has other code here than in {code}: give one of both kinds another name"
-        )
+        differs = f"probe_type={kind!r} has other code here than in {code}"
+        if trust_remote_code:
+            raise ProbeError(f"{differs}: give one of both kinds another name")
+        logger.warning(f"{differs}: the head's scores may be others")
     try:
         config, unknown = ProbeConfig.from_dict(values)
     except ProbeError as error:

@@ -349,7 +349,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         try:
             return generate_session(call, {} if inner else self._active_heads(probes), **asked).run()
         except BaseException:
-            end_stream(call.kwargs.get("streamer"))
+            if not inner:
+                end_stream(call.kwargs.get("streamer"))
             raise
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -63,10 +63,8 @@ class ProbeSettings:
 
     def to_dict(self) -> JSON:
         """With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders."""
-        return {
-            **json.loads(json.dumps(asdict(self), default=float)),
-            _LAYERS: self.layers,
-        }  # thresholds may be NumPy's
+        values = json.loads(json.dumps(asdict(self), default=float))  # thresholds may be NumPy's
+        return {**values, _LAYERS: self.layers}
 
     @cached_property
     def configs(self) -> dict[str, ProbeConfig]:
@@ -97,8 +95,9 @@ class ProbeSettings:
         A head flags what its config names (`flagged`), a multi-label head that names none any label, from its own thresholds
         on. `halt_on` and `monitor` add what they name, and take the place of what a head of exclusive labels flags.
         """
+        named = list(self.rules)
         try:
-            named = self.rules + ([] if self.monitor is None else Halter(self.monitor, self.configs).rules)
+            named += [] if self.monitor is None else Halter(self.monitor, self.configs).rules
         except ProbeError as error:
             raise ProbeError(str(error).replace("halt_on", "monitor").replace("--halt-on", "--monitor")) from None
         flags: list[HaltRule] = []
