@@ -224,13 +224,8 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
 def _explained(name: str, path: str) -> Generator[None]:
     try:
         yield
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-        SafetensorError,
-        ValueError,
-    ) as error:  # the first without the package gguf
+    # ImportError without the package gguf, RuntimeError for weights that do not fit the config.
+    except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         missing = "" if os.path.exists(path) else f" There is no folder {path!r} either."
         raise ProbeError(f"the backbone {name!r} cannot be loaded: {first_line(error)}{missing}") from error
 

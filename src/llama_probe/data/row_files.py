@@ -36,8 +36,8 @@ MAX_TEXT = 500_000  # characters of one text
 _CHUNK_TEXTS, FILE_TEXTS = 64, 512
 _BATCH = 64  # rows of a parquet file that are decoded at a time
 
-# Errors that readers raise for damaged files. pyarrow raises NotImplementedError for files that it cannot read.
-_DAMAGED = (OSError, EOFError, ValueError, RecursionError, NotImplementedError, csv.Error, zlib.error)
+# Errors that readers raise for damaged files. RuntimeError: JSON that is nested too deeply, and what pyarrow cannot read.
+_DAMAGED = (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error)
 
 
 def kind_of(path: Path) -> str | None:

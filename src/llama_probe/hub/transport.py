@@ -181,7 +181,7 @@ def commit_files(
         ProbeError: the Hub refused; the message gives its reason, and says if it is not known that nothing was uploaded.
     """
     api = hub_api(token)
-    with _push_errors(repo_id, token) as is_sent:
+    with _push_errors(repo_id, token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -190,7 +190,7 @@ def commit_files(
         kept = there & set(only_if_missing)
         added = [CommitOperationAdd(path, content) for path, content in files.items() if path not in kept]
         deleted = [CommitOperationDelete(path) for path in sorted(there - set(files)) if is_stale(path)]
-        is_sent.append(True)
+    with _push_errors(repo_id, token, is_sent=True):
         return api.create_commit(
             repo_id,
             added + deleted,
@@ -202,16 +202,15 @@ def commit_files(
 
 
 @contextmanager
-def _push_errors(repo_id: str, token: str | bool | None) -> Iterator[list[bool]]:
-    """Turn errors of a push into one line. The caller appends to what it gets when it sends the commit."""
-    is_sent: list[bool] = []
+def _push_errors(repo_id: str, token: str | bool | None, is_sent: bool = False) -> Iterator[None]:
+    """Turn errors of a push into one line. With `is_sent` the commit is on its way."""
     try:
-        yield is_sent
+        yield
     except _FAILED as error:
         cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         status = getattr(getattr(cause, "response", None), "status_code", 500)
         # The answer to a commit that was made may be lost. Errors of other kinds come before it is sent.
-        is_unknown = bool(is_sent) and isinstance(cause, HTTPError) and status >= 500
+        is_unknown = is_sent and isinstance(cause, HTTPError) and status >= 500
         outcome = "it is not known if it was kept: look at its page" if is_unknown else "nothing was uploaded"
         raise ProbeError(f"the push to {repo_id} failed, and {outcome}; {_reason(error, token)}") from None
 

@@ -151,7 +151,9 @@ def from_pretrained(
         # kwargs has probe_revision= and probe_strict= as well
         return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=probe, **kwargs)
     # Both are for heads that are saved beside the model.
-    given = {name: kwargs.pop(name) for name in ("probe_revision", "probe_strict") if takes_probe and name in kwargs}
+    head_options = {
+        name: kwargs.pop(name) for name in ("probe_revision", "probe_strict") if takes_probe and name in kwargs
+    }
     if LOADING_PLAIN.get():
         return original(place, *args, **kwargs)
     loaded = load_or_find_head(lambda: original(place, *args, **kwargs), place, kwargs)
@@ -162,8 +164,8 @@ def from_pretrained(
         return loaded
     if not isinstance(model, GenerationMixin):  # of `AutoModel`, which heads cannot be attached to
         del loaded, model  # its memory is free before the causal LM comes
-        return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=heads, **given, **kwargs)
-    AutoModelForProbedGeneration.from_causal_lm(model, heads, given.get("probe_strict", False))
+        return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=heads, **head_options, **kwargs)
+    AutoModelForProbedGeneration.from_causal_lm(model, heads, head_options.get("probe_strict", False))
     return loaded
 
 
