@@ -965,9 +965,6 @@ def token_mask(
         attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
         partial_prompt: the prompts may continue. Nothing counts yet in a row that ends within the constant prefix.
         seen: leading tokens that heads have read in an earlier call.
-
-    Raises:
-        ProbeError: the scope needs ids or markers and there are none, or is `"response"`: ids do not show where a reply begins.
     """
     if config.token_scope == "response":
         raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")

@@ -55,9 +55,6 @@ def process_group() -> Iterator[None]:
 
     An existing group is used. Else accelerate makes one, with gloo between CPUs and the accelerator's back end (NCCL) between
     accelerators, and gives each process the accelerator of its local rank.
-
-    Raises:
-        ProbeError: another process of the run has ended.
     """
     global _is_divided
     if _is_divided or not (launched() or (dist.is_available() and dist.is_initialized())):
@@ -176,9 +173,6 @@ def claimed(folder: Path) -> Iterator[None]:
     """Keep a folder to one run at a time. It is made if missing, and removed again if nothing was written.
 
     In a process group the main rank claims it for all. The claim ends with the process, however that ends.
-
-    Raises:
-        ProbeError: another run has it, or it cannot be made.
     """
     is_new = not folder.exists()
     held: list[int] = []

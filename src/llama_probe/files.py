@@ -41,9 +41,6 @@ def check_writable(folder: Path, content: str) -> None:
 
     Args:
         content: what will be written, for the message.
-
-    Raises:
-        ProbeError: the folder or one above it is a file, or the user may not write there.
     """
     try:
         there = next(path for path in (folder, *folder.parents) if path.exists())

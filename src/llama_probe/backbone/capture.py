@@ -136,9 +136,6 @@ def check_states(lm: nn.Module) -> None:
 
     The backbone runs once over a few tokens. For a registered family, only the shapes are checked, and that no layer changes
     an earlier hidden state in place. Models with offloaded weights are not checked.
-
-    Raises:
-        ProbeError: a state is missing, has another shape, is changed in place, or differs from `output_hidden_states`.
     """
     decoder = find_decoder(lm)
     if decoder.origin == "table" or any(parameter.is_meta for parameter in decoder.model.parameters()):

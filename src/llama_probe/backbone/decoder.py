@@ -120,11 +120,7 @@ def is_tensor_parallel(lm: nn.Module | None) -> bool:
 
 
 def find_decoder(lm: nn.Module) -> Decoder:
-    """Find the decoder of a causal LM, also inside a PEFT model.
-
-    Raises:
-        ProbeError: the LM is an encoder-decoder, or its modules are not found; see `families.find_modules`.
-    """
+    """Find the decoder of a causal LM, also inside a PEFT model."""
     base = without_peft(lm)
     config = base.config.get_text_config(decoder=True)
     modules, origin = find_modules(base, config.num_hidden_layers)

@@ -117,9 +117,6 @@ def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[Modules,
     Returns:
         The modules, and how they were found: `"registered"` by `register_family`, in the `"table"`, or by a
         `"search"` for the only place with `depth` layers and a final norm.
-
-    Raises:
-        ProbeError: the LM is an encoder-decoder, or the modules are not found.
     """
     kind, model_type = type(lm).__name__, lm.config.model_type
     if getattr(lm.config, "is_encoder_decoder", False):

@@ -54,9 +54,6 @@ def demo_backbone() -> Path:
 
     The package's 4-bit GGUF file is slow to read. The folder has fp32 safetensors and tokenizer files (0.5 GB). It is in
     `$LLAMA_PROBE_HOME`, or in `llama_probe` in the user's cache folder.
-
-    Raises:
-        ProbeError: the package or the GGUF reader is not installed.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_probe"
     folder = Path(os.environ.get("LLAMA_PROBE_HOME") or cache) / DEMO_MODEL_ID.split("/")[-1]
@@ -195,9 +192,6 @@ def load_backbone(
         name: `"demo"`, a folder, a GGUF file, or a Hub id.
         dtype: of the weights. Defaults to the checkpoint's.
         device: defaults to `choose_device()`.
-
-    Raises:
-        ProbeError: the backbone cannot be loaded, or the dtype is not allowed.
     """
     if isinstance(dtype, str):
         check_dtype(dtype)
@@ -245,11 +239,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def backbone_target(name: str) -> Target | None:
-    """Return the target of a backbone without loading it, or None if its config does not have the sizes.
-
-    Raises:
-        ProbeError: it is a Hub id, not cached, and the Hub does not answer.
-    """
+    """Return the target of a backbone without loading it, or None if its config does not have the sizes."""
     if is_demo(name):
         return _DEMO_TARGET
     check_within_reach(name)

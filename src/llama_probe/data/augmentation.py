@@ -121,9 +121,6 @@ def wrapped_copies(
     Each augmentation copies a random share of the rows: as many of each label, while there are rows with it. Lead-ins,
     documents and other turns are texts of the rows that have no flagged label (multi-label: no label). A column `source` of a copy
     names the sources of all texts in it, with `+` between them.
-
-    Raises:
-        ProbeError: the labels are values, none is flagged, or there is nothing to draw from.
     """
     if not names:
         return []

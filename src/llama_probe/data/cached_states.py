@@ -96,9 +96,6 @@ class StateCache:
             lm: the frozen LM.
             config: config of a head, which tells what is read.
             batch_tokens: tokens of a forward pass, padding included.
-
-        Raises:
-            ProbeError: the disk is full, a state does not fit the dtype, or a row has no counted token.
         """
         dtype = self.dtype
         if dtype is None:
@@ -313,11 +310,7 @@ def shared_layers(configs: Iterable[ProbeConfig]) -> list[int]:
 
 
 def shared_config(configs: Sequence[ProbeConfig]) -> ProbeConfig:
-    """Return a config that reads what several heads read together, for a `StateCache`.
-
-    Raises:
-        ProbeError: the heads do not read the same tokens.
-    """
+    """Return a config that reads what several heads read together, for a `StateCache`."""
     first = configs[0]
     for name in ("token_scope", "prompt_format", "system_prompt", "max_length"):
         if len(values := {str(getattr(config, name)) for config in configs}) > 1:

@@ -73,11 +73,7 @@ def find_benchmark(source: str | None) -> tuple[Benchmark, str | None] | None:
 
 
 def slices_of(columns: dict[str, list], source: str | None, names: Sequence[str]) -> dict[str, list]:
-    """Return the columns to report by: those of these names, or those of a data set known by name.
-
-    Raises:
-        ProbeError: the rows do not have a column.
-    """
+    """Return the columns to report by: those of these names, or those of a data set known by name."""
     if missing := [name for name in names if name not in columns]:
         raise ProbeError(f"slice_columns={missing} must be columns of the rows: {', '.join(columns) or 'none'}")
     known = find_benchmark(source)

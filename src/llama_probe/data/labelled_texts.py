@@ -157,11 +157,7 @@ class Labels:
 
 
 def check_labels(name: str, rows: LabelledTexts) -> None:
-    """Check that training rows have several labels, unless they are values. Warn of labels that no row, or one or two rows, have: a typing error?
-
-    Raises:
-        ProbeError: all rows have one label; `name` is theirs in the message.
-    """
+    """Check that training rows have several labels, unless they are values. Warn of labels that few rows or none have."""
     if rows.problem_type == "regression":
         return
     indices = (rows.labels == 1).nonzero()[1] if rows.labels.ndim == 2 else rows.labels
@@ -203,9 +199,6 @@ def label_rows(
         stated: the names that the data itself gives its labels, and those to flag; see `LabelledTexts.renamed`.
         prompt_column: column of the prompts, if the texts are replies to them.
         max_text: characters of the longest text.
-
-    Raises:
-        ProbeError: a column is missing, there are no rows, a text or label is empty or not allowed, or a text is too long.
     """
     names = (text_column, label_column, prompt_column)
     texts, values, prompts = (name and find_column(source, columns, name) for name in names)

@@ -31,9 +31,6 @@ def rows_in_memory(
         data: a `datasets.Dataset`, a DataFrame, a dict of columns, a list of dicts or of pairs of text and label.
         column_mapping: names from the table to the ones above, `{"review": "text"}`.
         label_names, problem_type: names and type of the labels, as in `Labels`.
-
-    Raises:
-        ProbeError: `data` is no table, a column is missing, or a text or label is not allowed.
     """
     columns, names = _read_columns(name, data)
     mapping = column_mapping or {}

@@ -136,9 +136,6 @@ class PromptFormat:
 
         Args:
             texts: texts, or lists of chat messages (`{"role": ..., "content": ...}`) that end with the user's.
-
-        Raises:
-            ProbeError: `texts` is not a list of texts or chats, or one of them cannot be rendered.
         """
         _check_list(texts)
         prompts = list(map(self._encode_start, texts))
@@ -155,9 +152,6 @@ class PromptFormat:
         Args:
             texts: lists of chat messages that end with the assistant's. With `kind="raw"` these are one message of the
                 user and one of the assistant, whose contents are joined.
-
-        Raises:
-            ProbeError: `texts` is not a list of chats, or one of them does not end with a reply.
         """
         _check_list(texts)
         encoded, masks, is_long = [], [], []

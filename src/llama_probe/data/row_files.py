@@ -62,9 +62,6 @@ class InputFile:
     """A file of rows: `parquet`, `json` (an object a line, or one array), `csv` or `tsv` (with a header, all values are texts).
 
     A line of text may have as many bytes as 64 texts of `max_text` characters.
-
-    Raises:
-        ProbeError: the name ends with none of `KINDS`.
     """
 
     def __init__(self, path: Path, max_text: int = MAX_TEXT):
@@ -91,11 +88,7 @@ class InputFile:
         return {"path": str(self.path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
     def fields(self) -> dict[str, pa.DataType]:
-        """Return names and types of the columns; those of csv and JSON come from the first rows, and are none without any.
-
-        Raises:
-            ProbeError: the file cannot be read, or a column is there twice.
-        """
+        """Return names and types of the columns; those of csv and JSON come from the first rows, and are none without any."""
         if self.kind != "parquet":
             return {name: _infer_type(values) for name, values in by_column(list(islice(self, _TYPED_ROWS))).items()}
         import pyarrow.parquet as pq
@@ -108,19 +101,11 @@ class InputFile:
         return dict(zip(schema.names, schema.types, strict=True))
 
     def __iter__(self) -> Iterator[Row]:
-        """Yield the rows, with their values by column name.
-
-        Raises:
-            ProbeError: the file is damaged or not in UTF-8, or has a column twice; the message names the row.
-        """
+        """Yield the rows, with their values by column name."""
         return self._rows(None)
 
     def chunks(self, columns: Sequence[str], size: int, wanted: Callable[[int], bool]) -> Iterator[Chunk]:
-        """Yield the chunks of `size` rows whose numbers are wanted, one at a time. The last may have fewer rows.
-
-        Raises:
-            ProbeError: the file cannot be read, a text is longer than `max_text`, or a chunk than 64 such texts.
-        """
+        """Yield the chunks of `size` rows whose numbers are wanted, one at a time. The last may have fewer rows."""
         rows = ({name: row.get(name) for name in columns} for row in self._rows(list(columns)))
         for number in count():
             block = list(islice(limited(f"{self.path}: a chunk of rows", rows, self.max_text * _CHUNK_TEXTS), size))

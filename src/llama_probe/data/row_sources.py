@@ -45,9 +45,6 @@ class Source:
 
     With a folder of local copies, `FOLDER/NAME/SPLIT.jsonl.gz` (or another format) is read instead of the Hub. Its rows have the
     columns of the Hub, or the columns `text` and `label`.
-
-    Raises:
-        ProbeError: a value is not allowed, or a file does not exist.
     """
 
     rows: str
@@ -94,11 +91,7 @@ class Source:
             self.name = known[0].name if known is not None else _short_name(self.rows)
 
     def find(self, data_dir: str | os.PathLike | None = None) -> Source:
-        """Return the source with the place of its rows: a local copy, if there is a folder of copies.
-
-        Raises:
-            ProbeError: there is no such file, and it cannot be a Hub data set.
-        """
+        """Return the source with the place of its rows: a local copy, if there is a folder of copies."""
         if data_dir is not None and self.local is not None:
             return replace(self, **self.local, local=None, name=self.name).find(data_dir)
         if find_benchmark(self.rows) is not None or os.path.exists(self.rows):
@@ -132,9 +125,6 @@ class Source:
             seed: seed of the rows that are drawn.
             max_text: characters of the longest text.
             commercial: leave out the rows whose licence forbids commercial use, or is not known.
-
-        Raises:
-            ProbeError: the source cannot be read, or a row does not have a label of `labels`.
         """
         place, labels = self.find(data_dir), labels or Labels()
         columns, stated = place._read_columns(split, data_dir, max_text)

@@ -38,11 +38,7 @@ class TablePlace:
 
     @classmethod
     def parse(cls, source: str) -> TablePlace:
-        """Parse a source. An existing path is taken as it is.
-
-        Raises:
-            ProbeError: it is blank, a file that does not exist, or a file or folder with a revision or split behind it.
-        """
+        """Parse a source. An existing path is taken as it is."""
         if not source.strip():
             raise ProbeError(f"{source!r} names no rows: give a file, a folder or a Hub data set")
         match = None if os.path.exists(source) else _PLACE.fullmatch(source)
@@ -67,9 +63,6 @@ def read_table(
 
     Returns:
         The values of each column, and the label names that the data itself gives, by column.
-
-    Raises:
-        ProbeError: the source cannot be read or is too large, a column is there twice, or a folder names files outside it.
     """
     place = TablePlace.parse(source)
     split = place.split or split

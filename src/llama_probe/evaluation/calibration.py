@@ -113,10 +113,6 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     Args:
         logits (`torch.FloatTensor` of shape `[rows, 2]`): of rows that the flagged label does not fit.
         rates: see `check_rates`. The name of 0.005 is `fpr-0.5%`.
-
-    Raises:
-        ProbeError: a logit is not a number; or the head gives nearly all rows the flagged label, or a threshold would flag
-            nothing or nearly all: the wrong label is flagged, or these are the wrong rows.
     """
     check_numbers(logits)
     index = config.need_flagged_index("rates")
@@ -173,9 +169,6 @@ def calibrate(
         max_false_positive_rate: choose the highest recall with at most this share of the negative rows flagged, for each
             label by itself. Defaults to the `threshold_rule`.
         threshold_rule: `"expected-f1"` or `"best-f1"`; see `check_threshold_rule`.
-
-    Raises:
-        ProbeError: a logit is not a number.
     """
     check_numbers(logits)
     if config.problem_type == "regression":

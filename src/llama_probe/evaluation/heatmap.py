@@ -26,9 +26,6 @@ def heat_map(reading: Reading) -> Figure:
 
     The map begins with the first token that the head reads, and grows with the tokens up to a width. If there is no room
     for all names, the heaviest tokens are named.
-
-    Raises:
-        ProbeError: matplotlib is not installed.
     """
     layer_count, token_count = reading.weights.shape
     unread = int(np.argmax(reading.counted))  # tokens before the first that is read

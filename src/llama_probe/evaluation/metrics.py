@@ -83,9 +83,6 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         the labels: the first three over labels that some row has or is given, the last two over labels that some rows have
         and others do not. A label counts on the rows where it is known.
         Regression: for None `mse`, `mae` and `r2`, which is undefined if all rows have the same value.
-
-    Raises:
-        ProbeError: a probability is not a number.
     """
     check_numbers(probabilities(logits.float(), config))
     if config.problem_type == "regression":

@@ -38,9 +38,6 @@ def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset, logits: 
     Returns:
         What `results.json` keeps under `novelty`: `rows`: numbers of rows; `labels`: share of the validation rows with each label at
         the head's `threshold`; `scores`: quantiles 0, 10, ..., 100 % of each label's probability (regression: value).
-
-    Raises:
-        ProbeError: the head cannot tell novelty, or there are too few rows.
     """
     layers = novelty_layers(probe.config)
     for name, rows in (("training", train), ("validation", validation)):

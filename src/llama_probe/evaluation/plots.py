@@ -142,11 +142,7 @@ def layer_weights_plot(inspection: JSON) -> Figure:
 
 
 def confusion_plot(inspection: JSON, names: Sequence[str]) -> Figure:
-    """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares.
-
-    Raises:
-        ValueError: there are more or fewer lines than names.
-    """
+    """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares."""
     matrix, count = np.array(inspection["confusion"]), len(names)
     cell = min(max(6.0 / count, 0.36), 1.0)  # inches
     figure = new_figure((cell * count + 3.2, cell * count + 2.2))

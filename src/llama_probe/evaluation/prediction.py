@@ -122,9 +122,6 @@ def score_batches(
 
     Yields:
         Row numbers of a batch of this rank, and the output of each head. Rows of similar length share a batch.
-
-    Raises:
-        ProbeError: no token of a row counts.
     """
     for rows, shared, mask in states_for(probes, dataset, batch_tokens):
         check_rows(mask, probes[0].config)

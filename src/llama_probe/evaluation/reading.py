@@ -113,9 +113,6 @@ def read_weights(
         model: see `AutoModelForProbedGeneration`.
         tokenizer: of its backbone.
         texts: texts, or lists of chat messages. They are rendered as the head was trained.
-
-    Raises:
-        ProbeError: not one head is active, or its kind has no weights.
     """
     if len(model.active_probes) != 1:
         active = ", ".join(model.active_probes) or "none"

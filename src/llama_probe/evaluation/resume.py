@@ -18,9 +18,6 @@ def same_settings(path: Path, settings: JSON) -> bool:
 
     Returns:
         True if the file holds these settings, so there is a run to resume. False if the file was written now.
-
-    Raises:
-        ProbeError: the file holds other settings, or is damaged. The message names the first difference.
     """
     if not path.is_file():
         make_folder(path.parent)

@@ -45,9 +45,6 @@ class TextScorer:
         probes: heads, as for `probe=`. Those of one prompt format share a pass. All read prompts, or all read replies.
         backbone: `"demo"`, a folder or a Hub id.
         dtype: of the backbone's weights.
-
-    Raises:
-        ProbeError: a head is not found, or some heads read prompts and others replies.
     """
 
     def __init__(self, probes: ProbeSpec, backbone: str = "demo", dtype: str = "auto"):

@@ -213,9 +213,6 @@ def kept_labels(
         `harmless`, texts that neither have a flagged label nor get it, and `alarms`: the share of them that gets it when it is
         transformed; `kept` and `alarms` of each baseline. A share is None without texts, or if a prompt is too long for
         the backbone.
-
-    Raises:
-        ProbeError: the head reads replies, is a regression, or the prompts are not chats; or no text counts.
     """
     config, named = head.config, " and ".join(groups)
     if config.reads_reply or config.problem_type == "regression" or prompts.kind != "chat":

@@ -231,9 +231,6 @@ class ProbeConfig:
 
         Args:
             purpose: what needs it; it begins the message.
-
-        Raises:
-            ProbeError: there is none.
         """
         names = list(self.id2label.values())
         if not self.has_two_labels:
@@ -369,10 +366,6 @@ def read_config(folder: str | os.PathLike[str], trust_remote_code: bool = False)
 
     Args:
         trust_remote_code: run the code file of the folder if the head's kind is not registered.
-
-    Raises:
-        ProbeError: the folder holds no config, or one with a value that is not allowed or that was changed after it was
-            saved, or its kind needs code.
     """
     path, code = current_file(folder, CONFIG_NAME), current_file(folder, CODE_NAME)
     values = read_config_values(folder)

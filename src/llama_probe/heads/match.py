@@ -38,11 +38,7 @@ _ANOTHER = "another model"
 
 
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
-    """Return `config` with the backbone's sizes, name and type where it has none.
-
-    Raises:
-        ProbeError: the config is for another `hidden_size` or `num_hidden_layers`.
-    """
+    """Return `config` with the backbone's sizes, name and type where it has none."""
     decoder = find_decoder(lm)
     for name in _SIZES:
         wanted, actual = getattr(config, name), getattr(decoder, name)
@@ -58,11 +54,7 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
 
 
 def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
-    """Return `config` with all that a new head records of its backbone, the fingerprint included.
-
-    Raises:
-        ProbeError: the config is for other sizes, `check_states` refuses the backbone, or its hidden states are not finite.
-    """
+    """Return `config` with all that a new head records of its backbone, the fingerprint included."""
     facts = backbone_facts(lm)
     facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
     config = match(lm, config)

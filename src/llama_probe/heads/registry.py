@@ -54,11 +54,7 @@ def get_probe_type(name: str) -> type[Any]:
 
 
 def import_kinds(path: str | os.PathLike[str]) -> None:
-    """Run a Python file that registers kinds of head. It has the rights of this process: run only what you trust.
-
-    Raises:
-        ProbeError: there is no such file, or it registers no kind.
-    """
+    """Run a Python file that registers kinds of head. It has the rights of this process: run only what you trust."""
     path, before = Path(path), set(_PROBE_TYPES.values())
     if not path.is_file():
         raise ProbeError(f"{path} is not a file; give a Python file that registers a kind with register_probe_type")

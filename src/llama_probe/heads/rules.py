@@ -158,11 +158,7 @@ def flagged_by_default(label_names: Sequence[str]) -> list[str]:
 
 
 def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tuple[int, dict[int, str]]:
-    """Return the number of labels and their names by index, `LABEL_0` and so on if they have none.
-
-    Raises:
-        ProbeError: the indices are not 0, 1, 2, ..., a name is not allowed or occurs twice, or the two fields disagree.
-    """
+    """Return the number of labels and their names by index, `LABEL_0` and so on if they have none."""
     if id2label is None:
         return num_labels or 2, {index: f"LABEL_{index}" for index in range(num_labels or 2)}
     by_text = {str(index): name for index, name in id2label.items()} if isinstance(id2label, dict) else {}

@@ -71,9 +71,6 @@ def save_head(
         config: of the head; the weights' digest and the versions are stamped into the saved copy.
         tensors: the head's state dict, fp32.
         results: contents of results.json, or None if the head was never evaluated.
-
-    Raises:
-        ProbeError: `folder` cannot be made or written into.
     """
     folder = Path(folder)
     check_writable(folder, "the head")
@@ -115,11 +112,7 @@ def _is_same_training(folder: Path, results: JSON) -> bool:
 
 
 def read_settled(folder: Path, read: Callable[[], T]) -> T:
-    """Call a function that reads a head folder, and again if another process saved a head into it meanwhile.
-
-    Raises:
-        ProbeError: the function's, or heads are saved into the folder all the time.
-    """
+    """Call a function that reads a head folder, and again if another process saved a head into it meanwhile."""
     for _ in range(_TRIES):
         before = folder_state(folder, CONFIG_NAME)
         try:
@@ -141,10 +134,6 @@ def read_tensors(
     Args:
         config: the config of the folder.
         shapes: shape of each tensor that the config asks for, by name.
-
-    Raises:
-        ProbeError: the file is missing or damaged, belongs to another head, or a tensor is missing, unexpected, of a
-            wrong shape or dtype, or not finite.
     """
     path = current_file(folder, WEIGHTS_NAME)
     if not os.path.isfile(path):

@@ -71,9 +71,6 @@ def renew_card(
         source: the `probe=` argument that loads this head. Defaults to the folder's name.
         license: replaces the one in the results.
         tags: further tags.
-
-    Raises:
-        ProbeError: the head has values that this version cannot read.
     """
     try:
         old = read_card(folder).data

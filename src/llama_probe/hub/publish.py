@@ -49,10 +49,6 @@ def push_folder(
         license: SPDX id for the head: the stricter one of the backbone's and the data's. A warning is logged if
             neither this nor the results give one.
         token, revision, commit_message, kwargs: see `commit_files`; kwargs are `private` and `create_pr`.
-
-    Raises:
-        ProbeError: the folder is not a head, its card cannot be made, a file is a link out of the folder, or the Hub
-            refused. Nothing is uploaded then.
     """
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -107,9 +103,6 @@ def pull_head(
         folder: a missing or empty folder. Defaults to the head's name.
         options: for the Hub.
         check: called with the fetched folder before anything is copied; raises if the head is damaged.
-
-    Raises:
-        ProbeError: the head cannot be fetched or is damaged, or the folder is not empty or cannot be made.
     """
     reference = HubReference.parse(source)
     if reference is None:

@@ -102,9 +102,6 @@ def resolve_head(
         target: the backbone. Without one, an alias names a head of the demo backbone.
         options: for the Hub. The revision is the head's.
         only_config: fetch the head's config, but not its weights, results, card and plots.
-
-    Raises:
-        ProbeError: there is no such head; the message lists those that exist.
     """
     if source == "":  # pathlib would take it for the current folder
         raise ProbeError("probe='' names no head: give a folder, a Hub id or an alias")

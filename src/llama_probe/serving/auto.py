@@ -82,11 +82,7 @@ class AutoModelForProbedGeneration:
 
 
 def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[ProbedGenerationMixin]:
-    """Return the probed class of a causal LM class, made on first use.
-
-    Raises:
-        ProbeError: the class does not generate text as a decoder does.
-    """
+    """Return the probed class of a causal LM class, made on first use."""
     if issubclass(causal_lm_class, ProbedGenerationMixin):
         return causal_lm_class
     if not issubclass(causal_lm_class, GenerationMixin):

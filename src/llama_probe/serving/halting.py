@@ -55,11 +55,7 @@ HaltReply = str | Sequence[int] | torch.Tensor | Reprompt
 
 
 def reply_tokens(reply: HaltReply | None, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor | Reprompt:
-    """Return a `halt_reply` as token ids `[tokens]`, or the `Reprompt` as it is.
-
-    Raises:
-        ProbeError: it is something else, or a text without a tokenizer.
-    """
+    """Return a `halt_reply` as token ids `[tokens]`, or the `Reprompt` as it is."""
     if isinstance(reply, Reprompt):
         return reply
     if isinstance(reply, str):
@@ -114,10 +110,6 @@ class HaltRule:
         """Return the rules for the options of one head in `halt_on`: for its `label`, else for each that the head flags.
 
         A threshold may be a name in the head's `thresholds`.
-
-        Raises:
-            ProbeError: no label is named, neither here nor by the head; the head has no such label or name, a threshold is
-                missing, or a value is not allowed.
         """
         names, is_regression = list(config.id2label.values()), config.problem_type == "regression"
         flagged = names if is_regression else config.flagged_labels
@@ -184,11 +176,7 @@ class Window:
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
-    """Return the options of each head in a `halt_on` that is no function.
-
-    Raises:
-        ProbeError: `halt_on` has another form, or names no head.
-    """
+    """Return the options of each head in a `halt_on` that is no function."""
     named = [spec] if isinstance(spec, str) else spec
     if not isinstance(named, Mapping):
         if not isinstance(named, Iterable) or not all(isinstance(name, str) for name in named):
@@ -237,9 +225,6 @@ class Halter:
         is_active: something may be halted.
         follows: tokens of the replies are decided on.
         halts: a `Halt` or None for each prompt; for each row if it follows replies. Empty before the prefill ends.
-
-    Raises:
-        ProbeError: a head is not active, or its options are not allowed.
     """
 
     def __init__(

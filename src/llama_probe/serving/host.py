@@ -267,11 +267,7 @@ class ProbeHostMixin(CausalLM):
 
 
 def change_class(model: nn.Module, cls: type) -> None:
-    """Give a loaded model another class.
-
-    Raises:
-        ProbeError: the instance has another forward, which would run instead of the new class's.
-    """
+    """Give a loaded model another class."""
     hook = model.__dict__.get("_hf_hook")
     if hook is None and "forward" in model.__dict__:
         raise ProbeError("model.forward was replaced: del model.forward, attach heads, then replace it again")
@@ -313,11 +309,7 @@ def read_heads(
     target: Target | None = None,
     options: HubOptions = HubOptions(),
 ) -> dict[str, ProbeModel]:
-    """Load all heads of a `probe=` argument, by name (see `named_sources`); `resolve_head` explains the others.
-
-    Raises:
-        ProbeError: a source is not found or damaged, or a name is not allowed or occurs twice.
-    """
+    """Load all heads of a `probe=` argument, by name (see `named_sources`); `resolve_head` explains the others."""
     return {
         name: source if isinstance(source, ProbeModel) else ProbeModel.load_for(source, target, options)
         for name, source in named_sources(spec).items()

@@ -308,10 +308,6 @@ class ProbeCache:
             masks: tokens of the whole prompts that count for each of them, `[prompts, prompt_tokens]`.
             input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts, on the CPU as the masks.
             cached: number of tokens in the KV cache.
-
-        Raises:
-            ProbeError: the cache holds more or fewer tokens, the prompts begin with other ones, other tokens count, or the
-                state was made by another head.
         """
         if cached != (seen := self.get_seq_length()):
             raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
@@ -348,11 +344,7 @@ def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
 def asks_for_state(
     probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
 ) -> bool:
-    """Return True if `probe_state=` asks for a state in return: it is `True`, or a state to go on from.
-
-    Raises:
-        ProbeError: it is something else, or a state cannot be kept.
-    """
+    """Return True if `probe_state=` asks for a state in return: it is `True`, or a state to go on from."""
     if probe_state is None or probe_state is False:
         return False
     if probe_state is not True and not isinstance(probe_state, ProbeCache):

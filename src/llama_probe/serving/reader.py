@@ -161,9 +161,6 @@ class PromptReader:
         return_state: keep the heads' states, for `probe_cache`.
         partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result.
         output_attentions, differentiable: see `StateReader`.
-
-    Raises:
-        ProbeError: a prompt cannot be scored.
     """
 
     def __init__(
@@ -216,9 +213,6 @@ class PromptReader:
         """Read the states of one forward pass of the LM, which is about to run over `inputs`. Yield its arguments.
 
         With `whole=False` the pass ends with the last layer that a head reads.
-
-        Raises:
-            ProbeError: the pass is not over the next tokens of the prompts, or some layer did not run over all of them.
         """
         ids = inputs.get("input_ids")
         rows, columns = (inputs["inputs_embeds"] if ids is None else ids).shape[:2]
@@ -291,9 +285,6 @@ def prompt_masks(
 
     Args:
         partial_prompt, seen: see `token_mask`.
-
-    Raises:
-        ProbeError: there is no prompt, mask and prompt have different shapes, or in some row no token counts.
     """
     tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
     for name, tensor in tensors.items():
@@ -394,11 +385,7 @@ class ReplyReader:
 
     @contextmanager
     def reading(self, inputs: dict[str, Any]) -> Generator[None]:
-        """Read the states of one forward pass of the LM, which is about to run over `inputs`.
-
-        Raises:
-            ProbeError: the pass is not over one more token of each reply.
-        """
+        """Read the states of one forward pass of the LM, which is about to run over `inputs`."""
         ids = inputs.get("input_ids")
         whole = self._prompt_length + len(self._counted) + 1  # without a cache
         if ids is None or len(ids) != self._rows or ids.shape[1] not in (1, whole):

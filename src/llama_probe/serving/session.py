@@ -177,9 +177,6 @@ class ProbedSession(PlainSession):
 
     `run` calls the plain `generate()`, which calls the model, whose passes over the prompt and over reply tokens are those of
     `forward`. After the prompt comes `_decide`, after a reply token `_follow`, and at the end `_finish`.
-
-    Raises:
-        ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or an argument is not allowed.
     """
 
     def __init__(
@@ -382,11 +379,7 @@ def generate_session(
     probe_state: ProbeCache | bool | None = None,
     abstain_at: float | dict[str, float] | None = None,
 ) -> PlainSession:
-    """Return the session of a call with the arguments of `ProbedGenerationMixin.generate`, and the heads that run.
-
-    Raises:
-        ProbeError: an argument is not allowed; see `ProbedSession` as well.
-    """
+    """Return the session of a call with the arguments of `ProbedGenerationMixin.generate`, and the heads that run."""
     for config in (call.generation_config, call.model.generation_config):
         for name in HEAD_ARGUMENTS:
             if getattr(config, name, None) is not None:  # a config takes any name, and nothing would be halted

@@ -67,9 +67,6 @@ def head_config(head: JSON, rows: LabelledTexts, backbone: str | None) -> ProbeC
         head: fields of `ProbeConfig`, as `complete_head` returns them. `token_scope` defaults to `"last_user"`. `layers` may be
             parts of the depth; see `layers_at`.
         backbone: name of the backbone, whose sizes are checked before it is loaded. None: it is loaded.
-
-    Raises:
-        ProbeError: a field is not allowed or does not fit the backbone, or the Hub does not answer.
     """
     target = None if backbone is None else backbone_target(backbone)
     known = {
@@ -94,11 +91,7 @@ def is_depths(layers: object) -> bool:
 
 
 def layers_at(depths: list[float], num_hidden_layers: int) -> list[int]:
-    """Return the state indices at parts of the depth, 0.0 (embeddings) to 1.0 (the last layer), each once.
-
-    Raises:
-        ProbeError: a part is not from 0 to 1.
-    """
+    """Return the state indices at parts of the depth, 0.0 (embeddings) to 1.0 (the last layer), each once."""
     if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
         raise ProbeError(f"layers={wrong[0]} must be a part of the depth from 0.0 to 1.0, or all whole numbers")
     return sorted({round(depth * num_hidden_layers) for depth in depths})

@@ -61,9 +61,6 @@ def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, furthe
     Args:
         needed: bytes of the states.
         further_passes: times that the rows are read beside the epochs.
-
-    Raises:
-        ProbeError: they are wanted and do not fit on the disk.
     """
     there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))  # of a run that was stopped
     free = free_bytes(folder) + there

@@ -40,9 +40,6 @@ class HeadGroup(nn.Module):
 
     Args:
         heads: heads by name, for the same labels and the same tokens. They may read different layers, and be of any kind.
-
-    Raises:
-        ProbeError: the heads do not have the same labels, sizes or tokens.
     """
 
     accepts_loss_kwargs = False

@@ -26,9 +26,6 @@ class ProbeLoss:
         label_smoothing: 0 to below 1.
         focal_gamma: 0 for plain cross-entropy.
         token_loss: one of `TOKEN_LOSSES`, for the scores of tokens; None for the score of the whole reply.
-
-    Raises:
-        ProbeError: a value is not allowed.
     """
 
     config: ProbeConfig

@@ -69,11 +69,7 @@ class KeepBest(TrainerCallback):
         self.trainer = weakref.proxy(trainer)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        """Note an evaluation during the training.
-
-        Raises:
-            ProbeError: no head gives numbers.
-        """
+        """Note an evaluation during the training."""
         if not self.trainer.is_in_train or not args.load_best_model_at_end:
             return
         progress, expected = self.trainer.progress, f"eval_{args.metric}"

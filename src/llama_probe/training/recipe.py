@@ -112,9 +112,6 @@ class Recipe:
 
     `docs/recipes.md` explains the fields of all sections. `values` is the recipe as it was written, with the settings that
     were changed.
-
-    Raises:
-        ProbeError: a field is unknown or its value is not allowed.
     """
 
     name: str | None = None

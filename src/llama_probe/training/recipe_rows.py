@@ -86,9 +86,6 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
 
     Args:
         data_dir: folder of local copies; see `Source`.
-
-    Raises:
-        ProbeError: a source cannot be read, its labels do not fit, or there is one label alone to learn.
     """
     reader = _Reader(recipe, data_dir)
     held_validation, held_test = recipe.named_parts(data_dir)

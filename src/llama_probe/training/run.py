@@ -42,10 +42,6 @@ def train_recipe(
 
     Returns:
         The contents of `results.json`; see `add_results`.
-
-    Raises:
-        ProbeError: a setting or a row is wrong, or `output` holds a head (raised before training), or another process of
-            the run has ended.
     """
     setup = output / CHECKPOINTS / SETUP_NAME
 

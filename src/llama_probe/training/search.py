@@ -52,9 +52,6 @@ def draw_trials(search: Search, base: ProbeConfig, seed: int) -> dict[str, Trial
 
     Args:
         base: config that the draws must fit.
-
-    Raises:
-        ProbeError: a kind has no choices that fit the backbone.
     """
     import optuna
 

@@ -21,11 +21,7 @@ JUDGE_PATHS = MODERATIONS, CHAT, GUARDRAIL = "/moderations", "/chat/completions"
 
 
 def read_halting(words: Sequence[str], option: str = "--halt-on") -> dict[str, JSON]:
-    """Return the `halt_on` that the words of an option of a command line give, each in one of `HALTING_FORMS`.
-
-    Raises:
-        ProbeError: a word has another form, or two words name one head.
-    """
+    """Return the `halt_on` that the words of an option of a command line give, each in one of `HALTING_FORMS`."""
     spec: dict[str, JSON] = {}
     for word in words:
         match = _WORD.fullmatch(word)
@@ -47,11 +43,7 @@ def read_halting(words: Sequence[str], option: str = "--halt-on") -> dict[str, J
 
 
 def read_unsure(words: Sequence[str]) -> dict[str, list[float]]:
-    """Return by head the band of scores that `HEAD=LOW:HIGH` gives.
-
-    Raises:
-        ProbeError: a word has another form, or two words name one head.
-    """
+    """Return by head the band of scores that `HEAD=LOW:HIGH` gives."""
     bands: dict[str, list[float]] = {}
     for word in words:
         match = _BAND.fullmatch(word)
@@ -66,11 +58,7 @@ def read_unsure(words: Sequence[str]) -> dict[str, list[float]]:
 
 
 def judge_path(url: str) -> str:
-    """Return which of `JUDGE_PATHS` the URL of a judge ends with.
-
-    Raises:
-        ProbeError: it is none of HTTP, ends otherwise, or holds what may be a secret, which logs would show.
-    """
+    """Return which of `JUDGE_PATHS` the URL of a judge ends with."""
     try:
         parts = urlsplit(url)
         has_host = bool(parts.hostname) and parts.port != 0
