@@ -859,8 +859,6 @@ def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Te
     chat, counts whole; a warning says so once.
 
     Args:
-        scope, markers: see `ProbeConfig.token_scope` and `ProbeConfig.turn_markers`.
-        input_ids (`torch.LongTensor` of shape `[batch, tokens]`).
         known: number of first tokens; a reply that begins within them is the LM's own, even if no turn follows it.
     """
     # On the host: on a GPU the same lines are 25 kernel launches.

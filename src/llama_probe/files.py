@@ -37,11 +37,7 @@ Content = str | bytes | Callable[[Path], object]
 
 
 def check_writable(folder: Path, content: str) -> None:
-    """Check, before any work is done, that a folder can be made or written into.
-
-    Args:
-        content: what will be written, for the message.
-    """
+    """Check, before any work is done, that a folder can be made or written into."""
     try:
         there = next(path for path in (folder, *folder.parents) if path.exists())
     except OSError as error:  # for example a name that is too long
@@ -105,10 +101,6 @@ def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str
 
     The new files are written into a folder of their own. Its rename to `PENDING` is the step. Then they are moved to their
     places; `current_file` finds a file before and after its move, and `settle` moves those that a kill has left.
-
-    Args:
-        contents: by the file's name.
-        gone: names of files to remove.
 
     Raises:
         ProbeError: a file cannot be written. No file has changed then.

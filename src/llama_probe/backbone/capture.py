@@ -38,7 +38,6 @@ def capturing(decoder: Decoder, on_state: OnState, layers: Collection[int], whol
 
     Args:
         on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[B, n, D]`, which the caller may keep.
-        layers: indices of the hidden states.
         whole: if False, the pass, and with it the block, ends behind the last of `layers`: its output is not wanted.
     """
     thread, last = threading.get_ident(), decoder.num_hidden_layers

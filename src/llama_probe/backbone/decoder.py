@@ -23,8 +23,6 @@ class Decoder:
     """The parts of a causal LM that heads read; see `families.Family` for its modules.
 
     Attributes:
-        hidden_size: size D of a hidden state.
-        name_or_path, model_type: from the LM's config.
         origin: how the modules were found: `"table"`, `"registered"` or `"search"`; see `families.find_modules`.
         wrapper: the multimodal model around `model`, if there is one.
         placeholder_ids: ids of the tokens that represent images, videos or sounds in a prompt.

@@ -94,7 +94,6 @@ def is_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()
 
     Args:
         place: folder, file or Hub id of a backbone. Anything else is not checked.
-        options: for the token, the cache and offline settings.
     """
     reference = None if os.path.exists(str(place)) else HubReference.parse(str(place))
     if reference is None:
@@ -133,7 +132,6 @@ def _find_gguf(name: str) -> Path | None:
 def _load_gguf(
     path: Path, *args: Any, dtype: str | torch.dtype = "auto", **kwargs: Any
 ) -> transformers.PreTrainedModel:
-    """Load the dequantised weights of a GGUF file."""
     if find_spec("gguf") is None:
         raise ProbeError(f"{path} needs the package gguf: pip install 'llama_probe[demo]'")
     kwargs |= {"gguf_file": path.name, "dtype": torch.float32 if dtype == "auto" else dtype}
@@ -190,8 +188,6 @@ def load_backbone(
 
     Args:
         name: `"demo"`, a folder, a GGUF file, or a Hub id.
-        dtype: of the weights. Defaults to the checkpoint's.
-        device: defaults to `choose_device()`.
     """
     if isinstance(dtype, str):
         check_dtype(dtype)

@@ -49,9 +49,7 @@ class StateDataset(Dataset):
     Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and `labels`.
 
     Args:
-        folder: the entry.
         keys: of the rows in it; several rows may have one.
-        rows: the prompts, with labels.
         layers: the indices of the S states, ascending.
     """
 
@@ -79,7 +77,6 @@ class StateCache:
     computes a share of the prompts; all ranks must see the same folder.
 
     Args:
-        folder: folder of the cache, which is created.
         dtype: dtype of the states on disk: `torch.float16`, `torch.bfloat16` or `torch.float32`. Defaults to `torch.bfloat16` for
             an LM in bfloat16, which loses nothing, else to `torch.float16`.
     """
@@ -90,13 +87,7 @@ class StateCache:
     def dataset(
         self, lm: nn.Module, config: ProbeConfig, rows: PromptDataset, batch_tokens: int = 4096
     ) -> StateDataset:
-        """Return the hidden states of prompts, from disk or computed now.
-
-        Args:
-            lm: the frozen LM.
-            config: config of a head, which tells what is read.
-            batch_tokens: tokens of a forward pass, padding included.
-        """
+        """Return what a head with this config reads of the hidden states of prompts, from disk or computed now."""
         dtype = self.dtype
         if dtype is None:
             is_bfloat16 = getattr(find_decoder(lm).model, "dtype", None) == torch.bfloat16
@@ -132,7 +123,6 @@ class StateCache:
         return tokens * len(config.layer_indices) * config.hidden_size * (self.dtype or torch.float16).itemsize
 
     def delete(self) -> None:
-        """Remove the cache from disk."""
         if is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
 

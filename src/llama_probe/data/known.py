@@ -22,13 +22,11 @@ class Benchmark:
 
     Attributes:
         name, title: name on the command line, and in a sentence.
-        hub_id: the data set on the Hub.
         splits: split -> split on the Hub and its configuration, None for the default one.
         text, label: a column, or a name in `_FUNCTIONS`. A label is an index, a name, or a list of either.
         label_names: names by index.
         flagged: the one of two labels that a head is to find; see `ProbeConfig`.
         license, note: licence as the Hub spells it; origin and licence in a sentence, for cards.
-        problem_type: as in `ProbeConfig`.
         exchange: columns of the prompts and the replies, for heads that read replies.
         columns, slices: further columns to keep, and columns to report results by.
         question: question to a language model about a text, for prompting. Derived from the label names by default.

@@ -30,11 +30,8 @@ class LabelledTexts:
     """Texts with their labels.
 
     Attributes:
-        texts: texts or chat messages.
         labels: class indices `[rows]` int64; zeros and ones `[rows, num_labels]` float32 (multi-label), NaN if it is not known
             whether a row has a label; or values `[rows, 1]` float32 (regression).
-        label_names: names by index.
-        problem_type: as in `ProbeConfig`.
         columns: further columns of the data, to slice results by.
         flagged: names of the labels to flag; see `ProbeConfig`.
     """
@@ -193,12 +190,9 @@ def label_rows(
     """Return columns as labelled rows; see `read_labels` for the meaning of labels.
 
     Args:
-        source: name of the rows, for messages.
         text_column, label_column: columns of the texts or chat messages, and of the labels. The other columns are kept.
-        labels: names and type that the labels should have.
         stated: the names that the data itself gives its labels, and those to flag; see `LabelledTexts.renamed`.
         prompt_column: column of the prompts, if the texts are replies to them.
-        max_text: characters of the longest text.
     """
     names = (text_column, label_column, prompt_column)
     texts, values, prompts = (name and find_column(source, columns, name) for name in names)
@@ -224,7 +218,6 @@ def is_empty(text: object) -> bool:
 
 
 def _read_text(name: str, text: object, max_text: int) -> Text:
-    """Return a cell as a text. A number is one."""
     if is_empty(text):
         raise ProbeError(f"{name} has no text")
     text = str(text) if isinstance(text, (int, float)) else text

@@ -27,8 +27,6 @@ def read_labels(
     to 5). Other numbers are values.
 
     Args:
-        source: name of the rows, for messages.
-        values: one label or one list of labels a row.
         label_names, problem_type: names by index and type as in `ProbeConfig`. Default to what the labels imply.
     """
     several = isinstance(values[0], (list, tuple))

@@ -27,10 +27,8 @@ def rows_in_memory(
     further column `probe_mask` says which tokens count.
 
     Args:
-        name: name of the rows, for messages.
         data: a `datasets.Dataset`, a DataFrame, a dict of columns, a list of dicts or of pairs of text and label.
         column_mapping: names from the table to the ones above, `{"review": "text"}`.
-        label_names, problem_type: names and type of the labels, as in `Labels`.
     """
     columns, names = _read_columns(name, data)
     mapping = column_mapping or {}
@@ -101,5 +99,4 @@ def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
 
 
 def _as_list(values: Any) -> Any:
-    """Return a tensor, an array or a tuple as a list."""
     return values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, tuple) else values

@@ -35,7 +35,6 @@ class PromptDataset(Dataset):
     Items have `input_ids`, `labels` and, with `masks`, `probe_mask`.
 
     Args:
-        prompts: token ids of each row.
         labels (`[rows, ...]`): labels as in `LabelledTexts`. Defaults to zeros.
         masks: the counted tokens of each row, in place of the head's scope.
         reply_lengths: tokens of the reply at the end of each row, for heads that read replies.
@@ -64,7 +63,6 @@ class PromptFormat:
     """Renders texts with the tokenizer's chat template, or as they are, and cuts them to a length.
 
     Attributes:
-        tokenizer: tokenizer of the backbone.
         kind: `"chat"` or `"raw"`.
         system_prompt: text of a system turn. None leaves it to the template. Chat only.
         max_length: tokens at most, None for no limit. A text is cut at its end, before the template's last tokens. If what
@@ -270,7 +268,6 @@ def _check_list(texts: Sequence[Text]) -> None:
 
 
 def _check_text(text: Text) -> None:
-    """Raise `ProbeError` unless it is a text or chat messages."""
     if not is_text(text):
         raise ProbeError(f"a prompt must be a text or a list of chat messages, not {ascii(text)[:60]}")
 

@@ -120,10 +120,7 @@ class Source:
 
         Args:
             labels: what the labels are. Defaults to what the source itself says.
-            data_dir: folder of local copies.
             split: split to read, if `rows` names none.
-            seed: seed of the rows that are drawn.
-            max_text: characters of the longest text.
             commercial: leave out the rows whose licence forbids commercial use, or is not known.
         """
         place, labels = self.find(data_dir), labels or Labels()

@@ -56,7 +56,6 @@ def read_table(
     """Read a csv, json(l) or parquet file (also .gz), a folder of such files, or a Hub data set.
 
     Args:
-        source: see `TablePlace`.
         split: split of a folder or a Hub data set, if `source` names none.
         text_columns: columns whose csv cells stay texts: `007` is not a number there.
         max_text: characters of the longest text; a file may have 512 times as many.
@@ -102,7 +101,6 @@ def find_column(source: str, columns: Columns, name: str) -> list[Any]:
 
 
 def _read_files(paths: Sequence[str], text_columns: Sequence[str], max_text: int) -> tuple[Columns, LabelNames]:
-    """Return the rows of files of one format."""
     files = [InputFile(Path(path), max_text) for path in paths]
     rows = [row for file in files for row in limited(str(file.path), file, max_text * FILE_TEXTS)]
     if not rows:

@@ -66,7 +66,6 @@ def common_end(sequences: Iterable[Sequence[int]]) -> list[int]:
 
 
 def _turn_end(render: Callable, role: str) -> list[int]:
-    """Return what closes the last turn of a role."""
     before = [] if role == "user" else _ASKED
     return common_end(render([*before, {"role": role, "content": text}], False) for text in DIFFERENT_TEXTS)
 

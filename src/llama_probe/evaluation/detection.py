@@ -86,7 +86,6 @@ def halting_rules(
     Labels are the flagged one of two, else all. Regression heads have none. Labels of no row or of each row are skipped.
 
     Args:
-        config: of the head.
         validation, labels: of validation rows, what `follow_replies` returned and the labels.
         max_false_halts: share of the replies without the label that may be halted.
 
@@ -160,7 +159,6 @@ def reply_report(
     """Return how well a head with a flagged label halts replies at their first token over a threshold.
 
     Args:
-        config: of the head.
         followed, labels: of the rows, what `follow_replies` returned and the labels.
         token_labels: for each row booleans `[reply_tokens]`, true for the tokens that have the label.
         resamples: of the bootstrap; 0 for no intervals of it.

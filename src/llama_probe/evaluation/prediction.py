@@ -43,7 +43,6 @@ def follow_replies(
     Args:
         probes: heads that read replies, the first bound to its backbone unless the data set holds hidden states.
         dataset: a `PromptDataset` or `StateDataset` with `reply_lengths`. Its rows end with the replies.
-        batch_tokens: see `score_batches`.
 
     Returns:
         For each head and each row logits `[reply_tokens, num_labels]`; the last are those of the whole row. In a process group
@@ -115,10 +114,8 @@ def score_batches(
 
     Args:
         probes: heads that read the same tokens, the first bound to their backbone unless the data set holds hidden states.
-        dataset: a `PromptDataset` or `StateDataset`.
         batch_tokens: tokens of a batch, padding included. They bound the memory: the hidden states of a batch are there for
             all layers that are read. A longer row is a batch of its own.
-        kwargs: further arguments of `ProbeModel.score`, such as `output_attentions`.
 
     Yields:
         Row numbers of a batch of this rank, and the output of each head. Rows of similar length share a batch.

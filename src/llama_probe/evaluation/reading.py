@@ -30,7 +30,6 @@ class Reading:
     """The result of a head for one text, and what it looked at.
 
     Attributes:
-        head, config: name of the head, and its config.
         text: the text without the chat template.
         tokens: text of each prompt token, the template's included; `""` if it only continues a character.
         template: True for a special token, and for one that the chat template adds.
@@ -110,8 +109,6 @@ def read_weights(
     """Run texts through a model with one active head, one at a time, and return what the head looked at.
 
     Args:
-        model: see `AutoModelForProbedGeneration`.
-        tokenizer: of its backbone.
         texts: texts, or lists of chat messages. They are rendered as the head was trained.
     """
     if len(model.active_probes) != 1:

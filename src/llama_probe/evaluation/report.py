@@ -29,7 +29,6 @@ def inspect_head(
     """Return what cards and plots show of a head beyond its metrics.
 
     Args:
-        batch_tokens: see `score_batches`.
         logits (`[rows, num_labels]`, *optional*): logits to judge by if the head was trained on these rows. Defaults to the
             head's own.
 
@@ -67,7 +66,6 @@ def report(
     """Return metrics of all rows, and of each group of rows with the same value in a column.
 
     Args:
-        config, logits, labels: see `score_statistic`.
         slices: columns by name, one value a row.
 
     Returns:
@@ -86,7 +84,6 @@ def detailed_report(
     """Return `report` with confidence intervals, and the numbers of each label.
 
     Args:
-        config, logits, labels, slices: as for `report`.
         resamples: of the bootstrap that gives 95 % intervals; 0 for none.
 
     Returns:
@@ -201,7 +198,6 @@ def describe_evaluation(result: JSON, **facts) -> JSON:
 
     Args:
         result: from `detailed_report`, with `flagged`, `replies`, `novelty` and groups of `transformations` if there are any.
-        facts: further entries, such as `source`.
     """
     metrics = {key: value for key, value in result.items() if key != "rows" and not isinstance(value, (dict, list))}
     intervals = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}

@@ -43,8 +43,6 @@ class TextScorer:
 
     Args:
         probes: heads, as for `probe=`. Those of one prompt format share a pass. All read prompts, or all read replies.
-        backbone: `"demo"`, a folder or a Hub id.
-        dtype: of the backbone's weights.
     """
 
     def __init__(self, probes: ProbeSpec, backbone: str = "demo", dtype: str = "auto"):
@@ -95,10 +93,8 @@ class ScoringJob:
 
     Attributes:
         inputs: paths or patterns of files; see `InputFile`.
-        probes, backbone, dtype: see `TextScorer`.
         text_column: column of the texts, or of chat messages.
         prompt_column: for heads that read replies, the column of the prompts that the texts reply to.
-        keep_columns: columns of the input that the output keeps.
         chunk_rows, max_text: rows in memory, and characters of the longest text; see `InputFile`.
     """
 

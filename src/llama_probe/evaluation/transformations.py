@@ -203,8 +203,6 @@ def kept_labels(
         head: a head that reads prompts, bound to its backbone.
         rows: rows with labels of the head. Of a head that flags one of its labels, those count that have it and get it from the
             head. A random part of them is transformed, as many as `GROUPS` says.
-        prompts: the format of the head.
-        groups: names in `GROUPS`.
         harmless: rows whose harmless texts are put around the others. Defaults to `rows`.
         baselines: label the same texts, by name.
 

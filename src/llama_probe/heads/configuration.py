@@ -227,11 +227,7 @@ class ProbeConfig:
         return self.label2id[flagged[0]] if flagged else None
 
     def need_flagged_index(self, purpose: str) -> int:
-        """Return `flagged_index`.
-
-        Args:
-            purpose: what needs it; it begins the message.
-        """
+        """Return `flagged_index`. If there is none, raise `ProbeError` with a message that begins with `purpose`."""
         names = list(self.id2label.values())
         if not self.has_two_labels:
             kind = f"{self.problem_type} of {', '.join(names)}"
@@ -362,11 +358,7 @@ def _digest(values: JSON) -> str:
 
 
 def read_config(folder: str | os.PathLike[str], trust_remote_code: bool = False) -> ProbeConfig:
-    """Read and check the config of a head folder; unknown keys are ignored with a warning.
-
-    Args:
-        trust_remote_code: run the code file of the folder if the head's kind is not registered.
-    """
+    """Read and check the config of a head folder; unknown keys are ignored with a warning."""
     path, code = current_file(folder, CONFIG_NAME), current_file(folder, CODE_NAME)
     values = read_config_values(folder)
     kind = values.get("probe_type")

@@ -143,11 +143,7 @@ def abstaining(outputs: dict[str, ProbeOutput], levels: Mapping[str, float]) -> 
 
 
 def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
-    """Return the last score of each reply as an output of one row; `None` where no token of it was read.
-
-    Args:
-        token_logits (`[replies, tokens, num_labels]`): see `ProbedOutputMixin`.
-    """
+    """Return the last score of each reply as an output of one row; `None` where no token of it was read."""
     read = [scores[~scores.isnan().any(dim=-1)][-1:] for scores in token_logits]
     return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]
 
@@ -174,9 +170,6 @@ def strongest(logits: torch.Tensor, config: ProbeConfig, counted: torch.Tensor |
     Args:
         logits (`[..., tokens, num_labels]`): after each token of the replies.
         counted (`[..., tokens]`, *optional*): the tokens that count. Defaults to all.
-
-    Returns:
-        `[..., num_labels]`
     """
     counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if counted is None else counted
     if config.problem_type == "multi_label_classification":
@@ -241,7 +234,6 @@ def probe_loss(
             (multi-label).
         label_smoothing: share of the target spread evenly over the classes.
         focal_gamma: down-weights rows that are already right by `(1 - p)^gamma` (Lin et al., arXiv 1708.02002).
-        reduction: `"mean"` or `"sum"` over rows.
         row_weights (`[batch, W]`, *optional*): what each row's loss is multiplied by. Of several members the first takes the
             first column, and so on, and after W of them the first again.
     """

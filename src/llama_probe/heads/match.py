@@ -93,7 +93,6 @@ def compare(
     """Compare a head's record of its backbone with a backbone, the most decisive fields first.
 
     Args:
-        tokenizer: with one, the chat template is compared too.
         take_fingerprint: gives the backbone's fingerprint for a vocabulary size. Defaults to `fingerprint`, which runs the
             backbone over 32 tokens, and to none if weights are offloaded.
     """
@@ -134,9 +133,7 @@ def check_backbone(
     """Log one warning with all that tells this backbone from the one that a head was trained on.
 
     Args:
-        name: the head's name in the message.
         strict: raise instead of the warning.
-        take_fingerprint: see `compare`.
         alias: of a bundled head, which is for one backbone and its copies.
 
     Raises:

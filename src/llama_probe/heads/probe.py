@@ -284,7 +284,6 @@ class ProbeModel(nn.Module):
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): states of the layers that the head
                 reads, ascending.
             mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count. Defaults to all.
-            output_attentions: see `forward`.
         """
         summaries = self.token_stage(x, mask)  # [S, B, D]
         output = self.score_summaries(summaries, output_attentions, learning=self.training)
@@ -303,7 +302,6 @@ class ProbeModel(nn.Module):
         `[layers_read, batch, width]`; for `mha` the keys and values of the tokens before it as well.
 
         Args:
-            x, mask: see `score`.
             reply_mask (`torch.BoolTensor` of shape `[batch, tokens]`): the tokens of the replies.
 
         Returns:

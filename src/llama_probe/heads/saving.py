@@ -67,9 +67,7 @@ def save_head(
     of another head in the folder are removed; a card that a person wrote or edited is kept.
 
     Args:
-        folder: made if it is missing.
         config: of the head; the weights' digest and the versions are stamped into the saved copy.
-        tensors: the head's state dict, fp32.
         results: contents of results.json, or None if the head was never evaluated.
     """
     folder = Path(folder)
@@ -132,7 +130,6 @@ def read_tensors(
     """Read the weights of a head folder, on the CPU.
 
     Args:
-        config: the config of the folder.
         shapes: shape of each tensor that the config asks for, by name.
     """
     path = current_file(folder, WEIGHTS_NAME)

@@ -47,10 +47,7 @@ class ProbeState:
     Args:
         num_slots: number of layers that the head reads, S.
         num_means: number of layers whose mean states are kept, for novelty.
-        state: state to continue from, as `joined` returned it.
-        keep: keep the token-stage state after the last token, so that further tokens can follow.
-        output_attentions: keep how much each token counted.
-        differentiable: keep gradients.
+        state, keep, output_attentions, differentiable: see `ProbeModel.init_state`.
 
     Attributes:
         tokens: token-stage state.

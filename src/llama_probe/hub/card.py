@@ -70,7 +70,6 @@ def renew_card(
         config, results, plots: of the head: JSON values, and names of files.
         source: the `probe=` argument that loads this head. Defaults to the folder's name.
         license: replaces the one in the results.
-        tags: further tags.
     """
     try:
         old = read_card(folder).data

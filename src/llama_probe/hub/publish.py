@@ -42,10 +42,7 @@ def push_folder(
     The folder is not changed. Its weights are not read: load it first if it comes from someone else.
 
     Args:
-        folder: a head folder.
-        repo_id: `user/name`; created if it does not exist.
         subfolder: folder in the repository, so that it can hold several heads. Defaults to the root.
-        tags: further tags for the card.
         license: SPDX id for the head: the stricter one of the backbone's and the data's. A warning is logged if
             neither this nor the results give one.
         token, revision, commit_message, kwargs: see `commit_files`; kwargs are `private` and `create_pr`.
@@ -101,7 +98,6 @@ def pull_head(
     Args:
         source: `user/repo`, with `@revision` and `:subfolder` if needed.
         folder: a missing or empty folder. Defaults to the head's name.
-        options: for the Hub.
         check: called with the fetched folder before anything is copied; raises if the head is damaged.
     """
     reference = HubReference.parse(source)

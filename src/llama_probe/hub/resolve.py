@@ -40,7 +40,6 @@ class Target:
     Attributes:
         name_or_path: folder or Hub id of the backbone.
         hidden_size, num_hidden_layers: its sizes; None for a GGUF file that is not loaded.
-        revision: its branch, tag or commit.
         model_type: that of its config; None fits any.
     """
 

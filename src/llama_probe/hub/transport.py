@@ -61,7 +61,6 @@ class HubOptions:
         token: None for the one that is logged in, False for none.
         cache_dir: replaces the cache in `HF_HOME`.
         local_files_only: do not ask the Hub. `HF_HUB_OFFLINE=1` does the same for all calls.
-        force_download: fetch cached files again.
         trust_remote_code: run the code file of a head whose kind the package does not have.
     """
 
@@ -171,8 +170,6 @@ def commit_files(
     A push is refused if another one came in between. It leaves all files as they were, or replaces all.
 
     Args:
-        repo_id: `user/name`, or a name for the own user.
-        files: contents by path in the repository.
         is_stale: tells if another file of the repository is a rest of an earlier version and is deleted.
         private, token, revision, create_pr, commit_message: as in `PreTrainedModel.push_to_hub`.
         only_if_missing: paths of `files` that do not replace an existing file.

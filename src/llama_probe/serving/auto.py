@@ -136,11 +136,7 @@ def find_adapter(original: Callable, model_id: Any, **kwargs) -> str | None:
 def from_pretrained(
     auto_class: type, original: Callable, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs
 ) -> Any:
-    """Do what `auto_class.from_pretrained` does, with heads: those of `probe=`, of the place, or a head that is the place.
-
-    Args:
-        original: `from_pretrained` of transformers.
-    """
+    """Do what `auto_class.from_pretrained` does, with heads: those of `probe=`, of the place, or a head that is the place."""
     place = place_of_model(pretrained_model_name_or_path, kwargs)
     takes_probe = auto_class in (AutoModel, AutoModelForCausalLM)
     if takes_probe and (probe := kwargs.pop("probe", None)) is not None:

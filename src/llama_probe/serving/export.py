@@ -59,9 +59,7 @@ def export_repository(
     tool results, and those of a kind from outside the package, run with the package alone.
 
     Args:
-        backbone: `"demo"`, a folder or a Hub id.
         folder: a new or empty folder.
-        heads: the heads, by name.
         dtype: dtype to load the backbone in; `"auto"` is that of the checkpoint.
         base_model: Hub id of the backbone, for the card. Defaults to `backbone`, or what its heads record.
         license: licence of the whole, for the card: the strictest of the backbone and the heads.

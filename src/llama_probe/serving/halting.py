@@ -77,7 +77,6 @@ class HaltRule:
     """Halts if a head finds a label.
 
     Attributes:
-        index: index of the label.
         threshold: halts from this probability, or value of a regression head, on. `None`: if the head decides on the label.
         patience: number of tokens in a row that must have the label. If the head reads prompts as well, theirs is the first.
         window: a reply token is judged by the mean probabilities of this many last ones. Those before the reply count as tokens
@@ -218,7 +217,6 @@ class Halter:
         spec: a head's name or several names: the labels that the head flags halt, as it decides. Or a dict of names with `label`,
             `threshold`, `unsure` with `ask`, and for heads that read replies `patience` and `window`, all optional. Or a
             function of the scores of the prompts. `None` halts nothing.
-        configs: configs of the active heads, by name.
         on_token: called with the `TokenScores` after each token of the replies.
 
     Attributes:

@@ -276,7 +276,6 @@ class ProbeCache:
         """Return `input_ids` and `attention_mask` of whole prompts, `[rows, tokens]`: what was seen, and new tokens behind it.
 
         Args:
-            input_ids (`[rows, new_tokens]`): the new tokens.
             attention_mask (`[rows, tokens]`, *optional*): of the whole; may be left out if nothing is padding so far.
         """
         self._check_rows(len(input_ids))

@@ -160,7 +160,6 @@ class PromptReader:
         earlier: what the heads keep of these tokens.
         return_state: keep the heads' states, for `probe_cache`.
         partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result.
-        output_attentions, differentiable: see `StateReader`.
     """
 
     def __init__(
@@ -282,9 +281,6 @@ def prompt_masks(
 
     Heads are trained on texts. Tokens in `placeholder_ids`, which stand for images or the like, count only where
     `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
-
-    Args:
-        partial_prompt, seen: see `token_mask`.
     """
     tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
     for name, tensor in tensors.items():
@@ -333,7 +329,6 @@ class ReplyReader:
     Args:
         heads: those that score replies, by name. `prompt` has read the prompts with those that read both.
         copies: replies to each prompt.
-        eos_token_ids: tokens that end a reply.
         pad_token_id: does not count, if replies may end without such a token: nothing else shows then that one has ended.
             None if none may; it is then a token like any other.
 
@@ -457,7 +452,6 @@ class ReplyRecorder:
             self._waiting[-1][2][layer] = hidden
 
     def _read(self, count: int) -> None:
-        """Read the first of the tokens that wait."""
         tokens, masks, states = zip(*self._waiting[:count], strict=True)
         self._waiting = self._waiting[count:]
         host = on_host({"tokens": torch.stack(tokens, dim=1), "token_mask": torch.stack(masks, dim=1)})  # [rows, n]

@@ -167,7 +167,6 @@ class PlainSession:
         self.call, self.reads_prompt, self.reads_next = call, reads, reads
 
     def run(self) -> Any:
-        """Call the plain `generate()`."""
         with _current(self):
             return self.call.run()
 

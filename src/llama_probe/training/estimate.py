@@ -46,7 +46,6 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole run."""
         return _OVERHEAD * self.passes * self.tokens / self.tokens_per_second
 
     def __str__(self) -> str:
@@ -59,7 +58,6 @@ def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, furthe
     """Return True if hidden states are cached. `cache_states="auto"` says why they are not.
 
     Args:
-        needed: bytes of the states.
         further_passes: times that the rows are read beside the epochs.
     """
     there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))  # of a run that was stopped

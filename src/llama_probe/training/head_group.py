@@ -56,12 +56,10 @@ class HeadGroup(nn.Module):
 
     @property
     def backbone(self) -> nn.Module | None:
-        """The frozen LM of the heads."""
         return next(iter(self.heads.values())).backbone
 
     @property
     def device(self) -> torch.device:
-        """Device of the heads."""
         return next(iter(self.heads.values())).device
 
     def forward(
@@ -79,7 +77,6 @@ class HeadGroup(nn.Module):
         Args:
             learned_by (`torch.BoolTensor` of shape `[batch, heads]`, *optional*): the rows that each head learns from, or is
                 chosen by: in eval mode the logits of others are not numbers. Defaults to all.
-            reply_mask: see `ProbeModel.forward`.
         """
         if hidden_states is None:
             batch = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -117,6 +114,5 @@ class GroupLoss:
     losses: Mapping[str, Loss]
 
     def __call__(self, outputs: GroupOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        """Return the sum; see `ProbeLoss`."""
         parts = [loss(outputs.by_head[name], labels, num_items_in_batch) for name, loss in self.losses.items()]
         return torch.stack(parts).sum()

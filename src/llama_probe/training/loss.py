@@ -21,7 +21,6 @@ class ProbeLoss:
     """The Trainer's `compute_loss_func=` for heads: cross-entropy with class weights, label smoothing or focal weights.
 
     Args:
-        config: config of the head.
         class_weights: one weight a label; for a multi-label head that of its positives. None: all 1.
         label_smoothing: 0 to below 1.
         focal_gamma: 0 for plain cross-entropy.

@@ -42,7 +42,6 @@ class Baseline:
     Args:
         config: config of the head beside it, whose rates give the thresholds on the calibration rows.
         without: numbers of the training rows that it does not learn from.
-        by_length: learn from the length alone.
     """
 
     def __init__(self, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False):

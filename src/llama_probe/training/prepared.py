@@ -44,25 +44,18 @@ class PreparedRun:
     """A recipe on a backbone: its rows are read, its states computed, its heads made.
 
     Args:
-        recipe: the recipe.
         output: folder that gets the head, and meanwhile states and checkpoints.
         backbone: `"demo"`, a folder, a GGUF file, a Hub id, or a loaded LM.
         tokenizer: of a loaded backbone.
-        data_dir: folder of local copies of the sources.
-        dtype: of the backbone's weights.
         only_estimate: stop when `estimate` is known. Nothing is written then.
 
     Attributes:
-        rows: the rows of the recipe.
         backbone: name of the backbone, None for a loaded one.
         lm, prompts: the frozen LM, and the format of its prompts.
-        config: config of a new head.
-        args: arguments of the `ProbeTrainer`.
         heads: heads by name: one a seed or a trial of a search; for each fold a head without it; and the twins.
         candidates: the heads of which the best is kept, with their seeds.
         head_args: head -> its training arguments that differ.
         left_out: head -> places of the training rows that it does not learn from.
-        trials: the trials of a search, by head.
         datasets: prompts or states of each part of the rows.
         cache: states on disk, if they are kept there.
 
@@ -139,7 +132,6 @@ class PreparedRun:
         self._create_heads()
 
     def _create_heads(self) -> None:
-        """Make the heads that train side by side, each with its own seed."""
         recipe, lm, row_of = self.recipe, None if self.cache is not None else self.lm, np.asarray(self.places)
         self.heads: dict[str, ProbeModel] = {}
         self.head_args: dict[str, JSON] = {}

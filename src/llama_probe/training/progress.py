@@ -31,7 +31,6 @@ class Progress:
     Attributes:
         scores: the metric of each evaluation until the head stopped, larger is better; minus infinity if it diverged.
         epochs: epochs until then.
-        weights: weights of the best evaluation.
     """
 
     scores: list[float] = field(default_factory=list)
@@ -69,7 +68,6 @@ class KeepBest(TrainerCallback):
         self.trainer = weakref.proxy(trainer)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        """Note an evaluation during the training."""
         if not self.trainer.is_in_train or not args.load_best_model_at_end:
             return
         progress, expected = self.trainer.progress, f"eval_{args.metric}"

@@ -82,11 +82,7 @@ class RecipeRows:
 
 
 def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> RecipeRows:
-    """Read and divide the rows of a recipe.
-
-    Args:
-        data_dir: folder of local copies; see `Source`.
-    """
+    """Read and divide the rows of a recipe."""
     reader = _Reader(recipe, data_dir)
     held_validation, held_test = recipe.named_parts(data_dir)
     for source in recipe.train:

@@ -245,7 +245,6 @@ def add_results(
         runs: results of each seed. chosen: seed of `probe`. Defaults to the first.
         inspected: split, data set and, if known, logits `[rows, num_labels]`; see `inspect_head`.
         novelty: arguments of `fit_novelty`, which is skipped if it is not wanted or there are too few rows.
-        dtype: of the backbone.
     """
     split, dataset, logits = inspected
     splits = [name for name in ("validation", "test") if name in runs[0]]

@@ -18,7 +18,6 @@ class TrainingRows(Dataset):
     A head that follows a reply scores every prefix of it, and is sure too early if it is trained on whole replies alone.
 
     Args:
-        dataset: prompts or states.
         rows: numbers of its rows, in order; a number may occur again. Defaults to all.
         replies: `"cut"`: half of the rows at random are cut within the reply, each time. `"tokens"`: rows have a `reply_length`, so
             that heads score tokens of the reply. For data sets with `reply_lengths`.

@@ -34,9 +34,6 @@ def train_recipe(
     The first one writes. All must see the same `output`.
 
     Args:
-        backbone: `"demo"`, a folder, a GGUF file, or a Hub id. dtype: of its weights.
-        output: folder of the head.
-        data_dir: folder of local copies of the sources.
         resume: from the checkpoints of a stopped run. The number of processes may differ.
         overwrite: replace the head, or the stopped run, that `output` holds.
 

@@ -48,11 +48,7 @@ class Trial:
 
 
 def draw_trials(search: Search, base: ProbeConfig, seed: int) -> dict[str, Trial]:
-    """Draw the configurations of a search over `SEARCH_SPACE` and the kinds' own `search_space`, by head.
-
-    Args:
-        base: config that the draws must fit.
-    """
+    """Draw the configurations of a search over `SEARCH_SPACE` and the kinds' own `search_space`, by head."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

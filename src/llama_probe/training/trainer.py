@@ -274,7 +274,6 @@ class ProbeTrainer(Trainer):
         return ProbeModel(config, backbone=backbone), rows
 
     def _create_loss(self, train: LabelledTexts | Dataset | None) -> ProbeLoss | GroupLoss:
-        """Return the loss that the arguments describe for the heads."""
         losses = {}
         for name, head in self.heads.items():
             args = vars(self.args) | self._head_args[name]

@@ -19,16 +19,13 @@ class CachePlan:
     kept if that takes fewer numbers than the states alone.
 
     Args:
-        heads: by name.
         projected: keep features, or states alone. Defaults to what is smaller.
 
     Attributes:
-        names: of all heads, in order.
         whole: heads that read states. readers: those that read features, as they read them.
         layers: indices of the states that are kept, ascending.
         maps: maps of each reader, `[S, rank, D]`.
         columns: places of each reader's features, `S * rank`, in those of a token.
-        width: number of features of a token.
         reply_states: of the heads that follow replies, where they run; see `follow_replies`.
     """
 

@@ -58,7 +58,6 @@ class Restriction:
     place: str
 
     def check(self, value: Any) -> None:
-        """Raise `ProbeError` if the value is not allowed."""
         if isinstance(value, Mapping):  # `speculative_config`. If it names no method, vLLM may take EAGLE's.
             value = value.get("method") or "unnamed"
         if value is not None and value not in self.allowed:

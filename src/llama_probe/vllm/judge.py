@@ -48,8 +48,6 @@ class Judge:
     unsafe or yes; or LiteLLM's guardrail API. It gets the text that the head reads. It is asked once a prompt.
 
     Args:
-        settings: of the heads.
-        tokenizer: of the backbone.
         url: of the guard.
         model: which the guard is asked for.
         timeout: seconds for an answer.

@@ -42,8 +42,6 @@ class LabelRequest(ABC):
     """One request to such a route.
 
     Attributes:
-        settings: of the heads.
-        query: of the URL.
         is_judged: the answer depends on what is flagged, and so on a judge.
         names_model: the body may name the model that is served.
         have_replies: the inputs are chats that end with a reply, which is scored.

@@ -62,7 +62,6 @@ class Replies:
     itself is delivered whole, but for a last token that is no end: that one has no score.
 
     Args:
-        settings: of the heads.
         slots: of states in the workers.
     """
 

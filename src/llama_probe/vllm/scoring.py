@@ -31,9 +31,7 @@ class ScoringRequest:
     """A prompt that is complete after this step, or a reply that heads are to follow from here on.
 
     Attributes:
-        request_id: of the engine.
         token_ids: of the prompt; `None` where it was given as embeddings.
-        num_prompt_tokens: of the prompt.
         num_tokens: to read. Those behind the prompt are of its reply, which heads of prompts do not read.
         block_ids: where the tokens lie, in order.
         heads: names of those whose scores of the prompt are wanted; `None` if the prompt was scored before.
@@ -56,9 +54,7 @@ class ReplyTokens:
     """The tokens of replies that a step reads, one a request.
 
     Attributes:
-        request_ids: of the engine.
         places: where each token lies in the cache: its block's number times the tokens of a block, and its place in the block.
-        slots: of the requests' states.
     """
 
     request_ids: list[str] = field(default_factory=list)

@@ -68,7 +68,6 @@ class ProbeSettings:
 
     @cached_property
     def configs(self) -> dict[str, ProbeConfig]:
-        """The configs of the heads, by name."""
         return {name: read_config(folder, self.trust_remote_code) for name, folder in self.heads.items()}
 
     @cached_property
@@ -78,7 +77,6 @@ class ProbeSettings:
 
     @cached_property
     def reply_heads(self) -> list[str]:
-        """Names of the heads that follow replies."""
         return [name for name, config in self.configs.items() if config.reads_reply]
 
     @cached_property
