@@ -290,8 +290,11 @@ def weights_digest(lm: nn.Module) -> str:
     config = decoder.model.config.to_dict().items()
     values = {name: value for name, value in config if name not in _NO_PART_OF_STATES}
     # Layers of PEFT know which of their adapters run. Models have methods of the same names.
-    layers = [(name, module) for name, module in decoder.model.named_modules() if _is_adapted(module)]
-    adapters = [(name, layer.active_adapters, layer.disable_adapters) for name, layer in layers]
+    adapters = [
+        (name, module.active_adapters, module.disable_adapters)
+        for name, module in decoder.model.named_modules()
+        if isinstance(getattr(module, "disable_adapters", None), bool)
+    ]
     described = [values, adapters] if adapters else values
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     weights = decoder.model.state_dict()
@@ -305,10 +308,6 @@ def weights_digest(lm: nn.Module) -> str:
             flat = part.detach().flatten()
             digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "disable_adapters", None), bool)
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from ..distributed import barrier, is_main, on_main, share, world_size
 from ..errors import ProbeError
 from ..files import make_folder, remove_leftovers, write_atomically
 from ..heads import get_probe_type
-from ..heads.configuration import ProbeConfig
+from ..heads.configuration import ProbeConfig, shared_layers
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask, tokens_read
 from .prompts import PromptDataset
@@ -292,11 +292,6 @@ class SharedStates:
     def _select(self, states: torch.Tensor, probe: ProbeModel) -> torch.Tensor:
         wanted = probe.layer_indices
         return states if wanted == self.layers else states[[self.layers.index(layer) for layer in wanted]]
-
-
-def shared_layers(configs: Iterable[ProbeConfig]) -> list[int]:
-    """Return the indices of the states that at least one of several heads reads, ascending."""
-    return sorted({layer for config in configs for layer in config.layer_indices})
 
 
 def shared_config(configs: Sequence[ProbeConfig]) -> ProbeConfig:

@@ -8,8 +8,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ..data.cached_states import SharedStates, iterate_states, layers_of, shared_layers
+from ..data.cached_states import SharedStates, iterate_states, layers_of
 from ..distributed import gather, merge_rows
+from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput, fill_unread, strongest
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows

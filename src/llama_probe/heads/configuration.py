@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -349,6 +350,11 @@ class ProbeConfig:
         if values.get("label2id") not in (None, config.label2id):
             raise ProbeError("label2id contradicts id2label; leave label2id out")
         return config, sorted(values.keys() - names - {"label2id", "config_sha256"})
+
+
+def shared_layers(configs: Iterable[ProbeConfig]) -> list[int]:
+    """Return the indices of the states that at least one of several heads reads, ascending."""
+    return sorted({layer for config in configs for layer in config.layer_indices})
 
 
 def _digest(values: JSON) -> str:

@@ -10,8 +10,9 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..backbone.capture import collect_hidden_states
-from ..data.cached_states import SharedStates, counted_tokens, shared_config, shared_layers
+from ..data.cached_states import SharedStates, counted_tokens, shared_config
 from ..errors import ProbeError
+from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from ..heads.aggregator import State, select_rows
+from ..heads.configuration import shared_layers
 from ..heads.probe import ProbeModel
 from ..heads.states import normalize
 from ..serving.reader import state_budget
@@ -32,8 +33,8 @@ class CachePlan:
     def __init__(self, heads: Mapping[str, ProbeModel], projected: bool | None = None):
         splits = {name: head.projected() for name, head in heads.items()}
         splits = {name: split for name, split in splits.items() if split is not None}
-        every = _layers(heads.values())
-        others = _layers(head for name, head in heads.items() if name not in splits)
+        every = shared_layers(head.config for head in heads.values())
+        others = shared_layers(head.config for name, head in heads.items() if name not in splits)
         size = sum(maps.shape[0] * maps.shape[1] for maps, _ in splits.values())
         if projected is None:
             projected = size < (len(every) - len(others)) * next(iter(heads.values())).config.hidden_size
@@ -105,10 +106,6 @@ class Projector:
                 for name, part in zip(names, products.split(ranks, dim=-1), strict=True):
                     features[piece, self.plan.columns[name]] = part.flatten(1)
         return features
-
-
-def _layers(heads: Iterable[ProbeModel]) -> list[int]:
-    return sorted({layer for head in heads for layer in head.layer_indices})
 
 
 def empty_state(head: ProbeModel, width: int) -> State:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ProbeError
 from ..files import JSON
-from ..heads.configuration import ProbeConfig, read_config
+from ..heads.configuration import ProbeConfig, read_config, shared_layers
 from ..heads.probe import ProbeModel
 from ..serving.halting import Halter, HaltRule
 from .compatibility import KEY, check_config
@@ -73,7 +73,7 @@ class ProbeSettings:
     @cached_property
     def layers(self) -> list[int]:
         """State indices that some head reads, ascending."""
-        return sorted({layer for config in self.configs.values() for layer in config.layer_indices})
+        return shared_layers(self.configs.values())
 
     @cached_property
     def reply_heads(self) -> list[str]:
