@@ -1,17 +1,8 @@
 """vLLM with probe heads: scores, labels and text of every request from the same pass.
 
 `vllm.LLM(**engine_kwargs(model, probe=...))` loads an engine; `python -m llama_probe.vllm MODEL --probe HEAD` serves one over
-HTTP, with OpenAI's API. Each request's output then carries what the heads say of its prompt:
-
-    output = llm.generate(prompts)[0]
-    output.kv_transfer_params["probes"]["toxicchat-mha"]
-    # {"logits": [...], "label": "non-toxic", "score": 0.98, "scores": {"non-toxic": 0.98, "toxic": 0.02}}
-
-and with `halt_on=` `kv_transfer_params["halted"]`: why it was halted, or `None`. `kv_transfer_params["replies"]` has what heads
-that follow replies say of each. A request may ask for some of the heads alone with
-`SamplingParams(extra_args={"kv_transfer_params": {"probes": [names]}})`, over HTTP `"kv_transfer_params": {"probes": [names]}`;
-those in `halt_on` run in any case. `kv_transfer_params` is the one field that
-vLLM lets a plugin fill in from the engine to the HTTP response.
+HTTP. What heads say of a request is in its output's `kv_transfer_params`, the one field that vLLM lets a plugin fill in from the
+engine to the HTTP response; see `answers` and docs/scaling.md.
 
 The way of a request, by file:
 
