@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from ..data.cached_states import SharedStates, iterate_states, layers_of
@@ -49,16 +48,18 @@ def follow_replies(
         For each head and each row logits `[reply_tokens, num_labels]`; the last are those of the whole row. In a process group
         the ranks divide the rows, and each rank gets all results.
     """
-    lengths, logits = dataset.reply_lengths, [{} for _ in probes]
+    lengths, logits = torch.tensor(dataset.reply_lengths), [{} for _ in probes]
     for rows, shared, mask in states_for(probes, dataset, batch_tokens):
+        left = mask.flip(1).cumsum(dim=1).flip(1)  # [B, T]: tokens that count from here on
+        is_reply = mask & (left <= lengths[rows][:, None])
+        columns = is_reply.any(dim=0).nonzero().flatten()
         for probe, by_row in zip(probes, logits, strict=True):
-            states = shared.raw(probe)
-            counted = [states[:, i, columns].transpose(0, 1) for i, columns in enumerate(mask)]  # [n, S, D] each
-            starts = [len(row_states) - lengths[row] for row, row_states in zip(rows, counted, strict=True)]
-            parts = ((s[:start], s[start:]) for s, start in zip(counted, starts, strict=True))
-            before, replies = zip(*parts, strict=True)
-            followed = _follow(probe, before, replies)
-            by_row |= {row: followed[i, : lengths[row]] for i, row in enumerate(rows)}
+            with torch.no_grad():
+                x = probe.normalize(shared.raw(probe))
+                summaries = probe.summaries_at((columns + 1).tolist(), x, mask.to(probe.device))
+                followed = torch.stack([probe.score_summaries(part).logits for part in summaries], dim=1)
+            followed = followed.float().cpu()  # [B, R, num_labels]
+            by_row |= {row: followed[i, is_reply[i, columns]] for i, row in enumerate(rows)}
     everywhere = [{row: part for rank in ranks for row, part in rank.items()} for ranks in map(gather, logits)]
     return [[by_row[row] for row in range(len(dataset))] for by_row in everywhere]
 
@@ -66,25 +67,6 @@ def follow_replies(
 def strongest_of(probe: ProbeModel, followed: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the logits `[rows, num_labels]` that replies count by, of what `follow_replies` gives for a head."""
     return torch.stack([strongest(logits, probe.config) for logits in followed])
-
-
-@torch.no_grad()
-def _follow(probe: ProbeModel, before: Sequence[torch.Tensor], replies: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return logits `[B, R, num_labels]` after each of R reply tokens, from the states `[n, S, D]` of each row."""
-    state = probe.init_state(keep=True)
-
-    def step(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        probe.step(state, probe.layer_indices, probe.prepare(states), mask.to(probe.device))
-        return probe.finish(state).logits.float()
-
-    def pad(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = pad_sequence([torch.ones(len(states), dtype=torch.bool) for states in rows], batch_first=True)
-        return pad_sequence(list(rows), batch_first=True).permute(2, 0, 1, 3), mask  # [S, B, N, D], [B, N]
-
-    if any(map(len, before)):
-        step(*pad(before))
-    states, mask = pad(replies)
-    return torch.stack([step(states[:, :, [t]], mask[:, [t]]) for t in range(mask.shape[1])], dim=1).cpu()
 
 
 def predict_rows(probe: ProbeModel, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -314,10 +314,7 @@ class ProbeModel(nn.Module):
         width = -(-(end - first) // _BLOCKS)
         offset = int(torch.randint(1, width + 1, ())) if self.training else width
         stops = [*range(first + offset, end, width), end]
-        state, parts = None, []
-        for start, stop in zip([0, *stops], stops, strict=False):
-            state = self.token_stage.update(state, x[:, :, start:stop], mask[:, start:stop], slice(None))
-            parts.append(self.token_stage.result(state, slice(None)))
+        parts = list(self.summaries_at(stops, x, mask))
         seen = reply_mask.cumsum(dim=1)[:, [stop - 1 for stop in stops]]  # [B, R]: tokens of the reply
         # Before the first of them some kinds have no number.
         summaries = torch.stack(parts, dim=2).masked_fill((seen == 0)[None, :, :, None], 0.0)  # [S, B, R, D]
@@ -328,6 +325,13 @@ class ProbeModel(nn.Module):
         output = ProbeOutput.from_logits(strongest(logits, self.config, counted), self.config)
         output.token_logits, output.token_mask = members, counted
         return output
+
+    def summaries_at(self, stops: Sequence[int], x: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the summaries `[layers_read, batch, width]` of the tokens before each of some columns; see `score`."""
+        state = None
+        for start, stop in zip([0, *stops], stops, strict=False):
+            state = self.token_stage.update(state, x[:, :, start:stop], mask[:, start:stop], slice(None))
+            yield self.token_stage.result(state, slice(None))
 
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the states of the layers that the head reads, `[layers_read, batch, tokens, hidden_size]`."""
