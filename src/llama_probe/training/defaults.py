@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+from torch import nn
+
+from ..backbone.decoder import target_of
 from ..backbone.loading import backbone_target, model_id
 from ..data.labelled_texts import LabelledTexts
 from ..errors import ProbeError
@@ -60,25 +63,25 @@ def check_head(head: JSON) -> None:
         ProbeConfig(**fields)
 
 
-def head_config(head: JSON, rows: LabelledTexts, backbone: str | None) -> ProbeConfig:
+def head_config(head: JSON, rows: LabelledTexts, backbone: str | nn.Module) -> ProbeConfig:
     """Return the config of a new head for the labels of its training rows.
 
     Args:
         head: fields of `ProbeConfig`, as `complete_head` returns them. `token_scope` defaults to `"last_user"`. `layers` may be
             parts of the depth; see `layers_at`.
-        backbone: name of the backbone, whose sizes are checked before it is loaded. None: it is loaded.
+        backbone: its name, so that its sizes are checked before it is loaded, or the LM.
     """
-    target = None if backbone is None else backbone_target(backbone)
+    is_named = isinstance(backbone, str)
+    target = backbone_target(backbone) if is_named else target_of(backbone)
     known = {
         "token_scope": "last_user",
         "hidden_size": target and target.hidden_size,
         "num_hidden_layers": target and target.num_hidden_layers,
-        "base_model_name_or_path": backbone and model_id(backbone),
+        "base_model_name_or_path": model_id(backbone) if is_named else None,
         "flagged": rows.flagged,
     }
     if is_depths(head.get("layers")):
-        depth = head.get("num_hidden_layers") if target is None else target.num_hidden_layers
-        if depth is None:
+        if (depth := target and target.num_hidden_layers) is None:
             raise ProbeError(f"layers={head['layers']} are parts of a depth that is not known yet: name the backbone")
         head = {**head, "layers": layers_at(head["layers"], depth)}
     labels = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}

@@ -82,10 +82,7 @@ class PreparedRun:
         self.rows = rows = read_rows(recipe, data_dir)
         count = rows.num_plain + rows.num_extra
         head = {"max_length": MAX_LENGTH, "prompt_format": "chat", **complete_head(recipe.head, count)}
-        if not isinstance(backbone, str):
-            target = backbone.config.get_text_config(decoder=True)
-            head |= {"hidden_size": target.hidden_size, "num_hidden_layers": target.num_hidden_layers}
-        config = head_config(head, rows.train, name)
+        config = head_config(head, rows.train, backbone)
         training = dict(recipe.training)
         if batch_size := training.get("per_device_train_batch_size"):
             training["per_device_train_batch_size"] = math.ceil(batch_size / world_size())

@@ -263,13 +263,10 @@ class ProbeTrainer(Trainer):
         head = complete_head(head, len(rows))
         has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
         scope = {"token_scope": "response"} if has_replies else {}
-        name = None if isinstance(backbone, nn.Module) else str(backbone)
-        if name is None:
-            text = backbone.config.get_text_config(decoder=True)
-            head |= {"hidden_size": text.hidden_size, "num_hidden_layers": text.num_hidden_layers}
-        config = head_config({"max_length": MAX_LENGTH, **scope, **head}, rows, name)
-        if name is not None:
-            backbone, tokenizer = load_backbone(name)
+        backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
+        config = head_config({"max_length": MAX_LENGTH, **scope, **head}, rows, backbone)
+        if isinstance(backbone, str):
+            backbone, tokenizer = load_backbone(backbone)
             self._tokenizer = self._tokenizer or tokenizer
         return ProbeModel(config, backbone=backbone), rows
 
