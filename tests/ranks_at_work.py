@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Trainer, TrainerState
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.backbone import passes
 from llama_probe.backbone.loading import weights_digest
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.distributed import gather, process_group, rank, world_size
@@ -65,7 +66,7 @@ def sharded(folder: Path) -> dict:
     found = []
     for head, backbone in zip(heads, (whole, lm), strict=True):
         head.set_backbone(backbone)
-        found.append(predict_logits(head, dataset, batch_tokens=14))
+        found.append(predict_logits(head, dataset))
     torch.manual_seed(0)
     trained = ProbeModel(ProbeConfig(probe_type="gate", dropout=0.0), backbone=lm)
     arguments = ProbeTrainingArguments(str(folder / "sharded"), num_train_epochs=2, per_device_train_batch_size=2)
@@ -93,7 +94,7 @@ def in_parts(folder: Path) -> dict:
     with torch.no_grad():
         logits = head(input_ids=make_prompts(seed=4)).logits
     cached = StateCache(folder / "tp", torch.float32).dataset(lm, head.config, PromptDataset(prompts(), LABELS))
-    scores = predict_logits(make_probe(probe_type="mha"), cached, batch_tokens=28)
+    scores = predict_logits(make_probe(probe_type="mha"), cached)
     with contextlib.suppress(ProbeError):
         ProbeTrainer(head, ProbeTrainingArguments(str(folder / "tp")), None, cached)
         raise AssertionError("the Trainer would give each rank its own rows")
@@ -128,14 +129,15 @@ def checkpointed(folder: Path) -> list[str]:
 
 
 def main(folder: Path) -> None:
+    passes.BATCH_TOKENS = 14  # several batches a rank
     with process_group():
         head = make_probe(probe_type="mha")
         head.set_backbone(make_lm())
         dataset = PromptDataset(prompts(), LABELS)
         found = {
             "world_size": world_size(),
-            "logits": predict_logits(head, dataset, batch_tokens=14).tolist(),
-            "inspection": inspect_head(head, dataset, LABELS, batch_tokens=14),
+            "logits": predict_logits(head, dataset).tolist(),
+            "inspection": inspect_head(head, dataset, LABELS),
             "folded": train(folder, "folded", validation={"folds": 2}, training={"cache_states": False}),
             "scored": scored(folder, "scored"),
             "search": search(folder, "search"),

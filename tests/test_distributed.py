@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llama_probe import ProbeError
+from llama_probe.backbone import passes
 from llama_probe.cli import app
 from llama_probe.data.cached_states import PromptDataset, rows_on_disk
 from llama_probe.distributed import claimed
@@ -89,12 +90,13 @@ class TestTwoNodes:
         assert sum(shares) == pytest.approx(1) and 0.4 < shares[0] < 0.6, "each has a half of the sharded weights"
         assert found[0] == found[1]
 
-    def test_scores_are_those_of_one_process(self, found):
+    def test_scores_are_those_of_one_process(self, found, monkeypatch):
+        monkeypatch.setattr(passes, "BATCH_TOKENS", 14)
         head = make_probe(probe_type="mha")
         head.set_backbone(make_lm())
         dataset = PromptDataset(prompts(), LABELS)
-        assert found[0]["logits"] == predict_logits(head, dataset, batch_tokens=14).tolist()
-        assert found[0]["inspection"] == json.loads(json.dumps(inspect_head(head, dataset, LABELS, batch_tokens=14)))
+        assert found[0]["logits"] == predict_logits(head, dataset).tolist()
+        assert found[0]["inspection"] == json.loads(json.dumps(inspect_head(head, dataset, LABELS)))
 
     def test_a_search_trains_heads_side_by_side(self, found, folder):
         trials = found[0]["search"]["search"]
@@ -104,7 +106,8 @@ class TestTwoNodes:
         assert values[0] == values[1]
         assert not list((folder / "search").glob(".*")), "no part of a checkpoint is left"
 
-    def test_a_scoring_job_writes_what_one_process_writes(self, found, folder):
+    def test_a_scoring_job_writes_what_one_process_writes(self, found, folder, monkeypatch):
+        monkeypatch.setattr(passes, "BATCH_TOKENS", 14)
         alone = ranks_at_work.scored(folder, "scored-alone")
         assert found[0]["scored"] == alone and alone["rows"] == 41 and len(alone["parts"]) == 9
         tables = [pq.read_table(folder / name).to_pylist() for name in ("scored", "scored-alone")]
@@ -129,7 +132,7 @@ class TestTwoNodes:
         head.set_backbone(AutoModelForCausalLM.from_pretrained(folder / "backbone"))
         with torch.no_grad():
             whole = head(input_ids=make_prompts(seed=4)).logits
-        scores = predict_logits(head, PromptDataset(prompts(), LABELS), batch_tokens=28)
+        scores = predict_logits(head, PromptDataset(prompts(), LABELS))
         for part in found:
             assert torch.allclose(torch.tensor(part["in_parts"]["logits"]), whole, atol=1e-5)
             assert torch.allclose(torch.tensor(part["in_parts"]["scores"]), scores, atol=1e-5)

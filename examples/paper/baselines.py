@@ -119,7 +119,7 @@ def fit_prototypes(task: Task, seed: int) -> Fitted:
 def replies(task: Task, prompts: Sequence[Sequence[int]]) -> Iterator[tuple]:
     """Run the LM over prompts, what they share only once. Yield row numbers, its output, and mask and positions `[B, T]`."""
     lm, tokenizer = task.bench.loaded
-    passes = plan_passes(lm, prompts, [len(ids) - 1 for ids in prompts], batch_tokens=4096)
+    passes = plan_passes(lm, prompts, [len(ids) - 1 for ids in prompts])
     with torch.no_grad(), tqdm(total=len(prompts), desc="prompts", unit=" prompts", leave=False) as progress:
         for each in passes:
             batch = pad_prompts([prompts[row][each.skip :] for row in each.rows], tokenizer, "left").values()

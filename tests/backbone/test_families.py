@@ -101,7 +101,8 @@ def assert_a_shared_start_runs_once(lm, folder, monkeypatch):
     config = ProbeConfig(
         probe_type="gate", token_scope="content", prefix_ids=start, hidden_size=HIDDEN, num_hidden_layers=LAYERS
     )
-    kept = StateCache(folder, torch.float32).dataset(lm, config, PromptDataset(prompts), batch_tokens=20)
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 20)
+    kept = StateCache(folder, torch.float32).dataset(lm, config, PromptDataset(prompts))
     for row, ids in enumerate(prompts):
         states = torch.stack(collect_hidden_states(lm, range(LAYERS + 1), torch.tensor([ids])))[:, 0]
         torch.testing.assert_close(kept[row]["hidden_states"], states[:, len(start) :], **TOLERANCE)

@@ -1,11 +1,14 @@
 """Passes over many prompts: each row once, within the budget, and what many begin with and nobody reads once."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import LAYERS, VOCAB, make_lm, make_probe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_probe.backbone import passes
 from llama_probe.backbone.passes import length_batches, plan_passes, shared_start
 from llama_probe.data.cached_states import PromptDataset, iterate_states
 
@@ -40,7 +43,8 @@ def test_what_is_worth_running_first(prompts, unread, expected):
 def test_each_row_once_and_what_is_left_out_is_what_it_may_be(rows, batch_tokens):
     prompts = [[*(START if begins else []), *rest] for begins, rest, _ in rows]
     unread = [count for _, _, count in rows]
-    plan = plan_passes(make_lm(), prompts, unread, batch_tokens)
+    with patch.object(passes, "BATCH_TOKENS", batch_tokens):
+        plan = plan_passes(make_lm(), prompts, unread)
     assert sorted(row for each in plan for row in each.rows) == list(range(len(rows)))
     for each in plan:
         assert (each.prefix is None) == (each.skip == 0)
@@ -68,7 +72,9 @@ def test_states_are_those_of_rows_run_whole_and_alone(rows, unread, batch_tokens
     masks = [[column >= min(unread, len(ids) - 1) for column in range(len(ids))] for ids in prompts]
     seen = set()
     dataset = PromptDataset(prompts, torch.zeros(len(rows)).numpy(), masks)
-    for numbers, states, counted in iterate_states(dataset, head.config, lm, batch_tokens):
+    with patch.object(passes, "BATCH_TOKENS", batch_tokens):
+        batches = list(iterate_states(dataset, head.config, lm))
+    for numbers, states, counted in batches:
         for row, found, mask in zip(numbers, states.transpose(0, 1), counted, strict=True):
             with torch.no_grad():
                 expected = lm(torch.tensor([prompts[row]]), output_hidden_states=True).hidden_states

@@ -11,6 +11,7 @@ from conftest import make_lm, make_prompts
 from kills import each_kill
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
+from llama_probe.backbone import passes
 from llama_probe.data import cached_states
 from llama_probe.data.cached_states import ProbeCollator, PromptDataset, StateCache
 from llama_probe.evaluation.prediction import predict_logits, predict_together
@@ -61,9 +62,10 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
         ({"probe_type": "last"}, (1, 1, 32)),
     ],
 )
-def test_only_what_the_head_reads_is_kept(tmp_path, lm, changes, shape):
+def test_only_what_the_head_reads_is_kept(tmp_path, lm, monkeypatch, changes, shape):
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 20)
     probe, collate, live = make_head(lm, **changes), ProbeCollator(), ROWS
-    cached = StateCache(tmp_path / "own", torch.float32).dataset(lm, probe.config, ROWS, batch_tokens=20)
+    cached = StateCache(tmp_path / "own", torch.float32).dataset(lm, probe.config, ROWS)
     assert cached[1]["hidden_states"].shape == shape and len(cached) == len(list(cached)) == 5
     counted = [ids if probe.config.token_scope == "prompt" else ids[3:] for ids in PROMPTS]
     assert [cached[row]["input_ids"] for row in range(5)] == [ids[-shape[1] :] for ids in counted]
@@ -94,14 +96,15 @@ def test_a_prompt_is_computed_once_and_only_for_the_same(tmp_path, lm):
     assert not cache.folder.exists()
 
 
-def test_a_run_continues_where_a_killed_one_has_stopped(tmp_path):
+def test_a_run_continues_where_a_killed_one_has_stopped(tmp_path, monkeypatch):
     """Killed before some of its operations on the folder."""
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 20)
     place, counts = tmp_path / "killed", []
 
     def compute(folder=place):
         lm, rows = make_lm(), []
         lm.model.layers[1].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-        found = StateCache(folder).dataset(lm, HEAD, ROWS, batch_tokens=20)
+        found = StateCache(folder).dataset(lm, HEAD, ROWS)
         return sum(rows), [found[row]["hidden_states"] for row in range(len(PROMPTS))]
 
     _, expected = compute(tmp_path / "whole")

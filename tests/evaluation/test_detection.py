@@ -7,6 +7,7 @@ from conftest import make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_probe.backbone import passes
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.evaluation.calibration import with_rates
 from llama_probe.evaluation.detection import apply_rules, detection, halting_rules, reply_report, span_mask
@@ -19,7 +20,8 @@ PROMPT, LENGTHS = 4, [5, 9, 7]
 
 @pytest.mark.parametrize("scope", ["response", "all"])
 @pytest.mark.parametrize("kind, cached", [*((kind, True) for kind in probe_types()), ("mha", False)])
-def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cached, tmp_path):
+def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cached, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 24)
     lm, probe = make_lm(), make_probe(token_scope=scope, temperature=1.7, probe_type=kind, flagged=["LABEL_1"])
     prompts = make_prompts(3, PROMPT + max(LENGTHS)).tolist()
     ids = [row[: PROMPT + n] for row, n in zip(prompts, LENGTHS, strict=True)]
@@ -29,7 +31,7 @@ def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cach
         dataset = StateCache(tmp_path, dtype=torch.float32).dataset(lm, probe.config, dataset)
     else:
         probe.set_backbone(lm)
-    found, again = follow_replies([probe, probe], dataset, batch_tokens=24)
+    found, again = follow_replies([probe, probe], dataset)
     torch.testing.assert_close(found, again)
     largest = torch.stack([logits[logits.diff(dim=1).argmax()] for logits in found])
     torch.testing.assert_close(predict_logits(probe, dataset), largest)

@@ -7,6 +7,7 @@ from cases import make_scores, with_backbone
 from conftest import LAYERS, make_probe, make_prompts
 
 from llama_probe import ProbeConfig, ProbeModel
+from llama_probe.backbone import passes
 from llama_probe.data.cached_states import PromptDataset
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import asked, detailed_report, inspect_head, report
@@ -24,9 +25,10 @@ def dataset():
 
 
 @pytest.mark.parametrize("kind", ["pooling", "gate", "mha"])
-def test_layer_weights_by_label(dataset, kind):
+def test_layer_weights_by_label(dataset, kind, monkeypatch):
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 14)
     probe = with_backbone(probe_type=kind, layers=[0, 2, LAYERS], id2label={0: "no", 1: "yes"}, flagged=["yes"])
-    found = inspect_head(probe, dataset, LABELS, batch_tokens=14)
+    found = inspect_head(probe, dataset, LABELS)
     assert found["layer_weights"]["layers"] == [0, 2, LAYERS]
     for index, weights in enumerate(found["layer_weights"]["by_label"].values()):
         rows = [torch.tensor([dataset.prompts[row]]) for row in np.flatnonzero(index == LABELS)]
@@ -100,8 +102,10 @@ def test_rows_come_back_in_their_order_in_bounded_batches(dataset, monkeypatch):
         return original(probe, x, mask, *args, **kwargs)
 
     monkeypatch.setattr(ProbeModel, "score", score)
-    together = predict_logits(probe, dataset, batch_tokens=8)
-    inspect_head(probe, dataset, LABELS, batch_tokens=14)
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 8)
+    together = predict_logits(probe, dataset)
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 14)
+    inspect_head(probe, dataset, LABELS)
     assert shapes[:4] == [(1, 9), (1, 7), (1, 5), (2, 3)], "a longer row is a batch of its own"
     assert shapes[4:] == [(1, 9), (2, 7), (2, 3)]
     for row, ids in enumerate(dataset.prompts):

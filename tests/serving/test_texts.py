@@ -9,6 +9,7 @@ from conftest import make_lm, make_probe, make_tokenizer, with_novelty
 from transformers.utils import logging
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
+from llama_probe.backbone import passes as passes_module
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.serving import texts as module
 from llama_probe.serving.pipeline import ProbedTextClassificationPipeline
@@ -36,7 +37,7 @@ def alone(model, name, texts):
 
 
 def test_each_head_reads_its_own_format(model, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_TOKENS", 60)
+    monkeypatch.setattr(passes_module, "BATCH_TOKENS", 60)
     model.add_probe("chat", make_probe(token_scope="content", **fields(system_prompt="Be brief.")))
     model.add_probe("raw", make_probe(1, num_labels=3, **fields("raw", max_length=9)))
     model.add_probe("other", make_probe(2, probe_type="gate", **fields(system_prompt="Be brief.")))

@@ -12,6 +12,8 @@ from torch import nn
 from .capture import prefill
 
 
+# Tokens of a batch, padding included. They bound the memory: the hidden states of a batch are there for all layers that are read.
+BATCH_TOKENS = 4096
 # Fixed cost of a forward pass, in tokens.
 _PASS_COST = 64
 # Tokens in the KV cache of a row that count as one token in a batch.
@@ -27,17 +29,13 @@ class Pass:
     skip: int = 0
 
 
-def plan_passes(
-    lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequence[int], batch_tokens: int
-) -> list[Pass]:
+def plan_passes(lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> list[Pass]:
     """Plan forward passes over all prompts, and run the backbone once over a start that many of them share.
 
     Chat templates put the same tokens before each text: half of the tokens of short prompts.
 
     Args:
         unread: number of first tokens of each row that are not read.
-        batch_tokens: tokens in a batch, padding included. A longer row is a batch of its own. Four cached tokens count as
-            one.
     """
     # The last token of a row always runs: its output is wanted.
     unread = [min(count, len(ids) - 1) for count, ids in zip(unread, prompts, strict=True)]
@@ -48,10 +46,8 @@ def plan_passes(
     whole: list[int] = []
     for row, ids in enumerate(prompts):
         (after if skip and unread[row] >= skip and list(ids[:skip]) == start else whole).append(row)
-    passes = [
-        Pass(rows, prefix, skip) for rows in _batches(after, prompts, batch_tokens, skip // _CACHED_TOKENS - skip)
-    ]
-    return passes + [Pass(rows) for rows in _batches(whole, prompts, batch_tokens)]
+    passes = [Pass(rows, prefix, skip) for rows in _batches(after, prompts, skip // _CACHED_TOKENS - skip)]
+    return passes + [Pass(rows) for rows in _batches(whole, prompts)]
 
 
 def shared_start(prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> list[int]:
@@ -76,8 +72,9 @@ def shared_start(prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> lis
             most, best = saved, len(path)
 
 
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group rows of similar length, the largest batch first."""
+def length_batches(lengths: Sequence[int], batch_tokens: int | None = None) -> list[list[int]]:
+    """Group rows of similar length, the largest batch first. A row that is longer than a batch is one of its own."""
+    batch_tokens = BATCH_TOKENS if batch_tokens is None else batch_tokens
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
@@ -87,6 +84,6 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
     return batches
 
 
-def _batches(rows: list[int], prompts: Sequence[Sequence[int]], batch_tokens: int, more: int = 0) -> list[list[int]]:
-    batches = length_batches([len(prompts[row]) + more for row in rows], batch_tokens)
+def _batches(rows: list[int], prompts: Sequence[Sequence[int]], more: int = 0) -> list[list[int]]:
+    batches = length_batches([len(prompts[row]) + more for row in rows])
     return [[rows[i] for i in batch] for batch in batches]

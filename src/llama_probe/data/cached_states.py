@@ -84,9 +84,7 @@ class StateCache:
     def __init__(self, folder: str | os.PathLike, dtype: torch.dtype | None = None):
         self.folder, self.dtype = Path(folder), dtype
 
-    def dataset(
-        self, lm: nn.Module, config: ProbeConfig, rows: PromptDataset, batch_tokens: int = 4096
-    ) -> StateDataset:
+    def dataset(self, lm: nn.Module, config: ProbeConfig, rows: PromptDataset) -> StateDataset:
         """Return what a head with this config reads of the hidden states of prompts, from disk or computed now."""
         dtype = self.dtype
         if dtype is None:
@@ -102,7 +100,7 @@ class StateCache:
             read = [_tokens_read(config, rows[row]) for row in left]
             dataset = PromptDataset([rows.prompts[row] for row in left], masks=read)
             on_main(lambda: self._begin(entry))
-            passes = iterate_states(dataset, config, lm, batch_tokens, config.layer_indices)
+            passes = iterate_states(dataset, config, lm, config.layer_indices)
             try:
                 for places, states, counted in passes:
                     tensors = _tensors_of_pass([dataset[place] for place in places], states.to("cpu", dtype), counted)
@@ -222,7 +220,6 @@ def iterate_states(
     dataset: Dataset,
     config: ProbeConfig,
     lm: nn.Module | None = None,
-    batch_tokens: int = 4096,
     layers: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Yield the hidden states of a data set in batches of rows of similar length.
@@ -247,9 +244,9 @@ def iterate_states(
         if lm is not None:
             unread += counted_tokens(config, collate(part)).int().argmax(dim=1).tolist()
     if lm is None:
-        passes = [Pass(rows) for rows in length_batches(list(map(len, prompts)), batch_tokens)]
+        passes = [Pass(rows) for rows in length_batches(list(map(len, prompts)))]
     else:
-        passes = plan_passes(lm, prompts, unread, batch_tokens)
+        passes = plan_passes(lm, prompts, unread)
         layers = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
     title = "scoring" if lm is None else "hidden states"
     with logging.tqdm(total=len(prompts), desc=title, unit=" rows", leave=False) as bar:

@@ -15,12 +15,12 @@ from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows
 
 
-def predict_logits(probe: ProbeModel, dataset: Dataset, batch_tokens: int = 4096) -> torch.Tensor:
+def predict_logits(probe: ProbeModel, dataset: Dataset) -> torch.Tensor:
     """Return logits `[rows, num_labels]` of a `PromptDataset` or `StateDataset`, in its order; see `predict_together`."""
-    return predict_together([probe], dataset, batch_tokens)[0]
+    return predict_together([probe], dataset)[0]
 
 
-def predict_together(probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096) -> list[torch.Tensor]:
+def predict_together(probes: Sequence[ProbeModel], dataset: Dataset) -> list[torch.Tensor]:
     """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_batches`.
 
     A reply counts by its largest score while it is written, because that is where it is halted; see `strongest`. Data sets without
@@ -29,15 +29,13 @@ def predict_together(probes: Sequence[ProbeModel], dataset: Dataset, batch_token
     In a process group (see `llama_probe.distributed`) the ranks divide the rows, and each rank gets all logits.
     """
     if probes[0].config.reads_reply and getattr(dataset, "reply_lengths", None) is not None:
-        followed = follow_replies(probes, dataset, batch_tokens)
+        followed = follow_replies(probes, dataset)
         return [strongest_of(probe, rows) for probe, rows in zip(probes, followed, strict=True)]
-    batches = score_batches(probes, dataset, batch_tokens)
+    batches = score_batches(probes, dataset)
     return collect(len(dataset), ((rows, [output.logits for output in outputs]) for rows, outputs in batches))
 
 
-def follow_replies(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096
-) -> list[list[torch.Tensor]]:
+def follow_replies(probes: Sequence[ProbeModel], dataset: Dataset) -> list[list[torch.Tensor]]:
     """Return the logits of heads after each token of finished replies, as if the LM were writing them.
 
     Args:
@@ -49,7 +47,7 @@ def follow_replies(
         the ranks divide the rows, and each rank gets all results.
     """
     lengths, logits = torch.tensor(dataset.reply_lengths), [{} for _ in probes]
-    for rows, shared, mask in states_for(probes, dataset, batch_tokens):
+    for rows, shared, mask in states_for(probes, dataset):
         left = mask.flip(1).cumsum(dim=1).flip(1)  # [B, T]: tokens that count from here on
         is_reply = mask & (left <= lengths[rows][:, None])
         columns = is_reply.any(dim=0).nonzero().flatten()
@@ -91,19 +89,17 @@ def collect(count: int, batches: Iterable[tuple[list[int], Sequence[torch.Tensor
 
 
 def score_batches(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096, **kwargs
+    probes: Sequence[ProbeModel], dataset: Dataset, **kwargs
 ) -> Iterator[tuple[list[int], list[ProbeOutput]]]:
     """Run heads over a data set with one pass of the backbone, or one reading of the cached states, for all.
 
     Args:
         probes: heads that read the same tokens, the first bound to their backbone unless the data set holds hidden states.
-        batch_tokens: tokens of a batch, padding included. They bound the memory: the hidden states of a batch are there for
-            all layers that are read. A longer row is a batch of its own.
 
     Yields:
         Row numbers of a batch of this rank, and the output of each head. Rows of similar length share a batch.
     """
-    for rows, shared, mask in states_for(probes, dataset, batch_tokens):
+    for rows, shared, mask in states_for(probes, dataset):
         check_rows(mask, probes[0].config)
         with torch.no_grad():
             outputs = [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
@@ -111,7 +107,7 @@ def score_batches(
 
 
 def states_for(
-    probes: Sequence[ProbeModel], dataset: Dataset, batch_tokens: int = 4096
+    probes: Sequence[ProbeModel], dataset: Dataset
 ) -> Iterator[tuple[list[int], SharedStates, torch.Tensor]]:
     """Yield row numbers, states that the heads read, and the mask `[B, T]` of this rank's batches; see `iterate_states`."""
     for probe in probes:
@@ -122,5 +118,5 @@ def states_for(
         if len(dataset) and (states := dataset[0].get("hidden_states")) is not None:  # of a data set of the user's
             every = range(probes[0].config.num_hidden_layers + 1)
             layers, lm = every if len(states) == len(every) else probes[0].layer_indices, None
-    for rows, states, mask in iterate_states(dataset, probes[0].config, lm, batch_tokens, layers):
+    for rows, states, mask in iterate_states(dataset, probes[0].config, lm, layers):
         yield rows, SharedStates(states, layers), mask

@@ -23,7 +23,6 @@ def inspect_head(
     probe: ProbeModel,
     dataset: Dataset,
     labels: np.ndarray,
-    batch_tokens: int = 4096,
     logits: torch.Tensor | None = None,
 ) -> JSON:
     """Return what cards and plots show of a head beyond its metrics.
@@ -38,7 +37,7 @@ def inspect_head(
         (single-label) or `outcomes` (multi-label), and `thresholds` (see `threshold_table`) if the head has any.
     """
     config = probe.config
-    batches = score_batches([probe], dataset, batch_tokens, output_attentions=True)
+    batches = score_batches([probe], dataset, output_attentions=True)
     parts = ((rows, [t for t in (out.logits, out.layer_weights) if t is not None]) for rows, (out,) in batches)
     head_logits, *weights = collect(len(dataset), parts)
     logits = head_logits if logits is None else logits

@@ -9,23 +9,19 @@ from ..errors import ProbeError
 from ..files import JSON, make_folder, remove_leftovers, write_atomically
 
 
-def same_settings(path: Path, settings: JSON) -> bool:
+def same_settings(path: Path, settings: JSON) -> None:
     """Compare the settings of a run with those of the run that it resumes. Write them if there is none.
 
     Args:
         path: JSON file beside the results. Its folder is created if needed.
         settings: JSON values, nested as you like. Tuples equal lists.
-
-    Returns:
-        True if the file holds these settings, so there is a run to resume. False if the file was written now.
     """
     if not path.is_file():
         make_folder(path.parent)
         remove_leftovers(path.parent)
         write_atomically({path: json.dumps(settings, indent=2) + "\n"})
-        return False
-    check_settings(path, read_settings(path), settings)
-    return True
+    else:
+        check_settings(path, read_settings(path), settings)
 
 
 def read_settings(path: Path) -> JSON:

@@ -20,7 +20,6 @@ from ..heads.scope import tokens_read
 from .reader import prompt_masks
 
 
-BATCH_TOKENS = 4096  # of a pass, padding included
 _TEXTS = 1024  # at once, since all are padded to the longest
 
 
@@ -91,7 +90,7 @@ def classify_texts(
             prompt = (inputs["input_ids"], None, inputs["attention_mask"], inputs.get("probe_mask"))
             masks = prompt_masks({name: configs[name] for name in names}, *prompt)
             read = torch.stack([tokens_read(configs[name], mask) for name, mask in masks.items()]).any(dim=0)
-            passes = plan_passes(model, ids, read.int().argmax(dim=1).tolist(), BATCH_TOKENS)
+            passes = plan_passes(model, ids, read.int().argmax(dim=1).tolist())
         parts = []
         for each in passes:
             rows, width = each.rows, max(len(ids[row]) for row in each.rows)
