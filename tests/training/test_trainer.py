@@ -218,12 +218,15 @@ def test_a_metric_that_is_not_measured_is_named(tmp_path):
 
 
 def test_own_callables(tmp_path):
-    collate, sizes = ProbeCollator(), []
-    own = {"compute_metrics": lambda evaluated: {"rows": len(evaluated.label_ids)}, "metric_for_best_model": "rows"}
+    collate, sizes, seen = ProbeCollator(), [], []
+    own = {"compute_metrics": lambda evaluated: seen.append(evaluated.label_ids.tolist()) or {"rows": len(seen[-1])}}
+    own["metric_for_best_model"] = "rows"
     own["data_collator"] = lambda rows: sizes.append(len(rows)) or collate(rows)
     trainer = mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1, **own)
     trainer.train()
     assert trainer.evaluate()["eval_rows"] == 12 and sizes
+    assert seen[-1] == [0, 1] * 6, "rows in their order, whatever their lengths"
+    assert trainer.predict(ANSWERS).label_ids.tolist() == [0, 1] * 16
 
 
 def test_learns_and_leaves_the_backbone_bit_identical(tmp_path):

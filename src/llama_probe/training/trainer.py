@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import BestRun, EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput
 from transformers.utils import logging
@@ -344,8 +344,14 @@ class ProbeTrainer(Trainer):
         return super().get_eval_dataloader(self._table("eval_dataset", eval_dataset))
 
     def get_test_dataloader(self, test_dataset: object) -> DataLoader:
-        """Return the batches of `test_dataset`, a table as well."""
-        return super().get_test_dataloader(self._table("test_dataset", test_dataset))
+        """Return the batches of `test_dataset`, a table as well, in its order: `predict` returns what they give."""
+        dataset = self._table("test_dataset", test_dataset)
+        return self._get_dataloader(dataset, "test", self.args.eval_batch_size, SequentialSampler)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        if self.compute_metrics != self._measure:  # the user's may know the rows by their order
+            return SequentialSampler(eval_dataset)
+        return super()._get_eval_sampler(eval_dataset)
 
     # Training
 
