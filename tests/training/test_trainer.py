@@ -72,6 +72,8 @@ class TestRows:
         trainer = mood(tmp_path / "out", backbone=str(backbone_folder), probe_config=config)
         trainer.train()
         assert trainer.evaluate(ANSWERS)["eval_accuracy"] > 0.9, "with the threshold that was fitted"
+        columns = dict(zip(("text", "label"), zip(*ANSWERS, strict=True), strict=True))
+        assert trainer.evaluate({"a": ANSWERS, "b": columns})["eval_b_loss"] == trainer.evaluate(columns)["eval_loss"]
         trainer.save_model(str(folder))
         saved = read_head(folder)
         assert saved.config.id2label == {0: "bad", 1: "good"} and saved.config.prompt_format == "chat"

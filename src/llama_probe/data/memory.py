@@ -99,4 +99,6 @@ def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
 
 
 def _as_list(values: Any) -> Any:
-    return values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, tuple) else values
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else values

@@ -339,6 +339,16 @@ class ProbeTrainer(Trainer):
     def _table(self, name: str, data: object) -> Dataset | None:
         return self._encode(name, self._label(name, data))
 
+    def evaluate(
+        self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate the heads on a table as well, or on several by name; see `Trainer.evaluate`."""
+        if isinstance(eval_dataset, Mapping):
+            names = {(self._columns or {}).get(name, name) for name in eval_dataset}
+            if names & {"label", "labels"}:  # columns, which the parent would take for data sets
+                eval_dataset = self._table("eval_dataset", eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def get_eval_dataloader(self, eval_dataset: object = None) -> DataLoader:
         """Return the batches of `eval_dataset`, a table as well, or of the trainer's own."""
         return super().get_eval_dataloader(self._table("eval_dataset", eval_dataset))
