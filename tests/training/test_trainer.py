@@ -172,11 +172,12 @@ def test_model_init_and_a_search(tmp_path):
     assert made[-1].config.id2label == {0: "bad", 1: "good"} and made[-1].config.prompt_format == "chat"
 
 
-def test_model_init_keeps_to_the_states_that_are_cached(tmp_path):
-    lm, layers = make_lm(vocab_size=260), [1, 3]
-    trainer = mood(tmp_path, model_init=lambda: head(lm, layers=layers), cache_states=True)
-    layers = [0, 1]
-    with pytest.raises(ProbeError, match="other layers"):
+@pytest.mark.parametrize("later", [{"layers": [2]}, {"probe_type": "mha"}, {"token_scope": "prompt"}])
+def test_model_init_keeps_to_the_states_that_are_cached(tmp_path, later):
+    lm, fields = make_lm(vocab_size=260), {"probe_type": "last", "layers": [4], "token_scope": "content"}
+    trainer = mood(tmp_path, model_init=lambda: head(lm, **fields), cache_states=True)
+    fields |= later
+    with pytest.raises(ProbeError, match="model_init gives heads that read"):
         trainer.train()
 
 

@@ -50,11 +50,11 @@ class StateDataset(Dataset):
 
     Args:
         keys: of the rows in it; several rows may have one.
-        layers: the indices of the S states, ascending.
+        config: config of the head that the states are for; its `layer_indices` are those of the S states.
     """
 
-    def __init__(self, folder: Path, keys: Sequence[str], rows: PromptDataset, layers: Sequence[int]):
-        self.labels, self.layers, self.reply_lengths = rows.labels, list(layers), rows.reply_lengths
+    def __init__(self, folder: Path, keys: Sequence[str], rows: PromptDataset, config: ProbeConfig):
+        self.labels, self.config, self.reply_lengths = rows.labels, config, rows.reply_lengths
         on_disk = rows_on_disk(folder)
         self.items = [on_disk[key] for key in keys]
 
@@ -114,7 +114,7 @@ class StateCache:
                     shutil.rmtree(entry, ignore_errors=True)
                 raise
             barrier()
-        return StateDataset(entry, keys, rows, config.layer_indices)
+        return StateDataset(entry, keys, rows, config)
 
     def bytes_of(self, config: ProbeConfig, tokens: int) -> int:
         """Return the bytes that the states of `tokens` tokens take on disk, for a head with this config."""
@@ -303,9 +303,8 @@ def shared_config(configs: Sequence[ProbeConfig]) -> ProbeConfig:
     return first.replace(probe_type="pooling", options={}, layers=layers)
 
 
-def layers_of(dataset: Dataset) -> list[int] | None:
-    """Return the layers of the hidden states that a data set, or the one that it wraps, holds. None if it has prompts."""
-    while not hasattr(dataset, "layers"):
-        if (dataset := getattr(dataset, "dataset", None)) is None:
-            return None
-    return dataset.layers
+def cached_for(dataset: Dataset | None) -> ProbeConfig | None:
+    """Return the config of the head that the hidden states of a data set, or of the one that it wraps, are for."""
+    while dataset is not None and not isinstance(dataset, StateDataset):
+        dataset = getattr(dataset, "dataset", None)
+    return None if dataset is None else dataset.config

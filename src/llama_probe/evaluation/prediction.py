@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch.utils.data import Dataset
 
-from ..data.cached_states import SharedStates, iterate_states, layers_of
+from ..data.cached_states import SharedStates, cached_for, iterate_states
 from ..distributed import gather, merge_rows
 from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput, fill_unread, strongest
@@ -112,8 +112,9 @@ def states_for(
     """Yield row numbers, states that the heads read, and the mask `[B, T]` of this rank's batches; see `iterate_states`."""
     for probe in probes:
         probe.eval()
-    layers, lm = layers_of(dataset), None
-    if layers is None:
+    if (cached := cached_for(dataset)) is not None:
+        layers, lm = cached.layer_indices, None
+    else:
         layers, lm = shared_layers(probe.config for probe in probes), probes[0].backbone
         if len(dataset) and (states := dataset[0].get("hidden_states")) is not None:  # of a data set of the user's
             every = range(probes[0].config.num_hidden_layers + 1)

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
-from ..data.cached_states import ProbeCollator, StateCache, layers_of
+from ..data.cached_states import ProbeCollator, StateCache, cached_for
 from ..data.labelled_texts import LabelledTexts, check_labels, ends_with_reply
 from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import PromptDataset, PromptFormat
@@ -368,10 +368,13 @@ class ProbeTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> ProbeModel:
         """Make a head with `model_init`. Its config records what the rows have told."""
         probe = super().call_model_init(trial)
-        if layers_of(getattr(self, "train_dataset", None)) not in (None, probe.layer_indices):
-            raise ProbeError(
-                f"model_init gives heads that read other layers: {probe.layer_indices}; cache_states=False reads all"
-            )
+        cached = cached_for(getattr(self, "train_dataset", None))
+        reads = [
+            (config.token_scope, get_probe_type(config.probe_type).reads, config.layer_indices)
+            for config in (probe.config, cached or probe.config)
+        ]
+        if reads[0] != reads[1]:
+            raise ProbeError(f"model_init gives heads that read {reads[0]}, not {reads[1]}: use cache_states=False")
         probe.config = probe.config.replace(**self._recorded)
         return probe
 
