@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from training_runs import head_of, token_rows, trainer_of
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
 from llama_probe.data.cached_states import ProbeCollator, PromptDataset
@@ -220,13 +220,23 @@ def test_a_metric_that_is_not_measured_is_named(tmp_path):
         mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1, **own).train()
 
 
+class Curious(TrainerCallback):
+    """Evaluates on other rows during the training."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for prefix in ("eval", "train"):
+            self.trainer.evaluate(ANSWERS, metric_key_prefix=prefix)
+
+
 def test_own_callables(tmp_path):
     collate, sizes, seen = ProbeCollator(), [], []
     own = {"compute_metrics": lambda evaluated: seen.append(evaluated.label_ids.tolist()) or {"rows": len(seen[-1])}}
     own["metric_for_best_model"] = "rows"
     own["data_collator"] = lambda rows: sizes.append(len(rows)) or collate(rows)
-    trainer = mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1, **own)
+    own["callbacks"] = [curious := Curious()]
+    curious.trainer = trainer = mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1, **own)
     trainer.train()
+    assert trainer.progress["head"].scores == [12], "the evaluations of the callback do not count"
     assert trainer.evaluate()["eval_rows"] == 12 and sizes
     assert seen[-1] == [0, 1] * 6, "rows in their order, whatever their lengths"
     assert trainer.predict(ANSWERS).label_ids.tolist() == [0, 1] * 16

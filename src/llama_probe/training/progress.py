@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import ProbeError
 from ..files import write_atomically
-from ..heads.decision import NO_NUMBER_BECAUSE
 
 
 BEST_NAME = "best.safetensors"  # of a checkpoint
@@ -55,39 +51,6 @@ class Progress:
             }
         self.scores.append(score)
         self.epochs = epochs
-
-
-class KeepBest(TrainerCallback):
-    """Keeps the best weights of each head, stops when none improves any more, and loads them at the end.
-
-    Args:
-        trainer: a `ProbeTrainer`, with `heads` and their `progress`.
-    """
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = weakref.proxy(trainer)
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
-        if not self.trainer.is_in_train or not args.load_best_model_at_end:
-            return
-        progress, expected = self.trainer.progress, f"eval_{args.metric}"
-        if expected not in metrics:
-            raise ProbeError(f"metric_for_best_model={args.metric!r} must be one of: {', '.join(sorted(metrics))}")
-        for name, head in self.trainer.heads.items():
-            if not progress[name].has_stopped(args.patience):
-                value = metrics.get(f"eval_{self.trainer.metric_name(name, args.metric)}")
-                is_number = value is not None and math.isfinite(value)
-                score = (value if args.greater_is_better else -value) if is_number else -math.inf
-                progress[name].note(score, state.epoch, head.state_dict())
-        if all(head.best == -math.inf for head in progress.values()):
-            raise ProbeError(f"none of {len(progress)} heads gives numbers: {NO_NUMBER_BECAUSE}")
-        control.should_training_stop |= all(head.has_stopped(args.patience) for head in progress.values())
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Load the best weights into each head that was evaluated."""
-        for name, head in self.trainer.heads.items():
-            if args.load_best_model_at_end and self.trainer.progress[name].weights:
-                head.load_state_dict(self.trainer.progress[name].weights)
 
 
 def write_progress(folder: Path, progress: Mapping[str, Progress]) -> None:

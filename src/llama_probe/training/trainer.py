@@ -36,6 +36,7 @@ from ..evaluation.prediction import predict_logits
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.decision import NO_NUMBER_BECAUSE
 from ..heads.probe import ProbeModel
 from ..heads.rules import PROMPT_FORMATS
 from ..hub.publish import push_folder
@@ -45,7 +46,7 @@ from .estimate import keeps_states
 from .head_group import GroupLoss, HeadGroup
 from .loss import ProbeLoss
 from .prepared import STATES, PreparedRun
-from .progress import KeepBest, Progress, last_checkpoint, read_progress, write_progress
+from .progress import Progress, last_checkpoint, read_progress, write_progress
 from .recipe import Recipe
 from .results import add_results, decide, finish, save_head
 from .rows import TrainingRows, labels_of, learners
@@ -181,7 +182,7 @@ class ProbeTrainer(Trainer):
                 model_init=model_init,
                 compute_loss_func=compute_loss_func,
                 compute_metrics=compute_metrics or self._measure,
-                callbacks=[KeepBest(self), *(callbacks or [])],
+                callbacks=list(callbacks or []),
                 **kwargs,
             )
 
@@ -434,8 +435,36 @@ class ProbeTrainer(Trainer):
         limit = self.args.max_grad_norm
         return torch.stack([nn.utils.clip_grad_norm_(head.parameters(), limit) for head in self.heads.values()]).max()
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Note the evaluation of each head, and stop when none improves any more. Evaluations of callbacks do not count.
+
+        Raises:
+            ProbeError: the metric is not measured, or no head gives numbers.
+        """
+        args, expected = self.args, f"eval_{self.args.metric}"
+        if args.load_best_model_at_end:
+            if expected not in metrics:
+                raise ProbeError(f"metric_for_best_model={args.metric!r} must be one of: {', '.join(sorted(metrics))}")
+            for name, head in self.heads.items():
+                if not self.progress[name].has_stopped(args.patience):
+                    value = metrics.get(f"eval_{self.metric_name(name, args.metric)}")
+                    is_number = value is not None and math.isfinite(value)
+                    score = (value if args.greater_is_better else -value) if is_number else -math.inf
+                    self.progress[name].note(score, self.state.epoch, head.state_dict())
+            heads = self.progress.values()
+            if all(head.best == -math.inf for head in heads):
+                raise ProbeError(f"none of {len(heads)} heads gives numbers: {NO_NUMBER_BECAUSE}")
+            self.control.should_training_stop |= all(head.has_stopped(args.patience) for head in heads)
+        return super()._determine_best_metric(metrics, trial)
+
+    def _finalize_training(self, *args) -> TrainOutput:
+        for name, head in self.heads.items():
+            if self.args.load_best_model_at_end and self.progress[name].weights:
+                head.load_state_dict(self.progress[name].weights)
+        return super()._finalize_training(*args)
+
     def _load_best_model(self) -> None:
-        pass  # each head has its own best epoch, which `KeepBest` loads
+        pass  # each head has its own best epoch, which is loaded already
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
