@@ -168,7 +168,9 @@ def test_model_init_and_a_search(tmp_path):
     trainer = mood(tmp_path, model_init=model_init, num_train_epochs=1)
     best = trainer.hyperparameter_search(n_trials=2)
     assert len(made) >= 3 and 0 <= best.objective <= 1 and "learning_rate" in best.hyperparameters
-    assert all(hasattr(trainer.args, name) for name in best.hyperparameters), "to train with"
+    trainer.args.per_device_train_batch_size = 2  # as one sets what was found
+    trainer.train()
+    assert trainer.state.max_steps == 16
     assert made[-1].config.id2label == {0: "bad", 1: "good"} and made[-1].config.prompt_format == "chat"
 
 

@@ -281,6 +281,7 @@ class ProbeTrainer(Trainer):
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
+        self._train_batch_size = self.args.train_batch_size  # the parent's is that of the last trial
         if self._has_own_loss:  # a trial, or the caller, may have changed what it depends on
             self.compute_loss_func = self._create_loss(self.train_dataset)
 
