@@ -137,6 +137,7 @@ def test_a_stopped_run_in_the_folder_is_named(tmp_path, caplog):
         ({"id2label": {0: "a", 1: "b", 2: "c"}}, {}, "id2label"),
         ({"token_scope": "user"}, {}, "token_scope"),
         ({"num_hidden_layers": 5}, {}, "num_hidden_layers"),
+        ({}, {"metric_for_best_model": "loss"}, "'loss'"),
         ({}, {"head_args": {"c": {}}}, "'c'"),
         ({}, {"left_out": {"c": [0]}}, "'c'"),
     ],

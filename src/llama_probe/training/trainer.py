@@ -157,7 +157,9 @@ class ProbeTrainer(Trainer):
             args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
         is_open = args.greater_is_better is None
         args.fill(model.config, len(train or ()))
-        if is_open and args.greater_is_better and validation is not None and compute_metrics is None:
+        # Of several heads no loss or error is measured, so that they are chosen by what is.
+        is_checked = self._is_group or (is_open and args.greater_is_better)
+        if is_checked and validation is not None and compute_metrics is None:
             check_metric(args.metric, labels_of(validation), model.config)
         check_threshold_rule(model.config, args.max_false_positive_rate, args.threshold_rule)
         self._has_own_loss = compute_loss_func is None
