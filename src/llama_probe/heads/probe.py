@@ -41,7 +41,7 @@ _FEW_TOKENS = 128
 _BLOCKS = 32
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch `torch.autocast`, which is meant for the LM, off inside a block."""
     is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
@@ -258,7 +258,7 @@ class ProbeModel(nn.Module):
             mask = self._checked(attention_mask if probe_mask is None else probe_mask, x.shape[1:3])
         else:
             raise ProbeError("give either input_ids (with a backbone) or hidden_states")
-        with _without_autocast(self.device):
+        with without_autocast(self.device):
             if reply_mask is None:
                 output = self.score(self.normalize(x), mask, output_attentions)
             else:
@@ -406,7 +406,7 @@ class ProbeModel(nn.Module):
             x = x[as_slice(places)]
         first = self._slots[layers[places[0]]]
         slots = slice(first, first + len(places))
-        with torch.set_grad_enabled(state.differentiable), _without_autocast(self.device):
+        with torch.set_grad_enabled(state.differentiable), without_autocast(self.device):
             earlier = state.tokens.pop(slots)
             if state.output_attentions:
                 if earlier is not None or not last:
@@ -426,7 +426,7 @@ class ProbeModel(nn.Module):
         Raises:
             ProbeError: not every layer has been read.
         """
-        with torch.set_grad_enabled(state.differentiable), _without_autocast(self.device):
+        with torch.set_grad_enabled(state.differentiable), without_autocast(self.device):
             summaries, weights = state.summaries.joined(), state.weights.joined()
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))

@@ -14,7 +14,7 @@ from ..data.cached_states import SharedStates, counted_tokens, shared_config
 from ..errors import ProbeError
 from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput
-from ..heads.probe import ProbeModel
+from ..heads.probe import ProbeModel, without_autocast
 from ..heads.scope import check_rows
 
 
@@ -94,10 +94,11 @@ class HeadGroup(nn.Module):
         for index, (name, head) in enumerate(self.heads.items()):
             if self.training:
                 torch.manual_seed(torch.initial_seed())  # the Trainer sets a seed for each step
-            if reply_mask is None:
-                outputs[name] = head.score(shared(head), mask)
-            else:
-                outputs[name] = head.score_replies(shared(head), mask, reply_mask)
+            with without_autocast(self.device):
+                if reply_mask is None:
+                    outputs[name] = head.score(shared(head), mask)
+                else:
+                    outputs[name] = head.score_replies(shared(head), mask, reply_mask)
             outputs[name].row_weights = row_weights
             if learned_by is not None:
                 learned = learned_by[:, index : index + 1].float()  # [B, 1]
