@@ -65,7 +65,9 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
 def test_only_what_the_head_reads_is_kept(tmp_path, lm, monkeypatch, changes, shape):
     monkeypatch.setattr(passes, "BATCH_TOKENS", 20)
     probe, collate, live = make_head(lm, **changes), ProbeCollator(), ROWS
-    cached = StateCache(tmp_path / "own", torch.float32).dataset(lm, probe.config, ROWS)
+    cache = StateCache(tmp_path / "own", torch.float32)
+    cached = cache.dataset(lm, probe.config, ROWS)
+    assert cache.bytes_of(probe.config, list(ROWS)) == sum(row["hidden_states"].nbytes for row in cached)
     assert cached[1]["hidden_states"].shape == shape and len(cached) == len(list(cached)) == 5
     counted = [ids if probe.config.token_scope == "prompt" else ids[3:] for ids in PROMPTS]
     assert [cached[row]["input_ids"] for row in range(5)] == [ids[-shape[1] :] for ids in counted]

@@ -41,6 +41,7 @@ from .prompts import PromptDataset
 logger = logging.get_logger(__name__)
 
 _FORMAT = 4
+_ROWS = 512  # rows whose masks are computed at a time
 
 
 class StateDataset(Dataset):
@@ -97,7 +98,8 @@ class StateCache:
         done = on_main(lambda: set(rows_on_disk(entry)))
         row_of = {key: row for row, key in enumerate(keys)}
         if left := [row for key, row in row_of.items() if key not in done]:
-            read = [_tokens_read(config, rows[row]) for row in left]
+            read = [_tokens_read(config, [rows[row]])[0].tolist() for row in left]
+            check_rows(torch.tensor([[any(mask)] for mask in read]))
             dataset = PromptDataset([rows.prompts[row] for row in left], masks=read)
             on_main(lambda: self._begin(entry))
             passes = iterate_states(dataset, config, lm, config.layer_indices)
@@ -116,8 +118,10 @@ class StateCache:
             barrier()
         return StateDataset(entry, keys, rows, config)
 
-    def bytes_of(self, config: ProbeConfig, tokens: int) -> int:
-        """Return the bytes that the states of `tokens` tokens take on disk, for a head with this config."""
+    def bytes_of(self, config: ProbeConfig, rows: Sequence[dict]) -> int:
+        """Return the bytes that the states of items of a `PromptDataset` take on disk, for a head with this config."""
+        parts = (rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS))
+        tokens = sum(int(_tokens_read(config, part).sum()) for part in parts)
         return tokens * len(config.layer_indices) * config.hidden_size * (self.dtype or torch.float16).itemsize
 
     def delete(self) -> None:
@@ -148,11 +152,10 @@ def rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return on_disk
 
 
-def _tokens_read(config: ProbeConfig, row: dict) -> list[bool]:
-    """Return the mask of the tokens of a row that the head reads: in a reply each is the last one once."""
-    counted = counted_tokens(config, ProbeCollator()([row]))
-    check_rows(counted)
-    return (counted if config.reads_reply else tokens_read(config, counted))[0].tolist()
+def _tokens_read(config: ProbeConfig, rows: Sequence[dict]) -> torch.Tensor:
+    """Return the mask `[B, T]` of the tokens of rows that the head reads: in a reply each is the last one once."""
+    counted = counted_tokens(config, ProbeCollator()(rows))
+    return counted if config.reads_reply else tokens_read(config, counted)
 
 
 def _tensors_of_pass(items: list[dict], states: torch.Tensor, counted: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -238,8 +241,8 @@ def iterate_states(
     """
     collate = ProbeCollator()
     prompts, unread = [], []
-    for first in range(0, len(dataset), 512):
-        part = [dataset[row] for row in range(first, min(first + 512, len(dataset)))]
+    for first in range(0, len(dataset), _ROWS):
+        part = [dataset[row] for row in range(first, min(first + _ROWS, len(dataset)))]
         prompts += [row["input_ids"] for row in part]
         if lm is not None:
             unread += counted_tokens(config, collate(part)).int().argmax(dim=1).tolist()

@@ -102,17 +102,16 @@ class PreparedRun:
         self.datasets: dict[str, Dataset] = {
             part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
         }
-        prompts_once = {tuple(ids) for part in self.datasets.values() for ids in part.prompts}
-        tokens = sum(map(len, prompts_once))
+        rows_once = {tuple(row["input_ids"]): row for part in self.datasets.values() for row in part}
         cache = StateCache(args.cache_dir or output / STATES)
-        needed = cache.bytes_of(config, tokens)
+        needed = cache.bytes_of(config, list(rows_once.values()))
         is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
         self.cache = cache if is_cached else None
         self.lm = lm = load_backbone(name, dtype)[0] if isinstance(backbone, str) else backbone.eval()
         self.config = config = describe(lm, config)
         self.estimate = Estimate(
-            rows=len(prompts_once),
-            tokens=tokens,
+            rows=len(rows_once),
+            tokens=sum(map(len, rows_once)),
             bytes=needed if is_cached else 0,
             tokens_per_second=world_size() * trial_speed(lm, self.datasets["train"].prompts, config.layer_indices),
             passes=1 if is_cached else args.num_train_epochs + 1,

@@ -327,7 +327,7 @@ class ProbeTrainer(Trainer):
             prompts = PromptFormat.from_config(config, self._tokenizer)
             self._record(**prompts.config_fields())
             dataset = prompts.encode_for(self.model.config, rows.texts, rows.labels)
-        needed = self._cache.bytes_of(config, sum(map(len, dataset.prompts)))
+        needed = self._cache.bytes_of(self.model.config, list(dataset))
         if keeps_states(self.args, needed, self._cache.folder):
             dataset = self._cache.dataset(lm, self.model.config, dataset)
         if dataset.reply_lengths is None:
