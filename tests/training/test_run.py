@@ -168,6 +168,7 @@ class TestTwins:
         given = {"recipe": recipe[1], "backbone": lm, "settings": settings, "output_dir": tmp_path / "head"}
         trainer = ProbeTrainer.from_recipe(**given, processing_class=tokenizer)
         trainer.train()
+        assert trainer.predict([("Go!", "harmless"), ("Kill!", "harmful")]).predictions.shape == (2, 1, 2)
         trainer.save_model(tmp_path / "other")
         assert read_head(tmp_path / "other").config.layers == [2, 4] and not (tmp_path / "head").exists()
         for more, named in (({}, "processing_class"), ({"licence": "free"}, "licence")):

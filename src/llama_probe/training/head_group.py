@@ -57,7 +57,8 @@ class HeadGroup(nn.Module):
 
     @property
     def backbone(self) -> nn.Module | None:
-        return next(iter(self.heads.values())).backbone
+        """The frozen LM of the heads. After a recipe that has cached states the chosen head alone has it."""
+        return next((head.backbone for head in self.heads.values() if head.backbone is not None), None)
 
     @property
     def device(self) -> torch.device:
