@@ -135,6 +135,7 @@ class TestRows:
             ({"rows": {"words": ["a", "b"], "label": [1, 0]}}, "words"),
             ({"column_mapping": {"review": "text"}}, "review"),
             ({"metric_for_best_model": "r2"}, "r2"),
+            ({"rows": Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()}, "one split in memory"),
             ({"held_back": "rows.csv"}, "eval_dataset"),
             ({"held_back": {"test": PromptDataset([[1]], np.zeros(1))}}, "same length"),
         ],
@@ -142,6 +143,22 @@ class TestRows:
     def test_mistakes_beside_those_of_the_page_on_troubleshooting(self, tmp_path, changes, words):
         with pytest.raises(ProbeError, match=words):
             mood(tmp_path, **{"model": head(make_lm(vocab_size=260)), **changes})
+
+
+@pytest.mark.parametrize("held_back", [None, ANSWERS[:12]])
+def test_a_loaded_head_that_learns_on(tmp_path, held_back):
+    """What was fitted to its earlier weights goes, and what is measured now is saved."""
+    lm, fields = make_lm(vocab_size=260), {"id2label": {0: "bad", 1: "good"}, "flagged": ["bad"]}
+    fitted = {"threshold": 0.7, "thresholds": {"fpr-1%": 0.9}, "temperature": 3.0}
+    head(lm, **fields, **fitted).save_pretrained(tmp_path / "head")
+    loaded = ProbeModel.from_pretrained(tmp_path / "head", backbone=lm)
+    trainer = mood(tmp_path / "out", model=loaded, held_back=held_back, num_train_epochs=1)
+    assert loaded.config.threshold == 0.7, "an evaluation takes what it has"
+    trainer.train()
+    trainer.save_model(str(tmp_path / "head"))
+    saved = read_head(tmp_path / "head")
+    assert saved.config.thresholds is None and saved.config.threshold != 0.7 and saved.config.temperature != 3.0
+    assert (saved.results is None) == (held_back is None)
 
 
 def test_cached_states_spare_passes_and_are_deleted(tmp_path):

@@ -31,7 +31,7 @@ class ProbeTrainingArguments(TrainingArguments):
         token_loss: for heads that follow replies, how they learn from the score after each token: `"softmax"`, `"top-k"` or
             `"monotone"`; see `TOKEN_LOSSES`. None: from the score of the whole reply, half of the time of a part of it.
         class_weights: `"balanced"`, or one weight a label with commas.
-        patience: stop after this many evaluations without a better metric. None: never.
+        patience: stop after this many evaluations without a better metric. None: never. It needs `load_best_model_at_end`.
         max_false_positive_rate: choose the threshold of the highest recall that flags at most this share of the negative
             evaluation rows. Defaults to `threshold_rule`.
         threshold_rule: `"expected-f1"`, the threshold of the best F1 that a logistic fit to the evaluation rows expects, or

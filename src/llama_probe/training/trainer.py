@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import BestRun, EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput
 from transformers.utils import logging
@@ -284,12 +284,16 @@ class ProbeTrainer(Trainer):
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
         self._train_batch_size = self.args.train_batch_size  # the parent's is that of the last trial
+        for head in self.heads.values():
+            if head.config.weights_sha256 is not None:  # of a head that was loaded; its figures are of other weights
+                fitted = {"temperature": 1.0, "threshold": None, "thresholds": None, "weights_sha256": None}
+                head.config, head.results = head.config.replace(**fitted), None
         if self._has_own_loss:  # a trial, or the caller, may have changed what it depends on
             self.compute_loss_func = self._create_loss(self.train_dataset)
 
     def _label(self, name: str, data: object, learned: bool = False) -> LabelledTexts | Dataset | None:
         """Read a table with the labels of the heads, whose configs record what the labels of training rows are called."""
-        if data is None or isinstance(data, Dataset):
+        if data is None or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
             return data
         rows, config = data, self.model.config
         names = list(config.id2label.values())
@@ -444,13 +448,14 @@ class ProbeTrainer(Trainer):
         Raises:
             ProbeError: the metric is not measured, or no head gives numbers.
         """
-        args, expected = self.args, f"eval_{self.args.metric}"
+        args = self.args
         if args.load_best_model_at_end:
-            if expected not in metrics:
-                raise ProbeError(f"metric_for_best_model={args.metric!r} must be one of: {', '.join(sorted(metrics))}")
             for name, head in self.heads.items():
+                metric = self.metric_name(name, args.metric)
+                if f"eval_{metric}" not in metrics:
+                    raise ProbeError(f"metric_for_best_model={metric!r} must be one of: {', '.join(sorted(metrics))}")
                 if not self.progress[name].has_stopped(args.patience):
-                    value = metrics.get(f"eval_{self.metric_name(name, args.metric)}")
+                    value = metrics[f"eval_{metric}"]
                     is_number = value is not None and math.isfinite(value)
                     score = (value if args.greater_is_better else -value) if is_number else -math.inf
                     self.progress[name].note(score, self.state.epoch, head.state_dict())
