@@ -258,6 +258,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
         ({"training": {"lr_scheduler_type": "foo"}}, "lr_scheduler_type|foo"),
         ({"training": {"cache_states": True}}, "cache_states"),
         ({"calibration": {"sources": ["40.jsonl"], "rates": [0.01]}}, "at least 100 rows"),
+        ({"measure": {"sources": ["40.jsonl"], "attacks": "40"}, "head": {"prompt_format": "raw"}}, "measure.attacks"),
     ],
 )
 def test_refused_before_the_backbone_is_loaded(tmp_path, backbone_folder, monkeypatch, sections, named):

@@ -21,6 +21,7 @@ from ..data.labelled_texts import LabelledTexts
 from ..data.prompts import Chat, PromptDataset, PromptFormat, Text
 from ..errors import ProbeError
 from ..files import JSON
+from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
 from .prediction import predict_logits
@@ -187,6 +188,12 @@ def _default_system(prompts: PromptFormat) -> str:
 Labeller = Callable[[Sequence[Text]], np.ndarray | None]
 
 
+def check_transformable(named: str, config: ProbeConfig, prompt_format: str) -> None:
+    """Raise `ProbeError` unless the texts that a head reads can be transformed."""
+    if config.reads_reply or config.problem_type == "regression" or prompt_format != "chat":
+        raise ProbeError(f"{named} need a head of chats (token_scope, problem_type, prompt_format)")
+
+
 def kept_labels(
     head: ProbeModel,
     rows: LabelledTexts,
@@ -213,8 +220,7 @@ def kept_labels(
         the backbone.
     """
     config, named = head.config, " and ".join(groups)
-    if config.reads_reply or config.problem_type == "regression" or prompts.kind != "chat":
-        raise ProbeError(f"{named} need a head of chats (token_scope, problem_type, prompt_format)")
+    check_transformable(named, config, prompts.kind)
     flagged = config.flagged_index
     limit = getattr(find_decoder(head.backbone).model.config, "max_position_embeddings", None)
     # Texts that are too long as they are get cut.

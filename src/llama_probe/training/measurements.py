@@ -95,15 +95,22 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
     results: JSON = {"rates": list(head.config.thresholds or {}), "parts": parts}
     results["bytes"] = sum(tensor.nbytes for tensor in head.state_dict().values())
     if recipe.measure.wrappings in rows.measured:
-        wrapped = rows.measured[recipe.measure.wrappings]
-        results |= kept_labels(head, wrapped, run.prompts, ["wrappings"])
+        results |= _kept(run, head, rows.measured[recipe.measure.wrappings], ["wrappings"])
     if recipe.measure.attacks in rows.measured:
-        attacked, around = rows.measured[recipe.measure.attacks], rows.calibration
+        around = rows.calibration and rows.calibration.at_most(500, recipe.seed)
         baselines = {"tfidf": _baseline(run, head.config), "length": _baseline(run, head.config, by_length=True)}
         labellers = {name: baseline.labels for name, baseline in baselines.items() if baseline is not None}
-        around = around and around.at_most(500, recipe.seed)
-        results |= kept_labels(head, attacked, run.prompts, ATTACKS, around, labellers)
+        results |= _kept(run, head, rows.measured[recipe.measure.attacks], ATTACKS, around, labellers)
     return results
+
+
+def _kept(run: PreparedRun, head: ProbeModel, rows: LabelledTexts, groups: Sequence[str], *others) -> JSON:
+    """Return what `kept_labels` gives; nothing, with a warning, if the head finds none of the rows."""
+    try:
+        return kept_labels(head, rows, run.prompts, groups, *others)
+    except ProbeError as error:
+        logger.warning(f"{error}: not measured")
+        return {}
 
 
 def _baseline(

@@ -19,6 +19,7 @@ from ..distributed import check_shared, is_main, on_main, world_size
 from ..errors import ProbeError, first_line
 from ..evaluation.calibration import check_rates, check_threshold_rule
 from ..evaluation.metrics import check_metric
+from ..evaluation.transformations import check_transformable
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
@@ -208,6 +209,9 @@ def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTra
     ProbeLoss.create(config, vars(args), rows.train.labels)
     if rows.calibration is not None:
         check_rates(config, recipe.calibration.rates, len(rows.calibration))
+    for name in ("wrappings", "attacks"):
+        if getattr(recipe.measure, name) is not None:
+            check_transformable(f"measure.{name}", config, config.prompt_format)
     members = get_probe_type(config.probe_type).members(config)
     for source in recipe.train:
         if source.weights is not None and len(source.weights) > members:
