@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -42,6 +42,7 @@ _LOST = re.compile(
 )
 
 _is_divided = False
+_until_exit = ExitStack()
 
 
 def launched() -> bool:
@@ -78,6 +79,11 @@ def process_group() -> Iterator[None]:
         raise ProbeError(f"another process of this run has ended ({text.splitlines()[0]}); {_RESUME}") from error
     finally:
         _is_divided = False
+
+
+def divide_until_exit() -> None:
+    """Enter `process_group` until the program ends, for objects whose methods divide the work."""
+    _until_exit.enter_context(process_group())
 
 
 def rank() -> int:
