@@ -64,7 +64,7 @@ class ProbeConfig:
     """Configuration of a probe head.
 
     Args:
-        probe_type: kind of the head: `"pooling"`, `"gate"`, `"mha"`, or any registered kind.
+        probe_type: kind of the head: `"pooling"`, `"gate"`, `"attentive"`, `"multimax"`, `"mha"`, `"last"`, or one of your own.
         num_labels: number of outputs. Defaults to the length of `id2label`, else 2.
         id2label: label names by index. JSON turns the indices into strings; both are accepted.
         problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
@@ -106,7 +106,8 @@ class ProbeConfig:
         temperature: logits are divided by it before they become probabilities. Positive.
         novelty: `{"layers": [...], "rank": n}` if the head tells how unlike its training data a prompt is: the layers, of those
             that it reads, and the number of directions of `Novelty`. None if that was not fitted.
-        options: hyper-parameters of a kind that have no field of their own.
+        options: hyper-parameters of a kind that have no field of their own: `num_queries` and `value_rank` of `attentive`,
+            `num_maxima` and `num_members` of `multimax`.
         weights_sha256: digest of the weights file. Stamped when saved, as are `llama_probe_version` and
             `transformers_version`.
 
