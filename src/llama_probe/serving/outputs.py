@@ -225,7 +225,7 @@ class ProbeCache:
 
     `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. Each call returns another one, so
     that one shared prefix serves any number of prompts. Each of them needs a copy of the cache, which transformers changes in
-    place. The numbers that each kind keeps are in docs/serving.md; novelty keeps `hidden_size` for up to three layers.
+    place. The numbers that each kind keeps are in docs/how-it-works.md; novelty keeps `hidden_size` for up to three layers.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over, on the CPU.
