@@ -74,8 +74,8 @@ class ProbeTrainer(Trainer):
         >>> trainer.save_model("mood")
 
     Args:
-        model: a head, or heads by name; with a backbone if the rows are texts or token ids. Heads by name read the same tokens;
-            their layers, kinds and seeds may differ.
+        model: a head, new or from `ProbeModel.from_pretrained`, or heads by name; with a backbone if the rows are texts or token
+            ids. Heads by name read the same tokens; their layers, kinds and seeds may differ.
         args: defaults to `ProbeTrainingArguments()`.
         data_collator, compute_loss_func, compute_metrics: default to `ProbeCollator`, the `ProbeLoss` that `args` describe, and
             the metrics of the head's problem type.
@@ -209,7 +209,7 @@ class ProbeTrainer(Trainer):
         results and card. Checkpoints are in `output_dir` until then.
 
         Example:
-            >>> trainer = ProbeTrainer.from_recipe("safety", backbone="Qwen/Qwen2.5-1.5B-Instruct", output_dir="guard")
+            >>> trainer = ProbeTrainer.from_recipe("guard", backbone="Qwen/Qwen2.5-1.5B-Instruct", output_dir="my-guard")
             >>> trainer.train()
             >>> trainer.save_model()
 
