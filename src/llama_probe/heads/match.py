@@ -154,7 +154,7 @@ def check_backbone(
         return
     message = f"head {name!r} {', '.join(map(_explain, telling))}: its scores may mean nothing here"
     if strict:
-        raise ProbeError(f"{message}; strict=False turns this into a warning")
+        raise ProbeError(f"{message}; without probe_strict this is a warning")
     logger.warning(message)
 
 
