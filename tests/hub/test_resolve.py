@@ -158,10 +158,14 @@ class TestAliasesOfTheBackbonesOwnHeads:
         with pytest.raises(ProbeError, match=r"in (it|/.*): (org/tiny:)?mine$"):
             model.load_probe("weather")
 
-    def test_that_were_saved_with_it(self, tmp_path):
+    @pytest.mark.parametrize("place", ["folder", "repository"])
+    def test_that_were_saved_with_it(self, hub, token, tmp_path, place):
         model = AutoModelForProbedGeneration.from_causal_lm(make_lm(), {"mine": make_probe(seed=6)})
-        model.save_pretrained(tmp_path / "guarded")
-        again = AutoModel.from_pretrained(tmp_path / "guarded", probe="mine")
+        if place == "folder":
+            model.save_pretrained(guarded := tmp_path / "guarded")
+        else:
+            model.push_to_hub(guarded := "alice/guarded")
+        again = AutoModel.from_pretrained(guarded, probe="mine")
         assert again.active_probes == ["mine"] and same_weights(again.probes["mine"], make_probe(seed=6))
 
     def test_a_hub_out_of_reach_is_asked_once(self, hub, monkeypatch):

@@ -134,11 +134,12 @@ def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_
         details = [f"in {backbone}: {', '.join(heads)}"] if heads else []
     elif backbone and not os.path.exists(backbone) and HubReference.parse(backbone):
         # One repository holds both: the head and the backbone come from the same commit.
-        reference = HubReference(backbone, options.revision or target.revision, alias)
-        try:
-            return download_head(reference, options, only_config=only_config)
-        except ProbeError as error:
-            details = [str(error)]
+        for place in (alias, f"{PROBES_FOLDER}/{alias}"):
+            reference = HubReference(backbone, options.revision or target.revision, place)
+            try:
+                return download_head(reference, options, only_config=only_config)
+            except ProbeError as error:
+                details = details or [str(error)]
     raise ProbeError(no_bundled_head(alias, backbone, *details))
 
 
