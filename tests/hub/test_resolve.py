@@ -85,6 +85,9 @@ class TestBundledAliases:
         assert list(bundled_heads()) == ["safety-multimax", "small/safety-multimax", "twin/safety-multimax"]
         return bundle
 
+    def test_each_head_is_found_by_the_name_in_the_list(self):
+        assert {name: resolve_head(name) for name in bundled_heads()} == bundled_heads()
+
     @pytest.mark.parametrize("alias, name", [*ALIASES.items(), ("toxicchat-gate", "toxicchat-gate")])
     def test_an_alias_is_a_line_in_a_table(self, alias, name):
         assert resolve_head(alias) == bundled_heads()[name]
