@@ -65,6 +65,12 @@ def test_a_log_is_compared():
     later = probe.config.replace(threshold=0.999, flagged=["yes"])
     logits, novelty = predict_rows(probe, dataset(100, 2))
     assert compare_log(later, reference, logits, novelty, top=5) == alike, "shares are those at the threshold of then"
+    guard = with_backbone(**HEAD, id2label={0: "no", 1: "yes"}, flagged=["yes"], threshold=0.3)
+    guarded = fit_novelty(guard, dataset(120, 0), dataset(100, 1))
+    before, after = (
+        compare_log(guard.config.replace(flagged=[name]), guarded, logits, novelty) for name in ("yes", "no")
+    )
+    assert before == after, "and of the label that was flagged then"
     old = {name: value for name, value in reference.items() if name != "threshold"}
     assert "labels" not in compare_log(later.replace(thresholds={"fpr-1%": 0.999}), old, logits, novelty)
     renamed = compare_log(probe.config.replace(id2label={0: "no", 1: "oh"}), reference, logits, novelty)

@@ -37,7 +37,8 @@ def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset, logits: 
 
     Returns:
         What `results.json` keeps under `novelty`: `rows`: numbers of rows; `labels`: share of the validation rows with each label at
-        the head's `threshold`; `scores`: quantiles 0, 10, ..., 100 % of each label's probability (regression: value).
+        the head's `threshold`, for the `flagged` ones; `scores`: quantiles 0, 10, ..., 100 % of each label's probability
+        (regression: value).
     """
     layers = novelty_layers(probe.config)
     for name, rows in (("training", train), ("validation", validation)):
@@ -53,7 +54,8 @@ def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset, logits: 
     probe.set_novelty(Novelty.fit(probe.config, learned, held), settings)
     rows = {"train": len(train), "validation": len(validation)}
     summary = _summarize(probe.config, own_logits if logits is None else logits)
-    return {"rows": rows, "threshold": probe.config.threshold, **summary}
+    decided = {"threshold": probe.config.threshold, "flagged": probe.config.flagged_labels}
+    return {"rows": rows, **decided, **summary}
 
 
 def _places(dataset: Dataset) -> list[int]:
@@ -127,7 +129,8 @@ def compare_log(
         raise ProbeError("the log has no row with something that the head reads")
     logits, novelty = logits[places], novelty[places]
     if "threshold" in reference:
-        config = config.replace(threshold=reference["threshold"])
+        flagged = [name for name in reference.get("flagged", ()) if name in config.label2id]  # it was not renamed
+        config = config.replace(threshold=reference["threshold"], flagged=flagged or config.flagged)
     summary, rows, far = _summarize(config, logits), len(novelty), _far(novelty)
     far |= {"interval": share_interval(int((novelty > FAR).sum()), rows), "median": float(novelty.median())}
     comparison: JSON = {"rows": rows, "novelty": far}
