@@ -67,6 +67,15 @@ def test_a_detailed_report_of_two_labels():
     assert np.sum(found["confusion"]) == 60 and np.trace(found["confusion"]) == found["accuracy"] * 60
 
 
+def test_metrics_that_need_a_label_are_none_where_no_row_has_it():
+    config, logits, labels = scored(id2label={0: "no", 1: "yes"}, threshold=0.4)
+    for found in (report, detailed_report):
+        parts = found(config, logits, labels, {"truth": labels})["slices"]["truth"]
+        assert [(part["f1"], part["precision"]) for part in parts.values()] == [(None, None)] * 2
+        assert parts["0"]["recall"] is None and parts["1"]["recall"] is not None
+    assert detailed_report(config, logits[labels == 0], labels[labels == 0], resamples=0)["recall"] is None
+
+
 def test_what_a_detailed_report_holds_for_each_problem():
     many = detailed_report(*scored(num_labels=3), resamples=20)
     assert np.shape(many["confusion"]) == (3, 3) and len(many["labels"]) == 3

@@ -91,7 +91,6 @@ def evaluate(
             return None
         result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
         if (flagged := head.config.flagged_index) is not None:
-            result = report.without_undefined(result, labelled.labels, flagged)
             result["flagged"] = report.flagged_share(head.config, logits)
         if followed is not None and rules:
             result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)

@@ -68,7 +68,8 @@ def report(
         slices: columns by name, one value a row.
 
     Returns:
-        `rows`, the metrics of `score_logits`, and `slices`: column -> value -> the same.
+        `rows`, the metrics of `score_logits`, and `slices`: column -> value -> the same. In slices those of the flagged one
+        of two labels are None without rows to tell them.
     """
     return _scores(config, logits, labels, slices)[0]
 
@@ -86,12 +87,13 @@ def detailed_report(
         resamples: of the bootstrap that gives 95 % intervals; 0 for none.
 
     Returns:
-        The keys of `report`. But for regression `labels`: by name the metrics of the label against all others, and its
+        The keys of `report`, None as in its slices. But for regression `labels`: by name the metrics of the label against all others, and its
         `rows`; `calibration` (see `reliability`) and, for single-label heads, `confusion`. With resamples `bootstrap`:
         `resamples`, `seed` and `level`; and `intervals` beside the metrics of all rows, of each slice and of each label:
         by metric `[low, high]`, or None if the metric is undefined in all resamples.
     """
     result, by_label = _scores(config, logits, labels, slices, resamples)
+    result = _without_undefined(result, labels, config)
     if config.problem_type != "regression":
         rows = {name: int(has_label(labels, index, config).sum()) for index, name in config.id2label.items()}
         result["labels"] = {name: {"rows": rows[name], **part} for name, part in by_label.items()}
@@ -123,8 +125,17 @@ def _scores(
         groups = result.setdefault("slices", {})[column] = {}
         for value in sorted(set(texts)):
             rows = texts == value
-            groups[value], _ = _scores(config, logits[rows], labels[rows], None, resamples)
+            part, _ = _scores(config, logits[rows], labels[rows], None, resamples)
+            groups[value] = _without_undefined(part, labels[rows], config)
     return result, parts
+
+
+def _without_undefined(result: JSON, labels: np.ndarray, config: ProbeConfig) -> JSON:
+    """Return metrics; those of the flagged one of two labels are None if they need rows of a label that none has."""
+    if config.flagged_index is None or len(present := set(labels.tolist())) == 2:
+        return result
+    undefined = ("f1", "precision") if config.flagged_index in present else ("f1", "precision", "recall")
+    return result | dict.fromkeys(undefined)
 
 
 def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> JSON:
@@ -144,14 +155,6 @@ def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> JSON:
 
     named = {name: share(config.replace(threshold=value)) for name, value in (config.thresholds or {}).items()}
     return {"label": config.id2label[index], **share(config), **({"named": named} if named else {})}
-
-
-def without_undefined(result: JSON, labels: np.ndarray, flagged: int) -> JSON:
-    """Return a report in which metrics of the `flagged` one of two labels are None if they need rows of a label that none has."""
-    present = set(labels.tolist())
-    if len(present) == 2:
-        return result
-    return result | dict.fromkeys(("f1", "precision") if flagged in present else ("f1", "precision", "recall"))
 
 
 def asked(
