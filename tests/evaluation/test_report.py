@@ -9,6 +9,7 @@ from conftest import LAYERS, make_probe, make_prompts
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.backbone import passes
 from llama_probe.data.cached_states import PromptDataset
+from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import asked, detailed_report, inspect_head, report
 
@@ -36,6 +37,14 @@ def test_layer_weights_by_label(dataset, kind, monkeypatch):
         assert weights == pytest.approx(expected.tolist(), abs=1e-4) and sum(weights) == pytest.approx(1, abs=1e-3)
     assert set(found["thresholds"]) == {"yes"} and found["calibration"]["bins"]
     assert [sum(row) for row in found["confusion"]] == [(index == LABELS).sum() for index in range(2)]
+
+
+def test_replies_are_inspected_by_the_scores_that_halt_them(dataset):
+    probe = with_backbone(probe_type="gate", token_scope="response", id2label={0: "no", 1: "yes"}, flagged=["yes"])
+    masks = [[False] * (len(ids) - 2) + [True] * 2 for ids in dataset.prompts]
+    replies = PromptDataset(dataset.prompts, LABELS, masks, reply_lengths=[2] * len(masks))
+    expected = reliability(predict_logits(probe, replies), LABELS, probe.config)
+    assert inspect_head(probe, replies, LABELS)["calibration"] == expected
 
 
 def scored(**changes):

@@ -15,7 +15,7 @@ from ..heads.probe import ProbeModel
 from .bootstrap import intervals, share_interval
 from .calibration import reliability, threshold_table
 from .metrics import all_scores, confusion, has_label, outcomes, score_statistic
-from .prediction import collect, score_batches
+from .prediction import collect, predict_logits, score_batches
 from .transformations import GROUPS
 
 
@@ -28,8 +28,8 @@ def inspect_head(
     """Return what cards and plots show of a head beyond its metrics.
 
     Args:
-        logits (`[rows, num_labels]`, *optional*): logits to judge by if the head was trained on these rows. Defaults to the
-            head's own.
+        logits (`[rows, num_labels]`, *optional*): logits to judge by if the head was trained on these rows. Defaults to
+            those of `predict_logits`.
 
     Returns:
         `layer_weights`, if the kind of head has any: `layers`, and `by_label`: for each label that occurs the mean weight of
@@ -40,7 +40,8 @@ def inspect_head(
     batches = score_batches([probe], dataset, output_attentions=True)
     parts = ((rows, [t for t in (out.logits, out.layer_weights) if t is not None]) for rows, (out,) in batches)
     head_logits, *weights = collect(len(dataset), parts)
-    logits = head_logits if logits is None else logits
+    if logits is None:
+        logits = predict_logits(probe, dataset) if config.reads_reply else head_logits
     inspection: JSON = {}
     if weights:
         rows = {name: has_label(labels, index, config) for index, name in config.id2label.items()}
