@@ -132,6 +132,14 @@ def test_replies(tmp_path, backbone_folder, heads, run, scope):
             {"keep_columns": ["id"]},
             "column 'id'.*fraction",
         ),
+        *(
+            (
+                [{"text": "a", "of": [{"id": 1}]}] * 1000 + [{"text": "a", "of": [item]}],
+                {"keep_columns": ["of"]},
+                "'of'",
+            )
+            for item in ({"id": 1, "name": "b"}, {"id": 2.9})
+        ),
         ([{"text": "a", "row": 1}], {"keep_columns": ["row"]}, "keep_columns.* row"),
         ([{"text": "a"}], {"chunk_rows": 0}, "chunk_rows=0"),
         ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], {"prompt_column": "ask"}, "row 1: text"),

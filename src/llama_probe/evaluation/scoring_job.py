@@ -263,12 +263,22 @@ def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[obj
         # Whole numbers of more than 64 bits in json lines are kept as texts, and so is a column that begins with none.
         values = [str(value) if type(value) in (int, float) else value for value in values]
     try:
-        if pa.types.is_integer(column.type) and any(isinstance(value, float) and value % 1 for value in values):
-            raise ValueError("it has a fraction")  # pyarrow would cut it off
-        return pa.array(values, column.type)
+        array = pa.array(values, column.type)
+        if not all(map(_is_kept, values, array.to_pylist())):
+            raise ValueError("a fraction or a field would be cut off")
+        return array
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         reason = f"must be {column.type} as in the first file: {first_line(error)}"
         raise ProbeError(f"{file.path}: from row {chunk.first_row} on, column {column.name!r} {reason}") from None
+
+
+def _is_kept(value: object, kept: object) -> bool:
+    """Return True if pyarrow has cut no fraction off a whole number, and no new field off an object."""
+    if isinstance(value, dict) and isinstance(kept, dict):
+        return all(item is None or _is_kept(item, kept.get(name)) for name, item in value.items())
+    if isinstance(value, list) and isinstance(kept, list):
+        return all(map(_is_kept, value, kept))
+    return isinstance(kept, float) or value == kept
 
 
 def _write(table: pa.Table, path: Path) -> None:
