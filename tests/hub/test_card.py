@@ -248,3 +248,13 @@ def test_what_was_measured_and_fitted_after_training(folder, trained):
     ):  # fmt: skip
         assert line in text
     assert ("## Results" in text) == trained and "## Thresholds" not in before and "\n\n\n" not in text
+
+
+def test_values_are_measured_by_the_variance_they_explain(tmp_path):
+    head = make_probe(problem_type="regression", id2label={0: "size"})
+    part = {"name": "b", "twin": None, "rows": 3, "r2": 0.5, "mae": 1, "mse": 2, "intervals": {"r2": [0.4, 0.6]}}
+    metrics = {"source": "a", "rows": 30, "metrics": {"mse": 4.0, "mae": 1.5, "r2": None}, "intervals": {}}
+    head.results = {"evaluations": {"more": metrics}, "measured": {"rates": [], "bytes": 1, "parts": [part]}}
+    text = card_of(save_head(head, tmp_path / "size"))
+    assert "| R² | MAE | MSE |\n|---|---:|---:|---:|---:|\n| more (a) | 30 | - | 1.500 | 4.000 |\n\n" in text
+    assert "| b | all | 3 | 0.500 (0.400 to 0.600) | 1.000 | 2.000 |" in text and "flagged" not in text

@@ -136,16 +136,18 @@ def _print(results: JSON, output: Path) -> None:
     )
     if measured := results.get("measured"):
         _print_measured(measured)
-    flagged = ", ".join(results["flagged"]) or "no label; name one with --flag, here or in calibrate, or in halt_on"
-    print(f"flagged: {flagged}")
+    if "r2" not in results["summary"]["validation"]:  # values are not flagged
+        unnamed = "no label; name one with --flag, here or in calibrate, or in halt_on"
+        print(f"flagged: {', '.join(results['flagged']) or unnamed}")
     print(f"head written to {output}")
 
 
 def _print_measured(measured: JSON) -> None:
-    rows, rates = {}, measured["rates"] or ["threshold"]
+    is_value = any("r2" in part for part in measured["parts"])
+    rates, figure, rows = ([], "r2", {}) if is_value else (measured["rates"] or ["threshold"], "auroc", {})
     for part in measured["parts"]:
         name = part["name"] if part["twin"] is None else f"{part['name']} (twin without {part['twin']})"
         for label, shares in part.get("labels", {"all": {"rows": part["rows"]}}).items():
             flagged = {rate: shares[rate]["share"] if rate in shares else None for rate in rates}
-            rows[f"{name}, {label}"] = {"rows": shares["rows"], **flagged, "AUROC": part.get("auroc")}
-    print_records("share flagged on rows that were not learned from", rows)
+            rows[f"{name}, {label}"] = {"rows": shares["rows"], **flagged, figure: part.get(figure)}
+    print_records(f"{'share flagged on ' if rates else ''}rows that were not learned from", rows)

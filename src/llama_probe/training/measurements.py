@@ -178,7 +178,7 @@ def _scores(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray) -> JS
     scores: JSON = {}
     if config.problem_type != "single_label_classification" or len(set(labels.tolist())) > 1:
         report = detailed_report(config, logits, labels)
-        metrics = ("auroc", "auprc") if config.problem_type != "regression" else ("r2",)
+        metrics = ("auroc", "auprc") if config.problem_type != "regression" else ("r2", "mae", "mse")
         scores = {name: report[name] for name in metrics}
         scores["intervals"] = {name: report["intervals"][name] for name in metrics}
     if config.flagged_index is not None and config.num_labels == 2:
