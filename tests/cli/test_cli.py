@@ -113,6 +113,8 @@ def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
     shutil.copytree(trained[0], head := tmp_path / "mood")
     served, weights = ("--probe", head, "--backbone", backbone_folder), (head / "probe_model.safetensors").read_bytes()
     texts = [{"text": f"good number {i}"} for i in range(43)]
+    measured, then = {"rates": [], "bytes": 1, "parts": []}, read_config(head)
+    (head / "results.json").write_text(json.dumps(trained[1] | {"measured": measured}))
     plain, more = write(tmp_path / "plain.jsonl", texts[:30]), write(tmp_path / "more.jsonl", texts[30:])
     assert "rows" in refuse("calibrate", *served)
     assert "34 rows" in refuse("calibrate", *served, "--benign", plain, "--rate", 0.03)
@@ -123,6 +125,8 @@ def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
     assert config.threshold == config.thresholds["fpr-10%"] <= config.thresholds["fpr-2.5%"]
     assert results["thresholds_from"]["rates"] == {"fpr-10%": 0.1, "fpr-2.5%": 0.025}
     assert results["thresholds_from"]["rows"] == 30 + 13 and results["runs"] == trained[1]["runs"]
+    then = {"flagged": then.flagged_labels[0], "thresholds": {"threshold": then.threshold}}
+    assert results["measured"] == {"before_calibration": then, **measured}
     measure = ("evaluate", *served, "--data", plain, "--bootstrap", 9)
     report = succeed(*measure, "--benign", "--record", "plain", "--json")
     assert report["recall"] is None and report["auroc"] is None and report["confusion"][1] == [0, 0]

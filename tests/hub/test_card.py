@@ -250,6 +250,22 @@ def test_what_was_measured_and_fitted_after_training(folder, trained):
     assert ("## Results" in text) == trained and "## Thresholds" not in before and "\n\n\n" not in text
 
 
+def test_measures_of_before_a_calibration_are_said_to_be(folder):
+    flagged = {"label": "yes", "share": 0.5, "interval": [0.4, 0.6], "threshold": 0.4}
+    harmful = {"rows": 9, "threshold": {"share": 0.5, "interval": [0.4, 0.6]}}
+    measured = {
+        "before_calibration": {"flagged": "yes", "thresholds": {"threshold": 0.4}}, "rates": [], "bytes": 1,
+        "parts": [{"name": "own", "twin": None, "rows": 9, "labels": {"yes": harmful}}],
+    }  # fmt: skip
+    evaluation = {"source": "a", "rows": 3, "metrics": {}, "intervals": {}, "flagged": flagged}
+    results = {"evaluations": {"more": evaluation}, "measured": measured}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert "| more (a) | 3 | 0.400 |" in create_card(folder).content
+    change_config(folder, flagged=["no"], threshold=0.9, thresholds={"fpr-2%": 0.9})
+    text = create_card(folder).content
+    assert "| more (a; for `yes`) | 3 | 0.400 |" in text and "calibration (`yes` from 0.400 on), beside" in text
+
+
 def test_values_are_measured_by_the_variance_they_explain(tmp_path):
     head = make_probe(problem_type="regression", id2label={0: "size"})
     part = {"name": "b", "twin": None, "rows": 3, "r2": 0.5, "mae": 1, "mse": 2, "intervals": {"r2": [0.4, 0.6]}}

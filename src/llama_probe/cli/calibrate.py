@@ -56,6 +56,7 @@ def calibrate(
 
         if novelty_data:
             novelty_layers(head.config)
+        before = head.config
         if flag is not None:
             head.config = head.config.replace(flagged=[flag], threshold=None, thresholds=None)
         if benign:
@@ -81,6 +82,11 @@ def calibrate(
             }
             shown |= recorded["thresholds_from"]
             shown |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
+            measured = (head.results or {}).get("measured")
+            if measured and before.flagged_index is not None:  # the new thresholds may have the names of those
+                earlier = before.thresholds or {"threshold": before.threshold or 0.5}
+                then = {"flagged": before.flagged_labels[0], "thresholds": earlier}
+                recorded["measured"] = {"before_calibration": then, **measured}
         if novelty_data:
             if not validation:
                 held = set(np.random.default_rng(0).permutation(len(train))[: len(train) // 4].tolist())
