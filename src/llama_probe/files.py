@@ -254,5 +254,9 @@ def package_version() -> str:
 
 
 def short_path(path: str) -> str:
-    """Return the last two parts of a path that exists, because the others differ between machines, else the text itself."""
-    return "/".join(Path(path).parts[-2:]) if os.path.exists(path) else path
+    """Return the last two parts of a path that exists, because the others differ between machines, else the text itself.
+
+    A configuration and a split behind a folder, `FOLDER::test`, are kept.
+    """
+    place, colon, split = (path, "", "") if os.path.exists(path) else path.partition(":")
+    return "/".join(Path(place).parts[-2:]) + colon + split if os.path.exists(place) else path
