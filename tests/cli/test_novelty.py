@@ -81,6 +81,9 @@ def test_evaluate_against_other_texts(rows, new, old):
     assert few["rows"] == few["novelty"]["own"]["rows"] == 20
     assert "other.jsonl" in succeed("evaluate", *new, *args)
     assert "--novelty-data" in refuse("evaluate", *old, *args)
+    succeed("calibrate", *new, "--novelty-data", rows / "train.jsonl")
+    assert "against texts of other kinds" in card
+    assert "against texts of other kinds" not in (new[1] / "README.md").read_text(), "it was another novelty"
 
 
 def test_drift(rows, new, old, tmp_path):

@@ -95,6 +95,8 @@ def calibrate(
             fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation))
             sources = list(map(short_path, (*novelty_data, *(novelty_validation or ()))))
             shown["novelty"] = recorded["novelty"] = {"sources": sources, **fitted}
+            for evaluation in (head.results or {}).get("evaluations", {}).values():
+                evaluation.pop("novelty", None)  # of the one before
         if not is_main():
             return None
         head.results = (head.results or {}) | recorded
