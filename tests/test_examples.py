@@ -15,12 +15,13 @@ from conftest import make_probe, save_head
 from repository import ROOT
 
 from llama_probe import ProbeError
+from llama_probe.backbone import loading
 from llama_probe.evaluation.scoring_job import ScoringJob
 
 
 FOLDER = ROOT / "examples"
 EXAMPLES = {path.name for path in FOLDER.glob("*.py")}
-TESTED = {"moderation.py", "routing.py", "chat.py", "quickstart.py", "ray_scoring.py"}  # each by a test of its own
+TESTED = {"moderation.py", "routing.py", "chat.py", "fingerprint_distances.py", "ray_scoring.py"}  # by other tests
 REFUSAL = "Sorry, I would rather not reply to that."
 
 
@@ -102,14 +103,15 @@ def test_the_notebook_trains_a_head_that_is_right(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EXAMPLES - TESTED))
 def test_it_runs(name):
-    assert run(name, *(["--steps", "1"] if name == "fingerprint_distances.py" else [])).strip()
+    assert run(name).strip()
 
 
-@pytest.mark.slow
-def test_the_quickstart_runs_in_a_process_of_its_own():
-    """It imports the package for its effect."""
-    done = subprocess.run([sys.executable, FOLDER / "quickstart.py"], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+def test_the_distances_grow_with_what_is_lost(backbone_folder, monkeypatch):
+    monkeypatch.setattr(loading, "demo_backbone", lambda: backbone_folder)
+    lines = run("fingerprint_distances.py", "--steps", "1").splitlines()
+    distances = {line[:32].strip(): float(line[32:].rstrip("%")) for line in lines}
+    assert distances["8 bits, a scale a row"] < distances["4 bits, a scale for 32 weights"]
+    assert distances["1 steps at 1e-5"] < distances["1 steps at 5e-5"]
 
 
 @pytest.mark.slow
