@@ -78,7 +78,7 @@ versions: $(VENV)/.test
 # Known holes of what is installed (asks a service of PyPI), and its licences. In an environment of its own.
 audit: $(VENV)/.test
 	test -x $(VENV)/audit/bin/pip-audit || \
-		($(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python $(INSTALL) pip-audit pip-licenses)
+		($(PYTHON) -m venv --without-pip $(VENV)/audit && PIP_PYTHON=$(VENV)/audit/bin/python $(PIP) pip-audit pip-licenses)
 	$(VENV)/audit/bin/pip-licenses --python $(BIN)/python --summary
 	$(VENV)/audit/bin/pip-audit --strict --progress-spinner off -r tested-versions.txt --no-deps --disable-pip
 
@@ -90,11 +90,11 @@ docs: $(VENV)/docs/.done
 # Beside it a software bill of materials (CycloneDX) of the versions that the tests ran with.
 package: $(VENV)/docs/.done
 	rm -rf build/lib build/bare dist
-	$(VENV)/docs/bin/python -m build --quiet --outdir dist .
+	$(VENV)/docs/bin/python -m build --no-isolation --outdir dist . >/dev/null
 	$(VENV)/docs/bin/twine check --strict dist/*
 	$(VENV)/docs/bin/cyclonedx-py requirements tested-versions.txt --output-reproducible -o dist/sbom.json
-	$(PYTHON) -m venv build/bare
-	build/bare/bin/python $(INSTALL) --no-deps dist/*.whl
+	$(PYTHON) -m venv --without-pip build/bare
+	PIP_PYTHON=build/bare/bin/python $(VENV)/docs/bin/python $(INSTALL) --no-deps dist/*.whl
 	cd build && bare/bin/python ../tests/bare_install.py
 
 $(BIN)/python:
