@@ -17,8 +17,11 @@ REQUIREMENTS := $(PYTHON) -c "import configparser, sys; p = configparser.ConfigP
 	p = {**p['options.extras_require'], 'base': p['options']['install_requires']}; \
 	print(*(line for name in sys.argv[1:] for line in p[name].split() if not line.startswith('llama_probe')))"
 SOURCES := src tests examples modeling
+# The process that hands the tests to workers runs none. Only these load conftest.py, whose imports take seconds.
+HANDS_OUT := PYTEST_ADDOPTS=--noconftest
+WORKERS = --tx "$(1)*popen//env:PYTEST_ADDOPTS="
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
-PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+PYTEST := $(HANDS_OUT) $(BIN)/python -m pytest $(call WORKERS,$(shell getconf _NPROCESSORS_ONLN)) --dist worksteal
 
 .PHONY: demo test test-slow test-all attack test-vllm runtime style quality versions audit docs package clean
 
@@ -55,7 +58,8 @@ VLLM_TESTS += tests/serving/test_texts.py $(VLLM_LAST)
 
 test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
 	$(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"
-	$(VLLM_ENV) $(VLLM_BIN)/python -m pytest $(VLLM_TESTS) -n 2 --dist loadfile --no-loadscope-reorder --timeout 300
+	$(HANDS_OUT) $(VLLM_ENV) $(VLLM_BIN)/python -m pytest $(VLLM_TESTS) $(call WORKERS,2) \
+		--dist loadfile --no-loadscope-reorder --timeout 300
 
 # modeling/heads_llama_probe.py, after a change of src/llama_probe/heads.
 runtime: $(VENV)/.test
