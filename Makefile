@@ -53,11 +53,12 @@ attack: $(VENV)/.test
 VLLM_FIRST := $(addprefix tests/vllm/test_,server.py engine.py)
 VLLM_LAST := $(addprefix tests/vllm/test_,features.py demo.py)
 VLLM_TESTS := $(VLLM_FIRST) $(filter-out $(VLLM_FIRST) $(VLLM_LAST),$(wildcard tests/vllm/test_*.py))
+DEMO := $(or $(LLAMA_PROBE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llama_probe)/SmolLM2-135M-Instruct
 # Offline scores must be the same with the older release of transformers that vLLM needs.
 VLLM_TESTS += tests/serving/test_texts.py $(VLLM_LAST)
 
 test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
-	$(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"
+	test -f $(DEMO)/config.json || $(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"
 	$(HANDS_OUT) $(VLLM_ENV) $(VLLM_BIN)/python -m pytest $(VLLM_TESTS) $(call WORKERS,2) \
 		--dist loadfile --no-loadscope-reorder --timeout 300
 
