@@ -63,7 +63,7 @@ def test_text_and_labels_from_one_pass(model):
 def test_half_precision_rounds_off_less_than_the_lm_does(model):
     """Heads that apply their maps in bf16, against what the LM's own bf16 changes of their logits."""
     sentences = "I loved every minute of it.", "What a shame, nobody came.", "You are an idiot.", "Rain fell all day."
-    texts = [" ".join(sentences[(first + number) % 4] for number in range(30)) for first in range(4)]
+    texts = [" ".join(sentences[(first + number) % 4] for number in range(30)) for first in range(2)]
     half, _ = load_backbone("demo", "bfloat16")
     half = AutoModelForProbedGeneration.from_causal_lm(half, dict(model.probes.items()))
     heads, lms = [], []
