@@ -15,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     pipeline,
     pipelines,
@@ -60,7 +59,7 @@ class TestAHeadsId:
 
     @pytest.fixture(params=["folder", "hub", "subfolder"])
     def place(self, request, backbone_folder, tmp_path, token, monkeypatch):
-        probe = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"})
+        probe = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"}, vocab_size=96)
         if request.param == "folder":
             return str(save_head(probe, tmp_path / "mood")), {}
         # A pushed head keeps the name of a local backbone, and not its path.
@@ -71,10 +70,12 @@ class TestAHeadsId:
 
     def test_models_config_and_tokenizer(self, place, backbone_folder, prompts):
         source, where = place
-        for auto_class in (*AUTO_CLASSES, LlamaForProbedGeneration, AutoModelForSequenceClassification):
+        for auto_class in (*AUTO_CLASSES, LlamaForProbedGeneration):
             model, info = auto_class.from_pretrained(source, **where, output_loading_info=True)
             assert type(model) is LlamaForProbedGeneration and model.active_probes == ["mood"]
             assert not info["missing_keys"]
+            with pytest.raises(ProbeError, match="vocab_size 96"):
+                auto_class.from_pretrained(source, **where, probe_strict=True)
         assert model.generate(prompts, max_new_tokens=2).probe_labels["mood"][0] in ("no", "yes")
         config = AutoConfig.from_pretrained(source, **where)
         assert config.model_type == "llama_probe_head" and config.id2label == {0: "no", 1: "yes"}

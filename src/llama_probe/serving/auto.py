@@ -150,7 +150,7 @@ def from_pretrained(
         return original(place, *args, **kwargs)
     loaded = load_or_find_head(lambda: original(place, *args, **kwargs), place, kwargs)
     if isinstance(loaded, HeadPlace):
-        return _of_head(auto_class, original, loaded, args, kwargs)
+        return _of_head(auto_class, original, loaded, args, kwargs | head_options)
     model = model_of(loaded)
     if not isinstance(model, PreTrainedModel) or not (heads := saved_heads(place, model.config, kwargs)):
         return loaded
