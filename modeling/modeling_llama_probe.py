@@ -127,9 +127,8 @@ class HeadOutput:
             limits = torch.tensor([self.config.threshold_of(index) for index in names])
             return [[names[index] for index, on in enumerate(row) if on] for row in (probs >= limits).tolist()]
         if (flagged := self.config.flagged_index) is not None and self.config.threshold is not None:
-            return [
-                names[flagged if hit else 1 - flagged] for hit in (probs[:, flagged] >= self.config.threshold).tolist()
-            ]
+            hits = (probs[:, flagged] >= self.config.threshold).tolist()
+            return [names[flagged if hit else 1 - flagged] for hit in hits]
         return [names[index] for index in probs.argmax(dim=-1).tolist()]
 
 
@@ -161,9 +160,8 @@ class Rule(NamedTuple):
             threshold = options.get("threshold")
             threshold = (config.thresholds or {}).get(threshold, threshold)
             if isinstance(threshold, str):
-                raise ProbeError(
-                    f"halt_on: {name!r} has no threshold {threshold!r}; it has {list(config.thresholds or ())}"
-                )
+                known = list(config.thresholds or ())
+                raise ProbeError(f"halt_on: {name!r} has no threshold {threshold!r}; it has {known}")
             rules += [cls(name, config, label, threshold) for label in labels]
         return rules
 
@@ -201,6 +199,7 @@ class PromptReader:
             check_rows(self.masks[name])
             self.masks[name] = tokens_read(head.config, self.masks[name])
         self._held: dict[int, torch.Tensor] = {}  # states of the running pass, by layer
+        self._device: torch.device | None = None  # of the first state: an LM may be on several
         self._states = {name: [None] * len(head.config.layer_indices) for name, head in heads.items()}
         self._seen = dict.fromkeys({layer for head in heads.values() for layer in head.config.layer_indices}, 0)
 
@@ -233,7 +232,8 @@ class PromptReader:
         if rest or not repeats:
             raise needs_package("a decoding method that does not run over the prompt as it was given")
         width = min(hidden.shape[1], self.ids.shape[1] - self._seen[layer])
-        self._held[layer] = hidden[::repeats, :width]
+        self._device = self._device or hidden.device
+        self._held[layer] = hidden[::repeats, :width].to(self._device)
         if layer == max(self._seen) or sum(state.numel() for state in self._held.values()) > _MOST_HELD:
             self._read(width)
 
@@ -412,6 +412,8 @@ class ProbedGenerationMixin:
         """Score texts one by one, rendered as the head was trained."""
         config, logits = self.probes[name].config, []
         for text in [texts] if isinstance(texts, str) else texts:
+            if not isinstance(text, str):
+                raise needs_package("classify of a chat")
             if config.prompt_format == "raw":
                 ids = tokenizer(text, return_tensors="pt")["input_ids"]
             else:

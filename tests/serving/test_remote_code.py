@@ -1,6 +1,7 @@
 """The runtime in `modeling/`: what an exported repository runs without the package, compared with the package."""
 
 import ast
+import copy
 import json
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerator import DEVICE, Accelerator
 from cases import KINDS
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded
 from heads_runtime import heads_file
@@ -140,6 +143,14 @@ def test_classify_and_forward(models):
         torch.testing.assert_close(found[name].logits, expected[name].logits, rtol=1e-5, atol=1e-5)
 
 
+def test_layers_on_two_devices(models, no_grad):
+    runtime, expected = copy.deepcopy(models[0]), models[0](prompts())["probe_logits"]
+    with Accelerator():
+        for part in (*runtime.model.layers[2:], runtime.model.norm, runtime.lm_head):
+            add_hook_to_module(part.to(DEVICE), AlignDevicesHook(execution_device=DEVICE))
+        torch.testing.assert_close(runtime(prompts(), use_cache=False)["probe_logits"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_config_without_token_ids_has_those_of_the_model(models):
     ids, config = prompts(), GenerationConfig(max_new_tokens=2, do_sample=False)
     ids[0, :2] = 0  # padding, of which no mask says anything
@@ -184,6 +195,7 @@ NO_TOKEN = torch.zeros(3, 9, dtype=torch.long)
                 lambda model: model.generate(inputs_embeds=torch.zeros(1, 2, 32)),
                 lambda model: model.generate(prompts(), cache=DynamicCache()),
                 lambda model: type(model).from_pretrained("x", probe="alice/heads"),
+                lambda model: model.classify([[{"role": "user", "content": "Hi"}]], tokenizer=make_tokenizer()),
             )
         ),
         ("no head 'god'", lambda model: model.generate(prompts(), halt_on="god")),
