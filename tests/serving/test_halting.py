@@ -151,7 +151,7 @@ class TestReplies:
     def test_a_refusal_that_the_model_writes(self, model, passes, prompts):
         again = make_prompts(rows=1, length=4, seed=7)
         written = make_lm().generate(again, max_new_tokens=6, do_sample=False)[0, 4:]
-        reprompt = Reprompt(again, {"max_new_tokens": 6, "do_sample": False})
+        reprompt = Reprompt(again, {"generation_config": GenerationConfig(max_new_tokens=6, do_sample=False)})
         out = model.generate(prompts, max_new_tokens=3, halt_on=flag(0, 1, 2), halt_reply=reprompt)
         assert torch.equal(out.sequences[:, 9:], written.expand(3, -1))
         assert passes[:2] == [9, 4] and sum(passes) == 9 + 4 + 5, "it is written once, after the prompts were read"

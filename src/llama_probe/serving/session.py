@@ -345,8 +345,9 @@ class ProbedSession(PlainSession):
         """Return the token ids of the halt reply. The LM writes a `Reprompt` once, without heads."""
         if isinstance(self._reply_ids, Reprompt):
             ids = self._reply_ids.input_ids.to(self.call.model.device)
-            kwargs = {"attention_mask": torch.ones_like(ids), **self._reply_ids.kwargs}
-            written = PlainSession(GenerateCall(self.call.generate, self.call.model, ids, None, kwargs)).run()
+            kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(ids), **self._reply_ids.kwargs}
+            config = kwargs.pop("generation_config", None)
+            written = PlainSession(GenerateCall(self.call.generate, self.call.model, ids, config, kwargs)).run()
             sequences = written if isinstance(written, torch.Tensor) else written.sequences
             self._reply_ids = sequences[0, ids.shape[1] :]
         return self._reply_ids
