@@ -83,8 +83,7 @@ class GenerateCall:
     @property
     def input_ids(self) -> torch.Tensor | None:
         """Token ids of the prompts; None if there are embeddings alone."""
-        is_ids = self.inputs is not None and self.inputs.dim() == 2
-        return self.inputs if is_ids else self.kwargs.get("input_ids")
+        return self.kwargs.get("input_ids") if self.inputs is None else self.inputs
 
     @property
     def prompt_length(self) -> int:
@@ -123,12 +122,9 @@ class GenerateCall:
 
     def prompts(self) -> dict[str, Any]:
         """Return `input_ids` or `inputs_embeds`, and `attention_mask` as `generate()` takes or infers it."""
-        ids = self.kwargs.get("input_ids") if self.inputs is None else self.inputs
         embeds = self.kwargs.get("inputs_embeds")
-        if embeds is None and isinstance(ids, torch.Tensor) and ids.dim() == 3:
-            embeds = ids
-        if embeds is not None:
-            ids = None  # generate() ignores ids beside embeddings, but for bookkeeping
+        # generate() ignores ids beside embeddings, but for bookkeeping
+        ids = self.input_ids if embeds is None else None
         mask = self.kwargs.get("attention_mask")
         if mask is None and isinstance(ids, torch.Tensor):  # anything else is refused with the other tensors
             pad = self.token_ids("pad_token_id")[:1]
