@@ -290,6 +290,7 @@ class TestRules:
             *(({}, {"ask": bool, "unsure": band}, "unsure") for band in (None, 0.5, (0.6, 0.2))),
             ({}, {"unsure": (0, 1)}, "unsure"),
             ({"token_scope": "response"}, {"ask": bool, "unsure": (0, 1)}, "unsure"),
+            ({"token_scope": "tool"}, {"label": "LABEL_0"}, "does not flag"),
         ],
     )
     def test_options_that_a_head_refuses(self, changes, options, words):

@@ -118,6 +118,9 @@ class HaltRule:
             raise ProbeError(f"halt_on: {head!r} flags no label; name it, {way}; labels: {', '.join(names)}")
         if label is not None and label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
+        is_ruled_out = config.problem_type != "single_label_classification" or label in (None, *config.flagged_labels)
+        if config.token_scope == "tool" and not is_ruled_out:
+            raise ProbeError(f"halt_on: {head!r} does not flag {label!r}, so prompts without a result may have it")
         if threshold is None and is_regression:
             raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
         for name, value in (("patience", patience), ("window", window)):
