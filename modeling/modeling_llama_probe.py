@@ -299,9 +299,7 @@ class ProbedGenerationMixin:
         for name, head in heads.items():
             sizes = (lm.config.hidden_size, lm.config.num_hidden_layers)
             if sizes != head.config.sizes:
-                raise ProbeError(
-                    f"head {name!r} is for another backbone: hidden_size and num_hidden_layers {sizes} do not fit"
-                )
+                raise ProbeError(f"head {name!r} is for another backbone: hidden_size and num_hidden_layers {sizes}")
         lm.probes.update(heads)
         return loaded
 
@@ -330,6 +328,7 @@ class ProbedGenerationMixin:
         inside, has_past = getattr(_INSIDE, "generate", False), past is not None and past.get_seq_length()
         if inside or has_past or not self.probes or input_ids is None or args:
             return plain(self, *inputs.values(), *args, **kwargs)
+        _refuse(_PACKAGE_ONLY, kwargs)
         reader = self._reader(kwargs.pop("probes", None), input_ids, attention_mask)
         with reader.hooks():
             output = plain(self, **inputs, **kwargs)
@@ -350,9 +349,7 @@ class ProbedGenerationMixin:
             halt_on: a head, several, or a dict of heads with `label` and `threshold`: prompts that they flag get no reply.
                 `probe_halts` then has a `Halt` or None for each prompt.
         """
-        for name in (*_PACKAGE_ONLY, *(_OTHER_PASSES if self.probes else ())):
-            if kwargs.get(name) is not None:
-                raise needs_package(f"{name}= with heads")
+        _refuse((*_PACKAGE_ONLY, *(_OTHER_PASSES if self.probes else ())), kwargs)
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if not self.probes or kwargs.get("return_dict_in_generate") is False:
             if halt_on is not None:
@@ -427,6 +424,12 @@ class ProbedGenerationMixin:
         return HeadOutput(torch.cat(logits), config)
 
 
+def _refuse(names: Sequence[str], kwargs: dict[str, Any]) -> None:
+    for name in names:
+        if kwargs.get(name) is not None:
+            raise needs_package(f"{name}= with heads")
+
+
 def _ids(*values: int | list[int] | None) -> list[int]:
     value = next((value for value in values if value is not None), [])
     return value if isinstance(value, list) else [value]
@@ -443,11 +446,7 @@ def __getattr__(name: str) -> type:
     def forward(self, *args, **kwargs):
         return self._forward(*args, **kwargs)
 
-    fields = {
-        "forward": forward,
-        "__module__": __name__,
-        "__doc__": f"`{plain.__name__}` with probe heads.",
-        "_causal_lm_class": plain,
-    }
+    doc = f"`{plain.__name__}` with probe heads."
+    fields = {"forward": forward, "__module__": __name__, "__doc__": doc, "_causal_lm_class": plain}
     globals()[name] = type(name, (ProbedGenerationMixin, plain), fields)
     return globals()[name]

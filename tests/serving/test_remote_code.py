@@ -190,6 +190,7 @@ NO_TOKEN = torch.zeros(3, 9, dtype=torch.long)
                 lambda model: model.load_probe("alice/x"),
                 lambda model: model.generate(prompts(), probe_state=True),
                 lambda model: model.generate(prompts(), abstain_at=0.9),
+                lambda model: model(prompts(), probe_mask=torch.ones(3, 9)),
                 lambda model: model.generate(prompts(), halt_on=lambda outputs: []),
                 lambda model: model.generate(prompts(), halt_on={"guard": {"unsure": (0, 1)}}),
                 lambda model: model.generate(inputs_embeds=torch.zeros(1, 2, 32)),
