@@ -49,6 +49,13 @@ def test_nothing_is_decoded_if_all_are_halted(model, passes, prompts, mode):
     assert type(out) is type(plain) and plain.probe_halts is None
 
 
+def test_processes_that_share_the_model_are_waited_for(model, prompts, monkeypatch):
+    unfinished = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, **kwargs: unfinished.append(flag.item()))
+    out = model.generate(prompts, max_new_tokens=3, halt_on=flag(0, 1, 2), halt_reply=[5, 6], synced_gpus=True)
+    assert unfinished == [1, 0] and out.sequences[:, 9:].tolist() == [[5, 6]] * 3
+
+
 @pytest.mark.parametrize("mode, eos", [*((mode, 2) for mode in MODES), ("greedy", None), ("beams", None)])
 def test_the_others_get_what_they_would_have_got(prompts, mode, eos):
     model = probed({"mood": make_probe()}, eos_token_id=eos)

@@ -96,6 +96,13 @@ class GenerateCall:
         chosen = getattr(self.generation_config, "return_dict_in_generate", None)
         return self.kwargs.get("return_dict_in_generate", chosen) in (None, True)
 
+    @property
+    def is_synced(self) -> bool:
+        """True if processes that share a model (FSDP, ZeRO-3) all run until the last of them is done."""
+        model: Any = self.model  # whose method decides where the call does not
+        settings = model._extract_generation_mode_kwargs(None, {}, self.kwargs.get("synced_gpus"), None, None)
+        return settings["synced_gpus"]
+
     def setting(self, name: str) -> Any:
         """Return the value of a setting from the arguments, their config or the model's config, else None."""
         if name in self.kwargs:
@@ -261,8 +268,10 @@ class ProbedSession(PlainSession):
         if None not in halts:
             if self.streamer is not None:
                 self._put_reply()
-                self.streamer.end()
-            raise _AllHalted(cache)
+            if not self.call.is_synced:
+                if self.streamer is not None:
+                    self.streamer.end()
+                raise _AllHalted(cache)
         if self.reply is not None and any(halts):
             self.reply.end([halt is not None for halt in halts])
 
