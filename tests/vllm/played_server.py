@@ -24,15 +24,16 @@ class Engine:
     """Writes the tokens `0` to `4` of each reply, one a turn of the loop, and hands them out as vLLM does.
 
     Attributes:
-        prompts: of all requests. starts: where replies in them begin.
+        prompts: of all requests. asked: `kv_transfer_params` of each.
         written: tokens. outputs, aborted, running: of requests.
         body, authorization: of the last request to the server.
         is_left: the clients go before an answer.
     """
 
-    def __init__(self, settings: ProbeSettings, known: dict):
+    def __init__(self, settings: ProbeSettings, logits: dict):
         self.vllm_config = SimpleNamespace(additional_config={KEY: settings.to_dict()})
-        self.known, self.prompts, self.starts = known, [], []
+        self.settings, self.logits, self.known = settings, logits, answer(settings, logits)
+        self.prompts, self.asked = [], []
         self.written = self.aborted = self.running = self.outputs = 0
         self.is_left = False
 
@@ -41,7 +42,10 @@ class Engine:
 
     async def generate(self, prompt, params, request_id):
         self.prompts.append(prompt)
-        self.starts.append((params.extra_args or {}).get("kv_transfer_params", {}).get("reply_start"))
+        asked = (params.extra_args or {}).get("kv_transfer_params")
+        self.asked.append(asked)
+        if asked and asked.get("reply") is False:  # labels alone
+            self.known = answer(self.settings, {name: self.logits[name] for name in asked["probes"]})
         collector = RequestOutputCollector(params.output_kind, request_id)
         writing = asyncio.ensure_future(self._write(prompt, params, collector))
         self.running += 1
@@ -87,7 +91,7 @@ def save_heads(folder, kinds: dict[str, dict]) -> dict[str, str]:
 
 def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[FastAPI, Engine]:
     """A server whose heads give these logits for each prompt."""
-    engine, app = Engine(settings, answer(settings, logits)), FastAPI(root_path=root_path)
+    engine, app = Engine(settings, logits), FastAPI(root_path=root_path)
     app.state.engine_client, app.state.args = engine, SimpleNamespace(served_model_name=None, model="tiny")
 
     @app.post("/v1/completions")

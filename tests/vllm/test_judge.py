@@ -12,6 +12,7 @@ from http_server import PlayedGuard, PlayedRequest
 from played_server import NEW, TOKENIZER, play, save_heads
 from prometheus_client import REGISTRY
 
+from llama_probe.data.prompts import PromptFormat
 from llama_probe.vllm.halting_words import CHAT, GUARDRAIL, MODERATIONS
 from llama_probe.vllm.judge import KEY_VARIABLE, Judge, logger
 from llama_probe.vllm.settings import ProbeSettings
@@ -230,6 +231,20 @@ async def test_answers_are_counted_once_a_prompt(serve, play_guard):
     for behave in (FINE, BAD, BAD, FAULTS["dies"]):
         await Client(serve(play_guard(behave).url + MODERATIONS)[0], n=2).choices()
     assert [count - earlier for count, earlier in zip(judged(), before, strict=True)] == [2, 1, 1]
+
+
+async def test_each_text_of_a_request_is_asked_about_once(tmp_path, play_guard):
+    """Two heads have a prompt each of every input. Neither reads that of the other."""
+    kinds = {"guard": {"token_scope": "last_user", **PromptFormat(TOKENIZER).config_fields()}}
+    kinds["raw"] = {"prompt_format": "raw"}
+    heads = save_heads(tmp_path, {name: {"id2label": {0: "fine", 1: "bad"}, **kind} for name, kind in kinds.items()})
+    guard = play_guard(BAD)
+    rules, bands = {name: {"label": "bad"} for name in heads}, {name: [0.1, 0.9] for name in heads}
+    settings = ProbeSettings(heads, rules, judge={"url": guard.url + MODERATIONS}, unsure=bands)
+    app, _ = play(settings, dict.fromkeys(heads, UNSURE))
+    results = (await Client(app, "/v1/moderations", input=["a", "b", "a"]).answer())["results"]
+    assert [result["categories"] for result in results] == [{"guard/bad": True, "raw/bad": True}] * 3
+    assert [body["input"] for _, body in guard.requests] == ["a", "b"]
 
 
 @pytest.mark.parametrize(("path", "halts"), [(MODERATIONS, True), (GUARDRAIL, False)], ids=["bad", "fine"])

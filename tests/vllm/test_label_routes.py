@@ -58,9 +58,10 @@ class TestModerations:
             scores = {"guard/bad": 0.289, "raw/yes": 0.119, "topics/a": 0.5, "topics/b": 0.881}
             assert result["category_scores"] == pytest.approx(scores, abs=1e-3)
             assert result["flagged"] is True
-        assert engine.body["kv_transfer_params"] == {"probes": ["guard", "raw", "topics"], "reply": False}
         assert engine.body["max_tokens"] == 1
         assert engine.prompts == encode("a", "b") + encode("a", "b", kind="raw")
+        heads = ["guard", "topics"], ["guard", "topics"], ["raw"], ["raw"]
+        assert engine.asked == [{"probes": names, "reply": False, "reply_start": None} for names in heads]
 
     def test_rules_of_halting_decide_what_is_flagged(self, serve):
         rules = {"guard": {"threshold": 0.6}, "mood": {"label": "glad"}, "size": {"threshold": 1.0}}
@@ -183,7 +184,7 @@ class TestGuardrail:
             with pytest.raises(Exception, match="guard/bad"):
                 ask("request", **inputs)
         assert engine.prompts == encode([chat[0], {"role": "user", "content": "a"}]) + encode("a")
-        assert engine.body["model"] is None and engine.body["kv_transfer_params"]["reply"] is False
+        assert engine.body["model"] is None and engine.asked[0]["reply"] is False
         assert engine.authorization == "Bearer key"
         for kind, inputs in (("response", {"texts": ["a"]}), ("request", {"texts": [], "images": ["x"]})):
             with pytest.raises(Exception, match="Generic Guardrail API failed"):
@@ -200,8 +201,9 @@ class TestGuardrail:
         assert post(GUARDRAIL, **body).json() == (blocked if is_flagged else {"action": "NONE"})
         replies = [[*chat, {"role": "assistant", "content": text}] for text in body["texts"]]
         encoded, masks = PromptFormat(TOKENIZER, max_length=120).encode_replies(replies)
-        assert engine.prompts == encoded and engine.starts == [mask.index(True) for mask in masks]
-        assert engine.starts[0] != engine.starts[1]
+        starts = [asked["reply_start"] for asked in engine.asked]
+        assert engine.prompts == encoded and starts == [mask.index(True) for mask in masks]
+        assert starts[0] != starts[1]
         for change in ({"structured_messages": None}, {"texts": []}, {"texts": [""]}, {"input_type": "other"}):
             assert post(GUARDRAIL, **body | change).status_code == 400
         post, other = serve(["guard"])

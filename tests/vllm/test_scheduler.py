@@ -53,7 +53,7 @@ class TestPrompts:
             assert (output.new_token_ids, str(output.finish_reason), output.stop_reason) == ([], "stop", "watch")
             known = output.kv_transfer_params
             assert known["halted"]["head"] == "watch" and (known["halted"]["score"] is None) == (script.prompt != BAD)
-            assert ("error" in known["probes"].get("watch", {})) == (script.prompt not in (None, BAD))
+            assert ("error" in known["probes"]["watch"]) == (script.prompt != BAD)
             assert len(player.tokens("fine")) == 5
             assert player.delivered["fine"][-1].kv_transfer_params["halted"] is None
             assert player.scheduled["a"] <= 2, "in the async form a step may have begun before it was known"
@@ -93,6 +93,8 @@ class TestPrompts:
         (output,) = player.play(Script(prompt=FINE), asked={"reply": False, "probes": ["watch"]}, max_tokens=1)
         assert output.new_token_ids == [] and output.kv_transfer_params["probes"]["watch"]["logits"] == FINE
         assert player.steps <= 3
+        (output,) = player.play(Script(), asked={"reply": False, "probes": []}, max_tokens=1)
+        assert output.kv_transfer_params == {"probes": {}, "halted": None}, "no guard either"
 
 
 def shown(script: Script, most: int, patience: int = 1, hold_back: int = 0) -> tuple[int, int | None]:

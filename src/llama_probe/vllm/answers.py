@@ -42,7 +42,7 @@ def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> JS
         return {"probes": probes}
     halt, unsure = None, []
     for rule in settings.rules:
-        if rule.config.token_scope != "response":
+        if rule.head in rows and rule.config.token_scope != "response":
             read = probs.get(rule.head)
             score = math.nan if read is None else float(read[0, rule.index])
             if rule.is_unsure(score):

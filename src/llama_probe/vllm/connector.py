@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 
 from ..files import JSON
 from .answers import answer
-from .replies import Replies, Reply, reply_start
+from .replies import Replies, Reply, has_no_reply, reply_start
 from .scoring import ReplyTokens, Scorer, ScoringRequest
 from .settings import ProbeSettings
 from .state_cache import StateCache, cache_growth
@@ -125,11 +125,11 @@ class ProbeConnector(KVConnectorBase_V1):
         step.reply_tokens.add(reply.request.request_id, place, reply.slot)
 
     def _heads(self, request: Request) -> list[str]:
-        """Return the heads that a request asks for and those that may halt it; all if it asks for none."""
+        """Return the heads that a request asks for, and if there is a reply those that may halt it; all if it asks for none."""
         asked = (request.kv_transfer_params or {}).get("probes")
         if not isinstance(asked, (list, tuple)):
             return list(self.settings.heads)
-        guards = {rule.head for rule in self.settings.rules}
+        guards = set() if has_no_reply(request) else {rule.head for rule in self.settings.rules}
         return [name for name in self.settings.heads if name in asked or name in guards]
 
     def take_in(self, request_id: str, rows: Mapping[str, list[float] | str]) -> None:
@@ -139,10 +139,10 @@ class ProbeConnector(KVConnectorBase_V1):
             request_id, {name: probe.get("flagged", ()) for name, probe in known["probes"].items()}
         )
 
-    def refuse_unscored(self, request_id: str) -> None:
+    def refuse_unscored(self, request: Request) -> None:
         """Halt a request that has a token and no scores: a guard that has not read its prompt lets nothing through."""
-        if self.settings.halt_on is not None and request_id not in self._answers:
-            self.take_in(request_id, {})
+        if self.settings.halt_on is not None and request.request_id not in self._answers:
+            self.take_in(request.request_id, dict.fromkeys(self._heads(request), "the prompt was not scored"))
 
     def get_answer(self, request_id: str, with_replies: bool = False) -> JSON | None:
         """Return the answer for a running request; `None` before its prompt is complete. See `answer` and `Replies.summaries`."""

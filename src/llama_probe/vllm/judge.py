@@ -24,7 +24,7 @@ from ..heads.scope import token_mask
 from ..heads.turns import marker_mask
 from .counters import count_judged
 from .halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
-from .payloads import HALTED
+from .payloads import HALTED, Answers
 from .settings import ProbeSettings
 
 
@@ -45,7 +45,7 @@ class Judge:
     """Asks an HTTP guard about the prompts whose score lies in the band of a head.
 
     The URL's path tells how it is asked: OpenAI's moderations; a chat with a guard model, whose answer begins with safe or no,
-    unsafe or yes; or LiteLLM's guardrail API. It gets the text that the head reads. It is asked once a prompt.
+    unsafe or yes; or LiteLLM's guardrail API. It gets the text that the head reads. It is asked once about each text of a request.
 
     Args:
         url: of the guard.
@@ -77,7 +77,7 @@ class Judge:
         return params
 
     async def watch(
-        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams
+        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams, asked: Answers
     ) -> AsyncIterator[RequestOutput]:
         """Yield the outputs of an engine's request once its prompt passes; else one that ends all its replies.
 
@@ -85,6 +85,7 @@ class Judge:
 
         Args:
             params: those that the server asked for, before `in_parts`.
+            asked: answers about texts of the same HTTP request.
         """
         answers: dict[str, str] | None = None
         last: RequestOutput | None = None
@@ -93,7 +94,7 @@ class Judge:
                 known = output.kv_transfer_params
                 if known and known.get("unsure"):
                     if answers is None:
-                        answers = await self._decide(known["unsure"], output.prompt_token_ids)
+                        answers = await self._decide(known["unsure"], output.prompt_token_ids, asked)
                     output.kv_transfer_params = known = self._judged(known, answers)
                     if known["halted"] and known["halted"].get("token") is None:
                         last = _ended(output, params.n, known["halted"]["head"])
@@ -152,13 +153,16 @@ class Judge:
             return True
         return _WORDS[_WORD.match(choice["message"]["content"].lower())[1]]
 
-    async def _decide(self, unsure: list[JSON], ids: list[int]) -> dict[str, str]:
+    async def _decide(self, unsure: list[JSON], ids: list[int], asked: Answers) -> dict[str, str]:
         """Return by head "halted", "passed" or "failed", for a prompt of these token ids."""
         texts = {halt["head"]: self._text(halt["head"], ids) for halt in unsure}
         # One after the other: a task of its own would be cut off while it closes the connection of a client that is gone.
-        halts = {text: await self.ask(text) for text in dict.fromkeys(texts.values())}
+        for text in texts.values():
+            if text not in asked:
+                asked[text] = asyncio.get_running_loop().create_future()
+                asked[text].set_result(await self.ask(text))
         words = {True: "halted", False: "passed", None: "failed"}
-        answers = {head: words[halts[text]] for head, text in texts.items()}
+        answers = {head: words[await asked[text]] for head, text in texts.items()}
         for head, answer in answers.items():
             count_judged(head, answer)
         return answers

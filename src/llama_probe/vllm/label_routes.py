@@ -45,14 +45,14 @@ class LabelRequest(ABC):
         is_judged: the answer depends on what is flagged, and so on a judge.
         names_model: the body may name the model that is served.
         have_replies: the inputs are chats that end with a reply, which is scored.
-        starts: number of tokens before the reply, for each prompt that has one.
+        asked: `kv_transfer_params` of each prompt: the heads whose form it has, and where a reply in it begins.
     """
 
     is_judged = names_model = True
 
     def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
         self.settings, self.query = settings, query
-        self.have_replies, self.starts = False, list[int]()
+        self.have_replies, self.asked = False, list[JSON]()
         self._places: dict[str, range] = {}
 
     @abstractmethod
@@ -73,23 +73,21 @@ class LabelRequest(ABC):
             prompts = self._prompts(heads, inputs, formats)
         except ValueError as error:  # a ProbeError is one, and so is a body that is not JSON
             raise HTTPException(400, str(error)) from None
-        asked = {"probes": heads, "reply": False}
-        completion = {"prompt": prompts, "max_tokens": 1, "temperature": 0, "kv_transfer_params": asked}
-        return json.dumps({"model": request.get("model") if self.names_model else None, **completion}).encode()
+        model = request.get("model") if self.names_model else None
+        return json.dumps({"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0}).encode()
 
     def _prompts(self, heads: Sequence[str], inputs: list[Any], formats: Formats) -> list[list[int]]:
-        """Return token ids. Note for each head the places of its own, one an input, and where replies begin."""
-        if all(map(_is_ids, inputs)):
-            self._places = dict.fromkeys(heads, range(len(inputs)))
-            return inputs
+        """Return token ids. Note for each head the places of its own, one an input, and what is asked of each prompt."""
         prompts: list[list[int]] = []
         for group in heads_by_format({name: self.settings.configs[name] for name in heads}):
             self._places |= dict.fromkeys(group, range(len(prompts), len(prompts) + len(inputs)))
             if self.have_replies:
+            starts: list[int | None] = [None] * len(inputs)
                 encoded, masks = formats(group[0]).encode_replies(inputs)
-                self.starts += [len(mask) - sum(mask) for mask in masks]
+                starts = [len(mask) - sum(mask) for mask in masks]
             else:
-                encoded = formats(group[0]).encode(inputs)
+                encoded = inputs if all(map(_is_ids, inputs)) else formats(group[0]).encode(inputs)
+            self.asked += [{"probes": group, "reply": False, "reply_start": start} for start in starts]
             prompts += encoded
         return prompts
 
@@ -158,7 +156,7 @@ class Guardrail(Moderations):
         if kind not in ("request", "response"):
             raise ProbeError(f"input_type is {kind!r}; it must be request or response")
         if kind == "response":
-            self.have_replies = True
+            self.have_replies, self.is_judged = True, False
             self.flags = [rule for rule in self.settings.flags if rule.config.reads_reply]
             if not self.flags or not chat or not _are_texts(texts):
                 raise ProbeError("a response needs a head here that follows replies, structured_messages and texts")

@@ -70,10 +70,11 @@ class ProbeStreams:
         settings = self._settings
         model = (state.args.served_model_name or [state.args.model])[0]
         route = LABEL_ROUTES.get(_path(scope))
-        scores = Scores(model, is_judged=route is None or route.is_judged)
+        asked = None if route is None else route(settings, Request(scope).query_params)
+        scores = Scores(model, asked)
         _scores.set(scores)  # for this request alone, which has a task of its own
-        if route is not None:
-            await self._label(route(settings, Request(scope).query_params), scores, scope, receive, send)
+        if asked is not None:
+            await self._label(asked, scores, scope, receive, send)
             return
         checked = _rewritten(scope, receive, functools.partial(check_request, settings))
         await self.app(scope, checked, _Response(send, scores).send)
@@ -81,7 +82,6 @@ class ProbeStreams:
     async def _label(self, asked: LabelRequest, scores: Scores, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request for labels by one for completions."""
         messages: list[Message] = []
-        scores.starts = asked.starts  # filled as the body is read
 
         async def keep(message: Message) -> None:
             messages.append(message)
@@ -203,14 +203,6 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
     )
 
 
-def _with_start(params: SamplingParams, start: int) -> SamplingParams:
-    """Return an engine's parameters for a prompt that ends with a reply."""
-    params = copy.copy(params)
-    asked = {**params.extra_args["kv_transfer_params"], "reply_start": start}
-    params.extra_args = {**params.extra_args, "kv_transfer_params": asked}
-    return params
-
-
 def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
     """Have an engine client note and count what its outputs say of heads."""
     announce(settings.heads)
@@ -230,14 +222,16 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
             scores = None
         # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
         place = scores.add(request_id, sampling_params.n) if scores is not None else 0
-        is_judged = judge is not None and (scores is None or (scores.is_judged and not scores.starts))
+        labels = scores and scores.labels
+        if labels is not None:
+            params = copy.copy(params)
+            params.extra_args = {"kv_transfer_params": labels.asked[place]}
+        is_judged = judge is not None and (labels is None or labels.is_judged)
         if is_judged:
             params = judge.in_parts(params)
-        elif scores is not None and scores.starts:
-            params = _with_start(params, scores.starts[place])
         outputs = generate(prompt, params, request_id, *args, **kwargs)
         if is_judged:
-            outputs = judge.watch(outputs, sampling_params)
+            outputs = judge.watch(outputs, sampling_params, {} if scores is None else scores.answers)
         return outputs if scores is None else noting(outputs, scores, place)
 
     async def noting(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from ..files import JSON
 
+
+if TYPE_CHECKING:
+    from .label_routes import LabelRequest
 
 HALTED = "content_filter"
 _REFUSAL = {"stop_reason": "refusal", "stop_sequence": None}
@@ -19,6 +24,7 @@ _EVENTS = tuple(
 )
 _GOES_ON = b'"finish_reason":null'  # no text contains it: its quotes are escaped
 _TEXTS = "cmpl-"  # begins the ids of requests to /v1/completions
+Answers = dict[str, asyncio.Future[bool | None]]  # of a judge, by text: `True` halts
 _LONGEST = 4000  # characters of a header; common proxies take headers of 8 KiB in all
 
 
@@ -28,22 +34,22 @@ class Scores:
 
     Attributes:
         model: name under which it is served.
+        labels: the request if it asks for labels alone.
         is_stored: the response is one to an earlier request, and has the scores in it.
-        is_judged: a judge is asked about prompts of which a head is unsure.
-        starts: for prompts that end with a reply, which is scored, the number of tokens before it.
         request_id: of the engine's request for the last prompt.
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
+        answers: of the judge.
         sent: choices of a stream that have them. ended: those that have ended.
     """
 
     model: str = ""
+    labels: LabelRequest | None = None
     is_stored: bool = False
-    is_judged: bool = True
-    starts: list[int] = field(default_factory=list)
     request_id: str = ""
     copies: int = 1
     prompts: list[JSON | None] = field(default_factory=list)
+    answers: Answers = field(default_factory=dict)
     sent: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
     _head: JSON = field(default_factory=dict)  # what chunks of the stream begin with

@@ -57,7 +57,7 @@ class _Probed:
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], is_stale: bool = False):
         request_id = request.request_id
         if new_token_ids and not is_stale:
-            self.probes.refuse_unscored(request_id)
+            self.probes.refuse_unscored(request)
         halted = (self.probes.get_answer(request_id) or {}).get("halted")
         head = halted["head"] if halted else self.replies.read_score(request_id)
         if head is not None or has_no_reply(request):
