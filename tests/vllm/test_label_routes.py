@@ -102,6 +102,20 @@ class TestClassify:
             assert post("/classify", **body).status_code == 200
         assert engine.prompts == [*encode(chat), [5, 6], [5, 6], [7]]
 
+    def test_takes_messages_as_clients_of_openai_send_them(self, monkeypatch, serve):
+        """Content in parts, and arguments of tools as a text."""
+        calls = "{% for c in m.tool_calls %}{% for k, v in c.function.arguments|items %}{{ k }}={{ v }}{% endfor %}{% endfor %}"
+        monkeypatch.setattr(
+            TOKENIZER, "chat_template", "{% for m in messages %}{{ m.content or '' }}" + calls + "|{% endfor %}"
+        )
+        post, engine = serve(["guard"])
+        call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+        chat = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+        chat += [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "b"}]
+        assert post("/classify", messages=chat).status_code == 200
+        assert post(GUARDRAIL, input_type="request", structured_messages=chat).status_code == 200
+        assert [TOKENIZER.decode(ids) for ids in engine.prompts] == ["a|x=1|b|"] * 2
+
     def test_needs_to_know_which_head(self, serve):
         post, engine = serve(["guard", "mood"])
         for asked in ({}, {"probe": "nowhere"}, {"probe": ["guard"]}):

@@ -5,6 +5,7 @@ A request becomes one for completions without a token, which vLLM's server check
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -81,8 +82,8 @@ class LabelRequest(ABC):
         prompts: list[list[int]] = []
         for group in heads_by_format({name: self.settings.configs[name] for name in heads}):
             self._places |= dict.fromkeys(group, range(len(prompts), len(prompts) + len(inputs)))
-            if self.have_replies:
             starts: list[int | None] = [None] * len(inputs)
+            if self.have_replies:
                 encoded, masks = formats(group[0]).encode_replies(inputs)
                 starts = [len(mask) - sum(mask) for mask in masks]
             else:
@@ -152,7 +153,7 @@ class Guardrail(Moderations):
 
     def read(self, body):
         kind, texts = body.get("input_type"), body.get("texts") or []
-        chat = [_with_text(message) for message in body.get("structured_messages") or ()]
+        chat = _chat(body.get("structured_messages"))
         if kind not in ("request", "response"):
             raise ProbeError(f"input_type is {kind!r}; it must be request or response")
         if kind == "response":
@@ -187,7 +188,7 @@ class Classification(LabelRequest):
         if head not in heads:
             raise ProbeError(f"probe is {head!r}; it must be one of: {', '.join(heads)}")
         if "messages" in body:
-            return [head], [body["messages"]]
+            return [head], [_chat(body["messages"])]
         value = body.get("input")
         inputs = value if isinstance(value, list) and not _is_ids(value) else [value]
         if not _are_texts(inputs) and not (inputs and all(map(_is_ids, inputs))):
@@ -219,13 +220,21 @@ LABEL_ROUTES: dict[str, type[LabelRequest]] = {
 }
 
 
-def _with_text(message: object) -> object:
-    """Return a chat message whose content parts of type text are one text."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    return {**message, "content": "\n".join(filter(None, parts))}
+def _chat(messages: Any) -> Any:
+    """Return messages of OpenAI's API as chat templates take them: content parts are a text, arguments of tools an object."""
+    for message in filter(_is_object, messages if isinstance(messages, list) else ()):
+        content, calls = message.get("content"), message.get("tool_calls")
+        if isinstance(content, list):
+            parts = [part.get("text") for part in filter(_is_object, content) if part.get("type") == "text"]
+            message["content"] = "\n".join(filter(None, parts))
+        for call in filter(_is_object, calls if isinstance(calls, list) else ()):
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a template may take them as they are
+                call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
+    return messages
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
 
 
 def _moderated(value: object) -> list[str]:
