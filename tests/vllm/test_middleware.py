@@ -67,13 +67,13 @@ def test_no_request_is_answered_without_the_judge(tmp_path):
 
 
 def test_halted_choice_with_a_tool_call_says_so():
-    """vLLM overwrites the finish reason of a whole reply with a tool call."""
+    """vLLM overwrites the finish reason of a whole reply with a tool call. In a batch of one chat it has no scores."""
     scores = Scores("tiny")
     scores.add("chatcmpl-1", 2)
     replies = [{"probes": {"watch": {}}, "halted": halt} for halt in ({"head": "watch", "token": 9}, None)]
     scores.prompts = [{"probes": {}, "halted": None, "replies": replies}]
     choices = [{"index": index, "finish_reason": "tool_calls", "stop_reason": None} for index in range(2)]
-    said = json.loads(scores.complete(json.dumps({"choices": choices, "kv_transfer_params": scores.last}).encode()))
+    said = json.loads(scores.complete(json.dumps({"choices": choices}).encode()))
     assert [choice["finish_reason"] for choice in said["choices"]] == ["content_filter", "tool_calls"]
     assert said["kv_transfer_params"] == scores.last
 

@@ -84,7 +84,7 @@ class Scores:
         payload = json.loads(body)
         if "choices" in payload:
             several = len(self.prompts) > 1
-            payload |= {"kv_transfer_params": None} if several else {}
+            payload["kv_transfer_params"] = None if several else self.last
             for choice in payload["choices"]:
                 index, known = choice["index"], self._of(choice["index"])
                 choice |= {"kv_transfer_params": known} if several else {}
