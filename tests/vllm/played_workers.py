@@ -137,14 +137,14 @@ class Player:
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         self.scored.append(begun := {request.request_id: request for request in meta.requests})
         read, running = meta.reply_tokens, self.scheduler.requests
-        assert len({*read.slots}) == len(read.slots)
+        assert len({slot for _, slot in read.values()}) == len(read)
         ends = {name: computed[name] + count for name, count in step.num_scheduled_tokens.items()}
         is_read = {name: name not in running or end >= running[name].num_tokens for name, end in ends.items()}
         tokens = [
             [self.scripts[name].token(end - self.lengths[name])] if is_read[name] else [] for name, end in ends.items()
         ]
         rows = {}
-        for name, place in zip(read.request_ids, read.places, strict=True):
+        for name, (place, _) in read.items():
             index = ends[name] - 1 - self.lengths[name]
             assert index >= 0 and place % BLOCK == (ends[name] - 1) % BLOCK
             if index not in self.scripts[name].unscored:

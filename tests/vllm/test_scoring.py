@@ -213,11 +213,11 @@ def test_prompts_of_about_one_length_go_together_and_within_the_limit(monkeypatc
 
 def reply_tokens(requests, places: list[int | None]) -> ReplyTokens:
     """Tokens at these places of each request's text."""
-    tokens = ReplyTokens()
+    tokens: ReplyTokens = {}
     for request, place in zip(requests, places, strict=True):
         if place is not None:
             block = request.block_ids[place // BLOCK]
-            tokens.add(request.request_id, block * BLOCK + place % BLOCK, request.slot)
+            tokens[request.request_id] = block * BLOCK + place % BLOCK, request.slot
     return tokens
 
 

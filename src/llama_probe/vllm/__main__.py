@@ -153,14 +153,11 @@ def serve(arguments: argparse.Namespace) -> None:
         uvloop.run(entry.run_server(arguments))
     except ProbeError:
         raise
-    except (KeyError, OSError, TypeError, ValueError) as error:  # a value that vLLM refuses, or a port that is in use
-        reason = str(error.args[0] if isinstance(error, KeyError) else error)
-        raise ProbeError(" ".join(reason.split())) from error
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ProbeError(
-            f"{reason}; if memory is short, lower --gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE"
-        ) from error
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # also a port that is in use
+        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        if isinstance(error, RuntimeError):
+            reason += "; if memory is short, lower --gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE"
+        raise ProbeError(reason) from error
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class ScoringRequests(KVConnectorMetadata):
     """To the workers: the prompts that are complete after a step, and the tokens of replies that it reads."""
 
     requests: list[ScoringRequest] = field(default_factory=list)
-    reply_tokens: ReplyTokens = field(default_factory=ReplyTokens)
+    reply_tokens: ReplyTokens = field(default_factory=dict)
 
 
 class ProbeConnector(KVConnectorBase_V1):
@@ -109,20 +109,19 @@ class ProbeConnector(KVConnectorBase_V1):
         self, request: Request, reply: Reply | None, num_tokens: int, heads: list[str] | None
     ) -> ScoringRequest:
         block_ids = self._kv_cache_manager.get_block_ids(request.request_id)[0]
-        slot = None
         if reply is not None:
-            reply.block_ids, slot = block_ids, self.replies.take_slot(reply)
+            reply.block_ids, reply.slot = block_ids, self.replies.take_slot()
         ids, start = request.prompt_token_ids, reply_start(request)
         if heads is not None and start is None:
             heads = [name for name in heads if self.settings.configs[name].token_scope != "response"]
         blocks = block_ids[: -(-num_tokens // self._block_size)]
         prompt = (ids, request.num_prompt_tokens) if start is None else (ids and ids[:start], start)
-        return ScoringRequest(request.request_id, *prompt, num_tokens, blocks, heads, slot)
+        return ScoringRequest(request.request_id, *prompt, num_tokens, blocks, heads, reply and reply.slot)
 
     def _follow(self, reply: Reply, end: int, step: ScoringRequests) -> None:
         block, place = divmod(end - 1, self._block_size)
         place += reply.block_ids[block] * self._block_size
-        step.reply_tokens.add(reply.request.request_id, place, reply.slot)
+        step.reply_tokens[reply.request.request_id] = place, reply.slot
 
     def _heads(self, request: Request) -> list[str]:
         """Return the heads that a request asks for, and if there is a reply those that may halt it; all if it asks for none."""
@@ -135,9 +134,7 @@ class ProbeConnector(KVConnectorBase_V1):
     def take_in(self, request_id: str, rows: Mapping[str, list[float] | str]) -> None:
         """Keep what heads say, in rows of logits, of a running request until it is finished."""
         self._answers[request_id] = known = answer(self.settings, rows)
-        self.replies.flag_prompt(
-            request_id, {name: probe.get("flagged", ()) for name, probe in known["probes"].items()}
-        )
+        self.replies.flag_prompt(request_id, known["probes"])
 
     def refuse_unscored(self, request: Request) -> None:
         """Halt a request that has a token and no scores: a guard that has not read its prompt lets nothing through."""
@@ -190,9 +187,9 @@ class ProbeConnector(KVConnectorBase_V1):
     def build_connector_worker_meta(self) -> StepScores | None:
         """Score this step's prompts and tokens. Beside a drafting model, vLLM calls `wait_for_save` too late for the step's output."""
         step = self._get_connector_metadata()
-        if self._scorer is None or not (step.requests or step.reply_tokens.request_ids):
+        if self._scorer is None or not (step.requests or step.reply_tokens):
             return None
         places, parts = self._scorer.score(step.requests)
-        if step.reply_tokens.request_ids:
+        if step.reply_tokens:
             parts += self._scorer.follow(step.reply_tokens)
-        return StepScores(places, parts, step.reply_tokens.request_ids)
+        return StepScores(places, parts, list(step.reply_tokens))

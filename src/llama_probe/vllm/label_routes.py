@@ -220,7 +220,7 @@ LABEL_ROUTES: dict[str, type[LabelRequest]] = {
 }
 
 
-def _chat(messages: Any) -> Any:
+def _chat(messages: object) -> Any:
     """Return messages of OpenAI's API as chat templates take them: content parts are a text, arguments of tools an object."""
     for message in filter(_is_object, messages if isinstance(messages, list) else ()):
         content, calls = message.get("content"), message.get("tool_calls")

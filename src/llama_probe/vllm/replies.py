@@ -29,7 +29,6 @@ class Reply:
         slot: of its states in the workers; `None` while they have none.
         block_ids: where its tokens lie.
         held: tokens that were not delivered.
-        is_begun: there is a token without a score, the last one.
         is_delivered: an output has been sent.
         keeps_last: the last token may be delivered without a score: it ends the reply.
         scored: number of tokens that have scores.
@@ -44,7 +43,7 @@ class Reply:
         self.block_ids: list[int] = []
         self.held: list[int] = []
         self.logprobs: list[LogprobsLists] = []
-        self.is_begun = self.is_delivered = self.keeps_last = self.is_done = False
+        self.is_delivered = self.keeps_last = False
         self.scored = self.clear = 0
         self.streaks, self.windows = [0] * len(rules), list(map(Window, rules))
         self.flagged: dict[int, int] = {}
@@ -99,10 +98,9 @@ class Replies:
         if self.holds_back:
             request.max_tokens += 1  # the step that reads the last token samples one more, which is dropped
 
-    def take_slot(self, reply: Reply) -> int:
-        """Give a reply a free slot for its states."""
-        reply.slot = self._free.pop()
-        return reply.slot
+    def take_slot(self) -> int:
+        """Return a free slot for the states of a reply."""
+        return self._free.pop()
 
     def free(self, request_id: str) -> None:
         """Give back the slot of a request that was preempted, or has ended."""
@@ -114,15 +112,15 @@ class Replies:
     def remove(self, request_id: str) -> None:
         """Forget a request that has ended."""
         self.free(request_id)
-        if (reply := self._replies.pop(request_id, None)) is not None:
-            reply.is_done = True
-            family, _ = _family(request_id)
-            if all(each.is_done for each in self._siblings.get(family, {}).values()):
-                self._siblings.pop(family, None)
+        self._replies.pop(request_id, None)
+        family, _ = _family(request_id)
+        if all(reply.request.is_finished() for reply in self._siblings.get(family, {}).values()):
+            self._siblings.pop(family, None)
 
     def has_ended(self, request_id: str) -> bool:
         """Return True if one of the replies to the same prompt has ended."""
-        return any(reply.is_done for reply in self._siblings.get(_family(request_id)[0], {}).values())
+        siblings = self._siblings.get(_family(request_id)[0], {}).values()
+        return any(reply.request.is_finished() for reply in siblings)
 
     def begin_step(self, step: StepScores | None) -> None:
         """Take in the scores of a step."""
@@ -137,11 +135,12 @@ class Replies:
         rows = zip(*flags, strict=True) if flags else [()] * len(scores)
         self._scores = dict(zip(step.replies, zip(logits.tolist(), scores, rows, strict=True), strict=True))
 
-    def flag_prompt(self, request_id: str, flagged: Mapping[str, Sequence[str]]) -> None:
-        """Count a prompt's flags, labels by head, as the first of a rule's patience."""
+    def flag_prompt(self, request_id: str, probes: Mapping[str, JSON]) -> None:
+        """Count what heads flag of a prompt as the first of a rule's patience."""
         if (reply := self._replies.get(request_id)) is not None:
             for number, rule in enumerate(self.rules):
-                reply.streaks[number] = int(rule.config.id2label[rule.index] in flagged.get(rule.head, ()))
+                flagged = probes.get(rule.head, {}).get("flagged", ())
+                reply.streaks[number] = int(rule.config.id2label[rule.index] in flagged)
 
     def read_score(self, request_id: str) -> str | None:
         """Take in the score of a reply's newest token, as the next one comes. Return the head that ends the reply before it."""
@@ -149,14 +148,13 @@ class Replies:
         if reply is None:
             return None
         self._touched[request_id] = reply
-        if reply.is_begun:
+        if reply.request.num_output_tokens:  # the last one has no score
             row = self._scores.get(request_id)
             if row is not None:
                 self._add(reply, *row)
             elif self.holds_back:
                 rule = next(rule for rule, halts in zip(self.rules, self._guards, strict=True) if halts)
                 reply.halt = Halt(rule.head, threshold=rule.threshold, token=reply.scored)
-        reply.is_begun = True
         return reply.halt and reply.halt.head
 
     def end(self, request: Request) -> None:

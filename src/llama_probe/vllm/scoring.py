@@ -49,22 +49,9 @@ class ScoringRequest:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class ReplyTokens:
-    """The tokens of replies that a step reads, one a request.
-
-    Attributes:
-        places: where each token lies in the cache: its block's number times the tokens of a block, and its place in the block.
-    """
-
-    request_ids: list[str] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-
-    def add(self, request_id: str, place: int, slot: int) -> None:
-        self.request_ids.append(request_id)
-        self.places.append(place)
-        self.slots.append(slot)
+# By request the newest token of its reply: where it lies in the cache, which is its block's number times the tokens of a block and
+# its place in the block, and the slot of the reply's states.
+ReplyTokens = dict[str, tuple[int, int]]
 
 
 class Scorer:
@@ -117,7 +104,7 @@ class Scorer:
 
         The number of operations does not depend on the number of replies.
         """
-        places, slots = async_tensor_h2d([tokens.places, tokens.slots], self.device)
+        places, slots = async_tensor_h2d(list(zip(*tokens.values(), strict=True)), self.device)
         # [states, replies, 1, width]
         cached = {kind: self.caches[kind].read_tokens(places).unsqueeze(2) for kind in self._kinds(self.followers)}
         scores = []
