@@ -29,7 +29,7 @@ class Reply:
         slot: of its states in the workers; `None` while they have none.
         block_ids: where its tokens lie.
         held: tokens that were not delivered.
-        is_delivered: an output has been sent.
+        is_delivered: an output has been sent. first: one without a token, which waits for the next.
         keeps_last: the last token may be delivered without a score: it ends the reply.
         scored: number of tokens that have scores.
         streaks, windows: how often each rule has flagged in a row, and the last tokens of each.
@@ -44,6 +44,7 @@ class Reply:
         self.held: list[int] = []
         self.logprobs: list[LogprobsLists] = []
         self.is_delivered = self.keeps_last = False
+        self.first: EngineCoreOutput | None = None
         self.scored = self.clear = 0
         self.streaks, self.windows = [0] * len(rules), list(map(Window, rules))
         self.flagged: dict[int, int] = {}
@@ -207,7 +208,17 @@ class Replies:
         output.new_token_ids, reply.held = reply.held[:ready], reply.held[ready:]
         if output.new_logprobs is not None:
             output.new_logprobs, reply.logprobs = _joined(reply.logprobs, ready), reply.logprobs[ready:]
-        is_needed = bool(ready or output.finished or output.events or not reply.is_delivered)
+        has_ready = bool(ready or output.finished)
+        if output.new_logprobs is not None and not (has_ready or reply.is_delivered):
+            # The front end would give it its own, empty list of logprobs, and may join later outputs to that.
+            reply.first = reply.first or output
+            return False
+        if (first := reply.first) is not None:
+            output.events = [*(first.events or ()), *(output.events or ())] or None
+            for name in ("prefill_stats", "new_prompt_logprobs_tensors", "prompt_token_id_logprobs"):
+                setattr(output, name, getattr(first, name))
+            reply.first = None
+        is_needed = bool(has_ready or output.events or not reply.is_delivered)
         reply.is_delivered = True
         return is_needed
 
