@@ -76,9 +76,8 @@ class Engine:
             for index in range(params.n):
                 reply = CompletionOutput(index, text, ids, None, None, finish_reason=reason)
                 finished = ends and index == params.n - 1
-                collector.put(
-                    RequestOutput("1", None, prompt, None, [reply], finished, kv_transfer_params=dict(self.known))
-                )
+                logprobs, known = [{7: -1.0}] * len(prompt), dict(self.known)
+                collector.put(RequestOutput("1", None, prompt, logprobs, [reply], finished, kv_transfer_params=known))
 
 
 def save_heads(folder, kinds: dict[str, dict]) -> dict[str, str]:
@@ -110,7 +109,8 @@ def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[Fa
             for output in outputs:
                 async for part in output:
                     for reply in part.outputs:
-                        yield {"index": reply.index, "text": reply.text, "finish_reason": reply.finish_reason}
+                        known = {"prompt_logprobs": part.prompt_logprobs, "finish_reason": reply.finish_reason}
+                        yield {"index": reply.index, "text": reply.text, **known}
 
         async def events():
             async for choice in choices():

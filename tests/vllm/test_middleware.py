@@ -84,6 +84,16 @@ def test_stored_response_says_that_it_was_halted(serve):
         assert client.get("/v1/responses/1").json()["status"] == status and engine.prompts == []
 
 
+def test_halted_prompt_tells_no_probabilities_of_its_tokens(serve):
+    """Else those of the prompt with a token more would tell the reply, one token a request."""
+    for halted, told in ((None, {"7": -1.0}), ({"head": "guard"}, None), ({"head": "watch", "token": 3}, {"7": -1.0})):
+        client, _ = serve({"probes": {"guard": BAD}, "halted": halted})
+        (choice,) = client.post("/v1/completions", json={"prompt": [5, 6]}).json()["choices"]
+        assert choice["prompt_logprobs"] == [told] * 2
+    body = {"prompt": [5, 6], "kv_transfer_params": {"probes": [], "reply": False}}
+    assert client.post("/v1/completions", json=body).status_code == 400, "no guard would read the prompt"
+
+
 def chunk(index: int, finish_reason=None, **delta) -> bytes:
     choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
     head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from prometheus_client import Counter
 
 from ..files import JSON
+from .payloads import prompt_halt
 
 
 _SCORED = Counter("llama_probe_scored", "Prompts that the head scored.", ["probe"])
@@ -33,7 +34,7 @@ def count(known: JSON) -> None:
             _SCORED.labels(name).inc()
         if probe.get("flagged"):
             _FLAGGED.labels(name).inc()
-    if (halted := known.get("halted")) and halted.get("token") is None:  # not in a reply
+    if halted := prompt_halt(known):
         _HALTED.labels(halted["head"]).inc()
 
 

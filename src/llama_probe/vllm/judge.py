@@ -24,7 +24,7 @@ from ..heads.scope import token_mask
 from ..heads.turns import marker_mask
 from .counters import count_judged
 from .halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
-from .payloads import HALTED, Answers
+from .payloads import HALTED, Answers, prompt_halt
 from .settings import ProbeSettings
 
 
@@ -96,8 +96,8 @@ class Judge:
                     if answers is None:
                         answers = await self._decide(known["unsure"], output.prompt_token_ids, asked)
                     output.kv_transfer_params = known = self._judged(known, answers)
-                    if known["halted"] and known["halted"].get("token") is None:
-                        last = _ended(output, params.n, known["halted"]["head"])
+                    if halted := prompt_halt(known):
+                        last = _ended(output, params.n, halted["head"])
                         break
                 if params.output_kind is not RequestOutputKind.FINAL_ONLY:
                     yield output
@@ -177,15 +177,15 @@ class Judge:
 
     def _judged(self, known: JSON, answers: Mapping[str, str]) -> JSON:
         """Return what the engine says of a prompt, with the decisions of the judge."""
-        probes, halted = dict(known["probes"]), known["halted"]
+        probes, halts = dict(known["probes"]), list[JSON]()
         for halt in known["unsure"]:
             head, label = halt["head"], halt["label"]
             is_halted = answers[head] == "halted" or (answers[head] == "failed" and self.fails == "closed")
             flagged = [other for other in probes[head]["flagged"] if other != label] + [label] * is_halted
             probes[head] = {**probes[head], "flagged": flagged}
-            if is_halted and (halted is None or halted.get("token") is not None):  # a prompt's halt comes first
-                halted = halt
+            halts += [halt] * is_halted
         others = {name: value for name, value in known.items() if name != "unsure"}
+        halted = next(iter(halts), known["halted"])  # that of a prompt comes before that of a reply
         return {**others, "probes": probes, "halted": halted, "judged": dict(answers)}
 
 

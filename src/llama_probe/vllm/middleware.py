@@ -25,7 +25,7 @@ from ..errors import ProbeError
 from .counters import announce, count, count_reply
 from .judge import Judge
 from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
-from .payloads import HALTED, Scores, halt_of
+from .payloads import HALTED, Scores, halt_of, prompt_halt
 from .settings import ProbeSettings
 
 
@@ -190,11 +190,14 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
     """Return a request's body, if its `kv_transfer_params.probes` is a list of the engine's heads; else raise status 400."""
     try:
         # It is read as the server reads it: the key may be written with escapes, or the body in UTF-16.
-        asked = json.loads(body)["kv_transfer_params"].get("probes")
+        params = json.loads(body)["kv_transfer_params"]
+        asked = params.get("probes")
     except RecursionError:
         raise HTTPException(400, "the body is nested too deeply") from None
     except (AttributeError, KeyError, TypeError, ValueError):  # the server says what is wrong, if anything is
         return body
+    if "reply" in params:  # without one, no guard reads the prompt
+        raise HTTPException(400, "kv_transfer_params.reply is for routes of labels: ask /v1/moderations or /classify")
     if asked is None or (isinstance(asked, list) and all(name in list(settings.heads) for name in asked)):
         return body
     known = ", ".join(settings.heads)
@@ -243,6 +246,9 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
                 if scores.prompts[place] is None:
                     count(known)
                 scores.prompts[place] = known
+                if prompt_halt(known):  # those of a prompt with one token more would tell how it goes on
+                    output.prompt_logprobs = output.prompt_logprobs and [None] * len(output.prompt_logprobs)
+                    output.prompt_token_id_logprobs = None
                 for reply in output.outputs:
                     if reply.finish_reason is None:
                         continue

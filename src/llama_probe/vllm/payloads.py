@@ -166,15 +166,21 @@ class Scores:
         return self.prompts[prompt] if prompt < len(self.prompts) else None
 
 
+def prompt_halt(known: JSON) -> JSON | None:
+    """Return why a prompt was halted, by what the engine says of it; `None` if it was not, though its reply may be."""
+    halted = known.get("halted")
+    return halted if halted and halted.get("token") is None else None
+
+
 def halt_of(known: JSON, index: int, stop_reason: int | str | None = None) -> JSON | None:
     """Return why the reply of an index was halted, by what the engine says of its prompt; `None` if it was not.
 
     Args:
         stop_reason: of the reply. It tells if the engine knows nothing of the reply, which another one may have written.
     """
-    halted, replies = known.get("halted"), known.get("replies")
-    if replies is None or (halted and halted.get("token") is None):  # the prompt was
-        return halted
+    replies = known.get("replies")
+    if replies is None or prompt_halt(known):
+        return known.get("halted")
     reply = replies[index] if index < len(replies) else None
     if reply is None:
         heads = {name for sibling in replies if sibling is not None for name in sibling["probes"]}
