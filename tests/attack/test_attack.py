@@ -33,7 +33,7 @@ from llama_probe.files import current_file
 from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
 from llama_probe.hub.card import MARKER, write_card
-from llama_probe.hub.folder import CARD_NAME, HEAD_FILES, WEIGHTS_NAME, is_head_folder
+from llama_probe.hub.folder import CODE_NAME, HEAD_FILES, PLOT_NAMES, WEIGHTS_NAME, check_output, is_head_folder
 from llama_probe.hub.publish import pull_head
 
 
@@ -59,7 +59,7 @@ def heads(tmp_path) -> tuple[Path, Path]:
         head = make_probe(seed, probe_type=kind, id2label={0: "no", 1: "yes"}, threshold=0.3, temperature=1.5)
         head.results = {"chosen_seed": seed, "runs": [{"seed": seed}], "card": {"license": "mit"}}
         folder = save_head(head, tmp_path / kind)
-        (folder / CARD_NAME).write_text(f"---\nlicense: mit\ntags:\n- a\n---\n{MARKER}\n")
+        (folder / "README.md").write_text(f"---\nlicense: mit\ntags:\n- a\n---\n{MARKER}\n")
         folders.append(folder)
     return tuple(folders)
 
@@ -131,9 +131,10 @@ def found_in(folder: Path) -> dict[str, bytes]:
 
 
 def test_kills_of_a_save_at_every_operation(tally, heads, tmp_path):
-    """Wholly the old head or wholly the new one, which then can be saved."""
+    """Wholly the old head or wholly the new one, plots and card as well. The next save leaves nothing of the killed one."""
     place, head = tmp_path / "place", read_head(heads[1])
-    head.results = read_head(heads[1]).results
+    for name in (PLOT_NAMES[0], CODE_NAME):
+        (heads[0] / name).write_bytes(b"of the old head")
     for old in (heads[0], None):
 
         def prepare(old=old):
@@ -145,10 +146,11 @@ def test_kills_of_a_save_at_every_operation(tally, heads, tmp_path):
         allowed = [found_in(place)]
         save_head(head, place)
         allowed.append(found_in(place))
-        for number in each_kill(lambda: save_head(head, place), place, prepare):
+        for number in each_kill(lambda: save_head(head, place), tmp_path, prepare):
             whole = found_in(place) in allowed and (not is_head_folder(place) or outputs(read_head(place)))
+            check_output(place)
             save_head(head, place)
-            clean = {path.name for path in place.iterdir()} == set(allowed[1])
+            clean = {path.name: path.read_bytes() for path in place.iterdir()} == allowed[1]
             tally.add("harmless" if whole and clean else "lost", f"{number} over {old}")
 
 
