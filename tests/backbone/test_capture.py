@@ -1,8 +1,7 @@
-"""Captured states: equal to output_hidden_states, for any subset of layers, with no hook left behind."""
+"""Captured states, beside hooks of others and in several threads. test_families.py compares them with output_hidden_states."""
 
 import threading
 
-import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_probe
 
@@ -11,15 +10,12 @@ from llama_probe.backbone.capture import capturing, collect_hidden_states
 from llama_probe.backbone.decoder import find_decoder
 
 
-ALL = range(LAYERS + 1)
-
-
 def test_hooks_that_change_a_layers_input_in_place_leave_the_captured_state(lm, prompts):
     direction, given = torch.linspace(-1, 1, HIDDEN), []
     for layer in lm.model.layers:
         layer.register_forward_pre_hook(lambda _, args: (None, args[0].add_(direction))[0])
         layer.register_forward_hook(lambda _, args, out: given.append(out.clone()))
-    found = collect_hidden_states(lm, ALL, prompts)
+    found = collect_hidden_states(lm, range(LAYERS + 1), prompts)
     assert all(torch.equal(state, copy) for state, copy in zip(found[1:LAYERS], given, strict=False))
     # Heads that read at once, while the LM runs, see the same.
     model = AutoModelForProbedGeneration.from_causal_lm(lm, {"gate": make_probe(probe_type="gate")})
@@ -29,26 +25,12 @@ def test_hooks_that_change_a_layers_input_in_place_leave_the_captured_state(lm, 
     torch.testing.assert_close(after, at_once)
 
 
-@pytest.mark.parametrize("layers, last", [([2, 1], 2), ([0], 1), ([LAYERS], LAYERS)])
-def test_the_pass_ends_with_the_last_wanted_layer(lm, prompts, layers, last):
-    expected, ran = collect_hidden_states(lm, ALL, prompts), []
-    for number, layer in enumerate(lm.model.layers, start=1):
-        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
-    found = collect_hidden_states(lm, layers, prompts)
-    assert all(torch.equal(state, expected[layer]) for state, layer in zip(found, layers, strict=True))
-    assert ran == list(range(1, last + 1))
-
-
-def in_another_thread(function, *args) -> None:
-    thread = threading.Thread(target=function, args=args)
-    thread.start()
-    thread.join()
-
-
 def test_a_hook_that_is_half_registered_does_not_break_another_thread(lm, prompts):
     """Another thread may run a layer after torch has noted the hook, and before it has noted that it takes keywords."""
     done = []
     with capturing(find_decoder(lm), lambda layer, hidden: None, [0]):
         lm.model.layers[0]._forward_pre_hooks_with_kwargs.clear()
-        in_another_thread(lambda: done.append(lm(prompts)))
+        thread = threading.Thread(target=lambda: done.append(lm(prompts)))
+        thread.start()
+        thread.join()
     assert done

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import make_lm, save_head
+from conftest import make_lm, make_probe, save_head
 from repository import ROOT
 from tiny_families import (
     EXPERT_FAMILIES,
@@ -98,9 +98,7 @@ def assert_a_shared_start_runs_once(lm, folder, monkeypatch):
     start = [5, 6, 7, 8, 9, 10]  # longer than the windows
     prompts = [start + torch.randint(3, IMAGE, (n,)).tolist() for n in (4, 9, 1)]
     assert passes.shared_start(prompts, [len(start)] * 3) == start
-    config = ProbeConfig(
-        probe_type="gate", token_scope="content", prefix_ids=start, hidden_size=HIDDEN, num_hidden_layers=LAYERS
-    )
+    config = make_probe(probe_type="gate", token_scope="content", prefix_ids=start, num_hidden_layers=LAYERS).config
     monkeypatch.setattr(passes, "BATCH_TOKENS", 20)
     kept = StateCache(folder, torch.float32).dataset(lm, config, PromptDataset(prompts))
     for row, ids in enumerate(prompts):
@@ -213,10 +211,8 @@ class TestUnknownFamilies:
     def test_a_decoder_that_leaves_tokens_out(self, kwargs):
         """From its shared layers on Gemma 4 runs over the last tokens alone, unless heads read the others."""
         lm = make("gemma4_text", *UNKNOWN["gemma4_text"])
-        ids, call = (
-            padded_prompts()["input_ids"][1:2].repeat(1, 2),
-            {"max_new_tokens": 4, "do_sample": False, **kwargs},
-        )
+        ids = padded_prompts()["input_ids"][1:2].repeat(1, 2)
+        call = {"max_new_tokens": 4, "do_sample": False, **kwargs}
         tokens, logits = lm.generate(ids, **call), lm(ids, logits_to_keep=2).logits
         model = AutoModelForProbedGeneration.from_causal_lm(lm, make_heads())
         out, passed = model.generate(ids, **call), model(ids, logits_to_keep=2)
@@ -229,12 +225,10 @@ class TestUnknownFamilies:
     def test_states_that_the_model_does_not_list_are_refused(self):
         """Mamba lists other states than those between its layers, which can be registered."""
         lm = make("mamba", "MambaForCausalLM", {"state_size": 4})
-        for attach in (
-            lambda: AutoModelForProbedGeneration.from_causal_lm(lm, make_heads()),
-            lambda: ProbeModel(ProbeConfig(probe_type="gate"), backbone=lm),
-        ):
-            with pytest.raises(ProbeError, match=r"register_family\('mamba'"):
-                attach()
+        with pytest.raises(ProbeError, match=r"register_family\('mamba'"):
+            AutoModelForProbedGeneration.from_causal_lm(lm, make_heads())
+        with pytest.raises(ProbeError, match=r"register_family\('mamba'"):
+            ProbeModel(ProbeConfig(probe_type="gate"), backbone=lm)
         assert type(lm) is transformers.MambaForCausalLM and not hasattr(lm, "probes")
         register_family("mamba", embeddings="backbone.embeddings", layers="backbone.layers", norm="backbone.norm_f")
         ids = padded_prompts()["input_ids"][1:2]

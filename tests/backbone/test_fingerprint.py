@@ -50,24 +50,18 @@ def test_tolerance(recorded, found, expected):
     assert tolerance(recorded, found) == tolerance(found, recorded) == expected
 
 
+TORCHAO = {"quant_method": "torchao"}
+
+
 @pytest.mark.parametrize(
     "quantization, name",
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq-4bit"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes-4bit"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
-        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao-8bit"),
-        (
-            {"quant_method": "torchao", "quant_type": "Float8WeightOnlyConfig(set_inductor_config=True)"},
-            "torchao-8bit",
-        ),
-        (
-            {
-                "quant_method": "torchao",
-                "quant_type": {"default": {"_type": "Int8Activation", "weight_dtype": "int4"}},
-            },
-            "torchao-4bit",
-        ),
+        (TORCHAO | {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao-8bit"),
+        (TORCHAO | {"quant_type": "Float8WeightOnlyConfig(set_inductor_config=True)"}, "torchao-8bit"),
+        (TORCHAO | {"quant_type": {"default": {"_type": "Int8Activation", "weight_dtype": "int4"}}}, "torchao-4bit"),
     ],
 )
 def test_quantization_is_recorded(lm, quantization, name):

@@ -77,9 +77,7 @@ def write_gguf(path, lm):
 def test_gguf(tmp_path, backbone_folder, prompts, monkeypatch, form):
     write_gguf(tmp_path / "tiny-Q8_0.gguf", make_lm())
     load = AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        AutoTokenizer, "from_pretrained", lambda *args, gguf_file: load(backbone_folder / gguf_file[:0])
-    )
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, gguf_file: load(backbone_folder / gguf_file[:0]))
     lm, _ = load_backbone(str(tmp_path / "tiny-Q8_0.gguf" if form == "file" else tmp_path), device="cpu")
     torch.testing.assert_close(lm(prompts).logits, make_lm()(prompts).logits)
     assert load_causal_lm(tmp_path / "tiny-Q8_0.gguf").config.dequantized_from == "gguf-q8_0"
