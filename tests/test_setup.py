@@ -19,13 +19,10 @@ def test_every_package_and_module_is_installed():
 
 def test_tested_versions_are_allowed():
     """`pip install -c tested-versions.txt` works; `make versions` writes it anew."""
-    lines = [
-        SETUP["options"]["install_requires"],
-        *(EXTRAS[name] for name in ("demo", "plots", "space", "train", "test")),
-    ]
+    extras = [EXTRAS[name] for name in ("demo", "plots", "space", "train", "test")]
     pins = [Requirement(line) for line in (ROOT / "tested-versions.txt").read_text().splitlines()]
     versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
-    for need in map(Requirement, "\n".join(lines).split()):
+    for need in map(Requirement, "\n".join([SETUP["options"]["install_requires"], *extras]).split()):
         if need.name != "llama_probe":
             assert need.specifier.contains(versions[canonicalize_name(need.name)]), need
 

@@ -66,15 +66,7 @@ import llama_probe; assert llama_probe.ProbeConfig and llama_probe.__version__""
 
 
 def test_the_command_is_a_line_for_a_shell(monkeypatch):
-    words = [
-        "llama-probe",
-        "train",
-        "imdb:train",
-        "--set",
-        "card.limits=[Short texts.]",
-        "--flag",
-        "don't; $HOME * costs",
-    ]
-    places = ["--output", "a b", "--resume", "--data-dir=c"]
-    monkeypatch.setattr(sys, "argv", [*words[:3], *places, *words[3:]])
-    assert shlex.split(command_line()) == words
+    first, places = ["llama-probe", "train", "imdb:train"], ["--output", "a b", "--resume", "--data-dir=c"]
+    settings = ["--set", "card.limits=[Short texts.]", "--flag", "don't; $HOME * costs"]
+    monkeypatch.setattr(sys, "argv", [*first, *places, *settings])
+    assert shlex.split(command_line()) == first + settings

@@ -68,33 +68,20 @@ _GRANITE = _turns(
     '{% endif %}{% for document in documents or [] %}<|start_of_role|>document {"document_id": "{{ document[\'doc_id\'] }}"}'
     "<|end_of_role|>\n{{ document['text'] }}<|end_of_text|>\n{% endfor %}",
 )
+_CHATML = _turns(f"<|im_start|>{_ROLE}\n", "<|im_end|>\n", "<|im_start|>assistant\n")
+_LLAMA3 = _turns(_HEADER.format(_ROLE), "<|eot_id|>", _HEADER.format("assistant"), trim=True, head="<|begin_of_text|>")
+_OLMO_END = "{{ '<|endoftext|>\n' if message['role'] == 'assistant' else '\n' }}"
+_OLMO = _turns(f"<|{_ROLE}|>\n", _OLMO_END, "<|assistant|>\n", head="<|endoftext|>")  # its role markers are text
 # By family: template, special tokens, and how the tokenizer splits texts.
 FAMILIES = {
-    "chatml": (
-        _turns(f"<|im_start|>{_ROLE}\n", "<|im_end|>\n", "<|im_start|>assistant\n"),
-        ["<|im_start|>", "<|im_end|>"],
-        "gpt2",
-    ),
-    "llama3": (
-        _turns(_HEADER.format(_ROLE), "<|eot_id|>", _HEADER.format("assistant"), trim=True, head="<|begin_of_text|>"),
-        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-        "llama3",
-    ),
+    "chatml": (_CHATML, ["<|im_start|>", "<|im_end|>"], "gpt2"),
+    "llama3": (_LLAMA3, ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "llama3"),
     "gemma": (_GEMMA, ["<bos>", "<start_of_turn>", "<end_of_turn>"], "gpt2"),
     "mistral": (_MISTRAL, ["<s>", "</s>", "[INST]", "[/INST]"], "metaspace"),
     "qwen": (_QWEN, ["<|im_start|>", "<|im_end|>"], "llama3"),
     "gpt-oss": (_GPT_OSS, ["<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|return|>", "<|call|>"], "llama3"),
     "granite": (_GRANITE, ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"], "llama3"),
-    "olmo": (  # its role markers are text
-        _turns(
-            f"<|{_ROLE}|>\n",
-            "{{ '<|endoftext|>\n' if message['role'] == 'assistant' else '\n' }}",
-            "<|assistant|>\n",
-            head="<|endoftext|>",
-        ),
-        ["<|endoftext|>"],
-        "llama3",
-    ),
+    "olmo": (_OLMO, ["<|endoftext|>"], "llama3"),
     "deepseek": (
         _DEEPSEEK,
         ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"],
@@ -129,9 +116,8 @@ def chat_tokenizer(family: str) -> PreTrainedTokenizerFast:
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    values = {"special_tokens": special, "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, **values)
     tokenizer.train_from_iterator(_TEXT * 5, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     fast.chat_template = template

@@ -39,16 +39,10 @@ def test_labels_are_indices_or_names(values, names, expected, found):
     assert read(values, names) == (expected, found, kind)
 
 
-@pytest.mark.parametrize(
-    "values, names, kind, expected",
-    [
-        ([Decimal("0.50"), 2], None, None, [[0.5], [2.0]]),
-        (["3.5", "4"], None, "regression", [[3.5], [4.0]]),
-        ([False, 1], ["stars"], "regression", [[0.0], [1.0]]),
-    ],
-)
-def test_labels_are_values(values, names, kind, expected):
-    assert read(values, names, kind) == (expected, names or ["value"], "regression")
+def test_labels_are_values():
+    assert read([Decimal("0.50"), 2]) == ([[0.5], [2.0]], ["value"], "regression")
+    assert read(["3.5", "4"], None, "regression") == ([[3.5], [4.0]], ["value"], "regression")
+    assert read([False, 1], ["stars"], "regression") == ([[0.0], [1.0]], ["stars"], "regression")
 
 
 @pytest.mark.parametrize(

@@ -77,16 +77,12 @@ def test_prompts_that_cannot_be_encoded(tokenizer, prompts):
         PromptFormat(tokenizer).encode([[{"role": "user", "content": ["parts"]}]])
 
 
-@pytest.mark.parametrize(
-    "values, field",
-    [
-        ({"kind": "xml"}, "prompt_format"),
-        ({"max_length": 10}, "max_length"),
-        ({"kind": "raw", "system_prompt": "x"}, "system_prompt"),
-        ({}, "no chat template"),
-    ],
-)
-def test_wrong_formats(tokenizer, values, field):
+WRONG = {"prompt_format": {"kind": "xml"}, "max_length": {"max_length": 10}, "no chat template": {}}
+WRONG["system_prompt"] = {"kind": "raw", "system_prompt": "x"}
+
+
+@pytest.mark.parametrize("field, values", WRONG.items())
+def test_wrong_formats(tokenizer, field, values):
     tokenizer.chat_template = tokenizer.chat_template if values else None
     with pytest.raises(ProbeError, match=field):
         PromptFormat(tokenizer, **values)

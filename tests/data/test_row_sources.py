@@ -29,11 +29,8 @@ def write(path, rows):
     return path
 
 
-ROWS = [
-    {"text": "one", "label": 0, "kind": "x"},
-    {"text": "two", "label": 2, "kind": "y"},
-    {"text": "three", "label": 1, "kind": "x"},
-]
+CELLS = [("one", 0, "x"), ("two", 2, "y"), ("three", 1, "x")]
+ROWS = [{"text": text, "label": label, "kind": kind} for text, label, kind in CELLS]
 
 
 class TestFiles:

@@ -74,17 +74,11 @@ def test_a_folder_with_configurations(tmp_path):
             read_table(f"{tmp_path}{word}")
 
 
-@pytest.mark.parametrize(
-    "key, name",
-    [
-        ("data_files", "../secret.csv"),
-        ("data_files", "SECRET"),
-        ("data_files", "http://127.0.0.1:9/a.csv"),
-        ("data_files", "zip://a.csv::b.zip"),
-        ("data_dir", "../"),
-        ("link", "../secret.csv"),
-    ],
-)
+PLACES = ("../secret.csv", "SECRET", "http://127.0.0.1:9/a.csv", "zip://a.csv::b.zip")
+OUTSIDE = [*(("data_files", name) for name in PLACES), ("data_dir", "../"), ("link", "../secret.csv")]
+
+
+@pytest.mark.parametrize("key, name", OUTSIDE)
 def test_a_folder_that_names_rows_outside(tmp_path, key, name):
     """Its card may be that of a stranger."""
     folder = tmp_path / "rows"
@@ -140,11 +134,8 @@ def test_rows_from_the_hub(hub, monkeypatch):
     first = hub.head("datasets/alice/mood")
     hub.plant("datasets/alice/mood", {"en.csv": b"text,label\nnew,calm\n"})
     hub.plant("datasets/alice/secret", {"train.csv": b"text,label\nhush,x\n"}, private=True)
-    emotion = {
-        "README.md": card(split=[{"split": "validation", "path": "dev.csv"}]),
-        "dev.csv": b"text,label\ni feel,1\n",
-    }
-    hub.plant("datasets/dair-ai/emotion", emotion)
+    emotion = card(split=[{"split": "validation", "path": "dev.csv"}])
+    hub.plant("datasets/dair-ai/emotion", {"README.md": emotion, "dev.csv": b"text,label\ni feel,1\n"})
 
     def read(source, split="train"):
         rows = Source(rows=source).read(split=split)
@@ -154,12 +145,8 @@ def test_rows_from_the_hub(hub, monkeypatch):
     assert read(f"alice/mood@{first}:en") == (["7"], ["calm"])
     assert read("alice/mood:fr", "validation") == (["bien"], ["calme"])
     assert read("emotion:validation") == (["i feel"], ["joy"])
-    for source, words in (
-        ("alice/mood", "'en', 'fr'"),
-        ("alice/mood:fr:test", "'train', 'validation'"),
-        ("alice/nothing", "alice/nothing cannot be read"),
-        ("alice/secret", "alice/secret cannot be read"),
-    ):
+    gone = (("alice/nothing", "alice/nothing cannot be read"), ("alice/secret", "alice/secret cannot be read"))
+    for source, words in (("alice/mood", "'en', 'fr'"), ("alice/mood:fr:test", "'train', 'validation'"), *gone):
         with pytest.raises(ProbeError, match=words):
             read(source)
     monkeypatch.setenv("HF_TOKEN", token)

@@ -12,19 +12,9 @@ from sklearn import metrics as sk
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.evaluation import bootstrap
+from llama_probe.evaluation import metrics as ours
 from llama_probe.evaluation.bootstrap import intervals
 from llama_probe.evaluation.calibration import best_f1_threshold, calibrate, threshold_table
-from llama_probe.evaluation.metrics import (
-    all_scores,
-    check_metric,
-    compute_metrics,
-    confusion,
-    default_metric,
-    outcomes,
-    score_logits,
-    score_statistic,
-    summarize,
-)
 from llama_probe.evaluation.report import detailed_report
 from llama_probe.heads.decision import log_odds, predictions, probabilities
 
@@ -81,7 +71,7 @@ def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
     logits, labels = make_scores(config, rows, seed, steps)
     drawn = np.random.default_rng(seed).integers(0, rows, (2, rows))
     weights = np.stack([np.bincount(numbers, minlength=rows) for numbers in drawn]).astype(float)
-    metrics = score_statistic(logits, labels, config)(weights)
+    metrics = ours.score_statistic(logits, labels, config)(weights)
     for index, numbers in enumerate(drawn):
         expected = by_scikit_learn(config, logits[numbers], labels[numbers])
         assert set(metrics) == set(expected)
@@ -100,8 +90,8 @@ def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
 def test_the_trainers_callback_gives_the_numbers_of_a_report(head, logits, labels):
     evaluated = SimpleNamespace(predictions=np.array(logits, np.float32), label_ids=np.array(labels))
     truth = evaluated.label_ids.reshape(len(labels), -1) if head.num_labels == 1 else evaluated.label_ids
-    expected = score_logits(torch.from_numpy(evaluated.predictions), truth, head)
-    assert compute_metrics(head)(evaluated) == pytest.approx(expected)
+    expected = ours.score_logits(torch.from_numpy(evaluated.predictions), truth, head)
+    assert ours.compute_metrics(head)(evaluated) == pytest.approx(expected)
     assert expected.get("auroc", 1.0) == 1.0 and expected.get("mse", 2.0) == 2.0
 
 
@@ -112,8 +102,8 @@ def test_a_label_counts_on_the_rows_where_it_is_known():
     labels[:30, 0], labels[50:, 1] = np.nan, np.nan
     one = config(num_labels=1, **MULTI)
     apart = [(logits[30:, :1], labels[30:, :1]), (logits[:50, 1:], labels[:50, 1:])]
-    expected = [all_scores(score_statistic(*part, one), len(part[1]))["LABEL_0"] for part in apart]
-    scores = all_scores(score_statistic(logits, labels, head), 80)
+    expected = [ours.all_scores(ours.score_statistic(*part, one), len(part[1]))["LABEL_0"] for part in apart]
+    scores = ours.all_scores(ours.score_statistic(logits, labels, head), 80)
     assert [scores[name] for name in head.id2label.values()] == [pytest.approx(part) for part in expected]
     report, calibrated = detailed_report(head, logits, labels), calibrate(head, logits, torch.tensor(labels))
     assert report["auroc"] == pytest.approx(np.mean([part["auroc"] for part in expected]))
@@ -129,9 +119,9 @@ def test_a_label_counts_on_the_rows_where_it_is_known():
 
 def test_confusion_and_outcomes_by_hand():
     probs = torch.tensor([[0.3, 0.7], [0.6, 0.4], [0.9, 0.1], [0.2, 0.8]])
-    assert confusion(probs.log(), np.array([1, 0, 0, 0]), config(threshold=0.35)) == [[1, 2], [0, 1]]
+    assert ours.confusion(probs.log(), np.array([1, 0, 0, 0]), config(threshold=0.35)) == [[1, 2], [0, 1]]
     several = config(num_labels=2, threshold=[0.25, 0.75], **MULTI)
-    assert outcomes(probs.logit(), np.array([[1.0, 0], [0, 1], [0, 0], [0, 0]]), several) == {
+    assert ours.outcomes(probs.logit(), np.array([[1.0, 0], [0, 1], [0, 0], [0, 0]]), several) == {
         "LABEL_0": {"found": 1, "missed": 0, "wrong": 2},
         "LABEL_1": {"found": 0, "missed": 1, "wrong": 1},
     }
@@ -143,28 +133,28 @@ def test_confusion_and_outcomes_by_hand():
 )
 def test_what_a_head_is_chosen_by(changes, metric):
     head = config(**changes)
-    assert default_metric(head) == metric
+    assert ours.default_metric(head) == metric
     labels = np.arange(6).reshape(-1, 1) % 2 if changes == REGRESSION else np.arange(6) % head.num_labels
     labels = np.eye(3)[labels] if head.problem_type == MULTI["problem_type"] else labels
-    check_metric(metric, labels, head)
+    ours.check_metric(metric, labels, head)
     with pytest.raises(ProbeError, match="metric='loss'"):
-        check_metric("loss", labels, head)
+        ours.check_metric("loss", labels, head)
     if metric != "accuracy":  # of rows that are all alike it has no value
         with pytest.raises(ProbeError, match=f"{metric} is not defined"):
-            check_metric(metric, labels * 0, head)
+            ours.check_metric(metric, labels * 0, head)
 
 
 def test_numbers_that_are_none_are_refused():
     with pytest.raises(ProbeError, match="no number"):
-        score_logits(torch.tensor([[0.5, float("nan")]]), np.array([1]), config())
+        ours.score_logits(torch.tensor([[0.5, float("nan")]]), np.array([1]), config())
 
 
 def test_a_summary_has_the_shape_of_a_report():
     reports = [{"rows": 3, "f1": f1, "auprc": None, "slices": {"a": {"x": {"f1": 1.0}}}} for f1 in (0.4, 0.6, 0.8)]
-    found, one = summarize(reports), {"mean": 1, "std": 0}
+    found, one = ours.summarize(reports), {"mean": 1, "std": 0}
     assert found.pop("f1") == pytest.approx({"mean": 0.6, "std": 0.2})
     assert found == {"rows": 3, "auprc": None, "slices": {"a": {"x": {"f1": one}}}}
-    assert summarize(reports[:1])["f1"] == {"mean": 0.4, "std": 0.0}
+    assert ours.summarize(reports[:1])["f1"] == {"mean": 0.4, "std": 0.0}
 
 
 def mean_of(values):
@@ -183,10 +173,10 @@ def test_intervals_by_hand():
 
 def test_undefined_resamples_are_left_out():
     head, logits = config(id2label={0: "no", 1: "yes"}, threshold=0.4), torch.tensor([[2.0, 0], [0, 2], [1, 0]])
-    limits = intervals(score_statistic(logits, np.array([0, 1, 0]), head), 3, resamples=200)
+    limits = intervals(ours.score_statistic(logits, np.array([0, 1, 0]), head), 3, resamples=200)
     assert limits[None, "auprc"] == limits[None, "auroc"] == [1.0, 1.0]
     assert limits["yes", "recall"][0] == 0, "without a positive row recall counts as 0, as in score_logits"
-    limits = intervals(score_statistic(logits, np.array([0, 0, 0]), head), 3, resamples=20)
+    limits = intervals(ours.score_statistic(logits, np.array([0, 0, 0]), head), 3, resamples=20)
     assert limits[None, "auprc"] is limits["no", "auroc"] is limits["yes", "auroc"] is None
 
 

@@ -9,13 +9,7 @@ from conftest import make_probe
 
 from llama_probe.evaluation import plots
 from llama_probe.evaluation.calibration import reliability, threshold_table
-from llama_probe.evaluation.plots import (
-    calibration_plot,
-    confusion_plot,
-    layer_weights_plot,
-    outcomes_plot,
-    write_plots,
-)
+from llama_probe.evaluation.plots import write_plots
 
 
 LOGITS, LABELS = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)), np.arange(60) % 2
@@ -54,7 +48,7 @@ def test_files_follow_the_results(tmp_path, inspection, monkeypatch):
 
 
 def test_calibration_shows_frequencies_and_rows(inspection):
-    figure, bins = calibration_plot(inspection), inspection["calibration"]["bins"]
+    figure, bins = plots.calibration_plot(inspection), inspection["calibration"]["bins"]
     upper, counts = figure.axes
     assert list(upper.lines[1].get_ydata()) == [part["frequency"] for part in bins]
     assert [bar.get_height() for bar in counts.patches] == [part["rows"] for part in bins]
@@ -63,14 +57,15 @@ def test_calibration_shows_frequencies_and_rows(inspection):
 
 
 def test_layer_weights_are_lines_or_a_heat_map_of_many_labels(inspection):
-    figure = layer_weights_plot(inspection)
+    figure = plots.layer_weights_plot(inspection)
     (axes,) = figure.axes
     assert texts(axes.get_legend().get_texts()) == ["_no", "$^{$"]
     assert list(axes.lines[1].get_ydata()) == [0.1, 0.1, 0.8]
     assert all(place.is_integer() for place in axes.get_xticks().tolist())
     figure.draw_without_rendering()
     by_label = {f"label {i}": [i / 100, 0.2, 0.8 - i / 100] for i in range(28)}
-    axes, _ = layer_weights_plot({**inspection, "layer_weights": {"layers": [0, 4, 8], "by_label": by_label}}).axes
+    many = {**inspection, "layer_weights": {"layers": [0, 4, 8], "by_label": by_label}}
+    axes, _ = plots.layer_weights_plot(many).axes
     assert axes.images[0].get_array().tolist() == list(by_label.values())
     assert texts(axes.get_yticklabels()) == list(by_label) and texts(axes.get_xticklabels()) == ["0", "4", "8"]
 
@@ -80,7 +75,7 @@ def test_confusion_has_a_column_for_what_the_head_gives(count):
     matrix = np.random.default_rng(0).integers(0, 3, (count, count)) + 5000 * np.eye(count, dtype=int)
     matrix[0] = 0  # a label that no row has
     names = [f"$label_{i}$" for i in range(count)]
-    figure = confusion_plot({"split": "$\\frac{$", "confusion": matrix.tolist()}, names)
+    figure = plots.confusion_plot({"split": "$\\frac{$", "confusion": matrix.tolist()}, names)
     (axes,), totals = figure.axes, matrix.sum(axis=1)
     shown = {text.get_position(): text.get_text().replace(",", "") for text in axes.texts}
     assert shown == {(column, line): str(rows) for (line, column), rows in np.ndenumerate(matrix) if rows}
@@ -91,11 +86,11 @@ def test_confusion_has_a_column_for_what_the_head_gives(count):
     width = axes.texts[-1].get_window_extent().width
     assert width < axes.get_window_extent().width / count, "a number fits into its cell"
     with pytest.raises(ValueError):
-        confusion_plot({"split": "test", "confusion": matrix.tolist()}, names[1:])
+        plots.confusion_plot({"split": "test", "confusion": matrix.tolist()}, names[1:])
 
 
 def test_outcomes_of_several_labels(inspection):
-    figure = outcomes_plot(inspection)
+    figure = plots.outcomes_plot(inspection)
     (axes,) = figure.axes
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
     assert widths == [[1, 10], [2, 5], [-3, 0]], "found, missed, wrong; the label with the most rows on top"

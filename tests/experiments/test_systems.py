@@ -62,7 +62,6 @@ def test_ones_own_heads(folder, tmp_path):
 
 
 def test_ratios_are_medians_of_pairs():
-    """The median of the paired ratios is not the ratio of the medians."""
     pairs = [(1.0, 3.0), (4.0, 4.0), (5.0, 10.0)]
     ratios = row([((a, a / 2), (b, 2 * b)) for a, b in pairs], 750_000)
     assert ratios["ratio"] == {"median": 2.0, "quartiles": [1.5, 2.5], "runs": 3}
@@ -72,18 +71,12 @@ def test_ratios_are_medians_of_pairs():
     assert plain["ratio"] is plain["step_ratio"] is plain["step_ms"] is None
 
 
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"kind": ["lstm"]}, "lstm"),
-        ({"pairs": 0}, "pairs"),
-        ({"device": "abacus"}, "device"),
-        ({"dtype": "int8"}, "dtype"),
-        ({"backbone": "./no/such", "random_weights": True}, "no/such"),
-        ({"backbone": "./no/such"}, "no/such"),
-    ],
-)
-def test_values_that_are_not_allowed(folder, changes, named):
+WRONG = {"lstm": {"kind": ["lstm"]}, "pairs": {"pairs": 0}, "device": {"device": "abacus"}, "dtype": {"dtype": "int8"}}
+GONE = {"backbone": "./no/such"}
+
+
+@pytest.mark.parametrize("named, changes", [*WRONG.items(), ("such", GONE), ("such", GONE | {"random_weights": True})])
+def test_values_that_are_not_allowed(folder, named, changes):
     with pytest.raises(ProbeError, match=named):
         load_systems(options(**{"backbone": folder, **changes}))
 

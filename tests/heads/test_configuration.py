@@ -102,9 +102,8 @@ def test_labels_by_default():
 
 
 def test_json_round_trip():
-    config = ProbeConfig(
-        probe_type="gate", id2label={0: "né", 1: "oui"}, layers=[3, 1], prefix_ids=[1, 2], threshold=0.25, **SIZES
-    )
+    fields = {"layers": [3, 1], "prefix_ids": [1, 2], "threshold": 0.25, **SIZES}
+    config = ProbeConfig(probe_type="gate", id2label={0: "né", 1: "oui"}, **fields)
     back, unknown = ProbeConfig.from_dict({**json.loads(config.to_json_string()), "colour": "red"})
     assert back == config and unknown == ["colour"]
     assert config.layer_indices == [1, 3]

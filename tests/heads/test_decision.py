@@ -25,9 +25,8 @@ def test_single_label():
 
 
 def test_multi_label():
-    head = config(
-        id2label={0: "a", 1: "b", 2: "c"}, problem_type="multi_label_classification", threshold=[0.5, 0.9, 0.1]
-    )
+    names, several = {0: "a", 1: "b", 2: "c"}, "multi_label_classification"
+    head = config(id2label=names, problem_type=several, threshold=[0.5, 0.9, 0.1])
     probs = probabilities(torch.tensor([[1.0, 1.0, -1.0], [-1.0, -1.0, -4.0]]), head)
     assert labels(probs, head) == [["a", "c"], []]
     assert labels(probs, head.replace(threshold=None)) == [["a", "b"], []]

@@ -7,7 +7,6 @@ from conftest import HIDDEN, LAYERS, make_probe
 
 @pytest.mark.parametrize("maxima, members", [(1, 1), (3, 2)])
 def test_multimax_is_the_mean_of_its_members(maxima, members):
-    """Beside its definition, one row, one member and one layer at a time."""
     options = {"num_maxima": maxima, "num_members": members}
     probe = make_probe(probe_type="multimax", normalize="none", num_labels=3, options=options)
     states = [torch.randn(1, 5, HIDDEN) for _ in range(LAYERS + 1)]
@@ -15,10 +14,8 @@ def test_multimax_is_the_mean_of_its_members(maxima, members):
     for member in range(members):
         own = slice(member * maxima, (member + 1) * maxima)
         maxima_of = [(x[0] @ stage.value[slot, own].T).max(0).values for slot, x in enumerate(states)]
-        scores = [
-            maxima_of[slot] @ layer_stage.gate[slot, member] + layer_stage.bias[slot, member]
-            for slot in range(LAYERS + 1)
-        ]
+        gates, biases = layer_stage.gate[:, member], layer_stage.bias[:, member]
+        scores = [maxima_of[slot] @ gates[slot] + biases[slot] for slot in range(LAYERS + 1)]
         weights = torch.stack(scores).softmax(0) * (LAYERS + 1)
         vector = torch.cat([weight * values for weight, values in zip(weights, maxima_of, strict=True)])
         part = slice(member * len(vector), (member + 1) * len(vector))

@@ -61,18 +61,11 @@ def test_it_is_saved_with_the_head_and_keeps_its_results(tmp_path):
     assert new.novelty(total, count).isnan().tolist() == [True, False], "a row without tokens has none"
 
 
-@pytest.mark.parametrize(
-    "layers, rank, changes",
-    [
-        ([2], 3, {"layers": [0, 1]}),
-        ([9], 3, {}),
-        ([2, 1], 3, {}),
-        ([], 3, {}),
-        ([1], 0, {}),
-        ([1], 3, {"token_scope": "response"}),
-        ([4], 3, {"probe_type": "last"}),
-    ],
-)
+SETTINGS = [([2], 3, {"layers": [0, 1]}), ([9], 3, {}), ([2, 1], 3, {}), ([], 3, {}), ([1], 0, {})]
+CANNOT = [([1], 3, {"token_scope": "response"}), ([4], 3, {"probe_type": "last"})]
+
+
+@pytest.mark.parametrize("layers, rank, changes", SETTINGS + CANNOT)
 def test_settings_that_are_refused(layers, rank, changes):
     config = make_probe(**{"probe_type": "gate", **changes}).config
     with pytest.raises(ProbeError, match="novelty"):

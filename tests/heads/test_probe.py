@@ -204,10 +204,8 @@ def test_weights_are_distributions(case):
     assert whole.token_weights.shape == (len(mask), layers, mask.shape[1])
     assert whole.layer_weights.shape == (len(mask), layers)
     assert not whole.token_weights.transpose(1, 2)[~mask].any()
-    for weights, again in (
-        (whole.token_weights, streamed.token_weights),
-        (whole.layer_weights, streamed.layer_weights),
-    ):
+    for name in ("token_weights", "layer_weights"):
+        weights, again = whole[name], streamed[name]
         assert (weights >= 0).all()
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), atol=1e-5, rtol=0)
         torch.testing.assert_close(again, weights, atol=1e-5, rtol=1e-5)

@@ -21,9 +21,8 @@ from llama_probe.hub.resolve import bundled_heads
 @pytest.fixture
 def folder(tmp_path):
     """A head folder with the results of two seeds."""
-    folder = save_head(
-        make_probe(id2label={0: "no", 1: "yes"}, threshold=0.4, base_model_name_or_path="me/lm"), tmp_path / "weather"
-    )
+    probe = make_probe(id2label={0: "no", 1: "yes"}, threshold=0.4, base_model_name_or_path="me/lm")
+    folder = save_head(probe, tmp_path / "weather")
     scores = {"rows": 10, "accuracy": 0.8, "f1": 0.5, "precision": 0.6, "recall": 0.4, "auprc": 0.7, "auroc": 0.9}
     slices = {"who": {"a": {**scores, "auprc": None}}}
     tests = [{**scores, "f1": 0.5 + seed / 10, "slices": slices} for seed in (0, 1)]
@@ -61,14 +60,8 @@ def card_of(folder) -> str:
 
 def test_the_chosen_seed_and_the_spread(folder):
     text = write_card(folder).read_text()
-    for part in (
-        "0.600 (0.550 ± 0.071)",
-        "seed 1, the best of 2 by auprc",
-        "test, who = a",
-        "| - |",
-        "batch 16",
-        "- hail.",
-    ):
+    parts = "0.600 (0.550 ± 0.071)", "seed 1, the best of 2 by auprc", "test, who = a", "| - |", "batch 16", "- hail."
+    for part in parts:
         assert part in text
     data = create_card(folder).data
     assert data.license == "cc0-1.0" and data.base_model_relation == "adapter"
@@ -143,10 +136,8 @@ def test_bundled_cards_are_what_their_folders_give(alias):
 
 
 def test_pages_show_what_inspect_prints():
-    for page, mark, table in (
-        ("heads.md", "results", results_table()),
-        ("guard.md", "measured", measured_table(read_measured("safety"))),
-    ):
+    measured = measured_table(read_measured("safety"))
+    for page, mark, table in (("heads.md", "results", results_table()), ("guard.md", "measured", measured)):
         text = (ROOT / "docs" / page).read_text(encoding="utf-8")
         assert text.split(f"<!-- {mark} -->\n")[1].split(f"\n<!-- /{mark} -->")[0] == table
 

@@ -221,16 +221,13 @@ class TestPullIntoAFolder:
         assert same_weights(read_head("mood"), make_probe())
         (tmp_path / "file").touch()
         hub.plant("alice/damaged", hub.files(head) | {WEIGHTS_NAME: b"no"})
-        for arguments, words in (
-            ((head,), "not an empty folder"),
-            (("mood",), "not a Hub id"),
-            ((head, "file"), "file is a file"),
-            ((head, "file/inside"), "file is a file"),
-            (("a/nothing",), "cannot be fetched"),
-            (("alice/damaged",), "damaged"),
-        ):
+        sources = {head: "not an empty", "mood": "not a Hub id", "a/nothing": "fetched", "alice/damaged": "damaged"}
+        for source, words in sources.items():
             with pytest.raises(ProbeError, match=words):
-                pull_head(*arguments, check=read_head)
+                pull_head(source, check=read_head)
+        for place in ("file", "file/inside"):
+            with pytest.raises(ProbeError, match="file is a file"):
+                pull_head(head, place)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mood"]
 
 

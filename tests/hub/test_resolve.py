@@ -18,9 +18,8 @@ from llama_probe.serving.host import read_heads
 
 def test_bundled_heads_of_the_demo_backbone_are_readable():
     heads = bundled_heads(Target("HuggingFaceTB/SmolLM2-135M-Instruct", 576, 30, model_type="llama"))
-    assert heads.items() <= bundled_heads().items() and {"toxicchat-mha", "emotion-mha", *ALIASES.values()} <= set(
-        heads
-    )
+    assert heads.items() <= bundled_heads().items()
+    assert {"toxicchat-mha", "emotion-mha", *ALIASES.values()} <= set(heads)
     for head in read_heads(list(heads)).values():
         assert head.config.base_model_name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
         assert not any(name.startswith("LABEL_") for name in head.config.id2label.values())
@@ -125,23 +124,19 @@ class TestBundledAliases:
         name = target.name_or_path
         with pytest.raises(ProbeError) as raised:
             resolve_head("safety", target, HubOptions(local_files_only=True))
-        for words in (
-            f"no bundled head for {name}",
-            "Demo, Small, Twin",
-            f"train safety --backbone {name} --output DIR",
-        ):
+        command = f"train safety --backbone {name} --output DIR"
+        for words in (f"no bundled head for {name}", "Demo, Small, Twin", command):
             assert words in str(raised.value) and "\n" not in str(raised.value)
         with pytest.raises(ProbeError, match=f"train safety --backbone {name}"):
             resolve_head("safety-multimax", target, HubOptions(local_files_only=True))
 
     def test_an_unrelated_model_of_the_same_sizes_is_refused(self, bundle, tmp_path):
         make_lm(seed=5, hidden_size=16).save_pretrained(tmp_path / "other")
-        for load in (
-            lambda: AutoModel.from_pretrained(tmp_path / "other", probe="safety"),
-            lambda: ProbeModel.from_pretrained("safety", make_lm(seed=5, hidden_size=16)),
-        ):
-            with pytest.raises(ProbeError, match=r"no bundled head for .* train safety --backbone"):
-                load()
+        refused = r"no bundled head for .* train safety --backbone"
+        with pytest.raises(ProbeError, match=refused):
+            AutoModel.from_pretrained(tmp_path / "other", probe="safety")
+        with pytest.raises(ProbeError, match=refused):
+            ProbeModel.from_pretrained("safety", make_lm(seed=5, hidden_size=16))
         explicit = AutoModel.from_pretrained(tmp_path / "other", probe=bundle / "small" / "safety-multimax")
         assert explicit.active_probes == ["safety-multimax"], "it was asked for by its folder"
 
@@ -179,9 +174,6 @@ class TestAliasesOfTheBackbonesOwnHeads:
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: pytest.fail("the client repeats its request"))
         with hub.down():
             assert resolve_head("mood", target) == cached
-            for source, words in (
-                ("moood", "org/tiny:moood is not a head"),
-                ("a/b:moood", "a/b:moood cannot be fetched"),
-            ):
+            for source, words in (("moood", "org/tiny:moood is not a head"), ("a/b:moood", "a/b:moood cannot be")):
                 with pytest.raises(ProbeError, match=words):
                     resolve_head(source, target)
