@@ -1,6 +1,5 @@
 """The fixtures `hub`, a Hub on loopback that the `huggingface_hub` and `transformers` of this process use, and `token`."""
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,15 +17,13 @@ from . import HOME, HUB, HubServer
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """An empty Hub that plain calls use (no `endpoint=`, no `cache_dir=`), with an empty cache, and no token.
 
-    `hub.env` is the environment for subprocesses. An error of the server's own fails the test. The waits between the
-    client's repetitions are left out: they last 23 s.
+    An error of the server's own fails the test. The waits between the client's repetitions are left out: they last 23 s.
     """
     HUB.reset()
     close_session()
     shutil.rmtree(Path(HOME.name, "hub"), ignore_errors=True)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    HUB.env = dict(os.environ)
     impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", impatient)

@@ -133,7 +133,6 @@ class HubServer:
         requests: `(method, path, status)` of each request; no query, no header; the status is None if it was cut.
         repositories: by id; that of a data set begins with `datasets/`.
         errors: tracebacks of the server's own errors.
-        env: environment for a subprocess whose client uses this server; set by the fixture.
     """
 
     def __init__(self) -> None:
@@ -147,7 +146,6 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # large files by sha256
         self.requests: list[tuple[str, str, int | None]] = []
         self.errors: list[str] = []
-        self.env: dict[str, str] = {}
 
     @property
     def url(self) -> str:

@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -117,10 +118,8 @@ def test_generate(models, call):
     assert torch.equal(out.sequences, expected.sequences) and out.probe_labels == expected.probe_labels
     torch.testing.assert_close(out.probe_logits, expected.probe_logits, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out.probe_probabilities, expected.probe_probabilities, rtol=1e-6, atol=1e-6)
-    halts = [
-        [halt and (halt.head, halt.label, halt.threshold) for halt in each.get("probe_halts") or ()]
-        for each in outputs
-    ]
+    halts = [each.get("probe_halts") or () for each in outputs]
+    halts = [[halt and (halt.head, halt.label, halt.threshold) for halt in each] for each in halts]
     assert halts[0] == halts[1]
 
 
@@ -295,10 +294,8 @@ def bare_python(tmp_path_factory) -> Path:
 
 def test_a_repository_in_an_environment_without_the_package(bare_python, hub, tmp_path):
     lm, tokenizer = make_lm(vocab_size=260), make_tokenizer()
-    heads = {
-        "toxic": make_probe(id2label={0: "fine", 1: "toxic"}, vocab_size=260),
-        "mood": make_probe(1, probe_type="gate"),
-    }
+    toxic = make_probe(id2label={0: "fine", 1: "toxic"}, vocab_size=260)
+    heads = {"toxic": toxic, "mood": make_probe(1, probe_type="gate")}
     for part in (lm, tokenizer):
         part.save_pretrained(tmp_path / "lm")
     repository = export_repository(str(tmp_path / "lm"), tmp_path / "tiny-chat", heads)
@@ -307,13 +304,8 @@ def test_a_repository_in_an_environment_without_the_package(bare_python, hub, tm
     out = model.generate(**tokenizer("Hello there", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     expected = {"sequences": out.sequences.tolist(), "labels": out.probe_labels}
     expected["logits"] = {name: logits.tolist() for name, logits in out.probe_logits.items()}
-    done = subprocess.run(
-        [bare_python, "-I", "-c", SCRIPT, "tiny-chat", "alice/tiny-chat", json.dumps(expected)],
-        cwd=tmp_path,
-        env={**hub.env, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    command = [bare_python, "-I", "-c", SCRIPT, "tiny-chat", "alice/tiny-chat", json.dumps(expected)]
+    options = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
     assert done.returncode == 0, done.stderr
     assert re.search("label|'", done.stdout)
