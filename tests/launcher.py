@@ -1,9 +1,11 @@
-"""Starts the real torchrun on loopback."""
+"""Starts the real torchrun on loopback, and kills one of its ranks."""
 
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -26,6 +28,18 @@ def torchrun(*args, nodes: int = 1, node: int = 0, port: int | None = None) -> s
     return subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
     )
+
+
+def kill_rank(process: subprocess.Popen, is_time: Callable[[], object]) -> list[psutil.Process]:
+    """Kill rank 1, as soon as `is_time` says so. Return all ranks."""
+    deadline = time.monotonic() + 200
+    while not is_time():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    ranks = psutil.Process(process.pid).children()
+    (victim,) = [child for child in ranks if child.environ().get("RANK") == "1"]
+    victim.kill()
+    return ranks
 
 
 def finish(process: subprocess.Popen, timeout: float = 240) -> subprocess.CompletedProcess:

@@ -99,11 +99,8 @@ def in_parts(folder: Path) -> dict:
         ProbeTrainer(head, ProbeTrainingArguments(str(folder / "tp")), None, cached)
         raise AssertionError("the Trainer would give each rank its own rows")
     local = lm.model.layers[LAYERS - 1].mlp.down_proj.weight
-    return {
-        "logits": logits.tolist(),
-        "scores": scores.tolist(),
-        "split": list(getattr(local, "to_local", lambda: local)().shape),
-    }
+    split = getattr(local, "to_local", lambda: local)().shape
+    return {"logits": logits.tolist(), "scores": scores.tolist(), "split": list(split)}
 
 
 def checkpointed(folder: Path) -> list[str]:

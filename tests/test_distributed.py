@@ -2,18 +2,15 @@
 
 import json
 import shutil
-import signal
-import time
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import ranks_at_work
 import torch
 from command_line import settings
 from conftest import LAYERS, make_lm, make_probe, make_prompts, read_head
-from launcher import finish, free_port, torchrun
+from launcher import finish, free_port, kill_rank, torchrun
 from ranks_at_work import LABELS, prompts
 from training_runs import write
 from transformers import AutoModelForCausalLM
@@ -64,8 +61,6 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
 
 @pytest.mark.slow
 class TestTwoNodes:
-    """Two agents on loopback with a process each."""
-
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory, backbone_folder) -> Path:
         folder = tmp_path_factory.mktemp("nodes")
@@ -152,13 +147,7 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     arguments = ["-m", "llama_probe.cli", "train", *places, *words, "--resume", "--json"]
     process = torchrun(*arguments)
     saved = output / CHECKPOINTS
-    deadline = time.monotonic() + 200
-    while not list(saved.glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    ranks = psutil.Process(process.pid).children()
-    (victim,) = [child for child in ranks if child.environ().get("RANK") == "1"]
-    victim.send_signal(signal.SIGKILL)
+    ranks = kill_rank(process, lambda: list(saved.glob("checkpoint-*/trainer_state.json")))
     done = finish(process, 60)
     assert done.returncode != 0 and "llama-probe: " in done.stderr and "--resume" in done.stderr
     assert "SIGKILL" in done.stderr, "torchrun says which process it was"

@@ -2,15 +2,12 @@
 
 import json
 import math
-import signal
-import time
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_probe, with_novelty
-from launcher import finish, torchrun
+from launcher import finish, kill_rank, torchrun
 from transformers import AutoTokenizer
 
 from llama_probe import ProbeError
@@ -199,19 +196,13 @@ def test_another_job_is_refused(tmp_path, heads, run):
 
 @pytest.mark.slow
 def test_two_processes_one_killed_then_one_alone(tmp_path, backbone_folder, heads, run):
-    """A job of two processes resumes with one."""
     inputs = [write(tmp_path / f"{name}.parquet", 150) for name in "ab"]
     output = tmp_path / "out"
     process = torchrun(
         "-m", "llama_probe.cli", "classify", "--probe", heads[0], "--backbone", backbone_folder, "--output", output,
         "--input", inputs[0], "--input", inputs[1], "--chunk-rows", 2, "--keep-column", "id", "--resume",
     )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while len(list(output.glob("part-*"))) < 10:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    (victim,) = [c for c in psutil.Process(process.pid).children() if c.environ().get("RANK") == "1"]
-    victim.send_signal(signal.SIGKILL)
+    kill_rank(process, lambda: len(list(output.glob("part-*"))) >= 10)
     stopped = finish(process, 60)
     assert stopped.returncode != 0 and "--resume" in stopped.stderr
     finished = {path.name: path.stat().st_mtime_ns for path in output.glob("part-*")}
