@@ -61,12 +61,10 @@ def test_a_head_learns_nothing_of_the_rows_that_it_is_to_leave_out(tmp_path):
     held = list(range(0, 48, 3))
     flipped = TRAIN[1].copy()
     flipped[held] = 1 - flipped[held]
-    rows, given = ((TRAIN[0], labels) for labels in (TRAIN[1], flipped)), {"left_out": {"twin": held}}
+    given = {"left_out": {"twin": held}, "num_train_epochs": 2}
     a, b = (
-        train(
-            {"whole": head(), "twin": head()}, tmp_path / str(place), train_rows=part, num_train_epochs=2, **given
-        ).heads
-        for place, part in enumerate(rows)
+        train({"whole": head(), "twin": head()}, tmp_path / name, train_rows=(TRAIN[0], labels), **given).heads
+        for name, labels in (("a", TRAIN[1]), ("b", flipped))
     )
     assert same(a["twin"], b["twin"]) and not same(a["whole"], b["whole"], 1e-3)
 

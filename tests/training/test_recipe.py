@@ -23,8 +23,7 @@ def changed(**sections):
 
 
 @pytest.mark.parametrize(
-    "rows, kind",
-    [(1, "pooling"), (128, "pooling"), (129, "gate"), (512, "gate"), (513, "multimax")],
+    "rows, kind", [(1, "pooling"), (128, "pooling"), (129, "gate"), (512, "gate"), (513, "multimax")]
 )
 def test_a_kind_for_so_many_rows(rows, kind):
     head = complete_head({}, rows)
@@ -44,17 +43,11 @@ def test_given_values_stay():
     assert {name: getattr(args, name) for name in given} == given
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("learning_rate", float("nan")),
-        ("num_train_epochs", -1),
-        ("per_device_train_batch_size", 2**31),
-        ("patience", 0),
-        ("focal_gamma", float("inf")),
-        ("cache_states", "always"),
-    ],
-)
+OUT_OF_RANGE = {"learning_rate": float("nan"), "focal_gamma": float("inf"), "patience": 0, "num_train_epochs": -1}
+OUT_OF_RANGE |= {"per_device_train_batch_size": 2**31, "cache_states": "always"}
+
+
+@pytest.mark.parametrize("name, value", OUT_OF_RANGE.items())
 def test_numbers_out_of_range_are_refused(name, value):
     with pytest.raises(ProbeError, match=f"{name}="):
         ProbeTrainingArguments(use_cpu=True, **{name: value})
@@ -85,9 +78,8 @@ class TestFile:
         assert list(yaml.safe_load(recipe.write())) == list(values), "in the order in which it was written"
 
     def test_settings_change_fields(self, tmp_path):
-        (tmp_path / "a.yaml").write_text(
-            "train: [{rows: toxicchat}, {rows: xstest, max_rows: 5}]\ntraining: {learning_rate: 1e-2}\n"
-        )
+        text = "train: [{rows: toxicchat}, {rows: xstest, max_rows: 5}]\ntraining: {learning_rate: 1e-2}\n"
+        (tmp_path / "a.yaml").write_text(text)
         settings = ["training.learning_rate=1e-3", "train.1.max_rows=7", "labels.flagged=[toxic]", "head.dropout=0.3"]
         recipe = Recipe.load(tmp_path / "a.yaml", settings)
         assert recipe.training == {"learning_rate": 0.001} and recipe.train[1].max_rows == 7

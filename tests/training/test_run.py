@@ -3,6 +3,7 @@
 import json
 import shutil
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,10 +28,6 @@ from llama_probe.training.run import train_recipe
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
 
 
 def test_folds(backbone_folder, tmp_path):
@@ -186,7 +183,7 @@ class TestResuming:
             return train(tmp_path, tmp_path / "backbone", rows, resume, training=changes)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(trainer, "finish", interrupt)
+            patched.setattr(trainer, "finish", Mock(side_effect=KeyboardInterrupt))
             resumed(resume=False)
         assert list((tmp_path / "head" / CHECKPOINTS).glob("checkpoint-*"))
         assert (tmp_path / "head" / ".states").is_dir()
@@ -229,11 +226,8 @@ def test_half_of_a_checkpoint_is_none(tmp_path):
 
 
 def test_states_go_where_the_training_fails_and_folders_of_ones_own_stay(backbone_folder, tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("out of order")
-
     (tmp_path / "head" / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(trainer, "finish", fail)
+    monkeypatch.setattr(trainer, "finish", Mock(side_effect=RuntimeError("out of order")))
     with pytest.raises(RuntimeError, match="out of order"):
         train(tmp_path, backbone_folder)
     assert not (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()
@@ -284,9 +278,8 @@ def test_states_that_do_not_fit_are_not_cached(tmp_path, backbone_folder, monkey
 def test_rates_without_a_threshold_are_left_out(monkeypatch):
     head = make_probe(id2label={0: "mild", 1: "wild"}, flagged=["wild"])
     scores = torch.tensor([0.99999, 0.9999, 0.8, 0.6, 0.5, *[0.3] * 95])
-    monkeypatch.setattr(
-        training_results, "predict_logits", lambda *_, **__: torch.stack([1 - scores, scores], 1).log()
-    )
+    logits = torch.stack([1 - scores, scores], 1).log()
+    monkeypatch.setattr(training_results, "predict_logits", lambda *_, **__: logits)
     recipe, rows = SimpleNamespace(calibration=Calibration(rates=[0.05, 0.01])), SimpleNamespace(calibration=scores)
     run = SimpleNamespace(recipe=recipe, rows=rows, datasets={"calibration": None})
     assert training_results._calibrate(run, head)["rates"] == {"fpr-5%": 0.05}

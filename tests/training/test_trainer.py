@@ -65,8 +65,6 @@ def test_the_stock_trainer_alone_will_do(tmp_path, caplog):
 
 
 class TestRows:
-    """What a table of rows makes of a head."""
-
     def test_from_rows_to_a_head_that_serves(self, tmp_path, backbone_folder):
         folder, config = tmp_path / "head", {"probe_type": "gate", "flagged": ["bad"]}
         trainer = mood(tmp_path / "out", backbone=str(backbone_folder), probe_config=config)
@@ -201,13 +199,8 @@ def test_model_init_keeps_to_the_states_that_are_cached(tmp_path, later):
 
 
 def test_a_search_for_the_smallest_loss(tmp_path):
-    trainer = mood(
-        tmp_path,
-        model_init=lambda trial: head(make_lm(vocab_size=260)),
-        metric_for_best_model="loss",
-        num_train_epochs=1,
-    )
-    seen = []
+    changes, seen = {"metric_for_best_model": "loss", "num_train_epochs": 1}, []
+    trainer = mood(tmp_path, model_init=lambda trial: head(make_lm(vocab_size=260)), **changes)
     best = trainer.hyperparameter_search(
         lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", [1e-3, 0.5])}, n_trials=3,
         compute_objective=lambda metrics: seen.append(metrics["eval_loss"]) or seen[-1],
@@ -223,9 +216,8 @@ def test_the_loss_follows_the_arguments(tmp_path):
 
 
 def test_a_reply_in_token_ids_ends_with_its_mask(tmp_path):
-    rows = [
-        {"input_ids": [5, 6, 7, 8, 9, 3, 4], "probe_mask": [0, 0, 1, 1, 1, 0, 0], "label": i % 2} for i in range(8)
-    ]
+    row = {"input_ids": [5, 6, 7, 8, 9, 3, 4], "probe_mask": [0, 0, 1, 1, 1, 0, 0]}
+    rows = [row | {"label": i % 2} for i in range(8)]
     probe = head(make_lm(vocab_size=260), token_scope="response")
     args = ProbeTrainingArguments(str(tmp_path), cache_states=False, num_train_epochs=1, novelty=False)
     trainer = ProbeTrainer(probe, args, train_dataset=rows)
