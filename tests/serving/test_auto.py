@@ -117,8 +117,6 @@ def test_without_a_network_the_hub_is_asked_once(hub, monkeypatch, load):
 
 
 class TestDemo:
-    """`"demo"` names the demo backbone in Python, too."""
-
     @pytest.fixture(autouse=True)
     def demo(self, backbone_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(loading, "demo_backbone", lambda: backbone_folder)

@@ -21,11 +21,8 @@ from llama_probe.serving.session import session_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-KINDS = {
-    **FORMS,
-    "follows": {"probe_type": "mha", "token_scope": "all"},
-    "reply": {"probe_type": "gate", "token_scope": "response"},
-}
+REPLY = {"probe_type": "gate", "token_scope": "response"}
+KINDS = {**FORMS, "follows": {"probe_type": "mha", "token_scope": "all"}, "reply": REPLY}
 
 
 def of_kinds(*names, **lm_changes):
@@ -66,14 +63,8 @@ def assert_goes_on(model, out, cached):
     follow(model, out, torch.cat([out.sequences, make_prompts(1, 4, seed=1)], 1))
 
 
-TURNS = [
-    {},
-    {"do_sample": True, "temperature": 0.8},
-    {"prefill_chunk_size": 3},
-    {"max_new_tokens": 19},
-    {"max_new_tokens": 1},
-    {},
-]
+TURNS = [{}, {"do_sample": True, "temperature": 0.8}, {"prefill_chunk_size": 3}]
+TURNS += [{"max_new_tokens": 19}, {"max_new_tokens": 1}, {}]
 
 
 @pytest.mark.parametrize("cache_type", [DynamicCache, StaticCache])
@@ -119,10 +110,8 @@ def test_batches_with_padding_and_replies_that_end(padding, more, behind, pad, r
         ids[row, :width], mask[row, :width] = pad, 0
     torch.manual_seed(seed)
     kwargs = {"do_sample": True, "num_return_sequences": repeats}
-    # the end is likely, so that some replies end early
-    first = model.generate(
-        ids, attention_mask=mask, max_new_tokens=8, probe_state=True, sequence_bias={(2,): 4.0}, **kwargs
-    )
+    kwargs["sequence_bias"] = {(2,): 4.0}  # the end is likely, so that some replies end early
+    first = model.generate(ids, attention_mask=mask, max_new_tokens=8, probe_state=True, **kwargs)
     replies = first.sequences[:, 7:]
     ended = (replies == 2).cumsum(1) - (replies == 2).int() > 0
     rows = torch.tensor(picked) % len(first.sequences)
@@ -232,13 +221,9 @@ class TestForward:
     def test_a_state_is_kept_where_it_is_asked_for(self, model, prompts):
         first, embeds = model(prompts, use_cache=True), model.get_input_embeddings()(prompts)
         assert isinstance(model(prompts, probe_state=True).probe_state, ProbeCache)
-        for out in (
-            model(prompts),
-            model(prompts, use_cache=False),
-            model(prompts[:, :1], cache=first.cache),
-            model(inputs_embeds=embeds, use_cache=True),
-        ):
-            assert out.probe_state is None
+        assert model(prompts).probe_state is None and model(prompts, use_cache=False).probe_state is None
+        assert model(prompts[:, :1], cache=first.cache).probe_state is None
+        assert model(inputs_embeds=embeds, use_cache=True).probe_state is None
 
 
 class TestCost:
@@ -278,9 +263,8 @@ class TestHalting:
 
     def test_one_of_a_batch(self, model, prompts):
         """Behind a prompt that was halted nothing counts: what the LM was made to write there is no reply."""
-        out = model.generate(
-            prompts, max_new_tokens=5, probe_state=True, halt_on=lambda outputs: [True, False, False], eos_token_id=2
-        )
+        call = {"max_new_tokens": 5, "probe_state": True, "eos_token_id": 2}
+        out = model.generate(prompts, halt_on=lambda outputs: [True, False, False], **call)
         new = make_prompts(3, 3, seed=1)
         ids = torch.cat([out.sequences, new], 1)
         mask = torch.cat([torch.ones_like(prompts), (out.sequences[:, 9:] != 0).long(), torch.ones_like(new)], 1)

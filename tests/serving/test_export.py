@@ -56,9 +56,8 @@ def test_what_is_in_it(export, tmp_path):
 
 
 def test_heads_that_were_saved_beside_the_backbone_stay_there(export, tmp_path):
-    AutoModelForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), {"own": toxic()}).save_pretrained(
-        tmp_path / "lm"
-    )
+    model = AutoModelForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), {"own": toxic()})
+    model.save_pretrained(tmp_path / "lm")
     make_tokenizer().save_pretrained(tmp_path / "lm")
     folder = export(tmp_path / "out", backbone=tmp_path / "lm")
     assert AutoModelForCausalLM.from_pretrained(folder).config.to_dict().get("probe_heads") is None
@@ -159,20 +158,11 @@ class TestHub:
             AutoModelForCausalLM.from_pretrained(REPO, token=False)
 
     def test_a_second_push_replaces_weights_code_and_heads_and_keeps_the_rest(self, hub, token, repository):
-        old = {
-            "gone_llama_probe.py": b"1",
-            "model-00001-of-00002.safetensors": b"2",
-            "model.safetensors.index.json": b"{}",
-            "toxic/results.json": b"{}",
-            "toxic/notes.txt": b"kept",
-            "mood/probe_config.json": b"{}",
-            "notes.txt": b"kept",
-            "own.py": b"kept",
-        }
-        hub.plant(REPO, old)
+        shards = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+        kept = dict.fromkeys(("toxic/notes.txt", "mood/probe_config.json", "notes.txt", "own.py"), b"kept")
+        hub.plant(REPO, kept | dict.fromkeys(("gone_llama_probe.py", *shards, "toxic/results.json"), b"old"))
         push_repository(repository, REPO, token=token)
-        kept = {"toxic/notes.txt", "mood/probe_config.json", "notes.txt", "own.py"}
-        assert hub.files(REPO) == self.contents(repository) | {name: old[name] for name in kept}
+        assert hub.files(REPO) == self.contents(repository) | kept
         before = hub.head(REPO)
         push_repository(repository, REPO, token=token)
         assert hub.head(REPO) == before
@@ -191,10 +181,7 @@ class TestHub:
         monkeypatch.setenv("HF_TOKEN", token)
         head = save_head(toxic(), tmp_path / "toxic")
         options = ("--backbone", backbone_folder, "--probe", head, "--license", "mit", "--push", REPO, "--json")
-        assert succeed("export", tmp_path / "out", *options) == {
-            "folder": str(tmp_path / "out"),
-            "commit": hub.head(REPO),
-            "url": f"{hub.url}/{REPO}/commit/{hub.head(REPO)}",
-            "pull_request": None,
-        }
+        found, commit = succeed("export", tmp_path / "out", *options), hub.head(REPO)
+        assert (found["folder"], found["commit"], found["pull_request"]) == (str(tmp_path / "out"), commit, None)
+        assert found["url"] == f"{hub.url}/{REPO}/commit/{commit}"
         assert f'from_pretrained("{REPO}", probe="toxic"' in hub.files(REPO)["README.md"].decode()

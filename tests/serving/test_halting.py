@@ -188,9 +188,8 @@ class TestPolicies:
 
         def call(*_):
             inner.append(model.generate(prompts, max_new_tokens=3, halt_on={"mood": {"threshold": 0.0}}))
-            torch.testing.assert_close(
-                model(prompts, probes="mood").probe_logits["mood"], expected.probe_logits["mood"]
-            )
+            passed = model(prompts, probes="mood").probe_logits["mood"]
+            torch.testing.assert_close(passed, expected.probe_logits["mood"])
             return [False] * 3
 
         out = model.generate(prompts, halt_on=call, on_probe_token=call, **kwargs)
@@ -199,14 +198,9 @@ class TestPolicies:
         assert len(inner) == 1 + 3
         assert all(torch.equal(each.sequences, prompts) and all(each.probe_halts) for each in inner)
 
-    @pytest.mark.parametrize(
-        "decisions",
-        [
-            [None, Halt("mood", "awful", 0.7, 0.5), 1],
-            torch.tensor([False, True, True]),
-            [torch.tensor([0]), np.bool_(True), np.True_],
-        ],
-    )
+    FORMS = [None, Halt("mood", "awful", 0.7, 0.5), 1], torch.tensor([False, True, True])
+
+    @pytest.mark.parametrize("decisions", [*FORMS, [torch.tensor([0]), np.bool_(True), np.True_]])
     def test_forms_of_decisions(self, model, prompts, decisions):
         halts = model.generate(prompts, max_new_tokens=2, halt_on=lambda outputs: decisions).probe_halts
         assert halts[0] is None and halts[2] == Halt()
@@ -270,9 +264,8 @@ class TestRules:
     @pytest.mark.parametrize("chunks", [{}, {"prefill_chunk_size": 2}])
     @pytest.mark.parametrize("kind", probe_types())
     def test_an_lm_that_gives_nan_lets_nothing_through(self, kind, chunks, prompts):
-        heads = {
-            scope: make_probe(probe_type=kind, token_scope=scope, vocab_size=VOCAB) for scope in ("prompt", "all")
-        }
+        values = {"probe_type": kind, "vocab_size": VOCAB}
+        heads = {scope: make_probe(token_scope=scope, **values) for scope in ("prompt", "all")}
         model, mask = probed(heads), padded(prompts)
         model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
         for scope, head in heads.items():

@@ -105,10 +105,9 @@ def test_a_config_stays_as_it_is_and_nothing_is_said_of_it(model, prompts, caplo
     config, streamer = GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=2), Recorder()
     model.add_probe("reply", make_probe(token_scope="all"))
     before = config.to_dict()
-    with caplog.at_level("WARNING"):  # arguments by their place
-        out = model.generate(
-            prompts[:1], config, None, [], None, None, None, streamer, halt_on=lambda outputs: [False]
-        )
+    by_place = (prompts[:1], config, None, [], None, None, None, streamer)
+    with caplog.at_level("WARNING"):
+        out = model.generate(*by_place, halt_on=lambda outputs: [False])
     assert "deprecated" not in caplog.text and config.to_dict() == before
     assert out.probe_halts == [None] and streamer.reply == out.sequences[0, 9:].tolist()
     assert out.probe_logits and out.probe_token_logits["reply"].shape[1] == 2
@@ -155,10 +154,7 @@ class TestRefusals:
             ("no prompt", lambda: model.generate(max_new_tokens=2)),
             ("no prompt", lambda: model.generate(prompts[:0], max_new_tokens=2)),
             ("no prompt", lambda: model.classify(prompts[:, :0])),
-            (
-                "input_ids must be a tensor .* with \\*\\*",
-                lambda: model.generate(BatchEncoding({"input_ids": prompts})),
-            ),
+            (r"must be a tensor .* with \*\*", lambda: model.generate(BatchEncoding({"input_ids": prompts}))),
             ("input_ids must be a tensor", lambda: model.generate(prompts.tolist())),
         ):
             with pytest.raises(ProbeError, match=words):

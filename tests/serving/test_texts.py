@@ -66,9 +66,7 @@ def test_a_start_that_no_head_reads_runs_once(model):
     probe = model.add_probe("a", make_probe(token_scope="content", **fields()))
     model.add_probe("last", make_probe(probe_type="last", token_scope="prompt", **fields()))
     expected, ran = {name: alone(model, name, texts) for name in model.probes}, []
-    model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: ran.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: ran.append(tuple(args[0].shape[:2])))
     found = {name: output.logits for name, output in model.classify(texts, tokenizer=TOKENIZER).items()}
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     start = len(probe.config.prefix_ids)
