@@ -140,7 +140,6 @@ def test_the_chat_halts_flagged_messages_and_continues():
 @pytest.mark.slow
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs a CPU beside the actors'")
 def test_actors_of_ray_give_the_scores_of_a_job(tmp_path, backbone_folder):
-    """On a small cluster of its own on this machine."""
     pytest.importorskip("ray.data", reason="ray is not installed: pip install 'ray[data]'")
     head, source = tmp_path / "mood", tmp_path / "rows.parquet"
     save_head(make_probe(1, probe_type="gate", prompt_format="chat", max_length=64), head)

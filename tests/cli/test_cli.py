@@ -104,8 +104,7 @@ def test_evaluate_with_a_judge(served, rows, tmp_path):
     assert "--ask" in refuse(*args[:-4], "--judge-column", "guard")
 
 
-def test_the_backbone_is_the_heads_own(trained):
-    """Without --backbone."""
+def test_without_one_the_backbone_is_the_heads_own(trained):
     assert succeed("classify", "good morning", "--probe", trained[0], "--json")
 
 
@@ -248,6 +247,7 @@ TRAIN = "train --train {rows} --output {out} "
         (TRAIN + "--set head.options.num_members=low", "num_members"),
         (TRAIN + "--set head.layers=top", "layers"),
         (TRAIN + "--epochs 0", "num_train_epochs=0"),
+        ("train --train toxichat --output {out}", "'toxichat' is no file"),
         (TRAIN + "--flag worse", "worse"),
         (TRAIN + "--set training.cache_states=false --set training.cache_dir=kept", "cache_states"),
     ],

@@ -57,10 +57,3 @@ def test_train_on_several_labels(copies, backbone_folder, tmp_path):
     train(backbone_folder, "goemotions", tmp_path / "go", "--data-dir", copies)
     config = read_config(tmp_path / "go")
     assert config.problem_type == "multi_label_classification" and config.id2label[27] == "neutral"
-
-
-@pytest.mark.parametrize("source", ["toxichat", "toxicchat:dev"])
-def test_rows_that_there_are_not(copies, tmp_path, source):
-    words = ("--data-dir", copies, "--output", tmp_path / "out")
-    assert source.partition(":")[0] in refuse("train", "--train", source, *words)
-    assert not (tmp_path / "out").exists()

@@ -88,13 +88,8 @@ def test_evaluate_against_other_texts(rows, new, old):
 
 def test_drift(rows, new, old, tmp_path):
     log = tmp_path / "log.jsonl"
-    log.write_text(
-        '{"text": ""}\n'
-        + (rows / "test.jsonl").read_text()
-        + "\n"
-        + (rows / "other.jsonl").read_text()
-        + '\n{"text": null}'
-    )
+    texts = ['{"text": ""}', *((rows / f"{name}.jsonl").read_text() for name in ("test", "other")), '{"text": null}']
+    log.write_text("\n".join(texts))
     args = ("drift", *new, "--input", log)
     found = succeed(*args, "--top", 3, "--json")
     assert found["rows"] == 100 and found["novelty"]["far"] > 0.3 and set(found["labels"]) == {"fine", "awful"}
