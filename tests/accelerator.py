@@ -16,16 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = "sim"
 # Operations that give the host a number, or a result whose size depends on values.
-READS = {
-    "_local_scalar_dense",
-    "equal",
-    "is_nonzero",
-    "item",
-    "nonzero",
-    "masked_select",
-    "unique_consecutive",
-    "_unique2",
-}
+READS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
+READS |= {"nonzero", "masked_select", "unique_consecutive", "_unique2"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}  # take indices of the CPU as well
 NO_KERNEL = {"detach", "alias", "_unsafe_view", "lift_fresh"}
 
@@ -35,11 +27,6 @@ class _Module(backend_registration._DummyBackendModule):
 
     def is_available(self):
         return False
-
-
-def _register() -> None:
-    if torch._C._get_privateuse1_backend_name() != DEVICE:
-        backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
 
 
 class SimTensor(torch.Tensor):
@@ -86,7 +73,8 @@ class Accelerator(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        _register()
+        if torch._C._get_privateuse1_backend_name() != DEVICE:
+            backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
         self.reads = self.operations = 0
         self._factories = _Factories()
 

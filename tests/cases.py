@@ -43,9 +43,8 @@ def with_backbone(**changes) -> ProbeModel:
 
 def guard(labels=("fine", "awful"), **changes):
     """A head that reads replies and flags its last label."""
-    return make_probe(
-        token_scope="response", probe_type="gate", id2label=dict(enumerate(labels)), flagged=[labels[-1]], **changes
-    )
+    changes |= {"id2label": dict(enumerate(labels)), "flagged": [labels[-1]]}
+    return make_probe(token_scope="response", probe_type="gate", **changes)
 
 
 def flag(*tokens, rows=(0,)):

@@ -42,18 +42,10 @@ def pytest_collection_finish(session):
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 4
 SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def make_lm(seed: int = 0, **changes) -> LlamaForCausalLM:
@@ -176,20 +168,18 @@ def make_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def make_reading(
-    tokens: list[str], unread: int = 0, label=None, probabilities: dict | None = None, seed: int = 0, **changes
+    tokens: list[str], unread: int = 0, label="yes", probabilities: dict | None = None, seed: int = 0, **changes
 ) -> Reading:
     """What a head might have looked at; random weights. The last token is the template's, and those not read are too."""
     config = make_probe(**{"probe_type": "gate", "id2label": {0: "no", 1: "yes"}, **changes}).config
     rng = np.random.default_rng(seed)
     weights = np.zeros((len(config.layer_indices), len(tokens)))
     weights[:, unread:] = rng.dirichlet(np.full(len(tokens) - unread, 0.3), len(weights))
-    places = range(len(tokens))
-    template = [place < unread or place == len(tokens) - 1 for place in places]
+    template = [place < unread or place == len(tokens) - 1 for place in range(len(tokens))]
     text = "".join(token for token, other in zip(tokens, template, strict=True) if not other)
     probabilities = {"no": 0.25, "yes": 0.75} if probabilities is None else probabilities
     layer_weights = rng.dirichlet(np.ones(len(weights)))
-    counted = [place >= unread for place in places]
-    label = "yes" if label is None else label
+    counted = [place >= unread for place in range(len(tokens))]
     return Reading("mood", config, text, tokens, template, counted, weights, layer_weights, label, probabilities)
 
 
@@ -197,7 +187,6 @@ def make_reading(
 def copies(tmp_path_factory) -> Path:
     """Local copies of data sets known by name, a few rows each."""
     folder = tmp_path_factory.mktemp("copies")
-
     words = ("kind", "rude", "odd", "sad", "shy", "loud")
     tables = {  # labels, and the first and last row of each split
         "toxicchat": (2, {"train": (0, 40), "test": (100, 112)}),
@@ -208,13 +197,12 @@ def copies(tmp_path_factory) -> Path:
     for name, (labels, splits) in tables.items():
         (folder / name).mkdir()
         for split, (first, end) in splits.items():
-            label = (lambda i: [i % 3 + 1, 27]) if name == "goemotions" else lambda i, count=labels: i % count
-            rows = [
-                {"text": f"{words[i % labels]} no {i}", "label": label(i), "human_annotation": i % 4 < 2}
-                for i in range(first, end)
-            ]
-            lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            (folder / name / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines))
+            lines = []
+            for i in range(first, end):
+                label = [i % 3 + 1, 27] if name == "goemotions" else i % labels
+                row = {"text": f"{words[i % labels]} no {i}", "label": label, "human_annotation": i % 4 < 2}
+                lines.append(json.dumps(row))
+            (folder / name / f"{split}.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     return folder
 
 

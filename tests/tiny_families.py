@@ -117,10 +117,8 @@ def tiny(family: str):
 
 
 def make_heads():
-    return {
-        kind: make_probe(i, probe_type=kind, num_labels=2 + i, num_hidden_layers=LAYERS)
-        for i, kind in enumerate(("gate", "mha"))
-    }
+    kinds = enumerate(("gate", "mha"))
+    return {kind: make_probe(i, probe_type=kind, num_labels=2 + i, num_hidden_layers=LAYERS) for i, kind in kinds}
 
 
 def padded_prompts():
@@ -150,9 +148,8 @@ def with_images(family: str):
 
 def plain_pass(lm, inputs, new_tokens=4):
     """The tokens that the plain model writes, and the hidden states of its pass over the prompts."""
-    out = lm.generate(
-        **inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, output_hidden_states=True
-    )
+    fields = {"return_dict_in_generate": True, "output_hidden_states": True}
+    out = lm.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **fields)
     return out.sequences, out.hidden_states[0]
 
 

@@ -21,9 +21,8 @@ from llama_probe.serving import reader
 FAMILIES = sorted(set(TINY) - {"llama4"})  # the forward of its whole model fails by itself
 # What all prompts begin with: heads over the "content" leave it out, those over turns take it for a user's.
 PREFIX = [5, 6]
-TURNS = {
-    role: {"ids": [token], "skip": skip} for role, token, skip in (("user", 5, 1), ("assistant", 8, 0), ("tool", 9, 2))
-}
+MARKERS = (("user", 5, 1), ("assistant", 8, 0), ("tool", 9, 2))
+TURNS = {role: {"ids": [token], "skip": skip} for role, token, skip in MARKERS}
 WAYS = [
     {"do_sample": False},
     {"do_sample": False, "num_beams": 3},
@@ -105,10 +104,9 @@ def test_text_and_scores(family, drawn, alike, batch, way, budget):
     with torch.no_grad():
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
             rows.append((lm(input_ids=ids[mask][None], output_hidden_states=True).hidden_states, ids[mask]))
-    heads = {str(seed): make_probe(seed, **config) for seed, config in enumerate(drawn * (1 + alike))}
-    wanted = {
-        name: torch.cat([score(head, states, len(ids), ids) for states, ids in rows]) for name, head in heads.items()
-    }
+    heads, wanted = {str(seed): make_probe(seed, **config) for seed, config in enumerate(drawn * (1 + alike))}, {}
+    for name, head in heads.items():
+        wanted[name] = torch.cat([score(head, states, len(ids), ids) for states, ids in rows])
 
     model = AutoModelForProbedGeneration.from_causal_lm(lm, heads)
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
