@@ -85,15 +85,8 @@ class Player:
         self.queue, self.steps, self.columns = [], 0, 4
 
     def add(
-        self,
-        name: str,
-        script: Script,
-        length: int = 5,
-        kind=RequestOutputKind.DELTA,
-        resumable=False,
-        asked: dict | None = None,
-        **changes,
-    ) -> None:
+        self, name, script: Script, length=5, kind=RequestOutputKind.DELTA, resumable=False, asked=None, **changes
+    ):
         """Add a request with a prompt of some length."""
         self.scripts[name], self.lengths[name] = script, length
         extra = {"extra_args": {"kv_transfer_params": asked}} if asked else {}
@@ -140,9 +133,7 @@ class Player:
         assert len({slot for _, slot in read.values()}) == len(read)
         ends = {name: computed[name] + count for name, count in step.num_scheduled_tokens.items()}
         is_read = {name: name not in running or end >= running[name].num_tokens for name, end in ends.items()}
-        tokens = [
-            [self.scripts[name].token(end - self.lengths[name])] if is_read[name] else [] for name, end in ends.items()
-        ]
+        tokens = [[self.scripts[name].token(end - self.lengths[name])] * is_read[name] for name, end in ends.items()]
         rows = {}
         for name, (place, _) in read.items():
             index = ends[name] - 1 - self.lengths[name]

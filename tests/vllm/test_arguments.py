@@ -113,14 +113,11 @@ class TestEngine:
 
     def test_refuses_models(self, tiny, tmp_path):
         config = AutoConfig.from_pretrained(tiny.backbone)
-        for architecture, arguments, named in (
-            ("Gemma3ForCausalLM", {}, "Gemma3ForCausalLM"),
-            ("Qwen3MoeForCausalLM", {"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
-        ):
-            config.architectures = [architecture]
+        for architecture, ranks, named in (("Gemma3", 1, "Gemma3"), ("Qwen3Moe", 2, "pipeline_parallel_size=2")):
+            config.architectures = [f"{architecture}ForCausalLM"]
             config.save_pretrained(tmp_path)
             with pytest.raises(ProbeError, match=named):
-                engine_kwargs(tmp_path, tiny.heads, **arguments)
+                engine_kwargs(tmp_path, tiny.heads, pipeline_parallel_size=ranks)
         (tmp_path / "config.json").unlink()
         with pytest.raises(ProbeError, match="cannot be read"):
             engine_kwargs(tmp_path, tiny.heads)

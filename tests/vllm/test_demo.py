@@ -40,16 +40,12 @@ def url(words, tmp_path_factory):
 
 
 def test_documented_server_gives_labels_and_replies_of_transformers(client, words):
-    heads, halting = (
-        [word for option, word in itertools.pairwise(words) if option == name] for name in ("--probe", "--halt-on")
-    )
+    heads = [word for option, word in itertools.pairwise(words) if option == "--probe"]
+    rules = read_halting([word for option, word in itertools.pairwise(words) if option == "--halt-on"])
     tokenizer = AutoTokenizer.from_pretrained(demo_backbone())
     model = LlamaForProbedGeneration.from_pretrained(demo_backbone(), probe=heads, dtype=torch.float32)
-    thresholds = {
-        head: rule.get("threshold", ProbeConfig.from_pretrained(head).threshold)
-        for head, rule in read_halting(halting).items()
-    }
-    halted = 0
+    own = {head: ProbeConfig.from_pretrained(head).threshold for head in rules}
+    thresholds, halted = {head: rule.get("threshold", own[head]) for head, rule in rules.items()}, 0
     for text in PROMPTS:
         chat = [{"role": "user", "content": text}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")

@@ -75,7 +75,6 @@ def test_draft_model(tiny, tmp_path):
 
 
 def test_pipeline(tiny):
-    """With heads that follow replies beside those of prompts."""
     # vLLM's stages on a CPU fail if nothing is compiled.
     compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
     with tiny.running(pipeline_parallel_size=2, **compiled) as llm:

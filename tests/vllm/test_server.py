@@ -159,7 +159,6 @@ ROUTES = {  # how they are read, and why a reply ends there that is not halted, 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_route_shows_no_flagged_token(client, claude, tiny, chats, route, stream):
-    """To many at once."""
     read, *reasons = ROUTES[route]
     with ThreadPoolExecutor() as threads:
         answers = list(threads.map(lambda text: read(client, claude, text, stream), chats))

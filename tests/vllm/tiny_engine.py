@@ -21,31 +21,18 @@ from llama_probe.vllm import engine_kwargs
 HIDDEN = 128
 # With weights of 0.2, which the other tests have, rounding alone moves states by 3e-4 and scores by 1e-4: those in fp32
 # of transformers are then as far from those in fp64 as vLLM's are.
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": HIDDEN,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.12,
-    "head_dim": 32,
-}
+SIZES = {"vocab_size": 260, "hidden_size": HIDDEN, "num_attention_heads": 4, "head_dim": 32}
+SIZES |= {"max_position_embeddings": 1024, "initializer_range": 0.12}
 PREFIX = [1, 30, 31]  # what "content" heads leave out
 MULTI = {"probe_type": "attentive", "options": {"num_queries": 1, "value_rank": 4}, "num_labels": 3}
 MULTI |= {"problem_type": "multi_label_classification"}
 VALUE = {"probe_type": "last", "num_labels": 1, "problem_type": "regression"}
 MAXIMA = {"probe_type": "multimax", "options": {"num_maxima": 2, "num_members": 3}}
 NAMES = {0: "fine", 1: "bad"}
+CONTENT = {"token_scope": "content", "prefix_ids": PREFIX}
 # Together an odd number of features, which two ranks share.
 HEADS = {
-    "guard": {
-        "probe_type": "mha",
-        "downcast": 8,
-        "id2label": NAMES,
-        "token_scope": "content",
-        "prefix_ids": PREFIX,
-        "threshold": 0.4,
-        "temperature": 4.0,
-    },
+    "guard": {"probe_type": "mha", "downcast": 8, "id2label": NAMES, "threshold": 0.4, "temperature": 4.0, **CONTENT},
     "tone": {"probe_type": "gate", "layers": [1, 3], "num_labels": 3, "temperature": 2.0},
     "topics": MULTI,
     "size": VALUE,
