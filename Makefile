@@ -47,15 +47,13 @@ attack: $(VENV)/.test
 	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 
 # Engines of vLLM on the CPU, a GB each, on tiny models and on the demo backbone, which the main environment prepares. Where one
-# hangs, the test fails. The server, of four processes, runs beside tests of one process: two engines of several processes take
-# three times as long beside each other. In the process of test_features no engine may follow, so test_engine comes before it. Each
-# file is named once: beside their folder, pytest would drop the files.
-VLLM_FIRST := $(addprefix tests/vllm/test_,server.py engine.py)
-VLLM_LAST := $(addprefix tests/vllm/test_,features.py demo.py)
-VLLM_TESTS := $(VLLM_FIRST) $(filter-out $(VLLM_FIRST) $(VLLM_LAST),$(wildcard tests/vllm/test_*.py))
+# hangs, the test fails. The longest files come first. In the process of test_features no engine may follow: those that come after
+# it have none, or one in processes of its own. Each file is named once: beside their folder, pytest would drop the files.
+VLLM_FIRST := $(patsubst %,tests/vllm/test_%.py,server engine features demo)
+VLLM_TESTS := $(VLLM_FIRST) $(filter-out $(VLLM_FIRST),$(wildcard tests/vllm/test_*.py))
 DEMO := $(or $(LLAMA_PROBE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llama_probe)/SmolLM2-135M-Instruct
 # Offline scores must be the same with the older release of transformers that vLLM needs.
-VLLM_TESTS += tests/serving/test_texts.py $(VLLM_LAST)
+VLLM_TESTS += tests/serving/test_texts.py
 
 test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
 	test -f $(DEMO)/config.json || $(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"

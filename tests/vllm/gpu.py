@@ -20,8 +20,7 @@ import torch
 
 
 FOLDER = Path(__file__).parent
-ENGINES = ("test_engine.py", "test_features.py")
-SERVER = "test_server.py"  # on two ranks
+ENGINES = ("test_engine.py", "test_features.py", "test_server.py")
 RUNNERS = {"V1": "0", "V2": "1"}
 GRAPHS = {"eager": "0", "graphs": "1"}
 
@@ -49,10 +48,10 @@ def commands(ranks: int) -> list[tuple[str, str, str, list[str]]]:
     """Return runner, graphs, what is run and the command, for each row of the table."""
     test = [sys.executable, "-m", "pytest", "-p", "gpu", "-n", "0", "-q"]
     if ranks == 1:
-        test += ["-k", "not pipeline"]
-    files, rows = (*ENGINES, SERVER) if ranks > 1 else ENGINES, []
+        test += ["-k", "not ranks"]
+    rows = []
     for runner, graphs in itertools.product(RUNNERS, GRAPHS):
-        rows += [(runner, graphs, file, [*test, str(FOLDER / file)]) for file in files]
+        rows += [(runner, graphs, file, [*test, str(FOLDER / file)]) for file in ENGINES]
         rows.append((runner, graphs, "cost", [sys.executable, str(FOLDER / "measure.py")]))
     return rows
 

@@ -11,23 +11,25 @@ from llama_probe.vllm.compatibility import ARCHITECTURES
 
 
 NEW = 20
+NGRAMS = "test_ngrams_beside_a_connector_that_stores_caches"
 FAMILIES = {
     "test_bfloat16": "mistral",
     "test_draft_model": "qwen3",
-    "test_ngrams_beside_a_connector_that_stores_caches": "qwen3_moe",
-    "test_pipeline": "qwen2",
+    NGRAMS: "qwen3_moe",
+    "test_ranks[pipeline]": "qwen2",
+    "test_ranks[tensor]": "phi3",
 }
-SERVED = ("llama", "phi3")  # by the other engine, and by the server
+SERVED = "llama"  # by the other engine
 
 
 @pytest.fixture
 def tiny(request, tmp_path) -> TinyServing:
     """The family of a test. Speculation does not go with heads that follow replies."""
     name = request.node.name
-    heads = HEADS | REPLY_HEADS if name in ("test_bfloat16", "test_pipeline") else HEADS
+    heads = HEADS if name in ("test_draft_model", NGRAMS) else HEADS | REPLY_HEADS
     tiny = make_serving(tmp_path, FAMILIES[name], heads)
     if name != "test_bfloat16":
-        tiny.set_thresholds(PROMPTS)
+        tiny.set_thresholds(PROMPTS, NEW if name == "test_ranks[tensor]" else 0)
     return tiny
 
 
@@ -35,12 +37,12 @@ def check(llm, tiny: TinyServing, times: int = 1) -> None:
     """Ask all prompts, and again: then they are in the prefix cache."""
     for again in range(times):
         outputs = generate(llm, PROMPTS, NEW)
-        assert tiny.check(outputs, PROMPTS, NEW) == {None, "guard"}
+        assert tiny.check(outputs, PROMPTS, NEW) == {None, *tiny.thresholds}
         assert bool(outputs[-1].num_cached_tokens) == bool(again)
 
 
 def test_each_family_has_an_engine():
-    assert {TINY[family][1] for family in (*SERVED, *FAMILIES.values())} == set(ARCHITECTURES)
+    assert {TINY[family][1] for family in (SERVED, *FAMILIES.values())} == set(ARCHITECTURES)
 
 
 def test_bfloat16(tiny):
@@ -74,10 +76,12 @@ def test_draft_model(tiny, tmp_path):
         check_speculation(llm, tiny, least=1)
 
 
-def test_pipeline(tiny):
+@pytest.mark.parametrize("kind", ["pipeline", "tensor"])
+def test_ranks(tiny, kind):
+    """With heads that follow replies beside those of prompts, and where all is shared a guard of replies."""
     # vLLM's stages on a CPU fail if nothing is compiled.
-    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
-    with tiny.running(pipeline_parallel_size=2, **compiled) as llm:
+    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}} if kind == "pipeline" else {}
+    with tiny.running(**{f"{kind}_parallel_size": 2}, **compiled) as llm:
         check(llm, tiny, times=2)
 
 

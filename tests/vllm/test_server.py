@@ -1,4 +1,4 @@
-"""A server on two ranks with guards of prompts and replies and a judge, asked by clients of OpenAI and Anthropic."""
+"""A server with guards of prompts and replies and a judge, asked by clients of OpenAI and Anthropic."""
 
 import asyncio
 import http.client
@@ -79,7 +79,7 @@ def url(tiny, chats, judge, log):
     for name, threshold in {**tiny.thresholds, "guard": high}.items():
         arguments += ["--halt-on", f'{name}={{"label": "bad", "threshold": {threshold}}}']
     options = "--served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 8 --api-key none"
-    options += " --tensor-parallel-size 2 --max-num-batched-tokens 64" + " --enforce-eager" * OPTIONS["enforce_eager"]
+    options += " --max-num-batched-tokens 64" + " --enforce-eager" * OPTIONS["enforce_eager"]
     with serving([*arguments, *options.split()], log) as url:
         yield url
 
