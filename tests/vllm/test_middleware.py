@@ -5,8 +5,10 @@ import math
 from urllib.parse import unquote
 
 import pytest
+from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from played_server import play, save_heads
+from vllm import SamplingParams
 from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRATEGIES
 
 from llama_probe.vllm.answers import answer
@@ -87,11 +89,15 @@ def test_stored_response_says_that_it_was_halted(serve):
 def test_halted_prompt_tells_no_probabilities_of_its_tokens(serve):
     """Else those of the prompt with a token more would tell the reply, one token a request."""
     for halted, told in ((None, {"7": -1.0}), ({"head": "guard"}, None), ({"head": "watch", "token": 3}, {"7": -1.0})):
-        client, _ = serve({"probes": {"guard": BAD}, "halted": halted})
+        client, engine = serve({"probes": {"guard": BAD}, "halted": halted})
         (choice,) = client.post("/v1/completions", json={"prompt": [5, 6]}).json()["choices"]
         assert choice["prompt_logprobs"] == [told] * 2
-    body = {"prompt": [5, 6], "kv_transfer_params": {"probes": [], "reply": False}}
-    assert client.post("/v1/completions", json=body).status_code == 400, "no guard would read the prompt"
+    asked = {"kv_transfer_params": {"probes": [], "reply": False}}
+    assert client.post("/v1/completions", json={"prompt": [5, 6], **asked}).status_code == 400, (
+        "no guard would read it"
+    )
+    with pytest.raises(HTTPException, match="reply"):  # of a route that takes sampling parameters as they are
+        engine.generate([5, 6], SamplingParams(extra_args=asked), "1")
 
 
 def chunk(index: int, finish_reason=None, **delta) -> bytes:

@@ -190,14 +190,11 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
     """Return a request's body, if its `kv_transfer_params.probes` is a list of the engine's heads; else raise status 400."""
     try:
         # It is read as the server reads it: the key may be written with escapes, or the body in UTF-16.
-        params = json.loads(body)["kv_transfer_params"]
-        asked = params.get("probes")
+        asked = json.loads(body)["kv_transfer_params"].get("probes")
     except RecursionError:
         raise HTTPException(400, "the body is nested too deeply") from None
     except (AttributeError, KeyError, TypeError, ValueError):  # the server says what is wrong, if anything is
         return body
-    if "reply" in params:  # without one, no guard reads the prompt
-        raise HTTPException(400, "kv_transfer_params.reply is for routes of labels: ask /v1/moderations or /classify")
     if asked is None or (isinstance(asked, list) and all(name in list(settings.heads) for name in asked)):
         return body
     known = ", ".join(settings.heads)
@@ -229,6 +226,9 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
         if labels is not None:
             params = copy.copy(params)
             params.extra_args = {"kv_transfer_params": labels.asked[place]}
+        elif "reply" in ((params.extra_args or {}).get("kv_transfer_params") or ()):
+            # Without a reply no guard reads the prompt, whose logprobs could tell it token by token.
+            raise HTTPException(400, "kv_transfer_params.reply is for routes of labels, such as /v1/moderations")
         is_judged = judge is not None and (labels is None or labels.is_judged)
         if is_judged:
             params = judge.in_parts(params)
