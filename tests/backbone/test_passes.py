@@ -53,7 +53,8 @@ def test_states_are_those_of_rows_run_whole_and_alone(rows, unread, batch_tokens
             with torch.no_grad():
                 expected = lm(torch.tensor([prompts[row]]), output_hidden_states=True).hidden_states
             expected = torch.cat(expected)[:, torch.tensor(masks[row])]  # [L+1, tokens that count, D]
-            torch.testing.assert_close(found[:, mask], expected, atol=1e-5, rtol=1e-5)
+            # A row of one token alone is another product than one in a batch, which rounds otherwise.
+            torch.testing.assert_close(found[:, mask], expected, atol=5e-5, rtol=1e-4)
             seen.append(row)
     assert sorted(seen) == list(range(len(rows)))
     assert all(count == 1 or count * width <= batch_tokens for count, width in sizes)
