@@ -158,9 +158,7 @@ class ScoringJob:
         names = ("backbone", "dtype", "text_column", "prompt_column", "chunk_rows")
         settings: JSON = {name: getattr(self, name) for name in names}
         settings["keep_columns"] = list(self.keep_columns)
-        # A config holds the digest of the weights, the threshold and the temperature.
-        configs = {name: head.config.to_json_string().encode() for name, head in heads.items()}
-        settings["heads"] = [[name, hashlib.sha256(config).hexdigest()] for name, config in configs.items()]
+        settings["heads"] = [[name, _digest(head)] for name, head in heads.items()]
         begun = {"format": _FORMAT, "inputs": [file.identity() for file in files], "settings": settings}
         path = self.output / MANIFEST_NAME
         remove_leftovers(self.output)
@@ -291,3 +289,11 @@ def _write(table: pa.Table, path: Path) -> None:
 def _write_manifest(path: Path, content: JSON) -> JSON:
     write_atomically({path: json.dumps(content, indent=2, ensure_ascii=False) + "\n"})
     return content
+
+
+def _digest(head: ProbeModel) -> str:
+    """Return a digest of weights and config, which holds threshold and temperature."""
+    digest = hashlib.sha256(head.config.to_json_string().encode())
+    for name, tensor in sorted(head.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
