@@ -39,21 +39,20 @@ class Family:
     model: str | None = None
 
     def modules(self, lm: nn.Module, depth: int) -> Modules | None:
-        """Return the modules, or None if `lm` does not have them, or not `depth` layers."""
+        """Return the modules, or None if `lm`, with or without its LM head, does not have them, or not `depth` layers."""
         model = self.layers.rpartition(".")[0] if self.model is None else self.model
-        paths = (model, self.embeddings, self.layers, self.norm)
         try:
-            # get_submodule is slower, and this runs before each forward pass with heads.
-            parts: list[Any] = [reduce(getattr, filter(None, path.split(".")), lm) for path in paths]
+            modules = Modules(*(_follow(lm, path) for path in (model, self.embeddings, self.layers, self.norm)))
         except AttributeError:
             return None
-        modules = Modules(*parts)
         return modules if isinstance(modules.layers, nn.ModuleList) and len(modules.layers) == depth else None
 
-    def without_lm_head(self) -> Family:
-        """Return the same paths, from the model without the LM head."""
-        embeddings, layers, norm = (path.partition(".")[2] for path in (self.embeddings, self.layers, self.norm))
-        return Family(embeddings, layers, norm, None if self.model is None else self.model.partition(".")[2])
+
+def _follow(lm: nn.Module, path: str) -> Any:
+    """Return the module at a path. The model without the LM head is what the first name of a path stands for."""
+    first, _, others = path.partition(".")
+    # get_submodule is slower, and this runs before each forward pass with heads.
+    return reduce(getattr, filter(None, others.split(".")), getattr(lm, first, lm))
 
 
 _LLAMA = Family("model.embed_tokens", "model.layers", "model.norm")
@@ -62,28 +61,12 @@ _INSIDE = Family("model.language_model.embed_tokens", "model.language_model.laye
 
 # By `model_type`. tests/tiny_families.py has a tiny model of each.
 FAMILIES: dict[str, Family] = {
-    "deepseek_v3": _LLAMA,
-    "gemma": _LLAMA,
-    "gemma2": _LLAMA,
-    "gemma3": _INSIDE,
-    "gemma3_text": _LLAMA,
+    **dict.fromkeys(("deepseek_v3", "gemma", "gemma2", "gemma3_text", "gpt_oss", "llama", "llama4_text"), _LLAMA),
+    **dict.fromkeys(("mistral", "mixtral", "olmo", "olmo2", "phi3", "qwen2", "qwen3", "qwen3_moe"), _LLAMA),
+    **dict.fromkeys(("gemma3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"), _INSIDE),
     "gpt2": Family("transformer.wte", "transformer.h", "transformer.ln_f"),
     "gpt_neox": Family("gpt_neox.embed_in", "gpt_neox.layers", "gpt_neox.final_layer_norm"),
-    "gpt_oss": _LLAMA,
-    "llama": _LLAMA,
     "llama4": Family("language_model.model.embed_tokens", "language_model.model.layers", "language_model.model.norm"),
-    "llama4_text": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _LLAMA,
-    "olmo": _LLAMA,
-    "olmo2": _LLAMA,
-    "phi3": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen2_5_vl": _INSIDE,
-    "qwen2_vl": _INSIDE,
-    "qwen3": _LLAMA,
-    "qwen3_moe": _LLAMA,
-    "qwen3_vl": _INSIDE,
 }
 
 _REGISTERED: dict[str, Family] = {}
@@ -122,14 +105,13 @@ def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[Modules,
     if getattr(lm.config, "is_encoder_decoder", False):
         raise ProbeError(f"{kind} is an encoder-decoder: heads read the hidden states of a causal LM")
     if (family := _REGISTERED.get(model_type)) is not None:
-        if (modules := _modules(lm, family, depth)) is None:
+        if (modules := family.modules(lm, depth)) is None:
             wanted = f"a ModuleList {family.layers} of {depth} layers, {family.embeddings} and {family.norm}"
             raise ProbeError(f"{kind} does not have the modules of register_family({model_type!r}, ...): {wanted}")
         return modules, "registered"
-    if model_type in FAMILIES and (modules := _modules(lm, FAMILIES[model_type], depth)) is not None:
-        return modules, "table"
-    if type(lm) in _FOUND and (modules := _FOUND[type(lm)].modules(lm, depth)) is not None:
-        return modules, "search"
+    for family, origin in ((FAMILIES.get(model_type), "table"), (_FOUND.get(type(lm)), "search")):
+        if family is not None and (modules := family.modules(lm, depth)) is not None:
+            return modules, origin
     candidates = list(_search(lm, depth))
     if len(candidates) == 1 and (modules := candidates[0].modules(lm, depth)) is not None:
         _FOUND[type(lm)] = candidates[0]
@@ -139,10 +121,6 @@ def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[Modules,
         f"the layers of {kind} were not found: it must have one ModuleList of {depth} layers beside one final norm "
         f"(found: {places}). Give their paths: llama_probe.register_family({model_type!r}, embeddings=, layers=, norm=)"
     )
-
-
-def _modules(lm: nn.Module, family: Family, depth: int) -> Modules | None:
-    return family.modules(lm, depth) or family.without_lm_head().modules(lm, depth)
 
 
 def _search(lm: transformers.PreTrainedModel, depth: int) -> Iterator[Family]:
