@@ -14,6 +14,7 @@ from .configuration import ProbeConfig
 from .device import device_type
 from .low_rank import LowRankAggregator
 from .mean_attention import mean_attention, suits
+from .pooling import PoolingAggregator
 
 
 @register_probe_type("mha")
@@ -42,7 +43,13 @@ class AttentionAggregator(LowRankAggregator):
         self.scale = 1 / math.sqrt(self.head_size)
         self.qkv = nn.Parameter(torch.empty(num_slots, 3 * self.inner_size, self.hidden_size))
         self.out = nn.Parameter(torch.empty(num_slots, self.hidden_size, self.inner_size))
-        self.reset_parameters()
+        self.pooling = PoolingAggregator(num_slots, config)  # of what the items gave, if causal
+        # Xavier bounds of each D -> d_inner projection by itself; stacking them must not change their scale.
+        bound = math.sqrt(6.0 / (self.hidden_size + self.inner_size))
+        nn.init.uniform_(self.qkv, -bound, bound)
+        # With queries of zero every item attends to all alike: a head starts as mean pooling and learns where to look.
+        nn.init.zeros_(self.qkv[:, : self.inner_size])
+        nn.init.uniform_(self.out, -bound, bound)
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
@@ -55,14 +62,6 @@ class AttentionAggregator(LowRankAggregator):
         if inner % config.num_attention_heads:
             heads = f"num_attention_heads={config.num_attention_heads}"
             raise ProbeError(f"{heads} must divide hidden_size / downcast = {inner}")
-
-    def reset_parameters(self) -> None:
-        # Xavier bounds of each D -> d_inner projection by itself; stacking them must not change their scale.
-        bound = math.sqrt(6.0 / (self.hidden_size + self.inner_size))
-        nn.init.uniform_(self.qkv, -bound, bound)
-        # With queries of zero every item attends to all alike: a head starts as mean pooling and learns where to look.
-        nn.init.zeros_(self.qkv[:, : self.inner_size])
-        nn.init.uniform_(self.out, -bound, bound)
 
     def projection(self, slots: slice) -> torch.Tensor:
         return self.qkv[slots]
@@ -97,16 +96,10 @@ class AttentionAggregator(LowRankAggregator):
         earlier = None if is_whole else _earlier(valid, items)[:, None]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=earlier, is_causal=is_whole)
         mixed = mixed.unflatten(1, (slot_count, -1)).permute(1, 0, 3, 2, 4).flatten(3)  # [S, B, n, d_inner]
-        weight = mask.to(mixed.dtype)
-        if self.pool == "mean":
-            total = torch.matmul(weight[None, :, None, :], mixed).squeeze(2)  # [S, B, d_inner]
-            count = weight.sum(dim=1).expand(slot_count, -1)  # [S, B]
-            gathered = (total, count) if state is None else (state[3] + total, state[4] + count)
-        else:
-            top = masked_max(self._project_back(mixed, slots), mask)
-            gathered = (top if state is None else torch.maximum(state[3], top),)
+        given = mixed if self.pool == "mean" else self._project_back(mixed, slots)
+        pooled = self.pooling.update(None if state is None else state[3], given, mask, slots)
         key, value = (part.unflatten(1, (slot_count, -1)).transpose(0, 1) for part in (key, value))
-        return key, value, valid.expand(slot_count, -1, -1), *gathered
+        return key, value, valid.expand(slot_count, -1, -1), pooled
 
     def _project_back(self, mixed: torch.Tensor, slots: slice) -> torch.Tensor:
         """Project `[S, B, N, d_inner]` to `[S, B, N, D]`."""
@@ -114,10 +107,9 @@ class AttentionAggregator(LowRankAggregator):
 
     def result(self, state: State, slots: slice) -> torch.Tensor:
         if self.causal:
+            pooled = self.pooling.result(state[3], slots)
             if self.pool == "max":
-                return state[3]
-            total, count = state[3:]
-            pooled = total / count.clamp_min(1.0).unsqueeze(-1)
+                return pooled
         else:
             qkv, mask = self._joined(state)
             if self.pool == "max":
