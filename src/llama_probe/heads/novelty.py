@@ -97,12 +97,6 @@ class Novelty(nn.Module):
         total, count = self._means.update(states.pop(mean_slots), x[as_slice(places)].float(), mask, mean_slots)
         states.put(mean_slots, (total, count))
 
-    def read(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> MeanStates:
-        """Read whole prompts: the states and mask of `ProbeModel.score`."""
-        states = SlotStates(len(self.slots))
-        self.update(states, slice(0, len(x)), x, mask)
-        return MeanStates(self, *states.joined())
-
     def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Return the log distance `[batch]`, less what its number of tokens leads to."""
         x = self._means.result((total, count), slice(None)).transpose(0, 1).flatten(1) - self.center

@@ -31,7 +31,7 @@ from .registry import get_probe_type
 from .saving import read_settled, read_tensors, save_head
 from .scope import check_rows, token_mask
 from .states import normalize
-from .stream import ProbeState, as_slice
+from .stream import ProbeState, SlotStates, as_slice
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -285,14 +285,9 @@ class ProbeModel(nn.Module):
                 reads, ascending.
             mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count. Defaults to all.
         """
-        summaries = self.token_stage(x, mask)  # [S, B, D]
-        output = self.score_summaries(summaries, output_attentions, learning=self.training)
-        if self.novelty is not None and not self.training:
-            output.means = self.novelty.read(x, mask)
-        if output_attentions:
-            weights = self.token_stage.weights(x, mask, slice(None))
-            output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
-        return output
+        state = self.init_state(output_attentions=output_attentions, differentiable=torch.is_grad_enabled())
+        self.step(state, self.layer_indices, x, mask)
+        return self.finish(state, learning=self.training)
 
     def score_replies(self, x: torch.Tensor, mask: torch.Tensor | None, reply_mask: torch.Tensor) -> ProbeOutput:
         """Score replies at about 32 of their tokens, as `step` scores the text that ends there. Differentiable.
@@ -360,8 +355,11 @@ class ProbeModel(nn.Module):
             output_attentions: also keep the token weights. The prompt must then come in one chunk.
             differentiable: `step` and `finish` keep gradients.
         """
-        num_means = 0 if self.novelty is None else len(self.novelty.slots)
-        return ProbeState(len(self.layer_indices), num_means, state, keep, output_attentions, differentiable)
+        tokens, means = state if self.novelty is not None and state is not None else (state, None)
+        sums = None if self.novelty is None else SlotStates(len(self.novelty.slots), means)
+        slots = len(self.layer_indices)
+        parts = SlotStates(slots, tokens), sums, SlotStates(slots), SlotStates(slots)
+        return ProbeState(*parts, keep, output_attentions, differentiable)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
@@ -420,19 +418,19 @@ class ProbeModel(nn.Module):
             else:  # of the tokens nothing is kept
                 state.summaries.put(slots, self.token_stage.result(seen, slots))
 
-    def finish(self, state: ProbeState) -> ProbeOutput:
-        """Score what `step` has read so far: logits `[batch, num_labels]`.
+    def finish(self, state: ProbeState, learning: bool = False) -> ProbeOutput:
+        """Score what `step` has read so far: logits `[batch, num_labels]`. For `learning` see `score_summaries`.
 
         Raises:
             ProbeError: not every layer has been read.
         """
         with torch.set_grad_enabled(state.differentiable), without_autocast(self.device):
-            summaries, weights = state.summaries.joined(), state.weights.joined()
+            summaries, weights, slots = state.summaries.joined(), state.weights.joined(), len(self.layer_indices)
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))
-            if summaries is None or len(summaries) != state.num_slots:
-                raise ProbeError(f"not all of {state.num_slots} layers have been read")
-            output = self.score_summaries(summaries, output_attentions=state.output_attentions)
+            if summaries is None or len(summaries) != slots:
+                raise ProbeError(f"not all of {slots} layers have been read")
+            output = self.score_summaries(summaries, state.output_attentions, learning)
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None and state.means is not None:
                 output.means = MeanStates(self.novelty, *state.means.joined())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .aggregator import State, join_slots, take_slots
 
@@ -39,38 +40,26 @@ class SlotStates:
         return state
 
 
+@dataclass
 class ProbeState:
-    """Hold the token-stage state of one head between two calls of `ProbeModel.step`.
+    """The token-stage state of one head between two calls of `ProbeModel.step`; see `ProbeModel.init_state`.
 
     Groups of layers may differ from one chunk of the prompt to the next; each group's state is cut and joined as needed.
 
-    Args:
-        num_slots: number of layers that the head reads, S.
-        num_means: number of layers whose mean states are kept, for novelty.
-        state, keep, output_attentions, differentiable: see `ProbeModel.init_state`.
-
     Attributes:
         tokens: token-stage state.
-        means: sums for the mean states; `None` if `num_means` is 0.
+        means: sums for the mean states; `None` without novelty.
         summaries: `[slots, batch, width]` of slots that have read the last token.
         weights: how much each token counted, `[slots, batch, tokens]`, if `output_attentions`.
     """
 
-    def __init__(
-        self,
-        num_slots: int,
-        num_means: int = 0,
-        state: State = None,
-        keep: bool = False,
-        output_attentions: bool = False,
-        differentiable: bool = False,
-    ):
-        self.num_slots = num_slots
-        self.keep, self.output_attentions, self.differentiable = keep, output_attentions, differentiable
-        tokens, means = state if num_means and state is not None else (state, None)
-        self.tokens = SlotStates(num_slots, tokens)
-        self.means = SlotStates(num_means, means) if num_means else None
-        self.summaries, self.weights = SlotStates(num_slots), SlotStates(num_slots)
+    tokens: SlotStates
+    means: SlotStates | None
+    summaries: SlotStates
+    weights: SlotStates
+    keep: bool
+    output_attentions: bool
+    differentiable: bool
 
     def joined(self) -> State:
         """Return what all slots keep, as one; `None` if nothing has been read."""
