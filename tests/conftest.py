@@ -75,7 +75,7 @@ def with_novelty(probe: ProbeModel, seed: int = 0, rank: int = 6) -> ProbeModel:
         far = 0.02 + 2 * torch.rand(rows, 1, generator=generator)
         sums.append((far * noise * count[..., None], count))
     settings = {"layers": layers, "rank": min(rank, len(layers) * probe.config.hidden_size - 1)}
-    probe.set_novelty(Novelty.fit(probe.config.replace(novelty=settings), *sums), settings)
+    probe.set_novelty(Novelty.fit(probe.config.replace(novelty=settings), *sums))
     return probe
 
 

@@ -48,10 +48,10 @@ def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset, logits: 
         logits = logits[_places(validation)]
     train, validation = (Subset(rows, _places(rows)) for rows in (train, validation))
     settings = {"layers": layers, "rank": min(_RANK, len(train) // 8, len(layers) * probe.config.hidden_size // 2)}
-    probe.set_novelty(Novelty(probe.config.replace(novelty=settings)), settings)  # it reads, and is fitted to that
+    probe.set_novelty(Novelty(probe.config.replace(novelty=settings)))  # it reads, and is fitted to that
     learned, _ = _mean_states(probe, train)
     held, own_logits = _mean_states(probe, validation)
-    probe.set_novelty(Novelty.fit(probe.config, learned, held), settings)
+    probe.set_novelty(Novelty.fit(probe.config, learned, held))
     rows = {"train": len(train), "validation": len(validation)}
     summary = _summarize(probe.config, own_logits if logits is None else logits)
     decided = {"threshold": probe.config.threshold, "flagged": probe.config.flagged_labels}

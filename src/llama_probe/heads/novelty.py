@@ -77,7 +77,8 @@ class Novelty(nn.Module):
         super().__init__()
         if config.novelty is None:
             raise ProbeError("novelty=None must be the layers and the rank of a Novelty")
-        layers, rank = config.novelty["layers"], config.novelty["rank"]
+        self.settings = config.novelty
+        layers, rank = self.settings["layers"], self.settings["rank"]
         self.slots = [config.layer_indices.index(layer) for layer in layers]
         self._means = PoolingAggregator(len(layers), config.replace(pool="mean"))
         width = len(layers) * config.sizes[0]

@@ -23,7 +23,7 @@ from ..hub.publish import push_folder
 from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 from .aggregator import State
-from .configuration import NoveltySettings, ProbeConfig, read_config
+from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss, strongest
 from .match import check_backbone, describe, match
 from .novelty import MeanStates, Novelty
@@ -109,9 +109,9 @@ class ProbeModel(nn.Module):
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
 
-    def set_novelty(self, novelty: Novelty, settings: NoveltySettings) -> None:
-        """Give the head a fitted `Novelty`, made from `settings` as `ProbeConfig.novelty`. Its results stay true."""
-        self.config = self.config.replace(novelty=settings, weights_sha256=None)
+    def set_novelty(self, novelty: Novelty) -> None:
+        """Give the head a fitted `Novelty`, and its config the settings. The results of the head stay true."""
+        self.config = self.config.replace(novelty=novelty.settings, weights_sha256=None)
         self.novelty = novelty.to(self.device)
 
     def __getstate__(self) -> JSON:
