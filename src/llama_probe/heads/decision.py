@@ -241,38 +241,27 @@ def probe_loss(
     if class_weights is not None:
         class_weights = class_weights.to(logits.device, logits.dtype)
     members = len(logits) if logits.dim() == 3 else 1
-    flat, repeated = logits.flatten(0, -2), torch.cat([targets] * members)  # [M B, C]
-    rows = _row_losses(flat, repeated, config.problem_type, class_weights, label_smoothing, focal_gamma)
-    rows = rows.view(members, -1)  # [M, B]
-    if row_weights is not None:
-        columns = [member % row_weights.shape[1] for member in range(members)]
-        rows = rows * row_weights[:, columns].T.to(rows)
-    return (rows.sum(dim=1) if reduction == "sum" else rows.mean(dim=1)).mean()
-
-
-def _row_losses(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    problem_type: str,
-    class_weights: torch.Tensor | None,
-    label_smoothing: float,
-    focal_gamma: float,
-) -> torch.Tensor:
-    if problem_type == "regression":
-        return F.mse_loss(logits, targets.to(logits.dtype).view_as(logits), reduction="none").mean(dim=-1)
-    if problem_type == "multi_label_classification":
+    logits, targets = logits.flatten(0, -2), torch.cat([targets] * members)  # [M B, C]
+    if config.problem_type == "regression":
+        rows = F.mse_loss(logits, targets.to(logits.dtype).view_as(logits), reduction="none").mean(dim=-1)
+    elif config.problem_type == "multi_label_classification":
         is_known, targets = ~targets.isnan(), targets.nan_to_num().to(logits.dtype)
         soft = targets * (1 - label_smoothing) + label_smoothing / 2
         losses = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=class_weights)
         if focal_gamma:
             losses = losses * (1 - torch.where(targets > 0.5, logits.sigmoid(), (-logits).sigmoid())) ** focal_gamma
-        return (losses * is_known).mean(dim=-1)
-    targets = targets.long()
-    rows = F.cross_entropy(logits, targets, class_weights, label_smoothing=label_smoothing, reduction="none")
-    if focal_gamma:
-        right = logits.softmax(dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
-        rows = rows * (1 - right) ** focal_gamma
-    return rows
+        rows = (losses * is_known).mean(dim=-1)
+    else:
+        targets = targets.long()
+        rows = F.cross_entropy(logits, targets, class_weights, label_smoothing=label_smoothing, reduction="none")
+        if focal_gamma:
+            right = logits.softmax(dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+            rows = rows * (1 - right) ** focal_gamma
+    rows = rows.view(members, -1)  # [M, B]
+    if row_weights is not None:
+        columns = [member % row_weights.shape[1] for member in range(members)]
+        rows = rows * row_weights[:, columns].T.to(rows)
+    return (rows.sum(dim=1) if reduction == "sum" else rows.mean(dim=1)).mean()
 
 
 class DecidedMixin(Generic[Levels]):
