@@ -21,6 +21,7 @@ from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 from .registry import get_probe_type, import_kinds, kind_code, probe_types
 from .rules import (
+    NOT_SCORED,
     REPLY_SCOPES,
     UNKNOWN_FORMAT,
     Normalize,
@@ -35,11 +36,6 @@ from .turns import TurnMarker
 
 
 logger = logging.get_logger(__name__)
-
-# Fields that say nothing about scores. The config's digest covers all others, and these may be changed by hand.
-_NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} | {
-    f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")
-}
 
 
 class NoveltySettings(TypedDict):
@@ -359,8 +355,8 @@ def shared_layers(configs: Iterable[ProbeConfig]) -> list[int]:
 
 
 def _digest(values: JSON) -> str:
-    """Return a digest of the values of a config, as a file holds them, that say something about scores."""
-    scored = {key: value for key, value in values.items() if key not in _NOT_SCORED}
+    """Return a digest of the values of a config, as a file holds them. Those that say nothing about scores may change."""
+    scored = {key: value for key, value in values.items() if key not in ("config_sha256", *NOT_SCORED)}
     return hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()
 
 

@@ -100,8 +100,9 @@ def _one_of(*allowed: str) -> Rule:
 _SIZE = (f"a whole number from 1 to {MAX_SIZE}", _is_int)
 _RATE: Rule = ("a number at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1)
 _NAME = ("text without line breaks, control characters and characters that reorder text (U+202E)", _is_name)
-_NAMED = [f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")]
-_NAMED += ["chat_template_hash", "weights_sha256", "llama_probe_version", "transformers_version"]
+# Fields that say nothing about scores.
+NOT_SCORED = [f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")]
+NOT_SCORED += ["llama_probe_version", "transformers_version"]
 
 RULES: dict[str, Rule] = {
     "problem_type": _one_of(*get_args(ProblemType)),
@@ -134,7 +135,7 @@ RULES: dict[str, Rule] = {
     "fingerprint": ("a list of numbers", lambda value: _is_list_of(value, _is_number)),
     "options": ("a dict", lambda value: isinstance(value, dict)),
     "system_prompt": ("text", _is_text),
-    **dict.fromkeys(_NAMED, _NAME),
+    **dict.fromkeys((*NOT_SCORED, "chat_template_hash", "weights_sha256"), _NAME),
 }
 
 
