@@ -980,10 +980,7 @@ def token_mask(
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
     positions = first + torch.arange(count, device=input_ids.device)  # [B, prefix]
     same = input_ids.gather(1, positions.clamp_max(width - 1)) == prefix
-    if partial_prompt:
-        same |= positions >= width
-    begins = same.all(dim=1, keepdim=True)
-    begins &= partial_prompt | (first + count <= width)  # [B, 1]
+    begins = torch.where(positions < width, same, partial_prompt).all(dim=1, keepdim=True)  # [B, 1]
     if not bool(begins.all()):
         logger.warning_once(
             "A prompt does not begin with the constant prefix that a probe head was trained to leave out (another chat "
