@@ -139,14 +139,11 @@ def _options(documented: Callable) -> Iterator[inspect.Parameter]:
 
 def _call(function: Callable, values: dict[str, object]) -> Any:
     """Call a function, or create a dataclass, with the values of its options by name."""
-    arguments, options = [], {}
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        value = _call(parameter.annotation, values) if is_dataclass(parameter.annotation) else values[name]
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            arguments.append(value)
-        else:
-            options[name] = value
-    return function(*arguments, **options)
+    bound = inspect.signature(function, eval_str=True).bind_partial()
+    for name, parameter in bound.signature.parameters.items():
+        is_group = is_dataclass(parameter.annotation)
+        bound.arguments[name] = _call(parameter.annotation, values) if is_group else values[name]
+    return function(*bound.args, **bound.kwargs)
 
 
 def command_line() -> str:
