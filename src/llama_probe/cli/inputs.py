@@ -65,13 +65,12 @@ class ScoredHead:
     prompts: PromptFormat
 
     def __init__(self, probe: str, options: HeadOptions):
-        self.probe, self.options, self.backbone = probe, options, options.backbone_of(probe)
-        trust = HubOptions(trust_remote_code=options.trust_remote_code)
-        self.head = ProbeModel.load_for(probe, backbone_target(self.backbone), trust)
+        self.probe, self.options = probe, options
+        ((self.name, self.head),) = options.read([probe]).items()
 
     def attach(self) -> None:
         """Load the backbone, and bind the head to it."""
-        lm, tokenizer = load_backbone(self.backbone, self.options.dtype)
+        lm, tokenizer = load_backbone(self.options.backbone_of(self.probe), self.options.dtype)
         check_backbone(self.probe, self.head.config, lm, alias=self.head.alias)
         self.head.to(lm.device).set_backbone(lm)
         self.prompts = PromptFormat.from_config(self.head.config, tokenizer)

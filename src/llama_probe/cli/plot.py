@@ -16,7 +16,6 @@ from ..evaluation.plots import new_figure, png_writer
 from ..evaluation.reading import Reading, read_weights
 from ..files import JSON, Content, check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
-from ..hub.resolve import check_name, default_name
 from .console import print_table
 from .inputs import HeadOptions, LabelledRows, ScoredHead
 from .options import ROWS, Result
@@ -51,7 +50,6 @@ def plot(
         raise ProbeError("--text must hold words; one is empty")
     check_writable(output, "the plots")
     readings, labelled = [], None
-    name = check_name(default_name(probe))
     scored = ScoredHead(probe, options)
     head = scored.head
     if texts and head.config.token_scope == "response":
@@ -73,7 +71,7 @@ def plot(
         if texts:
             from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
 
-            model = AutoModelForProbedGeneration.from_causal_lm(head.backbone, {name: head})
+            model = AutoModelForProbedGeneration.from_causal_lm(head.backbone, {scored.name: head})
             readings = read_weights(model, scored.prompts.tokenizer, texts)
     drawings: _Drawings = {}
     for number, reading in enumerate(readings, 1):
