@@ -194,9 +194,9 @@ class Aggregator(nn.Module, ABC):
         """
         return None
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, slots: slice = slice(None)) -> torch.Tensor:
-        """Summarise `[S, B, N, D]` with an optional `[B, N]` mask: `[S, B, D]`."""
-        return self.result(self.update(None, x, mask, slots), slots)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Summarise `[S, B, N, D]` of all slots with an optional `[B, N]` mask: `[S, B, D]`."""
+        return self.result(self.update(None, x, mask, slice(None)), slice(None))
 
 
 def join_slots(states: Sequence[State]) -> State:
@@ -995,9 +995,9 @@ def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 
-def check_rows(mask: torch.Tensor | None, config: ProbeConfig | None = None) -> None:
+def check_rows(mask: torch.Tensor, config: ProbeConfig | None = None) -> None:
     """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts. Heads of tools may read none."""
-    if mask is None or (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
+    if (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     raise ProbeError(f"rows {empty[:8]} hold no token that a head reads: use the chat template or pass probe_mask=")

@@ -69,9 +69,9 @@ def print_table(
     print_text(table)
 
 
-def with_spread(summary: dict[str, float], form: str) -> str:
+def with_spread(summary: dict[str, float]) -> str:
     """Return mean and standard deviation of several runs as a text, or the value of a single run."""
-    return f"{summary['mean']:{form}}" + (f" ± {summary['std']:{form}}" if summary["std"] else "")
+    return f"{summary['mean']:.3f}" + (f" ± {summary['std']:.3f}" if summary["std"] else "")
 
 
 def print_records(title: str | None, records: Mapping[str, JSON], left: int = 1) -> None:

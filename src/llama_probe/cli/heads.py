@@ -67,9 +67,7 @@ def results_table() -> str:
     for alias, folder in bundled_heads().items():
         config, results = read_config(folder), training_results(read_results(folder))
         test = results["summary"].get("test", {})
-        scores = (
-            with_spread(test[metric], ".3f") if metric in test else "-" for metric in ("accuracy", "f1", "auprc")
-        )
+        scores = (with_spread(test[metric]) if metric in test else "-" for metric in ("accuracy", "f1", "auprc"))
         labels, parameters = plain(", ".join(config.id2label.values())), f"{results['num_parameters']:,}"
         counts = parameters, labels, test.get("rows") or "-", len(results["runs"])
         rows.append([f"`{alias}`", config.probe_type, *counts, *scores])

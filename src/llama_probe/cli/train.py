@@ -127,7 +127,7 @@ def _print(results: JSON, output: Path) -> None:
             for run in results["runs"]
         }
         means = {name: value for name, value in summary.items() if isinstance(value, dict) and "mean" in value}
-        runs["mean ± sd"] = {name: with_spread(value, ".3f") for name, value in means.items()}
+        runs["mean ± sd"] = {name: with_spread(value) for name, value in means.items()}
         print_records(f"{results['probe_type']} on {results['backbone']}, {split}", runs)
     trials = results.get("search", [])
     print_records(

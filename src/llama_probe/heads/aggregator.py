@@ -153,9 +153,9 @@ class Aggregator(nn.Module, ABC):
         """
         return None
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, slots: slice = slice(None)) -> torch.Tensor:
-        """Summarise `[S, B, N, D]` with an optional `[B, N]` mask: `[S, B, D]`."""
-        return self.result(self.update(None, x, mask, slots), slots)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Summarise `[S, B, N, D]` of all slots with an optional `[B, N]` mask: `[S, B, D]`."""
+        return self.result(self.update(None, x, mask, slice(None)), slice(None))
 
 
 def join_slots(states: Sequence[State]) -> State:

@@ -77,9 +77,9 @@ def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 
-def check_rows(mask: torch.Tensor | None, config: ProbeConfig | None = None) -> None:
+def check_rows(mask: torch.Tensor, config: ProbeConfig | None = None) -> None:
     """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts. Heads of tools may read none."""
-    if mask is None or (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
+    if (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
         return
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     raise ProbeError(f"rows {empty[:8]} hold no token that a head reads: use the chat template or pass probe_mask=")
