@@ -95,14 +95,12 @@ def evaluate(
         if followed is not None and rules:
             result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
         if followed is not None and flagged is not None:
-            tokenizer, spans = scored.prompts.tokenizer, labelled.columns.get("spans")
-            pairs = zip(dataset.prompts, dataset.reply_lengths, strict=True)
-            replies = [token_texts(tokenizer, row[-n:]) for row, n in pairs] if spans else []
-            marked = [
-                detection.span_mask(texts, parts or ()) for texts, parts in zip(replies, spans or (), strict=True)
-            ]
-            measured = detection.reply_report(head.config, followed, labelled.labels, marked or None, bootstrap)
-            result["replies"] = measured
+            tokenizer, marked = scored.prompts.tokenizer, None
+            if (spans := labelled.columns.get("spans")) is not None:
+                rows_of = zip(dataset.prompts, dataset.reply_lengths, spans, strict=True)
+                replies = ((token_texts(tokenizer, ids[-count:]), parts or ()) for ids, count, parts in rows_of)
+                marked = [detection.span_mask(texts, parts) for texts, parts in replies]
+            result["replies"] = detection.reply_report(head.config, followed, labelled.labels, marked, bootstrap)
         if others:
             result["novelty"] = against_others(novelty, novelties, bootstrap)
         result |= transformed
