@@ -64,8 +64,8 @@ def push(
     ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)  # raises if the head is damaged
     card = {"tags": tag or [], "license": license}
     info = push_folder(folder, repo_id, subfolder=subfolder, commit_message=commit_message, **vars(place), **card)
-    pushed = _facts(info)
-    return pushed, partial(print, _in_words(pushed))
+    values, line = _pushed(info)
+    return values, partial(print, line)
 
 
 def pull(
@@ -127,15 +127,12 @@ def export(
             write_card(head, source=f"{push}:{name}" if push else None)  # shows the plots
     values, lines = {"folder": str(folder)}, [f"repository written to {output}; its README.md tells how to use it"]
     if push is not None:
-        pushed = _facts(push_repository(folder, push, **vars(place)))
+        pushed, line = _pushed(push_repository(folder, push, **vars(place)))
         values |= pushed
-        lines.append(_in_words(pushed))
+        lines.append(line)
     return values, partial(print, *lines, sep="\n")
 
 
-def _facts(info: CommitInfo) -> JSON:
-    return {"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}
-
-
-def _in_words(pushed: JSON) -> str:
-    return f"pushed: {pushed['pull_request'] or pushed['url']}"
+def _pushed(info: CommitInfo) -> tuple[JSON, str]:
+    values = {"commit": info.oid, "url": info.commit_url, "pull_request": info.pr_url}
+    return values, f"pushed: {info.pr_url or info.commit_url}"
