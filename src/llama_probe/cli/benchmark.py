@@ -34,16 +34,16 @@ def benchmark(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # heads and models warn about random prompts
     try:
-        if not operations:
+        if operations:
+            systems = load_systems(options, replies=True)
+            device = as_ or ("cpu" if systems.plain.device.type == "cpu" else "cuda")
+            rows = count_operations(systems, options.tokens, device)
+            report = {**describe_run(options, systems.plain, rows), "as_device": device}
+        else:
             report = measure_costs(options)
-            return report, partial(_print, report)
-        systems = load_systems(options, replies=True)
-        device = as_ or ("cpu" if systems.plain.device.type == "cpu" else "cuda")
-        rows = count_operations(systems, options.tokens, device)
-        report = {**describe_run(options, systems.plain, rows), "as_device": device}
-        return report, partial(_print, report)
     finally:
         logging.set_verbosity(verbosity)
+    return report, partial(_print, report)
 
 
 def _print(report: JSON) -> None:
