@@ -60,8 +60,7 @@ def generate(
     config = min(configs.values(), key=lambda config: config.token_scope == "tool").replace(max_length=None)
     prompt_format = PromptFormat.from_config(config, tokenizer)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "abstain_at": abstain_at}
-    if rules:
-        options |= {"halt_on": rules, "halt_reply": halt_reply}
+    options |= {"halt_on": rules or None, "halt_reply": halt_reply}
     rows = []
     for start in range(0, len(texts), _BATCH):
         part = texts[start : start + _BATCH]

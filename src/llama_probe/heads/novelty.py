@@ -129,8 +129,7 @@ class Novelty(nn.Module):
     ) -> Novelty:
         """Fit the description of training rows, and calibrate it on validation rows: total and count of `MeanStates`."""
         novelty = cls(config)
-        total, count = train
-        x = (total / count.clamp_min(1)[..., None]).transpose(0, 1).flatten(1).double()  # [rows, S * D]
+        x = novelty._means.result(train, slice(None)).transpose(0, 1).flatten(1).double()  # [rows, S * D]
         center = x.mean(dim=0)
         x = x - center
         rows, width = x.shape
