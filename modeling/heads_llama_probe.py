@@ -794,11 +794,9 @@ class AttentionAggregator(LowRankAggregator):
         slot_count, batch, items, _ = x.shape
         query, key, _ = self._split(self.project(x, slots))
         scores = torch.matmul(query, key.transpose(-1, -2)) * self.scale  # [S * B, heads, N, N]
-        if self.causal:
-            seen = _earlier(x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask, items)
-            scores = scores.masked_fill(~seen.repeat(slot_count, 1, 1)[:, None], float("-inf"))
-        elif mask is not None:
-            scores = scores.masked_fill(~mask.repeat(slot_count, 1)[:, None, None, :], float("-inf"))
+        valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
+        seen = _earlier(valid, items) if self.causal else valid[:, None]  # [B, N or 1, N]
+        scores = scores.masked_fill(~seen.repeat(slot_count, 1, 1)[:, None], float("-inf"))
         received = scores.softmax(dim=-1).mean(dim=1).view(slot_count, batch, items, items)
         return masked_mean(received, mask)
 
