@@ -144,4 +144,4 @@ def _search(lm: transformers.PreTrainedModel, depth: int) -> Iterator[Family]:
             if not norms:
                 norms = [other for other, norm in children[place + 1 :] if "norm" in type(norm).__name__.lower()]
             if len(norms) == 1:
-                yield Family(embeddings, prefix + name, prefix + norms[0], paths[owner])
+                yield Family(embeddings, prefix + name, prefix + norms[0])
