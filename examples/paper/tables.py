@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from llama_probe import ProbeError
 from llama_probe.data import find_benchmark
-from llama_probe.evaluation.prediction import collect, score_batches
+from llama_probe.evaluation.prediction import score_rows
 from llama_probe.evaluation.report import report
 from llama_probe.evaluation.resume import same_settings
 from llama_probe.files import write_atomically
@@ -140,8 +140,8 @@ def group_layers(task: Task, fitted: Fitted) -> dict[str, Any]:
     of the right rows of the given label than to those of the true label (total variation).
     """
     probe, labels = fitted.head, task.test.labels
-    batches = score_batches([probe], task.bench.states(probe.config, task.test), output_attentions=True)
-    logits, weights = collect(len(labels), ((rows, [out.logits, out.layer_weights]) for rows, (out,) in batches))
+    states = task.bench.states(probe.config, task.test)
+    logits, weights = score_rows([probe], states, lambda out: [out.logits, out.layer_weights], output_attentions=True)
     config = task.calibrated(fitted.score(task.validation))
     given, weights = predictions(probabilities(logits, config), config).numpy(), weights.numpy()
     names, means, errors = task.train.label_names, {}, []

@@ -15,7 +15,7 @@ from ..heads.decision import predictions, probabilities
 from ..heads.novelty import FAR, MAX_ROWS, MIN_ROWS, Novelty, novelty_layers
 from ..heads.probe import ProbeModel
 from .bootstrap import auroc, share_interval
-from .prediction import collect, score_batches
+from .prediction import score_rows
 
 
 _RANK = 64
@@ -65,9 +65,9 @@ def _places(dataset: Dataset) -> list[int]:
 
 def _mean_states(probe: ProbeModel, dataset: Dataset) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return total and count of the rows, see `MeanStates`, and logits `[rows, num_labels]`."""
-    batches = score_batches([probe], dataset)
-    tensors = ((rows, (out.means.total.transpose(0, 1), out.means.count.T, out.logits)) for rows, (out,) in batches)
-    total, count, logits = collect(len(dataset), tensors)
+    total, count, logits = score_rows(
+        [probe], dataset, lambda output: [output.means.total.transpose(0, 1), output.means.count.T, output.logits]
+    )
     return (total.transpose(0, 1), count.T), logits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.utils.data import Dataset
@@ -21,18 +21,15 @@ def predict_logits(probe: ProbeModel, dataset: Dataset) -> torch.Tensor:
 
 
 def predict_together(probes: Sequence[ProbeModel], dataset: Dataset) -> list[torch.Tensor]:
-    """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_batches`.
+    """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_rows`.
 
     A reply counts by its largest score while it is written, because that is where it is halted; see `strongest`. Data sets without
     `reply_lengths` have the scores of whole rows.
-
-    In a process group (see `llama_probe.distributed`) the ranks divide the rows, and each rank gets all logits.
     """
     if probes[0].config.reads_reply and getattr(dataset, "reply_lengths", None) is not None:
         followed = follow_replies(probes, dataset)
         return [strongest_of(probe, rows) for probe, rows in zip(probes, followed, strict=True)]
-    batches = score_batches(probes, dataset)
-    return collect(len(dataset), ((rows, [output.logits for output in outputs]) for rows, outputs in batches))
+    return score_rows(probes, dataset, lambda output: [output.logits])
 
 
 def follow_replies(probes: Sequence[ProbeModel], dataset: Dataset) -> list[list[torch.Tensor]]:
@@ -71,39 +68,39 @@ def predict_rows(probe: ProbeModel, dataset: Dataset) -> tuple[torch.Tensor, tor
     """Return the logits of `predict_logits`, and novelty `[rows]` if the head tells it."""
     if probe.novelty is None:
         return predict_logits(probe, dataset), None
-    batches = score_batches([probe], dataset)
-    logits, novelty = collect(len(dataset), ((rows, [out.logits, out.novelty]) for rows, (out,) in batches))
+    logits, novelty = score_rows([probe], dataset, lambda output: [output.logits, output.novelty])
     return logits, novelty
 
 
-def collect(count: int, batches: Iterable[tuple[list[int], Sequence[torch.Tensor]]]) -> list[torch.Tensor]:
-    """Put the tensors `[B, ...]` of batches, which have row numbers, and of all ranks together: `[count, ...]` on the CPU."""
-    tensors: list[torch.Tensor] = []
-    scored: list[int] = []
-    for rows, parts in batches:
-        tensors = tensors or [torch.zeros(count, *part.shape[1:]) for part in parts]
-        for whole, part in zip(tensors, parts, strict=True):
-            whole[rows] = part.to("cpu", whole.dtype)
-        scored += rows
-    return [merge_rows(scored, whole) for whole in tensors]
-
-
-def score_batches(
-    probes: Sequence[ProbeModel], dataset: Dataset, **kwargs
-) -> Iterator[tuple[list[int], list[ProbeOutput]]]:
+def score_rows(
+    probes: Sequence[ProbeModel],
+    dataset: Dataset,
+    tensors_of: Callable[[ProbeOutput], Sequence[torch.Tensor | None]],
+    **kwargs,
+) -> list[torch.Tensor]:
     """Run heads over a data set with one pass of the backbone, or one reading of the cached states, for all.
 
     Args:
         probes: heads that read the same tokens, the first bound to their backbone unless the data set holds hidden states.
+        tensors_of: returns the tensors `[B, ...]` to keep of a head's output for a batch; None is left out.
 
-    Yields:
-        Row numbers of a batch of this rank, and the output of each head. Rows of similar length share a batch.
+    Returns:
+        These tensors of each head, `[rows, ...]` on the CPU, in the order of the data set. In a process group the ranks divide
+        the rows, and each rank gets all.
     """
+    tensors: list[torch.Tensor] = []
+    scored: list[int] = []
     for rows, shared, mask in states_for(probes, dataset):
         check_rows(mask, probes[0].config)
         with torch.no_grad():
             outputs = [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
-        yield rows, [fill_unread(output, mask.any(dim=1)) for output in outputs]
+        filled = [fill_unread(output, mask.any(dim=1)) for output in outputs]
+        parts = [part for output in filled for part in tensors_of(output) if part is not None]
+        tensors = tensors or [torch.zeros(len(dataset), *part.shape[1:]) for part in parts]
+        for whole, part in zip(tensors, parts, strict=True):
+            whole[rows] = part.to("cpu", whole.dtype)
+        scored += rows
+    return [merge_rows(scored, whole) for whole in tensors]
 
 
 def states_for(

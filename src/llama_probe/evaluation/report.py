@@ -15,7 +15,7 @@ from ..heads.probe import ProbeModel
 from .bootstrap import intervals, share_interval
 from .calibration import reliability, threshold_table
 from .metrics import all_scores, confusion, has_label, outcomes, score_statistic
-from .prediction import collect, predict_logits, score_batches
+from .prediction import predict_logits, score_rows
 from .transformations import GROUPS
 
 
@@ -37,9 +37,9 @@ def inspect_head(
         (single-label) or `outcomes` (multi-label), and `thresholds` (see `threshold_table`) if the head has any.
     """
     config = probe.config
-    batches = score_batches([probe], dataset, output_attentions=True)
-    parts = ((rows, [t for t in (out.logits, out.layer_weights) if t is not None]) for rows, (out,) in batches)
-    head_logits, *weights = collect(len(dataset), parts)
+    head_logits, *weights = score_rows(
+        [probe], dataset, lambda output: [output.logits, output.layer_weights], output_attentions=True
+    )
     if logits is None:
         logits = predict_logits(probe, dataset) if config.reads_reply else head_logits
     inspection: JSON = {}
