@@ -7,7 +7,7 @@ import numpy as np
 from conftest import make_reading
 
 from llama_probe.evaluation.heatmap import heat_map
-from llama_probe.evaluation.plots import png_writer
+from llama_probe.evaluation.plots import png
 
 
 TOKENS = ["<bos>", "system", "\n", "$\\frac{$", " \u202eabc", "\n", "👩\u200d👧語", "", "\t", "<eos>"]
@@ -17,7 +17,7 @@ def names(axes):
     return [label.get_text() for label in axes.get_xticklabels()]
 
 
-def test_what_it_shows(tmp_path, recwarn):
+def test_what_it_shows(recwarn):
     """A text and a name are never a formula, and move nothing."""
     reading = make_reading(TOKENS, 3, "$^{$", {"$^{$": 0.5}, layers=[0, 2, 4])
     figure = heat_map(reading)
@@ -35,7 +35,7 @@ def test_what_it_shows(tmp_path, recwarn):
     assert figure.get_suptitle() == "mood: $^{$ (50%)\n$\\frac{$ \\u202eabc⏎👩\u200d👧語⇥"
     ends = [label.get_text() for label in scale.get_yticklabels()]
     assert [ends[0], ends[-1]] == [f"{1 / 7:.1%}", f"{reading.weights.max():.1%}"]
-    png_writer(lambda: figure)(tmp_path / "a.png")
+    png(figure)
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 

@@ -48,7 +48,7 @@ def drift(
         raise ProbeError(f"{probe} has no novelty to compare with; calibrate --novelty-data fits it")
     # These take seconds to import.
     from ..evaluation.novelty_fit import compare_log
-    from ..evaluation.plots import drift_plot, png_writer
+    from ..evaluation.plots import drift_plot, png
     from ..evaluation.prediction import predict_rows
 
     texts = _texts(input, text_column, max_text)
@@ -63,7 +63,7 @@ def drift(
     if output is not None:
         figure = drift_plot(head.config, logits, novelty, reference)
         make_folder(output)
-        write_atomically({output / "drift.png": png_writer(lambda: figure)})
+        write_atomically({output / "drift.png": png(figure)})
     return report, partial(_print, probe, report, output)
 
 

@@ -12,7 +12,7 @@ from ..errors import ProbeError
 from ..evaluation import plots
 from ..evaluation.heatmap import heat_map
 from ..evaluation.page import reading_page
-from ..evaluation.plots import new_figure, png_writer
+from ..evaluation.plots import new_figure, png
 from ..evaluation.reading import Reading, read_weights
 from ..files import JSON, Content, check_writable, make_folder, write_atomically
 from ..heads.configuration import ProbeConfig
@@ -92,13 +92,13 @@ def _draw_text(reading: Reading, number: int) -> _Drawings:
     words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40]
     stem = f"{number:02}-{words}".strip("-")
     facts = {"text": reading.text, "label": reading.label, "probabilities": reading.probabilities}
-    writer, shows = png_writer(partial(heat_map, reading)), f"tokens and layers: {reading.verdict}"
+    tokens = png(heat_map(reading)), {"shows": f"tokens and layers: {reading.verdict}", **facts}
     page = reading_page(reading), {"shows": "the coloured text", **facts}
-    return {f"{stem}.png": (writer, {"shows": shows, **facts}), f"{stem}.html": page}
+    return {f"{stem}.png": tokens, f"{stem}.html": page}
 
 
 def _draw_head(inspection: JSON, config: ProbeConfig) -> _Drawings:
-    """Draw the parts of an `inspection`. The figures are made here, so that damaged numbers raise before a file is written."""
+    """Draw the parts of an `inspection`."""
     if not isinstance(inspection, dict):
         raise TypeError("they are not a JSON object")
     names = list(config.id2label.values())
@@ -113,6 +113,5 @@ def _draw_head(inspection: JSON, config: ProbeConfig) -> _Drawings:
     drawings: _Drawings = {}
     for part, (draw, shows) in parts.items():
         if part in inspection:
-            figure = draw(inspection)
-            drawings[f"{part}.png"] = png_writer(lambda figure=figure: figure), {"shows": shows}
+            drawings[f"{part}.png"] = png(draw(inspection)), {"shows": shows}
     return drawings

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,17 +57,15 @@ def percent(value: float, _position: int | None = None) -> str:
     return f"{100 * value:.3g}%" if value else "0"
 
 
-def png_writer(draw: Callable[[], Figure]) -> Callable[[Path], None]:
-    """Return a writer for `write_atomically`. The same figure gives the same bytes."""
-
-    def write(path: Path) -> None:
-        with warnings.catch_warnings():
-            # Characters that the font lacks are drawn as boxes.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            # The metadata would change the file with each version of matplotlib.
-            draw().savefig(path, dpi=_DPI, format="png", metadata={"Software": None})
-
-    return write
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file. The same figure gives the same bytes."""
+    file = BytesIO()
+    with warnings.catch_warnings():
+        # Characters that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        # The metadata would change the file with each version of matplotlib.
+        figure.savefig(file, dpi=_DPI, format="png", metadata={"Software": None})
+    return file.getvalue()
 
 
 def write_plots(folder: Path) -> list[Path]:
@@ -80,13 +78,13 @@ def write_plots(folder: Path) -> list[Path]:
         matplotlib is not installed.
     """
     inspection = (read_results(folder) or {}).get("inspection", {}) if find_spec("matplotlib") is not None else {}
-    writers = {
-        name: png_writer(partial(draw, inspection))
+    files = {
+        name: png(draw(inspection))
         for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True)
         if name.removesuffix(".png") in inspection
     }
-    replace_files(folder, writers, gone=set(PLOT_NAMES) - set(writers))
-    return [folder / name for name in writers]
+    replace_files(folder, files, gone=set(PLOT_NAMES) - set(files))
+    return [folder / name for name in files]
 
 
 def calibration_plot(inspection: JSON) -> Figure:
