@@ -203,16 +203,13 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
         `error`: expected calibration error with the saved temperature; `error_uncalibrated`: the same at temperature 1;
         `bins`: for each that is not empty, `low`, `high`, `rows`, mean `confidence` and `frequency`.
     """
-    calibrated, plain = (_bins(logits, labels, scaled) for scaled in (config, config.replace(temperature=1.0)))
-    errors = {}
-    for name, bins in {"error": calibrated, "error_uncalibrated": plain}.items():
-        gaps = [part["rows"] * abs(part["confidence"] - part["frequency"]) for part in bins]
-        errors[name] = round(sum(gaps) / sum(part["rows"] for part in bins), 4)
-    return errors | {"bins": [{name: round(value, 4) for name, value in part.items()} for part in calibrated]}
+    error, bins = _error_and_bins(logits, labels, config)
+    uncalibrated, _ = _error_and_bins(logits, labels, config.replace(temperature=1.0))
+    return {"error": error, "error_uncalibrated": uncalibrated, "bins": bins}
 
 
-def _bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> list[dict[str, float]]:
-    """Return the bins of `reliability`. A multi-label head makes a decision a row and label, others one a row."""
+def _error_and_bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> tuple[float, list[JSON]]:
+    """Return parts of `reliability`. A multi-label head makes a decision a row and label, others one a row."""
     probs = probabilities(logits.float(), config).double().numpy()
     if config.problem_type == "multi_label_classification":
         is_known = ~np.isnan(labels)
@@ -221,12 +218,14 @@ def _bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> list
         confidence, holds = probs[:, index], labels == index
     else:
         confidence, holds = probs.max(axis=1), probs.argmax(axis=1) == labels
-    numbers, table = np.minimum((confidence * _BINS).astype(int), _BINS - 1), []
+    numbers, error, bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1), 0.0, []
     for number in np.unique(numbers).tolist():
         rows = numbers == number
-        means = {"confidence": float(confidence[rows].mean()), "frequency": float(holds[rows].mean())}
-        table.append({"low": number / _BINS, "high": (number + 1) / _BINS, "rows": int(rows.sum()), **means})
-    return table
+        mean, frequency = float(confidence[rows].mean()), float(holds[rows].mean())
+        error += float(rows.mean()) * abs(mean - frequency)
+        means = {"confidence": round(mean, 4), "frequency": round(frequency, 4)}
+        bins.append({"low": number / _BINS, "high": (number + 1) / _BINS, "rows": int(rows.sum()), **means})
+    return round(error, 4), bins
 
 
 def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[JSON]]:
