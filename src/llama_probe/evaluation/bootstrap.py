@@ -27,17 +27,15 @@ def intervals(
         statistic: maps weights `[resamples, rows]`, how often each row counts, to values `[resamples]` by name. NaN is
             undefined and does not count; the interval is None if there is nothing else.
     """
-    names: list[Name] = []
 
     def compute(drawn: np.ndarray, axis: int) -> np.ndarray:
         weights = np.stack([np.bincount(numbers, minlength=rows) for numbers in drawn]).astype(np.float64)
-        values = statistic(weights)
-        names[:] = values
-        return np.stack(list(values.values()))
+        return np.stack(list(statistic(weights).values()))
 
     places = np.arange(max(rows, 2)) % rows  # SciPy draws from two rows at least
     settings = {"n_resamples": resamples, "batch": max(1, _BLOCK // rows), "method": "percentile", "vectorized": True}
     with warnings.catch_warnings(action="ignore"):  # of undefined values
+        names = list(statistic(np.ones((1, rows))))
         distribution = bootstrap((places,), compute, rng=seed, **settings).bootstrap_distribution
         limits = np.nanquantile(distribution, [0.025, 0.975], axis=1).T.tolist()
     return {name: None if np.isnan(limit[0]) else limit for name, limit in zip(names, limits, strict=True)}

@@ -107,9 +107,7 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
             if config.flagged_index is not None:
                 metrics[None, name] = values[:, config.flagged_index]
             elif name in AREAS:
-                defined = ~np.isnan(values)
-                mean = _ratio(np.where(defined, values, 0).sum(axis=1), defined.sum(axis=1))
-                metrics[None, name] = np.where(defined.any(axis=1), mean, np.nan)
+                metrics[None, name] = _ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(axis=1), np.nan)
             else:  # a mean leaves out labels that no row has or is given
                 metrics[None, name] = _ratio(values.sum(axis=1), (predictions + support > 0).sum(axis=1))
             metrics |= {(label, name): values[:, index] for index, label in config.id2label.items()}
@@ -138,7 +136,8 @@ class Ranking:
         They are NaN if all rows that count have the label, or none.
         """
         new = weights[:, self.positives]
-        tp, fp = _running_totals(new), _running_totals(weights[:, self.negatives])
+        # Sums of the first 0, 1, ... n rows.
+        tp, fp = (np.pad(part, ((0, 0), (1, 0))).cumsum(axis=1) for part in (new, weights[:, self.negatives]))
         positives, negatives = tp[:, -1], fp[:, -1]
         hits, false_hits = tp[:, self.hits], fp[:, self.reached]
         precision = np.einsum("ij,ij->i", new, hits / np.maximum(hits + false_hits, 1))
@@ -146,13 +145,6 @@ class Ranking:
         pairs = np.einsum("ij,ij->i", new, negatives[:, None] - (false_hits + fp[:, self.above]) / 2)
         areas = np.stack([precision / np.maximum(positives, 1), pairs / np.maximum(positives * negatives, 1)])
         return np.where((positives > 0) & (negatives > 0), areas, np.nan)
-
-
-def _running_totals(weights: np.ndarray) -> np.ndarray:
-    """Return the sums of the first 0, 1, ... n columns of `[resamples, n]`."""
-    totals = np.zeros((len(weights), weights.shape[1] + 1))
-    np.cumsum(weights, axis=1, out=totals[:, 1:])
-    return totals
 
 
 def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
@@ -172,9 +164,8 @@ def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
     return statistic
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Divide; 0 / 0 is 0, as in `score_logits`."""
-    return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+def _ratio(part: np.ndarray, whole: np.ndarray, undefined: float = 0.0) -> np.ndarray:
+    return np.divide(part, whole, out=np.full_like(part, undefined), where=whole > 0)
 
 
 def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray:
