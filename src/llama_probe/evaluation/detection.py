@@ -42,6 +42,14 @@ def _halts(
     return halted, read, (read - halted) / lengths
 
 
+def _measures(halted: np.ndarray, read: np.ndarray, shown: np.ndarray, positives: np.ndarray) -> dict[str, float]:
+    """Return what `detection` gives of which there are intervals; NaN without a reply that tells it."""
+    parts = {"detected": halted[positives], "false_halts": halted[~positives], "shown": shown[positives]}
+    means = {name: part.mean() if len(part) else np.nan for name, part in parts.items()}
+    delays = read[halted & positives]
+    return {**means, "median": np.median(delays) if len(delays) else np.nan}
+
+
 def detection(
     scores: Sequence[np.ndarray], positives: np.ndarray, threshold: float, patience: int = 1, window: int = 1
 ) -> JSON:
@@ -61,18 +69,14 @@ def detection(
     """
     positives = positives.astype(bool)
     halted, read, shown = _halts(scores, threshold, patience, window)
-    delay: dict[str, float | None] = dict.fromkeys(("median", "p90", "share"))
+    measures = _measures(halted, read, shown, positives)
+    values = {name: None if np.isnan(value) else float(value) for name, value in measures.items()}
+    delay = {"median": values["median"], "p90": None, "share": None}
     if len(hits := np.flatnonzero(halted & positives)):
-        share = np.median(read[hits] / [len(scores[row]) for row in hits])
-        median, p90 = np.median(read[hits]), np.percentile(read[hits], 90)
-        delay = {"median": float(median), "p90": float(p90), "share": float(share)}
-    return {
-        "rows": len(scores),
-        "detected": float(halted[positives].mean()) if positives.any() else None,
-        "false_halts": float(halted[~positives].mean()) if not positives.all() else None,
-        "delay": delay,
-        "shown": float(shown[positives].mean()) if positives.any() else None,
-    }
+        delay["p90"] = float(np.percentile(read[hits], 90))
+        delay["share"] = float(np.median(read[hits] / [len(scores[row]) for row in hits]))
+    shares = {name: values[name] for name in ("detected", "false_halts")}
+    return {"rows": len(scores), **shares, "delay": delay, "shown": values["shown"]}
 
 
 def halting_rules(
@@ -124,10 +128,10 @@ def apply_rules(
         if name not in rules:
             continue
         scored = _known_rows(config, followed, labels, index)
-        tests = [
-            detection(*scored, rule["threshold"], rule["patience"], rule.get("window", 1)) for rule in rules[name]
+        by_label[name] = [
+            {**rule, "test": detection(*scored, rule["threshold"], rule["patience"], rule.get("window", 1))}
+            for rule in rules[name]
         ]
-        by_label[name] = [{**rule, "test": test} for rule, test in zip(rules[name], tests, strict=True)]
     return by_label
 
 
@@ -140,13 +144,9 @@ def _known_rows(
     config: ProbeConfig, followed: Sequence[torch.Tensor], labels: np.ndarray, index: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Return scores of a label, and which rows have it, of the rows of which that is known."""
-    known = np.ones(len(labels), bool) if labels.ndim == 1 else ~np.isnan(labels[:, index].astype(float))
-    scores = _scores(config, [followed[row] for row in np.flatnonzero(known)], index)
-    return scores, has_label(labels[known], index, config)
-
-
-def _scores(config: ProbeConfig, followed: Sequence[torch.Tensor], index: int) -> list[np.ndarray]:
-    return [probabilities(logits, config)[:, index].numpy() for logits in followed]
+    is_known = ~np.isnan(labels if labels.ndim == 1 else labels[:, index])
+    scores = [probabilities(followed[row], config)[:, index].numpy() for row in np.flatnonzero(is_known)]
+    return scores, has_label(labels[is_known], index, config)
 
 
 def reply_report(
@@ -170,23 +170,23 @@ def reply_report(
         share of these very replies; the interval of its `detected` allows for that.
     """
     index = config.need_flagged_index("reply_report")
-    positives = has_label(labels, index, config)
+    scores, positives = _known_rows(config, followed, labels, index)
     odds = [log_odds(logits, config)[:, index].numpy() for logits in followed]
-    scores, largest = _scores(config, followed, index), np.array([row.max() for row in odds])
+    largest = np.array([row.max() for row in odds])
     areas = {"r_auc": auroc(largest, positives, resamples)}
     if token_labels is not None:
         rows = np.repeat(np.arange(len(odds)), list(map(len, odds)))
         token_scores, token_positives = np.concatenate(odds), np.concatenate(token_labels)
         areas["t_auc"] = auroc(token_scores, token_positives, min(resamples, _TOKEN_RESAMPLES), rows)
-    named = {"own": 0.5 if config.threshold is None else config.threshold, **(config.thresholds or {})}
-    thresholds: dict[str, tuple[float, float | None]] = {name: (value, None) for name, value in named.items()}
+    thresholds = {"own": 0.5 if config.threshold is None else config.threshold, **(config.thresholds or {})}
+    rates = {}
     if 0 < positives.sum() < len(positives):
+        rates = {f"{rate:.1%} halted": rate for rate in RATES}
         highest = np.array([row.max() for row in scores])
-        for rate in RATES:
-            thresholds[f"{rate:.1%} halted"] = highest_recall_threshold(highest, positives, rate), rate
+        thresholds |= {name: highest_recall_threshold(highest, positives, rate) for name, rate in rates.items()}
     measured = {}
-    for name, (threshold, rate) in thresholds.items():
-        limits = _limits(scores, largest, positives, threshold, rate, resamples) if resamples else {}
+    for name, threshold in thresholds.items():
+        limits = _limits(scores, largest, positives, threshold, rates.get(name), resamples) if resamples else {}
         measured[name] = {"threshold": threshold, **detection(scores, positives, threshold), "intervals": limits}
     return {
         "label": config.id2label[index],
@@ -207,23 +207,20 @@ def _limits(
     """Return 95 % intervals of what `detection` gives. With a `rate` each resample has its own threshold for `detected`."""
     halted, read, shown = _halts(scores, threshold)
 
-    def measures(drawn: np.ndarray) -> list[float]:
-        is_positive, is_halted, highest = positives[drawn], halted[drawn], largest[drawn]
-        if rate is None:
-            flagged = is_halted
-        elif is_positive.all():  # nothing tells its threshold
-            flagged = np.full(len(drawn), np.nan)
-        else:
-            flagged = highest > highest_unflagged(highest[~is_positive], rate)
-        delays = read[drawn][is_halted & is_positive]
-        parts = flagged[is_positive], is_halted[~is_positive], shown[drawn][is_positive]
-        means = [part.mean() if len(part) else np.nan for part in parts]
-        return [*means, np.median(delays) if len(delays) else np.nan]
+    def measures(drawn: np.ndarray) -> dict[str, float]:
+        is_positive, highest = positives[drawn], largest[drawn]
+        values = _measures(halted[drawn], read[drawn], shown[drawn], is_positive)
+        if rate is not None:
+            values["detected"] = np.nan
+            if 0 < is_positive.sum() < len(drawn):
+                limit = highest_unflagged(highest[~is_positive], rate)
+                values["detected"] = (highest[is_positive] > limit).mean()
+        return values
 
     def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
         rows = np.arange(len(read))
         resampled = [measures(np.repeat(rows, counts)) for counts in weights.astype(int)]
-        return dict(zip(("detected", "false_halts", "shown", "median"), np.array(resampled).T, strict=True))
+        return {name: np.array([values[name] for values in resampled]) for name in resampled[0]}
 
     return intervals(statistic, len(read), resamples)
 
