@@ -140,6 +140,7 @@ def test_replies(tmp_path, backbone_folder, heads, run, scope):
         ([{"text": "a", "row": 1}], {"keep_columns": ["row"]}, "keep_columns.* row"),
         ([{"text": "a"}], {"chunk_rows": 0}, "chunk_rows=0"),
         ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], {"prompt_column": "ask"}, "row 1: text"),
+        ([{"text": "half \ud83d", "ask": "b"}], {"prompt_column": "ask"}, "row 0: text"),
         ([{"text": "a", "ask": ""}, {"text": "a", "ask": ["hi"]}], {"prompt_column": "ask"}, "row 1: ask"),
     ],
 )

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -197,17 +197,16 @@ class ScoringJob:
     def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
         """Return the texts of a chunk, with their prompts as chat messages if there is a column of prompts."""
 
-        def check(name: str, is_allowed: Callable[[object], bool], allowed: str) -> list[Any]:
+        def check(name: str, kind: type = object, allowed: str = "a text or chat messages") -> list[Any]:
             for row, value in enumerate(chunk.columns[name], start=chunk.first_row):
-                if value is not None and not is_allowed(value):
+                is_allowed = isinstance(value, kind) and (value == [] or is_text(value))
+                if value is not None and not is_allowed:
                     raise ProbeError(f"{file.path}: row {row}: {name} must be {allowed}, not {str(value)[:60]!r}")
             return chunk.columns[name]
 
         if self.prompt_column is None:
-            return check(self.text_column, lambda value: value == [] or is_text(value), "a text or chat messages")
-        replies = check(self.text_column, lambda value: isinstance(value, str), "a text")
-        prompts = check(self.prompt_column, lambda value: value == [] or is_text(value), "a text or chat messages")
-        pairs = zip(prompts, replies, strict=True)
+            return check(self.text_column)
+        pairs = zip(check(self.prompt_column), check(self.text_column, str, "a text"), strict=True)
         return [exchange(prompt, reply) if prompt and reply and reply.strip() else None for prompt, reply in pairs]
 
     def _complete(self, manifest: JSON) -> JSON:
