@@ -19,14 +19,8 @@ from ..heads.decision import check_numbers, log_odds, predictions, probabilities
 
 # Metrics that rank the rows. They are undefined if all rows have a label, or none.
 AREAS = ("auprc", "auroc")
-_CLASS_METRICS = ("accuracy", "f1", "precision", "recall", *AREAS)
-
-# Metrics that can choose a head, for each problem type. Larger is better.
-METRICS = {
-    "single_label_classification": _CLASS_METRICS,
-    "multi_label_classification": _CLASS_METRICS,
-    "regression": ("r2",),
-}
+# Metrics that can choose a head, of classes and of values. Larger is better.
+_CLASS_METRICS, _VALUE_METRICS = ("accuracy", "f1", "precision", "recall", *AREAS), ("r2",)
 
 # A label and a metric; None for the metric of all labels.
 Key = tuple[str | None, str]
@@ -224,7 +218,7 @@ def default_metric(config: ProbeConfig) -> str:
 
 def check_metric(metric: str, labels: np.ndarray, config: ProbeConfig) -> None:
     """Raise `ProbeError` unless a metric can choose a head by these validation labels."""
-    allowed = METRICS[config.problem_type]
+    allowed = _VALUE_METRICS if config.problem_type == "regression" else _CLASS_METRICS
     if metric not in allowed:
         raise ProbeError(f"metric={metric!r} for {config.problem_type} must be one of: {', '.join(allowed)}")
     if score_logits(torch.zeros(len(labels), config.num_labels), labels, config)[metric] is None:
