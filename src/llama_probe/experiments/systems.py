@@ -61,16 +61,12 @@ class Systems:
 
     def serve(self, system: str, prompts: dict, new_tokens: int = 1, on_token: Callable | None = None) -> object:
         """Generate greedily, exactly `new_tokens` for each prompt. Call `on_token` after each."""
-        names = self.heads[system]
-        model = self.model if names else self.plain
-        kwargs = {"probes": names} if names else {}
+        kwargs = {**prompts, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
         if new_tokens > 1:
-            kwargs |= {
-                "min_new_tokens": new_tokens,
-                "stopping_criteria": [_TokenMarks(on_token)] if on_token else None,
-            }
-        kwargs |= {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-        return model.generate(**prompts, **kwargs)
+            kwargs["min_new_tokens"] = new_tokens
+            kwargs["stopping_criteria"] = [_TokenMarks(on_token)] if on_token else None
+        names = self.heads[system]
+        return self.model.generate(**kwargs, probes=names) if names else self.plain.generate(**kwargs)
 
 
 class _TokenMarks(transformers.StoppingCriteria):
@@ -95,16 +91,16 @@ def fresh_config(kind: str, hidden_size: int, num_hidden_layers: int, **fields) 
 
 def measure_costs(options: BenchmarkOptions) -> JSON:
     """Return `environment`, `settings`, `backbone` and `rows` of time and memory (see `row`), as JSON values."""
-    systems, device, rows = load_systems(options), choose_device(options.device), []
+    systems, rows = load_systems(options), []
+    device = systems.plain.device
     runs = list(product(options.batch_size, options.tokens, systems.heads))
     for batch_size, tokens, name in tqdm(runs, desc="systems", unit="system"):
         prompts = systems.draw(batch_size, tokens)
         base, system = (partial(systems.serve, which, prompts, options.new_tokens) for which in (BASE, name))
         base(), system()  # a first call may allocate what later calls keep
         pairs = time_pairs(base, system, options.pairs, warmup=2, device=device)
-        weights = sum(
-            weight.nbytes for head in systems.heads[name] for weight in systems.model.probes[head].parameters()
-        )
+        heads = [systems.model.probes[head] for head in systems.heads[name]]
+        weights = sum(weight.nbytes for head in heads for weight in head.parameters())
         memory = weights + peak_memory(system, device) - peak_memory(base, device)
         sizes = {"batch_size": batch_size, "tokens": tokens, "new_tokens": options.new_tokens}
         rows.append({"system": name, **sizes, **row(pairs, memory, name != BASE)})
