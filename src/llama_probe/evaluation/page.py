@@ -25,8 +25,7 @@ def reading_page(reading: Reading) -> str:
     page = _TEMPLATE.read_text(encoding="utf-8")
     script = page.partition("<script>")[2].partition("</script>")[0]
     config, is_value = reading.config, reading.config.problem_type == "regression"
-    marks = [None if is_value else threshold_of(config, index) for index in config.id2label]
-    scores = [(*item, mark) for item, mark in zip(reading.probabilities.items(), marks, strict=True)]
+    scores = [(*item, threshold_of(config, index)) for index, item in enumerate(reading.probabilities.items())]
 
     def levels(weights: np.ndarray) -> list[int]:
         """Return the color of each token, 0 to 100: the root of what exceeds an even share, as in the heat map."""

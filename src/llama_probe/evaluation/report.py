@@ -196,7 +196,7 @@ def asked(
     return parts
 
 
-def describe_evaluation(result: JSON, **facts) -> JSON:
+def describe_evaluation(result: JSON, source: str) -> JSON:
     """Return what a head folder keeps of a report: `rows`, `metrics` of all rows, `intervals`, and by-products.
 
     Args:
@@ -205,4 +205,4 @@ def describe_evaluation(result: JSON, **facts) -> JSON:
     metrics = {key: value for key, value in result.items() if key != "rows" and not isinstance(value, (dict, list))}
     intervals = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}
     kept = {key: result[key] for key in ("flagged", "replies", "novelty", *GROUPS) if key in result}
-    return {**facts, "rows": result["rows"], "metrics": metrics, "intervals": intervals, **kept}
+    return {"source": source, "rows": result["rows"], "metrics": metrics, "intervals": intervals, **kept}

@@ -39,9 +39,9 @@ def check_settings(path: Path, written: JSON, settings: JSON) -> None:
     """Raise `ProbeError` with the first difference between settings and those written in a file."""
     before, now = _flat(written), _flat(json.loads(json.dumps(settings)))
     for name in dict.fromkeys([*now, *before]):
-        if before.get(name, "absent") != now.get(name, "absent"):
-            values = (f"{part.get(name, 'absent'):.60}" for part in (before, now))
-            difference = "{}={} (now {})".format(name, *values)
+        then, value = (part.get(name, "absent") for part in (before, now))
+        if then != value:
+            difference = f"{name}={then:.60} (now {value:.60})"
             raise ProbeError(f"{path} was written with {difference}: give the same settings, or another folder")
 
 

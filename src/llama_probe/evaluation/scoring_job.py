@@ -144,14 +144,14 @@ class ScoringJob:
     def _survey(self) -> tuple[list[InputFile], dict[str, pa.DataType]]:
         """Return the files, and the types of the columns to keep: those of the first file that has them."""
         files = InputFile.find(self.inputs, self.max_text)
-        kept: dict[str, pa.DataType] = {}
+        types: dict[str, pa.DataType] = {}
         for file in files:
             fields = file.fields()
             # A file without rows may have no columns to check.
             if missing := [name for name in self._needed if fields and name not in fields]:
                 raise ProbeError(f"{file.path} has no column {missing[0]!r}; it has: {', '.join(fields) or 'none'}")
-            kept = {name: fields[name] for name in self.keep_columns if name in fields} | kept
-        return files, {name: kept.get(name, pa.string()) for name in self.keep_columns}
+            types = fields | types
+        return files, {name: types.get(name, pa.string()) for name in self.keep_columns}
 
     def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> JSON:
         """Return the manifest, which is written if the job is new."""
