@@ -225,21 +225,19 @@ def kept_labels(
     limit = getattr(find_decoder(head.backbone).model.config, "max_position_embeddings", None)
     # Texts that are too long as they are get cut.
     label_cut, label_whole = (partial(_labels, head, replace(prompts, max_length=cut), limit) for cut in (limit, None))
-    texts, labels, counted, spared = _plain_labels(rows, flagged, label_cut)
+    texts, labels, counted, spared = plain = _plain_labels(rows, flagged, label_cut)
     if not len(counted):
         raise ProbeError(f"{named}: no row has the label {config.id2label[flagged]!r} and gets it from the head")
-    around, unflagged = texts, spared
-    if harmless is not None:
-        around, _, _, unflagged = _plain_labels(harmless, flagged, label_cut)
+    others, _, _, places = plain if harmless is None else _plain_labels(harmless, flagged, label_cut)
+    around = [others[place] for place in places]
     labellers: dict[str, Labeller] = {"head": label_whole, **(baselines or {})}
     results = {}
     for group in groups:
         rng = np.random.default_rng(0)
-        chosen, safe = (
-            rng.permutation(places)[:most] for places, most in zip((counted, spared), GROUPS[group], strict=True)
-        )
+        most, most_harmless = GROUPS[group]
+        chosen, safe = rng.permutation(counted)[:most], rng.permutation(spared)[:most_harmless]
         shares: dict[str, JSON] = {name: {"kept": {}, "alarms": {}} for name in labellers}
-        for name, transform in transformations(prompts, group, [around[row] for row in unflagged]).items():
+        for name, transform in transformations(prompts, group, around).items():
             if name == "second turn" and config.token_scope == "last_user":
                 continue  # such a head reads the second turn alone
             transformed = [transform(texts[row]) for row in (*chosen, *safe)]
