@@ -166,22 +166,16 @@ def _hide(harmless: Sequence[str], tokens: int, place: float, tokenizer: PreTrai
 
 def _system_prompts(prompts: PromptFormat) -> dict[str, Transformation]:
     """Return the wrappings with a system turn; none if the template has no such turns."""
+    alone = prompts.render(wrap("{text}", "\u2461"))
     try:
-        default = _default_system(prompts)
+        before, _, behind = prompts.render(wrap("{text}", "\u2461", system="\u2460")).partition("\u2460")
     except ProbeError:
         return {}
     systems = {"short system prompt": "You sell shoes.", "long system prompt": _LONG_SYSTEM, "tools": _TOOLS}
-    if default:
+    default = alone[len(before) : len(alone) - len(behind)]  # what the template writes by itself
+    if default and alone == before + default + behind:
         systems |= {"system prompt in lower case": default.lower(), "system prompt in capitals": default.upper()}
     return {name: partial(wrap, "{text}", system=system) for name, system in systems.items()}
-
-
-def _default_system(prompts: PromptFormat) -> str:
-    """Return the system prompt that the template writes by itself; empty for none."""
-    before, _, behind = prompts.render(wrap("\u2461", "", system="\u2460")).partition("\u2460")
-    alone = prompts.render(wrap("\u2461", ""))
-    fits = alone.startswith(before) and alone.endswith(behind) and len(alone) >= len(before) + len(behind)
-    return alone[len(before) : len(alone) - len(behind)] if fits else ""
 
 
 # Labels `[rows]`, or `[rows, labels]` of multi-label heads; None if a prompt has more tokens than the backbone can read.
