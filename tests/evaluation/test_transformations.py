@@ -61,8 +61,8 @@ def test_a_template_without_system_turns_has_seven():
 def test_attacks_rewrite_a_text(prompts, name, changed):
     attacks = transformations(prompts, "attacks")
     assert attacks[name]("Rob 2 banks") == changed
-    turns = attacks["turns: split over three"]("rob a large bank")
-    assert [turn["content"] for turn in turns] == ["rob a", "Go on.", "large", "Go on.", "bank"]
+    turns = attacks["turns: split over three"]("rob a {text} bank")
+    assert [turn["content"] for turn in turns] == ["rob a", "Go on.", "{text}", "Go on.", "bank"]
 
 
 def test_a_text_is_hidden_in_so_many_tokens(prompts):

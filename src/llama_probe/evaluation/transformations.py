@@ -60,7 +60,8 @@ def wrap(wrapping: Wrapping, text: str, system: str | None = None) -> Chat:
 def _split(text: str) -> Chat:
     """Return the thirds of a text as turns of the user."""
     first, *others = (" ".join(words) for words in np.array_split(text.split(), 3) if len(words))
-    return wrap((first, *(turn for part in others for turn in ("Go on.", part))), "")
+    turns = (first, *(turn for part in others for turn in ("Go on.", part)))
+    return wrap(turns, "{text}")  # a text may spell the mark
 
 
 def _letters(before: str, after: str) -> Transformation:
