@@ -104,15 +104,16 @@ def halting_rules(
         scores, positives = _known_rows(config, validation, labels, index)
         if not 0 < positives.sum() < len(positives):
             continue
-        rules = []
+        rules, gains = [], []
         for patience, window in RULES:
             # A reply is halted if the highest of these is over the threshold.
             highest = np.array([_judged(values, patience, window).max(initial=0.0) for values in scores])
             threshold = highest_recall_threshold(highest, positives, max_false_halts)
             result = detection(scores, positives, threshold, patience, window)
             rules.append({"patience": patience, "window": window, "threshold": threshold, "validation": result})
-        best = max(rules, key=_detects_most)
-        by_label[name] = [{**rule, "chosen": rule is best} for rule in rules]
+            gains.append((result["detected"], -(result["delay"]["median"] or 0)))
+        best = gains.index(max(gains))
+        by_label[name] = [{**rule, "chosen": place == best} for place, rule in enumerate(rules)]
     return by_label
 
 
@@ -133,11 +134,6 @@ def apply_rules(
             for rule in rules[name]
         ]
     return by_label
-
-
-def _detects_most(rule: JSON) -> tuple[float, float]:
-    result = rule["validation"]
-    return result["detected"], -(result["delay"]["median"] or 0)
 
 
 def _known_rows(
