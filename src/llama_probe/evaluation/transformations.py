@@ -148,7 +148,7 @@ def transformations(prompts: PromptFormat, group: str, harmless: Sequence[str] =
         return _TABLE["results"] | hidden
     ways = {name: way if callable(way) else partial(wrap, way) for name, way in _TABLE[group].items()}
     if of_tools:  # turns are a user's
-        return {name: ways[name] for name, way in _TABLE[group].items() if callable(way) and way is not _split}
+        return {name: way for name, way in ways.items() if isinstance(way("a text"), str)}
     return ways | (_system_prompts(prompts) if group == "wrappings" else {})
 
 
