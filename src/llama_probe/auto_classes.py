@@ -9,7 +9,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -40,7 +40,7 @@ def install() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules to change, as Python does, with a loader that changes them once they are loaded."""
+    """Finds the modules to change, as Python does, and changes them once they are loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -49,23 +49,14 @@ class _Finder(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ChangingLoader(spec.loader)
+            load = spec.loader.exec_module
+
+            def load_and_change(module: ModuleType) -> None:
+                load(module)
+                _change(module)
+
+            spec.loader.exec_module = load_and_change  # the loader is of this module alone
         return spec
-
-
-class _ChangingLoader(Loader):
-    def __init__(self, loader: Loader):
-        self.loader = loader
-
-    def __getattr__(self, name: str) -> object:  # such as `get_source`
-        return getattr(self.loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _change(module)
 
 
 def _change(module: ModuleType) -> None:
