@@ -73,7 +73,7 @@ def _texts(patterns: list[str], text_column: str, max_text: int) -> dict[int, Te
     for file in InputFile.find(patterns, max_text):
         if text_column not in (fields := file.fields()):
             raise ProbeError(f"{file.path} has no column {text_column!r}; it has: {', '.join(fields) or 'none'}")
-        for chunk in file.chunks([text_column], 2048, lambda _number: True):
+        for chunk in file.chunks([text_column], 2048):
             column = enumerate(chunk.columns[text_column], rows)
             texts |= {row: text for row, text in column if text and is_text(text)}
             rows += len(chunk)

@@ -9,7 +9,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -104,19 +104,18 @@ class InputFile:
         """Yield the rows, with their values by column name."""
         return self._rows(None)
 
-    def chunks(self, columns: Sequence[str], size: int, wanted: Callable[[int], bool]) -> Iterator[Chunk]:
-        """Yield the chunks of `size` rows whose numbers are wanted, one at a time. The last may have fewer rows."""
+    def chunks(self, columns: Sequence[str], size: int) -> Iterator[Chunk]:
+        """Yield the chunks of `size` rows, one at a time. The last may have fewer rows."""
         rows = ({name: row.get(name) for name in columns} for row in self._rows(list(columns)))
         for number in count():
             block = list(islice(limited(f"{self.path}: a chunk of rows", rows, self.max_text * _CHUNK_TEXTS), size))
             if not block:
                 return
-            if wanted(number):
-                chunk = Chunk(number, number * size, {name: [row[name] for row in block] for name in columns})
-                for name, values in chunk.columns.items():
-                    for row, value in enumerate(values, start=chunk.first_row):
-                        check_length(f"{self.path}: row {row}: {name}", value, self.max_text)
-                yield chunk
+            chunk = Chunk(number, number * size, by_column(block))
+            for name, values in chunk.columns.items():
+                for row, value in enumerate(values, start=chunk.first_row):
+                    check_length(f"{self.path}: row {row}: {name}", value, self.max_text)
+            yield chunk
 
     def _rows(self, columns: list[str] | None) -> Iterator[Row]:
         row = 0

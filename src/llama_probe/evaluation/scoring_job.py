@@ -178,21 +178,18 @@ class ScoringJob:
         total = sum(pq.read_metadata(file.path).num_rows for file in files) // world_size() if countable else None
         with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
             for index, file in enumerate(files):
-                for chunk in file.chunks(self._needed, self.chunk_rows, partial(self._is_wanted, index)):
+                for chunk in file.chunks(self._needed, self.chunk_rows):
+                    part = self.output / f"part-{index:05d}-{chunk.number:07d}.parquet"
+                    if (index + chunk.number) % world_size() != rank() or part.is_file():
+                        continue
                     texts = self._texts(file, chunk)
                     scores = scorer(texts)
                     _warn_of_gaps(file, chunk, texts, scores)
                     numbers = range(chunk.first_row, chunk.first_row + len(chunk))
                     columns = {**chunk.columns, **scores, "file": [str(file.path)] * len(chunk), "row": numbers}
                     table = pa.table([_array(file, chunk, column, columns[column.name]) for column in schema], schema)
-                    write_atomically({self._part(index, chunk.number): partial(_write, table)})
+                    write_atomically({part: partial(_write, table)})
                     bar.update(len(chunk))
-
-    def _part(self, index: int, number: int) -> Path:
-        return self.output / f"part-{index:05d}-{number:07d}.parquet"
-
-    def _is_wanted(self, index: int, number: int) -> bool:
-        return (index + number) % world_size() == rank() and not self._part(index, number).is_file()
 
     def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
         """Return the texts of a chunk, with their prompts as chat messages if there is a column of prompts."""
