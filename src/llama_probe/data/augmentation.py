@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 
 import numpy as np
@@ -47,11 +47,11 @@ _FORMATS: tuple[Callable[[str], str], ...] = (
 class Augmenter:
     """The texts that augmentations draw from, and the state of the draw. Each public method is an augmentation.
 
-    `harmless` texts are for lead-ins, quotes and other turns, `system_prompts` for system turns. `drawn` are the places of the
-    harmless texts that were drawn; the caller may clear it.
+    The texts of `harmless` are for lead-ins, quotes and other turns, `system_prompts` for system turns. `drawn` are the rows of
+    `harmless` that were drawn; the caller may clear it.
     """
 
-    harmless: Sequence[str]
+    harmless: LabelledTexts
     system_prompts: Sequence[str]
     rng: np.random.Generator
     drawn: set[int] = field(default_factory=set)
@@ -94,9 +94,9 @@ class Augmenter:
         return {"role": "assistant", "content": self._words(*_TURN_WORDS)}
 
     def _harmless(self) -> str:
-        place = int(self.rng.integers(len(self.harmless)))
-        self.drawn.add(place)
-        return self.harmless[place]
+        row = int(self.rng.integers(len(self.harmless)))
+        self.drawn.add(row)
+        return self.harmless.texts[row]
 
     def _one(self, items: Sequence[str]) -> str:
         return items[int(self.rng.integers(len(items)))]
@@ -131,19 +131,17 @@ def wrapped_copies(
         harmless = [row for row in _harmless_rows(rows).tolist() if isinstance(rows.texts[row], str)]
         if not harmless:
             raise ProbeError(f"augment={list(names)} draws from the texts without a flagged label, and there are none")
-    groups = _rows_by_label(rows.labels)
-    texts, rng = [rows.texts[row] for row in harmless], np.random.default_rng(seed)
-    augmenter, parts, sources = Augmenter(texts, system_prompts, rng), [], rows.columns.get("source")
+    augmenter, parts = Augmenter(rows.select(harmless), system_prompts, np.random.default_rng(seed)), []
+    groups, sources = _rows_by_label(rows.labels), augmenter.harmless.columns.get("source")
     for name in names:
         copies = rows.select(_draw(groups, max(1, round(share * len(rows))), augmenter.rng))
-        wrapped: list[Text] = []
         for place, text in enumerate(copies.texts):
             augmenter.drawn.clear()
-            wrapped.append(_wrap(getattr(augmenter, name), text))
+            copies.texts[place] = _wrap(getattr(augmenter, name), text)
             if sources is not None:
-                drawn = {sources[harmless[drawn_place]] for drawn_place in augmenter.drawn}
-                copies.columns["source"][place] = "+".join(sorted({copies.columns["source"][place], *drawn}))
-        parts.append(replace(copies, texts=wrapped))
+                named = {copies.columns["source"][place], *(sources[row] for row in augmenter.drawn)}
+                copies.columns["source"][place] = "+".join(sorted(named))
+        parts.append(copies)
     return parts
 
 

@@ -35,10 +35,10 @@ def learn_turn_markers(render: Callable[..., list[int]]) -> dict[str, TurnMarker
             `ProbeError` for a chat that the template does not take.
     """
     try:
-        user_end, reply_end = _turn_end(render, "user"), _turn_end(render, "assistant")
+        ends = _turn_end(render, "assistant"), _turn_end(render, "user")
         replies = ([*_ASKED, {"role": "assistant", "content": text}] for text in _TEXTS)
-        user = _marker([_ids_before(render, before, "user") for before in ([], *replies)], (reply_end, user_end))
-        assistant = _assistant_marker(render, (user_end, reply_end))
+        user = _marker([_ids_before(render, before, "user") for before in ([], *replies)], ends)
+        assistant = _assistant_marker(render, ends)
     except ProbeError:
         return None
     if not user["ids"] or not assistant["ids"] or _is_start(user["ids"], assistant["ids"]):
@@ -46,7 +46,7 @@ def learn_turn_markers(render: Callable[..., list[int]]) -> dict[str, TurnMarker
     markers: dict[str, TurnMarker] = {"user": user, "assistant": assistant}
     for role, opening in (("system", _system_opening), ("tool", _tool_opening), ("document", _document_opening)):
         try:
-            ids = opening(render, (reply_end, user_end), user["ids"])
+            ids = opening(render, ends, user["ids"])
         except ProbeError:  # many templates have no such turn
             continue
         others = [marker["ids"] for marker in markers.values()]
@@ -115,8 +115,7 @@ def _behind_turns(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
     for start in range(len(ids) - 1, -1, -1):
         for end in filter(None, ends):
             if ids[start : start + len(end)] == end and start + len(end) < len(ids):
-                ids = ids[start + len(end) :]
-                break
+                return ids[start + len(end) :]
     return ids
 
 
