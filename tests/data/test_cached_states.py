@@ -13,7 +13,7 @@ from kills import each_kill
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone import passes
 from llama_probe.data import cached_states
-from llama_probe.data.cached_states import ProbeCollator, PromptDataset, StateCache
+from llama_probe.data.cached_states import PromptDataset, StateCache, collate
 from llama_probe.evaluation.prediction import predict_logits, predict_together
 
 
@@ -64,7 +64,7 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
 )
 def test_only_what_the_head_reads_is_kept(tmp_path, lm, monkeypatch, changes, shape):
     monkeypatch.setattr(passes, "BATCH_TOKENS", 20)
-    probe, collate, live = make_head(lm, **changes), ProbeCollator(), ROWS
+    probe, live = make_head(lm, **changes), ROWS
     cache = StateCache(tmp_path / "own", torch.float32)
     cached = cache.dataset(lm, probe.config, ROWS)
     assert cache.bytes_of(probe.config, list(ROWS)) == sum(row["hidden_states"].nbytes for row in cached)

@@ -6,7 +6,7 @@ from conftest import HIDDEN, LAYERS
 from torch.utils.data import StackDataset
 
 from llama_probe import ProbeConfig, ProbeModel
-from llama_probe.data.cached_states import ProbeCollator, PromptDataset
+from llama_probe.data.cached_states import PromptDataset, collate
 from llama_probe.training.loss import ProbeLoss
 from llama_probe.training.rows import TrainingRows
 
@@ -43,11 +43,11 @@ def mixed(weights):
 
 def test_rows_without_a_weight_count_for_one():
     rows = mixed([0.0, 0.25])
-    batch = ProbeCollator()([rows[0], rows[24], rows[1]])
+    batch = collate([rows[0], rows[24], rows[1]])
     assert batch["row_weights"].tolist() == [[1, 1], [0, 0.25], [1, 1]]
-    assert "row_weights" not in ProbeCollator()([rows[0], rows[1]])
+    assert "row_weights" not in collate([rows[0], rows[1]])
     one = mixed([0.5])
-    assert ProbeCollator()([rows[24], one[24]])["row_weights"].tolist() == [[0, 0.25], [0.5, 0.5]], "of two sources"
+    assert collate([rows[24], one[24]])["row_weights"].tolist() == [[0, 0.25], [0.5, 0.5]], "of two sources"
 
 
 def test_members_take_turns():
@@ -60,7 +60,7 @@ def test_members_take_turns():
     def gradient(rows) -> torch.Tensor:
         """Return that of the classifier's weights, `[members, ...]`, summed over the rows and not averaged."""
         probe.zero_grad()
-        batch = ProbeCollator()([rows[row] for row in range(len(rows))])
+        batch = collate([rows[row] for row in range(len(rows))])
         labels = batch.pop("labels")
         loss(probe(**batch), labels, num_items_in_batch=1).backward()
         return probe.classifier.weight.grad.unflatten(1, (5, -1)).transpose(0, 1).clone()

@@ -16,7 +16,7 @@ from training_runs import head_of, token_rows, trainer_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
-from llama_probe.data.cached_states import ProbeCollator, PromptDataset
+from llama_probe.data.cached_states import PromptDataset, collate
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.decision import ProbeOutput, probe_loss
@@ -240,7 +240,7 @@ class Curious(TrainerCallback):
 
 
 def test_own_callables(tmp_path):
-    collate, sizes, seen = ProbeCollator(), [], []
+    sizes, seen = [], []
     own = {"compute_metrics": lambda evaluated: seen.append(evaluated.label_ids.tolist()) or {"rows": len(seen[-1])}}
     own["metric_for_best_model"] = "rows"
     own["data_collator"] = lambda rows: sizes.append(len(rows)) or collate(rows)

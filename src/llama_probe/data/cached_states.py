@@ -63,8 +63,6 @@ class StateDataset(Dataset):
         return len(self.items)
 
     def __getitem__(self, row: int) -> dict:
-        if row >= len(self):
-            raise IndexError(row)
         tokens, states = self.items[row]
         return {"input_ids": tokens.tolist(), "hidden_states": states, "labels": self.labels[row]}
 
@@ -96,15 +94,14 @@ class StateCache:
         entry = self.folder / _digest([_FORMAT, str(dtype), scope, reads, weights_digest(lm)])
         keys = [_digest([ids, rows.masks and rows.masks[row]]) for row, ids in enumerate(rows.prompts)]
         done = on_main(lambda: set(rows_on_disk(entry)))
-        row_of = {key: row for row, key in enumerate(keys)}
-        if left := [row for key, row in row_of.items() if key not in done]:
+        left = list({key: row for row, key in enumerate(keys) if key not in done}.values())
+        if left:
             read = [_tokens_read(config, [rows[row]])[0].tolist() for row in left]
             check_rows(torch.tensor([[any(mask)] for mask in read]))
             dataset = PromptDataset([rows.prompts[row] for row in left], masks=read)
             on_main(lambda: self._begin(entry))
-            passes = iterate_states(dataset, config, lm, config.layer_indices)
             try:
-                for places, states, counted in passes:
+                for places, states, counted in iterate_states(dataset, config, lm):
                     tensors = _tensors_of_pass([dataset[place] for place in places], states.to("cpu", dtype), counted)
                     names = {"keys": " ".join(keys[left[place]] for place in places)}
                     if is_main() or not is_tensor_parallel(lm):  # its ranks compute the same rows
@@ -154,7 +151,7 @@ def rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def _tokens_read(config: ProbeConfig, rows: Sequence[dict]) -> torch.Tensor:
     """Return the mask `[B, T]` of the tokens of rows that the head reads: in a reply each is the last one once."""
-    counted = counted_tokens(config, ProbeCollator()(rows))
+    counted = counted_tokens(config, collate(rows))
     return counted if config.reads_reply else tokens_read(config, counted)
 
 
@@ -172,44 +169,41 @@ def _tensors_of_pass(items: list[dict], states: torch.Tensor, counted: torch.Ten
     }
 
 
-class ProbeCollator:
-    """Pads rows of a `PromptDataset` or a `StateDataset` on the right and stacks them into a batch."""
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Pad rows of a `PromptDataset` or a `StateDataset` on the right, and stack them into a batch.
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Return `labels`, `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`.
-
-        The batch also has `probe_mask` `[B, T]` and `learned_by` `[B, H]` if the rows have them, `reply_mask` `[B, T]` if they
-        have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then weigh 1. The memory of
-        `hidden_states` is `[S, B, T, D]`, as heads compute.
-        """
-        lengths = [len(row["input_ids"]) for row in rows]
-        labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))
-        if labels.is_floating_point():
-            # The Trainer ignores labels of -100, which may be a value here.
-            labels = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
-        ones = [torch.ones(length, dtype=torch.long) for length in lengths]
-        batch = {"attention_mask": pad_sequence(ones, batch_first=True), "labels": labels}
-        if "hidden_states" in rows[0]:
-            first = rows[0]["hidden_states"]
-            states = first.new_zeros(len(first), len(rows), max(lengths), first.shape[-1])
-            for i, row in enumerate(rows):
-                states[:, i, : lengths[i]] = row["hidden_states"]
-            batch["hidden_states"] = states.transpose(0, 1)
-        else:
-            batch["input_ids"] = pad_sequence([torch.as_tensor(row["input_ids"]) for row in rows], batch_first=True)
-        if "probe_mask" in rows[0]:
-            batch["probe_mask"] = pad_sequence([torch.as_tensor(row["probe_mask"]) for row in rows], batch_first=True)
-        if "reply_length" in rows[0]:
-            columns, ends = torch.arange(max(lengths)), torch.tensor(lengths)[:, None]
-            starts = ends - torch.tensor([row["reply_length"] for row in rows])[:, None]
-            batch["reply_mask"] = (columns >= starts) & (columns < ends)
-        if "learned_by" in rows[0]:
-            batch["learned_by"] = torch.from_numpy(np.stack([row["learned_by"] for row in rows]))
-        weights = [row.get("row_weights") or [1.0] for row in rows]
-        if any("row_weights" in row for row in rows):
-            count = math.lcm(*map(len, weights))  # members take them in turn
-            batch["row_weights"] = torch.tensor([row * (count // len(row)) for row in weights])
-        return batch
+    Returns:
+        `labels`, `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`, whose memory is
+        `[S, B, T, D]`, as heads compute. Also `probe_mask` `[B, T]` and `learned_by` `[B, H]` if the rows have them, `reply_mask`
+        `[B, T]` if they have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then weigh 1.
+    """
+    labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))
+    if labels.is_floating_point():
+        # The Trainer ignores labels of -100, which may be a value here.
+        labels = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
+    ends = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
+    columns = torch.arange(int(ends.max()))
+    batch = {"attention_mask": (columns < ends).long(), "labels": labels}
+    if "hidden_states" in rows[0]:
+        first = rows[0]["hidden_states"]
+        states = first.new_zeros(len(first), len(rows), len(columns), first.shape[-1])
+        for i, row in enumerate(rows):
+            states[:, i, : ends[i]] = row["hidden_states"]
+        batch["hidden_states"] = states.transpose(0, 1)
+    else:
+        batch["input_ids"] = pad_sequence([torch.as_tensor(row["input_ids"]) for row in rows], batch_first=True)
+    if "probe_mask" in rows[0]:
+        batch["probe_mask"] = pad_sequence([torch.as_tensor(row["probe_mask"]) for row in rows], batch_first=True)
+    if "reply_length" in rows[0]:
+        starts = ends - torch.tensor([row["reply_length"] for row in rows])[:, None]
+        batch["reply_mask"] = (columns >= starts) & (columns < ends)
+    if "learned_by" in rows[0]:
+        batch["learned_by"] = torch.from_numpy(np.stack([row["learned_by"] for row in rows]))
+    weights = [row.get("row_weights") or [1.0] for row in rows]
+    if any("row_weights" in row for row in rows):
+        count = math.lcm(*map(len, weights))  # members take them in turn
+        batch["row_weights"] = torch.tensor([row * (count // len(row)) for row in weights])
+    return batch
 
 
 def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -233,13 +227,12 @@ def iterate_states(
         dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
         config: config of a head, whose scope tells which tokens count.
         lm: the frozen LM, if the states are not cached.
-        layers: states to collect from the LM. Defaults to all.
+        layers: states to collect from the LM. Defaults to those that the head reads.
 
     Yields:
         Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens. Leading tokens that no
         row counts may be missing.
     """
-    collate = ProbeCollator()
     prompts, unread = [], []
     for first in range(0, len(dataset), _ROWS):
         part = [dataset[row] for row in range(first, min(first + _ROWS, len(dataset)))]
@@ -250,7 +243,6 @@ def iterate_states(
         passes = [Pass(rows) for rows in length_batches(list(map(len, prompts)))]
     else:
         passes = plan_passes(lm, prompts, unread)
-        layers = range(find_decoder(lm).num_hidden_layers + 1) if layers is None else layers
     title = "scoring" if lm is None else "hidden states"
     with logging.tqdm(total=len(prompts), desc=title, unit=" rows", leave=False) as bar:
         for run in passes if is_tensor_parallel(lm) else share(passes):
@@ -259,7 +251,8 @@ def iterate_states(
                 states, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
             else:
                 ids, mask = batch["input_ids"][:, run.skip :], counted_tokens(config, batch)[:, run.skip :]
-                states = torch.stack(collect_hidden_states(lm, layers, ids, prefix=run.prefix))
+                read = config.layer_indices if layers is None else layers
+                states = torch.stack(collect_hidden_states(lm, read, ids, prefix=run.prefix))
             yield run.rows, states, mask
             bar.update(len(run.rows) * world_size())
 

@@ -74,7 +74,7 @@ class HeadGroup(nn.Module):
         learned_by: torch.Tensor | None = None,
         reply_mask: torch.Tensor | None = None,
     ) -> GroupOutput:
-        """Score a batch of `ProbeCollator` with each head.
+        """Score a batch of `collate` with each head.
 
         Args:
             learned_by (`torch.BoolTensor` of shape `[batch, heads]`, *optional*): the rows that each head learns from, or is

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
-from ..data.cached_states import ProbeCollator, StateCache, cached_for
+from ..data.cached_states import StateCache, cached_for, collate
 from ..data.labelled_texts import LabelledTexts, check_labels, ends_with_reply
 from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import PromptDataset, PromptFormat
@@ -77,7 +77,7 @@ class ProbeTrainer(Trainer):
         model: a head, new or from `ProbeModel.from_pretrained`, or heads by name; with a backbone if the rows are texts or token
             ids. Heads by name read the same tokens; their layers, kinds and seeds may differ.
         args: defaults to `ProbeTrainingArguments()`.
-        data_collator, compute_loss_func, compute_metrics: default to `ProbeCollator`, the `ProbeLoss` that `args` describe, and
+        data_collator, compute_loss_func, compute_metrics: default to `collate`, the `ProbeLoss` that `args` describe, and
             the metrics of the head's problem type.
         train_dataset, eval_dataset: a `datasets.Dataset`, a DataFrame, a dict of columns or a list of rows, with the columns
             of `rows_in_memory`, whose states are computed here unless `args.cache_states` is False; or a `PromptDataset` or
@@ -178,7 +178,7 @@ class ProbeTrainer(Trainer):
             super().__init__(
                 model=model if model_init is None else None,
                 args=args,
-                data_collator=data_collator or ProbeCollator(),
+                data_collator=data_collator or collate,
                 train_dataset=learned,
                 eval_dataset=judged,
                 processing_class=self._tokenizer,
