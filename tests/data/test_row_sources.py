@@ -195,7 +195,7 @@ class TestLocalCopies:
         assert len(Source(rows="someone/prompts::more", name="m", **asked).read(HARM, copies)) == 7
 
     def test_fields_that_differ_in_copies(self, copies):
-        local = {"rows": "prompts", "text_column": "q", "where": {"of": ["b"]}}
+        local = {"rows": "prompts", "name": "theirs", "text_column": "q", "where": {"of": ["b"]}}
         source = Source(rows="someone/all", name="mine", text_column="prompt", label="harmful", local=local)
         rows = source.read(HARM, copies)
         assert len(rows) == 15 and set(rows.columns["source"]) == {"mine"} and set(rows.columns["of"]) == {"b"}
@@ -215,7 +215,7 @@ class TestLocalCopies:
             read(source, data_dir=copies)
 
     def test_a_name_alone_needs_a_folder_of_copies(self):
-        with pytest.raises(ProbeError, match=r"--data-dir.*prompts/SPLIT"):
+        with pytest.raises(ProbeError, match=r"known by name: toxicchat, .*--data-dir.*prompts/SPLIT"):
             Source(rows="prompts").find()
 
 

@@ -93,7 +93,7 @@ class Source:
     def find(self, data_dir: str | os.PathLike | None = None) -> Source:
         """Return the source with the place of its rows: a local copy, if there is a folder of copies."""
         if data_dir is not None and self.local is not None:
-            return replace(self, **self.local, local=None, name=self.name).find(data_dir)
+            return replace(self, **self.local | {"local": None, "name": self.name}).find(data_dir)
         if find_benchmark(self.rows) is not None or os.path.exists(self.rows):
             return self
         place = TablePlace.parse(self.rows)
@@ -104,7 +104,8 @@ class Source:
                 raise ProbeError(f"{self.rows}: {data_dir} has no split {split!r}, but {', '.join(copies)}")
             return replace(self, rows=str(path), name=self.name)
         if not _HUB_ID.fullmatch(place.id):
-            raise ProbeError(f"{self.rows!r} is no file and no Hub id; --data-dir reads DIR/{place.id}/SPLIT.jsonl.gz")
+            known = f"data sets known by name: {', '.join(BENCHMARKS)}; --data-dir reads DIR/{place.id}/SPLIT.jsonl.gz"
+            raise ProbeError(f"{self.rows!r} is no file and no Hub id; {known}")
         return self
 
     def read(

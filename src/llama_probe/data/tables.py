@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
-from .known import BENCHMARKS
 from .row_files import FILE_TEXTS, MAX_TEXT, Columns, InputFile, by_column, kind_of, limited
 
 
@@ -76,8 +75,7 @@ def read_table(
             return dataset_columns(rows)
         splits = datasets.load_dataset_builder(str(folder), place.configuration).config.data_files or {}
     except Exception as error:  # The loaders raise dozens of types for bad input.
-        known = "" if "/" in place.id else f" (data sets known by name: {', '.join(BENCHMARKS)})"
-        words = f"{source} cannot be read as a file, a folder or a Hub data set: {_reason(error)}{known}"
+        words = f"{source} cannot be read as a file, a folder or a Hub data set: {_reason(error)}"
         raise ProbeError(words) from error
     if split not in splits:
         raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(splits)}")
