@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.hub.folder import CONFIG_NAME, WEIGHTS_NAME
-from llama_probe.hub.transport import HubOptions, HubReference, download_head, hide_secrets
+from llama_probe.hub.transport import HubOptions, HubReference, download_head, reason
 
 
 REPO = "alice/mood"
@@ -145,5 +145,5 @@ def test_the_revisions_of_head_and_backbone_are_told_apart(hub):
 
 
 def test_secrets_are_hidden():
-    assert hide_secrets("a secret! hf_abcdefghijk api_org_abcdefghijk", "secret!") == "a *** *** ***"
+    assert reason(OSError("a secret! hf_abcdefghijk api_org_abcdefghijk"), "secret!") == "a *** *** ***"
     assert "secret" not in repr(HubOptions(token="secret!")) and HubOptions(token="secret!").token == "secret!"

@@ -76,7 +76,7 @@ def renew_card(
     except ProbeError:  # there is none, or nothing to keep
         old = ModelCardData()
     kept = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
-    kept = [tag for tag in kept if tag not in ("llama_probe", "probe") and not tag.startswith("probe-")]
+    kept = [tag for tag in kept if not tag.startswith("probe-")]  # of another kind
     try:
         card = _card(_complete(config), results, plots, source or Path(folder).resolve().name, [*kept, *tags])
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
@@ -204,7 +204,7 @@ def _card(config: JSON, results: JSON | None, plots: Sequence[str], source: str,
         license=facts["license"],
         language=facts["language"],
         datasets=[facts["dataset"]] if facts["dataset"] else None,
-        tags=list(dict.fromkeys(["llama_probe", "probe", f"probe-{config['probe_type']}", *tags])),
+        tags=["llama_probe", "probe", f"probe-{config['probe_type']}", *tags],  # unique in the metadata
         **scores,
     )
     text = card_template(_TEMPLATE).render(

@@ -123,7 +123,7 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions(), *
         # `a/b` may have been meant for a folder.
         is_plain = str(reference) == reference.repo_id and not os.path.isdir(reference.repo_id)
         no_folder = f", and there is no folder {reference.repo_id}" if is_plain else ""
-        raise ProbeError(f"{reference} cannot be fetched{no_folder}: {_reason(error, options.token)}") from None
+        raise ProbeError(f"{reference} cannot be fetched{no_folder}: {reason(error, options.token)}") from None
     folder = Path(snapshot, reference.subfolder or "")
     for name in names[:2]:
         if not os.path.isfile(folder / name):
@@ -209,17 +209,13 @@ def _push_errors(repo_id: str, token: str | bool | None, is_sent: bool = False) 
         # The answer to a commit that was made may be lost. Errors of other kinds come before it is sent.
         is_unknown = is_sent and isinstance(cause, HTTPError) and status >= 500
         outcome = "it is not known if it was kept: look at its page" if is_unknown else "nothing was uploaded"
-        raise ProbeError(f"the push to {repo_id} failed, and {outcome}; {_reason(error, token)}") from None
+        raise ProbeError(f"the push to {repo_id} failed, and {outcome}; {reason(error, token)}") from None
 
 
-def _reason(error: Exception, token: str | bool | None) -> str:
-    """Return the client's own words on one line, without access tokens."""
+def reason(error: Exception, token: str | bool | None) -> str:
+    """Return the client's own words on one line, without the given token and anything that looks like one."""
     cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
-    return hide_secrets(" ".join(str(cause).split()), token)
-
-
-def hide_secrets(text: str, token: str | bool | None = None) -> str:
-    """Return a text without the given token and without anything that looks like a token."""
+    text = " ".join(str(cause).split())
     if isinstance(token, str) and token:
         text = text.replace(token, "***")
     return re.sub(r"(hf|api_org)_[A-Za-z0-9]{8,}", "***", text)
