@@ -50,7 +50,6 @@ def kind_of(path: Path) -> str | None:
 class Chunk:
     """Consecutive rows of a file: `columns` holds their values by column name, None where a row has no value."""
 
-    number: int
     first_row: int
     columns: Columns
 
@@ -107,15 +106,14 @@ class InputFile:
     def chunks(self, columns: Sequence[str], size: int) -> Iterator[Chunk]:
         """Yield the chunks of `size` rows, one at a time. The last may have fewer rows."""
         rows = ({name: row.get(name) for name in columns} for row in self._rows(list(columns)))
-        for number in count():
+        for first_row in count(step=size):
             block = list(islice(limited(f"{self.path}: a chunk of rows", rows, self.max_text * _CHUNK_TEXTS), size))
             if not block:
                 return
-            chunk = Chunk(number, number * size, by_column(block))
-            for name, values in chunk.columns.items():
-                for row, value in enumerate(values, start=chunk.first_row):
+            for row, values in enumerate(block, start=first_row):
+                for name, value in values.items():
                     check_length(f"{self.path}: row {row}: {name}", value, self.max_text)
-            yield chunk
+            yield Chunk(first_row, by_column(block))
 
     def _rows(self, columns: list[str] | None) -> Iterator[Row]:
         row = 0

@@ -178,9 +178,9 @@ class ScoringJob:
         total = sum(pq.read_metadata(file.path).num_rows for file in files) // world_size() if countable else None
         with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
             for index, file in enumerate(files):
-                for chunk in file.chunks(self._needed, self.chunk_rows):
-                    part = self.output / f"part-{index:05d}-{chunk.number:07d}.parquet"
-                    if (index + chunk.number) % world_size() != rank() or part.is_file():
+                for number, chunk in enumerate(file.chunks(self._needed, self.chunk_rows)):
+                    part = self.output / f"part-{index:05d}-{number:07d}.parquet"
+                    if (index + number) % world_size() != rank() or part.is_file():
                         continue
                     texts = self._texts(file, chunk)
                     scores = scorer(texts)
