@@ -90,16 +90,15 @@ class Source:
         if self.name is None:
             self.name = known[0].name if known is not None else _short_name(self.rows)
 
-    def find(self, data_dir: str | os.PathLike | None = None) -> Source:
-        """Return the source with the place of its rows: a local copy, if there is a folder of copies."""
+    def find(self, data_dir: str | os.PathLike | None = None, split: str = "train") -> Source:
+        """Return the source with the place of its rows: a local copy of the split, if there is a folder of copies."""
         if data_dir is not None and self.local is not None:
-            return replace(self, **self.local | {"local": None, "name": self.name}).find(data_dir)
+            return replace(self, **self.local | {"local": None, "name": self.name}).find(data_dir, split)
         if find_benchmark(self.rows) is not None or os.path.exists(self.rows):
             return self
         place = TablePlace.parse(self.rows)
         if data_dir is not None:
-            copies = local_copies(_short_name(self.rows), data_dir)
-            split = place.split or "train"
+            copies, split = local_copies(_short_name(self.rows), data_dir), place.split or split
             if (path := copies.get(split)) is None:
                 raise ProbeError(f"{self.rows}: {data_dir} has no split {split!r}, but {', '.join(copies)}")
             return replace(self, rows=str(path), name=self.name)
@@ -124,7 +123,7 @@ class Source:
             split: split to read, if `rows` names none.
             commercial: leave out the rows whose licence forbids commercial use, or is not known.
         """
-        place, labels = self.find(data_dir), labels or Labels()
+        place, labels = self.find(data_dir, split), labels or Labels()
         columns, stated = place._read_columns(split, data_dir, max_text)
         is_file = find_benchmark(self.rows) is None and os.path.exists(self.rows)
         columns, stated = place._select_rows(columns, stated, skip_empty=not is_file)
