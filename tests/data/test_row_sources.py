@@ -193,7 +193,9 @@ class TestLocalCopies:
         assert source.name == "prompts" and source.find() is source, "nothing is asked of the Hub yet"
         assert len(source.read(HARM, copies)) == len(Source(rows="prompts", **asked).read(HARM, copies)) == 20
         assert len(Source(rows="someone/prompts::more", name="m", **asked).read(HARM, copies)) == 7
-        assert len(Source(rows="someone/prompts", **asked).read(HARM, copies, "more")) == 7, "the split that is asked for"
+        assert len(Source(rows="someone/prompts", **asked).read(HARM, copies, "more")) == 7, (
+            "the split that is asked for"
+        )
 
     def test_fields_that_differ_in_copies(self, copies):
         local = {"rows": "prompts", "name": "theirs", "text_column": "q", "where": {"of": ["b"]}}

@@ -44,10 +44,10 @@ def folder(tmp_path):
     return folder
 
 
-def create_card(folder, **arguments):
+def create_card(folder, source=None):
     """Return the card that a save of the head would write."""
     plots = [name for name in PLOT_NAMES if (folder / name).is_file()]
-    return renew_card(folder, read_config_values(folder), read_results(folder), plots, **arguments)
+    return renew_card(folder, read_config_values(folder), read_results(folder), plots, source)
 
 
 def change_config(folder, **changes):
@@ -72,14 +72,17 @@ def test_the_chosen_seed_and_the_spread(folder):
 def test_a_head_without_results(tmp_path, values):
     folder = save_head(make_probe(), tmp_path / "fresh")
     (folder / "probe_config.json").write_text(json.dumps({"hidden_size": 32, "num_hidden_layers": 4, **values}))
-    card = create_card(folder, source="me/fresh", license="mit", tags=["mine"])
+    (folder / "README.md").write_text("---\nlicense: mit\ntags: [mine, probe-old]\n---\n")
+    card = create_card(folder, source="me/fresh")
     assert "Nothing was measured" in card.content and 'probe="me/fresh"' in card.content
     assert ("`LABEL_2`" in card.content) == ("num_labels" in values)
-    assert card.data.license == "mit" and "mine" in card.data.tags and not card.data.eval_results
+    assert card.data.license == "mit" and not card.data.eval_results
+    assert card.data.tags == ["llama_probe", "probe", "probe-mha", "mine"]
 
 
 def test_a_saved_head_gets_a_card_that_a_person_may_edit(folder):
-    write_card(folder, source="me/heads@v1:weather", license="mit", tags=["mine"])
+    (folder / "README.md").write_text(f"---\nlicense: mit\ntags: [mine]\n---\n{MARKER}")
+    assert 'probe="me/heads@v1:weather"' in write_card(folder, source="me/heads@v1:weather").read_text()
     probe = read_head(folder)
     save_head(probe, folder)
     assert "## Results" in card_of(folder) and "license: cc0-1.0" in card_of(folder)

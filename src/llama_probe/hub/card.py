@@ -40,36 +40,27 @@ _MAX_METADATA = 2**16  # characters; YAML is parsed at about 50 kB/s
 _HALTING = {"detected": "{:.1%}", "false_halts": "{:.1%}", "median": "{:.0f}", "p90": "{:.0f}", "share": "{:.0%}"}
 
 
-def write_card(
-    folder: str | os.PathLike, source: str | None = None, license: str | None = None, tags: Sequence[str] = ()
-) -> Path:
+def write_card(folder: str | os.PathLike, source: str | None = None) -> Path:
     """Write the `README.md` of a head folder, unless a person wrote or edited it; see `renew_card`."""
     settle(folder)
     path = Path(folder) / CARD_NAME
     if not has_own_card(folder):
         plots = [name for name in PLOT_NAMES if os.path.isfile(path.with_name(name))]
-        card = renew_card(folder, read_config_values(folder), read_results(folder), plots, source, license, tags)
+        card = renew_card(folder, read_config_values(folder), read_results(folder), plots, source)
         write_atomically({path: str(card)})
     return path
 
 
 def renew_card(
-    folder: str | os.PathLike,
-    config: JSON,
-    results: JSON | None,
-    plots: Sequence[str],
-    source: str | None = None,
-    license: str | None = None,
-    tags: Sequence[str] = (),
+    folder: str | os.PathLike, config: JSON, results: JSON | None, plots: Sequence[str], source: str | None = None
 ) -> ModelCard:
     """Return the card of a head that is about to be in a folder.
 
-    The tags of the card that is there are kept, and its licence if nothing else gives one.
+    The tags of the card that is there are kept, and its licence if the results give none.
 
     Args:
         config, results, plots: of the head: JSON values, and names of files.
         source: the `probe=` argument that loads this head. Defaults to the folder's name.
-        license: replaces the one in the results.
     """
     try:
         old = read_card(folder).data
@@ -78,10 +69,10 @@ def renew_card(
     kept = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
     kept = [tag for tag in kept if not tag.startswith("probe-")]  # of another kind
     try:
-        card = _card(_complete(config), results, plots, source or Path(folder).resolve().name, [*kept, *tags])
+        card = _card(_complete(config), results, plots, source or Path(folder).resolve().name, kept)
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
         raise ProbeError(f"no card can be made of {Path(folder, RESULTS_NAME)}, delete it: {error!r}") from error
-    card.data.license = license or card.data.license or old.license
+    card.data.license = card.data.license or old.license
     return card
 
 

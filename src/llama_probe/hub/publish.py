@@ -61,7 +61,7 @@ def push_folder(
             logger.warning(f"{reference} names the backbone {base_model!r}: put its Hub id into {CONFIG_NAME}")
             hide_local_path(copy)
         tags = [tags] if isinstance(tags, str) else tags or []
-        write_card(copy, str(reference), license, tags)
+        write_card(copy, str(reference))
         card = read_card(copy)
         if tags or license is not None:
             card.data.license = license or card.data.license
