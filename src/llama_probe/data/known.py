@@ -43,7 +43,6 @@ class Benchmark:
     license: str
     note: str
     flagged: str | None = None
-    problem_type: str = "single_label_classification"
     exchange: list[str] | None = None
     columns: Sequence[str] = ()
     slices: Sequence[str] = ()
