@@ -34,9 +34,8 @@ def is_head_folder(folder: str | os.PathLike) -> bool:
 
 
 def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
-    """Return the head folders inside a folder, by name."""
-    items = sorted(item for item in Path(folder).iterdir() if not item.name.startswith("."))
-    return {item.name: item for item in items if is_head_folder(item)}
+    """Return the head folders inside a folder, by name; none if it is missing."""
+    return {item.name: item for item in sorted(Path(folder).glob("[!.]*")) if is_head_folder(item)}
 
 
 def check_output(folder: str | os.PathLike) -> None:

@@ -129,8 +129,7 @@ def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_
         raise ProbeError(f"probe={alias!r} is a bundled head and has no revision {options.revision!r}")
     details = []  # heads that exist elsewhere
     if backbone and os.path.isdir(backbone):
-        saved = Path(backbone) / PROBES_FOLDER  # of `save_pretrained`
-        heads = list_heads(backbone) | (list_heads(saved) if saved.is_dir() else {})
+        heads = list_heads(backbone) | list_heads(Path(backbone) / PROBES_FOLDER)
         if alias in heads:
             return heads[alias]
         details = [f"in {backbone}: {', '.join(heads)}"] if heads else []
