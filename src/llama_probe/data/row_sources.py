@@ -131,14 +131,14 @@ class Source:
         rows = label_rows(place.rows, columns, *names, labels, stated, place.prompt_column, max_text)
         if place.known_labels is not None:
             rows = rows.known_only(place.known_labels)
-        keep = range(len(rows))
         if place.part is not None:
-            keep = [row for row in keep if place.part[0] <= _hash_of(rows.texts[row]) < place.part[1]]
+            low, high = place.part
+            rows = rows.select([row for row, text in enumerate(rows.texts) if low <= _hash_of(text) < high])
         if commercial:
             column = place.licence_column
             licences = [place.licence] * len(rows) if column is None else find_column(self.name, rows.columns, column)
-            keep = [row for row in keep if allows_commercial_use(licences[row])]
-        rows = (rows if len(keep) == len(rows) else rows.select(list(keep))).at_most(place.max_rows, seed)
+            rows = rows.select([row for row, licence in enumerate(licences) if allows_commercial_use(licence)])
+        rows = rows.at_most(place.max_rows, seed)
         return replace(rows, columns=rows.columns | {SOURCE: [self.name] * len(rows)})
 
     def _read_columns(self, split: str, data_dir: str | os.PathLike | None, max_text: int) -> tuple[Columns, Labels]:
