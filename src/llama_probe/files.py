@@ -89,6 +89,7 @@ def write_atomically(contents: dict[Path, Content]) -> None:
     A kill between two renames leaves some files new. `replace_files` is for files that belong together.
     """
     for folder in {path.parent for path in contents}:
+        settle(folder)  # else a file that a killed save has left would replace a newer one later
         inside = {path.name: content for path, content in contents.items() if path.parent == folder}
         with _staged(folder, inside) as stage:
             for name in inside:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypedDict
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..files import JSON, current_file, make_folder, settle, write_atomically
+from ..files import JSON, current_file, make_folder, write_atomically
 from ..hub.folder import CODE_NAME, CONFIG_NAME, check_output, read_config_values
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
@@ -315,7 +315,6 @@ class ProbeConfig:
         text = self.replace().to_json_string()
         check_output(save_directory)
         make_folder(Path(save_directory))
-        settle(save_directory)
         write_atomically({Path(save_directory) / CONFIG_NAME: text})
 
     def to_dict(self) -> JSON:

@@ -16,7 +16,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from jinja2 import Environment, StrictUndefined, Template, TemplateError
 
 from ..errors import ProbeError
-from ..files import JSON, current_file, settle, write_atomically
+from ..files import JSON, current_file, write_atomically
 from .folder import (
     CARD_NAME,
     LATER_RESULTS,
@@ -42,10 +42,9 @@ _HALTING = {"detected": "{:.1%}", "false_halts": "{:.1%}", "median": "{:.0f}", "
 
 def write_card(folder: str | os.PathLike, source: str | None = None) -> Path:
     """Write the `README.md` of a head folder, unless a person wrote or edited it; see `renew_card`."""
-    settle(folder)
     path = Path(folder) / CARD_NAME
     if not has_own_card(folder):
-        plots = [name for name in PLOT_NAMES if os.path.isfile(path.with_name(name))]
+        plots = [name for name in PLOT_NAMES if os.path.isfile(current_file(folder, name))]
         card = renew_card(folder, read_config_values(folder), read_results(folder), plots, source)
         write_atomically({path: str(card)})
     return path
