@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -104,6 +105,19 @@ class TestSavingTheBackbone:
         assert not hasattr(model.config, "probe_heads")
         loaded.save_pretrained(tmp_path / "again", save_probes=False)
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) is LlamaForCausalLM
+
+    def test_the_code_of_its_repository_is_taken_along(self, prompts, tmp_path):
+        make_lm().save_pretrained(tmp_path / "lm")
+        code = "from transformers import LlamaForCausalLM\n\nclass OwnForCausalLM(LlamaForCausalLM):\n    pass\n"
+        (tmp_path / "lm" / "modeling_own.py").write_text(code)
+        config = json.loads((tmp_path / "lm" / "config.json").read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+        (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
+        load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+        load(tmp_path / "lm", probe={"a": make_probe()}).save_pretrained(tmp_path / "saved")
+        loaded = load(tmp_path / "saved")
+        assert type(loaded).__name__ == "OwnForProbedGeneration" and loaded.active_probes == ["a"]
+        assert {path.name for path in (tmp_path / "saved").glob("*.py")} == {"modeling_own.py"}
 
     def test_an_adapter_brings_the_heads_of_its_backbone(self, model, prompts, tmp_path):
         model.save_pretrained(tmp_path / "guarded")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers.dynamic_module_utils import custom_object_save
 
 from ..backbone.decoder import Decoder, backbone_name, find_decoder, target_of
 from ..backbone.loading import DEMO, check_within_reach, read_target, resolve_backbone
@@ -177,11 +176,8 @@ class ProbeHostMixin(CausalLM):
     ) -> None:
         """Save the backbone as the plain class does, and each head in `probes/NAME` unless `save_probes` is false.
 
-        `from_pretrained` attaches them again. A model whose class comes from the code of a repository takes that code along.
+        `from_pretrained` attaches them again.
         """
-        if self._auto_class is not None:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            custom_object_save(self, save_directory, config=self.config)  # pyrefly: ignore[bad-argument-type]
         if state_dict is not None:
             state_dict = {key: tensor for key, tensor in state_dict.items() if not key.startswith("probes.")}
         heads = self._heads if save_probes else {}
