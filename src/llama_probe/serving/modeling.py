@@ -26,7 +26,7 @@ from .reader import PromptReader
 from .session import (
     HEAD_ARGUMENTS,
     PAGED,
-    GenerateCall,
+    PlainSession,
     ProbedSession,
     end_stream,
     generate_session,
@@ -342,7 +342,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """
         kwargs |= dict(zip(_POSITIONAL, args, strict=False))
         asked = {name: kwargs.pop(name, None) for name in HEAD_ARGUMENTS}
-        call = GenerateCall(super().generate, self, inputs, generation_config, kwargs)
+        call = PlainSession(super().generate, self, inputs, generation_config, kwargs)
         # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
         inner = is_inner_call(self) and all(value is None for value in asked.values())
         probes = asked.pop("probes")
@@ -350,7 +350,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return generate_session(call, {} if inner else self._active_heads(probes), **asked).run()
         except BaseException:
             if not inner:
-                end_stream(call.kwargs.get("streamer"))
+                end_stream(kwargs.get("streamer"))
             raise
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -54,7 +54,7 @@ def _current(session: PlainSession | None):
 def session_of(model: nn.Module) -> PlainSession | None:
     """Return the session of the `generate()` call that `model` is in, or None."""
     session = _CURRENT.get()
-    return session if session is not None and session.call.model is model else None
+    return session if session is not None and session.model is model else None
 
 
 def is_inner_call(model: nn.Module) -> bool:
@@ -62,33 +62,39 @@ def is_inner_call(model: nn.Module) -> bool:
     session = _CURRENT.get()
     if session is None:
         return False
-    assistant = session.call.kwargs.get("assistant_model")
-    return model is session.call.model or (assistant is not None and model is without_peft(assistant))
+    assistant = session.kwargs.get("assistant_model")
+    return model is session.model or (assistant is not None and model is without_peft(assistant))
 
 
 @dataclass
-class GenerateCall:
-    """One call of the plain `generate()`: its arguments, and the settings that they give with its config and the model's."""
+class PlainSession:
+    """One call of `generate()` in which no head runs: inner calls, `probes=[]`, plain outputs.
 
-    generate: Callable[..., Any]  # of transformers, bound to the model
+    It has the arguments of the call, and the settings that they give with its config and the model's.
+
+    Attributes:
+        generate: that of transformers, bound to the model.
+        reads_prompt: heads read the next pass, which is over the prompt.
+        reads_next: heads read the next pass.
+    """
+
+    generate: Callable[..., Any]
     model: PreTrainedModel
     inputs: torch.Tensor | None
     generation_config: GenerationConfig | None
     kwargs: dict[str, Any]
+    reads_prompt: bool = False
+    reads_next: bool = False
 
-    def run(self, **changes: Any) -> Any:
-        """Call the plain `generate()`, with some arguments changed."""
-        return self.generate(self.inputs, self.generation_config, **{**self.kwargs, **changes})
+    def run(self) -> Any:
+        """Call the plain `generate()`, and return its output."""
+        with _current(self):
+            return self.generate(self.inputs, self.generation_config, **self.kwargs)
 
     @property
     def input_ids(self) -> torch.Tensor | None:
         """Token ids of the prompts; None if there are embeddings alone."""
         return self.kwargs.get("input_ids") if self.inputs is None else self.inputs
-
-    @property
-    def prompt_length(self) -> int:
-        """Number of prompt tokens in what `generate()` returns: embeddings are not returned."""
-        return 0 if self.input_ids is None else self.input_ids.shape[1]
 
     @property
     def returns_dict(self) -> bool:
@@ -112,12 +118,8 @@ class GenerateCall:
 
     def token_ids(self, *names: str) -> list[int]:
         """Return the token ids in settings such as `eos_token_id`: none, one or several each."""
-        ids: list[int] = []
-        for value in map(self.setting, names):
-            if isinstance(value, torch.Tensor):
-                value = value.flatten().tolist()
-            ids += [] if value is None else value if isinstance(value, (list, tuple)) else [value]
-        return ids
+        values = [value for value in map(self.setting, names) if value is not None]
+        return [number for value in values for number in torch.as_tensor(value, device="cpu").flatten().tolist()]
 
     def change(self, name: str, value: Any) -> None:
         """Change a setting: in a copy of the config if there is one, because transformers deprecates settings beside it."""
@@ -158,22 +160,6 @@ class _AllHalted(Exception):
         self.cache = cache
 
 
-class PlainSession:
-    """One call of `generate()` in which no head runs: inner calls, `probes=[]`, plain outputs.
-
-    Attributes:
-        reads_prompt: heads read the next pass, which is over the prompt.
-        reads_next: heads read the next pass.
-    """
-
-    def __init__(self, call: GenerateCall, reads: bool = False):
-        self.call, self.reads_prompt, self.reads_next = call, reads, reads
-
-    def run(self) -> Any:
-        with _current(self):
-            return self.call.run()
-
-
 class ProbedSession(PlainSession):
     """One call of `generate()` with heads: they read the prompt and the reply, and their results are put into the output.
 
@@ -183,7 +169,7 @@ class ProbedSession(PlainSession):
 
     def __init__(
         self,
-        call: GenerateCall,
+        call: PlainSession,
         heads: dict[str, ProbeModel],
         halter: Halter,
         halt_reply: HaltReply | None,
@@ -191,24 +177,24 @@ class ProbedSession(PlainSession):
         probe_state: ProbeCache | bool | None,
         levels: dict[str, float],
     ):
-        super().__init__(call, reads=True)
+        super().__init__(call.generate, call.model, call.inputs, call.generation_config, call.kwargs)
+        self.reads_prompt = self.reads_next = True
         self.heads, self.halter, self.levels = heads, halter, levels
-        self.tokenizer: Any = call.kwargs.get("tokenizer")  # or a processor
-        self.streamer: Any = call.kwargs.get("streamer")
-        if halter.is_active:
-            self._reply_ids = reply_tokens(halt_reply, self.tokenizer)
-        self._copies = call.setting("num_return_sequences") or 1
-        inputs = call.prompts()
-        keep = asks_for_state(probe_state, inputs["input_ids"], call.setting("use_cache"))
+        self.tokenizer: Any = self.kwargs.get("tokenizer")  # or a processor
+        self.streamer: Any = self.kwargs.get("streamer")
+        self._reply_ids = reply_tokens(halt_reply, self.tokenizer)
+        self._copies = self.setting("num_return_sequences") or 1
+        inputs = self.prompts()
+        keep = asks_for_state(probe_state, inputs["input_ids"], self.setting("use_cache"))
         self._followers = {name: head for name, head in heads.items() if head.config.reads_reply}
         followed = f"heads that read the reply ({', '.join(self._followers)})" if self._followers else None
-        call.check(followed or ("probe_state, for which heads read the reply" if keep else None))
+        self.check(followed or ("probe_state, for which heads read the reply" if keep else None))
         self.prompt = PromptReader(
             {name: head for name, head in heads.items() if head.config.token_scope != "response"},
-            find_decoder(call.model),
+            find_decoder(self.model),
             inputs,
             probe_mask,
-            past=cached_tokens(call.kwargs),
+            past=cached_tokens(self.kwargs),
             earlier=probe_state if isinstance(probe_state, ProbeCache) else None,
             return_state=keep,
         )
@@ -222,19 +208,18 @@ class ProbedSession(PlainSession):
 
     def run(self) -> ModelOutput | torch.Tensor:
         """Call the plain `generate()`, and return its output with the results of the heads, or its tokens if it asks for these."""
-        call, changes = self.call, {}
-        as_dict = call.returns_dict
-        call.change("return_dict_in_generate", True)
-        if self._follows and "disable_compile" not in call.kwargs:
-            call.change("disable_compile", True)  # hooks and a state that grows would only break its graphs
+        changes, as_dict = {}, self.returns_dict
+        self.change("return_dict_in_generate", True)
+        if self._follows and "disable_compile" not in self.kwargs:
+            self.change("disable_compile", True)  # hooks and a state that grows would only break its graphs
         if self.halter.is_active:
-            processors, criteria = (call.kwargs.get(name) or () for name in ("logits_processor", "stopping_criteria"))
+            processors, criteria = (self.kwargs.get(name) or () for name in ("logits_processor", "stopping_criteria"))
             changes["logits_processor"] = LogitsProcessorList([*processors, self._force_end])
             if self.halter.follows:
                 changes["stopping_criteria"] = StoppingCriteriaList([*criteria, self._stop])
         with _current(self), self._hooks:
             try:
-                output = call.run(**changes)
+                output = self.generate(self.inputs, self.generation_config, **{**self.kwargs, **changes})
             except _AllHalted as halted:
                 output = self._without_tokens(halted.cache)
             output = self._finish(output)
@@ -258,9 +243,9 @@ class ProbedSession(PlainSession):
         self.reads_prompt, self.reads_next = False, self._follows
         if self._follows:
             pad = None
-            if self.call.setting("stop_strings") or self.call.kwargs.get("stopping_criteria"):
-                pad = next(iter(self.call.token_ids("pad_token_id")), None)
-            ends = self.call.token_ids("eos_token_id")
+            if self.setting("stop_strings") or self.kwargs.get("stopping_criteria"):
+                pad = next(iter(self.token_ids("pad_token_id")), None)
+            ends = self.token_ids("eos_token_id")
             self.reply = ReplyReader(self._followers, self.prompt, self._copies, ends, pad)
             self._hooks.enter_context(self.reply.capturing())
         with _current(None):  # functions of the user may call models with their heads
@@ -268,7 +253,7 @@ class ProbedSession(PlainSession):
         if None not in halts:
             if self.streamer is not None:
                 self._put_reply()
-            if not self.call.is_synced:
+            if not self.is_synced:
                 if self.streamer is not None:
                     self.streamer.end()
                 raise _AllHalted(cache)
@@ -297,11 +282,12 @@ class ProbedSession(PlainSession):
         if not isinstance(output, ModelOutput):
             hint = "let it return a generate output, or pass return_dict_in_generate=False"
             raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
-        start, halts, fields = self.call.prompt_length, self.halter.halts, {}
+        start = 0 if self.input_ids is None else self.input_ids.shape[1]  # embeddings are not returned
+        halts, fields = self.halter.halts, {}
         if self.halter.is_active:
             fields["probe_halts"] = halts
         if any(halts):
-            pad = [*self.call.token_ids("pad_token_id", "eos_token_id"), 0][0]
+            pad = [*self.token_ids("pad_token_id", "eos_token_id"), 0][0]
             output["sequences"] = _with_reply(output["sequences"], halts, start, self._reply(), pad)
         sequences = output["sequences"]
         if self.reply is not None:
@@ -319,7 +305,7 @@ class ProbedSession(PlainSession):
         """Force the end-of-sequence token, or padding without one, in the rows of halted prompts. A logits processor."""
         if not any(self.halter.halts):
             return scores
-        end = [*self.call.token_ids("eos_token_id", "pad_token_id"), 0][0]
+        end = [*self.token_ids("eos_token_id", "pad_token_id"), 0][0]
         rows = self._halted_rows(scores)[:, None]
         scores = scores.masked_fill(rows, torch.finfo(scores.dtype).min)
         scores[:, end, None] = scores[:, end, None].masked_fill(rows, 0.0)
@@ -349,24 +335,24 @@ class ProbedSession(PlainSession):
     def _reply(self) -> torch.Tensor:
         """Return the token ids of the halt reply. The LM writes a `Reprompt` once, without heads."""
         if isinstance(self._reply_ids, Reprompt):
-            ids = self._reply_ids.input_ids.to(self.call.model.device)
+            ids = self._reply_ids.input_ids.to(self.model.device)
             kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(ids), **self._reply_ids.kwargs}
             config = kwargs.pop("generation_config", None)
-            written = PlainSession(GenerateCall(self.call.generate, self.call.model, ids, config, kwargs)).run()
+            written = PlainSession(self.generate, self.model, ids, config, kwargs).run()
             sequences = written if isinstance(written, torch.Tensor) else written.sequences
             self._reply_ids = sequences[0, ids.shape[1] :]
         return self._reply_ids
 
     def _without_tokens(self, cache: Cache | None) -> ModelOutput:
         """Return the output of a plain `generate()` that writes no token."""
-        prompt = self.call.input_ids
+        prompt = self.input_ids
         if prompt is None:  # the plain output for embeddings holds new tokens alone
-            prompt = torch.zeros(self.prompt.prompts, 0, dtype=torch.long, device=self.call.model.device)
+            prompt = torch.zeros(self.prompt.prompts, 0, dtype=torch.long, device=self.model.device)
         sequences = prompt.repeat_interleave(self._copies, dim=0)
         per_token = ("scores", "logits", "attentions", "hidden_states")
-        fields: dict[str, Any] = {name: () for name in per_token if self.call.setting(f"output_{name}")}
+        fields: dict[str, Any] = {name: () for name in per_token if self.setting(f"output_{name}")}
         fields |= {"sequences": sequences, "cache": cache}
-        if (self.call.setting("num_beams") or 1) == 1:
+        if (self.setting("num_beams") or 1) == 1:
             return GenerateDecoderOnlyOutput(**fields)
         if "scores" in fields:  # the log probability of nothing
             fields["sequences_scores"] = torch.zeros(len(sequences), device=sequences.device)
@@ -375,7 +361,7 @@ class ProbedSession(PlainSession):
 
 
 def generate_session(
-    call: GenerateCall,
+    call: PlainSession,
     heads: dict[str, ProbeModel],
     halt_on: HaltSpec | None = None,
     halt_reply: HaltReply | None = None,
@@ -400,7 +386,7 @@ def generate_session(
     if halter.is_active or (heads and call.returns_dict):
         return ProbedSession(call, heads, halter, halt_reply, probe_mask, probe_state, levels)
     refuse_without_heads(probe_state)
-    return PlainSession(call)
+    return call
 
 
 def end_stream(streamer: Any) -> None:
