@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 from collections.abc import Callable
 from typing import Any
@@ -93,21 +94,14 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[ProbedGeneratio
         stem = name.removesuffix("ForConditionalGeneration")
         name = stem + ("ForProbedConditionalGeneration" if name != stem else "ForProbedGeneration")
         namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
-        made = type(name, (ProbedGenerationMixin, _MadeClassMixin, causal_lm_class), namespace)
+        made = type(name, (ProbedGenerationMixin, causal_lm_class), namespace)
+        copyreg.pickle(made, _reduce)  # which would look for the class in a module
         _PROBED_CLASSES.setdefault(causal_lm_class, made)  # another thread may have been first
     return _PROBED_CLASSES[causal_lm_class]
 
 
-class _MadeClassMixin:
-    """Pickles models of a class made here by their causal LM class: no module has an attribute of its name."""
-
-    _causal_lm_class: type[PreTrainedModel]
-
-    def __reduce_ex__(self, protocol):
-        reduced = super().__reduce_ex__(protocol)
-        if type(self) is not _PROBED_CLASSES[self._causal_lm_class]:  # a user's subclass
-            return reduced
-        return _create, (self._causal_lm_class,), *reduced[2:]
+def _reduce(model: ProbedGenerationMixin) -> tuple[Any, ...]:
+    return _create, (model._causal_lm_class,), *model.__reduce_ex__(2)[2:]
 
 
 def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, make_dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import ModelOutput
@@ -72,19 +73,12 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
         texts: the new text of each row, without special tokens. `None` unless the call was given a tokenizer.
     """
 
-    _plain_class: ClassVar[type[ModelOutput]]
     probe_logits: dict[str, torch.Tensor] | None
     probe_mean_states: dict[str, tuple[torch.Tensor, torch.Tensor]] | None
     probe_halts: list[Halt | None] | None
     probe_token_logits: dict[str, torch.Tensor] | None
     probe_state: ProbeCache | None
     texts: list[str] | None
-
-    def __reduce__(self):
-        made, values, *rest = super().__reduce__()
-        if made is not probed_output_class(self._plain_class):
-            return made, values, *rest
-        return _create, (self._plain_class, values), *rest  # pickle would look for the class in a module
 
     def remember(self, heads: Mapping[str, ProbeModel]) -> None:
         """Store the config of each head, and its `Novelty` if it has one, if the output has none."""
@@ -143,9 +137,16 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
 @functools.cache
 def probed_output_class(base: type[ModelOutput]) -> type[Any]:
     """Return the class of `base` outputs with the fields of `ProbedOutputMixin`."""
-    fields = [(name, kind, None) for name, kind in ProbedOutputMixin.__annotations__.items() if name != "_plain_class"]
-    namespace = {"__module__": __name__, "__doc__": f"{base.__name__} with results of heads.", "_plain_class": base}
-    return make_dataclass(f"Probed{base.__name__}", fields, bases=(ProbedOutputMixin, base), namespace=namespace)
+    fields = [(name, kind, None) for name, kind in ProbedOutputMixin.__annotations__.items()]
+    namespace = {"__module__": __name__, "__doc__": f"{base.__name__} with results of heads."}
+    made = make_dataclass(f"Probed{base.__name__}", fields, bases=(ProbedOutputMixin, base), namespace=namespace)
+    copyreg.pickle(made, _reduce)  # which would look for the class in a module
+    return made
+
+
+def _reduce(output: ModelOutput) -> tuple[Any, ...]:
+    _, values, *rest = output.__reduce__()
+    return _create, (type(output).__bases__[-1], values), *rest
 
 
 def _create(base: type[ModelOutput], values: tuple[Any, ...]) -> ModelOutput:
