@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from huggingface_hub import CommitInfo
 from torch import nn
 
-from ..backbone.decoder import Decoder, backbone_name, find_decoder, target_of
+from ..backbone.decoder import backbone_name, find_decoder, target_of
 from ..backbone.loading import DEMO, check_within_reach, read_target, resolve_backbone
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
@@ -63,10 +63,6 @@ class ProbeHostMixin(CausalLM):
     @property
     def _heads(self) -> dict[str, ProbeModel]:
         return cast("dict[str, ProbeModel]", dict(self.probes.items()))
-
-    @property
-    def _decoder(self) -> Decoder:
-        return find_decoder(self)
 
     @property
     def active_probes(self) -> list[str]:
@@ -240,7 +236,7 @@ class ProbeHostMixin(CausalLM):
                 heads[name] = ProbeModel(describe(self, probe))
             else:
                 raise ProbeError(f"head {name!r}: add_probe takes a ProbeConfig or a ProbeModel, not {probe!r}")
-        device = self._decoder.device
+        device = find_decoder(self).device
         for head in heads.values():
             head.to(device).eval()
         with _CHANGING:

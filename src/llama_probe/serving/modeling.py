@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..backbone.decoder import target_of, without_peft
+from ..backbone.decoder import find_decoder, target_of, without_peft
 from ..backbone.kv_cache import cached_tokens, copy_cache
 from ..data.prompts import Text
 from ..errors import ProbeError
@@ -53,20 +53,17 @@ class ProbedGenerationMixin(ProbeHostMixin):
     plain LM.
     """
 
-    # Filled in for each subclass: the names of the positional arguments of the plain class's forward.
-    _forward_names: tuple[str, ...]
-
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         models = (each for each in cls.__mro__ if issubclass(each, PreTrainedModel))
         base: Any = next(each for each in models if not issubclass(each, ProbedGenerationMixin))
         cls._causal_lm_class = base
-        cls._forward_names = tuple(inspect.signature(base.forward).parameters)[1:]
+        names = tuple(inspect.signature(base.forward).parameters)[1:]
 
         # transformers reads the signatures of these two to learn what a model accepts: they must be the plain class's.
         @functools.wraps(base.forward)
         def forward(self, *args, **kwargs):
-            return self._probed_forward(*args, **kwargs)
+            return self._probed_forward(kwargs | dict(zip(names, args, strict=False)))
 
         @functools.wraps(base.prepare_inputs_for_generation)
         def prepare_inputs_for_generation(self, *args, **kwargs):
@@ -158,8 +155,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         model_of(loaded)._attach(heads, probe_strict)
         return loaded
 
-    def _probed_forward(self, *args, **kwargs):
-        kwargs.update(zip(self._forward_names, args, strict=False))
+    def _probed_forward(self, kwargs: dict[str, Any]) -> Any:
         session = kwargs.pop("probe_session", None)
         if session is None and not torch.compiler.is_dynamo_compiling() and (running := session_of(self)) is not None:
             # A decoding method calls the model itself: first over the prompt, then for other purposes.
@@ -205,7 +201,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             return with_results(super().forward(**kwargs), None, heads)
         keep = not in_training and (keep or (ids is not None and bool(kwargs.get("use_cache"))))
         options: dict[str, Any] = {"past": past, "earlier": earlier, "return_state": keep, "partial_prompt": keep}
-        prompt = PromptReader(heads, self._decoder, inputs, probe_mask, **options, differentiable=in_training)
+        prompt = PromptReader(heads, find_decoder(self), inputs, probe_mask, **options, differentiable=in_training)
         if not past:
             self._warn_of_padding(prompt.input_ids, kwargs.get("attention_mask"), probe_mask)
         with prompt.reading(kwargs) as inputs:
@@ -271,7 +267,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
         inputs["input_ids"] = input_ids
         cache = inputs.pop("past_key_values", None) if cache is None else cache
-        past, decoder = cached_tokens({"cache": cache}), self._decoder
+        past, decoder = cached_tokens({"cache": cache}), find_decoder(self)
         options: dict[str, Any] = {
             "past": past,
             "earlier": probe_state or None,
