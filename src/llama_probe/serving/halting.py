@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import ProbeOutput, predictions, threshold_of
+from ..heads.decision import ProbeOutput, predictions, probabilities, threshold_of
 from .outputs import Halt, TokenScores, on_host
 
 
@@ -101,10 +101,7 @@ class HaltRule:
         config: ProbeConfig,
         label: str | None = None,
         threshold: float | str | None = None,
-        patience: int = 1,
-        window: int = 1,
-        unsure: tuple[float, float] | None = None,
-        ask: Judge | None = None,
+        **options: Any,
     ) -> list[HaltRule]:
         """Return the rules for the options of one head in `halt_on`: for its `label`, else for each that the head flags.
 
@@ -123,22 +120,21 @@ class HaltRule:
             raise ProbeError(f"halt_on: {head!r} does not flag {label!r}, so prompts without a result may have it")
         if threshold is None and is_regression:
             raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
-        for name, value in (("patience", patience), ("window", window)):
+        for name in ("patience", "window"):
+            value = options.get(name, 1)
             if not isinstance(value, int) or value < 1:
                 raise ProbeError(f"halt_on: the {name} of {head!r} is {value!r}; it must be a whole number from 1")
             if value > 1 and not config.reads_reply:
                 raise ProbeError(f"halt_on: {name}={value} counts reply tokens, and {head!r} reads the prompt alone")
+        unsure, ask = options.get("unsure"), options.get("ask")
         if unsure is not None or ask is not None:
-            band = tuple(unsure) if isinstance(unsure, (list, tuple)) else ()
+            band = unsure if isinstance(unsure, (list, tuple)) else ()
             if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
                 raise ProbeError(f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and a function ask=")
             if config.token_scope == "response":
                 raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
-            unsure = float(band[0]), float(band[1])
-        return [
-            cls(head, config, index, _limit(head, config, index, threshold), patience, window, unsure, ask)
-            for index in map(names.index, labels)
-        ]
+        limits = {index: _limit(head, config, index, threshold) for index in map(names.index, labels)}
+        return [cls(head, config, index, limit, **options) for index, limit in limits.items()]
 
     def __str__(self) -> str:
         score = "value" if self.config.problem_type == "regression" else "probability"
@@ -147,8 +143,7 @@ class HaltRule:
 
     def halts(self, probs: torch.Tensor) -> list[Halt | None]:
         """Return the reason to halt each row of probabilities `[rows, num_labels]`, or `None`, without regard to patience."""
-        scores = probs[:, self.index]
-        limit = self.threshold
+        scores, limit = probs[:, self.index], self.threshold
         flagged = predictions(probs, self.config) == self.index if limit is None else scores >= limit
         flagged = flagged | scores.isnan()  # a guard that cannot read its input halts
         pairs = zip(flagged.tolist(), scores.tolist(), strict=True)
@@ -264,9 +259,9 @@ class Halter:
         if self.policy is not None:
             halts = _decisions("the halting policy", self.policy(outputs), prompts)
         copies = copies if self.follows else 1
-        outputs = self._on_host(outputs)
+        probs = self._probabilities(outputs)
         for rule in self.rules:
-            flags = _asked(rule, outputs[rule.head], texts) if rule.head in outputs else [None] * prompts
+            flags = _asked(rule, probs[rule.head], texts) if rule.head in probs else [None] * prompts
             self._streaks.append([int(flag is not None) for flag in flags for _ in range(copies)])
             self._windows.append([Window(rule) for _ in range(prompts * copies)])
             if rule.patience == 1:
@@ -274,11 +269,11 @@ class Halter:
         self.halts = [halt for halt in halts for _ in range(copies)]
         return self.halts
 
-    def _on_host(self, outputs: dict[str, ProbeOutput]) -> dict[str, ProbeOutput]:
-        """Return the outputs that rules look at, with logits on the CPU."""
+    def _probabilities(self, outputs: dict[str, ProbeOutput]) -> dict[str, torch.Tensor]:
+        """Return the probabilities that rules look at, by head, on the CPU."""
         ruled = {rule.head: rule.config for rule in self.rules if rule.head in outputs}
         logits = on_host({name: outputs[name].logits for name in ruled})
-        return {name: ProbeOutput.from_logits(logits[name], config) for name, config in ruled.items()}
+        return {name: probabilities(logits[name], config) for name, config in ruled.items()}
 
     def follow(self, scores: TokenScores) -> list[bool]:
         """Decide on one more token of each reply. After an error no token is written.
@@ -286,7 +281,7 @@ class Halter:
         Returns:
             For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
         """
-        outputs = self._on_host(scores.outputs)
+        probs_by_head = self._probabilities(scores.outputs)
         rows = [row for row, is_counted in enumerate(scores.counted.tolist()) if is_counted]
         flagged, halts = [False] * len(self.halts), list(self.halts)
 
@@ -302,7 +297,7 @@ class Halter:
                     flag(row, halt, ends=True)
         for number, rule in enumerate(self.rules):
             if rule.config.reads_reply:
-                probs, streaks = outputs[rule.head].probabilities, self._streaks[number]
+                probs, streaks = probs_by_head[rule.head], self._streaks[number]
                 means = probs.clone()
                 for row in rows if rule.window > 1 else ():
                     means[row] = self._windows[number][row].add(probs[row])
@@ -325,12 +320,12 @@ def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
     return [item if isinstance(item, Halt) else Halt() if item else None for item in items]
 
 
-def _asked(rule: HaltRule, output: ProbeOutput, texts: PromptTexts | None) -> list[Halt | None]:
+def _asked(rule: HaltRule, probs: torch.Tensor, texts: PromptTexts | None) -> list[Halt | None]:
     """Return the flags of a rule; in its band those of the function that it asks."""
-    halts = rule.halts(output.probabilities)
+    halts = rule.halts(probs)
     if rule.ask is None or texts is None:
         return halts
-    scores = output.probabilities[:, rule.index].tolist()
+    scores = probs[:, rule.index].tolist()
     if rows := [row for row, score in enumerate(scores) if rule.is_unsure(score)]:
         answers = _decisions(f"ask of {rule.head!r}", rule.ask(texts(rule.head, rows)), len(rows))
         for row, halt in zip(rows, answers, strict=True):
