@@ -268,12 +268,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         inputs["input_ids"] = input_ids
         cache = inputs.pop("past_key_values", None) if cache is None else cache
         past, decoder = cached_tokens({"cache": cache}), find_decoder(self)
-        options: dict[str, Any] = {
-            "past": past,
-            "earlier": probe_state or None,
-            "output_attentions": output_attentions,
-        }
-        prompt = PromptReader(heads, decoder, inputs, probe_mask, **options)
+        options: dict[str, Any] = {"earlier": probe_state or None, "output_attentions": output_attentions}
+        prompt = PromptReader(heads, decoder, inputs, probe_mask, past=past, **options)
         self._warn_of_padding(prompt.input_ids, attention_mask, probe_mask)
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
         if past:

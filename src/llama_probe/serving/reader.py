@@ -145,9 +145,9 @@ class StateReader:
             for name, head in self.heads.items():
                 head.step(self.states[name], layers, prepared[formats[name]], self._masks[name], self._last)
 
-    def results(self, names: Collection[str] | None = None) -> dict[str, ProbeOutput]:
-        """Score what was read: a `ProbeOutput` of each head, or of those in `names`."""
-        return {name: self.heads[name].finish(self.states[name]) for name in (self.heads if names is None else names)}
+    def results(self) -> dict[str, ProbeOutput]:
+        """Score what was read: a `ProbeOutput` of each head."""
+        return {name: head.finish(self.states[name]) for name, head in self.heads.items()}
 
 
 class PromptReader:
@@ -176,23 +176,24 @@ class PromptReader:
         output_attentions: bool = False,
         differentiable: bool = False,
     ):
-        ids, embeds, attention_mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
+        ids, embeds, mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         # All that values decide - which tokens count, where to cut, empty rows - comes from this one copy.
-        host = on_host({"ids": ids, "mask": attention_mask, "probe_mask": probe_mask})
+        host: dict[str, Any] = on_host({"input_ids": ids, "attention_mask": mask, "probe_mask": probe_mask})
         configs = {name: head.config for name, head in heads.items()}
-        prompt = (host["ids"], embeds, host["mask"], host["probe_mask"], partial_prompt)
+        prompt = {**host, "inputs_embeds": embeds, "placeholder_ids": decoder.placeholder_ids}
         self.heads, self.decoder = heads, decoder
-        self.masks = prompt_masks(configs, *prompt, decoder.placeholder_ids, past)
+        self.masks = prompt_masks(configs, **prompt, partial_prompt=partial_prompt, seen=past)
         source: Any = embeds if ids is None else ids
         self.prompts, self.length = source.shape[:2]
-        self.input_ids: Any = host["ids"]  # on the CPU; None for embeddings
-        self._attention_mask: torch.Tensor | None = host["mask"]
+        self.input_ids: Any = host["input_ids"]  # on the CPU; None for embeddings
+        attended = torch.ones(source.shape[:2], device="cpu") if mask is None else host["attention_mask"]
+        self._attended = attended.bool()
         self._expected: Any = ids
         self.seen = past
         self.return_state, self._partial_prompt = return_state, partial_prompt
         states = {}
         if earlier is not None:
-            states = earlier.resume(heads, self.masks, self.input_ids, self._attended(), past)
+            states = earlier.resume(heads, self.masks, self.input_ids, self._attended, past)
         self._read_masks = {name: tokens_read(config, self.masks[name]) for name, config in configs.items()}
         for name, mask in self._read_masks.items():
             if name not in states and past and bool(mask[:, :past].any()):
@@ -242,11 +243,13 @@ class PromptReader:
         """The `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row."""
         if not self.complete:
             raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
-        names = [n for n in self.heads if not self._partial_prompt or bool(self.masks[n].any(dim=1).all())]
-        results = self._reader.results(names)
-        for name, output in results.items():
+        results = {}
+        for name, output in self._reader.results().items():
+            read = self.masks[name].any(dim=1)
             if self.heads[name].config.token_scope == "tool":
-                fill_unread(output, self.masks[name].any(dim=1))
+                fill_unread(output, read)
+            if not self._partial_prompt or bool(read.all()):
+                results[name] = output
         return results
 
     def state(self, name: str, repeats: int) -> State:
@@ -259,23 +262,19 @@ class PromptReader:
             name: CachedHead.create(head, self.masks[name].repeat_interleave(repeats, 0), self.state(name, repeats))
             for name, head in self.heads.items()
         }
-        ids, attended = (tensor.repeat_interleave(repeats, 0) for tensor in (self.input_ids, self._attended()))
+        ids, attended = (tensor.repeat_interleave(repeats, 0) for tensor in (self.input_ids, self._attended))
         return ProbeCache(ids, attended, heads)
-
-    def _attended(self) -> torch.Tensor:
-        mask = self._attention_mask
-        return torch.ones(self.prompts, self.length, dtype=torch.bool, device="cpu") if mask is None else mask.bool()
 
 
 def prompt_masks(
     configs: Mapping[str, ProbeConfig],
     input_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    probe_mask: torch.Tensor | None,
+    probe_mask: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
     partial_prompt: bool = False,
-    placeholder_ids: Sequence[int] = (),
     seen: int = 0,
+    placeholder_ids: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
     """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`.
 
@@ -352,17 +351,13 @@ class ReplyReader:
         self._ends, self._pad = torch.tensor(eos_token_ids, dtype=torch.long), pad_token_id
         self._rows = prompt.prompts * copies
         self._live = torch.ones(self._rows, dtype=torch.bool)
-        self._ended: torch.Tensor | None = None  # since the last pass
         self._counted: list[torch.Tensor] = []  # which tokens count so far, [rows] each
         self._logits: dict[str, list[torch.Tensor]] = {name: [] for name in heads}
 
     def end(self, rows: Sequence[bool]) -> None:
         """Score no further token of these rows, or of replies to these prompts."""
         ended = torch.tensor(rows).repeat_interleave(self._rows // len(rows))
-        if self._counted:
-            self._ended = ended
-        else:  # a prompt that was halted has no reply
-            self._live = ~ended
+        self._live = self._live & ~ended.to(self._live.device)
 
     def capturing(self) -> AbstractContextManager[None]:
         """Take the states of all passes over replies, inside a block. Hooks for each pass would cost more than reading it."""
@@ -407,8 +402,6 @@ class ReplyReader:
     def _count(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return which of these tokens, one a row, belong to a reply, `[rows]`, and announce them to the recorder."""
         live, self._ends = self._live.to(tokens.device), self._ends.to(tokens.device)
-        if self._ended is not None:  # what follows is no token of these replies
-            live, self._ended = live & ~self._ended.to(tokens.device), None
         ends = torch.isin(tokens, self._ends)
         self._live = live & ~ends
         # The end of the only reply is the end of all passes.
