@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCardData
-from transformers import AutoConfig
 from transformers.utils import logging
 
-from ..backbone.loading import load_backbone, model_id, resolve_backbone
+from ..backbone.loading import load_backbone, model_id
 from ..errors import ProbeError
 from ..files import check_new_folder, new_folder, package_version, settle, write_atomically
 from ..heads.configuration import read_config
@@ -74,14 +73,9 @@ def export_repository(
     """
     folder = Path(folder).absolute()
     check_new_folder(folder)
-    path = resolve_backbone(backbone)
-    try:
-        model_type = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError):  # loading the backbone tells what is wrong
-        model_type = "llama"
-    _check_family(model_type)
-    lm, tokenizer = load_backbone(path, dtype, device="cpu")
-    _check_family(lm.config.model_type)
+    lm, tokenizer = load_backbone(backbone, dtype, device="cpu")
+    if (model_type := lm.config.model_type) not in FAMILIES:
+        raise ProbeError(f"model_type={model_type!r} cannot be exported; allowed: {', '.join(FAMILIES)}")
     if any(type(module).__module__.startswith("peft.") for module in lm.modules()):
         raise ProbeError("the backbone carries a PEFT adapter: merge it first (model.merge_and_unload())")
     for name, head in heads.items():
@@ -104,7 +98,7 @@ def export_repository(
             write_card(repository / name, source=f"{repo_id}:{name}" if repo_id else None)
         config = json.loads((repository / _CONFIG_NAME).read_text(encoding="utf-8"))
         config.pop(SAVED_HEADS, None)  # the heads here are those of `heads`
-        config["auto_map"] = auto_map(lm.config.model_type)
+        config["auto_map"] = auto_map(model_type)
         if base_model is not None:
             config["base_model_name_or_path"] = base_model
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -162,11 +156,6 @@ def auto_map(model_type: str) -> dict[str, str]:
     """Return the `auto_map` of an exported `config.json`."""
     name = f"modeling{SUFFIX}.{FAMILIES[model_type]}ForProbedGeneration"
     return {"AutoModel": name, "AutoModelForCausalLM": name}
-
-
-def _check_family(model_type: str) -> None:
-    if model_type not in FAMILIES:
-        raise ProbeError(f"model_type={model_type!r} cannot be exported; allowed: {', '.join(FAMILIES)}")
 
 
 def _card(
