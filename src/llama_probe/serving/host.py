@@ -347,9 +347,8 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
     names = getattr(config, SAVED_HEADS, None) or []
     inside = "/".join(filter(None, [kwargs.get("subfolder"), PROBES_FOLDER]))
     place = getattr(config, "_name_or_path", None) or place  # of an adapter, its backbone
-    local = Path(place).is_dir()
-    heads = {check_name(name): Path(place, inside, name) if local else f"{place}:{inside}/{name}" for name in names}
-    if missing := [path for path in heads.values() if local and not os.path.isdir(path)]:
+    heads = {check_name(name): with_subfolder(place, f"{inside}/{name}") for name in names}
+    if missing := [path for path in heads.values() if isinstance(path, Path) and not path.is_dir()]:
         raise ProbeError(
             f"{place} lists the heads {', '.join(heads)}, and {missing[0]} is missing: probe=[] loads none"
         )
