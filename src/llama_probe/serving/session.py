@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
@@ -23,6 +23,7 @@ from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
 from ..heads.turns import marker_mask
 from .halting import Halter, HaltReply, HaltSpec, HoldBackStreamer, Reprompt, TokenCallback, reply_tokens
+from .host import CausalLM
 from .outputs import Halt, ProbeCache, TokenScores, asks_for_state, refuse_without_heads, with_results
 from .reader import PromptReader, ReplyReader
 
@@ -79,7 +80,7 @@ class PlainSession:
     """
 
     generate: Callable[..., Any]
-    model: PreTrainedModel
+    model: CausalLM
     inputs: torch.Tensor | None
     generation_config: GenerationConfig | None
     kwargs: dict[str, Any]
@@ -101,13 +102,6 @@ class PlainSession:
         """True if an output is wanted, which is the default with heads, and not the tokens alone."""
         chosen = getattr(self.generation_config, "return_dict_in_generate", None)
         return self.kwargs.get("return_dict_in_generate", chosen) in (None, True)
-
-    @property
-    def is_synced(self) -> bool:
-        """True if processes that share a model (FSDP, ZeRO-3) all run until the last of them is done."""
-        model: Any = self.model  # whose method decides where the call does not
-        settings = model._extract_generation_mode_kwargs(None, {}, self.kwargs.get("synced_gpus"), None, None)
-        return settings["synced_gpus"]
 
     def setting(self, name: str) -> Any:
         """Return the value of a setting from the arguments, their config or the model's config, else None."""
@@ -253,7 +247,9 @@ class ProbedSession(PlainSession):
         if None not in halts:
             if self.streamer is not None:
                 self._put_reply()
-            if not self.is_synced:
+            # Processes that share a model (FSDP, ZeRO-3) all run until the last of them is done.
+            mode = self.model._extract_generation_mode_kwargs(None, {}, self.kwargs.get("synced_gpus"), None, None)
+            if not mode["synced_gpus"]:
                 if self.streamer is not None:
                     self.streamer.end()
                 raise _AllHalted(cache)
