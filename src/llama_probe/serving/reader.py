@@ -179,10 +179,10 @@ class PromptReader:
         ids, embeds, mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         # All that values decide - which tokens count, where to cut, empty rows - comes from this one copy.
         host: dict[str, Any] = on_host({"input_ids": ids, "attention_mask": mask, "probe_mask": probe_mask})
+        host["inputs_embeds"] = embeds
         configs = {name: head.config for name, head in heads.items()}
-        prompt = {**host, "inputs_embeds": embeds, "placeholder_ids": decoder.placeholder_ids}
         self.heads, self.decoder = heads, decoder
-        self.masks = prompt_masks(configs, **prompt, partial_prompt=partial_prompt, seen=past)
+        self.masks = prompt_masks(configs, host, partial_prompt, past, decoder.placeholder_ids)
         source: Any = embeds if ids is None else ids
         self.prompts, self.length = source.shape[:2]
         self.input_ids: Any = host["input_ids"]  # on the CPU; None for embeddings
@@ -268,26 +268,26 @@ class PromptReader:
 
 def prompt_masks(
     configs: Mapping[str, ProbeConfig],
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    probe_mask: torch.Tensor | None = None,
-    inputs_embeds: torch.Tensor | None = None,
+    inputs: Mapping[str, Any],
     partial_prompt: bool = False,
     seen: int = 0,
     placeholder_ids: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
     """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`.
 
+    `inputs` has `input_ids` or `inputs_embeds`, and may have `attention_mask` and `probe_mask`.
+
     Heads are trained on texts. Tokens in `placeholder_ids`, which stand for images or the like, count only where
     `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
     """
-    tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "probe_mask": probe_mask}
+    tensors = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "probe_mask")}
     for name, tensor in tensors.items():
         if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != 2):
             kind = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
             raise ProbeError(f"{name} must be a tensor [batch, tokens], not {kind}{entries}")
-    source = input_ids if input_ids is not None else inputs_embeds
+    input_ids, attention_mask, probe_mask = tensors.values()
+    source = inputs.get("inputs_embeds") if input_ids is None else input_ids
     if source is None or 0 in source.shape[:2]:
         raise ProbeError("there is no prompt for the heads to read: pass input_ids, or set_active_probes([]) first")
     shape = source.shape[:2]

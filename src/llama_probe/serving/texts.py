@@ -87,7 +87,7 @@ def classify_texts(
         ids, inputs = encode(PromptFormat.from_config(configs[names[0]], tokenizer), configs[names[0]], texts)
         passes = [Pass(list(range(len(ids))))]
         if not output_attentions:
-            masks = prompt_masks({name: configs[name] for name in names}, **inputs)
+            masks = prompt_masks({name: configs[name] for name in names}, inputs)
             read = torch.stack([tokens_read(configs[name], mask) for name, mask in masks.items()]).any(dim=0)
             passes = plan_passes(model, ids, read.int().argmax(dim=1).tolist())
         parts = []
