@@ -14,21 +14,20 @@ from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, model_id
 from ..errors import ProbeError
-from ..files import check_new_folder, new_folder, package_version, settle, write_atomically
+from ..files import check_new_folder, new_folder, package_version, settle
 from ..heads.configuration import read_config
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
-from ..hub.card import card_template, write_card
+from ..hub.card import card_template, is_hub_id, write_card
 from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, list_heads, read_results
 from ..hub.publish import check_links, hide_local_path
-from ..hub.transport import HubReference, commit_files
+from ..hub.transport import commit_files
 from .host import SAVED_HEADS
 
 
 logger = logging.get_logger(__name__)
 
 SUFFIX = "_llama_probe"  # of the files of the runtime
-_CONFIG_NAME = "config.json"
 # Files of an earlier export that would be loaded beside, or in place of, the new ones.
 _OWN_FILES = re.compile(
     rf"\w+{SUFFIX}\.py|"
@@ -83,8 +82,11 @@ def export_repository(
     if license is None:
         logger.warning("the card states no licence: pass license=, the strictest of the backbone's and the heads'")
     known = [model_id(backbone), *(head.config.base_model_name_or_path for head in heads.values())]
-    references = [HubReference.parse(name) for name in known if name and not Path(name).exists()]
-    base_model = base_model or next((reference.repo_id for reference in references if reference is not None), None)
+    base_model = base_model or next(filter(is_hub_id, known), None)
+    vars(lm.config).pop(SAVED_HEADS, None)  # the heads here are those of `heads`
+    lm.config.auto_map = auto_map(model_type)
+    if base_model is not None:
+        lm.config.base_model_name_or_path = base_model
     with new_folder(folder) as repository:
         try:
             lm.save_pretrained(repository)
@@ -96,14 +98,8 @@ def export_repository(
         for name, head in heads.items():
             hide_local_path(head.save_pretrained(repository / name))
             write_card(repository / name, source=f"{repo_id}:{name}" if repo_id else None)
-        config = json.loads((repository / _CONFIG_NAME).read_text(encoding="utf-8"))
-        config.pop(SAVED_HEADS, None)  # the heads here are those of `heads`
-        config["auto_map"] = auto_map(model_type)
-        if base_model is not None:
-            config["base_model_name_or_path"] = base_model
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         card = _card(repository, list(heads), repo_id or folder.name, base_model, license, tokenizer)
-        write_atomically({repository / _CONFIG_NAME: text, repository / CARD_NAME: card})
+        (repository / CARD_NAME).write_text(card, encoding="utf-8")
     return folder
 
 
@@ -123,7 +119,7 @@ def push_repository(folder: str | os.PathLike, repo_id: str, **kwargs) -> Commit
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / _CONFIG_NAME).read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         exported = config["auto_map"] == auto_map(config["model_type"]) and bool(list_heads(folder))
     except (OSError, ValueError, LookupError, TypeError):
         exported = False
