@@ -56,9 +56,9 @@ class ProbeHostMixin(CausalLM):
     # Filled in for each subclass: the plain class.
     _causal_lm_class: type[CausalLM]
 
-    def _install_probes(self) -> None:
-        self.probes = nn.ModuleDict()
-        self._active_probes: tuple[str, ...] = ()
+    def _install_probes(self, heads: dict[str, ProbeModel]) -> None:
+        self.probes = nn.ModuleDict(heads)
+        self._active_probes = tuple(heads)
 
     @property
     def _heads(self) -> dict[str, ProbeModel]:
@@ -225,20 +225,7 @@ class ProbeHostMixin(CausalLM):
         return next(iter(self._active_heads(list(self.probes) if name is None else name)))
 
     def _attach(self, probes: Mapping[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
-        # Everything that can fail comes first, so that all heads are attached or none.
-        heads: dict[str, ProbeModel] = {}
-        for name, probe in probes.items():
-            self._require_free(name)
-            if isinstance(probe, ProbeModel):
-                check_backbone(name, probe.config, self, strict, alias=probe.alias)
-                heads[name] = probe
-            elif isinstance(probe, ProbeConfig):
-                heads[name] = ProbeModel(describe(self, probe))
-            else:
-                raise ProbeError(f"head {name!r}: add_probe takes a ProbeConfig or a ProbeModel, not {probe!r}")
-        device = find_decoder(self).device
-        for head in heads.values():
-            head.to(device).eval()
+        heads = fitting_heads(self, probes, strict)
         with _CHANGING:
             for name in heads:
                 self._require_free(name)
@@ -256,6 +243,23 @@ class ProbeHostMixin(CausalLM):
             if name not in heads:
                 raise ProbeError(f"no head {name!r} is attached; attached: {', '.join(heads) or 'none'}")
         return {name: heads[name] for name in names}
+
+
+def fitting_heads(
+    lm: nn.Module, probes: Mapping[str, ProbeConfig | ProbeModel], strict: bool = False
+) -> dict[str, ProbeModel]:
+    """Return heads that are ready to be attached to an LM: checked against it, and on the device of its last layer."""
+    heads: dict[str, ProbeModel] = {}
+    for name, probe in probes.items():
+        if isinstance(probe, ProbeModel):
+            check_backbone(name, probe.config, lm, strict, alias=probe.alias)
+            heads[name] = probe
+        elif isinstance(probe, ProbeConfig):
+            heads[name] = ProbeModel(describe(lm, probe))
+        else:
+            raise ProbeError(f"head {name!r}: add_probe takes a ProbeConfig or a ProbeModel, not {probe!r}")
+    device = find_decoder(lm).device
+    return {name: head.to(device).eval() for name, head in heads.items()}
 
 
 def change_class(model: nn.Module, cls: type) -> None:

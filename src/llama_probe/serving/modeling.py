@@ -20,7 +20,7 @@ from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
-from .host import ProbeHostMixin, ProbeSpec, change_class, load_with_heads, model_of, read_heads
+from .host import ProbeHostMixin, ProbeSpec, change_class, fitting_heads, load_with_heads, model_of, read_heads
 from .outputs import ProbeCache, ProbedOutputMixin, asks_for_state, refuse_without_heads, with_results
 from .reader import PromptReader
 from .session import (
@@ -80,7 +80,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._install_probes()
+        self._install_probes({})
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
@@ -115,14 +115,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         if plain is not cls._causal_lm_class:
             made = f"{cls.__name__} is made from a {cls._causal_lm_class.__name__}, not from a {plain.__name__}"
             raise ProbeError(f"{made}; AutoModelForProbedGeneration.from_causal_lm takes any causal LM")
+        heads = fitting_heads(model, heads, strict)
         change_class(model, cls)
-        model._install_probes()
-        try:
-            model._attach(heads, strict)
-        except BaseException:
-            del model.probes, model._active_probes
-            change_class(model, plain)
-            raise
+        model._install_probes(heads)
         return model
 
     @classmethod
