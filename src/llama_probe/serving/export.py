@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCardData
 from transformers.utils import logging
 
-from ..backbone.loading import load_backbone, model_id
+from ..backbone.loading import backbone_target, load_backbone, model_id
 from ..errors import ProbeError
 from ..files import check_new_folder, new_folder, package_version, settle
 from ..heads.configuration import read_config
@@ -72,9 +72,10 @@ def export_repository(
     """
     folder = Path(folder).absolute()
     check_new_folder(folder)
+    if (target := backbone_target(backbone)) is not None:
+        _check_family(target.model_type)
     lm, tokenizer = load_backbone(backbone, dtype, device="cpu")
-    if (model_type := lm.config.model_type) not in FAMILIES:
-        raise ProbeError(f"model_type={model_type!r} cannot be exported; allowed: {', '.join(FAMILIES)}")
+    _check_family(model_type := lm.config.model_type)
     if any(type(module).__module__.startswith("peft.") for module in lm.modules()):
         raise ProbeError("the backbone carries a PEFT adapter: merge it first (model.merge_and_unload())")
     for name, head in heads.items():
@@ -152,6 +153,11 @@ def auto_map(model_type: str) -> dict[str, str]:
     """Return the `auto_map` of an exported `config.json`."""
     name = f"modeling{SUFFIX}.{FAMILIES[model_type]}ForProbedGeneration"
     return {"AutoModel": name, "AutoModelForCausalLM": name}
+
+
+def _check_family(model_type: str | None) -> None:
+    if model_type is not None and model_type not in FAMILIES:  # it may not be known before the backbone is loaded
+        raise ProbeError(f"model_type={model_type!r} cannot be exported; allowed: {', '.join(FAMILIES)}")
 
 
 def _card(
