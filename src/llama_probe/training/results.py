@@ -20,7 +20,7 @@ from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, halting_rules
 from ..evaluation.metrics import summarize
 from ..evaluation.novelty_fit import can_fit, fit_novelty
 from ..evaluation.plots import write_plots
-from ..evaluation.prediction import follow_replies, predict_logits, predict_together, strongest_of
+from ..evaluation.prediction import follow_replies, predict_logits, predict_together
 from ..evaluation.report import inspect_head, report
 from ..files import JSON, environment, write_atomically
 from ..heads.configuration import ProbeConfig
@@ -56,7 +56,7 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
         The chosen head, with `results` as `add_results` makes them.
     """
     rows, args, metric = run.rows, run.args, run.args.metric
-    logits_by_head, followed = _judged_logits(run)
+    logits_by_head = _judged_logits(run)
     tested: dict[str, torch.Tensor] = {}
     runs: dict[str, JSON] = {}
     for name, seed in run.candidates.items():
@@ -65,16 +65,11 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
             continue  # it diverged
         probe.config, decided = decide(probe.config, logits, rows.judged.labels, args)
         runs[name] = {"seed": seed, "epochs": progress[name].epochs or epochs, **decided}
-        test = None
-        if rows.test is not None and name in followed:
-            (test,) = follow_replies([probe], run.datasets["test"])
-            tested[name] = strongest_of(probe, test)
-        elif rows.test is not None:
+        if rows.test is not None:
             tested[name] = predict_logits(probe, run.datasets["test"])
-        if name in tested:
             runs[name]["test"] = report(probe.config, tested[name], rows.test.labels, rows.slices)
-        if name in followed and not rows.folds:  # with folds the head has learned from the validation rows
-            runs[name]["halting"] = _halting(probe, run, followed[name], test)
+        if run.config.reads_reply and not rows.folds:  # with folds the head has learned from the validation rows
+            runs[name]["halting"] = _halting(probe, run)
     if not runs:
         raise ProbeError(f"no head of {len(run.candidates)} gives a number for {metric}: use a smaller learning_rate")
     chosen = max(runs, key=lambda name: runs[name]["validation"][metric])
@@ -102,21 +97,14 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
     return head
 
 
-def _judged_logits(run: PreparedRun) -> tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]:
-    """Return logits of the judged rows, by head; with folds by heads that have not learned from them.
-
-    And of heads that read replies what `follow_replies` gives.
-    """
-    heads, part = list(run.heads.values()), run.datasets["validation"]
-    if run.config.reads_reply:
-        followed = dict(zip(run.heads, follow_replies(heads, part), strict=True))
-        by_head = {name: strongest_of(run.heads[name], rows) for name, rows in followed.items()}
-    else:
-        followed, by_head = {}, dict(zip(run.heads, predict_together(heads, part), strict=True))
+def _judged_logits(run: PreparedRun) -> dict[str, torch.Tensor]:
+    """Return logits of the judged rows, by head; with folds by heads that have not learned from them."""
+    logits = predict_together(list(run.heads.values()), run.datasets["validation"])
+    by_head = dict(zip(run.heads, logits, strict=True))
     for name in run.candidates:
         for number, fold in enumerate(run.rows.folds):
             by_head[name][fold] = by_head[f"{name}-fold-{number}"][fold]
-    return by_head, followed
+    return by_head
 
 
 def _novelty_rows(run: PreparedRun, logits: torch.Tensor) -> tuple[Dataset, Dataset, torch.Tensor]:
@@ -213,15 +201,15 @@ def decide(
     return config, {**fitted, "validation": report(config, logits, labels)}
 
 
-def _halting(
-    probe: ProbeModel, run: PreparedRun, validation: list[torch.Tensor], test: list[torch.Tensor] | None
-) -> JSON:
-    """Choose halting rules on the followed validation rows, and measure them on the test rows; see `halting_rules`."""
+def _halting(probe: ProbeModel, run: PreparedRun) -> JSON:
+    """Choose halting rules on the validation rows, and measure them on the test rows; see `halting_rules`."""
     rate = run.args.max_false_positive_rate
     limit = MAX_FALSE_HALTS if rate is None else rate
-    rules = halting_rules(probe.config, validation, run.rows.judged.labels, limit)
-    if test is not None:
-        rules = apply_rules(probe.config, rules, test, run.rows.test.labels)
+    (followed,) = follow_replies([probe], run.datasets["validation"])
+    rules = halting_rules(probe.config, followed, run.rows.judged.labels, limit)
+    if run.rows.test is not None:
+        (followed,) = follow_replies([probe], run.datasets["test"])
+        rules = apply_rules(probe.config, rules, followed, run.rows.test.labels)
     return {"max_false_halts": limit, "labels": rules}
 
 
