@@ -82,12 +82,10 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
         rows=rows.described,
         head_args=run.head_args[chosen],
         runs=[runs[chosen]] if run.trials else list(runs.values()),
-        chosen=runs[chosen]["seed"],
         inspected=(shown, run.datasets[shown], tested.get(chosen, logits)),
         novelty=_novelty_rows(run, logits),
-        dtype=run.dtype,
-        card=_card(run),
     )
+    head.results |= {"chosen_seed": runs[chosen]["seed"], "dtype": run.dtype, "card": asdict(_card(run))}
     if run.trials:
         head.results["search"] = _describe_search(run, runs)
     if rows.calibration is not None and (fitted := _calibrate(run, head)) is not None:
@@ -219,19 +217,16 @@ def add_results(
     rows: dict[str, JSON],
     head_args: JSON,
     runs: list[JSON],
-    inspected: tuple[str, Dataset, torch.Tensor | None],
+    inspected: tuple[str, Dataset, torch.Tensor],
     novelty: tuple[Dataset | None, Dataset, torch.Tensor],
-    dtype: str | None,
-    card: CardFacts | None = None,
-    chosen: int | None = None,
 ) -> None:
     """Inspect a head whose config is decided, fit its novelty, and set its `results`, the contents of `results.json`.
 
     Args:
         args, head_args: training arguments, and those of the head that differ.
         rows: of each part its `source` and the number of its `rows`.
-        runs: results of each seed. chosen: seed of `probe`. Defaults to the first.
-        inspected: split, data set and, if known, logits `[rows, num_labels]`; see `inspect_head`.
+        runs: results of each seed. The first is that of `probe`, unless `finish` says otherwise.
+        inspected: split, data set and logits `[rows, num_labels]`; see `inspect_head`.
         novelty: arguments of `fit_novelty`, which is skipped if it is not wanted or there are too few rows.
     """
     split, dataset, logits = inspected
@@ -244,11 +239,11 @@ def add_results(
         "data": rows,
         "recipe": args.describe() | {name.removesuffix("_factor"): value for name, value in head_args.items()},
         "runs": runs,
-        "chosen_seed": runs[0]["seed"] if chosen is None else chosen,
+        "chosen_seed": runs[0]["seed"],
         "summary": {name: summarize([run[name] for run in runs]) for name in splits},
         "environment": environment() | ({"processes": world_size()} if world_size() > 1 else {}),
-        "dtype": dtype,
-        "card": asdict(card or CardFacts()),
+        "dtype": probe.config.base_model_dtype,
+        "card": asdict(CardFacts()),
         "inspection": {"split": split, **inspect_head(probe, dataset, labels_of(dataset), logits=logits)},
     }
     if args.novelty and novelty[0] is not None and can_fit(probe.config, *novelty[:2]):

@@ -511,7 +511,6 @@ class ProbeTrainer(Trainer):
                 runs=[{"seed": self.args.seed, "epochs": self.state.epoch, **decided}],
                 inspected=("validation", validation, logits),
                 novelty=(train, validation, logits),
-                dtype=probe.config.base_model_dtype,
             )
         if self._is_group:
             self.logits = logits_by_head
