@@ -12,7 +12,7 @@ from llama_probe.data.row_sources import Source
 from llama_probe.heads import get_probe_type, probe_types
 from llama_probe.training.defaults import complete_head, layers_at
 from llama_probe.training.recipe import Calibration, CardFacts, Copies, Held, Measure, Recipe
-from llama_probe.training.search import Search, draw_trials
+from llama_probe.training.search import Search, draw_candidates
 
 
 MINIMAL = {"train": [{"rows": "toxicchat"}]}
@@ -144,10 +144,10 @@ class TestFile:
 def test_every_draw_can_be_built(hidden_size):
     base = ProbeConfig(probe_type="pooling", hidden_size=hidden_size, num_hidden_layers=2)
     search = Search(trials=30, probe_types=list(probe_types()))
-    trials = draw_trials(search, base, seed=0)
-    assert draw_trials(search, base, seed=0) == trials
+    trials = draw_candidates(search, base, seed=0)
+    assert draw_candidates(search, base, seed=0) == trials
     assert {trial.config.probe_type for trial in trials.values()} == set(probe_types()) and len(trials) == 30
     for trial in trials.values():
         assert 1e-5 <= trial.training["learning_rate"] <= 3e-2
     with pytest.raises(ProbeError, match="hidden_size"):
-        draw_trials(Search(trials=1, probe_types=["mha"]), base.replace(hidden_size=7), 0)
+        draw_candidates(Search(trials=1, probe_types=["mha"]), base.replace(hidden_size=7), 0)

@@ -116,13 +116,14 @@ class TestTwins:
         numbers, recipe = recipe
         trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
         assert list(trainer.heads) == ["seed-0", "twin-lists", "twin-talks"]
-        rows, run = trainer._run.rows, trainer._run
+        rows, run, learned = trainer._run.rows, trainer._run, trainer.train_dataset
         texts = list(map(json.dumps, rows.train.texts))
         for twin, source in (("lists", "list"), ("talks", "talk")):
             of_source = {row for row, text in enumerate(texts) if any(number in text for number in numbers[source])}
             assert set(rows.held_out[twin]) == of_source, "copies with a lead-in from these rows as well"
-            assert {run.places[place] for place in run.left_out[f"twin-{twin}"]} == of_source
-        assert max(map(run.places.count, run.places)) == 2, "repeated rows"
+            by_twin = learned.learned_by[:, list(run.heads).index(f"twin-{twin}")]
+            assert {row for row, learns in zip(learned.rows, by_twin, strict=True) if not learns} == of_source
+        assert max(map(learned.rows.count, learned.rows)) == 2, "repeated rows"
         trainer.train()
         trainer.save_model()
         measured = trainer.results["measured"]

@@ -33,7 +33,7 @@ from .loss import ProbeLoss
 from .recipe import Recipe
 from .recipe_rows import RecipeRows, read_rows
 from .rows import TrainingRows, learners
-from .search import Trial, draw_trials
+from .search import Candidate, draw_candidates
 
 
 logger = logging.get_logger(__name__)
@@ -55,9 +55,9 @@ class PreparedRun:
         backbone: name of the backbone, None for a loaded one.
         lm, prompts: the frozen LM, and the format of its prompts.
         heads: heads by name: one a seed or a trial of a search; for each fold a head without it; and the twins.
-        candidates: the heads of which the best is kept, with their seeds.
+        candidates: the heads of which the best is kept, by name.
         head_args: head -> its training arguments that differ.
-        left_out: head -> places of the training rows that it does not learn from.
+        left_out: head -> rows of `rows.train` that it does not learn from.
         datasets: prompts or states of each part of the rows.
         cache: states on disk, if they are kept there.
 
@@ -134,49 +134,45 @@ class PreparedRun:
         self._create_heads()
 
     def _create_heads(self) -> None:
-        recipe, lm, row_of = self.recipe, None if self.cache is not None else self.lm, np.asarray(self.places)
+        recipe, lm = self.recipe, None if self.cache is not None else self.lm
         self.heads: dict[str, ProbeModel] = {}
         self.head_args: dict[str, JSON] = {}
         self.left_out: dict[str, np.ndarray] = {}
 
-        def create(name: str, seed: int, trial: Trial | None = None, without: np.ndarray | None = None) -> None:
-            set_seed(seed)
-            self.heads[name] = ProbeModel(self.config if trial is None else trial.config, backbone=lm)
-            self.head_args[name] = {} if trial is None else trial.training
+        def create(name: str, candidate: Candidate, without: np.ndarray | None = None) -> None:
+            set_seed(candidate.seed)
+            self.heads[name] = ProbeModel(candidate.config, backbone=lm)
+            self.head_args[name] = candidate.training
             if without is not None:
-                self.left_out[name] = np.flatnonzero(np.isin(row_of, without))
+                self.left_out[name] = without
 
-        self.trials = draw_trials(recipe.search, self.config, recipe.seed) if recipe.search.trials else {}
-        seeds = range(recipe.seed, recipe.seed + recipe.seeds)
-        self.candidates = dict.fromkeys(self.trials, recipe.seed) or {f"seed-{seed}": seed for seed in seeds}
-        for name, seed in self.candidates.items():
-            trial = self.trials.get(name)
-            create(name, seed, trial)
+        if recipe.search.trials:
+            self.candidates = draw_candidates(recipe.search, self.config, recipe.seed)
+        else:
+            seeds = range(recipe.seed, recipe.seed + recipe.seeds)
+            self.candidates = {f"seed-{seed}": Candidate(seed, self.config) for seed in seeds}
+        for name, candidate in self.candidates.items():
+            create(name, candidate)
             for number, fold in enumerate(self.rows.folds):
-                create(f"{name}-fold-{number}", seed, trial, fold)
+                create(f"{name}-fold-{number}", candidate, fold)
         for twin, without in self.rows.held_out.items():
-            create(f"twin-{twin}", recipe.seed, without=without)
-
-    @property
-    def places(self) -> list[int]:
-        """Row numbers of `rows.train`, in the order and as often as they are learned in an epoch."""
-        repeats = self.rows.repeats
-        return [row for turn in range(max(repeats)) for row in range(len(repeats)) if turn < repeats[row]]
+            create(f"twin-{twin}", Candidate(recipe.seed, self.config), without)
 
     def learned(self) -> TrainingRows:
-        """Return the training rows with their weights, and the heads that learn from each."""
-        places, weights = self.places, self.rows.weights
-        row_weights = None if weights is None else [weights[row] for row in places]
-        learned_by = learners(len(places), self.heads, self.left_out)
+        """Return the training rows, as often as they are learned in an epoch, with weights and the heads that learn from each."""
+        repeats, weights = self.rows.repeats, self.rows.weights
+        rows = [row for turn in range(max(repeats)) for row in range(len(repeats)) if turn < repeats[row]]
+        row_weights = None if weights is None else [weights[row] for row in rows]
+        learned_by = learners(rows, self.heads, self.left_out)
         replies = self.args.replies if self.config.reads_reply else None
-        return TrainingRows(self.datasets["train"], places, replies, row_weights, learned_by)
+        return TrainingRows(self.datasets["train"], rows, replies, row_weights, learned_by)
 
     def judged(self) -> Dataset | None:
         """Return the validation rows, and the heads that are chosen by each; None if there are folds."""
         if self.rows.validation is None:
             return None
         unjudged = {f"twin-{twin}": rows for twin, rows in self.rows.unjudged.items()}
-        judged_by = learners(len(self.rows.validation), self.heads, unjudged)
+        judged_by = learners(range(len(self.rows.validation)), self.heads, unjudged)
         replies = "tokens" if self.config.reads_reply else None
         return TrainingRows(self.datasets["validation"], replies=replies, learned_by=judged_by)
 

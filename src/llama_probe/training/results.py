@@ -59,12 +59,12 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
     logits_by_head = _judged_logits(run)
     tested: dict[str, torch.Tensor] = {}
     runs: dict[str, JSON] = {}
-    for name, seed in run.candidates.items():
+    for name, candidate in run.candidates.items():
         probe, logits = run.heads[name], logits_by_head[name]
         if not bool(logits.isfinite().all()):
             continue  # it diverged
         probe.config, decided = decide(probe.config, logits, rows.judged.labels, args)
-        runs[name] = {"seed": seed, "epochs": progress[name].epochs or epochs, **decided}
+        runs[name] = {"seed": candidate.seed, "epochs": progress[name].epochs or epochs, **decided}
         if rows.test is not None:
             tested[name] = predict_logits(probe, run.datasets["test"])
             runs[name]["test"] = report(probe.config, tested[name], rows.test.labels, rows.slices)
@@ -72,6 +72,7 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
             runs[name]["halting"] = _halting(probe, run)
     if not runs:
         raise ProbeError(f"no head of {len(run.candidates)} gives a number for {metric}: use a smaller learning_rate")
+    is_search = run.recipe.search.trials > 0
     chosen = max(runs, key=lambda name: runs[name]["validation"][metric])
     head, logits = run.heads[chosen], logits_by_head[chosen]
     head.set_backbone(run.lm)
@@ -81,12 +82,12 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
         args,
         rows=rows.described,
         head_args=run.head_args[chosen],
-        runs=[runs[chosen]] if run.trials else list(runs.values()),
+        runs=[runs[chosen]] if is_search else list(runs.values()),
         inspected=(shown, run.datasets[shown], tested.get(chosen, logits)),
         novelty=_novelty_rows(run, logits),
     )
     head.results |= {"chosen_seed": runs[chosen]["seed"], "dtype": run.dtype, "card": asdict(_card(run))}
-    if run.trials:
+    if is_search:
         head.results["search"] = _describe_search(run, runs)
     if rows.calibration is not None and (fitted := _calibrate(run, head)) is not None:
         head.results["thresholds_from"] = fitted
@@ -178,9 +179,9 @@ def _describe_search(run: PreparedRun, runs: Mapping[str, JSON]) -> list[JSON]:
             "score": runs[name]["validation"][run.args.metric] if name in runs else None,
             "epochs": runs[name]["epochs"] if name in runs else None,
             "num_parameters": run.heads[name].num_parameters(),
-            "values": trial.values,
+            "values": candidate.values,
         }
-        for name, trial in run.trials.items()
+        for name, candidate in run.candidates.items()
     ]
     return sorted(trials, key=lambda trial: -math.inf if trial["score"] is None else trial["score"], reverse=True)
 

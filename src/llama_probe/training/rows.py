@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -75,14 +75,13 @@ def _cut(item: dict, reply_length: int) -> dict:
     return item | cut
 
 
-def learners(rows: int, heads: Collection[str], left_out: Mapping[str, Sequence[int]]) -> np.ndarray | None:
-    """Return `[rows, heads]`, false for the rows that `left_out` names for a head; None if it names none."""
+def learners(
+    rows: Sequence[int], heads: Iterable[str], left_out: Mapping[str, Sequence[int] | np.ndarray]
+) -> np.ndarray | None:
+    """Return `[rows, heads]`, false for the row numbers that `left_out` names for a head; None if it names none."""
     if not left_out:
         return None
-    learned_by = np.ones((rows, len(heads)), dtype=bool)
-    for column, name in enumerate(heads):
-        learned_by[list(left_out.get(name, ())), column] = False
-    return learned_by
+    return np.stack([~np.isin(rows, np.asarray(left_out.get(name, ()))) for name in heads], axis=1)
 
 
 def labels_of(dataset: Dataset | LabelledTexts) -> np.ndarray:

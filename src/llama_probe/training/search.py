@@ -39,15 +39,24 @@ class Search:
 
 
 @dataclass
-class Trial:
-    """A configuration that was drawn: its values by name, the config of its head, and training arguments that differ."""
+class Candidate:
+    """A head to train, of which the best is kept.
 
-    values: JSON
+    Attributes:
+        values: what a search drew for it, by name.
+    """
+
+    seed: int
     config: ProbeConfig
-    training: JSON
+    values: JSON = field(default_factory=dict)
+
+    @property
+    def training(self) -> JSON:
+        """The training arguments that differ from those of other candidates."""
+        return {name: self.values[name] for name in _TRAINING if name in self.values}
 
 
-def draw_trials(search: Search, base: ProbeConfig, seed: int) -> dict[str, Trial]:
+def draw_candidates(search: Search, base: ProbeConfig, seed: int) -> dict[str, Candidate]:
     """Draw the configurations of a search over `SEARCH_SPACE` and the kinds' own `search_space`, by head."""
     import optuna
 
@@ -57,20 +66,20 @@ def draw_trials(search: Search, base: ProbeConfig, seed: int) -> dict[str, Trial
         kind: optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed + place))
         for place, kind in enumerate(search.probe_types)
     }
-    trials: dict[str, Trial] = {}
+    candidates: dict[str, Candidate] = {}
     for number in range(search.trials):
         kind = search.probe_types[number % len(search.probe_types)]
         for _ in range(_ATTEMPTS):
-            values = {
-                "probe_type": kind,
-                **draw(studies[kind].ask(), SEARCH_SPACE | get_probe_type(kind).search_space),
-            }
+            values = draw(studies[kind].ask(), SEARCH_SPACE | get_probe_type(kind).search_space)
+            options = {name: value for name, value in values.items() if name in get_probe_type(kind).options}
+            head = {name: value for name, value in values.items() if name not in _TRAINING and name not in options}
             with suppress(ProbeError):
-                trials[f"trial-{number}"] = _trial(base, values)
+                config = base.replace(probe_type=kind, **head, options=options)
+                candidates[f"trial-{number}"] = Candidate(seed, config, {"probe_type": kind, **values})
                 break
         else:
             raise ProbeError(f"probe_type={kind!r} has no choices that fit hidden_size={base.hidden_size}")
-    return trials
+    return candidates
 
 
 def draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> JSON:
@@ -81,10 +90,3 @@ def draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> JSON:
         else trial.suggest_float(name, *choices, log=name == "learning_rate")
         for name, choices in space.items()
     }
-
-
-def _trial(base: ProbeConfig, values: JSON) -> Trial:
-    training = {name: values[name] for name in _TRAINING}
-    options = {name: value for name, value in values.items() if name in get_probe_type(values["probe_type"]).options}
-    head = {name: value for name, value in values.items() if name not in training and name not in options}
-    return Trial(values, base.replace(**head, options=options), training)

@@ -168,7 +168,7 @@ class ProbeTrainer(Trainer):
             compute_loss_func = self._create_loss(train)
         learned = self._encode("train_dataset", train, learned=True)
         if left_out:
-            learned = TrainingRows(learned, learned_by=learners(len(learned), self.heads, left_out))
+            learned = TrainingRows(learned, learned_by=learners(range(len(learned)), self.heads, left_out))
         if args.token_loss is not None and getattr(learned, "reply_lengths", None) is None and learned is not None:
             raise ProbeError(f"token_loss={args.token_loss!r} needs training rows with replies: chats, or probe_mask")
         judged = self._encode("eval_dataset", validation)
