@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 from transformers.utils import logging
 
@@ -154,6 +154,9 @@ class ProbeConfig:
     weights_sha256: str | None = None
     llama_probe_version: str | None = None
     transformers_version: str | None = None
+
+    # What heads in training put out for their loss, and a Trainer does not gather.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["by_head", "token_logits", "token_mask"]
 
     def __post_init__(self):
         kind = get_probe_type(self.probe_type)

@@ -410,17 +410,6 @@ class ProbeTrainer(Trainer):
             torch.manual_seed(seed)
             return super().training_step(model, inputs, num_items_in_batch)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return loss, logits and labels of a batch; see `Trainer.prediction_step`."""
-        ignored = [*(ignore_keys or ["cache"]), "by_head", "token_logits", "token_mask"]
-        return super().prediction_step(model, inputs, prediction_loss_only, ignored)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of parameters for each of several heads."""
         if self.optimizer is not None or not self._is_group:
