@@ -116,9 +116,9 @@ def test_a_twin_is_not_chosen_by_its_sources_either(tmp_path):
         return write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(60)])
 
     rows = read(source("a"), source("b"), validation={"share": 0.3}, hold_out={"twin": ["b"]})
-    for part, held in ((rows.train, rows.held_out["twin"]), (rows.validation, rows.unjudged["twin"])):
-        assert held.tolist() == [row for row, text in enumerate(part.texts) if text[0] == "b"]
-    assert len(rows.held_rows["twin"]["b"]) == 60
+    for part, held in ((rows.train, rows.twins["twin"].left_out), (rows.validation, rows.twins["twin"].unjudged)):
+        assert held == [row for row, text in enumerate(part.texts) if text[0] == "b"]
+    assert len(rows.twins["twin"].measured["b"]) == 60
 
 
 def test_a_twin_needs_rows_of_several_labels(tmp_path):

@@ -167,14 +167,14 @@ class TestPackagedRecipe:
         assert rows.train.label_names == recipe.labels.names and rows.train.flagged == recipe.labels.flagged
         assert len(set(labels.nonzero()[1] if labels.ndim == 2 else labels)) == len(recipe.labels.names)
         assert set(rows.measured) == {source.name for source in recipe.measure.sources} and all(rows.measured.values())
-        assert set(rows.held_rows) == set(recipe.hold_out)
+        assert set(rows.twins) == set(recipe.hold_out)
         if recipe.calibration.sources:
             learned = set(map(str, rows.train.texts))
             assert len(rows.calibration) and not learned & set(map(str, rows.calibration.texts)), "part divides them"
-        for twin, places in rows.held_out.items():
-            held, sources = set(places), rows.train.columns["source"]
+        for name, twin in rows.twins.items():
+            held, sources = set(twin.left_out), rows.train.columns["source"]
             left = names_in(names for row, names in enumerate(sources) if row not in held)
-            assert not left & set(recipe.hold_out[twin])
+            assert not left & set(recipe.hold_out[name])
 
 
 @pytest.mark.parametrize("name, as_hub", [("guard", True), ("safety", False)])

@@ -120,7 +120,7 @@ class TestTwins:
         texts = list(map(json.dumps, rows.train.texts))
         for twin, source in (("lists", "list"), ("talks", "talk")):
             of_source = {row for row, text in enumerate(texts) if any(number in text for number in numbers[source])}
-            assert set(rows.held_out[twin]) == of_source, "copies with a lead-in from these rows as well"
+            assert set(rows.twins[twin].left_out) == of_source, "copies with a lead-in from these rows as well"
             by_twin = learned.learned_by[:, list(run.heads).index(f"twin-{twin}")]
             assert {row for row, learns in zip(learned.rows, by_twin, strict=True) if not learns} == of_source
         assert max(map(learned.rows.count, learned.rows)) == 2, "repeated rows"

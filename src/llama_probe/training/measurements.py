@@ -29,6 +29,7 @@ from ..heads.decision import predictions, probabilities
 from ..heads.novelty import FAR
 from ..heads.probe import ProbeModel
 from .prepared import PreparedRun
+from .recipe_rows import Twin
 
 
 logger = logging.get_logger(__name__)
@@ -79,11 +80,12 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
     recipe, rows = run.recipe, run.rows
     parts: list[JSON] = []
     for twin, probe in {None: head, **twins}.items():
-        baseline = _baseline(run, probe.config, () if twin is None else rows.held_out[twin].tolist())
-        for name, part in (rows.measured if twin is None else rows.held_rows[twin]).items():
-            dataset = run.datasets[f"{twin or 'measure'}.{name}"]
-            measured = _measure_part(probe, dataset, part, baseline, recipe.measure.slice_columns)
-            parts.append({"name": name, "twin": twin, **measured})
+        held = Twin([], [], rows.measured) if twin is None else rows.twins[twin]
+        baseline = _baseline(run, probe.config, held.left_out)
+        for name, part in held.measured.items():
+            dataset = run.datasets[f"measure.{name}" if twin is None else f"twin-{twin}.{name}"]
+            scores = _measure_part(probe, dataset, part, baseline, recipe.measure.slice_columns)
+            parts.append({"name": name, "twin": twin, **scores})
     if rows.measured and recipe.measure.quantised:
         name, first = next(iter(rows.measured.items()))
         prompts = run.prompts.encode_for(head.config, first.texts, first.labels)

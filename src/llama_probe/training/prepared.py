@@ -7,7 +7,6 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -137,9 +136,9 @@ class PreparedRun:
         recipe, lm = self.recipe, None if self.cache is not None else self.lm
         self.heads: dict[str, ProbeModel] = {}
         self.head_args: dict[str, JSON] = {}
-        self.left_out: dict[str, np.ndarray] = {}
+        self.left_out: dict[str, list[int]] = {}
 
-        def create(name: str, candidate: Candidate, without: np.ndarray | None = None) -> None:
+        def create(name: str, candidate: Candidate, without: list[int] | None = None) -> None:
             set_seed(candidate.seed)
             self.heads[name] = ProbeModel(candidate.config, backbone=lm)
             self.head_args[name] = candidate.training
@@ -155,8 +154,8 @@ class PreparedRun:
             create(name, candidate)
             for number, fold in enumerate(self.rows.folds):
                 create(f"{name}-fold-{number}", candidate, fold)
-        for twin, without in self.rows.held_out.items():
-            create(f"twin-{twin}", Candidate(recipe.seed, self.config), without)
+        for name, twin in self.rows.twins.items():
+            create(f"twin-{name}", Candidate(recipe.seed, self.config), twin.left_out)
 
     def learned(self) -> TrainingRows:
         """Return the training rows, as often as they are learned in an epoch, with weights and the heads that learn from each."""
@@ -171,7 +170,7 @@ class PreparedRun:
         """Return the validation rows, and the heads that are chosen by each; None if there are folds."""
         if self.rows.validation is None:
             return None
-        unjudged = {f"twin-{twin}": rows for twin, rows in self.rows.unjudged.items()}
+        unjudged = {f"twin-{name}": twin.unjudged for name, twin in self.rows.twins.items()}
         judged_by = learners(range(len(self.rows.validation)), self.heads, unjudged)
         replies = "tokens" if self.config.reads_reply else None
         return TrainingRows(self.datasets["validation"], replies=replies, learned_by=judged_by)

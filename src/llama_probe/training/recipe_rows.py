@@ -27,6 +27,20 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
+class Twin:
+    """A head that leaves out sources.
+
+    Attributes:
+        left_out, unjudged: the rows of `train` that it does not learn from, and those of `validation` that it is not chosen by.
+        measured: the rows to measure it on, by source.
+    """
+
+    left_out: list[int]
+    unjudged: list[int]
+    measured: dict[str, LabelledTexts]
+
+
+@dataclass
 class RecipeRows:
     """The rows of a recipe, by what they are for.
 
@@ -39,8 +53,6 @@ class RecipeRows:
         measured: further rows to measure on, by name.
         repeats: how often each row of `train` is learned in an epoch.
         weights: weights of each row of `train` in the loss, or None.
-        held_out: twin -> the rows of `train` that it does not learn from. unjudged: twin -> the rows of `validation` that it is not
-            chosen by. held_rows: twin -> the rows to measure it on, by source.
         slices: column -> values of the test rows to report by.
         described: `source` and `rows` of each part, for `results.json`.
     """
@@ -50,14 +62,12 @@ class RecipeRows:
     num_extra: int
     validation: LabelledTexts | None
     test: LabelledTexts | None
-    folds: list[np.ndarray]
+    folds: list[list[int]]
     calibration: LabelledTexts | None
     measured: dict[str, LabelledTexts]
     repeats: list[int]
     weights: list[list[float] | None] | None
-    held_out: dict[str, np.ndarray]
-    unjudged: dict[str, np.ndarray]
-    held_rows: dict[str, dict[str, LabelledTexts]]
+    twins: dict[str, Twin]
     slices: Columns
     described: dict[str, JSON] = field(default_factory=dict)
 
@@ -70,13 +80,14 @@ class RecipeRows:
         """Return all rows by the name of their part."""
         named = {name: getattr(self, name) for name in ("train", "validation", "test", "calibration")}
         named |= {f"measure.{name}": rows for name, rows in self.measured.items()}
-        named |= {f"{twin}.{name}": rows for twin, parts in self.held_rows.items() for name, rows in parts.items()}
+        for twin, held in self.twins.items():
+            named |= {f"twin-{twin}.{name}": rows for name, rows in held.measured.items()}
         return {name: rows for name, rows in named.items() if rows is not None}
 
     def digest(self) -> dict[str, str]:
         """Return a digest of each part that heads learn from or are chosen by."""
-        learned = json.dumps([self.repeats, self.weights, [fold.tolist() for fold in self.folds]])
-        learned += json.dumps({twin: rows.tolist() for twin, rows in self.held_out.items()})
+        learned = json.dumps([self.repeats, self.weights, self.folds])
+        learned += json.dumps({name: twin.left_out for name, twin in self.twins.items()})
         digests = {"train": self.train.digest(), "learned": hashlib.sha256(learned.encode()).hexdigest()}
         return digests | ({} if self.validation is None else {"validation": self.validation.digest()})
 
@@ -90,7 +101,8 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     # Closed also where a source is refused: the message begins a line.
     with tqdm(recipe.train, desc="sources", unit=" sources", leave=False, disable=not is_main()) as bar:
         by_source = {source.name: reader.read(source, "train") for source in bar}
-    whole, extra = _joined(recipe, by_source, False), _joined(recipe, by_source, True)
+    whole = _join([by_source[source.name] for source in recipe.train if not source.extra])
+    extra = _join([by_source[source.name] for source in recipe.train if source.extra])
     if whole is None:
         raise ProbeError("train has no rows to judge by: at least one source needs extra=False and a licence")
     test = reader.join("test", held_test.sources, "test")
@@ -101,16 +113,14 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     few = len(plain) < FEW_ROWS and not recipe.copies.names and not (held_validation.share or held_validation.sources)
     folds, validation = held_validation.folds, reader.join("validation", held_validation.sources, "validation")
     folds = FOLDS if folds is None and few else folds
-    if folds:
-        if used := [name for name, value in (("copies", recipe.copies.names), ("hold_out", recipe.hold_out)) if value]:
-            raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
-        validation = None
-    else:
+    if not folds:
         if validation is None:
             plain, validation = plain.split(held_validation.share or VALIDATION_SHARE, recipe.seed)
         validation = validation.at_most(held_validation.max_rows, recipe.seed)
-    extra = _without_judged(extra, [plain if folds else validation, test])
-    learned = LabelledTexts.join([plain, *([extra] if extra else [])])
+    elif used := [name for name, value in (("copies", recipe.copies.names), ("hold_out", recipe.hold_out)) if value]:
+        raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
+    extra = extra and _without_judged(extra, _join([plain if folds else validation, test]))
+    learned = _join([plain, extra])
     check_labels(", ".join(source.name for source in recipe.train), learned)
     plain_texts, learned_texts = set(map(str, plain.texts)), set(map(str, learned.texts))
     for name, part in (("validation", validation), ("test", test)):
@@ -118,9 +128,12 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
             logger.warning(f"{seen} of {len(part)} {name} rows have a text that is among the training rows")
     copies = wrapped_copies(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
     train = LabelledTexts.join([learned, *copies])
-    held_rows, measured = _held_rows(recipe, by_source), reader.measured(learned_texts)
-    further = [*measured.values(), *(part for parts in held_rows.values() for part in parts.values())]
-    columns = {name for part in further for name in part.columns}
+    measured, twins = reader.measured(learned_texts), {}
+    for twin, names in recipe.hold_out.items():
+        if held := {name: by_source[name] for name in names if by_source[name]}:
+            twins[twin] = Twin(*(_rows_like(held, part, twin) for part in (train, validation)), held)
+    further = [measured, *(twin.measured for twin in twins.values())]
+    columns = {name for parts in further for part in parts.values() for name in part.columns}
     if unknown := sorted(set(recipe.measure.slice_columns) - columns):
         raise ProbeError(f"measure.slice_columns={unknown} must be columns of the rows: {', '.join(sorted(columns))}")
     named_test = held_test.sources[0].rows if len(held_test.sources) == 1 else None
@@ -131,17 +144,15 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     rows = RecipeRows(
         train=train,
         num_plain=len(plain),
-        num_extra=len(extra) if extra else 0,
+        num_extra=len(extra or ()),
         validation=validation,
         test=test,
-        folds=plain.folds(folds, recipe.seed) if folds else [],
+        folds=[fold.tolist() for fold in plain.folds(folds, recipe.seed)] if folds else [],
         calibration=reader.calibration(),
         measured=measured,
         repeats=[source.repeat for source in sources] + [1] * num_copies,
         weights=weights if any(weights) else None,
-        held_out=_rows_of_twins(train, recipe, held_rows),
-        unjudged=_rows_of_twins(validation, recipe, held_rows),
-        held_rows=held_rows,
+        twins=twins,
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
     rows.described = _describe(recipe, held_validation, held_test, rows)
@@ -178,10 +189,10 @@ class _Reader:
 
     def join(self, name: str, sources: Sequence[Source], split: str) -> LabelledTexts | None:
         """Return the rows of the sources of a section, None if it has none."""
-        parts = [self.read(source, split) for source in sources]
-        if parts and not any(map(len, parts)):
+        rows = _join([self.read(source, split) for source in sources])
+        if sources and rows is None:
             raise ProbeError(f"{name} has no rows whose licence allows commercial use")
-        return LabelledTexts.join(parts) if parts else None
+        return rows
 
     def measured(self, learned_texts: set[str]) -> dict[str, LabelledTexts]:
         """Return the rows to measure on, by source, without texts that were learned and rows that a licence has left out."""
@@ -189,15 +200,15 @@ class _Reader:
         for source in self.recipe.measure.sources:
             rows = self.read(source, "test")
             rows = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in learned_texts])
-            rows_by_source |= {source.name: rows} if len(rows) else {}
+            if rows:
+                rows_by_source[source.name] = rows
         return rows_by_source
 
     def calibration(self) -> LabelledTexts | None:
         sources = self.recipe.calibration.sources
         if not sources:
             return None
-        names = self.labels.names or []
-        flagged = self.recipe.labels.flagged or self.labels.flagged
+        names, flagged = self.labels.names or [], self.labels.flagged
         harmless = next((name for name in names if name not in (flagged or ())), None)
         if len(names) != 2 or flagged is None or harmless is None:
             raise ProbeError(f"calibration needs one flagged label of two, not {flagged} of {', '.join(names)}")
@@ -212,51 +223,32 @@ class _Reader:
         return [text for text in rows.texts if isinstance(text, str)]
 
 
-def _joined(recipe: Recipe, by_source: dict[str, LabelledTexts], extra: bool) -> LabelledTexts | None:
-    parts = [by_source[source.name] for source in recipe.train if source.extra == extra]
-    parts = [part for part in parts if len(part)]
-    return LabelledTexts.join(parts) if parts else None
+def _join(parts: Sequence[LabelledTexts | None]) -> LabelledTexts | None:
+    """Return the rows of all parts, None if there are no rows."""
+    with_rows = list(filter(None, parts))
+    return LabelledTexts.join(with_rows) if with_rows else None
 
 
-def _without_judged(extra: LabelledTexts | None, judged: Sequence[LabelledTexts | None]) -> LabelledTexts | None:
+def _without_judged(extra: LabelledTexts, judged: LabelledTexts) -> LabelledTexts:
     """Return extra rows without those whose text is judged by."""
-    if extra is None:
-        return None
-    texts = {str(text) for rows in judged if rows is not None for text in rows.texts}
+    texts = set(map(str, judged.texts))
     allowed = extra.select([row for row, text in enumerate(extra.texts) if str(text) not in texts])
     if left_out := len(extra) - len(allowed):
         logger.warning(f"{left_out} extra rows are skipped: they are validation or test rows as well")
-    if not len(allowed):
+    if not allowed:
         raise ProbeError("the extra sources of train have no rows beside the validation and test rows")
     return allowed
 
 
-def _held_rows(recipe: Recipe, by_source: dict[str, LabelledTexts]) -> dict[str, dict[str, LabelledTexts]]:
-    """Return the rows that each twin is measured on, by source."""
-    rows_by_twin = {
-        twin: {name: by_source[name] for name in sources if len(by_source[name])}
-        for twin, sources in recipe.hold_out.items()
-    }
-    return {twin: rows for twin, rows in rows_by_twin.items() if rows}
-
-
-def _rows_of_twins(
-    rows: LabelledTexts | None, recipe: Recipe, held_rows: dict[str, dict[str, LabelledTexts]]
-) -> dict[str, np.ndarray]:
-    """Return for each twin the rows with words of its sources, or with one of their texts."""
-    places_by_twin = {}
-    for twin, held in held_rows.items() if rows is not None else ():
-        sources, texts = set(recipe.hold_out[twin]), {str(text) for part in held.values() for text in part.texts}
-        names = rows.columns.get(SOURCE, [""] * len(rows))
-        is_held = [
-            bool(sources & set(name.split("+"))) or str(text) in texts
-            for name, text in zip(names, rows.texts, strict=True)
-        ]
-        places_by_twin[twin] = np.flatnonzero(is_held)
-        left = rows.select(np.flatnonzero(~np.array(is_held)).tolist())
-        if not len(left) or (left.labels.ndim == 1 and len(set(left.labels.tolist())) < 2):
-            raise ProbeError(f"hold_out.{twin} leaves no rows of several labels to learn from, or to choose by")
-    return places_by_twin
+def _rows_like(held: dict[str, LabelledTexts], rows: LabelledTexts, twin: str) -> list[int]:
+    """Return the numbers of the rows with words of the sources that a twin leaves out, or with one of their texts."""
+    texts = {str(text) for part in held.values() for text in part.texts}
+    named = zip(rows.columns[SOURCE], rows.texts, strict=True)
+    is_held = np.array([not held.keys().isdisjoint(names.split("+")) or str(text) in texts for names, text in named])
+    left = rows.labels[~is_held]
+    if not len(left) or (left.ndim == 1 and len(set(left.tolist())) < 2):
+        raise ProbeError(f"hold_out.{twin} leaves no rows of several labels to learn from, or to choose by")
+    return np.flatnonzero(is_held).tolist()
 
 
 def _describe(recipe: Recipe, validation: Held, test: Held, rows: RecipeRows) -> dict[str, JSON]:

@@ -91,7 +91,7 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
         head.results["search"] = _describe_search(run, runs)
     if rows.calibration is not None and (fitted := _calibrate(run, head)) is not None:
         head.results["thresholds_from"] = fitted
-    if rows.measured or rows.held_rows:
+    if rows.measured or rows.twins:
         head.results["measured"] = measure(run, head, _calibrated_twins(run, logits_by_head))
     return head
 
@@ -144,9 +144,9 @@ def _calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tenso
     """Return the twins with temperature and thresholds, fitted on rows that they may know."""
     twins = {}
     judged = run.rows.judged
-    for name in run.rows.held_rows:
+    for name, twin in run.rows.twins.items():
         probe = run.heads[f"twin-{name}"]
-        known = np.setdiff1d(np.arange(len(judged)), run.rows.unjudged.get(name, []))
+        known = np.setdiff1d(np.arange(len(judged)), twin.unjudged)
         logits = logits_by_head[f"twin-{name}"][known]
         if not bool(logits.isfinite().all()):
             logger.warning(f"the twin without {name} is not measured: it diverged")

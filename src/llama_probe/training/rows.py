@@ -75,13 +75,11 @@ def _cut(item: dict, reply_length: int) -> dict:
     return item | cut
 
 
-def learners(
-    rows: Sequence[int], heads: Iterable[str], left_out: Mapping[str, Sequence[int] | np.ndarray]
-) -> np.ndarray | None:
+def learners(rows: Sequence[int], heads: Iterable[str], left_out: Mapping[str, Sequence[int]]) -> np.ndarray | None:
     """Return `[rows, heads]`, false for the row numbers that `left_out` names for a head; None if it names none."""
     if not left_out:
         return None
-    return np.stack([~np.isin(rows, np.asarray(left_out.get(name, ()))) for name in heads], axis=1)
+    return np.stack([~np.isin(rows, left_out.get(name, ())) for name in heads], axis=1)
 
 
 def labels_of(dataset: Dataset | LabelledTexts) -> np.ndarray:
