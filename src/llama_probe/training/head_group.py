@@ -10,12 +10,12 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..backbone.capture import collect_hidden_states
-from ..data.cached_states import SharedStates, counted_tokens, shared_config
+from ..data.cached_states import SharedStates, shared_config
 from ..errors import ProbeError
 from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel, without_autocast
-from ..heads.scope import check_rows
+from ..heads.scope import check_rows, token_mask
 
 
 Loss = Callable[..., torch.Tensor]
@@ -81,16 +81,14 @@ class HeadGroup(nn.Module):
                 chosen by: in eval mode the logits of others are not numbers. Defaults to all.
         """
         if hidden_states is None:
-            batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-            mask = counted_tokens(self.config, batch if probe_mask is None else {"probe_mask": probe_mask}).bool()
+            mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
             states = torch.stack(collect_hidden_states(self.backbone, self.layers, input_ids, attention_mask))
-            layers = None
         else:
-            states, mask = hidden_states.transpose(0, 1), attention_mask.bool()  # [S, B, T, D]
-            layers = range(self.config.num_hidden_layers + 1) if len(states) > len(self.layers) else None
-        mask = mask.to(self.device)
+            states, mask = hidden_states.transpose(0, 1), attention_mask  # [S, B, T, D]
+        has_all = len(states) > len(self.layers)
+        shared = SharedStates(states, range(self.config.num_hidden_layers + 1) if has_all else self.layers)
+        mask = mask.bool().to(self.device)
         check_rows(mask)
-        shared = SharedStates(states, layers or self.layers)
         outputs: dict[str, ProbeOutput] = {}
         for index, (name, head) in enumerate(self.heads.items()):
             if self.training:

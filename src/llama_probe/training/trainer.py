@@ -42,7 +42,7 @@ from ..heads.probe import ProbeModel
 from ..heads.rules import PROMPT_FORMATS
 from ..hub.publish import push_folder
 from .arguments import ProbeTrainingArguments
-from .defaults import MAX_LENGTH, complete_head, head_config
+from .defaults import head_config
 from .estimate import keeps_states
 from .head_group import GroupLoss, HeadGroup
 from .loss import ProbeLoss
@@ -484,11 +484,11 @@ class ProbeTrainer(Trainer):
         if self._run is not None:
             self._chosen = finish(self._run, self.progress, self.state.epoch)
             return self._chosen.results
-        train, validation, logits_by_head = self.train_dataset, self.eval_dataset, {}
+        train, validation = self.train_dataset, self.eval_dataset
         parts = {"train": train, "validation": validation}
         rows = {name: {"source": "own rows", "rows": len(part)} for name, part in parts.items() if part is not None}
-        for name, probe in self.heads.items():
-            logits = logits_by_head[name] = predict_logits(probe, validation)
+        all_logits = predict_together(list(self.heads.values()), validation)
+        for (name, probe), logits in zip(self.heads.items(), all_logits, strict=True):
             if self._is_group and not bool(logits.isfinite().all()):
                 continue  # it diverged, and has no results
             probe.config, decided = decide(probe.config, logits, labels_of(validation), self.args)
@@ -501,11 +501,11 @@ class ProbeTrainer(Trainer):
                 inspected=("validation", validation, logits),
                 novelty=(train, validation, logits),
             )
-        if self._is_group:
-            self.logits = logits_by_head
-            return {name: probe.results for name, probe in self.heads.items() if probe.results}
-        self.logits = logits_by_head["head"]
-        return self.model.results
+        if not self._is_group:
+            (self.logits,) = all_logits
+            return self.model.results
+        self.logits = dict(zip(self.heads, all_logits, strict=True))
+        return {name: probe.results for name, probe in self.heads.items() if probe.results}
 
     def metric_name(self, head: str, metric: str) -> str:
         """Return the name of a head's metric in an evaluation."""
@@ -557,17 +557,18 @@ class ProbeTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save")
 
-    def _save_heads(self, output_dir: str | None) -> None:
-        """Write the head of a recipe, a single head, or several heads into folders of their names."""
-        if self._run is not None:
-            if self._chosen is None:
-                raise ProbeError("the recipe has no head yet: call train() first")
-            save_head(self._run, self._chosen, Path(output_dir or self._run.output))
+    def _save_heads(self, output_dir: str | None) -> Path:
+        """Write the head of a recipe, a single head, or several heads into folders of their names. Return the folder."""
+        folder = Path(output_dir or (self.args.output_dir if self._run is None else self._run.output))
+        if self._run is None:
+            for name, head in self.heads.items():
+                head.save_pretrained(folder / name if self._is_group else folder)
+        elif self._chosen is None:
+            raise ProbeError("the recipe has no head yet: call train() first")
+        else:
+            save_head(self._run, self._chosen, folder)
             self._run.clean()
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        for name, head in self.heads.items():
-            head.save_pretrained(folder / name if self._is_group else folder)
+        return folder
 
     def push_to_hub(
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None, **kwargs
@@ -588,10 +589,9 @@ class ProbeTrainer(Trainer):
             return None
         if self._is_group and self._run is None:
             raise ProbeError("push each of several heads by itself: trainer.heads[name].push_to_hub(repo_id)")
-        self._save_heads(None)  # before the Hub can refuse
+        folder = self._save_heads(None)  # before the Hub can refuse
         kwargs["revision"] = kwargs.get("revision") or self.args.hub_revision
-        folder = self.args.output_dir if self._run is None else self._run.output
-        return push_folder(Path(folder), repo_id, token=token, commit_message=commit_message, **kwargs)
+        return push_folder(folder, repo_id, token=token, commit_message=commit_message, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The parent would upload training_args.bin, a pickle, and weights without a config.
