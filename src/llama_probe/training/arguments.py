@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -91,13 +91,13 @@ class ProbeTrainingArguments(TrainingArguments):
         # The parent takes the loss if no metric is given. The metric depends on the labels, which are not known yet.
         self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end = chosen
 
-    def fill(self, config: ProbeConfig, rows: int) -> None:
-        """Choose what is open by the head and the number of training rows."""
-        epochs, batch_size = schedule(rows)
+    def fill(self, config: ProbeConfig, rows: int, batch_size: int | None = None) -> None:
+        """Choose what is open by the head and the number of training rows. `batch_size` is that of all devices."""
+        (epochs, default_size), devices = schedule(rows), max(1, self.n_gpu) * self.world_size
         recipe = get_probe_type(config.probe_type).recipe
         open_fields = {
             "num_train_epochs": epochs,
-            "per_device_train_batch_size": math.ceil(batch_size / (max(1, self.n_gpu) * self.world_size)),
+            "per_device_train_batch_size": math.ceil((batch_size or default_size) / devices),
             "learning_rate": recipe["learning_rate"],
             "label_smoothing_factor": recipe["label_smoothing"],
             "metric_for_best_model": default_metric(config),
@@ -130,7 +130,3 @@ class ProbeTrainingArguments(TrainingArguments):
             "max_false_positive_rate": self.max_false_positive_rate,
             "threshold_rule": self.threshold_rule,
         }
-
-
-# Names of the arguments, for messages and for the command line.
-ARGUMENT_NAMES = frozenset(item.name for item in fields(ProbeTrainingArguments) if item.init)

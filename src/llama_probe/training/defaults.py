@@ -16,7 +16,6 @@ from ..heads.configuration import ProbeConfig
 
 
 AUTO = "auto"
-MAX_LENGTH = 512  # tokens of a prompt
 
 _BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _RANGES = {
@@ -63,23 +62,25 @@ def check_head(head: JSON) -> None:
         ProbeConfig(**fields)
 
 
-def head_config(head: JSON, rows: LabelledTexts, backbone: str | nn.Module) -> ProbeConfig:
+def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.Module) -> ProbeConfig:
     """Return the config of a new head for the labels of its training rows.
 
     Args:
-        head: fields of `ProbeConfig`, as `complete_head` returns them. `token_scope` defaults to `"last_user"`. `layers` may be
-            parts of the depth; see `layers_at`.
+        head: fields of `ProbeConfig`. `layers` may be parts of the depth; see `layers_at`.
+        count: number of the rows, without copies; see `complete_head`.
         backbone: its name, so that its sizes are checked before it is loaded, or the LM.
     """
     is_named = isinstance(backbone, str)
     target = backbone_target(backbone) if is_named else target_of(backbone)
     known = {
         "token_scope": "last_user",
+        "max_length": 512,
         "hidden_size": target and target.hidden_size,
         "num_hidden_layers": target and target.num_hidden_layers,
         "base_model_name_or_path": model_id(backbone) if is_named else None,
         "flagged": rows.flagged,
     }
+    head = complete_head(head, count)
     if is_depths(head.get("layers")):
         if (depth := target and target.num_hidden_layers) is None:
             raise ProbeError(f"layers={head['layers']} are parts of a depth that is not known yet: name the backbone")

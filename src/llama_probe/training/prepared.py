@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
 from ..data.cached_states import StateCache
-from ..data.prompts import PromptFormat, split_reply
+from ..data.prompts import PromptFormat
 from ..distributed import check_shared, is_main, on_main, world_size
 from ..errors import ProbeError, first_line
 from ..evaluation.calibration import check_rates, check_threshold_rule
@@ -25,8 +25,8 @@ from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..heads.match import describe
 from ..heads.probe import ProbeModel
-from .arguments import ARGUMENT_NAMES, ProbeTrainingArguments
-from .defaults import MAX_LENGTH, complete_head, head_config
+from .arguments import ProbeTrainingArguments
+from .defaults import head_config
 from .estimate import Estimate, keeps_states, trial_speed
 from .loss import ProbeLoss
 from .recipe import Recipe
@@ -38,6 +38,7 @@ from .search import Candidate, draw_candidates
 logger = logging.get_logger(__name__)
 
 _OUTPUT_FIELDS = {"seed", "output_dir", "push_to_hub", "hub_model_id", "hub_token"}
+_TRAINING_FIELDS = {item.name for item in fields(ProbeTrainingArguments) if item.init} - _OUTPUT_FIELDS
 CHECKPOINTS, STATES, SETUP_NAME = ".checkpoints", ".states", "setup.json"  # what a stopped run leaves in its folder
 
 
@@ -58,7 +59,6 @@ class PreparedRun:
         head_args: head -> its training arguments that differ.
         left_out: head -> rows of `rows.train` that it does not learn from.
         datasets: prompts or states of each part of the rows.
-        cache: states on disk, if they are kept there.
 
     Raises:
         ProbeError: a setting or a row is wrong, or the disk is too small. Raised before the backbone is loaded.
@@ -76,17 +76,15 @@ class PreparedRun:
     ):
         self.recipe, self.output, self.dtype = recipe, output, dtype
         self.backbone = name = backbone if isinstance(backbone, str) else None
-        if unknown := sorted(set(recipe.training) - (ARGUMENT_NAMES - _OUTPUT_FIELDS)):
+        if unknown := sorted(set(recipe.training) - _TRAINING_FIELDS):
             raise ProbeError(f"training has no {unknown[0]!r}; it takes fields of ProbeTrainingArguments")
         if world_size() > 1:  # the other ranks find what the main one has fetched
             on_main(lambda: bool(read_rows(recipe, data_dir)))
         self.rows = rows = read_rows(recipe, data_dir)
         count = rows.num_plain + rows.num_extra
-        head = {"max_length": MAX_LENGTH, "prompt_format": "chat", **complete_head(recipe.head, count)}
-        config = head_config(head, rows.train, backbone)
+        config = head_config({"prompt_format": "chat", **recipe.head}, rows.train, count, backbone)
         training = dict(recipe.training)
-        if batch_size := training.get("per_device_train_batch_size"):
-            training["per_device_train_batch_size"] = math.ceil(batch_size / world_size())
+        batch_size = training.pop("per_device_train_batch_size", None)
         for field in ("save_strategy", "eval_strategy"):
             if training.get(field) is False:  # `no` in YAML
                 training[field] = "no"
@@ -98,7 +96,7 @@ class PreparedRun:
             Trainer.get_optimizer_cls_and_kwargs(args)
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise error if isinstance(error, ProbeError) else ProbeError(f"training: {first_line(error)}") from None
-        args.fill(config, count)
+        args.fill(config, count, batch_size)
         _check(recipe, rows, config, args)
         if tokenizer is None and name is None:
             raise ProbeError("a loaded backbone needs processing_class=, its tokenizer")
@@ -111,7 +109,6 @@ class PreparedRun:
         cache = StateCache(args.cache_dir or output / STATES)
         needed = cache.bytes_of(config, list(rows_once.values()))
         is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
-        self.cache = cache if is_cached else None
         self.lm = lm = load_backbone(name, dtype)[0] if isinstance(backbone, str) else backbone.eval()
         self.config = config = describe(lm, config)
         self.estimate = Estimate(
@@ -126,14 +123,14 @@ class PreparedRun:
         if only_estimate:
             return
         check_shared(output)
-        if self.cache is not None:
+        if is_cached:
             self.datasets = {part: cache.dataset(lm, config, texts) for part, texts in self.datasets.items()}
         if rows.folds:  # the plain rows of `train` are judged by heads that have not learned from them
             self.datasets["validation"] = TrainingRows(self.datasets["train"], range(rows.num_plain))
-        self._create_heads()
+        self._create_heads(None if is_cached else lm)
 
-    def _create_heads(self) -> None:
-        recipe, lm = self.recipe, None if self.cache is not None else self.lm
+    def _create_heads(self, lm: PreTrainedModel | None) -> None:
+        recipe = self.recipe
         self.heads: dict[str, ProbeModel] = {}
         self.head_args: dict[str, JSON] = {}
         self.left_out: dict[str, list[int]] = {}
@@ -218,6 +215,3 @@ def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTra
             raise ProbeError(
                 f"weights={source.weights}: probe_type={config.probe_type!r} takes at most {members} values"
             )
-    for part in rows.parts().values() if config.reads_reply else ():
-        for text in part.texts:
-            split_reply(text)  # raises for a text without a reply

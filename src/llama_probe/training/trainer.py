@@ -33,7 +33,7 @@ from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric
 from ..evaluation.metrics import compute_metrics as metrics_of
-from ..evaluation.prediction import predict_logits
+from ..evaluation.prediction import predict_together
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
@@ -265,11 +265,10 @@ class ProbeTrainer(Trainer):
         """Read the training rows, load the backbone, and make a head for the labels of the rows."""
         names = list(head["id2label"].values()) if head.get("id2label") else None
         rows = rows_in_memory("train_dataset", data, self._columns, names, head.get("problem_type"))
-        head = complete_head(head, len(rows))
         has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
         scope = {"token_scope": "response"} if has_replies else {}
         backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
-        config = head_config({"max_length": MAX_LENGTH, **scope, **head}, rows, backbone)
+        config = head_config({**scope, **head}, rows, len(rows), backbone)
         if isinstance(backbone, str):
             backbone, tokenizer = load_backbone(backbone)
             self._tokenizer = self._tokenizer or tokenizer
