@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import type_validator
@@ -292,6 +292,8 @@ def _set(values: Any, setting: str) -> None:
 
 def _parse(owner: type, at: str, values: object) -> Any:
     """Return a dataclass of the values of a section. Errors begin with the path of the field."""
+    if owner is Source and isinstance(values, str):
+        values = {"rows": values}
     if not isinstance(values, Mapping):
         raise ProbeError(f"{at or 'the recipe'} must have fields, not the value {values!r}")
     allowed = [item.name for item in fields(owner) if item.name != "values"]
@@ -300,12 +302,12 @@ def _parse(owner: type, at: str, values: object) -> Any:
     inside, parsed, hints = f"{at}." if at else "", {}, get_type_hints(owner)
     for name, value in values.items():
         hint = hints[name]
-        if is_dataclass(hint):
-            value = _parse(hint, name, value)
-        elif hint == list[Source]:
-            value = _sources(inside + name, value)
-        elif hint == Source | None and value is not None:
-            (value,) = _sources(inside + name, [value])
+        section = next(filter(is_dataclass, (hint, *get_args(hint))), None)  # it may be optional, or one of a list
+        if section is not None and get_origin(hint) is list:
+            items = value if isinstance(value, list) else [value]
+            value = [_parse(section, f"{inside}{name}[{i}]", item) for i, item in enumerate(items)]
+        elif section is not None and value is not None:
+            value = _parse(section, inside + name, value)
         else:
             try:
                 type_validator(name, value, hint)
@@ -320,14 +322,6 @@ def _parse(owner: type, at: str, values: object) -> Any:
         raise ProbeError(f"{inside if is_field or not at else f'{at}: '}{error}") from None
     except (TypeError, ValueError) as error:
         raise ProbeError(f"{at or 'the recipe'}: {first_line(error)}") from None
-
-
-def _sources(at: str, values: object) -> list[Source]:
-    values = values if isinstance(values, list) else [values]
-    return [
-        _parse(Source, f"{at}[{i}]", {"rows": value} if isinstance(value, str) else value)
-        for i, value in enumerate(values)
-    ]
 
 
 def _without_folders(value: object, name: str = "") -> object:
