@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ..backbone.capture import collect_hidden_states
@@ -82,13 +83,11 @@ def free_bytes(folder: Path) -> int:
 @torch.no_grad()
 def trial_speed(lm: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[int]) -> float:
     """Return the tokens a second of a backbone on some of the prompts, by a trial of a few seconds."""
-    lengths = [len(ids) for ids in prompts]
-    batches = length_batches(lengths, _TRIAL_TOKENS)
+    batches = length_batches(list(map(len, prompts)), _TRIAL_TOKENS)
     middle = len(batches) // 2
     tokens, start = 0, None
     for number, rows in enumerate([batches[middle], *batches[middle:]]):
-        width = max(lengths[row] for row in rows)
-        ids = torch.tensor([list(prompts[row]) + [prompts[row][-1]] * (width - lengths[row]) for row in rows])
+        ids = pad_sequence([torch.tensor(prompts[row]) for row in rows], batch_first=True)
         collect_hidden_states(lm, layers, ids)
         if number == 0:  # the first pass also makes what later ones find made
             start = time.monotonic()
