@@ -14,7 +14,7 @@ from ..evaluation.metrics import default_metric
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
-from .defaults import check_numbers, schedule
+from .defaults import SCHEDULES, check_numbers
 from .token_loss import TOKEN_LOSSES
 
 
@@ -93,7 +93,8 @@ class ProbeTrainingArguments(TrainingArguments):
 
     def fill(self, config: ProbeConfig, rows: int, batch_size: int | None = None) -> None:
         """Choose what is open by the head and the number of training rows. `batch_size` is that of all devices."""
-        (epochs, default_size), devices = schedule(rows), max(1, self.n_gpu) * self.world_size
+        epochs, default_size = next(entry[1:] for entry in SCHEDULES if rows <= entry[0])
+        devices = max(1, self.n_gpu) * self.world_size
         recipe = get_probe_type(config.probe_type).recipe
         open_fields = {
             "num_train_epochs": epochs,

@@ -25,12 +25,7 @@ _RANGES = {
 }
 
 # Rows at most, epochs, batch size. Chosen on validation rows of the demo backbone: fewer rows need more passes over them.
-_SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
-
-
-def schedule(rows: int) -> tuple[int, int]:
-    """Return epochs and rows a step over all processes, for so many rows."""
-    return next(entry[1:] for entry in _SCHEDULES if rows <= entry[0])
+SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
 
 
 def check_numbers(values: JSON) -> None:
