@@ -160,8 +160,7 @@ class PreparedRun:
         rows = [row for turn in range(max(repeats)) for row in range(len(repeats)) if turn < repeats[row]]
         row_weights = None if weights is None else [weights[row] for row in rows]
         learned_by = learners(rows, self.heads, self.left_out)
-        replies = self.args.replies if self.config.reads_reply else None
-        return TrainingRows(self.datasets["train"], rows, replies, row_weights, learned_by)
+        return TrainingRows(self.datasets["train"], rows, self.args.replies, row_weights, learned_by)
 
     def judged(self) -> Dataset | None:
         """Return the validation rows, and the heads that are chosen by each; None if there are folds."""
@@ -169,8 +168,7 @@ class PreparedRun:
             return None
         unjudged = {f"twin-{name}": twin.unjudged for name, twin in self.rows.twins.items()}
         judged_by = learners(range(len(self.rows.validation)), self.heads, unjudged)
-        replies = "tokens" if self.config.reads_reply else None
-        return TrainingRows(self.datasets["validation"], replies=replies, learned_by=judged_by)
+        return TrainingRows(self.datasets["validation"], replies="tokens", learned_by=judged_by)
 
     def settings(self) -> JSON:
         """Return what must be the same if a run is resumed, as JSON values."""

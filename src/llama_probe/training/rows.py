@@ -20,7 +20,7 @@ class TrainingRows(Dataset):
     Args:
         rows: numbers of its rows, in order; a number may occur again. Defaults to all.
         replies: `"cut"`: half of the rows at random are cut within the reply, each time. `"tokens"`: rows have a `reply_length`, so
-            that heads score tokens of the reply. For data sets with `reply_lengths`.
+            that heads score tokens of the reply. Has no effect without `reply_lengths` of the data set.
         row_weights: weights in the loss of each of `rows`, or None for 1; the members of a head use them in turn. See
             `probe_loss`.
         learned_by (`[rows, heads]`): true for the heads that learn from each of `rows`. Defaults to all.
@@ -34,8 +34,8 @@ class TrainingRows(Dataset):
         row_weights: Sequence[Sequence[float] | None] | None = None,
         learned_by: np.ndarray | None = None,
     ):
-        self.dataset, self.replies = dataset, replies
-        self.rows = list(range(len(dataset))) if rows is None else list(rows)
+        self.dataset, self.rows = dataset, list(range(len(dataset)) if rows is None else rows)
+        self.replies = None if self.reply_lengths is None else replies
         self.row_weights, self.learned_by = row_weights, learned_by
 
     def __len__(self) -> int:

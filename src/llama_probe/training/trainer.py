@@ -335,8 +335,6 @@ class ProbeTrainer(Trainer):
         needed = self._cache.bytes_of(self.model.config, list(dataset))
         if keeps_states(self.args, needed, self._cache.folder):
             dataset = self._cache.dataset(lm, self.model.config, dataset)
-        if dataset.reply_lengths is None:
-            return dataset
         return TrainingRows(dataset, replies=self.args.replies if learned else "tokens")
 
     def _record(self, **changes) -> None:
