@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -133,14 +134,13 @@ class PreparedRun:
         recipe = self.recipe
         self.heads: dict[str, ProbeModel] = {}
         self.head_args: dict[str, JSON] = {}
-        self.left_out: dict[str, list[int]] = {}
+        self.left_out: dict[str, Sequence[int]] = {}
 
-        def create(name: str, candidate: Candidate, without: list[int] | None = None) -> None:
+        def create(name: str, candidate: Candidate, without: Sequence[int] = ()) -> None:
             set_seed(candidate.seed)
             self.heads[name] = ProbeModel(candidate.config, backbone=lm)
             self.head_args[name] = candidate.training
-            if without is not None:
-                self.left_out[name] = without
+            self.left_out[name] = without
 
         if recipe.search.trials:
             self.candidates = draw_candidates(recipe.search, self.config, recipe.seed)
@@ -156,9 +156,9 @@ class PreparedRun:
 
     def learned(self) -> TrainingRows:
         """Return the training rows, as often as they are learned in an epoch, with weights and the heads that learn from each."""
-        repeats, weights = self.rows.repeats, self.rows.weights
+        repeats = self.rows.repeats
         rows = [row for turn in range(max(repeats)) for row in range(len(repeats)) if turn < repeats[row]]
-        row_weights = None if weights is None else [weights[row] for row in rows]
+        row_weights = [self.rows.weights[row] for row in rows]
         learned_by = learners(rows, self.heads, self.left_out)
         return TrainingRows(self.datasets["train"], rows, self.args.replies, row_weights, learned_by)
 

@@ -52,7 +52,7 @@ class RecipeRows:
         calibration: rows that should rarely be flagged; None if there are none.
         measured: further rows to measure on, by name.
         repeats: how often each row of `train` is learned in an epoch.
-        weights: weights of each row of `train` in the loss, or None.
+        weights: weights of each row of `train` in the loss, None for 1.
         slices: column -> values of the test rows to report by.
         described: `source` and `rows` of each part, for `results.json`.
     """
@@ -66,7 +66,7 @@ class RecipeRows:
     calibration: LabelledTexts | None
     measured: dict[str, LabelledTexts]
     repeats: list[int]
-    weights: list[list[float] | None] | None
+    weights: list[list[float] | None]
     twins: dict[str, Twin]
     slices: Columns
     described: dict[str, JSON] = field(default_factory=dict)
@@ -140,7 +140,6 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     # Copies are learned once, with the weight 1.
     by_name, num_copies = {source.name: source for source in recipe.train}, len(train) - len(learned)
     sources = [by_name[name] for name in train.columns[SOURCE][: len(learned)]]
-    weights = [source.weights for source in sources] + [None] * num_copies
     rows = RecipeRows(
         train=train,
         num_plain=len(plain),
@@ -151,7 +150,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         calibration=reader.calibration(),
         measured=measured,
         repeats=[source.repeat for source in sources] + [1] * num_copies,
-        weights=weights if any(weights) else None,
+        weights=[source.weights for source in sources] + [None] * num_copies,
         twins=twins,
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )

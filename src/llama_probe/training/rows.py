@@ -76,8 +76,8 @@ def _cut(item: dict, reply_length: int) -> dict:
 
 
 def learners(rows: Sequence[int], heads: Iterable[str], left_out: Mapping[str, Sequence[int]]) -> np.ndarray | None:
-    """Return `[rows, heads]`, false for the row numbers that `left_out` names for a head; None if it names none."""
-    if not left_out:
+    """Return `[rows, heads]`, false for the row numbers that a head leaves out; None if no head leaves any out."""
+    if not any(map(len, left_out.values())):
         return None
     return np.stack([~np.isin(rows, left_out.get(name, ())) for name in heads], axis=1)
 
