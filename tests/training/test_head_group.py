@@ -11,6 +11,7 @@ from transformers import set_seed
 from llama_probe import ProbeError, ProbeModel
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.heads import probe_types
+from llama_probe.training.progress import Progress, read_progress, write_progress
 
 
 TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)
@@ -94,6 +95,15 @@ def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path, names):
     resumed = run("cut", seed=77, resume=True)
     assert all(same(resumed.heads[name], whole.heads[name]) for name in whole.heads)
     assert [each.scores for each in resumed.progress.values()] == [each.scores for each in whole.progress.values()]
+
+
+def test_progress_is_read_as_it_was_written(tmp_path):
+    progress = {"a/b": Progress(), "new": Progress()}
+    progress["a/b"].note(0.5, 1.0, head().state_dict())
+    write_progress(tmp_path, progress)
+    read = read_progress(tmp_path)
+    assert read.keys() == progress.keys() and read["a/b"].scores == [0.5] and read["new"].weights == {}
+    assert read["a/b"].weights.keys() == head().state_dict().keys()
 
 
 def test_each_head_has_its_own_best_epoch_and_stops_by_itself(tmp_path):

@@ -66,7 +66,7 @@ def read_progress(folder: Path) -> dict[str, Progress]:
         values = json.loads(file.metadata()["progress"])
     progress = {name: Progress(scores, epochs) for name, (scores, epochs) in values.items()}
     for key, tensor in load_file(folder / BEST_NAME).items():
-        name, _, parameter = key.partition("/")
+        name, _, parameter = key.rpartition("/")
         progress[name].weights[parameter] = tensor
     return progress
 
