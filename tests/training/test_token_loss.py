@@ -12,9 +12,8 @@ from training_runs import head_of, trainer_of
 from llama_probe import ProbeError
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.heads.decision import ProbeOutput
-from llama_probe.training.loss import ProbeLoss
+from llama_probe.training.loss import TOKEN_LOSSES, ProbeLoss
 from llama_probe.training.rows import TrainingRows
-from llama_probe.training.token_loss import TOKEN_LOSSES
 
 
 GUARD = {"token_scope": "response", "id2label": {0: "fine", 1: "awful"}, "flagged": ["awful"]}

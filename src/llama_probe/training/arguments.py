@@ -15,7 +15,7 @@ from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from .defaults import SCHEDULES, check_numbers
-from .token_loss import TOKEN_LOSSES
+from .loss import TOKEN_LOSSES
 
 
 @dataclass

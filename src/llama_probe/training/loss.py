@@ -1,9 +1,9 @@
-"""The loss that heads learn by."""
+"""The losses that heads learn by, of prompts, of whole replies, and of replies by the score after each token."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,10 @@ import torch
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import ProbeOutput, probe_loss
-from .token_loss import TOKEN_LOSSES
+from ..heads.decision import ProbeOutput, flagged_score, probe_loss
+
+
+_TOP = 8  # scores of a reply that must agree, of about 32
 
 
 @dataclass
@@ -61,14 +63,18 @@ class ProbeLoss:
 
     def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Return the mean loss over the rows of all accumulated batches; the Trainer counts their labels."""
-        weights = None if self.class_weights is None else torch.tensor(self.class_weights)
-        settings = self.config, weights, self.label_smoothing, self.focal_gamma, "sum"
         if self.token_loss is None or outputs.token_logits is None:
-            total = probe_loss(outputs.learned_logits, labels, *settings, row_weights=outputs.row_weights)
+            total = self.total(outputs.learned_logits, labels, outputs.row_weights)
         else:
-            total = TOKEN_LOSSES[self.token_loss](outputs, labels, settings)
+            total = TOKEN_LOSSES[self.token_loss](self, outputs, labels)
         rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
         return total / rows
+
+    def total(self, logits: torch.Tensor, targets: torch.Tensor, row_weights: torch.Tensor | None) -> torch.Tensor:
+        """Return the sum of the losses of rows; see `probe_loss`."""
+        weights = None if self.class_weights is None else torch.tensor(self.class_weights)
+        settings = weights, self.label_smoothing, self.focal_gamma, "sum"
+        return probe_loss(logits, targets, self.config, *settings, row_weights=row_weights)
 
 
 def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
@@ -79,3 +85,65 @@ def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
         raise ProbeError("class_weights must be None for regression")
     counts = np.bincount(labels, minlength=config.num_labels)
     return (len(labels) / (config.num_labels * np.maximum(counts, 1))).tolist()
+
+
+def softmax_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -> torch.Tensor:
+    """Sum the losses of all tokens, weighted by a softmax over the scores of their reply (arXiv 2601.04603).
+
+    The weights have no gradient: else low scores of harmless replies would rise to get a larger share of the loss.
+    """
+    tokens = outputs.token_logits.shape[2]
+    shares = _scores(outputs, loss.config).detach().softmax(dim=-1)  # [M, B, R]
+    weights = (shares * _row_weights(outputs)[..., None]).flatten(1).T  # [B R, M]
+    return loss.total(outputs.token_logits.flatten(1, 2), labels.repeat_interleave(tokens, dim=0), weights)
+
+
+def top_k_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss of the mean logits of the tokens with the largest scores: several must agree (arXiv 2604.14865)."""
+    scores = _scores(outputs, loss.config)
+    top, places = scores.topk(min(_TOP, scores.shape[-1]), dim=-1)  # [M, B, k]
+    shares = top.isfinite()[..., None].to(outputs.token_logits)
+    logits = outputs.token_logits.take_along_dim(places[..., None], dim=2)  # [M, B, k, C]
+    means = (logits * shares).sum(dim=2) / shares.sum(dim=2)
+    return loss.total(means, labels, outputs.row_weights)
+
+
+def monotone_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -> torch.Tensor:
+    """Return the loss of the whole replies, and what the probability falls in harmful and rises in harmless replies.
+
+    It begins at 0: a reply is harmless until it does harm (after the anchored temporal consistency of arXiv 2510.09694).
+    """
+    config = loss.config
+    total = loss.total(outputs.token_logits[:, :, -1], labels, outputs.row_weights)
+    begun = outputs.token_mask.cumsum(dim=1) > 0  # behind its end a score stays
+    probs = flagged_score(outputs.token_logits, config).sigmoid() * begun  # [M, B, R]
+    steps = probs.diff(dim=-1, prepend=torch.zeros_like(probs[..., :1]))
+    labels = labels.to(probs.device)
+    if config.problem_type == "multi_label_classification":
+        is_harmful = flagged_score(labels, config)  # [B], NaN if it is not known
+    else:
+        is_harmful = (labels == config.flagged_index).to(steps)
+    wrong = (steps * (1 - 2 * is_harmful).nan_to_num()[:, None]).relu().sum(dim=-1)  # [M, B]
+    return total + (wrong * _row_weights(outputs)).sum(dim=1).mean()
+
+
+def _scores(outputs: ProbeOutput, config: ProbeConfig) -> torch.Tensor:
+    """Return `flagged_score` of each token, `[M, B, R]`; minus infinity for what is no token of the reply."""
+    return flagged_score(outputs.token_logits, config).masked_fill(~outputs.token_mask, float("-inf"))
+
+
+def _row_weights(outputs: ProbeOutput) -> torch.Tensor:
+    """Return what each reply counts for, `[M, B]`; see `probe_loss`."""
+    members, batch = outputs.token_logits.shape[:2]
+    if (weights := outputs.row_weights) is None:
+        return outputs.token_logits.new_ones(members, batch)
+    return weights[:, [member % weights.shape[1] for member in range(members)]].T.to(outputs.token_logits)
+
+
+# A rule halts at the largest score of a reply, not at the last. Each returns the sum over the rows of a batch, the mean over
+# the members of a head.
+TOKEN_LOSSES: dict[str, Callable[[ProbeLoss, ProbeOutput, torch.Tensor], torch.Tensor]] = {
+    "softmax": softmax_loss,
+    "top-k": top_k_loss,
+    "monotone": monotone_loss,
+}
