@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.augmentation import wrapped_copies
@@ -17,7 +16,6 @@ from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts, Labels, check_labels
 from ..data.row_files import Columns
 from ..data.row_sources import SOURCE, Source
-from ..distributed import is_main
 from ..errors import ProbeError
 from ..files import JSON, short_path
 from .recipe import FEW_ROWS, FOLDS, VALIDATION_SHARE, Held, Recipe
@@ -99,7 +97,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     for source in recipe.train:
         source.find(data_dir)  # raises before anything is read
     # Closed also where a source is refused: the message begins a line.
-    with tqdm(recipe.train, desc="sources", unit=" sources", leave=False, disable=not is_main()) as bar:
+    with logging.tqdm(recipe.train, desc="sources", unit=" sources", leave=False) as bar:
         by_source = {source.name: reader.read(source, "train") for source in bar}
     whole = _join([by_source[source.name] for source in recipe.train if not source.extra])
     extra = _join([by_source[source.name] for source in recipe.train if source.extra])
