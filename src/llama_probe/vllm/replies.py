@@ -202,7 +202,7 @@ class Replies:
         ready = max(0, len(reply.held) - self.settings.hold_back) if reply.clear > self.settings.hold_back else 0
         reply.held += output.new_token_ids
         if output.new_logprobs is not None:
-            reply.logprobs.append(_own_logprobs(output.new_logprobs, reply.request))
+            reply.logprobs.append(output.new_logprobs)
         if output.finished:
             ready = 0 if reply.halt is not None else max(0, len(reply.held) - (not reply.keeps_last))
         output.new_token_ids, reply.held = reply.held[:ready], reply.held[ready:]
@@ -289,16 +289,11 @@ def _family(request_id: str) -> tuple[str, int]:
     return (family, int(index)) if family and index.isdecimal() and len(index) < 5 else (request_id, 0)
 
 
-def _own_logprobs(logprobs: LogprobsLists, request: Request) -> LogprobsLists:
-    """Return the columns that a request asked for: vLLM has those of the request that asked for most."""
-    asked = request.sampling_params.num_logprobs
-    columns = slice(None) if asked is None or asked < 0 else slice(asked + 1)
-    ids, values = logprobs.logprob_token_ids[:, columns], logprobs.logprobs[:, columns]
-    return logprobs._replace(logprob_token_ids=ids, logprobs=values)
-
-
 def _joined(rows: list[LogprobsLists], count: int) -> LogprobsLists:
-    """Return the first of several tokens' logprobs as one. A request beside them may have made some of them wider."""
+    """Return the first of several tokens' logprobs as one. A request beside them may have made some of them wider.
+
+    vLLM's front end takes as many columns as were asked for.
+    """
     first = rows[0]
     if not count:
         return first.slice_request(0, 0)
