@@ -66,13 +66,10 @@ class ProbeConnector(KVConnectorBase_V1):
     # In the scheduler's process
 
     def on_new_request(self, request: Request) -> None:
+        """Expect a prompt, or the next piece of one."""
+        self._answers.pop(request.request_id, None)  # to a shorter prompt
         self._prompts[request.request_id] = request
         self.replies.add(request, self._heads(request))
-
-    def on_longer_prompt(self, request: Request) -> None:
-        """Forget the answer to a shorter prompt: this one comes in pieces."""
-        self._answers.pop(request.request_id, None)
-        self.on_new_request(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False
@@ -83,45 +80,33 @@ class ProbeConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ScoringRequests:
         for request_id in scheduler_output.preempted_req_ids or ():
             self.replies.free(request_id)
-        computed = {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
-        cached = scheduler_output.scheduled_cached_reqs
-        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        new_blocks = dict(zip(cached.req_ids, cached.new_block_ids, strict=True))
         step = ScoringRequests()
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
-            end = computed[request_id] + scheduled
-            reply, prompt = self.replies.get(request_id), self._prompts.get(request_id)
-            if reply is not None and reply.slot is not None:
-                reply.block_ids += (new_blocks.get(request_id) or ([],))[0]
-                self._follow(reply, end, step)
-            elif prompt is not None and end >= prompt.num_prompt_tokens:
-                del self._prompts[request_id]
-                step.requests.append(self._scoring(prompt, reply, prompt.num_prompt_tokens, self._heads(prompt)))
-            elif prompt is None and reply is not None and end >= reply.request.num_tokens:
-                # It was preempted. Its newest token is read as those of other replies are.
-                is_begun = end > reply.request.num_prompt_tokens
-                step.requests.append(self._scoring(reply.request, reply, end - is_begun, None))
-                if is_begun:
-                    self._follow(reply, end, step)
+            reply = self.replies.get(request_id)
+            request = self._prompts.get(request_id) or (reply and reply.request)
+            if request is None:
+                continue
+            end = request.num_computed_tokens + scheduled
+            is_begun = end > request.num_prompt_tokens
+            if end >= request.num_tokens and (reply is None or reply.slot is None):
+                # The newest token of a reply that was preempted is read as those of other replies are.
+                step.requests.append(self._scoring(request, reply, end - is_begun))
+            if is_begun and reply is not None and reply.slot is not None:
+                block, place = divmod(end - 1, self._block_size)
+                place += self._kv_cache_manager.get_blocks(request_id).blocks[0][block].block_id * self._block_size
+                step.reply_tokens[request_id] = place, reply.slot
         return step
 
-    def _scoring(
-        self, request: Request, reply: Reply | None, num_tokens: int, heads: list[str] | None
-    ) -> ScoringRequest:
-        block_ids = self._kv_cache_manager.get_block_ids(request.request_id)[0]
+    def _scoring(self, request: Request, reply: Reply | None, num_tokens: int) -> ScoringRequest:
         if reply is not None:
-            reply.block_ids, reply.slot = block_ids, self.replies.take_slot()
+            reply.slot = self.replies.take_slot()
         ids, start = request.prompt_token_ids, reply_start(request)
+        heads = self._heads(request) if self._prompts.pop(request.request_id, None) else None
         if heads is not None and start is None:
             heads = [name for name in heads if self.settings.configs[name].token_scope != "response"]
-        blocks = block_ids[: -(-num_tokens // self._block_size)]
+        blocks = self._kv_cache_manager.get_block_ids(request.request_id)[0][: -(-num_tokens // self._block_size)]
         prompt = (ids, request.num_prompt_tokens) if start is None else (ids and ids[:start], start)
         return ScoringRequest(request.request_id, *prompt, num_tokens, blocks, heads, reply and reply.slot)
-
-    def _follow(self, reply: Reply, end: int, step: ScoringRequests) -> None:
-        block, place = divmod(end - 1, self._block_size)
-        place += reply.block_ids[block] * self._block_size
-        step.reply_tokens[reply.request.request_id] = place, reply.slot
 
     def _heads(self, request: Request) -> list[str]:
         """Return the heads that a request asks for, and if there is a reply those that may halt it; all if it asks for none."""

@@ -27,7 +27,6 @@ class Reply:
     Attributes:
         heads: names of those that were asked for.
         slot: of its states in the workers; `None` while they have none.
-        block_ids: where its tokens lie.
         held: tokens that were not delivered.
         is_delivered: an output has been sent. first: one without a token, which waits for the next.
         keeps_last: the last token may be delivered without a score: it ends the reply.
@@ -40,7 +39,6 @@ class Reply:
     def __init__(self, request: Request, heads: list[str], rules: list[HaltRule], labels: int, keeps_all: bool):
         self.request, self.heads = request, heads
         self.slot: int | None = None
-        self.block_ids: list[int] = []
         self.held: list[int] = []
         self.logprobs: list[LogprobsLists] = []
         self.is_delivered = self.keeps_last = False

@@ -52,7 +52,7 @@ class _Probed:
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """As vLLM's: a request whose prompt comes in pieces gets the next one. It is scored, and may be halted, anew."""
         super()._update_request_as_session(session, update)
-        self.probes.on_longer_prompt(session)
+        self.probes.on_new_request(session)
 
     def _update_request_with_output(self, request: Request, new_token_ids: list[int], is_stale: bool = False):
         request_id = request.request_id
