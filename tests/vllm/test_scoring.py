@@ -12,7 +12,7 @@ from conftest import make_probe
 from torch import nn
 
 from llama_probe.vllm import cache_plan, scoring
-from llama_probe.vllm.cache_plan import CachePlan, Projector, grows
+from llama_probe.vllm.cache_plan import CachePlan, grows
 from llama_probe.vllm.scoring import ReplyTokens, Scorer, ScoringRequest
 from llama_probe.vllm.state_cache import FEATURES, STATES, StateCache
 from llama_probe.vllm.step_scores import StepScores
@@ -63,10 +63,9 @@ class Served:
     """Caches of a plan, and a scorer of what they hold. What it reads is noted in `reads`."""
 
     def __init__(self, heads, projected: bool, blocks: int, kernel_block_size: int = BLOCK, slots=0):
-        self.written, self.reads = heads, []
+        self.slots, self.reads = slots, []
         self.plan = CachePlan({name: copy.deepcopy(head) for name, head in heads.items()}, projected)
-        if slots:
-            self.plan.follow_replies(slots, torch.device("cpu"))
+        self.plan.move(torch.device("cpu"), torch.float32, slots)
         sizes = (len(self.plan.layers), HIDDEN), (1, self.plan.width)
         makes = functools.partial(Reads, self.plan, self.reads, blocks, kernel_block_size)
         self.caches = {kind: makes(*size) for kind, size in zip((STATES, FEATURES), sizes, strict=True) if all(size)}
@@ -76,13 +75,13 @@ class Served:
         """Random prompts in random blocks: requests, and by request the states `[layers, tokens, hidden_size]`."""
         size, blocks = self.scorer.kernel_block_size, len(next(iter(self.caches.values())).kv_cache)
         free = torch.randperm(blocks * size // BLOCK).tolist()
-        requests, states, projector = [], {}, Projector(self.written, self.plan)
+        requests, states = [], {}
         for number, (length, names) in enumerate(zip(lengths, heads, strict=True)):
             block_ids = [free.pop() for _ in range(-(-length // BLOCK))]
             ids = [5, 6, *torch.randint(7, 20, (length,)).tolist()][:length]
             requests.append(ScoringRequest(f"request-{number}", ids, length, length, block_ids, names))
             states[f"request-{number}"] = written = torch.randn(len(LAYERS), length, HIDDEN)
-            features = projector.project(dict(enumerate(written)))[None] if self.plan.width else None
+            features = self.plan.project(dict(enumerate(written)))[None] if self.plan.width else None
             kept = {STATES: written[self.plan.layers], FEATURES: features}
             for kind, cache in self.caches.items():
                 for token in range(length):
@@ -96,8 +95,7 @@ class Served:
     def move(self) -> Scorer:
         """A scorer on the simulated device."""
         plan = copy.deepcopy(self.plan)
-        if plan.reply_states is not None:
-            plan.follow_replies(plan.reply_states.spare, torch.device(DEVICE))
+        plan.move(torch.device(DEVICE), torch.float32, self.slots)
         for cache in self.caches.values():
             cache.plan, cache.kv_cache = plan, cache.kv_cache.to(DEVICE)
         return Scorer(self.caches, BLOCK)
@@ -128,7 +126,7 @@ def check(requests, states, found) -> None:
 def test_plan_keeps_what_is_less():
     assert CachePlan(HEADS).layers == LAYERS, "of three mha heads the states"
     plan = CachePlan(HEADS, projected=True)
-    assert plan.layers == [4] and list(plan.whole) == ["last"]
+    assert plan.layers == [4] and plan.heads.keys() - plan.columns.keys() == {"last"}
     sizes = {"mha": 5 * 24, "other": 5 * 24, "content": 5 * 24, "gate": 2 * (2 + 2), "multimax": 5 * 6}
     assert {name: columns.stop - columns.start for name, columns in plan.columns.items()} == sizes
     assert CachePlan({name: HEADS[name] for name in ("mha", "last")}).layers == [4]
@@ -138,9 +136,9 @@ def test_plan_keeps_what_is_less():
 @pytest.mark.parametrize("budget", [0, 2 * 2 * 4 * 3 * HIDDEN, 1 << 20])
 def test_features_do_not_depend_on_the_groups_of_layers(monkeypatch, budget):
     states, plan = dict(enumerate(torch.randn(len(LAYERS), 3, HIDDEN))), CachePlan(HEADS, projected=True)
-    expected = Projector(HEADS, plan).project(states)
+    expected = plan.project(states)
     monkeypatch.setattr(cache_plan, "state_budget", lambda device: budget)
-    torch.testing.assert_close(Projector(HEADS, plan).project(states), expected)
+    torch.testing.assert_close(plan.project(states), expected)
 
 
 @pytest.mark.parametrize("projected", [False, True])

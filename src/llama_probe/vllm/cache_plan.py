@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 import torch
 
@@ -23,80 +24,54 @@ class CachePlan:
         projected: keep features, or states alone. Defaults to what is smaller.
 
     Attributes:
-        whole: heads that read states. readers: those that read features, as they read them.
+        heads: by name, as they read what is cached.
         layers: indices of the states that are kept, ascending.
-        maps: maps of each reader, `[S, rank, D]`.
-        columns: places of each reader's features, `S * rank`, in those of a token.
-        reply_states: of the heads that follow replies, where they run; see `follow_replies`.
+        ranks: features at a layer, of the heads that read these.
+        columns: their places, `S * rank`, in the `width` features of a token.
+        reply_states: of the heads that follow replies.
     """
 
     def __init__(self, heads: Mapping[str, ProbeModel], projected: bool | None = None):
-        splits = {name: head.projected() for name, head in heads.items()}
-        splits = {name: split for name, split in splits.items() if split is not None}
+        splits = {name: split for name, head in heads.items() if (split := head.projected()) is not None}
         every = shared_layers(head.config for head in heads.values())
-        others = shared_layers(head.config for name, head in heads.items() if name not in splits)
-        size = sum(maps.shape[0] * maps.shape[1] for maps, _ in splits.values())
+        self.layers = shared_layers(head.config for name, head in heads.items() if name not in splits)
+        sizes = {name: maps.shape[0] * maps.shape[1] for name, (maps, _) in splits.items()}
         if projected is None:
-            projected = size < (len(every) - len(others)) * next(iter(heads.values())).config.hidden_size
+            hidden_size = next(iter(heads.values())).config.hidden_size
+            projected = sum(sizes.values()) < (len(every) - len(self.layers)) * hidden_size
         if not projected:
-            splits, others, size = {}, every, 0
-        self.names = list(heads)
-        self.whole = {name: head for name, head in heads.items() if name not in splits}
-        self.readers = {name: reader for name, (_, reader) in splits.items()}
-        self.maps = {name: maps for name, (maps, _) in splits.items()}
-        self.layers, self.width = others, size
-        self.columns: dict[str, slice] = {}
-        first = 0
-        for name, maps in self.maps.items():
-            self.columns[name] = slice(first, first + maps.shape[0] * maps.shape[1])
-            first = self.columns[name].stop
+            splits, sizes, self.layers = {}, {}, every
+        self.heads = {name: splits[name][1] if name in splits else head for name, head in heads.items()}
+        self.ranks = {name: maps.shape[1] for name, (maps, _) in splits.items()}
+        self.columns, self.width = side_by_side(sizes), sum(sizes.values())
         self.reply_states: ReplyStates | None = None
-
-    def follow_replies(self, slots: int, device: torch.device) -> None:
-        """Make room for the states of `slots` replies, and move all heads beside it. A server counts this memory at its start."""
-        for head in (*self.whole.values(), *self.readers.values()):
-            head.to(device)
-        heads = {name: head for name, head in (self.whole | self.readers).items() if head.config.reads_reply}
-        widths = {
-            name: self.maps[name].shape[1] if name in self.maps else head.config.hidden_size
-            for name, head in heads.items()
-        }
-        if heads:
-            self.reply_states = ReplyStates(heads, widths, slots)
-
-
-class Projector:
-    """Makes features of the states of tokens.
-
-    Heads that read the same layers, normalised alike, share one product with all their maps.
-
-    Args:
-        heads: of the plan, by name. plan: with features. device, dtype: of the states.
-    """
-
-    def __init__(
-        self,
-        heads: Mapping[str, ProbeModel],
-        plan: CachePlan,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        self.plan = plan
-        self._groups: dict[tuple[tuple[int, ...], str | None], list[str]] = {}  # heads by layers and normalisation
-        for name in plan.readers:
+        # Heads that read the same layers, normalised alike, share one product with all their maps.
+        self._groups: dict[tuple[tuple[int, ...], str | None], list[str]] = {}
+        for name in splits:
             alike = tuple(heads[name].layer_indices), heads[name].config.normalize
             self._groups.setdefault(alike, []).append(name)
         self._maps = {  # [S, D, ranks]
-            alike: torch.cat([plan.maps[name] for name in names], dim=1).transpose(1, 2).to(device, dtype)
+            alike: torch.cat([splits[name][0] for name in names], dim=1).transpose(1, 2)
             for alike, names in self._groups.items()
         }
 
+    def move(self, device: torch.device, dtype: torch.dtype, slots: int) -> None:
+        """Move heads and maps beside states of this dtype, and make room for the states of `slots` replies.
+
+        A server counts this memory at its start.
+        """
+        for head in self.heads.values():
+            head.to(device)
+        self._maps = {alike: maps.to(device, dtype) for alike, maps in self._maps.items()}
+        if followers := {name: head for name, head in self.heads.items() if head.config.reads_reply}:
+            self.reply_states = ReplyStates(followers, self.ranks, slots)
+
     def project(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return `[tokens, width]`, in the model's dtype, for states `[tokens, hidden_size]` by layer."""
+        """Return the features `[tokens, width]`, in the model's dtype, of states `[tokens, hidden_size]` by layer."""
         first = next(iter(states.values()))
-        features = first.new_empty(len(first), self.plan.width)
+        features = first.new_empty(len(first), self.width)
         for (layers, kind), names in self._groups.items():
-            ranks = [self.plan.maps[name].shape[1] for name in names]
+            ranks = [self.ranks[name] for name in names]
             # The states of a piece are there twice: their stack, and its normalised copy.
             size = max(1, state_budget(first.device) // (2 * len(layers) * first.shape[1] * first.element_size()))
             for begin in range(0, len(first), size):
@@ -104,8 +79,14 @@ class Projector:
                 x = normalize(torch.stack([states[layer][piece] for layer in layers]), kind)  # [S, n, D]
                 products = torch.bmm(x, self._maps[layers, kind]).transpose(0, 1)  # [n, S, ranks]
                 for name, part in zip(names, products.split(ranks, dim=-1), strict=True):
-                    features[piece, self.plan.columns[name]] = part.flatten(1)
+                    features[piece, self.columns[name]] = part.flatten(1)
         return features
+
+
+def side_by_side(sizes: Mapping[str, int]) -> dict[str, slice]:
+    """Return the place of each of several sizes, one behind the other."""
+    stops = accumulate(sizes.values())
+    return {name: slice(stop - size, stop) for (name, size), stop in zip(sizes.items(), stops, strict=True)}
 
 
 def empty_state(head: ProbeModel, width: int) -> State:
@@ -131,14 +112,15 @@ class ReplyStates:
 
     Args:
         heads: those that follow replies, by name, as they read what is cached.
-        widths: of what they read at a layer.
-        slots: replies at the same time. One more slot, `spare`, is for what nobody reads.
+        ranks: features at a layer, of the heads that read these.
+        slots: replies at the same time.
     """
 
-    def __init__(self, heads: Mapping[str, ProbeModel], widths: Mapping[str, int], slots: int):
-        self.spare = slots
-        self._empty = {name: empty_state(head, widths[name]) for name, head in heads.items()}
-        every = torch.zeros(slots + 1, dtype=torch.long, device=next(iter(heads.values())).device)
+    def __init__(self, heads: Mapping[str, ProbeModel], ranks: Mapping[str, int], slots: int):
+        self._empty = {
+            name: empty_state(head, ranks.get(name, head.config.hidden_size)) for name, head in heads.items()
+        }
+        every = torch.zeros(slots, dtype=torch.long)
         self._states = {name: select_rows(empty, every) for name, empty in self._empty.items()}
 
     def get(self, name: str, slots: torch.Tensor) -> State:
@@ -146,15 +128,14 @@ class ReplyStates:
         return select_rows(self._states[name], slots)
 
     def put(self, name: str, slots: torch.Tensor, state: State) -> None:
-        """Store the states `[S, B, ...]` of a head in slots `[B]`."""
+        """Store the states `[S, B, ...]` of a head in slots `[B]`, or one state `[S, 1, ...]` in all of them."""
         for kept, new in zip(_leaves(self._states[name]), _leaves(state), strict=True):
-            kept.index_copy_(1, slots, new)
+            kept[:, slots] = new
 
     def clear(self, slots: torch.Tensor) -> None:
         """Let all heads begin anew in slots `[B]`."""
-        first = torch.zeros_like(slots)
         for name, empty in self._empty.items():
-            self.put(name, slots, select_rows(empty, first))
+            self.put(name, slots, empty)
 
 
 def _leaves(state: State) -> Iterator[torch.Tensor]:

@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import (
     verify_supports_aux_hidden_states_over_pp,
 )
 
-from .cache_plan import CachePlan, Projector
+from .cache_plan import CachePlan
 from .compatibility import ARCHITECTURES, PREFIX
 from .settings import ProbeSettings
 from .state_cache import FEATURES, STATES, StateCache
@@ -45,18 +45,16 @@ def _probed(name: str) -> type[nn.Module]:
             if not get_pp_group().is_last_rank:
                 return
             with torch.device("cpu"):  # vLLM builds a model for another device
-                heads = settings.read_heads()
-                self._plan = CachePlan(heads)
-            device = vllm_config.device_config.device
-            self._plan.follow_replies(vllm_config.scheduler_config.max_num_seqs, device)
+                self._plan = CachePlan(settings.read_heads())
+            device, dtype = vllm_config.device_config.device, vllm_config.model_config.dtype
+            self._plan.move(device, dtype, vllm_config.scheduler_config.max_num_seqs)
             # vLLM orders its caches by the number in their names, and the layers have those below.
             if self._plan.layers:
                 name = maybe_prefix(prefix, f"{STATES}.{last}")
                 self.probe_states = StateCache(vllm_config, self._plan, STATES, name)
-            if self._plan.readers:
+            if self._plan.width:
                 name = maybe_prefix(prefix, f"{FEATURES}.{last + 1}")
                 self.probe_features = StateCache(vllm_config, self._plan, FEATURES, name)
-                self._projector = Projector(heads, self._plan, device, vllm_config.model_config.dtype)
 
         @functools.wraps(base.forward)  # vLLM reads the signature
         def forward(self, *args, **kwargs) -> torch.Tensor:
@@ -72,7 +70,7 @@ def _probed(name: str) -> type[nn.Module]:
             if self.probe_states is not None:
                 self.probe_states([states[layer] for layer in self._plan.layers])
             if self.probe_features is not None:
-                self.probe_features([self._projector.project(states)])
+                self.probe_features([self._plan.project(states)])
             return final
 
     Probed.__name__ = Probed.__qualname__ = PREFIX + name

@@ -68,9 +68,7 @@ class Scorer:
         self.caches, self.block_size = caches, block_size
         cache = next(iter(caches.values()))
         self.plan, self.device, self.kernel_block_size = cache.plan, cache.kv_cache.device, cache.kernel_block_size
-        heads = self.plan.whole | self.plan.readers
-        self.heads = {name: heads[name].to(self.device) for name in self.plan.names}
-        self.states = self.plan.reply_states
+        self.heads, self.states = self.plan.heads, self.plan.reply_states
         self.followers = {name: head for name, head in self.heads.items() if head.config.reads_reply}
 
     @torch.no_grad()
@@ -87,7 +85,7 @@ class Scorer:
                 except ProbeError as error:  # a reply that has not begun has no tokens
                     if name in (request.heads or ()):
                         places[request.request_id][name] = str(error)
-        if self.states is not None and (slots := [request.slot for request in requests if request.slot is not None]):
+        if slots := [request.slot for request in requests if request.slot is not None]:
             self.states.clear(async_tensor_h2d(slots, self.device))
         parts: list[torch.Tensor] = []
         for batch in _batches(requests, self.kernel_block_size, _TOKENS // self._depth(self.heads)):
@@ -116,7 +114,7 @@ class Scorer:
         return scores
 
     def _score(self, requests: Sequence[ScoringRequest]) -> dict[str, torch.Tensor]:
-        """Return logits `[prompts, num_labels]` by head, of prompts that the same heads can read."""
+        """Return logits `[prompts, num_labels]` by head, of prompts that go together."""
         lengths = torch.tensor([request.num_tokens for request in requests])
         width = int(lengths.max())
         masks = {
@@ -131,9 +129,8 @@ class Scorer:
         splits = self.block_size // self.kernel_block_size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1)
         states = self._read(masks, async_tensor_h2d(blocks, self.device), padding)
-        if self.states is not None and any(request.slot is not None for request in requests):
-            slots = [self.states.spare if request.slot is None else request.slot for request in requests]
-            slots = async_tensor_h2d(slots, self.device)
+        if requests[0].slot is not None:
+            slots = async_tensor_h2d([request.slot for request in requests], self.device)
             for name in states.keys() & self.followers.keys():
                 self.states.put(name, slots, states[name].joined())
         return {
@@ -165,7 +162,7 @@ class Scorer:
 
     def _kinds(self, names: Iterable[str]) -> list[str]:
         """Return of which kind the numbers are that heads read, in the same order on all ranks."""
-        return sorted({STATES if name in self.plan.whole else FEATURES for name in names})
+        return sorted({FEATURES if name in self.plan.columns else STATES for name in names})
 
     def _depth(self, names: Iterable[str]) -> int:
         """Return how many states of a token are read at once."""
@@ -181,7 +178,7 @@ class Scorer:
     def _own(self, name: str, cached: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return what a head reads, `[S, rows, tokens, width]`, of numbers `[states, rows, tokens, width]` by kind."""
         head = self.heads[name]
-        if name in self.plan.readers:
+        if name in self.plan.columns:
             own = cached[FEATURES][0][..., self.plan.columns[name]].unflatten(-1, (len(head.layer_indices), -1))
             return head.prepare(own.permute(2, 0, 1, 3))
         states = cached[STATES]
@@ -205,16 +202,16 @@ class Scorer:
 
 
 def _batches(requests: Sequence[ScoringRequest], size: int, most: int) -> Iterator[list[ScoringRequest]]:
-    """Yield prompts that go through the heads together: of the same heads, and of about one length.
+    """Yield prompts that go through the heads together: of the same heads, of about one length, followed or not.
 
     Args:
         size: tokens a block of the cache; blocks are read as a whole.
         most: tokens that are read together.
     """
-    together: dict[tuple[str, ...], list[ScoringRequest]] = {}
+    together: dict[tuple[bool | str, ...], list[ScoringRequest]] = {}
     for request in requests:
         if request.masks:
-            together.setdefault(tuple(request.masks), []).append(request)
+            together.setdefault((request.slot is None, *request.masks), []).append(request)
     for alike in together.values():
         alike.sort(key=lambda request: request.num_tokens, reverse=True)
         batch: list[ScoringRequest] = []
