@@ -147,8 +147,8 @@ class TestEngine:
         params = SamplingParams(output_kind=RequestOutputKind.DELTA, **options)
         running, broken, ends, sizes = {}, set(), [], []
 
-        def read_replies(step, heads):
-            logits = read(step, heads).copy()
+        def read_replies(step):
+            logits = read(step).copy()
             for row, request_id in enumerate(step.replies):
                 if chance.random() < 0.02:
                     logits[row] = math.nan

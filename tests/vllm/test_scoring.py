@@ -266,7 +266,8 @@ class TestReplies:
             if not any(runs):
                 continue
             tokens = reply_tokens(whole, [place if is_on else None for place, is_on in zip(done, runs, strict=True)])
-            logits = dict(zip(served.scorer.followers, served.scorer.follow(tokens), strict=True))
+            logits = served.scorer.follow(tokens).split([head.config.num_labels for head in heads.values()], dim=1)
+            logits = dict(zip(served.scorer.followers, logits, strict=True))
             for row, number in enumerate(number for number in range(6) if runs[number]):
                 done[number] += 1
                 for name in heads:

@@ -176,5 +176,5 @@ class ProbeConnector(KVConnectorBase_V1):
             return None
         places, parts = self._scorer.score(step.requests)
         if step.reply_tokens:
-            parts += self._scorer.follow(step.reply_tokens)
+            parts.append(self._scorer.follow(step.reply_tokens))
         return StepScores(places, parts, list(step.reply_tokens))

@@ -17,6 +17,7 @@ from ..heads.decision import probabilities
 from ..serving.halting import HaltRule, Window
 from ..serving.outputs import Halt
 from .answers import only, reading
+from .cache_plan import side_by_side
 from .settings import ProbeSettings
 from .step_scores import StepScores
 
@@ -34,9 +35,10 @@ class Reply:
         streaks, windows: how often each rule has flagged in a row, and the last tokens of each.
         flagged: by rule the token at which its patience ended.
         halt: why the reply was ended.
+        largest: by label the largest score, and the token that has it.
     """
 
-    def __init__(self, request: Request, heads: list[str], rules: list[HaltRule], labels: int, keeps_all: bool):
+    def __init__(self, request: Request, heads: list[str], rules: list[HaltRule]):
         self.request, self.heads = request, heads
         self.slot: int | None = None
         self.held: list[int] = []
@@ -48,7 +50,8 @@ class Reply:
         self.flagged: dict[int, int] = {}
         self.halt: Halt | None = None
         self.last: list[float] | None = None  # logits
-        self.largest, self.largest_at = [-math.inf] * labels, [0] * labels
+        self.largest: list[tuple[float, int]] = []
+        keeps_all = (request.kv_transfer_params or {}).get("token_scores")
         self.token_logits: list[list[float]] | None = [] if keeps_all else None
 
 
@@ -67,13 +70,9 @@ class Replies:
         self.settings = settings
         self.configs = {name: settings.configs[name] for name in settings.reply_heads}
         self.rules = [rule for rule in settings.flags if rule.config.reads_reply]
-        guards = {(rule.head, rule.index) for rule in settings.rules}
-        self._guards = [(rule.head, rule.index) in guards for rule in self.rules]
+        self._guards = [rule in settings.rules for rule in self.rules]
         self.holds_back = any(self._guards)
-        self._labels, self._columns = 0, {}
-        for name, config in self.configs.items():
-            self._columns[name] = slice(self._labels, self._labels + config.num_labels)
-            self._labels += config.num_labels
+        self._columns = side_by_side({name: config.num_labels for name, config in self.configs.items()})
         self._free = list(range(slots))
         self._replies: dict[str, Reply] = {}
         self._siblings: dict[str, dict[int, Reply]] = {}  # by the id of the request that has several replies
@@ -91,8 +90,7 @@ class Replies:
             return
         self.free(request.request_id)
         family, index = _family(request.request_id)
-        keeps_all = bool((request.kv_transfer_params or {}).get("token_scores"))
-        reply = Reply(request, heads, self.rules, self._labels, keeps_all)
+        reply = Reply(request, heads, self.rules)
         self._replies[request.request_id] = self._siblings.setdefault(family, {})[index] = reply
         if self.holds_back:
             request.max_tokens += 1  # the step that reads the last token samples one more, which is dropped
@@ -126,7 +124,7 @@ class Replies:
         self._scores, self._touched = {}, {}
         if step is None or not step.replies:
             return
-        logits, probs = step.read_replies(len(self.configs)), {}
+        logits, probs = step.read_replies(), {}
         for name, config in self.configs.items():
             probs[name] = probabilities(torch.from_numpy(logits[:, self._columns[name]]), config)
         scores = torch.cat(list(probs.values()), dim=1).tolist()
@@ -169,9 +167,8 @@ class Replies:
         token, reply.scored, reply.last = reply.scored, reply.scored + 1, logits
         if reply.token_logits is not None:
             reply.token_logits.append(logits)
-        for place, score in enumerate(scores):
-            if score > reply.largest[place]:
-                reply.largest[place], reply.largest_at[place] = score, token
+        before = reply.largest or [(-math.inf, 0)] * len(scores)
+        reply.largest = [(new, token) if new > old[0] else old for new, old in zip(scores, before, strict=True)]
         is_clear = True
         for number, flag in enumerate(flags):
             rule = self.rules[number]
@@ -259,8 +256,7 @@ class Replies:
             summary |= values
             if probs is None:
                 return summary
-            pairs = zip(reply.largest[columns], reply.largest_at[columns], strict=True)
-            largest = [{"score": score, "token": token} for score, token in pairs]
+            largest = [{"score": score, "token": token} for score, token in reply.largest[columns]]
             summary["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
         if any(rule.head == name for rule in self.rules):
             summary |= {"flagged": list(flagged), "token": min(flagged.values(), default=None)}

@@ -97,8 +97,8 @@ class Scorer:
         return places, parts
 
     @torch.no_grad()
-    def follow(self, tokens: ReplyTokens) -> list[torch.Tensor]:
-        """Return the scores of replies up to these tokens, `[replies, num_labels]` a head.
+    def follow(self, tokens: ReplyTokens) -> torch.Tensor:
+        """Return the scores of replies up to these tokens, `[replies, labels of all heads]`.
 
         The number of operations does not depend on the number of replies.
         """
@@ -111,7 +111,7 @@ class Scorer:
             head.step(state, head.layer_indices, self._own(name, cached))
             self.states.put(name, slots, state.joined())
             scores.append(head.finish(state).logits)
-        return scores
+        return torch.cat(scores, dim=1)
 
     def _score(self, requests: Sequence[ScoringRequest]) -> dict[str, torch.Tensor]:
         """Return logits `[prompts, num_labels]` by head, of prompts that go together."""

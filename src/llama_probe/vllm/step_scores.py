@@ -21,7 +21,7 @@ class StepScores(KVConnectorWorkerMetadata):
 
     Args:
         prompts: those that were scored.
-        parts: logits `[rows, num_labels]`; the last ones are those of replies, a part a head.
+        parts: logits `[rows, num_labels]`. The last one is of replies if there are any: `[replies, labels of all heads]`.
         replies: requests whose replies have one more token.
     """
 
@@ -58,9 +58,9 @@ class StepScores(KVConnectorWorkerMetadata):
             for request_id, places in self.prompts.items()
         }
 
-    def read_replies(self, heads: int) -> np.ndarray:
+    def read_replies(self) -> np.ndarray:
         """Return the logits of replies, `[replies, labels of all heads]`."""
-        return np.concatenate(self._parts()[-heads:], axis=1)
+        return self._parts()[-1]
 
     def __getstate__(self):
         self._parts()
