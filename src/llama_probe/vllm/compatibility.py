@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
@@ -43,37 +42,6 @@ STORES = ("ExampleConnector",)
 SCHEDULER = "llama_probe.vllm.scheduler.create_scheduler"
 
 
-@dataclass(frozen=True)
-class Restriction:
-    """A setting of the engine, its allowed values, and why no others.
-
-    Attributes:
-        argument: of `vllm.LLM`, and with dashes of the command line.
-        place: of the setting in a complete config.
-    """
-
-    argument: str
-    allowed: tuple[Any, ...]
-    reason: str
-    place: str
-
-    def check(self, value: Any) -> None:
-        if isinstance(value, Mapping):  # `speculative_config`. If it names no method, vLLM may take EAGLE's.
-            value = value.get("method") or "unnamed"
-        if value is not None and value not in self.allowed:
-            allowed = " or ".join(map(repr, self.allowed)) or "nothing"
-            raise ProbeError(
-                f"{self.argument}={value!r} does not go with heads: {self.reason}. Allowed is {allowed}, or leave it out"
-            )
-
-    def check_config(self, config: VllmConfig) -> None:
-        """Raise `ProbeError` if the value in a complete config is not allowed."""
-        value: Any = config
-        for name in self.place.split("."):
-            value = getattr(value, name, None)
-        self.check(value)
-
-
 _EAGLE = "EAGLE and extract_hidden_states take the states between the layers for themselves, others were not tested"
 _SPREAD = "the states of a prompt would lie on several devices"
 _ROUNDED = "vLLM's cache layer for states refuses to be quantised, and rounded keys and values change the states"
@@ -83,19 +51,31 @@ _OFFLOADED = "it takes the engine's only connector, which heads need, and was no
 _POOLING = "pooling models return no text, and have no heads"
 _DROPPED = "level 2 drops their weights, which nothing loads again"
 _SCHEDULED = "an engine has one scheduler, and the heads need theirs"
-RESTRICTIONS = (
-    Restriction("speculative_config", ("ngram", "draft_model"), _EAGLE, "speculative_config.method"),
-    Restriction("decode_context_parallel_size", (1,), _SPREAD, "parallel_config.decode_context_parallel_size"),
-    Restriction("prefill_context_parallel_size", (1,), _SPREAD, "parallel_config.prefill_context_parallel_size"),
-    Restriction("kv_cache_dtype", ("auto", "bfloat16", "float16"), _ROUNDED, "cache_config.cache_dtype"),
-    Restriction("enable_dbo", (False,), _OVERLAP, "parallel_config.enable_dbo"),
-    Restriction("ubatch_size", (0, 1), _OVERLAP, "parallel_config.ubatch_size"),
-    Restriction("model_impl", ("auto", "vllm"), _CLASSES, "model_config.model_impl"),
-    Restriction("kv_offloading_size", (), _OFFLOADED, "cache_config.kv_offloading_size"),
-    Restriction("enable_sleep_mode", (False,), _DROPPED, "model_config.enable_sleep_mode"),
-    Restriction("runner", ("auto", "generate"), _POOLING, "model_config.runner_type"),
-    Restriction("scheduler_cls", (SCHEDULER,), _SCHEDULED, "scheduler_config.scheduler_cls"),
-)
+# By argument of `vllm.LLM`, on a command line with dashes: its place in a complete config, its allowed values, why no others.
+RESTRICTIONS: dict[str, tuple[str, tuple[object, ...], str]] = {
+    "speculative_config": ("speculative_config.method", ("ngram", "draft_model"), _EAGLE),
+    "decode_context_parallel_size": ("parallel_config.decode_context_parallel_size", (1,), _SPREAD),
+    "prefill_context_parallel_size": ("parallel_config.prefill_context_parallel_size", (1,), _SPREAD),
+    "kv_cache_dtype": ("cache_config.cache_dtype", ("auto", "bfloat16", "float16"), _ROUNDED),
+    "enable_dbo": ("parallel_config.enable_dbo", (False,), _OVERLAP),
+    "ubatch_size": ("parallel_config.ubatch_size", (0, 1), _OVERLAP),
+    "model_impl": ("model_config.model_impl", ("auto", "vllm"), _CLASSES),
+    "kv_offloading_size": ("cache_config.kv_offloading_size", (), _OFFLOADED),
+    "enable_sleep_mode": ("model_config.enable_sleep_mode", (False,), _DROPPED),
+    "runner": ("model_config.runner_type", ("auto", "generate"), _POOLING),
+    "scheduler_cls": ("scheduler_config.scheduler_cls", (SCHEDULER,), _SCHEDULED),
+}
+
+
+def _check(argument: str, value: object) -> None:
+    _, allowed, reason = RESTRICTIONS[argument]
+    if isinstance(value, Mapping):  # `speculative_config`. If it names no method, vLLM may take EAGLE's.
+        value = value.get("method") or "unnamed"
+    if value is not None and value not in allowed:
+        others = " or ".join(map(repr, allowed)) or "nothing"
+        raise ProbeError(
+            f"{argument}={value!r} does not go with heads: {reason}. Allowed is {others}, or leave it out"
+        )
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -104,14 +84,15 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     apart = {key: arguments[f"spec_{key}"] for key in ("method", "model", "tokens") if arguments.get(f"spec_{key}")}
     if apart:
         arguments = {**arguments, "speculative_config": {**(arguments.get("speculative_config") or {}), **apart}}
-    for restriction in RESTRICTIONS:
-        restriction.check(arguments.get(restriction.argument))
+    for argument in RESTRICTIONS:
+        _check(argument, arguments.get(argument))
 
 
 def check_config(config: VllmConfig) -> None:
     """Raise `ProbeError` if a complete config does not go with heads, or lacks a part of what they need."""
-    for restriction in RESTRICTIONS:
-        restriction.check_config(config)
+    for argument, (place, *_) in RESTRICTIONS.items():
+        section, name = place.split(".")
+        _check(argument, getattr(getattr(config, section), name, None))
     architecture, scheduler = config.model_config.architecture, config.scheduler_config.scheduler_cls
     if not architecture.startswith(PREFIX) or scheduler != SCHEDULER:
         raise ProbeError(
