@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
-from vllm.utils.platform_utils import is_pin_memory_available
 
 
 # By request and head the number of the part and the row in it that are its logits, or why there are none.
@@ -27,24 +26,19 @@ class StepScores(KVConnectorWorkerMetadata):
 
     def __init__(self, prompts: Places, parts: Sequence[torch.Tensor], replies: Sequence[str] = ()):
         self.prompts, self.replies = prompts, replies
-        self._shapes = [tuple(part.shape) for part in parts]
+        self._shapes = [part.shape for part in parts]
+        numbers = torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
+        self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)  # in pinned memory
         self._event: torch.Event | None = None
-        self._numbers = torch.cat([part.flatten() for part in parts]) if parts else torch.empty(0)
-        if not self._numbers.is_cpu:
-            pinned = is_pin_memory_available()
-            host = torch.empty(len(self._numbers), dtype=self._numbers.dtype, device="cpu", pin_memory=pinned)
-            host.copy_(self._numbers, non_blocking=True)
-            if self._numbers.is_cuda:
-                self._event = torch.Event(self._numbers.device)
-                self._event.record()
-            self._numbers = host
+        if numbers.is_cuda:
+            self._event = torch.Event(numbers.device)
+            self._event.record()
 
     def _parts(self) -> list[np.ndarray]:
         if self._event is not None:
             self._event.synchronize()
             self._event = None
-        sizes = [rows * labels for rows, labels in self._shapes]
-        parts = self._numbers.split(sizes) if sizes else ()
+        parts = self._numbers.split([shape.numel() for shape in self._shapes])
         return [part.view(shape).numpy() for part, shape in zip(parts, self._shapes, strict=True)]
 
     def read_prompts(self) -> dict[str, dict[str, list[float] | str]]:
