@@ -42,10 +42,13 @@ class _Probed:
     def _complete(self, output: EngineCoreOutput) -> bool:
         """Put scores and what is held back of a reply into an output. Return False if it has nothing to deliver."""
         request = self.requests.get(output.request_id)
+        params = request and request.sampling_params
         # The last output of a request has its scores already. Of the others, vLLM may merge the first with later ones on the
-        # way, and the last one of a reply with those of other replies: so all that may be delivered carry them.
-        if output.kv_transfer_params is None and request is not None and _may_be_delivered(request):
-            with_replies = bool(request.sampling_params.stop) or self.replies.has_ended(output.request_id)
+        # way, and the last one of a reply with those of other replies: so all that may be delivered carry them. In streams that
+        # is any, and if the front end looks for stop strings.
+        is_any = params is not None and (params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop))
+        if output.kv_transfer_params is None and is_any:
+            with_replies = bool(params.stop) or self.replies.has_ended(output.request_id)
             output.kv_transfer_params = self.probes.get_answer(output.request_id, with_replies)
         return self.replies.edit(output)
 
@@ -83,9 +86,3 @@ def create_scheduler(vllm_config, **kwargs: Any) -> Scheduler:
     """Return the scheduler that suits the config. vLLM's `scheduler_cls` names this function."""
     kind = AsyncProbeScheduler if vllm_config.scheduler_config.async_scheduling else ProbeScheduler
     return kind(vllm_config=vllm_config, **kwargs)
-
-
-def _may_be_delivered(request: Request) -> bool:
-    """Return True if any output of a request may carry scores: in streams, and if the front end looks for stop strings."""
-    params = request.sampling_params
-    return params is not None and (params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop))

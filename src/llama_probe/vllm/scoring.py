@@ -153,7 +153,10 @@ class Scorer:
         for start in range(0, width, step):
             tokens = slice(start, min(start + step, width))
             part = blocks[:, start // size : -(-tokens.stop // size)]  # blocks are read whole
-            cached = {kind: self._numbers(kind, part, padding, tokens) for kind in self._kinds(masks)}
+            cached = {}
+            for kind in self._kinds(masks):
+                numbers = self.caches[kind].read(part)[:, :, : tokens.stop - start]
+                cached[kind] = numbers if padding is None else numbers.masked_fill(padding[:, tokens, None], 0)
             for name, state in states.items():
                 head, (columns, mask) = self.heads[name], self._cut(masks[name][:, tokens])
                 x = self._own(name, cached)[:, :, columns]
@@ -185,11 +188,6 @@ class Scorer:
         if len(head.layer_indices) < len(states):  # a list as index would come from pageable memory
             states = torch.stack([states[self.plan.layers.index(layer)] for layer in head.layer_indices])
         return head.prepare(states)
-
-    def _numbers(self, kind: str, blocks: torch.Tensor, padding: torch.Tensor | None, tokens: slice) -> torch.Tensor:
-        """Return what is cached of some tokens, `[states, prompts, tokens, width]`, 0 behind the end of a prompt."""
-        numbers = self.caches[kind].read(blocks)[:, :, : tokens.stop - tokens.start]
-        return numbers if padding is None else numbers.masked_fill(padding[:, tokens, None], 0)
 
     def _mask(self, head: ProbeModel, request: ScoringRequest) -> torch.Tensor:
         prompt = torch.zeros(1, request.num_prompt_tokens, dtype=torch.bool)
