@@ -54,7 +54,6 @@ class LabelRequest(ABC):
     def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
         self.settings, self.query = settings, query
         self.have_replies, self.asked = False, list[JSON]()
-        self._places: dict[str, range] = {}
 
     @abstractmethod
     def read(self, body: JSON) -> tuple[list[str], list[Any]]:
@@ -78,10 +77,9 @@ class LabelRequest(ABC):
         return json.dumps({"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0}).encode()
 
     def _prompts(self, heads: Sequence[str], inputs: list[Any], formats: Formats) -> list[list[int]]:
-        """Return token ids. Note for each head the places of its own, one an input, and what is asked of each prompt."""
+        """Return the token ids of each input, for each form. Note what is asked of each prompt."""
         prompts: list[list[int]] = []
         for group in heads_by_format({name: self.settings.configs[name] for name in heads}):
-            self._places |= dict.fromkeys(group, range(len(prompts), len(prompts) + len(inputs)))
             starts: list[int | None] = [None] * len(inputs)
             if self.have_replies:
                 encoded, masks = formats(group[0]).encode_replies(inputs)
@@ -94,14 +92,16 @@ class LabelRequest(ABC):
 
     def response(self, completion: JSON, known: Sequence[JSON]) -> tuple[int, JSON]:
         """Return status and body, for the completion and what the engine says of each prompt."""
-        readings = {name: [known[place]["probes"][name] for place in places] for name, places in self._places.items()}
-        for name, rows in readings.items():
-            for place, row in enumerate(rows):
-                if "error" in row:  # it must not pass for an input that is fine
-                    message = f"input {place} has no score of {name}: {row['error']}"
+        readings: dict[str, list[JSON]] = {}
+        for asked, prompt in zip(self.asked, known, strict=True):
+            for name in asked["probes"]:
+                rows, reading = readings.setdefault(name, []), prompt["probes"][name]
+                if "error" in reading:  # it must not pass for an input that is fine
+                    message = f"input {len(rows)} has no score of {name}: {reading['error']}"
                     return 400, {
                         "error": {"message": message, "type": "BadRequestError", "param": "input", "code": 400}
                     }
+                rows.append(reading)
         return 200, self.results(readings, completion)
 
 
