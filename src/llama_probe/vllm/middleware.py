@@ -16,7 +16,6 @@ from typing import Any
 from fastapi import HTTPException
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import RequestOutput, SamplingParams
 from vllm.engine.protocol import EngineClient
@@ -95,11 +94,12 @@ class ProbeStreams:
         completion = json.loads(b"".join(message.get("body", b"") for message in messages))
         if completion is None:  # the client has gone
             return
-        status, content = asked.response(completion, scores.prompts)
-        response, headers = JSONResponse(content, status), MutableHeaders(raw=list(messages[0]["headers"]))
-        headers["content-length"] = str(len(response.body))
-        response.raw_headers = headers.raw  # those of other middleware as well
-        await response(scope, receive, send)
+        start = messages[0]  # with the headers of other middleware
+        start["status"], content = asked.response(completion, scores.prompts)
+        body = json.dumps(content, ensure_ascii=False).encode()
+        MutableHeaders(scope=start)["content-length"] = str(len(body))
+        await send(start)
+        await send({"type": "http.response.body", "body": body})
 
     async def _completion(self, asked: LabelRequest, engine: EngineClient, body: bytes) -> bytes:
         def encoded() -> bytes:
@@ -130,32 +130,25 @@ class _Response:
             self._start = message
             return
         self._body += message.get("body", b"")
-        if self._waits(message.get("more_body", False)):
+        are_known = self._scores.are_known
+        is_whole = self._is_json and are_known
+        is_early = self._is_stream and not are_known and self._body.startswith(_UNSCORED)
+        if message.get("more_body", False) and (is_whole or is_early):
             return
-        body, self._body = self._with_scores(), b""
+        body, self._body = self._body, b""
+        if self._is_stream:
+            body = self._scores.stream(body)
+        elif is_whole:
+            body = self._scores.complete(body)
         if self._start is not None:
-            await self._send({**self._start, "headers": self._headers(body)})
+            headers = MutableHeaders(scope=self._start)
+            if is_whole:
+                headers["content-length"] = str(len(body))
+            if value := self._scores.header:
+                headers["x-llama-probe"] = value
+            await self._send(self._start)
             self._start = None
         await self._send({**message, "body": body})
-
-    def _waits(self, more: bool) -> bool:
-        """Return True if the body so far cannot be sent yet."""
-        if self._is_stream:
-            return more and self._body.startswith(_UNSCORED) and not self._scores.are_known
-        return more and self._is_json and self._scores.are_known
-
-    def _with_scores(self) -> bytes:
-        if self._is_stream:
-            return self._scores.stream(self._body)
-        return self._scores.complete(self._body) if self._is_json and self._scores.are_known else self._body
-
-    def _headers(self, body: bytes) -> list[tuple[bytes, bytes]]:
-        headers = MutableHeaders(raw=list(self._start["headers"]))
-        if self._is_json and self._scores.are_known:
-            headers["content-length"] = str(len(body))
-        if value := self._scores.header:
-            headers["x-llama-probe"] = value
-        return headers.raw
 
 
 def _path(scope: Scope) -> str:
@@ -213,29 +206,28 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
     def listening(
         prompt: Any, sampling_params: SamplingParams, request_id: str, *args: Any, **kwargs: Any
     ) -> AsyncIterator[RequestOutput]:
-        scores, params = _scores.get(None), sampling_params
+        scores, params = _scores.get(None) or Scores(), sampling_params
+        labels = scores.labels
+        if labels is None and "reply" in ((params.extra_args or {}).get("kv_transfer_params") or ()):
+            # Without a reply no guard reads the prompt, whose logprobs could tell it token by token.
+            raise HTTPException(400, "kv_transfer_params.reply is for routes of labels, such as /v1/moderations")
         if _BEAM.search(request_id):  # a prompt with a part of a reply to it
             if settings.halt_on is not None:
                 raise ValueError(
                     "beam search does not go with heads that halt requests (--halt-on): leave use_beam_search out"
                 )
-            scores = None
+            return generate(prompt, params, request_id, *args, **kwargs)
         # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
-        place = scores.add(request_id, sampling_params.n) if scores is not None else 0
-        labels = scores and scores.labels
+        place = scores.add(request_id, params.n)
         if labels is not None:
             params = copy.copy(params)
             params.extra_args = {"kv_transfer_params": labels.asked[place]}
-        elif "reply" in ((params.extra_args or {}).get("kv_transfer_params") or ()):
-            # Without a reply no guard reads the prompt, whose logprobs could tell it token by token.
-            raise HTTPException(400, "kv_transfer_params.reply is for routes of labels, such as /v1/moderations")
-        is_judged = judge is not None and (labels is None or labels.is_judged)
-        if is_judged:
-            params = judge.in_parts(params)
-        outputs = generate(prompt, params, request_id, *args, **kwargs)
-        if is_judged:
-            outputs = judge.watch(outputs, sampling_params, {} if scores is None else scores.answers)
-        return outputs if scores is None else noting(outputs, scores, place)
+        if judge is None or (labels is not None and not labels.is_judged):
+            outputs = generate(prompt, params, request_id, *args, **kwargs)
+        else:
+            outputs = generate(prompt, judge.in_parts(params), request_id, *args, **kwargs)
+            outputs = judge.watch(outputs, sampling_params, scores.answers)
+        return noting(outputs, scores, place)
 
     async def noting(
         outputs: AsyncIterator[RequestOutput], scores: Scores, place: int
