@@ -63,6 +63,12 @@ class ProbeConnector(KVConnectorBase_V1):
     def requires_kv_delivery(self) -> bool:
         return False
 
+    def _transfer_nothing(self, *args: Any, **kwargs: Any) -> None:
+        """Take the place of all that loads and saves keys and values."""
+
+    update_state_after_alloc = _transfer_nothing
+    start_load_kv = wait_for_layer_load = save_kv_layer = wait_for_save = _transfer_nothing
+
     # In the scheduler's process
 
     def on_new_request(self, request: Request) -> None:
@@ -73,9 +79,6 @@ class ProbeConnector(KVConnectorBase_V1):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         return 0, False
-
-    def update_state_after_alloc(self, request: Request, blocks: Any, num_external_tokens: int) -> None:
-        pass
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> ScoringRequests:
         for request_id in scheduler_output.preempted_req_ids or ():
@@ -156,18 +159,6 @@ class ProbeConnector(KVConnectorBase_V1):
             for rule in self.settings.rules:
                 logger.info("halt_on: %s", rule)
         self._scorer = Scorer({cache.kind: cache for cache in caches}, self._block_size)
-
-    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_for_layer_load(self, layer_name: str) -> None:
-        pass
-
-    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        pass
-
-    def wait_for_save(self) -> None:
-        pass
 
     def build_connector_worker_meta(self) -> StepScores | None:
         """Score this step's prompts and tokens. Beside a drafting model, vLLM calls `wait_for_save` too late for the step's output."""
