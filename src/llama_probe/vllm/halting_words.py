@@ -15,7 +15,6 @@ from ..files import JSON
 # THRESHOLD is a number or the name of one. A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
 HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
 _WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]+)(?::([^:]+))?)?", re.DOTALL)
-_BAND = re.compile(r"([\w-]+)=([^:]+):([^:]+)")
 # The end of a judge's URL tells what it speaks.
 JUDGE_PATHS = MODERATIONS, CHAT, GUARDRAIL = "/moderations", "/chat/completions", "/beta/litellm_basic_guardrail_api"
 
@@ -46,14 +45,14 @@ def read_unsure(words: Sequence[str]) -> dict[str, list[float]]:
     """Return by head the band of scores that `HEAD=LOW:HIGH` gives."""
     bands: dict[str, list[float]] = {}
     for word in words:
-        match = _BAND.fullmatch(word)
+        head, _, band = word.partition("=")
         try:
-            low, high = map(float, match.groups()[1:]) if match else (0.0, 0.0)
+            low, high = map(float, band.split(":"))
         except ValueError:
             low = high = 0.0
-        if match is None or not low < high or match[1] in bands:
+        if not head or not low < high or head in bands:
             raise ProbeError(f"--unsure {word!r} must be HEAD=LOW:HIGH, LOW below HIGH, once a head")
-        bands[match[1]] = [low, high]
+        bands[head] = [low, high]
     return bands
 
 
