@@ -71,7 +71,7 @@ class Replies:
         self.configs = {name: settings.configs[name] for name in settings.reply_heads}
         self.rules = [rule for rule in settings.flags if rule.config.reads_reply]
         self._guards = [rule in settings.rules for rule in self.rules]
-        self.holds_back = any(self._guards)
+        self.holds_back = settings.guards_replies
         self._columns = side_by_side({name: config.num_labels for name, config in self.configs.items()})
         self._free = list(range(slots))
         self._replies: dict[str, Reply] = {}

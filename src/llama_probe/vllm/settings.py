@@ -86,6 +86,11 @@ class ProbeSettings:
         bands = self.unsure or {}
         return [replace(rule, unsure=tuple(bands[rule.head])) if rule.head in bands else rule for rule in rules]
 
+    @property
+    def guards_replies(self) -> bool:
+        """True if some head may halt replies."""
+        return any(rule.config.reads_reply for rule in self.rules)
+
     @cached_property
     def flags(self) -> list[HaltRule]:
         """The rules by which labels are flagged, by head and label: those of `halt_on` and `monitor`, else the heads' own.
@@ -110,43 +115,35 @@ class ProbeSettings:
             flags += [rules[index] for index in sorted(rules)]
         return flags
 
-    def check(self, speculates: bool, adds_to_tokens: bool = False) -> None:
-        """Raise `ProbeError` if rules do not go with heads or each other, or heads that follow replies with an engine.
-
-        Args:
-            speculates: the engine drafts tokens.
-            adds_to_tokens: it returns sampling masks, or experts of tokens, which cannot be held back with these.
-        """
+    def check(self, speculates: bool) -> None:
+        """Raise `ProbeError` if rules do not go with heads, each other, or an engine that drafts tokens."""
         if both := sorted(set(self.halt_on or ()) & set(self.monitor or ())):
             raise ProbeError(f"halt_on and monitor both name {', '.join(both)}: a head does one or the other")
         if unknown := sorted(set(self.monitor or ()) - set(self.heads)):
             raise ProbeError(f"monitor names {', '.join(unknown)}; the heads are {', '.join(self.heads)}")
-        if any(rule.ask is not None for rule in (*self.rules, *self.flags)):
+        if any(rule.ask is not None for rule in self.flags):
             raise ProbeError(NO_FUNCTIONS)
         for rule in self.rules:
             if rule.unsure is not None and (rule.config.token_scope == "response" or rule.patience > 1):
                 raise ProbeError(
                     f"unsure: {rule.head!r} reads replies alone or has patience; a judge decides on prompts"
                 )
-        follows = any(rule.config.reads_reply for rule in self.rules)
-        if self.hold_back and not follows:
+        if self.hold_back and not self.guards_replies:
             raise ProbeError(f"hold_back={self.hold_back} needs a head in halt_on that follows replies")
-        wrong = {
-            "speculative_config": speculates and self.reply_heads,
-            "return_sampling_mask": adds_to_tokens and follows,
-        }
-        if names := [name for name, is_wrong in wrong.items() if is_wrong]:
-            raise ProbeError(f"{names[0]} does not go with heads that follow replies: {', '.join(self.reply_heads)}")
+        if speculates and (names := ", ".join(self.reply_heads)):
+            raise ProbeError(f"speculative_config does not go with heads that follow replies: {names}")
 
     def check_engine(self, config: VllmConfig) -> None:
         """Raise `ProbeError` if a complete config does not go with these heads, or lacks a part of what they need."""
         check_config(config)
-        if self.judge is not None and config.model_config.enable_prompt_embeds:
-            raise ProbeError("enable_prompt_embeds does not go with a judge: it reads texts")
-        if self.judge is not None and config.model_config.skip_tokenizer_init:
-            raise ProbeError("skip_tokenizer_init does not go with a judge: it reads texts")
-        adds_to_tokens = config.model_config.return_sampling_mask or config.aux_output_config.enabled
-        self.check(config.speculative_config is not None, adds_to_tokens)
+        for name in ("enable_prompt_embeds", "skip_tokenizer_init"):
+            if self.judge is not None and getattr(config.model_config, name):
+                raise ProbeError(f"{name} does not go with a judge: it reads texts")
+        self.check(config.speculative_config is not None)
+        # Sampling masks and experts of tokens cannot be held back with these.
+        if self.guards_replies and (config.model_config.return_sampling_mask or config.aux_output_config.enabled):
+            names = ", ".join(self.reply_heads)
+            raise ProbeError(f"return_sampling_mask does not go with heads that follow replies: {names}")
 
     def read_heads(self) -> dict[str, ProbeModel]:
         """Load the heads, by name, in eval mode."""
