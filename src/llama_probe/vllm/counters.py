@@ -16,8 +16,7 @@ _HALTED = Counter("llama_probe_halted", "Prompts that got no reply because of th
 _TOKENS = Counter("llama_probe_reply_tokens", "Tokens of replies that the head scored.", ["probe"])
 _FLAGGED_REPLIES = Counter("llama_probe_flagged_replies", "Replies in which the head flagged a label.", ["probe"])
 _HALTED_REPLIES = Counter("llama_probe_halted_replies", "Replies that the head ended.", ["probe"])
-
-_JUDGED = Counter("llama_probe_judged", "Prompts that the head left to the judge, by its answer.", ["probe", "answer"])
+JUDGED = Counter("llama_probe_judged", "Prompts that the head left to the judge, by its answer.", ["probe", "answer"])
 
 
 def announce(heads: Iterable[str]) -> None:
@@ -36,11 +35,6 @@ def count(known: JSON) -> None:
             _FLAGGED.labels(name).inc()
     if halted := prompt_halt(known):
         _HALTED.labels(halted["head"]).inc()
-
-
-def count_judged(head: str, answer: str) -> None:
-    """Count one prompt that was left to the judge."""
-    _JUDGED.labels(head, answer).inc()
 
 
 def count_reply(known: JSON, index: int) -> None:

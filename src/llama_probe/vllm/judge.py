@@ -22,7 +22,7 @@ from ..errors import ProbeError
 from ..files import JSON
 from ..heads.scope import token_mask
 from ..heads.turns import marker_mask
-from .counters import count_judged
+from .counters import JUDGED
 from .halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
 from .payloads import HALTED, Answers, prompt_halt
 from .settings import ProbeSettings
@@ -111,15 +111,6 @@ class Judge:
 
     async def ask(self, text: str) -> bool | None:
         """Return True if the judge halts a text, False if it lets it pass, `None` if it gives no answer that can be read."""
-        try:
-            async with asyncio.timeout(self.timeout):
-                return await self._ask(text)
-        except Exception as error:  # whatever a judge does, it is no answer
-            # The text of an error may hold the key.
-            logger.warning("The judge gives no answer: %s", type(error).__name__)
-            return None
-
-    async def _ask(self, text: str) -> bool:
         body: JSON = {"model": self.model} if self.model else {}
         key, headers = os.environ.get(KEY_VARIABLE, "").strip(), {"Accept-Encoding": "identity"}
         if self._path == MODERATIONS:
@@ -130,14 +121,19 @@ class Judge:
             body |= {"input_type": "request", "texts": [text]}
         if key:
             headers |= {"x-api-key": key} if self._path == GUARDRAIL else {"Authorization": f"Bearer {key}"}
-        answer = bytearray()
-        async with self._client.stream("POST", self.url, json=body, headers=headers) as response:
-            response.raise_for_status()
-            async for part in response.aiter_raw():
-                answer += part
-                if len(answer) > _LONGEST:
-                    raise ProbeError("the answer is too long")
-        return self._read(json.loads(answer))
+        question, answer = self._client.stream("POST", self.url, json=body, headers=headers), bytearray()
+        try:
+            async with asyncio.timeout(self.timeout), question as response:
+                response.raise_for_status()
+                async for part in response.aiter_raw():
+                    answer += part
+                    if len(answer) > _LONGEST:
+                        raise ProbeError("the answer is too long")
+            return self._read(json.loads(answer))
+        except Exception as error:  # whatever a judge does, it is no answer
+            # The text of an error may hold the key.
+            logger.warning("The judge gives no answer: %s", type(error).__name__)
+            return None
 
     def _read(self, answer: JSON) -> bool:
         """Return what an answer says. An error of any kind means that it says nothing."""
@@ -164,7 +160,7 @@ class Judge:
         words = {True: "halted", False: "passed", None: "failed"}
         answers = {head: words[await asked[text]] for head, text in texts.items()}
         for head, answer in answers.items():
-            count_judged(head, answer)
+            JUDGED.labels(head, answer).inc()
         return answers
 
     def _text(self, head: str, ids: list[int]) -> str:
