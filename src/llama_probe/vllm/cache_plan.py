@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import accumulate
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..heads.aggregator import State, select_rows
 from ..heads.configuration import shared_layers
@@ -138,9 +139,5 @@ class ReplyStates:
             self.put(name, slots, empty)
 
 
-def _leaves(state: State) -> Iterator[torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        yield state
-    else:
-        for part in state or ():
-            yield from _leaves(part)
+def _leaves(state: State) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(state) if leaf is not None]
