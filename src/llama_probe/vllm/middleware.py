@@ -67,13 +67,11 @@ class ProbeStreams:
             _listen(state.engine_client, settings)  # may raise: then no request is answered
             self._settings = settings
         settings = self._settings
-        model = (state.args.served_model_name or [state.args.model])[0]
-        route = LABEL_ROUTES.get(_path(scope))
-        asked = None if route is None else route(settings, Request(scope).query_params)
-        scores = Scores(model, asked)
+        scores = Scores((state.args.served_model_name or [state.args.model])[0])
         _scores.set(scores)  # for this request alone, which has a task of its own
-        if asked is not None:
-            await self._label(asked, scores, scope, receive, send)
+        if (route := LABEL_ROUTES.get(_path(scope))) is not None:
+            scores.labels = route(settings, Request(scope).query_params)
+            await self._label(scores.labels, scores, scope, receive, send)
             return
         checked = _rewritten(scope, receive, functools.partial(check_request, settings))
         await self.app(scope, checked, _Response(send, scores).send)
