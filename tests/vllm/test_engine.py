@@ -41,8 +41,8 @@ def clean(llm):
     """Raises if a test leaves something of its requests in the scheduler, or a slot is lost."""
     yield
     probes = llm.llm_engine.engine_core.engine_core.scheduler.probes
-    assert not (probes._answers or probes._prompts or probes.replies._replies or probes.replies._siblings)
-    assert sorted(probes.replies._free) == list(range(8))
+    assert not (probes._answers or probes._prompts or probes.replies.running or probes.replies._siblings)
+    assert sorted(probes.replies.free_slots) == list(range(8))
 
 
 @pytest.fixture(scope="module")

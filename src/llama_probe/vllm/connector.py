@@ -85,7 +85,7 @@ class ProbeConnector(KVConnectorBase_V1):
             self.replies.free(request_id)
         step = ScoringRequests()
         for request_id, scheduled in scheduler_output.num_scheduled_tokens.items():
-            reply = self.replies.get(request_id)
+            reply = self.replies.running.get(request_id)
             request = self._prompts.get(request_id) or (reply and reply.request)
             if request is None:
                 continue
@@ -102,7 +102,7 @@ class ProbeConnector(KVConnectorBase_V1):
 
     def _scoring(self, request: Request, reply: Reply | None, num_tokens: int) -> ScoringRequest:
         if reply is not None:
-            reply.slot = self.replies.take_slot()
+            reply.slot = self.replies.free_slots.pop()
         ids, start = request.prompt_token_ids, reply_start(request)
         heads = self._heads(request) if self._prompts.pop(request.request_id, None) else None
         if heads is not None and start is None:

@@ -64,6 +64,9 @@ class Replies:
 
     Args:
         slots: of states in the workers.
+
+    Attributes:
+        running: by request; those that some head follows.
     """
 
     def __init__(self, settings: ProbeSettings, slots: int):
@@ -73,15 +76,11 @@ class Replies:
         self._guards = [rule in settings.rules for rule in self.rules]
         self.holds_back = settings.guards_replies
         self._columns = side_by_side({name: config.num_labels for name, config in self.configs.items()})
-        self._free = list(range(slots))
-        self._replies: dict[str, Reply] = {}
+        self.running: dict[str, Reply] = {}
+        self.free_slots = list(range(slots))
         self._siblings: dict[str, dict[int, Reply]] = {}  # by the id of the request that has several replies
         self._scores: dict[str, tuple[list[float], list[float], list[Halt | None]]] = {}  # of the newest step
         self._touched: dict[str, Reply] = {}  # in this step
-
-    def get(self, request_id: str) -> Reply | None:
-        """Return a running reply; `None` if no head follows it."""
-        return self._replies.get(request_id)
 
     def add(self, request: Request, heads: list[str]) -> None:
         """Follow the replies to a new request, or to the next piece of its prompt, with the heads of these names."""
@@ -91,25 +90,21 @@ class Replies:
         self.free(request.request_id)
         family, index = _family(request.request_id)
         reply = Reply(request, heads, self.rules)
-        self._replies[request.request_id] = self._siblings.setdefault(family, {})[index] = reply
+        self.running[request.request_id] = self._siblings.setdefault(family, {})[index] = reply
         if self.holds_back:
             request.max_tokens += 1  # the step that reads the last token samples one more, which is dropped
 
-    def take_slot(self) -> int:
-        """Return a free slot for the states of a reply."""
-        return self._free.pop()
-
     def free(self, request_id: str) -> None:
         """Give back the slot of a request that was preempted, or has ended."""
-        reply = self._replies.get(request_id)
+        reply = self.running.get(request_id)
         if reply is not None and reply.slot is not None:
-            self._free.append(reply.slot)
+            self.free_slots.append(reply.slot)
             reply.slot = None
 
     def remove(self, request_id: str) -> None:
         """Forget a request that has ended."""
         self.free(request_id)
-        self._replies.pop(request_id, None)
+        self.running.pop(request_id, None)
         family, _ = _family(request_id)
         if all(reply.request.is_finished() for reply in self._siblings.get(family, {}).values()):
             self._siblings.pop(family, None)
@@ -134,14 +129,14 @@ class Replies:
 
     def flag_prompt(self, request_id: str, probes: Mapping[str, JSON]) -> None:
         """Count what heads flag of a prompt as the first of a rule's patience."""
-        if (reply := self._replies.get(request_id)) is not None:
+        if (reply := self.running.get(request_id)) is not None:
             for number, rule in enumerate(self.rules):
                 flagged = probes.get(rule.head, {}).get("flagged", ())
                 reply.streaks[number] = int(rule.config.id2label[rule.index] in flagged)
 
     def read_score(self, request_id: str) -> str | None:
         """Take in the score of a reply's newest token, as the next one comes. Return the head that ends the reply before it."""
-        reply = self._replies.get(request_id)
+        reply = self.running.get(request_id)
         if reply is None:
             return None
         self._touched[request_id] = reply
@@ -156,7 +151,7 @@ class Replies:
 
     def end(self, request: Request) -> None:
         """Decide how a reply ends that vLLM has stopped."""
-        if (reply := self._replies.get(request.request_id)) is None:
+        if (reply := self.running.get(request.request_id)) is None:
             return
         self.free(request.request_id)
         if self.holds_back and request.num_output_tokens >= request.max_tokens:
@@ -225,7 +220,7 @@ class Replies:
         `token`), `flagged` with the labels that were, and `token`, at which the first of them was. `token_logits` has those
         after each token, if the request asked for `token_scores`.
         """
-        reply = self._replies.get(request_id)
+        reply = self.running.get(request_id)
         if reply is None:
             return None
         siblings = self._siblings.get(_family(request_id)[0], {})
