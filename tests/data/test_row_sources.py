@@ -1,12 +1,11 @@
 """Rows of a source: where they are found, which of them are taken, and what their labels are."""
 
-import datasets
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from llama_probe import ProbeError
-from llama_probe.data.known import BENCHMARKS, find_benchmark
+from llama_probe.data.known import BENCHMARKS
 from llama_probe.data.labelled_texts import LabelledTexts, Labels
 from llama_probe.data.row_sources import Source, allows_commercial_use
 
@@ -241,10 +240,6 @@ ON_HUB = {
 class TestDataSetsKnownByName:
     def test_names_and_paths(self, tmp_path, monkeypatch, caplog):
         monkeypatch.chdir(tmp_path)
-        assert find_benchmark("imdb") == (BENCHMARKS["imdb"], None)
-        assert find_benchmark("sst2:train_sentences") == (BENCHMARKS["sst2"], "train_sentences")
-        for other in ("imdb.csv", "stanfordnlp/imdb", "./imdb", "IMDB"):
-            assert find_benchmark(other) is None
         write(tmp_path / "imdb" / "train.jsonl", [{"text": "my own", "label": "x"}])
         write(tmp_path / "copies" / "imdb" / "train.jsonl", [{"text": "known", "label": 1}])
         assert read("./imdb").texts == ["my own"] and not caplog.records
@@ -263,13 +258,3 @@ class TestDataSetsKnownByName:
         table = BENCHMARKS[name].convert(columns)
         assert (table.pop("text"), table.pop("label")) == (texts, labels)
         assert table == {column: columns[column] for column in BENCHMARKS[name].columns if column in columns}
-
-    def test_rows_that_the_hub_does_not_give(self, monkeypatch):
-        places, rows = [], Dataset.from_list([{"review": "a", "label": 1}])
-        monkeypatch.setattr(
-            datasets, "load_dataset", lambda *place, split, **_: places.append((*place, split)) or rows
-        )
-        for name, split in (("imdb", "train"), ("emotion", "validation")):
-            with pytest.raises(ProbeError, match=rf"{name}.*'text'.*review, label"):
-                read(name, split=split)
-        assert places == [("stanfordnlp/imdb", None, "train"), ("dair-ai/emotion", "split", "validation")]

@@ -7,27 +7,13 @@ import pytest
 
 from llama_probe import ProbeError
 from llama_probe.data.row_sources import Source
-from llama_probe.data.tables import TablePlace, read_table
+from llama_probe.data.tables import read_table
 
 
 def card(**configs: str | list[dict[str, str]]) -> bytes:
     """Return the head of a README that names the files of each split and configuration, in YAML."""
     lines = [f"- {{config_name: {name}, data_files: {json.dumps(files)}}}" for name, files in configs.items()]
     return "\n".join(["---", "configs:", *lines, "---", ""]).encode()
-
-
-@pytest.mark.parametrize(
-    "source, place",
-    [
-        ("nyu-mll/glue", ["nyu-mll/glue"]),
-        ("nyu-mll/glue:sst2:validation", ["nyu-mll/glue", None, "sst2", "validation"]),
-        ("ann/mood::dev", ["ann/mood", None, None, "dev"]),
-        ("ann/mood@refs/pr/1:en", ["ann/mood", "refs/pr/1", "en"]),
-        ("a:b:c:d", ["a:b:c:d"]),
-    ],
-)
-def test_one_word_names_rows(source, place):
-    assert TablePlace.parse(source) == TablePlace(*place)
 
 
 def test_existing_paths(tmp_path, monkeypatch):
@@ -132,9 +118,11 @@ def test_rows_from_the_hub(hub, monkeypatch):
     hub.plant("datasets/alice/mood", FILES)
     first = hub.head("datasets/alice/mood")
     hub.plant("datasets/alice/mood", {"en.csv": b"text,label\nnew,calm\n"})
+    hub.plant("datasets/alice/mood", {"en.csv": b"text,label\nasked,calm\n"}, branch="refs/pr/1")
     hub.plant("datasets/alice/secret", {"train.csv": b"text,label\nhush,x\n"}, private=True)
     emotion = card(split=[{"split": "validation", "path": "dev.csv"}])
     hub.plant("datasets/dair-ai/emotion", {"README.md": emotion, "dev.csv": b"text,label\ni feel,1\n"})
+    hub.plant("datasets/stanfordnlp/imdb", {"train.csv": b"review,label\na,1\n"})
 
     def read(source, split="train"):
         rows = Source(rows=source).read(split=split)
@@ -142,10 +130,18 @@ def test_rows_from_the_hub(hub, monkeypatch):
 
     assert read("alice/mood:en") == (["new"], ["calm"])
     assert read(f"alice/mood@{first}:en") == (["7"], ["calm"])
+    assert read("alice/mood@refs/pr/1:en") == (["asked"], ["calm"])
     assert read("alice/mood:fr", "validation") == (["bien"], ["calme"])
+    assert read("alice/mood:fr:validation") == (["bien"], ["calme"])
     assert read("emotion:validation") == (["i feel"], ["joy"])
-    gone = (("alice/nothing", "alice/nothing cannot be read"), ("alice/secret", "alice/secret cannot be read"))
-    for source, words in (("alice/mood", "'en', 'fr'"), ("alice/mood:fr:test", "'train', 'validation'"), *gone):
+    for source, words in (
+        ("alice/mood", "'en', 'fr'"),
+        ("alice/mood:fr:test", "'train', 'validation'"),
+        ("alice/nothing", "alice/nothing cannot be read"),
+        ("alice/secret", "alice/secret cannot be read"),
+        ("a/b:c:d:e", "'a/b:c:d:e' is no file and no Hub id"),
+        ("imdb", "imdb.*'text'.*review, label"),
+    ):
         with pytest.raises(ProbeError, match=words):
             read(source)
     monkeypatch.setenv("HF_TOKEN", token)
