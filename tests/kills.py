@@ -5,8 +5,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 
@@ -16,28 +17,8 @@ OPERATIONS = {
 _KILLED = 77
 
 
-def killed_at(action: Callable[[], object], folder: Path, number: int) -> bool:
-    """Run an action in a child that ends before its `number`-th operation on a path in a folder.
-
-    Returns:
-        False if it came to its end: it has fewer operations.
-    """
-    child = os.fork()
-    if child == 0:
-        try:
-            signal.alarm(120)
-            _end_before(number, str(folder))
-            action()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, _KILLED), f"the child failed with the status {status}"
-    return status == _KILLED
-
-
 def each_kill(
-    action: Callable[[], object], folder: Path, prepare: Callable[[], object], numbers: Iterator[int] | None = None
+    action: Callable[[], object], folder: Path, prepare: Callable[[], object], numbers: Iterable[int] | None = None
 ) -> Iterator[int]:
     """Yield the number of the operation that an action was killed at, for each of its operations on a folder.
 
@@ -45,14 +26,24 @@ def each_kill(
         prepare: called before each kill; makes the folder as the action finds it.
         numbers: operations to be killed at, ascending, in place of all.
     """
-    number = -1
-    while True:
-        number = number + 1 if numbers is None else next(numbers)
+    for number in count() if numbers is None else numbers:
         prepare()
-        if not killed_at(action, folder, number):
-            break
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(120)
+                _end_before(number, str(folder))
+                action()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == 0:  # it has fewer operations
+            assert number, "the action has no operation on the folder"
+            return
+        assert status == _KILLED, f"the child failed with the status {status}"
         yield number
-    assert number, "the action has no operation on the folder"
+    raise AssertionError("the action has more operations than numbers")
 
 
 def kill_after(seconds: float, action: Callable[[], object]) -> None:
@@ -80,15 +71,11 @@ def full_disk(size: int) -> Iterator[None]:
 
 
 def _end_before(number: int, folder: str) -> None:
-    count = 0
+    numbers = count()
 
     def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
-        if event in OPERATIONS and isinstance(arguments[0], (str, os.PathLike)):
-            if not str(arguments[0]).startswith(folder):
-                return
-            if count == number:
-                os._exit(_KILLED)
-            count += 1
+        is_path = event in OPERATIONS and isinstance(arguments[0], (str, os.PathLike))
+        if is_path and str(arguments[0]).startswith(folder) and next(numbers) == number:
+            os._exit(_KILLED)
 
     sys.addaudithook(hook)

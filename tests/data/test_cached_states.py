@@ -110,7 +110,7 @@ def test_a_run_continues_where_a_killed_one_has_stopped(tmp_path, monkeypatch):
         return sum(rows), [found[row]["hidden_states"] for row in range(len(PROMPTS))]
 
     _, expected = compute(tmp_path / "whole")
-    for _ in each_kill(compute, place, lambda: shutil.rmtree(place, ignore_errors=True), iter(range(0, 99, 4))):
+    for _ in each_kill(compute, place, lambda: shutil.rmtree(place, ignore_errors=True), range(0, 99, 4)):
         count, found = compute()
         counts.append(count)
         torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
@@ -134,20 +134,13 @@ def test_two_runs_may_compute_the_same(tmp_path, lm):
     assert torch.equal(slower[1]["hidden_states"], found[0][1]["hidden_states"]) and len(names(tmp_path)) == 1
 
 
-def test_values_too_large_are_refused(tmp_path, lm):
+def test_states_that_cannot_be_kept(tmp_path, lm):
+    with pytest.raises(ProbeError, match="no token that a head reads"):
+        StateCache(tmp_path).dataset(lm, HEAD, PromptDataset([PREFIX]))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with patch.object(cached_states, "save_file", side_effect=full), pytest.raises(ProbeError, match="no room"):
+        StateCache(tmp_path).dataset(lm, HEAD, ROWS)
     lm.model.norm.weight.data.fill_(1e6)
     with pytest.raises(ProbeError, match=r"torch.float16"):
         StateCache(tmp_path).dataset(lm, HEAD, ROWS)
     assert not names(tmp_path)
-
-
-def test_a_full_disk(tmp_path, lm):
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with patch.object(cached_states, "save_file", side_effect=full), pytest.raises(ProbeError, match="no room"):
-        StateCache(tmp_path).dataset(lm, HEAD, ROWS)
-    assert not names(tmp_path)
-
-
-def test_rows_that_no_head_reads(tmp_path, lm):
-    with pytest.raises(ProbeError, match="no token that a head reads"):
-        StateCache(tmp_path).dataset(lm, HEAD, PromptDataset([PREFIX]))

@@ -172,22 +172,12 @@ def test_batches_are_ready_for_generate(tokenizer, prompts):
         assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
 
 
-def test_a_template_without_markers_is_rendered_often_once(tokenizer):
-    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
-    counts = []
-    for _ in range(2):
-        with patch.object(tokenizer, "apply_chat_template", wraps=tokenizer.apply_chat_template) as render:
-            assert PromptFormat(tokenizer).turn_markers is None
-        counts.append(render.call_count)
-    assert counts[1] < 10 < counts[0]
-
-
 def test_the_config_brings_the_format_back(tokenizer, monkeypatch):
     prompts = PromptFormat(tokenizer, max_length=99, system_prompt="Be brief.")
     config = ProbeConfig(probe_type="gate", **prompts.config_fields())
-    markers = {"user": {"ids": [5], "skip": 0}, "assistant": {"ids": [6], "skip": 0}}
-    other = PromptFormat.from_config(config.replace(chat_template_hash="another", turn_markers=markers), tokenizer)
-    assert other == prompts, "of the tokenizer's own template"
     monkeypatch.setattr("llama_probe.data.prompts.learn_turn_markers", lambda render: pytest.fail("130 chats again"))
+    markers = {"user": {"ids": [5], "skip": 0}, "assistant": {"ids": [6], "skip": 0}}
     own = config.replace(turn_markers=markers)
+    other = PromptFormat.from_config(own.replace(chat_template_hash="another"), tokenizer)
+    assert other == prompts, "of the tokenizer's own template, whose markers are known"
     assert PromptFormat.from_config(own, tokenizer) == replace(prompts, turn_markers=markers)
