@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from llama_probe import ProbeConfig, ProbeError
-from llama_probe.heads.scope import check_rows, token_mask
+from llama_probe import ProbeConfig
+from llama_probe.heads.scope import token_mask
 
 
 def config(**changes):
@@ -28,12 +28,3 @@ def config(**changes):
 def test_tokens_that_count(changes, ids, attention_mask, expected):
     attention_mask = None if attention_mask is None else torch.tensor(attention_mask)
     assert token_mask(config(**changes), torch.tensor(ids), attention_mask).int().tolist() == expected
-
-
-def test_refusals():
-    with pytest.raises(ProbeError, match="probe_mask"):
-        token_mask(config(token_scope="response"), torch.ones(1, 3).long(), None)
-    with pytest.raises(ProbeError, match="probe_mask"):
-        token_mask(config(), None, torch.ones(1, 3))
-    with pytest.raises(ProbeError, match=r"rows \[0\] hold no token"):
-        check_rows(token_mask(config(), torch.tensor([[7, 8]]), None))
