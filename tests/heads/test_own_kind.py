@@ -5,14 +5,14 @@ import torch
 from conftest import HIDDEN, LAYERS, OWN_KIND, expected_logits, make_prompts, probed
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.heads import Aggregator, import_kinds, register_probe_type, registry
+from llama_probe.heads import Aggregator, import_kinds, probe_types, register_probe_type
 
 
 def test_the_code_lies_beside_the_head_and_is_not_run_unasked(own_kind):
     assert (own_kind / "probe_kind.py").read_text() == OWN_KIND
     with pytest.raises(ProbeError, match="trust_remote_code"):
         ProbeModel.from_pretrained(own_kind)
-    assert "top" not in registry._PROBE_TYPES
+    assert "top" not in probe_types()
 
 
 def test_trusted_it_serves(own_kind):

@@ -196,31 +196,21 @@ def test_hostile_configs(folder, content, words):
     assert str(folder) in str(raised.value)
 
 
-def _huge_header(path):
-    declared = {"dtype": "F32", "shape": [75_000_000], "data_offsets": [0, 300_000_000]}
-    header = json.dumps({"classifier.bias": declared}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 16)
-
-
-def _long_header(path):
-    data = path.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    path.write_bytes(struct.pack("<Q", 2**20 + 8) + data[8:end].ljust(2**20 + 8) + data[end:])
-
-
+LARGE = b'{"classifier.bias": {"dtype": "F32", "shape": [75000000], "data_offsets": [0, 300000000]}}'
 DAMAGES = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "endless header": lambda path: path.write_bytes(struct.pack("<Q", 2**60) + b"{}"),
-    "long header": _long_header,
-    "too large": lambda path: path.write_bytes(path.read_bytes() + bytes(2**21)),
-    "a pickle": lambda path: path.write_bytes(b"\x80\x04\x95" + b"cos\nsystem\n" * 10),
-    "300 MB declared": _huge_header,
+    "truncated": lambda data: data[:-100],
+    "endless header": lambda data: struct.pack("<Q", 2**60) + b"{}",
+    "long header": lambda data: struct.pack("<Q", 2**20 + 8) + b"{}".ljust(2**20 + 8),
+    "too large": lambda data: data + bytes(2**21),
+    "a pickle": lambda data: b"\x80\x04\x95" + b"cos\nsystem\n" * 10,
+    "300 MB declared": lambda data: struct.pack("<Q", len(LARGE)) + LARGE + bytes(16),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_weights(folder, damage):
-    DAMAGES[damage](folder / WEIGHTS_NAME)
+    path = folder / WEIGHTS_NAME
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
     with pytest.raises(ProbeError, match="is damaged or not a safetensors file"):
         read_head(folder)
 
