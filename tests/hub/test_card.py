@@ -192,11 +192,9 @@ def test_hostile_texts_begin_nothing_of_their_own(folder):
     assert [line for line in text.splitlines() if line.startswith(marks)] == before
 
 
-@pytest.mark.parametrize(
-    "base_model, shown", [("me/lm", "me/lm"), ("/home/me/lm", None), ("../lm", None), ("lm", None)]
-)
-def test_a_folder_is_not_a_base_model_on_the_hub(tmp_path, base_model, shown):
-    card = create_card(save_head(make_probe(base_model_name_or_path=base_model), tmp_path / "weather"))
+@pytest.mark.parametrize("base, shown", [("me/lm", "me/lm"), ("/home/me/lm", None), ("../lm", None), ("lm", None)])
+def test_a_folder_is_not_a_base_model_on_the_hub(tmp_path, base, shown):
+    card = create_card(save_head(make_probe(base_model_name_or_path=base), tmp_path / "weather"))
     data = card.data.to_dict()
     assert data.get("base_model") == shown and ("base_model_relation" in data) == (shown is not None)
     assert ("](https://huggingface.co/" in card.content) == (shown is not None)

@@ -6,7 +6,7 @@ from hub_server.heads import plain, plant_model, same_weights
 from huggingface_hub import constants
 from transformers import AutoModel
 
-from llama_probe import LlamaForProbedGeneration, ProbeError, ProbeModel
+from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.hub.folder import CONFIG_NAME, WEIGHTS_NAME
 from llama_probe.hub.publish import pull_head, push_folder
 from llama_probe.hub.transport import HubReference, download_head, heads_on_hub
@@ -36,16 +36,12 @@ def folder(tmp_path):
     return save_head(make_probe(), tmp_path / "mood")
 
 
-def on_hub(revision=None):
-    return ProbeModel.from_pretrained(REPO, revision=revision)
-
-
 class TestPush:
     def test_round_trip(self, hub, token, model):
         info = model.push_probe_to_hub(REPO, "mood", private=True, tags=["mine"], license="mit")
         assert hub.repositories[REPO].private and len(hub.repositories[REPO].commits) == 2, "one after the first"
         assert set(hub.files(REPO)) >= {CONFIG_NAME, WEIGHTS_NAME, "README.md"} and info.oid == hub.head(REPO)
-        back = on_hub()
+        back = read_head(REPO)
         assert same_weights(back, model.probes["mood"])
         assert back.config.id2label == {0: "bad", 1: "good"} and back.config.temperature == 2.0
         assert model.load_probe(REPO, "again") == "again" and model.load_probe(REPO, token=token, name="b") == "b"
@@ -71,9 +67,9 @@ class TestPush:
         for _ in range(2):
             pushed.push_probe_to_hub(REPO, "other", revision="next", license="mit")
         request = pushed.push_probe_to_hub(REPO, "other", create_pr=True, license="mit")
-        assert hub.head(REPO) == main and same_weights(on_hub(), pushed.probes["mood"])
+        assert hub.head(REPO) == main and same_weights(read_head(REPO), pushed.probes["mood"])
         for revision in ("next", request.pr_revision):
-            for head in (ProbeModel.from_pretrained(f"{REPO}@{revision}"), on_hub(revision)):
+            for head in (read_head(f"{REPO}@{revision}"), read_head(REPO, revision=revision)):
                 assert same_weights(head, pushed.probes["other"])
 
     def test_what_a_new_version_no_longer_has_goes_away(self, hub, token, model):
@@ -89,13 +85,13 @@ class TestPush:
             pushed.push_probe_to_hub(REPO, "other", license="mit")
         assert injected.hits and token not in str(raised.value)
         assert hub.head(REPO) == before and hub.files(REPO) == files
-        assert same_weights(on_hub(), pushed.probes["mood"])
+        assert same_weights(read_head(REPO), pushed.probes["mood"])
 
     def test_a_push_whose_answer_is_lost(self, hub, pushed):
         hub.fault("lose", path="/commit/")
         with pytest.raises(ProbeError, match="not known"):
             pushed.push_probe_to_hub(REPO, "other", license="mit")
-        assert same_weights(on_hub(), pushed.probes["other"])
+        assert same_weights(read_head(REPO), pushed.probes["other"])
 
     def test_no_path_of_this_machine_is_pushed(self, hub, token, tmp_path, caplog):
         path = "/home/me/secret plans/lm-1"
@@ -106,16 +102,16 @@ class TestPush:
         push_folder(folder, REPO)
         assert f"the backbone '{path}'" in caplog.text
         assert not any(b"secret" in content for content in hub.files(REPO).values())
-        assert on_hub().config.base_model_name_or_path == "lm-1"
+        assert read_head(REPO).config.base_model_name_or_path == "lm-1"
         assert read_head(folder).config.base_model_name_or_path == path, "the folder is kept"
 
     def test_two_at_once(self, hub, pushed):
         hub.fault("run", action=lambda: hub.plant(REPO, {"theirs.txt": b"x"}), path="/commit/")
         with pytest.raises(ProbeError, match=r"nothing was uploaded.*A commit has happened since"):
             pushed.push_probe_to_hub(REPO, "other", license="mit")
-        assert same_weights(on_hub(), pushed.probes["mood"]) and "theirs.txt" in hub.files(REPO)
+        assert same_weights(read_head(REPO), pushed.probes["mood"]) and "theirs.txt" in hub.files(REPO)
         pushed.push_probe_to_hub(REPO, "other", license="mit")
-        assert same_weights(on_hub(), pushed.probes["other"]) and "theirs.txt" in hub.files(REPO)
+        assert same_weights(read_head(REPO), pushed.probes["other"]) and "theirs.txt" in hub.files(REPO)
 
     def test_tokens_that_may_not(self, hub, token, pushed):
         wrong, bob = "hf_" + "x" * 34, hub.add_user("bob")

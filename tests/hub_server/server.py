@@ -73,10 +73,6 @@ class Blob:
             return hashlib.sha256(self.data).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
 
-    def entry(self, path: str) -> dict:
-        """The file as the API lists it."""
-        return {"type": "file", "path": path, "size": len(self.data), "oid": self.oid}
-
 
 class Repository:
     """A model or a data set: trees by the id of their commit. It starts with one."""
@@ -147,14 +143,6 @@ class HubServer:
         self.requests: list[tuple[str, str, int | None]] = []
         self.errors: list[str] = []
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def cdn_url(self) -> str:
-        return f"http://localhost:{self.port}"
-
     # What tests call
 
     def start(self) -> "HubServer":
@@ -163,6 +151,7 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
+        self.url, self.cdn_url = f"http://127.0.0.1:{self.port}", f"http://localhost:{self.port}"
         # shutdown() waits for the next poll.
         threading.Thread(target=self._server.serve_forever, args=(0.01,), name="hub", daemon=True).start()
         return self
@@ -338,7 +327,8 @@ class Handler(BaseHTTPRequestHandler):
             if rest:
                 entries[start + first] = {"type": "directory", "path": start + first, "size": 0, "oid": "0" * 40}
             if not rest or "recursive" in self.path:
-                entries[path] = files[path].entry(path)
+                blob = files[path]
+                entries[path] = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.oid}
         if folder and not entries:
             raise Refusal(404, f"Entry not found: {folder}", "EntryNotFound")
         return list(entries.values())
