@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 from training_runs import head_of, token_rows, trainer_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
+from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel
 from llama_probe.data.cached_states import PromptDataset, collate
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.prediction import predict_logits
-from llama_probe.heads.decision import ProbeOutput, probe_loss
+from llama_probe.heads.decision import probe_loss
 from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
-from llama_probe.training.loss import ProbeLoss, balanced_weights
 from llama_probe.training.trainer import STATES
 
 
@@ -35,9 +34,9 @@ def head(backbone=None, **changes):
     return head_of(backbone, **{"probe_type": "mha", "dropout": 0.1, **changes})
 
 
-def trainer_for(probe, folder, metric="auprc", train=TRAIN, **changes):
-    changes |= {"label_smoothing_factor": 0.0, "metric_for_best_model": metric, "patience": None}
-    return trainer_of(folder, PromptDataset(*train), PromptDataset(*VALIDATION), model=probe, **changes)
+def trainer_for(probe, folder, **changes):
+    changes |= {"label_smoothing_factor": 0.0, "metric_for_best_model": "auprc", "patience": None}
+    return trainer_of(folder, PromptDataset(*TRAIN), PromptDataset(*VALIDATION), model=probe, **changes)
 
 
 def mood(folder, rows=ANSWERS, held_back=ANSWERS[:12], **changes):
@@ -133,6 +132,8 @@ class TestRows:
             ({"rows": {"words": ["a", "b"], "label": [1, 0]}}, "words"),
             ({"column_mapping": {"review": "text"}}, "review"),
             ({"metric_for_best_model": "r2"}, "r2"),
+            ({"class_weights": "1"}, "class_weights has 1"),
+            ({"label_smoothing_factor": 1.0}, "label_smoothing=1.0"),
             ({"rows": Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()}, "one split in memory"),
             ({"held_back": "rows.csv"}, "eval_dataset"),
             ({"held_back": {"test": PromptDataset([[1]], np.zeros(1))}}, "same length"),
@@ -183,9 +184,9 @@ def test_model_init_and_a_search(tmp_path):
     trainer = mood(tmp_path, model_init=model_init, num_train_epochs=1)
     best = trainer.hyperparameter_search(n_trials=2)
     assert len(made) >= 3 and 0 <= best.objective <= 1 and "learning_rate" in best.hyperparameters
-    trainer.args.per_device_train_batch_size = 2  # as one sets what was found
+    trainer.args.per_device_train_batch_size, trainer.args.focal_gamma = 2, 2.0  # as one sets what was found
     trainer.train()
-    assert trainer.state.max_steps == 16
+    assert trainer.state.max_steps == 16 and trainer.compute_loss_func.focal_gamma == 2.0
     assert made[-1].config.id2label == {0: "bad", 1: "good"} and made[-1].config.prompt_format == "chat"
 
 
@@ -208,21 +209,12 @@ def test_a_search_for_the_smallest_loss(tmp_path):
     assert best.objective == min(seen)
 
 
-def test_the_loss_follows_the_arguments(tmp_path):
-    trainer = mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1)
-    trainer.args.focal_gamma = 2.0  # as a trial of a search does
-    trainer.train()
-    assert trainer.compute_loss_func.focal_gamma == 2.0
-
-
 def test_a_reply_in_token_ids_ends_with_its_mask(tmp_path):
     row = {"input_ids": [5, 6, 7, 8, 9, 3, 4], "probe_mask": [0, 0, 1, 1, 1, 0, 0]}
     rows = [row | {"label": i % 2} for i in range(8)]
     probe = head(make_lm(vocab_size=260), token_scope="response")
-    args = ProbeTrainingArguments(str(tmp_path), cache_states=False, num_train_epochs=1, novelty=False)
-    trainer = ProbeTrainer(probe, args, train_dataset=rows)
-    item = trainer.train_dataset.dataset[0]
-    assert item["input_ids"] == [5, 6, 7, 8, 9] and trainer.train_dataset.dataset.reply_lengths[0] == 3
+    learned = mood(tmp_path, rows, None, model=probe, cache_states=False).train_dataset.dataset
+    assert learned[0]["input_ids"] == [5, 6, 7, 8, 9] and learned.reply_lengths[0] == 3
 
 
 def test_a_metric_that_is_not_measured_is_named(tmp_path):
@@ -278,47 +270,30 @@ def test_a_lora_adapted_backbone(tmp_path):
     assert not torch.allclose(predict_logits(probe, data), predict_logits(plain, data)), "the adapter is in the states"
 
 
-def test_a_value_that_stands_for_no_label_elsewhere_counts_as_any_other(tmp_path):
-    prompts, _ = token_rows(8)
-    probe = head(make_lm(), probe_type="pooling", problem_type="regression", num_labels=1, dropout=0.0)
-    changes = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
-    changes |= {"logging_strategy": "steps", "logging_steps": 1, "learning_rate": 1e-30, "num_train_epochs": 1}
-    changes |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    values = np.array([-100, 1, -100, 3, -100, -100, -100, -100], dtype=np.float32)
-    trainer = trainer_for(probe, tmp_path, "r2", (prompts, values), **changes)
-    expected = np.mean((predict_logits(probe, trainer.train_dataset)[:, 0].numpy() - values) ** 2)
+TWO, BALANCED = [0, 0, 0, 0, 0, 1, 0, 1], {"class_weights": "balanced"}
+SEVERAL, VALUE = {"problem_type": "multi_label_classification"}, {"problem_type": "regression", "num_labels": 1}
+
+
+@pytest.mark.parametrize(
+    "fields, labels, arguments, weights",
+    [
+        ({}, TWO, {"class_weights": "1,3", "label_smoothing_factor": 0.1, "focal_gamma": 1.0}, [1.0, 3.0]),
+        ({}, TWO, BALANCED, [8 / (2 * 6), 8 / (2 * 2)]),
+        (SEVERAL, [[1.0, 0]] * 6 + [[0, 1.0]] * 2, BALANCED, [2 / 6, 6 / 2]),
+        # A value that stands for no label elsewhere counts as any other.
+        (VALUE, [-100.0, 1, -100, 3, -100, -100, -100, -100], {}, None),
+    ],
+)
+def test_the_loss_of_a_step_is_the_mean_over_the_rows_of_its_batches(tmp_path, fields, labels, arguments, weights):
+    probe, rows = head(make_lm(), probe_type="pooling", dropout=0.0, **fields), token_rows(8)[0]
+    arguments = {"label_smoothing_factor": 0.0, "focal_gamma": 0.0, **arguments}
+    once = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(tmp_path, PromptDataset(rows, np.array(labels)), None, model=probe, **once, **arguments)
+    logits, weights = predict_logits(probe, trainer.train_dataset), weights and torch.tensor(weights)
+    factors = arguments["label_smoothing_factor"], arguments["focal_gamma"]
+    loss = probe_loss(logits, torch.tensor(labels), probe.config, weights, *factors)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
-
-
-class TestLoss:
-    logits = torch.tensor([[2.0, -1.0], [0.5, 0.5], [-1.0, 1.0], [3.0, 0.0]])
-    labels = torch.tensor([0, 1, 1, 1])
-
-    def outputs(self, rows=slice(None)):
-        return ProbeOutput(logits=self.logits[rows])
-
-    def test_parts_of_a_batch_add_up(self):
-        loss = ProbeLoss(head().config, [1.0, 3.0], label_smoothing=0.1, focal_gamma=1.0)
-        parts = [loss(self.outputs(rows), self.labels[rows], torch.tensor(4)) for rows in (slice(0, 1), slice(1, 4))]
-        torch.testing.assert_close(sum(parts), loss(self.outputs(), self.labels))
-
-    def test_several_labels_count_rows_not_entries(self):
-        config = head(problem_type="multi_label_classification").config
-        on = torch.tensor([[0.0, 1.0]] * 4)
-        loss = ProbeLoss(config)(self.outputs(), on, torch.tensor(8))  # the Trainer counts entries
-        torch.testing.assert_close(loss, probe_loss(self.logits, on, config))
-
-    def test_balanced_weights(self):
-        config = head().config
-        assert balanced_weights(np.array([0, 0, 0, 1]), config) == [pytest.approx(4 / 6), pytest.approx(2.0)]
-        several = config.replace(problem_type="multi_label_classification")
-        assert balanced_weights(np.array([[1, 0], [1, 0], [0, 1], [1, 0]]), several) == [pytest.approx(1 / 3), 3.0]
-
-    @pytest.mark.parametrize("name, value", [("class_weights", [1.0]), ("label_smoothing", 1.0)])
-    def test_refusals(self, name, value):
-        with pytest.raises(ProbeError, match=name):
-            ProbeLoss(head().config, **{name: value})
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
