@@ -11,13 +11,12 @@ from transformers import set_seed
 from llama_probe import ProbeError, ProbeModel
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.heads import probe_types
-from llama_probe.training.progress import Progress, read_progress, write_progress
 
 
 TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)
 HEADS = {kind: {"probe_type": kind, "dropout": 0.2, "layer_dropout": 0.1} for kind in probe_types()}
-HEADS |= {"few-layers": {"probe_type": "gate", "layers": [1, 3]}, "rms": {"probe_type": "gate", "normalize": "rms"}}
-RATES = {"few-layers": {"learning_rate": 3e-2, "weight_decay": 0.0, "label_smoothing_factor": 0.1, "focal_gamma": 1.0}}
+HEADS |= {"few/layers": {"probe_type": "gate", "layers": [1, 3]}, "rms": {"probe_type": "gate", "normalize": "rms"}}
+RATES = {"few/layers": {"learning_rate": 3e-2, "weight_decay": 0.0, "label_smoothing_factor": 0.1, "focal_gamma": 1.0}}
 
 
 def head(name="gate", lm=None, seed=3):
@@ -41,7 +40,7 @@ def same(a, b, tolerance=1e-5):
     return all(torch.allclose(x, y, atol=tolerance) for x, y in pairs)
 
 
-@pytest.mark.parametrize("is_cached, names", [(True, list(HEADS)), (False, ["mha", "multimax", "few-layers"])])
+@pytest.mark.parametrize("is_cached, names", [(True, list(HEADS)), (False, ["mha", "multimax", "few/layers"])])
 def test_each_head_learns_as_if_alone(tmp_path, is_cached, names):
     lm, rows = None if is_cached else make_lm(), {"train_rows": token_rows(24), "num_train_epochs": 2}
     rows["bf16"] = is_cached  # autocast is meant for the LM
@@ -72,7 +71,7 @@ def test_a_head_learns_nothing_of_the_rows_that_it_is_to_leave_out(tmp_path):
 
 def test_the_backbone_runs_once_for_all_heads(tmp_path):
     counts = []
-    for names in (["gate"], ["gate", "pooling", "few-layers"]):
+    for names in (["gate"], ["gate", "pooling", "few/layers"]):
         lm, passes = make_lm(), []
         lm.model.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
         heads = {name: head(name, lm) for name in names}
@@ -82,7 +81,7 @@ def test_the_backbone_runs_once_for_all_heads(tmp_path):
     assert counts[1] - counts[0] <= 8 and counts[0] >= 12
 
 
-@pytest.mark.parametrize("names", [["gate"], ["gate", "multimax", "few-layers"]])
+@pytest.mark.parametrize("names", [["gate"], ["gate", "multimax", "few/layers"]])
 def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path, names):
     def run(folder, seed=5, **changes):
         set_seed(seed)
@@ -95,15 +94,6 @@ def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path, names):
     resumed = run("cut", seed=77, resume=True)
     assert all(same(resumed.heads[name], whole.heads[name]) for name in whole.heads)
     assert [each.scores for each in resumed.progress.values()] == [each.scores for each in whole.progress.values()]
-
-
-def test_progress_is_read_as_it_was_written(tmp_path):
-    progress = {"a/b": Progress(), "new": Progress()}
-    progress["a/b"].note(0.5, 1.0, head().state_dict())
-    write_progress(tmp_path, progress)
-    read = read_progress(tmp_path)
-    assert read.keys() == progress.keys() and read["a/b"].scores == [0.5] and read["new"].weights == {}
-    assert read["a/b"].weights.keys() == head().state_dict().keys()
 
 
 def test_each_head_has_its_own_best_epoch_and_stops_by_itself(tmp_path):

@@ -10,7 +10,7 @@ from llama_probe import ProbeConfig, ProbeError, ProbeTrainingArguments
 from llama_probe.data.labelled_texts import Labels
 from llama_probe.data.row_sources import Source
 from llama_probe.heads import get_probe_type, probe_types
-from llama_probe.training.defaults import complete_head, layers_at
+from llama_probe.training.defaults import complete_head
 from llama_probe.training.recipe import Calibration, CardFacts, Copies, Held, Measure, Recipe
 from llama_probe.training.search import Search, draw_candidates
 
@@ -54,12 +54,6 @@ def test_numbers_out_of_range_are_refused(name, value):
     if name != "cache_states":
         with pytest.raises(ProbeError, match=f"{name}="):
             Recipe.load(changed(training={name: value}))
-
-
-def test_layers_are_parts_of_the_depth():
-    assert layers_at([0.0, 0.5, 1.0, 0.51], 24) == [0, 12, 24] and layers_at([0.2, 0.9], 30) == [6, 27]
-    with pytest.raises(ProbeError, match=r"1\.5"):
-        layers_at([0.5, 1.5], 24)
 
 
 @pytest.mark.parametrize("section", [Recipe, Labels, Source, Held, Copies, Search, Calibration, Measure, CardFacts])

@@ -111,16 +111,6 @@ class TestExtraRows:
         assert "60 extra rows are skipped" in caplog.text
 
 
-def test_a_twin_is_not_chosen_by_its_sources_either(tmp_path):
-    def source(name):
-        return write(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": i % 2} for i in range(60)])
-
-    rows = read(source("a"), source("b"), validation={"share": 0.3}, hold_out={"twin": ["b"]})
-    for part, held in ((rows.train, rows.twins["twin"].left_out), (rows.validation, rows.twins["twin"].unjudged)):
-        assert held == [row for row, text in enumerate(part.texts) if text[0] == "b"]
-    assert len(rows.twins["twin"].measured["b"]) == 60
-
-
 def test_a_twin_needs_rows_of_several_labels(tmp_path):
     sources = [{"rows": write(tmp_path / f"{name}.jsonl", 60), "label": name} for name in ("bad", "good")]
     with pytest.raises(ProbeError, match=r"hold_out\.twin"):

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
-from conftest import make_lm, make_probe, read_head
+from conftest import make_lm, read_head
 from training_runs import recipe_of, train, write
 
 from llama_probe import ProbeError, ProbeTrainer
@@ -18,12 +17,10 @@ from llama_probe.evaluation import transformations
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
-from llama_probe.heads.probe import ProbeModel
 from llama_probe.training import estimate, prepared, trainer
 from llama_probe.training import results as training_results
 from llama_probe.training.prepared import CHECKPOINTS
 from llama_probe.training.progress import last_checkpoint
-from llama_probe.training.recipe import Calibration
 from llama_probe.training.run import train_recipe
 
 
@@ -98,7 +95,7 @@ class TestTwins:
             "train": sources,
             "validation": {"share": 0.2},
             "copies": {"names": ["lead_in", "earlier_turns"], "share": 0.3},
-            "head": {"probe_type": "gate", "token_scope": "user", "layers": [0.5, 1.0]},
+            "head": {"probe_type": "gate", "token_scope": "user", "layers": [0.5, 1.0, 0.6]},
             "training": {"num_train_epochs": 4, "learning_rate": 0.03},
             "calibration": {"sources": [rows("mild", 60, 0)], "rates": [0.1, 0.05]},
             "hold_out": {"lists": ["list"], "talks": ["talk"]},
@@ -117,12 +114,17 @@ class TestTwins:
         trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
         assert list(trainer.heads) == ["seed-0", "twin-lists", "twin-talks"]
         rows, run, learned = trainer._run.rows, trainer._run, trainer.train_dataset
-        texts = list(map(json.dumps, rows.train.texts))
+
+        def rows_of(source, part):
+            texts = enumerate(map(json.dumps, part.texts))
+            return [row for row, text in texts if any(number in text for number in numbers[source])]
+
         for twin, source in (("lists", "list"), ("talks", "talk")):
-            of_source = {row for row, text in enumerate(texts) if any(number in text for number in numbers[source])}
-            assert set(rows.twins[twin].left_out) == of_source, "copies with a lead-in from these rows as well"
+            held = rows_of(source, rows.train)
+            assert rows.twins[twin].left_out == held, "copies with a lead-in from these rows as well"
+            assert rows.twins[twin].unjudged == rows_of(source, rows.validation), "nor is it chosen by them"
             by_twin = learned.learned_by[:, list(run.heads).index(f"twin-{twin}")]
-            assert {row for row, learns in zip(learned.rows, by_twin, strict=True) if not learns} == of_source
+            assert sorted({row for row, learns in zip(learned.rows, by_twin, strict=True) if not learns}) == held
         assert max(map(learned.rows.count, learned.rows)) == 2, "repeated rows"
         trainer.train()
         trainer.save_model()
@@ -193,12 +195,10 @@ class TestResuming:
     def test_the_same_training(self, stopped, backbone_folder, tmp_path, monkeypatch):
         with pytest.raises(ProbeError, match=r"stopped run.*--resume"):
             train_recipe(recipe_of(tmp_path), str(backbone_folder), tmp_path / "head")
-        steps, original = [], ProbeModel.score
         monkeypatch.setattr(
-            ProbeModel, "score", lambda self, *a, **k: (steps.append(self.training), original(self, *a, **k))[1]
+            ProbeTrainer, "training_step", Mock(side_effect=AssertionError("nothing is left to train"))
         )
-        stopped()
-        assert steps and not any(steps), "nothing was left to train"
+        assert stopped()["runs"]
         assert not (tmp_path / "head" / CHECKPOINTS).exists() and not (tmp_path / "head" / ".states").exists()
 
     def test_another_training_is_refused(self, stopped, tmp_path):
@@ -245,7 +245,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
         # A metric that is not defined on the validation rows.
         ({"validation": {"sources": ["alike.jsonl"]}}, "auprc"),
         *(({"training": {"class_weights": weights}}, "class_weights") for weights in ("nan,1", "a,b", "0,0")),
-        ({"head": {"layers": [0.5, 7.5]}}, "layers"),
+        ({"head": {"layers": [0.5, 7.5]}}, r"layers.*7\.5"),
         ({"head": {"probe_type": "mha", "downcast": 5}}, "downcast"),
         ({"train": [{"rows": "40.jsonl", "weights": [0.0, 0.25]}]}, "weights"),
         ({"training": {"lr": 1}}, "lr"),
@@ -277,14 +277,12 @@ def test_states_that_do_not_fit_are_not_cached(tmp_path, backbone_folder, monkey
     assert train(tmp_path, backbone_folder)["runs"] and "no hidden states on disk" in caplog.text
 
 
-def test_rates_without_a_threshold_are_left_out(monkeypatch):
-    head = make_probe(id2label={0: "mild", 1: "wild"}, flagged=["wild"])
-    scores = torch.tensor([0.99999, 0.9999, 0.8, 0.6, 0.5, *[0.3] * 95])
-    logits = torch.stack([1 - scores, scores], 1).log()
-    monkeypatch.setattr(training_results, "predict_logits", lambda *_, **__: logits)
-    recipe, rows = SimpleNamespace(calibration=Calibration(rates=[0.05, 0.01])), SimpleNamespace(calibration=scores)
-    run = SimpleNamespace(recipe=recipe, rows=rows, datasets={"calibration": None})
-    assert training_results._calibrate(run, head)["rates"] == {"fpr-5%": 0.05}
-    assert head.config.thresholds == {"fpr-5%": pytest.approx(0.4)} and head.config.threshold == pytest.approx(0.4)
-    run.recipe.calibration.rates = [0.01]
-    assert training_results._calibrate(run, head) is None
+def test_rates_without_a_threshold_are_left_out(backbone_folder, tmp_path, monkeypatch):
+    odds = torch.tensor([2e4, 1e4, 3.0, 2.0, 1.0, *[-1.0] * 95])  # the first two have the probability 1
+    monkeypatch.setattr(training_results, "predict_logits", lambda *_: torch.stack([0 * odds, odds], dim=1))
+    calm = write(tmp_path / "calm.jsonl", 100, words=("calm",))
+    for rates, fitted in (([0.05, 0.01], {"fpr-5%": 0.05}), ([0.01], None)):
+        results = train(tmp_path, backbone_folder, calibration={"sources": [calm], "rates": rates})
+        config = read_head(tmp_path / "head").config
+        assert results.get("thresholds_from", {"rates": None})["rates"] == fitted
+        assert config.thresholds == (fitted and {"fpr-5%": config.threshold})
