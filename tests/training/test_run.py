@@ -1,6 +1,5 @@
 """Runs from a recipe to a head folder: folds, twins, and resuming after a stop."""
 
-import json
 import shutil
 from unittest.mock import Mock
 
@@ -77,19 +76,14 @@ class TestTwins:
 
     @pytest.fixture
     def recipe(self, tmp_path):
-        numbers: dict[str, list[str]] = {}
-
         def rows(name, count, label):
-            # Numbers tell the source to the test; some texts say what those of the other label say.
-            first = 1000 * len(list(tmp_path.glob("*.jsonl")))
-            numbers[name] = [str((first + i) * 7919 % 90000 + 10000) for i in range(count)]
-            words = [("kind", "BAD!!")[label != (i % 4 == 0)] for i in range(count)]
-            marked = zip(words, numbers[name], strict=True)
-            lines = [{"text": f"{w} {number}", "label": label, "tone": w[:4].lower()} for w, number in marked]
+            words = [("kind", "BAD!!")[label != (i % 4 == 0)] for i in range(count)]  # some as of the other label
+            texts = [f"{word} {name}-{i}" for i, word in enumerate(words)]
+            lines = [{"text": text, "label": label, "tone": text[:4].lower()} for text in texts]
             return {"rows": write(tmp_path / f"{name}.jsonl", lines)}
 
         sources = [rows("ask", 40, 1), rows("list", 30, 1), rows("talk", 80, 0), {**rows("chat", 40, 0), "repeat": 2}]
-        return numbers, {
+        return {
             "name": "tiny",
             "labels": {"names": ["harmless", "harmful"], "flagged": ["harmful"]},
             "train": sources,
@@ -110,14 +104,12 @@ class TestTwins:
 
     def test_what_is_measured(self, recipe, backbone_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (2, 2)))
-        numbers, recipe = recipe
         trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
         assert list(trainer.heads) == ["seed-0", "twin-lists", "twin-talks"]
         rows, run, learned = trainer._run.rows, trainer._run, trainer.train_dataset
 
         def rows_of(source, part):
-            texts = enumerate(map(json.dumps, part.texts))
-            return [row for row, text in texts if any(number in text for number in numbers[source])]
+            return [row for row, text in enumerate(part.texts) if f" {source}-" in str(text)]
 
         for twin, source in (("lists", "list"), ("talks", "talk")):
             held = rows_of(source, rows.train)
@@ -165,7 +157,7 @@ class TestTwins:
     def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path):
         lm, tokenizer = load_backbone(str(backbone_folder))
         settings = ["hold_out={}", "measure={}", "training.num_train_epochs=1"]
-        given = {"recipe": recipe[1], "backbone": lm, "settings": settings, "output_dir": tmp_path / "head"}
+        given = {"recipe": recipe, "backbone": lm, "settings": settings, "output_dir": tmp_path / "head"}
         trainer = ProbeTrainer.from_recipe(**given, processing_class=tokenizer)
         trainer.train()
         assert trainer.predict([("Go!", "harmless"), ("Kill!", "harmful")]).predictions.shape == (2, 1, 2)
