@@ -107,11 +107,8 @@ def test_a_rate_means_whole_replies():
 
 
 def test_few_harmless_replies_give_no_limits_where_there_are_none():
-    followed, labels = replies(3, harmless=2, harmful=8)
-    largest = torch.stack([logits[logits[:, 1].argmax()] for logits in followed])
-    config = CONFIG.replace(thresholds={"fpr-5%": 0.5}, threshold=0.5)
-    report = reply_report(config, followed, labels)
-    assert len(largest) == 10 and report["thresholds"]["fpr-5%"]["intervals"]["detected"][0] >= 0
+    report = reply_report(CONFIG.replace(thresholds={"fpr-5%": 0.5}, threshold=0.5), *replies(3, 2, 8))
+    assert report["thresholds"]["fpr-5%"]["intervals"]["detected"][0] >= 0
 
 
 def test_replies_whose_label_nobody_knows_do_not_count():

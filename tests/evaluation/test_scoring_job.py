@@ -118,30 +118,28 @@ def test_replies(tmp_path, backbone_folder, heads, run, scope):
         TextScorer([heads[0], *guard], str(backbone_folder))
 
 
+def changing(first, last):
+    """Return rows with a column `of` that has another value in the second chunk."""
+    return [{"text": "a", "of": first}] * 1000 + [{"text": "a", "of": last}]
+
+
+OF, ASK = {"keep_columns": ["of"]}, {"prompt_column": "ask"}
+
+
 @pytest.mark.parametrize(
     "rows, changes, words",
     [
         ([{"body": "a"}], {}, "no column 'text'"),
         ([{"text": "whole"}, {"text": "half \ud83d"}], {}, "row 1: text"),
-        ([{"text": None, "id": 1}] * 1000 + [{"id": "two"}], {"keep_columns": ["id"]}, "column 'id'"),
-        (
-            [{"text": "a", "id": 1}] * 1000 + [{"text": "a", "id": 2.9}],
-            {"keep_columns": ["id"]},
-            "column 'id'.*fraction",
-        ),
-        *(
-            (
-                [{"text": "a", "of": [{"id": 1}]}] * 1000 + [{"text": "a", "of": [item]}],
-                {"keep_columns": ["of"]},
-                "'of'",
-            )
-            for item in ({"id": 1, "name": "b"}, {"id": 2.9})
-        ),
+        (changing(1, "two"), OF, "column 'of'"),
+        (changing(1, 2.9), OF, "column 'of'.*fraction"),
+        (changing([{"id": 1}], [{"id": 1, "name": "b"}]), OF, "'of'"),
+        (changing([{"id": 1}], [{"id": 2.9}]), OF, "'of'"),
         ([{"text": "a", "row": 1}], {"keep_columns": ["row"]}, "keep_columns.* row"),
         ([{"text": "a"}], {"chunk_rows": 0}, "chunk_rows=0"),
-        ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], {"prompt_column": "ask"}, "row 1: text"),
-        ([{"text": "half \ud83d", "ask": "b"}], {"prompt_column": "ask"}, "row 0: text"),
-        ([{"text": "a", "ask": ""}, {"text": "a", "ask": ["hi"]}], {"prompt_column": "ask"}, "row 1: ask"),
+        ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], ASK, "row 1: text"),
+        ([{"text": "half \ud83d", "ask": "b"}], ASK, "row 0: text"),
+        ([{"text": "a", "ask": ""}, {"text": "a", "ask": ["hi"]}], ASK, "row 1: ask"),
     ],
 )
 def test_rows_and_columns_that_are_refused(tmp_path, heads, run, rows, changes, words):
