@@ -78,7 +78,6 @@ def test_evaluate(trained, served, rows):
     low, high = found["intervals"]["auprc"]
     assert low - 1e-9 <= found["auprc"] <= high + 1e-9 and set(found["labels"]) == {"fine", "awful"}
     assert len(found["slices"]["half"]["1"]["intervals"]["accuracy"]) == 2
-    assert sum(map(sum, found["confusion"])) == 20
     shown = succeed(*args, "--bootstrap", 50)
     for part in ("awful", "auroc", "confusion", "calibration", "resamples"):
         assert part in shown
@@ -102,10 +101,6 @@ def test_evaluate_with_a_judge(served, rows, tmp_path):
     for column in ("who", "text"):
         assert "--judge-column" in refuse(*args, "--judge-column", column)
     assert "--ask" in refuse(*args[:-4], "--judge-column", "guard")
-
-
-def test_without_one_the_backbone_is_the_heads_own(trained):
-    assert succeed("classify", "good morning", "--probe", trained[0], "--json")
 
 
 def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
@@ -148,7 +143,7 @@ def test_generate_and_classify(trained, served, backbone_folder, tmp_path, comma
     assert [row["prompt"] for row in found] == ["good morning", "bad luck"]
     assert all(row["labels"]["mood"] in ("fine", "awful") and len(row["probabilities"]["mood"]) == 2 for row in found)
     assert ("reply" in found[0]) == (command == "generate")
-    shown = succeed(command, "good evening", *served)
+    shown = succeed(command, "good evening", *served[:2])  # on the backbone that the head records
     assert "good evening" in shown and "mood" in shown
     head = ProbeModel.from_pretrained(trained[0])
     config = head.config
@@ -244,7 +239,6 @@ TRAIN = "train --train {rows} --output {out} "
         ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),
         ("generate x --halt-reply No.", "--halt-on"),
         (TRAIN + "--layers 1", "--layers"),
-        (TRAIN + "--set head.options.num_members=low", "num_members"),
         (TRAIN + "--set head.layers=top", "layers"),
         (TRAIN + "--epochs 0", "num_train_epochs=0"),
         ("train --train toxichat --output {out}", "'toxichat' is no file"),
