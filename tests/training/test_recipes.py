@@ -160,9 +160,7 @@ class TestPackagedRecipe:
         rows = read_rows(recipe, tmp_path)
         parts = [rows.train, *(part for part in (rows.validation, rows.test) if part is not None)]
         read = names_in(names for part in parts for names in part.columns["source"])
-        assert read == {source.name for part in (recipe.train, recipe.test.sources) for source in part} | (
-            {source.name for source in recipe.validation.sources} or read
-        )
+        assert read == {source.name for source in [*recipe.train, *recipe.validation.sources, *recipe.test.sources]}
         labels = rows.train.labels
         assert rows.train.label_names == recipe.labels.names and rows.train.flagged == recipe.labels.flagged
         assert len(set(labels.nonzero()[1] if labels.ndim == 2 else labels)) == len(recipe.labels.names)

@@ -9,7 +9,6 @@ from conftest import make_lm, make_probe, make_prompts
 from torch.nn.functional import softplus
 from training_runs import head_of, trainer_of
 
-from llama_probe import ProbeError
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.heads.decision import ProbeOutput
 from llama_probe.training.loss import TOKEN_LOSSES, ProbeLoss
@@ -89,19 +88,3 @@ def test_heads_learn_side_by_side_as_alone_and_from_cached_states(name, scope, t
     assert alone.progress["head"].scores == pytest.approx(group.progress["multimax"].scores, abs=1e-4)
     for a, b in zip(alone.model.parameters(), group.heads["multimax"].parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "values, match",
-    [
-        ({"token_loss": "max"}, "token_loss='max'"),
-        ({"token_loss": "top-k", "token_scope": "user"}, "token_scope='user'"),
-        ({"token_loss": "softmax", "flagged": None}, "token_loss='softmax'"),
-        ({"token_loss": "softmax"}, "replies"),
-    ],
-)
-def test_refusals(values, match, tmp_path):
-    values = GUARD | values
-    loss, rows = values.pop("token_loss"), PromptDataset([[1, 2], [3, 4]], np.array([0, 1]))
-    with pytest.raises(ProbeError, match=match):
-        trainer_of(tmp_path, rows, None, model=head_of(**values), token_loss=loss)

@@ -28,6 +28,7 @@ TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)
 MORE_ANSWERS = [(f"{word} number {i}", word) for i in range(60) for word in ("bad", "good")]
 ANSWERS = MORE_ANSWERS[:32]
 TEXTS = [text for text, _ in ANSWERS]
+IDS, GUARD = PromptDataset([[1], [2]], np.arange(2)), {"token_scope": "response", "flagged": ["LABEL_1"]}
 
 
 def head(backbone=None, **changes):
@@ -134,6 +135,10 @@ class TestRows:
             ({"metric_for_best_model": "r2"}, "r2"),
             ({"class_weights": "1"}, "class_weights has 1"),
             ({"label_smoothing_factor": 1.0}, "label_smoothing=1.0"),
+            ({"token_loss": "max"}, "token_loss='max'"),
+            ({"token_loss": "top-k"}, "token_loss='top-k'.* token_scope='prompt'"),
+            ({"model": head(token_scope="response"), "token_loss": "softmax"}, "token_loss='softmax'.*flagged"),
+            ({"model": head(**GUARD), "rows": IDS, "held_back": None, "token_loss": "softmax"}, "rows with replies"),
             ({"rows": Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()}, "one split in memory"),
             ({"held_back": "rows.csv"}, "eval_dataset"),
             ({"held_back": {"test": PromptDataset([[1]], np.zeros(1))}}, "same length"),
