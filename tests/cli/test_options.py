@@ -15,11 +15,6 @@ from llama_probe.cli.options import as_command, command_line
 
 def test_a_command_prints_its_result_alone_on_standard_output():
     def command(*, last: int = 1):
-        """Count.
-
-        Args:
-            last: number to count to.
-        """
         print("on the way")
         return {"last": last}, lambda: print(f"last is {last}")
 
