@@ -267,6 +267,9 @@ class TestUnknownFamilies:
         register_family("opt", layers="model.decoder.stack", **paths)
         with pytest.raises(ProbeError, match=r"register_family\('opt', .*model.decoder.stack"):
             find_decoder(lm)
+        register_family("opt", layers="model.decoder.layers", **{**paths, "norm": "final_norm"})
+        with pytest.raises(ProbeError, match=r"register_family\('opt', .* and final_norm"):
+            find_decoder(lm)
         register_family("opt", layers="model.decoder.layers", **paths)
         assert find_decoder(lm).layers is lm.model.decoder.layers
         assert_serves(lm, padded_prompts(), padded_prompts()["attention_mask"])

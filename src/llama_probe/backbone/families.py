@@ -45,6 +45,8 @@ class Family:
             modules = Modules(*(_follow(lm, path) for path in (model, self.embeddings, self.layers, self.norm)))
         except AttributeError:
             return None
+        if lm in (modules.embeddings, modules.norm):  # the only name of a path does not exist
+            return None
         return modules if isinstance(modules.layers, nn.ModuleList) and len(modules.layers) == depth else None
 
 
