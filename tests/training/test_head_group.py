@@ -46,6 +46,8 @@ def test_each_head_learns_as_if_alone(tmp_path, is_cached, names):
     rows["bf16"] = is_cached  # autocast is meant for the LM
     given = {name: rates for name, rates in RATES.items() if name in names}
     group = train({name: head(name, lm) for name in names}, tmp_path / "group", lm, head_args=given, **rows)
+    scores = [group.evaluate(ignore_keys=keys) for keys in (None, ["cache"])]
+    assert scores[0]["eval_auprc"] == scores[1]["eval_auprc"], "keys of the caller's come beside the config's"
     assert list(group.heads) == list(group.logits) == names
     for name in names:
         alone = train(head(name, lm), tmp_path / name, lm, **RATES.get(name, {}), **rows)
@@ -61,10 +63,15 @@ def test_a_head_learns_nothing_of_the_rows_that_it_is_to_leave_out(tmp_path):
     held = list(range(0, 48, 3))
     flipped = TRAIN[1].copy()
     flipped[held] = 1 - flipped[held]
-    given = {"left_out": {"twin": held}, "num_train_epochs": 2}
     a, b = (
-        train({"whole": head(), "twin": head()}, tmp_path / name, train_rows=(TRAIN[0], labels), **given).heads
-        for name, labels in (("a", TRAIN[1]), ("b", flipped))
+        train(
+            {"whole": head(), "twin": head()},
+            tmp_path / kind.__name__,
+            train_rows=(TRAIN[0], labels),
+            left_out={"twin": kind(held)},
+            num_train_epochs=2,
+        ).heads
+        for kind, labels in ((list, TRAIN[1]), (set, flipped))
     )
     assert same(a["twin"], b["twin"]) and not same(a["whole"], b["whole"], 1e-3)
 

@@ -79,7 +79,7 @@ def learners(rows: Sequence[int], heads: Iterable[str], left_out: Mapping[str, S
     """Return `[rows, heads]`, false for the row numbers that a head leaves out; None if no head leaves any out."""
     if not any(map(len, left_out.values())):
         return None
-    return np.stack([~np.isin(rows, left_out.get(name, ())) for name in heads], axis=1)
+    return np.stack([~np.isin(rows, list(left_out.get(name, ()))) for name in heads], axis=1)
 
 
 def labels_of(dataset: Dataset | LabelledTexts) -> np.ndarray:
