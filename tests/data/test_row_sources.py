@@ -193,6 +193,8 @@ class TestLocalCopies:
         assert len(source.read(HARM, copies)) == len(Source(rows="prompts", **asked).read(HARM, copies)) == 20
         assert len(Source(rows="someone/prompts::more", name="m", **asked).read(HARM, copies)) == 7
         assert len(Source(rows="someone/prompts", **asked).read(HARM, copies, "more")) == 7, "the split asked for"
+        everything = Source(rows="someone/prompts", **asked).read(HARM, copies, "all")
+        assert len(everything) == 20, "copies need no file of all splits"
 
     def test_fields_that_differ_in_copies(self, copies):
         local = {"rows": "prompts", "name": "theirs", "text_column": "q", "where": {"of": ["b"]}}

@@ -98,7 +98,9 @@ class Source:
             return self
         place = TablePlace.parse(self.rows)
         if data_dir is not None:
-            copies, split = local_copies(_short_name(self.rows), data_dir), place.split or split
+            copies = local_copies(_short_name(self.rows), data_dir)
+            # The Hub gives all splits of a data set as "all"; copies may lack it.
+            split = place.split or ("train" if split == "all" and split not in copies else split)
             if (path := copies.get(split)) is None:
                 raise ProbeError(f"{self.rows}: {data_dir} has no split {split!r}, but {', '.join(copies)}")
             return replace(self, rows=str(path), name=self.name)
