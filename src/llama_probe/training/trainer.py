@@ -407,6 +407,18 @@ class ProbeTrainer(Trainer):
             torch.manual_seed(seed)
             return super().training_step(model, inputs, num_items_in_batch)
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return loss, logits and labels of a batch; see `Trainer.prediction_step`."""
+        if ignore_keys is not None:  # these would take the place of the config's
+            ignore_keys = [*ignore_keys, *self.model.config.keys_to_ignore_at_inference]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of parameters for each of several heads."""
         if self.optimizer is not None or not self._is_group:
