@@ -84,7 +84,8 @@ class RecipeRows:
 
     def digest(self) -> dict[str, str]:
         """Return a digest of each part that heads learn from or are chosen by."""
-        learned = json.dumps([self.repeats, self.weights, self.folds])
+        # null without weights, as in the setup of runs that earlier code has begun
+        learned = json.dumps([self.repeats, self.weights if any(self.weights) else None, self.folds])
         learned += json.dumps({name: twin.left_out for name, twin in self.twins.items()})
         digests = {"train": self.train.digest(), "learned": hashlib.sha256(learned.encode()).hexdigest()}
         return digests | ({} if self.validation is None else {"validation": self.validation.digest()})
