@@ -98,6 +98,7 @@ def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
     before = model.probes["a"]
     attempts = [
         (lambda: model.add_probe("a", make_probe(seed=1)), "'a'"),
+        (lambda: model.add_probe("a", make_probe(hidden_size=64)), "'a'"),  # before the head is looked at
         (lambda: model.load_probe(folder, name="a"), "'a'"),
         (lambda: model.load_probe(None), "NoneType"),
         *(

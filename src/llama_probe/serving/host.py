@@ -225,8 +225,10 @@ class ProbeHostMixin(CausalLM):
         return next(iter(self._active_heads(list(self.probes) if name is None else name)))
 
     def _attach(self, probes: Mapping[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
+        for name in probes:  # before a new head runs the LM for its fingerprint
+            self._require_free(name)
         heads = fitting_heads(self, probes, strict)
-        with _CHANGING:
+        with _CHANGING:  # another thread may have taken a name since
             for name in heads:
                 self._require_free(name)
             self.probes = nn.ModuleDict({**self.probes, **heads})
