@@ -9,28 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe.backbone import passes
-from llama_probe.backbone.passes import shared_start
+from llama_probe.backbone.capture import prefill
+from llama_probe.backbone.kv_cache import repeat_cache
 from llama_probe.data.cached_states import PromptDataset, iterate_states
 
 
 START = list(range(10, 30))
 TOKENS = st.integers(3, VOCAB - 1)
-
-
-@pytest.mark.parametrize(
-    "prompts, unread, expected",
-    [
-        ([[*START, row] for row in range(5)], [20] * 5, START),
-        ([[*START, row] for row in range(5)], [7] * 5, []),  # 28 tokens are not worth a pass
-        ([[*START, row] for row in range(6)], [20, 20, 20, 20, 20, 7], START),  # 5 times 20 are more than 6 times 7
-        ([[3, 4], *([*START, row] for row in range(5))], [1, *[20] * 5], START),
-        ([*([*START[:19], 5, row] for row in range(5)), [*START, 1]], [20] * 6, START[:19]),
-        ([[*START, 5]], [20], []),
-        ([], [], []),
-    ],
-)
-def test_what_is_worth_running_first(prompts, unread, expected):
-    assert shared_start(prompts, unread) == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,11 +45,19 @@ def test_states_are_those_of_rows_run_whole_and_alone(rows, unread, batch_tokens
     assert all(count == 1 or count * width <= batch_tokens for count, width in sizes)
 
 
-def test_a_pass_over_a_data_set_runs_few_tokens(lm):
-    prompts = [[*START, row] for row in range(3, 43)] + [[5, 6, 7]]
+@pytest.mark.parametrize("rows, tokens", [(40, len(START) + 40 + 3), (4, 5 * (len(START) + 1))])
+def test_a_pass_over_a_data_set_runs_few_tokens(lm, rows, tokens):
+    """A start runs once if that saves more than a further pass costs. Four rows run whole, with the padding of a fifth."""
+    prompts = [[*START, row] for row in range(3, 3 + rows)] + [[5, 6, 7]]
     masks = [[column == len(ids) - 1 for column in range(len(ids))] for ids in prompts]
     ran = []
-    hook = lm.model.layers[LAYERS - 1].register_forward_hook(lambda module, args, out: ran.append(out[..., 0].numel()))
-    list(iterate_states(PromptDataset(prompts, torch.zeros(41).numpy(), masks), make_probe().config, lm))
-    hook.remove()
-    assert sum(ran) == len(START) + 40 + 3
+    lm.model.layers[LAYERS - 1].register_forward_hook(lambda module, args, out: ran.append(out[..., 0].numel()))
+    list(iterate_states(PromptDataset(prompts, torch.zeros(len(prompts)).numpy(), masks), make_probe().config, lm))
+    assert sum(ran) == tokens
+
+
+def test_rows_share_the_memory_of_a_start_until_the_lm_adds_to_it(lm):
+    prefix = prefill(lm, START)
+    parts = [cache.layers[-1].keys for cache in (prefix, repeat_cache(prefix, 3))]
+    assert [len(part) for part in parts] == [1, 3]
+    assert len({part.untyped_storage().nbytes() for part in parts}) == 1
