@@ -2,22 +2,13 @@
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_probe
+from conftest import HIDDEN, LAYERS, make_probe, make_prompts, probed
 
 from llama_probe.experiments.meters import peak_memory
 from llama_probe.experiments.systems import Systems, fresh_config
 from llama_probe.heads import mean_attention, probe_types
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.serving import reader as module
-from llama_probe.serving.auto import AutoModelForProbedGeneration
-from llama_probe.serving.reader import StateReader
-
-
-def read(reader, mask, last=True):
-    reader.begin({"a": mask}, last)
-    for layer in range(LAYERS + 1):
-        reader.on_state(layer, torch.randn(*mask.shape, HIDDEN))
-    reader.end()
 
 
 LAYER = 2 * 4 * HIDDEN * 5  # bytes of two fp32 tensors of five tokens
@@ -34,17 +25,9 @@ def test_layers_go_together_as_the_budget_allows(monkeypatch, budget, groups):
 
     monkeypatch.setattr(ProbeModel, "step", count)
     monkeypatch.setattr(module, "state_budget", lambda device: budget)
-    mask = torch.ones(1, 8, dtype=torch.bool)
-    mask[:, :2] = mask[:, -1:] = False
-    read(StateReader({"a": make_probe()}), mask)
-    assert sizes == [(size, 5) for size in groups]
-
-
-def test_a_chunk_in_which_nothing_counts_is_not_read(monkeypatch):
-    reader = StateReader({"a": make_probe()}, keep=["a"])
-    monkeypatch.setattr(ProbeModel, "step", lambda *_: pytest.fail("there is nothing to read"))
-    read(reader, torch.zeros(1, 3, dtype=torch.bool), last=False)
-    assert reader.states["a"].joined() is None
+    mask = torch.tensor([[0] * 8 + [1] * 5 + [0]])
+    probed({"a": make_probe()}).generate(make_prompts(1, 14), probe_mask=mask, prefill_chunk_size=7, max_new_tokens=1)
+    assert sizes == [(size, 5) for size in groups], "nothing of the first chunk is read"
 
 
 DEEP = 12  # deep enough for several groups of layers
@@ -53,7 +36,7 @@ DEEP = 12  # deep enough for several groups of layers
 @pytest.mark.parametrize("batch_size, tokens, dtype", [(3, 100, torch.float32), (2, 60, torch.bfloat16)])
 def test_memory_above_the_plain_models(batch_size, tokens, dtype, monkeypatch):
     """Beside its parameters, which are there before the call, a head takes at most the reader's budget."""
-    model = AutoModelForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=DEEP))
+    model = probed(num_hidden_layers=DEEP)
     for kind in probe_types():
         # As many directions as suit so narrow a model: the usual 64 are twice its hidden size.
         options = {"options": {"num_maxima": 2, "num_members": 2}} if kind == "multimax" else {}
