@@ -97,16 +97,16 @@ def test_what_is_said_of_the_prompt(prompts):
     assert model.generate(prompts, max_new_tokens=3, probes="prompt").probe_token_logits is None
 
 
-READ = [("prompt", {}, [1, 0, 0]), ("content", {}, [1, 0, 0]), ("response", {}, [0, 1, 1])]
+READ = [("prompt", None, [1, 0, 0]), ("content", None, [1, 0, 0]), ("response", None, [0, 1, 1])]
 
 
-@pytest.mark.parametrize("scope, kwargs, read", [*READ, ("prompt", {"probe_state": True}, [1, 1, 1])])
-def test_a_pass_costs_something_only_where_a_head_reads_it(prompts, scope, kwargs, read):
+@pytest.mark.parametrize("scope, keeps, read", [*READ, ("prompt", True, [1, 1, 1])])
+def test_a_pass_costs_something_only_where_a_head_reads_it(prompts, scope, keeps, read):
     model = probed({"a": make_probe(token_scope=scope)})
     found = hooks_in_passes(model)
-    out = model.generate(prompts, max_new_tokens=3, eos_token_id=None, **kwargs)
+    out = model.generate(prompts, max_new_tokens=3, eos_token_id=None, probe_state=keeps)
     assert found == [(LAYERS + 1) * is_read for is_read in read]
-    assert (out.probe_token_logits is None) == (scope != "response") and (out.probe_state is None) == (not kwargs)
+    assert (out.probe_token_logits is None) == (scope != "response") and (out.probe_state is None) == (not keeps)
 
 
 class TestCallback:
@@ -172,14 +172,6 @@ class TestHalting:
         first = int(mood.argmax())
         assert [halt.token for halt in out.probe_halts] == [None if row == first else 1 for row in range(3)]
         assert (out.sequences[first, 9:] == 96).all() and out.probe_token_logits["guard"][first].isnan().all()
-
-    def test_a_head_of_both_may_halt_before_the_reply(self, prompts):
-        model, rule = probed({"both": make_probe(token_scope="all")}), {"threshold": 0.0}
-        out = model.generate(prompts, max_new_tokens=6, halt_on={"both": rule})
-        assert [halt.token for halt in out.probe_halts] == [None] * 3 and torch.equal(out.sequences, prompts)
-        assert out.probe_token_logits["both"].shape == (3, 0, 2)
-        out = model.generate(prompts, max_new_tokens=6, halt_on={"both": {**rule, "patience": 2}})
-        assert [halt.token for halt in out.probe_halts] == [0] * 3, "the prompt's score is the first"
 
     def test_each_return_sequence_by_itself(self, model, prompts):
         torch.manual_seed(0)

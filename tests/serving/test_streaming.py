@@ -42,27 +42,17 @@ def test_a_token_is_shown_once_it_and_what_follows_is_clear(flags, tokens, ends)
     assert recorder.ended == 1
 
 
-@pytest.mark.parametrize("tokens", [0, 3, 20])
-def test_a_reply_without_a_flag_is_shown_whole(model, tokens):
+@pytest.mark.parametrize("tokens, seen", [(0, 3), (1, 2), (2, 1), (20, 0)])
+def test_what_is_held_goes_with_a_halt_and_comes_with_the_end(model, tokens, seen):
     ids, recorder = make_prompts(1), Recorder()
-    streamer = HoldBackStreamer(recorder, tokens)
-    for _ in range(2):  # it serves one call after another
-        recorder.tokens.clear()
-        out = model.generate(ids, max_new_tokens=6, streamer=streamer, halt_on={"guard": {"threshold": 1.0}})
-        assert recorder.tokens[0] == ids[0].tolist() and recorder.reply == out.sequences[0, 9:].tolist()
-    assert recorder.ended == 2
-
-
-@pytest.mark.parametrize("tokens, seen", [(0, 3), (1, 2), (2, 1), (5, 0)])
-def test_what_is_held_goes_with_a_halt(model, tokens, seen):
-    ids, recorder = make_prompts(1), Recorder()
+    call = {"max_new_tokens": 8, "eos_token_id": None, "streamer": HoldBackStreamer(recorder, tokens)}
     free = make_lm().generate(ids, max_new_tokens=8, eos_token_id=None)[0, 9:].tolist()
-    streamer = HoldBackStreamer(recorder, tokens)
-    for calls, reply in enumerate(([5, 6], None), start=1):  # it can be used again
+    halted, clear = {"on_probe_token": flag(3)}, {"halt_on": {"guard": {"threshold": 1.0}}}
+    ways = [(halted | {"halt_reply": [5, 6]}, [*free[:seen], 5, 6]), (halted, free[:seen]), (clear, free)]
+    for calls, (halting, shown) in enumerate(ways, start=1):  # it serves one call after another
         recorder.tokens.clear()
-        kwargs = {"halt_reply": reply, "on_probe_token": flag(3), "max_new_tokens": 8, "eos_token_id": None}
-        model.generate(ids, streamer=streamer, **kwargs)
-        assert recorder.reply == [*free[:seen], *(reply or [])] and recorder.ended == calls
+        model.generate(ids, **call, **halting)
+        assert recorder.tokens[0] == ids[0].tolist() and recorder.reply == shown and recorder.ended == calls
 
 
 def test_a_prompt_that_is_halted(model):
