@@ -6,7 +6,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import make_lm, make_probe, make_tokenizer, save_head
+from conftest import make_lm, make_probe, make_tokenizer, probed, save_head
 from transformers import AutoModel, AutoModelForCausalLM, TextGenerationPipeline, pipeline
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
@@ -61,25 +61,18 @@ def test_halted_prompts(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_sequence_that_was_halted_midway_says_so_itself(batch_size):
-    pipe = make_pipe(probe={"guard": make_probe(probe_type="gate", token_scope="response")})
+def test_heads_that_read_replies_say_what_they_think_of_each_sequence(batch_size):
+    """Their last word on it: the reply as far as the model has read it, and whether it was halted there."""
+    guard = make_probe(probe_type="gate", num_labels=2, token_scope="response")
+    prompt_head = make_probe(1, probe_type="gate", num_labels=2)
+    pipe = make_pipe(probe={"guard": guard, "prompt": prompt_head})
 
     def second_of_three(scores):
         return [row % 3 == 1 for row in range(len(scores.counted))]
 
-    sampling = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 4}
-    for records in pipe(TEXTS[:2], batch_size=batch_size, on_probe_token=second_of_three, **sampling):
-        assert [record["halted"] is not None for record in records] == [False, True, False]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_heads_that_read_replies_say_what_they_think_of_each_sequence(batch_size):
-    """Their last word on it: the reply as far as the model has read it."""
-    guard = make_probe(probe_type="gate", num_labels=2, token_scope="response")
-    prompt_head = make_probe(1, probe_type="gate", num_labels=2)
-    pipe = make_pipe(probe={"guard": guard, "prompt": prompt_head})
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": True, "num_return_sequences": 3}
-    for records in pipe(TEXTS[:2], batch_size=batch_size, **options):
+    for records in pipe(TEXTS[:2], batch_size=batch_size, on_probe_token=second_of_three, **options):
+        assert [record["halted"] is not None for record in records] == [False, True, False]
         assert all(record["probes"].keys() == {"guard", "prompt"} for record in records)
         assert len({record["probes"]["guard"]["score"] for record in records}) == 3
         assert len({record["probes"]["prompt"]["score"] for record in records}) == 1
@@ -96,14 +89,10 @@ def test_heads_that_read_replies_say_what_they_think_of_each_sequence(batch_size
         assert record["probes"]["guard"] is None and record["probes"]["prompt"]["label"]
 
 
-def test_texts_are_those_of_text_generation_and_verdicts_those_of_generate():
-    pipe, tokenizer = make_pipe(), make_tokenizer()
-    plain = TextGenerationPipeline(make_lm(vocab_size=260), make_tokenizer(), device="cpu")
-    for prompt in (TEXTS[1], CHATS[1]):
-        (result,), (expected,) = pipe(prompt, **GREEDY), plain(prompt, **GREEDY)
-        probes = result.pop("probes")
-        assert result == expected and list(probes) == list(heads())
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
+def test_verdicts_are_those_of_generate():
+    probes, tokenizer = make_pipe()(CHATS[1], **GREEDY)[0]["probes"], make_tokenizer()
+    assert list(probes) == list(heads())
+    model = probed(heads(), vocab_size=260)
     inputs = tokenizer.apply_chat_template(CHATS[1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
     out = model.generate(**inputs, **GREEDY)
     for name, found in probes.items():
@@ -129,15 +118,16 @@ def test_batches_give_what_single_prompts_give(prompts, batch_size):
             assert close(found["probes"], expected["probes"])
 
 
-@pytest.mark.parametrize("options", [{"return_full_text": False}, {"return_tensors": True}])
-def test_other_forms_of_results(options):
-    """Also of the plain task, which takes models with heads, and gives what it gives without them."""
+@pytest.mark.parametrize("options", [{}, {"return_full_text": False}, {"return_tensors": True}])
+@pytest.mark.parametrize("prompt", [TEXTS[1], CHATS[1]], ids=["text", "chat"])
+def test_results_are_those_of_text_generation_beside_verdicts(prompt, options):
+    """The plain task takes models with heads as well, and gives what it gives without them."""
     args = {"tokenizer": make_tokenizer(), "device": "cpu"}
     plain = pipeline("text-generation", model=make_lm(vocab_size=260), **args)
-    with_heads = LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
-    probed, stock = (pipeline(task, model=with_heads, **args) for task in (TASK, "text-generation"))
-    assert type(stock) is type(plain) is TextGenerationPipeline and type(probed) is ProbedTextGenerationPipeline
-    (result,), (same,), (expected,) = (pipe(CHATS[0], **GREEDY, **options) for pipe in (probed, stock, plain))
+    with_heads = probed(heads(), vocab_size=260)
+    ours, stock = (pipeline(task, model=with_heads, **args) for task in (TASK, "text-generation"))
+    assert type(stock) is type(plain) is TextGenerationPipeline and type(ours) is ProbedTextGenerationPipeline
+    (result,), (same,), (expected,) = (pipe(prompt, **GREEDY, **options) for pipe in (ours, stock, plain))
     assert same == expected
     assert set(result.pop("probes")) == set(heads()) and result == expected
 
@@ -181,14 +171,6 @@ def repository(backbone_folder, tmp_path):
     return tmp_path / "repository"
 
 
-def test_a_path_with_an_alias_or_a_folder(repository):
-    expected = make_pipe()(TEXTS[0], **GREEDY)[0]["probes"]["toxic"]
-    for probe, name in (("toxic", "toxic"), ({"x": repository / "toxic"}, "x")):
-        pipe = pipeline(TASK, model=str(repository), probe=probe)
-        assert type(pipe.model) is LlamaForProbedGeneration and pipe.model.active_probes == [name]
-        assert close(pipe(TEXTS[0], **GREEDY)[0]["probes"][name], expected)
-
-
 def test_loaded_models(repository):
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(repository), make_tokenizer()
     for probe in (["toxic", "missing"], {"x": make_probe(hidden_size=64)}):
@@ -202,8 +184,10 @@ def test_loaded_models(repository):
         pipeline(TASK, model=AutoModel.from_pretrained(repository), tokenizer=tokenizer, probe="toxic")
 
 
-def test_saving(repository, tmp_path):
-    pipe = pipeline(TASK, model=str(repository), probe="toxic")
+def test_a_path_and_saving(repository, tmp_path):
+    pipe = pipeline(TASK, model=str(repository), probe={"x": repository / "toxic"})
+    assert type(pipe.model) is LlamaForProbedGeneration and pipe.model.active_probes == ["x"]
+    assert close(pipe(TEXTS[0], **GREEDY)[0]["probes"]["x"], make_pipe()(TEXTS[0], **GREEDY)[0]["probes"]["toxic"])
     pipeline(TASK, model=pipe.model, tokenizer=pipe.tokenizer).save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "saved").glob("*.py"))
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
@@ -217,7 +201,7 @@ class TestClassification:
 
     @pytest.fixture
     def model(self):
-        return LlamaForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), heads())
+        return probed(heads(), vocab_size=260)
 
     @staticmethod
     def make(model, **options):
