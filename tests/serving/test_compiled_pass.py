@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import VOCAB, make_lm, make_prompts, padded
+from conftest import VOCAB, make_prompts, padded, probed
 from conftest import make_probe as make_probe_of_any_size
+from observers import assert_no_hooks
 from torch._dynamo.testing import CompileCounter
 
-from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe import ProbeError
 from llama_probe.heads import probe_types
 
 
@@ -25,8 +26,7 @@ def make_probe(**changes):
 
 
 def make_model(**heads):
-    heads = heads or {"a": make_probe()}
-    return LlamaForProbedGeneration.from_causal_lm(make_lm(num_hidden_layers=LAYERS), heads)
+    return probed(heads or {"a": make_probe()}, num_hidden_layers=LAYERS)
 
 
 def with_compiled_forward(model, backend="eager"):
@@ -44,25 +44,33 @@ def test_the_scores_of_every_kind_stay(prompts):
         assert type(out) is type(expected) and out.probe_labels == expected.probe_labels
         torch.testing.assert_close(out.probe_logits, expected.probe_logits)
         torch.testing.assert_close(out.logits, expected.logits)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert_no_hooks(model)
+
+
+def with_compiled_layers(model):
+    """With torch's stock settings."""
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "compiled, asked",
     [
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"cache_implementation": "static"},
-        {"halt_on": lambda outputs: [True, False, False], "probe_state": True},
-        {"halt_on": {"a": {"threshold": 0.0}}, "halt_reply": [5, 6]},
+        (with_compiled_forward, {"num_beams": 2, "num_return_sequences": 2}),
+        (with_compiled_forward, {"cache_implementation": "static"}),
+        (with_compiled_forward, {"halt_on": lambda outputs: [True, False, False], "probe_state": True}),
+        (with_compiled_forward, {"halt_on": {"a": {"threshold": 0.0}}, "halt_reply": [5, 6]}),
+        (with_compiled_layers, {}),
     ],
 )
-def test_generate_is_that_of_a_model_that_is_not_compiled(prompts, asked):
+def test_generate_is_that_of_a_model_that_is_not_compiled(prompts, compiled, asked):
     heads = {"a": make_probe(), "b": make_probe(probe_type="gate", token_scope="all")}
     if "num_beams" in asked:
         del heads["b"]  # follows one reply a prompt
     asked = {"attention_mask": padded(prompts), "max_new_tokens": 3, "do_sample": False, **asked}
     expected = make_model(**heads).generate(prompts, **asked)
-    out = with_compiled_forward(make_model(**heads)).generate(prompts, **asked)
+    out = compiled(make_model(**heads)).generate(prompts, **asked)
     assert torch.equal(out.sequences, expected.sequences)
     torch.testing.assert_close(out.probe_logits, expected.probe_logits)
     torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
@@ -108,22 +116,9 @@ def test_gradients_are_the_lms_own(prompts):
     assert all(parameter.grad is None for parameter in model.probes.parameters())
 
 
-class TestParts:
-    """Parts of the LM, compiled by themselves with torch's stock settings."""
-
-    def test_layers_one_by_one(self, prompts):
-        forms = {"a": {"token_scope": "prompt"}, "b": {"token_scope": "all"}}
-        model, plain = (make_model(**{name: make_probe(**form) for name, form in forms.items()}) for _ in range(2))
-        for layer in model.model.layers:
-            layer.compile(backend="eager")
-        out, expected = (lm.generate(prompts, max_new_tokens=4, do_sample=False) for lm in (model, plain))
-        assert torch.equal(out.sequences, expected.sequences)
-        torch.testing.assert_close(out.probe_logits, expected.probe_logits)
-        torch.testing.assert_close(out.probe_token_logits, expected.probe_token_logits, equal_nan=True)
-
-    def test_a_decoder_that_ran_before_hides_its_states(self, prompts):
-        model = make_model()
-        model.model.compile(backend="eager")
-        model.generate(prompts, max_new_tokens=3, probes=[])
-        with pytest.raises(ProbeError, match="skip_nnmodule_hook_guards"):
-            model.generate(prompts, max_new_tokens=3)
+def test_a_compiled_decoder_that_ran_without_heads_hides_its_states(prompts):
+    model = make_model()
+    model.model.compile(backend="eager")
+    model.generate(prompts, max_new_tokens=3, probes=[])
+    with pytest.raises(ProbeError, match="skip_nnmodule_hook_guards"):
+        model.generate(prompts, max_new_tokens=3)

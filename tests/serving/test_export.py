@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from command_line import succeed
-from conftest import make_lm, make_probe, make_tokenizer, read_head, save_head
+from conftest import make_lm, make_probe, make_tokenizer, probed, read_head, save_head
 from hub_server.heads import same_weights
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
@@ -56,8 +56,7 @@ def test_what_is_in_it(export, tmp_path):
 
 
 def test_heads_that_were_saved_beside_the_backbone_stay_there(export, tmp_path):
-    model = AutoModelForProbedGeneration.from_causal_lm(make_lm(vocab_size=260), {"own": toxic()})
-    model.save_pretrained(tmp_path / "lm")
+    probed({"own": toxic()}, vocab_size=260).save_pretrained(tmp_path / "lm")
     make_tokenizer().save_pretrained(tmp_path / "lm")
     folder = export(tmp_path / "out", backbone=tmp_path / "lm")
     assert AutoModelForCausalLM.from_pretrained(folder).config.to_dict().get("probe_heads") is None

@@ -158,24 +158,20 @@ class TestSavingTheBackbone:
 
 
 class TestConversion:
-    def test_a_head_that_does_not_fit_leaves_the_model_alone(self, lm):
-        heads = {"good": make_probe(), "bad": make_probe(num_hidden_layers=7)}
-        with pytest.raises(ProbeError, match="num_hidden_layers=7"):
-            LlamaForProbedGeneration.from_causal_lm(lm, heads)
-        assert type(lm) is LlamaForCausalLM and not hasattr(lm, "probes")
+    def test_a_model_that_is_refused_is_left_alone(self, lm, prompts):
+        """A forward in the instance stands before that of any class, and heads would not run."""
+        lm.forward = torch.compile(lm.forward, backend="eager")
+        misfit = {"good": make_probe(), "bad": make_probe(num_hidden_layers=7)}
+        for each, heads, words in ((make_lm(), misfit, "num_hidden_layers=7"), (lm, None, r"model\.forward")):
+            with pytest.raises(ProbeError, match=words):
+                AutoModelForProbedGeneration.from_causal_lm(each, heads)
+            assert type(each) is LlamaForCausalLM and not hasattr(each, "probes")
+        del lm.forward
+        LlamaForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
+        torch.testing.assert_close(lm(prompts).probe_logits["a"], expected_logits(make_probe(), prompts))
 
     def test_a_head_is_read_before_the_backbone(self, tmp_path):
         with pytest.raises(ProbeError, match="no-such-head"):
             LlamaForProbedGeneration.from_pretrained(tmp_path / "no such model", probe="no-such-head")
         with pytest.raises(ProbeError, match="AutoModelForProbedGeneration"):
             LlamaForProbedGeneration.from_causal_lm(tiny("mistral"))
-
-    def test_a_forward_that_was_replaced_is_refused(self, lm, prompts):
-        """In the instance it stands before that of any class, and heads would not run."""
-        lm.forward = torch.compile(lm.forward, backend="eager")
-        with pytest.raises(ProbeError, match=r"model\.forward"):
-            AutoModelForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
-        assert type(lm) is LlamaForCausalLM and not hasattr(lm, "probes")
-        del lm.forward
-        LlamaForProbedGeneration.from_causal_lm(lm, {"a": make_probe()})
-        torch.testing.assert_close(lm(prompts).probe_logits["a"], expected_logits(make_probe(), prompts))

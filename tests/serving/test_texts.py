@@ -5,10 +5,10 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import make_lm, make_probe, make_tokenizer, with_novelty
+from conftest import make_probe, make_tokenizer, probed, with_novelty
 from transformers.utils import logging
 
-from llama_probe import AutoModelForProbedGeneration, ProbeError
+from llama_probe import ProbeError
 from llama_probe.backbone import passes as passes_module
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.serving import texts as module
@@ -26,7 +26,7 @@ def fields(kind="chat", **changes):
 
 @pytest.fixture
 def model():
-    return AutoModelForProbedGeneration.from_causal_lm(make_lm(vocab_size=260))
+    return probed(vocab_size=260)
 
 
 def alone(model, name, texts):
@@ -86,23 +86,19 @@ def test_many_texts_are_read_in_parts(model, monkeypatch):
     torch.testing.assert_close(parts.novelty, whole.novelty, atol=1e-4, rtol=1e-4)
 
 
-def test_a_column_of_datasets(model):
+@pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS])
+def test_texts_in_other_forms(model, texts):
     model.add_probe("a", make_probe(**fields()))
+    expected, pipe = alone(model, "a", texts), ProbedTextClassificationPipeline(model, TOKENIZER)
+    chats = [[{"role": "user", "content": text}] for text in texts]
     datasets = pytest.importorskip("datasets")  # which vLLM's environment does not have
-    column = datasets.Dataset.from_dict({"text": TEXTS})["text"]
-    assert torch.equal(*(model.classify(texts, tokenizer=TOKENIZER)["a"].logits for texts in (column, TEXTS)))
-    pipe = ProbedTextClassificationPipeline(model, TOKENIZER)
-    assert pipe(column) == pipe(TEXTS)
+    forms = [texts, chats, np.array(texts), datasets.Dataset.from_dict({"text": texts})["text"]]
+    for given in forms + ([texts[0], chats[0]] if len(texts) == 1 else []):
+        found = model.classify(given, tokenizer=TOKENIZER)["a"].logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert pipe(forms[-1]) == pipe(texts)
     with pytest.raises(ProbeError, match="texts or chats"):
         pipe(7)
-
-
-def test_one_text_one_chat_and_an_array(model):
-    model.add_probe("a", make_probe(**fields()))
-    expected = alone(model, "a", TEXTS[:1])
-    chat = [{"role": "user", "content": TEXTS[0]}]
-    for given in (TEXTS[0], TEXTS[:1], chat, [chat], np.array(TEXTS[:1])):
-        torch.testing.assert_close(model.classify(given, tokenizer=TOKENIZER)["a"].logits, expected)
 
 
 def test_replies(model):

@@ -41,31 +41,33 @@ def test_rows_with_a_result_are_scored_and_others_are_not_flagged(mode):
         assert out.probe_probabilities[name][1].tolist() == [0.0, 1.0]
 
 
-def test_no_row_has_a_result():
-    ids, _ = agent_prompts()
-    model = probed({"tools": tool_head(), "all": make_probe(seed=1)})
-    for prompts in (ids[1:2], ids[[1, 1]]):
-        out = model.generate(prompts, max_new_tokens=2, halt_on={"tools": {"threshold": 0.001}})
-        assert out.probe_halts == [None] * len(prompts) and set(out.probe_labels["tools"]) == {"clean"}
-        torch.testing.assert_close(out.probe_logits["all"], expected_logits(make_probe(seed=1), prompts))
-    assert model.classify(input_ids=ids[1:2])["tools"].labels == ["clean"]
+FLAGS_NOTHING = {"flagged": None, "threshold": None}
 
 
-@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
-def test_other_problems_without_a_result(problem):
-    ids, _ = agent_prompts()
-    fields = {"problem_type": problem, "flagged": None, "threshold": None}
-    out = probed({"tools": tool_head(**fields)}).generate(ids[1:2], max_new_tokens=1)
-    assert out.probe_labels["tools"] == ([[]] if problem.startswith("multi") else [[0.0, 0.0]])
+@pytest.mark.parametrize(
+    "changes, label",
+    [
+        ({}, "clean"),
+        ({"problem_type": "multi_label_classification", **FLAGS_NOTHING}, []),
+        ({"problem_type": "regression", **FLAGS_NOTHING}, [0.0, 0.0]),
+    ],
+)
+def test_labels_without_a_result(changes, label):
+    (ids, _), model = agent_prompts(), probed({"tools": tool_head(**changes)})
+    assert model.generate(ids[1:2], max_new_tokens=1).probe_labels["tools"] == [label]
+    assert model.classify(ids[1:2])["tools"].labels == [label]
 
 
 @pytest.mark.parametrize("bias", [0.0, float("nan")])
-def test_only_prompts_with_a_result_halt(bias):
+@pytest.mark.parametrize("rows", [[0, 1, 2], [1], [1, 1]])
+def test_only_prompts_with_a_result_halt(rows, bias):
     """Also if what the head gives for a result is no number."""
-    (ids, _), head = agent_prompts(), tool_head()
+    ids, head, other = agent_prompts()[0][rows], tool_head(), make_probe(seed=1)
     head.classifier.bias.data += bias
-    out = probed({"tools": head}).generate(ids, max_new_tokens=3, halt_on={"tools": {"threshold": 1e-6}})
-    assert [halt is not None for halt in out.probe_halts] == [True, False, True]
+    model = probed({"tools": head, "all": other})
+    out = model.generate(ids, max_new_tokens=2, halt_on={"tools": {"threshold": 1e-6}})
+    assert [halt is not None for halt in out.probe_halts] == [row != 1 for row in rows]
+    torch.testing.assert_close(out.probe_logits["all"], expected_logits(other, ids))
 
 
 def test_a_template_without_tool_results_needs_a_mask():
