@@ -245,10 +245,9 @@ class PromptReader:
             raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
         results = {}
         for name, output in self._reader.results().items():
-            read = self.masks[name].any(dim=1)
             if self.heads[name].config.token_scope == "tool":
-                fill_unread(output, read)
-            if not self._partial_prompt or bool(read.all()):
+                fill_unread(output, self.masks[name].any(dim=1))
+            if not self._partial_prompt or bool(self.masks[name].any(dim=1).all()):
                 results[name] = output
         return results
 

@@ -176,7 +176,8 @@ class ProbedSession(PlainSession):
         self.heads, self.halter, self.levels = heads, halter, levels
         self.tokenizer: Any = self.kwargs.get("tokenizer")  # or a processor
         self.streamer: Any = self.kwargs.get("streamer")
-        self._reply_ids = reply_tokens(halt_reply, self.tokenizer)
+        if halter.is_active:
+            self._reply_ids = reply_tokens(halt_reply, self.tokenizer)
         self._copies = self.setting("num_return_sequences") or 1
         inputs = self.prompts()
         keep = asks_for_state(probe_state, inputs["input_ids"], self.setting("use_cache"))
