@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from urllib.parse import unquote
 
 import pytest
 from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from played_server import play, save_heads
-from vllm import SamplingParams
+from vllm import CompletionOutput, RequestOutput, SamplingParams
 from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRATEGIES
 
 from llama_probe.vllm.answers import answer
@@ -73,7 +74,7 @@ def test_halted_choice_with_a_tool_call_says_so():
     scores = Scores("tiny")
     scores.add("chatcmpl-1", 2)
     replies = [{"probes": {"watch": {}}, "halted": halt} for halt in ({"head": "watch", "token": 9}, None)]
-    scores.prompts = [{"probes": {}, "halted": None, "replies": replies}]
+    scores.prompts, scores.halts = [{"probes": {}, "halted": None, "replies": replies}], {0: "watch"}
     choices = [{"index": index, "finish_reason": "tool_calls", "stop_reason": None} for index in range(2)]
     said = json.loads(scores.complete(json.dumps({"choices": choices}).encode()))
     assert [choice["finish_reason"] for choice in said["choices"]] == ["content_filter", "tool_calls"]
@@ -118,6 +119,7 @@ def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it():
     texts = [chunk(1, content='"finish_reason":1'), chunk(2, content="b")]
     assert [scores.stream(text) for text in texts] == texts
     scores.prompts = [{**prompt, "halted": halts[0], "replies": replies}]
+    scores.halts = {1: "watch", 0: "watch"}
     said += map(scores.stream, (chunk(1, "content_filter"), chunk(2, "length"), b"data: [DONE]"))
     events = [json.loads(line[6:]) for part in said for line in part.decode().split("\n\n") if line[6:7] == "{"]
     ends = [(event["choices"][0]["index"], event["choices"][0]["finish_reason"]) for event in events]
@@ -129,11 +131,32 @@ def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it():
 
 def test_halt_of_each_reply():
     prompt, reply = {"head": "guard", "token": None}, {"head": "watch", "token": 3}
-    assert halt_of({"probes": {"guard": BAD}, "halted": prompt}, 1) == prompt, "of a prompt all"
+    assert halt_of({"probes": {"guard": BAD}, "halted": prompt}, 1, "guard", {"watch"}) == "guard", "of a prompt all"
     replies = [*({"probes": {"watch": {}}, "halted": halt} for halt in (None, reply)), None]
     known = {"probes": {"guard": BAD}, "halted": reply, "replies": replies}
-    for stop_reason, last in (("watch", {"head": "watch"}), ("a stop string", None)):
-        assert [halt_of(known, index, stop_reason) for index in range(4)] == [None, reply, last, last]
+    for stop_reason, last in (("watch", "watch"), ("a stop string", None)):
+        assert [halt_of(known, index, stop_reason, {"watch"}) for index in range(4)] == [None, "watch", last, last]
+
+
+def test_halt_of_a_reply_is_seen_beside_that_of_another_engine(tmp_path):
+    """vLLM joins outputs of data-parallel engines, and keeps what the last one says of replies."""
+    heads = save_heads(tmp_path, {"watch": {"id2label": {0: "fine", 1: "bad"}, "token_scope": "response"}})
+    app, engine = play(ProbeSettings(heads, {"watch": {"label": "bad"}}, halt_reply=" Sorry."), {})
+
+    async def generate(prompt, params, request_id):
+        ended = CompletionOutput(0, "a", [1], None, None, finish_reason="stop", stop_reason="watch")
+        for replies in (
+            [ended, CompletionOutput(1, "b", [1], None, None)],
+            [replace(ended, index=1, stop_reason="c")],
+        ):
+            known = {"probes": {}, "halted": None}
+            yield RequestOutput("1", None, prompt, None, replies, len(replies) == 1, kv_transfer_params=known)
+
+    engine.generate = generate
+    events = TestClient(app).post("/v1/completions", json={"stream": True, "n": 2}).text.split("\n\n")[:-1]
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    ends = [(choice["text"], choice["finish_reason"]) for choice in choices]
+    assert ends == [("a Sorry.", "content_filter"), ("b", None), ("a", "stop")]
 
 
 def test_structured_decisions_are_off():

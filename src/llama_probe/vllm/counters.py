@@ -37,10 +37,8 @@ def count(known: JSON) -> None:
         _HALTED.labels(halted["head"]).inc()
 
 
-def count_reply(known: JSON, index: int) -> None:
-    """Count one reply that has ended; see `Replies.summaries`."""
-    replies = known.get("replies") or []
-    reply = replies[index] if index < len(replies) else None
+def count_reply(reply: JSON | None) -> None:
+    """Count one reply that has ended; see `reply_of`."""
     if reply is None:
         return
     for name, probe in reply["probes"].items():

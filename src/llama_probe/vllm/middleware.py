@@ -24,7 +24,7 @@ from ..errors import ProbeError
 from .counters import announce, count, count_reply
 from .judge import Judge
 from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
-from .payloads import HALTED, Scores, halt_of, prompt_halt
+from .payloads import HALTED, Scores, halt_of, prompt_halt, reply_of
 from .settings import ProbeSettings
 
 
@@ -198,6 +198,7 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
     """Have an engine client note and count what its outputs say of heads."""
     announce(settings.heads)
     generate = engine.generate
+    guards = {rule.head for rule in settings.rules if rule.config.reads_reply}
     judge = None if settings.judge is None else Judge(settings, engine.get_tokenizer(), **settings.judge)
 
     @functools.wraps(generate)
@@ -242,8 +243,9 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
                 for reply in output.outputs:
                     if reply.finish_reason is None:
                         continue
-                    count_reply(known, reply.index)
-                    if halt_of(known, reply.index, reply.stop_reason):
+                    count_reply(reply_of(known, reply.index))
+                    if head := halt_of(known, reply.index, reply.stop_reason, guards):
+                        scores.halts[place * scores.copies + reply.index] = head
                         reply.finish_reason = HALTED
                         reply.text += settings.halt_reply or ""
             yield output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -40,7 +41,8 @@ class Scores:
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
         answers: of the judge.
-        sent: choices of a stream that have them. ended: those that have ended.
+        halts: by choice the head that halted it.
+        sent: choices of a stream that have scores. ended: those that have ended.
     """
 
     model: str = ""
@@ -50,9 +52,10 @@ class Scores:
     copies: int = 1
     prompts: list[JSON | None] = field(default_factory=list)
     answers: Answers = field(default_factory=dict)
+    halts: dict[int, str] = field(default_factory=dict)
     sent: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
-    _head: JSON = field(default_factory=dict)  # what chunks of the stream begin with
+    _begin: JSON = field(default_factory=dict)  # what chunks of the stream begin with
 
     def add(self, request_id: str, copies: int) -> int:
         """Return the place of a prompt that the server hands to the engine."""
@@ -86,13 +89,12 @@ class Scores:
             several = len(self.prompts) > 1
             payload["kv_transfer_params"] = None if several else self.last
             for choice in payload["choices"]:
-                index, known = choice["index"], self._of(choice["index"])
-                choice |= {"kv_transfer_params": known} if several else {}
-                if known and halt_of(known, index % self.copies, choice.get("stop_reason")):
+                choice |= {"kv_transfer_params": self._of(choice["index"])} if several else {}
+                if choice["index"] in self.halts:
                     choice["finish_reason"] = HALTED  # a tool call before it has replaced the reason
         elif payload.get("object") == "response" and _is_halted(payload.get("kv_transfer_params")):
             payload |= _INCOMPLETE
-        elif payload.get("type") == "message" and _is_halted(self.last):
+        elif payload.get("type") == "message" and self.halts:
             payload |= _REFUSAL
         else:
             return body
@@ -117,7 +119,7 @@ class Scores:
             case "message_start":
                 payload["message"]["kv_transfer_params"] = self.last
             case "message_delta":
-                payload["delta"] |= _REFUSAL if _is_halted(self.last) else {}
+                payload["delta"] |= _REFUSAL if self.halts else {}
                 if self.last and "replies" in self.last:
                     payload["kv_transfer_params"] = self.last
             case "response.completed" if _is_halted(payload["response"].get("kv_transfer_params")):
@@ -130,7 +132,7 @@ class Scores:
         chunk = {} if data == _END else json.loads(data)
         if not chunk.get("choices"):  # usage, or the end
             return b"".join(_data(missing) + b"\n\n" for missing in self._missing()) + event
-        self._head = {key: chunk[key] for key in ("id", "object", "created", "model") if key in chunk}
+        self._begin = {key: chunk[key] for key in ("id", "object", "created", "model") if key in chunk}
         (choice,) = chunk["choices"]
         index, ends = choice["index"], choice.get("finish_reason") is not None
         known = self._of(index)
@@ -145,20 +147,19 @@ class Scores:
 
     def _missing(self) -> list[JSON]:
         """Return last chunks of halted choices without a token, of which vLLM sends none."""
-        head = self._head
-        if not head:  # it has sent nothing
+        begin = self._begin
+        if not begin:  # it has sent nothing
             if not self.request_id.startswith(_TEXTS):
                 return []
-            head = {"id": self.request_id.rpartition("-")[0], "object": "text_completion"}
-            head |= {"created": int(time.time()), "model": self.model}
-        empty = {"text": ""} if head["object"] == "text_completion" else {"delta": {}}
+            begin = {"id": self.request_id.rpartition("-")[0], "object": "text_completion"}
+            begin |= {"created": int(time.time()), "model": self.model}
+        empty = {"text": ""} if begin["object"] == "text_completion" else {"delta": {}}
         chunks = []
-        for index in range(self.copies * len(self.prompts)):
-            known = self._of(index)
-            if index not in self.ended and known and (halted := halt_of(known, index % self.copies)):
-                self.ended.add(index)
-                end = {"logprobs": None, "finish_reason": HALTED, "stop_reason": halted["head"]}
-                chunks.append({**head, "choices": [{"index": index, **empty, **end}], "kv_transfer_params": known})
+        for index in sorted(self.halts.keys() - self.ended):
+            self.ended.add(index)
+            end = {"logprobs": None, "finish_reason": HALTED, "stop_reason": self.halts[index]}
+            choices = [{"index": index, **empty, **end}]
+            chunks.append({**begin, "choices": choices, "kv_transfer_params": self._of(index)})
         return chunks
 
     def _of(self, index: int) -> JSON | None:
@@ -172,20 +173,24 @@ def prompt_halt(known: JSON) -> JSON | None:
     return halted if halted and halted.get("token") is None else None
 
 
-def halt_of(known: JSON, index: int, stop_reason: int | str | None = None) -> JSON | None:
-    """Return why the reply of an index was halted, by what the engine says of its prompt; `None` if it was not.
+def reply_of(known: JSON, index: int) -> JSON | None:
+    """Return what the engine says of the reply of an index; `None` if another one has written it. See `Replies.summaries`."""
+    replies = known.get("replies") or []
+    return replies[index] if index < len(replies) else None
+
+
+def halt_of(known: JSON, index: int, stop_reason: int | str | None, guards: Collection[str]) -> str | None:
+    """Return the head that halted the reply of an index, or its prompt; `None` if none did.
 
     Args:
-        stop_reason: of the reply. It tells if the engine knows nothing of the reply, which another one may have written.
+        stop_reason: of the reply. It tells if the engine knows nothing of the reply.
+        guards: the heads that may halt replies.
     """
-    replies = known.get("replies")
-    if replies is None or prompt_halt(known):
-        return known.get("halted")
-    reply = replies[index] if index < len(replies) else None
-    if reply is None:
-        heads = {name for sibling in replies if sibling is not None for name in sibling["probes"]}
-        return {"head": stop_reason} if stop_reason in heads else None
-    return reply["halted"]
+    if (halted := prompt_halt(known)) is None:
+        if (reply := reply_of(known, index)) is None:
+            return next((head for head in guards if head == stop_reason), None)
+        halted = reply["halted"]
+    return halted and halted["head"]
 
 
 def _is_halted(known: JSON | None) -> bool:
