@@ -207,6 +207,14 @@ class TestBackbone:
                 engine_kwargs(backbone, head, **options)
         assert engine_kwargs(backbone, head, probe_strict=False, **guard)
 
+    def test_is_compared_with_the_heads_that_are_asked_for_alone(self, tiny, elsewhere, tmp_path, caplog):
+        """And not with those that `save_pretrained` has left beside it."""
+        head, folder = elsewhere[1], tmp_path / "guarded"
+        AutoModelForProbedGeneration.from_pretrained(tiny.backbone, probe=head).save_pretrained(folder)
+        take_warnings(caplog)
+        engine_kwargs(folder, head, probe_strict=True)
+        assert take_warnings(caplog) == []
+
     def test_of_the_hub_is_fetched_once(self, elsewhere, hub, tmp_path, monkeypatch):
         backbone, head = elsewhere
         hub.plant("alice/lm", {path.name: path.read_bytes() for path in backbone.iterdir()})

@@ -10,10 +10,11 @@ from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..backbone.fingerprint import fingerprint
+from ..backbone.loading import load_causal_lm
 from ..errors import ProbeError, first_line
 from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone
@@ -57,7 +58,7 @@ def check_heads(
             config = AutoConfig.from_pretrained(model, revision=revision)
             if getattr(config, "quantization_config", None) is not None:
                 raise ValueError("they are quantised")
-            lm = AutoModelForCausalLM.from_pretrained(
+            lm = load_causal_lm(
                 model,
                 config=config,
                 revision=revision,
