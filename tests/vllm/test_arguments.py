@@ -327,6 +327,11 @@ class TestCommandLine:
             command_line(tiny, *words)
         assert "secret" not in str(error.value)
 
+    def test_takes_heads_of_a_search(self, tiny, tmp_path):
+        shutil.copytree(tiny.heads["tone"], tmp_path / "lr=0.1" / "tone")
+        arguments = server_arguments([str(tiny.backbone), "--probe", str(tmp_path / "lr=0.1" / "tone")])
+        assert list(arguments.additional_config["llama_probe"]["heads"]) == ["tone"]
+
     def test_refuses_a_judge_of_replies(self, tiny, tmp_path):
         make_probe(hidden_size=HIDDEN, **REPLY_HEADS["watch"]).save_pretrained(tmp_path)
         words = ["--probe", f"watch={tmp_path}", "--halt-on", "watch:bad", "--judge", JUDGE, "--unsure", "watch=0:1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from .halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_ha
 _PROGRAM = "python -m llama_probe.vllm"
 # Of vLLM's options those that `vllm serve` alone heeds, and the value that asks for nothing.
 _IGNORED = {"headless": False, "api_server_count": 1, "grpc": False}
+_NAMED = re.compile(r"[\w-]+=")  # begins a head with a name; a path may hold a `=`, too
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
@@ -94,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _heads(texts: list[str]) -> dict[str, str] | list[str]:
-    named = dict(text.split("=", 1) for text in texts if "=" in text)
+    named = dict(text.split("=", 1) for text in texts if _NAMED.match(text))
     if not named:
         return texts
     if len(named) < len(texts):
