@@ -6,6 +6,7 @@ import json
 import pytest
 from fastapi.testclient import TestClient
 from played_server import TOKENIZER, play, save_heads
+from prometheus_client import REGISTRY
 
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.vllm.settings import ProbeSettings
@@ -71,6 +72,18 @@ class TestModerations:
         assert result["category_scores"]["size/LABEL_0"] == 1.5
         post, _ = serve(["guard"], guard=[9.0, -9.0])
         assert post(MODERATIONS, input="a").json()["results"][0]["flagged"] is False
+
+    def test_flagged_text_is_not_counted_as_a_halted_prompt(self, serve):
+        post, _ = serve(["guard"], halt_on={"guard": {}}, guard=[0.0, 9.0])
+
+        def counted() -> list[float]:
+            names = (f"llama_probe_{name}_total" for name in ("scored", "flagged", "halted"))
+            return [REGISTRY.get_sample_value(name, {"probe": "guard"}) or 0 for name in names]
+
+        before = counted()
+        assert post(MODERATIONS, input=["a", "b"]).json()["results"][1]["flagged"]
+        assert post("/v1/completions").json()["choices"][0]["finish_reason"] == "content_filter"
+        assert [count - earlier for count, earlier in zip(counted(), before, strict=True)] == [3, 3, 1]
 
     def test_content_parts_are_one_text(self, serve):
         post, engine = serve(["guard"])

@@ -26,14 +26,14 @@ def announce(heads: Iterable[str]) -> None:
             counter.labels(name)
 
 
-def count(known: JSON) -> None:
-    """Count one prompt, by what the engine says of it; see `answer`."""
+def count(known: JSON, has_reply: bool) -> None:
+    """Count one prompt, by what the engine says of it; see `answer`. One of a route of labels has no reply to lose."""
     for name, probe in known["probes"].items():
         if "error" not in probe:
             _SCORED.labels(name).inc()
         if probe.get("flagged"):
             _FLAGGED.labels(name).inc()
-    if halted := prompt_halt(known):
+    if has_reply and (halted := prompt_halt(known)):
         _HALTED.labels(halted["head"]).inc()
 
 
