@@ -14,7 +14,7 @@ from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRAT
 
 from llama_probe.vllm.answers import answer
 from llama_probe.vllm.compatibility import ARCHITECTURES, PREFIX
-from llama_probe.vllm.payloads import Scores, halt_of
+from llama_probe.vllm.payloads import Scores, was_halted
 from llama_probe.vllm.settings import ProbeSettings
 
 
@@ -69,12 +69,16 @@ def test_no_request_is_answered_without_the_judge(tmp_path):
     assert [client.post("/v1/completions", json={}).status_code for _ in range(2)] == [500, 500]
 
 
+def ended(index: int, finish_reason: str, stop_reason: str | None = None) -> CompletionOutput:
+    return CompletionOutput(index, "", [], None, None, finish_reason=finish_reason, stop_reason=stop_reason)
+
+
 def test_halted_choice_with_a_tool_call_says_so():
     """vLLM overwrites the finish reason of a whole reply with a tool call. In a batch of one chat it has no scores."""
     scores = Scores("tiny")
     scores.add("chatcmpl-1", 2)
-    replies = [{"probes": {"watch": {}}, "halted": halt} for halt in ({"head": "watch", "token": 9}, None)]
-    scores.prompts, scores.halts = [{"probes": {}, "halted": None, "replies": replies}], {0: "watch"}
+    scores.prompts = [{"probes": {}, "halted": None}]
+    scores.ends = {0: ended(0, "content_filter", "watch"), 1: ended(1, "stop")}
     choices = [{"index": index, "finish_reason": "tool_calls", "stop_reason": None} for index in range(2)]
     said = json.loads(scores.complete(json.dumps({"choices": choices}).encode()))
     assert [choice["finish_reason"] for choice in said["choices"]] == ["content_filter", "tool_calls"]
@@ -108,34 +112,39 @@ def chunk(index: int, finish_reason=None, **delta) -> bytes:
 
 
 def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it():
-    """The first before it has a token, of which vLLM says nothing, the second in the middle, the third by itself."""
-    halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None]
+    """Two before they have a token, of which vLLM says nothing, one is halted in the middle, and one ends by itself."""
+    halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None, None]
     replies = [{"probes": {"watch": {"tokens": number}}, "halted": halt} for number, halt in enumerate(halts)]
     prompt = {"probes": {"guard": BAD}, "halted": None}
     scores = Scores("tiny")
-    scores.add("chatcmpl-1", 3)
+    scores.add("chatcmpl-1", 4)
     scores.prompts = [prompt]
-    said = [scores.stream(chunk(index, role="assistant")) for index in range(3)]
+    said = [scores.stream(chunk(index, role="assistant")) for index in range(4)]
     texts = [chunk(1, content='"finish_reason":1'), chunk(2, content="b")]
     assert [scores.stream(text) for text in texts] == texts
     scores.prompts = [{**prompt, "halted": halts[0], "replies": replies}]
-    scores.halts = {1: "watch", 0: "watch"}
+    reasons = ["content_filter"] * 2 + ["length"] * 2
+    scores.ends = {index: ended(index, reason, "watch") for index, reason in reversed([*enumerate(reasons)])}
     said += map(scores.stream, (chunk(1, "content_filter"), chunk(2, "length"), b"data: [DONE]"))
     events = [json.loads(line[6:]) for part in said for line in part.decode().split("\n\n") if line[6:7] == "{"]
     ends = [(event["choices"][0]["index"], event["choices"][0]["finish_reason"]) for event in events]
-    assert ends == [(0, None), (1, None), (2, None), (1, "content_filter"), (2, "length"), (0, "content_filter")]
-    assert [event["kv_transfer_params"] for event in events] == [prompt] * 3 + scores.prompts * 3
+    assert ends[:4] == [(index, None) for index in range(4)]
+    assert ends[4:] == [(1, "content_filter"), (2, "length"), (0, "content_filter"), (3, "length")]
+    assert [event["kv_transfer_params"] for event in events] == [prompt] * 4 + scores.prompts * 4
     assert events[-1]["choices"][0]["stop_reason"] == "watch" and events[-1]["id"] == "chatcmpl-1"
     assert said[-1].endswith(b"\n\ndata: [DONE]")
 
 
 def test_halt_of_each_reply():
-    prompt, reply = {"head": "guard", "token": None}, {"head": "watch", "token": 3}
-    assert halt_of({"probes": {"guard": BAD}, "halted": prompt}, 1, "guard", {"watch"}) == "guard", "of a prompt all"
+    def halted(known: dict, stop_reason: str) -> list[bool]:
+        return [was_halted(ended(index, "stop", stop_reason), known, {"watch"}) for index in range(4)]
+
+    assert all(halted({"probes": {"guard": BAD}, "halted": {"head": "guard", "token": None}}, "guard")), "of a prompt"
+    reply = {"head": "watch", "token": 3}
     replies = [*({"probes": {"watch": {}}, "halted": halt} for halt in (None, reply)), None]
     known = {"probes": {"guard": BAD}, "halted": reply, "replies": replies}
-    for stop_reason, last in (("watch", "watch"), ("a stop string", None)):
-        assert [halt_of(known, index, stop_reason, {"watch"}) for index in range(4)] == [None, "watch", last, last]
+    for stop_reason, last in (("watch", True), ("a stop string", False)):
+        assert halted(known, stop_reason) == [False, True, last, last]
 
 
 def test_halt_of_a_reply_is_seen_beside_that_of_another_engine(tmp_path):

@@ -24,7 +24,7 @@ from ..errors import ProbeError
 from .counters import announce, count, count_reply
 from .judge import Judge
 from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
-from .payloads import HALTED, Scores, halt_of, prompt_halt, reply_of
+from .payloads import HALTED, Scores, prompt_halt, reply_of, was_halted
 from .settings import ProbeSettings
 
 
@@ -244,8 +244,8 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
                     if reply.finish_reason is None:
                         continue
                     count_reply(reply_of(known, reply.index))
-                    if head := halt_of(known, reply.index, reply.stop_reason, guards):
-                        scores.halts[place * scores.copies + reply.index] = head
+                    scores.ends[place * scores.copies + reply.index] = reply
+                    if was_halted(reply, known, guards):
                         reply.finish_reason = HALTED
                         reply.text += settings.halt_reply or ""
             yield output

@@ -14,6 +14,8 @@ from ..files import JSON
 
 
 if TYPE_CHECKING:
+    from vllm import CompletionOutput
+
     from .label_routes import LabelRequest
 
 HALTED = "content_filter"
@@ -41,8 +43,8 @@ class Scores:
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
         answers: of the judge.
-        halts: by choice the head that halted it.
-        sent: choices of a stream that have scores. ended: those that have ended.
+        ends: by choice its last output, from the engine.
+        sent: choices of a stream that have scores. ended: those whose end was sent.
     """
 
     model: str = ""
@@ -52,7 +54,7 @@ class Scores:
     copies: int = 1
     prompts: list[JSON | None] = field(default_factory=list)
     answers: Answers = field(default_factory=dict)
-    halts: dict[int, str] = field(default_factory=dict)
+    ends: dict[int, CompletionOutput] = field(default_factory=dict)
     sent: set[int] = field(default_factory=set)
     ended: set[int] = field(default_factory=set)
     _begin: JSON = field(default_factory=dict)  # what chunks of the stream begin with
@@ -82,6 +84,10 @@ class Scores:
         value = ", ".join(item for item in items if item)
         return value if 0 < len(value) <= _LONGEST else None
 
+    def is_halted(self, index: int) -> bool:
+        """Return True if the reply of a choice has been halted."""
+        return index in self.ends and self.ends[index].finish_reason == HALTED
+
     def complete(self, body: bytes) -> bytes:
         """Return a complete response with scores in each of several choices, and with the halt."""
         payload = json.loads(body)
@@ -90,11 +96,11 @@ class Scores:
             payload["kv_transfer_params"] = None if several else self.last
             for choice in payload["choices"]:
                 choice |= {"kv_transfer_params": self._of(choice["index"])} if several else {}
-                if choice["index"] in self.halts:
+                if self.is_halted(choice["index"]):
                     choice["finish_reason"] = HALTED  # a tool call before it has replaced the reason
         elif payload.get("object") == "response" and _is_halted(payload.get("kv_transfer_params")):
             payload |= _INCOMPLETE
-        elif payload.get("type") == "message" and self.halts:
+        elif payload.get("type") == "message" and self.is_halted(0):
             payload |= _REFUSAL
         else:
             return body
@@ -119,7 +125,7 @@ class Scores:
             case "message_start":
                 payload["message"]["kv_transfer_params"] = self.last
             case "message_delta":
-                payload["delta"] |= _REFUSAL if self.halts else {}
+                payload["delta"] |= _REFUSAL if self.is_halted(0) else {}
                 if self.last and "replies" in self.last:
                     payload["kv_transfer_params"] = self.last
             case "response.completed" if _is_halted(payload["response"].get("kv_transfer_params")):
@@ -146,7 +152,7 @@ class Scores:
         return _data(chunk)
 
     def _missing(self) -> list[JSON]:
-        """Return last chunks of halted choices without a token, of which vLLM sends none."""
+        """Return last chunks of choices without a token, of which vLLM sends none."""
         begin = self._begin
         if not begin:  # it has sent nothing
             if not self.request_id.startswith(_TEXTS):
@@ -155,10 +161,10 @@ class Scores:
             begin |= {"created": int(time.time()), "model": self.model}
         empty = {"text": ""} if begin["object"] == "text_completion" else {"delta": {}}
         chunks = []
-        for index in sorted(self.halts.keys() - self.ended):
+        for index in sorted(self.ends.keys() - self.ended):
             self.ended.add(index)
-            end = {"logprobs": None, "finish_reason": HALTED, "stop_reason": self.halts[index]}
-            choices = [{"index": index, **empty, **end}]
+            end = {"finish_reason": self.ends[index].finish_reason, "stop_reason": self.ends[index].stop_reason}
+            choices = [{"index": index, **empty, "logprobs": None, **end}]
             chunks.append({**begin, "choices": choices, "kv_transfer_params": self._of(index)})
         return chunks
 
@@ -179,18 +185,12 @@ def reply_of(known: JSON, index: int) -> JSON | None:
     return replies[index] if index < len(replies) else None
 
 
-def halt_of(known: JSON, index: int, stop_reason: int | str | None, guards: Collection[str]) -> str | None:
-    """Return the head that halted the reply of an index, or its prompt; `None` if none did.
-
-    Args:
-        stop_reason: of the reply. It tells if the engine knows nothing of the reply.
-        guards: the heads that may halt replies.
-    """
-    if (halted := prompt_halt(known)) is None:
-        if (reply := reply_of(known, index)) is None:
-            return next((head for head in guards if head == stop_reason), None)
-        halted = reply["halted"]
-    return halted and halted["head"]
+def was_halted(reply: CompletionOutput, known: JSON, guards: Collection[str]) -> bool:
+    """Return True if a head halted a reply or its prompt, by what the engine says. `guards` are the heads that halt replies."""
+    if prompt_halt(known):
+        return True
+    said = reply_of(known, reply.index)  # if another engine has written it, the reason to stop tells
+    return reply.stop_reason in guards if said is None else said["halted"] is not None
 
 
 def _is_halted(known: JSON | None) -> bool:
