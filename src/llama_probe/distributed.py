@@ -81,6 +81,17 @@ def process_group() -> Iterator[None]:
         _is_divided = False
 
 
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Let this process work inside as if it were the only one."""
+    global _is_divided
+    before, _is_divided = _is_divided, False
+    try:
+        yield
+    finally:
+        _is_divided = before
+
+
 def divide_until_exit() -> None:
     """Enter `process_group` until the program ends, for objects whose methods divide the work."""
     _until_exit.enter_context(process_group())

@@ -6,13 +6,17 @@ import math
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import make_probe, with_novelty
 from launcher import finish, kill_rank, torchrun
 from transformers import AutoTokenizer
 
 from llama_probe import ProbeError
-from llama_probe.data.prompts import exchange
+from llama_probe.backbone.loading import load_backbone
+from llama_probe.data.prompts import PromptFormat, exchange
+from llama_probe.evaluation.prediction import follow_replies, predict_logits
 from llama_probe.evaluation.scoring_job import MANIFEST_NAME, ScoringJob, TextScorer
+from llama_probe.heads.decision import probabilities
 from llama_probe.serving.modeling import ProbedGenerationMixin
 
 
@@ -104,15 +108,23 @@ def test_rows_without_a_number_are_left_empty(tmp_path, backbone_folder, heads, 
 
 @pytest.mark.parametrize("scope", ["response", "all"])
 def test_replies(tmp_path, backbone_folder, heads, run, scope):
-    head = make_probe(4, probe_type="gate", token_scope=scope, prompt_format="chat", id2label={0: "no", 1: "yes"})
+    """They count by their largest scores, as where thresholds are fitted and measured."""
+    kind = {"probe_type": "gate", "prompt_format": "chat", "id2label": {0: "no", 1: "yes"}, "flagged": ["yes"]}
+    head = make_probe(4, token_scope=scope, **kind)
     head.save_pretrained(tmp_path / "guard")
     guard = [str(tmp_path / "guard")]
     rows = [{"ask": f"is it {i}?", "text": f"it is {i}" if i != 2 else ""} for i in range(4)]
     run(write(tmp_path / "a.jsonl", rows), probes=guard, prompt_column="ask", chunk_rows=3)
-    found, scorer = read(tmp_path / "out"), TextScorer(guard, str(backbone_folder))
-    for i in (0, 1, 3):
-        alone = scorer([exchange(rows[i]["ask"], rows[i]["text"])])["guard_probabilities"][0]
-        assert found[i]["guard_probabilities"] == pytest.approx(alone, abs=1e-5)
+    found, (lm, tokenizer) = read(tmp_path / "out"), load_backbone(str(backbone_folder))
+    head.set_backbone(lm)
+    replies = [0, 1, 3]
+    chats = [exchange(rows[i]["ask"], rows[i]["text"]) for i in replies]
+    dataset = PromptFormat.from_config(head.config, tokenizer).encode_for(head.config, chats)
+    expected = probabilities(predict_logits(head, dataset), head.config)[:, 1].tolist()
+    assert [found[i]["guard_probabilities"]["yes"] for i in replies] == pytest.approx(expected, abs=1e-5)
+    (followed,) = follow_replies([head], dataset)
+    last = probabilities(torch.stack([scores[-1] for scores in followed]), head.config)[:, 1].tolist()
+    assert expected != pytest.approx(last, abs=1e-3), "or any score would pass"
     assert found[2]["guard_label"] is None, "there is no reply"
     with pytest.raises(ProbeError, match=r"guard.*mood"):
         TextScorer([heads[0], *guard], str(backbone_folder))

@@ -18,16 +18,18 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone
-from ..data.prompts import Text, exchange, is_text
+from ..data.prompts import PromptFormat, Text, exchange, is_text
 from ..data.row_files import MAX_TEXT, Chunk, Columns, InputFile
-from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, world_size
+from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, undivided, world_size
 from ..errors import ProbeError, first_line
 from ..files import JSON, remove_leftovers, write_atomically
+from ..heads.configuration import ProbeConfig
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.host import ProbeSpec, read_heads
-from ..serving.texts import classify_texts
+from ..serving.texts import classify_texts, heads_by_format
+from .prediction import predict_together
 from .resume import check_settings, read_settings
 
 
@@ -43,6 +45,7 @@ class TextScorer:
 
     Args:
         probes: heads, as for `probe=`. Those of one prompt format share a pass. All read prompts, or all read replies.
+            A reply counts by its largest score, as in `evaluate`; see `strongest`.
     """
 
     def __init__(self, probes: ProbeSpec, backbone: str = "demo", dtype: str = "auto"):
@@ -66,8 +69,8 @@ class TextScorer:
         if not rows:
             return columns
         configs = {name: head.config for name, head in self.heads.items()}
-        outputs = classify_texts(self.model, configs, [texts[row] for row in rows], self.tokenizer)
-        for name, scored in outputs.items():
+        score = self._follow if any(config.reads_reply for config in configs.values()) else self._classify
+        for name, scored in score(configs, [texts[row] for row in rows]).items():
             config, finite = configs[name], scored.logits.isfinite().all(dim=-1)
             output = ProbeOutput.from_logits(scored.logits[finite], config)
             by_label = [dict(zip(config.id2label.values(), row, strict=True)) for row in output.probabilities.tolist()]
@@ -79,6 +82,22 @@ class TextScorer:
                 for row, value in zip(itertools.compress(rows, finite.tolist()), values, strict=True):
                     columns[f"{name}_{kind}"][row] = value
         return columns
+
+    def _classify(self, configs: dict[str, ProbeConfig], texts: list[Text]) -> dict[str, ProbeOutput]:
+        return classify_texts(self.model, configs, texts, self.tokenizer)
+
+    def _follow(self, configs: dict[str, ProbeConfig], texts: list[Text]) -> dict[str, ProbeOutput]:
+        outputs: dict[str, ProbeOutput] = {}
+        for names in heads_by_format(configs):
+            config, heads = configs[names[0]], [self.heads[name] for name in names]
+            heads[0].set_backbone(self.model)
+            dataset = PromptFormat.from_config(config, self.tokenizer).encode_for(config, texts)
+            with undivided():  # ranks divide the chunks
+                logits = predict_together(heads, dataset)
+            outputs |= {
+                name: ProbeOutput.from_logits(part, configs[name]) for name, part in zip(names, logits, strict=True)
+            }
+        return outputs
 
 
 @dataclass
