@@ -126,6 +126,9 @@ def test_replies(tmp_path, backbone_folder, heads, run, scope):
     last = probabilities(torch.stack([scores[-1] for scores in followed]), head.config)[:, 1].tolist()
     assert expected != pytest.approx(last, abs=1e-3), "or any score would pass"
     assert found[2]["guard_label"] is None, "there is no reply"
+    unfinished = [chats[0][:1], [*chats[0][:1], {"role": "assistant", "content": " "}]]
+    columns = TextScorer(guard, str(backbone_folder))([*unfinished, chats[0]])["guard_label"]
+    assert columns == [None, None, found[0]["guard_label"]]
     with pytest.raises(ProbeError, match=r"guard.*mood"):
         TextScorer([heads[0], *guard], str(backbone_folder))
 

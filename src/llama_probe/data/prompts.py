@@ -282,14 +282,20 @@ def exchange(prompt: Text, reply: str) -> Chat:
     return [*as_chat(prompt), {"role": "assistant", "content": reply}]
 
 
+def has_reply(text: Text) -> bool:
+    """Return True for chat messages that end with a text of the assistant's."""
+    *before, last = as_chat(text)
+    content = last.get("content")  # none if it calls a tool
+    return bool(before) and last["role"] == "assistant" and isinstance(content, str) and bool(content.strip())
+
+
 def split_reply(text: Text) -> tuple[Chat, str]:
     """Return the messages before the assistant's last turn, and its content."""
     _check_text(text)
-    *before, last = as_chat(text)
-    content = last.get("content")  # none if it calls a tool
-    if not before or last["role"] != "assistant" or not isinstance(content, str) or not content.strip():
+    if not has_reply(text):
         raise ProbeError(f"a head of replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}")
-    return before, content
+    *before, last = as_chat(text)
+    return before, last["content"]
 
 
 def is_text(value: object) -> TypeGuard[Text]:

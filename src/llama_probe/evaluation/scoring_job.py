@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone
-from ..data.prompts import PromptFormat, Text, exchange, is_text
+from ..data.prompts import PromptFormat, Text, exchange, has_reply, is_text
 from ..data.row_files import MAX_TEXT, Chunk, Columns, InputFile
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, undivided, world_size
 from ..errors import ProbeError, first_line
@@ -50,6 +50,7 @@ class TextScorer:
 
     def __init__(self, probes: ProbeSpec, backbone: str = "demo", dtype: str = "auto"):
         self.heads = _read_heads(probes, backbone)
+        self.reads_replies = any(head.config.reads_reply for head in self.heads.values())
         lm, self.tokenizer = load_backbone(backbone, dtype)
         self.model = AutoModelForProbedGeneration.from_causal_lm(lm, self.heads)
 
@@ -57,19 +58,20 @@ class TextScorer:
         """Score texts.
 
         Args:
-            texts: texts or lists of chat messages, as for `PromptFormat.encode_for`. None and blank ones are not scored.
+            texts: texts or lists of chat messages, as for `PromptFormat.encode_for`. Those without something to score, see
+                `scored_rows`, are not.
 
         Returns:
             For each head `NAME_label` - a label, or a list of labels (multi-label) - and `NAME_probabilities`, by label;
             for regression `NAME_values`, by label. `NAME_novelty` if the head tells it. None if a text is not scored, or if
             the head gives no number: one such text must not stop a job over millions.
         """
-        rows = [row for row, text in enumerate(texts) if not _is_blank(text)]
+        rows = self.scored_rows(texts)
         columns: Columns = {name: [None] * len(texts) for name in output_fields(self.heads)}
         if not rows:
             return columns
         configs = {name: head.config for name, head in self.heads.items()}
-        score = self._follow if any(config.reads_reply for config in configs.values()) else self._classify
+        score = self._follow if self.reads_replies else self._classify
         for name, scored in score(configs, [texts[row] for row in rows]).items():
             config, finite = configs[name], scored.logits.isfinite().all(dim=-1)
             output = ProbeOutput.from_logits(scored.logits[finite], config)
@@ -82,6 +84,12 @@ class TextScorer:
                 for row, value in zip(itertools.compress(rows, finite.tolist()), values, strict=True):
                     columns[f"{name}_{kind}"][row] = value
         return columns
+
+    def scored_rows(self, texts: Sequence[Text | None]) -> list[int]:
+        """Return the rows with something to score: a text that is not blank, and for heads that read replies a chat with one."""
+        rows = [row for row, text in enumerate(texts) if (text.strip() if isinstance(text, str) else text)]
+        # A text alone is refused: a column of prompts was forgotten.
+        return [row for row in rows if not self.reads_replies or isinstance(texts[row], str) or has_reply(texts[row])]
 
     def _classify(self, configs: dict[str, ProbeConfig], texts: list[Text]) -> dict[str, ProbeOutput]:
         return classify_texts(self.model, configs, texts, self.tokenizer)
@@ -203,7 +211,7 @@ class ScoringJob:
                         continue
                     texts = self._texts(file, chunk)
                     scores = scorer(texts)
-                    _warn_of_gaps(file, chunk, texts, scores)
+                    _warn_of_gaps(file, chunk, scorer.scored_rows(texts), scores)
                     numbers = range(chunk.first_row, chunk.first_row + len(chunk))
                     columns = {**chunk.columns, **scores, "file": [str(file.path)] * len(chunk), "row": numbers}
                     table = pa.table([_array(file, chunk, column, columns[column.name]) for column in schema], schema)
@@ -257,18 +265,13 @@ def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
     return fields
 
 
-def _warn_of_gaps(file: InputFile, chunk: Chunk, texts: list[Text | None], scores: Columns) -> None:
+def _warn_of_gaps(file: InputFile, chunk: Chunk, scored: list[int], scores: Columns) -> None:
     """Name rows that have a text and no score. In the output they look like rows without a text."""
-    scored = [i for i, text in enumerate(texts) if not _is_blank(text)]
     gaps = [i for i in scored if any(values[i] is None for values in scores.values())]
     if gaps:
         names = ", ".join(name for name, values in scores.items() if any(values[i] is None for i in gaps))
         shown = ", ".join(str(chunk.first_row + i) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
         logger.warning(f"{file.path}: {names} left empty for {len(gaps)} rows ({shown}): {NO_NUMBER_BECAUSE}")
-
-
-def _is_blank(text: Text | None) -> bool:
-    return not (text.strip() if isinstance(text, str) else text)
 
 
 def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[object]) -> pa.Array:
