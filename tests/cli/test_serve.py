@@ -4,7 +4,7 @@ import io
 
 import pytest
 from command_line import call, refuse, succeed
-from conftest import make_probe
+from conftest import make_probe, with_novelty
 from transformers import AutoTokenizer
 
 from llama_probe import ProbeConfig, ProbeError
@@ -42,13 +42,13 @@ def test_standard_input_that_is_not_in_its_encoding():
 def test_a_prompt_is_the_users_beside_a_head_of_tool_results(backbone_folder, tmp_path, names):
     fields = PromptFormat(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
     for name in names:
-        make_probe(token_scope=name, flagged=["LABEL_1"], **fields).save_pretrained(tmp_path / name)
+        with_novelty(make_probe(token_scope=name, flagged=["LABEL_1"], **fields)).save_pretrained(tmp_path / name)
     probes = [word for name in names for word in ("--probe", tmp_path / name)]
     args = ("Look at it.", "--backbone", backbone_folder, "--max-new-tokens", 1, "--json")
     (row,) = succeed("generate", *probes, *args)
     (alone,) = succeed("generate", "--probe", tmp_path / "user", *args)
     assert row["probabilities"]["user"] == alone["probabilities"]["user"]
-    assert row["probabilities"]["tool"] == [1.0, 0.0], "it has nothing to read"
+    assert row["probabilities"]["tool"] == [1.0, 0.0] and row["novelty"]["tool"] is None, "it has nothing to read"
 
 
 def test_a_user_at_a_terminal_is_asked_for_prompts():

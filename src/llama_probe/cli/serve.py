@@ -166,7 +166,10 @@ def labelled_rows(texts: list[str], labels: dict[str, list], probabilities: JSON
         row = {"prompt": text, "labels": {name: values[i] for name, values in labels.items()}}
         row["probabilities"] = {name: values[i].tolist() for name, values in probabilities.items()}
         if novelty:
-            row["novelty"] = {name: float(values[i]) for name, values in novelty.items()}
+            # JSON has no NaN, which is that of a prompt without anything that the head reads.
+            row["novelty"] = {
+                name: None if values[i].isnan() else values[i].item() for name, values in novelty.items()
+            }
         rows.append(row)
     return rows
 
