@@ -133,7 +133,7 @@ def classify(
     texts, heads = _read_prompts(prompts), loading.read(probe)
     configs = {name: head.config for name, head in heads.items()}
     for name, config in configs.items():
-        if config.token_scope == "response":
+        if config.reads_reply:
             raise ProbeError(
                 f"{name!r} reads replies: give files of prompts and replies (--input with --prompt-column), or use generate"
             )
