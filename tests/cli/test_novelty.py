@@ -88,9 +88,10 @@ def test_evaluate_against_other_texts(rows, new, old):
 
 def test_drift(rows, new, old, tmp_path):
     log = tmp_path / "log.jsonl"
-    texts = ['{"text": ""}', *((rows / f"{name}.jsonl").read_text() for name in ("test", "other")), '{"text": null}']
+    texts = ['{"text": " "}', *((rows / f"{name}.jsonl").read_text() for name in ("test", "other")), '{"text": null}']
     log.write_text("\n".join(texts))
-    args = ("drift", *new, "--input", log)
+    (tmp_path / "quiet.jsonl").touch()  # an hour without a prompt
+    args = ("drift", *new, "--input", tmp_path / "quiet.jsonl", "--input", log)
     found = succeed(*args, "--top", 3, "--json")
     assert found["rows"] == 100 and found["novelty"]["far"] > 0.3 and set(found["labels"]) == {"fine", "awful"}
     lines = log.read_text().splitlines()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import numpy as np
 
+from ..data.labelled_texts import is_empty
 from ..data.prompts import Text, is_text
 from ..data.row_files import MAX_TEXT, InputFile
 from ..errors import ProbeError
@@ -71,11 +72,10 @@ def _texts(patterns: list[str], text_column: str, max_text: int) -> dict[int, Te
     """Return the texts of all files in their order, by the number of their row; rows without one are skipped."""
     texts, rows = dict[int, Text](), 0
     for file in InputFile.find(patterns, max_text):
-        if text_column not in (fields := file.fields()):
-            raise ProbeError(f"{file.path} has no column {text_column!r}; it has: {', '.join(fields) or 'none'}")
+        file.fields([text_column])  # raises
         for chunk in file.chunks([text_column], 2048):
             column = enumerate(chunk.columns[text_column], rows)
-            texts |= {row: text for row, text in column if text and is_text(text)}
+            texts |= {row: text for row, text in column if not is_empty(text) and is_text(text)}
             rows += len(chunk)
     if not texts:
         raise ProbeError(f"--input {', '.join(patterns)} holds no texts in the column {text_column!r}")

@@ -86,8 +86,17 @@ class InputFile:
         status = self.path.stat()
         return {"path": str(self.path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
-    def fields(self) -> dict[str, pa.DataType]:
-        """Return names and types of the columns; those of csv and JSON come from the first rows, and are none without any."""
+    def fields(self, needed: Iterable[str] = ()) -> dict[str, pa.DataType]:
+        """Return names and types of the columns; those of csv and JSON come from the first rows, and are none without any.
+
+        Raise `ProbeError` if a needed column is missing. A file without rows may have no columns.
+        """
+        fields = self._read_fields()
+        if fields and (missing := [name for name in needed if name not in fields]):
+            raise ProbeError(f"{self.path} has no column {missing[0]!r}; it has: {', '.join(fields)}")
+        return fields
+
+    def _read_fields(self) -> dict[str, pa.DataType]:
         if self.kind != "parquet":
             return {name: _infer_type(values) for name, values in by_column(list(islice(self, _TYPED_ROWS))).items()}
         import pyarrow.parquet as pq

@@ -173,11 +173,7 @@ class ScoringJob:
         files = InputFile.find(self.inputs, self.max_text)
         types: dict[str, pa.DataType] = {}
         for file in files:
-            fields = file.fields()
-            # A file without rows may have no columns to check.
-            if missing := [name for name in self._needed if fields and name not in fields]:
-                raise ProbeError(f"{file.path} has no column {missing[0]!r}; it has: {', '.join(fields) or 'none'}")
-            types = fields | types
+            types = file.fields(self._needed) | types
         return files, {name: types.get(name, pa.string()) for name in self.keep_columns}
 
     def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> JSON:
