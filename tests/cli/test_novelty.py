@@ -70,7 +70,7 @@ def test_calibrate_fits_it_and_keeps_what_was_measured(rows, old):
     assert "40" in refuse("calibrate", *old, *more[:2], "--max-rows", 45)
 
 
-def test_evaluate_against_other_texts(rows, new, old):
+def test_evaluate_against_other_texts(rows, new, old, copies, tmp_path):
     args = ("--data", rows / "test.jsonl", "--against", rows / "other.jsonl", "--bootstrap", 20)
     found = succeed("evaluate", *new, *args, "--record", "numbers", "--json")["novelty"]
     (part,) = found["against"].values()
@@ -80,6 +80,10 @@ def test_evaluate_against_other_texts(rows, new, old):
     few = succeed("evaluate", *new, *args[:-1], 0, "--max-rows", 20, "--record", "few", "--json")
     assert few["rows"] == few["novelty"]["own"]["rows"] == 20
     assert "other.jsonl" in succeed("evaluate", *new, *args)
+    bodies = write(tmp_path / "bodies.jsonl", [{"body": f"good number {i}", "label": 0} for i in range(20)])
+    args = ("--data", bodies, "--against", bodies, "--against", "toxicchat:test", "--text-column", "body")
+    against = succeed("evaluate", *new, *args, "--data-dir", copies, "--bootstrap", 0, "--json")["novelty"]["against"]
+    assert [part["rows"] for part in against.values()] == [20, 12], "a data set known by name has a column of its own"
     assert "--novelty-data" in refuse("evaluate", *old, *args)
     succeed("calibrate", *new, "--novelty-data", rows / "train.jsonl")
     assert "against texts of other kinds" in card

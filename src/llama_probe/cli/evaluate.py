@@ -16,7 +16,7 @@ from ..files import JSON, short_path
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import measured_rules, read_results
 from .console import print_values
-from .inputs import HeadOptions, LabelledRows, ScoredHead, TextRows, check_head_folder
+from .inputs import HeadOptions, LabelledRows, ScoredHead, check_head_folder
 from .options import COUNT, PROBE, ROWS, Result
 
 
@@ -75,8 +75,7 @@ def evaluate(
         if ask:
             head.config.need_flagged_index("--ask")
         verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
-        place = TextRows(data_dir=rows.data_dir, max_text=rows.max_text)
-        others = {short_path(name): place.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
+        others = {short_path(name): rows.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
         scored.attach()
         dataset, followed = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels), None
         if dataset.reply_lengths is None:

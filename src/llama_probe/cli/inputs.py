@@ -10,6 +10,7 @@ from typing import Annotated
 import transformers
 
 from ..backbone.loading import DtypeName, backbone_target, load_backbone, name_of_backbone
+from ..data.known import find_benchmark
 from ..data.labelled_texts import LabelledTexts, Labels
 from ..data.prompts import PromptDataset, PromptFormat, Text
 from ..data.row_files import MAX_TEXT
@@ -90,13 +91,17 @@ class TextRows:
     max_text: Annotated[int, COUNT] = MAX_TEXT
 
     def texts(self, source: str, config: ProbeConfig, limit: int | None, split: str) -> list[Text]:
-        """Return the texts of rows that need no labels; a random part of them if there are more than `limit`."""
+        """Return the texts of rows that need no labels; a random part of them if there are more than `limit`.
+
+        The column is that of files: a data set known by name has one of its own.
+        """
         labels = Labels(names=list(config.id2label.values()), problem_type="single_label_classification")
-        return self._read(source, labels, split, label=labels.names[0], max_rows=limit).texts
+        own = {} if find_benchmark(source) is None else {"text_column": "text"}
+        return self._read(source, labels, split, label=labels.names[0], max_rows=limit, **own).texts
 
     def _read(self, source: str, labels: Labels, split: str, **fields) -> LabelledTexts:
-        columns = {"text_column": self.text_column, "prompt_column": self.prompt_column}
-        return Source(rows=source, **columns, **fields).read(labels, self.data_dir, split, max_text=self.max_text)
+        columns = {"text_column": self.text_column, "prompt_column": self.prompt_column} | fields
+        return Source(rows=source, **columns).read(labels, self.data_dir, split, max_text=self.max_text)
 
 
 @dataclass(kw_only=True)
