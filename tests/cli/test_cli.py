@@ -10,6 +10,7 @@ from conftest import make_lm, make_probe, make_tokenizer, save_head
 from training_runs import write
 
 from llama_probe import ProbeModel, __version__, cli
+from llama_probe.cli.inputs import ScoredHead
 from llama_probe.evaluation import transformations
 from llama_probe.heads.configuration import read_config
 from llama_probe.hub.folder import CODE_NAME, HEAD_FILES
@@ -175,6 +176,9 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     measured = report["replies"]
     assert measured["thresholds"]["fpr-10%"]["false_halts"] <= 0.1 and measured["t_auc"] is not None
     assert report["auroc"] > 0.9 and "awful" in succeed(*evaluate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(ScoredHead, "attach")  # refused before the backbone is loaded
+        assert "chats" in refuse(*evaluate, "--attacks")
     served = ("--probe", guard, "--backbone", backbone_folder)
     args = ("generate", "good one", *served, "--max-new-tokens", 4, "--json", "--halt-on")
     (row,) = succeed(*args, "guard:awful:0")

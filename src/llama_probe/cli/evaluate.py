@@ -65,10 +65,13 @@ def evaluate(
         from ..evaluation.novelty_fit import against_others
         from ..evaluation.prediction import follow_replies, predict_rows, strongest_of
         from ..evaluation.reading import token_texts
-        from ..evaluation.transformations import ATTACKS, kept_labels
+        from ..evaluation.transformations import ATTACKS, check_transformable, kept_labels
 
         if against and head.novelty is None:
             raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
+        groups = (["wrappings"] if wrappings else []) + (list(ATTACKS) if attacks else [])
+        if groups:
+            check_transformable(" and ".join(groups), head.config)
         rules = measured_rules(head.results) if head.config.reads_reply else {}
         labelled = rows.labelled(data, head.config).at_most(max_rows, seed=0)
         slices = slices_of(labelled.columns, data, slice_column or ())
@@ -84,7 +87,6 @@ def evaluate(
             (followed,) = follow_replies([head], dataset)
             logits = strongest_of(head, followed)
         novelties = {name: predict_rows(head, scored.dataset(texts))[1] for name, texts in others.items()}
-        groups = (["wrappings"] if wrappings else []) + (list(ATTACKS) if attacks else [])
         transformed = kept_labels(head, labelled, scored.prompts, groups) if groups else {}
         if not is_main():
             return None

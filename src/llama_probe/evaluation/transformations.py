@@ -183,9 +183,9 @@ def _system_prompts(prompts: PromptFormat) -> dict[str, Transformation]:
 Labeller = Callable[[Sequence[Text]], np.ndarray | None]
 
 
-def check_transformable(named: str, config: ProbeConfig, prompt_format: str) -> None:
+def check_transformable(named: str, config: ProbeConfig) -> None:
     """Raise `ProbeError` unless the texts that a head reads can be transformed."""
-    if config.reads_reply or config.problem_type == "regression" or prompt_format != "chat":
+    if config.reads_reply or config.problem_type == "regression" or config.prompt_format == "raw":
         raise ProbeError(f"{named} need a head of chats (token_scope, problem_type, prompt_format)")
 
 
@@ -202,7 +202,7 @@ def kept_labels(
     Prompts are read whole, as `generate()` reads them, also beyond the head's `max_length`.
 
     Args:
-        head: a head that reads prompts, bound to its backbone.
+        head: a head that `check_transformable` allows, bound to its backbone.
         rows: rows with labels of the head. Of a head that flags one of its labels, those count that have it and get it from the
             head. A random part of them is transformed, as many as `GROUPS` says.
         harmless: rows whose harmless texts are put around the others. Defaults to `rows`.
@@ -215,7 +215,6 @@ def kept_labels(
         the backbone.
     """
     config, named = head.config, " and ".join(groups)
-    check_transformable(named, config, prompts.kind)
     flagged = config.flagged_index
     limit = getattr(find_decoder(head.backbone).model.config, "max_position_embeddings", None)
     # Texts that are too long as they are get cut.

@@ -206,7 +206,7 @@ def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTra
         check_rates(config, recipe.calibration.rates, len(rows.calibration))
     for name in ("wrappings", "attacks"):
         if getattr(recipe.measure, name) is not None:
-            check_transformable(f"measure.{name}", config, config.prompt_format)
+            check_transformable(f"measure.{name}", config)
     members = get_probe_type(config.probe_type).members(config)
     for source in recipe.train:
         if source.weights is not None and len(source.weights) > members:
