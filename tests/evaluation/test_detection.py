@@ -6,6 +6,8 @@ import torch
 from conftest import make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llama_probe.backbone import passes
 from llama_probe.data.cached_states import PromptDataset, StateCache
@@ -123,13 +125,18 @@ def test_replies_whose_label_nobody_knows_do_not_count():
 
 
 def test_tokens_of_spans_are_ranked_against_all_others():
-    texts = ["Mix", " the", " acid", "."]
-    marked = [span_mask(texts, [{"start": 8, "end": 12}]), span_mask(texts, [])]
-    assert marked[0].tolist() == [False, False, True, False] and not marked[1].any()
-    odds = torch.tensor([[0.0, 1.0, 3.0, 2.0], [4.0, -1.0, -1.0, -1.0]])
+    """A tokenizer that puts a space of its own before a text does not move the spans."""
+    pieces = Tokenizer(
+        models.Unigram([(piece, -1.0) for piece in ("?", "\u2581Mix", "\u2581aci", "d", ".")], unk_id=0)
+    )
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)
+    marked = [span_mask(tokenizer, "Mix acid.", spans) for spans in ([{"start": 4, "end": 8}], [])]
+    assert marked[0].tolist() == [False, True, True, False] and not marked[1].any()
+    odds = torch.tensor([[0.0, 2.5, 3.0, 2.0], [4.0, -1.0, -1.0, -1.0]])
     followed = list(torch.stack([torch.zeros_like(odds), odds], dim=-1))
     report = reply_report(CONFIG, followed, np.array([1, 1]), marked, resamples=20)
-    assert report["t_auc"] == pytest.approx(6 / 7) and report["r_auc"] is None
+    assert report["t_auc"] == pytest.approx(5 / 6) and report["r_auc"] is None
 
 
 def test_each_of_several_labels_has_rules():

@@ -10,6 +10,7 @@ import numpy as np
 from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts
 from ..data.labels import read_labels
+from ..data.prompts import split_reply
 from ..distributed import is_main, process_group
 from ..errors import ProbeError
 from ..files import JSON, short_path
@@ -64,7 +65,6 @@ def evaluate(
         from ..evaluation import detection, report
         from ..evaluation.novelty_fit import against_others
         from ..evaluation.prediction import follow_replies, predict_rows, strongest_of
-        from ..evaluation.reading import token_texts
         from ..evaluation.transformations import ATTACKS, check_transformable, kept_labels
 
         if against and head.novelty is None:
@@ -98,9 +98,9 @@ def evaluate(
         if followed is not None and flagged is not None:
             tokenizer, marked = scored.prompts.tokenizer, None
             if (spans := labelled.columns.get("spans")) is not None:
-                rows_of = zip(dataset.prompts, dataset.reply_lengths, spans, strict=True)
-                replies = ((token_texts(tokenizer, ids[-count:]), parts or ()) for ids, count, parts in rows_of)
-                marked = [detection.span_mask(texts, parts) for texts, parts in replies]
+                rows_of = zip(labelled.texts, spans, dataset.reply_lengths, strict=True)  # a reply may have been cut
+                replies = ((split_reply(text)[1], parts or (), count) for text, parts, count in rows_of)
+                marked = [detection.span_mask(tokenizer, *reply)[:count] for *reply, count in replies]
             result["replies"] = detection.reply_report(head.config, followed, labelled.labels, marked, bootstrap)
         if others:
             result["novelty"] = against_others(novelty, novelties, bootstrap)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+import transformers
 
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
@@ -221,15 +222,16 @@ def _limits(
     return intervals(statistic, len(read), resamples)
 
 
-def span_mask(token_texts: Sequence[str], spans: Sequence[Mapping[str, int]]) -> np.ndarray:
-    """Return which tokens have a character of a span, `[tokens]` bool.
+def span_mask(
+    tokenizer: transformers.PreTrainedTokenizerBase, reply: str, spans: Sequence[Mapping[str, int]]
+) -> np.ndarray:
+    """Return which tokens of a reply have a character of a span, `[tokens]` bool.
 
     Args:
-        token_texts: text of each token of a reply.
         spans: `start` and `end` of each, characters of the reply.
     """
-    ends = np.cumsum(list(map(len, token_texts)))
-    starts = ends - list(map(len, token_texts))
+    encoded = tokenizer(reply, add_special_tokens=False, return_offsets_mapping=True)
+    starts, ends = np.array(encoded["offset_mapping"]).T
     mask = np.zeros(len(ends), dtype=bool)
     for span in spans:
         mask |= (starts < span["end"]) & (ends > span["start"])
