@@ -179,6 +179,8 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(ScoredHead, "attach")  # refused before the backbone is loaded
         assert "chats" in refuse(*evaluate, "--attacks")
+        for words in (("evaluate", "--data", rows), ("calibrate", "--benign", rows)):
+            assert "--prompt-column" in refuse(*words, *data[:2], "--probe", guard)
     served = ("--probe", guard, "--backbone", backbone_folder)
     args = ("generate", "good one", *served, "--max-new-tokens", 4, "--json", "--halt-on")
     (row,) = succeed(*args, "guard:awful:0")

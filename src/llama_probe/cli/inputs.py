@@ -12,7 +12,7 @@ import transformers
 from ..backbone.loading import DtypeName, backbone_target, load_backbone, name_of_backbone
 from ..data.known import find_benchmark
 from ..data.labelled_texts import LabelledTexts, Labels
-from ..data.prompts import PromptDataset, PromptFormat, Text
+from ..data.prompts import PromptDataset, PromptFormat, Text, split_reply
 from ..data.row_files import MAX_TEXT
 from ..data.row_sources import Source
 from ..errors import ProbeError
@@ -97,11 +97,14 @@ class TextRows:
         """
         labels = Labels(names=list(config.id2label.values()), problem_type="single_label_classification")
         own = {} if find_benchmark(source) is None else {"text_column": "text"}
-        return self._read(source, labels, split, label=labels.names[0], max_rows=limit, **own).texts
+        return self._read(source, config, labels, split, label=labels.names[0], max_rows=limit, **own).texts
 
-    def _read(self, source: str, labels: Labels, split: str, **fields) -> LabelledTexts:
+    def _read(self, source: str, config: ProbeConfig, labels: Labels, split: str, **fields) -> LabelledTexts:
         columns = {"text_column": self.text_column, "prompt_column": self.prompt_column} | fields
-        return Source(rows=source, **columns).read(labels, self.data_dir, split, max_text=self.max_text)
+        rows = Source(rows=source, **columns).read(labels, self.data_dir, split, max_text=self.max_text)
+        for text in rows.texts if config.reads_reply else ():
+            split_reply(text)  # raises
+        return rows
 
 
 @dataclass(kw_only=True)
@@ -116,7 +119,7 @@ class LabelledRows(TextRows):
         names = list(config.id2label.values())
         label = names[1 - config.need_flagged_index("--benign")] if self.benign else None
         labels = Labels(names=names, problem_type=config.problem_type)
-        return self._read(source, labels, "test", label=label, label_column=self.label_column)
+        return self._read(source, config, labels, "test", label=label, label_column=self.label_column)
 
 
 def check_head_folder(probe: str, option: str) -> None:
