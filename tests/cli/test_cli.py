@@ -179,6 +179,8 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(ScoredHead, "attach")  # refused before the backbone is loaded
         assert "chats" in refuse(*evaluate, "--attacks")
+        pairs = write(tmp_path / "pairs.jsonl", [line | {"spans": [[0, 3]]} for line in lines])
+        assert "column spans" in refuse(*evaluate, "--data", pairs)
         for words in (("evaluate", "--data", rows), ("calibrate", "--benign", rows)):
             assert "--prompt-column" in refuse(*words, *data[:2], "--probe", guard)
     served = ("--probe", guard, "--backbone", backbone_folder)

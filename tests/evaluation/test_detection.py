@@ -131,7 +131,7 @@ def test_tokens_of_spans_are_ranked_against_all_others():
     )
     pieces.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)
-    marked = [span_mask(tokenizer, "Mix acid.", spans) for spans in ([{"start": 4, "end": 8}], [])]
+    marked = [span_mask(tokenizer, "Mix acid.", spans) for spans in ([(4, 8)], [])]
     assert marked[0].tolist() == [False, True, True, False] and not marked[1].any()
     odds = torch.tensor([[0.0, 2.5, 3.0, 2.0], [4.0, -1.0, -1.0, -1.0]])
     followed = list(torch.stack([torch.zeros_like(odds), odds], dim=-1))

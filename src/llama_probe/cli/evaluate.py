@@ -77,6 +77,7 @@ def evaluate(
         slices = slices_of(labelled.columns, data, slice_column or ())
         if ask:
             head.config.need_flagged_index("--ask")
+        spans = _spans(labelled) if head.config.reads_reply else None
         verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
         others = {short_path(name): rows.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
         scored.attach()
@@ -97,9 +98,9 @@ def evaluate(
             result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
         if followed is not None and flagged is not None:
             tokenizer, marked = scored.prompts.tokenizer, None
-            if (spans := labelled.columns.get("spans")) is not None:
+            if spans is not None:
                 rows_of = zip(labelled.texts, spans, dataset.reply_lengths, strict=True)  # a reply may have been cut
-                replies = ((split_reply(text)[1], parts or (), count) for text, parts, count in rows_of)
+                replies = ((split_reply(text)[1], parts, count) for text, parts, count in rows_of)
                 marked = [detection.span_mask(tokenizer, *reply)[:count] for *reply, count in replies]
             result["replies"] = detection.reply_report(head.config, followed, labelled.labels, marked, bootstrap)
         if others:
@@ -113,6 +114,15 @@ def evaluate(
             head.results.setdefault("evaluations", {})[record] = measured
             head.save_pretrained(probe)
     return result, partial(print_values, f"{probe} on {data}", _for_display(result))
+
+
+def _spans(labelled: LabelledTexts) -> list[list[tuple[int, int]]] | None:
+    """Return first and last characters of the spans of each reply; None if the rows have no such column."""
+    column = labelled.columns.get("spans")
+    try:
+        return column and [[(span["start"], span["end"]) for span in spans or ()] for spans in column]
+    except (LookupError, TypeError):
+        raise ProbeError('the column spans must hold lists of {"start": ..., "end": ...}') from None
 
 
 def _verdicts(labelled: LabelledTexts, config: ProbeConfig, column: str) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -223,16 +223,16 @@ def _limits(
 
 
 def span_mask(
-    tokenizer: transformers.PreTrainedTokenizerBase, reply: str, spans: Sequence[Mapping[str, int]]
+    tokenizer: transformers.PreTrainedTokenizerBase, reply: str, spans: Sequence[tuple[int, int]]
 ) -> np.ndarray:
     """Return which tokens of a reply have a character of a span, `[tokens]` bool.
 
     Args:
-        spans: `start` and `end` of each, characters of the reply.
+        spans: first character of each, and the one behind its last.
     """
     encoded = tokenizer(reply, add_special_tokens=False, return_offsets_mapping=True)
     starts, ends = np.array(encoded["offset_mapping"]).T
     mask = np.zeros(len(ends), dtype=bool)
-    for span in spans:
-        mask |= (starts < span["end"]) & (ends > span["start"])
+    for start, end in spans:
+        mask |= (starts < end) & (ends > start)
     return mask
