@@ -66,11 +66,11 @@ def test_a_user_at_a_terminal_is_asked_for_prompts():
 
 
 def test_halting_words_are_options_of_each_head():
-    words = ["e", "guard:bad", "a-b_1:no way:0.25", 'c={"label": "a:b=c", "patience": 2}', "d:bad:fpr-2%"]
+    words = ["e", "guard:bad", "a-b_1:no way:0.25", 'c={"label": "a:b=c", "patience": 2}', "d:bad:fpr-2%", "v1.0"]
     rules = read_halting(words)
     assert rules == {
         "e": {}, "guard": {"label": "bad"}, "a-b_1": {"label": "no way", "threshold": 0.25},
-        "c": {"label": "a:b=c", "patience": 2}, "d": {"label": "bad", "threshold": "fpr-2%"},
+        "c": {"label": "a:b=c", "patience": 2}, "d": {"label": "bad", "threshold": "fpr-2%"}, "v1-0": {},
     }  # fmt: skip
     for wrong in ([""], [":bad"], ["guard:bad:0.5:2"], ["guard=3"], ["a b"], ["guard:bad:0.9", "guard"]):
         with pytest.raises(ProbeError, match="--halt-on"):

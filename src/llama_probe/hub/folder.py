@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 from ..errors import ProbeError
@@ -26,6 +27,11 @@ HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, RECIPE_NAME, CARD_NAME, C
 LATER_RESULTS = ("evaluations", "thresholds_from", "novelty", "measured")
 
 MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
+
+
+def head_name(text: str) -> str:
+    """Return a text, such as a folder's name, as the name of a head: a dot separates modules in torch."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text)
 
 
 def is_head_folder(folder: str | os.PathLike) -> bool:

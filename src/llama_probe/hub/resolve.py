@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import ProbeError
-from .folder import CONFIG_NAME, PROBES_FOLDER, list_heads, read_config_values
+from .folder import CONFIG_NAME, PROBES_FOLDER, head_name, list_heads, read_config_values
 from .transport import HubOptions, HubReference, check_subfolder, download_head
 
 
@@ -195,7 +195,7 @@ def default_name(source: str | os.PathLike) -> str:
         name = Path(source).resolve().name
     else:
         name = (reference.subfolder or reference.repo_id).split("/")[-1]
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "head"  # a dot separates modules in torch
+    name = head_name(name) or "head"
     return f"{name}-head" if name in _ATTRIBUTES else name
 
 

@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 
 from ..errors import ProbeError
 from ..files import JSON
+from ..hub.folder import head_name
 
 
-# THRESHOLD is a number or the name of one. A head's name has neither `:` nor `=`. A label with a `:` needs the second form.
+# THRESHOLD is a number or the name of one. A head may be spelled as its folder. A label with a `:` needs the second form.
 HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
-_WORD = re.compile(r"([\w-]+)(?:=(.*)|:([^:]+)(?::([^:]+))?)?", re.DOTALL)
+_WORD = re.compile(r"([\w.-]+)(?:=(.*)|:([^:]+)(?::([^:]+))?)?", re.DOTALL)
 # The end of a judge's URL tells what it speaks.
 JUDGE_PATHS = MODERATIONS, CHAT, GUARDRAIL = "/moderations", "/chat/completions", "/beta/litellm_basic_guardrail_api"
 
@@ -31,6 +32,7 @@ def read_halting(words: Sequence[str], option: str = "--halt-on") -> dict[str, J
             options = None
         if head is None or not isinstance(options, dict):
             raise ProbeError(f"{option} {word!r} must be {HALTING_FORMS}")
+        head = head_name(head)
         if head in spec:
             raise ProbeError(f"{option} names {head} more than once: give each head once")
         if threshold is not None:
@@ -45,7 +47,8 @@ def read_unsure(words: Sequence[str]) -> dict[str, list[float]]:
     """Return by head the band of scores that `HEAD=LOW:HIGH` gives."""
     bands: dict[str, list[float]] = {}
     for word in words:
-        head, _, band = word.partition("=")
+        folder, _, band = word.partition("=")
+        head = head_name(folder)
         try:
             low, high = map(float, band.split(":"))
         except ValueError:
