@@ -5,6 +5,7 @@ from dataclasses import fields
 import pytest
 import yaml
 from repository import ROOT
+from transformers import HfArgumentParser
 
 from llama_probe import ProbeConfig, ProbeError, ProbeTrainingArguments
 from llama_probe.data.labelled_texts import Labels
@@ -41,6 +42,12 @@ def test_given_values_stay():
     args = ProbeTrainingArguments(use_cpu=True, **given)
     args.fill(ProbeConfig(probe_type="mha"), 20)
     assert {name: getattr(args, name) for name in given} == given
+
+
+@pytest.mark.parametrize("words, cached", [((), "auto"), (("--cache_states", "False"), False)])
+def test_arguments_from_the_command_line_of_a_script(words, cached):
+    (args,) = HfArgumentParser(ProbeTrainingArguments).parse_args_into_dataclasses(["--output_dir", "never", *words])
+    assert args.cache_states == cached and args.learning_rate is None
 
 
 OUT_OF_RANGE = {"learning_rate": float("nan"), "focal_gamma": float("inf"), "patience": 0, "num_train_epochs": -1}

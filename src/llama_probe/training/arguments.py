@@ -73,7 +73,7 @@ class ProbeTrainingArguments(TrainingArguments):
     patience: int | None = 3
     max_false_positive_rate: float | None = None
     threshold_rule: str = "expected-f1"
-    cache_states: bool | str = "auto"
+    cache_states: Literal["auto", True, False] = "auto"  # `HfArgumentParser` takes no `bool | str`
     cache_dir: str | None = None
     novelty: bool = True
 
