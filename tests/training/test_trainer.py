@@ -302,13 +302,15 @@ def test_the_loss_of_a_step_is_the_mean_over_the_rows_of_its_batches(tmp_path, f
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save"])
-def test_what_the_trainer_pushes_is_a_head(tmp_path, token, strategy):
+def test_what_the_trainer_pushes_is_a_head(tmp_path, hub, token, strategy):
     probe = head(make_lm(), id2label={0: "bad", 1: "good"})
-    changes = {"push_to_hub": True, "hub_model_id": "alice/mood", "num_train_epochs": 1, "hub_strategy": strategy}
+    changes = {"push_to_hub": strategy != "end", "hub_model_id": "alice/mood", "hub_strategy": strategy}
+    changes |= {"hub_private_repo": True, "num_train_epochs": 1}
     trainer = trainer_for(probe, tmp_path, **changes)
     trainer.train()
     if strategy == "end":
         trainer.push_to_hub()
+    assert hub.repositories["alice/mood"].private
     back = ProbeModel.from_pretrained("alice/mood")
     assert back.config.id2label == {0: "bad", 1: "good"} and same_weights(back, probe)
     assert same_weights(ProbeModel.from_pretrained(trainer.args.output_dir), probe)

@@ -600,6 +600,7 @@ class ProbeTrainer(Trainer):
             raise ProbeError("push each of several heads by itself: trainer.heads[name].push_to_hub(repo_id)")
         folder = self._save_heads(None)  # before the Hub can refuse
         kwargs["revision"] = kwargs.get("revision") or self.args.hub_revision
+        kwargs.setdefault("private", self.args.hub_private_repo)
         return push_folder(folder, repo_id, token=token, commit_message=commit_message, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
