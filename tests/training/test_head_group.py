@@ -8,7 +8,7 @@ from conftest import make_lm
 from training_runs import Kill, head_of, token_rows, trainer_of
 from transformers import set_seed
 
-from llama_probe import ProbeError, ProbeModel
+from llama_probe import ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.heads import probe_types
 
@@ -56,6 +56,13 @@ def test_each_head_learns_as_if_alone(tmp_path, is_cached, names):
         assert alone.progress["head"].scores == pytest.approx(group.progress[name].scores, abs=1e-6)
         assert alone.model.config.threshold == pytest.approx(group.heads[name].config.threshold, abs=1e-4)
         assert alone.model.results["runs"] and group.heads[name].results["probe_type"] == HEADS[name]["probe_type"]
+
+
+def test_rates_that_are_left_open_are_those_of_the_kinds(tmp_path):
+    args = ProbeTrainingArguments(str(tmp_path), use_cpu=True)
+    heads = {kind: head(kind, make_lm()) for kind in ("mha", "gate")}
+    trainer = ProbeTrainer(heads, args, None, PromptDataset(*TRAIN), head_args={"gate": {"weight_decay": 0.0}})
+    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [1e-3, 1e-3, 1e-2, 1e-2]
 
 
 def test_a_head_learns_nothing_of_the_rows_that_it_is_to_leave_out(tmp_path):

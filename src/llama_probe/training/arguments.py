@@ -95,19 +95,23 @@ class ProbeTrainingArguments(TrainingArguments):
         """Choose what is open by the head and the number of training rows. `batch_size` is that of all devices."""
         epochs, default_size = next(entry[1:] for entry in SCHEDULES if rows <= entry[0])
         devices = max(1, self.n_gpu) * self.world_size
-        recipe = get_probe_type(config.probe_type).recipe
         open_fields = {
             "num_train_epochs": epochs,
             "per_device_train_batch_size": math.ceil((batch_size or default_size) / devices),
-            "learning_rate": recipe["learning_rate"],
-            "label_smoothing_factor": recipe["label_smoothing"],
             "metric_for_best_model": default_metric(config),
+            **self.by_kind(config),
         }
         for name, value in open_fields.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+
+    def by_kind(self, config: ProbeConfig) -> JSON:
+        """Return the arguments that are open and follow from the kind of a head."""
+        recipe = get_probe_type(config.probe_type).recipe
+        values = {"learning_rate": recipe["learning_rate"], "label_smoothing_factor": recipe["label_smoothing"]}
+        return {name: value for name, value in values.items() if getattr(self, name) is None}
 
     @property
     def replies(self) -> Literal["cut", "tokens"]:

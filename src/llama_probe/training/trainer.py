@@ -147,7 +147,8 @@ class ProbeTrainer(Trainer):
             kind = type(model).__name__
             raise ProbeError(f"model must be a ProbeModel, not {kind}; backbone= takes a language model")
         self.progress = {name: Progress() for name in self.heads}
-        self._head_args = {name: dict((head_args or {}).get(name, {})) for name in self.heads}
+        by_kind = {name: args.by_kind(head.config) if self._is_group else {} for name, head in self.heads.items()}
+        self._head_args = {name: values | dict((head_args or {}).get(name, {})) for name, values in by_kind.items()}
         if unknown := {*(head_args or ()), *(left_out or ())} - set(self.heads if self._is_group else ()):
             raise ProbeError(f"there is no head {min(unknown)!r} in model={{name: head}}: {', '.join(self.heads)}")
         if is_tensor_parallel(model.backbone):
