@@ -16,7 +16,7 @@ from training_runs import head_of, token_rows, trainer_of
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel
-from llama_probe.data.cached_states import PromptDataset, collate
+from llama_probe.data.cached_states import PromptDataset, StateDataset, collate
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.decision import probe_loss
@@ -177,6 +177,16 @@ def test_cached_states_spare_passes_and_are_deleted(tmp_path):
     del trainer
     gc.collect()
     assert not (tmp_path / "True" / STATES).exists(), "states can reveal the texts"
+
+
+def test_a_trainer_that_is_freed_leaves_the_states_of_the_next(tmp_path, monkeypatch):
+    """As in a loop over heads, whose trainers are freed at any time."""
+    lm, of_rows = make_lm(vocab_size=260), StateDataset.__init__
+    monkeypatch.setattr(StateDataset, "__init__", lambda *given: (gc.collect(), of_rows(*given))[1])
+    for kind in ("gate", "mha"):
+        trainer = mood(tmp_path, model=head(lm, probe_type=kind), cache_states=True)
+        assert len(trainer.train_dataset[0]["hidden_states"]) == 5
+        del trainer
 
 
 def test_model_init_and_a_search(tmp_path):

@@ -56,6 +56,9 @@ from .search import SEARCH_SPACE, draw
 
 logger = logging.get_logger(__name__)
 
+# By folder. Trainers in one folder share its states, which go with the last of them: Python may free one while the next begins.
+_CACHES: weakref.WeakValueDictionary[str, StateCache] = weakref.WeakValueDictionary()
+
 
 class ProbeTrainer(Trainer):
     """A `Trainer` for heads on a frozen backbone. Takes texts, chats or token ids with labels.
@@ -257,9 +260,11 @@ class ProbeTrainer(Trainer):
 
     @cached_property
     def _cache(self) -> StateCache:
-        cache = StateCache(self.args.cache_dir or Path(self.args.output_dir) / STATES)
-        if self.args.cache_dir is None:
-            weakref.finalize(self, cache.delete)
+        if self.args.cache_dir is not None:
+            return StateCache(self.args.cache_dir)
+        folder = os.path.abspath(Path(self.args.output_dir) / STATES)
+        cache = _CACHES.setdefault(folder, StateCache(folder))
+        weakref.finalize(cache, StateCache(folder).delete)
         return cache
 
     def _create_head(self, backbone: Any, head: JSON, data: object) -> tuple[ProbeModel, LabelledTexts]:
