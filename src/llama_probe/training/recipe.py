@@ -283,7 +283,11 @@ def _set(values: Any, setting: str) -> None:
         for name in parents:
             if isinstance(values, dict) and values.get(name) is None:
                 values[name] = {}
-            values = values[int(name) if isinstance(values, list) else name]
+            if isinstance(values, list):
+                name = int(name)
+                if isinstance(values[name], str):  # a source that is named by its rows alone
+                    values[name] = {"rows": values[name]}
+            values = values[name]
         values[int(last) if isinstance(values, list) else last] = value
     except (LookupError, TypeError, ValueError, yaml.YAMLError) as error:
         reason = f"must be FIELD=VALUE, such as training.learning_rate=1e-3: {first_line(error)}"
