@@ -1,5 +1,7 @@
 """Rows of a source: where they are found, which of them are taken, and what their labels are."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -115,7 +117,8 @@ class TestChoice:
         place = str(write(tmp_path / "a.jsonl", ASKED))
 
         def take(labels=HARM, seed=0, commercial=False, **fields):
-            return Source(rows=place, text_column="q", **fields).read(labels, seed=seed, commercial=commercial)
+            counted = Counter() if commercial else None
+            return Source(rows=place, text_column="q", **fields).read(labels, seed=seed, not_commercial=counted)
 
         return take
 

@@ -134,8 +134,11 @@ def test_rows_to_calibrate_on_need_no_labels(tmp_path, train):
 
 def test_what_a_licence_leaves_out_is_told(tmp_path, train):
     bound = {"rows": write(tmp_path / "b.jsonl", 30), "name": "bound", "licence": "cc-by-nc-4.0"}
-    rows = read({"rows": train, "licence": "mit"}, bound, licence="commercial")
-    assert rows.described["train"]["not_commercial"] == {"bound": 30}
+    mixed = {"rows": train, "licence": "mit"}, bound
+    assert read(*mixed, licence="commercial").described["train"]["not_commercial"] == {"bound": 30}
+    more = {"measure": {"sources": [{**bound, "rows": write(tmp_path / "c.jsonl", 20)}]}}
+    rows = read(*mixed, licence="commercial", **more)
+    assert rows.described["train"]["not_commercial"] == {"bound": 50}, "and not those of the last source of this name"
     few = {**bound, "rows": "gone", "local": {"rows": bound["rows"], "max_rows": 20}}
     assert len(read({"rows": train, "licence": "mit"}, few, data_dir=tmp_path).train) == 0.85 * 60
     rows = read({"rows": train, "licence": "mit"}, {**bound, "max_rows": 10}, licence="commercial")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,14 +117,14 @@ class Source:
         split: str = "train",
         seed: int = 0,
         max_text: int = MAX_TEXT,
-        commercial: bool = False,
+        not_commercial: Counter[str] | None = None,
     ) -> LabelledTexts:
         """Return the rows, with the columns of the source and the column `source`.
 
         Args:
             labels: what the labels are. Defaults to what the source itself says.
             split: split to read, if `rows` names none.
-            commercial: leave out the rows whose licence forbids commercial use, or is not known.
+            not_commercial: leave out the rows whose licence forbids commercial use, or is not known, and count them here by source.
         """
         place, labels = self.find(data_dir, split), labels or Labels()
         columns, stated = place._read_columns(split, data_dir, max_text)
@@ -136,10 +137,11 @@ class Source:
         if place.part is not None:
             low, high = place.part
             rows = rows.select([row for row, text in enumerate(rows.texts) if low <= _hash_of(text) < high])
-        if commercial:
-            column = place.licence_column
-            licences = [place.licence] * len(rows) if column is None else find_column(self.name, rows.columns, column)
+        if not_commercial is not None:
+            column, count = place.licence_column, len(rows)
+            licences = [place.licence] * count if column is None else find_column(self.name, rows.columns, column)
             rows = rows.select([row for row, licence in enumerate(licences) if allows_commercial_use(licence)])
+            not_commercial[self.name] += count - len(rows)
         rows = rows.at_most(place.max_rows, seed)
         return replace(rows, columns=rows.columns | {SOURCE: [self.name] * len(rows)})
 

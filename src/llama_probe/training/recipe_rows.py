@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -154,8 +155,8 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
     rows.described = _describe(recipe, held_validation, held_test, rows)
-    if reader.not_commercial:
-        rows.described["train"]["not_commercial"] = reader.not_commercial
+    if left_out := +reader.not_commercial:  # without the sources that were not touched
+        rows.described["train"]["not_commercial"] = dict(left_out)
     return rows
 
 
@@ -164,18 +165,13 @@ class _Reader:
 
     def __init__(self, recipe: Recipe, data_dir: str | os.PathLike | None):
         self.recipe, self.data_dir = recipe, data_dir
-        self.labels, self.not_commercial = recipe.labels, {}
+        self.labels = recipe.labels
+        self.not_commercial: Counter[str] = Counter()
 
     def read(self, source: Source, split: str, labels: Labels | None = None) -> LabelledTexts:
-        arguments = labels or self.labels, self.data_dir, split, self.recipe.seed, self.recipe.max_text
-        commercial = self.recipe.licence is not None
-        rows = source.read(*arguments, commercial=commercial)
-        if commercial:
-            local = source.local and {**source.local, "max_rows": None}
-            whole = replace(source, max_rows=None, local=local)
-            every, allowed = (len(whole.read(*arguments, commercial=only)) for only in (False, True))
-            if left_out := every - allowed:
-                self.not_commercial[source.name] = left_out
+        counted = None if self.recipe.licence is None else self.not_commercial
+        seed, max_text = self.recipe.seed, self.recipe.max_text
+        rows = source.read(labels or self.labels, self.data_dir, split, seed, max_text, counted)
         if labels is not None or not len(rows):
             return rows
         if wrong := sorted(set(self.recipe.labels.flagged or ()) - set(rows.label_names)):
