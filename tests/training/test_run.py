@@ -18,7 +18,7 @@ from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.training import estimate, prepared, trainer
 from llama_probe.training import results as training_results
-from llama_probe.training.prepared import CHECKPOINTS
+from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
 from llama_probe.training.progress import last_checkpoint
 from llama_probe.training.run import train_recipe
 
@@ -244,7 +244,6 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
         *(({"training": {name: 1}}, name) for name in ("output_dir", "seed")),
         ({"training": {"lr_scheduler_type": "foo"}}, "lr_scheduler_type|foo"),
         ({"training": {"report_to": "foo"}}, "training: foo"),
-        ({"training": {"cache_states": True}}, "cache_states"),
         ({"calibration": {"sources": ["40.jsonl"], "rates": [0.01]}}, "at least 100 rows"),
         ({"measure": {"sources": ["40.jsonl"], "attacks": "40"}, "head": {"prompt_format": "raw"}}, "measure.attacks"),
     ],
@@ -253,7 +252,6 @@ def test_refused_before_the_backbone_is_loaded(tmp_path, backbone_folder, monkey
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "alike.jsonl", 1)
     monkeypatch.setattr(prepared, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
-    monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
     with pytest.raises(ProbeError, match=named):
         train(tmp_path, backbone_folder, **sections)
     assert not (tmp_path / "head").exists(), "before any work"
@@ -267,6 +265,24 @@ def test_a_training_that_diverges(tmp_path, backbone_folder):
 def test_states_that_do_not_fit_are_not_cached(tmp_path, backbone_folder, monkeypatch, caplog):
     monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
     assert train(tmp_path, backbone_folder)["runs"] and "no hidden states on disk" in caplog.text
+    with pytest.raises(ProbeError, match=r"hidden states need .*cache_states"):
+        train(tmp_path, backbone_folder, training={"cache_states": True})
+
+
+def test_states_that_are_there_need_no_room(tmp_path, backbone_folder, monkeypatch):
+    """Those of other rows take room, though they are in the same folder."""
+    kept = {"cache_dir": str(tmp_path / "kept")}
+    train(tmp_path, backbone_folder, training=kept)
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
+    for rows, passes in ((40, 0.0), (60, 2.0)):
+        run = PreparedRun(recipe_of(tmp_path, rows, kept), tmp_path / "b", str(backbone_folder), only_estimate=True)
+        assert run.estimate.passes == passes and run.estimate.rows == rows and not run.estimate.bytes
+
+
+def test_a_search_reads_what_its_kinds_read(tmp_path, backbone_folder):
+    search = {"trials": 2, "probe_types": ["gate", "last"]}
+    results = train(tmp_path, backbone_folder, search=search, head={"probe_type": "last"})
+    assert {trial["values"]["probe_type"] for trial in results["search"]} == {"gate", "last"}
 
 
 def test_rates_without_a_threshold_are_left_out(backbone_folder, tmp_path, monkeypatch):

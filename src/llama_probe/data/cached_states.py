@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -85,14 +85,7 @@ class StateCache:
 
     def dataset(self, lm: nn.Module, config: ProbeConfig, rows: PromptDataset) -> StateDataset:
         """Return what a head with this config reads of the hidden states of prompts, from disk or computed now."""
-        dtype = self.dtype
-        if dtype is None:
-            is_bfloat16 = getattr(find_decoder(lm).model, "dtype", None) == torch.bfloat16
-            dtype = torch.bfloat16 if is_bfloat16 else torch.float16
-        scope = [config.token_scope, config.prefix_ids, config.turn_markers]
-        reads = [get_probe_type(config.probe_type).reads, config.layer_indices]
-        entry = self.folder / _digest([_FORMAT, str(dtype), scope, reads, weights_digest(lm)])
-        keys = [_digest([ids, rows.masks and rows.masks[row]]) for row, ids in enumerate(rows.prompts)]
+        dtype, entry, keys = self._dtype_for(lm), self._entry(lm, config), _keys_of(rows)
         done = on_main(lambda: set(rows_on_disk(entry)))
         left = list({key: row for row, key in enumerate(keys) if key not in done}.values())
         if left:
@@ -115,6 +108,13 @@ class StateCache:
             barrier()
         return StateDataset(entry, keys, rows, config)
 
+    def missing(self, lm: nn.Module, config: ProbeConfig, parts: Iterable[PromptDataset]) -> list[dict]:
+        """Return the items of data sets whose states `dataset` would compute, each prompt once."""
+        entry = self._entry(lm, config)
+        done = on_main(lambda: set(rows_on_disk(entry)))
+        rows = {key: part[row] for part in parts for row, key in enumerate(_keys_of(part)) if key not in done}
+        return list(rows.values())
+
     def bytes_of(self, config: ProbeConfig, rows: Sequence[dict]) -> int:
         """Return the bytes that the states of items of a `PromptDataset` take on disk, for a head with this config."""
         parts = (rows[first : first + _ROWS] for first in range(0, len(rows), _ROWS))
@@ -125,10 +125,24 @@ class StateCache:
         if is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _dtype_for(self, lm: nn.Module) -> torch.dtype:
+        is_bfloat16 = getattr(find_decoder(lm).model, "dtype", None) == torch.bfloat16
+        return self.dtype or (torch.bfloat16 if is_bfloat16 else torch.float16)
+
+    def _entry(self, lm: nn.Module, config: ProbeConfig) -> Path:
+        """Return the folder of the states that a head with this config reads of an LM."""
+        scope = [config.token_scope, config.prefix_ids, config.turn_markers]
+        reads = [get_probe_type(config.probe_type).reads, config.layer_indices]
+        return self.folder / _digest([_FORMAT, str(self._dtype_for(lm)), scope, reads, weights_digest(lm)])
+
     def _begin(self, entry: Path) -> None:
         logger.warning_once(f"caching hidden states in {self.folder} (they can reveal the texts: protect them alike)")
         make_folder(entry)
         remove_leftovers(entry)
+
+
+def _keys_of(rows: PromptDataset) -> list[str]:
+    return [_digest([ids, rows.masks and rows.masks[row]]) for row, ids in enumerate(rows.prompts)]
 
 
 def _digest(values: list[object]) -> str:

@@ -24,8 +24,8 @@ logger = logging.get_logger(__name__)
 
 
 _TRIAL_SECONDS, _TRIAL_TOKENS = 3.0, 512  # a trial pass ends after the first batch that exceeds the time
-# Of heads and files, as a multiple of the pass; measured with one head of 8 layers on the demo backbone.
-_OVERHEAD = 1.4
+# Of heads and files, as a share of the pass; measured with one head of 8 layers on the demo backbone.
+_OVERHEAD = 0.4
 
 
 @dataclass
@@ -33,10 +33,10 @@ class Estimate:
     """The work of a run.
 
     Attributes:
-        rows, tokens: prompts that the backbone reads, and their tokens, each once.
+        rows, tokens: prompts, and their tokens, each once.
         tokens_per_second: of the backbone, from a trial pass.
-        bytes: of the hidden states on disk, if they are cached.
-        passes: times that the backbone reads the rows: 1 with a cache.
+        bytes: of the hidden states that are added on disk, if they are cached.
+        passes: times that the backbone reads the rows: with a cache 1, or the share that is not there yet.
     """
 
     rows: int
@@ -47,11 +47,13 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        return _OVERHEAD * self.passes * self.tokens / self.tokens_per_second
+        return (self.passes + _OVERHEAD * max(1.0, self.passes)) * self.tokens / self.tokens_per_second
 
     def __str__(self) -> str:
         time = f"about {timedelta(seconds=round(self.seconds))} at {self.tokens_per_second:,.0f} tokens a second"
-        disk = f"{self.bytes / 1e9:.2f} GB of hidden states on disk" if self.bytes else "no hidden states on disk"
+        disk = (
+            f"{self.bytes / 1e9:.2f} GB of hidden states on disk" if self.passes <= 1 else "no hidden states on disk"
+        )
         return f"{self.rows:,} rows, {self.tokens:,} tokens, {time}, {disk}"
 
 
@@ -59,10 +61,10 @@ def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, furthe
     """Return True if hidden states are cached. `cache_states="auto"` says why they are not.
 
     Args:
+        needed: bytes of the states that are not there yet.
         further_passes: times that the rows are read beside the epochs.
     """
-    there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))  # of a run that was stopped
-    free = free_bytes(folder) + there
+    free = free_bytes(folder)
     fits, sizes = needed < 0.9 * free, f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
     if args.cache_states is True and not fits:
         raise ProbeError(f"hidden states need {sizes} in {folder}: cache_states=False runs the backbone each epoch")

@@ -14,7 +14,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
-from ..data.cached_states import StateCache
+from ..data.cached_states import StateCache, shared_config
 from ..data.prompts import PromptFormat
 from ..distributed import check_shared, is_main, on_main, world_size
 from ..errors import ProbeError, first_line
@@ -62,7 +62,7 @@ class PreparedRun:
         datasets: prompts or states of each part of the rows.
 
     Raises:
-        ProbeError: a setting or a row is wrong, or the disk is too small. Raised before the backbone is loaded.
+        ProbeError: a setting or a row is wrong, which is told before the backbone is loaded; or the disk is too small.
     """
 
     def __init__(
@@ -106,18 +106,26 @@ class PreparedRun:
         self.datasets: dict[str, Dataset] = {
             part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
         }
-        rows_once = {tuple(row["input_ids"]): row for part in self.datasets.values() for row in part}
-        cache = StateCache(args.cache_dir or output / STATES)
-        needed = cache.bytes_of(config, list(rows_once.values()))
-        is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
         self.lm = lm = load_backbone(name, dtype)[0] if isinstance(backbone, str) else backbone.eval()
         self.config = config = describe(lm, config)
+        if recipe.search.trials:
+            self.candidates = draw_candidates(recipe.search, config, recipe.seed)
+        else:
+            seeds = range(recipe.seed, recipe.seed + recipe.seeds)
+            self.candidates = {f"seed-{seed}": Candidate(seed, config) for seed in seeds}
+        read = shared_config([candidate.config for candidate in self.candidates.values()])
+        cache = StateCache(args.cache_dir or output / STATES)
+        left = cache.missing(lm, read, self.datasets.values())
+        needed = cache.bytes_of(read, left)
+        is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
+        prompts_once = {tuple(row["input_ids"]) for part in self.datasets.values() for row in part}
+        tokens = sum(map(len, prompts_once))
         self.estimate = Estimate(
-            rows=len(rows_once),
-            tokens=sum(map(len, rows_once)),
+            rows=len(prompts_once),
+            tokens=tokens,
             bytes=needed if is_cached else 0,
-            tokens_per_second=world_size() * trial_speed(lm, self.datasets["train"].prompts, config.layer_indices),
-            passes=1 if is_cached else args.num_train_epochs + 1,
+            tokens_per_second=world_size() * trial_speed(lm, self.datasets["train"].prompts, read.layer_indices),
+            passes=sum(len(row["input_ids"]) for row in left) / tokens if is_cached else args.num_train_epochs + 1,
         )
         if is_main():
             logger.warning(f"{recipe.name or 'training'} on {config.base_model_name_or_path}: {self.estimate}")
@@ -125,13 +133,12 @@ class PreparedRun:
             return
         check_shared(output)
         if is_cached:
-            self.datasets = {part: cache.dataset(lm, config, texts) for part, texts in self.datasets.items()}
+            self.datasets = {part: cache.dataset(lm, read, texts) for part, texts in self.datasets.items()}
         if rows.folds:  # the plain rows of `train` are judged by heads that have not learned from them
             self.datasets["validation"] = TrainingRows(self.datasets["train"], range(rows.num_plain))
         self._create_heads(None if is_cached else lm)
 
     def _create_heads(self, lm: PreTrainedModel | None) -> None:
-        recipe = self.recipe
         self.heads: dict[str, ProbeModel] = {}
         self.head_args: dict[str, JSON] = {}
         self.left_out: dict[str, Sequence[int]] = {}
@@ -142,17 +149,12 @@ class PreparedRun:
             self.head_args[name] = candidate.training
             self.left_out[name] = without
 
-        if recipe.search.trials:
-            self.candidates = draw_candidates(recipe.search, self.config, recipe.seed)
-        else:
-            seeds = range(recipe.seed, recipe.seed + recipe.seeds)
-            self.candidates = {f"seed-{seed}": Candidate(seed, self.config) for seed in seeds}
         for name, candidate in self.candidates.items():
             create(name, candidate)
             for number, fold in enumerate(self.rows.folds):
                 create(f"{name}-fold-{number}", candidate, fold)
         for name, twin in self.rows.twins.items():
-            create(f"twin-{name}", Candidate(recipe.seed, self.config), twin.left_out)
+            create(f"twin-{name}", Candidate(self.recipe.seed, self.config), twin.left_out)
 
     def learned(self) -> TrainingRows:
         """Return the training rows, as often as they are learned in an epoch, with weights and the heads that learn from each."""

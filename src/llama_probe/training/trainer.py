@@ -227,8 +227,8 @@ class ProbeTrainer(Trainer):
             kwargs: of `ProbeTrainer`.
 
         Raises:
-            ProbeError: a field of the recipe is wrong, a source cannot be read, or the disk is too small. Raised before the
-                backbone is loaded.
+            ProbeError: a field of the recipe is wrong or a source cannot be read, which is told before the backbone is loaded; or
+                the disk is too small.
         """
         divide_until_exit()
         if licence is not None:
@@ -338,7 +338,7 @@ class ProbeTrainer(Trainer):
             prompts = PromptFormat.from_config(config, self._tokenizer)
             self._record(**prompts.config_fields())
             dataset = prompts.encode_for(self.model.config, rows.texts, rows.labels)
-        needed = self._cache.bytes_of(self.model.config, list(dataset))
+        needed = self._cache.bytes_of(self.model.config, self._cache.missing(lm, self.model.config, [dataset]))
         if keeps_states(self.args, needed, self._cache.folder):
             dataset = self._cache.dataset(lm, self.model.config, dataset)
         return TrainingRows(dataset, replies=self.args.replies if learned else "tokens")
