@@ -243,6 +243,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
         ({"training": {"lr": 1}}, "lr"),
         *(({"training": {name: 1}}, name) for name in ("output_dir", "seed")),
         ({"training": {"lr_scheduler_type": "foo"}}, "lr_scheduler_type|foo"),
+        ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, "training: .*min_lr"),
         ({"training": {"report_to": "foo"}}, "training: foo"),
         ({"calibration": {"sources": ["40.jsonl"], "rates": [0.01]}}, "at least 100 rows"),
         ({"measure": {"sources": ["40.jsonl"], "attacks": "40"}, "head": {"prompt_format": "raw"}}, "measure.attacks"),

@@ -149,6 +149,14 @@ class TestRows:
             mood(tmp_path, **{"model": head(make_lm(vocab_size=260)), **changes})
 
 
+def test_what_cannot_be_made_is_refused_before_the_backbone_runs(tmp_path):
+    probe = head(make_lm(vocab_size=260))
+    probe.backbone.model.register_forward_pre_hook(lambda *_: pytest.fail("the backbone runs"))
+    for changes, named in (({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"), ({"report_to": "foo"}, "foo")):
+        with pytest.raises(ValueError, match=named):
+            mood(tmp_path, model=probe, cache_states=True, **changes)
+
+
 @pytest.mark.parametrize("held_back", [None, ANSWERS[:12]])
 def test_a_loaded_head_that_learns_on(tmp_path, held_back):
     """What was fitted to its earlier weights goes, and what is measured now is saved."""

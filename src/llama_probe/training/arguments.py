@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..errors import ProbeError
 from ..evaluation.metrics import default_metric
@@ -112,6 +113,13 @@ class ProbeTrainingArguments(TrainingArguments):
         recipe = get_probe_type(config.probe_type).recipe
         values = {"learning_rate": recipe["learning_rate"], "label_smoothing_factor": recipe["label_smoothing"]}
         return {name: value for name, value in values.items() if getattr(self, name) is None}
+
+    def check(self) -> None:
+        """Make what the Trainer makes after the pass of the backbone, which takes long: raise now for what cannot be made."""
+        for callback in get_reporting_integration_callbacks(self.report_to):
+            callback()
+        Trainer.get_optimizer_cls_and_kwargs(self)
+        get_scheduler(self.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 1, 1000, self.lr_scheduler_kwargs)
 
     @property
     def replies(self) -> Literal["cut", "tokens"]:

@@ -9,8 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
@@ -91,10 +90,7 @@ class PreparedRun:
                 training[field] = "no"
         try:
             self.args = args = ProbeTrainingArguments(str(output / CHECKPOINTS), seed=recipe.seed, **training)
-            # The Trainer does this when it is made and when it begins, which is after the pass of the backbone.
-            for callback in get_reporting_integration_callbacks(args.report_to):
-                callback()
-            Trainer.get_optimizer_cls_and_kwargs(args)
+            args.check()
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise error if isinstance(error, ProbeError) else ProbeError(f"training: {first_line(error)}") from None
         args.fill(config, count, batch_size)

@@ -126,6 +126,7 @@ class ProbeTrainer(Trainer):
         self.args = args = copy.copy(args) if args is not None else ProbeTrainingArguments()
         if not isinstance(args, ProbeTrainingArguments):
             raise ProbeError(f"args must be ProbeTrainingArguments, not {type(args).__name__}")
+        args.check()
         if sum(source is not None for source in (model, model_init, backbone)) != 1:
             raise ProbeError("give one of model=ProbeModel(...), model_init= and backbone=")
         if probe_config is not None and backbone is None:
