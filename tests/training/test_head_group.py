@@ -153,6 +153,7 @@ def test_a_stopped_run_in_the_folder_is_named(tmp_path, caplog):
         ({}, {"metric_for_best_model": "loss"}, "'loss'"),
         ({}, {"head_args": {"c": {}}}, "'c'"),
         ({}, {"left_out": {"c": [0]}}, "'c'"),
+        ({}, {"left_out": {"a": [0, 48]}}, "row 48.* 0 to 47"),
     ],
 )
 def test_heads_and_names_that_do_not_fit_together(tmp_path, changes, given, named):

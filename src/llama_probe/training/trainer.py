@@ -158,11 +158,14 @@ class ProbeTrainer(Trainer):
         if is_tensor_parallel(model.backbone):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
         train = self._label("train_dataset", train_dataset, learned=True)
+        count = len(train or ())
+        if wrong := set().union(*(left_out or {}).values()) - set(range(count)):
+            raise ProbeError(f"left_out names row {min(wrong)}, and there are the rows 0 to {count - 1}")
         validation = self._label("eval_dataset", eval_dataset)
         if validation is None:
             args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
         is_open = args.greater_is_better is None
-        args.fill(model.config, len(train or ()))
+        args.fill(model.config, count)
         # Of several heads no loss or error is measured, so that they are chosen by what is.
         is_checked = self._is_group or (is_open and args.greater_is_better)
         if is_checked and validation is not None and compute_metrics is None:
