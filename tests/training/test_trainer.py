@@ -13,7 +13,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from training_runs import head_of, token_rows, trainer_of
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel
 from llama_probe.data.cached_states import PromptDataset, StateDataset, collate
@@ -109,6 +109,21 @@ class TestRows:
         trainer.train()
         assert probe.config.temperature == 1 and probe.results is None, "no rows to judge it by"
 
+    @pytest.mark.parametrize("names, metric, judging", [((), None, "near"), (("a", "b"), "eval_far_auroc", "far")])
+    def test_several_sets_to_evaluate_on(self, tmp_path, names, metric, judging):
+        lm, sets = make_lm(vocab_size=260), {"near": ANSWERS[:12], "far": ANSWERS[12:]}
+        fields = {"id2label": {0: "bad", 1: "good"}}
+        probe = {name: head(lm, **fields) for name in names} or head(lm, **fields)
+        more = {"num_train_epochs": 2, "metric_for_best_model": metric, "callbacks": [EarlyStoppingCallback(2)]}
+        trainer = mood(tmp_path, model=probe, held_back=sets, **more)
+        trainer.train()
+        scores = trainer.evaluate()
+        assert {"eval_near_loss", "eval_far_loss", f"eval_{judging}_auroc"} <= scores.keys()
+        for name, each in trainer.heads.items():
+            best = scores[f"eval_{judging}_{trainer.metric_name(name, 'auroc')}"]
+            assert trainer.progress[name].best == pytest.approx(best) and len(trainer.progress[name].scores) == 2
+            assert each.results["data"]["validation"]["rows"] == len(sets[judging])
+
     @pytest.mark.parametrize(
         "rows, name, value",
         [
@@ -141,7 +156,7 @@ class TestRows:
             ({"model": head(**GUARD), "rows": IDS, "held_back": None, "token_loss": "softmax"}, "rows with replies"),
             ({"rows": Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()}, "one split in memory"),
             ({"held_back": "rows.csv"}, "eval_dataset"),
-            ({"held_back": {"test": PromptDataset([[1]], np.zeros(1))}}, "same length"),
+            ({"held_back": {"test": ANSWERS[:12]}, "metric_for_best_model": "tset_auprc"}, "'tset_auprc'"),
         ],
     )
     def test_mistakes_beside_those_of_the_page_on_troubleshooting(self, tmp_path, changes, words):

@@ -84,7 +84,8 @@ class ProbeTrainer(Trainer):
             the metrics of the head's problem type.
         train_dataset, eval_dataset: a `datasets.Dataset`, a DataFrame, a dict of columns or a list of rows, with the columns
             of `rows_in_memory`, whose states are computed here unless `args.cache_states` is False; or a `PromptDataset` or
-            `StateDataset`, which is taken as it is.
+            `StateDataset`, which is taken as it is. Of several `eval_dataset` by name the first, or the one that
+            `metric_for_best_model` names, chooses epochs and thresholds; the others are measured.
         processing_class: the backbone's tokenizer, for texts. `backbone` as a name brings its own.
         model_init, callbacks, kwargs: as in `Trainer`.
         backbone: instead of `model`: a folder, a Hub id, `"demo"`, or a loaded LM. The head is then made for the labels.
@@ -161,7 +162,13 @@ class ProbeTrainer(Trainer):
         count = len(train or ())
         if wrong := set().union(*(left_out or {}).values()) - set(range(count)):
             raise ProbeError(f"left_out names row {min(wrong)}, and there are the rows 0 to {count - 1}")
-        validation = self._label("eval_dataset", eval_dataset)
+        is_one = not isinstance(eval_dataset, Mapping) or self._is_table(eval_dataset)
+        sets: Mapping[str, object] = {"": eval_dataset} if is_one else eval_dataset
+        named = (args.metric_for_best_model or "").removeprefix("eval_")
+        judging = next((name for name in sets if named.startswith(f"{name}_")), next(iter(sets)))
+        self._judging = f"{judging}_" if judging else ""
+        labelled = {name: self._label("eval_dataset", rows) for name, rows in sets.items()}
+        validation = labelled[judging]
         if validation is None:
             args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
         is_open = args.greater_is_better is None
@@ -169,7 +176,8 @@ class ProbeTrainer(Trainer):
         # Of several heads no loss or error is measured, so that they are chosen by what is.
         is_checked = self._is_group or (is_open and args.greater_is_better)
         if is_checked and validation is not None and compute_metrics is None:
-            check_metric(args.metric, labels_of(validation), model.config)
+            check_metric(self._metric, labels_of(validation), model.config)
+        args.metric_for_best_model = self._judging + self._metric
         check_threshold_rule(model.config, args.max_false_positive_rate, args.threshold_rule)
         self._has_own_loss = compute_loss_func is None
         if compute_loss_func is None:
@@ -179,7 +187,7 @@ class ProbeTrainer(Trainer):
             learned = TrainingRows(learned, learned_by=learners(range(len(learned)), self.heads, left_out))
         if args.token_loss is not None and getattr(learned, "reply_lengths", None) is None and learned is not None:
             raise ProbeError(f"token_loss={args.token_loss!r} needs training rows with replies: chats, or probe_mask")
-        judged = self._encode("eval_dataset", validation)
+        judged = {name: self._encode("eval_dataset", rows) for name, rows in labelled.items()}
         with warnings.catch_warnings():
             # The parent smooths no labels of several at once. The loss does.
             warnings.filterwarnings("ignore", message="Label smoothing is not compatible")
@@ -188,7 +196,7 @@ class ProbeTrainer(Trainer):
                 args=args,
                 data_collator=data_collator or collate,
                 train_dataset=learned,
-                eval_dataset=judged,
+                eval_dataset=judged[""] if is_one else judged,
                 processing_class=self._tokenizer,
                 model_init=model_init,
                 compute_loss_func=compute_loss_func,
@@ -353,6 +361,11 @@ class ProbeTrainer(Trainer):
         for module in (self.model, *self.heads.values()):
             module.config = module.config.replace(**changes)
 
+    def _is_table(self, data: object) -> bool:
+        """Return True for a dict of columns, False for several tables by name."""
+        names = data if isinstance(data, Mapping) else ()
+        return not {"label", "labels"}.isdisjoint((self._columns or {}).get(name, name) for name in names)
+
     def _table(self, name: str, data: object) -> Dataset | None:
         return self._encode(name, self._label(name, data))
 
@@ -360,15 +373,14 @@ class ProbeTrainer(Trainer):
         self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the heads on a table as well, or on several by name; see `Trainer.evaluate`."""
-        if isinstance(eval_dataset, Mapping):
-            names = {(self._columns or {}).get(name, name) for name in eval_dataset}
-            if names & {"label", "labels"}:  # columns, which the parent would take for data sets
-                eval_dataset = self._table("eval_dataset", eval_dataset)
+        if self._is_table(eval_dataset):  # whose columns the parent would take for data sets
+            eval_dataset = self._table("eval_dataset", eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def get_eval_dataloader(self, eval_dataset: object = None) -> DataLoader:
-        """Return the batches of `eval_dataset`, a table as well, or of the trainer's own."""
-        return super().get_eval_dataloader(self._table("eval_dataset", eval_dataset))
+        """Return the batches of `eval_dataset`, a table as well, or of the trainer's own, by its name if it has several."""
+        is_name = isinstance(eval_dataset, str)
+        return super().get_eval_dataloader(eval_dataset if is_name else self._table("eval_dataset", eval_dataset))
 
     def get_test_dataloader(self, test_dataset: object) -> DataLoader:
         """Return the batches of `test_dataset`, a table as well, in its order: `predict` returns what they give."""
@@ -461,7 +473,7 @@ class ProbeTrainer(Trainer):
         args = self.args
         if args.load_best_model_at_end:
             for name, head in self.heads.items():
-                metric = self.metric_name(name, args.metric)
+                metric = self._judging + self.metric_name(name, self._metric)
                 if f"eval_{metric}" not in metrics:
                     raise ProbeError(f"metric_for_best_model={metric!r} must be one of: {', '.join(sorted(metrics))}")
                 if not self.progress[name].has_stopped(args.patience):
@@ -504,6 +516,8 @@ class ProbeTrainer(Trainer):
             self._chosen = finish(self._run, self.progress, self.state.epoch)
             return self._chosen.results
         train, validation = self.train_dataset, self.eval_dataset
+        if isinstance(validation, dict):
+            validation = validation[self._judging.removesuffix("_")]
         parts = {"train": train, "validation": validation}
         rows = {name: {"source": "own rows", "rows": len(part)} for name, part in parts.items() if part is not None}
         all_logits = predict_together(list(self.heads.values()), validation)
@@ -526,6 +540,11 @@ class ProbeTrainer(Trainer):
         self.logits = dict(zip(self.heads, all_logits, strict=True))
         return {name: probe.results for name, probe in self.heads.items() if probe.results}
 
+    @property
+    def _metric(self) -> str:
+        """The metric that chooses a head, without the name of the rows that it is measured on."""
+        return self.args.metric.removeprefix(self._judging)
+
     def metric_name(self, head: str, metric: str) -> str:
         """Return the name of a head's metric in an evaluation."""
         return f"{head}_{metric}" if self._is_group else metric
@@ -534,7 +553,7 @@ class ProbeTrainer(Trainer):
         # The configs change when the heads are judged.
         if not self._is_group:
             return metrics_of(self.model.config)(evaluated)
-        metric, values = self.args.metric, {}
+        metric, values = self._metric, {}
         for place, (name, head) in enumerate(self.heads.items()):
             predictions, labels = evaluated.predictions[:, place], evaluated.label_ids
             rows = ~np.isnan(predictions).any(axis=-1)  # other rows are not for this head; see `HeadGroup`
