@@ -246,6 +246,8 @@ class TestDataSetsKnownByName:
         write(tmp_path / "imdb" / "train.jsonl", [{"text": "my own", "label": "x"}])
         write(tmp_path / "copies" / "imdb" / "train.jsonl", [{"text": "known", "label": 1}])
         assert read("./imdb").texts == ["my own"] and not caplog.records
+        write(tmp_path / "imdb" / "test.jsonl", [{"text": "another", "label": "x"}])
+        assert read("./imdb::test").texts == ["another"] == read(f"{tmp_path}/imdb::test").texts
         assert read("imdb", data_dir="copies").texts == ["known"] and "./imdb" in caplog.text
 
     def test_they_keep_their_columns(self):

@@ -105,7 +105,7 @@ class Source:
             if (path := copies.get(split)) is None:
                 raise ProbeError(f"{self.rows}: {data_dir} has no split {split!r}, but {', '.join(copies)}")
             return replace(self, rows=str(path), name=self.name)
-        if not _HUB_ID.fullmatch(place.id):
+        if not os.path.isdir(place.id) and not _HUB_ID.fullmatch(place.id):
             known = f"data sets known by name: {', '.join(BENCHMARKS)}; --data-dir reads DIR/{place.id}/SPLIT.jsonl.gz"
             raise ProbeError(f"{self.rows!r} is no file and no Hub id; {known}")
         return self

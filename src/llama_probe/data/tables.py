@@ -78,7 +78,7 @@ def read_table(
         words = f"{source} cannot be read as a file, a folder or a Hub data set: {_reason(error)}"
         raise ProbeError(words) from error
     if split not in splits:
-        raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(splits)}")
+        raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(map(str, splits))}")
     for path in splits[split]:
         if not Path(path).resolve().is_relative_to(folder):
             raise ProbeError(f"{source} names the file {path}: rows must come from inside the folder")
