@@ -89,7 +89,8 @@ class Source:
         if self.local is not None:
             replace(self, **self.local, local=None)  # raises
         if self.name is None:
-            self.name = known[0].name if known is not None else _short_name(self.rows)
+            # A plus joins the names of the sources of a copy.
+            self.name = known[0].name if known is not None else _short_name(self.rows).replace("+", "_")
 
     def find(self, data_dir: str | os.PathLike | None = None, split: str = "train") -> Source:
         """Return the source with the place of its rows: a local copy of the split, if there is a folder of copies."""

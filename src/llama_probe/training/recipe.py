@@ -164,7 +164,7 @@ class Recipe:
         names, measured = ([source.name for source in part] for part in (self.train, self.measure.sources))
         for part in (names, measured):
             if twice := next((name for name in part if part.count(name) > 1 or "+" in name), None):
-                raise ProbeError(f"the name {twice!r} must be of one source, without a plus; give it another name")
+                raise ProbeError(f"the name {twice!r} must be of one source, without a plus: --set train.0.name=OTHER")
         for twin, held in self.hold_out.items():
             if not re.fullmatch(r"[\w-]+", twin):
                 raise ProbeError(f"hold_out: the name {twin!r} must have letters, digits, - and _ alone")
