@@ -99,7 +99,13 @@ class TestRecipes:
             (("--licence", "commercial"), "licence"),
         ):
             assert named in refuse(*recipe, *more)
-        for first, named in (("no-such", "safety"), (tmp_path / "none.yaml", "none.yaml"), ("--epochs=2", "safety")):
+        for first, named in (
+            ("no-such", "safety"),
+            (tmp_path / "none.yaml", "none.yaml"),
+            ("--epochs=2", "safety"),
+            ("alice/rows:cola", "Hub data set"),
+            (f"{tmp_path / 'data'}::none", "no split 'none'"),
+        ):
             assert named in refuse("train", first, "--output", tmp_path / "b")
         assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 

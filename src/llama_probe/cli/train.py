@@ -117,7 +117,11 @@ def _recipe_source(
 def _is_recipe(name: str) -> bool:
     if os.path.isdir(name):
         return os.path.isfile(os.path.join(name, RECIPE_NAME))
-    return name in recipe_names() or not (find_benchmark(name) or kind_of(Path(name)))
+    if name in recipe_names() or Path(name).suffix in (".yaml", ".yml"):
+        return True
+    return not (
+        find_benchmark(name) or kind_of(Path(name)) or set("/:") & set(name)
+    )  # ID:SPLIT, of the Hub or a folder
 
 
 def _print(results: JSON, output: Path) -> None:
