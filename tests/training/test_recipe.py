@@ -1,5 +1,6 @@
 """Recipes: what a file may say, and defaults for what it leaves open."""
 
+import os
 from dataclasses import fields
 
 import pytest
@@ -44,10 +45,13 @@ def test_given_values_stay():
     assert {name: getattr(args, name) for name in given} == given
 
 
-@pytest.mark.parametrize("words, cached", [((), "auto"), (("--cache_states", "False"), False)])
-def test_arguments_from_the_command_line_of_a_script(words, cached):
-    (args,) = HfArgumentParser(ProbeTrainingArguments).parse_args_into_dataclasses(["--output_dir", "never", *words])
-    assert args.cache_states == cached and args.learning_rate is None
+def test_arguments_from_the_command_line_of_a_script():
+    parse = HfArgumentParser(ProbeTrainingArguments).parse_args_into_dataclasses
+    (args,) = parse(["--output_dir", "never", "--cache_dir", "~/states"])
+    assert args.cache_states == "auto" and args.learning_rate is None
+    assert args.cache_dir == os.path.expanduser("~/states") != "~/states"
+    (args,) = parse(["--output_dir", "never", "--cache_states", "False"])
+    assert args.cache_states is False
 
 
 OUT_OF_RANGE = {"learning_rate": float("nan"), "focal_gamma": float("inf"), "patience": 0, "num_train_epochs": -1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,6 +86,8 @@ class ProbeTrainingArguments(TrainingArguments):
             raise ProbeError(f"cache_states={self.cache_states!r} must be True, False or 'auto'")
         if self.token_loss not in (None, *TOKEN_LOSSES):
             raise ProbeError(f"token_loss={self.token_loss!r} must be one of: {', '.join(TOKEN_LOSSES)}")
+        if self.cache_dir is not None:
+            self.cache_dir = os.path.expanduser(self.cache_dir)
         check_numbers(vars(self))
         chosen = self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end
         self.load_best_model_at_end = False  # the parent's needs a checkpoint for each evaluation
