@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
+from llama_probe.backbone.loading import weights_digest
 
 
 ALL_KINDS = {name: make_probe(seed, **form) for seed, (name, form) in enumerate(KINDS.items())}
@@ -127,3 +128,4 @@ def test_offloaded_layers(prompts, tmp_path, place):
     assert turn.probe_labels == plain(longer).probe_labels
     assert list(out.keys()) == list(expected.keys())
     check_all_kinds(model, prompts)
+    assert weights_digest(model) == weights_digest(plain), "heads that train on either share cached states"

@@ -304,10 +304,21 @@ def weights_digest(lm: nn.Module) -> str:
         weights |= {f"lm_head.{name}": tensor for name, tensor in named if id(tensor) not in tied}
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.is_meta:
+            root = lm_head if lm_head is not None and name.startswith("lm_head.") else decoder.model
+            tensor = _offloaded(root, name.removeprefix("lm_head."))
         for part in _plain_tensors(tensor):
             flat = part.detach().flatten()
             digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _offloaded(root: nn.Module, name: str) -> torch.Tensor:
+    """Return a weight that accelerate keeps on the CPU or on disk, and brings for each pass."""
+    path, _, parameter = name.rpartition(".")
+    hook = root.get_submodule(path)._hf_hook
+    maps = (getattr(each, "weights_map", None) for each in getattr(hook, "hooks", [hook]))
+    return next(weights for weights in maps if weights is not None)[parameter]
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
