@@ -61,7 +61,7 @@ class PreparedRun:
         datasets: prompts or states of each part of the rows.
 
     Raises:
-        ProbeError: a setting or a row is wrong, which is told before the backbone is loaded; or the disk is too small.
+        ProbeError: a setting or a row is wrong, or the disk is too small. Raised before the backbone is loaded.
     """
 
     def __init__(
@@ -102,6 +102,11 @@ class PreparedRun:
         self.datasets: dict[str, Dataset] = {
             part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
         }
+        rows_once = {tuple(row["input_ids"]): row for part in self.datasets.values() for row in part}
+        cache = StateCache(args.cache_dir or output / STATES)
+        if args.cache_states is True:  # the states on the disk may all be of these rows
+            least = cache.bytes_of(config, list(rows_once.values())) - cache.bytes_on_disk()
+            keeps_states(args, least, cache.folder)
         self.lm = lm = load_backbone(name, dtype)[0] if isinstance(backbone, str) else backbone.eval()
         self.config = config = describe(lm, config)
         if recipe.search.trials:
@@ -110,14 +115,12 @@ class PreparedRun:
             seeds = range(recipe.seed, recipe.seed + recipe.seeds)
             self.candidates = {f"seed-{seed}": Candidate(seed, config) for seed in seeds}
         read = shared_config([candidate.config for candidate in self.candidates.values()])
-        cache = StateCache(args.cache_dir or output / STATES)
         left = cache.missing(lm, read, self.datasets.values())
         needed = cache.bytes_of(read, left)
         is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
-        prompts_once = {tuple(row["input_ids"]) for part in self.datasets.values() for row in part}
-        tokens = sum(map(len, prompts_once))
+        tokens = sum(map(len, rows_once))
         self.estimate = Estimate(
-            rows=len(prompts_once),
+            rows=len(rows_once),
             tokens=tokens,
             bytes=needed if is_cached else 0,
             tokens_per_second=world_size() * trial_speed(lm, self.datasets["train"].prompts, read.layer_indices),

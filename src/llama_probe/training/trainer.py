@@ -239,8 +239,8 @@ class ProbeTrainer(Trainer):
             kwargs: of `ProbeTrainer`.
 
         Raises:
-            ProbeError: a field of the recipe is wrong or a source cannot be read, which is told before the backbone is loaded; or
-                the disk is too small.
+            ProbeError: a field of the recipe is wrong, a source cannot be read, or the disk is too small. Raised before the
+                backbone is loaded.
         """
         divide_until_exit()
         if licence is not None:
