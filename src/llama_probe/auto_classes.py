@@ -17,11 +17,7 @@ from types import ModuleType
 _PIPELINES = "transformers.pipelines"
 # Auto classes whose `from_pretrained` takes heads, by module.
 _CLASSES = {
-    "transformers.models.auto.modeling_auto": (
-        "AutoModel",
-        "AutoModelForCausalLM",
-        "AutoModelForSequenceClassification",
-    ),
+    "transformers.models.auto.modeling_auto": ("AutoModel", "AutoModelForCausalLM"),
     "transformers.models.auto.configuration_auto": ("AutoConfig",),
     "transformers.models.auto.tokenization_auto": ("AutoTokenizer",),
 }

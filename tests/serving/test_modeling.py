@@ -11,7 +11,13 @@ from conftest import LAYERS, expected_logits, make_lm, make_probe, padded, probe
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_families import tiny
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from llama_probe import (
     AutoModelForProbedGeneration,
@@ -97,11 +103,13 @@ class TestSavingTheBackbone:
         else:
             model.save_pretrained(place)
         expected = model(prompts).probe_logits
-        auto_classes = (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification)
-        for auto_class in (AutoModelForProbedGeneration, LlamaForProbedGeneration, *auto_classes):
+        auto_classes = (AutoModel, AutoModelForCausalLM, AutoModelForProbedGeneration, LlamaForProbedGeneration)
+        for auto_class in auto_classes:
             loaded = auto_class.from_pretrained(place)
             torch.testing.assert_close(loaded(prompts).probe_logits, expected)
         assert AutoModelForCausalLM.from_pretrained(place, probe=[]).active_probes == []
+        classifier = AutoModelForSequenceClassification.from_pretrained(place, num_labels=3)
+        assert type(classifier) is LlamaForSequenceClassification and classifier.num_labels == 3
         assert not hasattr(model.config, "probe_heads")
         loaded.save_pretrained(tmp_path / "again", save_probes=False)
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) is LlamaForCausalLM
