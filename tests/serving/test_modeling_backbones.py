@@ -6,12 +6,12 @@ import accelerate
 import pytest
 import torch
 from cases import KINDS
-from conftest import LAYERS, expected_logits, make_lm, make_probe, padded, probed
+from conftest import LAYERS, expected_logits, make_lm, make_probe, make_tokenizer, padded, probed
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, Reprompt
 from llama_probe.backbone.loading import weights_digest
 
 
@@ -129,3 +129,17 @@ def test_offloaded_layers(prompts, tmp_path, place):
     assert list(out.keys()) == list(expected.keys())
     check_all_kinds(model, prompts)
     assert weights_digest(model) == weights_digest(plain), "heads that train on either share cached states"
+
+
+def test_a_model_that_is_offloaded_as_a_whole(prompts, tmp_path):
+    """Its own device is "meta" then, to which nothing can be moved."""
+    make_lm(vocab_size=260).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offload", probe=make_probe()
+    )
+    halted = {"halt_on": lambda outputs: [True], "halt_reply": Reprompt(prompts[1:2]), "max_new_tokens": 2}
+    found, expected = [], []
+    for lm, results in ((model, found), (probed(make_probe(), vocab_size=260), expected)):
+        results.append(lm.classify(["Hi", "Hello"], tokenizer=make_tokenizer())["probe"].logits)
+        results.append(lm.generate(prompts[:1], **halted).sequences)
+    torch.testing.assert_close(found, expected)

@@ -332,7 +332,7 @@ class ProbedSession(PlainSession):
     def _reply(self) -> torch.Tensor:
         """Return the token ids of the halt reply. The LM writes a `Reprompt` once, without heads."""
         if isinstance(self._reply_ids, Reprompt):
-            ids = self._reply_ids.input_ids.to(self.model.device)
+            ids = self._reply_ids.input_ids.to(self.prompt.decoder.input_device)
             kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(ids), **self._reply_ids.kwargs}
             config = kwargs.pop("generation_config", None)
             written = PlainSession(self.generate, self.model, ids, config, kwargs).run()
@@ -344,7 +344,7 @@ class ProbedSession(PlainSession):
         """Return the output of a plain `generate()` that writes no token."""
         prompt = self.input_ids
         if prompt is None:  # the plain output for embeddings holds new tokens alone
-            prompt = torch.zeros(self.prompt.prompts, 0, dtype=torch.long, device=self.model.device)
+            prompt = torch.zeros(self.prompt.prompts, 0, dtype=torch.long, device=self.prompt.decoder.input_device)
         sequences = prompt.repeat_interleave(self._copies, dim=0)
         per_token = ("scores", "logits", "attentions", "hidden_states")
         fields: dict[str, Any] = {name: () for name in per_token if self.setting(f"output_{name}")}

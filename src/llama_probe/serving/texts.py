@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..backbone.decoder import find_decoder
 from ..backbone.kv_cache import repeat_cache
 from ..backbone.passes import Pass, plan_passes
 from ..data.prompts import PromptFormat, Text, pad_prompts
@@ -83,6 +84,7 @@ def classify_texts(
         order = torch.arange(len(texts))
         return {name: _joined([part[name] for part in parts], order, config) for name, config in configs.items()}
     outputs: dict[str, ProbeOutput] = {}
+    device = find_decoder(model).input_device
     for names in heads_by_format(configs):
         ids, inputs = encode(PromptFormat.from_config(configs[names[0]], tokenizer), configs[names[0]], texts)
         passes = [Pass(list(range(len(ids))))]
@@ -93,7 +95,7 @@ def classify_texts(
         parts = []
         for each in passes:
             rows, width = each.rows, max(len(ids[row]) for row in each.rows)
-            batch = {name: tensor[rows, :width].to(model.device) for name, tensor in inputs.items()}
+            batch = {name: tensor[rows, :width].to(device) for name, tensor in inputs.items()}
             cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
             parts.append(model.classify(**batch, cache=cache, probes=names, output_attentions=output_attentions))
         if output_attentions:
