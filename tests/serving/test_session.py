@@ -57,7 +57,10 @@ def test_speculative_decoding(kwargs, model):
 def test_a_probed_assistant_runs_without_its_heads(model):
     ids, assistant = make_prompts(rows=1), probed({"own": make_probe()}, seed=1)
     wrapped = get_peft_model(assistant, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    assert_scores(model.generate(ids, assistant_model=wrapped, max_new_tokens=8, do_sample=False), ids)
+    call = {"assistant_model": wrapped, "max_new_tokens": 8, "do_sample": False}
+    out = model.generate(ids, **call)
+    assert_scores(out, ids)
+    assert torch.equal(make_lm().generate(ids, **call), out.sequences)
 
 
 def test_inputs_embeds(model, prompts):

@@ -331,7 +331,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         asked = {name: kwargs.pop(name, None) for name in HEAD_ARGUMENTS}
         call = PlainSession(super().generate, self, inputs, generation_config, kwargs)
         # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
-        inner = is_inner_call(self) and all(value is None for value in asked.values())
+        inner = is_inner_call(self, generation_config) and all(value is None for value in asked.values())
         probes = asked.pop("probes")
         try:
             return generate_session(call, {} if inner else self._active_heads(probes), **asked).run()

@@ -16,7 +16,7 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingC
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
-from ..backbone.decoder import find_decoder, without_peft
+from ..backbone.decoder import find_decoder
 from ..backbone.kv_cache import cached_tokens
 from ..errors import ProbeError
 from ..heads.novelty import abstain_levels
@@ -58,13 +58,9 @@ def session_of(model: nn.Module) -> PlainSession | None:
     return session if session is not None and session.model is model else None
 
 
-def is_inner_call(model: nn.Module) -> bool:
+def is_inner_call(model: nn.Module, generation_config: GenerationConfig | None) -> bool:
     """Return True if another `generate()` call made this one: of `model` itself, or of a model that it assists."""
-    session = _CURRENT.get()
-    if session is None:
-        return False
-    assistant = session.kwargs.get("assistant_model")
-    return model is session.model or (assistant is not None and model is without_peft(assistant))
+    return session_of(model) is not None or bool(getattr(generation_config, "is_assistant", False))
 
 
 @dataclass
