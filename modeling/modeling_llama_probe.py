@@ -153,15 +153,17 @@ class Rule(NamedTuple):
                 raise ProbeError(f"halt_on: there is no head {name!r}; heads: {', '.join(heads)}")
             if unknown := sorted(set(options or {}) - {"label", "threshold"}):
                 raise needs_package(f"halt_on= with {unknown[0]}")
-            config, options = heads[name].config, options or {}
-            labels = [options["label"]] if "label" in options else config.flagged or []
-            if not labels or not set(labels) <= set(config.id2label.values()):
-                raise ProbeError(f"halt_on: {name!r} needs a label of {', '.join(config.id2label.values())}")
-            threshold = options.get("threshold")
-            threshold = (config.thresholds or {}).get(threshold, threshold)
+            config, (label, threshold) = heads[name].config, map((options or {}).get, ("label", "threshold"))
+            known, is_regression = list(config.id2label.values()), config.problem_type == "regression"
+            labels = [label] if label is not None else known if is_regression else config.flagged or []
+            if not labels or not set(labels) <= set(known) or (is_regression and len(labels) > 1):
+                raise ProbeError(f"halt_on: {name!r} needs a label of {', '.join(known)}")
+            if is_regression and threshold is None:
+                raise ProbeError(f"halt_on: {name!r} gives values and needs a threshold")
+            thresholds = config.thresholds or {}
+            threshold = thresholds.get(threshold, threshold)
             if isinstance(threshold, str):
-                known = list(config.thresholds or ())
-                raise ProbeError(f"halt_on: {name!r} has no threshold {threshold!r}; it has {known}")
+                raise ProbeError(f"halt_on: {name!r} has no threshold {threshold!r}; it has {list(thresholds)}")
             rules += [cls(name, config, label, threshold) for label in labels]
         return rules
 
