@@ -133,6 +133,8 @@ class TestSavingTheBackbone:
         get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "lora", probe_strict=True)
         torch.testing.assert_close(loaded(prompts).probe_logits, model(prompts).probe_logits)
+        by_alias = AutoModelForCausalLM.from_pretrained(tmp_path / "lora", probe="a")
+        assert by_alias.active_probes == ["a"]
 
     def test_heads_that_are_listed_and_missing(self, model, tmp_path):
         model.save_pretrained(tmp_path)

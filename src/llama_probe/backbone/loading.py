@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 from torch import nn
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from ..errors import ProbeError, first_line
 from ..files import new_folder
@@ -247,27 +247,31 @@ def read_target(
     kwargs: Mapping[str, Any] = MappingProxyType({}),
     options: HubOptions = HubOptions(),
 ) -> Target | None:
-    """Read the target from a backbone's `config.json`; None if that has no sizes.
+    """Read the target from the `config.json` of a backbone, or of an adapter's; None if that has no sizes.
 
     `kwargs` are those of its `from_pretrained`, for `revision` and `subfolder`.
     """
     revision = kwargs.get("revision")
     if str(name_or_path).endswith(".gguf"):  # reading it takes half a minute
         return Target(str(name_or_path), None, None, revision)
+    place: dict[str, Any] = {
+        "revision": revision,
+        "subfolder": kwargs.get("subfolder") or "",
+        "token": options.token,
+        "cache_dir": options.cache_dir,
+        "local_files_only": options.local_files_only,
+    }
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            name_or_path,
-            revision=revision,
-            subfolder=kwargs.get("subfolder") or "",
-            token=options.token,
-            cache_dir=options.cache_dir,
-            local_files_only=options.local_files_only,
-            trust_remote_code=False,
-        )
+        config = transformers.AutoConfig.from_pretrained(name_or_path, **place, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
         return Target(str(name_or_path), text.hidden_size, text.num_hidden_layers, revision, config.model_type)
-    except (OSError, ValueError, AttributeError):  # a LoRA folder, remote code: loading tells what is wrong
-        return None
+    except (OSError, ValueError, AttributeError):  # an adapter, remote code: loading tells what is wrong
+        pass
+    with suppress(OSError, ValueError, LookupError):
+        if (adapter := find_adapter_config_file(str(name_or_path), **place)) is not None:
+            base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            return read_target(base, options=options)
+    return None
 
 
 def model_id(name: str) -> str:
