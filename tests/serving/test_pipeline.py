@@ -223,6 +223,8 @@ class TestClassification:
             assert by_label == pytest.approx({"fine": probs[0], "toxic": probs[1]}, abs=1e-5)
         with pytest.raises(ProbeError, match="probe=NAME"):
             self.make(model, tokenizer=make_tokenizer())
+        with pytest.raises(ProbeError, match="no head 'toxic' is attached; attached: none"):
+            self.make(make_lm(vocab_size=260), tokenizer=make_tokenizer(), probe="toxic")
 
     @pytest.mark.parametrize("name, labels", [("topics", {"LABEL_0", "LABEL_1", "LABEL_2"}), ("length", {"LABEL_0"})])
     def test_other_problems(self, model, name, labels):

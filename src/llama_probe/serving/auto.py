@@ -64,7 +64,7 @@ class AutoModelForProbedGeneration:
     @classmethod
     def from_causal_lm(
         cls, lm: PreTrainedModel, probe: ProbeSpec | None = None, strict: bool = False
-    ) -> PreTrainedModel:
+    ) -> ProbedGenerationMixin:
         """Turn a loaded causal LM into its probed class, in place; see `ProbedGenerationMixin.from_causal_lm`.
 
         Raises:

@@ -26,7 +26,6 @@ from ..heads.novelty import abstain_levels
 from ..hub.transport import HubOptions
 from .auto import AutoModelForProbedGeneration
 from .host import ProbeSpec, read_heads
-from .modeling import ProbedGenerationMixin
 from .texts import as_texts, encode
 
 
@@ -107,13 +106,14 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         ProbeError: it is not clear which head is meant.
     """
 
-    def __init__(self, model: ProbedGenerationMixin, tokenizer=None, *, probe: str | None = None, **kwargs):
-        heads = model._active_heads(probe)
+    def __init__(self, model: PreTrainedModel, tokenizer=None, *, probe: str | None = None, **kwargs):
+        probed = AutoModelForProbedGeneration.from_causal_lm(model)
+        heads = probed._active_heads(probe)
         if len(heads) != 1:
             raise ProbeError(f"name one head, probe=NAME: {', '.join(heads) or 'none is active'}")
         self.probe, head = next(iter(heads.items()))
         self.head_config = head.config
-        super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
+        super().__init__(model=probed, tokenizer=_padding_left(tokenizer), **kwargs)
         tokenizer = self.tokenizer
         self.prompts = None if tokenizer is None else PromptFormat.from_config(head.config, tokenizer)
 
