@@ -160,7 +160,7 @@ class Rule(NamedTuple):
                 raise ProbeError(f"halt_on: {name!r} needs a label of {', '.join(known)}")
             if is_regression and threshold is None:
                 raise ProbeError(f"halt_on: {name!r} gives values and needs a threshold")
-            thresholds = config.thresholds or {}
+            thresholds = config.thresholds or {} if labels == config.flagged else {}
             threshold = thresholds.get(threshold, threshold)
             if isinstance(threshold, str):
                 raise ProbeError(f"halt_on: {name!r} has no threshold {threshold!r}; it has {list(thresholds)}")

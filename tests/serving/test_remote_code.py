@@ -172,6 +172,7 @@ def test_the_model_beside_its_heads_is_the_plain_one(models, tmp_path):
 
 
 NO_TOKEN = torch.zeros(3, 9, dtype=torch.long)
+OTHER_LABEL = {"guard": {"label": "fine", "threshold": "all"}}  # which is of the flagged one
 
 
 @pytest.mark.parametrize(
@@ -196,6 +197,7 @@ NO_TOKEN = torch.zeros(3, 9, dtype=torch.long)
         ("needs a label", lambda model: model.generate(prompts(), halt_on="pair")),
         ("needs a threshold", lambda model: model.generate(prompts(), halt_on={"length": {"label": "n"}})),
         ("no threshold 'low'", lambda model: model.generate(prompts(), halt_on={"guard": {"threshold": "low"}})),
+        ("no threshold 'all'", lambda model: model.generate(prompts(), halt_on=OTHER_LABEL)),
         ("no head 'x'", lambda model: model.generate(prompts(), probes=["x"])),
         ("no token that a head reads", lambda model: model.classify(prompts(), NO_TOKEN)),
     ],
