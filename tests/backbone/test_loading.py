@@ -5,10 +5,10 @@ import shutil
 import gguf
 import pytest
 import torch
-from conftest import LAYERS, SIZES, make_lm
+from conftest import LAYERS, SIZES, make_lm, make_probe
 from peft import LoraConfig, get_peft_model
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llama_probe import ProbeError
 from llama_probe.backbone.fingerprint import backbone_facts
@@ -85,6 +85,9 @@ def test_gguf(tmp_path, backbone_folder, prompts, monkeypatch, form):
     assert facts["base_model_quantization"] == "gguf-q8_0" and facts["base_model_dtype"] == "float32"
     assert facts["base_model_name_or_path"] == str(tmp_path / "tiny-Q8_0.gguf")
     lm.save_pretrained(tmp_path / "saved")
+    make_probe().save_pretrained(tmp_path / "mood")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny-Q8_0.gguf", probe="mood")
+    assert plain.active_probes == ["mood"], "an alias is looked up without a config.json"
     (tmp_path / "other.gguf").touch()
     with pytest.raises(ProbeError, match=r"other\.gguf"):
         load_backbone(str(tmp_path))

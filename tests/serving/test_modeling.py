@@ -181,7 +181,8 @@ class TestConversion:
         torch.testing.assert_close(lm(prompts).probe_logits["a"], expected_logits(make_probe(), prompts))
 
     def test_a_head_is_read_before_the_backbone(self, tmp_path):
+        make_lm().config.save_pretrained(tmp_path)  # and no weights
         with pytest.raises(ProbeError, match="no-such-head"):
-            LlamaForProbedGeneration.from_pretrained(tmp_path / "no such model", probe="no-such-head")
+            LlamaForProbedGeneration.from_pretrained(tmp_path, probe="no-such-head")
         with pytest.raises(ProbeError, match="AutoModelForProbedGeneration"):
             LlamaForProbedGeneration.from_causal_lm(tiny("mistral"))

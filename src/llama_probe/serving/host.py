@@ -405,7 +405,11 @@ def load_with_heads(
     check_within_reach(place, HubOptions.beside(kwargs))
     if probe is not None:
         options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
-        target = read_target(place, kwargs, options) if any(map(is_alias, sources.values())) else None
+        has_alias = any(map(is_alias, sources.values()))
+        target = read_target(place, kwargs, options) if has_alias else None
+        if has_alias and target is None:  # only the model tells, if it comes of `gguf_file` or of its own code
+            loaded = load(place, *args, **kwargs)
+            return loaded, read_heads(sources, target_of(model_of(loaded)), options)
         heads = read_heads(sources, target, options)
         return load(place, *args, **kwargs), heads
     loaded = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
