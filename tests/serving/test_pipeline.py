@@ -71,8 +71,10 @@ def test_heads_that_read_replies_say_what_they_think_of_each_sequence(batch_size
         return [row % 3 == 1 for row in range(len(scores.counted))]
 
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": True, "num_return_sequences": 3}
-    for records in pipe(TEXTS[:2], batch_size=batch_size, on_probe_token=second_of_three, **options):
+    halting = {"on_probe_token": second_of_three, "halt_reply": "No."}
+    for records in pipe(TEXTS[:2], batch_size=batch_size, **halting, **options):
         assert [record["halted"] is not None for record in records] == [False, True, False]
+        assert records[1]["generated_text"].endswith("No.")
         assert all(record["probes"].keys() == {"guard", "prompt"} for record in records)
         assert len({record["probes"]["guard"]["score"] for record in records}) == 3
         assert len({record["probes"]["prompt"]["score"] for record in records}) == 1

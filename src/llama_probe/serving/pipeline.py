@@ -75,7 +75,7 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         """Accept the probed classes, which transformers does not list."""
 
     def _forward(self, model_inputs, **generate_kwargs):
-        if generate_kwargs.get("halt_on") is not None:
+        if generate_kwargs.keys() & {"halt_on", "halt_reply"}:
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
         # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
         twin: Any = copy.copy(self)
