@@ -56,6 +56,8 @@ def test_labels_without_a_result(changes, label):
     (ids, _), model = agent_prompts(), probed({"tools": tool_head(**changes)})
     assert model.generate(ids[1:2], max_new_tokens=1).probe_labels["tools"] == [label]
     assert model.classify(ids[1:2])["tools"].labels == [label]
+    with torch.no_grad():  # a loop of one's own keeps the cache
+        assert model(ids, use_cache=True).probe_labels == model.generate(ids, max_new_tokens=1).probe_labels
 
 
 @pytest.mark.parametrize("bias", [0.0, float("nan")])

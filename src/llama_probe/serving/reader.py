@@ -159,7 +159,7 @@ class PromptReader:
         past: leading prompt tokens that the KV cache holds already.
         earlier: what the heads keep of these tokens.
         return_state: keep the heads' states, for `probe_cache`.
-        partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result.
+        partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result; those of tools do.
     """
 
     def __init__(
@@ -240,14 +240,14 @@ class PromptReader:
 
     @cached_property
     def results(self) -> dict[str, ProbeOutput]:
-        """The `ProbeOutput` of each head; of a partial prompt, of those that have read something in each row."""
+        """The `ProbeOutput` of each head; of a partial prompt, of those that need no more tokens in any row."""
         if not self.complete:
             raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
         results = {}
         for name, output in self._reader.results().items():
             if self.heads[name].config.token_scope == "tool":
-                fill_unread(output, self.masks[name].any(dim=1))
-            if not self._partial_prompt or bool(self.masks[name].any(dim=1).all()):
+                results[name] = fill_unread(output, self.masks[name].any(dim=1))
+            elif not self._partial_prompt or bool(self.masks[name].any(dim=1).all()):
                 results[name] = output
         return results
 
