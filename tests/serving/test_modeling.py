@@ -107,6 +107,7 @@ class TestSavingTheBackbone:
         for auto_class in auto_classes:
             loaded = auto_class.from_pretrained(place)
             torch.testing.assert_close(loaded(prompts).probe_logits, expected)
+            assert loaded.loss_type == make_lm().loss_type
         assert AutoModelForCausalLM.from_pretrained(place, probe=[]).active_probes == []
         classifier = AutoModelForSequenceClassification.from_pretrained(place, num_labels=3)
         assert type(classifier) is LlamaForSequenceClassification and classifier.num_labels == 3

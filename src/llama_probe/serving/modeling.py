@@ -80,6 +80,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.loss_type = "ForCausalLM"  # transformers reads it off the name of the class
         self._install_probes({})
 
     def __call__(self, *args, **kwargs):
