@@ -117,11 +117,9 @@ def _recipe_source(
 def _is_recipe(name: str) -> bool:
     if os.path.isdir(name):
         return os.path.isfile(os.path.join(name, RECIPE_NAME))
-    if name in recipe_names() or Path(name).suffix in (".yaml", ".yml"):
-        return True
-    return not (
-        find_benchmark(name) or kind_of(Path(name)) or set("/:") & set(name)
-    )  # ID:SPLIT, of the Hub or a folder
+    # ID:SPLIT is of the Hub or of a folder.
+    is_rows = find_benchmark(name) or kind_of(Path(name)) or set("/:") & set(name)
+    return name in recipe_names() or Path(name).suffix in (".yaml", ".yml") or not is_rows
 
 
 def _print(results: JSON, output: Path) -> None:
