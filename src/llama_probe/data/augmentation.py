@@ -30,6 +30,11 @@ _QUOTES = (
     "{text}\n\nText: {a} {b}",
 )
 _BREAKS = (" ", "\n", "\n\n")
+# What a writer or a program puts around a text.
+_LAYOUTS = (
+    "```\n{text}\n```", "```text\n{text}\n```", "    {text}", "\t{text}", "\n\n{text}", "{text}    ", "{text}\n\n",
+    "> {text}", "- {text}", '"{text}"',
+)  # fmt: skip
 # What a tool returns: records, pages, notes, code, mails.
 _FORMATS: tuple[Callable[[str], str], ...] = (
     lambda text: json.dumps({"status": "ok", "result": text}),
@@ -72,6 +77,10 @@ class Augmenter:
         """Put the last text of the user into a record, a page, notes, code or a mail."""
         return _rewrite(messages, self._one(_FORMATS))
 
+    def layout(self, messages: Chat) -> Chat:
+        """Put blanks around the last text of the user, or put it into a code fence, a quotation or a list."""
+        return _rewrite(messages, lambda text: self._one(_LAYOUTS).format(text=text))
+
     def earlier_turns(self, messages: Chat) -> Chat:
         """Put a harmless exchange before the user's first turn."""
         start = int(messages[0]["role"] == "system")
@@ -110,7 +119,7 @@ class Augmenter:
         return " ".join(words[:count]).strip()
 
 
-AUGMENTATIONS = ("lead_in", "quote", "document", "earlier_turns", "later_turns", "system_prompt")
+AUGMENTATIONS = ("lead_in", "quote", "document", "layout", "earlier_turns", "later_turns", "system_prompt")
 
 
 def wrapped_copies(
