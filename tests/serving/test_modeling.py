@@ -93,15 +93,13 @@ class TestSavingTheBackbone:
         assert json.loads((tmp_path / "probed" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
         assert type(model) is LlamaForProbedGeneration and set(model.probes) == {"a", "b"}
 
-    @pytest.mark.parametrize("push", [False, True])
-    def test_heads_are_kept_and_attached_again(self, model, prompts, tmp_path, token, push):
-        model.set_active_probes(["a", "b"])
-        place = tmp_path / "here"
-        if push:
-            place = "alice/guarded"
+    @pytest.mark.parametrize("how", ["saved", "pushed", "saved and pushed"])
+    def test_heads_are_kept_and_attached_again(self, model, prompts, tmp_path, token, how):
+        place = tmp_path / "here" if how == "saved" else "alice/guarded"
+        if how == "pushed":
             model.push_to_hub(place)
         else:
-            model.save_pretrained(place)
+            model.save_pretrained(tmp_path / "here", **({} if how == "saved" else {"push_to_hub": True, "repo_id": place}))
         expected = model(prompts).probe_logits
         auto_classes = (AutoModel, AutoModelForCausalLM, AutoModelForProbedGeneration, LlamaForProbedGeneration)
         for auto_class in auto_classes:

@@ -32,9 +32,6 @@ ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 _CHANGING = threading.RLock()
 
 _HUB_KEYS = ("token", "private", "revision")
-# Arguments of an upload that `save_pretrained(push_to_hub=True)` takes as well.
-_PUSH_KEYS = ("repo_id", *_HUB_KEYS, "commit_message", "commit_description", "create_pr", "tags")
-
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -177,14 +174,11 @@ class ProbeHostMixin(CausalLM):
         if state_dict is not None:
             state_dict = {key: tensor for key, tensor in state_dict.items() if not key.startswith("probes.")}
         heads = self._heads if save_probes else {}
-        push = kwargs.pop("push_to_hub", False)
-        hub = {name: kwargs.pop(name) for name in _PUSH_KEYS if push and name in kwargs}
-        _check_pull_request(heads, hub)
+        if kwargs.get("push_to_hub") and is_main_process:
+            _push_heads(kwargs.get("repo_id", Path(save_directory).name), heads, kwargs)
         self._without_probes(heads).save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
         for name, head in heads.items() if is_main_process else ():
             head.save_pretrained(Path(save_directory) / PROBES_FOLDER / name)
-        if push:
-            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), save_probes=save_probes, **hub)
 
     def push_to_hub(self, repo_id: str, *args, save_probes: bool = True, **kwargs):
         """Upload the backbone as the plain class does, and each head into `probes/NAME`, in a commit of its own.
@@ -193,10 +187,7 @@ class ProbeHostMixin(CausalLM):
             ProbeError: `create_pr` without `save_probes=False`, or the Hub refused a head.
         """
         heads = self._heads if save_probes else {}
-        _check_pull_request(heads, kwargs)
-        for name, head in heads.items():
-            options = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
-            head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **options)
+        _push_heads(repo_id, heads, kwargs)
         return self._without_probes(heads).push_to_hub(repo_id, *args, **kwargs)
 
     def _without_probes(self, saved: Iterable[str] = ()) -> CausalLM:
@@ -361,9 +352,12 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
     return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
 
 
-def _check_pull_request(heads: Mapping[str, ProbeModel], options: Mapping[str, Any]) -> None:
-    if heads and options.get("create_pr"):
+def _push_heads(repo_id: str, heads: Mapping[str, ProbeModel], kwargs: Mapping[str, Any]) -> None:
+    if heads and kwargs.get("create_pr"):
         raise ProbeError("create_pr=True needs save_probes=False: each head is a commit of its own")
+    options = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+    for name, head in heads.items():
+        head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **options)
 
 
 def place_of_model(place: Any, kwargs: Mapping[str, Any]) -> Any:
