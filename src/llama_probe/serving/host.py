@@ -109,7 +109,6 @@ class ProbeHostMixin(CausalLM):
         """
         source = with_subfolder(id_or_path, subfolder)
         name = default_name(source) if name is None else name
-        self._require_free(name)
         self._attach({name: ProbeModel.load_for(source, target_of(self), HubOptions(revision, **options))}, strict)
         return name
 
@@ -206,22 +205,18 @@ class ProbeHostMixin(CausalLM):
                 plain.config.base_model_name_or_path = base
         return plain
 
-    def _require_free(self, name: str) -> None:
-        if check_name(name) in self.probes:
-            raise ProbeError(f"a head {name!r} is attached already: choose another name or delete_probe({name!r})")
-
     def _single_probe(self, name: str | None) -> str:
         if name is None and len(self.probes) != 1:
             raise ProbeError(f"name one head: {', '.join(self.probes) or 'none is attached'}")
         return next(iter(self._active_heads(list(self.probes) if name is None else name)))
 
     def _attach(self, probes: Mapping[str, ProbeConfig | ProbeModel], strict: bool = False) -> dict[str, ProbeModel]:
-        for name in probes:  # before a new head runs the LM for its fingerprint
-            self._require_free(name)
-        heads = fitting_heads(self, probes, strict)
-        with _CHANGING:  # another thread may have taken a name since
-            for name in heads:
-                self._require_free(name)
+        with _CHANGING:
+            for name in probes:
+                if check_name(name) in self.probes:
+                    hint = f"choose another name or delete_probe({name!r})"
+                    raise ProbeError(f"a head {name!r} is attached already: {hint}")
+            heads = fitting_heads(self, probes, strict)
             self.probes = nn.ModuleDict({**self.probes, **heads})
             self._active_probes = (*self._active_probes, *heads)
         return heads
