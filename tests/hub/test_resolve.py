@@ -37,8 +37,6 @@ def test_specs(tmp_path, monkeypatch):
     assert list(read_heads({"a": folder, "b": "h"})) == ["a", "b"]
     assert read_heads([]) == {} and read_heads({"mine": head})["mine"] is head
     for spec, words in (
-        (7, "int"),
-        ([7], "int"),
         ("", "names no head"),  # not the current folder: `--probe "$HEAD"` with nothing in HEAD
         ({"head": ""}, "names no head"),
         ([folder, folder], "two heads are called 'h'"),

@@ -105,7 +105,6 @@ def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
             (lambda name=name: model.add_probe(name, make_probe()), "cannot name")
             for name in ("a.b", "", "ä", "train")
         ),
-        (lambda: model.add_probe("b", "sst2-mha"), "add_probe"),
         (lambda: model.add_probe("b", make_probe(hidden_size=64)), "hidden_size=64"),
         (lambda: model.add_probe("b", make_probe(num_hidden_layers=3)), "num_hidden_layers=3"),
         (lambda: model.load_probe(tmp_path / "nowhere"), "nowhere"),

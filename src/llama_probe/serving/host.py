@@ -21,7 +21,7 @@ from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
 from ..hub.folder import PROBES_FOLDER, is_head_folder
-from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
+from ..hub.resolve import Target, check_name, default_name, is_alias, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 
 
@@ -150,13 +150,6 @@ class ProbeHostMixin(CausalLM):
         finally:
             self.set_active_probes([name for name in names if name in self.probes])
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args, **kwargs):
-        """Load a state dict of this model, or one of the plain LM: the heads then stay as they are."""
-        if not any(key.startswith("probes.") for key in state_dict):
-            heads = {f"probes.{key}": tensor for key, tensor in self.probes.state_dict().items()}
-            state_dict = {**state_dict, **heads}
-        return super().load_state_dict(state_dict, *args, **kwargs)
-
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -242,10 +235,8 @@ def fitting_heads(
         if isinstance(probe, ProbeModel):
             check_backbone(name, probe.config, lm, strict, alias=probe.alias)
             heads[name] = probe
-        elif isinstance(probe, ProbeConfig):
-            heads[name] = ProbeModel(describe(lm, probe))
         else:
-            raise ProbeError(f"head {name!r}: add_probe takes a ProbeConfig or a ProbeModel, not {probe!r}")
+            heads[name] = ProbeModel(describe(lm, probe))
     device = find_decoder(lm).device
     return {name: head.to(device).eval() for name, head in heads.items()}
 
@@ -273,15 +264,10 @@ def named_sources(spec: ProbeSpec) -> dict[str, ProbeSource]:
     """
     if isinstance(spec, (str, os.PathLike, ProbeModel)):
         spec = [spec]
-    elif not isinstance(spec, (Sequence, Mapping)):
-        raise ProbeError(f"probe= takes a folder, a Hub id, an alias, a list or a dict, not {type(spec).__name__}")
     sources: dict[str, ProbeSource] = {}
     for name, source in spec.items() if isinstance(spec, Mapping) else [(None, source) for source in spec]:
-        is_loaded = isinstance(source, ProbeModel)
-        if not is_loaded:
-            check_place(source)
         if name is None:
-            name = "probe" if is_loaded else default_name(source)
+            name = "probe" if isinstance(source, ProbeModel) else default_name(source)
         if check_name(name) in sources:
             raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head")
         sources[name] = source
@@ -340,10 +326,6 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
     inside = "/".join(filter(None, [kwargs.get("subfolder"), PROBES_FOLDER]))
     place = getattr(config, "_name_or_path", None) or place  # of an adapter, its backbone
     heads = {check_name(name): with_subfolder(place, f"{inside}/{name}") for name in names}
-    if missing := [path for path in heads.values() if isinstance(path, Path) and not path.is_dir()]:
-        raise ProbeError(
-            f"{place} lists the heads {', '.join(heads)}, and {missing[0]} is missing: probe=[] loads none"
-        )
     return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
 
 
