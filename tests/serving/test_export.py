@@ -166,14 +166,11 @@ class TestHub:
         push_repository(repository, REPO, token=token)
         assert hub.head(REPO) == before
 
-    def test_folders_that_are_not_pushed(self, hub, token, repository, tmp_path):
+    def test_a_link_to_a_file_elsewhere_is_not_pushed(self, hub, token, repository, tmp_path):
         (tmp_path / "secret").write_text("mine")
         (repository / "toxic" / "notes.txt").symlink_to(tmp_path / "secret")
-        save_head(toxic(), tmp_path / "head")
-        places = {"notes.txt": repository, "nothing": tmp_path / "nothing", "head": tmp_path / "head"}
-        for words, folder in places.items():
-            with pytest.raises(ProbeError, match=words):
-                push_repository(folder, REPO, token=token)
+        with pytest.raises(ProbeError, match="notes.txt"):
+            push_repository(repository, REPO, token=token)
         assert not hub.requests
 
     def test_the_command(self, hub, token, backbone_folder, tmp_path, monkeypatch):

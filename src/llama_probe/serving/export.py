@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -14,12 +13,12 @@ from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone, model_id
 from ..errors import ProbeError
-from ..files import check_new_folder, new_folder, package_version, settle
+from ..files import check_new_folder, new_folder, package_version
 from ..heads.configuration import read_config
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.card import card_template, is_hub_id, write_card
-from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, list_heads, read_results
+from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, read_results
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import commit_files
 from .host import SAVED_HEADS
@@ -116,18 +115,9 @@ def push_repository(folder: str | os.PathLike, repo_id: str, **kwargs) -> Commit
         kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`, as in `PreTrainedModel.push_to_hub`.
 
     Raises:
-        ProbeError: the folder is no exported repository, has links to files elsewhere, or the Hub refused the upload.
+        ProbeError: it has links to files elsewhere, or the Hub refused the upload.
     """
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        exported = config["auto_map"] == auto_map(config["model_type"]) and bool(list_heads(folder))
-    except (OSError, ValueError, LookupError, TypeError):
-        exported = False
-    if not exported:
-        raise ProbeError(f"{folder} is not an exported repository: make one with llama-probe export")
-    for head in list_heads(folder).values():
-        settle(head)  # what a killed save has left
     paths = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     files = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
     check_links(folder, files)
