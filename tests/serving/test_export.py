@@ -169,7 +169,7 @@ class TestHub:
     def test_a_link_to_a_file_elsewhere_is_not_pushed(self, hub, token, repository, tmp_path):
         (tmp_path / "secret").write_text("mine")
         (repository / "toxic" / "notes.txt").symlink_to(tmp_path / "secret")
-        with pytest.raises(ProbeError, match="notes.txt"):
+        with pytest.raises(ProbeError, match="notes"):
             push_repository(repository, REPO, token=token)
         assert not hub.requests
 

@@ -99,7 +99,8 @@ class TestSavingTheBackbone:
         if how == "pushed":
             model.push_to_hub(place)
         else:
-            model.save_pretrained(tmp_path / "here", **({} if how == "saved" else {"push_to_hub": True, "repo_id": place}))
+            hub = {} if how == "saved" else {"push_to_hub": True, "repo_id": place}
+            model.save_pretrained(tmp_path / "here", **hub)
         expected = model(prompts).probe_logits
         auto_classes = (AutoModel, AutoModelForCausalLM, AutoModelForProbedGeneration, LlamaForProbedGeneration)
         for auto_class in auto_classes:

@@ -64,9 +64,6 @@ class StateReader:
     ):
         self.heads = dict(heads)
         self.layers = frozenset(layer for head in self.heads.values() for layer in head.layer_indices)
-        for name, head in self.heads.items():
-            if head.device.type == "meta":
-                raise ProbeError(f"head {name!r} has no weights: offload the LM (accelerate) before heads come")
         self.states: dict[str, ProbeState] = {
             name: head.init_state((states or {}).get(name), name in keep, output_attentions, differentiable)
             for name, head in self.heads.items()
