@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -63,13 +62,10 @@ def reply_tokens(reply: HaltReply | None, tokenizer: PreTrainedTokenizerBase | N
             raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")
         reply = tokenizer(reply, add_special_tokens=False)["input_ids"]
     try:
-        ids = torch.as_tensor([] if reply is None else reply)
-    except (TypeError, ValueError, RuntimeError):
-        ids = None
-    if ids is None or ids.dim() != 1 or (ids.is_floating_point() and len(ids)):
-        shown = " ".join(reprlib.repr(reply).split())  # a tensor's text has many lines
-        raise ProbeError(f"halt_reply={shown} must be token ids, a text or a Reprompt")
-    return ids.long()
+        (ids,) = torch.atleast_2d(torch.as_tensor([] if reply is None else reply, dtype=torch.long))
+    except (TypeError, ValueError) as error:
+        raise ProbeError("halt_reply must be the token ids of one reply, a text or a Reprompt") from error
+    return ids
 
 
 @dataclass(frozen=True)
