@@ -30,7 +30,6 @@ from .session import (
     ProbedSession,
     end_stream,
     generate_session,
-    is_inner_call,
     session_of,
 )
 from .texts import as_texts, classify_texts
@@ -331,13 +330,15 @@ class ProbedGenerationMixin(ProbeHostMixin):
         kwargs |= dict(zip(_POSITIONAL, args, strict=False))
         asked = {name: kwargs.pop(name, None) for name in HEAD_ARGUMENTS}
         call = PlainSession(super().generate, self, inputs, generation_config, kwargs)
-        # A decoding method passes no argument of heads. The user's code may, from a streamer for example.
-        inner = is_inner_call(self, generation_config) and all(value is None for value in asked.values())
+        # A decoding method that calls generate() anew, of this model or its assistant, passes no argument of heads. The
+        # user's code may, from a streamer for example.
+        is_inner = session_of(self) is not None or getattr(generation_config, "is_assistant", False)
+        is_inner = is_inner and all(value is None for value in asked.values())
         probes = asked.pop("probes")
         try:
-            return generate_session(call, {} if inner else self._active_heads(probes), **asked).run()
+            return generate_session(call, {} if is_inner else self._active_heads(probes), **asked).run()
         except BaseException:
-            if not inner:
+            if not is_inner:
                 end_stream(kwargs.get("streamer"))
             raise
 

@@ -58,11 +58,6 @@ def session_of(model: nn.Module) -> PlainSession | None:
     return session if session is not None and session.model is model else None
 
 
-def is_inner_call(model: nn.Module, generation_config: GenerationConfig | None) -> bool:
-    """Return True if another `generate()` call made this one: of `model` itself, or of a model that it assists."""
-    return session_of(model) is not None or bool(getattr(generation_config, "is_assistant", False))
-
-
 @dataclass
 class PlainSession:
     """One call of `generate()` in which no head runs: inner calls, `probes=[]`, plain outputs.
@@ -130,8 +125,8 @@ class PlainSession:
             mask = None if not pad or pad[0] in self.token_ids("eos_token_id") else ids != pad[0]
         return {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
 
-    def check(self, follows: str | None) -> None:
-        """Raise `ProbeError` if heads cannot read the prompts, or not the replies; `follows` is why they are to read these."""
+    def check(self, follows: bool) -> None:
+        """Raise `ProbeError` if heads cannot read the prompts, or not the replies if they shall follow these."""
         if self.setting("cache_implementation") == "paged":
             raise ProbeError(PAGED)
         if self.setting("token_healing"):
@@ -139,7 +134,8 @@ class PlainSession:
         for name in _NOT_FOLLOWED if follows else ():
             value = self.setting(name)
             if value and not (value == 1 and name in ("num_beams", "num_beam_groups")):
-                raise ProbeError(f"{name} cannot be used with {follows}: leave it out, for greedy search or sampling")
+                hint = "leave it out, for greedy search or sampling"
+                raise ProbeError(f"{name} cannot be used with heads or a probe_state that follow the reply: {hint}")
 
 
 class _AllHalted(Exception):
@@ -162,14 +158,15 @@ class ProbedSession(PlainSession):
         call: PlainSession,
         heads: dict[str, ProbeModel],
         halter: Halter,
-        halt_reply: HaltReply | None,
-        probe_mask: torch.Tensor | None,
-        probe_state: ProbeCache | bool | None,
-        levels: dict[str, float],
+        halt_reply: HaltReply | None = None,
+        probe_mask: torch.Tensor | None = None,
+        probe_state: ProbeCache | bool | None = None,
+        abstain_at: float | dict[str, float] | None = None,
     ):
         super().__init__(call.generate, call.model, call.inputs, call.generation_config, call.kwargs)
         self.reads_prompt = self.reads_next = True
-        self.heads, self.halter, self.levels = heads, halter, levels
+        self.heads, self.halter = heads, halter
+        self.levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
         self.tokenizer: Any = self.kwargs.get("tokenizer")  # or a processor
         self.streamer: Any = self.kwargs.get("streamer")
         if halter.is_active:
@@ -178,8 +175,8 @@ class ProbedSession(PlainSession):
         inputs = self.prompts()
         keep = asks_for_state(probe_state, inputs["input_ids"], self.setting("use_cache"))
         self._followers = {name: head for name, head in heads.items() if head.config.reads_reply}
-        followed = f"heads that read the reply ({', '.join(self._followers)})" if self._followers else None
-        self.check(followed or ("probe_state, for which heads read the reply" if keep else None))
+        self._follows = bool(self._followers) or keep
+        self.check(self._follows)
         self.prompt = PromptReader(
             {name: head for name, head in heads.items() if head.config.token_scope != "response"},
             find_decoder(self.model),
@@ -190,7 +187,6 @@ class ProbedSession(PlainSession):
             return_state=keep,
         )
         self.reply: ReplyReader | None = None  # once the prompt is complete
-        self._follows = bool(self._followers) or keep
         self._hooks = contextlib.ExitStack()  # of `reply`
         if any(rule.ask for rule in halter.rules) and (self.tokenizer is None or self.prompt.input_ids is None):
             raise ProbeError("halt_on: ask gets texts of prompts, so generate() needs tokenizer= and input_ids")
@@ -356,29 +352,25 @@ class ProbedSession(PlainSession):
 def generate_session(
     call: PlainSession,
     heads: dict[str, ProbeModel],
-    halt_on: HaltSpec | None = None,
-    halt_reply: HaltReply | None = None,
-    on_probe_token: TokenCallback | None = None,
-    probe_mask: torch.Tensor | None = None,
-    probe_state: ProbeCache | bool | None = None,
-    abstain_at: float | dict[str, float] | None = None,
+    halt_on: HaltSpec | None,
+    on_probe_token: TokenCallback | None,
+    **asked: Any,
 ) -> PlainSession:
-    """Return the session of a call with the arguments of `ProbedGenerationMixin.generate`, and the heads that run."""
+    """Return the session of a call with the heads that run and the other `HEAD_ARGUMENTS`; see `ProbedGenerationMixin.generate`."""
     for config in (call.generation_config, call.model.generation_config):
         for name in HEAD_ARGUMENTS:
             if getattr(config, name, None) is not None:  # a config takes any name, and nothing would be halted
                 raise ProbeError(f"{name} in a generation_config: pass it to generate() itself, {name}=...")
-    configs = {name: head.config for name, head in heads.items()}
-    halter, levels = Halter(halt_on, configs, on_probe_token), abstain_levels(abstain_at, configs)
-    if halt_reply is not None and not halter.is_active:
+    halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_probe_token)
+    if asked["halt_reply"] is not None and not halter.is_active:
         raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
     if isinstance(call.kwargs.get("streamer"), HoldBackStreamer) and not halter.follows:
         raise ProbeError("a HoldBackStreamer needs halt_on= with a head that reads replies, or on_probe_token=")
-    if heads and not call.returns_dict and probe_state not in (None, False):
+    if heads and not call.returns_dict and asked["probe_state"]:
         raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
     if halter.is_active or (heads and call.returns_dict):
-        return ProbedSession(call, heads, halter, halt_reply, probe_mask, probe_state, levels)
-    refuse_without_heads(probe_state)
+        return ProbedSession(call, heads, halter, **asked)
+    refuse_without_heads(asked["probe_state"])
     return call
 
 
