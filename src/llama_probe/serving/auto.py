@@ -95,13 +95,10 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[ProbedGeneratio
         name = stem + ("ForProbedConditionalGeneration" if name != stem else "ForProbedGeneration")
         namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
         made = type(name, (ProbedGenerationMixin, causal_lm_class), namespace)
-        copyreg.pickle(made, _reduce)  # which would look for the class in a module
+        # pickle would look for the class in a module.
+        copyreg.pickle(made, lambda model: (_create, (causal_lm_class,), *model.__reduce_ex__(2)[2:]))
         _PROBED_CLASSES.setdefault(causal_lm_class, made)  # another thread may have been first
     return _PROBED_CLASSES[causal_lm_class]
-
-
-def _reduce(model: ProbedGenerationMixin) -> tuple[Any, ...]:
-    return _create, (model._causal_lm_class,), *model.__reduce_ex__(2)[2:]
 
 
 def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
@@ -132,26 +129,22 @@ def from_pretrained(
 ) -> Any:
     """Do what `auto_class.from_pretrained` does, with heads: those of `probe=`, of the place, or a head that is the place."""
     place = place_of_model(pretrained_model_name_or_path, kwargs)
-    takes_probe = auto_class in (AutoModel, AutoModelForCausalLM)
-    if takes_probe and (probe := kwargs.pop("probe", None)) is not None:
-        # kwargs has probe_revision= and probe_strict= as well
-        return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=probe, **kwargs)
-    # Both are for heads that are saved beside the model.
-    head_options = {
-        name: kwargs.pop(name) for name in ("probe_revision", "probe_strict") if takes_probe and name in kwargs
-    }
+    names = ("probe", "probe_revision", "probe_strict") if auto_class in (AutoModel, AutoModelForCausalLM) else ()
+    options = {name: kwargs.pop(name, None) for name in names}
+    if options.get("probe") is not None:
+        return AutoModelForProbedGeneration.from_pretrained(place, *args, **options, **kwargs)
     if LOADING_PLAIN.get():
         return original(place, *args, **kwargs)
     loaded = load_or_find_head(lambda: original(place, *args, **kwargs), place, kwargs)
     if isinstance(loaded, HeadPlace):
-        return _of_head(auto_class, original, loaded, args, kwargs | head_options)
+        return _of_head(auto_class, original, loaded, args, kwargs | options)
     model = model_of(loaded)
     if not isinstance(model, PreTrainedModel) or not (heads := saved_heads(place, model.config, kwargs)):
         return loaded
     if not isinstance(model, GenerationMixin):  # of `AutoModel`, which heads cannot be attached to
         del loaded, model  # its memory is free before the causal LM comes
-        return AutoModelForProbedGeneration.from_pretrained(place, *args, probe=heads, **head_options, **kwargs)
-    AutoModelForProbedGeneration.from_causal_lm(model, heads, head_options.get("probe_strict", False))
+        return AutoModelForProbedGeneration.from_pretrained(place, *args, **options | {"probe": heads}, **kwargs)
+    AutoModelForProbedGeneration.from_causal_lm(model, heads, bool(options["probe_strict"]))
     return loaded
 
 
