@@ -123,12 +123,6 @@ def test_what_is_refused(export, backbone_folder, tmp_path, monkeypatch):
         assert not (tmp_path / "x").exists()
 
 
-def test_other_backbones_are_warned_of(export, tmp_path, caplog):
-    export(tmp_path / "x", {"toxic": toxic(base_model_name_or_path="org/other")})
-    assert "was trained on org/other" in caplog.text and "states no licence" in caplog.text
-    assert ModelCard.load(tmp_path / "x" / "README.md").data.base_model == "org/other"
-
-
 class TestHub:
     @pytest.fixture
     def token(self, hub):

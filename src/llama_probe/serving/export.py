@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCardData
-from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone, model_id
 from ..errors import ProbeError
@@ -23,8 +22,6 @@ from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import commit_files
 from .host import SAVED_HEADS
 
-
-logger = logging.get_logger(__name__)
 
 SUFFIX = "_llama_probe"  # of the files of the runtime
 # Files of an earlier export that would be loaded beside, or in place of, the new ones.
@@ -79,8 +76,6 @@ def export_repository(
         raise ProbeError("the backbone carries a PEFT adapter: merge it first (model.merge_and_unload())")
     for name, head in heads.items():
         check_backbone(name, head.config, lm, alias=head.alias)
-    if license is None:
-        logger.warning("the card states no licence: pass license=, the strictest of the backbone's and the heads'")
     known = [model_id(backbone), *(head.config.base_model_name_or_path for head in heads.values())]
     base_model = base_model or next(filter(is_hub_id, known), None)
     vars(lm.config).pop(SAVED_HEADS, None)  # the heads here are those of `heads`
