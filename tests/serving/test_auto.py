@@ -135,11 +135,9 @@ class TestDemo:
         made = pipeline(task, model="demo", **({"probe": str(head)} if task.startswith("probed") else {}))
         assert made("Hello", max_new_tokens=2)[0]["generated_text"].startswith("Hello")
 
-    def test_a_folder_with_a_model_or_a_head_comes_first(self, backbone_folder):
+    def test_a_folder_with_a_model_comes_first(self, backbone_folder):
         Path("demo").mkdir()
         assert AutoModelForCausalLM.from_pretrained("demo").config._name_or_path == str(backbone_folder)
-        save_head(make_probe(base_model_name_or_path=str(backbone_folder)), "demo")
-        assert AutoModelForCausalLM.from_pretrained("demo").active_probes == ["demo"]
         make_lm(num_hidden_layers=2).save_pretrained("demo")
         assert AutoModelForCausalLM.from_pretrained("demo", probe=[]).config.num_hidden_layers == 2
         assert backbone_target("demo").num_hidden_layers == 2

@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from ..backbone.decoder import without_peft
-from ..backbone.loading import LOADING_PLAIN, is_demo, load_causal_lm
+from ..backbone.loading import LOADING_PLAIN, is_demo, load_causal_lm, resolve_backbone
 from ..errors import ProbeError
 from ..hub.resolve import is_alias
+from ..hub.transport import HubOptions
 from .host import (
     HeadPlace,
     ProbeSpec,
@@ -30,7 +31,6 @@ from .host import (
     load_or_find_head,
     load_with_heads,
     model_of,
-    place_of_model,
     saved_heads,
 )
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
@@ -128,7 +128,7 @@ def from_pretrained(
     auto_class: type, original: Callable, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs
 ) -> Any:
     """Do what `auto_class.from_pretrained` does, with heads: those of `probe=`, of the place, or a head that is the place."""
-    place = place_of_model(pretrained_model_name_or_path, kwargs)
+    place = resolve_backbone(pretrained_model_name_or_path, HubOptions.beside(kwargs))
     names = ("probe", "probe_revision", "probe_strict") if auto_class in (AutoModel, AutoModelForCausalLM) else ()
     options = {name: kwargs.pop(name, None) for name in names}
     if options.get("probe") is not None:
@@ -155,6 +155,6 @@ def _of_head(auto_class: type, original: Callable, head: HeadPlace, args: tuple,
         return (config, {}) if kwargs.get("return_unused_kwargs") else config
     others = head.backbone_kwargs(kwargs)
     if auto_class is AutoTokenizer:
-        return original(place_of_model(head.backbone, kwargs), *args, **others)
+        return original(resolve_backbone(head.backbone, HubOptions.beside(kwargs)), *args, **others)
     others |= {"probe": {head.name: head.source}, "probe_revision": head.revision}
     return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **others)

@@ -15,12 +15,12 @@ from huggingface_hub import CommitInfo
 from torch import nn
 
 from ..backbone.decoder import backbone_name, find_decoder, target_of
-from ..backbone.loading import DEMO, check_within_reach, read_target, resolve_backbone
+from ..backbone.loading import check_within_reach, read_target, resolve_backbone
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
-from ..hub.folder import PROBES_FOLDER, is_head_folder
+from ..hub.folder import PROBES_FOLDER
 from ..hub.resolve import Target, check_name, default_name, is_alias, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 
@@ -337,19 +337,12 @@ def _push_heads(repo_id: str, heads: Mapping[str, ProbeModel], kwargs: Mapping[s
         head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **options)
 
 
-def place_of_model(place: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return the place with the demo backbone's folder for its names; see `is_demo`. A head in a folder `./demo` stays."""
-    return place if place == DEMO and is_head_folder(DEMO) else resolve_backbone(place, HubOptions.beside(kwargs))
-
-
 def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
     """Return what `load` gives, or the `HeadPlace` if the place is that of a head. If it is neither, raise what `load` raises.
 
     The Hub is not asked for a model with the name of a bundled head.
     """
-    is_folder = isinstance(place, (str, os.PathLike)) and os.path.isdir(place)
-    is_head = is_head_folder(place) and not Path(place, "config.json").exists() if is_folder else is_alias(place)
-    if is_head and (head := find_head(place, kwargs)) is not None:
+    if is_alias(place) and not os.path.isdir(place) and (head := find_head(place, kwargs)) is not None:
         return head
     try:
         return load()
@@ -372,7 +365,7 @@ def load_with_heads(
     `token`, `cache_dir` and the offline settings among `kwargs` apply to the heads too. Without `probe`, heads that are saved
     beside the model are loaded. The place of a head stands for its backbone with this head.
     """
-    place = place_of_model(place, kwargs)
+    place = resolve_backbone(place, HubOptions.beside(kwargs))
     check_within_reach(place, HubOptions.beside(kwargs))
     if probe is not None:
         options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
