@@ -209,16 +209,14 @@ class TestClassification:
     def make(model, **options):
         return pipeline("probed-text-classification", model=model, device="cpu", **options)
 
-    @pytest.mark.parametrize("batch_size", [1, 3])
-    def test_a_model_with_heads(self, model, batch_size):
+    def test_a_model_with_heads(self, model):
         expected = model.classify(TEXTS, tokenizer=make_tokenizer(), probes="toxic")["toxic"]
         pipe = self.make(model, tokenizer=make_tokenizer(), probe="toxic")
-        found = pipe(TEXTS, batch_size=batch_size)
+        found = pipe(TEXTS, batch_size=3)
         assert [record["label"] for record in found] == expected.labels
         assert pipe(TEXTS[0]) == [pytest.approx(found[0], abs=1e-5)] == pipe(CHATS[0])
-        assert pipe({"text": TEXTS[0]}) == pipe(TEXTS[0]), "as the plain pipeline takes it"
         both = pipe(TEXTS, top_k=None)
-        assert [len(records) for records in both] == [2] * 4 and pipe(CHATS[0], top_k=None) == both[0]
+        assert [len(records) for records in both] == [2] * 4 and close(pipe(CHATS[0], top_k=None), both[0])
         for records, label, probs in zip(both, expected.labels, expected.probabilities.tolist(), strict=True):
             assert records[0]["label"] == label, "as the threshold has it"
             by_label = {record["label"]: record["score"] for record in records}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -16,17 +15,14 @@ from transformers import (
     TextGenerationPipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.utils import ModelOutput
 
 from ..backbone.decoder import target_of
-from ..data.prompts import PromptFormat
 from ..errors import ProbeError
-from ..heads.decision import ProbeOutput, reply_outputs, verdict
-from ..heads.novelty import abstain_levels
+from ..heads.decision import Label, reply_outputs, verdict
 from ..hub.transport import HubOptions
 from .auto import AutoModelForProbedGeneration
 from .host import ProbeSpec, read_heads
-from .texts import as_texts, encode
+from .texts import as_texts
 
 
 TASK = "probed-text-generation"
@@ -98,9 +94,9 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
     """`TextClassificationPipeline` of a model with heads: `pipeline("probed-text-classification", model=...)`.
 
     `model` is the folder or Hub id of a head, or a loaded model with heads; `probe` names one of several. Takes texts and chats,
-    rendered in the head's own format, and `top_k` and `batch_size` as usual. The first label is the one that the head gives with
-    its threshold; its score is its probability. Regression heads give their value as the score. With `abstain_at=0.99` a text of
-    a larger novelty gets the label and the score `None` first.
+    which `classify` renders in the head's own format and batches by length, and `top_k` as usual. The first label is the one that
+    the head gives with its threshold; its score is its probability. Regression heads give their value as the score. With
+    `abstain_at=0.99` a text of a larger novelty gets the label and the score `None` first.
 
     Raises:
         ProbeError: it is not clear which head is meant.
@@ -114,49 +110,33 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         self.probe, head = next(iter(heads.items()))
         self.head_config = head.config
         super().__init__(model=probed, tokenizer=_padding_left(tokenizer), **kwargs)
-        tokenizer = self.tokenizer
-        self.prompts = None if tokenizer is None else PromptFormat.from_config(head.config, tokenizer)
 
     check_model_type = ProbedTextGenerationPipeline.check_model_type
-
-    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        """Classify a text, a chat, or a list of them."""
-        if isinstance(inputs, Sequence) and not isinstance(inputs, str):  # such as a column of `datasets`
-            inputs = list(inputs)
-        records = super().__call__(inputs, **kwargs)
-        return [records] if isinstance(records, dict) else records  # of one chat, as of one text
 
     # pyrefly: ignore[bad-override]
     def _sanitize_parameters(self, abstain_at: float | dict[str, float] | None = None, **kwargs: Any):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
-        levels = abstain_levels(abstain_at, {self.probe: self.head_config})
-        return preprocess, forward, {**postprocess, **({"abstain_at": levels[self.probe]} if levels else {})}
+        return preprocess, forward, postprocess | ({} if abstain_at is None else {"abstain_at": abstain_at})
 
-    # pyrefly: ignore[bad-override]
-    def preprocess(self, inputs: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        inputs = getattr(inputs, "messages", inputs)
-        texts = as_texts(inputs["text"] if isinstance(inputs, Mapping) else inputs)
-        if self.prompts is None or texts is None:
-            raise ProbeError(f"the pipeline needs a tokenizer, and texts or chats, not {str(inputs)[:60]!r}")
-        return encode(self.prompts, self.head_config, texts)[1]
-
-    def _forward(self, model_inputs: dict[str, torch.Tensor], **kwargs: Any) -> ModelOutput:
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """Classify a text, a chat, or a list of them."""
+        if (texts := as_texts(inputs)) is None:
+            raise ProbeError(f"the pipeline takes texts or chats, not {str(inputs)[:60]!r}")
         model: Any = self.model
-        output = model.classify(**model_inputs, probes=self.probe)[self.probe]
-        novelty = {} if output.novelty is None else {"novelty": output.novelty}
-        return ModelOutput(logits=output.logits, **novelty)
+        options = self._postprocess_params | self._sanitize_parameters(**kwargs)[2]
+        call = {"tokenizer": self.tokenizer, "probes": self.probe, "abstain_at": options.get("abstain_at")}
+        output = model.classify(texts, **call)[self.probe]
+        ranked = [self._records(*row) for row in zip(output.labels, output.probabilities.tolist(), strict=True)]
+        results = [records[: options["top_k"]] if "top_k" in options else records[0] for records in ranked]
+        is_alone = isinstance(inputs, str) or isinstance(inputs[0], Mapping)
+        return results[0] if is_alone and "top_k" in kwargs else results
 
-    def postprocess(self, model_outputs, function_to_apply=None, top_k=1, _legacy=True, abstain_at=None):
-        config = self.head_config
-        output = ProbeOutput.from_logits(model_outputs["logits"].float(), config)
-        scores = dict(zip(config.id2label.values(), output.probabilities[0].tolist(), strict=True))
-        ranked = sorted(scores, key=lambda name: scores[name], reverse=True)
-        if config.problem_type == "single_label_classification":  # the label comes first, whatever the threshold is
-            ranked.sort(key=lambda name: name != output.labels[0])
-        records = [{"label": name, "score": scores[name]} for name in ranked]
-        if abstain_at is not None and float(model_outputs["novelty"]) > abstain_at:
-            records.insert(0, {"label": None, "score": None})
-        return records[0] if top_k == 1 and _legacy else records[:top_k]
+    def _records(self, label: Label, probabilities: list[float]) -> list[dict[str, Any]]:
+        scores = dict(zip(self.head_config.id2label.values(), probabilities, strict=True))
+        # The label of the head comes first, whatever its threshold is.
+        ranked = sorted(scores, key=lambda name: (name != label, -scores[name]))
+        abstains = [{"label": None, "score": None}] if label is None else []
+        return [*abstains, *({"label": name, "score": scores[name]} for name in ranked)]
 
 
 class _Listener:
