@@ -97,14 +97,11 @@ def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
     model.add_probe("a", make_probe())
     before = model.probes["a"]
     attempts = [
-        (lambda: model.add_probe("a", make_probe(seed=1)), "'a'"),
         (lambda: model.add_probe("a", make_probe(hidden_size=64)), "'a'"),  # before the head is looked at
         (lambda: model.load_probe(folder, name="a"), "'a'"),
         (lambda: model.load_probe(None), "NoneType"),
-        *(
-            (lambda name=name: model.add_probe(name, make_probe()), "cannot name")
-            for name in ("a.b", "", "ä", "train")
-        ),
+        (lambda: model.add_probe("a.b", make_probe()), "cannot name"),
+        (lambda: model.add_probe("train", make_probe()), "cannot name"),
         (lambda: model.add_probe("b", make_probe(hidden_size=64)), "hidden_size=64"),
         (lambda: model.add_probe("b", make_probe(num_hidden_layers=3)), "num_hidden_layers=3"),
         (lambda: model.load_probe(tmp_path / "nowhere"), "nowhere"),
@@ -154,24 +151,18 @@ def test_heads_may_be_loaded_swapped_and_deleted_while_others_generate(model, fo
         if names is not None:
             ids = torch.cat([first.sequences, make_prompts(2, 3, seed=50)], 1)
             outputs.append(model.generate(ids, cache=first.cache, probe_state=first.probe_state, **kwargs))
-        logits = [{name: output.probe_logits[name] for name in names or ("gate", "mha")} for output in outputs]
-        return first.sequences, logits
+        return [{name: output.probe_logits[name] for name in names or ("gate", "mha")} for output in outputs]
 
     def use_as_now(names):
         expected = use(names)
         return lambda: torch.testing.assert_close(use(names), expected, atol=1e-5, rtol=1e-5)
 
-    def load_and_delete():
+    def swap():
         model.load_probe(folder)
+        model.set_active_probes(["toxic", "gate", "mha"])
         model.delete_probe("toxic")
 
-    def swap():
-        for seed in (5, 6):
-            model.add_probe("guard", make_probe(seed=seed, probe_type="gate"))
-            model.set_active_probes(["guard", "gate", "mha"])
-            model.delete_probe("guard")
-
-    interval, jobs = sys.getswitchinterval(), [*map(use_as_now, (["gate"], ["mha"], None)), load_and_delete, swap]
+    interval, jobs = sys.getswitchinterval(), [*map(use_as_now, (["gate"], ["mha"], None)), swap]
     sys.setswitchinterval(1e-5)  # threads take turns as often as they can
     try:
         with ThreadPoolExecutor(len(jobs)) as pool:
