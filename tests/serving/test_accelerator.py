@@ -32,10 +32,6 @@ def device(no_grad):
         yield device
 
 
-def placed(inputs, where):
-    return {name: value.to(where) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-
-
 def same(found, expected, tolerance=1e-5):
     """Compare tensors by name: those of the device are on it, and equal those of the CPU."""
     assert found.keys() == expected.keys()
@@ -56,11 +52,15 @@ def on_both(run, forms=KINDS, **options):
 def prompts(where="cpu", side="left"):
     ids = make_prompts()
     mask = padded(ids) if side == "left" else padded(ids).flip(1)
-    return placed({"input_ids": ids, "attention_mask": mask}, where)
+    return {"input_ids": ids.to(where), "attention_mask": mask.to(where)}
 
 
 def logits_of(outputs):
     return {name: output.logits for name, output in outputs.items()}
+
+
+def halts_of(out):
+    return [halt and (halt.head, halt.token) for halt in out.probe_halts or ()]
 
 
 CALLS = {
@@ -83,8 +83,7 @@ def test_generate_is_that_of_the_cpu(device, call):
     same(out.probe_logits, expected.probe_logits)
     assert torch.equal(out.sequences.cpu(), expected.sequences)
     assert out.probe_labels == expected.probe_labels
-    halts = [[halt is not None for halt in each.probe_halts or ()] for each in (out, expected)]
-    assert halts[0] == halts[1]
+    assert halts_of(out) == halts_of(expected)
 
 
 def test_a_reply_is_followed_and_halted(device):
@@ -93,8 +92,7 @@ def test_a_reply_is_followed_and_halted(device):
     asked["halt_on"] = {"reply": {"threshold": float(scores.median()), "label": "LABEL_1"}}
     expected, out = on_both(lambda model, where: model.generate(**prompts(where), **asked), FOLLOWING)
     same(out.probe_token_logits, expected.probe_token_logits)
-    halts = [[halt and halt.token for halt in each.probe_halts] for each in (out, expected)]
-    assert halts[0] == halts[1] and any(expected.probe_halts)
+    assert halts_of(out) == halts_of(expected) and any(expected.probe_halts)
 
 
 def test_turns_continue_from_a_state(device):

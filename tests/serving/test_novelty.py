@@ -42,13 +42,6 @@ def test_abstaining(model, prompts):
             call(prompts, abstain_at=0.5)
 
 
-@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
-def test_abstaining_of_other_heads(prompts, kind):
-    model = probed({"a": head(problem_type=kind)})
-    assert model.classify(prompts, abstain_at=0)["a"].labels == [None] * 3
-    assert None not in model.classify(prompts, abstain_at=1)["a"].labels
-
-
 def test_texts_and_pipelines():
     tokenizer, texts = make_tokenizer(), ["good morning", "a", "what is this about?"]
     model = probed({"a": head(**PromptFormat(tokenizer).config_fields())}, vocab_size=260)

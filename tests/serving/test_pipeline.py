@@ -108,13 +108,15 @@ def test_verdicts_are_those_of_generate():
 
 
 @pytest.mark.parametrize("prompts, batch_size", [(TEXTS, 2), (CHATS, 3)], ids=["texts", "chats"])
-def test_batches_give_what_single_prompts_give(prompts, batch_size):
+def test_batches_and_threads_give_what_single_prompts_give(prompts, batch_size):
     pipe = make_pipe()
     single = [pipe(prompt, **GREEDY) for prompt in prompts]
     assert len({json.dumps(result[0]["probes"]) for result in single}) == len(prompts)
     batched = pipe(prompts, batch_size=batch_size, **GREEDY)
     streamed = list(pipe((prompt for prompt in prompts), batch_size=batch_size, **GREEDY))
-    for results in (batched, streamed):
+    with ThreadPoolExecutor(4) as pool:
+        by_threads = list(pool.map(lambda prompt: pipe(prompt, **GREEDY), prompts))
+    for results in (batched, streamed, by_threads):
         for (found,), (expected,) in zip(results, single, strict=True):
             assert found["generated_text"] == expected["generated_text"]
             assert close(found["probes"], expected["probes"])
@@ -143,14 +145,6 @@ def test_beams_options_given_early_and_heads_that_do_not_run():
     for names in ([], ["length"]):
         pipe.model.set_active_probes(names)
         assert [list(result["probes"]) for (result,) in pipe(TEXTS)] == [names] * 4
-
-
-def test_two_threads_share_a_pipeline():
-    pipe = make_pipe()
-    expected = [pipe(text, **GREEDY)[0]["probes"] for text in TEXTS]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda text: pipe(text, **GREEDY)[0]["probes"], TEXTS * 3))
-    assert all(map(close, found, expected * 3))
 
 
 def test_the_callers_tokenizer_is_left_as_it_is():
