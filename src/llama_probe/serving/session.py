@@ -31,12 +31,9 @@ from .reader import PromptReader, ReplyReader
 PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
 # Arguments of `generate()` that transformers does not have.
 HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state", "abstain_at")
-# Settings under which passes are not over one more token of each reply. 1 is the default of the first two.
-_NOT_FOLLOWED = (
-    *("num_beams", "num_beam_groups", "constraints", "force_words_ids"),
-    *("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp", "penalty_alpha"),
-    *("dola_layers", "custom_generate"),
-)
+# Settings under which passes are not over one more token of each reply.
+_ASSISTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
+_NOT_FOLLOWED = ("num_beams", *_ASSISTED, "custom_generate")
 
 # The session of this thread. The outermost call of a model decides on heads; calls that the decoding method makes itself
 # (assistants, early exits) run without them.
@@ -132,8 +129,7 @@ class PlainSession:
         if self.setting("token_healing"):
             raise ProbeError("token_healing rewrites the end of the prompt behind the heads; switch one of them off")
         for name in _NOT_FOLLOWED if follows else ():
-            value = self.setting(name)
-            if value and not (value == 1 and name in ("num_beams", "num_beam_groups")):
+            if (value := self.setting(name)) and (name, value) != ("num_beams", 1):
                 hint = "leave it out, for greedy search or sampling"
                 raise ProbeError(f"{name} cannot be used with heads or a probe_state that follow the reply: {hint}")
 
