@@ -13,11 +13,10 @@ from huggingface_hub import CommitInfo, ModelCardData
 from ..backbone.loading import backbone_target, load_backbone, model_id
 from ..errors import ProbeError
 from ..files import check_new_folder, new_folder, package_version
-from ..heads.configuration import read_config
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.card import card_template, is_hub_id, write_card
-from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES, read_results
+from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import commit_files
 from .host import SAVED_HEADS
@@ -93,7 +92,13 @@ def export_repository(
         for name, head in heads.items():
             hide_local_path(head.save_pretrained(repository / name))
             write_card(repository / name, source=f"{repo_id}:{name}" if repo_id else None)
-        card = _card(repository, list(heads), repo_id or folder.name, base_model, license, tokenizer)
+        tags = {"pipeline_tag": "text-generation", "tags": ["llama_probe", "probe", "custom_code"]}
+        metadata = ModelCardData(library_name="llama_probe", license=license, base_model=base_model, **tags)
+        rows = [_row(name, head, repository / name) for name, head in heads.items()]
+        chat = bool(tokenizer.chat_template) and rows[0]["config"].prompt_format != "raw"
+        values = {"metadata": metadata.to_yaml(), "heads": rows, "base": base_model, "chat": chat}
+        name = repo_id or folder.name  # the argument of `from_pretrained` in its examples
+        card = card_template(_CARD).render(**values, name=name, version=package_version()) + "\n"
         (repository / CARD_NAME).write_text(card, encoding="utf-8")
     return folder
 
@@ -145,18 +150,9 @@ def _check_family(model_type: str | None) -> None:
         raise ProbeError(f"model_type={model_type!r} cannot be exported; allowed: {', '.join(FAMILIES)}")
 
 
-def _card(
-    repository: Path, heads: list[str], name: str, base_model: str | None, license: str | None, tokenizer
-) -> str:
-    """Return the card of the repository; `name` is the argument of `from_pretrained` in its examples."""
-    tags = {"pipeline_tag": "text-generation", "tags": ["llama_probe", "probe", "custom_code"]}
-    metadata = ModelCardData(library_name="llama_probe", license=license, base_model=base_model, **tags)
-    rows: list[dict[str, Any]] = []
-    for head in heads:
-        config, facts = read_config(repository / head), (read_results(repository / head) or {}).get("card", {})
-        has_code = (repository / head / CODE_NAME).is_file()
-        alone = not (has_code or config.reads_reply or config.token_scope == "tool")
-        rows.append({"name": head, "config": config, "facts": facts, "alone": alone, "has_code": has_code})
-    chat = bool(tokenizer.chat_template) and rows[0]["config"].prompt_format != "raw"
-    values = {"metadata": metadata.to_yaml(), "heads": rows, "base": base_model, "name": name, "chat": chat}
-    return card_template(_CARD).render(**values, version=package_version()) + "\n"
+def _row(name: str, head: ProbeModel, folder: Path) -> dict[str, Any]:
+    """Return what the card says of a head that was saved in a folder."""
+    config, has_code = head.config, (folder / CODE_NAME).is_file()
+    alone = not (has_code or config.reads_reply or config.token_scope == "tool")
+    facts = (head.results or {}).get("card", {})
+    return {"name": name, "config": config, "facts": facts, "alone": alone, "has_code": has_code}
