@@ -24,7 +24,6 @@ from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, 
 from llama_probe.auto_classes import install
 from llama_probe.backbone import loading
 from llama_probe.backbone.loading import DEMO_MODEL_ID, backbone_target, load_backbone
-from llama_probe.serving import auto
 from llama_probe.serving.host import load_or_find_head
 
 
@@ -77,10 +76,8 @@ class TestAHeadsId:
             with pytest.raises(ProbeError, match="vocab_size 96"):
                 auto_class.from_pretrained(source, **where, probe_strict=True)
         assert model.generate(prompts, max_new_tokens=2).probe_labels["mood"][0] in ("no", "yes")
-        config = AutoConfig.from_pretrained(source, **where)
-        assert config.model_type == "llama_probe_head" and config.id2label == {0: "no", 1: "yes"}
-        assert Path(config.base_model_name_or_path).name == backbone_folder.name
-        assert config.probe["probe_type"] == "mha"
+        config, unused = AutoConfig.from_pretrained(source, **where, return_unused_kwargs=True)
+        assert Path(config._name_or_path).name == backbone_folder.name and not unused
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         assert tokenizer.chat_template == AutoTokenizer.from_pretrained(backbone_folder).chat_template
 
@@ -90,9 +87,8 @@ class TestAHeadsId:
                 auto_class.from_pretrained(str(tmp_path / "nothing"))
 
 
-def test_the_hub_is_not_asked_for_a_bundled_head(hub, monkeypatch):
-    monkeypatch.setattr(auto, "load_or_find_head", lambda load, *rest: load_or_find_head(pytest.fail, *rest))
-    assert AutoConfig.from_pretrained("toxicchat-gate").probe["probe_type"] == "gate"
+def test_the_hub_is_not_asked_for_a_bundled_head(hub):
+    assert load_or_find_head(pytest.fail, "toxicchat-gate", {}).config.probe_type == "gate"
     assert pipelines.find_adapter_config_file("toxicchat-gate") is None
     with pytest.raises(OSError, match="gpt2"):
         pipelines.find_adapter_config_file("gpt2")

@@ -14,7 +14,6 @@ from transformers import (
     AutoTokenizer,
     GenerationMixin,
     LlamaForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -106,18 +105,6 @@ def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
     return cls.__new__(cls)
 
 
-class HeadConfig(PreTrainedConfig):
-    """The config of a head in `AutoConfig`: labels, kind and backbone. `config.probe` is the whole config."""
-
-    model_type = "llama_probe_head"
-
-    def __init__(self, probe: dict[str, Any] | None = None, **kwargs):
-        self.probe = probe or {}
-        for name in ("probe_type", "base_model_name_or_path", "base_model_revision", "problem_type", "id2label"):
-            kwargs.setdefault(name, self.probe.get(name))
-        super().__init__(**{name: value for name, value in kwargs.items() if value is not None})
-
-
 def find_adapter(original: Callable, model_id: Any, **kwargs) -> str | None:
     """Find no adapter for the demo backbone and bundled heads, which `pipeline` would ask the Hub for."""
     is_here = is_demo(model_id) or (is_alias(model_id) and find_head(model_id, {}) is not None)
@@ -149,12 +136,9 @@ def from_pretrained(
 
 
 def _of_head(auto_class: type, original: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Return what an auto class gives for a head: its config, or the tokenizer or the model of its backbone."""
-    if auto_class is AutoConfig:
-        config = HeadConfig(head.config.to_dict(), name_or_path=str(head.source))
-        return (config, {}) if kwargs.get("return_unused_kwargs") else config
+    """Return what an auto class gives for a head: the config or the tokenizer of its backbone, or that with the head."""
     others = head.backbone_kwargs(kwargs)
-    if auto_class is AutoTokenizer:
+    if auto_class in (AutoConfig, AutoTokenizer):
         return original(resolve_backbone(head.backbone, HubOptions.beside(kwargs)), *args, **others)
     others |= {"probe": {head.name: head.source}, "probe_revision": head.revision}
     return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **others)
