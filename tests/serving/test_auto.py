@@ -88,7 +88,7 @@ class TestAHeadsId:
 
 
 def test_the_hub_is_not_asked_for_a_bundled_head(hub):
-    assert load_or_find_head(pytest.fail, "toxicchat-gate", {}).config.probe_type == "gate"
+    assert load_or_find_head(pytest.fail, "toxicchat-gate", {}).probe == {"toxicchat-gate": "toxicchat-gate"}
     assert pipelines.find_adapter_config_file("toxicchat-gate") is None
     with pytest.raises(OSError, match="gpt2"):
         pipelines.find_adapter_config_file("gpt2")

@@ -8,10 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationMixin,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -123,8 +121,11 @@ def from_pretrained(
     if LOADING_PLAIN.get():
         return original(place, *args, **kwargs)
     loaded = load_or_find_head(lambda: original(place, *args, **kwargs), place, kwargs)
-    if isinstance(loaded, HeadPlace):
-        return _of_head(auto_class, original, loaded, args, kwargs | options)
+    if isinstance(head := loaded, HeadPlace):
+        if not options:  # a config or a tokenizer
+            return original(resolve_backbone(head.backbone, HubOptions.beside(kwargs)), *args, **head.kwargs)
+        options |= {"probe": head.probe, "probe_revision": head.revision}
+        return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **options, **head.kwargs)
     model = model_of(loaded)
     if not isinstance(model, PreTrainedModel) or not (heads := saved_heads(place, model.config, kwargs)):
         return loaded
@@ -133,12 +134,3 @@ def from_pretrained(
         return AutoModelForProbedGeneration.from_pretrained(place, *args, **options | {"probe": heads}, **kwargs)
     AutoModelForProbedGeneration.from_causal_lm(model, heads, bool(options["probe_strict"]))
     return loaded
-
-
-def _of_head(auto_class: type, original: Callable, head: HeadPlace, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Return what an auto class gives for a head: the config or the tokenizer of its backbone, or that with the head."""
-    others = head.backbone_kwargs(kwargs)
-    if auto_class in (AutoConfig, AutoTokenizer):
-        return original(resolve_backbone(head.backbone, HubOptions.beside(kwargs)), *args, **others)
-    others |= {"probe": {head.name: head.source}, "probe_revision": head.revision}
-    return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **others)

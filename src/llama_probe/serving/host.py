@@ -288,25 +288,17 @@ def read_heads(
 
 @dataclass(frozen=True)
 class HeadPlace:
-    """A head whose id stands for a model. `source` is its folder, Hub id or alias, with its subfolder."""
+    """A head whose id stands for its backbone with this head.
 
-    name: str
-    source: str | os.PathLike
+    Attributes:
+        backbone, kwargs: the arguments of `from_pretrained` for the backbone.
+        probe, revision: those for the head, by its name.
+    """
+
+    backbone: str
+    kwargs: dict[str, Any]
+    probe: dict[str, ProbeSource]
     revision: str | None
-    config: ProbeConfig
-
-    @property
-    def backbone(self) -> str:
-        """Folder or Hub id of the backbone, which the head must record."""
-        if self.config.base_model_name_or_path is None:
-            raise ProbeError(f"the head {str(self.source)!r} does not record its backbone: load that, with probe=")
-        return self.config.base_model_name_or_path
-
-    def backbone_kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained` for the backbone, from those for the head."""
-        others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
-        commit = self.config.base_model_revision
-        return others if commit is None or Path(self.backbone).exists() else {**others, "revision": commit}
 
 
 def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
@@ -315,9 +307,14 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
     try:
         source = with_subfolder(place, kwargs.get("subfolder") or None)
         config = read_config(resolve_head(source, options=options, only_config=True), options.trust_remote_code)
-        return HeadPlace(default_name(source), source, kwargs.get("revision"), config)
     except ProbeError:
         return None
+    if (backbone := config.base_model_name_or_path) is None:
+        raise ProbeError(f"the head {str(source)!r} does not record its backbone: load that, with probe=")
+    others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
+    if config.base_model_revision is not None and not Path(backbone).exists():
+        others["revision"] = config.base_model_revision
+    return HeadPlace(backbone, others, {default_name(source): source}, options.revision)
 
 
 def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
@@ -379,8 +376,7 @@ def load_with_heads(
     loaded = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
     if not isinstance(head := loaded, HeadPlace):
         return loaded, saved_heads(place, model_of(loaded).config, kwargs)
-    probe, kwargs = {head.name: head.source}, head.backbone_kwargs(kwargs)
-    return load_with_heads(load, head.backbone, args, kwargs, probe, head.revision)
+    return load_with_heads(load, head.backbone, args, head.kwargs, head.probe, head.revision)
 
 
 def model_of(loaded: Any) -> Any:
