@@ -304,42 +304,38 @@ class TestAsking:
         inputs = prompts.batch(self.TEXTS)
         return model, inputs, model.classify(**inputs)["guard"].probabilities[:, 1].tolist()
 
-    @pytest.fixture
-    def generate(self, served):
-        """A call in which the judge answers by a function of each text. Returns its halts, and the texts that it was asked about."""
+    @staticmethod
+    def generate(served, answer=bool, call=None, **options):
+        """Have the judge answer by a function of each text. Return the halts, and the texts that it was asked about."""
+        asked = []
 
-        def generate(answer=bool, call=None, **options):
-            asked = []
+        def ask(texts):
+            asked.extend(texts)
+            return [answer(text) for text in texts]
 
-            def ask(texts):
-                asked.extend(texts)
-                return [answer(text) for text in texts]
+        rule = {"threshold": 1.0, "unsure": (0, 1), "ask": ask, **options}
+        call = {**served[1], "tokenizer": make_tokenizer(), "max_new_tokens": 2, **(call or {})}
+        return served[0].generate(**call, halt_on={"guard": rule}).probe_halts, asked
 
-            rule = {"threshold": 1.0, "unsure": (0, 1), "ask": ask, **options}
-            call = {**served[1], "tokenizer": make_tokenizer(), "max_new_tokens": 2, **(call or {})}
-            return served[0].generate(**call, halt_on={"guard": rule}).probe_halts, asked
-
-        return generate
-
-    def test_the_judge_gets_what_users_wrote_and_decides(self, served, generate):
-        halts, asked = generate(lambda text: "bank" in text)
+    def test_the_judge_gets_what_users_wrote_and_decides(self, served):
+        halts, asked = self.generate(served, lambda text: "bank" in text)
         assert asked == self.TEXTS
         assert halts == [None, Halt("guard", "LABEL_1", pytest.approx(served[2][1], abs=1e-5), 1.0), None, None]
-        halts, _ = generate(lambda text: False, threshold=0.0)
+        halts, _ = self.generate(served, lambda text: False, threshold=0.0)
         assert halts == [None] * 4, "it may let through what the head would halt"
 
-    def test_only_the_band_is_asked(self, served, generate):
+    def test_only_the_band_is_asked(self, served):
         scores = served[2]
         low, middle, high = sorted(scores)[:3]
-        halts, asked = generate(lambda text: False, threshold=high, unsure=(middle, high))
+        halts, asked = self.generate(served, lambda text: False, threshold=high, unsure=(middle, high))
         assert asked == [self.TEXTS[scores.index(middle)]]
         assert [halt is not None for halt in halts] == [score >= high for score in scores]
-        assert generate(threshold=0.0, unsure=(low - 1e-6, low - 1e-7))[1] == []
+        assert self.generate(served, threshold=0.0, unsure=(low - 1e-6, low - 1e-7))[1] == []
 
-    def test_several_turns_are_one_text(self, generate):
+    def test_several_turns_are_one_text(self, served):
         turns = (("user", "one"), ("assistant", "two"), ("user", "three"))
         chat = [{"role": role, "content": text} for role, text in turns]
-        _, (asked,) = generate(lambda text: False, PromptFormat(make_tokenizer()).batch([chat]))
+        _, (asked,) = self.generate(served, lambda text: False, PromptFormat(make_tokenizer()).batch([chat]))
         assert "one" in asked and "three" in asked and "two" not in asked and "assistant" not in asked
 
     @pytest.mark.parametrize(
@@ -350,6 +346,6 @@ class TestAsking:
             ({"call": {"tokenizer": None}}, ProbeError, "tokenizer="),
         ],
     )
-    def test_no_reply_without_an_answer(self, generate, options, error, words):
+    def test_no_reply_without_an_answer(self, served, options, error, words):
         with pytest.raises(error, match=words):
-            generate(**options)
+            self.generate(served, **options)
