@@ -135,11 +135,7 @@ class PlainSession:
 
 
 class _AllHalted(Exception):
-    """Leaves the plain `generate()` after the prefill if every prompt is halted, so that a streamer sees no token."""
-
-    def __init__(self, cache: Cache | None):
-        super().__init__("every prompt is halted")
-        self.cache = cache
+    """Leaves the plain `generate()` with the KV cache of the prompts if every one is halted, so that a streamer sees no token."""
 
 
 class ProbedSession(PlainSession):
@@ -204,7 +200,7 @@ class ProbedSession(PlainSession):
             try:
                 output = self.generate(self.inputs, self.generation_config, **{**self.kwargs, **changes})
             except _AllHalted as halted:
-                output = self._without_tokens(halted.cache)
+                output = self._without_tokens(*halted.args)
             output = self._finish(output)
         return output if as_dict else output["sequences"]
 
