@@ -50,20 +50,6 @@ def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
     return list(groups.values())
 
 
-def encode(
-    prompts: PromptFormat, config: ProbeConfig, texts: list[Text]
-) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """Return texts in a head's format: token ids, and padded on the right, `[rows, tokens]`, the arguments of `classify`.
-
-    `probe_mask` is among them if the ids do not tell which tokens count.
-    """
-    encoded = prompts.encode_for(config, texts)
-    inputs = pad_prompts(encoded.prompts, prompts.tokenizer)
-    if encoded.masks is not None:
-        inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, encoded.masks)), batch_first=True)
-    return encoded.prompts, inputs
-
-
 def classify_texts(
     model: Any,
     configs: Mapping[str, ProbeConfig],
@@ -86,7 +72,11 @@ def classify_texts(
     outputs: dict[str, ProbeOutput] = {}
     device = find_decoder(model).input_device
     for names in heads_by_format(configs):
-        ids, inputs = encode(PromptFormat.from_config(configs[names[0]], tokenizer), configs[names[0]], texts)
+        config = configs[names[0]]
+        encoded = PromptFormat.from_config(config, tokenizer).encode_for(config, texts)
+        ids, inputs = encoded.prompts, pad_prompts(encoded.prompts, tokenizer)
+        if encoded.masks is not None:  # the ids do not tell which tokens count
+            inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, encoded.masks)), batch_first=True)
         passes = [Pass(list(range(len(ids))))]
         if not output_attentions:
             masks = prompt_masks({name: configs[name] for name in names}, inputs)
