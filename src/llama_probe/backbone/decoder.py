@@ -143,8 +143,10 @@ def backbone_name(lm: nn.Module) -> str | None:
 def target_of(lm: nn.Module) -> Target:
     """Return the target for which a loaded LM's heads are looked up."""
     decoder = find_decoder(lm)
+    # If one repository has both, the head is taken from the backbone's commit.
+    commit = getattr(without_peft(lm).config, "_commit_hash", None)
     sizes = decoder.hidden_size, decoder.num_hidden_layers
-    return Target(decoder.name_or_path, *sizes, model_type=decoder.model_type)
+    return Target(decoder.name_or_path, *sizes, commit, decoder.model_type)
 
 
 def _usable(device: torch.device) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from transformers import (
@@ -16,12 +16,10 @@ from transformers import (
 )
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from ..backbone.decoder import target_of
 from ..errors import ProbeError
 from ..heads.decision import Label, reply_outputs, verdict
-from ..hub.transport import HubOptions
 from .auto import AutoModelForProbedGeneration
-from .host import ProbeSpec, read_heads
+from .host import ProbeSpec
 from .texts import as_texts
 
 
@@ -42,8 +40,7 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     Args:
         model: a loaded causal LM, which gets the heads in place. `pipeline(...)` takes a path or a Hub id.
         tokenizer: not changed; the pipeline uses a copy that pads on the left.
-        probe, probe_revision, probe_strict: see `LlamaForProbedGeneration.from_pretrained`. Heads that the model
-            already has run as well.
+        probe, probe_strict: see `LlamaForProbedGeneration.from_pretrained`. Heads that the model already has run as well.
         kwargs: those of `TextGenerationPipeline`.
 
     Raises:
@@ -56,14 +53,9 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         probe: ProbeSpec | None = None,
-        probe_revision: str | None = None,
         probe_strict: bool = False,
         **kwargs,
     ):
-        if probe is not None:
-            # If one repository has both, the head is taken from the backbone's commit.
-            target = replace(target_of(model), revision=getattr(model.config, "_commit_hash", None))
-            probe = read_heads(probe, target, HubOptions(probe_revision))
         model = AutoModelForProbedGeneration.from_causal_lm(model, probe, probe_strict)
         super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
 
