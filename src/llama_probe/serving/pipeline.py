@@ -57,7 +57,11 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         **kwargs,
     ):
         model = AutoModelForProbedGeneration.from_causal_lm(model, probe, probe_strict)
-        super().__init__(model=model, tokenizer=_padding_left(tokenizer), **kwargs)
+        if tokenizer is not None and (tokenizer.padding_side != "left" or tokenizer.pad_token_id is None):
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.padding_side = "left"
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
 
     def check_model_type(self, supported_models) -> None:
         """Accept the probed classes, which transformers does not list."""
@@ -101,7 +105,7 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
             raise ProbeError(f"name one head, probe=NAME: {', '.join(heads) or 'none is active'}")
         self.probe, head = next(iter(heads.items()))
         self.head_config = head.config
-        super().__init__(model=probed, tokenizer=_padding_left(tokenizer), **kwargs)
+        super().__init__(model=probed, tokenizer=tokenizer, **kwargs)
 
     check_model_type = ProbedTextGenerationPipeline.check_model_type
 
@@ -171,16 +175,6 @@ def _keys_of_records(output: Any, rows: int) -> list[dict[str, Any]]:
             halt = halts[row * len(halts) // rows]
             record["halted"] = halt and asdict(halt)
     return records
-
-
-def _padding_left(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer, or a copy of it with the padding side and pad token that batches need."""
-    if tokenizer is None or (tokenizer.padding_side == "left" and tokenizer.pad_token_id is not None):
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
 
 
 for _task, _pipeline in {
