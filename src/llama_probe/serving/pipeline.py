@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -116,6 +117,9 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """Classify a text, a chat, or a list of them."""
+        inputs = inputs["text"] if isinstance(inputs, Mapping) else inputs  # as the plain pipeline takes it
+        if isinstance(inputs, (Iterator, Dataset)):
+            inputs = list(inputs)  # pyrefly: ignore[bad-argument-type]  # a Dataset is read item by item
         if (texts := as_texts(inputs)) is None:
             raise ProbeError(f"the pipeline takes texts or chats, not {str(inputs)[:60]!r}")
         model: Any = self.model
