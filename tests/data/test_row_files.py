@@ -34,14 +34,13 @@ def test_chunks_are_the_rows_each_once(tmp_path_factory, name, count, size, grou
     path = write(tmp_path_factory.mktemp("rows") / name, count, group)
     (file,) = InputFile.find([str(path)])
     parts = list(file.chunks(["text", "id"], size))
-    assert [part.first_row for part in parts] == list(range(0, count, size))
-    assert all(len(part) <= size for part in parts)
-    assert [text for part in parts for text in part.columns["text"]] == [f"number {i}" for i in range(count)]
-    assert [int(value) for part in parts for value in part.columns["id"]] == list(range(count))
+    assert [rows for rows, _ in parts] == [range(i, min(i + size, count)) for i in range(0, count, size)]
+    assert [text for _, part in parts for text in part["text"]] == [f"number {i}" for i in range(count)]
+    assert [int(value) for _, part in parts for value in part["id"]] == list(range(count))
 
 
 def rows_of(file, size=2):
-    return [chunk.columns["text"] for chunk in file.chunks(["text"], size)]
+    return [columns["text"] for _, columns in file.chunks(["text"], size)]
 
 
 def test_an_array_of_rows(tmp_path):
@@ -70,8 +69,8 @@ def test_a_large_file_is_never_held(tmp_path, name):
     path, sizes, arrow = write(tmp_path / name, 8000, 500, "x" * 2000), [], []
 
     def read():
-        for chunk in InputFile(path).chunks(["text"], 500):
-            sizes.append(len(chunk))
+        for rows, _ in InputFile(path).chunks(["text"], 500):
+            sizes.append(len(rows))
             arrow.append(pa.total_allocated_bytes())
 
     assert peaks_of(read)[0] < 8e6 < 16e6 < path.stat().st_size

@@ -73,10 +73,10 @@ def _texts(patterns: list[str], text_column: str, max_text: int) -> dict[int, Te
     texts, rows = dict[int, Text](), 0
     for file in InputFile.find(patterns, max_text):
         file.fields([text_column])  # raises
-        for chunk in file.chunks([text_column], 2048):
-            column = enumerate(chunk.columns[text_column], rows)
+        for numbers, columns in file.chunks([text_column], 2048):
+            column = enumerate(columns[text_column], rows)
             texts |= {row: text for row, text in column if not is_empty(text) and is_text(text)}
-            rows += len(chunk)
+            rows += len(numbers)
     if not texts:
         raise ProbeError(f"--input {', '.join(patterns)} holds no texts in the column {text_column!r}")
     return texts

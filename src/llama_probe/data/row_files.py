@@ -10,7 +10,6 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,17 +43,6 @@ def kind_of(path: Path) -> str | None:
     """Return the format of a file by its suffix, or by the one before `.gz`. None if it is not in `KINDS`."""
     kind = KINDS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
     return None if path.suffix == ".gz" and kind == "parquet" else kind
-
-
-@dataclass
-class Chunk:
-    """Consecutive rows of a file: `columns` holds their values by column name, None where a row has no value."""
-
-    first_row: int
-    columns: Columns
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
 
 
 class InputFile:
@@ -112,17 +100,18 @@ class InputFile:
         """Yield the rows, with their values by column name."""
         return self._rows(None)
 
-    def chunks(self, columns: Sequence[str], size: int) -> Iterator[Chunk]:
-        """Yield the chunks of `size` rows, one at a time. The last may have fewer rows."""
+    def chunks(self, columns: Sequence[str], size: int) -> Iterator[tuple[range, Columns]]:
+        """Yield chunks of `size` rows, one at a time: their numbers and their values. The last may have fewer rows."""
         rows = ({name: row.get(name) for name in columns} for row in self._rows(list(columns)))
         for first_row in count(step=size):
             block = list(islice(limited(f"{self.path}: a chunk of rows", rows, self.max_text * _CHUNK_TEXTS), size))
             if not block:
                 return
-            for row, values in enumerate(block, start=first_row):
+            numbers = range(first_row, first_row + len(block))
+            for row, values in zip(numbers, block, strict=True):
                 for name, value in values.items():
                     check_length(f"{self.path}: row {row}: {name}", value, self.max_text)
-            yield Chunk(first_row, by_column(block))
+            yield numbers, by_column(block)
 
     def _rows(self, columns: list[str] | None) -> Iterator[Row]:
         row = 0

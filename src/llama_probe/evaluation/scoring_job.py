@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.prompts import PromptFormat, Text, exchange, has_reply, is_text
-from ..data.row_files import MAX_TEXT, Chunk, Columns, InputFile
+from ..data.row_files import MAX_TEXT, Columns, InputFile
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, undivided, world_size
 from ..errors import ProbeError, first_line
 from ..files import JSON, remove_leftovers, write_atomically
@@ -201,28 +201,27 @@ class ScoringJob:
         total = sum(pq.read_metadata(file.path).num_rows for file in files) // world_size() if countable else None
         with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
             for index, file in enumerate(files):
-                for number, chunk in enumerate(file.chunks(self._needed, self.chunk_rows)):
+                for number, (rows, cells) in enumerate(file.chunks(self._needed, self.chunk_rows)):
                     part = self.output / f"part-{index:05d}-{number:07d}.parquet"
                     if (index + number) % world_size() != rank() or part.is_file():
                         continue
-                    texts = self._texts(file, chunk)
+                    texts = self._texts(file, rows, cells)
                     scores = scorer(texts)
-                    _warn_of_gaps(file, chunk, scorer.scored_rows(texts), scores)
-                    numbers = range(chunk.first_row, chunk.first_row + len(chunk))
-                    columns = {**chunk.columns, **scores, "file": [str(file.path)] * len(chunk), "row": numbers}
-                    table = pa.table([_array(file, chunk, column, columns[column.name]) for column in schema], schema)
+                    _warn_of_gaps(file, rows, scorer.scored_rows(texts), scores)
+                    columns = {**cells, **scores, "file": [str(file.path)] * len(rows), "row": rows}
+                    table = pa.table([_array(file, rows, column, columns[column.name]) for column in schema], schema)
                     write_atomically({part: partial(_write, table)})
-                    bar.update(len(chunk))
+                    bar.update(len(rows))
 
-    def _texts(self, file: InputFile, chunk: Chunk) -> list[Text | None]:
+    def _texts(self, file: InputFile, rows: range, cells: Columns) -> list[Text | None]:
         """Return the texts of a chunk, with their prompts as chat messages if there is a column of prompts."""
 
         def check(name: str, kind: type = object, allowed: str = "a text or chat messages") -> list[Any]:
-            for row, value in enumerate(chunk.columns[name], start=chunk.first_row):
+            for row, value in zip(rows, cells[name], strict=True):
                 is_allowed = isinstance(value, kind) and (value == [] or is_text(value))
                 if value is not None and not is_allowed:
                     raise ProbeError(f"{file.path}: row {row}: {name} must be {allowed}, not {str(value)[:60]!r}")
-            return chunk.columns[name]
+            return cells[name]
 
         if self.prompt_column is None:
             return check(self.text_column)
@@ -261,16 +260,16 @@ def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
     return fields
 
 
-def _warn_of_gaps(file: InputFile, chunk: Chunk, scored: list[int], scores: Columns) -> None:
+def _warn_of_gaps(file: InputFile, rows: range, scored: list[int], scores: Columns) -> None:
     """Name rows that have a text and no score. In the output they look like rows without a text."""
     gaps = [i for i in scored if any(values[i] is None for values in scores.values())]
     if gaps:
         names = ", ".join(name for name, values in scores.items() if any(values[i] is None for i in gaps))
-        shown = ", ".join(str(chunk.first_row + i) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
+        shown = ", ".join(str(rows[i]) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
         logger.warning(f"{file.path}: {names} left empty for {len(gaps)} rows ({shown}): {NO_NUMBER_BECAUSE}")
 
 
-def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[object]) -> pa.Array:
+def _array(file: InputFile, rows: range, column: pa.Field, values: Sequence[object]) -> pa.Array:
     if column.type == pa.string():
         # Whole numbers of more than 64 bits in json lines are kept as texts, and so is a column that begins with none.
         values = [str(value) if type(value) in (int, float) else value for value in values]
@@ -281,7 +280,7 @@ def _array(file: InputFile, chunk: Chunk, column: pa.Field, values: Sequence[obj
         return array
     except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         reason = f"must be {column.type} as in the first file: {first_line(error)}"
-        raise ProbeError(f"{file.path}: from row {chunk.first_row} on, column {column.name!r} {reason}") from None
+        raise ProbeError(f"{file.path}: from row {rows.start} on, column {column.name!r} {reason}") from None
 
 
 def _is_kept(value: object, kept: object) -> bool:
