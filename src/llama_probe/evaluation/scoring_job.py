@@ -30,7 +30,7 @@ from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.host import ProbeSpec, read_heads
 from ..serving.texts import classify_texts, heads_by_format
 from .prediction import predict_together
-from .resume import check_settings, read_settings
+from .resume import same_settings
 
 
 logger = logging.get_logger(__name__)
@@ -156,7 +156,7 @@ class ScoringJob:
             if clash := {"file", "row", *output_fields(heads)} & set(self.keep_columns):
                 raise ProbeError(f"keep_columns: the output has its own {', '.join(sorted(clash))}")
             manifest = on_main(lambda: self._begin(files, heads))
-            if not manifest["complete"]:
+            if not manifest.get("complete"):
                 schema = pa.schema({"file": pa.string(), "row": pa.int64(), **kept, **output_fields(heads)})
                 self._score(files, heads, schema)
                 barrier()
@@ -185,15 +185,11 @@ class ScoringJob:
         begun = {"format": _FORMAT, "inputs": [file.identity() for file in files], "settings": settings}
         path = self.output / MANIFEST_NAME
         remove_leftovers(self.output)
-        if not path.is_file():
-            if parts := sorted(self.output.glob("part-*.parquet")):
-                raise ProbeError(f"{self.output} holds {parts[0].name} of something else: give another folder")
-            return _write_manifest(path, {**begun, "complete": False})
-        if not self.resume:
+        if path.is_file() and not self.resume:
             raise ProbeError(f"{self.output} holds a scoring job: continue with --resume, or give another folder")
-        manifest = read_settings(path)
-        check_settings(path, {name: manifest.get(name) for name in begun}, begun)
-        return manifest if manifest.get("complete") else {**begun, "complete": False}
+        if not path.is_file() and (parts := sorted(self.output.glob("part-*.parquet"))):
+            raise ProbeError(f"{self.output} holds {parts[0].name} of something else: give another folder")
+        return same_settings(path, begun, {"complete": False})
 
     def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema) -> None:
         scorer = TextScorer(heads, self.backbone, self.dtype)
@@ -231,8 +227,9 @@ class ScoringJob:
     def _complete(self, manifest: JSON) -> JSON:
         paths = sorted(self.output.glob("part-*.parquet"))
         parts = [{"name": path.name, "rows": pq.read_metadata(path).num_rows} for path in paths]
-        finished = {"complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
-        return _write_manifest(self.output / MANIFEST_NAME, manifest | finished)
+        manifest |= {"complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
+        write_atomically({self.output / MANIFEST_NAME: json.dumps(manifest, indent=2) + "\n"})
+        return manifest
 
 
 def _read_heads(probes: ProbeSpec, backbone: str) -> dict[str, ProbeModel]:
@@ -297,11 +294,6 @@ def _write(table: pa.Table, path: Path) -> None:
         pq.write_table(table, file)
         file.flush()
         os.fsync(file.fileno())  # a part with its name must be complete, even after a power cut
-
-
-def _write_manifest(path: Path, content: JSON) -> JSON:
-    write_atomically({path: json.dumps(content, indent=2, ensure_ascii=False) + "\n"})
-    return content
 
 
 def _digest(head: ProbeModel) -> str:
