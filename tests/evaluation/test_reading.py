@@ -78,7 +78,7 @@ def test_what_is_not_read_and_what_is_not_text(model, read):
 
 
 def test_weights_that_nobody_learned_are_noted(read):
-    assert read("good morning", "all").note is None and "takes the mean" in read("good morning", "value").note
+    assert read("good morning", "all").note is None and "the mean over all" in read("good morning", "value").note
 
 
 def test_heads_that_cannot_be_read(model, tokenizer, read, monkeypatch):

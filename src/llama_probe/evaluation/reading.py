@@ -74,15 +74,9 @@ class Reading:
     @property
     def note(self) -> str | None:
         """Reason why the weights say less than they seem to; None if there is none."""
-        if self.config.probe_type == "pooling":
-            largest = (
-                "takes the largest value of each dimension; a weight is the share of dimensions that have it there"
-            )
-            mean = "takes the mean, so all tokens and all layers count alike"
-            return f"This head has learned no weights: it {largest if self.config.pool == 'max' else mean}."
-        if np.allclose(self.weights[:, self.counted], self.even_share, rtol=1e-3, atol=0):
-            return "All tokens count alike here: this head has not learned where to look."
-        return None
+        if self.config.probe_type != "pooling":
+            return None
+        return f"This head has learned no weights: it takes the {self.config.pool} over all tokens and layers."
 
     def scale_end(self, weights: np.ndarray) -> float:
         """Return the upper end of a color scale for some of the weights. The scale begins at `even_share`.
