@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..errors import ProbeError
 from ..heads.rules import ProblemType
 from .labels import read_labels
-from .prompts import Text, exchange, is_text
+from .prompts import Text, exchange, has_reply, is_text
 from .row_files import MAX_TEXT, Columns, check_length
 from .tables import find_column
 
@@ -110,7 +110,7 @@ class LabelledTexts:
     def _groups(self) -> list[int]:
         """Return for each row the first row with the same text, or with a reply to the same prompt."""
         first_of: dict[str, int] = {}
-        asked = (text[:-1] if ends_with_reply(text) else text for text in self.texts)
+        asked = (text[:-1] if has_reply(text) else text for text in self.texts)
         return [first_of.setdefault(str(text), row) for row, text in enumerate(asked)]
 
     def known_only(self, names: Sequence[str]) -> LabelledTexts:
@@ -170,11 +170,6 @@ def check_labels(name: str, rows: LabelledTexts) -> None:
                 alike = get_close_matches(label, [other for other in counts if other != label], 1, 0.75)
                 doubt = f"; is it {alike[0]!r}?" if alike else ""
                 logger.warning(f"Only {counts[label]} of {len(rows)} training rows have the label {label!r}{doubt}")
-
-
-def ends_with_reply(text: Text) -> bool:
-    """Return True for chat messages that end with the assistant's."""
-    return not isinstance(text, str) and len(text) > 1 and text[-1]["role"] == "assistant"
 
 
 def label_rows(

@@ -25,9 +25,9 @@ from transformers.utils import logging
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
 from ..data.cached_states import StateCache, cached_for, collate
-from ..data.labelled_texts import LabelledTexts, check_labels, ends_with_reply
+from ..data.labelled_texts import LabelledTexts, check_labels
 from ..data.memory import is_tokenized, rows_in_memory
-from ..data.prompts import PromptDataset, PromptFormat
+from ..data.prompts import PromptDataset, PromptFormat, as_chat
 from ..distributed import divide_until_exit
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
@@ -283,7 +283,7 @@ class ProbeTrainer(Trainer):
         """Read the training rows, load the backbone, and make a head for the labels of the rows."""
         names = list(head["id2label"].values()) if head.get("id2label") else None
         rows = rows_in_memory("train_dataset", data, self._columns, names, head.get("problem_type"))
-        has_replies = not is_tokenized(rows) and ends_with_reply(rows.texts[0])
+        has_replies = not is_tokenized(rows) and as_chat(rows.texts[0])[-1]["role"] == "assistant"
         scope = {"token_scope": "response"} if has_replies else {}
         backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
         config = head_config({**scope, **head}, rows, len(rows), backbone)
