@@ -255,11 +255,11 @@ def test_a_hub_with_faults(tally, hub, token, heads):
     old, new = (read_head(folder) for folder in heads)
     old.results = new.results = None  # they would give no card
     old.push_to_hub(REPO, license="mit")
-    anywhere, paths = ("answer", "truncate", "wrong sha", "lose"), ("/resolve/", "/cdn/", "/commit/", "json", "/api/")
+    anywhere, paths = ("answer", "truncate", "wrong sha", "lose"), ("/resolve/", "/commit/", "json", "/api/")
     for number in tally.times(1000):
         hub.faults.clear()
         for _ in range(tally.rng.randrange(1, 4)):
-            kind = tally.rng.choice(["forbid", "refuse upload", "cut upload", *anywhere])
+            kind = tally.rng.choice(["forbid", "cut upload", *anywhere])
             fields = {"path": tally.rng.choice(["", "safetensors", *paths])} if kind in anywhere else {}
             if kind == "answer":
                 fields["status"] = tally.rng.choice([400, 403, 404, 412, 429, 500, 503])

@@ -1,7 +1,7 @@
 """A small Hub on loopback: the real `huggingface_hub` client pushes to it and pulls from it in the tests.
 
 It keeps everything in memory and answers the requests that the client makes in these tests: who am I, create, branches,
-model info, trees, uploads (preupload, LFS, commit) and downloads. Importing this starts it and makes it the only Hub of this
+model info, trees, uploads (preupload, commit) and downloads. Importing this starts it and makes it the only Hub of this
 process, offline at first; so import it before `huggingface_hub`, which reads the environment once.
 """
 

@@ -10,12 +10,10 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 
-LFS_SUFFIXES = (".safetensors", ".png")
 _ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
 _API = rf"/api/(?P<kind>models|datasets)/{_ID}"
 _REVISION = r"(?P<revision>[^/]+)"
@@ -28,22 +26,17 @@ ROUTES = {
     "branch": rf"POST {_API}/branch/{_REVISION}",
     "tree": rf"GET {_API}/tree/{_REVISION}(?:/(?P<path>.*))?",
     "info": rf"GET {_API}(?:/revision/{_REVISION})?",
-    "batch": rf"POST /{_ID}\.git/info/lfs/objects/batch",
-    "put": rf"PUT /cdn/{_ID}/(?P<oid>\w{{64}})",
-    "get": rf"GET /cdn/{_ID}/(?P<oid>\w{{64}})/.*",
     "resolve": rf"GET /(?P<kind>datasets/)?{_ID}/resolve/{_REVISION}/(?P<path>.*)",
 }
 
 _COMMIT = {"method": "POST", "path": "/commit/"}
-_UPLOAD = {"method": "PUT", "path": "/cdn/"}
 # Faults by name: what they do to a request, and which requests they are for.
 FAULTS = {
     "answer": {"status": 500},  # with `code` as the client's name for the error
     "forbid": {"status": 403, **_COMMIT},
-    "refuse upload": {"status": 403, **_UPLOAD},
     "run": {},  # call `action` before the request is answered
     "lose": {},  # do what is asked for, and answer 500
-    "cut upload": _UPLOAD,  # close the connection in the middle of the upload of a large file
+    "cut upload": _COMMIT,  # close the connection in the middle of the upload
     "truncate": {"method": "GET"},  # send half of a file, with `declared` under the Content-Length of the whole
     "wrong sha": {"method": "GET"},  # send a file with its last byte changed, under the old etag
 }
@@ -59,42 +52,32 @@ class Refusal(Exception):
         self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
 
 
-@dataclass(frozen=True)
-class Blob:
-    """One version of a file; with `lfs` the client downloads it from another origin."""
-
-    data: bytes
-    lfs: bool = False
-
-    @cached_property
-    def oid(self) -> str:
-        """The name under which the client caches the file."""
-        if self.lfs:
-            return hashlib.sha256(self.data).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+def oid_of(data: bytes) -> str:
+    """The name under which the client caches a file."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class Repository:
     """A model or a data set: trees by the id of their commit. It starts with one."""
 
-    def __init__(self, repo_id: str, files: Mapping[str, Blob], private: bool = False):
+    def __init__(self, repo_id: str, files: Mapping[str, bytes], private: bool = False):
         self.id, self.owner, self.private = repo_id, repo_id.split("/")[-2], private
-        self.commits: dict[str, Mapping[str, Blob]] = {}
+        self.commits: dict[str, Mapping[str, bytes]] = {}
         self.refs: dict[str, str] = {}  # commits of branches by name, of pull requests as refs/pr/N
         self.commit("main", files)
 
-    def find(self, revision: str) -> tuple[str, Mapping[str, Blob]]:
+    def find(self, revision: str) -> tuple[str, Mapping[str, bytes]]:
         """The commit of a branch, pull request or full sha, and its tree; a `Refusal` if there is none."""
         oid = self.refs.get(revision.removeprefix("refs/heads/"), revision)
         if oid not in self.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return oid, self.commits[oid]
 
-    def commit(self, revision: str, files: Mapping[str, Blob]) -> str:
+    def commit(self, revision: str, files: Mapping[str, bytes]) -> str:
         """Make `files` the tree of a revision, after `main` if it is new; the same tree again makes no commit."""
         oid = self.refs.get(revision, self.refs.get("main", ""))
         if self.commits.get(oid) != files:
-            lines = [oid, *(f"{path}\0{files[path].oid}" for path in sorted(files))]
+            lines = [oid, *(f"{path}\0{oid_of(files[path])}" for path in sorted(files))]
             oid = hashlib.sha1("\n".join(lines).encode()).hexdigest()
         self.commits[oid], self.refs[revision] = dict(files), oid
         return oid
@@ -122,7 +105,7 @@ class Fault:
 
 
 class HubServer:
-    """A Hub on 127.0.0.1 whose large files are on another origin, the same port of localhost.
+    """A Hub on 127.0.0.1 that takes each file with its commit, as the Hub does with small ones.
 
     Attributes:
         url: value for `HF_ENDPOINT`.
@@ -139,7 +122,6 @@ class HubServer:
         self.tokens: dict[str, tuple[str, str]] = {}  # (user, role) by token
         self.faults: list[Fault] = []
         self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}  # large files by sha256
         self.requests: list[tuple[str, str, int | None]] = []
         self.errors: list[str] = []
 
@@ -151,7 +133,7 @@ class HubServer:
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
-        self.url, self.cdn_url = f"http://127.0.0.1:{self.port}", f"http://localhost:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}"
         # shutdown() waits for the next poll.
         threading.Thread(target=self._server.serve_forever, args=(0.01,), name="hub", daemon=True).start()
         return self
@@ -191,16 +173,14 @@ class HubServer:
 
     def plant(self, repo_id: str, files: Mapping[str, bytes], *, branch: str = "main", private: bool = False) -> None:
         """Commit files, unchecked, to a repository and branch that may be new."""
-        blobs = {path: Blob(data, path.endswith(LFS_SUFFIXES)) for path, data in files.items()}
-        self.objects |= {blob.oid: blob.data for blob in blobs.values() if blob.lfs}
-        repo = self.repositories.setdefault(repo_id, Repository(repo_id, blobs, private))
-        repo.commit(branch, repo.commits[repo.refs.get(branch, repo.refs["main"])] | blobs)
+        repo = self.repositories.setdefault(repo_id, Repository(repo_id, files, private))
+        repo.commit(branch, {**repo.commits[repo.refs.get(branch, repo.refs["main"])], **files})
 
     def head(self, repo_id: str, revision: str = "main") -> str:
         return self.repositories[repo_id].find(revision)[0]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        return {path: blob.data for path, blob in self.repositories[repo_id].find(revision)[1].items()}
+        return dict(self.repositories[repo_id].find(revision)[1])
 
     def count(self, method: str, path: str) -> int:
         """Count requests of a method with `path` in their path."""
@@ -243,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = 501, {}, b""  # the client does not repeat a request after it
         self._send(*(answer if isinstance(answer, tuple) else (200, {}, json.dumps(answer).encode())))
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_GET
 
     def _send(self, status: int, headers: dict[str, str], data: bytes) -> None:
         self.hub.requests.append((self.command, self.where, status))
@@ -257,9 +237,6 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection |= int(headers["Content-Length"]) != len(data)
 
     def _route(self):
-        at_cdn = self.headers["Host"] == urlsplit(self.hub.cdn_url).netloc
-        if at_cdn != self.where.startswith("/cdn/") or (at_cdn and self.headers.get("Authorization")):
-            raise Refusal(400, "the wrong origin, or a token was sent to the CDN")
         line = f"{self.command.replace('HEAD', 'GET')} {self.where}"
         for name, route in ROUTES.items():
             if match := re.fullmatch(route, line):
@@ -306,7 +283,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo_id in self.hub.repositories:
             return 409, {}, json.dumps({"error": "You already created this model repo", **answer}).encode()
         private = body.get("visibility") == "private" or body.get("private", False)
-        self.hub.repositories[repo_id] = Repository(repo_id, {".gitattributes": Blob(b"")}, private)
+        self.hub.repositories[repo_id] = Repository(repo_id, {".gitattributes": b""}, private)
         return answer
 
     def on_validate(self):
@@ -327,8 +304,7 @@ class Handler(BaseHTTPRequestHandler):
             if rest:
                 entries[start + first] = {"type": "directory", "path": start + first, "size": 0, "oid": "0" * 40}
             if not rest or "recursive" in self.path:
-                blob = files[path]
-                entries[path] = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.oid}
+                entries[path] = {"type": "file", "path": path, "size": len(files[path]), "oid": oid_of(files[path])}
         if folder and not entries:
             raise Refusal(404, f"Entry not found: {folder}", "EntryNotFound")
         return list(entries.values())
@@ -343,24 +319,9 @@ class Handler(BaseHTTPRequestHandler):
     def on_preupload(self):
         (oid, files), answer = self.writable().find(self.part["revision"]), []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
-            mode = "lfs" if path.endswith(LFS_SUFFIXES) else "regular"
-            known = {"oid": files[path].oid} if path in files else {}
-            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
+            known = {"oid": oid_of(files[path])} if path in files else {}
+            answer.append({"path": path, "uploadMode": "regular", "shouldIgnore": False, **known})
         return {"files": answer, "commitOid": oid}
-
-    def on_batch(self):
-        repo, objects = self.writable(), []
-        for item in json.loads(self.body)["objects"]:
-            upload = {"upload": {"href": f"{self.hub.cdn_url}/cdn/{repo.id}/{item['oid']}"}}
-            actions = {} if item["oid"] in self.hub.objects else {"actions": upload}
-            objects.append({"oid": item["oid"], "size": item["size"], **actions})
-        return {"transfer": "basic", "objects": objects}
-
-    def on_put(self):
-        if hashlib.sha256(self.body).hexdigest() != self.part["oid"]:
-            raise Refusal(400, "The uploaded bytes do not have the declared sha256")
-        self.hub.objects[self.part["oid"]] = self.body
-        return {}
 
     def on_commit(self):
         """Apply all lines of a commit to a copy of the tree, and only then make it the branch's."""
@@ -374,10 +335,8 @@ class Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "deletedFile":
                 del files[value["path"]]
-            elif line["key"] == "lfsFile":
-                files[value["path"]] = Blob(self.hub.objects[value["oid"]], lfs=True)
             else:
-                files[value["path"]] = Blob(base64.b64decode(value["content"]))
+                files[value["path"]] = base64.b64decode(value["content"])
         number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
         oid = repo.commit(f"refs/pr/{number}" if as_pull else revision, files)
         page = f"{self.hub.url}/{repo.id}"
@@ -389,19 +348,7 @@ class Handler(BaseHTTPRequestHandler):
         oid, files = repo.find(self.part["revision"])
         if path not in files:
             raise Refusal(404, f"Entry not found: {path}", "EntryNotFound", **{"X-Repo-Commit": oid})
-        blob = files[path]
-        headers = {"X-Repo-Commit": oid, "ETag": f'"{blob.oid}"'}
-        if not blob.lfs:
-            return self._file(blob.data, headers)
-        # The file's name is in the URL so that faults find it.
-        location = f"{self.hub.cdn_url}/cdn/{self.part['id']}/{blob.oid}/{quote(path)}"
-        linked = {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(blob.data)), "Location": location}
-        return 302, headers | linked, b""
-
-    def on_get(self):
-        return self._file(self.hub.objects[self.part["oid"]], {"ETag": f'"{self.part["oid"]}"'})
-
-    def _file(self, data: bytes, headers: dict[str, str]):
+        data, headers = files[path], {"X-Repo-Commit": oid, "ETag": f'"{oid_of(files[path])}"'}
         fault = self.hub.take(self.command, self.where, of_files=True)
         if fault.kind == "wrong sha":
             return 200, headers, data[:-1] + bytes([data[-1] ^ 0xFF])
