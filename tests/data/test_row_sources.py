@@ -88,7 +88,6 @@ class TestFiles:
         [
             (ROWS, {"text_column": "body"}, "no column 'body'; it has: text, label, kind"),
             (ROWS, {"prompt_column": "body"}, "no column 'body'"),
-            (ROWS, {"prompt_column": "text"}, "prompt_column"),
             (ROWS, {"names": ["a", "b"]}, "'2'"),
             ([{"text": " ", "label": 1}], {}, "row 0 has no text"),
             ([{"text": ["one"], "label": 0}], {}, "row 0: .*must be a text"),

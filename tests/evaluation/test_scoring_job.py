@@ -151,7 +151,6 @@ OF, ASK = {"keep_columns": ["of"]}, {"prompt_column": "ask"}
         (changing([{"id": 1}], [{"id": 1, "name": "b"}]), OF, "'of'"),
         (changing([{"id": 1}], [{"id": 2.9}]), OF, "'of'"),
         ([{"text": "a", "row": 1}], {"keep_columns": ["row"]}, "keep_columns.* row"),
-        ([{"text": "a"}], {"chunk_rows": 0}, "chunk_rows=0"),
         ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], ASK, "row 1: text"),
         ([{"text": "half \ud83d", "ask": "b"}], ASK, "row 0: text"),
         ([{"text": "a", "ask": ""}, {"text": "a", "ask": ["hi"]}], ASK, "row 1: ask"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from decimal import Decimal
 from itertools import chain
 from typing import Any
 
@@ -33,7 +32,6 @@ def read_labels(
     if mixed := [row for row, value in enumerate(values) if isinstance(value, (list, tuple)) != several]:
         raise ProbeError(f"{source}: row {mixed[0]} must have {'a list' if several else 'one label'}, as row 0")
     flat = list(chain.from_iterable(values)) if several else list(values)
-    flat = [float(item) if isinstance(item, Decimal) else item for item in flat]
     if problem_type is None:
         fractions = any(isinstance(item, float) and not item.is_integer() for item in flat)
         single = "regression" if fractions and label_names is None else "single_label_classification"

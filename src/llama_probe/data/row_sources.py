@@ -75,8 +75,6 @@ class Source:
             prompts = benchmark.exchange[0] if benchmark.exchange else None
             if (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, prompts):
                 raise ProbeError(f"text_column, label_column and prompt_column are for files, not for {self.rows}")
-        if self.prompt_column in (self.text_column, self.label_column):
-            raise ProbeError(f"prompt_column={self.prompt_column!r} must be a column of its own")
         for name in ("max_rows", "repeat"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ProbeError(f"{name}={value} must be a whole number from 1")

@@ -147,8 +147,6 @@ class ScoringJob:
             ProbeError: an argument, an input or a head is wrong, or the job was begun with other inputs, heads or
                 settings. Raised before a row is scored, except for damaged rows.
         """
-        if self.chunk_rows < 1:
-            raise ProbeError(f"chunk_rows={self.chunk_rows} must be at least 1")
         with process_group(), claimed(self.output):
             check_shared(self.output)
             files, kept = on_main(self._survey)
