@@ -4,7 +4,6 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
-import torch
 from chat_templates import chat_tokenizer
 from conftest import make_tokenizer
 from hypothesis import given, settings
@@ -161,15 +160,6 @@ def test_a_long_text_of_few_tokens_is_read_whole():
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     prompts = PromptFormat(PreTrainedTokenizerFast(tokenizer_object=words), "raw", max_length=4)
     assert prompts.encode(["x" * 5_000 + " a b a b a"]) == [[0, 1, 2, 1]]
-
-
-def test_batches_are_ready_for_generate(tokenizer, prompts):
-    left, right = (prompts.batch(["Hi", "Hello there"], side) for side in ("left", "right"))
-    assert left["attention_mask"][0, 0] == 0 and left["attention_mask"][:, -1].all()
-    assert torch.equal(right["attention_mask"], left["attention_mask"].flip(1))
-    for batch in (left, right):
-        assert batch["input_ids"][0][batch["attention_mask"][0].bool()].tolist() == served(tokenizer, "Hi")
-        assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
 
 
 def test_the_config_brings_the_format_back(tokenizer, monkeypatch):

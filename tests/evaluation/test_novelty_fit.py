@@ -7,9 +7,8 @@ from cases import with_backbone
 from conftest import make_lm
 from sklearn.metrics import roc_auc_score
 
-from llama_probe import ProbeError
 from llama_probe.data.cached_states import PromptDataset, StateCache
-from llama_probe.evaluation.novelty_fit import against_others, can_fit, compare_log, fit_novelty
+from llama_probe.evaluation.novelty_fit import against_others, compare_log, fit_novelty
 from llama_probe.evaluation.prediction import predict_logits, predict_rows
 
 
@@ -43,15 +42,6 @@ def test_other_prompts_are_told_apart_from_cached_states_as_from_prompts(tmp_pat
     assert part["interval"][0] <= auroc <= part["interval"][1] and part["far"] > measured["own"]["far"]
     same.set_backbone(make_lm())
     torch.testing.assert_close(predict_rows(same, own)[1], novelty, atol=1e-3, rtol=0)
-
-
-def test_too_few_rows_and_heads_that_cannot():
-    probe, few, many = with_backbone(**HEAD), dataset(9, 0), dataset(60, 0)
-    assert can_fit(probe.config, many, many) and not can_fit(probe.config, many, few)
-    with pytest.raises(ProbeError, match="validation rows, not 9"):
-        fit_novelty(probe, many, few)
-    assert not can_fit(with_backbone(token_scope="all").config, many, many)
-    assert predict_rows(probe, few)[1] is None
 
 
 def test_a_log_is_compared():

@@ -19,7 +19,7 @@ _BLOCK = 2**17  # weights a block; 1 MiB fits into the processor's cache
 
 
 def intervals(
-    statistic: Callable[[np.ndarray], dict[Name, np.ndarray]], rows: int, resamples: int = 1000, seed: int = 0
+    statistic: Callable[[np.ndarray], dict[Name, np.ndarray]], rows: int, resamples: int = 1000
 ) -> dict[Name, Interval]:
     """Return a 95 % percentile interval `[low, high]` for each value of a statistic, from resamples of the rows.
 
@@ -36,7 +36,7 @@ def intervals(
     settings = {"n_resamples": resamples, "batch": max(1, _BLOCK // rows), "method": "percentile", "vectorized": True}
     with warnings.catch_warnings(action="ignore"):  # of undefined values
         names = list(statistic(np.ones((1, rows))))
-        distribution = bootstrap((places,), compute, rng=seed, **settings).bootstrap_distribution
+        distribution = bootstrap((places,), compute, rng=0, **settings).bootstrap_distribution
         limits = np.nanquantile(distribution, [0.025, 0.975], axis=1).T.tolist()
     return {name: None if np.isnan(limit[0]) else limit for name, limit in zip(names, limits, strict=True)}
 
