@@ -76,8 +76,17 @@ def test_a_folder_that_names_rows_outside(tmp_path, key, name):
     else:
         name = name.replace("SECRET", str(tmp_path / "secret.csv"))
         (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {key}: '{name}'\n---\n")
-    with pytest.raises(ProbeError, match=r"inside the folder|cannot be read"):
+    with pytest.raises(ProbeError, match=r"out of the folder|cannot be read|no known format"):
         read_table(str(folder))
+
+
+def test_a_folder_of_the_cache_links_to_its_blobs(tmp_path):
+    folder, blobs = tmp_path / "datasets--a--b" / "snapshots" / "1", tmp_path / "datasets--a--b" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "2").write_text("text,label\na,0\n")
+    (folder / "train.csv").symlink_to("../../blobs/2")
+    assert read_table(str(folder))[0]["text"] == ["a"]
 
 
 @pytest.mark.parametrize(

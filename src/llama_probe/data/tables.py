@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
+from ..hub.publish import check_links
 from .row_files import FILE_TEXTS, MAX_TEXT, Columns, InputFile, by_column, kind_of, limited
 
 
@@ -79,9 +80,7 @@ def read_table(
         raise ProbeError(words) from error
     if split not in splits:
         raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(map(str, splits))}")
-    for path in splits[split]:
-        if not Path(path).resolve().is_relative_to(folder):
-            raise ProbeError(f"{source} names the file {path}: rows must come from inside the folder")
+    check_links(folder, splits[split])
     return _read_files(splits[split], text_columns, max_text)
 
 

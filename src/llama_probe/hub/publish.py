@@ -114,9 +114,9 @@ def pull_head(
 
 
 def check_links(folder: Path, files: Iterable[str]) -> None:
-    """Raise `ProbeError` if a file is a symbolic link out of its folder.
+    """Raise `ProbeError` if a path or a symbolic link leads out of its folder.
 
-    A link in a stranger's folder could have any of the user's files uploaded. Links from a snapshot in the Hub's cache
+    In a stranger's folder it could have any of the user's files read or uploaded. Links from a snapshot in the Hub's cache
     into the `blobs` of its repository, or of the whole cache, are allowed.
     """
     home = folder.resolve()
@@ -125,7 +125,7 @@ def check_links(folder: Path, files: Iterable[str]) -> None:
     for file in files:
         target = current_file(folder, file).resolve()
         if not any(target.is_relative_to(place) for place in allowed):
-            raise ProbeError(f"{folder / file} is a symbolic link out of the folder, to {target}; copy the file")
+            raise ProbeError(f"{folder / file} leads out of the folder, to {target}; copy the file")
 
 
 def hide_local_path(folder: Path) -> None:
