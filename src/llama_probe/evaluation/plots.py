@@ -109,28 +109,18 @@ def calibration_plot(inspection: JSON) -> Figure:
 
 
 def layer_weights_plot(inspection: JSON) -> Figure:
-    """Draw the mean weight of each layer by label; more than ten labels become rows of a heat map.
-
-    Layer 0 is the embedding output.
-    """
+    """Draw the mean weight of each layer by label; of more than ten labels the mean. Layer 0 is the embedding output."""
     layers, by_label = (inspection["layer_weights"][key] for key in ("layers", "by_label"))
-    is_map = len(by_label) > _MAX_LINES
-    figure = new_figure((8.5, 0.2 * len(by_label) + 2.0) if is_map else (6.4, 4.0))
+    if len(by_label) > _MAX_LINES:
+        by_label = {f"{len(by_label)} labels": np.mean(list(by_label.values()), axis=0)}
+    figure = new_figure((6.4, 4.0))
     axes = figure.subplots()
-    if is_map:
-        image = axes.imshow(np.array(list(by_label.values())), cmap="Blues", vmin=0, aspect="auto")
-        axes.set_yticks(range(len(by_label)), list(by_label), **_NAMES)
-        step = -(-len(layers) // 20)
-        axes.set_xticks(range(0, len(layers), step), layers[::step])
-        figure.colorbar(image, format=percent, label="mean weight")
-    else:
-        lines = [axes.plot(layers, shares, marker=".")[0] for shares in by_label.values()]
-        axes.axhline(1 / len(layers), color="0.7", linestyle="--", linewidth=1)
-        axes.set_ylabel("mean weight (dashed: all alike)")
-        axes.yaxis.set_major_formatter(percent)
-        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
-        _name_lines(axes, lines, list(by_label))
-    axes.set_xlabel("layer (0: embeddings)")
+    lines = [axes.plot(layers, shares, marker=".")[0] for shares in by_label.values()]
+    axes.axhline(1 / len(layers), color="0.7", linestyle="--", linewidth=1)
+    axes.set(xlabel="layer (0: embeddings)", ylabel="mean weight (dashed: all alike)")
+    axes.yaxis.set_major_formatter(percent)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
+    _name_lines(axes, lines, list(by_label))
     return explain(
         figure,
         "The head reads the layers of a language model, from its input (0) to its output, and weighs them. Shown is the "
