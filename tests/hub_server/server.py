@@ -40,7 +40,6 @@ FAULTS = {
     "truncate": {"method": "GET"},  # send half of a file, with `declared` under the Content-Length of the whole
     "wrong sha": {"method": "GET"},  # send a file with its last byte changed, under the old etag
 }
-OF_FILES = ("truncate", "wrong sha")
 
 
 class Refusal(Exception):
@@ -166,10 +165,9 @@ class HubServer:
         self.faults.append(Fault(kind, **{**FAULTS[kind], **fields}))
         return self.faults[-1]
 
-    def take(self, method: str, path: str, of_files: bool) -> Fault:
-        """Return the fault that befalls a request, or the sending of a file."""
-        faults = (fault for fault in self.faults if (fault.kind in OF_FILES) == of_files)
-        return next((fault for fault in faults if fault.befalls(method, path)), Fault("none"))
+    def take(self, method: str, path: str) -> Fault:
+        """Return the fault that befalls a request."""
+        return next((fault for fault in self.faults if fault.befalls(method, path)), Fault("none"))
 
     def plant(self, repo_id: str, files: Mapping[str, bytes], *, branch: str = "main", private: bool = False) -> None:
         """Commit files, unchecked, to a repository and branch that may be new."""
@@ -201,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.where = urlsplit(self.path).path
-        fault = self.hub.take(self.command, self.where, of_files=False)
+        self.fault = fault = self.hub.take(self.command, self.where)
         length = 1 if fault.kind == "cut upload" else int(self.headers.get("Content-Length", 0))
         self.body = self.rfile.read(length)
         if fault.kind == "cut upload" or len(self.body) < length:  # or the client was killed
@@ -349,10 +347,9 @@ class Handler(BaseHTTPRequestHandler):
         if path not in files:
             raise Refusal(404, f"Entry not found: {path}", "EntryNotFound", **{"X-Repo-Commit": oid})
         data, headers = files[path], {"X-Repo-Commit": oid, "ETag": f'"{oid_of(files[path])}"'}
-        fault = self.hub.take(self.command, self.where, of_files=True)
-        if fault.kind == "wrong sha":
+        if self.fault.kind == "wrong sha":
             return 200, headers, data[:-1] + bytes([data[-1] ^ 0xFF])
-        if fault.kind == "truncate":
-            declared = {"Content-Length": str(len(data))} if fault.declared else {}
+        if self.fault.kind == "truncate":
+            declared = {"Content-Length": str(len(data))} if self.fault.declared else {}
             return 200, headers | declared, data[: len(data) // 2]
         return 200, headers, data
