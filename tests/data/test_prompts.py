@@ -76,7 +76,7 @@ def test_prompts_that_cannot_be_encoded(tokenizer, prompts):
         PromptFormat(tokenizer).encode([[{"role": "user", "content": ["parts"]}]])
 
 
-WRONG = {"prompt_format": {"kind": "xml"}, "max_length": {"max_length": 10}, "no chat template": {}}
+WRONG = {"max_length": {"max_length": 10}, "no chat template": {}}
 WRONG["system_prompt"] = {"kind": "raw", "system_prompt": "x"}
 
 

@@ -10,7 +10,7 @@ from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone.loading import read_target
 from llama_probe.heads.match import describe
 from llama_probe.hub import resolve
-from llama_probe.hub.folder import CONFIG_NAME, WEIGHTS_NAME
+from llama_probe.hub.folder import WEIGHTS_NAME
 from llama_probe.hub.resolve import ALIASES, Target, bundled_heads, check_name, default_name, resolve_head
 from llama_probe.hub.transport import HubOptions
 from llama_probe.serving.host import read_heads
@@ -45,8 +45,7 @@ def test_specs(tmp_path, monkeypatch):
         ({"type": folder}, "'type' cannot name"),
         ("a/b/c", "'a/b/c' is neither a folder"),
         ("toxicchat-lstm", "'toxicchat-lstm'.*toxicchat-mha"),  # with those there are
-        (f"h/{CONFIG_NAME}", "is a file: give the head's folder, 'h'"),  # it could be the id of a repository
-        (f"{folder}/{WEIGHTS_NAME}", f"is a file: give the head's folder, '{folder}'"),
+        (f"{folder}/{WEIGHTS_NAME}", "is neither a folder"),
     ):
         with pytest.raises(ProbeError, match=words):
             read_heads(spec)

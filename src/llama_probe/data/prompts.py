@@ -72,8 +72,8 @@ class PromptFormat:
         prefix_ids, suffix_ids: constant token ids before and after every text.
 
     Raises:
-        ProbeError: the kind is unknown, there is no chat template, it marks no tool results for a head that reads them, or
-            `max_length` leaves no room for a text.
+        ProbeError: there is no chat template, it marks no tool results for a head that reads them, or `max_length` leaves
+            no room for a text.
     """
 
     tokenizer: transformers.PreTrainedTokenizerBase
@@ -86,8 +86,6 @@ class PromptFormat:
     suffix_ids: tuple[int, ...] = field(init=False, default=())
 
     def __post_init__(self):
-        if self.kind not in PROMPT_FORMATS:
-            raise ProbeError(f"prompt_format={self.kind!r} is not allowed; allowed: {', '.join(PROMPT_FORMATS)}")
         if self.kind == "chat" and not self.tokenizer.chat_template:
             raise ProbeError("the tokenizer has no chat template; use prompt_format='raw'")
         if self.kind == "raw" and self.system_prompt is not None:

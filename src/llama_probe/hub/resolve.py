@@ -110,8 +110,6 @@ def resolve_head(
         return _resolve_alias(source, target, options, only_config)
     if (bundled := bundled_heads().get(str(source))) is not None:  # BACKBONE/NAME, as `inspect` lists it
         return bundled
-    if os.path.isfile(source):
-        raise ProbeError(f"probe={str(source)!r} is a file: give the head's folder, {str(Path(source).parent)!r}")
     reference = HubReference.parse(str(source))
     if reference is None:
         raise ProbeError(
