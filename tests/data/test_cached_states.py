@@ -14,7 +14,7 @@ from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone import passes
 from llama_probe.data import cached_states
 from llama_probe.data.cached_states import PromptDataset, StateCache, collate
-from llama_probe.evaluation.prediction import predict_logits, predict_together
+from llama_probe.evaluation.prediction import predict_logits
 
 
 PREFIX = [7, 8, 9]
@@ -48,8 +48,6 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
         expected[row] = probe(input_ids=torch.tensor([ids]), probe_mask=torch.tensor([mask])).logits
     for data in (live, cached):
         torch.testing.assert_close(predict_logits(probe, data), expected, atol=1e-5, rtol=1e-5)
-        (found,) = predict_together([probe], data)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert kind == "last" or len(others[0]["input_ids"]) > len(cached[0]["input_ids"])
 
 

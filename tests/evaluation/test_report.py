@@ -112,14 +112,6 @@ def test_the_rows_nearest_to_the_threshold_are_asked_about():
     assert harmless["recall"] is None and harmless["false_alarms"] == 0
 
 
-def test_rows_come_back_in_their_order(dataset, monkeypatch):
-    monkeypatch.setattr(passes, "BATCH_TOKENS", 20)  # of the rows 2 and 0, and 3, 1 and 4
-    probe = with_backbone()
-    for ids, logits in zip(dataset.prompts, predict_logits(probe, dataset), strict=True):
-        alone = probe(input_ids=torch.tensor([ids])).logits[0]
-        torch.testing.assert_close(logits, alone, atol=1e-5, rtol=0)
-
-
 def test_rows_without_a_tool_result_are_not_flagged():
     markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 60), ("tool", 61), ("assistant", 62))}
     probe = with_backbone(probe_type="gate", token_scope="tool", turn_markers=markers, flagged=["LABEL_1"])
