@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..files import JSON
+from ..hub.card import is_hub_id
 from .known import BENCHMARKS, Benchmark, find_benchmark
 from .labelled_texts import LabelledTexts, Labels, is_empty, label_rows
 from .prompts import Text
@@ -28,8 +29,6 @@ ROWS_HELP = (
     "ID@REVISION:CONFIGURATION:SPLIT or less of it"
 )
 SOURCE = "source"  # column of the rows of a recipe: the names of the sources that a row has words of
-
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 # Licences that forbid commercial use, or grant nothing that one could name.
 _NOT_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research|educational|unknown|none|other", re.IGNORECASE)
@@ -104,7 +103,7 @@ class Source:
             if (path := copies.get(split)) is None:
                 raise ProbeError(f"{self.rows}: {data_dir} has no split {split!r}, but {', '.join(copies)}")
             return replace(self, rows=str(path), name=self.name)
-        if not os.path.isdir(place.id) and not _HUB_ID.fullmatch(place.id):
+        if not os.path.isdir(place.id) and not is_hub_id(place.id):
             known = f"data sets known by name: {', '.join(BENCHMARKS)}; --data-dir reads DIR/{place.id}/SPLIT.jsonl.gz"
             raise ProbeError(f"{self.rows!r} is no file and no Hub id; {known}")
         return self
