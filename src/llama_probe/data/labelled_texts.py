@@ -54,7 +54,6 @@ class LabelledTexts:
     @classmethod
     def join(cls, parts: Sequence[LabelledTexts]) -> LabelledTexts:
         """Return the rows of all parts, whose labels are alike. Columns that are not in all parts are dropped."""
-        parts = [part for part in parts if len(part)] or parts[:1]
         first = parts[0]
         shared = [name for name in first.columns if all(name in part.columns for part in parts)]
         columns = {name: [value for part in parts for value in part.columns[name]] for name in shared}
