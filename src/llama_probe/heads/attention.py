@@ -78,8 +78,15 @@ class AttentionAggregator(LowRankAggregator):
         return self._update_causal(state, x, mask, slots) if self.causal else super().update(state, x, mask, slots)
 
     def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
-        chunks = [] if state is None else state
-        return [*chunks, (projected, None if mask is None else mask.expand(len(projected), -1, -1))]
+        mask = None if mask is None else mask.expand(len(projected), -1, -1)  # [S, B, n]
+        if state is None:
+            return projected, mask
+        qkv, valid = state
+        if mask is not None or valid is not None:
+            parts = ((qkv, valid), (projected, mask))
+            masks = (x.new_ones(x.shape[:3], dtype=torch.bool) if part is None else part for x, part in parts)
+            mask = torch.cat(tuple(masks), dim=2)
+        return torch.cat([qkv, projected], dim=2), mask
 
     def _update_causal(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         slot_count, batch, items, _ = x.shape
@@ -111,7 +118,7 @@ class AttentionAggregator(LowRankAggregator):
             if self.pool == "max":
                 return pooled
         else:
-            qkv, mask = self._joined(state)
+            qkv, mask = state[0], None if state[1] is None else state[1][0]
             if self.pool == "max":
                 mixed = self._attend(qkv, mask).transpose(1, 2).reshape(*qkv.shape[:3], -1)  # [S, B, N, d_inner]
                 return masked_max(self._project_back(mixed, slots), mask)
@@ -152,18 +159,6 @@ class AttentionAggregator(LowRankAggregator):
         scores = scores.masked_fill(~seen.repeat(slot_count, 1, 1)[:, None], float("-inf"))
         received = scores.softmax(dim=-1).mean(dim=1).view(slot_count, batch, items, items)
         return masked_mean(received, mask)
-
-    @staticmethod
-    def _joined(state: State) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Join all chunks: `[S, B, N, 3 d_inner]`, and the mask `[B, N]`, `None` if all items count."""
-        if len(state) == 1:
-            qkv, mask = state[0]
-            return qkv, None if mask is None else mask[0]
-        qkv = torch.cat([chunk for chunk, _ in state], dim=2)
-        if all(mask is None for _, mask in state):
-            return qkv, None
-        masks = [part.new_ones(part.shape[1:3], dtype=torch.bool) if mask is None else mask[0] for part, mask in state]
-        return qkv, torch.cat(masks, dim=1)
 
 
 def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:
