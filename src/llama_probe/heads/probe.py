@@ -285,7 +285,7 @@ class ProbeModel(nn.Module):
                 reads, ascending.
             mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count. Defaults to all.
         """
-        state = self.init_state(output_attentions=output_attentions, differentiable=torch.is_grad_enabled())
+        state = self.init_state(output_attentions=output_attentions)
         self.step(state, self.layer_indices, x, mask)
         return self.finish(state, learning=self.training)
 
@@ -344,22 +344,19 @@ class ProbeModel(nn.Module):
 
     # Groups of layers, while the LM runs
 
-    def init_state(
-        self, state: State = None, keep: bool = False, output_attentions: bool = False, differentiable: bool = False
-    ) -> ProbeState:
+    def init_state(self, state: State = None, keep: bool = False, output_attentions: bool = False) -> ProbeState:
         """Start on a batch of prompts.
 
         Args:
             state: state of earlier tokens, from `ProbeState.joined`.
             keep: keep what is needed to continue after the last token.
             output_attentions: also keep the token weights. The prompt must then come in one chunk.
-            differentiable: `step` and `finish` keep gradients.
         """
         tokens, means = state if self.novelty is not None and state is not None else (state, None)
         sums = None if self.novelty is None else SlotStates(len(self.novelty.slots), means)
         slots = len(self.layer_indices)
         parts = SlotStates(slots, tokens), sums, SlotStates(slots), SlotStates(slots)
-        return ProbeState(*parts, keep, output_attentions, differentiable)
+        return ProbeState(*parts, keep, output_attentions)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
@@ -404,7 +401,7 @@ class ProbeModel(nn.Module):
             x = x[as_slice(places)]
         first = self._slots[layers[places[0]]]
         slots = slice(first, first + len(places))
-        with torch.set_grad_enabled(state.differentiable), without_autocast(self.device):
+        with without_autocast(self.device):
             earlier = state.tokens.pop(slots)
             if state.output_attentions:
                 if earlier is not None or not last:
@@ -424,7 +421,7 @@ class ProbeModel(nn.Module):
         Raises:
             ProbeError: not every layer has been read.
         """
-        with torch.set_grad_enabled(state.differentiable), without_autocast(self.device):
+        with without_autocast(self.device):
             summaries, weights, slots = state.summaries.joined(), state.weights.joined(), len(self.layer_indices)
             if summaries is None and (seen := state.tokens.joined()) is not None:
                 summaries = self.token_stage.result(seen, slice(None))

@@ -59,7 +59,6 @@ class ProbeState:
     weights: SlotStates
     keep: bool
     output_attentions: bool
-    differentiable: bool
 
     def joined(self) -> State:
         """Return what all slots keep, as one; `None` if nothing has been read."""

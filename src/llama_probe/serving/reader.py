@@ -65,7 +65,7 @@ class StateReader:
         self.heads = dict(heads)
         self.layers = frozenset(layer for head in self.heads.values() for layer in head.layer_indices)
         self.states: dict[str, ProbeState] = {
-            name: head.init_state((states or {}).get(name), name in keep, output_attentions, differentiable)
+            name: head.init_state((states or {}).get(name), name in keep, output_attentions)
             for name, head in self.heads.items()
         }
         self._whole, self._differentiable = output_attentions, differentiable
@@ -144,7 +144,8 @@ class StateReader:
 
     def results(self) -> dict[str, ProbeOutput]:
         """Score what was read: a `ProbeOutput` of each head."""
-        return {name: head.finish(self.states[name]) for name, head in self.heads.items()}
+        with torch.set_grad_enabled(self._differentiable):
+            return {name: head.finish(self.states[name]) for name, head in self.heads.items()}
 
 
 class PromptReader:
