@@ -346,8 +346,6 @@ class ProbeConfig:
         config = cls(**{key: value for key, value in values.items() if key in names})
         if "flagged" not in values and config.num_labels == 2 and config.problem_type != "regression":
             config = config.replace(flagged=[config.id2label[1]])  # earlier versions flagged the second of two
-        if values.get("label2id") not in (None, config.label2id):
-            raise ProbeError("label2id contradicts id2label; leave label2id out")
         return config, sorted(values.keys() - names - {"label2id", "config_sha256"})
 
 
