@@ -9,8 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe.backbone import passes
-from llama_probe.backbone.capture import prefill
-from llama_probe.backbone.kv_cache import repeat_cache
 from llama_probe.data.cached_states import PromptDataset, iterate_states
 
 
@@ -54,10 +52,3 @@ def test_a_pass_over_a_data_set_runs_few_tokens(lm, rows, tokens):
     lm.model.layers[LAYERS - 1].register_forward_hook(lambda module, args, out: ran.append(out[..., 0].numel()))
     list(iterate_states(PromptDataset(prompts, torch.zeros(len(prompts)).numpy(), masks), make_probe().config, lm))
     assert sum(ran) == tokens
-
-
-def test_rows_share_the_memory_of_a_start_until_the_lm_adds_to_it(lm):
-    prefix = prefill(lm, START)
-    parts = [cache.layers[-1].keys for cache in (prefix, repeat_cache(prefix, 3))]
-    assert [len(part) for part in parts] == [1, 3]
-    assert len({part.untyped_storage().nbytes() for part in parts}) == 1

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import ModelOutput
-
-
-# Cache layers that put old and new tokens into a new tensor.
-_GROW_BY_COPY = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class _DetachedCopies(TorchFunctionMode):
@@ -41,12 +36,7 @@ def copy_cache(cache: Cache) -> Cache:
 
 
 def repeat_cache(prefix: Cache, rows: int) -> Cache:
-    """Return a copy of a KV cache of one row for a batch, whose rows share their memory until the LM adds tokens to them."""
+    """Return a copy of a KV cache of one row for a batch."""
     cache = copy_cache(prefix)
-    layers: list[Any] = cache.layers  # not all of their methods are those of their base class
-    for layer in layers:
-        if type(layer) in _GROW_BY_COPY and layer.is_initialized:
-            layer.keys, layer.values = (part.expand(rows, *part.shape[1:]) for part in (layer.keys, layer.values))
-        else:
-            layer.batch_repeat_interleave(rows)
+    cache.batch_repeat_interleave(rows)
     return cache
