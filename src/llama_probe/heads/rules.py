@@ -17,8 +17,7 @@ ProblemType = Literal["single_label_classification", "multi_label_classification
 Pool = Literal["mean", "max"]
 Normalize = Literal["none", "layernorm", "rms"]
 TokenScope = Literal["last_user", "user", "turns", "tool", "prompt", "content", "response", "all"]
-RenderedFormat = Literal["chat", "raw"]
-PROMPT_FORMATS = get_args(RenderedFormat)
+PROMPT_FORMATS = ("chat", "raw")
 UNKNOWN_FORMAT = "unknown"  # of rows that the user has tokenised
 
 # What a field may hold: a description and a check.
