@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 import transformers
@@ -150,12 +150,6 @@ def resolve_backbone(name: Name, options: HubOptions = HubOptions()) -> Name | s
     return str(demo_backbone()) if is_demo(name, options) else name
 
 
-def check_dtype(dtype: str) -> None:
-    """Raise `ProbeError` if weights cannot be loaded in a dtype of this name."""
-    if dtype not in get_args(DtypeName):
-        raise ProbeError(f"dtype={dtype!r} is not allowed; allowed: {', '.join(get_args(DtypeName))}")
-
-
 # True while a model is loaded as it is. The auto classes then know nothing of heads; see `serving/auto.py`.
 LOADING_PLAIN: ContextVar[bool] = ContextVar("loading_plain", default=False)
 
@@ -189,8 +183,6 @@ def load_backbone(
     Args:
         name: `"demo"`, a folder, a GGUF file, or a Hub id.
     """
-    if isinstance(dtype, str):
-        check_dtype(dtype)
     tokenizer = load_tokenizer(name)
     path = resolve_backbone(name)
     with _explained(name, path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..backbone.loading import DtypeName, check_dtype, choose_device
+from ..backbone.loading import DtypeName, choose_device
 from ..errors import ProbeError
 from ..heads import get_probe_type
 
@@ -49,5 +49,4 @@ class BenchmarkOptions:
             get_probe_type(kind)  # raises
         if min(*self.tokens, *self.batch_size, self.new_tokens, self.pairs, self.many + 1) < 1:
             raise ProbeError("tokens, batch_size, new_tokens and pairs must be at least 1, many at least 0")
-        check_dtype(self.dtype)
         choose_device(self.device)
