@@ -27,7 +27,7 @@ from ..errors import ProbeError, first_line
 from ..files import new_folder
 from ..hub.resolve import Target
 from ..hub.transport import HubOptions, HubReference, hub_api
-from .decoder import find_decoder, without_peft
+from .decoder import find_decoder
 
 
 logger = logging.get_logger(__name__)
@@ -279,7 +279,7 @@ def name_of_backbone(model_id: str | None) -> str:
 def weights_digest(lm: nn.Module) -> str:
     """Return a digest of an LM's shapes, dtypes, config and a sample of each weight, to tell two checkpoints apart.
 
-    An LM head that is not tied to the embeddings is included.
+    The LM head is not included: heads do not read what it gives.
     """
     decoder = find_decoder(lm)
     # The same weights give other hidden states with another rope_theta or rms_norm_eps.
@@ -293,26 +293,20 @@ def weights_digest(lm: nn.Module) -> str:
     ]
     described = [values, adapters] if adapters else values
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    weights = decoder.model.state_dict()
-    if (lm_head := without_peft(lm).get_output_embeddings()) is not None:
-        tied = {id(parameter) for parameter in decoder.embeddings.parameters()}
-        named = lm_head.state_dict(keep_vars=True).items()
-        weights |= {f"lm_head.{name}": tensor for name, tensor in named if id(tensor) not in tied}
-    for name, tensor in sorted(weights.items()):
+    for name, tensor in sorted(decoder.model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.is_meta:
-            root = lm_head if lm_head is not None and name.startswith("lm_head.") else decoder.model
-            tensor = _offloaded(root, name.removeprefix("lm_head."))
+            tensor = _offloaded(decoder.model, name)
         for part in _plain_tensors(tensor):
             flat = part.detach().flatten()
             digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _offloaded(root: nn.Module, name: str) -> torch.Tensor:
+def _offloaded(decoder: nn.Module, name: str) -> torch.Tensor:
     """Return a weight that accelerate keeps on the CPU or on disk, and brings for each pass."""
     path, _, parameter = name.rpartition(".")
-    hook = root.get_submodule(path)._hf_hook
+    hook = decoder.get_submodule(path)._hf_hook
     maps = (getattr(each, "weights_map", None) for each in getattr(hook, "hooks", [hook]))
     return next(weights for weights in maps if weights is not None)[parameter]
 
