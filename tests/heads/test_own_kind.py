@@ -5,7 +5,7 @@ import torch
 from conftest import HIDDEN, LAYERS, OWN_KIND, expected_logits, make_prompts, probed
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
-from llama_probe.heads import Aggregator, import_kinds, probe_types, register_probe_type
+from llama_probe.heads import Aggregator, probe_types, register_probe_type
 
 
 def test_the_code_lies_beside_the_head_and_is_not_run_unasked(own_kind):
@@ -51,11 +51,6 @@ def test_two_kinds_of_one_name_are_refused(own_kind, tmp_path, caplog):
     assert ProbeModel.from_pretrained(other) and "other code" in caplog.text, "the user's own, which was changed since"
 
 
-def test_refusals(tmp_path):
-    (tmp_path / "empty.py").write_text("")
-    (tmp_path / "kinds.txt").write_text("")
-    for name in ("empty.py", "kinds.txt", "gone.py"):
-        with pytest.raises(ProbeError, match=name):
-            import_kinds(tmp_path / name)
+def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="'mha' is taken by AttentionAggregator"):
         register_probe_type("mha")(type("Other", (Aggregator,), {}))
