@@ -132,8 +132,6 @@ def _find_gguf(name: str) -> Path | None:
 def _load_gguf(
     path: Path, *args: Any, dtype: str | torch.dtype = "auto", **kwargs: Any
 ) -> transformers.PreTrainedModel:
-    if find_spec("gguf") is None:
-        raise ProbeError(f"{path} needs the package gguf: pip install 'llama_probe[demo]'")
     kwargs |= {"gguf_file": path.name, "dtype": torch.float32 if dtype == "auto" else dtype}
     lm = load_causal_lm(path.parent, *args, **kwargs)
     # The weights are dequantised, but the quantiser would still refuse to save them.
