@@ -212,16 +212,12 @@ def _explained(name: str, path: str) -> Generator[None]:
 
 def choose_device(name: str = "auto") -> torch.device:
     """Return a device by its name. `"auto"` is the accelerator, or the CPU if there is none."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return accelerator or torch.device("cpu")
-    allowed = ["auto", "cpu"]
-    if accelerator is not None:
-        numbers = range(torch.accelerator.device_count())
-        allowed += [accelerator.type, *(f"{accelerator.type}:{number}" for number in numbers)]
-    if name not in allowed:
-        raise ProbeError(f"device={name!r} is not here; allowed: {', '.join(allowed)}")
-    return torch.device(name)
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise ProbeError(f"device={name!r}: {first_line(error)}") from None
 
 
 def backbone_target(name: str) -> Target | None:
