@@ -16,7 +16,7 @@ from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone import passes
 from llama_probe.backbone.loading import weights_digest
 from llama_probe.data.cached_states import PromptDataset, StateCache
-from llama_probe.distributed import gather, process_group, rank, world_size
+from llama_probe.distributed import gather, meet, rank, world_size
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head
 from llama_probe.evaluation.scoring_job import ScoringJob
@@ -127,22 +127,22 @@ def checkpointed(folder: Path) -> list[str]:
 
 def main(folder: Path) -> None:
     passes.BATCH_TOKENS = 14  # several batches a rank
-    with process_group():
-        head = make_probe(probe_type="mha")
-        head.set_backbone(make_lm())
-        dataset = PromptDataset(prompts(), LABELS)
-        found = {
-            "world_size": world_size(),
-            "logits": predict_logits(head, dataset).tolist(),
-            "inspection": inspect_head(head, dataset, LABELS),
-            "folded": train(folder, "folded", validation={"folds": 2}, training={"cache_states": False}),
-            "scored": scored(folder, "scored"),
-            "search": search(folder, "search"),
-            "sharded": sharded(folder),
-            "in_parts": in_parts(folder),
-            "checkpointed": checkpointed(folder),
-        }
-        (folder / f"rank-{rank()}.json").write_text(json.dumps(found))
+    meet()
+    head = make_probe(probe_type="mha")
+    head.set_backbone(make_lm())
+    dataset = PromptDataset(prompts(), LABELS)
+    found = {
+        "world_size": world_size(),
+        "logits": predict_logits(head, dataset).tolist(),
+        "inspection": inspect_head(head, dataset, LABELS),
+        "folded": train(folder, "folded", validation={"folds": 2}, training={"cache_states": False}),
+        "scored": scored(folder, "scored"),
+        "search": search(folder, "search"),
+        "sharded": sharded(folder),
+        "in_parts": in_parts(folder),
+        "checkpointed": checkpointed(folder),
+    }
+    (folder / f"rank-{rank()}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from training_runs import write
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from llama_probe import ProbeError
+from llama_probe import ProbeError, distributed
 from llama_probe.backbone import passes
 from llama_probe.cli import app
 from llama_probe.data.cached_states import PromptDataset, rows_on_disk
@@ -34,6 +34,7 @@ def write_rows(path: Path) -> None:
 def test_commands_that_cannot_divide_refuse(monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "meet", lambda: None)
     for words, message in ((["inspect", "x"], "inspect runs in one process"), (["classify", "x"], "give files with")):
         assert message in str(CliRunner().invoke(app, words).exception)
 
@@ -149,8 +150,7 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     saved = output / CHECKPOINTS
     ranks = kill_rank(process, lambda: list(saved.glob("checkpoint-*/trainer_state.json")))
     done = finish(process, 60)
-    assert done.returncode != 0 and "llama-probe: " in done.stderr and "--resume" in done.stderr
-    assert "SIGKILL" in done.stderr, "torchrun says which process it was"
+    assert done.returncode != 0 and "SIGKILL" in done.stderr, "torchrun says which process it was"
     assert not any(child.is_running() for child in ranks), "none is left"
     assert not (output / "probe_model.safetensors").exists()
     weights = list(saved.glob("checkpoint-*/model*.safetensors"))

@@ -217,7 +217,7 @@ def test_two_processes_one_killed_then_one_alone(tmp_path, backbone_folder, head
     )  # fmt: skip
     kill_rank(process, lambda: len(list(output.glob("part-*"))) >= 10)
     stopped = finish(process, 60)
-    assert stopped.returncode != 0 and "--resume" in stopped.stderr
+    assert stopped.returncode != 0
     finished = {path.name: path.stat().st_mtime_ns for path in output.glob("part-*")}
     assert 10 <= len(finished) < 150
     assert not json.loads((output / MANIFEST_NAME).read_text())["complete"]

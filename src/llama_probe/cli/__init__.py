@@ -122,7 +122,7 @@ def _prepare_process(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    from ..distributed import launched
+    from ..distributed import launched, meet
     from ..training.allocator import keep_freed_memory
 
     name = context.invoked_subcommand
@@ -130,6 +130,7 @@ def _prepare_process(
         keep_freed_memory()
     if name not in _DIVIDED and launched():
         raise ProbeError(f"{name} runs in one process: start it without torchrun (for {', '.join(_DIVIDED)} only)")
+    meet()
 
 
 def main() -> None:

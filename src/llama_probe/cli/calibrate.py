@@ -7,7 +7,7 @@ from typing import Annotated
 
 import numpy as np
 
-from ..distributed import is_main, process_group
+from ..distributed import is_main
 from ..errors import ProbeError
 from ..files import short_path
 from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers
@@ -46,59 +46,58 @@ def calibrate(
         raise ProbeError(f"--novelty-validation {novelty_validation[0]} needs --novelty-data")
     if flag is not None and not benign:
         raise ProbeError(f"--flag {flag} needs --benign, rows to fit its thresholds on")
-    with process_group():
-        scored = ScoredHead(probe, options)
-        head = scored.head
-        # These take seconds to import.
-        from ..evaluation.calibration import check_rates, with_rates
-        from ..evaluation.novelty_fit import fit_novelty
-        from ..evaluation.prediction import predict_logits
+    scored = ScoredHead(probe, options)
+    head = scored.head
+    # These take seconds to import.
+    from ..evaluation.calibration import check_rates, with_rates
+    from ..evaluation.novelty_fit import fit_novelty
+    from ..evaluation.prediction import predict_logits
 
-        if novelty_data:
-            novelty_layers(head.config)
-        before = head.config
-        if flag is not None:
-            head.config = head.config.replace(flagged=[flag], threshold=None, thresholds=None)
-        if benign:
-            head.config.need_flagged_index("--benign")
-            check_rates(head.config, rate)
+    if novelty_data:
+        novelty_layers(head.config)
+    before = head.config
+    if flag is not None:
+        head.config = head.config.replace(flagged=[flag], threshold=None, thresholds=None)
+    if benign:
+        head.config.need_flagged_index("--benign")
+        check_rates(head.config, rate)
 
-        def read(sources: list[str] | None, split: str, limit: int | None = max_rows) -> list:
-            return [text for source in sources or () for text in rows.texts(source, head.config, limit, split)]
+    def read(sources: list[str] | None, split: str, limit: int | None = max_rows) -> list:
+        return [text for source in sources or () for text in rows.texts(source, head.config, limit, split)]
 
-        train, validation = read(novelty_data, "train"), read(novelty_validation, "validation")
-        texts = read(benign, "test", None)
-        if benign:
-            check_rates(head.config, rate, len(texts))
-        scored.attach()
-        shown, recorded = {}, {}
-        if benign:
-            head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts)), rate)
-            recorded["thresholds_from"] = {
-                "flagged": head.config.flagged[0],
-                "sources": list(map(short_path, benign)),
-                "rows": len(texts),
-                "rates": dict(zip(head.config.thresholds, rate, strict=True)),
-            }
-            shown |= recorded["thresholds_from"]
-            shown |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
-            measured = (head.results or {}).get("measured")
-            if measured and before.flagged_index is not None:  # the new thresholds may have the names of those
-                earlier = before.thresholds or {"threshold": before.threshold or 0.5}
-                then = {"flagged": before.flagged_labels[0], "thresholds": earlier}
-                recorded["measured"] = {"before_calibration": then, **measured}
-        if novelty_data:
-            if not validation:
-                held = set(np.random.default_rng(0).permutation(len(train))[: len(train) // 4].tolist())
-                validation = [text for row, text in enumerate(train) if row in held]
-                train = [text for row, text in enumerate(train) if row not in held]
-            fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation))
-            sources = list(map(short_path, (*novelty_data, *(novelty_validation or ()))))
-            shown["novelty"] = recorded["novelty"] = {"sources": sources, **fitted}
-            for evaluation in (head.results or {}).get("evaluations", {}).values():
-                evaluation.pop("novelty", None)  # of the one before
-        if not is_main():
-            return None
-        head.results = (head.results or {}) | recorded
-        head.save_pretrained(probe)
+    train, validation = read(novelty_data, "train"), read(novelty_validation, "validation")
+    texts = read(benign, "test", None)
+    if benign:
+        check_rates(head.config, rate, len(texts))
+    scored.attach()
+    shown, recorded = {}, {}
+    if benign:
+        head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts)), rate)
+        recorded["thresholds_from"] = {
+            "flagged": head.config.flagged[0],
+            "sources": list(map(short_path, benign)),
+            "rows": len(texts),
+            "rates": dict(zip(head.config.thresholds, rate, strict=True)),
+        }
+        shown |= recorded["thresholds_from"]
+        shown |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
+        measured = (head.results or {}).get("measured")
+        if measured and before.flagged_index is not None:  # the new thresholds may have the names of those
+            earlier = before.thresholds or {"threshold": before.threshold or 0.5}
+            then = {"flagged": before.flagged_labels[0], "thresholds": earlier}
+            recorded["measured"] = {"before_calibration": then, **measured}
+    if novelty_data:
+        if not validation:
+            held = set(np.random.default_rng(0).permutation(len(train))[: len(train) // 4].tolist())
+            validation = [text for row, text in enumerate(train) if row in held]
+            train = [text for row, text in enumerate(train) if row not in held]
+        fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation))
+        sources = list(map(short_path, (*novelty_data, *(novelty_validation or ()))))
+        shown["novelty"] = recorded["novelty"] = {"sources": sources, **fitted}
+        for evaluation in (head.results or {}).get("evaluations", {}).values():
+            evaluation.pop("novelty", None)  # of the one before
+    if not is_main():
+        return None
+    head.results = (head.results or {}) | recorded
+    head.save_pretrained(probe)
     return shown, partial(print_values, probe, shown)

@@ -11,7 +11,7 @@ from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts
 from ..data.labels import read_labels
 from ..data.prompts import split_reply
-from ..distributed import is_main, process_group
+from ..distributed import is_main
 from ..errors import ProbeError
 from ..files import JSON, short_path
 from ..heads.configuration import ProbeConfig
@@ -58,61 +58,60 @@ def evaluate(
         check_head_folder(probe, "--record")
     if judge_column is not None and not ask:
         raise ProbeError(f"--judge-column {judge_column} needs --ask, the share of the rows to ask about")
-    with process_group():
-        scored = ScoredHead(probe, options)
-        head = scored.head
-        # These take seconds to import.
-        from ..evaluation import detection, report
-        from ..evaluation.novelty_fit import against_others
-        from ..evaluation.prediction import follow_replies, predict_rows, strongest_of
-        from ..evaluation.transformations import ATTACKS, check_transformable, kept_labels
+    scored = ScoredHead(probe, options)
+    head = scored.head
+    # These take seconds to import.
+    from ..evaluation import detection, report
+    from ..evaluation.novelty_fit import against_others
+    from ..evaluation.prediction import follow_replies, predict_rows, strongest_of
+    from ..evaluation.transformations import ATTACKS, check_transformable, kept_labels
 
-        if against and head.novelty is None:
-            raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
-        groups = (["wrappings"] if wrappings else []) + (list(ATTACKS) if attacks else [])
-        if groups:
-            check_transformable(" and ".join(groups), head.config)
-        rules = measured_rules(head.results) if head.config.reads_reply else {}
-        labelled = rows.labelled(data, head.config).at_most(max_rows, seed=0)
-        slices = slices_of(labelled.columns, data, slice_column or ())
-        if ask:
-            head.config.need_flagged_index("--ask")
-        spans = _spans(labelled) if head.config.reads_reply else None
-        verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
-        others = {short_path(name): rows.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
-        scored.attach()
-        dataset, followed = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels), None
-        if dataset.reply_lengths is None:
-            logits, novelty = predict_rows(head, dataset)
-        else:
-            (followed,) = follow_replies([head], dataset)
-            logits = strongest_of(head, followed)
-        novelties = {name: predict_rows(head, scored.dataset(texts))[1] for name, texts in others.items()}
-        transformed = kept_labels(head, labelled, scored.prompts, groups) if groups else {}
-        if not is_main():
-            return None
-        result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
-        if (flagged := head.config.flagged_index) is not None:
-            result["flagged"] = report.flagged_share(head.config, logits)
-        if followed is not None and rules:
-            result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
-        if followed is not None and flagged is not None:
-            tokenizer, marked = scored.prompts.tokenizer, None
-            if spans is not None:
-                rows_of = zip(labelled.texts, spans, dataset.reply_lengths, strict=True)  # a reply may have been cut
-                replies = ((split_reply(text)[1], parts, count) for text, parts, count in rows_of)
-                marked = [detection.span_mask(tokenizer, *reply)[:count] for *reply, count in replies]
-            result["replies"] = detection.reply_report(head.config, followed, labelled.labels, marked, bootstrap)
-        if others:
-            result["novelty"] = against_others(novelty, novelties, bootstrap)
-        result |= transformed
-        if ask:
-            result["asking"] = report.asked(head.config, logits, labelled.labels, ask, verdicts)
-        if record is not None:
-            head.results = read_results(probe) or {}  # another evaluation may have been recorded in the meantime
-            measured = report.describe_evaluation(result, source=short_path(data))
-            head.results.setdefault("evaluations", {})[record] = measured
-            head.save_pretrained(probe)
+    if against and head.novelty is None:
+        raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
+    groups = (["wrappings"] if wrappings else []) + (list(ATTACKS) if attacks else [])
+    if groups:
+        check_transformable(" and ".join(groups), head.config)
+    rules = measured_rules(head.results) if head.config.reads_reply else {}
+    labelled = rows.labelled(data, head.config).at_most(max_rows, seed=0)
+    slices = slices_of(labelled.columns, data, slice_column or ())
+    if ask:
+        head.config.need_flagged_index("--ask")
+    spans = _spans(labelled) if head.config.reads_reply else None
+    verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
+    others = {short_path(name): rows.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
+    scored.attach()
+    dataset, followed = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels), None
+    if dataset.reply_lengths is None:
+        logits, novelty = predict_rows(head, dataset)
+    else:
+        (followed,) = follow_replies([head], dataset)
+        logits = strongest_of(head, followed)
+    novelties = {name: predict_rows(head, scored.dataset(texts))[1] for name, texts in others.items()}
+    transformed = kept_labels(head, labelled, scored.prompts, groups) if groups else {}
+    if not is_main():
+        return None
+    result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
+    if (flagged := head.config.flagged_index) is not None:
+        result["flagged"] = report.flagged_share(head.config, logits)
+    if followed is not None and rules:
+        result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
+    if followed is not None and flagged is not None:
+        tokenizer, marked = scored.prompts.tokenizer, None
+        if spans is not None:
+            rows_of = zip(labelled.texts, spans, dataset.reply_lengths, strict=True)  # a reply may have been cut
+            replies = ((split_reply(text)[1], parts, count) for text, parts, count in rows_of)
+            marked = [detection.span_mask(tokenizer, *reply)[:count] for *reply, count in replies]
+        result["replies"] = detection.reply_report(head.config, followed, labelled.labels, marked, bootstrap)
+    if others:
+        result["novelty"] = against_others(novelty, novelties, bootstrap)
+    result |= transformed
+    if ask:
+        result["asking"] = report.asked(head.config, logits, labelled.labels, ask, verdicts)
+    if record is not None:
+        head.results = read_results(probe) or {}  # another evaluation may have been recorded in the meantime
+        measured = report.describe_evaluation(result, source=short_path(data))
+        head.results.setdefault("evaluations", {})[record] = measured
+        head.save_pretrained(probe)
     return result, partial(print_values, f"{probe} on {data}", _for_display(result))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from ..data.prompts import PromptFormat, check_alike
 from ..data.row_files import MAX_TEXT
-from ..distributed import is_main, launched, process_group
+from ..distributed import is_main, launched
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
@@ -119,13 +119,12 @@ def classify(
         probes = loading.read(probe) if loading.trust_remote_code else probe
         from ..evaluation.scoring_job import MANIFEST_NAME, ScoringJob  # needs pyarrow
 
-        with process_group():
-            done = ScoringJob(
-                files, output, probes, loading.backbone_of(probe[0]), text_column, prompt_column, keep_column or [],
-                chunk_rows, loading.dtype, resume, max_text,
-            ).execute()  # fmt: skip
-            if not is_main():
-                return None
+        done = ScoringJob(
+            files, output, probes, loading.backbone_of(probe[0]), text_column, prompt_column, keep_column or [],
+            chunk_rows, loading.dtype, resume, max_text,
+        ).execute()  # fmt: skip
+        if not is_main():
+            return None
         summary = f"{done['rows']:,} rows in {len(done['parts'])} files in {output}; {MANIFEST_NAME} lists them"
         return done, partial(print, summary)
     if launched():

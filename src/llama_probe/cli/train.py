@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from ..backbone.loading import DtypeName, backbone_target
 from ..data.known import find_benchmark
 from ..data.row_files import MAX_TEXT, kind_of
-from ..distributed import is_main, process_group
+from ..distributed import is_main
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads import probe_types
@@ -80,13 +80,12 @@ def train(
 
     place: JSON = {"recipe": loaded, "backbone": backbone, "output": output}
     place |= {"dtype": dtype, "data_dir": data_dir}
-    with process_group():
-        if dry_run:
-            estimate = PreparedRun(**place, only_estimate=True).estimate
-            values = vars(estimate) | {"seconds": estimate.seconds}
-            return (values, partial(print_text, str(estimate))) if is_main() else None
-        results = train_recipe(**place, resume=resume, overwrite=overwrite)
-        return (results, partial(_print, results, output)) if is_main() else None
+    if dry_run:
+        estimate = PreparedRun(**place, only_estimate=True).estimate
+        values = vars(estimate) | {"seconds": estimate.seconds}
+        return (values, partial(print_text, str(estimate))) if is_main() else None
+    results = train_recipe(**place, resume=resume, overwrite=overwrite)
+    return (results, partial(_print, results, output)) if is_main() else None
 
 
 def _recipe_source(

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..backbone.loading import backbone_target, load_backbone
 from ..data.prompts import PromptFormat, Text, exchange, has_reply, is_text
 from ..data.row_files import MAX_TEXT, Columns, InputFile
-from ..distributed import barrier, check_shared, claimed, is_main, on_main, process_group, rank, undivided, world_size
+from ..distributed import barrier, check_shared, claimed, is_main, on_main, rank, undivided, world_size
 from ..errors import ProbeError, first_line
 from ..files import JSON, remove_leftovers, write_atomically
 from ..heads.configuration import ProbeConfig
@@ -147,7 +147,7 @@ class ScoringJob:
             ProbeError: an argument, an input or a head is wrong, or the job was begun with other inputs, heads or
                 settings. Raised before a row is scored, except for damaged rows.
         """
-        with process_group(), claimed(self.output):
+        with claimed(self.output):
             check_shared(self.output)
             files, kept = on_main(self._survey)
             heads = _read_heads(self.probes, self.backbone)

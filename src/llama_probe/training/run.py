@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import ProgressCallback
 
-from ..distributed import claimed, on_main, process_group
+from ..distributed import claimed, on_main
 from ..errors import ProbeError
 from ..evaluation.resume import same_settings
 from ..files import JSON
@@ -56,22 +56,21 @@ def train_recipe(
             shutil.rmtree(setup.parent, ignore_errors=True)
         same_settings(setup, run.settings())
 
-    with process_group():
-        check_output(output)
-        on_main(check_free)
-        with claimed(output):
-            run = PreparedRun(recipe, output, backbone, data_dir=data_dir, dtype=dtype)
-            on_main(open_checkpoints)  # if it raises, the states stay for the run that can be resumed
-            try:
-                trainer = ProbeTrainer.from_prepared(run)
-                if trainer.pop_callback(ProgressCallback) is not None:
-                    trainer.add_callback(_ProgressBar)
-                trainer.train(last_checkpoint(setup.parent) if resume else None)
-                trainer.save_model()
-                return trainer.results
-            except Exception:
-                run.clean_states()
-                raise
+    check_output(output)
+    on_main(check_free)
+    with claimed(output):
+        run = PreparedRun(recipe, output, backbone, data_dir=data_dir, dtype=dtype)
+        on_main(open_checkpoints)  # if it raises, the states stay for the run that can be resumed
+        try:
+            trainer = ProbeTrainer.from_prepared(run)
+            if trainer.pop_callback(ProgressCallback) is not None:
+                trainer.add_callback(_ProgressBar)
+            trainer.train(last_checkpoint(setup.parent) if resume else None)
+            trainer.save_model()
+            return trainer.results
+        except Exception:
+            run.clean_states()
+            raise
 
 
 class _ProgressBar(ProgressCallback):

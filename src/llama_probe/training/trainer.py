@@ -28,7 +28,7 @@ from ..data.cached_states import StateCache, cached_for, collate
 from ..data.labelled_texts import LabelledTexts, check_labels
 from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import PromptDataset, PromptFormat, as_chat
-from ..distributed import divide_until_exit
+from ..distributed import meet
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric
@@ -242,7 +242,7 @@ class ProbeTrainer(Trainer):
             ProbeError: a field of the recipe is wrong, a source cannot be read, or the disk is too small. Raised before the
                 backbone is loaded.
         """
-        divide_until_exit()
+        meet()
         if licence is not None:
             settings = [*settings, f"licence={licence}"]
         backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
