@@ -33,7 +33,6 @@ class Decoder:
     layers: nn.ModuleList
     norm: nn.Module
     hidden_size: int
-    name_or_path: str | None
     model_type: str | None
     origin: str = "table"
     wrapper: transformers.PreTrainedModel | None = None
@@ -126,7 +125,6 @@ def find_decoder(lm: nn.Module) -> Decoder:
     return Decoder(
         *modules,
         hidden_size=config.hidden_size,
-        name_or_path=getattr(base.config, "_name_or_path", None) or None,
         model_type=base.config.model_type,
         origin=origin,
         wrapper=None if modules.model in (base, base.base_model) else base,
@@ -142,11 +140,10 @@ def backbone_name(lm: nn.Module) -> str | None:
 
 def target_of(lm: nn.Module) -> Target:
     """Return the target for which a loaded LM's heads are looked up."""
-    decoder = find_decoder(lm)
+    decoder, config = find_decoder(lm), without_peft(lm).config
     # If one repository has both, the head is taken from the backbone's commit.
-    commit = getattr(without_peft(lm).config, "_commit_hash", None)
-    sizes = decoder.hidden_size, decoder.num_hidden_layers
-    return Target(decoder.name_or_path, *sizes, commit, decoder.model_type)
+    commit, name = getattr(config, "_commit_hash", None), config._name_or_path
+    return Target(name or None, decoder.hidden_size, decoder.num_hidden_layers, commit, decoder.model_type)
 
 
 def _usable(device: torch.device) -> torch.device:

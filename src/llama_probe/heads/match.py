@@ -48,7 +48,7 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     return config.replace(
         hidden_size=decoder.hidden_size,
         num_hidden_layers=decoder.num_hidden_layers,
-        base_model_name_or_path=config.base_model_name_or_path or decoder.name_or_path,
+        base_model_name_or_path=config.base_model_name_or_path or backbone_name(lm),
         base_model_type=config.base_model_type or decoder.model_type,
     )
 
