@@ -92,7 +92,6 @@ class TestRecipes:
 
     def test_refusals(self, recipe, rows, tmp_path):
         for more, named in (
-            (("--set", "head.kind=gate"), "'kind'"),
             (("--set", "train.0.rows=other"), "other/SPLIT.jsonl.gz"),
             (("--train", rows), "exclude each other"),
             (("--text-column", "words"), "exclude each other"),
@@ -110,9 +109,11 @@ class TestRecipes:
         assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
     def test_a_search(self, rows, backbone_folder, tmp_path):
-        search = {"trials": 3, "probe_types": ["gate", "attentive"]}
-        assert "3 configurations by validation" in train(backbone_folder, rows, tmp_path / "a", search=search)
+        search, head = {"trials": 3, "probe_types": ["gate", "last"]}, {"probe_type": "last"}
+        shown = train(backbone_folder, rows, tmp_path / "a", search=search, head=head)
+        assert "3 configurations by validation" in shown
         results = json.loads((tmp_path / "a" / "results.json").read_text())
         best, *others = results["search"]
+        assert {trial["values"]["probe_type"] for trial in results["search"]} == {"gate", "last"}
         assert best["score"] == results["runs"][0]["validation"]["auprc"] >= max(trial["score"] for trial in others)
         assert read_config(tmp_path / "a").probe_type == best["values"]["probe_type"] == results["probe_type"]

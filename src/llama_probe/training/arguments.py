@@ -16,8 +16,16 @@ from ..evaluation.metrics import default_metric
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
-from .defaults import SCHEDULES, check_numbers
+from .defaults import SCHEDULES
 from .loss import TOKEN_LOSSES
+
+
+_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_RANGES = {
+    "above 0": (lambda value: 0 < value < math.inf, ("learning_rate", "num_train_epochs")),
+    "at least 1 and below 2**31": (lambda value: 1 <= value < 2**31, (*_BATCHES, "patience")),
+    "at least 0": (lambda value: 0 <= value < math.inf, ("weight_decay", "focal_gamma")),
+}
 
 
 @dataclass
@@ -80,15 +88,16 @@ class ProbeTrainingArguments(TrainingArguments):
     novelty: bool = True
 
     def __post_init__(self):
-        if self.cache_dir is not None and self.cache_states is False:
-            raise ProbeError(f"cache_dir={self.cache_dir!r} and cache_states=False exclude each other")
         if self.cache_states not in (True, False, "auto"):
             raise ProbeError(f"cache_states={self.cache_states!r} must be True, False or 'auto'")
         if self.token_loss not in (None, *TOKEN_LOSSES):
             raise ProbeError(f"token_loss={self.token_loss!r} must be one of: {', '.join(TOKEN_LOSSES)}")
         if self.cache_dir is not None:
             self.cache_dir = os.path.expanduser(self.cache_dir)
-        check_numbers(vars(self))
+        for allowed, (is_allowed, names) in _RANGES.items():
+            for name in names:
+                if (value := getattr(self, name)) is not None and not is_allowed(value):
+                    raise ProbeError(f"{name}={value} must be {allowed}")
         chosen = self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end
         self.load_best_model_at_end = False  # the parent's needs a checkpoint for each evaluation
         super().__post_init__()

@@ -17,23 +17,8 @@ from ..heads.configuration import ProbeConfig
 
 AUTO = "auto"
 
-_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-_RANGES = {
-    "above 0": (lambda value: 0 < value < math.inf, ("learning_rate", "num_train_epochs")),
-    "at least 1 and below 2**31": (lambda value: 1 <= value < 2**31, (*_BATCHES, "patience")),
-    "at least 0": (lambda value: 0 <= value < math.inf, ("weight_decay", "focal_gamma")),
-}
-
 # Rows at most, epochs, batch size. Chosen on validation rows of the demo backbone: fewer rows need more passes over them.
 SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
-
-
-def check_numbers(values: JSON) -> None:
-    """Raise `ProbeError` for a number of training that is out of its range. None is allowed."""
-    for allowed, (is_allowed, names) in _RANGES.items():
-        for name in names:
-            if (value := values.get(name)) is not None and not is_allowed(value):
-                raise ProbeError(f"{name}={value} must be {allowed}")
 
 
 def complete_head(head: JSON, rows: int) -> JSON:
@@ -46,15 +31,6 @@ def complete_head(head: JSON, rows: int) -> JSON:
     recipe = get_probe_type(name).recipe
     dropouts = {field: recipe[field] for field in ("dropout", "layer_dropout") if head.get(field) is None}
     return {**head, "probe_type": name, **dropouts}
-
-
-def check_head(head: JSON) -> None:
-    """Raise `ProbeError` for fields of `ProbeConfig` that are not allowed. A kind that is not chosen yet allows all."""
-    if head.get("probe_type", AUTO) != AUTO:
-        fields = {name: value for name, value in head.items() if value is not None}
-        if is_depths(fields.get("layers")):
-            fields["layers"] = list(range(len(fields["layers"])))
-        ProbeConfig(**fields)
 
 
 def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.Module) -> ProbeConfig:
@@ -74,23 +50,20 @@ def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.
         "num_hidden_layers": target and target.num_hidden_layers,
         "base_model_name_or_path": model_id(backbone) if is_named else None,
         "flagged": rows.flagged,
+        "layers": "all",
     }
-    head = complete_head(head, count)
-    if is_depths(head.get("layers")):
-        if (depth := target and target.num_hidden_layers) is None:
-            raise ProbeError(f"layers={head['layers']} are parts of a depth that is not known yet: name the backbone")
-        head = {**head, "layers": layers_at(head["layers"], depth)}
+    head = known | complete_head(head, count)
+    head["layers"] = layers_at(head["layers"], head["num_hidden_layers"])
     labels = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
-    return ProbeConfig(**{**known, **head, **labels})
+    return ProbeConfig(**head | labels)
 
 
-def is_depths(layers: object) -> bool:
-    """Return True if layers are named as parts of the depth."""
-    return isinstance(layers, (list, tuple)) and any(isinstance(layer, float) for layer in layers)
-
-
-def layers_at(depths: list[float], num_hidden_layers: int) -> list[int]:
-    """Return the state indices at parts of the depth, 0.0 (embeddings) to 1.0 (the last layer), each once."""
-    if wrong := [depth for depth in depths if not 0 <= depth <= 1]:
+def layers_at(layers: object, num_hidden_layers: int | None) -> object:
+    """Return state indices, each once, for parts of the depth: 0.0 (embeddings) to 1.0 (the last layer). Others stay."""
+    if not isinstance(layers, (list, tuple)) or not any(isinstance(layer, float) for layer in layers):
+        return layers
+    if num_hidden_layers is None:
+        raise ProbeError(f"layers={layers} are parts of a depth that is not known yet: name the backbone")
+    if wrong := [depth for depth in layers if not 0 <= depth <= 1]:
         raise ProbeError(f"layers={wrong[0]} must be a part of the depth from 0.0 to 1.0, or all whole numbers")
-    return sorted({round(depth * num_hidden_layers) for depth in depths})
+    return sorted({round(depth * num_hidden_layers) for depth in layers})

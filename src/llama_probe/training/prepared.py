@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -37,8 +36,6 @@ from .search import Candidate, draw_candidates
 
 logger = logging.get_logger(__name__)
 
-_OUTPUT_FIELDS = {"seed", "output_dir", "push_to_hub", "hub_model_id", "hub_token"}
-_TRAINING_FIELDS = {item.name for item in fields(ProbeTrainingArguments) if item.init} - _OUTPUT_FIELDS
 CHECKPOINTS, STATES, SETUP_NAME = ".checkpoints", ".states", "setup.json"  # what a stopped run leaves in its folder
 
 
@@ -61,7 +58,7 @@ class PreparedRun:
         datasets: prompts or states of each part of the rows.
 
     Raises:
-        ProbeError: a setting or a row is wrong, or the disk is too small. Raised before the backbone is loaded.
+        ProbeError: a setting or a row is wrong, which is raised before the backbone is loaded, or the disk is too small.
     """
 
     def __init__(
@@ -76,24 +73,21 @@ class PreparedRun:
     ):
         self.recipe, self.output, self.dtype = recipe, output, dtype
         self.backbone = name = backbone if isinstance(backbone, str) else None
-        if unknown := sorted(set(recipe.training) - _TRAINING_FIELDS):
-            raise ProbeError(f"training has no {unknown[0]!r}; it takes fields of ProbeTrainingArguments")
+        # Not those of a recipe, which is saved and shared.
+        own = {"output_dir": str(output / CHECKPOINTS), "seed": recipe.seed}
+        own |= dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"))
+        try:
+            self.args = args = ProbeTrainingArguments(**own, **recipe.training)
+            args.check()
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
+            raise ProbeError(f"training: {first_line(error)}") from None
         if world_size() > 1:  # the other ranks find what the main one has fetched
             on_main(lambda: bool(read_rows(recipe, data_dir)))
         self.rows = rows = read_rows(recipe, data_dir)
         count = rows.num_plain + rows.num_extra
         config = head_config({"prompt_format": "chat", **recipe.head}, rows.train, count, backbone)
-        training = dict(recipe.training)
-        batch_size = training.pop("per_device_train_batch_size", None)
-        for field in ("save_strategy", "eval_strategy"):
-            if training.get(field) is False:  # `no` in YAML
-                training[field] = "no"
-        try:
-            self.args = args = ProbeTrainingArguments(str(output / CHECKPOINTS), seed=recipe.seed, **training)
-            args.check()
-        except (ImportError, RuntimeError, TypeError, ValueError) as error:
-            raise error if isinstance(error, ProbeError) else ProbeError(f"training: {first_line(error)}") from None
-        args.fill(config, count, batch_size)
+        rows_of_step, args.per_device_train_batch_size = args.per_device_train_batch_size, None
+        args.fill(config, count, rows_of_step)
         _check(recipe, rows, config, args)
         if tokenizer is None and name is None:
             raise ProbeError("a loaded backbone needs processing_class=, its tokenizer")
@@ -102,11 +96,7 @@ class PreparedRun:
         self.datasets: dict[str, Dataset] = {
             part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
         }
-        rows_once = {tuple(row["input_ids"]): row for part in self.datasets.values() for row in part}
         cache = StateCache(args.cache_dir or output / STATES)
-        if args.cache_states is True:  # the states on the disk may all be of these rows
-            least = cache.bytes_of(config, list(rows_once.values())) - cache.bytes_on_disk()
-            keeps_states(args, least, cache.folder)
         self.lm = lm = load_backbone(name, dtype)[0] if isinstance(backbone, str) else backbone.eval()
         self.config = config = describe(lm, config)
         if recipe.search.trials:
@@ -118,9 +108,10 @@ class PreparedRun:
         left = cache.missing(lm, read, self.datasets.values())
         needed = cache.bytes_of(read, left)
         is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
-        tokens = sum(map(len, rows_once))
+        prompts_once = {tuple(ids) for part in self.datasets.values() for ids in part.prompts}
+        tokens = sum(map(len, prompts_once))
         self.estimate = Estimate(
-            rows=len(rows_once),
+            rows=len(prompts_once),
             tokens=tokens,
             bytes=needed if is_cached else 0,
             tokens_per_second=world_size() * trial_speed(lm, self.datasets["train"].prompts, read.layer_indices),

@@ -22,7 +22,6 @@ from ..errors import ProbeError, first_line
 from ..files import JSON, short_path
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import RECIPE_NAME
-from .defaults import check_head, check_numbers
 from .search import Search
 
 
@@ -48,8 +47,6 @@ class Held:
             raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
         if len(names := [name for name in ("share", "folds", "sources") if getattr(self, name)]) > 1:
             raise ProbeError(f"{' and '.join(names)} cannot be used together: leave one out")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ProbeError(f"max_rows={self.max_rows} must be at least 1")
 
 
 @dataclass(kw_only=True)
@@ -86,11 +83,7 @@ class Measure:
     wrappings: str | None = None
     attacks: str | None = None
     tfidf: bool = True
-    quantised: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        if unknown := sorted(set(self.quantised) - {"int8", "int4"}):
-            raise ProbeError(f"quantised={unknown} is not allowed; allowed: int8, int4")
+    quantised: list[Literal["int8", "int4"]] = field(default_factory=list)
 
 
 @dataclass
@@ -148,8 +141,6 @@ class Recipe:
             ProbeError: there is no such recipe, or a field or a value is not allowed. The message names it.
         """
         if isinstance(source, Recipe):
-            if not settings:
-                return source
             source = source.values
         values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(find_recipe(source))
         for setting in settings:
@@ -179,16 +170,12 @@ class Recipe:
             raise ProbeError("hold_out cannot be used with search: a twin is trained as the head that is found")
         if self.seeds < 1 or not 0 <= self.seed <= 2**32 - self.seeds:
             raise ProbeError(f"seeds={self.seeds} and seed={self.seed} must be at least 1 and 0, and below 2**32")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ProbeError(f"max_rows={self.max_rows} must be at least 1")
         self._check_head()
-        check_numbers(self.training)
         self._fill_from_name()
 
     def _check_head(self) -> None:
         if unknown := sorted(set(self.head) - ({item.name for item in fields(ProbeConfig)} - _DERIVED)):
             raise ProbeError(f"head has no {unknown[0]!r}; it takes fields of ProbeConfig, and labels are a section")
-        check_head(self.head)
         scope = self.head.get("token_scope", "last_user")
         turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.copies.names))
         if turns and scope == "tool":

@@ -32,8 +32,6 @@ class Search:
     probe_types: list[str] = field(default_factory=lambda: ["pooling", "gate", "mha"])
 
     def __post_init__(self):
-        if self.trials < 0:
-            raise ProbeError(f"trials={self.trials} must be at least 0")
         for name in self.probe_types:
             get_probe_type(name)  # raises
 
