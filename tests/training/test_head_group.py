@@ -46,8 +46,6 @@ def test_each_head_learns_as_if_alone(tmp_path, is_cached, names):
     rows["bf16"] = is_cached  # autocast is meant for the LM
     given = {name: rates for name, rates in RATES.items() if name in names}
     group = train({name: head(name, lm) for name in names}, tmp_path / "group", lm, head_args=given, **rows)
-    scores = [group.evaluate(ignore_keys=keys) for keys in (None, ["cache"])]
-    assert scores[0]["eval_auprc"] == scores[1]["eval_auprc"], "keys of the caller's come beside the config's"
     assert list(group.heads) == list(group.logits) == names
     for name in names:
         alone = train(head(name, lm), tmp_path / name, lm, **RATES.get(name, {}), **rows)
@@ -153,7 +151,6 @@ def test_a_stopped_run_in_the_folder_is_named(tmp_path, caplog):
         ({}, {"metric_for_best_model": "loss"}, "'loss'"),
         ({}, {"head_args": {"c": {}}}, "'c'"),
         ({}, {"left_out": {"c": [0]}}, "'c'"),
-        ({}, {"left_out": {"a": [0, 48]}}, "row 48.* 0 to 47"),
     ],
 )
 def test_heads_and_names_that_do_not_fit_together(tmp_path, changes, given, named):

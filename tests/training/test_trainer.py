@@ -164,14 +164,6 @@ class TestRows:
             mood(tmp_path, **{"model": head(make_lm(vocab_size=260)), **changes})
 
 
-def test_what_cannot_be_made_is_refused_before_the_backbone_runs(tmp_path):
-    probe = head(make_lm(vocab_size=260))
-    probe.backbone.model.register_forward_pre_hook(lambda *_: pytest.fail("the backbone runs"))
-    for changes, named in (({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"), ({"report_to": "foo"}, "foo")):
-        with pytest.raises(ValueError, match=named):
-            mood(tmp_path, model=probe, cache_states=True, **changes)
-
-
 @pytest.mark.parametrize("held_back", [None, ANSWERS[:12]])
 def test_a_loaded_head_that_learns_on(tmp_path, held_back):
     """What was fitted to its earlier weights goes, and what is measured now is saved."""
@@ -253,12 +245,6 @@ def test_a_reply_in_token_ids_ends_with_its_mask(tmp_path):
     probe = head(make_lm(vocab_size=260), token_scope="response")
     learned = mood(tmp_path, rows, None, model=probe, cache_states=False).train_dataset.dataset
     assert learned[0]["input_ids"] == [5, 6, 7, 8, 9] and learned.reply_lengths[0] == 3
-
-
-def test_a_metric_that_is_not_measured_is_named(tmp_path):
-    own = {"compute_metrics": lambda evaluated: {"rows": 1}, "metric_for_best_model": "row"}
-    with pytest.raises(ProbeError, match=r"'row' must be one of: .*eval_rows"):
-        mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1, **own).train()
 
 
 class Curious(TrainerCallback):

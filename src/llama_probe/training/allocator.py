@@ -18,9 +18,7 @@ def keep_freed_memory() -> bool:
     states on a CPU that is half the time of a training step. The process keeps its peak size.
 
     Returns:
-        True if the setting took effect. False with another C library, or if the environment configures malloc.
+        True if the setting took effect. False with another C library.
     """
-    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
-        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, _LARGEST)) and bool(mallopt(_TRIM_THRESHOLD, -1))

@@ -74,5 +74,4 @@ def read_progress(folder: Path) -> dict[str, Progress]:
 def last_checkpoint(folder: Path) -> str | None:
     """Return the last complete checkpoint: the Trainer writes its state last, so a kill leaves one without it."""
     whole = [str(path.parent) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    numbered = [path for path in whole if path.rpartition("-")[2].isdecimal()]
-    return max(numbered, key=lambda path: int(path.rpartition("-")[2]), default=None)
+    return max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)

@@ -159,9 +159,6 @@ class ProbeTrainer(Trainer):
         if is_tensor_parallel(model.backbone):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
         train = self._label("train_dataset", train_dataset, learned=True)
-        count = len(train or ())
-        if wrong := set().union(*(left_out or {}).values()) - set(range(count)):
-            raise ProbeError(f"left_out names row {min(wrong)}, and there are the rows 0 to {count - 1}")
         is_one = not isinstance(eval_dataset, Mapping) or self._is_table(eval_dataset)
         sets: Mapping[str, object] = {"": eval_dataset} if is_one else eval_dataset
         named = (args.metric_for_best_model or "").removeprefix("eval_")
@@ -171,10 +168,9 @@ class ProbeTrainer(Trainer):
         validation = labelled[judging]
         if validation is None:
             args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
-        is_open = args.greater_is_better is None
-        args.fill(model.config, count)
+        args.fill(model.config, len(train or ()))
         # Of several heads no loss or error is measured, so that they are chosen by what is.
-        is_checked = self._is_group or (is_open and args.greater_is_better)
+        is_checked = self._is_group or args.greater_is_better
         if is_checked and validation is not None and compute_metrics is None:
             check_metric(self._metric, labels_of(validation), model.config)
         args.metric_for_best_model = self._judging + self._metric
@@ -429,18 +425,6 @@ class ProbeTrainer(Trainer):
             torch.manual_seed(seed)
             return super().training_step(model, inputs, num_items_in_batch)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Return loss, logits and labels of a batch; see `Trainer.prediction_step`."""
-        if ignore_keys is not None:  # these would take the place of the config's
-            ignore_keys = [*ignore_keys, *self.model.config.keys_to_ignore_at_inference]
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer, with groups of parameters for each of several heads."""
         if self.optimizer is not None or not self._is_group:
@@ -468,16 +452,13 @@ class ProbeTrainer(Trainer):
         """Note the evaluation of each head, and stop when none improves any more. Evaluations of callbacks do not count.
 
         Raises:
-            ProbeError: the metric is not measured, or no head gives numbers.
+            ProbeError: no head gives numbers.
         """
-        args = self.args
+        args, is_best = self.args, super()._determine_best_metric(metrics, trial)
         if args.load_best_model_at_end:
             for name, head in self.heads.items():
-                metric = self._judging + self.metric_name(name, self._metric)
-                if f"eval_{metric}" not in metrics:
-                    raise ProbeError(f"metric_for_best_model={metric!r} must be one of: {', '.join(sorted(metrics))}")
                 if not self.progress[name].has_stopped(args.patience):
-                    value = metrics[f"eval_{metric}"]
+                    value = metrics[f"eval_{self._judging}{self.metric_name(name, self._metric)}"]
                     is_number = value is not None and math.isfinite(value)
                     score = (value if args.greater_is_better else -value) if is_number else -math.inf
                     self.progress[name].note(score, self.state.epoch, head.state_dict())
@@ -485,7 +466,7 @@ class ProbeTrainer(Trainer):
             if all(head.best == -math.inf for head in heads):
                 raise ProbeError(f"none of {len(heads)} heads gives numbers: {NO_NUMBER_BECAUSE}")
             self.control.should_training_stop |= all(head.has_stopped(args.patience) for head in heads)
-        return super()._determine_best_metric(metrics, trial)
+        return is_best
 
     def _finalize_training(self, *args) -> TrainOutput:
         for name, head in self.heads.items():
