@@ -236,7 +236,6 @@ TRAIN = "train --train {rows} --output {out} "
         ("inspect nothing-here", "nothing-here"),
         ("inspect --backbone demo", "--backbone"),
         ("inspect --revision main", "--revision"),
-        ("pull a/b@v1 --revision main", "--revision"),
         ("inspect toxicchat-mha --revision v2", "v2"),
         ("inspect toxicchat-mha --markdown", "--markdown"),
         ("classify x --input y", "--output"),
@@ -251,7 +250,6 @@ TRAIN = "train --train {rows} --output {out} "
         (TRAIN + "--epochs 0", "num_train_epochs=0"),
         ("train --train toxichat --output {out}", "'toxichat' is no file"),
         (TRAIN + "--flag worse", "worse"),
-        (TRAIN + "--set training.cache_states=false --set training.cache_dir=kept", "cache_states"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, line, named):
@@ -294,11 +292,9 @@ def test_what_the_system_refuses_and_packages_that_are_missing(monkeypatch, erro
     assert words in refuse("train")
 
 
-@pytest.mark.parametrize("error", [ModuleNotFoundError(name="somebodys_package"), EOFError("Ran out of input")])
-def test_a_fault_of_the_program_shows_where_it_lies(monkeypatch, error):
-    """Typer takes an EOFError for the end of a dialogue."""
-    monkeypatch.setattr(cli, "app", raising(error))
-    with pytest.raises(type(error)):
+def test_a_fault_of_the_program_shows_where_it_lies(monkeypatch):
+    monkeypatch.setattr(cli, "app", raising(ModuleNotFoundError(name="somebodys_package")))
+    with pytest.raises(ModuleNotFoundError):
         call("train")
 
 

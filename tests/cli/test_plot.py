@@ -96,10 +96,8 @@ def test_a_head_of_replies_has_no_prompt_to_draw(tmp_path):
     [
         (None, "", "--data"),
         (None, "--data no.jsonl", "no.jsonl"),
-        ([1], "", "cannot be drawn"),
         (None, "--text x --output {0}/file/in/it", "file"),
         (None, "--text=", "--text"),
-        ({**INSPECTION, "confusion": [[1]]}, "", "cannot be drawn"),
         (None, "--text x", "llama_probe[plots]"),
     ],
 )

@@ -149,15 +149,9 @@ def main() -> None:
             raise
         _refuse(f"this command needs {error.name}: pip install 'llama_probe[train]'")
     except OSError as error:
-        from ..files import DISK_FULL, is_disk_full
-
-        if is_disk_full(error) and error.filename is None:
-            _refuse(f"a file cannot be written: {DISK_FULL}")
         if error.filename is None or error.strerror is None:
             raise
         _refuse(f"{str(error.filename)[:300]}: {error.strerror}")
-    except typer.Abort as error:  # typer takes an EOFError for the end of a dialogue, and there is none here
-        raise (error.__cause__ or error) from None
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -17,7 +17,7 @@ from ..hub.folder import read_results, training_results
 from ..hub.resolve import ALIASES, bundled_heads
 from ..hub.transport import HubOptions
 from .console import print_table, with_spread
-from .options import Result, check_revision
+from .options import Result
 
 
 def inspect(
@@ -47,7 +47,6 @@ def inspect(
         configs = {alias: read_config(folder) for alias, folder in heads.items()}
         show = partial(print, results_table()) if markdown else partial(_print_heads, configs)
         return {alias: config.to_dict() for alias, config in configs.items()}, show
-    check_revision(probe, revision)
     target = None if backbone is None else backbone_target(backbone)
     head = ProbeModel.load_for(probe, target, HubOptions(revision, trust_remote_code=trust_remote_code))
     if backbone is not None:

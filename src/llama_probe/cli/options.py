@@ -49,7 +49,7 @@ _SHARED = {
     "prompt_column": "column of the prompts, where the texts are the replies to them; for heads that read replies.",
     "prompts": "default: lines of standard input.",
     "abstain_at": "novelty above which a prompt gets no label, from 0 to 1, such as 0.99; see calibrate --novelty-data.",
-    "revision": "branch, tag or commit of a head on the Hub.",
+    "revision": "branch, tag or commit of a head on the Hub that names none.",
     "text_column": "column of the texts.",
     "trust_remote_code": "run the code file of a head whose kind is not part of this package. Read it first.",
 }
@@ -72,16 +72,8 @@ class _Common:
         for path in self.import_ or ():
             try:
                 import_kinds(path)
-            except ProbeError:
-                raise
             except Exception as error:
                 raise ProbeError(f"--import {path}: {type(error).__name__}: {error}") from error
-
-
-def check_revision(head: str, revision: str | None) -> None:
-    """Raise `ProbeError` if `--revision` is beside a folder, or a head that names a revision itself."""
-    if revision is not None and (os.path.isdir(head) or "@" in head):
-        raise ProbeError(f"--revision {revision} is for a head on the Hub that names no revision, not for {head}")
 
 
 def as_command(function: Callable[..., Result]) -> Callable[..., None]:

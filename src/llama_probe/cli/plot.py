@@ -76,10 +76,7 @@ def plot(
     drawings: _Drawings = {}
     for number, reading in enumerate(readings, 1):
         drawings |= _draw_text(reading, number)
-    try:
-        drawings |= _draw_head(inspection or {}, head.config)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ProbeError(f"the measurements of {probe} cannot be drawn: {error}; --data measures anew") from error
+    drawings |= _draw_head(inspection or {}, head.config)
     make_folder(output)
     write_atomically({output / file: content for file, (content, _) in drawings.items()})
     files = [{"file": str(output / file), **facts} for file, (_, facts) in drawings.items()]
@@ -99,8 +96,6 @@ def _draw_text(reading: Reading, number: int) -> _Drawings:
 
 def _draw_head(inspection: JSON, config: ProbeConfig) -> _Drawings:
     """Draw the parts of an `inspection`."""
-    if not isinstance(inspection, dict):
-        raise TypeError("they are not a JSON object")
     names = list(config.id2label.values())
     parts = {
         "layer_weights": (plots.layer_weights_plot, "how much each layer counts"),

@@ -20,7 +20,7 @@ from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions
 from ..serving.host import read_heads
-from .options import BACKBONE, PROBE, Result, check_revision
+from .options import BACKBONE, PROBE, Result
 
 
 @dataclass(kw_only=True)
@@ -84,7 +84,6 @@ def pull(
         output: folder for it. Default: one of the head's name.
         force_download: fetch cached files again.
     """
-    check_revision(head, revision)
     check = partial(ProbeModel.from_pretrained, trust_remote_code=trust_remote_code)
     folder = pull_head(head, output, HubOptions(revision, force_download=force_download), check=check)
     return {"folder": str(folder)}, partial(print, f"head written to {folder}")
