@@ -5,23 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import typer
 from command_line import succeed
-from typer.testing import CliRunner
 
 from llama_probe import cli
-from llama_probe.cli.options import as_command, command_line
-
-
-def test_a_command_prints_its_result_alone_on_standard_output():
-    def command(*, last: int = 1):
-        print("on the way")
-        return {"last": last}, lambda: print(f"last is {last}")
-
-    app = typer.Typer()
-    app.command()(as_command(command))
-    shown, as_json = (CliRunner().invoke(app, ["--last", "2", *more]) for more in ([], ["--json"]))
-    assert shown.stdout == "last is 2\n" and as_json.stdout == '{"last": 2}\n' and "on the way" in as_json.stderr
+from llama_probe.cli.options import command_line
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -97,7 +97,6 @@ def test_a_head_of_replies_has_no_prompt_to_draw(tmp_path):
         (None, "", "--data"),
         (None, "--data no.jsonl", "no.jsonl"),
         (None, "--text x --output {0}/file/in/it", "file"),
-        (None, "--text=", "--text"),
         (None, "--text x", "llama_probe[plots]"),
     ],
 )

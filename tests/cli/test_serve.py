@@ -51,13 +51,6 @@ def test_a_prompt_is_the_users_beside_a_head_of_tool_results(backbone_folder, tm
     assert row["probabilities"]["tool"] == [1.0, 0.0] and row["novelty"]["tool"] is None, "it has nothing to read"
 
 
-@pytest.mark.parametrize("scope", ["response", "all"])
-def test_a_head_of_replies_takes_no_prompt_alone(backbone_folder, tmp_path, scope):
-    make_probe(token_scope=scope).save_pretrained(tmp_path / "guard")
-    words = ("classify", "Hi", "--backbone", backbone_folder, "--probe", tmp_path / "guard")
-    assert "'guard' reads replies" in refuse(*words)
-
-
 def test_a_user_at_a_terminal_is_asked_for_prompts():
     stdin = io.StringIO("\n")
     stdin.isatty = lambda: True

@@ -36,15 +36,6 @@ def test_a_kind_for_so_many_rows(rows, kind):
     assert None not in (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size)
 
 
-def test_given_values_stay():
-    wanted = {"probe_type": "mha", "dropout": 0.0, "layer_dropout": 0.0, "downcast": 4}
-    assert complete_head(wanted, 20) == wanted
-    given = {"learning_rate": 5.0, "num_train_epochs": 1, "label_smoothing_factor": 0.0}
-    args = ProbeTrainingArguments(use_cpu=True, **given)
-    args.fill(ProbeConfig(probe_type="mha"), 20)
-    assert {name: getattr(args, name) for name in given} == given
-
-
 def test_arguments_from_the_command_line_of_a_script():
     parse = HfArgumentParser(ProbeTrainingArguments).parse_args_into_dataclasses
     (args,) = parse(["--output_dir", "never", "--cache_dir", "~/states"])

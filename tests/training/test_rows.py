@@ -11,12 +11,6 @@ from llama_probe.training.loss import ProbeLoss
 from llama_probe.training.rows import TrainingRows
 
 
-def test_rows_may_occur_again_with_weights():
-    data = TrainingRows(PromptDataset([[1], [2, 3]], np.array([0, 1])), [1, 0, 1], row_weights=[None, [0.5], None])
-    assert [data[place]["input_ids"] for place in range(3)] == [[2, 3], [1], [2, 3]]
-    assert data.labels.tolist() == [1, 0, 1] and "row_weights" not in data[0] and data[1]["row_weights"] == [0.5]
-
-
 def test_replies_are_cut_and_prompts_are_not():
     ids, masks = [[1, 2, 3, 4, 5], [6, 7, 8]], [[False, False, True, True, True], [False, True, True]]
     rows = TrainingRows(PromptDataset(ids, np.array([0, 1]), masks, reply_lengths=[3, 2]), replies="cut")

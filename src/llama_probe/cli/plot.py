@@ -46,8 +46,6 @@ def plot(
         text: a text for the head to read.
     """
     texts = text or []
-    if not all(item.strip() for item in texts):
-        raise ProbeError("--text must hold words; one is empty")
     check_writable(output, "the plots")
     readings, labelled = [], None
     scored = ScoredHead(probe, options)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..backbone.loading import DtypeName, choose_device
+from ..backbone.loading import DtypeName
 from ..errors import ProbeError
-from ..heads import get_probe_type
 
 
 KINDS = ("pooling", "gate", "mha")
@@ -15,7 +14,7 @@ SHAPE = "llama-3b"  # a backbone without weights
 
 @dataclass
 class BenchmarkOptions:
-    """Options of a benchmark. Every combination of the lists is measured. Wrong values raise `ProbeError`.
+    """Options of a benchmark. Every combination of the lists is measured.
 
     Attributes:
         backbone: 'demo', a folder, a GGUF file, or a Hub id; with --random-weights also llama-3b.
@@ -45,8 +44,5 @@ class BenchmarkOptions:
     def __post_init__(self):
         if self.kind is None:
             self.kind = [] if self.probe else list(KINDS)
-        for kind in self.kind:
-            get_probe_type(kind)  # raises
         if min(*self.tokens, *self.batch_size, self.new_tokens, self.pairs, self.many + 1) < 1:
             raise ProbeError("tokens, batch_size, new_tokens and pairs must be at least 1, many at least 0")
-        choose_device(self.device)
