@@ -308,11 +308,8 @@ def _parse(owner: type, at: str, values: object) -> Any:
         parsed[name] = value
     try:
         return owner(**parsed)
-    except ProbeError as error:
-        is_field = re.split(r"\W", str(error), maxsplit=1)[0] in allowed
-        raise ProbeError(f"{inside if is_field or not at else f'{at}: '}{error}") from None
     except (TypeError, ValueError) as error:
-        raise ProbeError(f"{at or 'the recipe'}: {first_line(error)}") from None
+        raise ProbeError(f"{at}: {first_line(error)}" if at else error) from None
 
 
 def _without_folders(value: object, name: str = "") -> object:
