@@ -125,7 +125,7 @@ class TestFile:
         with pytest.raises(ProbeError, match=named):
             Recipe.load(values)
 
-    @pytest.mark.parametrize("text, named", [("a: [", "YAML"), ("- a", "mapping"), ("seed: 1\nseed: 2", "'seed'")])
+    @pytest.mark.parametrize("text, named", [("a: [", "YAML"), ("- a", "have fields"), ("seed: 1\nseed: 2", "'seed'")])
     def test_files_that_are_no_recipe(self, tmp_path, text, named):
         (tmp_path / "a.yaml").write_text(text)
         with pytest.raises(ProbeError, match=named):

@@ -42,6 +42,8 @@ logger = logging.get_logger(__name__)
 
 _FORMAT = 4
 _ROWS = 512  # rows whose masks are computed at a time
+_SHARED_FIELDS = ("id2label", "problem_type", "hidden_size", "num_hidden_layers")
+_SHARED_FIELDS += ("token_scope", "prompt_format", "system_prompt", "max_length")
 
 
 class StateDataset(Dataset):
@@ -304,9 +306,9 @@ class SharedStates:
 def shared_config(configs: Sequence[ProbeConfig]) -> ProbeConfig:
     """Return a config that reads what several heads read together, for a `StateCache`."""
     first = configs[0]
-    for name in ("token_scope", "prompt_format", "system_prompt", "max_length"):
+    for name in _SHARED_FIELDS:
         if len(values := {str(getattr(config, name)) for config in configs}) > 1:
-            raise ProbeError(f"heads of one run read the same tokens, not {name}={', '.join(sorted(values))}")
+            raise ProbeError(f"heads of one run need the same {name}, not {' and '.join(sorted(values))}")
     layers = shared_layers(configs)
     if all(config.probe_type == first.probe_type and config.layer_indices == layers for config in configs):
         return first

@@ -11,7 +11,6 @@ from transformers.utils import ModelOutput
 
 from ..backbone.capture import collect_hidden_states
 from ..data.cached_states import SharedStates, shared_config
-from ..errors import ProbeError
 from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel, without_autocast
@@ -48,9 +47,6 @@ class HeadGroup(nn.Module):
     def __init__(self, heads: Mapping[str, ProbeModel]):
         super().__init__()
         configs = [head.config for head in heads.values()]
-        for name in ("id2label", "problem_type", "hidden_size", "num_hidden_layers"):
-            if len(values := {str(getattr(config, name)) for config in configs}) > 1:
-                raise ProbeError(f"heads of one run need the same {name}, not {' and '.join(sorted(values))}")
         self.config = shared_config(configs)
         self.layers = shared_layers(configs)
         self.heads = nn.ModuleDict(heads)

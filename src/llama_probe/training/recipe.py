@@ -20,8 +20,10 @@ from ..data.row_files import MAX_TEXT
 from ..data.row_sources import Source, benchmark_splits
 from ..errors import ProbeError, first_line
 from ..files import JSON, short_path
+from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from ..hub.folder import RECIPE_NAME
+from .defaults import AUTO
 from .search import Search
 
 
@@ -145,7 +147,7 @@ class Recipe:
         values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(find_recipe(source))
         for setting in settings:
             _set(values, setting)
-        recipe = _parse(cls, "", {name: value for name, value in values.items() if value is not None})
+        recipe = _parse(cls, "", values)
         recipe.values = values
         return recipe
 
@@ -176,6 +178,8 @@ class Recipe:
     def _check_head(self) -> None:
         if unknown := sorted(set(self.head) - ({item.name for item in fields(ProbeConfig)} - _DERIVED)):
             raise ProbeError(f"head has no {unknown[0]!r}; it takes fields of ProbeConfig, and labels are a section")
+        if (kind := self.head.get("probe_type", AUTO)) != AUTO:
+            get_probe_type(kind)  # raises
         scope = self.head.get("token_scope", "last_user")
         turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.copies.names))
         if turns and scope == "tool":
@@ -226,8 +230,6 @@ def find_recipe(source: str | os.PathLike) -> Path:
     if path.is_dir() and (path / RECIPE_NAME).is_file():
         return path / RECIPE_NAME
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ProbeError(f"there is no recipe {path}")
         return path
     if str(source) not in recipe_names():
         raise ProbeError(f"there is no recipe {source}: give a .yaml file, or one of {', '.join(recipe_names())}")
@@ -251,12 +253,9 @@ _Loader.add_implicit_resolver(
 
 def _read_yaml(path: Path) -> JSON:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ProbeError(f"{path} cannot be read as YAML: {first_line(error)}") from None
-    if not isinstance(values, dict):
-        raise ProbeError(f"{path} must be a YAML mapping with the sections of a recipe")
-    return values
 
 
 def _set(values: Any, setting: str) -> None:
@@ -292,12 +291,14 @@ def _parse(owner: type, at: str, values: object) -> Any:
         raise ProbeError(f"{at or 'the recipe'} has no field {unknown[0]!r}; it has: {', '.join(allowed)}")
     inside, parsed, hints = f"{at}." if at else "", {}, get_type_hints(owner)
     for name, value in values.items():
+        if value is None:
+            continue  # the default
         hint = hints[name]
         section = next(filter(is_dataclass, (hint, *get_args(hint))), None)  # it may be optional, or one of a list
         if section is not None and get_origin(hint) is list:
             items = value if isinstance(value, list) else [value]
             value = [_parse(section, f"{inside}{name}[{i}]", item) for i, item in enumerate(items)]
-        elif section is not None and value is not None:
+        elif section is not None:
             value = _parse(section, inside + name, value)
         else:
             try:
