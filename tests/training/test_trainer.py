@@ -88,18 +88,14 @@ class TestRows:
         # The states were cached in half precision.
         torch.testing.assert_close(output.logits, trainer.logits[:8], atol=2e-2, rtol=1e-2)
 
-    @pytest.mark.parametrize("novelty", [True, False])
-    def test_novelty_is_fitted_if_there_are_rows_enough(self, tmp_path, backbone_folder, novelty):
+    def test_novelty_is_fitted_if_there_are_rows_enough(self, tmp_path, backbone_folder):
         changes = {"backbone": str(backbone_folder), "probe_config": {"probe_type": "pooling"}, "num_train_epochs": 1}
-        trainer = mood(tmp_path / "out", MORE_ANSWERS[50:], MORE_ANSWERS[:50], novelty=novelty, **changes)
+        trainer = mood(tmp_path / "out", MORE_ANSWERS[50:], MORE_ANSWERS[:50], **changes)
         trainer.train()
-        probe = trainer.model
-        assert ("novelty" in probe.results) == (probe.novelty is not None) == novelty
-        if novelty:
-            assert probe.results["novelty"]["rows"] == {"train": 70, "validation": 50}
-            trainer.save_model(str(tmp_path / "head"))
-            assert read_head(tmp_path / "head").config.novelty == probe.config.novelty
-            assert trainer.evaluate()["eval_accuracy"] >= 0.4, "an evaluation gathers logits alone"
+        assert trainer.results["novelty"]["rows"] == {"train": 70, "validation": 50}
+        trainer.save_model(str(tmp_path / "head"))
+        assert read_head(tmp_path / "head").config.novelty == trainer.model.config.novelty is not None
+        assert trainer.evaluate()["eval_accuracy"] >= 0.4, "an evaluation gathers logits alone"
 
     def test_the_head_renders_as_it_says(self, tmp_path):
         probe = head(make_lm(vocab_size=260), prompt_format="raw", max_length=6, id2label={0: "good", 1: "bad"})
