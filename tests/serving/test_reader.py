@@ -55,7 +55,6 @@ def test_memory_above_the_plain_models(batch_size, tokens, dtype, monkeypatch):
         systems.serve(name, prompts)
         peaks[name] = peak(lambda name=name: systems.serve(name, prompts))
     above = {name: memory - peaks["base"] for name, memory in peaks.items()}
-    assert above["base again"] == 0
     summaries = (DEEP + 1) * batch_size * HIDDEN * 4  # one vector a layer, what is kept of the tokens
     for kind in probe_types():
         assert above[kind] <= budget + summaries, kind

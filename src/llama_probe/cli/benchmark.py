@@ -57,7 +57,7 @@ def _print(report: JSON) -> None:
     if alike:
         print_text(f"In all rows: {', '.join(alike)}.")
     if "ratio" in varying:
-        print_text("Ratios to `base`, with quartiles, are of pairs of runs; those of `base again` show the noise.")
+        print_text("Ratios to `base`, with quartiles, are of pairs of runs; its own show the noise.")
 
 
 def _with_quartiles(value: object) -> object:

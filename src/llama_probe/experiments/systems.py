@@ -23,7 +23,7 @@ from .benchmark_options import SHAPE, BenchmarkOptions
 from .meters import Meter, Timing, peak_memory, spread, time_pairs
 
 
-BASE, AGAIN = "base", "base again"
+BASE = "base"
 # Public dimensions of Llama-3.2-3B.
 LLAMA_3B = transformers.LlamaConfig(
     vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
@@ -32,7 +32,7 @@ LLAMA_3B = transformers.LlamaConfig(
 
 
 class Systems:
-    """A model with heads. A system is the plain model (`BASE` and `AGAIN`), a head, or `many` fresh `mha` heads at once.
+    """A model with heads. A system is the plain model (`BASE`), a head, or `many` fresh `mha` heads at once.
 
     Attributes:
         plain: the same weights in the plain class.
@@ -41,7 +41,7 @@ class Systems:
 
     def __init__(self, model: PreTrainedModel, many: int = 0):
         self.model, self.plain = model, model._without_probes()
-        self.heads = {BASE: [], AGAIN: [], **{name: [name] for name in model.probes}}
+        self.heads = {BASE: [], **{name: [name] for name in model.probes}}
         if many:
             names = self.heads[f"{many} x mha"] = [f"mha-{number}-of-{many}" for number in range(1, many + 1)]
             decoder = find_decoder(model)
@@ -103,7 +103,7 @@ def measure_costs(options: BenchmarkOptions) -> JSON:
         weights = sum(weight.nbytes for head in heads for weight in head.parameters())
         memory = weights + peak_memory(system, device) - peak_memory(base, device)
         sizes = {"batch_size": batch_size, "tokens": tokens, "new_tokens": options.new_tokens}
-        rows.append({"system": name, **sizes, **row(pairs, memory, name != BASE)})
+        rows.append({"system": name, **sizes, **row(pairs, memory)})
     return describe_run(options, systems.plain, rows)
 
 
@@ -129,12 +129,12 @@ def load_systems(options: BenchmarkOptions, replies: bool = False) -> Systems:
     return Systems(model, options.many)
 
 
-def row(pairs: list[tuple[Timing, Timing]], memory: int, compared: bool = True) -> JSON:
+def row(pairs: list[tuple[Timing, Timing]], memory: int) -> JSON:
     """Return the numbers of a system, from timings of the plain model and of the system, and bytes above the plain model's.
 
     Returns:
         `ms` of the whole call and `step_ms` of each new token after the first: median and quartiles.
-        `ratio` and `step_ratio`, if `compared`: median and quartiles of system over plain model, pair by pair.
+        `ratio` and `step_ratio`: median and quartiles of system over plain model, pair by pair.
         `above_base_mb`: 1 MB is 1e6 bytes. Values that are not defined are `None`.
     """
     numbers: JSON = {"above_base_mb": memory / 1e6}
@@ -142,7 +142,7 @@ def row(pairs: list[tuple[Timing, Timing]], memory: int, compared: bool = True) 
         values = [(first[index], second[index]) for first, second in pairs]
         known = values[0][1] is not None
         numbers[f"{name}ms"] = spread(1000 * second for _, second in values) if known else None
-        numbers[f"{name}ratio"] = spread(second / first for first, second in values) if known and compared else None
+        numbers[f"{name}ratio"] = spread(second / first for first, second in values) if known else None
     return numbers
 
 
@@ -153,7 +153,7 @@ def count_operations(systems: Systems, tokens: Sequence[int], as_device: str = "
         One dict a length and system: `system`, `tokens`; `prefill`: operations of `generate(max_new_tokens=1)`;
         `step`: operations of a decoding step, whatever the length; `prefill_ratio`, `step_ratio`: over the plain model's.
     """
-    names, rows = [name for name in systems.heads if name != AGAIN], []
+    rows = []
 
     def count(name: str, length: int, new_tokens: int) -> list[int]:  # up to each new token, and in all
         prompt, marks = systems.draw(1, length), []
@@ -162,13 +162,13 @@ def count_operations(systems: Systems, tokens: Sequence[int], as_device: str = "
         return [*marks, meter.operations]
 
     with acting_as(as_device):
-        marks = {name: count(name, min(tokens), 3) for name in names}
+        marks = {name: count(name, min(tokens), 3) for name in systems.heads}
         steps = {name: third - second for name, (_, second, third, _) in marks.items()}
         for length in tokens:
-            prefills = {name: count(name, length, 1)[-1] for name in names}
-            for name in names:
-                counts = {"prefill": prefills[name], "step": steps[name]}
-                ratios = {"prefill_ratio": prefills[name] / prefills[BASE], "step_ratio": steps[name] / steps[BASE]}
+            prefills = {name: count(name, length, 1)[-1] for name in systems.heads}
+            for name, prefill in prefills.items():
+                counts = {"prefill": prefill, "step": steps[name]}
+                ratios = {"prefill_ratio": prefill / prefills[BASE], "step_ratio": steps[name] / steps[BASE]}
                 rows.append({"system": name, "tokens": length, **counts, **ratios})
     return rows
 
