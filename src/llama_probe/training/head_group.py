@@ -17,9 +17,6 @@ from ..heads.probe import ProbeModel, without_autocast
 from ..heads.scope import check_rows, token_mask
 
 
-Loss = Callable[..., torch.Tensor]
-
-
 @dataclass
 class GroupOutput(ModelOutput):
     """The predictions of several heads for a batch.
@@ -108,7 +105,7 @@ class HeadGroup(nn.Module):
 class GroupLoss:
     """The Trainer's `compute_loss_func=` for a `HeadGroup`: the sum of the losses of its heads."""
 
-    losses: Mapping[str, Loss]
+    losses: Mapping[str, Callable[..., torch.Tensor]]
 
     def __call__(self, outputs: GroupOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         parts = [loss(outputs.by_head[name], labels, num_items_in_batch) for name, loss in self.losses.items()]
