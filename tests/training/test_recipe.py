@@ -36,6 +36,12 @@ def test_a_kind_for_so_many_rows(rows, kind):
     assert None not in (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size)
 
 
+def test_one_of_several_accelerators_trains_the_whole_batch():
+    args = ProbeTrainingArguments(use_cpu=True, per_device_train_batch_size=8)
+    args._n_gpu = 2  # those that the parent finds, without torchrun
+    assert args.n_gpu == 1 and args.train_batch_size == 8
+
+
 def test_arguments_from_the_command_line_of_a_script():
     parse = HfArgumentParser(ProbeTrainingArguments).parse_args_into_dataclasses
     (args,) = parse(["--output_dir", "never", "--cache_dir", "~/states"])

@@ -107,10 +107,9 @@ class ProbeTrainingArguments(TrainingArguments):
     def fill(self, config: ProbeConfig, rows: int, batch_size: int | None = None) -> None:
         """Choose what is open by the head and the number of training rows. `batch_size` is that of all devices."""
         epochs, default_size = next(entry[1:] for entry in SCHEDULES if rows <= entry[0])
-        devices = max(1, self.n_gpu) * self.world_size
         open_fields = {
             "num_train_epochs": epochs,
-            "per_device_train_batch_size": math.ceil((batch_size or default_size) / devices),
+            "per_device_train_batch_size": math.ceil((batch_size or default_size) / self.world_size),
             "metric_for_best_model": default_metric(config),
             **self.by_kind(config),
         }
@@ -132,6 +131,11 @@ class ProbeTrainingArguments(TrainingArguments):
             callback()
         Trainer.get_optimizer_cls_and_kwargs(self)
         get_scheduler(self.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), 1, 1000, self.lr_scheduler_kwargs)
+
+    @property
+    def n_gpu(self) -> int:
+        """The accelerators of this process: one at most. On several the parent divides a batch, and joins outputs by their rows."""
+        return min(super().n_gpu, 1)
 
     @property
     def replies(self) -> Literal["cut", "tokens"]:
