@@ -126,10 +126,15 @@ class HeadOutput:
         if self.config.problem_type == "multi_label_classification":
             limits = torch.tensor([self.config.threshold_of(index) for index in names])
             return [[names[index] for index, on in enumerate(row) if on] for row in (probs >= limits).tolist()]
-        if (flagged := self.config.flagged_index) is not None and self.config.threshold is not None:
-            hits = (probs[:, flagged] >= self.config.threshold).tolist()
-            return [names[flagged if hit else 1 - flagged] for hit in hits]
-        return [names[index] for index in probs.argmax(dim=-1).tolist()]
+        return [names[index] for index in self.decided.tolist()]
+
+    @property
+    def decided(self) -> torch.Tensor:
+        """The index of the label that a head of exclusive labels gives, `[B]`, with the saved threshold."""
+        probs, flagged = self.probabilities.cpu(), self.config.flagged_index
+        if flagged is None or self.config.threshold is None:
+            return probs.argmax(dim=-1)
+        return torch.where(probs[:, flagged] >= self.config.threshold, flagged, 1 - flagged)
 
 
 class Rule(NamedTuple):
@@ -172,7 +177,7 @@ class Rule(NamedTuple):
         index = list(self.config.id2label.values()).index(self.label)
         scores = output.probabilities[:, index].cpu()
         threshold = self.config.threshold_of(index) if self.threshold is None else self.threshold
-        hits = output.probabilities.argmax(dim=-1).cpu() == index if threshold is None else scores >= threshold
+        hits = output.decided == index if threshold is None else scores >= threshold
         pairs = zip((hits | scores.isnan()).tolist(), scores.tolist(), strict=True)
         return [Halt(self.head, self.label, score, threshold) if hit else None for hit, score in pairs]
 

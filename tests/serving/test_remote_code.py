@@ -95,6 +95,7 @@ CALLS = {
     "halted by value": {"halt_on": {"length": {"threshold": 0.0}}},
     "all halted": {"halt_on": {"guard": {"threshold": "all"}}},
     "as the head decides": {"halt_on": "guard"},
+    "by the other label": {"halt_on": {"old": {"label": "no"}}},
     "without names": {"halt_on": "gate"},
     "of two the second": {"halt_on": "old"},
 }
