@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerState
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone import passes
 from llama_probe.backbone.loading import weights_digest
+from llama_probe.data import cached_states
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.distributed import gather, meet, rank, world_size
 from llama_probe.evaluation.prediction import predict_logits
@@ -125,13 +126,31 @@ def checkpointed(folder: Path) -> list[str]:
     return gather(found)[0]
 
 
+def scripted(folder: Path) -> int:
+    """The rows that this rank computes for a trainer in a user's script, which begins no process group."""
+    counts, compute = [], cached_states.collect_hidden_states
+    head = make_probe(probe_type="gate")
+    head.set_backbone(make_lm())
+
+    def counted(lm, layers, ids, **kwargs):
+        counts.append(len(ids))
+        return compute(lm, layers, ids, **kwargs)
+
+    with patch.object(cached_states, "collect_hidden_states", counted):
+        rows = {"input_ids": prompts(), "label": LABELS.tolist()}
+        ProbeTrainer(head, ProbeTrainingArguments(str(folder / "scripted")), train_dataset=rows)
+    return sum(counts)
+
+
 def main(folder: Path) -> None:
     passes.BATCH_TOKENS = 14  # several batches a rank
+    computed = scripted(folder)
     meet()
     head = make_probe(probe_type="mha")
     head.set_backbone(make_lm())
     dataset = PromptDataset(prompts(), LABELS)
     found = {
+        "computed": computed,
         "world_size": world_size(),
         "logits": predict_logits(head, dataset).tolist(),
         "inspection": inspect_head(head, dataset, LABELS),

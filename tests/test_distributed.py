@@ -84,6 +84,7 @@ class TestTwoNodes:
         assert found[0]["folded"]["environment"]["processes"] == 2
         shares = [part["sharded"].pop("share") for part in found]
         assert sum(shares) == pytest.approx(1) and 0.4 < shares[0] < 0.6, "each has a half of the sharded weights"
+        assert all(part.pop("computed") < len(LABELS) for part in found), "a trainer divides the pass of the backbone"
         assert found[0] == found[1]
 
     def test_scores_are_those_of_one_process(self, found, monkeypatch):

@@ -123,9 +123,9 @@ class StateCache:
         tokens = sum(int(_tokens_read(config, part).sum()) for part in parts)
         return tokens * len(config.layer_indices) * config.hidden_size * (self.dtype or torch.float16).itemsize
 
-    def delete(self) -> None:
-        if is_main():
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def bytes_on_disk(self) -> int:
+        """Return the bytes of all states in the folder, whatever they are of."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*.safetensors"))
 
     def _dtype_for(self, lm: nn.Module) -> torch.dtype:
         is_bfloat16 = getattr(find_decoder(lm).model, "dtype", None) == torch.bfloat16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import shutil
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from ..data.cached_states import StateCache, cached_for, collate
 from ..data.labelled_texts import LabelledTexts, check_labels
 from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import PromptDataset, PromptFormat, as_chat
-from ..distributed import meet
+from ..distributed import is_main, meet
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
 from ..evaluation.metrics import check_metric
@@ -121,6 +122,7 @@ class ProbeTrainer(Trainer):
         left_out: Mapping[str, Sequence[int]] | None = None,
         **kwargs,
     ):
+        meet()
         self.args = args = copy.copy(args) if args is not None else ProbeTrainingArguments()
         if not isinstance(args, ProbeTrainingArguments):
             raise ProbeError(f"args must be ProbeTrainingArguments, not {type(args).__name__}")
@@ -269,7 +271,8 @@ class ProbeTrainer(Trainer):
             return StateCache(self.args.cache_dir)
         folder = os.path.abspath(Path(self.args.output_dir) / STATES)
         cache = _CACHES.setdefault(folder, StateCache(folder))
-        weakref.finalize(cache, StateCache(folder).delete)
+        if is_main():  # now: at the end of the program the ranks may have left their group
+            weakref.finalize(cache, shutil.rmtree, folder, ignore_errors=True)
         return cache
 
     def _create_head(self, backbone: Any, head: JSON, data: object) -> tuple[ProbeModel, LabelledTexts]:
