@@ -243,6 +243,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
         ({"training": {"lr_scheduler_type": "foo"}}, "lr_scheduler_type|foo"),
         ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, "training: .*min_lr"),
         ({"training": {"report_to": "foo"}}, "training: foo"),
+        ({"training": {"cache_states": True}}, "cache_states"),
         ({"calibration": {"sources": ["40.jsonl"], "rates": [0.01]}}, "at least 100 rows"),
         ({"measure": {"sources": ["40.jsonl"], "attacks": "40"}, "head": {"prompt_format": "raw"}}, "measure.attacks"),
     ],
@@ -251,6 +252,7 @@ def test_refused_before_the_backbone_is_loaded(tmp_path, backbone_folder, monkey
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "alike.jsonl", 1)
     monkeypatch.setattr(prepared, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
+    monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
     with pytest.raises(ProbeError, match=named):
         train(tmp_path, backbone_folder, **sections)
     assert not (tmp_path / "head").exists(), "before any work"

@@ -36,6 +36,7 @@ from .search import Candidate, draw_candidates
 
 logger = logging.get_logger(__name__)
 
+_STRATEGIES = ("save_strategy", "eval_strategy")
 CHECKPOINTS, STATES, SETUP_NAME = ".checkpoints", ".states", "setup.json"  # what a stopped run leaves in its folder
 
 
@@ -58,7 +59,7 @@ class PreparedRun:
         datasets: prompts or states of each part of the rows.
 
     Raises:
-        ProbeError: a setting or a row is wrong, which is raised before the backbone is loaded, or the disk is too small.
+        ProbeError: a setting or a row is wrong, or the disk is too small. Raised before the backbone is loaded.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class PreparedRun:
         # Not those of a recipe, which is saved and shared.
         own = {"output_dir": str(output / CHECKPOINTS), "seed": recipe.seed}
         own |= dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"))
+        # `no` in YAML is False.
+        training = {name: value or "no" if name in _STRATEGIES else value for name, value in recipe.training.items()}
         try:
-            self.args = args = ProbeTrainingArguments(**own, **recipe.training)
+            self.args = args = ProbeTrainingArguments(**own, **training)
             args.check()
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise ProbeError(f"training: {first_line(error)}") from None
@@ -96,7 +99,11 @@ class PreparedRun:
         self.datasets: dict[str, Dataset] = {
             part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
         }
+        prompts_once = {tuple(row["input_ids"]): row for part in self.datasets.values() for row in part}
         cache = StateCache(args.cache_dir or output / STATES)
+        if args.cache_states is True:  # the states on the disk may all be of these rows
+            least = cache.bytes_of(config, list(prompts_once.values())) - cache.bytes_on_disk()
+            keeps_states(args, least, cache.folder)
         self.lm = lm = load_backbone(name, dtype)[0] if isinstance(backbone, str) else backbone.eval()
         self.config = config = describe(lm, config)
         if recipe.search.trials:
@@ -108,7 +115,6 @@ class PreparedRun:
         left = cache.missing(lm, read, self.datasets.values())
         needed = cache.bytes_of(read, left)
         is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
-        prompts_once = {tuple(ids) for part in self.datasets.values() for ids in part.prompts}
         tokens = sum(map(len, prompts_once))
         self.estimate = Estimate(
             rows=len(prompts_once),

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import BestRun, EvalPrediction, HubStrategy, IntervalStrategy, TrainOutput
+from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
@@ -47,12 +48,14 @@ from .estimate import keeps_states
 from .head_group import GroupLoss, HeadGroup
 from .loss import ProbeLoss
 from .prepared import STATES, PreparedRun
-from .progress import Progress, read_progress, write_progress
+from .progress import Progress, last_checkpoint, read_progress, write_progress
 from .recipe import Recipe
 from .results import add_results, decide, finish, save_head
 from .rows import TrainingRows, labels_of, learners
 from .search import SEARCH_SPACE, draw
 
+
+logger = logging.get_logger(__name__)
 
 # By folder. Trainers in one folder share its states, which go with the last of them: Python may free one while the next begins.
 _CACHES: weakref.WeakValueDictionary[str, StateCache] = weakref.WeakValueDictionary()
@@ -406,6 +409,9 @@ class ProbeTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
         """Train the heads; see `Trainer.train`. Then `judge` them, if there are evaluation rows."""
         self.progress = {name: Progress() for name in self.heads}
+        is_new = not resume_from_checkpoint and trial is None and self._run is None and self.args.should_save
+        if is_new and (stopped := last_checkpoint(Path(self.args.output_dir))):
+            logger.warning(f"{stopped} is of an earlier run: train(resume_from_checkpoint=True) continues it")
         output = super().train(resume_from_checkpoint, trial, **kwargs)
         if trial is None and (self.eval_dataset is not None or self._run is not None):
             self.judge()
