@@ -1,7 +1,6 @@
 """Heads on cached states say of every prompt and token what they say of its states alone, whatever lies around."""
 
 import copy
-import functools
 import math
 import pickle
 
@@ -14,7 +13,7 @@ from torch import nn
 from llama_probe.vllm import cache_plan, scoring
 from llama_probe.vllm.cache_plan import CachePlan, grows
 from llama_probe.vllm.scoring import ReplyTokens, Scorer, ScoringRequest
-from llama_probe.vllm.state_cache import FEATURES, STATES, StateCache
+from llama_probe.vllm.state_cache import StateCache
 from llama_probe.vllm.step_scores import StepScores
 
 
@@ -49,31 +48,29 @@ KEPT = {"states": (REPLY_HEADS, False), "both": (REPLY_HEADS, True), "features":
 class Reads(StateCache):
     """Notes in a list what is read: states, prompts, blocks of each. What is not written is not a number."""
 
-    def __init__(self, plan: CachePlan, reads: list, blocks: int, kernel_block_size: int, num_states: int, width: int):
+    def __init__(self, plan: CachePlan, blocks: int, kernel_block_size: int):
         nn.Module.__init__(self)
-        self.ranks, self.head_size, self.width, self.plan, self.reads = 1, width, width, plan, reads
-        self.kv_cache = torch.full((blocks, num_states, kernel_block_size, width), torch.nan)
+        self.ranks, self.head_size, self.plan, self.reads = 1, plan.width, plan, []
+        self.kv_cache = torch.full((blocks, 1, kernel_block_size, plan.width), torch.nan)
 
     def read(self, block_ids):
-        self.reads.append((self.kv_cache.shape[1], *block_ids.shape))
+        self.reads.append((self.plan.depth, *block_ids.shape))
         return super().read(block_ids)
 
 
 class Served:
-    """Caches of a plan, and a scorer of what they hold. What it reads is noted in `reads`."""
+    """A cache of a plan, and a scorer of what it holds."""
 
     def __init__(self, heads, projected: bool, blocks: int, kernel_block_size: int = BLOCK, slots=0):
-        self.slots, self.reads = slots, []
+        self.slots = slots
         self.plan = CachePlan({name: copy.deepcopy(head) for name, head in heads.items()}, projected)
         self.plan.move(torch.device("cpu"), torch.float32, slots)
-        sizes = (len(self.plan.layers), HIDDEN), (1, self.plan.width)
-        makes = functools.partial(Reads, self.plan, self.reads, blocks, kernel_block_size)
-        self.caches = {kind: makes(*size) for kind, size in zip((STATES, FEATURES), sizes, strict=True) if all(size)}
-        self.scorer = Scorer(self.caches, BLOCK)
+        self.cache = Reads(self.plan, blocks, kernel_block_size)
+        self.scorer = Scorer(self.cache, BLOCK)
 
     def fill(self, lengths: list[int], heads: list[list[str]]):
         """Random prompts in random blocks: requests, and by request the states `[layers, tokens, hidden_size]`."""
-        size, blocks = self.scorer.kernel_block_size, len(next(iter(self.caches.values())).kv_cache)
+        size, blocks = self.scorer.kernel_block_size, len(self.cache.kv_cache)
         free = torch.randperm(blocks * size // BLOCK).tolist()
         requests, states = [], {}
         for number, (length, names) in enumerate(zip(lengths, heads, strict=True)):
@@ -81,12 +78,10 @@ class Served:
             ids = [5, 6, *torch.randint(7, 20, (length,)).tolist()][:length]
             requests.append(ScoringRequest(f"request-{number}", ids, length, length, block_ids, names))
             states[f"request-{number}"] = written = torch.randn(len(LAYERS), length, HIDDEN)
-            features = self.plan.project(dict(enumerate(written)))[None] if self.plan.width else None
-            kept = {STATES: written[self.plan.layers], FEATURES: features}
-            for kind, cache in self.caches.items():
-                for token in range(length):
-                    slot = block_ids[token // BLOCK] * BLOCK + token % BLOCK
-                    cache.kv_cache[slot // size, :, slot % size] = kept[kind][:, token]
+            kept = whole(self.plan, written)
+            for token in range(length):
+                slot = block_ids[token // BLOCK] * BLOCK + token % BLOCK
+                self.cache.kv_cache[slot // size, 0, slot % size] = kept[token]
         return requests, states
 
     def score(self, requests: list[ScoringRequest]) -> StepScores:
@@ -96,9 +91,13 @@ class Served:
         """A scorer on the simulated device."""
         plan = copy.deepcopy(self.plan)
         plan.move(torch.device(DEVICE), torch.float32, self.slots)
-        for cache in self.caches.values():
-            cache.plan, cache.kv_cache = plan, cache.kv_cache.to(DEVICE)
-        return Scorer(self.caches, BLOCK)
+        self.cache.plan, self.cache.kv_cache = plan, self.cache.kv_cache.to(DEVICE)
+        return Scorer(self.cache, BLOCK)
+
+
+def whole(plan: CachePlan, states: torch.Tensor) -> torch.Tensor:
+    """What a plan keeps of tokens with these states `[layers, tokens, hidden_size]`."""
+    return torch.cat([numbers for _, numbers in plan.pieces(dict(enumerate(states)))])
 
 
 def alone(head, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -126,19 +125,20 @@ def check(requests, states, found) -> None:
 def test_plan_keeps_what_is_less():
     assert CachePlan(HEADS).layers == LAYERS, "of three mha heads the states"
     plan = CachePlan(HEADS, projected=True)
-    assert plan.layers == [4] and plan.heads.keys() - plan.columns.keys() == {"last"}
     sizes = {"mha": 5 * 24, "other": 5 * 24, "content": 5 * 24, "gate": 2 * (2 + 2), "multimax": 5 * 6}
+    sizes["last"] = HIDDEN
+    assert plan.layers == [4] and plan.width == sum(sizes.values())
     assert {name: columns.stop - columns.start for name, columns in plan.columns.items()} == sizes
     assert CachePlan({name: HEADS[name] for name in ("mha", "last")}).layers == [4]
     assert CachePlan({"gate": HEADS["gate"]}).layers == []
 
 
-@pytest.mark.parametrize("budget", [0, 2 * 2 * 4 * 3 * HIDDEN, 1 << 20])
-def test_features_do_not_depend_on_the_groups_of_layers(monkeypatch, budget):
-    states, plan = dict(enumerate(torch.randn(len(LAYERS), 3, HIDDEN))), CachePlan(HEADS, projected=True)
-    expected = plan.project(states)
+@pytest.mark.parametrize("budget", [0, 3 * 5 * HIDDEN * 4 * 2, 1 << 20])
+def test_features_do_not_depend_on_the_pieces_that_are_projected(monkeypatch, budget):
+    states, plan = torch.randn(len(LAYERS), 3, HIDDEN), CachePlan(HEADS, projected=True)
+    expected = whole(plan, states)
     monkeypatch.setattr(cache_plan, "state_budget", lambda device: budget)
-    torch.testing.assert_close(plan.project(states), expected)
+    torch.testing.assert_close(whole(plan, states), expected)
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -161,8 +161,7 @@ class TestPrompts:
     def test_what_is_not_a_number_stays_with_its_prompt(self, projected):
         served = Served(HEADS, projected, 20)
         requests, states = served.fill([10, 9], [["mha", "last"]] * 2)
-        for cache in served.caches.values():
-            cache.kv_cache[requests[0].block_ids[0]] = torch.nan
+        served.cache.kv_cache[requests[0].block_ids[0]] = torch.nan
         found = served.score(requests).read_prompts()
         assert not any(map(math.isfinite, found.pop("request-0")["mha"]))
         check(requests[1:], states, found)
@@ -197,9 +196,9 @@ def test_prompts_of_about_one_length_go_together_and_within_the_limit(monkeypatc
     served = Served(HEADS, False, 100)
 
     def read(lengths: list[int]) -> list[tuple[int, int, int]]:
-        served.reads.clear()
+        served.cache.reads.clear()
         served.score(served.fill(lengths, [["mha"]] * len(lengths))[0])
-        return list(served.reads)
+        return list(served.cache.reads)
 
     lengths = [16, 14, 3, 16, 2, 11]
     assert read(lengths) == [(5, 4, 2), (5, 2, 1)], "all layers at once"

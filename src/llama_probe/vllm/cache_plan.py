@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
 import torch
@@ -15,8 +15,11 @@ from ..heads.states import normalize
 from ..serving.reader import state_budget
 
 
+_STATES = ""  # in place of a head's name
+
+
 class CachePlan:
-    """Divides heads into those that read cached states and those that read features of them.
+    """What is kept of each token for the heads: `width` numbers, the states of some layers and then features of others.
 
     Features are what a head's linear maps give for a token, at every layer that it reads; see `ProbeModel.projected`. They are
     kept if that takes fewer numbers than the states alone.
@@ -25,36 +28,41 @@ class CachePlan:
         projected: keep features, or states alone. Defaults to what is smaller.
 
     Attributes:
-        heads: by name, as they read what is cached.
+        heads: by name, as they read what is kept.
         layers: indices of the states that are kept, ascending.
-        ranks: features at a layer, of the heads that read these.
-        columns: their places, `S * rank`, in the `width` features of a token.
+        sizes: numbers that a head reads of a layer.
+        columns: where all that a head reads lies among the numbers of a token, layer by layer.
         reply_states: of the heads that follow replies.
     """
 
     def __init__(self, heads: Mapping[str, ProbeModel], projected: bool | None = None):
+        hidden_size = next(iter(heads.values())).config.hidden_size
         splits = {name: split for name, head in heads.items() if (split := head.projected()) is not None}
         every = shared_layers(head.config for head in heads.values())
         self.layers = shared_layers(head.config for name, head in heads.items() if name not in splits)
-        sizes = {name: maps.shape[0] * maps.shape[1] for name, (maps, _) in splits.items()}
         if projected is None:
-            hidden_size = next(iter(heads.values())).config.hidden_size
-            projected = sum(sizes.values()) < (len(every) - len(self.layers)) * hidden_size
+            features = sum(maps.shape[0] * maps.shape[1] for maps, _ in splits.values())
+            projected = features < (len(every) - len(self.layers)) * hidden_size
         if not projected:
-            splits, sizes, self.layers = {}, {}, every
+            splits, self.layers = {}, every
         self.heads = {name: splits[name][1] if name in splits else head for name, head in heads.items()}
-        self.ranks = {name: maps.shape[1] for name, (maps, _) in splits.items()}
-        self.columns, self.width = side_by_side(sizes), sum(sizes.values())
-        self.reply_states: ReplyStates | None = None
+        self.sizes = {name: splits[name][0].shape[1] if name in splits else hidden_size for name in heads}
         # Heads that read the same layers, normalised alike, share one product with all their maps.
         self._groups: dict[tuple[tuple[int, ...], str | None], list[str]] = {}
         for name in splits:
             alike = tuple(heads[name].layer_indices), heads[name].config.normalize
             self._groups.setdefault(alike, []).append(name)
-        self._maps = {  # [S, D, ranks]
+        self._maps = {  # [S, D, sizes]
             alike: torch.cat([splits[name][0] for name in names], dim=1).transpose(1, 2)
             for alike, names in self._groups.items()
         }
+        widths = {_STATES: len(self.layers) * hidden_size}
+        for (layers, _), names in self._groups.items():
+            widths |= {name: len(layers) * self.sizes[name] for name in names}
+        places, self.width = side_by_side(widths), sum(widths.values())
+        self.columns = {name: places.get(name, places[_STATES]) for name in heads}
+        self.depth = -(-self.width // hidden_size)  # of how many states they take the place
+        self.reply_states: ReplyStates | None = None
 
     def move(self, device: torch.device, dtype: torch.dtype, slots: int) -> None:
         """Move heads and maps beside states of this dtype, and make room for the states of `slots` replies.
@@ -65,23 +73,33 @@ class CachePlan:
             head.to(device)
         self._maps = {alike: maps.to(device, dtype) for alike, maps in self._maps.items()}
         if followers := {name: head for name, head in self.heads.items() if head.config.reads_reply}:
-            self.reply_states = ReplyStates(followers, self.ranks, slots)
+            self.reply_states = ReplyStates(followers, self.sizes, slots)
 
-    def project(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """Return the features `[tokens, width]`, in the model's dtype, of states `[tokens, hidden_size]` by layer."""
+    def pieces(self, states: Mapping[int, torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield what is kept of tokens, `[piece, width]` in the model's dtype, with the place of each piece.
+
+        Args:
+            states: `[tokens, hidden_size]` by layer.
+        """
         first = next(iter(states.values()))
-        features = first.new_empty(len(first), self.width)
-        for (layers, kind), names in self._groups.items():
-            ranks = [self.ranks[name] for name in names]
-            # The states of a piece are there twice: their stack, and its normalised copy.
-            size = max(1, state_budget(first.device) // (2 * len(layers) * first.shape[1] * first.element_size()))
-            for begin in range(0, len(first), size):
-                piece = slice(begin, begin + size)
+        # The states of a piece are there three times: stacked, normalised, and as what is kept.
+        size = max(1, state_budget(first.device) // (3 * len(states) * first.shape[1] * first.element_size()))
+        for begin in range(0, len(first), size):
+            piece = slice(begin, begin + size)
+            parts = [states[layer][piece] for layer in self.layers]
+            for (layers, kind), names in self._groups.items():
                 x = normalize(torch.stack([states[layer][piece] for layer in layers]), kind)  # [S, n, D]
-                products = torch.bmm(x, self._maps[layers, kind]).transpose(0, 1)  # [n, S, ranks]
-                for name, part in zip(names, products.split(ranks, dim=-1), strict=True):
-                    features[piece, self.columns[name]] = part.flatten(1)
-        return features
+                products = torch.bmm(x, self._maps[layers, kind]).transpose(0, 1)  # [n, S, sizes]
+                parts += [part.flatten(1) for part in products.split([self.sizes[name] for name in names], dim=-1)]
+            yield piece, torch.cat(parts, dim=1)
+
+    def inputs(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
+        """Return what a head reads, `[S, rows, tokens, size]`, of what is kept of tokens, `[rows, tokens, width]`."""
+        head = self.heads[name]
+        x = numbers[..., self.columns[name]].unflatten(-1, (-1, self.sizes[name])).permute(2, 0, 1, 3)
+        if len(head.layer_indices) < len(x):  # a list as index would come from pageable memory
+            x = torch.stack([x[self.layers.index(layer)] for layer in head.layer_indices])
+        return head.prepare(x)
 
 
 def side_by_side(sizes: Mapping[str, int]) -> dict[str, slice]:
@@ -113,14 +131,12 @@ class ReplyStates:
 
     Args:
         heads: those that follow replies, by name, as they read what is cached.
-        ranks: features at a layer, of the heads that read these.
+        sizes: numbers that a head reads of a layer.
         slots: replies at the same time.
     """
 
-    def __init__(self, heads: Mapping[str, ProbeModel], ranks: Mapping[str, int], slots: int):
-        self._empty = {
-            name: empty_state(head, ranks.get(name, head.config.hidden_size)) for name, head in heads.items()
-        }
+    def __init__(self, heads: Mapping[str, ProbeModel], sizes: Mapping[str, int], slots: int):
+        self._empty = {name: empty_state(head, sizes[name]) for name, head in heads.items()}
         every = torch.zeros(slots, dtype=torch.long)
         self._states = {name: select_rows(empty, every) for name, empty in self._empty.items()}
 

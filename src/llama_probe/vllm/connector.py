@@ -152,13 +152,13 @@ class ProbeConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if not get_pp_group().is_last_rank:
             return  # the last stage has the states of all
-        caches = get_layers_from_vllm_config(self._vllm_config, StateCache).values()
+        (cache,) = get_layers_from_vllm_config(self._vllm_config, StateCache).values()
         if get_tensor_model_parallel_rank() == 0:
             times = cache_growth(self._kv_cache_config.kv_cache_groups[0])
             logger.info("What heads need makes the KV cache %.2f times as large", times)
             for rule in self.settings.rules:
                 logger.info("halt_on: %s", rule)
-        self._scorer = Scorer({cache.kind: cache for cache in caches}, self._block_size)
+        self._scorer = Scorer(cache, self._block_size)
 
     def build_connector_worker_meta(self) -> StepScores | None:
         """Score this step's prompts and tokens. Beside a drafting model, vLLM calls `wait_for_save` too late for the step's output."""

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import (
 from .cache_plan import CachePlan
 from .compatibility import ARCHITECTURES, PREFIX
 from .settings import ProbeSettings
-from .state_cache import FEATURES, STATES, StateCache
+from .state_cache import NAME, StateCache
 
 
 @functools.cache
@@ -38,23 +38,17 @@ def _probed(name: str) -> type[nn.Module]:
             self._read = settings.layers
             if below := tuple(layer for layer in settings.layers if layer < last):
                 self.set_aux_hidden_state_layers(below)
-            self.probe_states = self.probe_features = None
             if get_pp_group().world_size > 1:
                 verify_supports_aux_hidden_states_over_pp(self, "heads")
                 reserve_aux_intermediate_tensor_slots(self)
             if not get_pp_group().is_last_rank:
                 return
             with torch.device("cpu"):  # vLLM builds a model for another device
-                self._plan = CachePlan(settings.read_heads())
+                plan = CachePlan(settings.read_heads())
             device, dtype = vllm_config.device_config.device, vllm_config.model_config.dtype
-            self._plan.move(device, dtype, vllm_config.scheduler_config.max_num_seqs)
+            plan.move(device, dtype, vllm_config.scheduler_config.max_num_seqs)
             # vLLM orders its caches by the number in their names, and the layers have those below.
-            if self._plan.layers:
-                name = maybe_prefix(prefix, f"{STATES}.{last}")
-                self.probe_states = StateCache(vllm_config, self._plan, STATES, name)
-            if self._plan.width:
-                name = maybe_prefix(prefix, f"{FEATURES}.{last + 1}")
-                self.probe_features = StateCache(vllm_config, self._plan, FEATURES, name)
+            self.probe_states = StateCache(vllm_config, plan, maybe_prefix(prefix, f"{NAME}.{last}"))
 
         @functools.wraps(base.forward)  # vLLM reads the signature
         def forward(self, *args, **kwargs) -> torch.Tensor:
@@ -66,11 +60,7 @@ def _probed(name: str) -> type[nn.Module]:
                 return output
             # States between the layers come in order, before the last, which is the one after the final norm.
             final, below = output if isinstance(output, tuple) else (output, [])
-            states = dict(zip(self._read, [*below, final], strict=False))
-            if self.probe_states is not None:
-                self.probe_states([states[layer] for layer in self._plan.layers])
-            if self.probe_features is not None:
-                self.probe_features([self._plan.project(states)])
+            self.probe_states(dict(zip(self._read, [*below, final], strict=False)))
             return final
 
     Probed.__name__ = Probed.__qualname__ = PREFIX + name

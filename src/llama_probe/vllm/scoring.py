@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,12 +15,12 @@ from ..heads.decision import fill_unread
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask
 from ..heads.stream import ProbeState
-from .state_cache import FEATURES, STATES, StateCache
+from .state_cache import StateCache
 from .step_scores import Places
 
 
-# States are read in pieces of about so many tokens, of several layers of as many fewer: a long prompt's states never lie in memory
-# in fp32 at once, nor those of many prompts.
+# What is kept is read in pieces of about so many hidden states: a long prompt's never lie in memory in fp32 at once, nor those
+# of many prompts.
 _TOKENS = 4096
 # Prompts go together where none is shorter than this part of the longest: what is added to the others is computed for nothing.
 _SHORTEST = 0.6
@@ -60,13 +60,12 @@ class Scorer:
     With tensor parallelism a read of the cache gathers the shares of all ranks: each must run the heads.
 
     Args:
-        caches: of states and of features, if there are any.
+        cache: what is kept of tokens.
         block_size: tokens a block of the scheduler's; the cache may split them.
     """
 
-    def __init__(self, caches: Mapping[str, StateCache], block_size: int):
-        self.caches, self.block_size = caches, block_size
-        cache = next(iter(caches.values()))
+    def __init__(self, cache: StateCache, block_size: int):
+        self.cache, self.block_size = cache, block_size
         self.plan, self.device, self.kernel_block_size = cache.plan, cache.kv_cache.device, cache.kernel_block_size
         self.heads, self.states = self.plan.heads, self.plan.reply_states
         self.followers = {name: head for name, head in self.heads.items() if head.config.reads_reply}
@@ -88,7 +87,7 @@ class Scorer:
         if slots := [request.slot for request in requests if request.slot is not None]:
             self.states.clear(async_tensor_h2d(slots, self.device))
         parts: list[torch.Tensor] = []
-        for batch in _batches(requests, self.kernel_block_size, _TOKENS // self._depth(self.heads)):
+        for batch in _batches(requests, self.kernel_block_size, _TOKENS // self.plan.depth):
             for name, logits in self._score(batch).items():
                 for row, request in enumerate(batch):
                     if name in (request.heads or ()):
@@ -103,12 +102,11 @@ class Scorer:
         The number of operations does not depend on the number of replies.
         """
         places, slots = async_tensor_h2d(list(zip(*tokens.values(), strict=True)), self.device)
-        # [states, replies, 1, width]
-        cached = {kind: self.caches[kind].read_tokens(places).unsqueeze(2) for kind in self._kinds(self.followers)}
+        numbers = self.cache.read_tokens(places).unsqueeze(1)  # [replies, 1, width]
         scores = []
         for name, head in self.followers.items():
             state = head.init_state(self.states.get(name, slots), keep=True)
-            head.step(state, head.layer_indices, self._own(name, cached))
+            head.step(state, head.layer_indices, self.plan.inputs(name, numbers))
             self.states.put(name, slots, state.joined())
             scores.append(head.finish(state).logits)
         return torch.cat(scores, dim=1)
@@ -149,27 +147,18 @@ class Scorer:
         """
         states = {name: self.heads[name].init_state(keep=name in self.followers) for name in masks}
         size, width = self.kernel_block_size, next(iter(masks.values())).shape[1]
-        step = max(_TOKENS // (self._depth(masks) * len(blocks) * size), 1) * size
+        step = max(_TOKENS // (self.plan.depth * len(blocks) * size), 1) * size
         for start in range(0, width, step):
             tokens = slice(start, min(start + step, width))
-            part = blocks[:, start // size : -(-tokens.stop // size)]  # blocks are read whole
-            cached = {}
-            for kind in self._kinds(masks):
-                numbers = self.caches[kind].read(part)[:, :, : tokens.stop - start]
-                cached[kind] = numbers if padding is None else numbers.masked_fill(padding[:, tokens, None], 0)
+            # Blocks are read whole.
+            numbers = self.cache.read(blocks[:, start // size : -(-tokens.stop // size)])[:, : tokens.stop - start]
+            if padding is not None:
+                numbers = numbers.masked_fill(padding[:, tokens, None], 0)
             for name, state in states.items():
                 head, (columns, mask) = self.heads[name], self._cut(masks[name][:, tokens])
-                x = self._own(name, cached)[:, :, columns]
+                x = self.plan.inputs(name, numbers[:, columns])
                 head.step(state, head.layer_indices, x, mask, last=tokens.stop == width)
         return states
-
-    def _kinds(self, names: Iterable[str]) -> list[str]:
-        """Return of which kind the numbers are that heads read, in the same order on all ranks."""
-        return sorted({FEATURES if name in self.plan.columns else STATES for name in names})
-
-    def _depth(self, names: Iterable[str]) -> int:
-        """Return how many states of a token are read at once."""
-        return len(self.plan.layers) if STATES in self._kinds(names) else 1
 
     def _cut(self, mask: torch.Tensor) -> tuple[slice, torch.Tensor | None]:
         """Return the columns of a `[prompts, tokens]` mask in which some token counts, and what is left of it on the device."""
@@ -177,17 +166,6 @@ class Scorer:
         columns = slice(counted[0], counted[-1] + 1) if counted else slice(0, 1)
         mask = mask[:, columns]
         return columns, None if bool(mask.all()) else async_tensor_h2d(mask, self.device)
-
-    def _own(self, name: str, cached: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return what a head reads, `[S, rows, tokens, width]`, of numbers `[states, rows, tokens, width]` by kind."""
-        head = self.heads[name]
-        if name in self.plan.columns:
-            own = cached[FEATURES][0][..., self.plan.columns[name]].unflatten(-1, (len(head.layer_indices), -1))
-            return head.prepare(own.permute(2, 0, 1, 3))
-        states = cached[STATES]
-        if len(head.layer_indices) < len(states):  # a list as index would come from pageable memory
-            states = torch.stack([states[self.plan.layers.index(layer)] for layer in head.layer_indices])
-        return head.prepare(states)
 
     def _mask(self, head: ProbeModel, request: ScoringRequest) -> torch.Tensor:
         prompt = torch.zeros(1, request.num_prompt_tokens, dtype=torch.bool)
