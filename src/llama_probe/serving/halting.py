@@ -151,21 +151,34 @@ class HaltRule:
 
     def reason(self, score: float) -> Halt:
         """Return the `Halt` of a row with this score."""
-        return Halt(self.head, self.config.id2label[self.index], score, self.threshold)
+        return Halt(self.head, self.config.id2label[self.index], None if math.isnan(score) else score, self.threshold)
 
 
-class Window:
-    """The last tokens of one reply, for a rule with a `window`."""
+class Streak:
+    """The tokens of one reply that a rule has flagged in a row.
 
-    def __init__(self, rule: HaltRule):
+    Args:
+        flags_prompt: the rule flags the prompt too, which counts as the first of them.
+    """
+
+    def __init__(self, rule: HaltRule, flags_prompt: bool = False):
+        self.rule, self.length = rule, int(flags_prompt)
         without = torch.ones(rule.config.num_labels, device="cpu")
         without[rule.index] = 0
-        self._probs = deque([without] * rule.window, maxlen=rule.window)
+        self._window = deque([without] * rule.window, maxlen=rule.window)
 
-    def add(self, probs: torch.Tensor) -> torch.Tensor:
-        """Take in the probabilities `[num_labels]` of one more token. Return the mean."""
-        self._probs.append(probs)
-        return torch.stack(list(self._probs)).mean(dim=0)
+    def add(self, probs: torch.Tensor | list[float], flag: Halt | None) -> tuple[Halt | None, bool]:
+        """Take in one more token. Return its flag, and True if it ends the reply: one without a score does at once.
+
+        Args:
+            probs: the token's probabilities, `[num_labels]`.
+            flag: what `rule.halts` says of these alone.
+        """
+        if self.rule.window > 1:
+            self._window.append(torch.as_tensor(probs))
+            (flag,) = self.rule.halts(torch.stack(list(self._window)).mean(dim=0, keepdim=True))
+        self.length = 0 if flag is None else self.length + 1
+        return flag, flag is not None and (flag.score is None or self.length >= self.rule.patience)
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
@@ -238,9 +251,7 @@ class Halter:
                 raise ProbeError(f"halt_on: no head {name!r} is active; active: {', '.join(configs)}")
             self.rules += HaltRule.create_all(name, configs[name], **options)
         self.follows = on_token is not None or any(rule.config.reads_reply for rule in self.rules)
-        # Of each rule, by row: tokens in a row that it flagged, and its last tokens.
-        self._streaks: list[list[int]] = []
-        self._windows: list[list[Window]] = []
+        self._streaks: list[list[Streak]] = []  # of each rule, by row
 
     def decide(
         self, outputs: dict[str, ProbeOutput], prompts: int, texts: PromptTexts | None = None, copies: int = 1
@@ -258,8 +269,7 @@ class Halter:
         probs = self._probabilities(outputs)
         for rule in self.rules:
             flags = _asked(rule, probs[rule.head], texts) if rule.head in probs else [None] * prompts
-            self._streaks.append([int(flag is not None) for flag in flags for _ in range(copies)])
-            self._windows.append([Window(rule) for _ in range(prompts * copies)])
+            self._streaks.append([Streak(rule, flag is not None) for flag in flags for _ in range(copies)])
             if rule.patience == 1:
                 halts = [halt or flag for halt, flag in zip(halts, flags, strict=True)]
         self.halts = [halt for halt in halts for _ in range(copies)]
@@ -291,18 +301,14 @@ class Halter:
             for row in rows:
                 if (halt := decided[row]) is not None:
                     flag(row, halt, ends=True)
-        for number, rule in enumerate(self.rules):
+        for rule, streaks in zip(self.rules, self._streaks, strict=True):
             if rule.config.reads_reply:
-                probs, streaks = probs_by_head[rule.head], self._streaks[number]
-                means = probs.clone()
-                for row in rows if rule.window > 1 else ():
-                    means[row] = self._windows[number][row].add(probs[row])
-                reasons = rule.halts(means)
+                probs = probs_by_head[rule.head]
+                flags = rule.halts(probs)
                 for row in rows:  # tokens that do not count change nothing
-                    reason = reasons[row]
-                    streaks[row] = 0 if reason is None else streaks[row] + 1
+                    reason, ends = streaks[row].add(probs[row], flags[row])
                     if reason is not None:
-                        flag(row, reason, ends=streaks[row] >= rule.patience)
+                        flag(row, reason, ends)
         self.halts = halts
         return flagged
 

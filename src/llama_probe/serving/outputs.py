@@ -30,7 +30,7 @@ class Halt:
     Attributes:
         head: name of the head that flagged it. `None` if a function of the user decided.
         label: the label that was found.
-        score: the label's probability; for regression heads the value.
+        score: the label's probability; for regression heads the value. `None` if it is not a number, or there is none.
         threshold: the score from which the rule halts.
         token: index of the reply's last token, from 0. `None` if the reply was not begun.
     """

@@ -11,7 +11,6 @@ import torch
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, verdict
-from ..serving.outputs import Halt
 from .settings import ProbeSettings
 
 
@@ -48,7 +47,7 @@ def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> JS
             if rule.is_unsure(score):
                 unsure.append(rule.reason(score))
             elif read is None:
-                halt = halt or Halt(rule.head, threshold=rule.threshold)
+                halt = halt or rule.reason(math.nan)
             elif rule.patience == 1:  # else its flag is the first of a reply's
                 halt = halt or rule.halts(read)[0]
     shown = [asdict(each) for each in ([halt] if halt else unsure)]

@@ -14,7 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from ..files import JSON
 from ..heads.decision import probabilities
-from ..serving.halting import HaltRule, Window
+from ..serving.halting import HaltRule, Streak
 from ..serving.outputs import Halt
 from .answers import only, reading
 from .cache_plan import side_by_side
@@ -32,7 +32,7 @@ class Reply:
         is_delivered: an output has been sent. first: one without a token, which waits for the next.
         keeps_last: the last token may be delivered without a score: it ends the reply.
         scored: number of tokens that have scores.
-        streaks, windows: how often each rule has flagged in a row, and the last tokens of each.
+        streaks: of each rule.
         flagged: by rule the token at which its patience ended.
         halt: why the reply was ended.
         largest: by label the largest score, and the token that has it.
@@ -46,7 +46,7 @@ class Reply:
         self.is_delivered = self.keeps_last = False
         self.first: EngineCoreOutput | None = None
         self.scored = self.clear = 0
-        self.streaks, self.windows = [0] * len(rules), list(map(Window, rules))
+        self.streaks = list(map(Streak, rules))
         self.flagged: dict[int, int] = {}
         self.halt: Halt | None = None
         self.last: list[float] | None = None  # logits
@@ -130,9 +130,9 @@ class Replies:
     def flag_prompt(self, request_id: str, probes: Mapping[str, JSON]) -> None:
         """Count what heads flag of a prompt as the first of a rule's patience."""
         if (reply := self.running.get(request_id)) is not None:
-            for number, rule in enumerate(self.rules):
-                flagged = probes.get(rule.head, {}).get("flagged", ())
-                reply.streaks[number] = int(rule.config.id2label[rule.index] in flagged)
+            for streak in reply.streaks:
+                flagged = probes.get(streak.rule.head, {}).get("flagged", ())
+                streak.length = int(streak.rule.config.id2label[streak.rule.index] in flagged)
 
     def read_score(self, request_id: str) -> str | None:
         """Take in the score of a reply's newest token, as the next one comes. Return the head that ends the reply before it."""
@@ -146,7 +146,7 @@ class Replies:
                 self._add(reply, *row)
             elif self.holds_back:
                 rule = next(rule for rule, halts in zip(self.rules, self._guards, strict=True) if halts)
-                reply.halt = Halt(rule.head, threshold=rule.threshold, token=reply.scored)
+                reply.halt = replace(rule.reason(math.nan), token=reply.scored)
         return reply.halt and reply.halt.head
 
     def end(self, request: Request) -> None:
@@ -165,23 +165,13 @@ class Replies:
         before = reply.largest or [(-math.inf, 0)] * len(scores)
         reply.largest = [(new, token) if new > old[0] else old for new, old in zip(scores, before, strict=True)]
         is_clear = True
-        for number, flag in enumerate(flags):
-            rule = self.rules[number]
-            if rule.window > 1:
-                mean = reply.windows[number].add(torch.tensor(scores[self._columns[rule.head]]))
-                (flag,) = rule.halts(mean[None])
-            is_score = flag is not None and not math.isnan(flag.score)
-            if flag is None or not (is_score or self._guards[number]):
-                reply.streaks[number] = 0
-                continue
-            reply.streaks[number] += 1
-            is_clear = is_clear and not self._guards[number]
-            if is_score and reply.streaks[number] < rule.patience:
-                continue
-            reply.flagged.setdefault(number, token)
-            if self._guards[number] and reply.halt is None:
-                halt = flag if is_score else Halt(rule.head, threshold=rule.threshold)
-                reply.halt = replace(halt, token=token)
+        for number, (streak, flag) in enumerate(zip(reply.streaks, flags, strict=True)):
+            flag, ends = streak.add(scores[self._columns[streak.rule.head]], flag)
+            is_clear = is_clear and not (flag and self._guards[number])
+            if flag is not None and ends:
+                reply.flagged.setdefault(number, token)
+                if self._guards[number] and reply.halt is None:
+                    reply.halt = replace(flag, token=token)
         reply.clear = reply.clear + 1 if is_clear else 0
 
     def edit(self, output: EngineCoreOutput) -> bool:
