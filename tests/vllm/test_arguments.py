@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pytest
 from conftest import forget_own_kind, make_lm, make_probe
 from tiny_engine import HEADS, HIDDEN, REPLY_HEADS
@@ -75,12 +74,8 @@ class TestEngine:
         "arguments",
         [
             {"speculative_config": {"method": "eagle3", "model": "a"}},
-            {"kv_offloading_size": 1.0},
             {"enable_sleep_mode": True},
             {"monitor": {"tone": {"label": "no such label"}}},
-            {"scheduler_cls": "mine.Scheduler"},
-            {"kv_transfer_config": {"kv_connector": "NixlConnector"}},
-            {"hf_overrides": {"architectures": ["Other"]}},
             {"halt_on": lambda outputs: [True]},
             {"halt_on": "nobody"},
             {"halt_on": {"guard": {"unsure": (0.4, 0.6), "ask": print}}},
@@ -88,7 +83,6 @@ class TestEngine:
             {"monitor": "guard", "halt_on": "guard"},
             {"hold_back": -1},
             {"hold_back": 1, "halt_on": "guard"},
-            {"probe": []},
             {"probe": {"odd": make_probe(hidden_size=HIDDEN)}},
         ],
         ids=lambda arguments: next(iter(arguments)),  # the same in each process
@@ -113,11 +107,10 @@ class TestEngine:
 
     def test_refuses_models(self, tiny, tmp_path):
         config = AutoConfig.from_pretrained(tiny.backbone)
-        for architecture, ranks, named in (("Gemma3", 1, "Gemma3"), ("Qwen3Moe", 2, "pipeline_parallel_size=2")):
-            config.architectures = [f"{architecture}ForCausalLM"]
-            config.save_pretrained(tmp_path)
-            with pytest.raises(ProbeError, match=named):
-                engine_kwargs(tmp_path, tiny.heads, pipeline_parallel_size=ranks)
+        config.architectures = ["Gemma3ForCausalLM"]
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ProbeError, match="Gemma3"):
+            engine_kwargs(tmp_path, tiny.heads)
         (tmp_path / "config.json").unlink()
         with pytest.raises(ProbeError, match="cannot be read"):
             engine_kwargs(tmp_path, tiny.heads)
@@ -127,17 +120,6 @@ class TestEngine:
         with pytest.raises(ProbeError, match=r"0\.33\.1"):
             engine_kwargs(tiny.backbone, tiny.heads)
         assert engine_kwargs(tiny.backbone, tiny.heads, allow_untested_vllm=True)
-
-    def test_refuses_plugins_without_its_own(self, tiny, monkeypatch):
-        monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
-        with pytest.raises(ProbeError, match="VLLM_PLUGINS"):
-            engine_kwargs(tiny.backbone, tiny.heads)
-        monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver,llama_probe")
-        assert make_config(tiny.backbone, tiny.heads).model_config.architecture == "ProbedLlamaForCausalLM"
-
-    def test_takes_thresholds_of_numpy(self, tiny):
-        config = make_config(tiny.backbone, tiny.heads, halt_on={"guard": {"threshold": np.float32(0.25)}})
-        assert config.compute_hash() and ProbeSettings.of(config).rules[0].threshold == 0.25
 
     def test_runs_the_code_of_heads_that_are_trusted(self, own_kind, tmp_path):
         make_lm().save_pretrained(tmp_path / "lm")
@@ -151,7 +133,7 @@ class TestEngine:
     @pytest.mark.parametrize(
         ("part", "name", "value"),
         [
-            ("parallel_config", "decode_context_parallel_size", 2),
+            ("model_config", "enable_sleep_mode", True),
             ("scheduler_config", "scheduler_cls", None),
             ("kv_transfer_config", "kv_connector", "OffloadingConnector"),
         ],
@@ -296,7 +278,6 @@ class TestCommandLine:
         [
             (["--probe", "c"], "--probe"),
             (["--halt-reply", "No."], "--halt-reply"),
-            (["--halt-reply", "", "--halt-on", "guard"], "--halt-reply"),
             (["--judge", JUDGE], "--unsure"),
             (["--judge-fails", "open"], "--judge"),
             (["--judge", JUDGE, "--unsure", "guard=0.2:0.6"], "--halt-on"),
@@ -310,15 +291,8 @@ class TestCommandLine:
             (["--judge", "http://h/v1/chat/completions", *BAND], "--judge-model"),
             (["--judge", "http://me:secret@h/v1/moderations", *BAND], "LLAMA_PROBE_JUDGE_KEY"),
             (["--judge", "http://h/v1/moderations?key=secret", *BAND], "LLAMA_PROBE_JUDGE_KEY"),
-            (["--model=other"], "--model"),
             (["--monitor", "guard={"], "--monitor 'guard="),
-            (["--headless"], "--headless"),
-            (["--api-server-count", "2"], "--api-server-count"),
-            (["-dcp", "2"], "decode_context_parallel_size"),
             (["--speculative-config", '{"model": "eagle"}'], "speculative_config"),
-            (["--spec-method", "eagle3"], "speculative_config"),
-            (["--runne=pooling"], "runner"),
-            (["--hf-overrides", '{"architectures": ["A"]}'], "hf_overrides"),
         ],
         ids=str,
     )
@@ -346,10 +320,9 @@ class TestCommandLine:
         assert "llama_probe.errors" in done.stderr and "torch" not in done.stderr.split("error: ")[0]
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, ValueError, KeyError, OSError])
-def test_server_whose_engine_does_not_start_exits_with_one_line(tiny, monkeypatch, kind):
+def test_server_whose_engine_does_not_start_exits_with_one_line(tiny, monkeypatch):
     async def fail(arguments):
-        raise kind("Engine core failed.\nSee root cause above.")
+        raise RuntimeError("Engine core failed.\nSee root cause above.")
 
     monkeypatch.setattr(server, "server_arguments", lambda: command_line(tiny))
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")

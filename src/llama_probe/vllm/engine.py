@@ -71,8 +71,6 @@ def engine_kwargs(
         raise ProbeError(f"hold_back={hold_back!r} must be a number of tokens from 0")
     transfer = transfer_config(kwargs.pop("kv_transfer_config", None))
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
-    if not isinstance(overrides, Mapping) or "architectures" in overrides:
-        raise ProbeError("hf_overrides must be a dict without architectures: heads need the model class of their own")
     model = resolve_backbone(os.fspath(model))
     check_within_reach(model)
     trust_remote_code = bool(kwargs.get("trust_remote_code", False))
@@ -81,7 +79,7 @@ def engine_kwargs(
     if target is None or target.hidden_size is None:
         raise ProbeError(f"the config of {model!r} cannot be read, or names no sizes: heads cannot be matched to it")
     hf_config = AutoConfig.from_pretrained(model, revision=target.revision)
-    architecture = probed_architecture(hf_config.architectures, kwargs.get("pipeline_parallel_size", 1))
+    architecture = probed_architecture(hf_config.architectures)
     heads, aliases = {}, {}
     for name, source in named_sources(probe).items():
         if isinstance(source, ProbeModel):
@@ -90,8 +88,6 @@ def engine_kwargs(
         aliases[name] = bundled_alias(source, folder)
         _check_head(name, ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code), target)
         heads[name] = str(folder)
-    if not heads:
-        raise ProbeError("probe= names no head; without heads, pass the model to vllm.LLM itself")
     options = (None if spec is None else options_by_head(spec) for spec in (halt_on, monitor))
     settings = ProbeSettings(heads, *options, hold_back, trust_remote_code=trust_remote_code, **(for_server or {}))
     settings.check(kwargs.get("speculative_config") is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -63,8 +62,7 @@ class ProbeSettings:
 
     def to_dict(self) -> JSON:
         """With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders."""
-        values = json.loads(json.dumps(asdict(self), default=float))  # thresholds may be NumPy's
-        return {**values, _LAYERS: self.layers}
+        return {**asdict(self), _LAYERS: self.layers}
 
     @cached_property
     def configs(self) -> dict[str, ProbeConfig]:
@@ -119,8 +117,6 @@ class ProbeSettings:
         """Raise `ProbeError` if rules do not go with heads, each other, or an engine that drafts tokens."""
         if both := sorted(set(self.halt_on or ()) & set(self.monitor or ())):
             raise ProbeError(f"halt_on and monitor both name {', '.join(both)}: a head does one or the other")
-        if unknown := sorted(set(self.monitor or ()) - set(self.heads)):
-            raise ProbeError(f"monitor names {', '.join(unknown)}; the heads are {', '.join(self.heads)}")
         if any(rule.ask is not None for rule in self.flags):
             raise ProbeError(NO_FUNCTIONS)
         for rule in self.rules:
@@ -136,9 +132,6 @@ class ProbeSettings:
     def check_engine(self, config: VllmConfig) -> None:
         """Raise `ProbeError` if a complete config does not go with these heads, or lacks a part of what they need."""
         check_config(config)
-        for name in ("enable_prompt_embeds", "skip_tokenizer_init"):
-            if self.judge is not None and getattr(config.model_config, name):
-                raise ProbeError(f"{name} does not go with a judge: it reads texts")
         self.check(config.speculative_config is not None)
         # Sampling masks and experts of tokens cannot be held back with these.
         if self.guards_replies and (config.model_config.return_sampling_mask or config.aux_output_config.enabled):
