@@ -31,10 +31,8 @@ COMPLETIONS = "/v1/completions"
 Formats = Callable[[str], PromptFormat]  # from a head's name
 
 
-def prompt_formats(configs: Mapping[str, ProbeConfig], tokenizer: object) -> Formats:
+def prompt_formats(configs: Mapping[str, ProbeConfig], tokenizer: PreTrainedTokenizerBase) -> Formats:
     """Return a function that gives the form in which a head, whose config is by name, was trained to read texts."""
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise ProbeError(f"texts need a tokenizer of transformers, not {type(tokenizer).__name__}")
     tokenizer = copy.deepcopy(tokenizer)  # the server's own may be at work in another thread
     return functools.cache(lambda name: PromptFormat.from_config(configs[name], tokenizer))
 
@@ -44,16 +42,13 @@ class LabelRequest(ABC):
 
     Attributes:
         is_judged: the answer depends on what is flagged, and so on a judge.
-        names_model: the body may name the model that is served.
         have_replies: the inputs are chats that end with a reply, which is scored.
         asked: `kv_transfer_params` of each prompt: the heads whose form it has, and where a reply in it begins.
     """
 
-    is_judged = names_model = True
-
     def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
         self.settings, self.query = settings, query
-        self.have_replies, self.asked = False, list[JSON]()
+        self.is_judged, self.have_replies, self.asked = True, False, list[JSON]()
 
     @abstractmethod
     def read(self, body: JSON) -> tuple[list[str], list[Any]]:
@@ -73,8 +68,8 @@ class LabelRequest(ABC):
             prompts = self._prompts(heads, inputs, formats)
         except ValueError as error:  # a ProbeError is one, and so is a body that is not JSON
             raise HTTPException(400, str(error)) from None
-        model = request.get("model") if self.names_model else None
-        return json.dumps({"model": model, "prompt": prompts, "max_tokens": 1, "temperature": 0}).encode()
+        asked = {"model": request.get("model"), "prompt": prompts, "max_tokens": 1, "temperature": 0}
+        return json.dumps(asked).encode()
 
     def _prompts(self, heads: Sequence[str], inputs: list[Any], formats: Formats) -> list[list[int]]:
         """Return the token ids of each input, for each form. Note what is asked of each prompt."""
@@ -98,9 +93,7 @@ class LabelRequest(ABC):
                 rows, reading = readings.setdefault(name, []), prompt["probes"][name]
                 if "error" in reading:  # it must not pass for an input that is fine
                     message = f"input {len(rows)} has no score of {name}: {reading['error']}"
-                    return 400, {
-                        "error": {"message": message, "type": "BadRequestError", "param": "input", "code": 400}
-                    }
+                    return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
                 rows.append(reading)
         return 200, self.results(readings, completion)
 
@@ -108,19 +101,20 @@ class LabelRequest(ABC):
 class Moderations(LabelRequest):
     """OpenAI's moderations. A category is `HEAD/LABEL`, for each label that can be flagged; see `ProbeSettings.flags`."""
 
-    def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
-        super().__init__(settings, query)
-        self.flags = [rule for rule in settings.flags if rule.config.token_scope != "response"]
-
     def read(self, body):
         return self.flagging(), _moderated(body.get("input"))
 
     def flagging(self) -> list[str]:
-        """Return the names of the heads that flag the inputs."""
-        heads = list(dict.fromkeys(rule.head for rule in self.flags))
-        if not heads:
+        """Choose the rules that flag the inputs. Return the names of their heads."""
+        are_replies = self.have_replies
+        self.flags = [
+            rule
+            for rule in self.settings.flags
+            if (rule.config.reads_reply if are_replies else rule.config.token_scope != "response")
+        ]
+        if not self.flags:
             raise ProbeError("no head here flags a label of such inputs: halt_on must name one")
-        return heads
+        return list(dict.fromkeys(rule.head for rule in self.flags))
 
     def results(self, readings, completion):
         results = []
@@ -149,24 +143,19 @@ class Guardrail(Moderations):
     Its messages are one chat. Without these, each of its texts is one. A response is its texts, each a reply to the chat, whole.
     """
 
-    names_model = False  # the model is the gateway's
-
     def read(self, body):
+        body["model"] = None  # it has the gateway's
         kind, texts = body.get("input_type"), body.get("texts") or []
         chat = _chat(body.get("structured_messages"))
         if kind not in ("request", "response"):
             raise ProbeError(f"input_type is {kind!r}; it must be request or response")
-        if kind == "response":
-            self.have_replies, self.is_judged = True, False
-            self.flags = [rule for rule in self.settings.flags if rule.config.reads_reply]
-            if not self.flags or not chat or not _are_texts(texts):
-                raise ProbeError("a response needs a head here that follows replies, structured_messages and texts")
-            return self.flagging(), [exchange(chat, text) for text in texts]
-        if chat:
+        self.have_replies = kind == "response"
+        self.is_judged = not self.have_replies
+        if chat and not self.have_replies:
             return self.flagging(), [chat]
-        if not _are_texts(texts):
-            raise ProbeError("structured_messages or texts must hold a text")
-        return self.flagging(), texts
+        if not _are_texts(texts) or (self.have_replies and not chat):
+            raise ProbeError("it must have structured_messages or texts; a response must have both")
+        return self.flagging(), [exchange(chat, text) for text in texts] if self.have_replies else texts
 
     def results(self, readings, completion):
         moderations = super().results(readings, completion)["results"]
@@ -179,9 +168,8 @@ class Guardrail(Moderations):
 class Classification(LabelRequest):
     """vLLM's classification, by the head that `probe` names in the body or the URL."""
 
-    is_judged = False
-
     def read(self, body):
+        self.is_judged = False
         configs = self.settings.configs.items()
         heads = [name for name, config in configs if config.token_scope != "response"]
         head = body.get("probe", self.query.get("probe", heads[0] if len(heads) == 1 else None))
@@ -252,11 +240,12 @@ def _classified(reading: JSON, config: ProbeConfig) -> tuple[str | None, list[fl
     """Return the label, and a number for each label: its probability, its value, or 0 and 1 if scores are hidden."""
     label = reading.get("label")
     labels = label if isinstance(label, list) else [] if label is None else [label]
-    if "logits" not in reading:
-        hidden = config.problem_type == "regression"
-        values = [] if hidden else [float(name in labels) for name in config.id2label.values()]
-        return next(iter(labels), None), values
-    scores = reading.get("scores") or {config.id2label[0]: reading["score"]}
+    if "scores" in reading:
+        scores = reading["scores"]
+    elif config.problem_type == "regression":
+        scores = {name: reading[name] for name in ("score",) if name in reading}
+    else:
+        scores = {name: float(name in labels) for name in config.id2label.values()}
     return max(labels, key=scores.get, default=None), list(scores.values())
 
 

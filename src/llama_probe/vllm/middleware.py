@@ -20,10 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import RequestOutput, SamplingParams
 from vllm.engine.protocol import EngineClient
 
-from ..errors import ProbeError
 from .counters import announce, count, count_reply
 from .judge import Judge
-from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
+from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, prompt_formats
 from .payloads import HALTED, Scores, prompt_halt, reply_of, was_halted
 from .settings import ProbeSettings
 
@@ -71,19 +70,25 @@ class ProbeStreams:
         _scores.set(scores)  # for this request alone, which has a task of its own
         if (route := LABEL_ROUTES.get(_path(scope))) is not None:
             scores.labels = route(settings, Request(scope).query_params)
-            await self._label(scores.labels, scores, scope, receive, send)
+            await self._label(scores, scope, receive, send)
             return
         checked = _rewritten(scope, receive, functools.partial(check_request, settings))
         await self.app(scope, checked, _Response(send, scores).send)
 
-    async def _label(self, asked: LabelRequest, scores: Scores, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _label(self, scores: Scores, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request for labels by one for completions."""
-        messages: list[Message] = []
+        asked, messages = scores.labels, list[Message]()
+        if self._formats is None:
+            tokenizer = scope["app"].state.engine_client.get_tokenizer()
+            self._formats = prompt_formats(asked.settings.configs, tokenizer)
 
         async def keep(message: Message) -> None:
             messages.append(message)
 
-        rewrite = functools.partial(self._completion, asked, scope["app"].state.engine_client)
+        async def rewrite(body: bytes) -> bytes:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, asked.completion, body, self._formats)
+
         await self.app(_as_completion(scope), _rewritten(scope, receive, rewrite), keep)
         if messages[0]["status"] != 200:
             for message in messages:
@@ -98,17 +103,6 @@ class ProbeStreams:
         MutableHeaders(scope=start)["content-length"] = str(len(body))
         await send(start)
         await send({"type": "http.response.body", "body": body})
-
-    async def _completion(self, asked: LabelRequest, engine: EngineClient, body: bytes) -> bytes:
-        def encoded() -> bytes:
-            if self._formats is None:
-                self._formats = prompt_formats(asked.settings.configs, engine.get_tokenizer())
-            return asked.completion(body, self._formats)
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, encoded)
-        except ProbeError as error:
-            raise HTTPException(501, str(error)) from None
 
 
 class _Response:
@@ -182,8 +176,6 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
     try:
         # It is read as the server reads it: the key may be written with escapes, or the body in UTF-16.
         asked = json.loads(body)["kv_transfer_params"].get("probes")
-    except RecursionError:
-        raise HTTPException(400, "the body is nested too deeply") from None
     except (AttributeError, KeyError, TypeError, ValueError):  # the server says what is wrong, if anything is
         return body
     if asked is None or (isinstance(asked, list) and all(name in list(settings.heads) for name in asked)):
