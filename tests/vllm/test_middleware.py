@@ -80,7 +80,7 @@ def test_halted_choice_with_a_tool_call_says_so():
     scores.prompts = [{"probes": {}, "halted": None}]
     scores.ends = {0: ended(0, "content_filter", "watch"), 1: ended(1, "stop")}
     choices = [{"index": index, "finish_reason": "tool_calls", "stop_reason": None} for index in range(2)]
-    said = json.loads(scores.complete(json.dumps({"choices": choices}).encode()))
+    said = json.loads(scores.complete(json.dumps({"choices": choices}).encode())[1])
     assert [choice["finish_reason"] for choice in said["choices"]] == ["content_filter", "tool_calls"]
     assert said["kv_transfer_params"] == scores.last
 

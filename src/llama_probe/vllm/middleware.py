@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from fastapi import HTTPException
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import MutableHeaders, State
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm import RequestOutput, SamplingParams
@@ -22,7 +22,7 @@ from vllm.engine.protocol import EngineClient
 
 from .counters import announce, count, count_reply
 from .judge import Judge
-from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, prompt_formats
+from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
 from .payloads import HALTED, Scores, prompt_halt, reply_of, was_halted
 from .settings import ProbeSettings
 
@@ -68,41 +68,18 @@ class ProbeStreams:
         settings = self._settings
         scores = Scores((state.args.served_model_name or [state.args.model])[0])
         _scores.set(scores)  # for this request alone, which has a task of its own
+        rewrite = functools.partial(check_request, settings)
         if (route := LABEL_ROUTES.get(_path(scope))) is not None:
             scores.labels = route(settings, Request(scope).query_params)
-            await self._label(scores, scope, receive, send)
-            return
-        checked = _rewritten(scope, receive, functools.partial(check_request, settings))
-        await self.app(scope, checked, _Response(send, scores).send)
+            scope, rewrite = _as_completion(scope), functools.partial(self._completion, scores.labels, state)
+        await self.app(scope, _rewritten(scope, receive, rewrite), _Response(send, scores).send)
 
-    async def _label(self, scores: Scores, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request for labels by one for completions."""
-        asked, messages = scores.labels, list[Message]()
+    async def _completion(self, labels: LabelRequest, state: State, body: bytes) -> bytes:
+        """Return the body of the request for completions that a request for labels becomes."""
         if self._formats is None:
-            tokenizer = scope["app"].state.engine_client.get_tokenizer()
-            self._formats = prompt_formats(asked.settings.configs, tokenizer)
-
-        async def keep(message: Message) -> None:
-            messages.append(message)
-
-        async def rewrite(body: bytes) -> bytes:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._thread, asked.completion, body, self._formats)
-
-        await self.app(_as_completion(scope), _rewritten(scope, receive, rewrite), keep)
-        if messages[0]["status"] != 200:
-            for message in messages:
-                await send(message)
-            return
-        completion = json.loads(b"".join(message.get("body", b"") for message in messages))
-        if completion is None:  # the client has gone
-            return
-        start = messages[0]  # with the headers of other middleware
-        start["status"], content = asked.response(completion, scores.prompts)
-        body = json.dumps(content, ensure_ascii=False).encode()
-        MutableHeaders(scope=start)["content-length"] = str(len(body))
-        await send(start)
-        await send({"type": "http.response.body", "body": body})
+            self._formats = prompt_formats(labels.settings.configs, state.engine_client.get_tokenizer())
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, labels.completion, body, self._formats)
 
 
 class _Response:
@@ -131,7 +108,7 @@ class _Response:
         if self._is_stream:
             body = self._scores.stream(body)
         elif is_whole:
-            body = self._scores.complete(body)
+            self._start["status"], body = self._scores.complete(body)
         if self._start is not None:
             headers = MutableHeaders(scope=self._start)
             if is_whole:

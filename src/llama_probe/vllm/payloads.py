@@ -88,10 +88,14 @@ class Scores:
         """Return True if the reply of a choice has been halted."""
         return index in self.ends and self.ends[index].finish_reason == HALTED
 
-    def complete(self, body: bytes) -> bytes:
-        """Return a complete response with scores in each of several choices, and with the halt."""
-        payload = json.loads(body)
-        if "choices" in payload:
+    def complete(self, body: bytes) -> tuple[int, bytes]:
+        """Return status and body of a complete response, with scores in each of several choices, and with the halt."""
+        status, payload = 200, json.loads(body)
+        if payload is None:  # the client has gone
+            return status, body
+        if self.labels is not None:
+            status, payload = self.labels.response(payload, self.prompts)
+        elif "choices" in payload:
             several = len(self.prompts) > 1
             payload["kv_transfer_params"] = None if several else self.last
             for choice in payload["choices"]:
@@ -102,9 +106,7 @@ class Scores:
             payload |= _INCOMPLETE
         elif payload.get("type") == "message" and self.is_halted(0):
             payload |= _REFUSAL
-        else:
-            return body
-        return json.dumps(payload, ensure_ascii=False).encode()
+        return status, json.dumps(payload, ensure_ascii=False).encode()
 
     def stream(self, body: bytes) -> bytes:
         """Return events of a stream with scores in the first of each choice, and with the halt. vLLM sends whole events."""
