@@ -27,18 +27,11 @@ from llama_probe.backbone.loading import demo_backbone
 from llama_probe.vllm import engine_kwargs
 
 
-PROMPT, NEW, TURNS, MOST = 128, 65, int(os.environ.get("TURNS", "7")), 64 if torch.cuda.is_available() else 32
-REPLY_KINDS = ("gate", "multimax")
-COPIES = {"plain": 0, "one head": 1, "eight heads": 8} | {f"{kind} of replies": 1 for kind in REPLY_KINDS}
-ASKS_FOR_NONE = "without heads"
-# By name the engine, and the number of requests at once. The first of each number is the base of the others.
-CASES = {"plain": ("plain", 8), "one head": ("one head", 8), f"cache {ASKS_FOR_NONE}": ("one head", 8)}
-CASES |= {"eight heads": ("eight heads", 8)}
-for requests in (1, 8, MOST):
-    CASES |= {f"plain, {requests} at once": ("plain", requests)}
-    for kind in REPLY_KINDS:
-        CASES[f"{kind} of replies, {requests} at once"] = (f"{kind} of replies", requests)
-        CASES[f"{kind} of replies, {requests} at once, {ASKS_FOR_NONE}"] = (f"{kind} of replies", requests)
+PROMPT, NEW, REQUESTS, TURNS = 128, 65, 8, int(os.environ.get("TURNS", "7"))
+COPIES = {"plain": 0, "one head": 1, "eight heads": 8, "gate of replies": 1, "multimax of replies": 1}
+ASKS_FOR_NONE = "one head, without heads"
+# By name the engine.
+CASES = {**{engine: engine for engine in COPIES}, ASKS_FOR_NONE: "one head"}
 _MARK = "measured "  # vLLM logs to the same stream
 
 
@@ -56,7 +49,7 @@ def make_reply_head(kind: str, folder: str) -> str:
 
 def load(engine: str, head: str) -> LLM:
     """Start an engine."""
-    common = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": MOST}
+    common = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": REQUESTS}
     common["enforce_eager"] = os.environ.get("GPU_GRAPHS", "0") == "0"
     if torch.cuda.is_available():
         common["gpu_memory_utilization"] = 0.8 / len(COPIES)
@@ -64,7 +57,7 @@ def load(engine: str, head: str) -> LLM:
         return LLM(str(demo_backbone()), **common)
     with tempfile.TemporaryDirectory() as folder:
         kind = engine.removesuffix(" of replies")
-        source = make_reply_head(kind, folder) if kind in REPLY_KINDS else head
+        source = head if kind == engine else make_reply_head(kind, folder)
         heads = {f"head-{number}": source for number in range(COPIES[engine])}
         # It flags nothing. A guard would cost the same: a token that is held back takes no time.
         rules = {"head-0": {"label": "LABEL_1", "threshold": 1.0}} if source != head else None
@@ -75,9 +68,9 @@ def serve(engine: str, head: str) -> None:
     """Print the tokens of an engine's cache, and for each case on standard input the seconds that it takes."""
     llm = load(engine, head)
 
-    def seconds(requests: int, new: int, asked: dict) -> float:
+    def seconds(new: int, asked: dict) -> float:
         params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, extra_args=asked)
-        prompts = [{"prompt_token_ids": list(range(100 + i, 100 + i + PROMPT))} for i in range(requests)]
+        prompts = [{"prompt_token_ids": list(range(100 + i, 100 + i + PROMPT))} for i in range(REQUESTS)]
         llm.reset_prefix_cache()
         (begin,) = llm.collective_rpc(clock)
         llm.generate(prompts, params, use_tqdm=False)
@@ -86,9 +79,8 @@ def serve(engine: str, head: str) -> None:
     cache = llm.llm_engine.vllm_config.cache_config
     print(f"{_MARK}{cache.num_gpu_blocks * cache.block_size}", flush=True)
     for line in sys.stdin:
-        case, requests = json.loads(line)
-        asked = {"kv_transfer_params": {"probes": []}} if case.endswith(ASKS_FOR_NONE) else {}
-        first, whole = seconds(requests, 1, asked), seconds(requests, NEW, asked)
+        asked = {"kv_transfer_params": {"probes": []}} if json.loads(line) == ASKS_FOR_NONE else {}
+        first, whole = seconds(1, asked), seconds(NEW, asked)
         print(f"{_MARK}{json.dumps([first, (whole - first) / (NEW - 1)])}", flush=True)
 
 
@@ -107,8 +99,8 @@ def main(head: str) -> None:
         tokens = {engine: int(answer(engine)) for engine in COPIES}
         turns = defaultdict(list)  # by case: CPU seconds of the prefill, and of a decoding step
         for turn in range(TURNS + 1):
-            for case, (engine, requests) in CASES.items():
-                print(json.dumps([case, requests]), file=running[engine].stdin, flush=True)
+            for case, engine in CASES.items():
+                print(json.dumps(case), file=running[engine].stdin, flush=True)
                 found = json.loads(answer(engine))
                 if turn:  # the first one warms up
                     turns[case].append(found)
@@ -116,16 +108,14 @@ def main(head: str) -> None:
         for process in running.values():
             process.stdin.close()  # which ends it
             process.wait()
+    base = turns.pop("plain")
+    middle = [round(1000 * statistics.median(column), 1) for column in zip(*base, strict=True)]
+    print(f"plain: {tokens['plain']:,} tokens in the cache; prefill and step take {middle} ms")
     for case, figures in turns.items():
-        engine, requests = CASES[case]
-        if engine == "plain":
-            base = figures
-            middle = [round(1000 * statistics.median(column), 1) for column in zip(*base, strict=True)]
-            print(f"{case}: {tokens['plain']:,} tokens in the cache; prefill and step take {middle} ms")
-            continue
         ratios = [[own / plain for own, plain in zip(*pair, strict=True)] for pair in zip(figures, base, strict=True)]
         prefill, step = (f"{statistics.median(column):.3f}x" for column in zip(*ratios, strict=True))
-        print(f"{case}: cache {tokens['plain'] / tokens[engine]:.2f}x; prefill {prefill}, a decoding step {step}")
+        cache = tokens["plain"] / tokens[CASES[case]]
+        print(f"{case}: cache {cache:.2f}x; prefill {prefill}, a decoding step {step}")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,16 @@
 """One engine: prompts in chunks, a cache too small for all at once, guards of prompts and of replies, an adapter."""
 
-import gc
 import json
-import math
-import random
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_engine import HEADS, HIDDEN, PREFIX, PROMPTS, REPLY_HEADS, TinyServing, generate, make_serving, metric
 from transformers import AutoModelForCausalLM
-from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RequestOutputKind
 
 from llama_probe import AutoModelForProbedGeneration
 from llama_probe.vllm.state_cache import cache_growth
-from llama_probe.vllm.step_scores import StepScores
 
 
 BLOCK, BLOCKS, NEW = 32, 10, 50
@@ -137,48 +131,6 @@ class TestEngine:
         tokens = said["probes"]["watch"]["tokens"]
         tiny.check_reply(passing[0], list(whole.outputs[0].token_ids)[:tokens], said)
         assert len(output.outputs[0].token_ids) <= tokens
-
-    def test_crowd_that_comes_and_goes_gets_no_unscored_token(self, llm, tiny, monkeypatch):
-        """500 requests, 64 at once: some are aborted at any time, and some get scores that are not numbers."""
-        chance, engine, read, most = random.Random(0), llm.llm_engine, StepScores.read_replies, 5
-        prompts = [ids for ids in PROMPTS if (tiny.expected(ids, 1)[1] or ("watch",))[0] == "watch"][:6]
-        # A stop string, which nobody writes, has every output say how many tokens were scored.
-        options = {"max_tokens": most, "temperature": 0, "ignore_eos": True, "stop": ["\0"]}
-        params = SamplingParams(output_kind=RequestOutputKind.DELTA, **options)
-        running, broken, ends, sizes = {}, set(), [], []
-
-        def read_replies(step):
-            logits = read(step).copy()
-            for row, request_id in enumerate(step.replies):
-                if chance.random() < 0.02:
-                    logits[row] = math.nan
-                    broken.add(request_id.partition("-")[0])
-            return logits
-
-        monkeypatch.setattr(StepScores, "read_replies", read_replies)
-        for names in (range(250), range(250, 500)):
-            waiting = [*map(str, names)]
-            while waiting or running:
-                while waiting and len(running) < 64:
-                    running[name := waiting.pop()] = []
-                    engine.add_request(name, {"prompt_token_ids": prompts[int(name) % len(prompts)]}, params)
-                for output in engine.step():
-                    name, (choice,), (said,) = output.request_id, output.outputs, output.kv_transfer_params["replies"]
-                    running[name] += choice.token_ids
-                    tokens, (shown, _) = running[name], tiny.expected(prompts[int(name) % len(prompts)], most)
-                    assert tokens == shown[: len(tokens)] and len(tokens) <= said["probes"]["watch"]["tokens"]
-                    if output.finished:
-                        assert choice.stop_reason == "watch" or (len(tokens) == most and name not in broken)
-                        ends.append(choice.stop_reason)
-                        del running[name]
-                if running and chance.random() < 0.2:
-                    name = chance.choice([*running])
-                    engine.abort_request([name])
-                    del running[name]
-            gc.collect()
-            sizes.append(len(gc.get_objects()))
-        assert 300 < len(ends) < 480 and {*ends} == {"watch", None} and len(broken) > 5
-        assert sizes[1] - sizes[0] < 250, "less than an object a request"
 
     def test_reply_in_the_prompt_is_scored_as_a_whole(self, llm, tiny):
         """Only if nothing is written: elsewhere it would hide a prompt's end from its guard."""

@@ -14,7 +14,7 @@ from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRAT
 
 from llama_probe.vllm.answers import answer
 from llama_probe.vllm.compatibility import ARCHITECTURES, PREFIX
-from llama_probe.vllm.payloads import Scores, was_halted
+from llama_probe.vllm.payloads import Scores
 from llama_probe.vllm.settings import ProbeSettings
 
 
@@ -133,18 +133,6 @@ def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it():
     assert [event["kv_transfer_params"] for event in events] == [prompt] * 4 + scores.prompts * 4
     assert events[-1]["choices"][0]["stop_reason"] == "watch" and events[-1]["id"] == "chatcmpl-1"
     assert said[-1].endswith(b"\n\ndata: [DONE]")
-
-
-def test_halt_of_each_reply():
-    def halted(known: dict, stop_reason: str) -> list[bool]:
-        return [was_halted(ended(index, "stop", stop_reason), known, {"watch"}) for index in range(4)]
-
-    assert all(halted({"probes": {"guard": BAD}, "halted": {"head": "guard", "token": None}}, "guard")), "of a prompt"
-    reply = {"head": "watch", "token": 3}
-    replies = [*({"probes": {"watch": {}}, "halted": halt} for halt in (None, reply)), None]
-    known = {"probes": {"guard": BAD}, "halted": reply, "replies": replies}
-    for stop_reason, last in (("watch", True), ("a stop string", False)):
-        assert halted(known, stop_reason) == [False, True, last, last]
 
 
 def test_halt_of_a_reply_is_seen_beside_that_of_another_engine(tmp_path):

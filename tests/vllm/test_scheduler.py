@@ -99,10 +99,11 @@ class TestPrompts:
 
 def shown(script: Script, most: int, patience: int = 1, hold_back: int = 0) -> tuple[int, int | None]:
     """The number of tokens that a client may see, and the token that halted the reply."""
-    flagged = [token in script.flags for token in range(most)]
+    flagged = [token in script.flags or token in script.no_number for token in range(most)]
     total = most if script.end is None else min(script.end, most)
     for token in range(total):
-        if token + 1 >= patience and all(flagged[token + 1 - patience : token + 1]):
+        is_halted = token + 1 >= patience and all(flagged[token + 1 - patience : token + 1])
+        if is_halted or token in script.no_number:
             clear = [t for t in range(hold_back, token) if not any(flagged[t - hold_back : t + 1])]
             return max((t + 1 - hold_back for t in clear), default=0), token
     return total, None
@@ -124,7 +125,7 @@ def check(player: Player, name: str, most: int = 5, **rule) -> None:
     assert (halted and halted["token"]) == halt and (not halted or last.kv_transfer_params["halted"])
     scored = halt + 1 if halt is not None else count
     assert said["tokens"] == scored
-    if scored:
+    if scored and halt not in script.no_number:
         largest = float(any(token in script.flags for token in range(scored)))
         assert said["largest"]["bad"]["score"] == pytest.approx(largest, abs=1e-3)
 
@@ -244,7 +245,8 @@ class TestReplies:
                 name = waiting.pop()
                 most[name] = chance.randrange(1, 60)
                 flags = [token for token in range(60) if chance.random() < 0.03 * patience**2]
-                script = Script(flags, end=chance.choice([None, chance.randrange(60)]))
+                no_number = [token for token in range(60) if chance.random() < 0.005]
+                script = Script(flags, no_number=no_number, end=chance.choice([None, chance.randrange(60)]))
                 player.add(name, script, chance.randrange(1, 60), max_tokens=most[name])
             if chance.random() < 0.05 and (running := list(player.scheduler.requests)):
                 gone.add(name := chance.choice(running))
