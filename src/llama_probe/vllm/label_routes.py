@@ -65,6 +65,8 @@ class LabelRequest(ABC):
             if not isinstance(request, dict):
                 raise ProbeError("the body must be a JSON object")
             heads, inputs = self.read(request)
+            if not inputs:
+                raise ProbeError("there is no text to label")
             prompts = self._prompts(heads, inputs, formats)
         except ValueError as error:  # a ProbeError is one, and so is a body that is not JSON
             raise HTTPException(400, str(error)) from None
@@ -151,11 +153,11 @@ class Guardrail(Moderations):
             raise ProbeError(f"input_type is {kind!r}; it must be request or response")
         self.have_replies = kind == "response"
         self.is_judged = not self.have_replies
-        if chat and not self.have_replies:
-            return self.flagging(), [chat]
-        if not _are_texts(texts) or (self.have_replies and not chat):
-            raise ProbeError("it must have structured_messages or texts; a response must have both")
-        return self.flagging(), [exchange(chat, text) for text in texts] if self.have_replies else texts
+        if not self.have_replies:
+            return self.flagging(), [chat] if chat else texts
+        if not chat:
+            raise ProbeError("a response must have structured_messages")
+        return self.flagging(), [exchange(chat, text) for text in texts]
 
     def results(self, readings, completion):
         moderations = super().results(readings, completion)["results"]
@@ -178,10 +180,7 @@ class Classification(LabelRequest):
         if "messages" in body:
             return [head], [_chat(body["messages"])]
         value = body.get("input")
-        inputs = value if isinstance(value, list) and not _is_ids(value) else [value]
-        if not _are_texts(inputs) and not (inputs and all(map(_is_ids, inputs))):
-            raise ProbeError("input must be a text, a list of texts, or token ids")
-        return [head], inputs
+        return [head], value if isinstance(value, list) and not _is_ids(value) else [value]
 
     def results(self, readings, completion):
         ((head, rows),) = readings.items()
@@ -225,15 +224,12 @@ def _is_object(value: object) -> bool:
     return isinstance(value, dict)
 
 
-def _moderated(value: object) -> list[str]:
+def _moderated(value: object) -> list[Any]:
     """Return the texts of an `input`. Content parts are one text, as OpenAI's API answers them with one result."""
     inputs = value if isinstance(value, list) else [value]
-    if _are_texts(inputs):
-        return inputs
-    parts = [part.get("text") for part in inputs if isinstance(part, dict) and part.get("type") == "text"]
-    if len(parts) == len(inputs) and _are_texts(parts):
-        return ["\n".join(parts)]
-    raise ProbeError("input must be a text, a list of texts, or a list of content parts of type text")
+    if inputs and all(_is_object(part) and part.get("type") == "text" for part in inputs):
+        return ["\n".join(part["text"] for part in inputs)]
+    return inputs
 
 
 def _classified(reading: JSON, config: ProbeConfig) -> tuple[str | None, list[float]]:
@@ -252,7 +248,3 @@ def _classified(reading: JSON, config: ProbeConfig) -> tuple[str | None, list[fl
 def _is_ids(value: object) -> bool:
     # Not isinstance: True is an int.
     return isinstance(value, list) and len(value) > 0 and all(type(item) is int for item in value)
-
-
-def _are_texts(items: Sequence[object]) -> bool:
-    return len(items) > 0 and all(isinstance(item, str) for item in items)

@@ -25,7 +25,6 @@ _DATA, _END = b"data: ", b"[DONE]"
 _EVENTS = tuple(
     b"event: " + name for name in (b"message_start", b"message_delta", b"response.created", b"response.completed")
 )
-_GOES_ON = b'"finish_reason":null'  # no text contains it: its quotes are escaped
 _TEXTS = "cmpl-"  # begins the ids of requests to /v1/completions
 Answers = dict[str, asyncio.Future[bool | None]]  # of a judge, by text: `True` halts
 _LONGEST = 4000  # characters of a header; common proxies take headers of 8 KiB in all
@@ -114,9 +113,7 @@ class Scores:
 
     def _event(self, event: bytes) -> bytes:
         if event.startswith(_DATA):
-            # Most chunks need not be read: those in the middle of a reply.
-            all_sent = len(self.sent) == self.copies * len(self.prompts)
-            return event if all_sent and _GOES_ON in event else self._chunk(event)
+            return self._chunk(event)
         if not event.startswith(_EVENTS) or not self.are_known:
             return event
         name, _, data = event.partition(_DATA)

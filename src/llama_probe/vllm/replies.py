@@ -84,8 +84,7 @@ class Replies:
 
     def add(self, request: Request, heads: list[str]) -> None:
         """Follow the replies to a new request, or to the next piece of its prompt, with the heads of these names."""
-        follows = any(name in self.configs for name in heads)
-        if not follows or request.sampling_params is None or has_no_reply(request):
+        if not any(name in self.configs for name in heads) or has_no_reply(request):
             return
         self.free(request.request_id)
         family, index = _family(request.request_id)
@@ -257,9 +256,7 @@ def has_no_reply(request: Request) -> bool:
 
 def reply_start(request: Request) -> int | None:
     """Return where a reply begins in the prompt of a request for labels alone; `None` if it has none."""
-    start = (request.kv_transfer_params or {}).get("reply_start")
-    is_place = type(start) is int and 0 < start < request.num_prompt_tokens
-    return start if is_place and has_no_reply(request) else None
+    return (request.kv_transfer_params or {}).get("reply_start") if has_no_reply(request) else None
 
 
 def _family(request_id: str) -> tuple[str, int]:
