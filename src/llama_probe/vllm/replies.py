@@ -29,7 +29,7 @@ class Reply:
         heads: names of those that were asked for.
         slot: of its states in the workers; `None` while they have none.
         held: tokens that were not delivered.
-        is_delivered: an output has been sent. first: one without a token, which waits for the next.
+        withheld: outputs since the last that was sent.
         keeps_last: the last token may be delivered without a score: it ends the reply.
         scored: number of tokens that have scores.
         streaks: of each rule.
@@ -43,8 +43,8 @@ class Reply:
         self.slot: int | None = None
         self.held: list[int] = []
         self.logprobs: list[LogprobsLists] = []
-        self.is_delivered = self.keeps_last = False
-        self.first: EngineCoreOutput | None = None
+        self.withheld: list[EngineCoreOutput] = []
+        self.keeps_last = False
         self.scored = self.clear = 0
         self.streaks = list(map(Streak, rules))
         self.flagged: dict[int, int] = {}
@@ -187,19 +187,17 @@ class Replies:
         output.new_token_ids, reply.held = reply.held[:ready], reply.held[ready:]
         if output.new_logprobs is not None:
             output.new_logprobs, reply.logprobs = _joined(reply.logprobs, ready), reply.logprobs[ready:]
-        has_ready = bool(ready or output.finished)
-        if output.new_logprobs is not None and not (has_ready or reply.is_delivered):
-            # The front end would give it its own, empty list of logprobs, and may join later outputs to that.
-            reply.first = reply.first or output
+        # An output without a token is sent at the end alone: the front end would give it its own, empty list of logprobs, and
+        # may join later outputs to that.
+        reply.withheld.append(output)
+        if not (ready or output.finished):
             return False
-        if (first := reply.first) is not None:
-            output.events = [*(first.events or ()), *(output.events or ())] or None
-            for name in ("prefill_stats", "new_prompt_logprobs_tensors", "prompt_token_id_logprobs"):
-                setattr(output, name, getattr(first, name))
-            reply.first = None
-        is_needed = bool(has_ready or output.events or not reply.is_delivered)
-        reply.is_delivered = True
-        return is_needed
+        withheld, reply.withheld = reply.withheld, []
+        output.events = [event for each in withheld for event in each.events or ()] or None
+        for name in ("prefill_stats", "new_prompt_logprobs_tensors", "prompt_token_id_logprobs"):
+            values = (getattr(each, name) for each in withheld)
+            setattr(output, name, next((value for value in values if value is not None), None))
+        return True
 
     def summaries(self, request_id: str) -> list[JSON | None] | None:
         """Return what heads say of a request's replies so far, by index; `None` for those that are not known here.
