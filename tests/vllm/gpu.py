@@ -1,17 +1,15 @@
 """Run the tests of engines on a GPU, with both model runners of vLLM, with CUDA graphs and without, and print a table.
 
-    python tests/vllm/gpu.py [--dry-run]
+    python tests/vllm/gpu.py
 
 Each combination is a process of its own. In each, a step of heads that follow replies must not synchronise: that is an
 error. Then `measure.py` prints what heads cost there. With one GPU, tests of several ranks are left out.
-`--dry-run` prints the commands, and needs no GPU.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,45 +42,32 @@ def pytest_configure() -> None:
     Scorer.follow = follow_without_waiting
 
 
-def commands(ranks: int) -> list[tuple[str, str, str, list[str]]]:
-    """Return runner, graphs, what is run and the command, for each row of the table."""
-    test = [sys.executable, "-m", "pytest", "-p", "gpu", "-n", "0", "-q"]
-    if ranks == 1:
-        test += ["-k", "not ranks"]
-    rows = []
-    for runner, graphs in itertools.product(RUNNERS, GRAPHS):
-        rows += [(runner, graphs, file, [*test, str(FOLDER / file)]) for file in ENGINES]
-        rows.append((runner, graphs, "cost", [sys.executable, str(FOLDER / "measure.py")]))
-    return rows
-
-
-def environment(runner: str, graphs: str) -> dict[str, str]:
-    """Return the variables of a process, beside those of this one."""
-    paths = os.pathsep.join(map(str, (FOLDER.parent, FOLDER)))  # in this order: each has a conftest.py
-    added = {"VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner], "GPU_GRAPHS": GRAPHS[graphs]}
-    added["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for measure.py
-    return added | {"PYTHONPATH": os.pathsep.join(filter(None, (paths, os.environ.get("PYTHONPATH"))))}
-
-
-def run(what: str, command: list[str], variables: dict[str, str]) -> str:
-    """Run one command. Return all costs, or the last line of its output, which counts tests."""
+def run(command: list[str], runner: str, graphs: str) -> str:
+    """Run one command. Return what `measure.py` prints, or the last line of pytest's output, which counts tests."""
+    paths = (FOLDER.parent, FOLDER, os.environ.get("PYTHONPATH"))  # in this order: each has a conftest.py
+    variables = {
+        "VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner],
+        "GPU_GRAPHS": GRAPHS[graphs],
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for measure.py
+        "PYTHONPATH": os.pathsep.join(str(path) for path in paths if path),
+    }
     process = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     lines = process.stdout.splitlines() or process.stderr.splitlines() or ["no output"]
-    if what == "cost" and process.returncode == 0:
+    if "pytest" not in command and process.returncode == 0:
         return "<br>".join(lines)
     return f"exit {process.returncode}: {lines[-1][:120]}"
 
 
-def main(is_dry: bool) -> None:
-    if not (is_dry or torch.cuda.is_available()):
-        sys.exit("error: there is no GPU; --dry-run prints what would be run")
+def main() -> None:
+    pytest = [sys.executable, "-m", "pytest", "-p", "gpu", "-n", "0", "-q"]
+    if torch.cuda.device_count() == 1:
+        pytest += ["-k", "not ranks"]
+    commands = {file: [*pytest, str(FOLDER / file)] for file in ENGINES}
+    commands["cost"] = [sys.executable, str(FOLDER / "measure.py")]
     print("| runner | | what | result |\n|---|---|---|---|")
-    for runner, graphs, what, command in commands(torch.cuda.device_count()):
-        variables = environment(runner, graphs)
-        words = [f"{name}={value}" for name, value in variables.items()]
-        result = f"`{shlex.join([*words, *command])}`" if is_dry else run(what, command, variables)
-        print(f"| {runner} | {graphs} | {what} | {result} |", flush=True)
+    for runner, graphs, (what, command) in itertools.product(RUNNERS, GRAPHS, commands.items()):
+        print(f"| {runner} | {graphs} | {what} | {run(command, runner, graphs)} |", flush=True)
 
 
 if __name__ == "__main__":
-    main("--dry-run" in sys.argv[1:])
+    main()

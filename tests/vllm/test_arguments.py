@@ -286,7 +286,6 @@ class TestCommandLine:
             (["--judge", JUDGE, *BAND, "--unsure", "guard=0.2:0.3"], "--unsure"),
             (["--judge", JUDGE, *BAND, "--judge-timeout", "0"], "--judge-timeout"),
             (["--judge", "http://h/v1/other", *BAND], "--judge"),
-            (["--judge", "http://[h/v1/moderations", *BAND], "--judge"),
             (["--judge", "ftp://h/v1/moderations", *BAND], "--judge"),
             (["--judge", "http://h/v1/chat/completions", *BAND], "--judge-model"),
             (["--judge", "http://me:secret@h/v1/moderations", *BAND], "LLAMA_PROBE_JUDGE_KEY"),

@@ -6,7 +6,6 @@ import functools
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
@@ -38,7 +37,7 @@ def check_heads(
     revision: str | None = None,
     strict: bool = False,
     cache_dir: str | None = None,
-    aliases: Mapping[str, str | None] = MappingProxyType({}),
+    aliases: Mapping[str, str | None] | None = None,
 ) -> None:
     """Warn of heads, whose configs are by name, that were trained on another backbone; see `check_backbone`.
 
@@ -78,7 +77,7 @@ def check_heads(
             return
         take = functools.cache(functools.partial(fingerprint, lm))
         for name, config in configs.items():
-            check_backbone(name, config, lm, strict, take, aliases.get(name))
+            check_backbone(name, config, lm, strict, take, (aliases or {}).get(name))
 
 
 @contextmanager

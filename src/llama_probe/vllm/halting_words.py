@@ -61,14 +61,10 @@ def read_unsure(words: Sequence[str]) -> dict[str, list[float]]:
 
 def judge_path(url: str) -> str:
     """Return which of `JUDGE_PATHS` the URL of a judge ends with."""
-    try:
-        parts = urlsplit(url)
-        has_host = bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        raise ProbeError("--judge is not a URL") from None
+    parts = urlsplit(url)
     path = next((path for path in JUDGE_PATHS if parts.path.endswith(path)), None)
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise ProbeError("--judge holds a name, a password or a query; a key belongs into LLAMA_PROBE_JUDGE_KEY")
-    if parts.scheme not in ("http", "https") or not has_host or path is None:
+    if parts.scheme not in ("http", "https") or path is None:
         raise ProbeError(f"--judge {url!r} must be http(s)://HOST/... and end with {', '.join(JUDGE_PATHS)}")
     return path
