@@ -156,8 +156,6 @@ class ProbeConnector(KVConnectorBase_V1):
         if get_tensor_model_parallel_rank() == 0:
             times = cache_growth(self._kv_cache_config.kv_cache_groups[0])
             logger.info("What heads need makes the KV cache %.2f times as large", times)
-            for rule in self.settings.rules:
-                logger.info("halt_on: %s", rule)
         self._scorer = Scorer(cache, self._block_size)
 
     def build_connector_worker_meta(self) -> StepScores | None:
