@@ -121,9 +121,7 @@ class Scorer:
         }
         blocks = pad_sequence([torch.tensor(request.block_ids) for request in requests], batch_first=True)
         # What lies behind a shorter prompt may be anything, and anything may be no number.
-        padding = None
-        if not (lengths == width).all():
-            padding = async_tensor_h2d(torch.arange(width) >= lengths[:, None], self.device)
+        padding = async_tensor_h2d(torch.arange(width) >= lengths[:, None], self.device)
         splits = self.block_size // self.kernel_block_size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1)
         states = self._read(masks, async_tensor_h2d(blocks, self.device), padding)
@@ -137,7 +135,7 @@ class Scorer:
         }
 
     def _read(
-        self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor | None
+        self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor
     ) -> dict[str, ProbeState]:
         """Return what heads have read of prompts in blocks `[prompts, blocks]`.
 
@@ -150,10 +148,8 @@ class Scorer:
         step = max(_TOKENS // (self.plan.depth * len(blocks) * size), 1) * size
         for start in range(0, width, step):
             tokens = slice(start, min(start + step, width))
-            # Blocks are read whole.
-            numbers = self.cache.read(blocks[:, start // size : -(-tokens.stop // size)])[:, : tokens.stop - start]
-            if padding is not None:
-                numbers = numbers.masked_fill(padding[:, tokens, None], 0)
+            numbers = self.cache.read(blocks[:, start // size : -(-tokens.stop // size)])  # blocks are read whole
+            numbers = numbers[:, : tokens.stop - start].masked_fill(padding[:, tokens, None], 0)
             for name, state in states.items():
                 head, (columns, mask) = self.heads[name], self._cut(masks[name][:, tokens])
                 x = self.plan.inputs(name, numbers[:, columns])
