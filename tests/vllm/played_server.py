@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 from conftest import make_probe, make_tokenizer
@@ -31,7 +32,7 @@ class Engine:
     """
 
     def __init__(self, settings: ProbeSettings, logits: dict):
-        self.vllm_config = SimpleNamespace(additional_config={KEY: settings.to_dict()})
+        self.vllm_config = SimpleNamespace(additional_config={KEY: asdict(settings)})
         self.settings, self.logits, self.known = settings, logits, answer(settings, logits)
         self.prompts, self.asked = [], []
         self.written = self.aborted = self.running = self.outputs = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from transformers import AutoConfig
@@ -104,7 +105,8 @@ def engine_kwargs(
         "hf_overrides": {**overrides, "architectures": [architecture]},
         "scheduler_cls": SCHEDULER,
         "kv_transfer_config": KVTransferConfig(**transfer),
-        "additional_config": {**additional, KEY: settings.to_dict()},
+        # With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders.
+        "additional_config": {**additional, KEY: asdict(settings), f"{KEY}_layers": settings.layers},
     }
 
 

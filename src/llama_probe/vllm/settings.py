@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,6 @@ from .compatibility import KEY, check_config
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-_LAYERS = "layers"
 NO_FUNCTIONS = (
     "halt_on takes no functions here, because the engine decides in another process: name heads and thresholds"
 )
@@ -58,11 +57,7 @@ class ProbeSettings:
                 "this engine has no heads: make its arguments with llama_probe.vllm.engine_kwargs(model, probe=...), or serve "
                 "with python -m llama_probe.vllm MODEL --probe HEAD"
             )
-        return cls(**{name: value for name, value in additional[KEY].items() if name != _LAYERS})
-
-    def to_dict(self) -> JSON:
-        """With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders."""
-        return {**asdict(self), _LAYERS: self.layers}
+        return cls(**additional[KEY])
 
     @cached_property
     def configs(self) -> dict[str, ProbeConfig]:
