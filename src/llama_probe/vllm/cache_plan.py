@@ -19,7 +19,7 @@ _STATES = ""  # in place of a head's name
 
 
 class CachePlan:
-    """What is kept of each token for the heads: `width` numbers, the states of some layers and then features of others.
+    """The numbers that are kept of each token for the heads: `width` of them, the states of some layers and then features of others.
 
     Features are what a head's linear maps give for a token, at every layer that it reads; see `ProbeModel.projected`. They are
     kept if that takes fewer numbers than the states alone.

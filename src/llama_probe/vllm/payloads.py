@@ -42,8 +42,8 @@ class Scores:
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
         answers: of the judge.
-        ends: by choice its last output, from the engine.
-        sent: choices of a stream that have scores. ended: those whose end was sent.
+        ends: by choice its last output, from the engine; of a stream those whose end was not sent.
+        sent: choices of a stream that have scores.
     """
 
     model: str = ""
@@ -55,7 +55,6 @@ class Scores:
     answers: Answers = field(default_factory=dict)
     ends: dict[int, CompletionOutput] = field(default_factory=dict)
     sent: set[int] = field(default_factory=set)
-    ended: set[int] = field(default_factory=set)
     _begin: JSON = field(default_factory=dict)  # what chunks of the stream begin with
 
     def add(self, request_id: str, copies: int) -> int:
@@ -147,7 +146,7 @@ class Scores:
             chunk["kv_transfer_params"] = known
         self.sent.add(index)
         if ends:
-            self.ended.add(index)
+            self.ends.pop(index, None)
         return _data(chunk)
 
     def _missing(self) -> list[JSON]:
@@ -160,11 +159,11 @@ class Scores:
             begin |= {"created": int(time.time()), "model": self.model}
         empty = {"text": ""} if begin["object"] == "text_completion" else {"delta": {}}
         chunks = []
-        for index in sorted(self.ends.keys() - self.ended):
-            self.ended.add(index)
-            end = {"finish_reason": self.ends[index].finish_reason, "stop_reason": self.ends[index].stop_reason}
+        for index, last in sorted(self.ends.items()):
+            end = {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
             choices = [{"index": index, **empty, "logprobs": None, **end}]
             chunks.append({**begin, "choices": choices, "kv_transfer_params": self._of(index)})
+        self.ends.clear()
         return chunks
 
     def _of(self, index: int) -> JSON | None:

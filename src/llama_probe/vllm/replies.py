@@ -152,7 +152,7 @@ class Replies:
         """Decide how a reply ends that vLLM has stopped."""
         if (reply := self.running.get(request.request_id)) is None:
             return
-        self.free(request.request_id)
+        self.free(request.request_id)  # it may wait for the next piece of its prompt
         if self.holds_back and request.num_output_tokens >= request.max_tokens:
             request.status, request.stop_reason = RequestStatus.FINISHED_LENGTH_CAPPED, None
         reply.keeps_last = request.status == RequestStatus.FINISHED_STOPPED  # by its last token
