@@ -86,4 +86,5 @@ def test_a_save_that_begins_while_the_state_of_a_folder_is_taken_changes_it(tmp_
 def test_a_path_is_shortened_with_a_split_behind_it(tmp_path):
     last = "/".join(tmp_path.parts[-2:])
     assert [short_path(f"{tmp_path}{split}") for split in ("", "::test")] == [last, f"{last}::test"]
-    assert short_path("user/rows@main::test") == "user/rows@main::test"
+    for short in ("user/rows@main::test", ".", ".::test"):
+        assert short_path(short) == short

@@ -260,4 +260,4 @@ def short_path(path: str) -> str:
     A configuration and a split behind a folder, `FOLDER::test`, are kept.
     """
     place, colon, split = (path, "", "") if os.path.exists(path) else path.partition(":")
-    return "/".join(Path(place).parts[-2:]) + colon + split if os.path.exists(place) else path
+    return ("/".join(Path(place).parts[-2:]) or place) + colon + split if os.path.exists(place) else path
