@@ -55,6 +55,7 @@ def test_specs(tmp_path, monkeypatch):
     "folder, name", [("mood v1.2", "mood-v1-2"), ("感情", "-"), ("a-b_c", "a-b_c"), ("type", "type-head")]
 )
 def test_any_folder_has_a_name_that_a_head_may_have(tmp_path, folder, name):
+    (tmp_path / folder).symlink_to(tmp_path)  # as `current` of several versions
     assert default_name(tmp_path / folder) == check_name(name)
 
 

@@ -68,7 +68,7 @@ def renew_card(
     kept = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
     kept = [tag for tag in kept if not tag.startswith("probe-")]  # of another kind
     try:
-        card = _card(_complete(config), results, plots, source or Path(folder).resolve().name, kept)
+        card = _card(_complete(config), results, plots, source or os.path.basename(os.path.abspath(folder)), kept)
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
         raise ProbeError(f"no card can be made of {Path(folder, RESULTS_NAME)}, delete it: {error!r}") from error
     card.data.license = card.data.license or old.license

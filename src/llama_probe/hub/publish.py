@@ -47,9 +47,9 @@ def push_folder(
             neither this nor the results give one.
         token, revision, commit_message, kwargs: see `commit_files`; kwargs are `private` and `create_pr`.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / folder.resolve().name
+        copy = Path(scratch) / folder.name
         copy.mkdir()
         _copy_head(folder, copy)
         repo_id = full_repo_id(repo_id, token)
@@ -82,7 +82,7 @@ def push_folder(
             only_if_missing=[CARD_NAME] if subfolder else [],
             token=token,
             revision=revision,
-            commit_message=commit_message or f"Upload {folder.resolve().name} with llama_probe",
+            commit_message=commit_message or f"Upload {folder.name} with llama_probe",
             **kwargs,
         )
 

@@ -189,11 +189,9 @@ def is_alias(source: object) -> bool:
 def default_name(source: str | os.PathLike) -> str:
     """Return a head's name from its subfolder, repository, alias or folder, spelled so that `check_name` allows it."""
     reference = None if os.path.isdir(source) else HubReference.parse(str(source))
-    if reference is None:
-        name = Path(source).resolve().name
-    else:
-        name = (reference.subfolder or reference.repo_id).split("/")[-1]
-    name = head_name(name) or "head"
+    # A link has a name of its own, and `.` has that of its folder.
+    path = os.path.abspath(source) if reference is None else reference.subfolder or reference.repo_id
+    name = head_name(os.path.basename(path)) or "head"
     return f"{name}-head" if name in _ATTRIBUTES else name
 
 
