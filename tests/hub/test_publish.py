@@ -151,14 +151,15 @@ class TestPush:
     def test_a_folder_with_a_card_of_its_own(self, hub, token, folder):
         (folder / "secret.txt").write_text("not of the head")
         (folder / "calibration.png").write_bytes(b"a plot")
-        (folder / "README.md").write_text(OWN_CARD)
+        (folder / "README.md").write_text(OWN_CARD, "utf-8-sig")  # as of Windows
         push_folder(folder, REPO, subfolder="a")
         assert hub.files(REPO)["a/README.md"].decode().endswith("My own words.\n")
         push_folder(folder, REPO, subfolder="a", license="apache-2.0", tags=["b"])
         card = hub.files(REPO)["a/README.md"].decode()
         assert card.endswith("My own words.\n") and "license: apache-2.0" in card and "- b" in card
+        assert card.count("license:") == 1
         assert not any("secret" in name for name in hub.files(REPO)) and "a/calibration.png" in hub.files(REPO)
-        assert (folder / "README.md").read_text() == OWN_CARD
+        assert (folder / "README.md").read_text("utf-8-sig") == OWN_CARD
 
     def test_links_out_of_the_folder(self, hub, token, folder, tmp_path):
         """A link in a stranger's folder must not have the user's own files uploaded."""

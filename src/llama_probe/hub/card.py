@@ -88,7 +88,7 @@ def read_card(folder: str | os.PathLike) -> ModelCard:
     """Read the card of a folder, which must be UTF-8 with YAML metadata."""
     content = read_bytes(current_file(folder, CARD_NAME))
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")  # Windows may begin files with a mark
         metadata = REGEX_YAML_BLOCK.search(text)
         if metadata is not None and len(metadata[2]) > _MAX_METADATA:
             raise ValueError(f"its metadata has more than {_MAX_METADATA} characters")
