@@ -14,12 +14,12 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 
-_PIPELINES = "transformers.pipelines"
-# Auto classes whose `from_pretrained` takes heads, by module.
+# Auto classes whose `from_pretrained` takes heads, by module; the last one has functions alone.
 _CLASSES = {
     "transformers.models.auto.modeling_auto": ("AutoModel", "AutoModelForCausalLM"),
     "transformers.models.auto.configuration_auto": ("AutoConfig",),
     "transformers.models.auto.tokenization_auto": ("AutoTokenizer",),
+    "transformers.pipelines": (),
 }
 
 
@@ -28,11 +28,12 @@ def install() -> None:
 
     Calls without `probe=`, for places that hold a model, reach the original. A second call changes nothing.
     """
-    for name in (*_CLASSES, _PIPELINES):
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    for name in _CLASSES:
         if name in sys.modules:
             _change(sys.modules[name])
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder())
 
 
 class _Finder(MetaPathFinder):
@@ -41,9 +42,7 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in (*_CLASSES, _PIPELINES):
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in _CLASSES else None
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
@@ -56,16 +55,12 @@ class _Finder(MetaPathFinder):
 
 
 def _change(module: ModuleType) -> None:
-    if module.__name__ == _PIPELINES:
-        if not hasattr(original := module.find_adapter_config_file, "__without_probe__"):
-            module.find_adapter_config_file = _adapted(original)
-            _serving("pipeline")  # registers its tasks
-        return
     for name in _CLASSES[module.__name__]:
         auto_class = getattr(module, name)
-        original = vars(auto_class)["from_pretrained"]
-        if not hasattr(original.__func__, "__without_probe__"):
-            auto_class.from_pretrained = classmethod(_probed(auto_class, original))
+        auto_class.from_pretrained = classmethod(_probed(auto_class, vars(auto_class)["from_pretrained"]))
+    if hasattr(module, "PIPELINE_REGISTRY"):
+        module.find_adapter_config_file = functools.partial(_find_adapter, module.find_adapter_config_file)
+        _serving("pipeline")  # registers its tasks
 
 
 def _probed(auto_class: type, original: classmethod) -> Callable:
@@ -73,17 +68,11 @@ def _probed(auto_class: type, original: classmethod) -> Callable:
     def from_pretrained(cls, *args, **kwargs):
         return _serving("auto").from_pretrained(auto_class, original.__get__(None, cls), *args, **kwargs)
 
-    from_pretrained.__without_probe__ = original
     return from_pretrained
 
 
-def _adapted(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def find_adapter_config_file(*args, **kwargs):
-        return _serving("auto").find_adapter(original, *args, **kwargs)
-
-    find_adapter_config_file.__without_probe__ = original
-    return find_adapter_config_file
+def _find_adapter(original: Callable, *args, **kwargs):
+    return _serving("auto").find_adapter(original, *args, **kwargs)
 
 
 def _serving(name: str) -> ModuleType:
