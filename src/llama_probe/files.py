@@ -24,7 +24,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-DISK_FULL = "there is no room for it; free some space, or name a folder on another disk"
 # The complete files of a save, until each is in its place; and the end of a name that marks one of them as removed.
 PENDING, _GONE = ".new-files", ".gone"
 _TEMPORARY = ".tmp"
@@ -229,15 +228,11 @@ def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = DISK_FULL if is_disk_full(error) else getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
+        # A SafetensorError has the number of the system's error in its text alone.
+        if any(number == getattr(error, "errno", None) or f"os error {number}" in str(error) for number in _NO_ROOM):
+            reason = "there is no room for it; free some space, or name a folder on another disk"
         raise ProbeError(f"{target} cannot be written: {reason}") from error
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Return True if the error says that the disk, or the user's quota on it, is full."""
-    if isinstance(error, SafetensorError):  # it carries the system's error as text only
-        return any(f"os error {number}" in str(error) for number in _NO_ROOM)
-    return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
 def environment() -> dict[str, str]:
