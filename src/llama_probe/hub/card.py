@@ -153,13 +153,12 @@ def _complete(config: JSON) -> JSON:
     # A config written by hand may leave fields out; None reads as the default in each sentence.
     config = defaultdict(lambda: None, {"probe_type": "mha"} | config)
     names = config["id2label"] or {index: f"LABEL_{index}" for index in range(config["num_labels"] or 2)}
-    config |= {"labels": [str(names[index]) for index in sorted(names, key=int)]}
+    config["labels"] = labels = [str(names[index]) for index in sorted(names, key=int)]
     # As `ProbeConfig.flagged_labels`: heads of earlier versions, with a threshold, or without names flag the second of two.
-    is_pair = len(names) == 2 and config["problem_type"] in (None, "single_label_classification")
-    second = config["labels"][1:] if is_pair else []
+    is_pair = len(labels) == 2 and config["problem_type"] in (None, "single_label_classification")
     is_older = "flagged" not in config or config["threshold"] is not None or config["thresholds"]
-    if not config["flagged"] and (is_older or second == ["LABEL_1"]):
-        config["flagged"] = second
+    if is_pair and not config["flagged"] and (is_older or labels[1] == "LABEL_1"):
+        config["flagged"] = labels[1:]
     return config
 
 
@@ -167,35 +166,25 @@ def _card(config: JSON, results: JSON | None, plots: Sequence[str], source: str,
     later = {name: (results or {}).get(name) for name in LATER_RESULTS}
     results = training_results(results)
     facts = defaultdict(lambda: None, results["card"] if results else {})
-    name, scores = default_name(source), {}
+    name, base, data = default_name(source), config["base_model_name_or_path"], facts["dataset"]
+    chosen, split, metrics = {}, "", []
     if results:
         chosen, split = chosen_run(results), "test" if "test" in results["summary"] else "validation"
-        metrics = [
-            key for key, value in results["summary"][split].items() if isinstance(value, dict) and "mean" in value
-        ]
-        later |= {"chosen": chosen, "split": split, "metrics": metrics}
-        dataset = {
-            "dataset_type": facts["dataset"] or "own",
-            "dataset_name": facts["dataset_name"] or facts["dataset"] or "own data",
-            "dataset_split": split,
-        }
-        scores = {
-            "metrics": sorted(metrics),
-            "model_name": name,
-            "eval_results": [
-                EvalResult(
-                    "text-classification", metric_type=key, metric_value=round(chosen[split][key], 4), **dataset
-                )
-                for key in sorted(metrics)
-            ],
-        }
+        parts = results["summary"][split].items()
+        metrics = [key for key, part in parts if isinstance(part, dict) and "mean" in part]
+    place = {"dataset_type": data or "own", "dataset_name": facts["dataset_name"] or data or "own data"}
+    place |= {"task_type": "text-classification", "dataset_split": split}
+    scores = {key: round(chosen[split][key], 4) for key in sorted(metrics)}
     metadata = head_metadata(
-        config["base_model_name_or_path"],
+        base,
         license=facts["license"],
         language=facts["language"],
-        datasets=[facts["dataset"]] if facts["dataset"] else None,
+        datasets=[data] if data else None,
         tags=["llama_probe", "probe", f"probe-{config['probe_type']}", *tags],  # unique in the metadata
-        **scores,
+        metrics=list(scores) or None,
+        model_name=name if scores else None,
+        eval_results=[EvalResult(metric_type=key, metric_value=score, **place) for key, score in scores.items()]
+        or None,
     )
     text = card_template(_TEMPLATE).render(
         later,
@@ -204,8 +193,11 @@ def _card(config: JSON, results: JSON | None, plots: Sequence[str], source: str,
         facts=facts,
         name=name,
         source=source,
-        base=config["base_model_name_or_path"],
+        base=base,
         page=metadata.base_model,
+        chosen=chosen,
+        split=split,
+        metrics=metrics,
         plots=plots,
         halting=measured_rules(results),
         halting_cells=partial(_halting_cells, results),
