@@ -13,7 +13,7 @@ from .server import HubServer
 
 __all__ = ["HOME", "HUB", "HubServer"]
 
-HUB = HubServer().start()
+HUB = HubServer()
 HOME = tempfile.TemporaryDirectory(prefix="hf_home.")
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
     del os.environ[name]

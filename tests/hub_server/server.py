@@ -17,16 +17,17 @@ from urllib.parse import unquote, urlsplit
 _ID = r"(?P<id>[^/]+(?:/[^/]+)?)"
 _API = rf"/api/(?P<kind>models|datasets)/{_ID}"
 _REVISION = r"(?P<revision>[^/]+)"
+# Requests, and the methods of `Handler` that answer them.
 ROUTES = {
-    "whoami": r"GET /api/whoami-v2",
-    "create": r"POST /api/repos/create",
-    "validate": r"POST /api/validate-yaml",
-    "preupload": rf"POST {_API}/preupload/{_REVISION}",
-    "commit": rf"POST {_API}/commit/{_REVISION}",
-    "branch": rf"POST {_API}/branch/{_REVISION}",
-    "tree": rf"GET {_API}/tree/{_REVISION}(?:/(?P<path>.*))?",
-    "info": rf"GET {_API}(?:/revision/{_REVISION})?",
-    "resolve": rf"GET /(?P<kind>datasets/)?{_ID}/resolve/{_REVISION}/(?P<path>.*)",
+    r"GET /api/whoami-v2": "whoami",
+    r"POST /api/repos/create": "create",
+    r"POST /api/validate-yaml": "validate",
+    rf"POST {_API}/preupload/{_REVISION}": "preupload",
+    rf"POST {_API}/commit/{_REVISION}": "commit",
+    rf"POST {_API}/branch/{_REVISION}": "branch",
+    rf"GET {_API}/tree/{_REVISION}(?:/(?P<path>.*))?": "tree",
+    rf"GET {_API}(?:/revision/{_REVISION})?": "info",
+    rf"GET /(?P<kind>datasets/)?{_ID}/resolve/{_REVISION}/(?P<path>.*)": "resolve",
 }
 
 _COMMIT = {"method": "POST", "path": "/commit/"}
@@ -47,8 +48,8 @@ class Refusal(Exception):
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
         super().__init__(message)
-        self.status, self.body = status, {"error": message}
-        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
+        headers |= {"X-Error-Message": message, **({"X-Error-Code": code} if code else {})}
+        self.answer = status, headers, json.dumps({"error": message}).encode()
 
 
 def oid_of(data: bytes) -> str:
@@ -65,12 +66,12 @@ class Repository:
         self.refs: dict[str, str] = {}  # commits of branches by name, of pull requests as refs/pr/N
         self.commit("main", files)
 
-    def find(self, revision: str) -> tuple[str, Mapping[str, bytes]]:
-        """The commit of a branch, pull request or full sha, and its tree; a `Refusal` if there is none."""
+    def find(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        """The commit of a branch, pull request or full sha, and a copy of its tree; a `Refusal` if there is none."""
         oid = self.refs.get(revision.removeprefix("refs/heads/"), revision)
         if oid not in self.commits:
             raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return oid, self.commits[oid]
+        return oid, dict(self.commits[oid])
 
     def commit(self, revision: str, files: Mapping[str, bytes]) -> str:
         """Make `files` the tree of a revision, after `main` if it is new; the same tree again makes no commit."""
@@ -97,13 +98,12 @@ class Fault:
     hits: int = 0
 
     def befalls(self, method: str, path: str) -> bool:
-        if self.method not in (None, method) or self.path not in unquote(path) or self.hits == self.times:
-            return False
-        self.hits += 1
-        return True
+        is_next = self.method in (None, method) and self.path in path and self.hits != self.times
+        self.hits += is_next
+        return is_next
 
 
-class HubServer:
+class HubServer(ThreadingHTTPServer):
     """A Hub on 127.0.0.1 that takes each file with its commit, as the Hub does with small ones.
 
     Attributes:
@@ -113,9 +113,12 @@ class HubServer:
         errors: tracebacks of the server's own errors.
     """
 
+    server_port = 0
+
     def __init__(self) -> None:
-        self.port = 0
+        self.answering = threading.Lock()
         self.reset()
+        self.start()
 
     def reset(self) -> None:
         self.tokens: dict[str, tuple[str, str]] = {}  # (user, role) by token
@@ -124,18 +127,14 @@ class HubServer:
         self.requests: list[tuple[str, str, int | None]] = []
         self.errors: list[str] = []
 
-    # What tests call
-
-    def start(self) -> "HubServer":
+    def start(self) -> None:
         """Listen, on the port of the last time if there was one."""
-        handler = type("Handler", (Handler,), {"hub": self, "lock": threading.Lock()})
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        super().__init__(("127.0.0.1", self.server_port), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         # shutdown() waits for the next poll.
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), name="hub", daemon=True).start()
-        return self
+        threading.Thread(target=self.serve_forever, args=(0.01,), name="hub", daemon=True).start()
+
+    # What tests call
 
     @contextmanager
     def down(self) -> Iterator[None]:
@@ -143,8 +142,8 @@ class HubServer:
         from huggingface_hub import close_session
 
         close_session()  # it holds connections
-        self._server.shutdown()
-        self._server.server_close()
+        self.shutdown()
+        self.server_close()
         try:
             yield
         finally:
@@ -165,10 +164,6 @@ class HubServer:
         self.faults.append(Fault(kind, **{**FAULTS[kind], **fields}))
         return self.faults[-1]
 
-    def take(self, method: str, path: str) -> Fault:
-        """Return the fault that befalls a request."""
-        return next((fault for fault in self.faults if fault.befalls(method, path)), Fault("none"))
-
     def plant(self, repo_id: str, files: Mapping[str, bytes], *, branch: str = "main", private: bool = False) -> None:
         """Commit files, unchecked, to a repository and branch that may be new."""
         repo = self.repositories.setdefault(repo_id, Repository(repo_id, files, private))
@@ -178,7 +173,7 @@ class HubServer:
         return self.repositories[repo_id].find(revision)[0]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        return dict(self.repositories[repo_id].find(revision)[1])
+        return self.repositories[repo_id].find(revision)[1]
 
     def count(self, method: str, path: str) -> int:
         """Count requests of a method with `path` in their path."""
@@ -188,8 +183,7 @@ class HubServer:
 class Handler(BaseHTTPRequestHandler):
     """Answers one connection. A route returns a JSON value, or (status, headers, bytes)."""
 
-    hub: HubServer
-    lock: threading.Lock
+    server: HubServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     wbufsize = -1
@@ -199,32 +193,33 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.where = urlsplit(self.path).path
-        self.fault = fault = self.hub.take(self.command, self.where)
+        faults = (fault for fault in self.server.faults if fault.befalls(self.command, unquote(self.where)))
+        self.fault = fault = next(faults, Fault("none"))
         length = 1 if fault.kind == "cut upload" else int(self.headers.get("Content-Length", 0))
         self.body = self.rfile.read(length)
         if fault.kind == "cut upload" or len(self.body) < length:  # or the client was killed
-            self.hub.requests.append((self.command, self.where, None))
+            self.server.requests.append((self.command, self.where, None))
             self.close_connection = True
             return
         try:
             if fault.status is not None:
                 raise Refusal(fault.status, "a fault that was asked for", fault.code)
             fault.action()
-            with self.lock:
+            with self.server.answering:
                 answer = self._route()
             if fault.kind == "lose":
                 raise Refusal(500, "a fault that was asked for")
         except Refusal as refusal:
-            answer = refusal.status, refusal.headers, json.dumps(refusal.body).encode()
+            answer = refusal.answer
         except Exception:
-            self.hub.errors.append(traceback.format_exc())
+            self.server.errors.append(traceback.format_exc())
             answer = 501, {}, b""  # the client does not repeat a request after it
         self._send(*(answer if isinstance(answer, tuple) else (200, {}, json.dumps(answer).encode())))
 
     do_HEAD = do_POST = do_GET
 
     def _send(self, status: int, headers: dict[str, str], data: bytes) -> None:
-        self.hub.requests.append((self.command, self.where, status))
+        self.server.requests.append((self.command, self.where, status))
         self.send_response(status)
         headers = {"Content-Length": str(len(data)), **headers}
         for key, value in headers.items():
@@ -236,10 +231,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self):
         line = f"{self.command.replace('HEAD', 'GET')} {self.where}"
-        for name, route in ROUTES.items():
+        for route, name in ROUTES.items():
             if match := re.fullmatch(route, line):
                 self.part = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-                return getattr(self, f"on_{name}")()
+                return getattr(self, name)()
         raise AssertionError(f"no route for {line}")
 
     # Who may do what
@@ -248,53 +243,53 @@ class Handler(BaseHTTPRequestHandler):
     def visitor(self) -> tuple[str, str] | None:
         """(user, role) of the request's token."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token and token not in self.hub.tokens:
+        if token and token not in self.server.tokens:
             # The client tells a wrong token from a hidden repository by these words.
             raise Refusal(401, "Invalid credentials in Authorization header")
-        return self.hub.tokens.get(token)
+        return self.server.tokens.get(token)
 
-    def readable(self) -> Repository:
+    def readable(self) -> tuple[Repository, str, dict[str, bytes]]:
+        """The repository that the request names, the commit of the revision, and its tree."""
         visitor = self.visitor
         kind = "datasets/" if self.part.get("kind", "").startswith("datasets") else ""
-        repo = self.hub.repositories.get(kind + self.part["id"])
+        repo = self.server.repositories.get(kind + self.part["id"])
         if repo is None or (repo.private and (visitor is None or visitor[0] != repo.owner)):
             raise Refusal(401 if visitor is None else 404, "Repository not found", "RepoNotFound")
-        return repo
+        return repo, *repo.find(self.part.get("revision", "main"))
 
-    def writable(self) -> Repository:
-        repo = self.readable()
+    def writable(self) -> tuple[Repository, str, dict[str, bytes]]:
+        repo, oid, files = self.readable()
         if self.visitor != (repo.owner, "write"):
             raise Refusal(403, "Forbidden: this token has no write access to the repository")
-        return repo
+        return repo, oid, files
 
     # Routes
 
-    def on_whoami(self):
+    def whoami(self):
         return {"type": "user", "name": self.visitor[0], "orgs": [], "auth": {}}
 
-    def on_create(self):
+    def create(self):
         (user, role), body = self.visitor, json.loads(self.body)
         repo_id = f"{body.get('organization') or user}/{body['name']}"
-        answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
+        answer = {"url": f"{self.server.url}/{repo_id}", "name": repo_id, "id": repo_id}
         if role != "write" or not repo_id.startswith(f"{user}/"):
             raise Refusal(403, "You don't have the rights to create this model")
-        if repo_id in self.hub.repositories:
+        if repo_id in self.server.repositories:
             return 409, {}, json.dumps({"error": "You already created this model repo", **answer}).encode()
         private = body.get("visibility") == "private" or body.get("private", False)
-        self.hub.repositories[repo_id] = Repository(repo_id, {".gitattributes": b""}, private)
+        self.server.repositories[repo_id] = Repository(repo_id, {".gitattributes": b""}, private)
         return answer
 
-    def on_validate(self):
+    def validate(self):
         return {"errors": [], "warnings": []}
 
-    def on_info(self):
-        repo = self.readable()
-        oid, files = repo.find(self.part.get("revision", "main"))
+    def info(self):
+        repo, oid, files = self.readable()
         siblings = [{"rfilename": path} for path in sorted(files)]
         return {"id": repo.id.removeprefix("datasets/"), "sha": oid, "tags": [], "siblings": siblings}
 
-    def on_tree(self):
-        (_, files), folder = self.readable().find(self.part["revision"]), self.part.get("path", "")
+    def tree(self):
+        (_, _, files), folder = self.readable(), self.part.get("path", "")
         start = f"{folder}/" if folder else ""
         entries = {}
         for path in sorted(name for name in files if name.startswith(start)):
@@ -307,43 +302,40 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, f"Entry not found: {folder}", "EntryNotFound")
         return list(entries.values())
 
-    def on_branch(self):
-        repo = self.writable()
-        if self.part["revision"] in repo.refs:
+    def branch(self):
+        name = self.part.pop("revision")
+        repo, oid, _ = self.writable()
+        if name in repo.refs:
             raise Refusal(409, "Reference already exists")
-        repo.refs[self.part["revision"]] = repo.refs["main"]
+        repo.refs[name] = oid
         return {}
 
-    def on_preupload(self):
-        (oid, files), answer = self.writable().find(self.part["revision"]), []
+    def preupload(self):
+        (_, oid, files), answer = self.writable(), []
         for path in (file["path"] for file in json.loads(self.body)["files"]):
             known = {"oid": oid_of(files[path])} if path in files else {}
             answer.append({"path": path, "uploadMode": "regular", "shouldIgnore": False, **known})
         return {"files": answer, "commitOid": oid}
 
-    def on_commit(self):
+    def commit(self):
         """Apply all lines of a commit to a copy of the tree, and only then make it the branch's."""
-        repo, as_pull, revision = self.writable(), "create_pr" in self.path, self.part["revision"]
+        (repo, head, files), as_pull = self.writable(), "create_pr" in self.path
         header, *lines = [json.loads(line) for line in self.body.splitlines() if line.strip()]
-        head, files = repo.find(revision)
         if header["value"].get("parentCommit", head) != head:
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-        files = dict(files)
         for line in lines:
-            value = line["value"]
             if line["key"] == "deletedFile":
-                del files[value["path"]]
+                del files[line["value"]["path"]]
             else:
-                files[value["path"]] = base64.b64decode(value["content"])
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
-        oid = repo.commit(f"refs/pr/{number}" if as_pull else revision, files)
-        page = f"{self.hub.url}/{repo.id}"
+        oid = repo.commit(f"refs/pr/{number}" if as_pull else self.part["revision"], files)
+        page = f"{self.server.url}/{repo.id}"
         answer = {"success": True, "commitOid": oid, "commitUrl": f"{page}/commit/{oid}"}
         return answer | ({"pullRequestUrl": f"{page}/discussions/{number}"} if as_pull else {})
 
-    def on_resolve(self):
-        repo, path = self.readable(), self.part["path"]
-        oid, files = repo.find(self.part["revision"])
+    def resolve(self):
+        (_, oid, files), path = self.readable(), self.part["path"]
         if path not in files:
             raise Refusal(404, f"Entry not found: {path}", "EntryNotFound", **{"X-Repo-Commit": oid})
         data, headers = files[path], {"X-Repo-Commit": oid, "ETag": f'"{oid_of(files[path])}"'}
