@@ -47,11 +47,8 @@ def push_folder(
             neither this nor the results give one.
         token, revision, commit_message, kwargs: see `commit_files`; kwargs are `private` and `create_pr`.
     """
-    folder = Path(os.path.abspath(folder))
     with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / folder.name
-        copy.mkdir()
-        _copy_head(folder, copy)
+        _copy_head(Path(folder), copy := Path(scratch))
         repo_id = full_repo_id(repo_id, token)
         reference = HubReference(repo_id, None if (revision or "").startswith("refs/") else revision, subfolder)
         if HubReference.parse(str(reference)) != reference:
@@ -82,7 +79,7 @@ def push_folder(
             only_if_missing=[CARD_NAME] if subfolder else [],
             token=token,
             revision=revision,
-            commit_message=commit_message or f"Upload {folder.name} with llama_probe",
+            commit_message=commit_message or f"Upload {os.path.basename(os.path.abspath(folder))} with llama_probe",
             **kwargs,
         )
 
