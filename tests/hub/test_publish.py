@@ -96,7 +96,7 @@ class TestPush:
     def test_no_path_of_this_machine_is_pushed(self, hub, token, tmp_path, caplog):
         path = "/home/me/secret plans/lm-1"
         head = make_probe(base_model_name_or_path=path)
-        head.results = {"backbone": path, "card": {"command": f"--backbone '{path}'"}}
+        head.results = {"backbone": path, "card": {"command": "--backbone 'secret plans/lm-1'"}}
         folder = save_head(head, tmp_path / "mood")
         (folder / "README.md").write_text(OWN_CARD)
         push_folder(folder, REPO)

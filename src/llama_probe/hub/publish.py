@@ -130,12 +130,13 @@ def hide_local_path(folder: Path) -> None:
     path = read_config_values(folder)["base_model_name_or_path"]
     if not isinstance(path, str) or is_hub_id(path):
         return
-    old, new = (
-        json.dumps(text, ensure_ascii=False)[1:-1] for text in (path, re.split(r"[/\\]", path.rstrip("/\\"))[-1])
-    )
+    # Commands have its last two parts; see `short_path`.
+    names = path, "/".join(Path(path).parts[-2:]) or path, re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    *old, new = (json.dumps(name, ensure_ascii=False)[1:-1] for name in names)
     for file in (folder / CONFIG_NAME, folder / RESULTS_NAME):
         if file.is_file():
-            text = json.dumps(read_json(file), indent=2, ensure_ascii=False).replace(old, new)
+            text = json.dumps(read_json(file), indent=2, ensure_ascii=False)
+            text = text.replace(old[0], new).replace(old[1], new)
             file.write_text(f"{text}\n", encoding="utf-8")
 
 
