@@ -56,16 +56,16 @@ def test_calls_without_it_are_those_of_transformers(backbone_folder):
 class TestAHeadsId:
     """The id of a head is enough: its config names the backbone."""
 
-    @pytest.fixture(params=["folder", "hub", "subfolder"])
+    @pytest.fixture(params=["folder", "hub", "subfolder", "reference"])
     def place(self, request, backbone_folder, tmp_path, token, monkeypatch):
         probe = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"}, vocab_size=96)
         if request.param == "folder":
             return str(save_head(probe, tmp_path / "mood")), {}
         # A pushed head keeps the name of a local backbone, and not its path.
         monkeypatch.chdir(backbone_folder.parent)
-        where = {"subfolder": "heads/mood"} if request.param == "subfolder" else {}
+        where = {} if request.param == "hub" else {"subfolder": "heads/mood"}
         probe.push_to_hub("alice/mood", **where)
-        return "alice/mood", where
+        return ("alice/mood@main:heads/mood", {}) if request.param == "reference" else ("alice/mood", where)
 
     def test_models_config_and_tokenizer(self, place, backbone_folder, prompts):
         source, where = place
@@ -80,6 +80,7 @@ class TestAHeadsId:
         assert Path(config._name_or_path).name == backbone_folder.name and not unused
         tokenizer = AutoTokenizer.from_pretrained(source, **where)
         assert tokenizer.chat_template == AutoTokenizer.from_pretrained(backbone_folder).chat_template
+        assert pipelines.find_adapter_config_file(source, **where) is None, "pipeline looks for one"
 
     def test_what_is_neither(self, tmp_path):
         for auto_class in (AutoConfig, AutoTokenizer, *AUTO_CLASSES):

@@ -104,9 +104,11 @@ def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
 
 
 def find_adapter(original: Callable, model_id: Any, **kwargs) -> str | None:
-    """Find no adapter for the demo backbone and bundled heads, which `pipeline` would ask the Hub for."""
-    is_here = is_demo(model_id) or (is_alias(model_id) and find_head(model_id, {}) is not None)
-    return None if is_here else original(model_id, **kwargs)
+    """Find no adapter for the demo backbone and bundled heads, or at `user/repo@revision:subfolder`, which is no repository."""
+    is_ours = is_alias(model_id) or not {"@", ":"}.isdisjoint(str(model_id))
+    if is_demo(model_id) or (is_ours and find_head(model_id, kwargs) is not None):
+        return None
+    return original(model_id, **kwargs)
 
 
 def from_pretrained(
