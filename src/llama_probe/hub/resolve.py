@@ -162,12 +162,12 @@ def _bundled_names() -> list[str]:
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
-    """Return `source` narrowed down to a subfolder of a folder or of a repository on the Hub."""
+    """Return `source` narrowed down to a subfolder of a folder or of a repository on the Hub; `""` is none, as None is."""
     if not isinstance(source, (str, os.PathLike)):
         raise ProbeError(f"a head is given as a folder, a Hub id or an alias, not as {type(source).__name__}")
-    check_subfolder(subfolder)
-    if subfolder is None:
+    if not subfolder:
         return source
+    check_subfolder(subfolder := subfolder.rstrip("/"))
     if os.path.isdir(source):
         return Path(source) / subfolder
     reference = HubReference.parse(str(source))

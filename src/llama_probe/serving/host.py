@@ -305,7 +305,7 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
     """Return the head that a place names, with its `revision` and `subfolder` in `kwargs`; None if it names none."""
     options = HubOptions.beside(kwargs, kwargs.get("revision"))
     try:
-        source = with_subfolder(place, kwargs.get("subfolder") or None)
+        source = with_subfolder(place, kwargs.get("subfolder"))
         config = read_config(resolve_head(source, options=options, only_config=True), options.trust_remote_code)
     except ProbeError:
         return None
