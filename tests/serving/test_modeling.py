@@ -147,11 +147,12 @@ class TestSavingTheBackbone:
             model.save_pretrained(tmp_path / "new", push_to_hub=True, create_pr=True)
         assert not (tmp_path / "new").exists()
 
-    def test_heads_know_the_backbone_under_its_new_name(self, lm, token):
+    def test_heads_know_the_backbone_under_its_new_name(self, lm, hub, token):
         lm.config._name_or_path = "org/tiny"
         head = ProbeModel(ProbeConfig(probe_type="gate"), backbone=lm)
         LlamaForProbedGeneration.from_causal_lm(lm, head).push_to_hub("alice/guarded")
         LlamaForProbedGeneration.from_pretrained("alice/guarded", probe_strict=True)
+        assert b"library_name: transformers" in hub.files("alice/guarded")["README.md"], "the page is the model's"
 
 
 class TestConversion:

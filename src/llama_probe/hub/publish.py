@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..errors import ProbeError
 from ..files import check_new_folder, check_writable, current_file, new_folder
 from .card import head_metadata, is_hub_id, read_card, write_card
-from .folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, RESULTS_NAME, read_config_values, read_json
+from .folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, PROBES_FOLDER, RESULTS_NAME, read_config_values, read_json
 from .resolve import default_name
 from .transport import HubOptions, HubReference, commit_files, download_head, full_repo_id
 
@@ -68,7 +68,8 @@ def push_folder(
             logger.warning(f"{reference} gives no license: pass license=, the stricter of backbone and data")
         paths = {reference.path(name): copy / name for name in HEAD_FILES}
         files: dict[str, Path | bytes] = {path: file for path, file in paths.items() if file.is_file()}
-        if subfolder is not None:
+        # Beside a model, the page of the repository is the model's.
+        if subfolder is not None and subfolder.split("/")[0] != PROBES_FOLDER:
             metadata = head_metadata(base_model, tags=["llama_probe", "probe"])
             text = f"Probe heads for {metadata.base_model or 'a causal LM'}, one a folder. Each has its own card."
             files[CARD_NAME] = f"---\n{metadata.to_yaml()}\n---\n\n{text}\n".encode()
