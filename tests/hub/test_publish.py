@@ -77,21 +77,18 @@ class TestPush:
         model.push_probe_to_hub(REPO, "mood", license="mit")
         assert "results.json" not in hub.files(REPO) and "notes.txt" in hub.files(REPO)
 
-    @pytest.mark.parametrize("fault", ["cut upload", "forbid"])
-    def test_an_interrupted_push_leaves_the_branch_where_it_was(self, hub, token, pushed, fault):
-        before, files = hub.head(REPO), hub.files(REPO)
-        injected = hub.fault(fault, times=None)
-        with pytest.raises(ProbeError) as raised:
+    @pytest.mark.parametrize(
+        "fault, words, head",
+        [("cut upload", "not known", "mood"), ("forbid", "nothing was", "mood"), ("lose", "not known", "other")],
+    )
+    def test_a_failed_push_tells_if_the_branch_may_have_moved(self, hub, token, pushed, fault, words, head):
+        before = hub.head(REPO), hub.files(REPO)
+        injected = hub.fault(fault, times=None, path="/commit/")
+        with pytest.raises(ProbeError, match=words) as raised:
             pushed.push_probe_to_hub(REPO, "other", license="mit")
         assert injected.hits and token not in str(raised.value)
-        assert hub.head(REPO) == before and hub.files(REPO) == files
-        assert same_weights(read_head(REPO), pushed.probes["mood"])
-
-    def test_a_push_whose_answer_is_lost(self, hub, pushed):
-        hub.fault("lose", path="/commit/")
-        with pytest.raises(ProbeError, match="not known"):
-            pushed.push_probe_to_hub(REPO, "other", license="mit")
-        assert same_weights(read_head(REPO), pushed.probes["other"])
+        assert same_weights(read_head(REPO), pushed.probes[head])
+        assert head == "other" or before == (hub.head(REPO), hub.files(REPO))
 
     def test_no_path_of_this_machine_is_pushed(self, hub, token, tmp_path, caplog):
         path = "/home/me/secret plans/lm-1"
