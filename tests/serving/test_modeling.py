@@ -107,6 +107,8 @@ class TestSavingTheBackbone:
             torch.testing.assert_close(loaded(prompts).probe_logits, expected)
             assert loaded.loss_type == make_lm().loss_type
         assert AutoModelForCausalLM.from_pretrained(place, probe=[]).active_probes == []
+        if how == "saved":
+            assert AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="here/").active_probes == ["a", "b"]
         classifier = AutoModelForSequenceClassification.from_pretrained(place, num_labels=3)
         assert type(classifier) is LlamaForSequenceClassification and classifier.num_labels == 3
         assert not hasattr(model.config, "probe_heads")

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo
@@ -320,7 +320,7 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
 def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
     """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`, and that its config lists."""
     names = getattr(config, SAVED_HEADS, None) or []
-    inside = "/".join(filter(None, [kwargs.get("subfolder"), PROBES_FOLDER]))
+    inside = PurePosixPath(kwargs.get("subfolder") or "", PROBES_FOLDER)  # "lm/" is "lm", as in transformers
     place = getattr(config, "_name_or_path", None) or place  # of an adapter, its backbone
     heads = {check_name(name): with_subfolder(place, f"{inside}/{name}") for name in names}
     return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
