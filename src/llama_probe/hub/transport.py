@@ -74,8 +74,8 @@ class HubOptions:
     @classmethod
     def beside(cls, kwargs: Mapping[str, Any], revision: str | None = None) -> HubOptions:
         """Return the options for heads that are loaded with a backbone: its keyword arguments but its revision."""
-        names = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code")
-        return cls(revision, **{name: kwargs[name] for name in names if kwargs.get(name) is not None})
+        options = {name: kwargs[name] for name in cls.__dataclass_fields__ if kwargs.get(name) is not None}
+        return cls(**options | {"revision": revision})
 
 
 class _NoBar(tqdm):
