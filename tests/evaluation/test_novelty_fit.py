@@ -73,6 +73,15 @@ def test_a_log_is_compared():
     assert len(worth) == 5 and worth == sorted(worth, reverse=True)
 
 
+def test_chats_without_a_result_do_not_count_in_the_novelty_of_tool_results():
+    markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 90), ("tool", 91), ("assistant", 92))}
+    probe = with_backbone(**HEAD, token_scope="tool", turn_markers=markers, flagged=["LABEL_1"])
+    rows = [PromptDataset([[90, 5, 92, 91, *ids] for ids in dataset(50, seed).prompts]) for seed in (0, 1)]
+    more = [PromptDataset([*part.prompts, *[[90, 5, 6]] * 30]) for part in rows]
+    facts, center = fit_novelty(probe, *rows), probe.novelty.center
+    assert fit_novelty(probe, *more) == facts and torch.equal(probe.novelty.center, center)
+
+
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_a_log_of_other_heads(kind):
     probe, rows = with_backbone(**HEAD, problem_type=kind, num_labels=2), dataset(50, 0)

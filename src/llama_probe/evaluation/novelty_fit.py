@@ -30,6 +30,8 @@ def can_fit(config: ProbeConfig, train: Dataset, validation: Dataset) -> bool:
 def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset, logits: torch.Tensor | None = None) -> JSON:
     """Fit a head's `Novelty` on training rows and calibrate it on validation rows. At most 2,000 of each count.
 
+    Rows that hold nothing to read do not count, if 40 others do.
+
     Args:
         probe: a trained head, bound to its backbone unless the data sets hold hidden states. It gets the novelty.
         train, validation: different rows, as for `predict_logits`.
@@ -44,18 +46,16 @@ def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset, logits: 
     for name, rows in (("training", train), ("validation", validation)):
         if len(rows) < MIN_ROWS:
             raise ProbeError(f"novelty needs at least {MIN_ROWS} {name} rows, not {len(rows)}")
-    if logits is not None:
-        logits = logits[_places(validation)]
+    logits = None if logits is None else logits[_places(validation)]
     train, validation = (Subset(rows, _places(rows)) for rows in (train, validation))
-    settings = {"layers": layers, "rank": min(_RANK, len(train) // 8, len(layers) * probe.config.hidden_size // 2)}
-    probe.set_novelty(Novelty(probe.config.replace(novelty=settings)))  # it reads, and is fitted to that
+    probe.set_novelty(Novelty(probe.config.replace(novelty={"layers": layers, "rank": 1})))  # to read the rows
     learned, _ = _mean_states(probe, train)
-    held, own_logits = _mean_states(probe, validation)
-    probe.set_novelty(Novelty.fit(probe.config, learned, held))
-    rows = {"train": len(train), "validation": len(validation)}
-    summary = _summarize(probe.config, own_logits if logits is None else logits)
+    held, logits = _mean_states(probe, validation, logits)
+    rows = {"train": learned[1].shape[1], "validation": len(logits)}
+    settings = {"layers": layers, "rank": min(_RANK, rows["train"] // 8, len(layers) * probe.config.hidden_size // 2)}
+    probe.set_novelty(Novelty.fit(probe.config.replace(novelty=settings), learned, held))
     decided = {"threshold": probe.config.threshold, "flagged": probe.config.flagged_labels}
-    return {"rows": rows, **decided, **summary}
+    return {"rows": rows, **decided, **_summarize(probe.config, logits)}
 
 
 def _places(dataset: Dataset) -> list[int]:
@@ -63,12 +63,16 @@ def _places(dataset: Dataset) -> list[int]:
     return sorted(rows.tolist())
 
 
-def _mean_states(probe: ProbeModel, dataset: Dataset) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Return total and count of the rows, see `MeanStates`, and logits `[rows, num_labels]`."""
-    total, count, logits = score_rows(
+def _mean_states(
+    probe: ProbeModel, dataset: Dataset, logits: torch.Tensor | None = None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return total and count of the rows that hold something to read, see `MeanStates`, and their logits."""
+    total, count, own = score_rows(
         [probe], dataset, lambda output: [output.means.total.transpose(0, 1), output.means.count.T, output.logits]
     )
-    return (total.transpose(0, 1), count.T), logits
+    read = count[:, 0] > 0  # a chat may hold no result of a tool
+    read |= read.sum() < MIN_ROWS
+    return (total[read].transpose(0, 1), count[read].T), (own if logits is None else logits)[read]
 
 
 def _summarize(config: ProbeConfig, logits: torch.Tensor) -> JSON:
