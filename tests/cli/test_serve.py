@@ -2,9 +2,11 @@
 
 import io
 
+import pyarrow.parquet as pq
 import pytest
 from command_line import call, refuse, succeed
 from conftest import make_probe, with_novelty
+from training_runs import write
 from transformers import AutoTokenizer
 
 from llama_probe import ProbeConfig, ProbeError
@@ -49,6 +51,10 @@ def test_a_prompt_is_the_users_beside_a_head_of_tool_results(backbone_folder, tm
     (alone,) = succeed("generate", "--probe", tmp_path / "user", *args)
     assert row["probabilities"]["user"] == alone["probabilities"]["user"]
     assert row["probabilities"]["tool"] == [1.0, 0.0] and row["novelty"]["tool"] is None, "it has nothing to read"
+    chats = write(tmp_path / "chats.jsonl", [{"text": [{"role": "user", "content": "Look at it."}]}])
+    succeed("classify", *probes, *args[1:3], "--input", chats, "--output", tmp_path / "labels")
+    (cells,) = pq.read_table(tmp_path / "labels").to_pylist()
+    assert cells["tool_label"] == "LABEL_0" and cells["tool_novelty"] is None and cells["user_novelty"] is not None
 
 
 def test_a_user_at_a_terminal_is_asked_for_prompts():

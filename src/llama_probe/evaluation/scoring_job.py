@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from ..data.row_files import MAX_TEXT, Columns, InputFile
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, rank, undivided, world_size
 from ..errors import ProbeError, first_line
 from ..files import JSON, remove_leftovers, write_atomically
-from ..heads.configuration import ProbeConfig
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
+from ..heads.novelty import MeanStates
 from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.host import ProbeSpec, read_heads
@@ -68,21 +68,13 @@ class TextScorer:
         """
         rows = self.scored_rows(texts)
         columns: Columns = {name: [None] * len(texts) for name in output_fields(self.heads)}
-        if not rows:
-            return columns
-        configs = {name: head.config for name, head in self.heads.items()}
-        score = self._follow if self.reads_replies else self._classify
-        for name, scored in score(configs, [texts[row] for row in rows]).items():
-            config, finite = configs[name], scored.logits.isfinite().all(dim=-1)
-            output = ProbeOutput.from_logits(scored.logits[finite], config)
-            by_label = [dict(zip(config.id2label.values(), row, strict=True)) for row in output.probabilities.tolist()]
-            is_value = config.problem_type == "regression"
-            cells = {"values": by_label} if is_value else {"label": output.labels, "probabilities": by_label}
-            if scored.novelty is not None:
-                cells["novelty"] = scored.novelty[finite].tolist()
-            for kind, values in cells.items():
-                for row, value in zip(itertools.compress(rows, finite.tolist()), values, strict=True):
-                    columns[f"{name}_{kind}"][row] = value
+        for name, output in self._score([texts[row] for row in rows]).items() if rows else ():
+            numbers = output.logits.isfinite().all(dim=-1).nonzero().flatten()
+            scored = ProbeOutput.from_logits(output.logits[numbers], self.heads[name].config)
+            scored.means = output.means and MeanStates.joined([output.means], numbers)
+            for kind, (_, values_of) in _columns(self.heads[name]).items():
+                for place, value in zip(numbers.tolist(), values_of(scored), strict=True):
+                    columns[f"{name}_{kind}"][rows[place]] = value
         return columns
 
     def scored_rows(self, texts: Sequence[Text | None]) -> list[int]:
@@ -91,20 +83,18 @@ class TextScorer:
         # A text alone is refused: a column of prompts was forgotten.
         return [row for row in rows if not self.reads_replies or isinstance(texts[row], str) or has_reply(texts[row])]
 
-    def _classify(self, configs: dict[str, ProbeConfig], texts: list[Text]) -> dict[str, ProbeOutput]:
-        return classify_texts(self.model, configs, texts, self.tokenizer)
-
-    def _follow(self, configs: dict[str, ProbeConfig], texts: list[Text]) -> dict[str, ProbeOutput]:
+    def _score(self, texts: list[Text]) -> dict[str, ProbeOutput]:
+        configs = {name: head.config for name, head in self.heads.items()}
+        if not self.reads_replies:
+            return classify_texts(self.model, configs, texts, self.tokenizer)
         outputs: dict[str, ProbeOutput] = {}
         for names in heads_by_format(configs):
             config, heads = configs[names[0]], [self.heads[name] for name in names]
             heads[0].set_backbone(self.model)
             dataset = PromptFormat.from_config(config, self.tokenizer).encode_for(config, texts)
             with undivided():  # ranks divide the chunks
-                logits = predict_together(heads, dataset)
-            outputs |= {
-                name: ProbeOutput.from_logits(part, configs[name]) for name, part in zip(names, logits, strict=True)
-            }
+                by_head = zip(names, predict_together(heads, dataset), strict=True)
+            outputs |= {name: ProbeOutput.from_logits(logits, configs[name]) for name, logits in by_head}
         return outputs
 
 
@@ -171,7 +161,8 @@ class ScoringJob:
         files = InputFile.find(self.inputs, self.max_text)
         types: dict[str, pa.DataType] = {}
         for file in files:
-            types = file.fields(self._needed) | types
+            fields = file.fields(self._needed).items()
+            types = {name: type_ for name, type_ in fields if not pa.types.is_null(type_)} | types
         return files, {name: types.get(name, pa.string()) for name in self.keep_columns}
 
     def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> JSON:
@@ -240,19 +231,25 @@ def _read_heads(probes: ProbeSpec, backbone: str) -> dict[str, ProbeModel]:
 
 def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
     """Return names and types of the columns of `TextScorer`."""
-    fields: dict[str, pa.DataType] = {}
-    for name, head in heads.items():
-        problem = head.config.problem_type
-        by_label = pa.struct([(label, pa.float32()) for label in head.config.id2label.values()])
-        if head.novelty is not None:
-            fields[f"{name}_novelty"] = pa.float32()
-        if problem == "regression":
-            fields[f"{name}_values"] = by_label
-        else:
-            several = problem == "multi_label_classification"
-            fields[f"{name}_label"] = pa.list_(pa.string()) if several else pa.string()
-            fields[f"{name}_probabilities"] = by_label
-    return fields
+    return {f"{name}_{kind}": type_ for name, head in heads.items() for kind, (type_, _) in _columns(head).items()}
+
+
+def _columns(head: ProbeModel) -> dict[str, tuple[pa.DataType, Callable[[ProbeOutput], list]]]:
+    """Return the columns of a head, each with its type and its values for an output."""
+    names, problem = list(head.config.id2label.values()), head.config.problem_type
+    label = pa.list_(pa.string()) if problem == "multi_label_classification" else pa.string()
+    by_label = pa.struct([(name, pa.float32()) for name in names])
+
+    def scores(output: ProbeOutput) -> list[dict[str, float]]:
+        return [dict(zip(names, row, strict=True)) for row in output.probabilities.tolist()]
+
+    def novelty(output: ProbeOutput) -> list[float | None]:
+        return [None if math.isnan(value) else value for value in output.novelty.tolist()]  # nothing was read
+
+    columns = {"values": (by_label, scores)}
+    if problem != "regression":
+        columns = {"label": (label, lambda output: output.labels), "probabilities": (by_label, scores)}
+    return columns if head.novelty is None else {"novelty": (pa.float32(), novelty), **columns}
 
 
 def _warn_of_gaps(file: InputFile, rows: range, scored: list[int], scores: Columns) -> None:
