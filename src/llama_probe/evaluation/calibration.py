@@ -15,7 +15,7 @@ from ..errors import ProbeError
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import check_numbers, probabilities, probe_loss, threshold_of
-from .metrics import has_label
+from .metrics import known_rows
 
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,7 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
 
     Args:
         scores (`[rows]`): probabilities of the positive label.
-        positives (`[rows]`): 0 or 1, both of which occur; or how likely each row is positive, for the highest expected F1.
+        positives (`[rows]`): false or true, both of which occur; or how likely each row is positive, for the highest expected F1.
     """
     order = np.argsort(-scores, kind="stable")
     ranked, likely = scores[order], positives[order]
@@ -175,22 +175,20 @@ def calibrate(
         return config
     temperature, flagged = fit_temperature(logits, labels, config), config.flagged_labels or None
     config = config.replace(temperature=temperature, flagged=flagged, threshold=None, thresholds=None)
-    probs, truth = probabilities(logits.float(), config).numpy(), labels.numpy()
+    probs = probabilities(logits.float(), config).numpy()
 
-    def choose(scores: np.ndarray, positives: np.ndarray, default: float | None) -> float | None:
-        is_known = ~np.isnan(positives)
-        scores, positives = scores[is_known], positives[is_known]
+    def choose(index: int, default: float | None) -> float | None:
+        rows, positives = known_rows(labels.numpy(), index, config)
         if not 0 < positives.sum() < len(positives):
             return default
         if max_false_positive_rate is None:
-            return _THRESHOLD_RULES[threshold_rule](scores, positives)
-        return highest_recall_threshold(scores, positives, max_false_positive_rate)
+            return _THRESHOLD_RULES[threshold_rule](probs[rows, index], positives)
+        return highest_recall_threshold(probs[rows, index], positives, max_false_positive_rate)
 
     if config.problem_type == "multi_label_classification":
-        return config.replace(threshold=[choose(probs[:, i], truth[:, i], 0.5) for i in range(config.num_labels)])
-    if (index := config.flagged_index) is None:
-        return config
-    return config.replace(threshold=choose(probs[:, index], truth == index, None))
+        return config.replace(threshold=[choose(index, 0.5) for index in range(config.num_labels)])
+    index = config.flagged_index
+    return config if index is None else config.replace(threshold=choose(index, None))
 
 
 def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> JSON:
@@ -237,8 +235,7 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     """
     probs, tables = probabilities(logits.float(), config).numpy(), {}
     for index, label in config.id2label.items():
-        is_known = ~np.isnan(labels if labels.ndim == 1 else labels[:, index])
-        positive = has_label(labels, index, config)[is_known]
+        rows, positive = known_rows(labels, index, config)
         is_judged = config.problem_type == "multi_label_classification" or index == config.flagged_index
         if not is_judged or not positive.any():
             continue
@@ -246,7 +243,7 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         saved = 0.5 if saved is None else saved  # the larger of two probabilities
         tables[label] = []
         for threshold in sorted({saved, *(round(0.1 * i, 1) for i in range(1, 10))}):
-            flagged = probs[is_known, index] >= threshold
+            flagged = probs[rows, index] >= threshold
             shares = {"recall": flagged[positive].mean(), "flagged": flagged.mean(), "threshold": threshold}
             row = {name: round(float(value), 4) for name, value in shares.items()}
             row["precision"] = round(float(positive[flagged].mean()), 4) if flagged.any() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,9 +12,9 @@ import transformers
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import log_odds, probabilities
-from .bootstrap import Interval, auroc, intervals
+from .bootstrap import auroc, intervals
 from .calibration import highest_recall_threshold, highest_unflagged
-from .metrics import has_label
+from .metrics import known_rows
 
 
 # Patience and window of the halting rules that are compared; see `HaltRule`.
@@ -35,20 +36,25 @@ def _judged(values: np.ndarray, patience: int, window: int) -> np.ndarray:
 def _halts(
     scores: Sequence[np.ndarray], threshold: float, patience: int = 1, window: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return which replies are halted, and of each the tokens read by then and the share that was shown before the last one."""
+    """Return for each reply if it is halted, the tokens that were read by then, and those of the whole reply."""
     reached = [np.flatnonzero(_judged(values, patience, window) >= threshold) for values in scores]
-    halted = np.array(list(map(len, reached))) > 0
-    lengths = np.array(list(map(len, scores)))
-    read = np.array([places[0] + patience if len(places) else n for places, n in zip(reached, lengths, strict=True)])
-    return halted, read, (read - halted) / lengths
+    halted, lengths = (np.array(list(map(len, rows))) for rows in (reached, scores))
+    read = [places[0] + patience if len(places) else n for places, n in zip(reached, lengths, strict=True)]
+    return halted > 0, np.array(read), lengths
 
 
-def _measures(halted: np.ndarray, read: np.ndarray, shown: np.ndarray, positives: np.ndarray) -> dict[str, float]:
-    """Return what `detection` gives of which there are intervals; NaN without a reply that tells it."""
-    parts = {"detected": halted[positives], "false_halts": halted[~positives], "shown": shown[positives]}
-    means = {name: part.mean() if len(part) else np.nan for name, part in parts.items()}
-    delays = read[halted & positives]
-    return {**means, "median": np.median(delays) if len(delays) else np.nan}
+def _measures(halted: np.ndarray, read: np.ndarray, lengths: np.ndarray, positives: np.ndarray) -> dict[str, float]:
+    """Return what `detection` gives of replies; NaN without a reply that tells it."""
+    hits = halted & positives
+    samples = {
+        "detected": (np.mean, halted[positives]),
+        "false_halts": (np.mean, halted[~positives]),
+        "shown": (np.mean, ((read - halted) / lengths)[positives]),
+        "median": (np.median, read[hits]),
+        "p90": (partial(np.percentile, q=90), read[hits]),
+        "share": (np.median, (read / lengths)[hits]),
+    }
+    return {name: float(measure(sample)) if len(sample) else np.nan for name, (measure, sample) in samples.items()}
 
 
 def detection(
@@ -68,16 +74,10 @@ def detection(
         they are halted, and the median `share` of the reply (each None if none is detected); `shown`: over all replies with the
         label the mean share of the tokens before the one that halts it, 1 for those that are not halted.
     """
-    positives = positives.astype(bool)
-    halted, read, shown = _halts(scores, threshold, patience, window)
-    measures = _measures(halted, read, shown, positives)
-    values = {name: None if np.isnan(value) else float(value) for name, value in measures.items()}
-    delay = {"median": values["median"], "p90": None, "share": None}
-    if len(hits := np.flatnonzero(halted & positives)):
-        delay["p90"] = float(np.percentile(read[hits], 90))
-        delay["share"] = float(np.median(read[hits] / [len(scores[row]) for row in hits]))
-    shares = {name: values[name] for name in ("detected", "false_halts")}
-    return {"rows": len(scores), **shares, "delay": delay, "shown": values["shown"]}
+    measures = _measures(*_halts(scores, threshold, patience, window), positives.astype(bool))
+    values = {name: None if np.isnan(value) else value for name, value in measures.items()}
+    delay = {name: values.pop(name) for name in ("median", "p90", "share")}
+    return {"rows": len(scores), **values, "delay": delay}
 
 
 def halting_rules(
@@ -141,9 +141,8 @@ def _known_rows(
     config: ProbeConfig, followed: Sequence[torch.Tensor], labels: np.ndarray, index: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Return scores of a label, and which rows have it, of the rows of which that is known."""
-    is_known = ~np.isnan(labels if labels.ndim == 1 else labels[:, index])
-    scores = [probabilities(followed[row], config)[:, index].numpy() for row in np.flatnonzero(is_known)]
-    return scores, has_label(labels[is_known], index, config)
+    rows, positives = known_rows(labels, index, config)
+    return [probabilities(followed[row], config)[:, index].numpy() for row in rows], positives
 
 
 def reply_report(
@@ -175,15 +174,16 @@ def reply_report(
         rows = np.repeat(np.arange(len(odds)), list(map(len, odds)))
         token_scores, token_positives = np.concatenate(odds), np.concatenate(token_labels)
         areas["t_auc"] = auroc(token_scores, token_positives, min(resamples, _TOKEN_RESAMPLES), rows)
-    thresholds = {"own": 0.5 if config.threshold is None else config.threshold, **(config.thresholds or {})}
-    rates = {}
+    own = 0.5 if config.threshold is None else config.threshold
+    thresholds = {name: (threshold, None) for name, threshold in {"own": own, **(config.thresholds or {})}.items()}
     if 0 < positives.sum() < len(positives):
-        rates = {f"{rate:.1%} halted": rate for rate in RATES}
         highest = np.array([row.max() for row in scores])
-        thresholds |= {name: highest_recall_threshold(highest, positives, rate) for name, rate in rates.items()}
+        for rate in RATES:
+            thresholds[f"{rate:.1%} halted"] = highest_recall_threshold(highest, positives, rate), rate
     measured = {}
-    for name, threshold in thresholds.items():
-        limits = _limits(scores, largest, positives, threshold, rates.get(name), resamples) if resamples else {}
+    for name, (threshold, rate) in thresholds.items():
+        statistic = partial(_resampled, _halts(scores, threshold), largest, positives, rate)
+        limits = intervals(statistic, len(scores), resamples) if resamples else {}
         measured[name] = {"threshold": threshold, **detection(scores, positives, threshold), "intervals": limits}
     return {
         "label": config.id2label[index],
@@ -193,33 +193,21 @@ def reply_report(
     }
 
 
-def _limits(
-    scores: Sequence[np.ndarray],
-    largest: np.ndarray,
-    positives: np.ndarray,
-    threshold: float,
-    rate: float | None,
-    resamples: int,
-) -> dict[str, Interval]:
-    """Return 95 % intervals of what `detection` gives. With a `rate` each resample has its own threshold for `detected`."""
-    halted, read, shown = _halts(scores, threshold)
-
-    def measures(drawn: np.ndarray) -> dict[str, float]:
-        is_positive, highest = positives[drawn], largest[drawn]
-        values = _measures(halted[drawn], read[drawn], shown[drawn], is_positive)
+def _resampled(
+    halts: Sequence[np.ndarray], largest: np.ndarray, positives: np.ndarray, rate: float | None, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return `_measures` of resamples of the replies. With a `rate` each has its own threshold for `detected`."""
+    resamples = []
+    for counts in weights.astype(int):
+        drawn = np.repeat(np.arange(len(positives)), counts)
+        values, is_positive = _measures(*(column[drawn] for column in halts), positives[drawn]), positives[drawn]
         if rate is not None:
             values["detected"] = np.nan
             if 0 < is_positive.sum() < len(drawn):
-                limit = highest_unflagged(highest[~is_positive], rate)
-                values["detected"] = (highest[is_positive] > limit).mean()
-        return values
-
-    def statistic(weights: np.ndarray) -> dict[str, np.ndarray]:
-        rows = np.arange(len(read))
-        resampled = [measures(np.repeat(rows, counts)) for counts in weights.astype(int)]
-        return {name: np.array([values[name] for values in resampled]) for name in resampled[0]}
-
-    return intervals(statistic, len(read), resamples)
+                limit = highest_unflagged(largest[drawn[~is_positive]], rate)
+                values["detected"] = (largest[drawn[is_positive]] > limit).mean()
+        resamples.append(values)
+    return {name: np.array([values[name] for values in resamples]) for name in resamples[0]}
 
 
 def span_mask(

@@ -169,6 +169,12 @@ def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray
     return labels[:, index] > 0 if config.problem_type == "multi_label_classification" else labels == index
 
 
+def known_rows(labels: np.ndarray, index: int, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the rows of which it is known if they have a label, and which of these have it."""
+    rows = np.flatnonzero(~np.isnan(labels if labels.ndim == 1 else labels[:, index]))
+    return rows, has_label(labels[rows], index, config)
+
+
 def truth_and_predictions(
     logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig
 ) -> tuple[np.ndarray, np.ndarray]:
