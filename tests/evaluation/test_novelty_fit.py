@@ -32,7 +32,7 @@ def test_other_prompts_are_told_apart_from_cached_states_as_from_prompts(tmp_pat
     cached = [cache.dataset(same.backbone, same.config, rows) for rows in (train, held)]
     same.set_backbone(None)
     assert fit_novelty(same, *cached)["scores"].keys() == facts["scores"].keys()
-    logits, novelty = predict_rows(probe, own)
+    logits, novelty, _ = predict_rows(probe, own)
     torch.testing.assert_close(logits, predict_logits(probe, own))
     far = predict_rows(probe, other)[1]
     measured = against_others(novelty, {"other": far}, resamples=50)
@@ -47,13 +47,13 @@ def test_other_prompts_are_told_apart_from_cached_states_as_from_prompts(tmp_pat
 def test_a_log_is_compared():
     probe = with_backbone(**HEAD, id2label={0: "no", 1: "yes"})
     reference = fit_novelty(probe, dataset(120, 0), dataset(100, 1))
-    alike = compare_log(probe.config, reference, *predict_rows(probe, dataset(100, 2)), top=5)
-    other = compare_log(probe.config, reference, *predict_rows(probe, dataset(100, 3, 50, 90)), top=5)
+    alike = compare_log(probe.config, reference, *predict_rows(probe, dataset(100, 2))[:2], top=5)
+    other = compare_log(probe.config, reference, *predict_rows(probe, dataset(100, 3, 50, 90))[:2], top=5)
     assert alike["novelty"]["far"] < 0.1 < other["novelty"]["far"]
     assert alike["novelty"]["median"] < other["novelty"]["median"]
     assert set(alike["labels"]) == {"no", "yes"} and not alike["labels"]["yes"]["changed"]
     later = probe.config.replace(threshold=0.999, flagged=["yes"])
-    logits, novelty = predict_rows(probe, dataset(100, 2))
+    logits, novelty, _ = predict_rows(probe, dataset(100, 2))
     assert compare_log(later, reference, logits, novelty, top=5) == alike, "shares are those at the threshold of then"
     guard = with_backbone(**HEAD, id2label={0: "no", 1: "yes"}, flagged=["yes"], threshold=0.3)
     guarded = fit_novelty(guard, dataset(120, 0), dataset(100, 1))
@@ -85,5 +85,5 @@ def test_chats_without_a_result_do_not_count_in_the_novelty_of_tool_results():
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
 def test_a_log_of_other_heads(kind):
     probe, rows = with_backbone(**HEAD, problem_type=kind, num_labels=2), dataset(50, 0)
-    log = compare_log(probe.config, fit_novelty(probe, rows, dataset(50, 1)), *predict_rows(probe, rows))
+    log = compare_log(probe.config, fit_novelty(probe, rows, dataset(50, 1)), *predict_rows(probe, rows)[:2])
     assert log["rows"] == 50 and ("labels" in log) == (kind != "regression")

@@ -56,7 +56,7 @@ def drift(
     places = np.unique(np.linspace(0, len(texts) - 1, min(len(texts), max_rows)).round().astype(int))
     rows = np.array(list(texts))[places].tolist()
     scored.attach()
-    logits, novelty = predict_rows(head, scored.dataset([texts[row] for row in rows]))
+    logits, novelty, _ = predict_rows(head, scored.dataset([texts[row] for row in rows]))
     report = compare_log(head.config, reference, logits, novelty, top)
     for row in report["worth_labelling"]:
         row["row"] = rows[row["row"]]

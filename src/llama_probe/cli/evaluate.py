@@ -63,7 +63,7 @@ def evaluate(
     # These take seconds to import.
     from ..evaluation import detection, report
     from ..evaluation.novelty_fit import against_others
-    from ..evaluation.prediction import follow_replies, predict_rows, strongest_of
+    from ..evaluation.prediction import predict_rows
     from ..evaluation.transformations import ATTACKS, check_transformable, kept_labels
 
     if against and head.novelty is None:
@@ -80,12 +80,8 @@ def evaluate(
     verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
     others = {short_path(name): rows.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
     scored.attach()
-    dataset, followed = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels), None
-    if dataset.reply_lengths is None:
-        logits, novelty = predict_rows(head, dataset)
-    else:
-        (followed,) = follow_replies([head], dataset)
-        logits = strongest_of(head, followed)
+    dataset = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels)
+    logits, novelty, followed = predict_rows(head, dataset)
     novelties = {name: predict_rows(head, scored.dataset(texts))[1] for name, texts in others.items()}
     transformed = kept_labels(head, labelled, scored.prompts, groups) if groups else {}
     if not is_main():

@@ -26,10 +26,25 @@ def predict_together(probes: Sequence[ProbeModel], dataset: Dataset) -> list[tor
     A reply counts by its largest score while it is written, because that is where it is halted; see `strongest`. Data sets without
     `reply_lengths` have the scores of whole rows.
     """
-    if probes[0].config.reads_reply and getattr(dataset, "reply_lengths", None) is not None:
-        followed = follow_replies(probes, dataset)
-        return [strongest_of(probe, rows) for probe, rows in zip(probes, followed, strict=True)]
-    return score_rows(probes, dataset, lambda output: [output.logits])
+    if not _has_replies(probes[0], dataset):
+        return score_rows(probes, dataset, lambda output: [output.logits])
+    by_head = zip(probes, follow_replies(probes, dataset), strict=True)
+    return [torch.stack([strongest(logits, probe.config) for logits in followed]) for probe, followed in by_head]
+
+
+def predict_rows(
+    probe: ProbeModel, dataset: Dataset
+) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor] | None]:
+    """Return the logits of `predict_logits`, novelty `[rows]` if the head tells it, and of replies what `follow_replies` gives."""
+    if not _has_replies(probe, dataset):
+        logits, *novelty = score_rows([probe], dataset, lambda output: [output.logits, output.novelty])
+        return logits, novelty[0] if novelty else None, None
+    (followed,) = follow_replies([probe], dataset)
+    return torch.stack([strongest(logits, probe.config) for logits in followed]), None, followed
+
+
+def _has_replies(probe: ProbeModel, dataset: Dataset) -> bool:
+    return probe.config.reads_reply and getattr(dataset, "reply_lengths", None) is not None
 
 
 def follow_replies(probes: Sequence[ProbeModel], dataset: Dataset) -> list[list[torch.Tensor]]:
@@ -57,19 +72,6 @@ def follow_replies(probes: Sequence[ProbeModel], dataset: Dataset) -> list[list[
             by_row |= {row: followed[i, is_reply[i, columns]] for i, row in enumerate(rows)}
     everywhere = [{row: part for rank in ranks for row, part in rank.items()} for ranks in map(gather, logits)]
     return [[by_row[row] for row in range(len(dataset))] for by_row in everywhere]
-
-
-def strongest_of(probe: ProbeModel, followed: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the logits `[rows, num_labels]` that replies count by, of what `follow_replies` gives for a head."""
-    return torch.stack([strongest(logits, probe.config) for logits in followed])
-
-
-def predict_rows(probe: ProbeModel, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the logits of `predict_logits`, and novelty `[rows]` if the head tells it."""
-    if probe.novelty is None:
-        return predict_logits(probe, dataset), None
-    logits, novelty = score_rows([probe], dataset, lambda output: [output.logits, output.novelty])
-    return logits, novelty
 
 
 def score_rows(

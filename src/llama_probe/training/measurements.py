@@ -161,7 +161,7 @@ def _measure_part(
     baseline: Baseline | None,
     slice_columns: Sequence[str] = (),
 ) -> JSON:
-    logits, novelty = predict_rows(head, dataset)
+    logits, novelty, _ = predict_rows(head, dataset)
     part = {"rows": len(rows), **_scores(head.config, logits, rows.labels)}
     for column in slice_columns:
         values = np.array([str(value) for value in rows.columns.get(column, ())])
