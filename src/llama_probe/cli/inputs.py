@@ -17,7 +17,6 @@ from ..data.row_files import MAX_TEXT
 from ..data.row_sources import Source
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
-from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
 from ..hub.folder import check_output, is_head_folder, read_config_values
 from ..hub.resolve import resolve_head
@@ -60,20 +59,22 @@ class ScoredHead:
     """A head whose backbone is loaded by `attach`: what the head refuses comes before that.
 
     Attributes:
+        model: the backbone with the head, after `attach`.
         prompts: format of the prompts, after `attach`.
     """
 
+    model: transformers.PreTrainedModel
     prompts: PromptFormat
 
     def __init__(self, probe: str, options: HeadOptions):
         self.probe, self.options = probe, options
-        ((self.name, self.head),) = options.read([probe]).items()
+        self.heads = options.read([probe])
+        (self.head,) = self.heads.values()
 
     def attach(self) -> None:
         """Load the backbone, and bind the head to it."""
-        lm, tokenizer = load_backbone(self.options.backbone_of(self.probe), self.options.dtype)
-        check_backbone(self.probe, self.head.config, lm, alias=self.head.alias)
-        self.head.to(lm.device).set_backbone(lm)
+        self.model, tokenizer = self.options.attach(self.heads, self.probe)
+        self.head.set_backbone(self.model)
         self.prompts = PromptFormat.from_config(self.head.config, tokenizer)
 
     def dataset(self, texts: Sequence[Text]) -> PromptDataset:

@@ -66,11 +66,7 @@ def plot(
             dataset = scored.dataset(labelled.texts)
             measured = inspect_head(head, dataset, labelled.labels)
             inspection = {"split": Path(data).name, **measured}
-        if texts:
-            from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
-
-            model = AutoModelForProbedGeneration.from_causal_lm(head.backbone, {scored.name: head})
-            readings = read_weights(model, scored.prompts.tokenizer, texts)
+        readings = read_weights(scored.model, scored.prompts.tokenizer, texts) if texts else []
     drawings: _Drawings = {}
     for number, reading in enumerate(readings, 1):
         drawings |= _draw_text(reading, number)
