@@ -58,9 +58,6 @@ def calibrate(
     before = head.config
     if flag is not None:
         head.config = head.config.replace(flagged=[flag], threshold=None, thresholds=None)
-    if benign:
-        head.config.need_flagged_index("--benign")
-        check_rates(head.config, rate)
 
     def read(sources: list[str] | None, split: str, limit: int | None = max_rows) -> list:
         return [text for source in sources or () for text in rows.texts(source, head.config, limit, split)]
@@ -70,22 +67,23 @@ def calibrate(
     if benign:
         check_rates(head.config, rate, len(texts))
     scored.attach()
-    shown, recorded = {}, {}
+    results, shown = head.results or {}, {}
     if benign:
         head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts)), rate)
-        recorded["thresholds_from"] = {
+        results["thresholds_from"] = {
             "flagged": head.config.flagged[0],
             "sources": list(map(short_path, benign)),
             "rows": len(texts),
             "rates": dict(zip(head.config.thresholds, rate, strict=True)),
         }
-        shown |= recorded["thresholds_from"]
-        shown |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
-        measured = (head.results or {}).get("measured")
-        if measured and before.flagged_index is not None:  # the new thresholds may have the names of those
+        fitted = {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
+        shown = results["thresholds_from"] | fitted
+        if (
+            "measured" in results and before.flagged_index is not None
+        ):  # the new thresholds may have the names of those
             earlier = before.thresholds or {"threshold": before.threshold or 0.5}
             then = {"flagged": before.flagged_labels[0], "thresholds": earlier}
-            recorded["measured"] = {"before_calibration": then, **measured}
+            results["measured"] = {"before_calibration": then, **results["measured"]}
     if novelty_data:
         if not validation:
             held = set(np.random.default_rng(0).permutation(len(train))[: len(train) // 4].tolist())
@@ -93,11 +91,11 @@ def calibrate(
             train = [text for row, text in enumerate(train) if row not in held]
         fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation))
         sources = list(map(short_path, (*novelty_data, *(novelty_validation or ()))))
-        shown["novelty"] = recorded["novelty"] = {"sources": sources, **fitted}
-        for evaluation in (head.results or {}).get("evaluations", {}).values():
+        shown["novelty"] = results["novelty"] = {"sources": sources, **fitted}
+        for evaluation in results.get("evaluations", {}).values():
             evaluation.pop("novelty", None)  # of the one before
     if not is_main():
         return None
-    head.results = (head.results or {}) | recorded
+    head.results = results
     head.save_pretrained(probe)
     return shown, partial(print_values, probe, shown)
