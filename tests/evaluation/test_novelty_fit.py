@@ -9,6 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.evaluation.novelty_fit import against_others, compare_log, fit_novelty
+from llama_probe.evaluation.plots import drift_plot
 from llama_probe.evaluation.prediction import predict_logits, predict_rows
 
 
@@ -65,8 +66,11 @@ def test_a_log_is_compared():
     assert "labels" not in compare_log(later.replace(thresholds={"fpr-1%": 0.999}), old, logits, novelty)
     renamed = compare_log(probe.config.replace(id2label={0: "no", 1: "oh"}), reference, logits, novelty)
     assert list(renamed["labels"]) == ["no"] and "expected" not in renamed["scores"]["oh"]
-    unread = torch.cat([torch.tensor([torch.nan] * 2), novelty])
-    log = compare_log(probe.config, reference, torch.cat([logits[:2], logits]), unread, top=5)
+    unread = torch.cat([logits[:2], logits]), torch.cat([torch.tensor([torch.nan] * 2), novelty])
+    log = compare_log(probe.config, reference, *unread, top=5)
+    assert against_others(unread[1], {"log": unread[1]}, 0)["own"] == against_others(novelty, {}, 0)["own"]
+    figures = (drift_plot(probe.config, *rows, reference) for rows in (unread, (logits, novelty)))
+    assert len({tuple(figure.axes[0].lines[0].get_ydata()) for figure in figures}) == 1
     assert [row["row"] - 2 for row in log["worth_labelling"]] == [row["row"] for row in alike["worth_labelling"]]
     assert log["rows"] == 100 and log["novelty"] == alike["novelty"]
     worth = [row["novelty"] + row["unsure"] for row in other["worth_labelling"]]

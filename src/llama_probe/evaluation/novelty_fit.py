@@ -107,7 +107,8 @@ def against_others(novelty: torch.Tensor, others: Mapping[str, torch.Tensor], re
 
 
 def _far(novelty: torch.Tensor) -> JSON:
-    return {"rows": len(novelty), "far": float((novelty > FAR).double().mean())}
+    rows = int((~novelty.isnan()).sum())  # others hold nothing that the head reads
+    return {"rows": rows, "far": int((novelty > FAR).sum()) / max(rows, 1)}
 
 
 def compare_log(

@@ -179,7 +179,8 @@ def outcomes_plot(inspection: JSON) -> Figure:
 
 def drift_plot(config: ProbeConfig, logits: torch.Tensor, novelty: torch.Tensor, reference: JSON) -> Figure:
     """Draw novelty and scores over a log of prompts, as means of up to 50 groups of rows. Arguments as for `compare_log`."""
-    groups = np.array_split(np.arange(len(novelty)), min(50, len(novelty)))
+    read = (~novelty.isnan()).nonzero().flatten().numpy()  # the other rows hold nothing that the head reads
+    groups = np.array_split(read, min(50, len(read)))
     middle = [group.mean() for group in groups]
     figure = new_figure((7.5, 4.6))
     far, scores = figure.subplots(2, 1, sharex=True)
@@ -201,7 +202,7 @@ def drift_plot(config: ProbeConfig, logits: torch.Tensor, novelty: torch.Tensor,
         figure,
         "Above, the share of prompts that are further from the training data than 99 % of its validation rows. Below, the mean "
         "score of each label. Dashed: what validation rows gave. A line that leaves its dashed one is a change of what is served.",
-        f"{len(novelty):,} prompts in their order",
+        f"{len(read):,} prompts in their order",
     )
 
 
