@@ -1,4 +1,4 @@
-"""Cases that several test modules share: kinds of head, ways to generate, scores of rows, and a guard of replies."""
+"""Cases that several test modules share: kinds of head and problem, ways to generate, scores of rows, a guard of replies."""
 
 import numpy as np
 import torch
@@ -8,6 +8,8 @@ from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.heads import probe_types
 
 
+MULTI = {"problem_type": "multi_label_classification"}
+REGRESSION = {"num_labels": 1, "problem_type": "regression"}
 KINDS = {kind: {"probe_type": kind} for kind in probe_types()}
 # With the options that change what a kind keeps of a prompt.
 FORMS = {

@@ -12,12 +12,9 @@ from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.scope import token_mask
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_a_folder_without_a_model_and_no_package_with_one(monkeypatch, tmp_path):
     with pytest.raises(ProbeError, match=tmp_path.name):
         load_backbone(str(tmp_path))
-
-
-def test_without_the_package_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_PROBE_HOME", str(tmp_path))
     monkeypatch.setattr(backbones, "find_spec", lambda name: None)
     with pytest.raises(ProbeError, match=r"llama_probe\[demo\]"):

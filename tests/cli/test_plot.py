@@ -86,24 +86,20 @@ def test_measurements_of_the_head_need_no_backbone(make_head, tmp_path, monkeypa
     assert names_of(tmp_path / "out") == ["calibration.png", "confusion.png", "layer_weights.png"]
 
 
-def test_a_head_of_replies_has_no_prompt_to_draw(tmp_path):
-    head = make_probe(token_scope="response").save_pretrained(tmp_path / "replies")
-    assert "reads replies alone" in refuse("plot", head, "--text", "x", "--output", tmp_path / "out")
-
-
 @pytest.mark.parametrize(
-    "inspection, args, named",
+    "changes, args, named",
     [
-        (None, "", "--data"),
-        (None, "--data no.jsonl", "no.jsonl"),
-        (None, "--text x --output {0}/file/in/it", "file"),
-        (None, "--text x", "llama_probe[plots]"),
+        ({}, "", "--data"),
+        ({}, "--data no.jsonl", "no.jsonl"),
+        ({}, "--text x --output {0}/file/in/it", "file"),
+        ({}, "--text x", "llama_probe[plots]"),
+        ({"token_scope": "response"}, "--text x", "reads replies alone"),
     ],
 )
-def test_bad_input(make_head, tmp_path, monkeypatch, inspection, args, named):
+def test_bad_input(make_head, tmp_path, monkeypatch, changes, args, named):
     if "plots" in named:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     (tmp_path / "file").write_text("mine")
-    head = make_head(inspection=inspection)
+    head = make_head(**changes)
     assert named in refuse("plot", head, "--output", tmp_path / "out", *args.format(tmp_path).split())
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "out").exists()

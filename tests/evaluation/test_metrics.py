@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import make_scores
+from cases import MULTI, REGRESSION, make_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
@@ -18,8 +18,6 @@ from llama_probe.evaluation.report import detailed_report
 from llama_probe.heads.decision import log_odds, predictions, probabilities
 
 
-MULTI = {"problem_type": "multi_label_classification"}
-REGRESSION = {"num_labels": 1, "problem_type": "regression"}
 CONFIGS = {
     "two": ProbeConfig(probe_type="gate", id2label={0: "no", 1: "yes"}, threshold=0.4, temperature=3.0),
     "many": ProbeConfig(probe_type="gate", num_labels=4),

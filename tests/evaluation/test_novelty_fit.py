@@ -77,11 +77,13 @@ def test_a_log_is_compared():
     assert len(worth) == 5 and worth == sorted(worth, reverse=True)
 
 
-def test_chats_without_a_result_do_not_count_in_the_novelty_of_tool_results():
+def test_chats_without_a_result_of_a_tool_are_not_flagged_and_do_not_count():
     markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 90), ("tool", 91), ("assistant", 92))}
     probe = with_backbone(**HEAD, token_scope="tool", turn_markers=markers, flagged=["LABEL_1"])
     rows = [PromptDataset([[90, 5, 92, 91, *ids] for ids in dataset(50, seed).prompts]) for seed in (0, 1)]
     more = [PromptDataset([*part.prompts, *[[90, 5, 6]] * 30]) for part in rows]
+    probs = predict_logits(probe, more[0]).softmax(-1)[:, 1]
+    assert (probs[:50] > 0).all() and not probs[50:].any()
     facts, center = fit_novelty(probe, *rows), probe.novelty.center
     assert fit_novelty(probe, *more) == facts and torch.equal(probe.novelty.center, center)
 

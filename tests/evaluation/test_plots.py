@@ -8,7 +8,7 @@ import torch
 from conftest import make_probe
 
 from llama_probe.evaluation import plots
-from llama_probe.evaluation.calibration import reliability, threshold_table
+from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.plots import write_plots
 
 
@@ -18,11 +18,9 @@ OUTCOMES = {"$\\frac{$": {"found": 1, "missed": 2, "wrong": 3}, "common": {"foun
 
 @pytest.fixture
 def inspection():
-    config = make_probe(temperature=2.0).config
     return {
         "split": "$\\frac{$",  # names are never formulas
-        "calibration": reliability(LOGITS, LABELS, config),
-        "thresholds": threshold_table(LOGITS, LABELS, config),
+        "calibration": reliability(LOGITS, LABELS, make_probe(temperature=2.0).config),
         "layer_weights": {"layers": [0, 1, 2], "by_label": {"_no": [0.5, 0.3, 0.2], "$^{$": [0.1, 0.1, 0.8]}},
         "outcomes": OUTCOMES,
     }
@@ -64,9 +62,8 @@ def test_layer_weights_are_lines_and_one_for_many_labels(inspection):
     assert all(place.is_integer() for place in axes.get_xticks().tolist())
     figure.draw_without_rendering()
     by_label = {f"label {i}": [i / 100, 0.2, 0.8 - i / 100] for i in range(28)}
-    (axes,) = plots.layer_weights_plot(
-        {"layer_weights": {"layers": [0, 4, 8], "by_label": by_label}, "split": "a"}
-    ).axes
+    inspection["layer_weights"] = {"layers": [0, 4, 8], "by_label": by_label}
+    (axes,) = plots.layer_weights_plot(inspection).axes
     assert texts(axes.get_legend().get_texts()) == ["28 labels"]
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.135, 0.2, 0.665])
 

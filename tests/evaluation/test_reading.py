@@ -73,12 +73,9 @@ def test_what_is_not_read_and_what_is_not_text(model, read):
     assert all(position >= prefix for position, _ in reading.top_tokens(1000, slot=0))
     whole = read("hi", "all")
     assert all(whole.counted) and whole.template == reading.template
+    assert whole.note is None and "the mean over all" in read("hi", "value").note, "nobody learned these weights"
     chat = read([{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}], "all")
     assert text_of(chat).endswith("user\nhi") and chat.text == "hi", "a system turn is not the template's"
-
-
-def test_weights_that_nobody_learned_are_noted(read):
-    assert read("good morning", "all").note is None and "the mean over all" in read("good morning", "value").note
 
 
 def test_heads_that_cannot_be_read(model, tokenizer, read, monkeypatch):

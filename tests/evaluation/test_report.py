@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import make_scores, with_backbone
+from cases import MULTI, REGRESSION, make_scores, with_backbone
 from conftest import LAYERS, make_probe, make_prompts
 
 from llama_probe import ProbeConfig
@@ -15,8 +15,6 @@ from llama_probe.evaluation.report import asked, detailed_report, inspect_head, 
 
 
 LABELS = np.array([0, 1, 1, 0, 1])
-MULTI = {"problem_type": "multi_label_classification"}
-REGRESSION = {"num_labels": 1, "problem_type": "regression"}
 METRICS = ["accuracy", "f1", "precision", "recall", "auprc", "auroc"]
 
 
@@ -110,11 +108,3 @@ def test_the_rows_nearest_to_the_threshold_are_asked_about():
     assert (misled["recall"], misled["false_alarms"]) == (2 / 3, 2 / 3), "the judge may be wrong"
     (harmless,) = asked(ASKING, ASKED_LOGITS[:1], ASKED_LABELS[:1], [0])
     assert harmless["recall"] is None and harmless["false_alarms"] == 0
-
-
-def test_rows_without_a_tool_result_are_not_flagged():
-    markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 60), ("tool", 61), ("assistant", 62))}
-    probe = with_backbone(probe_type="gate", token_scope="tool", turn_markers=markers, flagged=["LABEL_1"])
-    plain = (make_prompts(1, 6) % 50 + 3)[0].tolist()
-    probs = predict_logits(probe, PromptDataset([[60, *plain], [60, 5, 62, 61, *plain]], LABELS[:2])).softmax(-1)
-    assert probs[0, 1] == 0 < probs[1, 1]

@@ -32,14 +32,11 @@ def make_rows(labels=(1, 1, 1, 0, 0)):
     return LabelledTexts(TEXTS, np.array(labels), ["harmless", "harmful"], "single_label_classification", {})
 
 
-def test_the_text_is_in_each_of_twelve_wrappings(prompts):
+def test_the_text_is_in_each_of_twelve_wrappings_or_seven_without_system_turns(prompts):
     wrappings = transformations(prompts, "wrappings")
     assert len(wrappings) == 12
     assert all("bake bread" in prompts.render(wrap("bake bread")) for wrap in wrappings.values())
     assert prompts.render(wrappings["system prompt in capitals"]("x")).count("BE KIND.") == 1
-
-
-def test_a_template_without_system_turns_has_seven():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% for turn in messages %}{% if turn.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
@@ -108,14 +105,10 @@ def test_harmless_rows_and_baselines_are_counted_too(prompts, monkeypatch):
 
 
 def test_nothing_to_transform(prompts):
-    with pytest.raises(ProbeError, match="attacks"):
-        kept_labels(make_head(prompts, threshold=1.0), make_rows(), prompts, ["attacks"])
-
-
-def test_chats_are_not_transformed(prompts):
-    chats = [[{"role": "user", "content": text}] for text in make_rows().texts]
-    with pytest.raises(ProbeError, match="not chats"):
-        kept_labels(make_head(prompts), replace(make_rows(), texts=chats), prompts, ["attacks"])
+    chats = replace(make_rows(), texts=[[{"role": "user", "content": text}] for text in TEXTS])
+    for threshold, rows, words in ((1.0, make_rows(), "attacks: no row"), (0.0, chats, "not chats")):
+        with pytest.raises(ProbeError, match=words):
+            kept_labels(make_head(prompts, threshold=threshold), rows, prompts, ["attacks"])
 
 
 def test_what_a_tool_returns_is_put_into_documents_and_no_turn_of_a_user():
