@@ -64,29 +64,22 @@ class Systems:
         kwargs = {**prompts, "max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
         if new_tokens > 1:
             kwargs["min_new_tokens"] = new_tokens
-            kwargs["stopping_criteria"] = [_TokenMarks(on_token)] if on_token else None
+            kwargs["stopping_criteria"] = [partial(_mark, on_token)] if on_token else None
         names = self.heads[system]
         return self.model.generate(**kwargs, probes=names) if names else self.plain.generate(**kwargs)
 
 
-class _TokenMarks(transformers.StoppingCriteria):
-    def __init__(self, on_token: Callable[[], None]):
-        self.on_token = on_token
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.on_token()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+def _mark(on_token: Callable[[], None], ids: torch.Tensor, *_: object) -> torch.Tensor:
+    on_token()
+    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 def fresh_config(kind: str, hidden_size: int, num_hidden_layers: int, **fields) -> ProbeConfig:
     """Return the config of a new head, with the paper's downcast of 32 or the next smaller one that fits the backbone."""
-    sizes = {"probe_type": kind, "hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers}
-    for downcast, heads in product((32, 16, 8, 4, 2, 1), (2, 3, 1)):
-        try:
-            return ProbeConfig(downcast=downcast, num_attention_heads=heads, **sizes, **fields)
-        except ProbeError as error:
-            refused = error
-    raise refused
+    downcast = next(size for size in (32, 16, 8, 4, 2, 1) if hidden_size % size == 0)
+    fields["num_attention_heads"] = next(number for number in (2, 3, 1) if hidden_size // downcast % number == 0)
+    sizes = {"hidden_size": hidden_size, "num_hidden_layers": num_hidden_layers, "downcast": downcast}
+    return ProbeConfig(probe_type=kind, **sizes, **fields)
 
 
 def measure_costs(options: BenchmarkOptions) -> JSON:
