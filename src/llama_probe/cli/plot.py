@@ -99,8 +99,5 @@ def _draw_head(inspection: JSON, config: ProbeConfig) -> _Drawings:
     }
     if len(names) > plots.MAX_CONFUSION:
         del parts["confusion"]
-    drawings: _Drawings = {}
-    for part, (draw, shows) in parts.items():
-        if part in inspection:
-            drawings[f"{part}.png"] = png(draw(inspection)), {"shows": shows}
-    return drawings
+    there = {part: parts[part] for part in parts if part in inspection}
+    return {f"{part}.png": (png(draw(inspection)), {"shows": shows}) for part, (draw, shows) in there.items()}
