@@ -69,7 +69,8 @@ def test_benchmark(served):
     assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
 
 
-def test_evaluate(trained, served, rows):
+def test_evaluate(trained, served, rows, monkeypatch):
+    monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (1, 1)))
     args = ("evaluate", *served, "--data", rows / "test.jsonl")
     found = succeed(*args, "--slice-column", "half", "--bootstrap", 50, "--json")
     results = trained[1]
@@ -78,17 +79,11 @@ def test_evaluate(trained, served, rows):
         assert found[metric] == pytest.approx(expected[metric], abs=0.02)
     assert set(found["labels"]) == {"fine", "awful"}
     assert len(found["slices"]["half"]["1"]["intervals"]["accuracy"]) == 2
-    shown = succeed(*args, "--bootstrap", 50)
-    for part in ("awful", "auroc", "confusion", "calibration", "resamples"):
+    shown = succeed(*args, "--bootstrap", 50, "--attacks")
+    for part in ("awful", "auroc", "confusion", "calibration", "resamples", "rot13", "last in 7,500 tokens"):
         assert part in shown
     assert "resamples" not in succeed(*args, "--bootstrap", 0)
     assert "slice_columns" in refuse(*args, "--slice-column", "who")
-
-
-def test_evaluate_under_attack(served, rows, monkeypatch):
-    monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (1, 1)))
-    shown = succeed("evaluate", *served, "--data", rows / "test.jsonl", "--bootstrap", 0, "--attacks")
-    assert "rot13" in shown and "last in 7,500 tokens" in shown
 
 
 def test_evaluate_with_a_judge(served, rows, tmp_path):
@@ -188,6 +183,9 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     assert row["halted"]["token"] == 0 and row["labels"]["guard"] in ("fine", "awful")
     (row,) = succeed(*args, 'guard={"label": "awful", "threshold": 0, "patience": 2}')
     assert row["halted"]["token"] == 1
+    same = [word for name in "dcba" for word in ("--probe", shutil.copytree(guard, tmp_path / name))]
+    (row,) = succeed("generate", "good one", *same, *served[2:], "--max-new-tokens", 2, "--json")
+    assert list(row["labels"]) == list("dcba")
     assert "--prompt-column" in refuse("classify", "good one", *served)
     words = ("--train", rows, "--set", "head.token_scope=all", "--eval", rows, "--output", tmp_path / "no")
     assert "prompt_column" in refuse("train", "--backbone", backbone_folder, *words).replace("-", "_")

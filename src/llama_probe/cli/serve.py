@@ -71,7 +71,7 @@ def generate(
             row["reply"] = reply
             if rules:
                 row["halted"] = halt and dataclasses.asdict(halt)
-        for name in set(out.probe_token_logits or {}) - set(out.probe_logits):
+        for name in [name for name in out.probe_token_logits or () if name not in out.probe_logits]:
             for row, output in zip(labelled, reply_outputs(out.probe_token_logits[name], configs[name]), strict=True):
                 # No token of an empty reply was read.
                 row["labels"][name] = None if output is None else output.labels[0]
