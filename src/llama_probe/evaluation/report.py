@@ -19,12 +19,7 @@ from .prediction import predict_logits, score_rows
 from .transformations import GROUPS
 
 
-def inspect_head(
-    probe: ProbeModel,
-    dataset: Dataset,
-    labels: np.ndarray,
-    logits: torch.Tensor | None = None,
-) -> JSON:
+def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, logits: torch.Tensor | None = None) -> JSON:
     """Return what cards and plots show of a head beyond its metrics.
 
     Args:
