@@ -58,6 +58,8 @@ def calibrate(
     before = head.config
     if flag is not None:
         head.config = head.config.replace(flagged=[flag], threshold=None, thresholds=None)
+    if benign:
+        check_rates(head.config, rate)
 
     def read(sources: list[str] | None, split: str, limit: int | None = max_rows) -> list:
         return [text for source in sources or () for text in rows.texts(source, head.config, limit, split)]
