@@ -1,4 +1,4 @@
-"""Cases that several test modules share: kinds of head and problem, ways to generate, scores of rows, a guard of replies."""
+"""Cases that several test modules share: kinds of head, ways to generate, scores of rows, and a guard of replies."""
 
 import numpy as np
 import torch

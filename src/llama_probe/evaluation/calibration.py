@@ -47,7 +47,7 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
 
     Args:
         scores (`[rows]`): probabilities of the positive label.
-        positives (`[rows]`): false or true, both of which occur; or how likely each row is positive, for the highest expected F1.
+        positives (`[rows]`): 0 or 1, both of which occur; or how likely each row is positive, for the highest expected F1.
     """
     order = np.argsort(-scores, kind="stable")
     ranked, likely = scores[order], positives[order]

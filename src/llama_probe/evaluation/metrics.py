@@ -162,17 +162,14 @@ def _ratio(part: np.ndarray, whole: np.ndarray, undefined: float = 0.0) -> np.nd
     return np.divide(part, whole, out=np.full_like(part, undefined), where=whole > 0)
 
 
-def has_label(labels: np.ndarray, index: int, config: ProbeConfig) -> np.ndarray:
-    """Return a mask `[rows]` of the rows with a label, for labels as in `LabelledTexts`; all rows for regression."""
-    if config.problem_type == "regression":
-        return np.ones(len(labels), dtype=bool)
-    return labels[:, index] > 0 if config.problem_type == "multi_label_classification" else labels == index
-
-
 def known_rows(labels: np.ndarray, index: int, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the rows of which it is known if they have a label, and which of these have it."""
-    rows = np.flatnonzero(~np.isnan(labels if labels.ndim == 1 else labels[:, index]))
-    return rows, has_label(labels[rows], index, config)
+    """Return the numbers of the rows of which it is known if they have a label, and which of these have it.
+
+    Labels are as in `LabelledTexts`; all rows of a regression have the label.
+    """
+    column = labels == index if labels.ndim == 1 else labels[:, index]
+    rows = np.flatnonzero(~np.isnan(column))
+    return rows, (column[rows] > 0) | (config.problem_type == "regression")
 
 
 def truth_and_predictions(

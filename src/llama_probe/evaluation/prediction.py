@@ -35,7 +35,7 @@ def predict_together(probes: Sequence[ProbeModel], dataset: Dataset) -> list[tor
 def predict_rows(
     probe: ProbeModel, dataset: Dataset
 ) -> tuple[torch.Tensor, torch.Tensor | None, list[torch.Tensor] | None]:
-    """Return the logits of `predict_logits`, novelty `[rows]` if the head tells it, and of replies what `follow_replies` gives."""
+    """Return the logits of `predict_logits`, novelty `[rows]` if the head tells it, and `follow_replies` of replies."""
     if not _has_replies(probe, dataset):
         logits, *novelty = score_rows([probe], dataset, lambda output: [output.logits, output.novelty])
         return logits, novelty[0] if novelty else None, None

@@ -14,7 +14,7 @@ from ..heads.decision import log_odds, predictions, probabilities, threshold_of
 from ..heads.probe import ProbeModel
 from .bootstrap import intervals, share_interval
 from .calibration import reliability, threshold_table
-from .metrics import all_scores, confusion, has_label, outcomes, score_statistic
+from .metrics import all_scores, confusion, known_rows, outcomes, score_statistic
 from .prediction import predict_logits, score_rows
 from .transformations import GROUPS
 
@@ -39,8 +39,8 @@ def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, logits
         logits = predict_logits(probe, dataset) if config.reads_reply else head_logits
     inspection: JSON = {}
     if weights:
-        rows = {name: has_label(labels, index, config) for index, name in config.id2label.items()}
-        means = {name: weights[0][mask].mean(dim=0).tolist() for name, mask in rows.items() if mask.any()}
+        known = {name: known_rows(labels, index, config) for index, name in config.id2label.items()}
+        means = {name: weights[0][rows[has]].mean(dim=0).tolist() for name, (rows, has) in known.items() if has.any()}
         by_label = {name: [round(value, 5) for value in shares] for name, shares in means.items()}
         inspection["layer_weights"] = {"layers": probe.layer_indices, "by_label": by_label}
     if config.problem_type == "regression":
@@ -91,7 +91,7 @@ def detailed_report(
     result, by_label = _scores(config, logits, labels, slices, resamples)
     result = _without_undefined(result, labels, config)
     if config.problem_type != "regression":
-        rows = {name: int(has_label(labels, index, config).sum()) for index, name in config.id2label.items()}
+        rows = {name: int(known_rows(labels, index, config)[1].sum()) for index, name in config.id2label.items()}
         result["labels"] = {name: {"rows": rows[name], **part} for name, part in by_label.items()}
         result["calibration"] = reliability(logits, labels, config)
     if config.problem_type == "single_label_classification":
