@@ -51,7 +51,7 @@ def test_weights_are_those_of_classify(model, tokenizer, head):
         assert list(reading.probabilities.values()) == pytest.approx(expected.probabilities[row].tolist(), abs=1e-5)
         assert (reading.label, reading.text, reading.head) == (expected.labels[row], TEXTS[row], head)
         assert reading.weights.sum(axis=1) == pytest.approx(1) and reading.token_weights.sum() == pytest.approx(1)
-        assert (len(reading.layers), len(reading.tokens)) == reading.weights.shape
+        assert (len(reading.layer_weights), len(reading.tokens)) == reading.weights.shape
 
 
 def test_tokens_join_into_the_prompt(read, tokenizer):

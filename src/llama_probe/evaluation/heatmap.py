@@ -58,7 +58,7 @@ def heat_map(reading: Reading) -> Figure:
     side.set_xlabel("layer weight\n(dashed: all alike)", fontsize=8)
     center.set_ylabel("layer (0: embeddings)", fontsize=8)
     step = -(-layer_count // 45)
-    center.set_yticks(range(0, layer_count, step), reading.layers[::step])
+    center.set_yticks(range(0, layer_count, step), reading.config.layer_indices[::step])
     named = _named_tokens(reading, unread, inches_a_token)
     center.set_xticks(named, [reading.shown(i, 14) for i in named], rotation=90, parse_math=False)
     for position, tick in zip(named, center.get_xticklabels(), strict=True):

@@ -52,11 +52,6 @@ class Reading:
     probabilities: dict[str, float]
 
     @property
-    def layers(self) -> list[int]:
-        """Layers that the head reads, ascending; 0 is the embedding output."""
-        return self.config.layer_indices
-
-    @property
     def token_weights(self) -> np.ndarray:
         """Weight of each token over all layers, `[tokens]`: `sum_l layer_weight_l * weight_l`; sums to 1."""
         return self.layer_weights @ self.weights
