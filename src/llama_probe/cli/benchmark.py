@@ -12,7 +12,7 @@ from ..errors import ProbeError
 from ..experiments.benchmark_options import BenchmarkOptions
 from ..files import JSON
 from ..serving.host import read_heads
-from .console import cell, print_table, print_text
+from .console import print_table, print_text
 from .options import Result
 
 
@@ -52,13 +52,9 @@ def _print(report: JSON) -> None:
     weights = "random weights" if report["settings"]["random_weights"] else "its weights"
     varying = [name for name in rows[0] if len({str(row[name]) for row in rows}) > 1]
     alike = [f"{name} {rows[0][name]}" for name in rows[0] if name not in varying and rows[0][name] is not None]
-    table = [[_with_quartiles(row[name]) for name in varying] for row in rows]
+    table = [[row[name] for name in varying] for row in rows]
     print_table(f"{backbone['name']}, {weights}, {backbone['dtype']}, {device}", varying, table)
     if alike:
         print_text(f"In all rows: {', '.join(alike)}.")
     if "ratio" in varying:
         print_text("Ratios to `base`, with quartiles, are of pairs of runs; its own show the noise.")
-
-
-def _with_quartiles(value: object) -> object:
-    return cell(value["median"], value["quartiles"]) if isinstance(value, dict) else value

@@ -32,7 +32,9 @@ def print_text(text: str | Table) -> None:
 
 
 def cell(value: object, interval: Sequence[float] | None = None) -> str:
-    """Return a value as the text of a cell: texts as they are, None as `-`, numbers in three digits, an interval below."""
+    """Return the text of a cell: None as `-`, numbers in three digits, an interval below, runs as their median."""
+    if isinstance(value, dict):
+        return cell(value["median"], value["quartiles"])
     if interval is not None and value is not None:
         return f"{cell(value)}\n{cell(interval)}"
     if value is None or isinstance(value, str):
