@@ -47,26 +47,23 @@ def plot(
     """
     texts = text or []
     check_writable(output, "the plots")
-    readings, labelled = [], None
     scored = ScoredHead(probe, options)
     head = scored.head
     if texts and head.config.token_scope == "response":
         raise ProbeError(f"--text is a prompt, and {probe} reads replies alone: give rows with replies (--data)")
     new_figure()  # raises if matplotlib is missing
     inspection = (head.results or {}).get("inspection")
-    if data is not None:
-        labelled = rows.labelled(data, head.config)
-    elif not texts and not inspection:
+    labelled = None if data is None else rows.labelled(data, head.config)
+    if labelled is None and not texts and not inspection:
         raise ProbeError(f"{probe} has no measurements to draw: give texts (--text) or labelled rows (--data)")
     if texts or labelled is not None:
         scored.attach()
-        if labelled is not None:
-            from ..evaluation.report import inspect_head  # needs packages that drawing does not need
+    if labelled is not None:
+        from ..evaluation.report import inspect_head  # needs packages that drawing does not need
 
-            dataset = scored.dataset(labelled.texts)
-            measured = inspect_head(head, dataset, labelled.labels)
-            inspection = {"split": Path(data).name, **measured}
-        readings = read_weights(scored.model, scored.prompts.tokenizer, texts) if texts else []
+        measured = inspect_head(head, scored.dataset(labelled.texts), labelled.labels)
+        inspection = {"split": Path(data).name, **measured}
+    readings = read_weights(scored.model, scored.prompts.tokenizer, texts) if texts else []
     drawings: _Drawings = {}
     for number, reading in enumerate(readings, 1):
         drawings |= _draw_text(reading, number)
@@ -89,7 +86,6 @@ def _draw_text(reading: Reading, number: int) -> _Drawings:
 
 
 def _draw_head(inspection: JSON, config: ProbeConfig) -> _Drawings:
-    """Draw the parts of an `inspection`."""
     names = list(config.id2label.values())
     parts = {
         "layer_weights": (plots.layer_weights_plot, "how much each layer counts"),

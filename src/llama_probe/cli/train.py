@@ -78,8 +78,7 @@ def train(
     backbone_target(backbone)  # raises if the Hub must be asked and does not answer
     from ..training.run import PreparedRun, train_recipe  # takes seconds to import
 
-    place: JSON = {"recipe": loaded, "backbone": backbone, "output": output}
-    place |= {"dtype": dtype, "data_dir": data_dir}
+    place = {"recipe": loaded, "backbone": backbone, "output": output, "dtype": dtype, "data_dir": data_dir}
     if dry_run:
         estimate = PreparedRun(**place, only_estimate=True).estimate
         values = vars(estimate) | {"seconds": estimate.seconds}
