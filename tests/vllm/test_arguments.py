@@ -305,6 +305,11 @@ class TestCommandLine:
         arguments = server_arguments([str(tiny.backbone), "--probe", str(tmp_path / "lr=0.1" / "tone")])
         assert list(arguments.additional_config["llama_probe"]["heads"]) == ["tone"]
 
+    def test_refuses_a_second_head_behind_one_option(self, tiny, capsys):
+        with pytest.raises(SystemExit):
+            command_line(tiny, tiny.heads["tone"])
+        assert "unrecognized arguments" in capsys.readouterr().err
+
     def test_refuses_a_judge_of_replies(self, tiny, tmp_path):
         make_probe(hidden_size=HIDDEN, **REPLY_HEADS["watch"]).save_pretrained(tmp_path)
         words = ["--probe", f"watch={tmp_path}", "--halt-on", "watch:bad", "--judge", JUDGE, "--unsure", "watch=0:1"]

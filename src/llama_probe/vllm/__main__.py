@@ -33,7 +33,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for_server = {name: options.pop(name) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
     # From here on imports take seconds: a wrong option of ours was refused before.
     check_version(ours.allow_untested_vllm)
-    theirs = _vllm_arguments(rest)
+    theirs = _vllm_arguments([ours.model, *rest])  # with the model, one word too many is an error
     theirs.served_model_name = theirs.served_model_name or [ours.model]  # `model` may become a folder
     options = {name: value for name, value in (vars(theirs) | options).items() if value is not None}
     vars(theirs).update(heads.engine_kwargs(**options, for_server=for_server))
