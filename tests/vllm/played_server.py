@@ -1,7 +1,7 @@
 """An engine that says what it is told to, and a server of one route before it, with the middleware in front."""
 
 import asyncio
-import json
+from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -9,7 +9,13 @@ from conftest import make_probe, make_tokenizer
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from vllm import CompletionOutput, RequestOutput, SamplingParams
+from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.sampling_params import RequestOutputKind
+from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from llama_probe.vllm.answers import answer
@@ -89,11 +95,26 @@ def save_heads(folder, kinds: dict[str, dict]) -> dict[str, str]:
     return {name: str(folder / name) for name in kinds}
 
 
+def stream(outputs: list[AsyncGenerator[RequestOutput, None]], n: int, is_chat: bool) -> AsyncGenerator[str, None]:
+    """The events that vLLM's server makes of outputs."""
+    names = "enable_force_include_usage enable_log_outputs enable_prompt_tokens_details parser_cls system_fingerprint"
+    server = SimpleNamespace(**dict.fromkeys([*names.split(), "_include_reasoning_tokens_details"]))
+    server._raise_if_error, server.get_chat_request_role = print, lambda request: "assistant"
+    server._extract_prompt_text, known = str, RequestResponseMetadata(request_id="1")
+    if is_chat:
+        body = ChatCompletionRequest(messages=[{"role": "user", "content": "a"}], n=n)
+        return OpenAIServingChat.chat_completion_stream_generator(server, body, *outputs, "1", "tiny", [], None, known)
+    body, prompts = CompletionRequest(prompt="a", n=n), ["a"] * len(outputs)
+    merged, create = merge_async_iterators(*outputs), OpenAIServingCompletion.completion_stream_generator
+    return create(server, body, prompts, merged, "1", 0, "tiny", len(prompts), None, known)
+
+
 def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[FastAPI, Engine]:
     """A server whose heads give these logits for each prompt."""
     engine, app = Engine(settings, logits), FastAPI(root_path=root_path)
     app.state.engine_client, app.state.args = engine, SimpleNamespace(served_model_name=None, model="tiny")
 
+    @app.post("/v1/chat/completions")
     @app.post("/v1/completions")
     async def complete(request: Request, response: Response):
         response.headers["x-request-id"] = "7"
@@ -113,14 +134,11 @@ def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[Fa
                         known = {"prompt_logprobs": part.prompt_logprobs, "finish_reason": reply.finish_reason}
                         yield {"index": reply.index, "text": reply.text, **known}
 
-        async def events():
-            async for choice in choices():
-                yield f"data: {json.dumps({'choices': [choice]})}\n\n"
-
         if engine.is_left:
             return None  # as vLLM's routes do
         if body.get("stream"):
-            return StreamingResponse(events(), media_type="text/event-stream")
+            events = stream(outputs, params.n, is_chat="chat" in request.url.path)
+            return StreamingResponse(events, media_type="text/event-stream")
         usage = {"prompt_tokens": sum(map(len, prompts))}
         common = {"id": "cmpl-1", "model": body.get("model") or "tiny", "usage": usage}
         return common | {"choices": [choice async for choice in choices()]}

@@ -99,7 +99,7 @@ class Client:
     async def choices(self) -> list[tuple[str, str]]:
         """The whole text of each, and why it ended."""
         await self.task
-        lines = [line.removeprefix(b"data: ") for line in self.sent.splitlines() if line.strip()]
+        lines = [line.removeprefix(b"data: ") for line in self.sent.splitlines() if b"{" in line]
         choices = {}
         for each in (each for line in lines for each in json.loads(line)["choices"]):
             text, _ = choices.get(each["index"], ("", None))

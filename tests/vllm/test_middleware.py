@@ -69,16 +69,9 @@ def test_no_request_is_answered_without_the_judge(tmp_path):
     assert [client.post("/v1/completions", json={}).status_code for _ in range(2)] == [500, 500]
 
 
-def ended(index: int, finish_reason: str, stop_reason: str | None = None) -> CompletionOutput:
-    return CompletionOutput(index, "", [], None, None, finish_reason=finish_reason, stop_reason=stop_reason)
-
-
 def test_halted_choice_with_a_tool_call_says_so():
     """vLLM overwrites the finish reason of a whole reply with a tool call. In a batch of one chat it has no scores."""
-    scores = Scores("tiny")
-    scores.add("chatcmpl-1", 2)
-    scores.prompts = [{"probes": {}, "halted": None}]
-    scores.ends = {0: ended(0, "content_filter", "watch"), 1: ended(1, "stop")}
+    scores = Scores(prompts=[{"probes": {}, "halted": None}], copies=2, halted={0})
     choices = [{"index": index, "finish_reason": "tool_calls", "stop_reason": None} for index in range(2)]
     said = json.loads(scores.complete(json.dumps({"choices": choices}).encode())[1])
     assert [choice["finish_reason"] for choice in said["choices"]] == ["content_filter", "tool_calls"]
@@ -105,34 +98,29 @@ def test_halted_prompt_tells_no_probabilities_of_its_tokens(serve):
         engine.generate([5, 6], SamplingParams(extra_args=asked), "1")
 
 
-def chunk(index: int, finish_reason=None, **delta) -> bytes:
-    choice = {"index": index, "delta": delta, "finish_reason": finish_reason}
-    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "tiny"}
-    return b"data: " + json.dumps({**head, "choices": [choice]}, separators=(",", ":")).encode()
-
-
-def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it():
-    """Two before they have a token, of which vLLM says nothing, one is halted in the middle, and one ends by itself."""
-    halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None, None]
-    replies = [{"probes": {"watch": {"tokens": number}}, "halted": halt} for number, halt in enumerate(halts)]
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path):
+    """One is halted before it has a token, of which vLLM says nothing, one behind it, and one ends by itself."""
     prompt = {"probes": {"guard": BAD}, "halted": None}
-    scores = Scores("tiny")
-    scores.add("chatcmpl-1", 4)
-    scores.prompts = [prompt]
-    said = [scores.stream(chunk(index, role="assistant")) for index in range(4)]
-    texts = [chunk(1, content='"finish_reason":1'), chunk(2, content="b")]
-    assert [scores.stream(text) for text in texts] == texts
-    scores.prompts = [{**prompt, "halted": halts[0], "replies": replies}]
-    reasons = ["content_filter"] * 2 + ["length"] * 2
-    scores.ends = {index: ended(index, reason, "watch") for index, reason in reversed([*enumerate(reasons)])}
-    said += map(scores.stream, (chunk(1, "content_filter"), chunk(2, "length"), b"data: [DONE]"))
-    events = [json.loads(line[6:]) for part in said for line in part.decode().split("\n\n") if line[6:7] == "{"]
-    ends = [(event["choices"][0]["index"], event["choices"][0]["finish_reason"]) for event in events]
-    assert ends[:4] == [(index, None) for index in range(4)]
-    assert ends[4:] == [(1, "content_filter"), (2, "length"), (0, "content_filter"), (3, "length")]
-    assert [event["kv_transfer_params"] for event in events] == [prompt] * 4 + scores.prompts * 4
-    assert events[-1]["choices"][0]["stop_reason"] == "watch" and events[-1]["id"] == "chatcmpl-1"
-    assert said[-1].endswith(b"\n\ndata: [DONE]")
+    halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None]
+    last = {**prompt, "halted": halts[0], "replies": [{"probes": {}, "halted": halt} for halt in halts]}
+    client, engine = serve(prompt)
+
+    async def generate(ids, params, request_id):
+        begun = [CompletionOutput(index, '"finish_reason":1', [1], None, None) for index in (1, 2)]
+        yield RequestOutput("1", None, ids, None, begun, False, kv_transfer_params=prompt)
+        yield RequestOutput("1", None, ids, None, begun, False, kv_transfer_params=prompt)
+        ended = [CompletionOutput(index, "", [], None, None, finish_reason="stop") for index in range(3)]
+        yield RequestOutput("1", None, ids, None, ended, True, kv_transfer_params=last)
+
+    engine.generate = generate
+    *events, done, _ = client.post(path, json={"stream": True, "n": 3}).text.split("\n\n")
+    events = [json.loads(event.removeprefix("data: ")) for event in events]
+    for index, reason in enumerate(["content_filter", "content_filter", "stop"]):
+        *begun, end = (event for event in events if event["choices"][0]["index"] == index)
+        assert [event.get("kv_transfer_params") for event in begun] == [prompt, None, None][: len(begun)]
+        assert end["kv_transfer_params"] == last and end["choices"][0]["finish_reason"] == reason
+    assert done == "data: [DONE]"
 
 
 def test_halt_of_a_reply_is_seen_beside_that_of_another_engine(tmp_path):
@@ -150,7 +138,7 @@ def test_halt_of_a_reply_is_seen_beside_that_of_another_engine(tmp_path):
             yield RequestOutput("1", None, prompt, None, replies, len(replies) == 1, kv_transfer_params=known)
 
     engine.generate = generate
-    events = TestClient(app).post("/v1/completions", json={"stream": True, "n": 2}).text.split("\n\n")[:-1]
+    events = TestClient(app).post("/v1/completions", json={"stream": True, "n": 2}).text.split("\n\n")[:-2]
     choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
     ends = [(choice["text"], choice["finish_reason"]) for choice in choices]
     assert ends == [("a Sorry.", "content_filter"), ("b", None), ("a", "stop")]
@@ -162,7 +150,7 @@ def test_structured_decisions_are_off():
 
 
 def header(probes: dict, prompts: int = 1) -> str | None:
-    return Scores("m", prompts=[{"probes": probes}] * prompts).header
+    return Scores(prompts=[{"probes": probes}] * prompts).header
 
 
 def test_header_has_labels_in_ascii():

@@ -237,7 +237,7 @@ def test_judge_is_asked_once_a_prompt(url, client, tiny, chats, judge):
 
 def test_header_has_the_labels_of_a_prompt(client):
     raw = ask(client.with_raw_response, TEXTS[0])
-    assert raw.headers["x-llama-probe"] == Scores("tiny", prompts=[raw.parse().kv_transfer_params]).header
+    assert raw.headers["x-llama-probe"] == Scores(prompts=[raw.parse().kv_transfer_params]).header
     with ask(client.with_streaming_response, TEXTS[0], stream=True) as stream:
         assert stream.headers["x-llama-probe"] == raw.headers["x-llama-probe"]
 

@@ -33,6 +33,13 @@ _STORED = "/v1/responses/"  # begins the paths of responses to earlier requests
 _UNSCORED = b"event: response."  # a stream of /v1/responses begins before its prompt is read
 
 
+class _NoTokens(list):
+    """Those of a reply that ended before it had some. vLLM streams no end of a choice whose tokens are false, and no text."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
 class ProbeStreams:
     """Put scores and halts into every response to a prompt.
 
@@ -66,7 +73,7 @@ class ProbeStreams:
             _listen(state.engine_client, settings)  # may raise: then no request is answered
             self._settings = settings
         settings = self._settings
-        scores = Scores((state.args.served_model_name or [state.args.model])[0])
+        scores = Scores()
         _scores.set(scores)  # for this request alone, which has a task of its own
         rewrite = functools.partial(check_request, settings)
         if (route := LABEL_ROUTES.get(_path(scope))) is not None:
@@ -186,7 +193,7 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
                 )
             return generate(prompt, params, request_id, *args, **kwargs)
         # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
-        place = scores.add(request_id, params.n)
+        place = scores.add(params.n)
         if labels is not None:
             params = copy.copy(params)
             params.extra_args = {"kv_transfer_params": labels.asked[place]}
@@ -213,8 +220,9 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
                     if reply.finish_reason is None:
                         continue
                     count_reply(reply_of(known, reply.index))
-                    scores.ends[place * scores.copies + reply.index] = reply
+                    reply.token_ids = reply.token_ids or _NoTokens()
                     if was_halted(reply, known, guards):
+                        scores.halted.add(place * scores.copies + reply.index)
                         reply.finish_reason = HALTED
                         reply.text += settings.halt_reply or ""
             yield output

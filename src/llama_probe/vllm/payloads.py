@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -25,7 +24,6 @@ _DATA, _END = b"data: ", b"[DONE]"
 _EVENTS = tuple(
     b"event: " + name for name in (b"message_start", b"message_delta", b"response.created", b"response.completed")
 )
-_TEXTS = "cmpl-"  # begins the ids of requests to /v1/completions
 Answers = dict[str, asyncio.Future[bool | None]]  # of a judge, by text: `True` halts
 _LONGEST = 4000  # characters of a header; common proxies take headers of 8 KiB in all
 
@@ -35,31 +33,26 @@ class Scores:
     """The engine's answers about the prompts of one HTTP request.
 
     Attributes:
-        model: name under which it is served.
         labels: the request if it asks for labels alone.
         is_stored: the response is one to an earlier request, and has the scores in it.
-        request_id: of the engine's request for the last prompt.
         copies: choices a prompt.
         prompts: `kv_transfer_params` by prompt; `None` before they are known.
         answers: of the judge.
-        ends: by choice its last output, from the engine; of a stream those whose end was not sent.
+        halted: choices that were.
         sent: choices of a stream that have scores.
     """
 
-    model: str = ""
     labels: LabelRequest | None = None
     is_stored: bool = False
-    request_id: str = ""
     copies: int = 1
     prompts: list[JSON | None] = field(default_factory=list)
     answers: Answers = field(default_factory=dict)
-    ends: dict[int, CompletionOutput] = field(default_factory=dict)
+    halted: set[int] = field(default_factory=set)
     sent: set[int] = field(default_factory=set)
-    _begin: JSON = field(default_factory=dict)  # what chunks of the stream begin with
 
-    def add(self, request_id: str, copies: int) -> int:
+    def add(self, copies: int) -> int:
         """Return the place of a prompt that the server hands to the engine."""
-        self.request_id, self.copies = request_id, copies
+        self.copies = copies
         self.prompts.append(None)
         return len(self.prompts) - 1
 
@@ -82,10 +75,6 @@ class Scores:
         value = ", ".join(item for item in items if item)
         return value if 0 < len(value) <= _LONGEST else None
 
-    def is_halted(self, index: int) -> bool:
-        """Return True if the reply of a choice has been halted."""
-        return index in self.ends and self.ends[index].finish_reason == HALTED
-
     def complete(self, body: bytes) -> tuple[int, bytes]:
         """Return status and body of a complete response, with scores in each of several choices, and with the halt."""
         status, payload = 200, json.loads(body)
@@ -98,11 +87,11 @@ class Scores:
             payload["kv_transfer_params"] = None if several else self.last
             for choice in payload["choices"]:
                 choice |= {"kv_transfer_params": self._of(choice["index"])} if several else {}
-                if self.is_halted(choice["index"]):
+                if choice["index"] in self.halted:
                     choice["finish_reason"] = HALTED  # a tool call before it has replaced the reason
         elif payload.get("object") == "response" and _is_halted(payload.get("kv_transfer_params")):
             payload |= _INCOMPLETE
-        elif payload.get("type") == "message" and self.is_halted(0):
+        elif payload.get("type") == "message" and 0 in self.halted:
             payload |= _REFUSAL
         return status, json.dumps(payload, ensure_ascii=False).encode()
 
@@ -123,7 +112,7 @@ class Scores:
             case "message_start":
                 payload["message"]["kv_transfer_params"] = self.last
             case "message_delta":
-                payload["delta"] |= _REFUSAL if self.is_halted(0) else {}
+                payload["delta"] |= _REFUSAL if 0 in self.halted else {}
                 if self.last and "replies" in self.last:
                     payload["kv_transfer_params"] = self.last
             case "response.completed" if _is_halted(payload["response"].get("kv_transfer_params")):
@@ -134,37 +123,13 @@ class Scores:
     def _chunk(self, event: bytes) -> bytes:
         data = event.removeprefix(_DATA)
         chunk = {} if data == _END else json.loads(data)
-        if not chunk.get("choices"):  # usage, or the end
-            return b"".join(_data(missing) + b"\n\n" for missing in self._missing()) + event
-        self._begin = {key: chunk[key] for key in ("id", "object", "created", "model") if key in chunk}
-        (choice,) = chunk["choices"]
-        index, ends = choice["index"], choice.get("finish_reason") is not None
-        known = self._of(index)
-        if not known or not (ends or index not in self.sent):
-            return event
-        if index not in self.sent or "replies" in known:
-            chunk["kv_transfer_params"] = known
-        self.sent.add(index)
-        if ends:
-            self.ends.pop(index, None)
-        return _data(chunk)
-
-    def _missing(self) -> list[JSON]:
-        """Return last chunks of choices without a token, of which vLLM sends none."""
-        begin = self._begin
-        if not begin:  # it has sent nothing
-            if not self.request_id.startswith(_TEXTS):
-                return []
-            begin = {"id": self.request_id.rpartition("-")[0], "object": "text_completion"}
-            begin |= {"created": int(time.time()), "model": self.model}
-        empty = {"text": ""} if begin["object"] == "text_completion" else {"delta": {}}
-        chunks = []
-        for index, last in sorted(self.ends.items()):
-            end = {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
-            choices = [{"index": index, **empty, "logprobs": None, **end}]
-            chunks.append({**begin, "choices": choices, "kv_transfer_params": self._of(index)})
-        self.ends.clear()
-        return chunks
+        for choice in chunk.get("choices", ()):  # one, or none beside the usage
+            index, ends = choice["index"], choice.get("finish_reason") is not None
+            known = self._of(index)
+            if known and (index not in self.sent or (ends and "replies" in known)):
+                self.sent.add(index)
+                return _data({**chunk, "kv_transfer_params": known})
+        return event
 
     def _of(self, index: int) -> JSON | None:
         prompt = index // self.copies
