@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import httpx
 import torch
@@ -34,39 +34,35 @@ KEY_VARIABLE = "LLAMA_PROBE_JUDGE_KEY"
 _LONGEST = 1 << 16  # bytes of an answer that are read; guards answer with hundreds
 _IDLE = 2.0  # seconds that a connection is kept: servers close idle ones, uvicorn after five
 _WORD = re.compile(r"\W*(?:safety:\s*)?(\w+)")  # Qwen3Guard writes "Safety: Unsafe"
-
-
 # What the words of guards mean: true halts.
 _WORDS = {"safe": False, "no": False, "unsafe": True, "yes": True}
 _ACTIONS = {"NONE": False, "BLOCKED": True, "GUARDRAIL_INTERVENED": True}
 
 
+@dataclass
 class Judge:
     """Asks an HTTP guard about the prompts whose score lies in the band of a head.
 
     The URL's path tells how it is asked: OpenAI's moderations; a chat with a guard model, whose answer begins with safe or no,
     unsafe or yes; or LiteLLM's guardrail API. It gets the text that the head reads. It is asked once about each text of a request.
 
-    Args:
+    Attributes:
         url: of the guard.
         model: which the guard is asked for.
         timeout: seconds for an answer.
         fails: "closed" halts a prompt without an answer, "open" lets it pass.
     """
 
-    def __init__(
-        self,
-        settings: ProbeSettings,
-        tokenizer: PreTrainedTokenizerBase,
-        url: str,
-        model: str | None = None,
-        timeout: float = 5.0,
-        fails: str = "closed",
-    ):
-        self.settings, self.tokenizer = settings, tokenizer
-        self.url, self.model, self.timeout, self.fails = url, model, timeout, fails
-        self._path = judge_path(url)
-        self._client = httpx.AsyncClient(timeout=timeout, limits=httpx.Limits(keepalive_expiry=_IDLE))
+    settings: ProbeSettings
+    tokenizer: PreTrainedTokenizerBase
+    url: str
+    model: str | None = None
+    timeout: float = 5.0
+    fails: str = "closed"
+
+    def __post_init__(self) -> None:
+        self._path = judge_path(self.url)
+        self._client = httpx.AsyncClient(timeout=self.timeout, limits=httpx.Limits(keepalive_expiry=_IDLE))
 
     def in_parts(self, params: SamplingParams) -> SamplingParams:
         """Return parameters with which a whole reply comes in two outputs, so that the judge is asked at its start."""
@@ -111,15 +107,14 @@ class Judge:
 
     async def ask(self, text: str) -> bool | None:
         """Return True if the judge halts a text, False if it lets it pass, `None` if it gives no answer that can be read."""
-        body: JSON = {"model": self.model} if self.model else {}
-        key, headers = os.environ.get(KEY_VARIABLE, "").strip(), {"Accept-Encoding": "identity"}
-        if self._path == MODERATIONS:
-            body |= {"input": text}
-        elif self._path == CHAT:
-            body |= {"messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0}
-        else:
-            body |= {"input_type": "request", "texts": [text]}
-        if key:
+        questions = {
+            MODERATIONS: {"input": text},
+            CHAT: {"messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0},
+            GUARDRAIL: {"input_type": "request", "texts": [text]},
+        }
+        body = questions[self._path] | ({"model": self.model} if self.model else {})
+        headers = {"Accept-Encoding": "identity"}
+        if key := os.environ.get(KEY_VARIABLE, "").strip():
             headers |= {"x-api-key": key} if self._path == GUARDRAIL else {"Authorization": f"Bearer {key}"}
         question, answer = self._client.stream("POST", self.url, json=body, headers=headers), bytearray()
         try:
@@ -145,9 +140,8 @@ class Judge:
                 raise ProbeError("flagged must be true or false")
             return result["flagged"]
         (choice,) = answer["choices"]
-        if choice["finish_reason"] == HALTED:  # the guard has a guard of its own
-            return True
-        return _WORDS[_WORD.match(choice["message"]["content"].lower())[1]]
+        # A guard that was halted has a guard of its own.
+        return choice["finish_reason"] == HALTED or _WORDS[_WORD.match(choice["message"]["content"].lower())[1]]
 
     async def _decide(self, unsure: list[JSON], ids: list[int], asked: Answers) -> dict[str, str]:
         """Return by head "halted", "passed" or "failed", for a prompt of these token ids."""
