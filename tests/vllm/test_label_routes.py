@@ -154,7 +154,7 @@ def test_hidden_scores_are_decisions(serve):
 def test_other_inputs_are_refused_before_the_engine_is_asked(serve, path):
     post, engine = serve(["guard"])
     image = {"type": "image_url", "image_url": {"url": "x"}}
-    for value in (None, [], 7, {}, ["a", 7], [image], [[]], [True], [[5, False]], "\udc80"):
+    for value in (None, [], 7, {}, ["a", 7], [image], [{"type": "text"}], [[]], [True], [[5, False]], "\udc80"):
         assert post(path, input=value).status_code == 400, value
     assert engine.prompts == []
 

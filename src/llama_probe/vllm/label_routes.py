@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import HTTPException
 from transformers import PreTrainedTokenizerBase
 
-from ..data.prompts import PromptFormat, exchange
+from ..data.prompts import PromptFormat, exchange, is_text
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
@@ -209,27 +209,28 @@ LABEL_ROUTES: dict[str, type[LabelRequest]] = {
 
 def _chat(messages: object) -> Any:
     """Return messages of OpenAI's API as chat templates take them: content parts are a text, arguments of tools an object."""
-    for message in filter(_is_object, messages if isinstance(messages, list) else ()):
-        content, calls = message.get("content"), message.get("tool_calls")
-        if isinstance(content, list):
-            parts = [part.get("text") for part in filter(_is_object, content) if part.get("type") == "text"]
-            message["content"] = "\n".join(filter(None, parts))
-        for call in filter(_is_object, calls if isinstance(calls, list) else ()):
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # a template may take them as they are
-                call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
+    if isinstance(messages, list) and is_text(messages):
+        for message in messages:
+            content, calls = message.get("content"), message.get("tool_calls")
+            if isinstance(content, list):
+                message["content"] = "\n".join(_texts(content))
+            for call in calls if isinstance(calls, list) else ():
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # a template may take them as they are
+                    call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
     return messages
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _moderated(value: object) -> list[Any]:
     """Return the texts of an `input`. Content parts are one text, as OpenAI's API answers them with one result."""
     inputs = value if isinstance(value, list) else [value]
-    if inputs and all(_is_object(part) and part.get("type") == "text" for part in inputs):
-        return ["\n".join(part["text"] for part in inputs)]
-    return inputs
+    texts = _texts(inputs)
+    return ["\n".join(texts)] if texts and len(texts) == len(inputs) else inputs
+
+
+def _texts(parts: list[object]) -> list[str]:
+    """Return the texts among content parts."""
+    texts = (part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text")
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _classified(reading: JSON, config: ProbeConfig) -> tuple[str | None, list[float]]:
