@@ -51,16 +51,10 @@ def floods(request: PlayedRequest) -> None:
 
 
 @pytest.fixture
-def play_guard():
-    """A function that starts a judge."""
-    with contextlib.ExitStack() as stack:
-
-        def start(behave) -> PlayedGuard:
-            guard = PlayedGuard(behave)
-            stack.callback(guard.close)
-            return guard
-
-        yield start
+def guard():
+    """A judge."""
+    with contextlib.closing(PlayedGuard(hangs)) as guard:
+        yield guard
 
 
 @pytest.fixture
@@ -120,9 +114,9 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("halts", [False, True], ids=["fine", "bad"])
-async def test_client_sees_nothing_until_the_judge_has_answered(serve, play_guard, stream, copies, halts):
+async def test_client_sees_nothing_until_the_judge_has_answered(serve, guard, stream, copies, halts):
     answers = threading.Event()
-    guard = play_guard(lambda request: answers.wait() and (BAD if halts else FINE)(request))
+    guard.behave = lambda request: answers.wait() and (BAD if halts else FINE)(request)
     app, engine = serve(guard.url + MODERATIONS)
     client = Client(app, stream=stream, n=copies)
     await until(lambda: len(guard.requests) and engine.written == NEW * copies)
@@ -140,8 +134,8 @@ async def test_client_sees_nothing_until_the_judge_has_answered(serve, play_guar
         assert (known["halted"] is not None) == halts
 
 
-async def test_nobody_is_asked_if_the_head_is_sure(serve, play_guard):
-    guard = play_guard(BAD)
+async def test_nobody_is_asked_if_the_head_is_sure(serve, guard):
+    guard.behave = BAD
     for logits in (SURE_FINE, SURE_BAD):
         app, engine = serve(guard.url + MODERATIONS, logits)
         await Client(app).task
@@ -170,12 +164,12 @@ ASKED = {
 }
 
 
-async def test_questions_and_answers_of_each_protocol(play_guard, monkeypatch):
+async def test_questions_and_answers_of_each_protocol(guard, monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "secret\n")
     for path, payload, halts in READ:
-        guard = play_guard(says(payload))
+        guard.behave = says(payload)
         assert await Judge(None, TOKENIZER, guard.url + path, "m").ask("a") is halts, payload
-        ((headers, body),) = guard.requests
+        headers, body = guard.requests.pop()
         assert body == ASKED[path]
         key = headers["x-api-key"] if path == GUARDRAIL else headers["authorization"].removeprefix("Bearer ")
         assert key == "secret"
@@ -187,12 +181,12 @@ FAULTS |= {"garbage": says(b"\xff\x00"), "error": says(b"{}", 500), "moved": say
 
 @pytest.mark.parametrize("fails", ["closed", "open"])
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_judge_that_fails_halts_or_lets_pass(serve, play_guard, monkeypatch, fault, fails):
+async def test_judge_that_fails_halts_or_lets_pass(serve, guard, monkeypatch, fault, fails):
     """What is logged does not hold the key, and only the beginning of an answer is read."""
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     logged = []
     monkeypatch.setattr(logger, "warning", lambda *words: logged.append(str(words)))
-    guard = play_guard(FAULTS[fault])
+    guard.behave = FAULTS[fault]
     if fault == "refuses":
         guard.close()
     app, engine = serve(guard.url + MODERATIONS, fails=fails, timeout=2.0 if fault == "hangs" else 20.0)
@@ -203,8 +197,7 @@ async def test_judge_that_fails_halts_or_lets_pass(serve, play_guard, monkeypatc
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-async def test_client_that_goes_away_ends_the_question(serve, play_guard, stream):
-    guard = play_guard(hangs)
+async def test_client_that_goes_away_ends_the_question(serve, guard, stream):
     app, engine = serve(guard.url + MODERATIONS, timeout=600.0)
     client = Client(app, stream=stream)
     await until(lambda: len(guard.requests) == 1)
@@ -215,23 +208,24 @@ async def test_client_that_goes_away_ends_the_question(serve, play_guard, stream
     assert engine.aborted == 1 and client.sent == b""
 
 
-async def test_answers_are_counted_once_a_prompt(serve, play_guard):
+async def test_answers_are_counted_once_a_prompt(serve, guard):
     def judged() -> list[float]:
         labels = ({"probe": "guard", "answer": word} for word in ("halted", "passed", "failed"))
         return [REGISTRY.get_sample_value("llama_probe_judged_total", each) or 0 for each in labels]
 
     before = judged()
     for behave in (FINE, BAD, BAD, FAULTS["dies"]):
-        await Client(serve(play_guard(behave).url + MODERATIONS)[0], n=2).choices()
+        guard.behave = behave
+        await Client(serve(guard.url + MODERATIONS)[0], n=2).choices()
     assert [count - earlier for count, earlier in zip(judged(), before, strict=True)] == [2, 1, 1]
 
 
-async def test_each_text_of_a_request_is_asked_about_once(tmp_path, play_guard):
+async def test_each_text_of_a_request_is_asked_about_once(tmp_path, guard):
     """Two heads have a prompt each of every input. Neither reads that of the other."""
     kinds = {"guard": {"token_scope": "last_user", **PromptFormat(TOKENIZER).config_fields()}}
     kinds["raw"] = {"prompt_format": "raw"}
     heads = save_heads(tmp_path, {name: {"id2label": {0: "fine", 1: "bad"}, **kind} for name, kind in kinds.items()})
-    guard = play_guard(BAD)
+    guard.behave = BAD
     rules, bands = {name: {"label": "bad"} for name in heads}, {name: [0.1, 0.9] for name in heads}
     settings = ProbeSettings(heads, rules, judge={"url": guard.url + MODERATIONS}, unsure=bands)
     app, _ = play(settings, dict.fromkeys(heads, UNSURE))
