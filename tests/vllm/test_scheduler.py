@@ -99,11 +99,12 @@ class TestPrompts:
 
 def shown(script: Script, most: int, patience: int = 1, hold_back: int = 0) -> tuple[int, int | None]:
     """The number of tokens that a client may see, and the token that halted the reply."""
-    flagged = [token in script.flags or token in script.no_number for token in range(most)]
+    no_score = {*script.no_number, *script.unscored}
+    flagged = [token in script.flags or token in no_score for token in range(most)]
     total = most if script.end is None else min(script.end, most)
     for token in range(total):
         is_halted = token + 1 >= patience and all(flagged[token + 1 - patience : token + 1])
-        if is_halted or token in script.no_number:
+        if is_halted or token in no_score:
             clear = [t for t in range(hold_back, token) if not any(flagged[t - hold_back : t + 1])]
             return max((t + 1 - hold_back for t in clear), default=0), token
     return total, None
@@ -123,8 +124,9 @@ def check(player: Player, name: str, most: int = 5, **rule) -> None:
     reply = last.kv_transfer_params["replies"][int(name.partition("_")[0]) if "_" in name else 0]
     halted, said = reply["halted"], reply["probes"]["watch"]
     assert (halted and halted["token"]) == halt and (not halted or last.kv_transfer_params["halted"])
-    scored = halt + 1 if halt is not None else count
+    scored = count if halt is None else halt + (halt not in script.unscored)
     assert said["tokens"] == scored
+    assert not halted or (halted["score"] is None) == (halt in (*script.no_number, *script.unscored))
     if scored and halt not in script.no_number:
         largest = float(any(token in script.flags for token in range(scored)))
         assert said["largest"]["bad"]["score"] == pytest.approx(largest, abs=1e-3)
@@ -171,14 +173,6 @@ class TestReplies:
             halted = player.play(Script(flags, prompt=BAD))[-1].kv_transfer_params["halted"]
             assert len(player.tokens("a")) == count and bool(halted) == (count == 0)
             assert (halted and halted["token"]) == (0 if flags == [0] else None)
-
-    def test_token_without_a_score_is_not_delivered(self, start):
-        for script, patience in ((Script(no_number=[2]), 1), (Script(no_number=[2]), 3), (Script(unscored=[2]), 3)):
-            player = start(patience=patience)
-            last = player.play(script)[-1]
-            halted = last.kv_transfer_params["halted"]
-            assert player.tokens("a") == [100, 101] and last.stop_reason == "watch"
-            assert (halted["head"], halted["score"], halted["token"]) == ("watch", None, 2)
 
     def test_logprobs_are_those_of_the_tokens(self, start):
         for script in (Script(), Script([3]), Script(end=3)):
@@ -245,8 +239,8 @@ class TestReplies:
                 name = waiting.pop()
                 most[name] = chance.randrange(1, 60)
                 flags = [token for token in range(60) if chance.random() < 0.03 * patience**2]
-                no_number = [token for token in range(60) if chance.random() < 0.005]
-                script = Script(flags, no_number=no_number, end=chance.choice([None, chance.randrange(60)]))
+                missing = [[token for token in range(60) if chance.random() < 0.005] for _ in range(2)]
+                script = Script(flags, None, *missing, end=chance.choice([None, chance.randrange(60)]))
                 player.add(name, script, chance.randrange(1, 60), max_tokens=most[name])
             if chance.random() < 0.05 and (running := list(player.scheduler.requests)):
                 gone.add(name := chance.choice(running))
