@@ -52,6 +52,7 @@ class TestEngine:
         config = make_config(tiny.backbone, heads, halt_on=rules, max_model_len=64, additional_config={"a": 1})
         assert (config.model_config.max_model_len, config.additional_config["a"]) == (64, 1)
         assert config.model_config.architecture == "ProbedLlamaForCausalLM"
+        assert config.model_config.tokenizer_mode == "hf", "which has the chat template"
         settings = ProbeSettings.of(config)
         assert (settings.heads, settings.halt_on, settings.layers) == (heads, rules, [1, 3, 4])
         check_config(config)

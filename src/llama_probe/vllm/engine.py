@@ -103,6 +103,8 @@ def engine_kwargs(
         "model": model,
         **kwargs,
         "hf_overrides": {**overrides, "architectures": [architecture]},
+        # Mistral's repositories have a tokenizer that vLLM prefers, without the chat template that heads were trained on.
+        "tokenizer_mode": "hf",
         "scheduler_cls": SCHEDULER,
         "kv_transfer_config": KVTransferConfig(**transfer),
         # With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders.
