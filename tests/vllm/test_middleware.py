@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from urllib.parse import unquote
 
 import pytest
@@ -26,7 +25,8 @@ def serve(tmp_path):
     """A function that serves an engine which says this of each prompt: `(client, engine)`."""
 
     def start(known: dict):
-        settings = ProbeSettings(save_heads(tmp_path, {"guard": {}, "tone": {}}), {"guard": {"label": "LABEL_1"}})
+        heads = save_heads(tmp_path, {"guard": {}, "tone": {}, "watch": {"token_scope": "response"}})
+        settings = ProbeSettings(heads, {name: {"label": "LABEL_1"} for name in ("guard", "watch")})
         app, engine = play(settings, {"guard": [0.0, 0.0], "tone": [0.0, 0.0]})
         engine.known = known
 
@@ -99,18 +99,26 @@ def test_halted_prompt_tells_no_probabilities_of_its_tokens(serve):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path):
-    """One is halted before it has a token, of which vLLM says nothing, one behind it, and one ends by itself."""
-    prompt = {"probes": {"guard": BAD}, "halted": None}
-    halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None]
-    last = {**prompt, "halted": halts[0], "replies": [{"probes": {}, "halted": halt} for halt in halts]}
+@pytest.mark.parametrize("is_told", [True, False], ids=["told", "by another engine"])
+def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path, is_told):
+    """One is halted before it has a token, of which vLLM says nothing, one behind it, and one ends by itself.
+
+    vLLM joins outputs of data-parallel engines, and keeps what the last one says of replies: then the reason to stop tells.
+    """
+    last = prompt = {"probes": {"guard": BAD}, "halted": None}
+    if is_told:
+        halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None]
+        last = {**prompt, "halted": halts[0], "replies": [{"probes": {}, "halted": halt} for halt in halts]}
     client, engine = serve(prompt)
 
     async def generate(ids, params, request_id):
         begun = [CompletionOutput(index, '"finish_reason":1', [1], None, None) for index in (1, 2)]
         yield RequestOutput("1", None, ids, None, begun, False, kv_transfer_params=prompt)
         yield RequestOutput("1", None, ids, None, begun, False, kv_transfer_params=prompt)
-        ended = [CompletionOutput(index, "", [], None, None, finish_reason="stop") for index in range(3)]
+        reasons = enumerate(["watch", "watch", "guard"])
+        ended = [
+            CompletionOutput(i, "", [], None, None, finish_reason="stop", stop_reason=word) for i, word in reasons
+        ]
         yield RequestOutput("1", None, ids, None, ended, True, kv_transfer_params=last)
 
     engine.generate = generate
@@ -119,29 +127,9 @@ def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path):
     for index, reason in enumerate(["content_filter", "content_filter", "stop"]):
         *begun, end = (event for event in events if event["choices"][0]["index"] == index)
         assert [event.get("kv_transfer_params") for event in begun] == [prompt, None, None][: len(begun)]
-        assert end["kv_transfer_params"] == last and end["choices"][0]["finish_reason"] == reason
+        assert end.get("kv_transfer_params") == (last if is_told or not begun else None)
+        assert end["choices"][0]["finish_reason"] == reason
     assert done == "data: [DONE]"
-
-
-def test_halt_of_a_reply_is_seen_beside_that_of_another_engine(tmp_path):
-    """vLLM joins outputs of data-parallel engines, and keeps what the last one says of replies."""
-    heads = save_heads(tmp_path, {"watch": {"id2label": {0: "fine", 1: "bad"}, "token_scope": "response"}})
-    app, engine = play(ProbeSettings(heads, {"watch": {"label": "bad"}}, halt_reply=" Sorry."), {})
-
-    async def generate(prompt, params, request_id):
-        ended = CompletionOutput(0, "a", [1], None, None, finish_reason="stop", stop_reason="watch")
-        for replies in (
-            [ended, CompletionOutput(1, "b", [1], None, None)],
-            [replace(ended, index=1, stop_reason="c")],
-        ):
-            known = {"probes": {}, "halted": None}
-            yield RequestOutput("1", None, prompt, None, replies, len(replies) == 1, kv_transfer_params=known)
-
-    engine.generate = generate
-    events = TestClient(app).post("/v1/completions", json={"stream": True, "n": 2}).text.split("\n\n")[:-2]
-    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
-    ends = [(choice["text"], choice["finish_reason"]) for choice in choices]
-    assert ends == [("a Sorry.", "content_filter"), ("b", None), ("a", "stop")]
 
 
 def test_structured_decisions_are_off():
