@@ -8,14 +8,15 @@ with its scheduler and worker. All wait while one works, in turn, and each figur
 last variable lets the engine run the function that reads the worker's clock.
 """
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import ExitStack, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -32,7 +33,6 @@ COPIES = {"plain": 0, "one head": 1, "eight heads": 8, "gate of replies": 1, "mu
 ASKS_FOR_NONE = "one head, without heads"
 # By name the engine.
 CASES = {**{engine: engine for engine in COPIES}, ASKS_FOR_NONE: "one head"}
-_MARK = "measured "  # vLLM logs to the same stream
 
 
 def clock(_) -> float:
@@ -64,8 +64,9 @@ def load(engine: str, head: str) -> LLM:
         return LLM(**engine_kwargs("demo", heads, monitor=rules, compare_fingerprints=False, **common))
 
 
-def serve(engine: str, head: str) -> None:
-    """Print the tokens of an engine's cache, and for each case on standard input the seconds that it takes."""
+def serve(engine: str, head: str, pipe: Connection) -> None:
+    """Send the tokens of an engine's cache, and for each case that comes the seconds that it takes."""
+    os.dup2(2, 1)  # what vLLM prints is no result
     llm = load(engine, head)
 
     def seconds(new: int, asked: dict) -> float:
@@ -77,37 +78,31 @@ def serve(engine: str, head: str) -> None:
         return llm.collective_rpc(clock)[0] - begin
 
     cache = llm.llm_engine.vllm_config.cache_config
-    print(f"{_MARK}{cache.num_gpu_blocks * cache.block_size}", flush=True)
-    for line in sys.stdin:
-        asked = {"kv_transfer_params": {"probes": []}} if json.loads(line) == ASKS_FOR_NONE else {}
-        first, whole = seconds(1, asked), seconds(NEW, asked)
-        print(f"{_MARK}{json.dumps([first, (whole - first) / (NEW - 1)])}", flush=True)
+    pipe.send(cache.num_gpu_blocks * cache.block_size)
+    with suppress(EOFError):
+        while case := pipe.recv():
+            asked = {"kv_transfer_params": {"probes": []}} if case == ASKS_FOR_NONE else {}
+            first, whole = seconds(1, asked), seconds(NEW, asked)
+            pipe.send((first, (whole - first) / (NEW - 1)))
+    llm.llm_engine.engine_core.shutdown()
 
 
-def main(head: str) -> None:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ}
-    running = {
-        engine: subprocess.Popen([sys.executable, __file__, engine, head], env=quiet, **pipes) for engine in COPIES
-    }
-
-    def answer(engine: str) -> str:
-        lines = (line for line in running[engine].stdout if line.startswith(_MARK))
-        return next(lines).removeprefix(_MARK)
-
-    try:
-        tokens = {engine: int(answer(engine)) for engine in COPIES}
-        turns = defaultdict(list)  # by case: CPU seconds of the prefill, and of a decoding step
+def main(head: str = "toxicchat-mha") -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    processes, pipes = get_context("spawn"), {}
+    turns = defaultdict(list)  # by case: CPU seconds of the prefill, and of a decoding step
+    with ExitStack() as stack:
+        for engine in COPIES:
+            pipes[engine], other = map(stack.enter_context, processes.Pipe())
+            processes.Process(target=serve, args=(engine, head, other)).start()
+            other.close()  # an engine that dies ends its pipe
+        tokens = {engine: pipe.recv() for engine, pipe in pipes.items()}
         for turn in range(TURNS + 1):
             for case, engine in CASES.items():
-                print(json.dumps(case), file=running[engine].stdin, flush=True)
-                found = json.loads(answer(engine))
+                pipes[engine].send(case)
+                found = pipes[engine].recv()
                 if turn:  # the first one warms up
                     turns[case].append(found)
-    finally:
-        for process in running.values():
-            process.stdin.close()  # which ends it
-            process.wait()
     base = turns.pop("plain")
     middle = [round(1000 * statistics.median(column), 1) for column in zip(*base, strict=True)]
     print(f"plain: {tokens['plain']:,} tokens in the cache; prefill and step take {middle} ms")
@@ -119,7 +114,4 @@ def main(head: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in COPIES:
-        serve(*sys.argv[1:])
-    else:
-        main(*sys.argv[1:] or ["toxicchat-mha"])
+    main(*sys.argv[1:])
