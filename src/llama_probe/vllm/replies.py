@@ -28,7 +28,7 @@ class Reply:
     Attributes:
         heads: names of those that were asked for.
         slot: of its states in the workers; `None` while they have none.
-        held: tokens that were not delivered.
+        held: tokens that were not delivered, with their logprobs if the request has some.
         withheld: outputs since the last that was sent.
         keeps_last: the last token may be delivered without a score: it ends the reply.
         scored: number of tokens that have scores.
@@ -41,8 +41,7 @@ class Reply:
     def __init__(self, request: Request, heads: list[str], rules: list[HaltRule]):
         self.request, self.heads = request, heads
         self.slot: int | None = None
-        self.held: list[int] = []
-        self.logprobs: list[LogprobsLists] = []
+        self.held: list[tuple[int, LogprobsLists | None]] = []
         self.withheld: list[EngineCoreOutput] = []
         self.keeps_last = False
         self.scored = self.clear = 0
@@ -179,14 +178,13 @@ class Replies:
         if reply is None or not self.holds_back:
             return True
         ready = max(0, len(reply.held) - self.settings.hold_back) if reply.clear > self.settings.hold_back else 0
-        reply.held += output.new_token_ids
-        if output.new_logprobs is not None:
-            reply.logprobs.append(output.new_logprobs)
+        reply.held += [(token, output.new_logprobs) for token in output.new_token_ids]  # one, or none at the end
         if output.finished:
             ready = 0 if reply.halt is not None else max(0, len(reply.held) - (not reply.keeps_last))
-        output.new_token_ids, reply.held = reply.held[:ready], reply.held[ready:]
+        delivered, reply.held = reply.held[:ready], reply.held[ready:]
+        output.new_token_ids = [token for token, _ in delivered]
         if output.new_logprobs is not None:
-            output.new_logprobs, reply.logprobs = _joined(reply.logprobs, ready), reply.logprobs[ready:]
+            output.new_logprobs = _joined([output.new_logprobs.slice_request(0, 0), *(rows for _, rows in delivered)])
         # An output without a token is sent at the end alone: the front end would give it its own, empty list of logprobs, and
         # may join later outputs to that.
         reply.withheld.append(output)
@@ -263,15 +261,12 @@ def _family(request_id: str) -> tuple[str, int]:
     return (family, int(index)) if family and index.isdecimal() and len(index) < 5 else (request_id, 0)
 
 
-def _joined(rows: list[LogprobsLists], count: int) -> LogprobsLists:
-    """Return the first of several tokens' logprobs as one. A request beside them may have made some of them wider.
+def _joined(parts: list[LogprobsLists]) -> LogprobsLists:
+    """Return the logprobs of several tokens as one. A request beside them may have made some of them wider.
 
     vLLM's front end takes as many columns as were asked for.
     """
-    first = rows[0]
-    if not count:
-        return first.slice_request(0, 0)
-    width = max(row.logprobs.shape[1] for row in rows[:count])
-    *wide, ranks = (list(part) for part in zip(*(row[:3] for row in rows[:count]), strict=True))
-    padded = [[np.pad(part, ((0, 0), (0, width - part.shape[1])), "edge") for part in parts] for parts in wide]
-    return type(first)(*map(np.concatenate, (*padded, ranks)))
+    width = max(part.logprobs.shape[1] for part in parts)
+    *wide, ranks = (list(column) for column in zip(*(part[:3] for part in parts), strict=True))
+    padded = [[np.pad(rows, ((0, 0), (0, width - rows.shape[1])), "edge") for rows in column] for column in wide]
+    return LogprobsLists(*map(np.concatenate, (*padded, ranks)))
