@@ -282,7 +282,7 @@ def test_tokens_that_generate_takes_back(model):
 
     class AtTheEnd(Recorder):
         def end(self):
-            found.append(session_of(model).reply.recorder.probe_cache(7 + 4))
+            found.append(session_of(model).reply.probe_cache(7 + 4))
 
     kwargs = {"eos_token_id": None, "probe_state": True}
     model.generate(ids, max_new_tokens=6, streamer=AtTheEnd(), **kwargs)

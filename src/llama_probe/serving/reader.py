@@ -25,7 +25,7 @@ from .outputs import CachedHead, ProbeCache, TokenScores, on_host
 _MIB = 1 << 20
 # Layers of a group, if not all go together.
 _GROUPS = (16, 8, 4, 2)
-# Tokens of a reply that `ReplyRecorder` reads at once.
+# Tokens of a reply that are read at once for the next turn.
 _CHUNK = 16
 _OTHER_PROMPT = (
     "the decoding method does not run the LM over the prompt as it was given (PEFT's prompt tuning? set_active_probes([]) "
@@ -295,24 +295,19 @@ def prompt_masks(
     attended = (
         attention_mask.bool() if attention_mask is not None else torch.ones(shape, dtype=torch.bool, device="cpu")
     )
-    if probe_mask is not None:
-        chosen = probe_mask.bool() & attended
-        for config in () if partial_prompt else configs.values():
-            check_rows(chosen, config)
-        return dict.fromkeys(configs, chosen)
-    is_text = None
-    if placeholder_ids and input_ids is not None:
-        is_text = ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+    masks = {} if probe_mask is None else dict.fromkeys(configs, probe_mask.bool() & attended)
     masks_by_scope: dict[str, torch.Tensor] = {}
-    masks: dict[str, torch.Tensor] = {}
     for name, config in configs.items():
-        scope = repr((config.token_scope, config.prefix_ids, config.turn_markers))
-        if scope not in masks_by_scope:
-            mask = token_mask(config, input_ids, attended, partial_prompt, seen)
-            mask = masks_by_scope[scope] = mask if is_text is None else mask & is_text
-            if not partial_prompt:
-                check_rows(mask, config)
-        masks[name] = masks_by_scope[scope]
+        if probe_mask is None:
+            scope = repr((config.token_scope, config.prefix_ids, config.turn_markers))
+            if scope not in masks_by_scope:
+                mask = token_mask(config, input_ids, attended, partial_prompt, seen)
+                if placeholder_ids and input_ids is not None:
+                    mask = mask & ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+                masks_by_scope[scope] = mask
+            masks[name] = masks_by_scope[scope]
+        if not partial_prompt:
+            check_rows(masks[name], config)
     return masks
 
 
@@ -322,14 +317,14 @@ class ReplyReader:
     A pass reads the token that the pass before it chose: scores are always of the text so far. The last token of a reply is
     read by no pass, and has no score. End-of-sequence tokens and what follows them do not count.
 
+    If `prompt` keeps a state, all its heads take the tokens in as well, for `probe_cache`. These tokens wait until a chunk is
+    full, and since `generate()` may take the last one back.
+
     Args:
         heads: those that score replies, by name. `prompt` has read the prompts with those that read both.
         copies: replies to each prompt.
         pad_token_id: does not count, if replies may end without such a token: nothing else shows then that one has ended.
             None if none may; it is then a token like any other.
-
-    Attributes:
-        recorder: reads the replies for `probe_state`; None if no state is wanted.
     """
 
     def __init__(
@@ -341,10 +336,17 @@ class ReplyReader:
         pad_token_id: int | None,
     ):
         self.heads, self._decoder, self._prompt_length = heads, prompt.decoder, prompt.length
-        self.recorder = ReplyRecorder(prompt, copies) if prompt.return_state else None
         states = {name: prompt.state(name, copies) for name in heads}
         self._reader = StateReader(heads, states, keep=heads)
         self._reading = False  # what other passes give is not wanted
+        self._cache: Any = prompt.probe_cache(copies) if prompt.return_state else None  # a ProbeCache
+        kept = {} if self._cache is None else self._cache.heads
+        recorded = {
+            name: head for name, head in prompt.heads.items() if name in kept and not head.config.skips_replies
+        }
+        self._recorder = StateReader(recorded, {name: kept[name].state for name in recorded}, keep=recorded)
+        # Of each token that waits: ids and whether they count, [rows], and states by layer.
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]] = []
         self._ends, self._pad = torch.tensor(eos_token_ids, dtype=torch.long), pad_token_id
         self._rows = prompt.prompts * copies
         self._live = torch.ones(self._rows, dtype=torch.bool)
@@ -364,11 +366,10 @@ class ReplyReader:
                 # A view of the last token would keep the states of all.
                 last = hidden if hidden.shape[1] == 1 else hidden[:, -1:].clone()
                 self._reader.on_state(layer, last)
-                if self.recorder is not None:
-                    self.recorder.on_state(layer, last)
+                if layer in self._recorder.layers:
+                    self._waiting[-1][2][layer] = last
 
-        layers = self._reader.layers | (frozenset() if self.recorder is None else self.recorder.layers)
-        return capturing(self._decoder, on_state, layers)
+        return capturing(self._decoder, on_state, self._reader.layers | self._recorder.layers)
 
     @contextmanager
     def reading(self, inputs: dict[str, Any]) -> Generator[None]:
@@ -397,14 +398,16 @@ class ReplyReader:
         return TokenScores(len(self._counted) - 1, outputs, counted)
 
     def _count(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return which of these tokens, one a row, belong to a reply, `[rows]`, and announce them to the recorder."""
+        """Return which of these tokens, one a row, belong to a reply, `[rows]`, and let them wait for `probe_cache`."""
         live, self._ends = self._live.to(tokens.device), self._ends.to(tokens.device)
         ends = torch.isin(tokens, self._ends)
         self._live = live & ~ends
         # The end of the only reply is the end of all passes.
         counted = self._live if self._pad is None or len(tokens) == 1 else self._live & (tokens != self._pad)
-        if self.recorder is not None:  # a later prompt holds the token that ends a reply as well
-            self.recorder.begin(tokens, counted | (live & ends))
+        if len(self._waiting) > _CHUNK:
+            self._record(_CHUNK)
+        if self._cache is not None:  # a later prompt holds the token that ends a reply as well
+            self._waiting.append((tokens, counted | (live & ends), {}))
         return counted
 
     def logits(self, new_tokens: int) -> dict[str, torch.Tensor]:
@@ -414,46 +417,20 @@ class ReplyReader:
             return {name: torch.zeros(shape, device=self.heads[name].device) for name, shape in shapes.items()}
         return {name: torch.stack(logits, dim=1)[:, : new_tokens - 1] for name, logits in self._logits.items()}
 
-
-class ReplyRecorder:
-    """Reads the tokens of replies into what heads keep of the prompts. Nothing is scored.
-
-    Tokens wait until a chunk is full, and since `generate()` may take the last one back.
-    """
-
-    def __init__(self, prompt: PromptReader, copies: int):
-        self._cache = prompt.probe_cache(copies)
-        self.heads = {name: head for name, head in prompt.heads.items() if not head.config.skips_replies}
-        states = {name: kept.state for name, kept in self._cache.heads.items()}
-        self._reader = StateReader(self.heads, states, keep=self.heads)
-        self.layers = self._reader.layers
-        # Of each token that waits: ids and whether they count, [rows], and states by layer.
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]] = []
-
-    def begin(self, tokens: torch.Tensor, token_mask: torch.Tensor) -> None:
-        """Announce one more token a row: its id, and whether it counts, `[rows]`."""
-        if len(self._waiting) > _CHUNK:
-            self._read(_CHUNK)
-        self._waiting.append((tokens, token_mask, {}))
-
-    def on_state(self, layer: int, hidden: torch.Tensor) -> None:
-        """Take a state `[rows, 1, hidden_size]` of the announced token."""
-        if layer in self.layers:
-            self._waiting[-1][2][layer] = hidden
-
-    def _read(self, count: int) -> None:
+    def _record(self, count: int) -> None:
+        """Have the heads of the prompt take in the first of the tokens that wait."""
         tokens, masks, states = zip(*self._waiting[:count], strict=True)
         self._waiting = self._waiting[count:]
         host = on_host({"tokens": torch.stack(tokens, dim=1), "token_mask": torch.stack(masks, dim=1)})  # [rows, n]
-        self._reader.begin(dict.fromkeys(self.heads, host["token_mask"]), last=False)
-        for layer in sorted(self.layers):
-            self._reader.on_state(layer, torch.cat([state[layer] for state in states], dim=1))  # [rows, n, D]
-        self._reader.end()
-        kept = {name: state.joined() for name, state in self._reader.states.items()}
+        self._recorder.begin(dict.fromkeys(self._recorder.heads, host["token_mask"]), last=False)
+        for layer in sorted(self._recorder.layers):
+            self._recorder.on_state(layer, torch.cat([state[layer] for state in states], dim=1))  # [rows, n, D]
+        self._recorder.end()
+        kept = {name: state.joined() for name, state in self._recorder.states.items()}
         self._cache = self._cache.extended(**host, states=kept)
 
     def probe_cache(self, length: int) -> ProbeCache:
-        """Return the state of the heads over prompts and replies, for a KV cache of `length` tokens."""
+        """Return the state of the heads over prompts and replies, for a KV cache of `length` tokens. Needs a state of `prompt`."""
         if (count := min(length - self._cache.get_seq_length(), len(self._waiting))) > 0:
-            self._read(count)
+            self._record(count)
         return self._cache

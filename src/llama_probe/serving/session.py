@@ -273,8 +273,8 @@ class ProbedSession(PlainSession):
         sequences = output["sequences"]
         if self.reply is not None:
             fields["probe_token_logits"] = self.reply.logits(sequences.shape[1] - start) or None
-            if self.reply.recorder is not None:
-                fields["probe_state"] = self.reply.recorder.probe_cache(cached_tokens(output))
+            if self.prompt.return_state:
+                fields["probe_state"] = self.reply.probe_cache(cached_tokens(output))
         if self.tokenizer is not None:
             fields["texts"] = self.tokenizer.batch_decode(sequences[:, start:], skip_special_tokens=True)
         probed = with_results(output, self.prompt.results, self.heads, **fields)
