@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,7 +150,8 @@ class TestReplies:
         model = probed({"mood": make_probe()}, vocab_size=260)
         tokenizer, ids, text = make_tokenizer(), make_prompts(1), "I would rather not."
         streamer = Recorder()
-        out = model.generate(ids, halt_on=flag(0), halt_reply=text, tokenizer=tokenizer, streamer=streamer)
+        processor = SimpleNamespace(tokenizer=tokenizer)  # as multimodal backbones have
+        out = model.generate(ids, halt_on=flag(0), halt_reply=text, tokenizer=processor, streamer=streamer)
         assert tokenizer.decode(out.sequences[0, ids.shape[1] :]) == text
         assert streamer.tokens[0] == ids[0].tolist() and streamer.ended
         assert tokenizer.decode(streamer.reply) == text

@@ -1,6 +1,7 @@
 """classify(): text in, labels out."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,7 +114,8 @@ def test_replies(model):
 
 def test_weights_and_mistakes(model):
     model.add_probe("a", make_probe(**fields()))
-    found = model.classify(TEXTS, tokenizer=TOKENIZER, output_attentions=True)["a"]
+    processor = SimpleNamespace(tokenizer=TOKENIZER)  # as multimodal backbones have
+    found = model.classify(TEXTS, tokenizer=processor, output_attentions=True)["a"]
     assert found.token_weights.shape[:2] == (4, 5) and found.layer_weights.shape == (4, 5)
     for words, call in {
         "attention_mask": {"input_ids": TEXTS, "tokenizer": TOKENIZER, "attention_mask": torch.ones(4, 4)},

@@ -236,7 +236,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             cache: KV cache of the first tokens of each prompt. The backbone runs over the other tokens, on a copy of it.
             probe_state: the state that was returned with the cache.
             probes: names of the heads that run in this call. Defaults to the active heads.
-            tokenizer: the backbone's tokenizer, for texts.
+            tokenizer: the backbone's tokenizer or processor, for texts.
             abstain_at: novelty from 0 to 1, such as 0.99, above which a row's label is `None`; or a dict of these by head.
             kwargs: passed to the backbone, with `pixel_values` and the like for models that read images. Image tokens do
                 not count unless `probe_mask` says so.

@@ -159,7 +159,8 @@ class ProbedSession(PlainSession):
         self.reads_prompt = self.reads_next = True
         self.heads, self.halter = heads, halter
         self.levels = abstain_levels(abstain_at, {name: head.config for name, head in heads.items()})
-        self.tokenizer: Any = self.kwargs.get("tokenizer")  # or a processor
+        tokenizer = self.kwargs.get("tokenizer")
+        self.tokenizer: Any = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
         self.streamer: Any = self.kwargs.get("streamer")
         if halter.is_active:
             self._reply_ids = reply_tokens(halt_reply, self.tokenizer)

@@ -62,6 +62,7 @@ def classify_texts(
     The backbone runs once over a start that many texts share and none of these heads reads. With `output_attentions` (see
     `classify`) all texts are in one batch.
     """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
     if len(texts) > _TEXTS and not output_attentions:
