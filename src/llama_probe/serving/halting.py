@@ -145,6 +145,10 @@ class HaltRule:
         pairs = zip(flagged.tolist(), scores.tolist(), strict=True)
         return [self.reason(score) if flag else None for flag, score in pairs]
 
+    def ends(self, flag: Halt | None, length: int = 1) -> bool:
+        """Return True if a flag, the last of so many in a row, halts: one without a score does at once."""
+        return flag is not None and (flag.score is None or length >= self.patience)
+
     def is_unsure(self, score: float) -> bool:
         """Return True if another one decides on a prompt with this score."""
         return self.unsure is not None and self.unsure[0] <= score < self.unsure[1]
@@ -168,7 +172,7 @@ class Streak:
         self._window = deque([without] * rule.window, maxlen=rule.window)
 
     def add(self, probs: torch.Tensor | list[float], flag: Halt | None) -> tuple[Halt | None, bool]:
-        """Take in one more token. Return its flag, and True if it ends the reply: one without a score does at once.
+        """Take in one more token. Return its flag, and True if it ends the reply.
 
         Args:
             probs: the token's probabilities, `[num_labels]`.
@@ -178,7 +182,7 @@ class Streak:
             self._window.append(torch.as_tensor(probs))
             (flag,) = self.rule.halts(torch.stack(list(self._window)).mean(dim=0, keepdim=True))
         self.length = 0 if flag is None else self.length + 1
-        return flag, flag is not None and (flag.score is None or self.length >= self.rule.patience)
+        return flag, self.rule.ends(flag, self.length)
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
@@ -270,8 +274,7 @@ class Halter:
         for rule in self.rules:
             flags = _asked(rule, probs[rule.head], texts) if rule.head in probs else [None] * prompts
             self._streaks.append([Streak(rule, flag is not None) for flag in flags for _ in range(copies)])
-            if rule.patience == 1:
-                halts = [halt or flag for halt, flag in zip(halts, flags, strict=True)]
+            halts = [halt or (flag if rule.ends(flag) else None) for halt, flag in zip(halts, flags, strict=True)]
         self.halts = [halt for halt in halts for _ in range(copies)]
         return self.halts
 
