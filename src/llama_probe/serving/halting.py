@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -103,19 +103,16 @@ class HaltRule:
 
         A threshold may be a name in the head's `thresholds`.
         """
-        names, is_regression = list(config.id2label.values()), config.problem_type == "regression"
-        flagged = names if is_regression else config.flagged_labels
-        labels = flagged if label is None else [label]
-        if not labels or (is_regression and len(labels) > 1):
-            way = f"{{{head!r}: {{'label': {names[0]!r}}}}} or --halt-on {head}:{names[0]}"
-            raise ProbeError(f"halt_on: {head!r} flags no label; name it, {way}; labels: {', '.join(names)}")
+        names, single = list(config.id2label.values()), config.problem_type == "single_label_classification"
+        labels = names if config.problem_type == "regression" else config.flagged_labels
         if label is not None and label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
-        is_ruled_out = config.problem_type != "single_label_classification" or label in (None, *config.flagged_labels)
-        if config.token_scope == "tool" and not is_ruled_out:
+        if label is not None and config.token_scope == "tool" and single and label not in labels:
             raise ProbeError(f"halt_on: {head!r} does not flag {label!r}, so prompts without a result may have it")
-        if threshold is None and is_regression:
-            raise ProbeError(f"halt_on: {head!r} gives values and needs one: {{{head!r}: {{'threshold': ...}}}}")
+        labels = labels if label is None else [label]
+        if not labels or (config.problem_type == "regression" and len(labels) > 1):
+            way = f"{{{head!r}: {{'label': {names[0]!r}}}}} or --halt-on {head}:{names[0]}"
+            raise ProbeError(f"halt_on: {head!r} flags no label; name it, {way}; labels: {', '.join(names)}")
         for name in ("patience", "window"):
             value = options.get(name, 1)
             if not isinstance(value, int) or value < 1:
@@ -203,12 +200,12 @@ def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
 
 
 def _limit(head: str, config: ProbeConfig, index: int, threshold: float | str | None) -> float | None:
-    """Return the threshold of a rule for one label, from a number, a name or nothing."""
-    if threshold is None:
+    """Return the threshold of a rule for one label, from a number, a name or nothing. Values have none by themselves."""
+    is_regression = config.problem_type == "regression"
+    if threshold is None and not is_regression:
         return threshold_of(config, index)
     known = config.thresholds if config.thresholds and index == config.flagged_index else {}
     limit = known.get(threshold, threshold) if isinstance(threshold, str) else threshold
-    is_regression = config.problem_type == "regression"
     low, high = (-math.inf, math.inf) if is_regression else (0, 1)
     if not _is_number(limit) or not low <= float(limit) <= high:
         named = f"from 0 to 1, or for {config.id2label[index]!r} one of: {', '.join(known) or 'none'}"
@@ -217,7 +214,7 @@ def _limit(head: str, config: ProbeConfig, index: int, threshold: float | str | 
     return float(limit)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
