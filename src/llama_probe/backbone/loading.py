@@ -240,13 +240,8 @@ def read_target(
     revision = kwargs.get("revision")
     if str(name_or_path).endswith(".gguf"):  # reading it takes half a minute
         return Target(str(name_or_path), None, None, revision)
-    place: dict[str, Any] = {
-        "revision": revision,
-        "subfolder": kwargs.get("subfolder") or "",
-        "token": options.token,
-        "cache_dir": options.cache_dir,
-        "local_files_only": options.local_files_only,
-    }
+    place: dict[str, Any] = {"revision": revision, "subfolder": kwargs.get("subfolder") or ""}
+    place |= {name: getattr(options, name) for name in ("token", "cache_dir", "local_files_only")}
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path, **place, trust_remote_code=False)
         text = config.get_text_config(decoder=True)

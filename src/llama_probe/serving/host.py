@@ -288,12 +288,7 @@ def read_heads(
 
 @dataclass(frozen=True)
 class HeadPlace:
-    """A head whose id stands for its backbone with this head.
-
-    Attributes:
-        backbone, kwargs: the arguments of `from_pretrained` for the backbone.
-        probe, revision: those for the head, by its name.
-    """
+    """A head whose id stands for its backbone with this head: the arguments of `load_with_heads` for both."""
 
     backbone: str
     kwargs: dict[str, Any]
