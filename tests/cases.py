@@ -36,6 +36,11 @@ MODES = {
 }
 
 
+# Turns that one token opens.
+USER, TOOL, REPLY = 5, 6, 7
+MARKERS = {role: {"ids": [token], "skip": 0} for role, token in (("user", USER), ("tool", TOOL), ("assistant", REPLY))}
+
+
 def with_backbone(**changes) -> ProbeModel:
     """A head on the tiny model."""
     probe = make_probe(**changes)

@@ -121,10 +121,11 @@ def test_all_that_differs_is_one_warning(lm, caplog):
         assert all(word in text for word in ("org/tiny", "org/other", "fingerprint", "vocab_size"))
 
 
-def test_the_fingerprint_explains_another_commit_and_a_local_folder_but_not_another_name(lm, tmp_path):
+def test_the_fingerprint_explains_another_commit_folder_and_padding_but_not_another_name(lm, tmp_path):
     config = described(lm).replace(base_model_revision="a" * 40)
     lm.config._commit_hash, lm.config._name_or_path = "b" * 40, str(tmp_path)
-    for name in ("base_model_revision", "base_model_name_or_path"):
+    lm.resize_token_embeddings(lm.config.vocab_size + 3)
+    for name in ("base_model_revision", "base_model_name_or_path", "vocab_size"):
         assert verdicts(config, lm)[name] == "explained"
         assert verdicts(config.replace(fingerprint=None), lm)[name] == "differs"
     lm.config._name_or_path = "org/other"
@@ -134,10 +135,3 @@ def test_the_fingerprint_explains_another_commit_and_a_local_folder_but_not_anot
     lm.config._name_or_path, lm.config.base_model_name_or_path = "org/exported", "org/tiny"
     assert verdicts(config, lm)["base_model_name_or_path"] == "same"
     assert describe(lm, ProbeConfig(probe_type="gate")).base_model_name_or_path == "org/tiny"
-
-
-def test_the_fingerprint_explains_a_padded_vocabulary(lm):
-    config = described(lm)
-    lm.resize_token_embeddings(lm.config.vocab_size + 3)
-    assert verdicts(config, lm)["vocab_size"] == "explained"
-    assert verdicts(config.replace(fingerprint=None), lm)["vocab_size"] == "differs"

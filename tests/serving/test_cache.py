@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from cases import FORMS
+from cases import FORMS, MARKERS, REPLY, TOOL, USER
 from conftest import HIDDEN, LAYERS, VOCAB, make_probe, make_prompts, probed, with_novelty
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,8 +21,8 @@ from llama_probe.serving.session import session_of
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
-REPLY = {"probe_type": "gate", "token_scope": "response"}
-KINDS = {**FORMS, "follows": {"probe_type": "mha", "token_scope": "all"}, "reply": REPLY}
+RESPONSE = {"probe_type": "gate", "token_scope": "response"}
+KINDS = {**FORMS, "follows": {"probe_type": "mha", "token_scope": "all"}, "reply": RESPONSE}
 
 
 def of_kinds(*names, **lm_changes):
@@ -166,8 +166,7 @@ class TestSharedPrefix:
         follow(model, shared, torch.cat([prefix, make_prompts(1, 3)], 1), max_new_tokens=3)
 
 
-USER, TOOL, REPLY, END = 5, 6, 7, 8
-MARKERS = {role: {"ids": [token], "skip": 0} for role, token in (("user", USER), ("tool", TOOL), ("assistant", REPLY))}
+END = 8
 
 
 class TestTurnScopes:

@@ -73,14 +73,6 @@ def test_the_others_get_what_they_would_have_got(prompts, mode, eos):
     torch.testing.assert_close(out.probe_logits["mood"], free.probe_logits["mood"])
 
 
-@pytest.mark.parametrize("kwargs", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": make_lm(seed=1)}])
-def test_speculative_decoding(model, kwargs):
-    ids = make_prompts(rows=1, length=6).repeat(1, 2)
-    call = {"max_new_tokens": 8, "do_sample": False, **kwargs}
-    assert torch.equal(model.generate(ids, halt_on=flag(0), **call).sequences, ids)
-    assert torch.equal(model.generate(ids, halt_on=flag(), **call).sequences, model.generate(ids, **call).sequences)
-
-
 def test_prompts_given_as_embeddings(model, prompts):
     embeds = model.get_input_embeddings()(prompts)
     assert model.generate(inputs_embeds=embeds, max_new_tokens=4, halt_on=flag(0, 1, 2)).sequences.shape == (3, 0)

@@ -217,6 +217,8 @@ class TestHalting:
         ("mood", {"cache_implementation": "paged"}, "paged cache"),
         ("mood", {"on_probe_token": print}, "no active head reads replies"),
         ("guard", {"halt_on": lambda outputs: [False] * 3}, "on_probe_token="),
+        ("guard", {"halt_on": "guard", "streamer": HoldBackStreamer(Recorder())}, "one row"),
+        ("guard", {"streamer": HoldBackStreamer(Recorder())}, "a HoldBackStreamer needs halt_on="),
     ],
 )
 def test_refusals_before_any_work(model, prompts, active, call, words):

@@ -49,9 +49,11 @@ def test_equals_the_plain_model(mode, model, prompts):
 def test_speculative_decoding(kwargs, model):
     ids = make_prompts(rows=1, length=6).repeat(1, 2)  # a repeated prompt, so that the look-up finds candidates
     kwargs = {"max_new_tokens": 8, "do_sample": False, **kwargs}
-    out = model.generate(ids, **kwargs)
-    assert torch.equal(out.sequences, make_lm().generate(ids, **kwargs))
+    out, expected = model.generate(ids, **kwargs), make_lm().generate(ids, **kwargs)
+    assert torch.equal(out.sequences, expected)
     assert_scores(out, ids)
+    for halts, sequences in ((False, expected), (True, ids)):
+        assert torch.equal(model.generate(ids, halt_on=lambda _, halts=halts: [halts], **kwargs).sequences, sequences)
 
 
 def test_a_probed_assistant_runs_without_its_heads(model):

@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-from cases import FORMS
+from cases import FORMS, MARKERS, REPLY, TOOL, USER
 from conftest import expected_logits, make_lm, make_probe, make_prompts, probed
 
 from llama_probe import ProbeError
-
-
-USER, TOOL, REPLY = 5, 6, 7  # one token opens a turn
-MARKERS = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", USER), ("tool", TOOL), ("assistant", REPLY))}
 
 
 def tool_head(**changes):
