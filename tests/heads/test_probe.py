@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts, with_novelty
+from conftest import HIDDEN, LAYERS, make_lm, make_probe, make_prompts, probed, with_novelty
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -350,12 +350,15 @@ def test_states_in_any_form_and_dtype():
 
 
 def test_the_backbone_is_frozen_and_outside_the_module_tree():
-    lm = make_lm()
+    lm = probed({"own": make_probe()})
     probe = ProbeModel(ProbeConfig(downcast=4), backbone=lm).train()
     assert probe.config.hidden_size == HIDDEN and probe.config.num_hidden_layers == LAYERS
     assert not any("backbone" in name for name in probe.state_dict()) and not lm.training
     assert all(parameter.requires_grad for parameter in probe.parameters())
-    assert not any(parameter.requires_grad for parameter in lm.parameters())
+    assert all(parameter.requires_grad == ("probes" in name) for name, parameter in lm.named_parameters())
+    lm.probes["own"].set_backbone(lm)
+    lm.probes["own"](make_prompts(), labels=torch.tensor([0, 1, 0])).loss.backward()
+    assert lm.probes["own"].classifier.weight.grad is not None, "an attached head can be trained on"
 
 
 def test_dropouts_act_in_training_only():

@@ -66,7 +66,7 @@ class ProbeModel(nn.Module):
         config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.
         backbone (`PreTrainedModel`, *optional*): the frozen LM that turns `input_ids` into states in `forward`. It is
             kept outside the module tree, so that `state_dict`, optimizers and checkpoints see only the head. It is set
-            to eval mode and its parameters are frozen.
+            to eval mode and its parameters are frozen, but those of attached heads.
 
     Attributes:
         results: what was measured of the head, as in the `results.json` of its folder; `None` where nothing was.
@@ -105,7 +105,9 @@ class ProbeModel(nn.Module):
         """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None. Copies of the head have none."""
         if backbone is not None:
             match(backbone, self.config)
-            backbone.requires_grad_(False)
+            for name, parameter in backbone.named_parameters():
+                if "probes" not in name.split("."):  # attached heads, of which this may be one
+                    parameter.requires_grad_(False)
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
 
