@@ -8,7 +8,7 @@ import torch
 from conftest import make_probe, make_prompts, padded, probed, save_head
 from observers import assert_no_hooks
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.heads import probe_types
 
 
@@ -101,6 +101,9 @@ def test_refusals_leave_the_model_as_it_was(model, folder, tmp_path):
         (lambda: model.load_probe(folder, name="a"), "'a'"),
         (lambda: model.load_probe(None), "NoneType"),
         (lambda: model.add_probe("a.b", make_probe()), "cannot name"),
+        (lambda: model.add_probe("b", str(folder)), "a ProbeConfig, not str; load_probe takes a folder"),
+        (lambda: model.from_causal_lm(model, [ProbeConfig()]), "not as ProbeConfig"),
+        (lambda: ProbeModel(ProbeConfig(), backbone="demo"), "a loaded model, not 'demo'"),
         (lambda: model.add_probe("train", make_probe()), "cannot name"),
         (lambda: model.add_probe("b", make_probe(hidden_size=64)), "hidden_size=64"),
         (lambda: model.add_probe("b", make_probe(num_hidden_layers=3)), "num_hidden_layers=3"),

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from ..errors import ProbeError
 from ..hub.resolve import Target
 from .families import find_modules
 
@@ -107,6 +108,8 @@ class Decoder:
 
 def without_peft(lm: nn.Module) -> transformers.PreTrainedModel:
     """Return the causal LM inside a PEFT model, adapters included, or any other model unchanged."""
+    if not isinstance(lm, nn.Module):
+        raise ProbeError(f"a backbone must be a loaded model, not {lm!r}: load it with from_pretrained")
     model: Any = lm  # PEFT, whose models are none of transformers, need not be installed
     return model.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else model
 

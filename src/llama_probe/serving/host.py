@@ -21,7 +21,7 @@ from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
 from ..hub.folder import PROBES_FOLDER
-from ..hub.resolve import Target, check_name, default_name, is_alias, resolve_head, with_subfolder
+from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 
 
@@ -235,8 +235,11 @@ def fitting_heads(
         if isinstance(probe, ProbeModel):
             check_backbone(name, probe.config, lm, strict, alias=probe.alias)
             heads[name] = probe
-        else:
+        elif isinstance(probe, ProbeConfig):
             heads[name] = ProbeModel(describe(lm, probe))
+        else:
+            hint = "load_probe takes a folder, a Hub id or an alias"
+            raise ProbeError(f"add_probe takes a ProbeModel or a ProbeConfig, not {type(probe).__name__}; {hint}")
     device = find_decoder(lm).device
     return {name: head.to(device).eval() for name, head in heads.items()}
 
@@ -266,6 +269,8 @@ def named_sources(spec: ProbeSpec) -> dict[str, ProbeSource]:
         spec = [spec]
     sources: dict[str, ProbeSource] = {}
     for name, source in spec.items() if isinstance(spec, Mapping) else [(None, source) for source in spec]:
+        if not isinstance(source, ProbeModel):
+            check_place(source)
         if name is None:
             name = "probe" if isinstance(source, ProbeModel) else default_name(source)
         if check_name(name) in sources:
