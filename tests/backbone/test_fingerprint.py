@@ -62,16 +62,15 @@ TORCHAO = {"quant_method": "torchao"}
         (TORCHAO | {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao-8bit"),
         (TORCHAO | {"quant_type": "Float8WeightOnlyConfig(set_inductor_config=True)"}, "torchao-8bit"),
         (TORCHAO | {"quant_type": {"default": {"_type": "Int8Activation", "weight_dtype": "int4"}}}, "torchao-4bit"),
+        ("Int4Tensor", "torchao-4bit"),
+        ("Int8Tensor", "torchao-8bit"),
     ],
 )
 def test_quantization_is_recorded(lm, quantization, name):
-    lm.config.quantization_config = quantization
-    assert backbone_facts(lm)["base_model_quantization"] == name
-
-
-@pytest.mark.parametrize("packed, name", [("Int4Tensor", "torchao-4bit"), ("Int8Tensor", "torchao-8bit")])
-def test_weights_that_were_quantised_in_place_are_recorded(lm, packed, name):
-    """`torchao.quantization.quantize_` leaves no trace in the config."""
-    weight = lm.model.layers[0].mlp.up_proj.weight
-    weight.__class__ = type(packed, (torch.nn.Parameter,), {"__module__": "torchao.quantization"})
+    """`torchao.quantization.quantize_` changes the type of weights, and leaves no trace in the config."""
+    if isinstance(quantization, str):
+        weight = lm.model.layers[0].mlp.up_proj.weight
+        weight.__class__ = type(quantization, (torch.nn.Parameter,), {"__module__": "torchao.quantization"})
+    else:
+        lm.config.quantization_config = quantization
     assert backbone_facts(lm)["base_model_quantization"] == name

@@ -116,12 +116,10 @@ def _quantization(lm: transformers.PreTrainedModel) -> str | None:
         settings = {"quant_method": "torchao", "quant_type": (type(packed), getattr(packed, "target_dtype", None))}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "quantized"
-    # torchao names the types of weights and activations: `Int8WeightOnlyConfig`, `torch.int4`.
-    widths = re.findall(r"(?:int|float)(\d+)", str(settings.get("quant_type")).lower())
+    # torchao names the types of weights and activations, `Int8WeightOnlyConfig` or `torch.int4`; bitsandbytes sets a flag.
+    flags = [name for name, is_set in settings.items() if "load_in_" in name and is_set]
+    widths = re.findall(r"(?:int|float|load_in_)(\d+)", str([settings.get("quant_type"), *flags]).lower())
     bits = settings.get("bits") or settings.get("nbits") or min(map(int, widths), default=None)
-    for name, value in (("load_in_4bit", 4), ("load_in_8bit", 8)):
-        if settings.get(name) or settings.get(f"_{name}"):
-            bits = value
     return f"{method}-{bits}bit" if bits else str(method)
 
 
