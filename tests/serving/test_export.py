@@ -35,8 +35,11 @@ def export(backbone_folder):
 
 
 def test_what_is_in_it(export, tmp_path):
+    """Heads that were saved beside the backbone stay there."""
     lm = make_lm(vocab_size=260)
-    folder = export(tmp_path / "new" / "tiny-chat", license="mit")
+    probed({"own": toxic()}, vocab_size=260).save_pretrained(tmp_path / "lm")
+    make_tokenizer().save_pretrained(tmp_path / "lm")
+    folder = export(tmp_path / "new" / "tiny-chat", backbone=tmp_path / "lm", license="mit")
     assert folder == tmp_path / "new" / "tiny-chat" and list(folder.parent.iterdir()) == [folder]
     model_files = {"config.json", "generation_config.json", "model.safetensors"}
     tokenizer_files = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -45,7 +48,7 @@ def test_what_is_in_it(export, tmp_path):
     assert all((folder / name).read_text() == text for name, text in runtime_files().items())
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
-    assert config["auto_map"] == auto_map("llama") and "custom_pipelines" not in config
+    assert config["auto_map"] == auto_map("llama") and not {"custom_pipelines", "probe_heads"} & config.keys()
     torch.testing.assert_close(load_file(folder / "model.safetensors"), dict(lm.state_dict()), rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(folder)("abc")["input_ids"] == make_tokenizer()("abc")["input_ids"]
     head = read_head(folder / "toxic")
@@ -53,13 +56,6 @@ def test_what_is_in_it(export, tmp_path):
     assert {path.name for path in (folder / "toxic").iterdir()} <= set(HEAD_FILES)
     again = export(tmp_path / "again", backbone=folder, dtype="bfloat16")
     assert load_file(again / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
-
-
-def test_heads_that_were_saved_beside_the_backbone_stay_there(export, tmp_path):
-    probed({"own": toxic()}, vocab_size=260).save_pretrained(tmp_path / "lm")
-    make_tokenizer().save_pretrained(tmp_path / "lm")
-    folder = export(tmp_path / "out", backbone=tmp_path / "lm")
-    assert AutoModelForCausalLM.from_pretrained(folder).config.to_dict().get("probe_heads") is None
 
 
 def test_the_card(export, tmp_path):

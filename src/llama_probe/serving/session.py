@@ -288,10 +288,9 @@ class ProbedSession(PlainSession):
         if not any(self.halter.halts):
             return scores
         end = [*self.token_ids("eos_token_id", "pad_token_id"), 0][0]
-        rows = self._halted_rows(scores)[:, None]
-        scores = scores.masked_fill(rows, torch.finfo(scores.dtype).min)
-        scores[:, end, None] = scores[:, end, None].masked_fill(rows, 0.0)
-        return scores
+        forced = torch.full_like(scores, torch.finfo(scores.dtype).min)
+        forced[:, end] = 0.0
+        return torch.where(self._halted_rows(scores)[:, None], forced, scores)
 
     def _stop(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Stop halted rows, so that decoding ends with the last of the others. A stopping criterion."""
