@@ -82,6 +82,9 @@ def test_many_texts_are_read_in_parts(model, monkeypatch):
     model.add_probe("a", with_novelty(make_probe(**fields())))
     whole = model.classify(TEXTS * 3, tokenizer=TOKENIZER)["a"]
     monkeypatch.setattr(module, "_TEXTS", 5)
+    model.add_probe("b", make_probe(token_scope="last_user", **fields()))
+    with pytest.raises(ProbeError, match=r"rows \[7\] hold no token"):
+        model.classify([*TEXTS, *TEXTS[:3], [{"role": "system", "content": "Hi"}]], tokenizer=TOKENIZER)
     parts = model.classify(TEXTS * 3, tokenizer=TOKENIZER)["a"]
     torch.testing.assert_close(parts.logits, whole.logits, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(parts.novelty, whole.novelty, atol=1e-4, rtol=1e-4)

@@ -77,9 +77,9 @@ def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 
-def check_rows(mask: torch.Tensor, config: ProbeConfig | None = None) -> None:
-    """Raise `ProbeError` if a row of a `[batch, tokens]` mask has no token that counts. Heads of tools may read none."""
+def check_rows(mask: torch.Tensor, config: ProbeConfig | None = None, first_row: int = 0) -> None:
+    """Raise `ProbeError` if no token counts in a row of `mask`, counted from `first_row`. Heads of tools may read none."""
     if (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
         return
-    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    empty = ((~mask.any(dim=1)).nonzero().flatten() + first_row).tolist()
     raise ProbeError(f"rows {empty[:8]} hold no token that a head reads: use the chat template or pass probe_mask=")

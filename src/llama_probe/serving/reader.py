@@ -269,10 +269,11 @@ def prompt_masks(
     partial_prompt: bool = False,
     seen: int = 0,
     placeholder_ids: Sequence[int] = (),
+    first_row: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`.
 
-    `inputs` has `input_ids` or `inputs_embeds`, and may have `attention_mask` and `probe_mask`.
+    `inputs` has `input_ids` or `inputs_embeds`, and may have `attention_mask` and `probe_mask`. Errors count from `first_row`.
 
     Heads are trained on texts. Tokens in `placeholder_ids`, which stand for images or the like, count only where
     `probe_mask` says so. What the LM sees in an image reaches heads through the text tokens after it.
@@ -307,7 +308,7 @@ def prompt_masks(
                 masks_by_scope[scope] = mask
             masks[name] = masks_by_scope[scope]
         if not partial_prompt:
-            check_rows(masks[name], config)
+            check_rows(masks[name], config, first_row)
     return masks
 
 

@@ -65,35 +65,32 @@ def classify_texts(
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
-    if len(texts) > _TEXTS and not output_attentions:
-        slices = [texts[first : first + _TEXTS] for first in range(0, len(texts), _TEXTS)]
-        parts = [classify_texts(model, configs, some, tokenizer) for some in slices]
-        order = torch.arange(len(texts))
-        return {name: _joined([part[name] for part in parts], order, config) for name, config in configs.items()}
     outputs: dict[str, ProbeOutput] = {}
-    device = find_decoder(model).input_device
+    device, most = find_decoder(model).input_device, len(texts) if output_attentions else _TEXTS
     for names in heads_by_format(configs):
-        config = configs[names[0]]
-        encoded = PromptFormat.from_config(config, tokenizer).encode_for(config, texts)
-        ids, inputs = encoded.prompts, pad_prompts(encoded.prompts, tokenizer)
-        if encoded.masks is not None:  # the ids do not tell which tokens count
-            inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, encoded.masks)), batch_first=True)
-        passes = [Pass(list(range(len(ids))))]
-        if not output_attentions:
-            masks = prompt_masks({name: configs[name] for name in names}, inputs)
-            read = torch.stack([tokens_read(configs[name], mask) for name, mask in masks.items()]).any(dim=0)
-            passes = plan_passes(model, ids, read.int().argmax(dim=1).tolist())
-        parts = []
-        for each in passes:
-            rows, width = each.rows, max(len(ids[row]) for row in each.rows)
-            batch = {name: tensor[rows, :width].to(device) for name, tensor in inputs.items()}
-            cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
-            parts.append(model.classify(**batch, cache=cache, probes=names, output_attentions=output_attentions))
+        config, order, parts = configs[names[0]], [], []
+        prompt_format = PromptFormat.from_config(config, tokenizer)
+        for first in range(0, len(texts), most):
+            encoded = prompt_format.encode_for(config, texts[first : first + most])
+            ids, inputs = encoded.prompts, pad_prompts(encoded.prompts, tokenizer)
+            if encoded.masks is not None:  # the ids do not tell which tokens count
+                inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, encoded.masks)), batch_first=True)
+            passes = [Pass(list(range(len(ids))))]
+            if not output_attentions:
+                masks = prompt_masks({name: configs[name] for name in names}, inputs, first_row=first)
+                read = torch.stack([tokens_read(configs[name], mask) for name, mask in masks.items()]).any(dim=0)
+                passes = plan_passes(model, ids, read.int().argmax(dim=1).tolist())
+            for each in passes:
+                rows, width = each.rows, max(len(ids[row]) for row in each.rows)
+                batch = {name: tensor[rows, :width].to(device) for name, tensor in inputs.items()}
+                cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
+                parts.append(model.classify(**batch, cache=cache, probes=names, output_attentions=output_attentions))
+                order += [first + row for row in rows]
         if output_attentions:
             outputs |= parts[0]
-            continue
-        order = torch.tensor([row for each in passes for row in each.rows]).argsort()
-        outputs |= {name: _joined([part[name] for part in parts], order, configs[name]) for name in names}
+        else:
+            places = torch.tensor(order).argsort()
+            outputs |= {name: _joined([part[name] for part in parts], places, configs[name]) for name in names}
     return {name: outputs[name] for name in configs}
 
 
