@@ -97,28 +97,19 @@ def compare(
             backbone over 32 tokens, and to none if weights are offloaded.
     """
     decoder, facts = find_decoder(lm), backbone_facts(lm)
-    checks = []
-    for name in _SIZES:
-        recorded, actual = getattr(config, name), getattr(decoder, name)
-        checks.append(Check(name, recorded, actual, _verdict(recorded, actual), fatal=True))
-    same_behaviour = False
+    checks = [_check_field(config, name, getattr(decoder, name), fatal=True) for name in _SIZES]
+    explained: set[str] = set()  # what may differ between copies of one backbone
     if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
         if take_fingerprint is None and not any(parameter.is_meta for parameter in lm.parameters()):
             take_fingerprint = partial(fingerprint, lm)
         checks.append(_compare_fingerprints(config, facts, take_fingerprint))
-        same_behaviour = checks[-1].verdict == "same"
-    for name, actual in facts.items():
-        recorded = getattr(config, name)
-        verdict = _verdict(recorded, actual, name)
-        # Copies of one backbone may differ in these.
-        local_copy = name == "base_model_name_or_path" and actual is not None and Path(actual).exists()
-        explained = ("base_model_revision", "vocab_size", *_PRECISION)  # a vocabulary may be padded
-        if verdict == "differs" and same_behaviour and (name in explained or local_copy):
-            verdict = "explained"
-        checks.append(Check(name, recorded, actual, verdict))
+        if checks[-1].verdict == "same":
+            explained = {"base_model_revision", "vocab_size", *_PRECISION}  # a vocabulary may be padded
+            if (path := facts["base_model_name_or_path"]) is not None and Path(path).exists():
+                explained.add("base_model_name_or_path")
+    checks += [_check_field(config, name, actual, name in explained) for name, actual in facts.items()]
     if config.prompt_format == "chat" and tokenizer is not None:
-        recorded, actual = config.chat_template_hash, template_hash(tokenizer)
-        checks.append(Check("chat_template_hash", recorded, actual, _verdict(recorded, actual)))
+        checks.append(_check_field(config, "chat_template_hash", template_hash(tokenizer)))
     return checks
 
 
@@ -193,10 +184,14 @@ def _guess(apart: float, allowed: float, quantization: str | None) -> str | None
     return f"fine-tuned since, or {_ANOTHER}"
 
 
-def _verdict(recorded: str | int | None, actual: str | int | None, name: str = "") -> str:
-    # For the quantization, None means "not quantized". For all other fields, it means "not known".
-    if name != "base_model_quantization" and (recorded is None or actual is None):
-        return "unknown"
+def _check_field(
+    config: ProbeConfig, name: str, actual: str | int | None, explained: bool = False, fatal: bool = False
+) -> Check:
+    recorded, is_same = getattr(config, name), getattr(config, name) == actual
     if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
-        recorded, actual = model_name(str(recorded)), model_name(str(actual))
-    return "same" if recorded == actual else "differs"
+        is_same = model_name(str(recorded)) == model_name(str(actual))
+    verdict = "same" if is_same else "explained" if explained else "differs"
+    # For the quantization, None means "not quantized". For all other fields, it means "not known".
+    if name != "base_model_quantization" and None in (recorded, actual):
+        verdict = "unknown"
+    return Check(name, recorded, actual, verdict, fatal)
