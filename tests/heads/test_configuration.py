@@ -84,21 +84,18 @@ def test_labels_of_all_languages(name):
     assert config.id2label == {0: name, 1: "b"}
 
 
-def test_heads_that_read_replies_are_causal():
+def test_defaults():
     scopes = ("prompt", "content", "response", "all")
     assert [ProbeConfig(token_scope=scope).causal for scope in scopes] == [False, False, True, True]
     assert ProbeConfig(causal=True).causal, "a prompt may be read so as well"
+    assert ProbeConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert ProbeConfig(id2label={"1": "yes", "0": "no"}).label2id == {"no": 0, "yes": 1}
 
 
 def test_messages_are_cut():
     with pytest.raises(ProbeError) as raised:
         ProbeConfig(pool="x" * 4_000_000)
     assert len(str(raised.value)) < 400
-
-
-def test_labels_by_default():
-    assert ProbeConfig(num_labels=3).id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
-    assert ProbeConfig(id2label={"1": "yes", "0": "no"}).label2id == {"no": 0, "yes": 1}
 
 
 def test_json_round_trip():

@@ -10,12 +10,10 @@ ITEMS = 60
 
 
 def by_the_book(query, key, value, valid, scale):
-    query, key, value = (part.double() for part in (query, key, value))
-    scores = query @ key.transpose(-1, -2) * scale  # [P, heads, N, N]
-    if valid is None:
-        return (scores.softmax(dim=-1) @ value).mean(dim=2)
+    valid = torch.ones(len(query), ITEMS, dtype=torch.bool) if valid is None else valid
+    scores = query.double() @ key.double().transpose(-1, -2) * scale  # [P, heads, N, N]
     scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
-    mixed = scores.softmax(dim=-1).nan_to_num(0.0) @ value
+    mixed = scores.softmax(dim=-1).nan_to_num(0.0) @ value.double()
     return (mixed * valid[:, None, :, None]).sum(dim=2) / valid.sum(dim=1).clamp_min(1)[:, None, None]
 
 
