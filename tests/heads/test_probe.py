@@ -1,5 +1,6 @@
 """A head: its size, its ways in, its attention weights, and what it refuses."""
 
+from itertools import cycle, islice, takewhile
 from unittest.mock import patch
 
 import pytest
@@ -74,16 +75,13 @@ def assert_alike(found, expected):
 
 def groups_of(layers, sizes):
     """Cut `layers` into consecutive groups; sizes are used in turn."""
-    first, turn = 0, 0
-    while first < len(layers):
-        size = sizes[turn % len(sizes)]
-        yield layers[first : first + size]
-        first, turn = first + size, turn + 1
+    layers = iter(layers)
+    return takewhile(bool, (list(islice(layers, size)) for size in cycle(sizes)))
 
 
 def read(probe, state, states, columns, mask, sizes=(1,), last=True):
     """Have a head read some columns of all states, in groups of layers."""
-    for layers in groups_of(list(range(len(states))), sizes):
+    for layers in groups_of(range(len(states)), sizes):
         x = probe.prepare(torch.stack([states[layer][:, columns] for layer in layers]))
         probe.step(state, layers, x, None if mask is None else mask[:, columns], last)
 

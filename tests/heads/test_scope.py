@@ -7,10 +7,6 @@ from llama_probe import ProbeConfig
 from llama_probe.heads.scope import token_mask
 
 
-def config(**changes):
-    return ProbeConfig(probe_type="gate", **{"token_scope": "content", "prefix_ids": [7, 8], **changes})
-
-
 @pytest.mark.parametrize(
     "changes, ids, attention_mask, expected",
     [
@@ -27,4 +23,5 @@ def config(**changes):
 )
 def test_tokens_that_count(changes, ids, attention_mask, expected):
     attention_mask = None if attention_mask is None else torch.tensor(attention_mask)
-    assert token_mask(config(**changes), torch.tensor(ids), attention_mask).int().tolist() == expected
+    config = ProbeConfig(**{"token_scope": "content", "prefix_ids": [7, 8], **changes})
+    assert token_mask(config, torch.tensor(ids), attention_mask).int().tolist() == expected

@@ -312,20 +312,9 @@ def test_a_head_that_was_switched_off_is_left_out(model, prompts):
         model.generate(ids, cache=second.cache, probe_state=second.probe_state)
 
 
-def changed(ids):
-    ids[1, 4] = (ids[1, 4] + 1) % VOCAB
-    return ids
-
-
-def masked(ids):
-    mask = torch.ones_like(ids)
-    mask[0, 2] = 0
-    return mask
-
-
-def cropped(cache):
-    cache.crop(-2)
-    return cache
+def at(place, ids):
+    """A mask of one column."""
+    return (torch.arange(ids.shape[1]) == place).expand(len(ids), -1)
 
 
 def replace_head(model):
@@ -348,14 +337,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "words, change",
         {
-            "number 4": lambda model, first, ids: {"inputs": changed(ids)},
+            "number 4": lambda model, first, ids: {"inputs": (ids + at(4, ids)) % VOCAB},
             "at least one new token": lambda model, first, ids: {"inputs": ids[:, :12]},
-            "12 tokens, and the cache beside it holds 10": lambda model, first, ids: {"cache": cropped(first.cache)},
+            "12 tokens, and the cache beside it holds 10": lambda model, first, ids: first.cache.crop(-2) or {},
             "pass probe_state=": lambda model, first, ids: {"probe_state": None},
             "pass probe_state= of the call": lambda model, first, ids: {"probe_state": True},
             "3 rows, and 2 prompts": lambda model, first, ids: {"inputs": ids[:2]},
-            "attention_mask: .* number 2": lambda model, first, ids: {"attention_mask": masked(ids)},
-            "'gate' reads: .* number 2": lambda model, first, ids: {"probe_mask": masked(ids)},
+            "attention_mask: .* number 2": lambda model, first, ids: {"attention_mask": ~at(2, ids)},
+            "'gate' reads: .* number 2": lambda model, first, ids: {"probe_mask": ~at(2, ids)},
             "another head called 'gate'": lambda model, first, ids: replace_head(model) or {},
             "'gate', or by other weights": lambda model, first, ids: with_novelty(model.probes["gate"], 5) and {},
             "num_beams": lambda model, first, ids: {"num_beams": 2},

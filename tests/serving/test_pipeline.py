@@ -66,13 +66,9 @@ def test_heads_that_read_replies_say_what_they_think_of_each_sequence(batch_size
     guard = make_probe(probe_type="gate", num_labels=2, token_scope="response")
     prompt_head = make_probe(1, probe_type="gate", num_labels=2)
     pipe = make_pipe(probe={"guard": guard, "prompt": prompt_head})
-
-    def second_of_three(scores):
-        return [row % 3 == 1 for row in range(len(scores.counted))]
-
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": True, "num_return_sequences": 3}
-    halting = {"on_probe_token": second_of_three, "halt_reply": "No."}
-    for records in pipe(TEXTS[:2], batch_size=batch_size, **halting, **options):
+    second_of_three = {"on_probe_token": lambda scores: [row % 3 == 1 for row in range(len(scores.counted))]}
+    for records in pipe(TEXTS[:2], batch_size=batch_size, halt_reply="No.", **second_of_three, **options):
         assert [record["halted"] is not None for record in records] == [False, True, False]
         assert records[1]["generated_text"].endswith("No.")
         assert all(record["probes"].keys() == {"guard", "prompt"} for record in records)
