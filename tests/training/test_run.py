@@ -154,7 +154,7 @@ class TestTwins:
         written = (tmp_path / "head" / "recipe.yaml").read_text()
         assert yaml.safe_load(written)["hold_out"] == recipe["hold_out"] and str(tmp_path) not in written
 
-    def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path):
+    def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path, hub, token):
         lm, tokenizer = load_backbone(str(backbone_folder))
         settings = ["hold_out={}", "measure={}", "training.num_train_epochs=1"]
         given = {"recipe": recipe, "backbone": lm, "settings": settings, "output_dir": tmp_path / "head"}
@@ -163,6 +163,8 @@ class TestTwins:
         assert trainer.predict([("Go!", "harmless"), ("Kill!", "harmful")]).predictions.shape == (2, 1, 2)
         trainer.save_model(tmp_path / "other")
         assert read_head(tmp_path / "other").config.layers == [2, 4] and not (tmp_path / "head").exists()
+        trainer.push_to_hub()
+        assert list(hub.repositories) == ["alice/head"], "by the name of its folder"
         for more, named in (({}, "processing_class"), ({"licence": "free"}, "licence")):
             with pytest.raises(ProbeError, match=named):
                 ProbeTrainer.from_recipe(**given, **more)

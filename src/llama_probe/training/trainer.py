@@ -595,25 +595,23 @@ class ProbeTrainer(Trainer):
     def push_to_hub(
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None, **kwargs
     ) -> CommitInfo | None:
-        """Write the head into `args.output_dir`, and upload it in one commit: config, weights, results and card, and no pickle.
+        """Write the head into its folder, and upload it in one commit: config, weights, results and card, and no pickle.
 
-        The repository is `args.hub_model_id`, or the user's with the name of `args.output_dir`.
+        The repository is `args.hub_model_id`, or the user's with the name of the folder.
 
         Args:
             blocking: has no effect; heads are small.
             kwargs: `revision`, `private`, `tags`, `license` and the like; see `push_folder`.
         """
-        token, repo_id = token or self.args.hub_token, self.hub_model_id or self.args.hub_model_id
-        if repo_id is None or "/" not in repo_id:
-            self.init_hf_repo(token=token, private=kwargs.get("private"))  # it asks the Hub for the user's name
-            repo_id = self.hub_model_id
         if not self.is_world_process_zero():
             return None
         if self._is_group and self._run is None:
             raise ProbeError("push each of several heads by itself: trainer.heads[name].push_to_hub(repo_id)")
         folder = self._save_heads(None)  # before the Hub can refuse
+        repo_id = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
         kwargs["revision"] = kwargs.get("revision") or self.args.hub_revision
         kwargs.setdefault("private", self.args.hub_private_repo)
+        token = token or self.args.hub_token
         return push_folder(folder, repo_id, token=token, commit_message=commit_message, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
