@@ -422,9 +422,7 @@ class ProbeTrainer(Trainer):
     ) -> torch.Tensor:
         """Do a step, in which dropout draws numbers of its own: a head learns the same beside others as alone."""
         seed = int(torch.randint(2**62, ()))
-        device = self.args.device
-        devices = [] if device.type == "cpu" else [device.index or 0]
-        with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        with torch.random.fork_rng(devices=[]):  # the CPU's: each step seeds an accelerator anew
             torch.manual_seed(seed)
             return super().training_step(model, inputs, num_items_in_batch)
 
