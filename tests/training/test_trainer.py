@@ -105,16 +105,18 @@ class TestRows:
         trainer.train()
         assert probe.config.temperature == 1 and probe.results is None, "no rows to judge it by"
 
-    @pytest.mark.parametrize("names, metric, judging", [((), None, "near"), (("a", "b"), "eval_far_auroc", "far")])
+    @pytest.mark.parametrize(
+        "names, metric, judging", [((), None, "near"), (("a", "b"), "eval_near_by_auroc", "near_by")]
+    )
     def test_several_sets_to_evaluate_on(self, tmp_path, names, metric, judging):
-        lm, sets = make_lm(vocab_size=260), {"near": ANSWERS[:12], "far": ANSWERS[12:]}
+        lm, sets = make_lm(vocab_size=260), {"near": ANSWERS[:12], "near_by": ANSWERS[12:]}
         fields = {"id2label": {0: "bad", 1: "good"}}
         probe = {name: head(lm, **fields) for name in names} or head(lm, **fields)
         more = {"num_train_epochs": 2, "metric_for_best_model": metric, "callbacks": [EarlyStoppingCallback(2)]}
         trainer = mood(tmp_path, model=probe, held_back=sets, **more)
         trainer.train()
         scores = trainer.evaluate()
-        assert {"eval_near_loss", "eval_far_loss", f"eval_{judging}_auroc"} <= scores.keys()
+        assert {"eval_near_loss", "eval_near_by_loss", f"eval_{judging}_auroc"} <= scores.keys()
         for name, each in trainer.heads.items():
             best = scores[f"eval_{judging}_{trainer.metric_name(name, 'auroc')}"]
             assert trainer.progress[name].best == pytest.approx(best) and len(trainer.progress[name].scores) == 2
@@ -152,6 +154,7 @@ class TestRows:
             ({"model": head(**GUARD), "rows": IDS, "held_back": None, "token_loss": "softmax"}, "rows with replies"),
             ({"rows": Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()}, "one split in memory"),
             ({"held_back": "rows.csv"}, "eval_dataset"),
+            ({"held_back": {}}, "eval_dataset"),
             ({"held_back": {"test": ANSWERS[:12]}, "metric_for_best_model": "tset_auprc"}, "'tset_auprc'"),
         ],
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -161,10 +161,9 @@ class ProbeTrainer(Trainer):
         if is_tensor_parallel(model.backbone):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
         train = self._label("train_dataset", train_dataset, learned=True)
-        is_one = not isinstance(eval_dataset, Mapping) or self._is_table(eval_dataset)
-        sets: Mapping[str, object] = {"": eval_dataset} if is_one else eval_dataset
+        sets = eval_dataset if self._is_several(eval_dataset) else {"": eval_dataset}
         named = (args.metric_for_best_model or "").removeprefix("eval_")
-        judging = next((name for name in sets if named.startswith(f"{name}_")), next(iter(sets)))
+        judging = max((name for name in sets if named.startswith(f"{name}_")), key=len, default=next(iter(sets)))
         self._judging = f"{judging}_" if judging else ""
         labelled = {name: self._label("eval_dataset", rows) for name, rows in sets.items()}
         validation = labelled[judging]
@@ -194,7 +193,7 @@ class ProbeTrainer(Trainer):
                 args=args,
                 data_collator=data_collator or collate,
                 train_dataset=learned,
-                eval_dataset=judged[""] if is_one else judged,
+                eval_dataset=judged.get("", judged),
                 processing_class=self._tokenizer,
                 model_init=model_init,
                 compute_loss_func=compute_loss_func,
@@ -360,10 +359,10 @@ class ProbeTrainer(Trainer):
         for module in (self.model, *self.heads.values()):
             module.config = module.config.replace(**changes)
 
-    def _is_table(self, data: object) -> bool:
-        """Return True for a dict of columns, False for several tables by name."""
-        names = data if isinstance(data, Mapping) else ()
-        return not {"label", "labels"}.isdisjoint((self._columns or {}).get(name, name) for name in names)
+    def _is_several(self, data: object) -> TypeGuard[Mapping[str, object]]:
+        """Return True for several tables by name, False for a dict of columns."""
+        names = {(self._columns or {}).get(name, name) for name in data} if isinstance(data, Mapping) else set()
+        return bool(names) and names.isdisjoint(("label", "labels"))
 
     def _table(self, name: str, data: object) -> Dataset | None:
         return self._encode(name, self._label(name, data))
@@ -372,14 +371,9 @@ class ProbeTrainer(Trainer):
         self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the heads on a table as well, or on several by name; see `Trainer.evaluate`."""
-        if self._is_table(eval_dataset):  # whose columns the parent would take for data sets
+        if not (isinstance(eval_dataset, str) or self._is_several(eval_dataset)):  # of these the parent evaluates each
             eval_dataset = self._table("eval_dataset", eval_dataset)
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def get_eval_dataloader(self, eval_dataset: object = None) -> DataLoader:
-        """Return the batches of `eval_dataset`, a table as well, or of the trainer's own, by its name if it has several."""
-        is_name = isinstance(eval_dataset, str)
-        return super().get_eval_dataloader(eval_dataset if is_name else self._table("eval_dataset", eval_dataset))
 
     def get_test_dataloader(self, test_dataset: object) -> DataLoader:
         """Return the batches of `test_dataset`, a table as well, in its order: `predict` returns what they give."""
