@@ -82,7 +82,7 @@ class ProbeTrainer(Trainer):
             ids. Heads by name read the same tokens; their layers, kinds and seeds may differ.
         args: defaults to `ProbeTrainingArguments()`.
         data_collator, compute_loss_func, compute_metrics: default to `collate`, the `ProbeLoss` that `args` describe, and
-            the metrics of the head's problem type.
+            the metrics of the head's problem type. With `compute_metrics` the loss chooses a single head by default.
         train_dataset, eval_dataset: a `datasets.Dataset`, a DataFrame, a dict of columns or a list of rows, with the columns
             of `rows_in_memory`, whose states are computed here unless `args.cache_states` is False; or a `PromptDataset` or
             `StateDataset`, which is taken as it is. Of several `eval_dataset` by name the first, or the one that
@@ -167,6 +167,8 @@ class ProbeTrainer(Trainer):
         self._judging = f"{judging}_" if judging else ""
         labelled = {name: self._label("eval_dataset", rows) for name, rows in sets.items()}
         validation = labelled[judging]
+        if compute_metrics is not None and not self._is_group:  # whose names are not known
+            args.metric_for_best_model = args.metric_for_best_model or "loss"
         if validation is None:
             args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
         args.fill(model.config, len(train or ()))
@@ -546,11 +548,16 @@ class ProbeTrainer(Trainer):
 
         Args:
             hp_space: defaults to learning rate, weight decay and batch size, in the ranges of arXiv 2601.13288.
-            compute_objective: defaults to `metric_for_best_model`.
+            compute_objective: defaults to the best `metric_for_best_model` of a trial, whose epoch is kept.
         """
-        compute_objective = compute_objective or (lambda metrics: metrics[f"eval_{self.args.metric}"])
+        sign = 1 if self.args.greater_is_better else -1
+
+        def best_of_trial(metrics: dict[str, float]) -> float:
+            return sign * max(sign * metrics[f"eval_{self.args.metric}"], self.progress["head"].best)
+
         kwargs.setdefault("direction", "maximize" if self.args.greater_is_better else "minimize")
-        return super().hyperparameter_search(hp_space or self._suggest, compute_objective, n_trials, **kwargs)
+        space, objective = hp_space or self._suggest, compute_objective or best_of_trial
+        return super().hyperparameter_search(space, objective, n_trials, **kwargs)
 
     def _suggest(self, trial: Any) -> JSON:
         space = SEARCH_SPACE | get_probe_type(self.model.config.probe_type).search_space
