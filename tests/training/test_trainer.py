@@ -297,7 +297,7 @@ SEVERAL, VALUE = {"problem_type": "multi_label_classification"}, {"problem_type"
 @pytest.mark.parametrize(
     "fields, labels, arguments, weights",
     [
-        ({}, TWO, {"class_weights": "1,3", "label_smoothing_factor": 0.1, "focal_gamma": 1.0}, [1.0, 3.0]),
+        ({}, TWO, {"class_weights": [1, 3.0], "label_smoothing_factor": 0.1, "focal_gamma": 1.0}, [1.0, 3.0]),
         ({}, TWO, BALANCED, [8 / (2 * 6), 8 / (2 * 2)]),
         (SEVERAL, [[1.0, 0]] * 6 + [[0, 1.0]] * 2, BALANCED, [2 / 6, 6 / 2]),
         # A value that stands for no label elsewhere counts as any other.

@@ -40,7 +40,7 @@ class ProbeTrainingArguments(TrainingArguments):
         focal_gamma: exponent of the focal loss; 0 for plain cross-entropy.
         token_loss: for heads that follow replies, how they learn from the score after each token: `"softmax"`, `"top-k"` or
             `"monotone"`; see `TOKEN_LOSSES`. None: from the score of the whole reply, half of the time of a part of it.
-        class_weights: `"balanced"`, or one weight a label with commas.
+        class_weights: `"balanced"`, or one weight a label: a list, or numbers with commas.
         patience: stop after this many evaluations without a better metric. None: never. It needs `load_best_model_at_end`.
         max_false_positive_rate: choose the threshold of the highest recall that flags at most this share of the negative
             evaluation rows. Defaults to `threshold_rule`.
@@ -79,7 +79,7 @@ class ProbeTrainingArguments(TrainingArguments):
     hub_strategy: str = "end"
     focal_gamma: float = 0.0
     token_loss: str | None = None
-    class_weights: str | None = None
+    class_weights: str | None = None  # or a list; `HfArgumentParser` takes one type
     patience: int | None = 3
     max_false_positive_rate: float | None = None
     threshold_rule: str = "expected-f1"

@@ -54,7 +54,7 @@ class ProbeLoss:
         weights = balanced_weights(labels, config) if class_weights == "balanced" else None
         if class_weights not in (None, "balanced"):
             try:
-                weights = [float(value) for value in class_weights.split(",")]
+                weights = list(map(float, str(class_weights).strip("[]()").split(",")))
             except ValueError:
                 weights = []
             if not any(weights) or not all(0 <= weight < math.inf for weight in weights):
