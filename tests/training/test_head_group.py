@@ -150,6 +150,7 @@ def test_a_stopped_run_in_the_folder_is_named(tmp_path, caplog):
         ({"num_hidden_layers": 5}, {}, "num_hidden_layers"),
         ({}, {"metric_for_best_model": "loss"}, "'loss'"),
         ({}, {"head_args": {"c": {}}}, "'c'"),
+        ({}, {"head_args": {"a": {"lr": 1e-3}}}, "'lr'"),
         ({}, {"left_out": {"c": [0]}}, "'c'"),
     ],
 )
