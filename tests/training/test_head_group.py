@@ -103,6 +103,7 @@ def test_a_killed_run_gives_what_an_uninterrupted_run_gives(tmp_path, names):
     whole = run("whole")
     with pytest.raises(KeyboardInterrupt):
         run("cut", callbacks=[Kill()])
+    (tmp_path / "cut" / "run" / "checkpoint-999").mkdir()  # killed while it was written
     resumed = run("cut", seed=77, resume=True)
     assert all(same(resumed.heads[name], whole.heads[name]) for name in whole.heads)
     assert [each.scores for each in resumed.progress.values()] == [each.scores for each in whole.progress.values()]

@@ -408,9 +408,11 @@ class ProbeTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
         """Train the heads; see `Trainer.train`. Then `judge` them, if there are evaluation rows."""
         self.progress = {name: Progress() for name in self.heads}
-        is_new = not resume_from_checkpoint and trial is None and self._run is None and self.args.should_save
-        if is_new and (stopped := last_checkpoint(Path(self.args.output_dir))):
-            logger.warning(f"{stopped} is of an earlier run: train(resume_from_checkpoint=True) continues it")
+        last = last_checkpoint(Path(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last or True  # the parent would take the half of one that a kill has left
+        elif last and not resume_from_checkpoint and trial is None and self._run is None and self.args.should_save:
+            logger.warning(f"{last} is of an earlier run: train(resume_from_checkpoint=True) continues it")
         output = super().train(resume_from_checkpoint, trial, **kwargs)
         if trial is None and (self.eval_dataset is not None or self._run is not None):
             self.judge()
