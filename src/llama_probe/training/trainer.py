@@ -249,7 +249,7 @@ class ProbeTrainer(Trainer):
             settings = [*settings, f"licence={licence}"]
         backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
         loaded = Recipe.load(recipe, settings)
-        run = PreparedRun(loaded, Path(output_dir), backbone, processing_class, data_dir, dtype)
+        run = PreparedRun(loaded, Path(output_dir).expanduser(), backbone, processing_class, data_dir, dtype)
         return cls.from_prepared(run, **kwargs)
 
     @classmethod
