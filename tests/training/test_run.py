@@ -154,17 +154,19 @@ class TestTwins:
         written = (tmp_path / "head" / "recipe.yaml").read_text()
         assert yaml.safe_load(written)["hold_out"] == recipe["hold_out"] and str(tmp_path) not in written
 
-    def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path, hub, token):
+    def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path, monkeypatch, hub, token):
         lm, tokenizer = load_backbone(str(backbone_folder))
         settings = ["hold_out={}", "measure={}", "training.num_train_epochs=1"]
-        given = {"recipe": recipe, "backbone": lm, "settings": settings, "output_dir": tmp_path / "head"}
+        given = {"recipe": recipe, "backbone": lm, "settings": settings, "output_dir": "~/head"}
+        monkeypatch.setenv("HOME", str(tmp_path))
         trainer = ProbeTrainer.from_recipe(**given, processing_class=tokenizer)
         trainer.train()
         assert trainer.predict([("Go!", "harmless"), ("Kill!", "harmful")]).predictions.shape == (2, 1, 2)
         trainer.save_model(tmp_path / "other")
         assert read_head(tmp_path / "other").config.layers == [2, 4] and not (tmp_path / "head").exists()
+        write(log := tmp_path / "head" / CHECKPOINTS / "runs" / "events", 1)  # as TensorBoard does
         trainer.push_to_hub()
-        assert list(hub.repositories) == ["alice/head"], "by the name of its folder"
+        assert list(hub.repositories) == ["alice/head"] and log.is_file()
         for more, named in (({}, "processing_class"), ({"licence": "free"}, "licence")):
             with pytest.raises(ProbeError, match=named):
                 ProbeTrainer.from_recipe(**given, **more)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
@@ -181,13 +183,17 @@ class PreparedRun:
         }
 
     def clean(self) -> None:
-        """Delete states and checkpoints."""
+        """Delete states and checkpoints. What loggers of `report_to` have written beside these stays."""
         # In this order: a kill between them leaves a run to resume, and not states, which can reveal the texts.
         self.clean_states()
         if is_main():
-            shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)
-            if self.output.is_dir() and not any(self.output.iterdir()):
-                self.output.rmdir()  # the head was saved elsewhere
+            folder = self.output / CHECKPOINTS
+            for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            (folder / SETUP_NAME).unlink(missing_ok=True)
+            for place in (folder, self.output):  # the head may be saved elsewhere
+                with suppress(OSError):
+                    place.rmdir()
 
     def clean_states(self) -> None:
         """Delete the hidden states, unless they were asked to be kept."""
