@@ -246,7 +246,7 @@ class TestDataSetsKnownByName:
         write(tmp_path / "copies" / "imdb" / "train.jsonl", [{"text": "known", "label": 1}])
         assert read("./imdb").texts == ["my own"] and not caplog.records
         write(tmp_path / "imdb" / "test.jsonl", [{"text": "another", "label": "x"}])
-        assert read("./imdb::test").texts == ["another"] == read(f"{tmp_path}/imdb::test").texts
+        assert read("./imdb::test", data_dir="copies").texts == ["another"] == read(f"{tmp_path}/imdb::test").texts
         write(tmp_path / "c++.jsonl", [{"text": "my own", "label": "x"}])
         assert Source(rows="c++.jsonl").name == "c__", "a plus joins names"
         assert read("imdb", data_dir="copies").texts == ["known"] and "./imdb" in caplog.text

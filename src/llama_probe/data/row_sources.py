@@ -93,9 +93,9 @@ class Source:
         """Return the source with the place of its rows: a local copy of the split, if there is a folder of copies."""
         if data_dir is not None and self.local is not None:
             return replace(self, **self.local | {"local": None, "name": self.name}).find(data_dir, split)
-        if find_benchmark(self.rows) is not None or os.path.exists(self.rows):
-            return self
         place = TablePlace.parse(self.rows)
+        if find_benchmark(self.rows) is not None or os.path.exists(place.id):
+            return self
         if data_dir is not None:
             copies = local_copies(_short_name(self.rows), data_dir)
             # The Hub gives all splits of a data set as "all"; copies may lack it.
@@ -103,7 +103,7 @@ class Source:
             if (path := copies.get(split)) is None:
                 raise ProbeError(f"{self.rows}: {data_dir} has no split {split!r}, but {', '.join(copies)}")
             return replace(self, rows=str(path), name=self.name)
-        if not os.path.isdir(place.id) and not is_hub_id(place.id):
+        if not is_hub_id(place.id):
             known = f"data sets known by name: {', '.join(BENCHMARKS)}; --data-dir reads DIR/{place.id}/SPLIT.jsonl.gz"
             raise ProbeError(f"{self.rows!r} is no file and no Hub id; {known}")
         return self
