@@ -282,6 +282,12 @@ def test_states_that_are_there_need_no_room(tmp_path, backbone_folder, monkeypat
         assert run.estimate.passes == passes and run.estimate.rows == rows and not run.estimate.bytes
 
 
+def test_the_trial_waits_for_an_accelerator(monkeypatch):
+    state = Mock()
+    monkeypatch.setattr(estimate, "collect_hidden_states", lambda *_: [state])
+    assert estimate.trial_speed(None, [[5, 6]], [0]) > 0 and state.cpu.call_count == 2
+
+
 def test_rates_without_a_threshold_are_left_out(backbone_folder, tmp_path, monkeypatch):
     odds = torch.tensor([2e4, 1e4, 3.0, 2.0, 1.0, *[-1.0] * 95])  # the first two have the probability 1
     monkeypatch.setattr(training_results, "predict_logits", lambda *_: torch.stack([0 * odds, odds], dim=1))
