@@ -135,6 +135,8 @@ class TestRows:
         trainer = mood(tmp_path, rows, rows, backbone=str(backbone_folder), num_train_epochs=1)
         trainer.train()
         assert getattr(trainer.model.config, name) == value and len(trainer.logits) == 16
+        rows = {column: cells for column, cells in rows.items() if column != "label"}
+        assert len(trainer.predict(rows).predictions) == 16, "without labels"
 
     @pytest.mark.parametrize(
         "changes, words",

@@ -47,9 +47,9 @@ _SHARED_FIELDS += ("token_scope", "prompt_format", "system_prompt", "max_length"
 
 
 class StateDataset(Dataset):
-    """Hidden states of an entry of a `StateCache`, mapped from disk, and labels as in `LabelledTexts`.
+    """Hidden states of an entry of a `StateCache`, mapped from disk, and the labels of their rows.
 
-    Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and `labels`.
+    Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and, if the rows have them, `labels`.
 
     Args:
         keys: of the rows in it; several rows may have one.
@@ -66,7 +66,8 @@ class StateDataset(Dataset):
 
     def __getitem__(self, row: int) -> dict:
         tokens, states = self.items[row]
-        return {"input_ids": tokens.tolist(), "hidden_states": states, "labels": self.labels[row]}
+        labels = {} if self.labels is None else {"labels": self.labels[row]}
+        return {"input_ids": tokens.tolist(), "hidden_states": states, **labels}
 
 
 class StateCache:
@@ -189,17 +190,19 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Pad rows of a `PromptDataset` or a `StateDataset` on the right, and stack them into a batch.
 
     Returns:
-        `labels`, `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`, whose memory is
-        `[S, B, T, D]`, as heads compute. Also `probe_mask` `[B, T]` and `learned_by` `[B, H]` if the rows have them, `reply_mask`
+        `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`, whose memory is `[S, B, T, D]`, as
+        heads compute. Also `labels`, `probe_mask` `[B, T]` and `learned_by` `[B, H]` if the rows have them, `reply_mask`
         `[B, T]` if they have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then weigh 1.
     """
-    labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))
-    if labels.is_floating_point():
-        # The Trainer ignores labels of -100, which may be a value here.
-        labels = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
     ends = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
     columns = torch.arange(int(ends.max()))
-    batch = {"attention_mask": (columns < ends).long(), "labels": labels}
+    batch = {"attention_mask": (columns < ends).long()}
+    for name in ("labels", "learned_by"):
+        if name in rows[0]:
+            batch[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
+    if (labels := batch.get("labels")) is not None and labels.is_floating_point():
+        # The Trainer ignores labels of -100, which may be a value here.
+        batch["labels"] = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
     if "hidden_states" in rows[0]:
         first = rows[0]["hidden_states"]
         states = first.new_zeros(len(first), len(rows), len(columns), first.shape[-1])
@@ -213,8 +216,6 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     if "reply_length" in rows[0]:
         starts = ends - torch.tensor([row["reply_length"] for row in rows])[:, None]
         batch["reply_mask"] = (columns >= starts) & (columns < ends)
-    if "learned_by" in rows[0]:
-        batch["learned_by"] = torch.from_numpy(np.stack([row["learned_by"] for row in rows]))
     weights = [row.get("row_weights") or [1.0] for row in rows]
     if any("row_weights" in row for row in rows):
         count = math.lcm(*map(len, weights))  # members take them in turn

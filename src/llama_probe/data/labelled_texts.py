@@ -31,7 +31,7 @@ class LabelledTexts:
 
     Attributes:
         labels: class indices `[rows]` int64; zeros and ones `[rows, num_labels]` float32 (multi-label), NaN if it is not known
-            whether a row has a label; or values `[rows, 1]` float32 (regression).
+            whether a row has a label; or values `[rows, 1]` float32 (regression). `[0]` for rows without labels.
         columns: further columns of the data, to slice results by.
         flagged: names of the labels to flag; see `ProbeConfig`.
     """
@@ -175,7 +175,7 @@ def label_rows(
     source: str,
     columns: Columns,
     text_column: str,
-    label_column: str,
+    label_column: str | None,
     labels: Labels,
     stated: Labels | None = None,
     prompt_column: str | None = None,
@@ -184,7 +184,8 @@ def label_rows(
     """Return columns as labelled rows; see `read_labels` for the meaning of labels.
 
     Args:
-        text_column, label_column: columns of the texts or chat messages, and of the labels. The other columns are kept.
+        text_column, label_column: columns of the texts or chat messages, and of the labels, None if there are none. The other
+            columns are kept.
         stated: the names that the data itself gives its labels, and those to flag; see `LabelledTexts.renamed`.
         prompt_column: column of the prompts, if the texts are replies to them.
     """
@@ -194,12 +195,14 @@ def label_rows(
     if not texts:
         raise ProbeError(f"{source} holds no rows")
     texts = [_read_text(f"{source}: row {row}", text, max_text) for row, text in enumerate(texts)]
-    if (row := next((row for row, value in enumerate(values) if value is None), None)) is not None:
+    if (row := next((row for row, value in enumerate(values or ()) if value is None), None)) is not None:
         raise ProbeError(f"{source}: row {row} has no label")
     for row, prompt in enumerate(prompts or ()):
         if not isinstance(texts[row], str):
             raise ProbeError(f"{source}: row {row} has a prompt, and its reply is not a text")
         texts[row] = exchange(_read_text(f"{source}: the prompt of row {row}", prompt, max_text), texts[row])
+    if values is None:
+        return LabelledTexts(texts, np.empty(0), labels.names or [], labels.problem_type or "", columns)
     stated = Labels() if stated is None or labels.problem_type == "regression" else stated
     indices, names, problem_type = read_labels(source, values, stated.names or labels.names, labels.problem_type)
     rows = LabelledTexts(texts, indices, names, problem_type, columns, stated.flagged)

@@ -19,8 +19,9 @@ def rows_in_memory(
     column_mapping: Mapping[str, str] | None = None,
     label_names: Sequence[str] | None = None,
     problem_type: str | None = None,
+    needs_labels: bool = True,
 ) -> LabelledTexts:
-    """Return labelled rows of a table in memory.
+    """Return the rows of a table in memory.
 
     The columns are `text`, or `messages` (chats), or `prompt` and `response`, or `input_ids`; and `label` or `labels`.
     Rows with `input_ids` are tokenised: the texts are then token ids, without the tokens where `attention_mask` is 0. The
@@ -37,10 +38,10 @@ def rows_in_memory(
             raise ProbeError(f"column_mapping: {name} has no column {old!r} for {new!r}; it has: {', '.join(columns)}")
     columns, names = ({mapping.get(name, name): table[name] for name in table} for table in (columns, names))
     label = next((column for column in ("label", "labels") if column in columns), None)
-    if label is None:
+    if label is None and needs_labels:
         raise ProbeError(f"{name} has no column 'label'; it has: {', '.join(columns)} (column_mapping renames)")
     labels = Labels(names=label_names and list(label_names), problem_type=problem_type)
-    stated = Labels(names=names.get(label))
+    stated = Labels(names=names.get(label or ""))
     if "input_ids" in columns:
         return _tokenized(name, columns, label, labels, stated)
     prompt = "prompt" if {"prompt", "response"} <= columns.keys() else None
@@ -57,7 +58,7 @@ def is_tokenized(rows: LabelledTexts) -> bool:
     return not isinstance(first, str) and isinstance(first[0], int)
 
 
-def _tokenized(name: str, columns: Columns, label: str, labels: Labels, stated: Labels) -> LabelledTexts:
+def _tokenized(name: str, columns: Columns, label: str | None, labels: Labels, stated: Labels) -> LabelledTexts:
     """Return rows of token ids, without the tokens that `attention_mask` leaves out."""
 
     def read(column: str) -> list[list[int]]:
@@ -71,7 +72,7 @@ def _tokenized(name: str, columns: Columns, label: str, labels: Labels, stated: 
     if not tokens or not all(tokens):
         raise ProbeError(f"{name} holds no rows, or a row without input_ids")
     # Labels do not depend on the texts.
-    rows = label_rows(name, {"text": ["ids"] * len(tokens), "label": columns[label]}, "text", "label", labels, stated)
+    rows = label_rows(name, {**columns, "text": ["ids"] * len(tokens)}, "text", label, labels, stated)
     masks = {"probe_mask": read("probe_mask")} if "probe_mask" in columns else {}
     return replace(rows, texts=tokens, columns=masks)
 

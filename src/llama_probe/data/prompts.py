@@ -32,10 +32,10 @@ _MARGIN = 64  # tokens
 class PromptDataset(Dataset):
     """Token ids and labels of rows, for heads with the backbone in the loop.
 
-    Items have `input_ids`, `labels` and, with `masks`, `probe_mask`.
+    Items have `input_ids` and, if they are given, `labels` and `probe_mask`.
 
     Args:
-        labels (`[rows, ...]`): labels as in `LabelledTexts`. Defaults to zeros.
+        labels (`[rows, ...]`): labels as in `LabelledTexts`.
         masks: the counted tokens of each row, in place of the head's scope.
         reply_lengths: tokens of the reply at the end of each row, for heads that read replies.
     """
@@ -47,15 +47,14 @@ class PromptDataset(Dataset):
         masks: list[list[bool]] | None = None,
         reply_lengths: list[int] | None = None,
     ):
-        self.prompts, self.masks, self.reply_lengths = prompts, masks, reply_lengths
-        self.labels = np.zeros(len(prompts)) if labels is None else labels
+        self.prompts, self.labels, self.masks, self.reply_lengths = prompts, labels, masks, reply_lengths
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, row: int) -> dict:
-        masked = {} if self.masks is None else {"probe_mask": self.masks[row]}
-        return {"input_ids": self.prompts[row], "labels": self.labels[row], **masked}
+        columns = {"input_ids": self.prompts, "labels": self.labels, "probe_mask": self.masks}
+        return {name: values[row] for name, values in columns.items() if values is not None}
 
 
 @dataclass

@@ -321,7 +321,8 @@ class ProbeTrainer(Trainer):
         names = list(config.id2label.values())
         if not isinstance(rows, LabelledTexts):
             unnamed = learned and names == list(ProbeConfig(num_labels=len(names)).id2label.values())
-            rows = rows_in_memory(name, data, self._columns, None if unnamed else names, config.problem_type)
+            given = None if unnamed else names, config.problem_type
+            rows = rows_in_memory(name, data, self._columns, *given, needs_labels=name != "test_dataset")
             if unnamed and len(rows.label_names) == len(names):
                 # An alphabetical order does not say which label is flagged.
                 flagged = config.flagged if rows.label_names == names else rows.flagged
@@ -336,6 +337,7 @@ class ProbeTrainer(Trainer):
         if not isinstance(rows, LabelledTexts):
             return rows
         config, lm = self.model.config, self.model.backbone
+        labels = rows.labels if len(rows.labels) else None
         if lm is None:
             raise ProbeError(f"{name} has texts or token ids, which need ProbeModel(config, backbone=lm)")
         if is_tokenized(rows):
@@ -344,7 +346,7 @@ class ProbeTrainer(Trainer):
             if lengths is not None:  # what follows a reply, such as the end of its turn, is no part of it
                 stops = [max((i for i, counts in enumerate(mask) if counts), default=-1) + 1 for mask in masks]
                 ids, masks = ([row[:stop] for row, stop in zip(part, stops, strict=True)] for part in (ids, masks))
-            dataset = PromptDataset(ids, rows.labels, masks, lengths)
+            dataset = PromptDataset(ids, labels, masks, lengths)
         else:
             if self._tokenizer is None:
                 raise ProbeError(f"{name} has texts: pass the backbone's tokenizer, processing_class=tokenizer")
@@ -352,7 +354,7 @@ class ProbeTrainer(Trainer):
                 config = config.replace(prompt_format="chat" if self._tokenizer.chat_template else "raw")
             prompts = PromptFormat.from_config(config, self._tokenizer)
             self._record(**prompts.config_fields())
-            dataset = prompts.encode_for(self.model.config, rows.texts, rows.labels)
+            dataset = prompts.encode_for(self.model.config, rows.texts, labels)
         needed = self._cache.bytes_of(self.model.config, self._cache.missing(lm, self.model.config, [dataset]))
         if keeps_states(self.args, needed, self._cache.folder):
             dataset = self._cache.dataset(lm, self.model.config, dataset)
@@ -381,7 +383,7 @@ class ProbeTrainer(Trainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def get_test_dataloader(self, test_dataset: object) -> DataLoader:
-        """Return the batches of `test_dataset`, a table as well, in its order: `predict` returns what they give."""
+        """Return the batches of `test_dataset`, a table without labels as well, in its order, which is that of `predict`."""
         dataset = self._table("test_dataset", test_dataset)
         return self._get_dataloader(dataset, "test", self.args.eval_batch_size, SequentialSampler)
 
