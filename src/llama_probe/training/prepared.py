@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -54,10 +54,9 @@ class PreparedRun:
     Attributes:
         backbone: name of the backbone, None for a loaded one.
         lm, prompts: the frozen LM, and the format of its prompts.
-        heads: heads by name: one a seed or a trial of a search; for each fold a head without it; and the twins.
-        candidates: the heads of which the best is kept, by name.
-        head_args: head -> its training arguments that differ.
-        left_out: head -> rows of `rows.train` that it does not learn from.
+        candidates: one a seed or a trial of a search, by name. The best of their heads is kept.
+        members: the candidates; for each fold of each one without it; and the twins.
+        heads: the heads of all members, by name.
         datasets: prompts or states of each part of the rows.
 
     Raises:
@@ -137,29 +136,24 @@ class PreparedRun:
         self._create_heads(None if is_cached else lm)
 
     def _create_heads(self, lm: PreTrainedModel | None) -> None:
-        self.heads: dict[str, ProbeModel] = {}
-        self.head_args: dict[str, JSON] = {}
-        self.left_out: dict[str, Sequence[int]] = {}
-
-        def create(name: str, candidate: Candidate, without: Sequence[int] = ()) -> None:
-            set_seed(candidate.seed)
-            self.heads[name] = ProbeModel(candidate.config, backbone=lm)
-            self.head_args[name] = candidate.training
-            self.left_out[name] = without
-
+        self.members: dict[str, Candidate] = {}
         for name, candidate in self.candidates.items():
-            create(name, candidate)
+            self.members[name] = candidate
             for number, fold in enumerate(self.rows.folds):
-                create(f"{name}-fold-{number}", candidate, fold)
+                self.members[f"{name}-fold-{number}"] = replace(candidate, left_out=fold)
         for name, twin in self.rows.twins.items():
-            create(f"twin-{name}", Candidate(self.recipe.seed, self.config), twin.left_out)
+            self.members[f"twin-{name}"] = Candidate(self.recipe.seed, self.config, left_out=twin.left_out)
+        self.heads: dict[str, ProbeModel] = {}
+        for name, member in self.members.items():
+            set_seed(member.seed)
+            self.heads[name] = ProbeModel(member.config, backbone=lm)
 
     def learned(self) -> TrainingRows:
         """Return the training rows, as often as they are learned in an epoch, with weights and the heads that learn from each."""
         repeats = self.rows.repeats
         rows = [row for turn in range(max(repeats)) for row in range(len(repeats)) if turn < repeats[row]]
         row_weights = [self.rows.weights[row] for row in rows]
-        learned_by = learners(rows, self.heads, self.left_out)
+        learned_by = learners(rows, self.heads, {name: member.left_out for name, member in self.members.items()})
         return TrainingRows(self.datasets["train"], rows, self.args.replies, row_weights, learned_by)
 
     def judged(self) -> Dataset | None:

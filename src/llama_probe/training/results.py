@@ -81,7 +81,7 @@ def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) ->
         head,
         args,
         rows=rows.described,
-        head_args=run.head_args[chosen],
+        head_args=run.candidates[chosen].training,
         runs=[runs[chosen]] if is_search else list(runs.values()),
         inspected=(shown, run.datasets[shown], tested.get(chosen, logits)),
         novelty=_novelty_rows(run, logits),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,19 +39,21 @@ class Search:
 
 @dataclass
 class Candidate:
-    """A head to train, of which the best is kept.
+    """A head to train.
 
     Attributes:
         values: what a search drew for it, by name.
+        left_out: rows of `RecipeRows.train` that it does not learn from.
     """
 
     seed: int
     config: ProbeConfig
     values: JSON = field(default_factory=dict)
+    left_out: Sequence[int] = ()
 
     @property
     def training(self) -> JSON:
-        """The training arguments that differ from those of other candidates."""
+        """The training arguments that differ from those of other heads."""
         return {name: self.values[name] for name in _TRAINING if name in self.values}
 
 

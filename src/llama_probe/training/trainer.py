@@ -255,7 +255,8 @@ class ProbeTrainer(Trainer):
     @classmethod
     def from_prepared(cls, run: PreparedRun, **kwargs) -> ProbeTrainer:
         """Return the trainer of a recipe that is ready to train. See `from_recipe`."""
-        trainer = cls(run.heads, run.args, None, run.learned(), run.judged(), head_args=run.head_args, **kwargs)
+        head_args = {name: member.training for name, member in run.members.items()}
+        trainer = cls(run.heads, run.args, None, run.learned(), run.judged(), head_args=head_args, **kwargs)
         trainer._run, trainer._tokenizer = run, run.prompts.tokenizer  # the parent would save one with each checkpoint
         return trainer
 
