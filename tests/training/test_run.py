@@ -19,7 +19,6 @@ from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.training import estimate, prepared, trainer
 from llama_probe.training import results as training_results
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
-from llama_probe.training.progress import last_checkpoint
 from llama_probe.training.run import train_recipe
 
 
@@ -210,16 +209,6 @@ class TestResuming:
         assert (tmp_path / "head" / "probe_config.json").exists()
 
 
-def test_half_of_a_checkpoint_is_none(tmp_path):
-    assert last_checkpoint(tmp_path / "none") is None
-    for step in (5, 10, 15):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
-    for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-
-
 def test_states_go_where_the_training_fails_and_folders_of_ones_own_stay(backbone_folder, tmp_path, monkeypatch):
     (tmp_path / "head" / "checkpoints").mkdir(parents=True)
     monkeypatch.setattr(trainer, "finish", Mock(side_effect=RuntimeError("out of order")))
@@ -267,12 +256,9 @@ def test_a_training_that_diverges(tmp_path, backbone_folder):
         train(tmp_path, backbone_folder, training={"num_train_epochs": 2, "learning_rate": 1e38})
 
 
-def test_states_that_do_not_fit_are_not_cached(tmp_path, backbone_folder, monkeypatch, caplog):
-    monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
-    assert train(tmp_path, backbone_folder)["runs"] and "no hidden states on disk" in caplog.text
-
-
-def test_states_that_are_there_need_no_room(tmp_path, backbone_folder, monkeypatch):
+def test_states_that_do_not_fit_are_not_cached_and_those_that_are_there_need_no_room(
+    tmp_path, backbone_folder, monkeypatch, caplog
+):
     """Those of other rows take room, though they are in the same folder."""
     kept = {"cache_dir": str(tmp_path / "kept")}
     train(tmp_path, backbone_folder, training=kept)
@@ -280,6 +266,7 @@ def test_states_that_are_there_need_no_room(tmp_path, backbone_folder, monkeypat
     for rows, passes in ((40, 0.0), (60, 2.0)):
         run = PreparedRun(recipe_of(tmp_path, rows, kept), tmp_path / "b", str(backbone_folder), only_estimate=True)
         assert run.estimate.passes == passes and run.estimate.rows == rows and not run.estimate.bytes
+    assert train(tmp_path, backbone_folder, rows)["runs"] and "no hidden states on disk" in caplog.text
 
 
 def test_the_trial_waits_for_an_accelerator(monkeypatch):

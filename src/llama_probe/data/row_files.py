@@ -79,22 +79,21 @@ class InputFile:
 
         Raise `ProbeError` if a needed column is missing. A file without rows may have no columns.
         """
-        fields = self._read_fields()
+        if self.kind == "parquet":
+            import pyarrow.parquet as pq
+
+            try:
+                schema = pq.read_schema(self.path)
+                _check_names(schema.names)
+            except _DAMAGED as error:
+                raise ProbeError(f"{self.path} cannot be read: {first_line(error)}") from error
+            fields = dict(zip(schema.names, schema.types, strict=True))
+        else:
+            columns = by_column(list(islice(self, _TYPED_ROWS)))
+            fields = {name: _infer_type(values) for name, values in columns.items()}
         if fields and (missing := [name for name in needed if name not in fields]):
             raise ProbeError(f"{self.path} has no column {missing[0]!r}; it has: {', '.join(fields)}")
         return fields
-
-    def _read_fields(self) -> dict[str, pa.DataType]:
-        if self.kind != "parquet":
-            return {name: _infer_type(values) for name, values in by_column(list(islice(self, _TYPED_ROWS))).items()}
-        import pyarrow.parquet as pq
-
-        try:
-            schema = pq.read_schema(self.path)
-            _check_names(schema.names)
-        except _DAMAGED as error:
-            raise ProbeError(f"{self.path} cannot be read: {first_line(error)}") from error
-        return dict(zip(schema.names, schema.types, strict=True))
 
     def __iter__(self) -> Iterator[Row]:
         """Yield the rows, with their values by column name."""
