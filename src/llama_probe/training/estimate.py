@@ -51,10 +51,8 @@ class Estimate:
 
     def __str__(self) -> str:
         time = f"about {timedelta(seconds=round(self.seconds))} at {self.tokens_per_second:,.0f} tokens a second"
-        disk = (
-            f"{self.bytes / 1e9:.2f} GB of hidden states on disk" if self.passes <= 1 else "no hidden states on disk"
-        )
-        return f"{self.rows:,} rows, {self.tokens:,} tokens, {time}, {disk}"
+        kept = f"{self.bytes / 1e9:.2f} GB of" if self.passes <= 1 else "no"
+        return f"{self.rows:,} rows, {self.tokens:,} tokens, {time}, {kept} hidden states on disk"
 
 
 def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, further_passes: int = 0) -> bool:

@@ -558,14 +558,10 @@ class ProbeTrainer(Trainer):
             hp_space: defaults to learning rate, weight decay and batch size, in the ranges of arXiv 2601.13288.
             compute_objective: defaults to the best `metric_for_best_model` of a trial, whose epoch is kept.
         """
-        sign = 1 if self.args.greater_is_better else -1
-
-        def best_of_trial(metrics: dict[str, float]) -> float:
-            return sign * max(sign * metrics[f"eval_{self.args.metric}"], self.progress["head"].best)
-
+        sign, name = 1 if self.args.greater_is_better else -1, f"eval_{self.args.metric}"
+        best = compute_objective or (lambda metrics: sign * max(sign * metrics[name], self.progress["head"].best))
         kwargs.setdefault("direction", "maximize" if self.args.greater_is_better else "minimize")
-        space, objective = hp_space or self._suggest, compute_objective or best_of_trial
-        return super().hyperparameter_search(space, objective, n_trials, **kwargs)
+        return super().hyperparameter_search(hp_space or self._suggest, best, n_trials, **kwargs)
 
     def _suggest(self, trial: Any) -> JSON:
         space = SEARCH_SPACE | get_probe_type(self.model.config.probe_type).search_space
