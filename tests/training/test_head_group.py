@@ -62,8 +62,13 @@ def test_each_head_learns_as_if_alone(tmp_path, is_cached, names):
 def test_rates_that_are_left_open_are_those_of_the_kinds(tmp_path):
     args = ProbeTrainingArguments(str(tmp_path), use_cpu=True)
     heads = {kind: head(kind, make_lm()) for kind in ("mha", "gate")}
-    trainer = ProbeTrainer(heads, args, None, PromptDataset(*TRAIN), head_args={"gate": {"weight_decay": 0.0}})
-    assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [1e-3, 1e-3, 1e-2, 1e-2]
+    own = {
+        "head_args": {"gate": {"weight_decay": 0.0}},
+        "optimizer_cls_and_kwargs": (torch.optim.SGD, {"momentum": 0.5}),
+    }
+    optimizer = ProbeTrainer(heads, args, None, PromptDataset(*TRAIN), **own).create_optimizer()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3, 1e-2, 1e-2]
+    assert isinstance(optimizer, torch.optim.SGD)
 
 
 def test_a_head_learns_nothing_of_the_rows_that_it_is_to_leave_out(tmp_path):

@@ -442,7 +442,7 @@ class ProbeTrainer(Trainer):
             for is_decayed in (True, False):
                 parameters = [p for key, p in head.named_parameters() if (key in decayed) == is_decayed]
                 groups.append({"params": parameters, "weight_decay": decay if is_decayed else 0.0, **rate})
-        optimizer, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = optimizer(groups, **kwargs)
         return self.optimizer
 
