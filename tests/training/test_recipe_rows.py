@@ -35,6 +35,9 @@ class TestHoldingBack:
         fewer = read(train, test={"share": 0.25}, max_rows=9, validation={"folds": 3})
         assert fewer.test.texts == rows.test.texts and len(fewer.train) == 9
         assert "among the training rows" not in caplog.text
+        for wrong in ({"max_rows": 0}, {"test": {"share": 0.2, "max_rows": -5}}):
+            with pytest.raises(ProbeError, match="max_rows="):
+                read(train, **wrong)
 
     def test_one_label_teaches_nothing(self, tmp_path):
         one, other = write(tmp_path / "a.jsonl", 30, ("bad",)), write(tmp_path / "b.jsonl", 30)

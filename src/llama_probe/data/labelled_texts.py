@@ -69,6 +69,8 @@ class LabelledTexts:
         """Return `limit` random rows in their order, or all rows if there are fewer or `limit` is None."""
         if limit is None or limit >= len(self):
             return self
+        if limit < 1:
+            raise ProbeError(f"max_rows={limit} must be a whole number from 1")
         return self.select(sorted(np.random.default_rng(seed).permutation(len(self))[:limit].tolist()))
 
     def split(self, share: float, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
