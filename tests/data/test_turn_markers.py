@@ -17,14 +17,11 @@ SYSTEM = {"role": "system", "content": "Be kind: You sell salt."}
 NO_SYSTEM = ("gemma", "mistral")
 
 
-def user(content):
-    return {"role": "user", "content": content}
+def turn_of(role):
+    return lambda content: {"role": role, "content": content}
 
 
-def assistant(content):
-    return {"role": "assistant", "content": content}
-
-
+user, assistant = turn_of("user"), turn_of("assistant")
 CHAT = [user(ASK), assistant(REPLY), user(AGAIN)]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import ProbeError
 from ..heads.rules import flagged_by_default
 from .labelled_texts import LabelledTexts
-from .prompts import Chat, Text, as_chat
+from .prompts import Chat, as_chat
 
 
 SHARE = 0.15  # of the rows, copied by each augmentation
@@ -146,7 +146,9 @@ def wrapped_copies(
         copies = rows.select(_draw(groups, max(1, round(share * len(rows))), augmenter.rng))
         for place, text in enumerate(copies.texts):
             augmenter.drawn.clear()
-            copies.texts[place] = _wrap(getattr(augmenter, name), text)
+            messages = getattr(augmenter, name)(as_chat(text))
+            stays_text = isinstance(text, str) and len(messages) == 1
+            copies.texts[place] = messages[0]["content"] if stays_text else messages
             if sources is not None:
                 named = {copies.columns["source"][place], *(sources[row] for row in augmenter.drawn)}
                 copies.columns["source"][place] = "+".join(sorted(named))
@@ -176,11 +178,6 @@ def _draw(groups: Sequence[np.ndarray], count: int, rng: np.random.Generator) ->
     drawn = [rng.permutation(rows).tolist() for rows in groups]
     turns = dict.fromkeys(row for rows in zip_longest(*drawn) for row in rows if row is not None)
     return sorted(islice(turns, count))
-
-
-def _wrap(step: Callable[[Chat], Chat], text: Text) -> Text:
-    messages = step(as_chat(text))
-    return messages[0]["content"] if isinstance(text, str) and len(messages) == 1 else messages
 
 
 def _rewrite(messages: Chat, change: Callable[[str], str]) -> Chat:

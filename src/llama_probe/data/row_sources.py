@@ -71,6 +71,7 @@ class Source:
         if known is not None:
             benchmark = known[0]
             self.licence, self.note = self.licence or benchmark.license, self.note or benchmark.note
+            self.name = self.name or benchmark.name
             prompts = benchmark.exchange[0] if benchmark.exchange else None
             if (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, prompts):
                 raise ProbeError(f"text_column, label_column and prompt_column are for files, not for {self.rows}")
@@ -85,9 +86,8 @@ class Source:
             self.label_map = {str(value): label for value, label in self.label_map.items()}
         if self.local is not None:
             replace(self, **self.local, local=None)  # raises
-        if self.name is None:
-            # A plus joins the names of the sources of a copy.
-            self.name = known[0].name if known is not None else _short_name(self.rows).replace("+", "_")
+        # A plus joins the names of the sources of a copy.
+        self.name = self.name or _short_name(self.rows).replace("+", "_")
 
     def find(self, data_dir: str | os.PathLike | None = None, split: str = "train") -> Source:
         """Return the source with the place of its rows: a local copy of the split, if there is a folder of copies."""

@@ -21,7 +21,8 @@ SEARCH_SPACE = {
     "dropout": (0.0, 0.4),
     "layer_dropout": (0.0, 0.3),
 }
-_TRAINING = ("learning_rate", "weight_decay", "label_smoothing_factor")
+# Training arguments that may differ among heads side by side.
+HEAD_ARGS = ("learning_rate", "weight_decay", "label_smoothing_factor", "focal_gamma", "class_weights")
 _ATTEMPTS = 100  # draws for one trial that fits the backbone
 
 
@@ -54,7 +55,7 @@ class Candidate:
     @property
     def training(self) -> JSON:
         """The training arguments that differ from those of other heads."""
-        return {name: self.values[name] for name in _TRAINING if name in self.values}
+        return {name: self.values[name] for name in HEAD_ARGS if name in self.values}
 
 
 def draw_candidates(search: Search, base: ProbeConfig, seed: int) -> dict[str, Candidate]:
@@ -73,7 +74,7 @@ def draw_candidates(search: Search, base: ProbeConfig, seed: int) -> dict[str, C
         for _ in range(_ATTEMPTS):
             values = draw(studies[kind].ask(), SEARCH_SPACE | get_probe_type(kind).search_space)
             options = {name: value for name, value in values.items() if name in get_probe_type(kind).options}
-            head = {name: value for name, value in values.items() if name not in _TRAINING and name not in options}
+            head = {name: value for name, value in values.items() if name not in HEAD_ARGS and name not in options}
             with suppress(ProbeError):
                 config = base.replace(probe_type=kind, **head, options=options)
                 candidates[f"trial-{number}"] = Candidate(seed, config, {"probe_type": kind, **values})

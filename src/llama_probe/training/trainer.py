@@ -52,12 +52,11 @@ from .progress import Progress, last_checkpoint, read_progress, write_progress
 from .recipe import Recipe
 from .results import add_results, decide, finish, save_head
 from .rows import TrainingRows, labels_of, learners
-from .search import SEARCH_SPACE, draw
+from .search import HEAD_ARGS, SEARCH_SPACE, draw
 
 
 logger = logging.get_logger(__name__)
 
-_HEAD_ARGS = ("learning_rate", "weight_decay", "label_smoothing_factor", "focal_gamma", "class_weights")
 # By folder. Trainers in one folder share its states, which go with the last of them: Python may free one while the next begins.
 _CACHES: weakref.WeakValueDictionary[str, StateCache] = weakref.WeakValueDictionary()
 
@@ -159,8 +158,8 @@ class ProbeTrainer(Trainer):
         self._head_args = {name: values | dict((head_args or {}).get(name, {})) for name, values in by_kind.items()}
         if unknown := {*(head_args or ()), *(left_out or ())} - set(self.heads if self._is_group else ()):
             raise ProbeError(f"there is no head {min(unknown)!r} in model={{name: head}}: {', '.join(self.heads)}")
-        if unknown := {name for values in self._head_args.values() for name in values} - set(_HEAD_ARGS):
-            raise ProbeError(f"head_args has {min(unknown)!r}; allowed: {', '.join(_HEAD_ARGS)}")
+        if unknown := {name for values in self._head_args.values() for name in values} - set(HEAD_ARGS):
+            raise ProbeError(f"head_args has {min(unknown)!r}; allowed: {', '.join(HEAD_ARGS)}")
         if is_tensor_parallel(model.backbone):
             raise ProbeError("a Trainer divides the rows, which a backbone with a tp_plan needs in all processes")
         train = self._label("train_dataset", train_dataset, learned=True)
