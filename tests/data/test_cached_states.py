@@ -68,7 +68,7 @@ def test_only_what_the_head_reads_is_kept(tmp_path, lm, monkeypatch, changes, sh
     assert cache.bytes_of(probe.config, list(ROWS)) == sum(row["hidden_states"].nbytes for row in cached)
     assert cached[1]["hidden_states"].shape == shape and len(cached) == len(list(cached)) == 5
     counted = [ids if probe.config.token_scope == "prompt" else ids[3:] for ids in PROMPTS]
-    assert [cached[row]["input_ids"] for row in range(5)] == [ids[-shape[1] :] for ids in counted]
+    assert [cached[row]["input_ids"].tolist() for row in range(5)] == [ids[-shape[1] :] for ids in counted]
     expected, output = (probe(**collate([data[row] for row in range(5)])) for data in (live, cached))
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss, expected.loss)
@@ -85,7 +85,7 @@ def test_a_prompt_is_computed_once_and_only_for_the_same(tmp_path, lm):
     before = names(entry)
     again = cache.dataset(lm, HEAD, PromptDataset([*PROMPTS[3:], PROMPTS[0], PROMPTS[3]]))
     assert names(entry) == before and len(again) == 4, "prompts of other data sets are not computed anew"
-    assert [again[row]["input_ids"] for row in range(4)] == [PROMPTS[row][3:] for row in (3, 4, 0, 3)]
+    assert [again[row]["input_ids"].tolist() for row in range(4)] == [PROMPTS[row][3:] for row in (3, 4, 0, 3)]
     changed = make_lm()
     changed.model.layers[0].mlp.up_proj.weight.data.add_(0.01)
     whole = HEAD.replace(token_scope="prompt")

@@ -46,7 +46,7 @@ _SHARED_FIELDS = ("id2label", "problem_type", "hidden_size", "num_hidden_layers"
 _SHARED_FIELDS += ("token_scope", "prompt_format", "system_prompt", "max_length")
 
 
-class StateDataset(Dataset):
+class StateDataset(PromptDataset):
     """Hidden states of an entry of a `StateCache`, mapped from disk, and the labels of their rows.
 
     Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and, if the rows have them, `labels`.
@@ -57,17 +57,10 @@ class StateDataset(Dataset):
     """
 
     def __init__(self, folder: Path, keys: Sequence[str], rows: PromptDataset, config: ProbeConfig):
-        self.labels, self.config, self.reply_lengths = rows.labels, config, rows.reply_lengths
         on_disk = rows_on_disk(folder)
-        self.items = [on_disk[key] for key in keys]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, row: int) -> dict:
-        tokens, states = self.items[row]
-        labels = {} if self.labels is None else {"labels": self.labels[row]}
-        return {"input_ids": tokens.tolist(), "hidden_states": states, **labels}
+        super().__init__([on_disk[key][0] for key in keys], rows.labels, reply_lengths=rows.reply_lengths)
+        self.columns["hidden_states"] = [on_disk[key][1] for key in keys]
+        self.config = config
 
 
 class StateCache:

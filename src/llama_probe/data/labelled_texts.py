@@ -186,8 +186,7 @@ def label_rows(
     """Return columns as labelled rows; see `read_labels` for the meaning of labels.
 
     Args:
-        text_column, label_column: columns of the texts or chat messages, and of the labels, None if there are none. The other
-            columns are kept.
+        text_column, label_column: columns of the texts or chat messages, and of the labels if they have some. Others are kept.
         stated: the names that the data itself gives its labels, and those to flag; see `LabelledTexts.renamed`.
         prompt_column: column of the prompts, if the texts are replies to them.
     """

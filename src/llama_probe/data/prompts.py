@@ -42,19 +42,19 @@ class PromptDataset(Dataset):
 
     def __init__(
         self,
-        prompts: list[list[int]],
+        prompts: Sequence[Sequence[int] | torch.Tensor],
         labels: np.ndarray | None = None,
         masks: list[list[bool]] | None = None,
         reply_lengths: list[int] | None = None,
     ):
         self.prompts, self.labels, self.masks, self.reply_lengths = prompts, labels, masks, reply_lengths
+        self.columns = {"input_ids": prompts, "labels": labels, "probe_mask": masks}
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, row: int) -> dict:
-        columns = {"input_ids": self.prompts, "labels": self.labels, "probe_mask": self.masks}
-        return {name: values[row] for name, values in columns.items() if values is not None}
+        return {name: values[row] for name, values in self.columns.items() if values is not None}
 
 
 @dataclass

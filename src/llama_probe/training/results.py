@@ -194,8 +194,7 @@ def decide(
     Returns:
         The config with both, and `temperature`, `threshold` and `validation`.
     """
-    rules = args.max_false_positive_rate, args.threshold_rule
-    config = calibrate(config, logits, torch.from_numpy(labels), *rules)
+    config = calibrate(config, logits, torch.from_numpy(labels), args.max_false_positive_rate, args.threshold_rule)
     fitted = {"temperature": config.temperature, "threshold": config.threshold}
     return config, {**fitted, "validation": report(config, logits, labels)}
 
