@@ -256,9 +256,7 @@ def test_a_training_that_diverges(tmp_path, backbone_folder):
         train(tmp_path, backbone_folder, training={"num_train_epochs": 2, "learning_rate": 1e38})
 
 
-def test_states_that_do_not_fit_are_not_cached_and_those_that_are_there_need_no_room(
-    tmp_path, backbone_folder, monkeypatch, caplog
-):
+def test_states_are_cached_if_they_fit_or_are_there(tmp_path, backbone_folder, monkeypatch, caplog):
     """Those of other rows take room, though they are in the same folder."""
     kept = {"cache_dir": str(tmp_path / "kept")}
     train(tmp_path, backbone_folder, training=kept)

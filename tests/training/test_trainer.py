@@ -105,18 +105,16 @@ class TestRows:
         trainer.train()
         assert probe.config.temperature == 1 and probe.results is None, "no rows to judge it by"
 
-    @pytest.mark.parametrize(
-        "names, metric, judging", [((), None, "near"), (("a", "b"), "eval_near_by_auroc", "near_by")]
-    )
+    @pytest.mark.parametrize("names, metric, judging", [((), None, "own"), (("a", "b"), "eval_own_2_auroc", "own_2")])
     def test_several_sets_to_evaluate_on(self, tmp_path, names, metric, judging):
-        lm, sets = make_lm(vocab_size=260), {"near": ANSWERS[:12], "near_by": ANSWERS[12:]}
+        lm, sets = make_lm(vocab_size=260), {"own": ANSWERS[:12], "own_2": ANSWERS[12:]}
         fields = {"id2label": {0: "bad", 1: "good"}}
         probe = {name: head(lm, **fields) for name in names} or head(lm, **fields)
         more = {"num_train_epochs": 2, "metric_for_best_model": metric, "callbacks": [EarlyStoppingCallback(2)]}
         trainer = mood(tmp_path, model=probe, held_back=sets, **more)
         trainer.train()
         scores = trainer.evaluate()
-        assert {"eval_near_loss", "eval_near_by_loss", f"eval_{judging}_auroc"} <= scores.keys()
+        assert {"eval_own_loss", "eval_own_2_loss", f"eval_{judging}_auroc"} <= scores.keys()
         for name, each in trainer.heads.items():
             best = scores[f"eval_{judging}_{trainer.metric_name(name, 'auroc')}"]
             assert trainer.progress[name].best == pytest.approx(best) and len(trainer.progress[name].scores) == 2
@@ -134,9 +132,8 @@ class TestRows:
     def test_what_the_rows_are_decides_what_the_head_is(self, tmp_path, backbone_folder, rows, name, value):
         trainer = mood(tmp_path, rows, rows, backbone=str(backbone_folder), num_train_epochs=1)
         trainer.train()
-        assert getattr(trainer.model.config, name) == value and len(trainer.logits) == 16
-        rows = {column: cells for column, cells in rows.items() if column != "label"}
-        assert len(trainer.predict(rows).predictions) == 16, "without labels"
+        predicted = trainer.predict({column: rows[column] for column in rows.keys() - {"label"}}).predictions
+        assert getattr(trainer.model.config, name) == value and len(trainer.logits) == len(predicted) == 16
 
     @pytest.mark.parametrize(
         "changes, words",
@@ -260,8 +257,7 @@ def test_own_callables(tmp_path):
     own["callbacks"] = [curious := Curious()]
     curious.trainer = trainer = mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1, **own)
     trainer.train()
-    assert trainer.args.metric == "loss", "as in the Trainer: what else there is to choose by is not known"
-    assert len(trainer.progress["head"].scores) == 1, "the evaluations of the callback do not count"
+    assert len(trainer.progress["head"].scores) == 1, "by the loss; the evaluations of the callback do not count"
     assert trainer.evaluate()["eval_rows"] == 12 and sizes
     assert seen[-1] == [0, 1] * 6, "rows in their order, whatever their lengths"
     assert trainer.predict(ANSWERS).label_ids.tolist() == [0, 1] * 16
