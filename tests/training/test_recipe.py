@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
 from repository import ROOT
+from training_runs import write
 from transformers import HfArgumentParser
 
 from llama_probe import ProbeConfig, ProbeError, ProbeTrainingArguments
@@ -69,8 +71,10 @@ def test_the_page_explains_each_field(section):
 
 
 class TestFile:
-    def test_what_is_written_is_read(self, tmp_path):
-        values = changed(name="mine", head={"probe_type": "gate", "layers": [0.5]}, training={"learning_rate": 1e-3})
+    def test_what_is_written_is_read(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write(Path("a", "b", "c.jsonl"), 2)
+        values = changed(train=["a/b/c.jsonl"], head={"probe_type": "gate", "layers": [0.5]}, training={"patience": 2})
         recipe = Recipe.load(values)
         (tmp_path / "mine.yaml").write_text(recipe.write())
         assert Recipe.load(tmp_path / "mine.yaml") == recipe == Recipe.load(recipe)

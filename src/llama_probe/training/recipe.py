@@ -314,10 +314,10 @@ def _parse(owner: type, at: str, values: object) -> Any:
 
 
 def _without_folders(value: object, name: str = "") -> object:
-    """Return values in which paths of this machine have their last two parts alone."""
+    """Return values in which absolute paths of this machine have their last two parts alone."""
     if isinstance(value, dict):
         return {key: _without_folders(part, key) for key, part in value.items()}
     if isinstance(value, list):
         return [_without_folders(part, name) for part in value]
-    is_place = name in ("rows", "train", "sources", "cache_dir") and isinstance(value, str)
+    is_place = name in ("rows", "train", "sources", "cache_dir") and isinstance(value, str) and os.path.isabs(value)
     return short_path(value) if is_place else value
