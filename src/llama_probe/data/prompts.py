@@ -42,7 +42,7 @@ class PromptDataset(Dataset):
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[int] | torch.Tensor],
+        prompts: Sequence[Sequence[int]],
         labels: np.ndarray | None = None,
         masks: list[list[bool]] | None = None,
         reply_lengths: list[int] | None = None,
