@@ -321,11 +321,12 @@ def test_what_the_trainer_pushes_is_a_head(tmp_path, hub, token, strategy):
     changes |= {"hub_private_repo": True, "num_train_epochs": 1}
     trainer = trainer_for(probe, tmp_path, **changes)
     trainer.train()
-    if strategy == "end":
-        trainer.push_to_hub()
+    if strategy == "end":  # as in the scripts of transformers
+        trainer.push_to_hub(finetuned_from="tiny", tasks="text-classification")
+        trainer.create_model_card(tasks="text-classification")
     assert hub.repositories["alice/mood"].private
     back = ProbeModel.from_pretrained("alice/mood")
     assert back.config.id2label == {0: "bad", 1: "good"} and same_weights(back, probe)
-    assert same_weights(ProbeModel.from_pretrained(trainer.args.output_dir), probe)
+    assert same_weights(ProbeModel.from_pretrained(tmp_path), probe) and "good" in (tmp_path / CARD_NAME).read_text()
     files = set(HfApi().list_repo_files("alice/mood"))
     assert {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME} <= files <= {*HEAD_FILES, ".gitattributes"}, "and no pickle"

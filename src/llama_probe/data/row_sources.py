@@ -67,8 +67,7 @@ class Source:
     local: JSON | None = None
 
     def __post_init__(self):
-        known = find_benchmark(self.rows)
-        if known is not None:
+        if (known := find_benchmark(self.rows)) is not None:
             benchmark = known[0]
             self.licence, self.note = self.licence or benchmark.license, self.note or benchmark.note
             self.name = self.name or benchmark.name

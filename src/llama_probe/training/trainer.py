@@ -57,6 +57,8 @@ from .search import HEAD_ARGS, SEARCH_SPACE, draw
 
 logger = logging.get_logger(__name__)
 
+# What scripts tell the card of the Trainer, and the card of a head says by itself.
+_CARD_FACTS = {"model_name", "finetuned_from", "tasks", "language", "dataset", "dataset_tags", "dataset_args"}
 # By folder. Trainers in one folder share its states, which go with the last of them: Python may free one while the next begins.
 _CACHES: weakref.WeakValueDictionary[str, StateCache] = weakref.WeakValueDictionary()
 
@@ -269,8 +271,7 @@ class ProbeTrainer(Trainer):
     @property
     def results(self) -> JSON | None:
         """Results of the head of a recipe, or of a single head; None before `judge`."""
-        head = next(iter(self.heads.values())) if self._chosen is None else self._chosen
-        return head.results
+        return (self._chosen or next(iter(self.heads.values()))).results
 
     @cached_property
     def _cache(self) -> StateCache:
@@ -611,10 +612,15 @@ class ProbeTrainer(Trainer):
             raise ProbeError("push each of several heads by itself: trainer.heads[name].push_to_hub(repo_id)")
         folder = self._save_heads(None)  # before the Hub can refuse
         repo_id = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
-        kwargs["revision"] = kwargs.get("revision") or self.args.hub_revision
+        kwargs = {name: value for name, value in kwargs.items() if name not in _CARD_FACTS}
+        kwargs |= {"revision": kwargs.get("revision") or self.args.hub_revision, "token": token or self.args.hub_token}
         kwargs.setdefault("private", self.args.hub_private_repo)
-        token = token or self.args.hub_token
-        return push_folder(folder, repo_id, token=token, commit_message=commit_message, **kwargs)
+        return push_folder(folder, repo_id, commit_message=commit_message, **kwargs)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write the head with its own card into its folder: the parent's replaces it, and knows no labels."""
+        if self.args.should_save:
+            self._save_heads(None)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The parent would upload training_args.bin, a pickle, and weights without a config.
