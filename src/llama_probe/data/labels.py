@@ -75,10 +75,9 @@ def _read_names(
     if all(isinstance(item, str) for item in flat):
         return flat, list(label_names or sorted(set(flat)))
     truths = all(isinstance(item, bool) for item in flat)
-    try:
+    numbers = None
+    with suppress(TypeError, ValueError, OverflowError):
         numbers = list(map(int, flat))
-    except (TypeError, ValueError, OverflowError):
-        numbers = None
     if numbers != flat:
         raise ProbeError(f"{source}: labels must be all whole numbers or all texts; or problem_type='regression'")
     written = list(map(str, flat if truths else numbers))

@@ -170,10 +170,9 @@ class Source:
         texts, labels = (find_column(self.rows, columns, name) for name in (self.text_column, self.label_column))
         if skip_empty:
             prompts = texts if self.prompt_column is None else find_column(self.rows, columns, self.prompt_column)
-            is_full = [
-                not is_empty(text) and not is_empty(prompt) for text, prompt in zip(texts, prompts, strict=True)
-            ]
-            full = [row for row in keep if is_full[row] and labels[row] is not None]
+            cells = zip(texts, prompts, labels, strict=True)
+            lacks = [is_empty(text) or is_empty(prompt) or label is None for text, prompt, label in cells]
+            full = [row for row in keep if not lacks[row]]
             if len(full) < len(keep):
                 logger.warning(f"{len(keep) - len(full)} rows of {self.rows} without a text or a label are skipped")
             keep = full
