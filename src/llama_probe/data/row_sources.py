@@ -92,8 +92,7 @@ class Source:
         """Return the source with the place of its rows: a local copy of the split, if there is a folder of copies."""
         if data_dir is not None and self.local is not None:
             return replace(self, **self.local | {"local": None, "name": self.name}).find(data_dir, split)
-        place = TablePlace.parse(self.rows)
-        if find_benchmark(self.rows) is not None or os.path.exists(place.id):
+        if find_benchmark(self.rows) is not None or os.path.exists((place := TablePlace.parse(self.rows)).id):
             return self
         if data_dir is not None:
             copies = local_copies(_short_name(self.rows), data_dir)
