@@ -163,8 +163,7 @@ def _bundled_names() -> list[str]:
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
     """Return `source` narrowed down to a subfolder of a folder or of a repository on the Hub; `""` is none, as None is."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise ProbeError(f"a head is given as a folder, a Hub id or an alias, not as {type(source).__name__}")
+    check_place(source)
     if not subfolder:
         return source
     check_subfolder(subfolder := subfolder.rstrip("/"))
@@ -174,6 +173,12 @@ def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os
     if reference is None or reference.subfolder not in (None, subfolder):
         raise ProbeError(f"subfolder={subfolder!r} needs a folder or a Hub id without one, not {str(source)!r}")
     return str(replace(reference, subfolder=subfolder))
+
+
+def check_place(source: object) -> None:
+    """Raise `ProbeError` unless a source is a str or a path."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise ProbeError(f"a head is given as a folder, a Hub id or an alias, not as {type(source).__name__}")
 
 
 def is_alias(source: object) -> bool:
