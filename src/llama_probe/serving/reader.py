@@ -296,19 +296,19 @@ def prompt_masks(
     attended = (
         attention_mask.bool() if attention_mask is not None else torch.ones(shape, dtype=torch.bool, device="cpu")
     )
-    masks = {} if probe_mask is None else dict.fromkeys(configs, probe_mask.bool() & attended)
-    masks_by_scope: dict[str, torch.Tensor] = {}
+    chosen = None if probe_mask is None else probe_mask.bool() & attended
+    masks: dict[str, torch.Tensor] = {}
+    masks_by_scope: dict[str, torch.Tensor] = {}  # each is checked once
     for name, config in configs.items():
-        if probe_mask is None:
-            scope = repr((config.token_scope, config.prefix_ids, config.turn_markers))
-            if scope not in masks_by_scope:
-                mask = token_mask(config, input_ids, attended, partial_prompt, seen)
-                if placeholder_ids and input_ids is not None:
-                    mask = mask & ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
-                masks_by_scope[scope] = mask
-            masks[name] = masks_by_scope[scope]
-        if not partial_prompt:
-            check_rows(masks[name], config, first_row)
+        scope = repr((config.token_scope, config.prefix_ids, config.turn_markers))
+        if (mask := masks_by_scope.get(scope)) is None:
+            mask = token_mask(config, input_ids, attended, partial_prompt, seen) if chosen is None else chosen
+            if chosen is None and placeholder_ids and input_ids is not None:
+                mask = mask & ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+            if not partial_prompt:
+                check_rows(mask, config, first_row)
+            masks_by_scope[scope] = mask
+        masks[name] = mask
     return masks
 
 
