@@ -80,9 +80,8 @@ def calibrate(
         }
         fitted = {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
         shown = results["thresholds_from"] | fitted
-        if (
-            "measured" in results and before.flagged_index is not None
-        ):  # the new thresholds may have the names of those
+        # The new thresholds may have the names of those that were measured.
+        if "measured" in results and before.flagged_index is not None:
             earlier = before.thresholds or {"threshold": before.threshold or 0.5}
             then = {"flagged": before.flagged_labels[0], "thresholds": earlier}
             results["measured"] = {"before_calibration": then, **results["measured"]}
