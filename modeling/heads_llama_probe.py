@@ -1,4 +1,4 @@
-"""Kinds of probe heads, and the tokens that they read: modules of the package, as they are but for their imports.
+"""Kinds of probe heads, and the tokens that they read: modules of the package, without their imports and what is not called here.
 
 Written by `make runtime`. SPDX-License-Identifier: Apache-2.0
 """
@@ -179,21 +179,6 @@ class Aggregator(nn.Module, ABC):
     def result(self, state: State, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
-    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module] | None:
-        """Split a head, whose token stage this is, into linear maps of its states and a head that reads what they give.
-
-        A server that keeps something of every token then keeps few numbers. Return maps of normalised states, `[S, rank, D]`,
-        and the head, which normalises nothing, or `None` if the kind needs whole states.
-        """
-        return None
-
-    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
-        """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N.
-
-        `None` if the kind has no such weights: plots then leave it out.
-        """
-        return None
-
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Summarise `[S, B, N, D]` of all slots with an optional `[B, N]` mask: `[S, B, D]`."""
         return self.result(self.update(None, x, mask, slice(None)), slice(None))
@@ -282,12 +267,6 @@ class LowRankAggregator(Aggregator):
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         return self.absorb(state, self.project(x, slots), mask)
 
-    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module]:
-        maps, reader = self.projection(slice(None)).detach(), copy.deepcopy(head)
-        reader.config, reader.novelty = head.config.replace(normalize="none", novelty=None), None
-        reader.token_stage.projects = False
-        return maps, reader
-
 
 """Direct pooling: mean or max over the valid items, per dimension. No parameters (arXiv 2601.13288)."""
 
@@ -316,16 +295,6 @@ class PoolingAggregator(Aggregator):
             return state
         total, count = state
         return total / count.clamp_min(1.0).unsqueeze(-1)
-
-    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
-        """Return equal weights (mean), or the share of dimensions in which the item is the maximum (max)."""
-        slot_count, batch, items, _ = x.shape
-        if self.pool == "mean":
-            valid = x.new_ones(batch, items) if mask is None else mask.to(x.dtype)
-            return (valid / valid.sum(dim=1, keepdim=True).clamp_min(1.0)).expand(slot_count, batch, items)
-        winners = drop_masked(x, mask).argmax(dim=2)  # [S, B, D]
-        ones = torch.ones_like(winners, dtype=x.dtype)
-        return x.new_zeros(slot_count, batch, items).scatter_add_(2, winners, ones) / x.shape[-1]
 
 
 """Scoring gate: one learned score an item, softmax over the valid ones, weighted sum (arXiv 2601.13288)."""
@@ -364,23 +333,6 @@ class GateAggregator(Aggregator):
         total, norm = state
         return total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
 
-    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module]:
-        # All that the layer stage and the classifier see of a sum of states are its products with their own weights.
-        seen = torch.cat([head.layer_stage.weight, head.classifier.weight])  # [1 + labels, D]
-        maps = torch.cat([self.weight.unsqueeze(1), seen.expand(self.num_slots, -1, -1)], dim=1)
-        config = head.config.replace(hidden_size=maps.shape[1], normalize="none", novelty=None)
-        reader, units = type(head)(config).eval(), torch.eye(maps.shape[1])
-        with torch.no_grad():
-            reader.token_stage.weight.copy_(units[:1])
-            reader.layer_stage.weight.copy_(units[1:2])
-            reader.classifier.weight.copy_(units[2:])
-            reader.classifier.bias.copy_(head.classifier.bias)
-        return maps.detach(), reader.to(head.device)
-
-    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
-        shares = self._shares(x, mask, slots)
-        return shares / shares.sum(dim=2, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
-
 
 """The last item alone: with one layer, the last-token linear probe of its state. No parameters."""
 
@@ -406,12 +358,6 @@ class LastItemAggregator(Aggregator):
 
     def result(self, state: State, slots: slice) -> torch.Tensor:
         return state
-
-    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
-        """Return 1 for the last valid item, 0 for all others."""
-        slot_count, batch, items, _ = x.shape
-        valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
-        return last_valid(valid).to(x.dtype).expand(slot_count, batch, items)
 
 
 """Attentive pooling: a few learned queries a slot, each summarising the items through values of low rank.
@@ -485,11 +431,6 @@ class AttentivePoolingAggregator(LowRankAggregator):
         pooled = (total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)).flatten(2)  # [S, B, R]
         return torch.matmul(pooled, self.out[slots].transpose(1, 2))
 
-    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
-        """Return the softmax of each query, averaged over queries."""
-        scores, _ = self._split(self.project(x, slots), mask)
-        return scores.softmax(dim=-1).mean(dim=2)
-
 
 """Multi-max pooling: the largest value that any token gives to each of a few learned directions, layer by layer.
 
@@ -542,12 +483,6 @@ class MultiMaxAggregator(LowRankAggregator):
         # A row without a token that counts has -inf. NaN stays: such a row gets no score.
         return state.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
 
-    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
-        """Return the share of the directions that have their largest value at the item."""
-        projected = drop_masked(self.project(x, slots), mask)  # [S, B, N, M R]
-        best = projected.argmax(dim=2, keepdim=True)
-        return torch.zeros_like(projected).scatter_(2, best, 1.0).mean(dim=-1)
-
 
 class WeightedLayers(Aggregator):
     """Layer stage of `multimax`: a_l = softmax_l(g_l . m_l + b_l), v = [L' a_1 m_1; ...; L' a_L' m_L'], for each member.
@@ -573,10 +508,6 @@ class WeightedLayers(Aggregator):
         items = state.unflatten(-1, (self.num_members, -1))
         weighted = items * (self._shares(items) * items.shape[2]).unsqueeze(-1)
         return weighted.transpose(2, 3).flatten(2)
-
-    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
-        """Return the softmax, averaged over members."""
-        return self._shares(x.unflatten(-1, (self.num_members, -1))).mean(dim=-1)
 
 
 class AveragedClassifier(Classifier):
@@ -796,17 +727,6 @@ class AttentionAggregator(LowRankAggregator):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
         return mixed[..., : self.head_size]
 
-    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
-        """Return the attention that each item receives, averaged over heads and over the valid queries."""
-        slot_count, batch, items, _ = x.shape
-        query, key, _ = self._split(self.project(x, slots))
-        scores = torch.matmul(query, key.transpose(-1, -2)) * self.scale  # [S * B, heads, N, N]
-        valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
-        seen = _earlier(valid, items) if self.causal else valid[:, None]  # [B, N or 1, N]
-        scores = scores.masked_fill(~seen.repeat(slot_count, 1, 1)[:, None], float("-inf"))
-        received = scores.softmax(dim=-1).mean(dim=1).view(slot_count, batch, items, items)
-        return masked_mean(received, mask)
-
 
 def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:
     """Mark what each of the last `queries` items may attend to, itself and valid earlier ones: `[B, N]` to `[B, queries, N]`."""
@@ -847,7 +767,7 @@ def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Te
     """
     # On the host: on a GPU the same lines are 25 kernel launches.
     ids = input_ids.cpu().numpy()
-    begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
+    begins = {role: turn_begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
     # A turn without a token is none; an opened reply without one is the generation prompt.
     followed = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1) >= 0
     begins = {role: places if role == "assistant" else places & followed for role, places in begins.items()}
@@ -865,14 +785,13 @@ def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Te
     return torch.from_numpy(mask).to(input_ids.device)
 
 
-def marker_mask(markers: Mapping[str, TurnMarker], input_ids: torch.Tensor) -> torch.Tensor:
-    """Return which tokens `[batch, tokens]` are of a marker, on the CPU."""
-    mask = np.zeros(input_ids.shape, dtype=bool)
-    for marker in markers.values():
-        width = len(marker["ids"]) + marker["skip"]
-        for row, behind in zip(*_begins(marker, input_ids.cpu().numpy()).nonzero(), strict=True):
-            mask[row, behind - width : behind] = True
-    return torch.from_numpy(mask)
+def number_turns(mask: torch.Tensor) -> torch.Tensor:
+    """Return the number of the turn of each token that counts, from 1, and 0 for others: tokens side by side are of one turn.
+
+    `[batch, tokens]` bool to long; the mask itself if no row has a second turn.
+    """
+    begins = mask & ~F.pad(mask, (1, 0))[:, :-1]
+    return begins.cumsum(dim=1) * mask if int(begins.sum(dim=1).max()) > 1 else mask
 
 
 def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
@@ -898,7 +817,7 @@ def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
     return (in_user > before) | (is_cut & (last == 0))
 
 
-def _begins(marker: TurnMarker, ids: np.ndarray) -> np.ndarray:
+def turn_begins(marker: TurnMarker, ids: np.ndarray) -> np.ndarray:
     """Return where a turn begins behind a marker: `[batch, tokens + 1]` bool. The last place is behind all tokens."""
     size, width = len(marker["ids"]), len(marker["ids"]) + marker["skip"]
     padded = np.pad(ids, ((0, 0), (width, 0)), constant_values=-1)  # -1 is no token
@@ -981,6 +900,21 @@ def token_mask(
         )
     columns = torch.arange(width, device=input_ids.device)
     return mask & ~(begins & (columns >= first) & (columns < first + count))
+
+
+def judges_turns(config: ProbeConfig) -> bool:
+    """Return True if a head gives a chat the logits of its `strongest` turn, if these are stronger than of all turns together.
+
+    Pooled with others, a turn that is flagged alone may not be. So it is with `token_scope="user"` and `"tool"`, where a head flags
+    one of two labels or gives several labels.
+    """
+    judges = config.flagged_index is not None or config.problem_type == "multi_label_classification"
+    return judges and config.token_scope in ("user", "tool") and get_probe_type(config.probe_type).reads == "all"
+
+
+def numbered(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
+    """Return a `token_mask`; for heads that judge turns the numbers of these, if there are several. See `number_turns`."""
+    return number_turns(mask) if judges_turns(config) else mask
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:

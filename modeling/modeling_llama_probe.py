@@ -28,7 +28,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 from .configuration_llama_probe import ProbeConfig, ProbeError, get_probe_type, needs_package
-from .heads_llama_probe import check_rows, join_slots, normalize, take_slots, token_mask, tokens_read
+from .heads_llama_probe import check_rows, join_slots, normalize, numbered, take_slots, token_mask, tokens_read
 
 
 # Arguments of generate() that heads have in the package, and those under which a pass is not one over the prompt.
@@ -202,12 +202,15 @@ class PromptReader:
         self.outputs: dict[str, HeadOutput] | None = None
         self.masks, host = {}, ids.cpu()
         for name, head in heads.items():
-            self.masks[name] = token_mask(head.config, host, None if mask is None else mask.cpu())
-            check_rows(self.masks[name])
-            self.masks[name] = tokens_read(head.config, self.masks[name])
+            read = numbered(head.config, token_mask(head.config, host, None if mask is None else mask.cpu()))
+            check_rows(read)
+            self.masks[name] = tokens_read(head.config, read).long()
         self._held: dict[int, torch.Tensor] = {}  # states of the running pass, by layer
         self._device: torch.device | None = None  # of the first state: an LM may be on several
-        self._states = {name: [None] * len(head.config.layer_indices) for name, head in heads.items()}
+        self._states = {}  # of each layer: of all turns together and, if there are several, of each
+        for name, head in heads.items():
+            turns = int(self.masks[name].max())
+            self._states[name] = [[None] * len(head.config.layer_indices) for _ in range(1 + turns * (turns > 1))]
         self._seen = dict.fromkeys({layer for head in heads.values() for layer in head.config.layer_indices}, 0)
 
     @contextmanager
@@ -250,8 +253,12 @@ class PromptReader:
         for name, head in self.heads.items():
             if layers := [layer for layer in head.config.layer_indices if layer in held]:
                 first = head.config.layer_indices.index(layers[0])
-                x, mask = torch.stack([held[layer] for layer in layers]), self.masks[name][:, start : start + width]
-                head.read(self._states[name], slice(first, first + len(layers)), x, mask)
+                x, numbers = torch.stack([held[layer] for layer in layers]), self.masks[name][:, start : start + width]
+                for turn, states in enumerate(self._states[name]):
+                    mask = numbers == turn if turn else numbers > 0
+                    places = mask.any(dim=0).nonzero().flatten().tolist() or [0]
+                    columns = slice(places[0], places[-1] + 1)
+                    head.read(states, slice(first, first + len(layers)), x[:, :, columns], mask[:, columns])
         self._seen.update(dict.fromkeys(held, start + width))
         self._held = {}
 
@@ -260,9 +267,20 @@ class PromptReader:
         if self.outputs is None:
             if any(seen < self.ids.shape[1] for seen in self._seen.values()):
                 raise ProbeError("the LM did not run over the whole prompt: no part is scored")
-            scores = {name: head.score(self._states.pop(name)) for name, head in self.heads.items()}
+            scores = {name: self._strongest(name, head) for name, head in self.heads.items()}
             self.outputs = {name: HeadOutput(logits, self.heads[name].config) for name, logits in scores.items()}
         return self.outputs
+
+    def _strongest(self, name: str, head: ProbeHead) -> torch.Tensor:
+        """Return the logits of all turns together or, if they are stronger, of a turn; of several labels each one's largest."""
+        logits = torch.stack([head.score(states) for states in self._states.pop(name)], dim=1)  # [B, 1 + turns, C]
+        no_turn = torch.arange(logits.shape[1]) > self.masks[name].amax(dim=1, keepdim=True)
+        if (flagged := head.config.flagged_index) is None:
+            return logits.masked_fill(no_turn.to(logits.device)[..., None], float("-inf")).amax(dim=1)
+        scores = (logits[..., flagged] - logits[..., 1 - flagged]).masked_fill(
+            no_turn.to(logits.device), float("-inf")
+        )
+        return logits.take_along_dim(scores.argmax(dim=1)[:, None, None], dim=1).squeeze(1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.outputs is None:

@@ -7,7 +7,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from conftest import make_lm, make_prompts
+from cases import MARKERS, REPLY, USER
+from conftest import make_lm, make_prompts, score_turns
 from kills import each_kill
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
@@ -15,6 +16,8 @@ from llama_probe.backbone import passes
 from llama_probe.data import cached_states
 from llama_probe.data.cached_states import PromptDataset, StateCache, collate
 from llama_probe.evaluation.prediction import predict_logits
+from llama_probe.heads.turns import turn_mask
+from llama_probe.training.head_group import HeadGroup
 
 
 PREFIX = [7, 8, 9]
@@ -30,6 +33,10 @@ def make_head(lm, **changes) -> ProbeModel:
 
 
 HEAD = make_head(make_lm()).config
+
+
+def without_labels(batch):
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def names(folder) -> set[str]:
@@ -49,6 +56,30 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
     for data in (live, cached):
         torch.testing.assert_close(predict_logits(probe, data), expected, atol=1e-5, rtol=1e-5)
     assert kind == "last" or len(others[0]["input_ids"]) > len(cached[0]["input_ids"])
+
+
+def test_turns_are_judged_one_by_one(tmp_path, lm):
+    """Also by the group that the Trainer evaluates. Heads that learn read them together."""
+    probe = make_head(lm, token_scope="user", turn_markers=MARKERS, prefix_ids=[])
+    chats = [[USER, *ids[3:6], REPLY, 20, USER, *ids[6:]] for ids in PROMPTS[1:]]
+    live = PromptDataset([*chats, [USER, 30, 31]], LABELS)
+    cached, expected = StateCache(tmp_path, torch.float32).dataset(lm, probe.config, live), []
+    for ids in live.prompts:
+        states = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states
+        expected.append(score_turns(probe, states, turn_mask("user", MARKERS, torch.tensor([ids]))))
+    group, expected = HeadGroup({"a": probe}), torch.cat(expected)
+    for data in (live, cached):
+        batch = collate(list(data))
+        found = [
+            predict_logits(probe, data),
+            probe(**batch).logits,
+            group.eval()(**without_labels(batch)).logits[:, 0],
+        ]
+        for logits in found:
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    learning = [group.train()(**without_labels(collate(list(data)))).logits[:, 0] for data in (live, cached)]
+    torch.testing.assert_close(*learning, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(learning[0], expected, atol=1e-2)
 
 
 @pytest.mark.parametrize(

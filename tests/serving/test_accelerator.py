@@ -6,10 +6,11 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from accelerator import DEVICE, Accelerator, SimTensor
-from cases import KINDS
-from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded, with_novelty
+from cases import KINDS, MARKERS, REPLY, USER
+from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded, score_turns, with_novelty
 
 from llama_probe import LlamaForProbedGeneration
+from llama_probe.heads.turns import turn_mask
 from llama_probe.training.head_group import GroupLoss, HeadGroup
 from llama_probe.training.loss import ProbeLoss
 
@@ -53,6 +54,15 @@ def prompts(where="cpu", side="left"):
     ids = make_prompts()
     mask = padded(ids) if side == "left" else padded(ids).flip(1)
     return {"input_ids": ids.to(where), "attention_mask": mask.to(where)}
+
+
+def chats(where="cpu"):
+    """Prompts of two, three and one turns of the user."""
+    values = prompts()
+    for row, turns in enumerate(((1, 7), (1, 5, 8), (6,))):
+        values["input_ids"][row, list(turns)] = USER
+        values["input_ids"][row, [turn + 2 for turn in turns[:-1]]] = REPLY
+    return {name: tensor.to(where) for name, tensor in values.items()}
 
 
 def logits_of(outputs):
@@ -105,6 +115,20 @@ def test_turns_continue_from_a_state(device):
     expected, out = on_both(two_turns, FOLLOWING)
     same(out.probe_logits, expected.probe_logits)
     assert out.probe_state.input_ids.device.type == "cpu", "what later prompts are compared with is on the host"
+
+
+def test_turns_are_judged_one_by_one(device):
+    forms = {name: {**KINDS[name], "token_scope": "user", "turn_markers": MARKERS} for name in ("multimax", "mha")}
+    run = {"max_new_tokens": 1, "prefill_chunk_size": 5}
+    expected, out = on_both(lambda model, where: model.generate(**chats(where), **run), forms)
+    same(out.probe_logits, expected.probe_logits)
+    lm = make_lm(attn_implementation="eager")
+    for name, form in forms.items():
+        for row, (ids, mask) in enumerate(zip(*chats().values(), strict=True)):
+            ids = ids[mask.bool()][None]
+            states = lm(ids, output_hidden_states=True).hidden_states
+            found = score_turns(make_probe(**form), states, turn_mask("user", MARKERS, ids))
+            torch.testing.assert_close(found[0], expected.probe_logits[name][row], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.03), (torch.float32, 1e-5)])

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from cases import KINDS
-from conftest import make_probe
+from conftest import make_probe, score_turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import IMAGE, LAYERS, TINY, tiny
@@ -83,8 +83,10 @@ def counted(head, prompt_tokens, tokens, ids):
 
 def score(head, states, prompt_tokens, ids=None):
     """`[1, num_labels]`, of the states of one row, `[1, tokens, hidden_size]` each."""
+    mask, config = counted(head, prompt_tokens, states[0].shape[1], ids), head.config
+    if config.token_scope == "user" and config.num_labels == 2 and config.probe_type != "last":
+        return score_turns(head, states, mask)
     with torch.no_grad():
-        mask = counted(head, prompt_tokens, states[0].shape[1], ids)
         return head(hidden_states=states, attention_mask=mask).logits
 
 

@@ -26,12 +26,13 @@ from llama_probe.serving.export import FAMILIES, auto_map, export_repository, pu
 
 USER, REPLY = 3, 4
 TURNS = {"user": {"ids": [USER], "skip": 1}, "assistant": {"ids": [REPLY], "skip": 0}}
+TOPICS = {"probe_type": "gate", "id2label": {0: "a", 1: "b", 2: "c"}, "problem_type": "multi_label_classification"}
 FORMS = {
     **KINDS,
     "max": {"probe_type": "mha", "pool": "max"},
     "layers": {"probe_type": "gate", "layers": [0, 2], "normalize": "rms"},
     "content": {"probe_type": "multimax", "token_scope": "content", "prefix_ids": [make_prompts()[1, 0].item()]},
-    "topics": {"probe_type": "gate", "id2label": {0: "a", 1: "b", 2: "c"}, "problem_type": "multi_label_classification"},
+    "topics": {**TOPICS, "token_scope": "user", "turn_markers": TURNS},
     "length": {"probe_type": "gate", "id2label": {0: "n"}, "num_labels": 1, "problem_type": "regression"},
     "old": {"id2label": {0: "no", 1: "yes"}, "threshold": 0.999},
     "pair": {"id2label": {0: "no", 1: "yes"}},
@@ -79,7 +80,7 @@ def models(folder):
 
 def prompts():
     ids = make_prompts()
-    ids[:, 2], ids[0, 5], ids[1, 4], ids[2, 6] = USER, REPLY, REPLY, USER
+    ids[:, 2], ids[0, 5], ids[1, 4], ids[1:, 6] = USER, REPLY, REPLY, USER
     return ids
 
 

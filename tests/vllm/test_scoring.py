@@ -7,9 +7,10 @@ import pickle
 import pytest
 import torch
 from accelerator import DEVICE, Accelerator
-from conftest import make_probe
+from conftest import make_probe, score_turns
 from torch import nn
 
+from llama_probe.heads.turns import turn_mask
 from llama_probe.vllm import cache_plan, scoring
 from llama_probe.vllm.cache_plan import CachePlan, grows
 from llama_probe.vllm.scoring import ReplyTokens, Scorer, ScoringRequest
@@ -179,6 +180,27 @@ class TestPrompts:
         (reads, operations), (more_reads, more_operations) = counts
         assert reads == more_reads == 1
         assert more_operations - operations < 12 * len(HEADS), "masks and padding, which one alone does not need"
+
+    @pytest.mark.parametrize("tokens", [4096, 64])
+    @pytest.mark.parametrize("kind", ["multimax", "mha"])
+    def test_turns_are_judged_one_by_one(self, monkeypatch, projected, tokens, kind):
+        torch.manual_seed(0)
+        monkeypatch.setattr(scoring, "_TOKENS", tokens)
+        markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 5), ("assistant", 8))}
+        head = make_probe(7, probe_type=kind, token_scope="user", turn_markers=markers)
+        served = Served({"guard": head}, projected, 60)
+        requests, states = served.fill([30, 24, 60, 9], [["guard"]] * 4)
+        for request in requests:
+            request.token_ids[0], request.token_ids[-9], request.token_ids[-5] = 5, 8, 5
+        requests[2].token_ids[20], requests[2].token_ids[28] = 8, 5
+        with Accelerator() as device:
+            served.scorer = served.move()
+            found = served.score(requests)
+        assert device.reads == 1
+        for request in requests:
+            mask = turn_mask("user", markers, torch.tensor([request.token_ids]))
+            expected = score_turns(head, states[request.request_id][:, None].unbind(), mask)
+            close(found.read_prompts()[request.request_id]["guard"], expected[0])
 
     def test_without_a_tool_result_nothing_is_flagged(self, projected):
         markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 5), ("assistant", 6), ("tool", 20))}

@@ -34,7 +34,7 @@ from ..files import make_folder, remove_leftovers, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig, shared_layers
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, token_mask, tokens_read
+from ..heads.scope import check_rows, judges_turns, numbered, token_mask, tokens_read
 from .prompts import PromptDataset
 
 
@@ -49,7 +49,8 @@ _SHARED_FIELDS += ("token_scope", "prompt_format", "system_prompt", "max_length"
 class StateDataset(PromptDataset):
     """Hidden states of an entry of a `StateCache`, mapped from disk, and the labels of their rows.
 
-    Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and, if the rows have them, `labels`.
+    Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and, if the rows have them, `labels`. For a
+    head that `judges_turns`, `probe_mask` has the number of each token's turn.
 
     Args:
         keys: of the rows in it; several rows may have one.
@@ -58,7 +59,8 @@ class StateDataset(PromptDataset):
 
     def __init__(self, folder: Path, keys: Sequence[str], rows: PromptDataset, config: ProbeConfig):
         on_disk = rows_on_disk(folder)
-        super().__init__([on_disk[key][0] for key in keys], rows.labels, reply_lengths=rows.reply_lengths)
+        turns = _turns(config, rows) if judges_turns(config) else None
+        super().__init__([on_disk[key][0] for key in keys], rows.labels, turns, rows.reply_lengths)
         self.columns["hidden_states"] = [on_disk[key][1] for key in keys]
         self.config = config
 
@@ -161,8 +163,17 @@ def rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def _tokens_read(config: ProbeConfig, rows: Sequence[dict]) -> torch.Tensor:
     """Return the mask `[B, T]` of the tokens of rows that the head reads: in a reply each is the last one once."""
-    counted = counted_tokens(config, collate(rows))
+    counted = counted_tokens(config, collate(rows)).bool()
     return counted if config.reads_reply else tokens_read(config, counted)
+
+
+def _turns(config: ProbeConfig, rows: PromptDataset) -> list[torch.Tensor]:
+    """Return the turn of each counted token, `[T]` for each row."""
+    turns: list[torch.Tensor] = []
+    for first in range(0, len(rows), _ROWS):
+        part = [rows[row] for row in range(first, min(first + _ROWS, len(rows)))]
+        turns += [numbers[numbers > 0].long() for numbers in counted_tokens(config, collate(part))]
+    return turns
 
 
 def _tensors_of_pass(items: list[dict], states: torch.Tensor, counted: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -217,10 +228,10 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the mask `[B, T]` of the tokens that count for a head, for a batch of a `PromptDataset`."""
+    """Return the mask `[B, T]` of the tokens that count for a head, `numbered`, for a batch of a `PromptDataset`."""
     if "probe_mask" in batch:
         return batch["probe_mask"].bool()  # as indices, 0 and 1 would be the first two tokens
-    return token_mask(config, batch["input_ids"], batch["attention_mask"])
+    return numbered(config, token_mask(config, batch["input_ids"], batch["attention_mask"]))
 
 
 def iterate_states(
@@ -240,7 +251,7 @@ def iterate_states(
         layers: states to collect from the LM. Defaults to those that the head reads.
 
     Yields:
-        Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens. Leading tokens that no
+        Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens, `numbered`. Leading tokens that no
         row counts may be missing.
     """
     prompts, unread = [], []
@@ -248,7 +259,7 @@ def iterate_states(
         part = [dataset[row] for row in range(first, min(first + _ROWS, len(dataset)))]
         prompts += [row["input_ids"] for row in part]
         if lm is not None:
-            unread += counted_tokens(config, collate(part)).int().argmax(dim=1).tolist()
+            unread += counted_tokens(config, collate(part)).bool().int().argmax(dim=1).tolist()
     if lm is None:
         passes = [Pass(rows) for rows in length_batches(list(map(len, prompts)))]
     else:
@@ -258,7 +269,8 @@ def iterate_states(
         for run in passes if is_tensor_parallel(lm) else share(passes):
             batch = collate([dataset[row] for row in run.rows])
             if lm is None:
-                states, mask = batch["hidden_states"].transpose(0, 1), batch["attention_mask"].bool()
+                states = batch["hidden_states"].transpose(0, 1)
+                mask = batch.get("probe_mask", batch["attention_mask"].bool())
             else:
                 ids, mask = batch["input_ids"][:, run.skip :], counted_tokens(config, batch)[:, run.skip :]
                 read = config.layer_indices if layers is None else layers

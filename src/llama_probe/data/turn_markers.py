@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
+
+import numpy as np
+import torch
 
 from ..errors import ProbeError
 from ..files import JSON
-from ..heads.turns import TurnMarker
+from ..heads.turns import TurnMarker, turn_begins
 
 
 Chat = list[JSON]
@@ -164,3 +167,13 @@ def _without_ends(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
 
 def _is_start(short: list[int], long: list[int]) -> bool:
     return long[: len(short)] == short
+
+
+def marker_mask(markers: Mapping[str, TurnMarker], input_ids: torch.Tensor) -> torch.Tensor:
+    """Return which tokens `[batch, tokens]` are of a marker, on the CPU."""
+    mask = np.zeros(input_ids.shape, dtype=bool)
+    for marker in markers.values():
+        width = len(marker["ids"]) + marker["skip"]
+        for row, behind in zip(*turn_begins(marker, input_ids.cpu().numpy()).nonzero(), strict=True):
+            mask[row, behind - width : behind] = True
+    return torch.from_numpy(mask)

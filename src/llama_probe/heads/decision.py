@@ -163,13 +163,13 @@ def flagged_score(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor | N
 
 
 def strongest(logits: torch.Tensor, config: ProbeConfig, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the logits of replies that count if a reply is halted as soon as a token is flagged.
+    """Return the logits that count where one of several flagged is enough: tokens of a reply, or turns of a chat.
 
-    Those at the token with the largest `flagged_score`; of multi-label heads each label's largest; of other heads the last.
+    Those with the largest `flagged_score`; of multi-label heads each label's largest; of other heads the last.
 
     Args:
-        logits (`[..., tokens, num_labels]`): after each token of the replies.
-        counted (`[..., tokens]`, *optional*): the tokens that count. Defaults to all.
+        logits (`[..., tokens, num_labels]`): after each token of the replies, or of each turn.
+        counted (`[..., tokens]`, *optional*): those that count. Defaults to all.
     """
     counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if counted is None else counted
     if config.problem_type == "multi_label_classification":

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ from .match import check_backbone, describe, match
 from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .saving import read_settled, read_tensors, save_head
-from .scope import check_rows, token_mask
+from .scope import check_rows, judges_turns, numbered, token_mask
 from .states import normalize
-from .stream import ProbeState, SlotStates, as_slice
+from .stream import ProbeState, SlotStates, Turns, as_slice, split_turns
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -241,8 +242,9 @@ class ProbeModel(nn.Module):
                 one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers alone that the head reads. Any float
                 dtype.
             output_attentions: also returns `token_weights` and `layer_weights`.
-            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's
-                `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
+            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, or the number of each one's turn, as
+                of `numbered`, in place of the config's `token_scope`. With `input_ids`, a head with
+                `token_scope="response"` needs it.
             row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`.
             reply_mask (`[batch, tokens]`, *optional*): true for the tokens of replies, which are then scored as `score_replies` does.
 
@@ -252,7 +254,9 @@ class ProbeModel(nn.Module):
         if input_ids is not None and hidden_states is None:
             if self.backbone is None:
                 raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
-            mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
+            mask = probe_mask
+            if mask is None:
+                mask = numbered(self.config, token_mask(self.config, input_ids, attention_mask))
             mask = self._checked(mask, input_ids.shape)
             x = torch.stack(collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask))
         elif hidden_states is not None and input_ids is None:
@@ -275,7 +279,7 @@ class ProbeModel(nn.Module):
             return None
         if mask.shape != shape:
             raise ProbeError(f"the mask has the shape {tuple(mask.shape)}, and the prompts have {tuple(shape)}")
-        mask = mask.bool().to(self.device)
+        mask = mask.to(self.device)
         check_rows(mask)
         return mask
 
@@ -285,11 +289,16 @@ class ProbeModel(nn.Module):
         Args:
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): states of the layers that the head
                 reads, ascending.
-            mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): the tokens that count. Defaults to all.
+            mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): true for the tokens that count, or the number of each
+                one's turn; see `numbered`. Defaults to all. In training mode the head reads all turns together.
         """
-        state = self.init_state(output_attentions=output_attentions)
-        self.step(state, self.layer_indices, x, mask)
-        return self.finish(state, learning=self.training)
+        state, turns, counts = self.init_state(output_attentions=output_attentions), None, None
+        if mask is not None and mask.dtype != torch.bool:
+            if judges_turns(self.config) and not self.training:
+                turns, counts = split_turns(mask.cpu(), partial(torch.Tensor.to, device=self.device)), mask.amax(dim=1)
+            mask = mask.bool()
+        self.step(state, self.layer_indices, x, mask, turns=turns)
+        return self.finish(state, counts, learning=self.training)
 
     def score_replies(self, x: torch.Tensor, mask: torch.Tensor | None, reply_mask: torch.Tensor) -> ProbeOutput:
         """Score replies at about 32 of their tokens, as `step` scores the text that ends there. Differentiable.
@@ -304,7 +313,7 @@ class ProbeModel(nn.Module):
         Returns:
             An output with `token_logits` and `token_mask`. Its `logits` are those of `strongest`.
         """
-        mask = torch.ones_like(reply_mask, dtype=torch.bool) if mask is None else mask
+        mask = torch.ones_like(reply_mask, dtype=torch.bool) if mask is None else mask.bool()
         reply_mask = reply_mask.bool().to(mask.device) & mask
         columns = reply_mask.any(dim=0).nonzero().flatten().tolist()
         first, end = columns[0], columns[-1] + 1
@@ -354,11 +363,11 @@ class ProbeModel(nn.Module):
             keep: keep what is needed to continue after the last token.
             output_attentions: also keep the token weights. The prompt must then come in one chunk.
         """
-        tokens, means = state if self.novelty is not None and state is not None else (state, None)
+        tokens, turns, means = (None, (), None) if state is None else state
         sums = None if self.novelty is None else SlotStates(len(self.novelty.slots), means)
         slots = len(self.layer_indices)
-        parts = SlotStates(slots, tokens), sums, SlotStates(slots), SlotStates(slots)
-        return ProbeState(*parts, keep, output_attentions)
+        parts = SlotStates(slots, tokens), [SlotStates(slots, turn) for turn in turns], sums
+        return ProbeState(*parts, SlotStates(slots), SlotStates(slots), keep, output_attentions)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
@@ -382,6 +391,7 @@ class ProbeModel(nn.Module):
         x: torch.Tensor,
         token_mask: torch.Tensor | None = None,
         last: bool = True,
+        turns: Turns | None = None,
     ) -> None:
         """Read the next tokens of some layers.
 
@@ -392,6 +402,7 @@ class ProbeModel(nn.Module):
             x (`torch.Tensor` of shape `[len(layers), batch, n, hidden_size]`): their states, from `prepare`.
             token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count. Defaults to all.
             last: no token that counts follows.
+            turns: of a head that `judges_turns`, those of these tokens, if a row has several.
 
         Raises:
             ProbeError: token weights are asked for, and the prompt comes in several chunks.
@@ -411,14 +422,38 @@ class ProbeModel(nn.Module):
                 state.weights.put(slots, self.token_stage.weights(x, token_mask, slots))
             if self.novelty is not None and state.means is not None:
                 self.novelty.update(state.means, slots, x, token_mask)
+            if turns is not None:
+                self._step_turns(state.turns, turns, x, slots, earlier)
             seen = self.token_stage.update(earlier, x, token_mask, slots)
             if state.keep or not last:
                 state.tokens.put(slots, seen)
             else:  # of the tokens nothing is kept
                 state.summaries.put(slots, self.token_stage.result(seen, slots))
 
-    def finish(self, state: ProbeState, learning: bool = False) -> ProbeOutput:
+    def _step_turns(
+        self, states: list[SlotStates], turns: Turns, x: torch.Tensor, slots: slice, earlier: State
+    ) -> None:
+        """Read the next tokens, `[S, batch, n, hidden_size]`, into the state of the turn that each belongs to.
+
+        Args:
+            earlier: state of all turns together, before these tokens.
+        """
+        while len(states) < max(turns, default=0):
+            states.append(SlotStates(len(self.layer_indices)))
+        for number, state in enumerate(states, start=1):
+            seen = state.pop(slots)
+            if number == 1 and seen is None:
+                seen = earlier  # so far all rows were in their first turn
+            if number in turns:
+                columns, mask = turns[number]
+                seen = self.token_stage.update(seen, x[:, :, columns], mask, slots)
+            state.put(slots, seen)
+
+    def finish(self, state: ProbeState, turns: torch.Tensor | None = None, learning: bool = False) -> ProbeOutput:
         """Score what `step` has read so far: logits `[batch, num_labels]`. For `learning` see `score_summaries`.
+
+        Args:
+            turns (`[batch]`, *optional*): how many turns each row has, if they were given to `step`.
 
         Raises:
             ProbeError: not every layer has been read.
@@ -430,6 +465,12 @@ class ProbeModel(nn.Module):
             if summaries is None or len(summaries) != slots:
                 raise ProbeError(f"not all of {slots} layers have been read")
             output = self.score_summaries(summaries, state.output_attentions, learning)
+            if state.turns and turns is not None:
+                parts = [self.token_stage.result(turn.joined(), slice(None)) for turn in state.turns]
+                logits = torch.stack([output.logits, *(self.score_summaries(part).logits for part in parts)], dim=1)
+                numbers = torch.arange(logits.shape[1], device=self.device)  # 0: all turns together
+                counted = numbers <= turns.to(self.device, non_blocking=True)[:, None]  # [B, 1 + turns]
+                output.logits = strongest(logits, self.config, counted)
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None and state.means is not None:
                 output.means = MeanStates(self.novelty, *state.means.joined())

@@ -9,7 +9,7 @@ from ..errors import ProbeError
 from .aggregator import get_probe_type, last_valid
 from .configuration import ProbeConfig
 from .rules import TURN_SCOPES
-from .turns import turn_mask
+from .turns import number_turns, turn_mask
 
 
 logger = logging.get_logger(__name__)
@@ -70,6 +70,21 @@ def token_mask(
         )
     columns = torch.arange(width, device=input_ids.device)
     return mask & ~(begins & (columns >= first) & (columns < first + count))
+
+
+def judges_turns(config: ProbeConfig) -> bool:
+    """Return True if a head gives a chat the logits of its `strongest` turn, if these are stronger than of all turns together.
+
+    Pooled with others, a turn that is flagged alone may not be. So it is with `token_scope="user"` and `"tool"`, where a head flags
+    one of two labels or gives several labels.
+    """
+    judges = config.flagged_index is not None or config.problem_type == "multi_label_classification"
+    return judges and config.token_scope in ("user", "tool") and get_probe_type(config.probe_type).reads == "all"
+
+
+def numbered(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
+    """Return a `token_mask`; for heads that judge turns the numbers of these, if there are several. See `number_turns`."""
+    return number_turns(mask) if judges_turns(config) else mask
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from .aggregator import State, join_slots, take_slots
+
+
+# By number of a turn, from 1: the columns that hold its tokens, and which tokens of these columns, `[batch, n]`; `None` if all.
+Turns = dict[int, tuple[slice, torch.Tensor | None]]
 
 
 class SlotStates:
@@ -47,13 +53,15 @@ class ProbeState:
     Groups of layers may differ from one chunk of the prompt to the next; each group's state is cut and joined as needed.
 
     Attributes:
-        tokens: token-stage state.
+        tokens: token-stage state, of all turns together.
+        turns: token-stage state of each turn, if the head judges it by itself and a row has more than one.
         means: sums for the mean states; `None` without novelty.
         summaries: `[slots, batch, width]` of slots that have read the last token.
         weights: how much each token counted, `[slots, batch, tokens]`, if `output_attentions`.
     """
 
     tokens: SlotStates
+    turns: list[SlotStates]
     means: SlotStates | None
     summaries: SlotStates
     weights: SlotStates
@@ -61,9 +69,9 @@ class ProbeState:
     output_attentions: bool
 
     def joined(self) -> State:
-        """Return what all slots keep, as one; `None` if nothing has been read."""
-        tokens = self.tokens.joined()
-        return tokens if self.means is None or tokens is None else (tokens, self.means.joined())
+        """Return what all slots keep of tokens, turns and means, as one; `None` if nothing has been read."""
+        tokens, means = self.tokens.joined(), None if self.means is None else self.means.joined()
+        return None if tokens is None else (tokens, tuple(turn.joined() for turn in self.turns), means)
 
 
 def as_slice(places: Sequence[int]) -> slice | list[int]:
@@ -71,3 +79,19 @@ def as_slice(places: Sequence[int]) -> slice | list[int]:
     step = places[1] - places[0] if len(places) > 1 else 1
     even = list(range(places[0], places[-1] + 1, step)) == list(places)
     return slice(places[0], places[-1] + 1, step) if even else list(places)
+
+
+def split_turns(numbers: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> Turns:
+    """Split tokens by the numbers of their turns, `[batch, tokens]` on the CPU; see `number_turns`.
+
+    Args:
+        move: brings a mask to the device of the head.
+    """
+    turns: Turns = {}
+    for number in numbers[numbers > 0].unique().tolist():
+        mask = numbers == number
+        places = mask.any(dim=0).nonzero().flatten().tolist()
+        columns = slice(places[0], places[-1] + 1)
+        mask = mask[:, columns]
+        turns[number] = columns, None if bool(mask.all()) else move(mask)
+    return turns

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers.utils import logging
 
 
@@ -37,7 +38,7 @@ def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Te
     """
     # On the host: on a GPU the same lines are 25 kernel launches.
     ids = input_ids.cpu().numpy()
-    begins = {role: _begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
+    begins = {role: turn_begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
     # A turn without a token is none; an opened reply without one is the generation prompt.
     followed = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1) >= 0
     begins = {role: places if role == "assistant" else places & followed for role, places in begins.items()}
@@ -55,14 +56,13 @@ def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Te
     return torch.from_numpy(mask).to(input_ids.device)
 
 
-def marker_mask(markers: Mapping[str, TurnMarker], input_ids: torch.Tensor) -> torch.Tensor:
-    """Return which tokens `[batch, tokens]` are of a marker, on the CPU."""
-    mask = np.zeros(input_ids.shape, dtype=bool)
-    for marker in markers.values():
-        width = len(marker["ids"]) + marker["skip"]
-        for row, behind in zip(*_begins(marker, input_ids.cpu().numpy()).nonzero(), strict=True):
-            mask[row, behind - width : behind] = True
-    return torch.from_numpy(mask)
+def number_turns(mask: torch.Tensor) -> torch.Tensor:
+    """Return the number of the turn of each token that counts, from 1, and 0 for others: tokens side by side are of one turn.
+
+    `[batch, tokens]` bool to long; the mask itself if no row has a second turn.
+    """
+    begins = mask & ~F.pad(mask, (1, 0))[:, :-1]
+    return begins.cumsum(dim=1) * mask if int(begins.sum(dim=1).max()) > 1 else mask
 
 
 def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
@@ -88,7 +88,7 @@ def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
     return (in_user > before) | (is_cut & (last == 0))
 
 
-def _begins(marker: TurnMarker, ids: np.ndarray) -> np.ndarray:
+def turn_begins(marker: TurnMarker, ids: np.ndarray) -> np.ndarray:
     """Return where a turn begins behind a marker: `[batch, tokens + 1]` bool. The last place is behind all tokens."""
     size, width = len(marker["ids"]), len(marker["ids"]) + marker["skip"]
     padded = np.pad(ids, ((0, 0), (width, 0)), constant_values=-1)  # -1 is no token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.device import device_type
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, token_mask, tokens_read
-from ..heads.stream import ProbeState
+from ..heads.scope import check_rows, judges_turns, numbered, token_mask, tokens_read
+from ..heads.stream import ProbeState, split_turns
 from .outputs import CachedHead, ProbeCache, TokenScores, on_host
 
 
@@ -77,19 +77,24 @@ class StateReader:
         """Announce a forward pass over n further tokens.
 
         Args:
-            token_masks: for each head the tokens that count, `[batch, n]` bool. The LM may run over further columns. Masks of
-                several tokens are on the CPU: columns that no head reads are left out.
+            token_masks: for each head the tokens that count, `[batch, n]`, `numbered`. The LM may run over further columns.
+                Masks of several tokens are on the CPU: columns that no head reads are left out.
             last: no token that counts follows.
             repeats: rows of the LM for each row of the masks: beams or return sequences, which begin alike.
         """
         self._seen, self._held, self._last, self._group = [], [], last, 1
         width = next(iter(token_masks.values())).shape[1] if token_masks else 0
         self._rows, self._columns = slice(None, None, repeats), slice(0, width)
+        numbers = {name: mask for name, mask in token_masks.items() if mask.dtype != torch.bool}
+        token_masks = {name: mask.bool() if name in numbers else mask for name, mask in token_masks.items()}
         masks = self._trimmed(token_masks) if width > 1 and not self._whole else token_masks
-        self._masks = {
-            name: None if mask is None else mask.to(self.heads[name].device, non_blocking=True)
-            for name, mask in masks.items()
+        self._turns = {
+            name: split_turns(mask[:, self._columns], partial(self._moved, name)) for name, mask in numbers.items()
         }
+        self._masks = {name: None if mask is None else self._moved(name, mask) for name, mask in masks.items()}
+
+    def _moved(self, name: str, mask: torch.Tensor) -> torch.Tensor:
+        return mask.to(self.heads[name].device, non_blocking=True)
 
     def _trimmed(self, token_masks: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None]:
         """Leave out the tokens before the first, and behind the last, that counts for any head."""
@@ -140,12 +145,17 @@ class StateReader:
                     prepared[formats[name]] = head.prepare(x)
             del x
             for name, head in self.heads.items():
-                head.step(self.states[name], layers, prepared[formats[name]], self._masks[name], self._last)
+                read = prepared[formats[name]], self._masks[name], self._last, self._turns.get(name)
+                head.step(self.states[name], layers, *read)
 
-    def results(self) -> dict[str, ProbeOutput]:
-        """Score what was read: a `ProbeOutput` of each head."""
+    def results(self, turns: Mapping[str, torch.Tensor] = {}) -> dict[str, ProbeOutput]:
+        """Score what was read: a `ProbeOutput` of each head.
+
+        Args:
+            turns (`[batch]` by name): how many turns each row has, for heads that judge turns.
+        """
         with torch.set_grad_enabled(self._differentiable):
-            return {name: head.finish(self.states[name]) for name, head in self.heads.items()}
+            return {name: head.finish(self.states[name], turns.get(name)) for name, head in self.heads.items()}
 
 
 class PromptReader:
@@ -242,7 +252,8 @@ class PromptReader:
         if not self.complete:
             raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
         results = {}
-        for name, output in self._reader.results().items():
+        turns = {name: mask.amax(dim=1) for name, mask in self.masks.items() if mask.dtype != torch.bool}
+        for name, output in self._reader.results(turns).items():
             if self.heads[name].config.token_scope == "tool":
                 results[name] = fill_unread(output, self.masks[name].any(dim=1))
             elif not self._partial_prompt or bool(self.masks[name].any(dim=1).all()):
@@ -256,8 +267,8 @@ class PromptReader:
     def probe_cache(self, repeats: int = 1) -> ProbeCache:
         """Return what the heads keep of the prompts, each row repeated. Needs `return_state`, and ids."""
         heads = {
-            name: CachedHead.create(head, self.masks[name].repeat_interleave(repeats, 0), self.state(name, repeats))
-            for name, head in self.heads.items()
+            name: CachedHead.create(head, mask.bool().repeat_interleave(repeats, 0), self.state(name, repeats))
+            for (name, head), mask in zip(self.heads.items(), self.masks.values(), strict=True)
         }
         ids, attended = (tensor.repeat_interleave(repeats, 0) for tensor in (self.input_ids, self._attended))
         return ProbeCache(ids, attended, heads)
@@ -271,7 +282,7 @@ def prompt_masks(
     placeholder_ids: Sequence[int] = (),
     first_row: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Return for each head, by name, the prompt tokens that count: `[prompts, prompt_tokens]`.
+    """Return for each head, by name, the prompt tokens that count, `numbered`: `[prompts, prompt_tokens]`.
 
     `inputs` has `input_ids` or `inputs_embeds`, and may have `attention_mask` and `probe_mask`. Errors count from `first_row`.
 
@@ -300,11 +311,14 @@ def prompt_masks(
     masks: dict[str, torch.Tensor] = {}
     masks_by_scope: dict[str, torch.Tensor] = {}  # each is checked once
     for name, config in configs.items():
-        scope = repr((config.token_scope, config.prefix_ids, config.turn_markers))
+        scope = repr((config.token_scope, config.prefix_ids, config.turn_markers, judges_turns(config)))
         if (mask := masks_by_scope.get(scope)) is None:
-            mask = token_mask(config, input_ids, attended, partial_prompt, seen) if chosen is None else chosen
+            mask = chosen
+            if mask is None:
+                mask = numbered(config, token_mask(config, input_ids, attended, partial_prompt, seen))
             if chosen is None and placeholder_ids and input_ids is not None:
-                mask = mask & ~torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+                others = torch.tensor(placeholder_ids, device=input_ids.device)
+                mask = mask.masked_fill(torch.isin(input_ids, others), 0)
             if not partial_prompt:
                 check_rows(mask, config, first_row)
             masks_by_scope[scope] = mask

@@ -18,10 +18,10 @@ from transformers.utils import ModelOutput
 
 from ..backbone.decoder import find_decoder
 from ..backbone.kv_cache import cached_tokens
+from ..data.turn_markers import marker_mask
 from ..errors import ProbeError
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
-from ..heads.turns import marker_mask
 from .halting import Halter, HaltReply, HaltSpec, HoldBackStreamer, Reprompt, TokenCallback, reply_tokens
 from .host import CausalLM
 from .outputs import Halt, ProbeCache, TokenScores, asks_for_state, refuse_without_heads, with_results
@@ -303,7 +303,7 @@ class ProbedSession(PlainSession):
 
     def _prompt_texts(self, head: str, rows: list[int]) -> list[str]:
         """Return the text that a head reads in some prompts."""
-        config, mask, ids = self.heads[head].config, self.prompt.masks[head][rows], self.prompt.input_ids[rows]
+        config, ids, mask = self.heads[head].config, self.prompt.input_ids[rows], self.prompt.masks[head][rows].bool()
         if config.turn_markers is not None:
             mask = mask & ~marker_mask(config.turn_markers, ids)
         counted = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]

@@ -78,8 +78,8 @@ def classify_texts(
             passes = [Pass(list(range(len(ids))))]
             if not output_attentions:
                 masks = prompt_masks({name: configs[name] for name in names}, inputs, first_row=first)
-                read = torch.stack([tokens_read(configs[name], mask) for name, mask in masks.items()]).any(dim=0)
-                passes = plan_passes(model, ids, read.int().argmax(dim=1).tolist())
+                read = [tokens_read(configs[name], mask).bool() for name, mask in masks.items()]
+                passes = plan_passes(model, ids, torch.stack(read).any(dim=0).int().argmax(dim=1).tolist())
             for each in passes:
                 rows, width = each.rows, max(len(ids[row]) for row in each.rows)
                 batch = {name: tensor[rows, :width].to(device) for name, tensor in inputs.items()}

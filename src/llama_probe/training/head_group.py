@@ -14,7 +14,7 @@ from ..data.cached_states import SharedStates, shared_config
 from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel, without_autocast
-from ..heads.scope import check_rows, token_mask
+from ..heads.scope import check_rows, numbered, token_mask
 
 
 @dataclass
@@ -74,13 +74,15 @@ class HeadGroup(nn.Module):
                 chosen by: in eval mode the logits of others are not numbers. Defaults to all.
         """
         if hidden_states is None:
-            mask = token_mask(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
+            mask = probe_mask
+            if mask is None:
+                mask = numbered(self.config, token_mask(self.config, input_ids, attention_mask))
             states = torch.stack(collect_hidden_states(self.backbone, self.layers, input_ids, attention_mask))
         else:
-            states, mask = hidden_states.transpose(0, 1), attention_mask  # [S, B, T, D]
+            states, mask = hidden_states.transpose(0, 1), attention_mask if probe_mask is None else probe_mask
         has_all = len(states) > len(self.layers)
         shared = SharedStates(states, range(self.config.num_hidden_layers + 1) if has_all else self.layers)
-        mask = mask.bool().to(self.device)
+        mask = mask.to(self.device)
         check_rows(mask)
         outputs: dict[str, ProbeOutput] = {}
         for index, (name, head) in enumerate(self.heads.items()):

@@ -18,10 +18,10 @@ from vllm import RequestOutput, SamplingParams
 from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind
 
+from ..data.turn_markers import marker_mask
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.scope import token_mask
-from ..heads.turns import marker_mask
 from .counters import JUDGED
 from .halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
 from .payloads import HALTED, Answers, prompt_halt

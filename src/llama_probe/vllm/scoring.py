@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from ..errors import ProbeError
 from ..heads.decision import fill_unread
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, token_mask
-from ..heads.stream import ProbeState
+from ..heads.scope import check_rows, numbered, token_mask
+from ..heads.stream import ProbeState, split_turns
 from .state_cache import StateCache
 from .step_scores import Places
 
@@ -36,7 +37,7 @@ class ScoringRequest:
         block_ids: where the tokens lie, in order.
         heads: names of those whose scores of the prompt are wanted; `None` if the prompt was scored before.
         slot: where heads that follow the reply keep their states; `None` if none do.
-        masks: for each head that can read it the tokens that count, `[num_tokens]`. Set by `Scorer`.
+        masks: for each head that can read it the tokens that count, `numbered`, `[num_tokens]`. Set by `Scorer`.
     """
 
     request_id: str
@@ -105,7 +106,7 @@ class Scorer:
         numbers = self.cache.read_tokens(places).unsqueeze(1)  # [replies, 1, width]
         scores = []
         for name, head in self.followers.items():
-            state = head.init_state(self.states.get(name, slots), keep=True)
+            state = head.init_state((self.states.get(name, slots), (), None), keep=True)
             head.step(state, head.layer_indices, self.plan.inputs(name, numbers))
             self.states.put(name, slots, state.joined())
             scores.append(head.finish(state).logits)
@@ -116,21 +117,22 @@ class Scorer:
         lengths = torch.tensor([request.num_tokens for request in requests])
         width = int(lengths.max())
         masks = {
-            name: pad_sequence([request.masks[name] for request in requests], batch_first=True)  # [prompts, width]
+            name: pad_sequence([request.masks[name].long() for request in requests], batch_first=True)
             for name in requests[0].masks
-        }
+        }  # [prompts, width] each
         blocks = pad_sequence([torch.tensor(request.block_ids) for request in requests], batch_first=True)
         # What lies behind a shorter prompt may be anything, and anything may be no number.
         padding = async_tensor_h2d(torch.arange(width) >= lengths[:, None], self.device)
         splits = self.block_size // self.kernel_block_size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1)
         states = self._read(masks, async_tensor_h2d(blocks, self.device), padding)
+        turns = {name: async_tensor_h2d(mask.amax(dim=1), self.device) for name, mask in masks.items()}
         if requests[0].slot is not None:
             slots = async_tensor_h2d([request.slot for request in requests], self.device)
             for name in states.keys() & self.followers.keys():
                 self.states.put(name, slots, states[name].joined())
         return {
-            name: fill_unread(self.heads[name].finish(state), masks[name].any(dim=1)).logits
+            name: fill_unread(self.heads[name].finish(state, turns[name]), masks[name].any(dim=1)).logits
             for name, state in states.items()
         }
 
@@ -140,7 +142,7 @@ class Scorer:
         """Return what heads have read of prompts in blocks `[prompts, blocks]`.
 
         Args:
-            masks: for each head the tokens that count, `[prompts, width]`, on the CPU.
+            masks: for each head the tokens that count, `[prompts, width]`, `numbered`, on the CPU.
             padding: the tokens that belong to no prompt, `[prompts, width]`.
         """
         states = {name: self.heads[name].init_state(keep=name in self.followers) for name in masks}
@@ -153,7 +155,11 @@ class Scorer:
             for name, state in states.items():
                 head, (columns, mask) = self.heads[name], self._cut(masks[name][:, tokens])
                 x = self.plan.inputs(name, numbers[:, columns])
-                head.step(state, head.layer_indices, x, mask, last=tokens.stop == width)
+                turns = None
+                if int(masks[name].max()) > 1:
+                    move = partial(async_tensor_h2d, device=self.device)
+                    turns = split_turns(masks[name][:, tokens][:, columns], move)
+                head.step(state, head.layer_indices, x, mask, tokens.stop == width, turns)
         return states
 
     def _cut(self, mask: torch.Tensor) -> tuple[slice, torch.Tensor | None]:
@@ -161,13 +167,13 @@ class Scorer:
         counted = mask.any(dim=0).nonzero().flatten().tolist()
         columns = slice(counted[0], counted[-1] + 1) if counted else slice(0, 1)
         mask = mask[:, columns]
-        return columns, None if bool(mask.all()) else async_tensor_h2d(mask, self.device)
+        return columns, None if bool(mask.all()) else async_tensor_h2d(mask.bool(), self.device)
 
     def _mask(self, head: ProbeModel, request: ScoringRequest) -> torch.Tensor:
         prompt = torch.zeros(1, request.num_prompt_tokens, dtype=torch.bool)
         if head.config.token_scope != "response":
             ids = None if request.token_ids is None else torch.tensor([request.token_ids])
-            prompt = token_mask(head.config, ids, torch.ones_like(prompt, dtype=torch.long))
+            prompt = numbered(head.config, token_mask(head.config, ids, torch.ones_like(prompt, dtype=torch.long)))
         mask = F.pad(prompt, (0, request.num_tokens - request.num_prompt_tokens), value=head.config.reads_reply)
         check_rows(mask, head.config)
         return mask[0]
