@@ -250,16 +250,20 @@ class Curious(TrainerCallback):
             self.trainer.evaluate(ANSWERS, metric_key_prefix=prefix)
 
 
-def test_own_callables(tmp_path):
-    sizes, seen = [], []
-    own = {"compute_metrics": lambda evaluated: seen.append(evaluated.label_ids.tolist()) or {"rows": len(seen[-1])}}
+@pytest.mark.parametrize("names", [(), ("a", "b")])
+def test_own_callables(tmp_path, names):
+    lm, sizes, seen = make_lm(vocab_size=260), [], []
+    own = {"compute_metrics": lambda evaluated: seen.append(evaluated) or {"rows": len(evaluated.label_ids)}}
     own["data_collator"] = lambda rows: sizes.append(len(rows)) or collate(rows)
     own["callbacks"] = [curious := Curious()]
-    curious.trainer = trainer = mood(tmp_path, model=head(make_lm(vocab_size=260)), num_train_epochs=1, **own)
+    probe = {name: head(lm) for name in names} or head(lm)
+    curious.trainer = trainer = mood(tmp_path, model=probe, num_train_epochs=1, **own)
     trainer.train()
-    assert len(trainer.progress["head"].scores) == 1, "by the loss; the evaluations of the callback do not count"
+    for progress in trainer.progress.values():
+        assert len(progress.scores) == 1, "a single head by the loss; the evaluations of the callback do not count"
     assert trainer.evaluate()["eval_rows"] == 12 and sizes
-    assert seen[-1] == [0, 1] * 6, "rows in their order, whatever their lengths"
+    assert seen[-1].label_ids.tolist() == [0, 1] * 6, "rows in their order, whatever their lengths"
+    assert seen[-1].predictions.shape == (12, *[2] * bool(names), 2)
     assert trainer.predict(ANSWERS).label_ids.tolist() == [0, 1] * 16
 
 

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -84,7 +84,8 @@ class ProbeTrainer(Trainer):
             ids. Heads by name read the same tokens; their layers, kinds and seeds may differ.
         args: defaults to `ProbeTrainingArguments()`.
         data_collator, compute_loss_func, compute_metrics: default to `collate`, the `ProbeLoss` that `args` describe, and
-            the metrics of the head's problem type. With `compute_metrics` the loss chooses a single head by default.
+            the metrics of the head's problem type. With `compute_metrics` the loss chooses a single head by default. Of several
+            heads it gets predictions `[rows, heads, num_labels]`, and adds to the metrics that choose them.
         train_dataset, eval_dataset: a `datasets.Dataset`, a DataFrame, a dict of columns or a list of rows, with the columns
             of `rows_in_memory`, whose states are computed here unless `args.cache_states` is False; or a `PromptDataset` or
             `StateDataset`, which is taken as it is. Of several `eval_dataset` by name the first, or the one that
@@ -176,10 +177,11 @@ class ProbeTrainer(Trainer):
         if validation is None:
             args.eval_strategy, args.do_eval = IntervalStrategy.NO, False
         args.fill(model.config, len(train or ()))
-        # Of several heads no loss or error is measured, so that they are chosen by what is.
-        is_checked = self._is_group or args.greater_is_better
-        if is_checked and validation is not None and compute_metrics is None:
+        # Each of several heads is chosen by `_measure`, which knows no loss or error, whatever the user measures of them.
+        if validation is not None and (self._is_group or (args.greater_is_better and compute_metrics is None)):
             check_metric(self._metric, labels_of(validation), model.config)
+        if compute_metrics is not None and self._is_group:
+            compute_metrics = partial(self._measure, further=compute_metrics)
         args.metric_for_best_model = self._judging + self._metric
         check_threshold_rule(model.config, args.max_false_positive_rate, args.threshold_rule)
         self._has_own_loss = compute_loss_func is None
@@ -535,7 +537,7 @@ class ProbeTrainer(Trainer):
         """Return the name of a head's metric in an evaluation."""
         return f"{head}_{metric}" if self._is_group else metric
 
-    def _measure(self, evaluated: EvalPrediction) -> dict[str, float | None]:
+    def _measure(self, evaluated: EvalPrediction, further: Callable | None = None) -> dict[str, float | None]:
         # The configs change when the heads are judged.
         if not self._is_group:
             return metrics_of(self.model.config)(evaluated)
@@ -547,7 +549,8 @@ class ProbeTrainer(Trainer):
             part = EvalPrediction(predictions=predictions[rows], label_ids=labels[rows])
             values[name] = metrics_of(head.config)(part)[metric] if is_number else -math.inf
         named = {self.metric_name(name, metric): value for name, value in values.items()}
-        return named | {metric: max(-math.inf if value is None else value for value in values.values())}
+        named[metric] = max(-math.inf if value is None else value for value in values.values())
+        return named if further is None else named | further(evaluated)
 
     def hyperparameter_search(
         self, hp_space: Callable | None = None, compute_objective: Callable | None = None, n_trials: int = 20, **kwargs
