@@ -147,6 +147,7 @@ class TestRows:
             ({"metric_for_best_model": "r2"}, "r2"),
             ({"class_weights": "1"}, "class_weights has 1"),
             ({"label_smoothing_factor": 1.0}, "label_smoothing=1.0"),
+            ({"include_for_metrics": ["inputs"], "cache_states": True}, "cache_states=True: include_for_metrics"),
             ({"token_loss": "max"}, "token_loss='max'"),
             ({"token_loss": "top-k"}, "token_loss='top-k'.* token_scope='prompt'"),
             ({"model": head(token_scope="response"), "token_loss": "softmax"}, "token_loss='softmax'.*flagged"),
@@ -253,7 +254,8 @@ class Curious(TrainerCallback):
 @pytest.mark.parametrize("names", [(), ("a", "b")])
 def test_own_callables(tmp_path, names):
     lm, sizes, seen = make_lm(vocab_size=260), [], []
-    own = {"compute_metrics": lambda evaluated: seen.append(evaluated) or {"rows": len(evaluated.label_ids)}}
+    own = {"compute_metrics": lambda evaluated: seen.append(evaluated) or {"rows": len(evaluated.inputs)}}
+    own |= {"include_for_metrics": ["inputs"]}
     own["data_collator"] = lambda rows: sizes.append(len(rows)) or collate(rows)
     own["callbacks"] = [curious := Curious()]
     probe = {name: head(lm) for name in names} or head(lm)

@@ -62,16 +62,18 @@ def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, furthe
         needed: bytes of the states that are not there yet.
         further_passes: times that the rows are read beside the epochs.
     """
-    free = free_bytes(folder)
-    fits, sizes = needed < 0.9 * free, f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
-    if args.cache_states is True and not fits:
-        raise ProbeError(f"hidden states need {sizes} in {folder}: cache_states=False runs the backbone each epoch")
-    if args.cache_states != "auto":
-        return args.cache_states
-    if fits and (args.num_train_epochs + further_passes > 1 or args.cache_dir is not None):
-        return True
-    logger.warning(f"hidden states are not cached ({'one epoch' if fits else sizes}): the backbone runs each epoch")
-    return False
+    free, is_auto = free_bytes(folder), args.cache_states == "auto"
+    obstacles = {
+        "include_for_metrics=['inputs'] needs token ids": "inputs" in args.include_for_metrics,
+        f"they need {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free in {folder}": needed >= 0.9 * free,
+        "one epoch": is_auto and args.num_train_epochs + further_passes <= 1 and args.cache_dir is None,
+    }
+    obstacle = next((reason for reason, applies in obstacles.items() if applies), None)
+    if obstacle and args.cache_states is True:
+        raise ProbeError(f"cache_states=True: {obstacle}; cache_states=False runs the backbone each epoch")
+    if obstacle and is_auto:
+        logger.warning(f"hidden states are not cached ({obstacle}): the backbone runs each epoch")
+    return bool(args.cache_states) and obstacle is None
 
 
 def free_bytes(folder: Path) -> int:
