@@ -255,7 +255,7 @@ class Curious(TrainerCallback):
 def test_own_callables(tmp_path, names):
     lm, sizes, seen = make_lm(vocab_size=260), [], []
     own = {"compute_metrics": lambda evaluated: seen.append(evaluated) or {"rows": len(evaluated.inputs)}}
-    own |= {"include_for_metrics": ["inputs"]}
+    own |= {"include_for_metrics": ["inputs"], "gradient_checkpointing": True}
     own["data_collator"] = lambda rows: sizes.append(len(rows)) or collate(rows)
     own["callbacks"] = [curious := Curious()]
     probe = {name: head(lm) for name in names} or head(lm)

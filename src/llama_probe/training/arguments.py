@@ -51,6 +51,7 @@ class ProbeTrainingArguments(TrainingArguments):
             and there is more than one epoch or a `cache_dir`.
         cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
         novelty: fit how unlike the training data a prompt is, if the head can tell it and there are rows enough.
+        activation_checkpointing: has no effect. A frozen backbone keeps no activations.
 
     Raises:
         ProbeError: a number is not allowed.
@@ -103,6 +104,7 @@ class ProbeTrainingArguments(TrainingArguments):
         super().__post_init__()
         # The parent takes the loss if no metric is given. The metric depends on the labels, which are not known yet.
         self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end = chosen
+        self.gradient_checkpointing = self.activation_checkpointing = False  # a frozen backbone keeps no activations
 
     def fill(self, config: ProbeConfig, rows: int, batch_size: int | None = None) -> None:
         """Choose what is open by the head and the number of training rows. `batch_size` is that of all devices."""
