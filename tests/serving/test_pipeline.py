@@ -225,10 +225,14 @@ class TestClassification:
         value = model.classify(TEXTS[0], tokenizer=make_tokenizer())[name].probabilities
         assert max(record["score"] for record in records) == pytest.approx(value.max().item(), abs=1e-5)
 
-    def test_the_id_of_a_head(self, backbone_folder, tmp_path, token, monkeypatch):
+    def test_the_id_of_a_head(self, backbone_folder, tmp_path, hub, token, monkeypatch):
         monkeypatch.chdir(backbone_folder.parent)  # a pushed head keeps the name of a local backbone, and not its path
         head = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"}, **FORMAT)
         head.push_to_hub("alice/mood")
         save_head(head, tmp_path / "mood")
         results = [self.make(place)(TEXTS) for place in ("alice/mood", str(tmp_path / "mood"))]
         assert results[0] == results[1] and {record["label"] for record in results[0]} <= {"no", "yes"}
+        monkeypatch.delenv("HF_TOKEN")
+        hub.repositories["alice/mood"].private = True
+        private = {"token": token, "model_kwargs": {"probe": "alice/mood"}}
+        assert pipeline(TASK, model=str(backbone_folder), **private).model.active_probes == ["mood"]
