@@ -205,8 +205,10 @@ class TestClassification:
         found = pipe(TEXTS, batch_size=3)
         assert [record["label"] for record in found] == expected.labels
         assert pipe(TEXTS[0]) == [pytest.approx(found[0], abs=1e-5)] == pipe(CHATS[0])
-        assert pipe({"text": TEXTS[0]}) == pipe(TEXTS[0]), "as the plain pipeline takes it"
-        assert close(pipe(text for text in TEXTS), found)
+        assert pipe({"text": TEXTS[0]}) == pipe([{"text": TEXTS[0]}]) == pipe(TEXTS[0]), "as the plain one takes it"
+        assert close(pipe({"text": text, "label": 1} for text in TEXTS), found)
+        with pytest.raises(ProbeError, match="text_pair"):
+            pipe({"text": TEXTS[0], "text_pair": TEXTS[1]})
         both = pipe(TEXTS, top_k=None)
         assert [len(records) for records in both] == [2] * 4 and close(pipe(CHATS[0], top_k=None), both[0])
         for records, label, probs in zip(both, expected.labels, expected.probabilities.tolist(), strict=True):

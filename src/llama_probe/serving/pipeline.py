@@ -116,10 +116,10 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         return preprocess, forward, postprocess | ({} if abstain_at is None else {"abstain_at": abstain_at})
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
-        """Classify a text, a chat, or a list of them."""
-        inputs = inputs["text"] if isinstance(inputs, Mapping) else inputs  # as the plain pipeline takes it
-        if isinstance(inputs, (Iterator, Dataset)):
-            inputs = list(inputs)  # pyrefly: ignore[bad-argument-type]  # a Dataset is read item by item
+        """Classify a text, a chat, or a list of them. A text may be in a dict: `{"text": ...}`."""
+        inputs = _text_of(inputs)
+        if isinstance(inputs, (Iterator, Dataset, list)):
+            inputs = list(map(_text_of, inputs))  # pyrefly: ignore[bad-argument-type]  # a Dataset is read item by item
         if (texts := as_texts(inputs)) is None:
             raise ProbeError(f"the pipeline takes texts or chats, not {str(inputs)[:60]!r}")
         model: Any = self.model
@@ -137,6 +137,10 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         ranked = sorted(scores, key=lambda name: (name != label, -scores[name]))
         abstains = [{"label": None, "score": None}] if label is None else []
         return [*abstains, *({"label": name, "score": scores[name]} for name in ranked)]
+
+
+def _text_of(row: Any) -> Any:
+    return row["text"] if isinstance(row, Mapping) and "text" in row and "text_pair" not in row else row
 
 
 class _Listener:
@@ -172,8 +176,7 @@ def _keys_of_records(output: Any, rows: int) -> list[dict[str, Any]]:
             if name not in output.probe_logits:
                 config = output.config_of(name)
                 for record, last in zip(records, reply_outputs(logits, config), strict=True):
-                    score = None if last is None else verdict(last.labels[0], last.probabilities[0].tolist(), config)
-                    record["probes"][name] = score
+                    record["probes"][name] = last and verdict(last.labels[0], last.probabilities[0].tolist(), config)
     if halts := getattr(output, "probe_halts", None):  # one a prompt or a row
         for row, record in enumerate(records):
             halt = halts[row * len(halts) // rows]
