@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from cases import MARKERS, USER
 from conftest import make_probe, make_tokenizer, probed, with_novelty
 from transformers import pipeline
 
@@ -59,3 +60,7 @@ def test_texts_and_pipelines():
     write = pipeline("probed-text-generation", model=model, tokenizer=tokenizer)
     record = write("good", max_new_tokens=1, abstain_at=0)[0]["probes"]["a"]
     assert record["label"] is None and record["score"] is None and 0 <= record["novelty"] <= 1
+    tools = head(token_scope="tool", turn_markers=MARKERS)
+    write = pipeline("probed-text-generation", model=probed({"a": tools}, vocab_size=260), tokenizer=tokenizer)
+    (record,) = write(tokenizer.decode([USER, 40]), max_new_tokens=1)
+    assert record["probes"]["a"]["novelty"] is None, "there is no result of a tool to read"

@@ -31,8 +31,9 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text.
 
     It takes and returns what `TextGenerationPipeline` does. Its records have one more key, `"probes"`: by head name what
-    `verdict` returns. Heads that tell how unlike their training data a prompt is add `"novelty"`. With `halt_on=` there is
-    `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no `tokenizer=` here.
+    `verdict` returns. Heads that tell how unlike their training data a prompt is add `"novelty"`, `None` if they read nothing
+    of it. With `halt_on=` there is `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no
+    `tokenizer=` here.
 
     Heads that read replies alone (`token_scope="response"`) give their score of the sequence as far as the LM has read it,
     or `None` if no token of it was read. The scores of other heads are the same for every sequence of a prompt. With
@@ -171,7 +172,8 @@ def _keys_of_records(output: Any, rows: int) -> list[dict[str, Any]]:
                 probs = probabilities[prompt].tolist()
                 record["probes"][name] = verdict(labels[name][prompt], probs, output.config_of(name))
                 if name in novelty:
-                    record["probes"][name]["novelty"] = float(novelty[name][prompt])
+                    value = novelty[name][prompt]
+                    record["probes"][name]["novelty"] = None if value.isnan() else value.item()
         for name, logits in (output.probe_token_logits or {}).items():
             if name not in output.probe_logits:
                 config = output.config_of(name)
