@@ -11,6 +11,7 @@ from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.evaluation.novelty_fit import against_others, compare_log, fit_novelty
 from llama_probe.evaluation.plots import drift_plot
 from llama_probe.evaluation.prediction import predict_logits, predict_rows
+from llama_probe.training.measurements import _measure_part
 
 
 HEAD = {"probe_type": "gate", "layers": [0, 1, 2, 4]}
@@ -80,12 +81,14 @@ def test_a_log_is_compared():
 def test_chats_without_a_result_of_a_tool_are_not_flagged_and_do_not_count():
     markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 90), ("tool", 91), ("assistant", 92))}
     probe = with_backbone(**HEAD, token_scope="tool", turn_markers=markers, flagged=["LABEL_1"])
-    rows = [PromptDataset([[90, 5, 92, 91, *ids] for ids in dataset(50, seed).prompts]) for seed in (0, 1)]
-    more = [PromptDataset([*part.prompts, *[[90, 5, 6]] * 30]) for part in rows]
+    parts = dataset(50, 0), dataset(50, 1), dataset(50, 4, 50, 90)
+    *rows, far = [PromptDataset([[90, 5, 92, 91, *ids] for ids in part.prompts], part.labels) for part in parts]
+    *more, further = [PromptDataset([*part.prompts, *[[90, 5, 6]] * 30], np.zeros(80)) for part in (*rows, far)]
     probs = predict_logits(probe, more[0]).softmax(-1)[:, 1]
     assert (probs[:50] > 0).all() and not probs[50:].any()
     facts, center = fit_novelty(probe, *rows), probe.novelty.center
     assert fit_novelty(probe, *more) == facts and torch.equal(probe.novelty.center, center)
+    assert _measure_part(probe, further, further, None)["novel"] == _measure_part(probe, far, far, None)["novel"] > 0
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])

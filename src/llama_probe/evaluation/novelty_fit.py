@@ -102,12 +102,13 @@ def against_others(novelty: torch.Tensor, others: Mapping[str, torch.Tensor], re
     for name, other in others.items():
         scores, truth = torch.cat([novelty, other]).numpy(), np.repeat([False, True], [len(novelty), len(other)])
         area, interval = auroc(scores, truth, resamples)
-        against[name] = _far(other) | {"auroc": area} | ({"interval": interval} if resamples else {})
-    return {"own": _far(novelty), "against": against}
+        against[name] = far_share(other) | {"auroc": area} | ({"interval": interval} if resamples else {})
+    return {"own": far_share(novelty), "against": against}
 
 
-def _far(novelty: torch.Tensor) -> JSON:
-    rows = int((~novelty.isnan()).sum())  # others hold nothing that the head reads
+def far_share(novelty: torch.Tensor) -> JSON:
+    """Return the number of `rows` in which the head reads something, and the share of them that is `far`: above 0.99."""
+    rows = int((~novelty.isnan()).sum())
     return {"rows": rows, "far": int((novelty > FAR).sum()) / max(rows, 1)}
 
 
@@ -136,7 +137,7 @@ def compare_log(
     if "threshold" in reference:
         flagged = [name for name in reference.get("flagged", ()) if name in config.label2id]  # it was not renamed
         config = config.replace(threshold=reference["threshold"], flagged=flagged or config.flagged)
-    summary, rows, far = _summarize(config, logits), len(novelty), _far(novelty)
+    summary, rows, far = _summarize(config, logits), len(novelty), far_share(novelty)
     far |= {"interval": share_interval(int((novelty > FAR).sum()), rows), "median": float(novelty.median())}
     comparison: JSON = {"rows": rows, "novelty": far}
     # Thresholds that were fitted later give other shares than those that were counted.

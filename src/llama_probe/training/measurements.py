@@ -20,13 +20,13 @@ from ..data.labelled_texts import LabelledTexts
 from ..data.prompts import Text
 from ..errors import ProbeError
 from ..evaluation.calibration import with_rates
+from ..evaluation.novelty_fit import far_share
 from ..evaluation.prediction import predict_rows
 from ..evaluation.report import detailed_report, flagged_share
 from ..evaluation.transformations import ATTACKS, kept_labels
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
-from ..heads.novelty import FAR
 from ..heads.probe import ProbeModel
 from .prepared import PreparedRun
 from .recipe_rows import Twin
@@ -170,7 +170,7 @@ def _measure_part(
             scores = {"rows": len(places), **_scores(head.config, logits[places], rows.labels[places])}
             part.setdefault("slices", {}).setdefault(column, {})[value] = scores
     if novelty is not None:
-        part["novel"] = float((novelty > FAR).double().mean())
+        part["novel"] = far_share(novelty)["far"]
     if baseline is not None:
         part["tfidf"] = _scores(baseline.config, baseline.logits(rows.texts), rows.labels)
     return part
