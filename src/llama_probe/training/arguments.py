@@ -152,12 +152,8 @@ class ProbeTrainingArguments(TrainingArguments):
     def describe(self) -> JSON:
         """Return what `results.json` says of the training. Rows of a step are those of all processes."""
         names = "learning_rate num_train_epochs gradient_accumulation_steps weight_decay focal_gamma class_weights patience"
-        names += "" if self.token_loss is None else " token_loss"
-        values = {name: getattr(self, name) for name in names.split()}
-        return values | {
+        names += " metric max_false_positive_rate threshold_rule" + (" token_loss" if self.token_loss else "")
+        return {name: getattr(self, name) for name in names.split()} | {
             "per_device_train_batch_size": self.train_batch_size * self.world_size,
             "label_smoothing": self.label_smoothing_factor,
-            "metric": self.metric,
-            "max_false_positive_rate": self.max_false_positive_rate,
-            "threshold_rule": self.threshold_rule,
         }
