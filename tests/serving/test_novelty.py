@@ -57,10 +57,8 @@ def test_texts_and_pipelines():
         assert [each["label"] for each in classify(texts, abstain_at=level)] == labels
     every = classify(texts[labels.index(None)], abstain_at=at, top_k=None)
     assert every[0]["label"] is None and len(every) == 4
-    write = pipeline("probed-text-generation", model=model, tokenizer=tokenizer)
-    record = write("good", max_new_tokens=1, abstain_at=0)[0]["probes"]["a"]
-    assert record["label"] is None and record["score"] is None and 0 <= record["novelty"] <= 1
-    tools = head(token_scope="tool", turn_markers=MARKERS)
-    write = pipeline("probed-text-generation", model=probed({"a": tools}, vocab_size=260), tokenizer=tokenizer)
-    (record,) = write(tokenizer.decode([USER, 40]), max_new_tokens=1)
-    assert record["probes"]["a"]["novelty"] is None, "there is no result of a tool to read"
+    tools = {"tools": head(token_scope="tool", turn_markers=MARKERS)}
+    write = pipeline("probed-text-generation", model=model, tokenizer=tokenizer, probe=tools)
+    found = write(tokenizer.decode([USER, 40]), max_new_tokens=1, abstain_at=0)[0]["probes"]
+    assert found["a"]["label"] is None and found["a"]["score"] is None and 0 <= found["a"]["novelty"] <= 1
+    assert found["tools"]["novelty"] is None and found["tools"]["label"], "it has read nothing"
