@@ -31,9 +31,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text.
 
     It takes and returns what `TextGenerationPipeline` does. Its records have one more key, `"probes"`: by head name what
-    `verdict` returns. Heads that tell how unlike their training data a prompt is add `"novelty"`, `None` if they read nothing
-    of it. With `halt_on=` there is `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no
-    `tokenizer=` here.
+    `verdict` returns. Heads that tell novelty add `"novelty"`, `None` if they read nothing. With `halt_on=` there is
+    `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no `tokenizer=` here.
 
     Heads that read replies alone (`token_scope="response"`) give their score of the sequence as far as the LM has read it,
     or `None` if no token of it was read. The scores of other heads are the same for every sequence of a prompt. With
@@ -71,12 +70,20 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     def _forward(self, model_inputs, **generate_kwargs):
         if generate_kwargs.keys() & {"halt_on", "halt_reply"}:
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
-        # A copy of the pipeline for this call alone, so that two threads can share the pipeline.
-        twin: Any = copy.copy(self)
-        twin.model = listener = _Listener(self.model)
+        # Copies of pipeline and model for this call alone, so that two threads can share the pipeline.
+        model: Any = self.model
+        twin, listening, generated = copy.copy(self), copy.copy(model), []
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            generated.append(output := model.generate(*args, **kwargs))
+            for name in [name for name, value in getattr(output, "items", dict)() if value == ()]:
+                output[name] = None  # no token was written, and the pipeline looks at the first
+            return output
+
+        twin.model, listening.generate = listening, generate
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
         prompts, copies = outputs["generated_sequence"].shape[:2]
-        keys = _keys_of_records(listener.output, prompts * copies)
+        keys = _keys_of_records(generated[0], prompts * copies)
         outputs["probed"] = [tuple(keys[row : row + copies]) for row in range(0, len(keys), copies)]
         return outputs
 
@@ -142,23 +149,6 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
 
 def _text_of(row: Any) -> Any:
     return row["text"] if isinstance(row, Mapping) and "text" in row and "text_pair" not in row else row
-
-
-class _Listener:
-    """Stands in for the model during one call, and keeps the output of `generate`."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model: Any = model
-        self.output: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        self.output = self.model.generate(*args, **kwargs)
-        for name in [name for name, value in getattr(self.output, "items", dict)() if value == ()]:
-            self.output[name] = None  # no token was written, and the pipeline looks at the first
-        return self.output
 
 
 def _keys_of_records(output: Any, rows: int) -> list[dict[str, Any]]:
