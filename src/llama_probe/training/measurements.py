@@ -53,8 +53,7 @@ class Baseline:
             features = FunctionTransformer(lambda texts: np.log1p([[len(text)] for text in texts]))
         self.model = make_pipeline(features, LogisticRegression(C=20, max_iter=1000))
         self.model.fit([_plain_text(rows.train.texts[row]) for row in learned], rows.train.labels[learned])
-        flagged = config.flagged_labels
-        self.config = config.replace(temperature=1.0, threshold=None, thresholds=None, flagged=flagged)
+        self.config = config.replace(temperature=1.0, threshold=None, thresholds=None, flagged=config.flagged_labels)
         if rows.calibration is not None and config.thresholds:
             self.config = with_rates(self.config, self.logits(rows.calibration.texts), run.recipe.calibration.rates)
 

@@ -154,8 +154,9 @@ class ProbeTrainer(Trainer):
         self.model = model = HeadGroup(model) if isinstance(model, Mapping) else model
         self._is_group = isinstance(model, HeadGroup)
         if not isinstance(model, ProbeModel | HeadGroup):
-            kind = type(model).__name__
-            raise ProbeError(f"model must be a ProbeModel, not {kind}; backbone= takes a language model")
+            raise ProbeError(
+                f"model must be a ProbeModel, not {type(model).__name__}; backbone= takes a language model"
+            )
         self.progress = {name: Progress() for name in self.heads}
         by_kind = {name: args.by_kind(head.config) if self._is_group else {} for name, head in self.heads.items()}
         self._head_args = {name: values | dict((head_args or {}).get(name, {})) for name, values in by_kind.items()}
@@ -438,12 +439,10 @@ class ProbeTrainer(Trainer):
             return super().create_optimizer(model)
         groups = []
         for name, head in self.heads.items():
-            decayed, differing = self.get_decay_parameter_names(head), self._head_args[name]
-            rate = {"lr": differing.get("learning_rate", self.args.learning_rate)}
-            decay = differing.get("weight_decay", self.args.weight_decay)
-            for is_decayed in (True, False):
+            args, decayed = vars(self.args) | self._head_args[name], self.get_decay_parameter_names(head)
+            for is_decayed, decay in ((True, args["weight_decay"]), (False, 0.0)):
                 parameters = [p for key, p in head.named_parameters() if (key in decayed) == is_decayed]
-                groups.append({"params": parameters, "weight_decay": decay if is_decayed else 0.0, **rate})
+                groups.append({"params": parameters, "weight_decay": decay, "lr": args["learning_rate"]})
         optimizer, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = optimizer(groups, **kwargs)
         return self.optimizer
@@ -547,10 +546,10 @@ class ProbeTrainer(Trainer):
             rows = ~np.isnan(predictions).any(axis=-1)  # other rows are not for this head; see `HeadGroup`
             is_number = bool(rows.any() and np.isfinite(predictions[rows]).all())
             part = EvalPrediction(predictions=predictions[rows], label_ids=labels[rows])
-            values[name] = metrics_of(head.config)(part)[metric] if is_number else -math.inf
-        named = {self.metric_name(name, metric): value for name, value in values.items()}
-        named[metric] = max(-math.inf if value is None else value for value in values.values())
-        return named if further is None else named | further(evaluated)
+            value = metrics_of(head.config)(part)[metric] if is_number else -math.inf
+            values[self.metric_name(name, metric)] = value
+        values[metric] = max(-math.inf if value is None else value for value in values.values())
+        return values if further is None else values | further(evaluated)
 
     def hyperparameter_search(
         self, hp_space: Callable | None = None, compute_objective: Callable | None = None, n_trials: int = 20, **kwargs
