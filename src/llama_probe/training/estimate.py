@@ -22,7 +22,6 @@ from .arguments import ProbeTrainingArguments
 
 logger = logging.get_logger(__name__)
 
-
 _TRIAL_SECONDS, _TRIAL_TOKENS = 3.0, 512  # a trial pass ends after the first batch that exceeds the time
 # Of heads and files, as a share of the pass; measured with one head of 8 layers on the demo backbone.
 _OVERHEAD = 0.4
@@ -86,15 +85,13 @@ def free_bytes(folder: Path) -> int:
 def trial_speed(lm: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[int]) -> float:
     """Return the tokens a second of a backbone on some of the prompts, by a trial of a few seconds."""
     batches = length_batches(list(map(len, prompts)), _TRIAL_TOKENS)
-    middle = len(batches) // 2
-    tokens, start = 0, None
-    for number, rows in enumerate([batches[middle], *batches[middle:]]):
+    middle, tokens, ends = len(batches) // 2, [], []
+    for rows in [batches[middle], *batches[middle:]]:
         ids = pad_sequence([torch.tensor(prompts[row]) for row in rows], batch_first=True)
         collect_hidden_states(lm, layers, ids)[-1].cpu()  # waits for an accelerator
-        if number == 0:  # the first pass also makes what later ones find made
-            start = time.monotonic()
-            continue
-        tokens += ids.numel()
-        if time.monotonic() - start > _TRIAL_SECONDS:
+        tokens.append(ids.numel())
+        ends.append(time.monotonic())
+        if ends[-1] - ends[0] > _TRIAL_SECONDS:
             break
-    return tokens / max(time.monotonic() - start, 1e-6)
+    # The first pass does not count: it also makes what later ones find made.
+    return sum(tokens[1:]) / max(ends[-1] - ends[0], 1e-6)
