@@ -51,7 +51,6 @@ class ProbeTrainingArguments(TrainingArguments):
             and there is more than one epoch or a `cache_dir`.
         cache_dir: keep the states here for later runs. They can reveal the texts. Defaults to a folder that is deleted.
         novelty: fit how unlike the training data a prompt is, if the head can tell it and there are rows enough.
-        activation_checkpointing: has no effect. A frozen backbone keeps no activations.
 
     Raises:
         ProbeError: a number is not allowed.

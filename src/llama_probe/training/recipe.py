@@ -193,8 +193,7 @@ class Recipe:
             benchmark, _ = self._known
             facts = {"license": benchmark.license, "dataset": benchmark.hub_id, "dataset_name": benchmark.title}
             facts |= {"data_note": benchmark.note, "language": "en"}
-            facts |= {name: value for name, value in vars(self.card).items() if value}
-            self.card = CardFacts(**facts)
+            self.card = CardFacts(**facts | {name: value for name, value in vars(self.card).items() if value})
 
     @property
     def _known(self) -> tuple[Benchmark, str | None] | None:

@@ -142,8 +142,7 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
 
 def _calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor]) -> dict[str, ProbeModel]:
     """Return the twins with temperature and thresholds, fitted on rows that they may know."""
-    twins = {}
-    judged = run.rows.judged
+    twins, judged = {}, run.rows.judged
     for name, twin in run.rows.twins.items():
         probe = run.heads[f"twin-{name}"]
         known = np.setdiff1d(np.arange(len(judged)), twin.unjudged)

@@ -614,9 +614,8 @@ class ProbeTrainer(Trainer):
             raise ProbeError("push each of several heads by itself: trainer.heads[name].push_to_hub(repo_id)")
         folder = self._save_heads(None)  # before the Hub can refuse
         repo_id = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
-        kwargs = {name: value for name, value in kwargs.items() if name not in _CARD_FACTS}
+        kwargs = {"private": self.args.hub_private_repo} | {k: v for k, v in kwargs.items() if k not in _CARD_FACTS}
         kwargs |= {"revision": kwargs.get("revision") or self.args.hub_revision, "token": token or self.args.hub_token}
-        kwargs.setdefault("private", self.args.hub_private_repo)
         return push_folder(folder, repo_id, commit_message=commit_message, **kwargs)
 
     def create_model_card(self, *args, **kwargs) -> None:
