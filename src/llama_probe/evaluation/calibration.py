@@ -143,8 +143,7 @@ def check_threshold_rule(config: ProbeConfig, max_false_positive_rate: float | N
     """Raise `ProbeError` if the rule or the rate is not allowed, or the head has no threshold."""
     if threshold_rule not in _THRESHOLD_RULES:
         raise ProbeError(f"threshold_rule={threshold_rule!r} must be one of: {', '.join(_THRESHOLD_RULES)}")
-    rate = max_false_positive_rate
-    if rate is None:
+    if (rate := max_false_positive_rate) is None:
         return
     if config.problem_type != "multi_label_classification":
         config.need_flagged_index(f"max_false_positive_rate={rate!r}")

@@ -45,8 +45,7 @@ def new_figure(size: tuple[float, float] = (6.4, 3.6)) -> Figure:
 
 def explain(figure: Figure, text: str, title: str | None = None) -> Figure:
     """Put a text for first-time readers under a figure, and a title over its first axes. Return the figure."""
-    lines = textwrap.fill(text, int(14 * figure.get_figwidth()))
-    figure.supxlabel(lines, color="0.3", **_NAMES)
+    figure.supxlabel(textwrap.fill(text, int(14 * figure.get_figwidth())), color="0.3", **_NAMES)
     if title is not None:
         figure.axes[0].set_title(title, fontsize=9, parse_math=False)
     return figure
