@@ -18,8 +18,6 @@ from llama_probe.serving.pipeline import TASK, ProbedTextGenerationPipeline
 TEXTS = ["Hi", "A much longer text than that one", "Something between", "x"]
 CHATS = [[{"role": "user", "content": text}] for text in TEXTS]
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
-
-
 FORMAT = PromptFormat(make_tokenizer()).config_fields()
 
 

@@ -205,12 +205,8 @@ def test_a_trainer_that_is_freed_leaves_the_states_of_the_next(tmp_path, monkeyp
 
 def test_model_init_and_a_search(tmp_path):
     lm, made = make_lm(vocab_size=260), []
-
-    def model_init(trial):
-        made.append(head(lm, probe_type="gate"))
-        return made[-1]
-
-    trainer = mood(tmp_path, model_init=model_init, num_train_epochs=1)
+    own = {"model_init": lambda trial: made.append(head(lm, probe_type="gate")) or made[-1]}
+    trainer = mood(tmp_path, num_train_epochs=1, **own)
     best = trainer.hyperparameter_search(n_trials=2)
     assert len(made) >= 3 and 0 <= best.objective <= 1 and "learning_rate" in best.hyperparameters
     trainer.args.per_device_train_batch_size, trainer.args.focal_gamma = 2, 2.0  # as one sets what was found
