@@ -294,7 +294,7 @@ class ProbeModel(nn.Module):
         """
         state, turns, counts = self.init_state(output_attentions=output_attentions), None, None
         if mask is not None and mask.dtype != torch.bool:
-            if judges_turns(self.config) and not self.training:
+            if judges_turns(self.config) and not self.training and int(mask.max()) > 1:
                 turns, counts = split_turns(mask.cpu(), partial(torch.Tensor.to, device=self.device)), mask.amax(dim=1)
             mask = mask.bool()
         self.step(state, self.layer_indices, x, mask, turns=turns)
