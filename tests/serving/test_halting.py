@@ -117,8 +117,7 @@ def test_fields_that_the_output_was_asked_to_hold(model, prompts, rows):
         ({"halt_on": True}, "halt_on=True"),
         ({"halt_on": {"mood": {"above": 0.5}}}, "'above'"),
         ({"halt_on": "mood", "probes": []}, "no head is active"),
-        ({"halt_on": "mood", "halt_reply": ["No."]}, "halt_reply must be the token ids of one reply"),
-        ({"halt_on": "mood", "halt_reply": torch.eye(3)}, "halt_reply must be the token ids of one reply"),
+        *(({"halt_on": "mood", "halt_reply": reply}, "token ids of one") for reply in (["No."], torch.eye(3), [1.7])),
     ],
 )
 def test_refusals_before_any_work(model, passes, prompts, call, words):
@@ -130,13 +129,12 @@ def test_refusals_before_any_work(model, passes, prompts, call, words):
 
 class TestReplies:
     def test_token_ids(self, model, prompts):
-        out = model.generate(
-            prompts, max_new_tokens=4, halt_on=flag(0, 2), halt_reply=torch.tensor([[5, 6, 7, 8, 9, 10]])
-        )
+        reply = [5, 6, 7, 8, 9, 10]
+        out = model.generate(prompts, max_new_tokens=4, halt_on=flag(0, 2), halt_reply=torch.tensor([reply]))
         free = model.generate(prompts, max_new_tokens=4)
-        assert out.sequences[0].tolist() == [*prompts[0].tolist(), 5, 6, 7, 8, 9, 10]
+        assert out.sequences[0].tolist() == [*prompts[0].tolist(), *reply]
         assert out.sequences[1].tolist() == [*free.sequences[1].tolist(), PAD, PAD], "padded to the longest"
-        assert out.sequences[2, 9:].tolist() == [5, 6, 7, 8, 9, 10]
+        assert out.sequences[2, 9:].tolist() == reply
 
     def test_a_text(self):
         model = probed({"mood": make_probe()}, vocab_size=260)

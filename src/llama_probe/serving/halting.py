@@ -62,10 +62,12 @@ def reply_tokens(reply: HaltReply | None, tokenizer: PreTrainedTokenizerBase | N
             raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")
         reply = tokenizer(reply, add_special_tokens=False)["input_ids"]
     try:
-        (ids,) = torch.atleast_2d(torch.as_tensor([] if reply is None else reply, dtype=torch.long))
-    except (TypeError, ValueError) as error:
+        (ids,) = torch.atleast_2d(torch.as_tensor([] if reply is None else reply))
+        if ids.is_floating_point() and not torch.equal(ids, ids.long()):
+            raise ValueError("a fraction is no token id")
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ProbeError("halt_reply must be the token ids of one reply, a text or a Reprompt") from error
-    return ids
+    return ids.long()
 
 
 @dataclass(frozen=True)
