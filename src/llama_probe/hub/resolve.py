@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ProbeError
 from .folder import CONFIG_NAME, PROBES_FOLDER, head_name, list_heads, read_config_values
-from .transport import HubOptions, HubReference, check_subfolder, download_head
+from .transport import HubOptions, HubReference, NoHeadError, check_subfolder, download_head
 
 
 # Holds a folder for each head of the demo backbone, and one for each other backbone. A checkout has it beside src.
@@ -112,7 +112,7 @@ def resolve_head(
         return bundled
     reference = HubReference.parse(str(source))
     if reference is None:
-        raise ProbeError(
+        raise NoHeadError(
             f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder); "
             f"bundled heads: {', '.join(_bundled_names())}"
         )
@@ -168,7 +168,7 @@ def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os
         return source
     check_subfolder(subfolder := subfolder.rstrip("/"))
     if os.path.isdir(source):
-        return Path(source) / subfolder
+        return Path(source).absolute() / subfolder  # a relative path that is missing would be a Hub id
     reference = HubReference.parse(str(source))
     if reference is None or reference.subfolder not in (None, subfolder):
         raise ProbeError(f"subfolder={subfolder!r} needs a folder or a Hub id without one, not {str(source)!r}")
