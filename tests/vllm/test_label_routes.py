@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from played_server import TOKENIZER, play, save_heads
@@ -26,6 +27,11 @@ LOGITS = {"guard": [0.9, 0.0], "raw": [2.0, 0.0], "mood": [0.0, 2.0, 1.0], "topi
 
 def encode(*texts, kind: str = "chat") -> list[list[int]]:
     return PromptFormat(TOKENIZER, kind).encode(list(texts))
+
+
+def counters(head: str) -> np.ndarray:
+    names = (f"llama_probe_{n}_total" for n in ("scored", "flagged", "halted", "reply_tokens", "flagged_replies"))
+    return np.array([REGISTRY.get_sample_value(name, {"probe": head}) or 0 for name in names])
 
 
 @pytest.fixture
@@ -75,15 +81,10 @@ class TestModerations:
 
     def test_flagged_text_is_not_counted_as_a_halted_prompt(self, serve):
         post, _ = serve(["guard"], halt_on={"guard": {}}, guard=[0.0, 9.0])
-
-        def counted() -> list[float]:
-            names = (f"llama_probe_{name}_total" for name in ("scored", "flagged", "halted"))
-            return [REGISTRY.get_sample_value(name, {"probe": "guard"}) or 0 for name in names]
-
-        before = counted()
+        before = counters("guard")
         assert post(MODERATIONS, input=["a", "b"]).json()["results"][1]["flagged"]
         assert post("/v1/completions").json()["choices"][0]["finish_reason"] == "content_filter"
-        assert [count - earlier for count, earlier in zip(counted(), before, strict=True)] == [3, 3, 1]
+        assert (counters("guard") - before).tolist() == [3, 3, 1, 0, 0]
 
     def test_content_parts_are_one_text(self, serve):
         post, engine = serve(["guard"])
@@ -224,8 +225,9 @@ class TestGuardrail:
         post, engine = serve(["guard", "watch"], guard=[9.0, -9.0], watch=[1.0 - is_flagged, 0.5])
         chat = [{"role": "user", "content": "Is it? " * 10}]
         body = {"input_type": "response", "structured_messages": chat, "texts": ["Yes.", "No, and again no. " * 9]}
-        blocked = {"action": "BLOCKED", "blocked_reason": "watch/bad"}
+        blocked, before = {"action": "BLOCKED", "blocked_reason": "watch/bad"}, counters("watch")
         assert post(GUARDRAIL, **body).json() == (blocked if is_flagged else {"action": "NONE"})
+        assert (counters("watch") - before).tolist() == [0, 0, 0, 2, 2 * is_flagged]
         replies = [[*chat, {"role": "assistant", "content": text}] for text in body["texts"]]
         encoded, masks = PromptFormat(TOKENIZER, max_length=120).encode_replies(replies)
         starts = [asked["reply_start"] for asked in engine.asked]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from prometheus_client import Counter
 
 from ..files import JSON
+from .label_routes import LabelRequest
 from .payloads import prompt_halt
 
 
@@ -26,14 +27,16 @@ def announce(heads: Iterable[str]) -> None:
             counter.labels(name)
 
 
-def count(known: JSON, has_reply: bool) -> None:
-    """Count one prompt, by what the engine says of it; see `answer`. One of a route of labels has no reply to lose."""
+def count(known: JSON, labels: LabelRequest | None) -> None:
+    """Count what the engine says of one input; see `answer`. One of a route of labels has no reply to lose, and may be a reply."""
+    is_reply = labels is not None and labels.have_replies
+    scored, flagged = (_TOKENS, _FLAGGED_REPLIES) if is_reply else (_SCORED, _FLAGGED)
     for name, probe in known["probes"].items():
         if "error" not in probe:
-            _SCORED.labels(name).inc()
+            scored.labels(name).inc()
         if probe.get("flagged"):
-            _FLAGGED.labels(name).inc()
-    if has_reply and (halted := prompt_halt(known)):
+            flagged.labels(name).inc()
+    if labels is None and (halted := prompt_halt(known)):
         _HALTED.labels(halted["head"]).inc()
 
 

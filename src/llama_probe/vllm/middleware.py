@@ -211,7 +211,7 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
             known = output.kv_transfer_params
             if known and "probes" in known:
                 if scores.prompts[place] is None:
-                    count(known, has_reply=scores.labels is None)
+                    count(known, scores.labels)
                 scores.prompts[place] = known
                 if prompt_halt(known):  # those of a prompt with one token more would tell how it goes on
                     output.prompt_logprobs = output.prompt_logprobs and [None] * len(output.prompt_logprobs)
