@@ -82,6 +82,7 @@ class TestEngine:
             {"halt_on": {"guard": {"unsure": (0.4, 0.6), "ask": print}}},
             {"monitor": "nobody"},
             {"monitor": "guard", "halt_on": "guard"},
+            {"hf_overrides": lambda config: config},
             {"hold_back": -1},
             {"hold_back": 1, "halt_on": "guard"},
             {"probe": {"odd": make_probe(hidden_size=HIDDEN)}},

@@ -68,6 +68,8 @@ def engine_kwargs(
     check_arguments(kwargs)
     if callable(halt_on) or callable(monitor):
         raise ProbeError(NO_FUNCTIONS)
+    if callable(kwargs.get("hf_overrides")):
+        raise ProbeError("hf_overrides is a function; the model class with heads goes into it, so it must be a dict")
     if not isinstance(hold_back, int) or hold_back < 0:
         raise ProbeError(f"hold_back={hold_back!r} must be a number of tokens from 0")
     transfer = transfer_config(kwargs.pop("kv_transfer_config", None))
