@@ -291,7 +291,9 @@ class TestAsking:
 
     @pytest.fixture(scope="class")
     def served(self):
-        prompts = PromptFormat(make_tokenizer())
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template += "{{ '<think>\n\n</think>\n\n' if add_generation_prompt }}"
+        prompts = PromptFormat(tokenizer)
         head = make_probe(probe_type="gate", token_scope="user", **prompts.config_fields())
         model = probed({"guard": head}, vocab_size=260)
         inputs = prompts.batch(self.TEXTS)

@@ -18,7 +18,6 @@ from transformers.utils import ModelOutput
 
 from ..backbone.decoder import find_decoder
 from ..backbone.kv_cache import cached_tokens
-from ..data.turn_markers import marker_mask
 from ..errors import ProbeError
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
@@ -26,6 +25,7 @@ from .halting import Halter, HaltReply, HaltSpec, HoldBackStreamer, Reprompt, To
 from .host import CausalLM
 from .outputs import Halt, ProbeCache, TokenScores, asks_for_state, refuse_without_heads, with_results
 from .reader import PromptReader, ReplyReader
+from .texts import texts_read
 
 
 PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
@@ -303,11 +303,8 @@ class ProbedSession(PlainSession):
 
     def _prompt_texts(self, head: str, rows: list[int]) -> list[str]:
         """Return the text that a head reads in some prompts."""
-        config, ids, mask = self.heads[head].config, self.prompt.input_ids[rows], self.prompt.masks[head][rows].bool()
-        if config.turn_markers is not None:
-            mask = mask & ~marker_mask(config.turn_markers, ids)
-        counted = [row[kept].tolist() for row, kept in zip(ids, mask, strict=True)]
-        return [text.strip() for text in self.tokenizer.batch_decode(counted, skip_special_tokens=True)]
+        mask = self.prompt.masks[head][rows].bool()
+        return texts_read(self.heads[head].config, self.prompt.input_ids[rows], mask, self.tokenizer)
 
     def _put_reply(self) -> None:
         for token in self._reply().cpu():

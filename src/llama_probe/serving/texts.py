@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..backbone.decoder import find_decoder
 from ..backbone.kv_cache import repeat_cache
 from ..backbone.passes import Pass, plan_passes
 from ..data.prompts import PromptFormat, Text, pad_prompts
+from ..data.turn_markers import marker_mask
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
@@ -22,6 +24,8 @@ from .reader import prompt_masks
 
 
 _TEXTS = 1024  # at once, since all are padded to the longest
+# Ends a prompt whose reply is to come without thoughts. It is no turn's marker: only some prompts of a template have it.
+_NO_THOUGHTS = re.compile(r"(<think>\s*)?</think>\s*$")
 
 
 def as_texts(inputs: Any) -> list[Text] | None:
@@ -101,3 +105,14 @@ def _joined(parts: list[ProbeOutput], order: torch.Tensor, config: ProbeConfig) 
     if means := [part.means for part in parts if part.means is not None]:
         output.means = MeanStates.joined(means, order)
     return output
+
+
+def texts_read(
+    config: ProbeConfig, input_ids: torch.Tensor, mask: torch.Tensor, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Return the texts of the tokens that count, `[batch, tokens]` on the CPU, without what the template has written."""
+    if config.turn_markers is not None:
+        mask = mask & ~marker_mask(config.turn_markers, input_ids)
+    counted = [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
+    texts = tokenizer.batch_decode(counted, skip_special_tokens=True)
+    return [_NO_THOUGHTS.sub("", text).strip() for text in texts]

@@ -18,10 +18,10 @@ from vllm import RequestOutput, SamplingParams
 from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind
 
-from ..data.turn_markers import marker_mask
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.scope import token_mask
+from ..serving.texts import texts_read
 from .counters import JUDGED
 from .halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
 from .payloads import HALTED, Answers, prompt_halt
@@ -158,12 +158,9 @@ class Judge:
         return answers
 
     def _text(self, head: str, ids: list[int]) -> str:
-        """Return the text that a head reads in a prompt, without the markers of its turns."""
+        """Return the text that a head reads in a prompt."""
         config, prompt = self.settings.configs[head], torch.tensor([ids])
-        mask = token_mask(config, prompt, torch.ones_like(prompt))
-        if config.turn_markers is not None:
-            mask &= ~marker_mask(config.turn_markers, prompt)
-        return self.tokenizer.decode(prompt[mask].tolist(), skip_special_tokens=True).strip()
+        return texts_read(config, prompt, token_mask(config, prompt, None), self.tokenizer)[0]
 
     def _judged(self, known: JSON, answers: Mapping[str, str]) -> JSON:
         """Return what the engine says of a prompt, with the decisions of the judge."""
