@@ -127,6 +127,7 @@ def check(player: Player, name: str, most: int = 5, **rule) -> None:
     scored = count if halt is None else halt + (halt not in script.unscored)
     assert said["tokens"] == scored
     assert not halted or (halted["score"] is None) == (halt in (*script.no_number, *script.unscored))
+    assert said["flagged"] == ["bad"] * (halt is not None and halt not in script.unscored)
     if scored and halt not in script.no_number:
         largest = float(any(token in script.flags for token in range(scored)))
         assert said["largest"]["bad"]["score"] == pytest.approx(largest, abs=1e-3)

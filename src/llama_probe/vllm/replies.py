@@ -234,10 +234,9 @@ class Replies:
         if reply.last is not None:
             values, probs = reading(reply.last[columns], config)
             summary |= values
-            if probs is None:
-                return summary
-            largest = [{"score": score, "token": token} for score, token in reply.largest[columns]]
-            summary["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
+            if probs is not None:
+                largest = [{"score": score, "token": token} for score, token in reply.largest[columns]]
+                summary["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
         if any(rule.head == name for rule in self.rules):
             summary |= {"flagged": list(flagged), "token": min(flagged.values(), default=None)}
         if reply.token_logits is not None:
