@@ -290,29 +290,23 @@ class Halter:
             For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
         """
         probs_by_head = self._probabilities(scores.outputs)
+        # Tokens that do not count change nothing.
         rows = [row for row, is_counted in enumerate(scores.counted.tolist()) if is_counted]
-        flagged, halts = [False] * len(self.halts), list(self.halts)
-
-        def flag(row: int, halt: Halt, ends: bool) -> None:
-            flagged[row] = True
-            if ends and halts[row] is None:
-                halts[row] = replace(halt, token=scores.step)
-
+        flags: list[tuple[int, Halt | None, bool]] = []  # row, reason, and if it ends the reply
         if self.on_token is not None and (decisions := self.on_token(scores)) is not None:
-            decided = _decisions("on_probe_token", decisions, len(halts))
-            for row in rows:
-                if (halt := decided[row]) is not None:
-                    flag(row, halt, ends=True)
+            decided = _decisions("on_probe_token", decisions, len(self.halts))
+            flags += [(row, decided[row], True) for row in rows]
         for rule, streaks in zip(self.rules, self._streaks, strict=True):
             if rule.config.reads_reply:
                 probs = probs_by_head[rule.head]
-                flags = rule.halts(probs)
-                for row in rows:  # tokens that do not count change nothing
-                    reason, ends = streaks[row].add(probs[row], flags[row])
-                    if reason is not None:
-                        flag(row, reason, ends)
-        self.halts = halts
-        return flagged
+                halts = rule.halts(probs)
+                flags += [(row, *streaks[row].add(probs[row], halts[row])) for row in rows]
+        self.halts = list(self.halts)
+        for row, halt, ends in flags:
+            if ends and halt is not None and self.halts[row] is None:
+                self.halts[row] = replace(halt, token=scores.step)
+        flagged = {row for row, halt, _ in flags if halt is not None}
+        return [row in flagged for row in range(len(self.halts))]
 
 
 def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
