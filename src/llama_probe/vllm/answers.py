@@ -42,14 +42,12 @@ def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> JS
     halt, unsure = None, []
     for rule in settings.rules:
         if rule.head in rows and rule.config.token_scope != "response":
-            read = probs.get(rule.head)
-            score = math.nan if read is None else float(read[0, rule.index])
+            read = probs.get(rule.head, torch.full((1, rule.config.num_labels), math.nan))
+            score, (flag,) = float(read[0, rule.index]), rule.halts(read)
             if rule.is_unsure(score):
                 unsure.append(rule.reason(score))
-            elif read is None:
-                halt = halt or rule.reason(math.nan)
-            elif rule.patience == 1:  # else its flag is the first of a reply's
-                halt = halt or rule.halts(read)[0]
+            elif rule.ends(flag):  # else it is the first of a reply's
+                halt = halt or flag
     shown = [asdict(each) for each in ([halt] if halt else unsure)]
     if settings.hide_scores:
         shown = [only(each, "head", "label") for each in shown]

@@ -145,16 +145,14 @@ class Judge:
 
     async def _decide(self, unsure: list[JSON], ids: list[int], asked: Answers) -> dict[str, str]:
         """Return by head "halted", "passed" or "failed", for a prompt of these token ids."""
-        texts = {halt["head"]: self._text(halt["head"], ids) for halt in unsure}
+        words, answers = {True: "halted", False: "passed", None: "failed"}, dict[str, str]()
         # One after the other: a task of its own would be cut off while it closes the connection of a client that is gone.
-        for text in texts.values():
-            if text not in asked:
+        for head in dict.fromkeys(halt["head"] for halt in unsure):
+            if (text := self._text(head, ids)) not in asked:
                 asked[text] = asyncio.get_running_loop().create_future()
                 asked[text].set_result(await self.ask(text))
-        words = {True: "halted", False: "passed", None: "failed"}
-        answers = {head: words[await asked[text]] for head, text in texts.items()}
-        for head, answer in answers.items():
-            JUDGED.labels(head, answer).inc()
+            answers[head] = words[await asked[text]]
+            JUDGED.labels(head, answers[head]).inc()
         return answers
 
     def _text(self, head: str, ids: list[int]) -> str:
