@@ -34,8 +34,6 @@ ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 # Held while the heads of any model are replaced. A lock in the model could not be copied or pickled.
 _CHANGING = threading.RLock()
 
-_HUB_KEYS = ("token", "private", "revision")
-
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
 
@@ -340,7 +338,7 @@ def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]
 def _push_heads(repo_id: str, heads: Mapping[str, ProbeModel], kwargs: Mapping[str, Any]) -> None:
     if heads and kwargs.get("create_pr"):
         raise ProbeError("create_pr=True needs save_probes=False: each head is a commit of its own")
-    options = {key: kwargs[key] for key in _HUB_KEYS if key in kwargs}
+    options = {key: kwargs[key] for key in ("token", "private", "revision") if key in kwargs}
     for name, head in heads.items():
         head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **options)
 

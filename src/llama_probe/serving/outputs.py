@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import weakref
 from collections.abc import Mapping
@@ -80,6 +79,10 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
     probe_state: ProbeCache | None
     texts: list[str] | None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, values, *rest = super().__reduce__()  # pickle would look for the class in a module
+        return _create, (type(self).__bases__[-1], values), *rest
+
     def remember(self, heads: Mapping[str, ProbeModel]) -> None:
         """Store the config of each head, and its `Novelty` if it has one, if the output has none."""
         if "_probe_configs" not in self.__dict__:
@@ -139,14 +142,7 @@ def probed_output_class(base: type[ModelOutput]) -> type[Any]:
     """Return the class of `base` outputs with the fields of `ProbedOutputMixin`."""
     fields = [(name, kind, None) for name, kind in ProbedOutputMixin.__annotations__.items()]
     namespace = {"__module__": __name__, "__doc__": f"{base.__name__} with results of heads."}
-    made = make_dataclass(f"Probed{base.__name__}", fields, bases=(ProbedOutputMixin, base), namespace=namespace)
-    copyreg.pickle(made, _reduce)  # which would look for the class in a module
-    return made
-
-
-def _reduce(output: ModelOutput) -> tuple[Any, ...]:
-    _, values, *rest = output.__reduce__()
-    return _create, (type(output).__bases__[-1], values), *rest
+    return make_dataclass(f"Probed{base.__name__}", fields, bases=(ProbedOutputMixin, base), namespace=namespace)
 
 
 def _create(base: type[ModelOutput], values: tuple[Any, ...]) -> ModelOutput:
