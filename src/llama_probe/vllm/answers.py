@@ -35,8 +35,7 @@ def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> JS
             if rules := [rule for rule in settings.flags if rule.head == name]:
                 flagged = (halt for rule in rules for halt in rule.halts(read))
                 probes[name]["flagged"] = [halt.label for halt in flagged if halt is not None]
-        if settings.hide_scores:
-            probes[name] = only(probes[name], "label", "flagged", "error")
+        probes[name] = shown(probes[name], settings, "label", "flagged", "error")
     if settings.halt_on is None:
         return {"probes": probes}
     halt, unsure = None, []
@@ -48,11 +47,9 @@ def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> JS
                 unsure.append(rule.reason(score))
             elif rule.ends(flag):  # else it is the first of a reply's
                 halt = halt or flag
-    shown = [asdict(each) for each in ([halt] if halt else unsure)]
-    if settings.hide_scores:
-        shown = [only(each, "head", "label") for each in shown]
-    known = {"probes": probes, "halted": shown[0] if halt else None}
-    return known if halt or not unsure else {**known, "unsure": shown}
+    halts = [shown(asdict(each), settings, "head", "label") for each in ([halt] if halt else unsure)]
+    known = {"probes": probes, "halted": halts[0] if halt else None}
+    return known if halt or not unsure else {**known, "unsure": halts}
 
 
 def reading(logits: list[float] | str, config: ProbeConfig) -> tuple[JSON, torch.Tensor | None]:
@@ -64,6 +61,6 @@ def reading(logits: list[float] | str, config: ProbeConfig) -> tuple[JSON, torch
     return {"logits": logits, **verdict(output.labels[0], probs[0].tolist(), config)}, probs
 
 
-def only(values: JSON, *names: str) -> JSON:
-    """Return the entries of these names, where there are any."""
-    return {name: values[name] for name in names if name in values}
+def shown(values: JSON, settings: ProbeSettings, *names: str) -> JSON:
+    """Return what clients see of values: all, or with `hide_scores` the entries of these names, where there are any."""
+    return {name: values[name] for name in names if name in values} if settings.hide_scores else values

@@ -16,7 +16,7 @@ from ..files import JSON
 from ..heads.decision import probabilities
 from ..serving.halting import HaltRule, Streak
 from ..serving.outputs import Halt
-from .answers import only, reading
+from .answers import reading, shown
 from .cache_plan import side_by_side
 from .settings import ProbeSettings
 from .step_scores import StepScores
@@ -216,12 +216,8 @@ class Replies:
         for name, columns in self._columns.items():
             if name in reply.heads:
                 summary = self._of_head(reply, name, columns)
-                probes[name] = (
-                    only(summary, "tokens", "label", "flagged", "token") if self.settings.hide_scores else summary
-                )
-        halted = reply.halt and asdict(reply.halt)
-        if halted and self.settings.hide_scores:
-            halted = only(halted, "head", "label", "token")
+                probes[name] = shown(summary, self.settings, "tokens", "label", "flagged", "token")
+        halted = reply.halt and shown(asdict(reply.halt), self.settings, "head", "label", "token")
         return {"probes": probes, "halted": halted}
 
     def _of_head(self, reply: Reply, name: str, columns: slice) -> JSON:
