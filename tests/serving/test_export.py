@@ -121,10 +121,6 @@ def test_what_is_refused(export, backbone_folder, tmp_path, monkeypatch):
 
 class TestHub:
     @pytest.fixture
-    def token(self, hub):
-        return hub.add_user("alice")
-
-    @pytest.fixture
     def repository(self, export, tmp_path):
         return export(tmp_path / "tiny-chat", repo_id=REPO, license="mit")
 
@@ -163,8 +159,7 @@ class TestHub:
             push_repository(repository, REPO, token=token)
         assert not hub.requests
 
-    def test_the_command(self, hub, token, backbone_folder, tmp_path, monkeypatch):
-        monkeypatch.setenv("HF_TOKEN", token)
+    def test_the_command(self, hub, token, backbone_folder, tmp_path):
         head = save_head(toxic(), tmp_path / "toxic")
         options = ("--backbone", backbone_folder, "--probe", head, "--license", "mit", "--push", REPO, "--json")
         found, commit = succeed("export", tmp_path / "out", *options), hub.head(REPO)
