@@ -34,15 +34,14 @@ def as_texts(inputs: Any) -> list[Text] | None:
         inputs = inputs.tolist()
     if isinstance(inputs, str):
         return [inputs]
-    if isinstance(inputs, Sequence):  # such as a column of `datasets`
-        inputs = list(inputs)
-    if not isinstance(inputs, list) or not inputs:
+    if not isinstance(inputs, Sequence) or not inputs:
         return None
+    inputs = list(inputs)  # it may be a column of `datasets`
     first = inputs[0]
     if isinstance(first, Mapping):
-        return [list(inputs)]
+        return [inputs]
     is_chat = isinstance(first, (list, tuple)) and first and isinstance(first[0], Mapping)
-    return list(inputs) if isinstance(first, str) or is_chat else None
+    return inputs if isinstance(first, str) or is_chat else None
 
 
 def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
