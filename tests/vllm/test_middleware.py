@@ -91,9 +91,8 @@ def test_halted_prompt_tells_no_probabilities_of_its_tokens(serve):
         (choice,) = client.post("/v1/completions", json={"prompt": [5, 6]}).json()["choices"]
         assert choice["prompt_logprobs"] == [told] * 2
     asked = {"kv_transfer_params": {"probes": [], "reply": False}}
-    assert client.post("/v1/completions", json={"prompt": [5, 6], **asked}).status_code == 400, (
-        "no guard would read it"
-    )
+    status = client.post("/v1/completions", json={"prompt": [5, 6], **asked}).status_code
+    assert status == 400, "no guard would read it"
     with pytest.raises(HTTPException, match="reply"):  # of a route that takes sampling parameters as they are
         engine.generate([5, 6], SamplingParams(extra_args=asked), "1")
 

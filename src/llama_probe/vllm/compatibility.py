@@ -94,9 +94,8 @@ def transfer_config(beside: Mapping[str, Any] | KVTransferConfig | None) -> JSON
     if beside is None:
         return TRANSFER
     if not isinstance(beside, Mapping):  # vLLM's own object, of the server's options
-        beside = {
-            name: getattr(beside, name, None) for name in ("kv_connector", "kv_role", "kv_connector_extra_config")
-        }
+        names = "kv_connector", "kv_role", "kv_connector_extra_config"
+        beside = {name: getattr(beside, name, None) for name in names}
     connectors = {"connectors": [TRANSFER, dict(beside)]}
     return {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": connectors}
 

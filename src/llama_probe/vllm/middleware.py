@@ -164,10 +164,8 @@ async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
         return body
     if asked is None or (isinstance(asked, list) and all(name in list(settings.heads) for name in asked)):
         return body
-    known = ", ".join(settings.heads)
-    raise HTTPException(
-        400, f"kv_transfer_params.probes is {json.dumps(asked)[:200]}; it must be a list of heads, of {known}"
-    )
+    allowed = f"it must be a list of heads, of {', '.join(settings.heads)}"
+    raise HTTPException(400, f"kv_transfer_params.probes is {json.dumps(asked)[:200]}; {allowed}")
 
 
 def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
@@ -198,11 +196,9 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
             params = copy.copy(params)
             params.extra_args = {"kv_transfer_params": labels.asked[place]}
         if judge is None or (labels is not None and not labels.is_judged):
-            outputs = generate(prompt, params, request_id, *args, **kwargs)
-        else:
-            outputs = generate(prompt, judge.in_parts(params), request_id, *args, **kwargs)
-            outputs = judge.watch(outputs, sampling_params, scores.answers)
-        return noting(outputs, scores, place)
+            return noting(generate(prompt, params, request_id, *args, **kwargs), scores, place)
+        outputs = generate(prompt, judge.in_parts(params), request_id, *args, **kwargs)
+        return noting(judge.watch(outputs, sampling_params, scores.answers), scores, place)
 
     async def noting(
         outputs: AsyncIterator[RequestOutput], scores: Scores, place: int

@@ -26,10 +26,8 @@ class _Probed:
         """As vLLM's. The scores of the step come first, so that they go out with the very first token."""
         from_workers = model_runner_output.kv_connector_output
         metadata = from_workers and from_workers.kv_connector_worker_meta
-        # Of a MultiConnector it is by connector.
-        scores = next(
-            (each for each in getattr(metadata, "metadata", [metadata]) if isinstance(each, StepScores)), None
-        )
+        parts = getattr(metadata, "metadata", [metadata])  # of a MultiConnector, by connector
+        scores = next((part for part in parts if isinstance(part, StepScores)), None)
         for request_id, rows in (scores.read_prompts() if scores else {}).items():
             if request_id in self.requests:  # not aborted meanwhile
                 self.probes.take_in(request_id, rows)
