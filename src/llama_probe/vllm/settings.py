@@ -17,9 +17,7 @@ from .compatibility import KEY, check_config
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-NO_FUNCTIONS = (
-    "halt_on takes no functions here, because the engine decides in another process: name heads and thresholds"
-)
+NO_FUNCTIONS = "halt_on takes no functions here, where another process decides: name heads and thresholds"
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,7 @@ class ProbeSettings:
         """Return the settings that `engine_kwargs` has put into an engine's config."""
         additional = vllm_config.additional_config
         if not isinstance(additional, dict) or KEY not in additional:
-            raise ProbeError(
-                "this engine has no heads: make its arguments with llama_probe.vllm.engine_kwargs(model, probe=...), or serve "
-                "with python -m llama_probe.vllm MODEL --probe HEAD"
-            )
+            raise ProbeError("this engine has no heads: make its arguments with engine_kwargs(model, probe=...)")
         return cls(**additional[KEY])
 
     @cached_property
@@ -116,9 +111,7 @@ class ProbeSettings:
             raise ProbeError(NO_FUNCTIONS)
         for rule in self.rules:
             if rule.unsure is not None and (rule.config.token_scope == "response" or rule.patience > 1):
-                raise ProbeError(
-                    f"unsure: {rule.head!r} reads replies alone or has patience; a judge decides on prompts"
-                )
+                raise ProbeError(f"unsure: {rule.head!r} reads replies alone or has patience; judges are for prompts")
         if self.hold_back and not self.guards_replies:
             raise ProbeError(f"hold_back={self.hold_back} needs a head in halt_on that follows replies")
         if speculates and (names := ", ".join(self.reply_heads)):
