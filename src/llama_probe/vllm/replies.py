@@ -222,18 +222,15 @@ class Replies:
 
     def _of_head(self, reply: Reply, name: str, columns: slice) -> JSON:
         config, summary = self.configs[name], {"tokens": reply.scored}
-        flagged = {
-            config.id2label[rule.index]: reply.flagged[number]
-            for number, rule in enumerate(self.rules)
-            if rule.head == name and number in reply.flagged
-        }
+        labels = {number: config.id2label[rule.index] for number, rule in enumerate(self.rules) if rule.head == name}
+        flagged = {label: reply.flagged[number] for number, label in labels.items() if number in reply.flagged}
         if reply.last is not None:
             values, probs = reading(reply.last[columns], config)
             summary |= values
             if probs is not None:
                 largest = [{"score": score, "token": token} for score, token in reply.largest[columns]]
                 summary["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
-        if any(rule.head == name for rule in self.rules):
+        if labels:
             summary |= {"flagged": list(flagged), "token": min(flagged.values(), default=None)}
         if reply.token_logits is not None:
             summary["token_logits"] = [row[columns] for row in reply.token_logits]
