@@ -150,10 +150,15 @@ class TestSavingTheBackbone:
         with pytest.raises(ProbeError, match="probes/a is not a head") if place != "." else nullcontext():
             AutoModelForCausalLM.from_pretrained(place)
 
-    def test_a_pull_request_with_heads_is_refused_before_anything_is_written(self, model, tmp_path):
+    def test_a_save_that_fails(self, model, tmp_path, monkeypatch):
+        """One that is refused writes nothing. Heads are there before the config that lists them."""
         with pytest.raises(ProbeError, match="create_pr"):
             model.save_pretrained(tmp_path / "new", push_to_hub=True, create_pr=True)
         assert not (tmp_path / "new").exists()
+        monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.save_pretrained(tmp_path / "new")
+        assert {path.name for path in (tmp_path / "new" / "probes").iterdir()} == {"a", "b"}
 
     def test_heads_know_the_backbone_under_its_new_name(self, lm, hub, token):
         lm.config._name_or_path = "org/tiny"

@@ -169,9 +169,9 @@ class ProbeHostMixin(CausalLM):
         heads = self._heads if save_probes else {}
         if kwargs.get("push_to_hub") and is_main_process:
             _push_heads(kwargs.get("repo_id", Path(save_directory).name), heads, kwargs)
-        self._without_probes(heads).save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
-        for name, head in heads.items() if is_main_process else ():
+        for name, head in heads.items() if is_main_process else ():  # before the config that lists them
             head.save_pretrained(Path(save_directory) / PROBES_FOLDER / name)
+        self._without_probes(heads).save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, *args, save_probes: bool = True, **kwargs):
         """Upload the backbone as the plain class does, and each head into `probes/NAME`, in a commit of its own.
