@@ -242,10 +242,14 @@ def test_what_a_state_holds(kind):
 
 
 class TestHalting:
-    def test_a_refused_prompt_goes_on_with_the_refusal(self, model, prompts):
-        out = model.generate(prompts[:1], probe_state=True, halt_on=lambda outputs: [True], halt_reply=[5, 6])
-        assert out.probe_halts[0]
-        assert_goes_on(model, out, cached=9)
+    @pytest.mark.parametrize("reply", [None, [5, 6, 7]])
+    @pytest.mark.parametrize("step, cached", [(None, 9), (2, 12)], ids=["before the reply", "midway"])
+    def test_what_is_put_in_place_of_a_reply_or_its_rest_was_never_run(self, prompts, step, cached, reply):
+        model = of_kinds("gate", "mha", "reply")
+        halting = {"halt_on": lambda outputs: [step is None], "on_probe_token": lambda scores: [scores.step == step]}
+        out = model.generate(prompts[:1], max_new_tokens=9, probe_state=True, halt_reply=reply, **halting)
+        assert out.probe_halts[0].token == step and (reply is None or out.sequences[0, cached:].tolist() == reply)
+        assert_goes_on(model, out, cached)
 
     @pytest.mark.parametrize(
         "halting, kept",
@@ -264,15 +268,6 @@ class TestHalting:
         ids = torch.cat([out.sequences, new], 1)
         mask = torch.cat([seen, torch.ones(3, ids.shape[1] - seen.shape[1], dtype=torch.long)], 1)
         follow(model, out, ids, attention_mask=mask)
-
-    @pytest.mark.parametrize("reply", [None, [5, 6, 7]])
-    def test_a_reply_that_was_halted_midway(self, prompts, reply):
-        """What is put in place of the rest was never run."""
-        model = of_kinds("pooling", "reply")
-        halting = {"on_probe_token": lambda scores: [scores.step == 2], "halt_reply": reply}
-        out = model.generate(prompts[:1], max_new_tokens=9, probe_state=True, **halting)
-        assert out.probe_halts[0].token == 2 and (reply is None or out.sequences[0, 12:].tolist() == reply)
-        assert_goes_on(model, out, cached=12)
 
 
 def test_tokens_that_generate_takes_back(model):
