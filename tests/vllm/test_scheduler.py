@@ -1,5 +1,6 @@
 """Guards of prompts and of replies in both schedulers, with workers that are played: what a client gets."""
 
+import json
 import math
 import random
 
@@ -201,11 +202,12 @@ class TestReplies:
 
     def test_monitor_halts_and_delays_nothing(self, start):
         player = start(does="monitor", patience=2)
-        first, *_, last = player.play(Script([1, 2]))
+        first, *_, last = player.play(Script([1, 2], no_number=[3]), asked={"token_scores": True})
         assert first.new_token_ids == [FIRST] and player.tokens("a") == [FIRST + i for i in range(5)]
         said = last.kv_transfer_params["replies"][0]["probes"]["watch"]
         assert "halted" not in last.kv_transfer_params
         assert (said["flagged"], said["token"], said["tokens"]) == (["bad"], 2, 4)
+        assert json.loads(json.dumps(said, allow_nan=False))["token_logits"] == [FINE, BAD, BAD, None]
 
     def test_hidden_scores_leave_labels_and_places(self, start):
         *_, last = start(hide=True).play(Script([1]), asked={"token_scores": True})

@@ -203,7 +203,7 @@ class Replies:
         Each is `{"probes": {head: ...}, "halted": fields of a `Halt`, or None}`. Of a head there are `tokens`, the number that
         it scored, and if there are any what `verdict` says after the last one, `logits`, `largest` (by label `score` and
         `token`), `flagged` with the labels that were, and `token`, at which the first of them was. `token_logits` has those
-        after each token, if the request asked for `token_scores`.
+        after each token, `None` if one is no number, if the request asked for `token_scores`.
         """
         reply = self.running.get(request_id)
         if reply is None:
@@ -233,7 +233,8 @@ class Replies:
         if labels:
             summary |= {"flagged": list(flagged), "token": min(flagged.values(), default=None)}
         if reply.token_logits is not None:
-            summary["token_logits"] = [row[columns] for row in reply.token_logits]
+            rows = (row[columns] for row in reply.token_logits)
+            summary["token_logits"] = [row if all(map(math.isfinite, row)) else None for row in rows]
         return summary
 
 
