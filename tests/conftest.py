@@ -65,14 +65,15 @@ def make_probe(seed: int = 0, **changes) -> ProbeModel:
     return probe.eval()
 
 
-def score_turns(head: ProbeModel, states, mask: torch.Tensor) -> torch.Tensor:
-    """Logits `[1, 2]` of states `[1, tokens, hidden_size]` each: of all tokens that count, or of the turn flagged most, if more."""
+def score_turns(head: ProbeModel, states, mask: torch.Tensor, field: str = "logits") -> torch.Tensor:
+    """Logits `[..., 1, 2]` of states `[1, tokens, hidden_size]` each: of all tokens that count, or of the turn flagged most, if more."""
     starts = [place for place, (old, new) in enumerate(pairwise([False, *mask[0].tolist()])) if new and not old]
     places, masks = torch.arange(mask.shape[1]), [mask]
     masks += [mask & (places >= first) & (places < end) for first, end in pairwise([*starts, mask.shape[1]])]
     with torch.no_grad():
-        logits = torch.cat([head(hidden_states=states, attention_mask=each).logits for each in masks])
-    return logits[(logits[:, 1] - logits[:, 0]).argmax()][None]
+        found = torch.stack([head(hidden_states=states, attention_mask=each)[field] for each in masks], dim=-2)
+    best = (found[..., 1] - found[..., 0]).argmax(dim=-1)
+    return found.take_along_dim(best[..., None, None], dim=-2).squeeze(-2)
 
 
 def with_novelty(probe: ProbeModel, seed: int = 0, rank: int = 6) -> ProbeModel:

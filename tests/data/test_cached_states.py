@@ -35,10 +35,6 @@ def make_head(lm, **changes) -> ProbeModel:
 HEAD = make_head(make_lm()).config
 
 
-def without_labels(batch):
-    return {name: tensor for name, tensor in batch.items() if name != "labels"}
-
-
 def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -59,27 +55,30 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
 
 
 def test_turns_are_judged_one_by_one(tmp_path, lm):
-    """Also by the group that the Trainer evaluates. Heads that learn read them together."""
-    probe = make_head(lm, token_scope="user", turn_markers=MARKERS, prefix_ids=[])
+    """By the Trainer's group as well. Each member learns from the turn that it finds strongest."""
+    changes = {"token_scope": "user", "turn_markers": MARKERS, "prefix_ids": [], "dropout": 0, "layer_dropout": 0}
+    probe = make_head(lm, probe_type="multimax", **changes)
     chats = [[USER, *ids[3:6], REPLY, 20, USER, *ids[6:]] for ids in PROMPTS[1:]]
     live = PromptDataset([*chats, [USER, 30, 31]], LABELS)
-    cached, expected = StateCache(tmp_path, torch.float32).dataset(lm, probe.config, live), []
+    cached, group, rows = (
+        StateCache(tmp_path, torch.float32).dataset(lm, probe.config, live),
+        HeadGroup({"a": probe}),
+        [],
+    )
     for ids in live.prompts:
         states = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states
-        expected.append(score_turns(probe, states, turn_mask("user", MARKERS, torch.tensor([ids]))))
-    group, expected = HeadGroup({"a": probe}), torch.cat(expected)
+        rows.append((states, turn_mask("user", MARKERS, torch.tensor([ids]))))
+    expected = torch.cat([score_turns(probe.eval(), *row) for row in rows])
+    by_member = torch.cat([score_turns(probe.train(), *row, "member_logits") for row in rows], dim=1)
+    assert not torch.allclose(by_member.mean(dim=0), expected, atol=1e-3)
     for data in (live, cached):
+        torch.testing.assert_close(predict_logits(probe, data), expected, atol=1e-5, rtol=1e-5)
         batch = collate(list(data))
-        found = [
-            predict_logits(probe, data),
-            probe(**batch).logits,
-            group.eval()(**without_labels(batch)).logits[:, 0],
-        ]
-        for logits in found:
-            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    learning = [group.train()(**without_labels(collate(list(data)))).logits[:, 0] for data in (live, cached)]
-    torch.testing.assert_close(*learning, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(learning[0], expected, atol=1e-2)
+        torch.testing.assert_close(probe(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+        del batch["labels"]
+        torch.testing.assert_close(group.eval()(**batch).logits[:, 0], expected, atol=1e-5, rtol=1e-5)
+        learned = group.train()(**batch).by_head["a"].member_logits
+        torch.testing.assert_close(learned, by_member, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

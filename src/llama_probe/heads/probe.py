@@ -290,12 +290,14 @@ class ProbeModel(nn.Module):
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): states of the layers that the head
                 reads, ascending.
             mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): true for the tokens that count, or the number of each
-                one's turn; see `numbered`. Defaults to all. In training mode the head reads all turns together.
+                one's turn; see `numbered`. Defaults to all.
         """
         state, turns, counts = self.init_state(output_attentions=output_attentions), None, None
         if mask is not None and mask.dtype != torch.bool:
-            if judges_turns(self.config) and not self.training and int(mask.max()) > 1:
-                turns, counts = split_turns(mask.cpu(), partial(torch.Tensor.to, device=self.device)), mask.amax(dim=1)
+            if judges_turns(self.config) and int(mask.max()) > 1:
+                numbers = mask.masked_fill(mask.amax(dim=1, keepdim=True) == 1, 0)  # the only turn is all of them
+                turns = split_turns(numbers.cpu(), partial(torch.Tensor.to, device=self.device))
+                counts = numbers.amax(dim=1)
             mask = mask.bool()
         self.step(state, self.layer_indices, x, mask, turns=turns)
         return self.finish(state, counts, learning=self.training)
@@ -466,11 +468,15 @@ class ProbeModel(nn.Module):
                 raise ProbeError(f"not all of {slots} layers have been read")
             output = self.score_summaries(summaries, state.output_attentions, learning)
             if state.turns and turns is not None:
-                parts = [self.token_stage.result(turn.joined(), slice(None)) for turn in state.turns]
-                logits = torch.stack([output.logits, *(self.score_summaries(part).logits for part in parts)], dim=1)
-                numbers = torch.arange(logits.shape[1], device=self.device)  # 0: all turns together
+                read = (self.token_stage.result(turn.joined(), slice(None)) for turn in state.turns)
+                parts = [output, *(self.score_summaries(part, learning=learning) for part in read)]
+                numbers = torch.arange(len(parts), device=self.device)  # 0: all turns together
                 counted = numbers <= turns.to(self.device, non_blocking=True)[:, None]  # [B, 1 + turns]
+                logits = torch.stack([part.logits for part in parts], dim=-2)
                 output.logits = strongest(logits, self.config, counted)
+                if output.member_logits is not None:  # each member learns from the turn that it finds strongest
+                    members = torch.stack([part.learned_logits for part in parts], dim=-2)  # [M, B, 1 + turns, C]
+                    output.member_logits = strongest(members, self.config, counted.expand(members.shape[:-1]))
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None and state.means is not None:
                 output.means = MeanStates(self.novelty, *state.means.joined())
