@@ -66,21 +66,15 @@ def fit_head(
     (lm, tokenizer), fields = task.bench.loaded, dict(head)
     if every := fields.pop("every", None):
         fields["layers"] = list(range(0, task.config.num_hidden_layers + 1, every))
-    settings["learning_rate"] = fields.pop("learning_rate", None)
+    settings |= {"learning_rate": fields.pop("learning_rate", None), "metric_for_best_model": task.metric}
+    settings |= {"seed": seed, "cache_dir": str(task.bench.cache), "disable_tqdm": True}
     scratch = mkdtemp(dir=task.bench.cache)
     labels = {"id2label": task.labels.id2label, "flagged": task.train.flagged}
     trainer = ProbeTrainer(
         backbone=lm,
         processing_class=tokenizer,
         probe_config={**labels, "max_length": task.bench.max_length, **fields},
-        args=ProbeTrainingArguments(
-            scratch,
-            seed=seed,
-            cache_dir=str(task.bench.cache),
-            metric_for_best_model=task.metric,
-            disable_tqdm=True,
-            **settings,
-        ),
+        args=ProbeTrainingArguments(scratch, **settings),
         train_dataset=task.table(train),
         eval_dataset=None if validation is None else task.table(validation),
     )

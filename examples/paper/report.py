@@ -35,9 +35,8 @@ Runs = list[dict[str, Any]]
 def write_tables(folder: Path, path: Path, sources: Sequence[str]) -> None:
     """Write all tables of the results that there are."""
     sections = [section for source in sources for section in of_source(folder, source)]
-    path.write_text(
-        "# Methods side by side\n\nMean ± standard deviation over seeds.\n\n" + "\n\n".join(sections) + "\n"
-    )
+    title = "# Methods side by side\n\nMean ± standard deviation over seeds."
+    path.write_text("\n\n".join([title, *sections]) + "\n")
 
 
 def read(folder: Path, part: str, source: str) -> dict[str, Runs]:
@@ -67,9 +66,13 @@ def of_source(folder: Path, source: str) -> Iterator[str]:
     if runs := read(folder, "sensitivity", source):
         header = ["kind", "settings", "best", "median", "worst", "rank correlation with the learning rate"]
         yield f"## Sensitivity on {source}\n\n" + table(header, [sensitivity_line(*item) for item in runs.items()])
-    place = folder / "few-labels" / source.replace(":", "-")
-    if place.is_dir():
-        yield few_labels(place, source)
+    if runs := read(folder, "few-labels", source):
+        metric = "auprc" if find_benchmark(source)[0].name in SAFETY else "accuracy"
+        sizes = sorted({run["size"] for of in runs.values() for run in of})
+        lines = [[f"`{name}`", *(cell([run for run in of if run["size"] == size], metric) for size in sizes)]
+                 for name, of in runs.items()]  # fmt: skip
+        header = ["kind", *(f"{size:,} rows" for size in sizes)]
+        yield f"## Few labels: {source}, {metric}\n\n" + table(header, lines)
 
 
 def columns(source: str) -> dict[str, tuple[str, ...]]:
@@ -95,9 +98,8 @@ def main_table(source: str, runs: dict[str, Runs], with_paper: bool) -> str:
             lines.append([f"`{method}`", *own, *theirs])
         elif set(theirs) != {"-"}:
             lines.append([f"{method} (paper only)", *(["-"] * (len(shown) + 1)), *theirs])
-    return table(
-        ["method", "parameters", *shown, *(f"paper: {figure.partition(' ')[2]}" for figure in figures)], lines
-    )
+    header = ["method", "parameters", *shown, *(f"paper: {figure.partition(' ')[2]}" for figure in figures)]
+    return table(header, lines)
 
 
 def nearer(runs: Runs) -> str:
@@ -110,20 +112,9 @@ def nearer(runs: Runs) -> str:
 
 def sensitivity_line(kind: str, runs: Runs) -> list[str]:
     """Summarise the scores of drawn settings."""
-    scores, rates = [run["score"] for run in runs], [run["learning_rate"] for run in runs]
+    scores, rates = [run["best"] for run in runs], [run["learning_rate"] for run in runs]
     related = f"{spearmanr(rates, scores).statistic:+.2f}" if len(set(scores)) > 2 else "-"
     return [f"`{kind}`", str(len(runs)), *(f"{pick(scores):.3f}" for pick in (max, median, min)), related]
-
-
-def few_labels(place: Path, source: str) -> str:
-    """Return the table of heads by number of training rows."""
-    metric = "auprc" if find_benchmark(source)[0].name in SAFETY else "accuracy"
-    sizes = sorted({int(path.stem.partition("-")[0]) for path in place.glob("*/*.json")})
-    lines = []
-    for folder in sorted(place.iterdir(), key=lambda path: METHODS.index(path.name)):
-        runs = [[json.loads(path.read_text()) for path in sorted(folder.glob(f"{size}-*.json"))] for size in sizes]
-        lines.append([f"`{folder.name}`", *(cell(of, metric) for of in runs)])
-    return f"## Few labels: {source}, {metric}\n\n" + table(["kind", *(f"{size:,} rows" for size in sizes)], lines)
 
 
 def cell(runs: Runs, *path: str) -> str:

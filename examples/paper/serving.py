@@ -21,10 +21,6 @@ from llama_probe.experiments.systems import BASE, Systems, load_systems
 
 # Milliseconds in arXiv 2601.13288, table 5: one RTX 3090, prompts of up to 512 tokens, one new token.
 PAPER = {"base": 26.43, "pooling": 29.66, "gate": 30.90, "mha": 40.27}  # T5-large: 88.33, WildGuard: 100.32
-CLASSES = {
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-}
 
 
 def ask(guard: Any, prompts: dict[str, torch.Tensor]) -> Any:
@@ -38,10 +34,9 @@ def ask(guard: Any, prompts: dict[str, torch.Tensor]) -> Any:
 
 
 def load_guard(name: str, device: torch.device) -> Any:
-    """Load a sequence classifier, an encoder-decoder or a causal LM, by its architecture."""
-    architecture = (transformers.AutoConfig.from_pretrained(name).architectures or [""])[0]
-    loader = next((made for end, made in CLASSES.items() if architecture.endswith(end)), "AutoModelForCausalLM")
-    return getattr(transformers, loader).from_pretrained(name).to(device).eval()
+    """Load a sequence classifier, an encoder-decoder or a causal LM: the class that its config names."""
+    (architecture,) = transformers.AutoConfig.from_pretrained(name).architectures
+    return getattr(transformers, architecture).from_pretrained(name).to(device).eval()
 
 
 def ways(systems: Systems, guards: list[str], prompts: dict) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -89,12 +89,8 @@ class Tables:
         """Train heads with drawn hyper-parameters. Only validation rows are scored."""
         for kind, number in ((kind, number) for kind in ("pooling", "gate", "mha") for number in range(trials)):
             head, settings = draw_settings(kind, number)
-
-            def work(head=head, settings=settings) -> dict[str, Any]:
-                fitted = self.train(task, head, 0, **settings)
-                return {"score": fitted.chosen["best"], "learning_rate": head["learning_rate"]}
-
-            self.once(self.path("sensitivity", task, kind, number), work)
+            path = self.path("sensitivity", task, kind, number)
+            self.once(path, lambda head=head, more=settings: {**self.train(task, head, 0, **more).chosen, **head})
 
     def few_labels(self, task: Task, names: list[str]) -> None:
         """Train heads on few rows with the settings for so many. Nothing is chosen, so no row is held back."""
@@ -103,7 +99,7 @@ class Tables:
 
             def work(name=name, size=size, seed=seed) -> dict[str, Any]:
                 fitted = fit_head(task, HEADS[name], seed, draw_rows(task.train, size, seed))
-                return report(task.labels, fitted.score(task.test), task.test.labels)
+                return {"size": size, **report(task.labels, fitted.score(task.test), task.test.labels)}
 
             self.once(self.path("few-labels", task, name, f"{size}-{seed}"), work)
 
@@ -151,9 +147,8 @@ def group_layers(task: Task, fitted: Fitted) -> dict[str, Any]:
     for true, other in permutations(means, 2):
         if len(wrong := weights[(labels == true) & (given == other)]):
             to_other, to_true = (np.abs(wrong.mean(axis=0) - means[label]).sum() for label in (other, true))
-            errors.append(
-                {"label": names[true], "given": names[other], "rows": len(wrong), "nearer": bool(to_other < to_true)}
-            )
+            nearer = bool(to_other < to_true)
+            errors.append({"label": names[true], "given": names[other], "rows": len(wrong), "nearer": nearer})
     by_label = {names[label]: mean.round(5).tolist() for label, mean in means.items()}
     return {"layers": probe.layer_indices, "weights": by_label, "errors": errors}
 
@@ -185,9 +180,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for tables.md, the results and the hidden states.")],
     backbone: Annotated[str, typer.Option(help="'demo', a folder or a Hub id.")] = "demo",
     data_dir: Annotated[Path | None, typer.Option(help="Local copies of the data: DIR/NAME/SPLIT.jsonl.gz.")] = None,
-    data: Annotated[
-        str, typer.Option(help="Data sets with commas: NAME or NAME:SPLIT.")
-    ] = "toxicchat,sst2,emotion,imdb",
+    data: Annotated[str, typer.Option(help="NAME or NAME:SPLIT, with commas.")] = "toxicchat,sst2,emotion,imdb",
     methods: Annotated[str, typer.Option(help="Methods with commas.")] = ",".join(METHODS),
     only: Annotated[str, typer.Option(help="Parts with commas.")] = ",".join(PARTS),
     max_rows: Annotated[int | None, typer.Option(min=1, help="Rows of each part of a data set at most.")] = None,
