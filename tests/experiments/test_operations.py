@@ -16,9 +16,8 @@ ONE, EIGHT, STEP = 1.03, 1.10, 1.05
 
 @pytest.fixture(scope="module")
 def rows():
-    lm = make_lm(
-        hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=9, num_key_value_heads=3, intermediate_size=16
-    )  # fmt: skip
+    narrow = {"intermediate_size": 16, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+    lm = make_lm(hidden_size=HIDDEN, num_hidden_layers=LAYERS, **narrow)
     model = AutoModelForProbedGeneration.from_causal_lm(lm.to(torch.bfloat16))
     for kind in probe_types():
         model.add_probe(kind, fresh_config(kind, HIDDEN, LAYERS))
