@@ -11,7 +11,6 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 DEVICE = "sim"
@@ -27,6 +26,10 @@ class _Module(backend_registration._DummyBackendModule):
 
     def is_available(self):
         return False
+
+
+# When tests are collected, since torch counts the devices when the first gradient of a process is computed.
+backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
 
 
 class SimTensor(torch.Tensor):
@@ -73,8 +76,6 @@ class Accelerator(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        if torch._C._get_privateuse1_backend_name() != DEVICE:
-            backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
         self.reads = self.operations = 0
         self._factories = _Factories()
 
@@ -94,11 +95,19 @@ def _is_sim(device) -> bool:
     return device is not None and torch.device(device).type == DEVICE
 
 
+def _map(value, change):
+    """Change the tensors in what an operation takes or gives: lists and dicts of them. The trees of torch are slow."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(item, change) for item in value])
+    return {key: _map(item, change) for key, item in value.items()} if isinstance(value, dict) else value
+
+
 def _run(count: Accelerator | None, function, args, kwargs):
-    name = function.overloadpacket.__name__
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    name, device, tensors = function.overloadpacket.__name__, kwargs.get("device"), []
+    host_args, host_kwargs = _map((args, kwargs), lambda each: tensors.append(each) or getattr(each, "host", each))
     on_device = [tensor for tensor in tensors if isinstance(tensor, SimTensor)]
-    device = kwargs.get("device")
     if not on_device and not _is_sim(device):
         return function(*args, **kwargs)
     goes_to_cpu = bool(on_device) and device is not None and not _is_sim(device)
@@ -109,17 +118,14 @@ def _run(count: Accelerator | None, function, args, kwargs):
         if mixed and name not in INDEXED:
             raise RuntimeError(f"{name}: tensors of {DEVICE} and of the CPU, {[tuple(each.shape) for each in mixed]}")
     if count is not None:
-        by_mask = name in INDEXED and any(
-            isinstance(each, SimTensor) and each.dtype == torch.bool for each in tree_leaves(args[1])
-        )
+        places = args[1] if name in INDEXED else ()
+        by_mask = any(isinstance(place, SimTensor) and place.dtype == torch.bool for place in places)
         count.reads += name in READS or goes_to_cpu or by_mask
         is_view = any(each.alias_info and not each.alias_info.is_write for each in function._schema.arguments)
         count.operations += not is_view and name not in NO_KERNEL | READS
-    kwargs = {key: "cpu" if key == "device" else value for key, value in kwargs.items()}
-    host_args, host_kwargs = tree_map_only(SimTensor, lambda tensor: tensor.host, (args, kwargs))
-    result = function(*host_args, **host_kwargs)
+    result = function(*host_args, **host_kwargs | ({"device": "cpu"} if device is not None else {}))
     if not goes_to_cpu:
-        result = tree_map_only(torch.Tensor, lambda t: t if isinstance(t, SimTensor) else SimTensor(t), result)
+        result = _map(result, lambda each: each if isinstance(each, SimTensor) else SimTensor(each))
     if name == "_to_copy" or not on_device or goes_to_cpu:
         return result
     return return_and_correct_aliasing(function, args, kwargs, result)

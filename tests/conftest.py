@@ -19,6 +19,7 @@ import hub_server  # noqa: F401 - before all that imports huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers.pipelines  # noqa: F401 - before this package, which test_auto_classes.py imports first
 from hub_server.fixture import alices_token, hub  # noqa: F401 - fixtures for all tests
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

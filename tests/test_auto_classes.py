@@ -10,26 +10,40 @@ import pytest
 import llama_probe
 
 
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+CHANGED = """
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.pipelines import PIPELINE_REGISTRY
+loaders = [each.from_pretrained.__code__.co_filename[-15:] for each in (AutoConfig, AutoModel, AutoTokenizer)]
+assert loaders == ["auto_classes.py"] * 3 and "probed-text-generation" in PIPELINE_REGISTRY.get_supported_tasks()
+"""
 
 
-CHANGED = "print(*(c.from_pretrained.__code__.co_filename[-15:] for c in (AutoModel, AutoConfig, AutoTokenizer)))"
+def test_transformers_may_be_imported_first():
+    """As conftest.py does."""
+    imported = list(sys.modules)
+    assert imported.index("transformers.pipelines") < imported.index("llama_probe")
+    exec(CHANGED, {})
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_the_order_of_imports_does_not_matter(order):
-    imports = ["from transformers import AutoConfig, AutoModel, AutoTokenizer", "import llama_probe"][::order]
-    lines = [*imports, CHANGED, "from transformers import pipeline"]
-    tasks = "from transformers.pipelines import PIPELINE_REGISTRY as r; print('probed-text-generation' in r.supported_tasks)"
-    assert run("\n".join([*lines, tasks])) == "auto_classes.py auto_classes.py auto_classes.py\nTrue\n"
-
-
-def test_the_import_takes_neither_torch_nor_transformers():
-    code = "import sys, llama_probe; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
-    assert run(code) == "set()\n"
+def test_this_package_may_be_imported_first_and_imports_little_before_a_command_is_known_and_allowed():
+    """In one process, since what is imported stays."""
+    code = """
+import llama_probe, shlex, sys
+assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)
+import llama_probe_command as c
+heavy = {'transformers.modeling_utils', 'datasets', 'sklearn', 'scipy', 'matplotlib'}
+for number, line in enumerate(sys.stdin):
+    sys.argv = shlex.split(line)
+    try: c.main()
+    except SystemExit: print((heavy | {'torch'} if number < 3 else heavy) & set(sys.modules), file=sys.stderr)
+assert llama_probe.ProbeConfig and llama_probe.__version__"""
+    ends = ["--help", "--version", "trian"]
+    refused = ["train --train=x --output=x --probe-type=x", "classify x --probe=x", "drift --input=x --probe=x"]
+    refused += ["calibrate --benign=x --probe=x", "plot x --output=x", "export x --probe=x", "benchmark --probe=x"]
+    lines = "\n".join(f"llama-probe {line}" for line in ends + refused)
+    done = subprocess.run([sys.executable, "-c", code + CHANGED], input=lines, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("set()\n") == 10, done.stderr
+    assert done.stderr.count("llama-probe: ") == 8
 
 
 def test_every_public_name_is_there():
