@@ -38,7 +38,7 @@ HEADS = {
 
 
 @pytest.fixture
-def desk(backbone_folder, tmp_path, monkeypatch, hub):
+def desk(backbone_folder, tmp_path, monkeypatch, hub, no_plots):
     """A folder to work in, with heads for the tiny backbone, and a Hub."""
     _, tokenizer = backbones.load_backbone(str(backbone_folder), device="cpu")
     fields = PromptFormat(tokenizer).config_fields()

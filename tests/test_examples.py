@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -17,6 +18,7 @@ from repository import ROOT
 from llama_probe import ProbeError
 from llama_probe.backbone import loading
 from llama_probe.evaluation.scoring_job import ScoringJob
+from llama_probe.training import arguments
 
 
 FOLDER = ROOT / "examples"
@@ -43,6 +45,7 @@ def run(name: str, *options: str, lines: tuple[str, ...] = ()) -> str:
 def tables(copies, tmp_path, monkeypatch):
     """A function that writes the tables of the paper into `tmp_path / "out"` from a few rows, and returns `tables.md`."""
     monkeypatch.syspath_prepend(FOLDER / "paper")
+    monkeypatch.setattr(arguments, "SCHEDULES", [(math.inf, 2, 8)])
 
     def write(backbone, *options: str) -> str:
         places = ("--backbone", str(backbone), "--data-dir", str(copies), "--output", str(tmp_path / "out"))
