@@ -11,14 +11,7 @@ from conftest import make_lm, make_probe, save_head
 from hub_server.heads import plant_model
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    pipeline,
-    pipelines,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline, pipelines
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.auto_classes import install

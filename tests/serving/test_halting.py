@@ -108,25 +108,6 @@ def test_fields_that_the_output_was_asked_to_hold(model, prompts, rows):
     assert isinstance(tensor, torch.Tensor) and (tensor[0, 9:] == PAD).all()
 
 
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        ({"halt_on": "other"}, "'other'.* active: mood"),
-        ({"halt_on": []}, "no head"),
-        ({"halt_on": {"mood": "awful"}}, "'mood' are 'awful'"),
-        ({"halt_on": True}, "halt_on=True"),
-        ({"halt_on": {"mood": {"above": 0.5}}}, "'above'"),
-        ({"halt_on": "mood", "probes": []}, "no head is active"),
-        *(({"halt_on": "mood", "halt_reply": reply}, "token ids of one") for reply in (["No."], torch.eye(3), [1.7])),
-    ],
-)
-def test_refusals_before_any_work(model, passes, prompts, call, words):
-    """Beside those of the page on troubleshooting."""
-    with pytest.raises(ProbeError, match=words):
-        model.generate(prompts, **call)
-    assert not passes
-
-
 class TestReplies:
     def test_token_ids(self, model, prompts):
         reply = [5, 6, 7, 8, 9, 10]

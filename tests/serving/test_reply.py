@@ -209,6 +209,16 @@ class TestHalting:
 @pytest.mark.parametrize(
     "active, call, words",
     [
+        ("mood", {"halt_on": "other"}, "'other'.* active: mood"),
+        ("mood", {"halt_on": []}, "no head"),
+        ("guard", {"halt_on": {"guard": "awful"}}, "'guard' are 'awful'"),
+        ("mood", {"halt_on": True}, "halt_on=True"),
+        ("mood", {"halt_on": {"mood": {"above": 0.5}}}, "'above'"),
+        ("mood", {"halt_on": "mood", "probes": []}, "no head is active"),
+        *(
+            ("guard", {"halt_on": "guard", "halt_reply": ids}, "token ids of one")
+            for ids in (["No."], torch.eye(3), [1.7])
+        ),
         ("guard", {"num_beams": 2}, "num_beams"),
         ("guard", {"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ("guard", {"assistant_model": make_lm(seed=1)}, "assistant_model"),
@@ -222,6 +232,7 @@ class TestHalting:
     ],
 )
 def test_refusals_before_any_work(model, prompts, active, call, words):
+    """Beside those of the page on troubleshooting."""
     passes = passes_of(model)
     model.set_active_probes(active)
     with pytest.raises(ProbeError, match=words):

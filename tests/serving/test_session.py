@@ -133,11 +133,6 @@ def test_texts_with_a_tokenizer(kwargs):
 
 
 class TestRefusals:
-    def test_only_the_new_tokens_beside_a_cache(self, model, prompts):
-        cache = make_lm()(prompts[:, :5], use_cache=True).cache
-        with pytest.raises(ProbeError, match="attention_mask has the shape"):
-            model.generate(prompts[:, 5:], attention_mask=torch.ones_like(prompts), cache=cache, max_new_tokens=2)
-
     def test_a_cached_prefix_that_no_head_reads_is_fine(self, prompts):
         prompts[:, :3] = torch.tensor([7, 8, 9])
         heads = {
@@ -153,8 +148,10 @@ class TestRefusals:
         torch.testing.assert_close(reused.probe_logits, whole.probe_logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(reused.probe_token_logits, whole.probe_token_logits, equal_nan=True)
 
-    def test_prompts_that_are_no_tensor_or_empty(self, model, prompts):
+    def test_prompts_that_are_no_tensor_empty_or_not_whole(self, model, prompts):
+        new, known = prompts[:, 5:], {"cache": make_lm()(prompts[:, :5], use_cache=True).cache}
         for words, call in (
+            ("mask has the shape", lambda: model.generate(new, attention_mask=torch.ones_like(prompts), **known)),
             ("no prompt", model),
             ("no prompt", lambda: model.generate(max_new_tokens=2)),
             ("no prompt", lambda: model.generate(prompts[:0], max_new_tokens=2)),
