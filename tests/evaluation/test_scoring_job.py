@@ -134,8 +134,8 @@ def test_replies(tmp_path, backbone_folder, heads, run, scope):
 
 
 def changing(first, last):
-    """Return rows with a column `of` that has another value in the second chunk."""
-    return [{"text": "a", "of": first}] * 1000 + [{"text": "a", "of": last}]
+    """Return rows with a column `of` that has another value in the second chunk, behind those that its type is of."""
+    return [{"text": "a", "of": first}] * 200 + [{"text": "a", "of": last}]
 
 
 OF, ASK = {"keep_columns": ["of"]}, {"prompt_column": "ask"}
@@ -158,7 +158,7 @@ OF, ASK = {"keep_columns": ["of"]}, {"prompt_column": "ask"}
 )
 def test_rows_and_columns_that_are_refused(tmp_path, heads, run, rows, changes, words):
     with pytest.raises(ProbeError, match=words):
-        run(write(tmp_path / "a.jsonl", rows), probes=heads[:1], **{"chunk_rows": 1000, **changes})
+        run(write(tmp_path / "a.jsonl", rows), probes=heads[:1], chunk_rows=200, **changes)
 
 
 def test_a_column_that_begins_with_nothing_is_text(tmp_path, heads, run):
