@@ -105,9 +105,8 @@ def print_values(title: str, values: JSON, path: str = "") -> None:
         else:
             print_values(path + name, part, f"{path}{name}: ")
     for keys, parts in columns.items():
-        print_records(
-            path + ", ".join(parts), {key: {name: part[key] for name, part in parts.items()} for key in keys}
-        )
+        records = {key: {name: part[key] for name, part in parts.items()} for key in keys}
+        print_records(path + ", ".join(parts), records)
 
 
 def _is_plain(value: object) -> bool:

@@ -133,9 +133,7 @@ def classify(
     configs = {name: head.config for name, head in heads.items()}
     for name, config in configs.items():
         if config.reads_reply:
-            raise ProbeError(
-                f"{name!r} reads replies: give files of prompts and replies (--input with --prompt-column), or use generate"
-            )
+            raise ProbeError(f"{name!r} reads replies: give such rows (--input, --prompt-column), or use generate")
     abstain_levels(abstain_at, configs)  # raises
     model, tokenizer = loading.attach(heads, probe[0])
     outputs = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)

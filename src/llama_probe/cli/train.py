@@ -121,19 +121,16 @@ def _is_recipe(name: str) -> bool:
 
 
 def _print(results: JSON, output: Path) -> None:
+    names = {run["seed"]: f"seed {run['seed']}" for run in results["runs"]}
+    names[results["chosen_seed"]] += " *"
     for split, summary in results["summary"].items():
-        runs = {
-            f"seed {run['seed']}{' *' * (run['seed'] == results['chosen_seed'])}": run[split]
-            for run in results["runs"]
-        }
+        runs = {names[run["seed"]]: run[split] for run in results["runs"]}
         means = {name: value for name, value in summary.items() if isinstance(value, dict) and "mean" in value}
         runs["mean ± sd"] = {name: with_spread(value) for name, value in means.items()}
         print_records(f"{results['probe_type']} on {results['backbone']}, {split}", runs)
     trials = results.get("search", [])
-    print_records(
-        f"{len(trials)} configurations by validation",
-        {str(i): trial for i, trial in enumerate(trials[:_MAX_TRIALS], 1)},
-    )
+    shown = {str(number): trial for number, trial in enumerate(trials[:_MAX_TRIALS], 1)}
+    print_records(f"{len(trials)} configurations by validation", shown)
     if measured := results.get("measured"):
         _print_measured(measured)
     if "r2" not in results["summary"]["validation"]:  # values are not flagged
