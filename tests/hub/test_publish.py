@@ -227,7 +227,7 @@ class TestPullIntoAFolder:
 
 def test_a_hub_that_is_not_reached(hub, token, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    assert heads_on_hub(REPO) is None
+    assert heads_on_hub(REPO) == []
     for repo_id in (REPO, "mood"):  # without a user, the Hub is asked for the name
         with pytest.raises(ProbeError, match=f"the push to {repo_id} failed, and nothing was uploaded"):
             make_probe().push_to_hub(repo_id, license="mit")

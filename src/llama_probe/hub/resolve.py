@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ProbeError
 from .folder import CONFIG_NAME, PROBES_FOLDER, head_name, list_heads, read_config_values
-from .transport import HubOptions, HubReference, NoHeadError, check_subfolder, download_head
+from .transport import HubOptions, HubReference, check_subfolder, download_head
 
 
 # Holds a folder for each head of the demo backbone, and one for each other backbone. A checkout has it beside src.
@@ -112,7 +112,7 @@ def resolve_head(
         return bundled
     reference = HubReference.parse(str(source))
     if reference is None:
-        raise NoHeadError(
+        raise ProbeError(
             f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder); "
             f"bundled heads: {', '.join(_bundled_names())}"
         )

@@ -26,10 +26,6 @@ _FOLDER = re.compile(r"(\w[\w.-]*/)*")
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
 
 
-class NoHeadError(ProbeError):
-    """There is no head in a place, and that is no failure of the Hub."""
-
-
 @dataclass(frozen=True)
 class HubReference:
     """A head on the Hub: `user/repo`, with `@revision` and `:subfolder` if needed."""
@@ -106,8 +102,7 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions(), *
     If all is cached, the Hub is asked once for a branch or a tag, and not at all for a commit.
 
     Raises:
-        NoHeadError: the Hub says that the repository has no such head.
-        ProbeError: the repository or revision does not exist, this token may not read it, the Hub is out of reach
+        ProbeError: the repository, revision or head does not exist, this token may not read it, the Hub is out of reach
             and it is not cached, or a download broke off. No part of a file is kept then.
     """
     api, revision = hub_api(options.token), reference.revision or options.revision
@@ -133,20 +128,19 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions(), *
     for name in names[:2]:
         if not os.path.isfile(folder / name):
             asks = not options.local_files_only
-            heads = heads_on_hub(reference.repo_id, replace(options, revision=revision)) if asks else None
-            listed = ", ".join(str(replace(reference, subfolder=head or None)) for head in heads or ())
-            is_sure = name == CONFIG_NAME and heads is not None and (reference.subfolder or "") not in heads
-            message = f"{reference} is not a head: it has no {name}" + (f"; heads in it: {listed}" if heads else "")
-            raise (NoHeadError if is_sure else ProbeError)(message)
+            heads = heads_on_hub(reference.repo_id, replace(options, revision=revision)) if asks else []
+            listed = ", ".join(str(replace(reference, subfolder=head or None)) for head in heads)
+            hint = f"; heads in it: {listed}" if heads else ""
+            raise ProbeError(f"{reference} is not a head: it has no {name}{hint}")
     return folder
 
 
-def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str] | None:
-    """Return the plainly named subfolders of a repository that hold a head, `""` for its root; None if it cannot be read."""
+def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
+    """Return the plainly named subfolders of a repository that hold a head, `""` for its root; empty if it cannot be read."""
     try:
         info = hub_api(options.token).model_info(repo_id, revision=options.revision)
     except _FAILED:
-        return None
+        return []
     files = {item.rfilename for item in info.siblings or []}
     starts = [file.removesuffix(CONFIG_NAME) for file in files if file.endswith(CONFIG_NAME)]
     heads = [start for start in starts if f"{start}{WEIGHTS_NAME}" in files and _FOLDER.fullmatch(start)]

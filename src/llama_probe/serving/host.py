@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo
 from torch import nn
-from transformers.utils import logging
 
 from ..backbone.decoder import backbone_name, find_decoder, target_of
 from ..backbone.loading import check_within_reach, read_target, resolve_backbone
@@ -23,10 +22,8 @@ from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
 from ..hub.folder import PROBES_FOLDER
 from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
-from ..hub.transport import HubOptions, NoHeadError
+from ..hub.transport import HubOptions
 
-
-logger = logging.get_logger(__name__)
 
 SAVED_HEADS = "probe_heads"  # names of the heads there, in the model's config
 ProbeSource = str | os.PathLike | ProbeModel
@@ -319,20 +316,12 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
 
 
 def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
-    """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`, and that its config lists.
-
-    A plain class copies the list without the heads. A warning names those that are not there.
-    """
+    """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`, and that its config lists."""
+    names = getattr(config, SAVED_HEADS, None) or []
     inside = PurePosixPath(kwargs.get("subfolder") or "", PROBES_FOLDER)  # "lm/" is "lm", as in transformers
     place = getattr(config, "_name_or_path", None) or place  # of an adapter, its backbone
-    options, heads = HubOptions.beside(kwargs, kwargs.get("revision")), dict[str, ProbeModel]()
-    for name in getattr(config, SAVED_HEADS, None) or []:
-        source = with_subfolder(place, f"{inside}/{check_name(name)}")
-        try:
-            heads[name] = ProbeModel.load_for(source, options=options)
-        except NoHeadError:
-            logger.warning(f"{place} is loaded without the head {name!r}, which its config lists: it is not there")
-    return heads
+    heads = {check_name(name): with_subfolder(place, f"{inside}/{name}") for name in names}
+    return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
 
 
 def _push_heads(repo_id: str, heads: Mapping[str, ProbeModel], kwargs: Mapping[str, Any]) -> None:
