@@ -175,6 +175,14 @@ class Aggregator(nn.Module, ABC):
             slots (`slice`): the slots that `x` belongs to.
         """
 
+    def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
+        """Return what `absorb` takes in of items `[S, B, n, D]`: the items. Done once for items that several states take in."""
+        return x
+
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
+        """Take in items that `project` returned. `update` is both."""
+        return self.update(state, projected, mask, slots)
+
     @abstractmethod
     def result(self, state: State, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
@@ -241,7 +249,7 @@ def drop_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 """Base of the kinds that read an item through a linear map to a few numbers."""
 
 class LowRankAggregator(Aggregator):
-    """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`: it keeps a few numbers of an item instead of D.
+    """An `Aggregator` that implements `absorb`, and `projection` instead of `update`: it keeps a few numbers of an item, not D.
 
     If `projects` is False, items come as `project` gives them.
     """
@@ -254,7 +262,7 @@ class LowRankAggregator(Aggregator):
         """Return the map of the items, `[S, rank, D]`."""
 
     @abstractmethod
-    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         """Take in projected items `[S, B, n, rank]`, as `update` takes in items."""
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
@@ -265,7 +273,7 @@ class LowRankAggregator(Aggregator):
         return flat.unflatten(1, x.shape[1:3]).float()
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        return self.absorb(state, self.project(x, slots), mask)
+        return self.absorb(state, self.project(x, slots), mask, slots)
 
 
 """Direct pooling: mean or max over the valid items, per dimension. No parameters (arXiv 2601.13288)."""
@@ -410,7 +418,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
             scores = scores.masked_fill(~mask[None, :, None, :], torch.finfo(scores.dtype).min)
         return scores, values.unflatten(-1, (self.num_queries, -1)).transpose(2, 3)
 
-    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         scores, values = self._split(projected, mask)
         top = scores.detach().amax(dim=-1)  # [S, B, K]
         if state is not None:
@@ -475,7 +483,7 @@ class MultiMaxAggregator(LowRankAggregator):
     def projection(self, slots: slice) -> torch.Tensor:
         return self.value[slots]
 
-    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         top = masked_max(projected, mask)  # [S, B, M R]
         return top if state is None else torch.maximum(state, top)
 
@@ -652,10 +660,9 @@ class AttentionAggregator(LowRankAggregator):
             qkv = F.pad(qkv, (0, padding))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        return self._update_causal(state, x, mask, slots) if self.causal else super().update(state, x, mask, slots)
-
-    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
+        if self.causal:
+            return self._absorb_causal(state, projected, mask, slots)
         mask = None if mask is None else mask.expand(len(projected), -1, -1)  # [S, B, n]
         if state is None:
             return projected, mask
@@ -666,13 +673,13 @@ class AttentionAggregator(LowRankAggregator):
             mask = torch.cat(tuple(masks), dim=2)
         return torch.cat([qkv, projected], dim=2), mask
 
-    def _update_causal(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        slot_count, batch, items, _ = x.shape
+    def _absorb_causal(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
+        slot_count, batch, items, _ = projected.shape
         # Slots beside the heads, [B, S * heads, n, ...]: one mask a row serves them all.
-        qkv = self.project(x, slots).view(slot_count, batch, items, 3, self.num_heads, -1)
+        qkv = projected.view(slot_count, batch, items, 3, self.num_heads, -1)
         query, key, value = qkv.permute(3, 1, 0, 4, 2, 5).flatten(2, 3).unbind(0)
         is_whole = mask is None and state is None  # needs no mask [B, N, N]
-        mask = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
+        mask = projected.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
         valid = mask
         if state is not None:
             old_key, old_value = (part.transpose(0, 1).flatten(1, 2) for part in state[:2])

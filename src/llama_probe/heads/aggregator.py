@@ -134,6 +134,14 @@ class Aggregator(nn.Module, ABC):
             slots (`slice`): the slots that `x` belongs to.
         """
 
+    def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
+        """Return what `absorb` takes in of items `[S, B, n, D]`: the items. Done once for items that several states take in."""
+        return x
+
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
+        """Take in items that `project` returned. `update` is both."""
+        return self.update(state, projected, mask, slots)
+
     @abstractmethod
     def result(self, state: State, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""

@@ -74,10 +74,9 @@ class AttentionAggregator(LowRankAggregator):
             qkv = F.pad(qkv, (0, padding))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
-    def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        return self._update_causal(state, x, mask, slots) if self.causal else super().update(state, x, mask, slots)
-
-    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
+        if self.causal:
+            return self._absorb_causal(state, projected, mask, slots)
         mask = None if mask is None else mask.expand(len(projected), -1, -1)  # [S, B, n]
         if state is None:
             return projected, mask
@@ -88,13 +87,13 @@ class AttentionAggregator(LowRankAggregator):
             mask = torch.cat(tuple(masks), dim=2)
         return torch.cat([qkv, projected], dim=2), mask
 
-    def _update_causal(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        slot_count, batch, items, _ = x.shape
+    def _absorb_causal(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
+        slot_count, batch, items, _ = projected.shape
         # Slots beside the heads, [B, S * heads, n, ...]: one mask a row serves them all.
-        qkv = self.project(x, slots).view(slot_count, batch, items, 3, self.num_heads, -1)
+        qkv = projected.view(slot_count, batch, items, 3, self.num_heads, -1)
         query, key, value = qkv.permute(3, 1, 0, 4, 2, 5).flatten(2, 3).unbind(0)
         is_whole = mask is None and state is None  # needs no mask [B, N, N]
-        mask = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
+        mask = projected.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
         valid = mask
         if state is not None:
             old_key, old_value = (part.transpose(0, 1).flatten(1, 2) for part in state[:2])

@@ -61,7 +61,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
             scores = scores.masked_fill(~mask[None, :, None, :], torch.finfo(scores.dtype).min)
         return scores, values.unflatten(-1, (self.num_queries, -1)).transpose(2, 3)
 
-    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         scores, values = self._split(projected, mask)
         top = scores.detach().amax(dim=-1)  # [S, B, K]
         if state is not None:

@@ -13,7 +13,7 @@ from .aggregator import Aggregator, State
 
 
 class LowRankAggregator(Aggregator):
-    """An `Aggregator` whose `update` is `absorb(state, project(x), mask)`: it keeps a few numbers of an item instead of D.
+    """An `Aggregator` that implements `absorb`, and `projection` instead of `update`: it keeps a few numbers of an item, not D.
 
     If `projects` is False, items come as `project` gives them.
     """
@@ -26,7 +26,7 @@ class LowRankAggregator(Aggregator):
         """Return the map of the items, `[S, rank, D]`."""
 
     @abstractmethod
-    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         """Take in projected items `[S, B, n, rank]`, as `update` takes in items."""
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
@@ -37,7 +37,7 @@ class LowRankAggregator(Aggregator):
         return flat.unflatten(1, x.shape[1:3]).float()
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        return self.absorb(state, self.project(x, slots), mask)
+        return self.absorb(state, self.project(x, slots), mask, slots)
 
     def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module]:
         maps, reader = self.projection(slice(None)).detach(), copy.deepcopy(head)

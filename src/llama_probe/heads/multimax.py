@@ -53,7 +53,7 @@ class MultiMaxAggregator(LowRankAggregator):
     def projection(self, slots: slice) -> torch.Tensor:
         return self.value[slots]
 
-    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None) -> State:
+    def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         top = masked_max(projected, mask)  # [S, B, M R]
         return top if state is None else torch.maximum(state, top)
 

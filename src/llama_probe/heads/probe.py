@@ -424,20 +424,22 @@ class ProbeModel(nn.Module):
                 state.weights.put(slots, self.token_stage.weights(x, token_mask, slots))
             if self.novelty is not None and state.means is not None:
                 self.novelty.update(state.means, slots, x, token_mask)
+            projected = self.token_stage.project(x, slots)
             if turns is not None:
-                self._step_turns(state.turns, turns, x, slots, earlier)
-            seen = self.token_stage.update(earlier, x, token_mask, slots)
+                self._step_turns(state.turns, turns, projected, slots, earlier)
+            seen = self.token_stage.absorb(earlier, projected, token_mask, slots)
             if state.keep or not last:
                 state.tokens.put(slots, seen)
             else:  # of the tokens nothing is kept
                 state.summaries.put(slots, self.token_stage.result(seen, slots))
 
     def _step_turns(
-        self, states: list[SlotStates], turns: Turns, x: torch.Tensor, slots: slice, earlier: State
+        self, states: list[SlotStates], turns: Turns, projected: torch.Tensor, slots: slice, earlier: State
     ) -> None:
-        """Read the next tokens, `[S, batch, n, hidden_size]`, into the state of the turn that each belongs to.
+        """Read the next tokens, `[S, batch, n, ...]`, into the state of the turn that each belongs to.
 
         Args:
+            projected: from `Aggregator.project`.
             earlier: state of all turns together, before these tokens.
         """
         while len(states) < max(turns, default=0):
@@ -448,7 +450,7 @@ class ProbeModel(nn.Module):
                 seen = earlier  # so far all rows were in their first turn
             if number in turns:
                 columns, mask = turns[number]
-                seen = self.token_stage.update(seen, x[:, :, columns], mask, slots)
+                seen = self.token_stage.absorb(seen, projected[:, :, columns], mask, slots)
             state.put(slots, seen)
 
     def finish(self, state: ProbeState, turns: torch.Tensor | None = None, learning: bool = False) -> ProbeOutput:
@@ -466,16 +468,18 @@ class ProbeModel(nn.Module):
                 summaries = self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != slots:
                 raise ProbeError(f"not all of {slots} layers have been read")
-            output = self.score_summaries(summaries, state.output_attentions, learning)
-            if state.turns and turns is not None:
-                read = (self.token_stage.result(turn.joined(), slice(None)) for turn in state.turns)
-                parts = [output, *(self.score_summaries(part, learning=learning) for part in read)]
+            if not state.turns or turns is None:
+                output = self.score_summaries(summaries, state.output_attentions, learning)
+            else:
+                parts = [summaries, *(self.token_stage.result(turn.joined(), slice(None)) for turn in state.turns)]
+                output = self.score_summaries(torch.stack(parts, dim=2), state.output_attentions, learning)
                 numbers = torch.arange(len(parts), device=self.device)  # 0: all turns together
                 counted = numbers <= turns.to(self.device, non_blocking=True)[:, None]  # [B, 1 + turns]
-                logits = torch.stack([part.logits for part in parts], dim=-2)
-                output.logits = strongest(logits, self.config, counted)
+                output.logits = strongest(output.logits.unflatten(0, counted.shape), self.config, counted)
+                if output.layer_weights is not None:
+                    output.layer_weights = output.layer_weights[:: len(parts)]
                 if output.member_logits is not None:  # each member learns from the turn that it finds strongest
-                    members = torch.stack([part.learned_logits for part in parts], dim=-2)  # [M, B, 1 + turns, C]
+                    members = output.member_logits.unflatten(1, counted.shape)  # [M, B, 1 + turns, C]
                     output.member_logits = strongest(members, self.config, counted.expand(members.shape[:-1]))
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None and state.means is not None:
