@@ -451,7 +451,8 @@ class ProbeModel(nn.Module):
             if number in turns:
                 columns, mask = turns[number]
                 seen = self.token_stage.absorb(seen, projected[:, :, columns], mask, slots)
-            state.put(slots, seen)
+            if seen is not None:  # a number may be left out
+                state.put(slots, seen)
 
     def finish(self, state: ProbeState, turns: torch.Tensor | None = None, learning: bool = False) -> ProbeOutput:
         """Score what `step` has read so far: logits `[batch, num_labels]`. For `learning` see `score_summaries`.
@@ -468,22 +469,31 @@ class ProbeModel(nn.Module):
                 summaries = self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != slots:
                 raise ProbeError(f"not all of {slots} layers have been read")
-            if not state.turns or turns is None:
-                output = self.score_summaries(summaries, state.output_attentions, learning)
+            if state.turns and turns is not None:
+                output = self._score_turns(summaries, state, turns, learning)
             else:
-                parts = [summaries, *(self.token_stage.result(turn.joined(), slice(None)) for turn in state.turns)]
-                output = self.score_summaries(torch.stack(parts, dim=2), state.output_attentions, learning)
-                numbers = torch.arange(len(parts), device=self.device)  # 0: all turns together
-                counted = numbers <= turns.to(self.device, non_blocking=True)[:, None]  # [B, 1 + turns]
-                output.logits = strongest(output.logits.unflatten(0, counted.shape), self.config, counted)
-                if output.layer_weights is not None:
-                    output.layer_weights = output.layer_weights[:: len(parts)]
-                if output.member_logits is not None:  # each member learns from the turn that it finds strongest
-                    members = output.member_logits.unflatten(1, counted.shape)  # [M, B, 1 + turns, C]
-                    output.member_logits = strongest(members, self.config, counted.expand(members.shape[:-1]))
+                output = self.score_summaries(summaries, state.output_attentions, learning)
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None and state.means is not None:
                 output.means = MeanStates(self.novelty, *state.means.joined())
+        return output
+
+    def _score_turns(
+        self, summaries: torch.Tensor, state: ProbeState, turns: torch.Tensor, learning: bool
+    ) -> ProbeOutput:
+        """Score the strongest of all turns together, `[layers_read, batch, width]`, and each of them; see `finish`."""
+        read = (turn.joined() for turn in state.turns)
+        parts = [summaries if seen is None else self.token_stage.result(seen, slice(None)) for seen in read]
+        items = torch.stack([summaries, *parts], dim=2)  # [S, B, 1 + turns, width]
+        output = self.score_summaries(items, state.output_attentions, learning)
+        numbers = torch.arange(items.shape[2], device=self.device)  # 0: all turns together
+        counted = numbers <= turns.to(self.device, non_blocking=True)[:, None]  # [B, 1 + turns]
+        output.logits = strongest(output.logits.unflatten(0, counted.shape), self.config, counted)
+        if output.layer_weights is not None:
+            output.layer_weights = output.layer_weights[:: items.shape[2]]
+        if output.member_logits is not None:  # each member learns from the turn that it finds strongest
+            members = output.member_logits.unflatten(1, counted.shape)  # [M, B, 1 + turns, C]
+            output.member_logits = strongest(members, self.config, counted.expand(members.shape[:-1]))
         return output
 
     def projected(self) -> tuple[torch.Tensor, ProbeModel] | None:
