@@ -28,10 +28,6 @@ class _Module(backend_registration._DummyBackendModule):
         return False
 
 
-# When tests are collected, since torch counts the devices when the first gradient of a process is computed.
-backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
-
-
 class SimTensor(torch.Tensor):
     """A tensor of the device. Its values are in `host`, a tensor of the CPU."""
 
@@ -76,6 +72,8 @@ class Accelerator(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
+        if torch._C._get_privateuse1_backend_name() != DEVICE:
+            backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
         self.reads = self.operations = 0
         self._factories = _Factories()
 

@@ -1,5 +1,8 @@
 """Heads on a simulated accelerator: nothing is mixed with the CPU, and the host rarely waits for the device."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 import torch
 from accelerator import DEVICE, Accelerator, SimTensor
@@ -154,18 +157,24 @@ def test_heads_on_another_device_than_the_lm(device):
         torch.testing.assert_close(on_cpu, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_training_step(device):
+def train_a_step() -> None:
     labels, states, mask = torch.tensor([0, 1, 1]), torch.randn(3, 5, 9, 32), torch.ones(3, 9, dtype=torch.long)
     gradients = []
-    for where in ("cpu", DEVICE):
-        heads = {kind: make_probe(**KINDS[kind]) for kind in ("gate", "multimax", "mha")}
-        group = HeadGroup(heads).to(where).eval()  # dropout draws other numbers on each device
-        loss = GroupLoss({name: ProbeLoss(head.config) for name, head in heads.items()})
-        with torch.enable_grad():
+    with Accelerator():
+        for where in ("cpu", DEVICE):
+            heads = {kind: make_probe(**KINDS[kind]) for kind in ("gate", "multimax", "mha")}
+            group = HeadGroup(heads).to(where).eval()  # dropout draws other numbers on each device
+            loss = GroupLoss({name: ProbeLoss(head.config) for name, head in heads.items()})
             out = group(hidden_states=states.to(where), attention_mask=mask.to(where))
             loss(out, labels.to(where)).backward()
-        gradients.append({name: each.grad for name, each in group.named_parameters() if each.grad is not None})
-    same(gradients[1], gradients[0])
+            gradients.append({name: each.grad for name, each in group.named_parameters() if each.grad is not None})
+        same(gradients[1], gradients[0])
+
+
+def test_a_training_step():
+    """In a process of its own: a process that has computed gradients on a device cannot be forked to compute more."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(train_a_step).result()
 
 
 def test_a_head_abstains(device):
