@@ -28,7 +28,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 from .configuration_llama_probe import ProbeConfig, ProbeError, get_probe_type, needs_package
-from .heads_llama_probe import check_rows, join_slots, normalize, numbered, take_slots, token_mask, tokens_read
+from .heads_llama_probe import check_rows, join_slots, normalize, take_slots, tokens_read, turn_numbers
 
 
 # Arguments of generate() that heads have in the package, and those under which a pass is not one over the prompt.
@@ -202,7 +202,7 @@ class PromptReader:
         self.outputs: dict[str, HeadOutput] | None = None
         self.masks, host = {}, ids.cpu()
         for name, head in heads.items():
-            read = numbered(head.config, token_mask(head.config, host, None if mask is None else mask.cpu()))
+            read = turn_numbers(head.config, host, None if mask is None else mask.cpu())
             check_rows(read)
             self.masks[name] = tokens_read(head.config, read).long()
         self._held: dict[int, torch.Tensor] = {}  # states of the running pass, by layer

@@ -34,7 +34,7 @@ from ..files import make_folder, remove_leftovers, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig, shared_layers
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, judges_turns, numbered, token_mask, tokens_read
+from ..heads.scope import check_rows, judges_turns, tokens_read, turn_numbers
 from .prompts import PromptDataset
 
 
@@ -228,10 +228,10 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the mask `[B, T]` of the tokens that count for a head, `numbered`, for a batch of a `PromptDataset`."""
+    """Return the mask `[B, T]` of the tokens that count for a head, or `turn_numbers`, for a batch of a `PromptDataset`."""
     if "probe_mask" in batch:
         return batch["probe_mask"].bool()  # as indices, 0 and 1 would be the first two tokens
-    return numbered(config, token_mask(config, batch["input_ids"], batch["attention_mask"]))
+    return turn_numbers(config, batch["input_ids"], batch["attention_mask"])
 
 
 def iterate_states(
@@ -251,8 +251,8 @@ def iterate_states(
         layers: states to collect from the LM. Defaults to those that the head reads.
 
     Yields:
-        Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens, `numbered`. Leading tokens that no
-        row counts may be missing.
+        Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens, or `turn_numbers`. Leading tokens
+        that no row counts may be missing.
     """
     prompts, unread = [], []
     for first in range(0, len(dataset), _ROWS):

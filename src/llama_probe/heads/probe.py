@@ -30,7 +30,7 @@ from .match import check_backbone, describe, match
 from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .saving import read_settled, read_tensors, save_head
-from .scope import check_rows, judges_turns, numbered, token_mask
+from .scope import check_rows, judges_turns, turn_numbers
 from .states import normalize
 from .stream import ProbeState, SlotStates, Turns, as_slice, split_turns
 
@@ -242,9 +242,8 @@ class ProbeModel(nn.Module):
                 one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers alone that the head reads. Any float
                 dtype.
             output_attentions: also returns `token_weights` and `layer_weights`.
-            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, or the number of each one's turn, as
-                of `numbered`, in place of the config's `token_scope`. With `input_ids`, a head with
-                `token_scope="response"` needs it.
+            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, or `turn_numbers`, in place of the config's
+                `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
             row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`.
             reply_mask (`[batch, tokens]`, *optional*): true for the tokens of replies, which are then scored as `score_replies` does.
 
@@ -254,9 +253,7 @@ class ProbeModel(nn.Module):
         if input_ids is not None and hidden_states is None:
             if self.backbone is None:
                 raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
-            mask = probe_mask
-            if mask is None:
-                mask = numbered(self.config, token_mask(self.config, input_ids, attention_mask))
+            mask = turn_numbers(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
             mask = self._checked(mask, input_ids.shape)
             x = torch.stack(collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask))
         elif hidden_states is not None and input_ids is None:
@@ -289,8 +286,8 @@ class ProbeModel(nn.Module):
         Args:
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): states of the layers that the head
                 reads, ascending.
-            mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): true for the tokens that count, or the number of each
-                one's turn; see `numbered`. Defaults to all.
+            mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): true for the tokens that count, or `turn_numbers`.
+                Defaults to all.
         """
         state, turns, counts = self.init_state(output_attentions=output_attentions), None, None
         if mask is not None and mask.dtype != torch.bool:

@@ -73,17 +73,27 @@ def token_mask(
 
 
 def judges_turns(config: ProbeConfig) -> bool:
-    """Return True if a head gives a chat the logits of its `strongest` turn, if these are stronger than of all turns together.
+    """Return True if a head judges each turn of a chat by itself, beside all turns together; see `strongest`.
 
-    Pooled with others, a turn that is flagged alone may not be. So it is with `token_scope="user"` and `"tool"`, where a head flags
-    one of two labels or gives several labels.
+    Pooled with others, a turn that is flagged alone may not be. Heads with `token_scope="user"` or `"tool"` do so, if they flag one of
+    two labels or give several labels.
     """
     judges = config.flagged_index is not None or config.problem_type == "multi_label_classification"
     return judges and config.token_scope in ("user", "tool") and get_probe_type(config.probe_type).reads == "all"
 
 
-def numbered(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
-    """Return a `token_mask`; for heads that judge turns the numbers of these, if there are several. See `number_turns`."""
+def turn_numbers(
+    config: ProbeConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    partial_prompt: bool = False,
+    seen: int = 0,
+) -> torch.Tensor:
+    """Return `token_mask`, or for a head that judges turns the number of the turn of each token that counts.
+
+    See `number_turns`. The arguments are those of `token_mask`.
+    """
+    mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
     return number_turns(mask) if judges_turns(config) else mask
 
 

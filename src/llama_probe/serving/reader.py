@@ -17,7 +17,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.device import device_type
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, judges_turns, numbered, token_mask, tokens_read
+from ..heads.scope import check_rows, judges_turns, tokens_read, turn_numbers
 from ..heads.stream import ProbeState, split_turns
 from .outputs import CachedHead, ProbeCache, TokenScores, on_host
 
@@ -77,7 +77,7 @@ class StateReader:
         """Announce a forward pass over n further tokens.
 
         Args:
-            token_masks: for each head the tokens that count, `[batch, n]`, `numbered`. The LM may run over further columns.
+            token_masks: for each head the tokens that count, or `turn_numbers`, `[batch, n]`. The LM may run over further columns.
                 Masks of several tokens are on the CPU: columns that no head reads are left out.
             last: no token that counts follows.
             repeats: rows of the LM for each row of the masks: beams or return sequences, which begin alike.
@@ -282,7 +282,7 @@ def prompt_masks(
     placeholder_ids: Sequence[int] = (),
     first_row: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Return for each head, by name, the prompt tokens that count, `numbered`: `[prompts, prompt_tokens]`.
+    """Return for each head, by name, the prompt tokens that count, or `turn_numbers`: `[prompts, prompt_tokens]`.
 
     `inputs` has `input_ids` or `inputs_embeds`, and may have `attention_mask` and `probe_mask`. Errors count from `first_row`.
 
@@ -313,9 +313,7 @@ def prompt_masks(
     for name, config in configs.items():
         scope = repr((config.token_scope, config.prefix_ids, config.turn_markers, judges_turns(config)))
         if (mask := masks_by_scope.get(scope)) is None:
-            mask = chosen
-            if mask is None:
-                mask = numbered(config, token_mask(config, input_ids, attended, partial_prompt, seen))
+            mask = turn_numbers(config, input_ids, attended, partial_prompt, seen) if chosen is None else chosen
             if chosen is None and placeholder_ids and input_ids is not None:
                 others = torch.tensor(placeholder_ids, device=input_ids.device)
                 mask = mask.masked_fill(torch.isin(input_ids, others), 0)

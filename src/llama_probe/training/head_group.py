@@ -14,7 +14,7 @@ from ..data.cached_states import SharedStates, shared_config
 from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel, without_autocast
-from ..heads.scope import check_rows, numbered, token_mask
+from ..heads.scope import check_rows, turn_numbers
 
 
 @dataclass
@@ -74,9 +74,7 @@ class HeadGroup(nn.Module):
                 chosen by: in eval mode the logits of others are not numbers. Defaults to all.
         """
         if hidden_states is None:
-            mask = probe_mask
-            if mask is None:
-                mask = numbered(self.config, token_mask(self.config, input_ids, attention_mask))
+            mask = turn_numbers(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
             states = torch.stack(collect_hidden_states(self.backbone, self.layers, input_ids, attention_mask))
         else:
             states, mask = hidden_states.transpose(0, 1), attention_mask if probe_mask is None else probe_mask

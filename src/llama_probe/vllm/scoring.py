@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from ..errors import ProbeError
 from ..heads.decision import fill_unread
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, numbered, token_mask
+from ..heads.scope import check_rows, turn_numbers
 from ..heads.stream import ProbeState, split_turns
 from .state_cache import StateCache
 from .step_scores import Places
@@ -37,7 +37,7 @@ class ScoringRequest:
         block_ids: where the tokens lie, in order.
         heads: names of those whose scores of the prompt are wanted; `None` if the prompt was scored before.
         slot: where heads that follow the reply keep their states; `None` if none do.
-        masks: for each head that can read it the tokens that count, `numbered`, `[num_tokens]`. Set by `Scorer`.
+        masks: for each head that can read it the tokens that count, or `turn_numbers`, `[num_tokens]`. Set by `Scorer`.
     """
 
     request_id: str
@@ -142,7 +142,7 @@ class Scorer:
         """Return what heads have read of prompts in blocks `[prompts, blocks]`.
 
         Args:
-            masks: for each head the tokens that count, `[prompts, width]`, `numbered`, on the CPU.
+            masks: for each head the tokens that count, or `turn_numbers`, `[prompts, width]` on the CPU.
             padding: the tokens that belong to no prompt, `[prompts, width]`.
         """
         states = {name: self.heads[name].init_state(keep=name in self.followers) for name in masks}
@@ -173,7 +173,7 @@ class Scorer:
         prompt = torch.zeros(1, request.num_prompt_tokens, dtype=torch.bool)
         if head.config.token_scope != "response":
             ids = None if request.token_ids is None else torch.tensor([request.token_ids])
-            prompt = numbered(head.config, token_mask(head.config, ids, torch.ones_like(prompt, dtype=torch.long)))
+            prompt = turn_numbers(head.config, ids, torch.ones_like(prompt, dtype=torch.long))
         mask = F.pad(prompt, (0, request.num_tokens - request.num_prompt_tokens), value=head.config.reads_reply)
         check_rows(mask, head.config)
         return mask[0]
