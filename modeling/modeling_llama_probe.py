@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,12 @@ from .configuration_llama_probe import ProbeConfig, ProbeError, get_probe_type, 
 from .heads_llama_probe import check_rows, join_slots, normalize, take_slots, tokens_read, turn_numbers
 
 
-# Arguments of generate() that heads have in the package, and those under which a pass is not one over the prompt.
+# Arguments of heads in the package, and settings of generate() under which a pass is not one over the prompt.
 _PACKAGE_ONLY = ("halt_reply", "on_probe_token", "probe_state", "abstain_at", "probe_mask")
-_CACHES = ("cache", "past_key_values")
-_OTHER_PASSES = ("inputs_embeds", *_CACHES, "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+_ASSISTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
+_OTHER_PASSES = ("inputs_embeds", "cache", "past_key_values", *_ASSISTED, "token_healing", "custom_generate")
 _METHODS = ("load_probe", "add_probe", "save_probe", "push_probe_to_hub", "set_active_probes", "disable_probes")
+_METHODS += ("delete_probe",)
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _MOST_HELD = 2**24  # numbers in the hidden states that are held at once
 _INSIDE = threading.local()  # `generate` is true while it runs: forward() is then the plain one
@@ -150,12 +152,15 @@ class Rule(NamedTuple):
         """Return the rules of a name, several names, or a dict of names with `label` and `threshold`."""
         if callable(halt_on):
             raise needs_package("halt_on= with a function")
-        named = {halt_on: {}} if isinstance(halt_on, str) else halt_on
-        named = named if isinstance(named, dict) else dict.fromkeys(named)
-        rules = []
+        named = [halt_on] if isinstance(halt_on, str) else halt_on
+        if not isinstance(named, (dict, list, tuple, set)) or not named:
+            raise ProbeError(f"halt_on={halt_on!r} must be a head's name, or a list or dict of names")
+        named, rules = named if isinstance(named, dict) else dict.fromkeys(named), []
         for name, options in named.items():
             if name not in heads:
                 raise ProbeError(f"halt_on: there is no head {name!r}; heads: {', '.join(heads)}")
+            if not isinstance(options or {}, dict):
+                raise ProbeError(f"halt_on: the options of {name!r} are {options!r}; they must be a dict")
             if unknown := sorted(set(options or {}) - {"label", "threshold"}):
                 raise needs_package(f"halt_on= with {unknown[0]}")
             config, (label, threshold) = heads[name].config, map((options or {}).get, ("label", "threshold"))
@@ -167,8 +172,9 @@ class Rule(NamedTuple):
                 raise ProbeError(f"halt_on: {name!r} gives values and needs a threshold")
             thresholds = config.thresholds or {} if labels == config.flagged else {}
             threshold = thresholds.get(threshold, threshold)
-            if isinstance(threshold, str):
-                raise ProbeError(f"halt_on: {name!r} has no threshold {threshold!r}; it has {list(thresholds)}")
+            if isinstance(threshold, str) or not (is_regression or 0 <= (threshold or 0) <= 1):
+                allowed = f"a number from 0 to 1, or one of {list(thresholds)}"
+                raise ProbeError(f"halt_on: {name!r} has no threshold {threshold!r}; allowed: {allowed}")
             rules += [cls(name, config, label, threshold) for label in labels]
         return rules
 
@@ -192,10 +198,13 @@ class PromptReader:
     It is a logits processor too: transformers calls it when a token is chosen, and the first time the prompts are read.
 
     Raises:
-        ProbeError: a prompt has no token that a head reads.
+        ProbeError: the prompts are no tensors of one shape, or one has no token that a head reads.
     """
 
     def __init__(self, lm: nn.Module, heads: dict[str, ProbeHead], ids: torch.Tensor, mask: torch.Tensor | None):
+        for tensor in (ids, ids if mask is None else mask):
+            if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or tensor.shape != ids.shape or not len(ids):
+                raise ProbeError("input_ids and attention_mask must be tensors of one shape, [batch, tokens]")
         self.lm, self.heads, self.ids = lm, heads, ids
         self.rules: list[Rule] = []
         self.halts: list[Halt | None] = [None] * len(ids)
@@ -239,11 +248,11 @@ class PromptReader:
 
     def _take(self, layer: int, hidden: torch.Tensor) -> None:
         repeats, rest = divmod(len(hidden), len(self.ids))  # beams and return sequences repeat each prompt
-        if rest or not repeats:
+        width = hidden.shape[1]
+        if rest or not repeats or width > self.ids.shape[1] - self._seen[layer]:
             raise needs_package("a decoding method that does not run over the prompt as it was given")
-        width = min(hidden.shape[1], self.ids.shape[1] - self._seen[layer])
         self._device = self._device or hidden.device
-        self._held[layer] = hidden[::repeats, :width].to(self._device)
+        self._held[layer] = hidden[::repeats].to(self._device)
         if layer == max(self._seen) or sum(state.numel() for state in self._held.values()) > _MOST_HELD:
             self._read(width)
 
@@ -338,25 +347,31 @@ class ProbedGenerationMixin:
         """Names of the heads."""
         return list(self.probes)
 
-    def _reader(self, probes: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> PromptReader:
+    def init_continuous_batching(self, *args, **kwargs):
+        """Start continuous batching, without heads."""
+        if self.probes:
+            raise needs_package("continuous batching beside heads")
+        return super().init_continuous_batching(*args, **kwargs)
+
+    def _chosen(self, probes: Any) -> dict[str, ProbeHead]:
         names = [probes] if isinstance(probes, str) else list(self.probes if probes is None else probes)
         if unknown := [name for name in names if name not in self.probes]:
             raise ProbeError(f"there is no head {unknown[0]!r}; heads: {', '.join(self.probes)}")
-        return PromptReader(self, {name: self.probes[name] for name in names}, ids, mask)
+        return {name: self.probes[name] for name in names}
 
-    def _forward(
-        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, *args, **kwargs
-    ):
-        """Run the LM. A pass over whole prompts, given as ids, has `probe_logits` in its output."""
-        past, plain = kwargs.get("cache", kwargs.get("past_key_values")), self._causal_lm_class.forward
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inside, has_past = getattr(_INSIDE, "generate", False), past is not None and past.get_seq_length()
-        if inside or has_past or not self.probes or input_ids is None or args:
-            return plain(self, *inputs.values(), *args, **kwargs)
-        _refuse(_PACKAGE_ONLY, kwargs)
-        reader = self._reader(kwargs.pop("probes", None), input_ids, attention_mask)
+    def _forward(self, inputs: dict[str, Any]):
+        """Run the LM. A pass over whole prompts has `probe_logits` in its output."""
+        past, plain = inputs.get("cache", inputs.get("past_key_values")), self._causal_lm_class.forward
+        if not self.probes or getattr(_INSIDE, "generate", False) or (past is not None and past.get_seq_length()):
+            return plain(self, **inputs)
+        return self._forward_with_heads(plain, self._chosen(inputs.pop("probes", None)), inputs)
+
+    @torch.compiler.disable
+    def _forward_with_heads(self, plain: Callable, heads: dict[str, ProbeHead], inputs: dict[str, Any]):
+        _refuse((*_PACKAGE_ONLY, "inputs_embeds"), inputs)
+        reader = PromptReader(self, heads, inputs.get("input_ids"), inputs.get("attention_mask"))
         with reader.hooks():
-            output = plain(self, **inputs, **kwargs)
+            output = plain(self, **inputs)
         logits = {name: each.logits for name, each in reader.finish().items()}
         if isinstance(output, tuple):
             return (*output, logits)
@@ -374,21 +389,19 @@ class ProbedGenerationMixin:
             halt_on: a head, several, or a dict of heads with `label` and `threshold`: prompts that they flag get no reply.
                 `probe_halts` then has a `Halt` or None for each prompt.
         """
-        _refuse((*_PACKAGE_ONLY, *(_OTHER_PASSES if self.probes else ())), kwargs)
+        configs = (vars(config) for config in (self.generation_config, generation_config) if config is not None)
+        settings = {name: value for each in (*configs, kwargs) for name, value in each.items() if value is not None}
+        _refuse((*_PACKAGE_ONLY, *(_OTHER_PASSES if self.probes else ())), settings)
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if not self.probes or kwargs.get("return_dict_in_generate") is False:
+        if not self.probes or settings.get("return_dict_in_generate") is False:
             if halt_on is not None:
                 raise ProbeError("halt_on needs a head, probe=NAME in from_pretrained, and return_dict_in_generate")
             return super().generate(inputs, generation_config, **kwargs)
-        settings = generation_config or self.generation_config
-        ends, pad = (
-            _ids(kwargs.get(name), getattr(settings, name), getattr(self.generation_config, name))
-            for name in ("eos_token_id", "pad_token_id")
-        )
+        ends, pad = (_ids(settings.get(name)) for name in ("eos_token_id", "pad_token_id"))
         mask = kwargs.get("attention_mask")
         if mask is None and pad and not set(pad) & set(ends):
             mask = inputs != pad[0]
-        reader = self._reader(probes, inputs, mask)
+        reader = PromptReader(self, self._chosen(probes), inputs, mask)
         reader.rules = [] if halt_on is None else Rule.create_all(halt_on, reader.heads)
         pad = (pad or ends or [0])[0]
         reader.end = (ends or [pad])[0]
@@ -401,7 +414,7 @@ class ProbedGenerationMixin:
         except _AllHalted:
             if kwargs.get("streamer") is not None:
                 kwargs["streamer"].end()
-            copies = kwargs.get("num_return_sequences", settings.num_return_sequences) or 1
+            copies = settings.get("num_return_sequences", 1)
             output = GenerateDecoderOnlyOutput(sequences=inputs.repeat_interleave(copies, dim=0))
         finally:
             _INSIDE.generate = False
@@ -421,10 +434,12 @@ class ProbedGenerationMixin:
     @torch.no_grad()
     def classify(self, input_ids: Any, attention_mask=None, probes=None, tokenizer=None) -> dict[str, HeadOutput]:
         """Score prompts, ids `[B, T]` or with `tokenizer=` a list of texts, without generating."""
+        heads = self._chosen(probes)
         if not isinstance(input_ids, torch.Tensor):
-            names = [probes] if isinstance(probes, str) else list(self.probes if probes is None else probes)
-            return {name: self._classify_texts(name, input_ids, tokenizer) for name in names}
-        reader = self._reader(probes, input_ids, attention_mask)
+            if tokenizer is None or not isinstance(input_ids, (str, Sequence)) or not input_ids:
+                raise ProbeError("classify takes ids [batch, tokens], or texts with tokenizer=")
+            return {name: self._classify_texts(name, input_ids, tokenizer) for name in heads}
+        reader = PromptReader(self, heads, input_ids, attention_mask)
         with reader.hooks():
             positions = None if attention_mask is None else (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
             self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
@@ -449,15 +464,14 @@ class ProbedGenerationMixin:
         return HeadOutput(torch.cat(logits), config)
 
 
-def _refuse(names: Sequence[str], kwargs: dict[str, Any]) -> None:
+def _refuse(names: Sequence[str], values: dict[str, Any]) -> None:
     for name in names:
-        if kwargs.get(name) is not None:
+        if values.get(name) is not None and values[name] is not False:
             raise needs_package(f"{name}= with heads")
 
 
-def _ids(*values: int | list[int] | None) -> list[int]:
-    value = next((value for value in values if value is not None), [])
-    return value if isinstance(value, list) else [value]
+def _ids(value: int | list[int] | torch.Tensor | None) -> list[int]:
+    return [] if value is None else torch.as_tensor(value).flatten().tolist()
 
 
 def __getattr__(name: str) -> type:
@@ -466,10 +480,11 @@ def __getattr__(name: str) -> type:
     if not made or rest:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     plain = getattr(transformers, f"{stem}ForCausalLM")
+    names = tuple(inspect.signature(plain.forward).parameters)[1:]
 
     @functools.wraps(plain.forward)  # generate() reads from its signature what a model takes
     def forward(self, *args, **kwargs):
-        return self._forward(*args, **kwargs)
+        return self._forward(dict(zip(names, args, strict=False)) | kwargs)
 
     doc = f"`{plain.__name__}` with probe heads."
     fields = {"forward": forward, "__module__": __name__, "__doc__": doc, "_causal_lm_class": plain}
