@@ -269,7 +269,7 @@ class Halter:
         if self.policy is not None:
             halts = _decisions("the halting policy", self.policy(outputs), prompts)
         copies = copies if self.follows else 1
-        probs = self._probabilities(outputs)
+        probs, _ = self._probabilities(outputs)
         for rule in self.rules:
             flags = _asked(rule, probs[rule.head], texts) if rule.head in probs else [None] * prompts
             self._streaks.append([Streak(rule, flag is not None) for flag in flags for _ in range(copies)])
@@ -277,11 +277,13 @@ class Halter:
         self.halts = [halt for halt in halts for _ in range(copies)]
         return self.halts
 
-    def _probabilities(self, outputs: dict[str, ProbeOutput]) -> dict[str, torch.Tensor]:
-        """Return the probabilities that rules look at, by head, on the CPU."""
+    def _probabilities(
+        self, outputs: dict[str, ProbeOutput], counted: torch.Tensor | None = None
+    ) -> tuple[dict[str, torch.Tensor], Any]:
+        """Return the probabilities that rules look at, by head, and `counted`: from the device in one copy."""
         ruled = {rule.head: rule.config for rule in self.rules if rule.head in outputs}
-        logits = on_host({name: outputs[name].logits for name in ruled})
-        return {name: probabilities(logits[name], config) for name, config in ruled.items()}
+        host: dict[str | None, Any] = on_host({None: counted, **{name: outputs[name].logits for name in ruled}})
+        return {name: probabilities(host[name], config) for name, config in ruled.items()}, host[None]
 
     def follow(self, scores: TokenScores) -> list[bool]:
         """Decide on one more token of each reply. After an error no token is written.
@@ -289,9 +291,10 @@ class Halter:
         Returns:
             For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
         """
-        probs_by_head = self._probabilities(scores.outputs)
+        # Numbers of one kind, so that they come together.
+        probs_by_head, counted = self._probabilities(scores.outputs, scores.counted.float())
         # Tokens that do not count change nothing.
-        rows = [row for row, is_counted in enumerate(scores.counted.tolist()) if is_counted]
+        rows = [row for row, is_counted in enumerate(counted.tolist()) if is_counted]
         flags: list[tuple[int, Halt | None, bool]] = []  # row, reason, and if it ends the reply
         if self.on_token is not None and (decisions := self.on_token(scores)) is not None:
             decided = _decisions("on_probe_token", decisions, len(self.halts))
