@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama_probe import ProbeConfig
-from llama_probe.heads.scope import token_mask
+from llama_probe.heads.scope import turn_numbers
 
 
 @pytest.mark.parametrize(
@@ -24,4 +24,4 @@ from llama_probe.heads.scope import token_mask
 def test_tokens_that_count(changes, ids, attention_mask, expected):
     attention_mask = None if attention_mask is None else torch.tensor(attention_mask)
     config = ProbeConfig(**{"token_scope": "content", "prefix_ids": [7, 8], **changes})
-    assert token_mask(config, torch.tensor(ids), attention_mask).int().tolist() == expected
+    assert turn_numbers(config, torch.tensor(ids), attention_mask).int().tolist() == expected

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerator import DEVICE, Accelerator
-from cases import KINDS
+from cases import KINDS, MULTI, REGRESSION
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded, probed
 from heads_runtime import heads_file
 from repository import ROOT
@@ -25,19 +25,19 @@ from llama_probe.serving.export import FAMILIES, auto_map, export_repository, pu
 
 
 USER, REPLY = 3, 4
-TURNS = {"user": {"ids": [USER], "skip": 1}, "assistant": {"ids": [REPLY], "skip": 0}}
-TOPICS = {"probe_type": "gate", "id2label": {0: "a", 1: "b", 2: "c"}, "problem_type": "multi_label_classification"}
+TURNS = {"turn_markers": {"user": {"ids": [USER], "skip": 1}, "assistant": {"ids": [REPLY], "skip": 0}}}
+TOPICS = {"probe_type": "gate", "id2label": {0: "a", 1: "b", 2: "c"}, **MULTI}
 FORMS = {
     **KINDS,
     "max": {"probe_type": "mha", "pool": "max"},
     "layers": {"probe_type": "gate", "layers": [0, 2], "normalize": "rms"},
     "content": {"probe_type": "multimax", "token_scope": "content", "prefix_ids": [make_prompts()[1, 0].item()]},
-    "topics": {**TOPICS, "token_scope": "user", "turn_markers": TURNS},
-    "length": {"probe_type": "gate", "id2label": {0: "n"}, "num_labels": 1, "problem_type": "regression"},
+    "topics": {**TOPICS, "token_scope": "user", **TURNS},
+    "length": {"probe_type": "gate", "id2label": {0: "n"}, **REGRESSION},
     "old": {"id2label": {0: "no", 1: "yes"}, "threshold": 0.999},
     "pair": {"id2label": {0: "no", 1: "yes"}},
     "guard": {"id2label": {0: "bad", 1: "fine"}, "flagged": ["bad"], "threshold": 0.4, "thresholds": {"all": 0.0}},
-    **{scope: {"probe_type": "gate", "token_scope": scope, "turn_markers": TURNS} for scope in TURN_SCOPES},
+    **{scope: {"probe_type": "gate", "token_scope": scope, **TURNS} for scope in TURN_SCOPES},
 }  # fmt: skip
 
 

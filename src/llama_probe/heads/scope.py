@@ -15,14 +15,14 @@ from .turns import number_turns, turn_mask
 logger = logging.get_logger(__name__)
 
 
-def token_mask(
+def turn_numbers(
     config: ProbeConfig,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     partial_prompt: bool = False,
     seen: int = 0,
 ) -> torch.Tensor:
-    """Return which tokens count for a head, `[batch, tokens]` bool.
+    """Return which tokens count for a head, `[batch, tokens]` bool, or for one that judges turns their `number_turns`.
 
     The turns that `"last_user"`, `"user"`, `"turns"` and `"tool"` name are found by `config.turn_markers`; see `turn_mask`. No
     token counts of a chat without such a turn. Without `turn_markers` these scopes are `"content"`, but for `"tool"`.
@@ -56,7 +56,8 @@ def token_mask(
         known = input_ids.shape[1] if partial_prompt else seen
         # Padding may have the id of a marker.
         ids = input_ids if attention_mask is None else input_ids.masked_fill(~mask.to(input_ids.device), -1)
-        return mask & turn_mask(config.token_scope, markers, ids, known).to(mask.device)
+        mask = mask & turn_mask(config.token_scope, markers, ids, known).to(mask.device)
+        return number_turns(mask) if judges_turns(config) else mask
     prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
     count, width = len(config.prefix_ids), input_ids.shape[1]
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
@@ -72,6 +73,13 @@ def token_mask(
     return mask & ~(begins & (columns >= first) & (columns < first + count))
 
 
+def token_mask(
+    config: ProbeConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Return which tokens count for a head, `[batch, tokens]` bool; see `turn_numbers`."""
+    return turn_numbers(config, input_ids, attention_mask).bool()
+
+
 def judges_turns(config: ProbeConfig) -> bool:
     """Return True if a head judges each turn of a chat by itself, beside all turns together; see `strongest`.
 
@@ -80,21 +88,6 @@ def judges_turns(config: ProbeConfig) -> bool:
     """
     judges = config.flagged_index is not None or config.problem_type == "multi_label_classification"
     return judges and config.token_scope in ("user", "tool") and get_probe_type(config.probe_type).reads == "all"
-
-
-def turn_numbers(
-    config: ProbeConfig,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    partial_prompt: bool = False,
-    seen: int = 0,
-) -> torch.Tensor:
-    """Return `token_mask`, or for a head that judges turns the number of the turn of each token that counts.
-
-    See `number_turns`. The arguments are those of `token_mask`.
-    """
-    mask = token_mask(config, input_ids, attention_mask, partial_prompt, seen)
-    return number_turns(mask) if judges_turns(config) else mask
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
