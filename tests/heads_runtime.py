@@ -11,9 +11,7 @@ _IMPORT = re.compile(r"^(import|from) .*?(\([^)]*\))?\n", re.MULTILINE)
 # What plots and vLLM call, and no exported repository.
 _UNUSED = re.compile(r"\n    def (weights|projected)\(.*?(?=\n    def |\n\n\n|\Z)", re.DOTALL)
 # Whole modules of `heads`, in the order of their imports.
-_MODULES = (
-    "device states aggregator low_rank pooling gate last attentive multimax mean_attention attention turns scope"
-)
+_MODULES = "device aggregator low_rank pooling gate last attentive multimax mean_attention attention turns scope"
 HEADS_FILE = ROOT / "modeling" / "heads_llama_probe.py"
 _HEADER = '''"""Kinds of probe heads, and the tokens that they read: modules of the package, without their imports and what is not called here.
 

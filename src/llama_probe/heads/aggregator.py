@@ -1,4 +1,4 @@
-"""The base class of all kinds of head, and operations on their states.
+"""The base class of all kinds of head, and operations on hidden states and on what kinds keep of them.
 
 Dimension letters used in all files of this folder:
     S  slots: L+1 layers in the token stage, 1 in the layer stage
@@ -194,6 +194,16 @@ def _map_state(state: State, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     if isinstance(state, (tuple, list)):
         return type(state)(_map_state(part, change) for part in state)
     return None if state is None else change(state)
+
+
+def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
+    """Return hidden states `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`.
+
+    In half precision the result is rounded, and what it is calculated from is not.
+    """
+    if kind == "layernorm":
+        return torch.layer_norm(x, x.shape[-1:], eps=1e-5)
+    return torch.rms_norm(x, x.shape[-1:], eps=1e-6) if kind == "rms" else x
 
 
 def last_valid(mask: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
 from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
-from .aggregator import State
+from .aggregator import State, normalize
 from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, probe_loss, strongest
 from .match import check_backbone, describe, match
@@ -31,7 +31,6 @@ from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .saving import read_settled, read_tensors, save_head
 from .scope import check_rows, judges_turns, turn_numbers
-from .states import normalize
 from .stream import ProbeState, SlotStates, Turns, as_slice, split_turns
 
 

@@ -8,10 +8,9 @@ from itertools import accumulate
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..heads.aggregator import State, select_rows
+from ..heads.aggregator import State, normalize, select_rows
 from ..heads.configuration import shared_layers
 from ..heads.probe import ProbeModel
-from ..heads.states import normalize
 from ..serving.reader import state_budget
 
 
