@@ -116,7 +116,7 @@ def test_batches_with_padding_and_replies_that_end(padding, more, behind, pad, r
     ended = (replies == 2).cumsum(1) - (replies == 2).int() > 0
     rows = torch.tensor(picked) % len(first.sequences)
     first.cache.batch_select_indices(rows)
-    first.probe_state.batch_select_indices(rows)
+    first.probe_state.batch_select_indices(rows.tolist())
     new = make_prompts(len(rows), more, seed=seed + 1)
     ids = torch.cat([first.sequences[rows], new], 1)
     mask = torch.cat([mask.repeat_interleave(repeats, 0)[rows], (~ended[rows]).long(), torch.ones_like(new)], 1)

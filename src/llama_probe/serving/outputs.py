@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, make_dataclass, replace
 from typing import Any, TypeVar
 
@@ -246,9 +246,9 @@ class ProbeCache:
         """Repeat each row in place, as `DynamicCache.batch_repeat_interleave` does."""
         self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
         """Keep the rows whose indices are given, in place, as `DynamicCache.batch_select_indices` does."""
-        rows = torch.arange(self.batch_size, device="cpu")[indices.cpu()]
+        rows = torch.arange(self.batch_size, device="cpu")[torch.as_tensor(indices, device="cpu")]
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.heads = {
             name: replace(kept, mask=kept.mask[rows], state=select_rows(kept.state, rows))
