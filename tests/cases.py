@@ -32,7 +32,6 @@ MODES = {
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20},
     "beams": {"num_beams": 3},
     "beams x return sequences": {"num_beams": 4, "num_return_sequences": 2},
-    "sampling x return sequences": {"do_sample": True, "num_return_sequences": 3},
 }
 
 
