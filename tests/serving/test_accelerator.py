@@ -8,11 +8,10 @@ import torch
 from accelerator import DEVICE, Accelerator, SimTensor
 from cases import KINDS, MARKERS, REPLY, USER
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded, with_novelty
+from torch.utils.data import StackDataset
 
-from llama_probe import LlamaForProbedGeneration
+from llama_probe import LlamaForProbedGeneration, ProbeTrainer, ProbeTrainingArguments
 from llama_probe.serving import reader
-from llama_probe.training.head_group import GroupLoss, HeadGroup
-from llama_probe.training.loss import ProbeLoss
 
 
 FOLLOWING = {
@@ -161,24 +160,24 @@ def test_heads_on_another_device_than_the_lm(device):
         torch.testing.assert_close(on_cpu, expected, rtol=1e-5, atol=1e-5)
 
 
-def train_a_step() -> None:
-    labels, states, mask = torch.tensor([0, 1, 1]), torch.randn(3, 5, 9, 32), torch.ones(3, 9, dtype=torch.long)
+def train_a_step(folder: str) -> None:
+    rows = StackDataset(input_ids=[[1] * 9] * 3, hidden_states=list(torch.randn(3, 5, 9, 32)), labels=[0, 1, 1])
     gradients = []
     with Accelerator():
         for where in ("cpu", DEVICE):
             heads = {kind: make_probe(**KINDS[kind]) for kind in ("gate", "multimax", "mha")}
-            group = HeadGroup(heads).to(where).eval()  # dropout draws other numbers on each device
-            loss = GroupLoss({name: ProbeLoss(head.config) for name, head in heads.items()})
-            out = group(hidden_states=states.to(where), attention_mask=mask.to(where))
-            loss(out, labels.to(where)).backward()
+            trainer = ProbeTrainer(heads, ProbeTrainingArguments(folder, use_cpu=True), train_dataset=rows)
+            trainer._prepare_inputs = dict  # else they go where the Trainer sees a device
+            group, batch = trainer.model.to(where), trainer.data_collator([rows[row] for row in range(3)])
+            trainer.training_step(group, {name: tensor.to(where) for name, tensor in batch.items()})
             gradients.append({name: each.grad for name, each in group.named_parameters() if each.grad is not None})
         same(gradients[1], gradients[0])
 
 
-def test_a_training_step():
+def test_a_training_step(tmp_path):
     """In a process of its own: a process that has computed gradients on a device cannot be forked to compute more."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        process.submit(train_a_step).result()
+        process.submit(train_a_step, str(tmp_path)).result()
 
 
 def test_a_head_abstains(device):
