@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import ProbeError
 from ..hub.resolve import Target
-from .families import find_modules
+from .families import Modules, find_modules
 
 
 # Config fields of multimodal models with the id of a token that represents part of an image, video or sound.
@@ -20,7 +20,7 @@ _PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "aud
 
 
 @dataclass(frozen=True)
-class Decoder:
+class Decoder(Modules):
     """The parts of a causal LM that heads read; see `families.Family` for its modules.
 
     Attributes:
@@ -29,10 +29,6 @@ class Decoder:
         placeholder_ids: ids of the tokens that represent images, videos or sounds in a prompt.
     """
 
-    model: transformers.PreTrainedModel
-    embeddings: nn.Module
-    layers: nn.ModuleList
-    norm: nn.Module
     hidden_size: int
     model_type: str | None
     origin: str = "table"
@@ -126,7 +122,7 @@ def find_decoder(lm: nn.Module) -> Decoder:
     modules, origin = find_modules(base, config.num_hidden_layers)
     ids = map(vars(base.config).get, _PLACEHOLDERS)
     return Decoder(
-        *modules,
+        **vars(modules),
         hidden_size=config.hidden_size,
         model_type=base.config.model_type,
         origin=origin,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import transformers
 from torch import nn
@@ -13,7 +13,8 @@ from torch import nn
 from ..errors import ProbeError
 
 
-class Modules(NamedTuple):
+@dataclass(frozen=True)
+class Modules:
     """The modules of a causal LM that heads read; see `Family`."""
 
     model: transformers.PreTrainedModel
