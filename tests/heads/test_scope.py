@@ -12,7 +12,6 @@ from llama_probe.heads.scope import turn_numbers
     [
         ({"token_scope": "prompt"}, [[7, 8, 9, 0]], [[1, 1, 1, 0]], [[1, 1, 1, 0]]),
         ({"token_scope": "prompt"}, [[7, 8, 9, 0]], None, [[1, 1, 1, 1]]),
-        ({"prefix_ids": []}, [[7, 8, 9, 0]], [[1, 1, 1, 0]], [[1, 1, 1, 0]]),
         ({}, [[7, 8, 5, 7, 8]], None, [[0, 0, 1, 1, 1]]),
         ({"token_scope": "all"}, [[7, 8, 5, 7, 8]], None, [[0, 0, 1, 1, 1]]),
         # behind and before padding

@@ -211,7 +211,6 @@ OTHER_LABEL = {"guard": {"label": "fine", "threshold": "all"}}  # which is of th
         ("tensors of one shape", lambda model: model(prompts(), NO_TOKEN[:, 1:])),
         ("texts with tokenizer=", lambda model: model.classify("Hi")),
         ("no head 'x'", lambda model: model.classify("Hi", tokenizer=make_tokenizer(), probes="x")),
-        ("no head 'x'", lambda model: model.generate(prompts(), probes=["x"])),
         ("no token that a head reads", lambda model: model.classify(prompts(), NO_TOKEN)),
     ],
 )
