@@ -59,7 +59,7 @@ def test_labels_worth_a_look(caplog, counts, warnings):
         {"text": Dataset.from_dict({"text": ["a", "b"]})["text"], "label": np.array([1, 0])},
         [{"text": "a", "label": 1}, {"text": "b", "label": 0}],
         [("a", 1), ("b", 0)],
-        {"messages": [[{"role": "user", "content": text}] for text in "ab"], "labels": [1, 0]},
+        {"messages": [np.array([{"role": "user", "content": text}]) for text in "ab"], "labels": [1, 0]},
         {"prompt": ["a", "b"], "response": ["no", "yes"], "label": [1, 0]},
     ],
 )

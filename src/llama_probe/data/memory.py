@@ -36,6 +36,7 @@ def rows_in_memory(
     for old, new in mapping.items():
         if old not in columns or (new in columns and new not in mapping):
             raise ProbeError(f"column_mapping: {name} has no column {old!r} for {new!r}; it has: {', '.join(columns)}")
+    columns = {column: list(map(_as_list, cells)) for column, cells in columns.items()}  # pandas reads lists as arrays
     columns, names = ({mapping.get(name, name): table[name] for name in table} for table in (columns, names))
     label = next((column for column in ("label", "labels") if column in columns), None)
     if label is None and needs_labels:
@@ -62,11 +63,9 @@ def _tokenized(name: str, columns: Columns, label: str | None, labels: Labels, s
     """Return rows of token ids, without the tokens that `attention_mask` leaves out."""
 
     def read(column: str) -> list[list[int]]:
-        rows = list(map(_as_list, columns[column]))
         if "attention_mask" not in columns:
-            return rows
-        masks = map(_as_list, columns["attention_mask"])
-        return [list(compress(row, mask)) for row, mask in zip(rows, masks, strict=True)]
+            return columns[column]
+        return [list(compress(*row)) for row in zip(columns[column], columns["attention_mask"], strict=True)]
 
     tokens = read("input_ids")
     if not tokens or not all(tokens):
@@ -102,4 +101,4 @@ def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
 def _as_list(values: Any) -> Any:
     if hasattr(values, "tolist"):
         return values.tolist()
-    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else values
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, (str, bytes)) else values
