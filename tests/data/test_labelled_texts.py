@@ -80,6 +80,12 @@ def test_tokens_without_their_padding():
     assert is_tokenized(rows) and rows.label_names == ["x", "y"]
 
 
+def test_zeros_and_ones_for_lists_of_labels_are_refused():
+    rows = rows_in_memory("rows", {"text": ["a", "b"], "label": torch.tensor([[0, 1], [1, 0]])})
+    with pytest.raises(ProbeError, match="have the label 'LABEL_0', 'LABEL_1'"):
+        check_labels("rows", rows)
+
+
 def test_names_that_the_data_gives():
     kinds = Dataset.from_dict({"words": ["a", "b"], "kind": [1, 0]})
     kinds = kinds.cast_column("kind", ClassLabel(names=["no", "yes"]))

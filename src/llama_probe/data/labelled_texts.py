@@ -155,14 +155,15 @@ class Labels:
 
 
 def check_labels(name: str, rows: LabelledTexts) -> None:
-    """Check that training rows have several labels, unless they are values. Warn of labels that few rows or none have."""
+    """Check that training rows differ in their labels, unless these are values. Warn of labels that few rows or none have."""
     if rows.problem_type == "regression":
         return
     indices = (rows.labels == 1).nonzero()[1] if rows.labels.ndim == 2 else rows.labels
     counts = dict(zip(rows.label_names, np.bincount(indices, minlength=len(rows.label_names)).tolist(), strict=True))
     present = [label for label, count in counts.items() if count]
-    if rows.labels.ndim == 1 and len(present) == 1:
-        raise ProbeError(f"all rows of {name} have the label {present[0]!r}: there is nothing to tell apart")
+    if present and all(counts[label] == len(rows) for label in present):
+        shared = ", ".join(map(repr, present))
+        raise ProbeError(f"all rows of {name} have the label {shared}: there is nothing to tell apart")
     if absent := [label for label, count in counts.items() if not count]:
         logger.warning(f"No training row has the label {', '.join(absent)}: the head will hardly give it")
     if any(count > _FEW for count in counts.values()):
