@@ -211,4 +211,4 @@ def _infer_type(values: Sequence[object]) -> pa.DataType:
         kind = pa.array(values).type
     except (pa.ArrowException, UnicodeError, OverflowError):  # mixed types, lone surrogates, large numbers
         return pa.string()
-    return pa.string() if pa.types.is_null(kind) else kind
+    return pa.string() if pa.types.is_null(kind) or "struct<>" in str(kind) else kind  # parquet has no empty objects

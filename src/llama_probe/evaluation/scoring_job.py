@@ -262,10 +262,10 @@ def _warn_of_gaps(file: InputFile, rows: range, scored: list[int], scores: Colum
 
 
 def _array(file: InputFile, rows: range, column: pa.Field, values: Sequence[object]) -> pa.Array:
-    if column.type == pa.string():
-        # Whole numbers of more than 64 bits in json lines are kept as texts, and so is a column that begins with none.
-        values = [str(value) if type(value) in (int, float) else value for value in values]
     try:
+        if column.type == pa.string():
+            # In json lines large whole numbers are kept as texts, and so is a column that begins with nothing.
+            values = [json.dumps(value) if type(value) in (int, float, dict, list) else value for value in values]
         array = pa.array(values, column.type)
         if not all(map(_is_kept, values, array.to_pylist())):
             raise ValueError("a fraction or a field would be cut off")
