@@ -40,4 +40,4 @@ def heads_file() -> str:
 
 
 if __name__ == "__main__":
-    write_atomically({HEADS_FILE: heads_file()})
+    write_atomically(HEADS_FILE, heads_file())

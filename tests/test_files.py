@@ -19,7 +19,7 @@ def test_a_full_disk_changes_nothing_and_is_named(tmp_path):
     kept.write_text("as it was")
     for write in (lambda path: path.write_bytes(bytes(2**16)), partial(save_file, {"w": torch.zeros(2**14)})):
         with full_disk(2**12), pytest.raises(ProbeError, match="kept cannot be written: there is no room"):
-            write_atomically({kept: write})
+            write_atomically(kept, write)
     assert kept.read_text() == "as it was" and list(tmp_path.iterdir()) == [kept]
 
 
@@ -58,7 +58,7 @@ def test_leftovers_of_killed_processes_are_told_from_files_in_use(tmp_path):
         remove_leftovers(tmp_path)
         path.write_text("a")
 
-    write_atomically({tmp_path / "a.json": write})
+    write_atomically(tmp_path / "a.json", write)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 

@@ -51,7 +51,7 @@ class Tables:
         if not path.is_file():
             logger.warning(str(path.relative_to(self.folder).with_suffix("")))
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically({path: json.dumps(work(), indent=1) + "\n"})
+            write_atomically(path, json.dumps(work(), indent=1) + "\n")
 
     def methods(self, task: Task, names: list[str], parts: list[str]) -> None:
         """Train each method once for all of `main`, `ood` and `layers` that it can be part of."""

@@ -82,18 +82,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
             item.replace(folder / item.name)
 
 
-def write_atomically(contents: dict[Path, Content]) -> None:
-    """Write files under temporary names, then rename all of them; on an error no file changes.
-
-    A kill between two renames leaves some files new. `replace_files` is for files that belong together.
-    """
-    for folder in {path.parent for path in contents}:
-        settle(folder)  # else a file that a killed save has left would replace a newer one later
-        inside = {path.name: content for path, content in contents.items() if path.parent == folder}
-        with _staged(folder, inside) as stage:
-            for name in inside:
-                with _explained(folder / name):
-                    (stage / name).replace(folder / name)
+def write_atomically(path: Path, content: Content) -> None:
+    """Write a file under a temporary name, then rename it; on an error it does not change."""
+    settle(path.parent)  # else a file that a killed save has left would replace a newer one later
+    with _staged(path.parent, {path.name: content}) as stage, _explained(path):
+        (stage / path.name).replace(path)
 
 
 def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()) -> None:

@@ -64,7 +64,7 @@ def drift(
     if output is not None:
         figure = drift_plot(head.config, logits, novelty, reference)
         make_folder(output)
-        write_atomically({output / "drift.png": png(figure)})
+        write_atomically(output / "drift.png", png(figure))
     return report, partial(_print, probe, report, output)
 
 

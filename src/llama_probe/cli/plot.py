@@ -69,7 +69,8 @@ def plot(
         drawings |= _draw_text(reading, number)
     drawings |= _draw_head(inspection or {}, head.config)
     make_folder(output)
-    write_atomically({output / file: content for file, (content, _) in drawings.items()})
+    for file, (content, _) in drawings.items():
+        write_atomically(output / file, content)
     files = [{"file": str(output / file), **facts} for file, (_, facts) in drawings.items()]
     shown = [(item["file"], item["shows"]) for item in files]
     return {"files": files}, partial(print_table, None, ("file", "shows"), shown, left=2)

@@ -98,7 +98,7 @@ class StateCache:
                     if is_main() or not is_tensor_parallel(lm):  # its ranks compute the same rows
                         save = partial(save_file, tensors, metadata=names)
                         # The rename is what makes these rows done.
-                        write_atomically({entry / f"{uuid.uuid4().hex}.safetensors": save})
+                        write_atomically(entry / f"{uuid.uuid4().hex}.safetensors", save)
             except ProbeError:  # a run that is stopped otherwise leaves what it has done
                 if is_main() and not done:
                     shutil.rmtree(entry, ignore_errors=True)

@@ -24,7 +24,7 @@ def same_settings(path: Path, settings: JSON, state: JSON | None = None) -> JSON
         make_folder(path.parent)
         remove_leftovers(path.parent)
         written = settings | (state or {})
-        write_atomically({path: json.dumps(written, indent=2) + "\n"})
+        write_atomically(path, json.dumps(written, indent=2) + "\n")
         return written
     try:
         written = json.loads(path.read_text(encoding="utf-8"))

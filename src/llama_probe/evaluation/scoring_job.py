@@ -195,7 +195,7 @@ class ScoringJob:
                     _warn_of_gaps(file, rows, scorer.scored_rows(texts), scores)
                     columns = {**cells, **scores, "file": [str(file.path)] * len(rows), "row": rows}
                     table = pa.table([_array(file, rows, column, columns[column.name]) for column in schema], schema)
-                    write_atomically({part: partial(_write, table)})
+                    write_atomically(part, partial(_write, table))
                     bar.update(len(rows))
 
     def _texts(self, file: InputFile, rows: range, cells: Columns) -> list[Text | None]:
@@ -217,7 +217,7 @@ class ScoringJob:
         paths = sorted(self.output.glob("part-*.parquet"))
         parts = [{"name": path.name, "rows": pq.read_metadata(path).num_rows} for path in paths]
         manifest |= {"complete": True, "rows": sum(part["rows"] for part in parts), "parts": parts}
-        write_atomically({self.output / MANIFEST_NAME: json.dumps(manifest, indent=2) + "\n"})
+        write_atomically(self.output / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
         return manifest
 
 

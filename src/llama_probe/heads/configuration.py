@@ -319,7 +319,7 @@ class ProbeConfig:
         text = self.replace().to_json_string()
         check_output(save_directory)
         make_folder(Path(save_directory))
-        write_atomically({Path(save_directory) / CONFIG_NAME: text})
+        write_atomically(Path(save_directory) / CONFIG_NAME, text)
 
     def to_dict(self) -> JSON:
         """Return JSON values; `from_dict` gives the same config back."""

@@ -46,7 +46,7 @@ def write_card(folder: str | os.PathLike, source: str | None = None) -> Path:
     if not has_own_card(folder):
         plots = [name for name in PLOT_NAMES if os.path.isfile(current_file(folder, name))]
         card = renew_card(folder, read_config_values(folder), read_results(folder), plots, source)
-        write_atomically({path: str(card)})
+        write_atomically(path, str(card))
     return path
 
 

@@ -57,7 +57,7 @@ def write_progress(folder: Path, progress: Mapping[str, Progress]) -> None:
     """Write the progress of heads into a checkpoint."""
     weights = {f"{name}/{key}": tensor for name, head in progress.items() for key, tensor in head.weights.items()}
     values = json.dumps({name: [head.scores, head.epochs] for name, head in progress.items()})
-    write_atomically({folder / BEST_NAME: lambda path: save_file(weights, path, metadata={"progress": values})})
+    write_atomically(folder / BEST_NAME, lambda path: save_file(weights, path, metadata={"progress": values}))
 
 
 def read_progress(folder: Path) -> dict[str, Progress]:

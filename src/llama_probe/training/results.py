@@ -41,7 +41,7 @@ logger = logging.get_logger(__name__)
 def save_head(run: PreparedRun, head: ProbeModel, folder: Path) -> None:
     """Write the folder of the head of a recipe: weights, config, results, recipe, plots and card."""
     head.save_pretrained(folder)
-    write_atomically({folder / RECIPE_NAME: run.recipe.write()})
+    write_atomically(folder / RECIPE_NAME, run.recipe.write())
     if write_plots(folder):
         write_card(folder)  # shows the plots
 
