@@ -112,10 +112,7 @@ def resolve_head(
         return bundled
     reference = HubReference.parse(str(source))
     if reference is None:
-        raise ProbeError(
-            f"probe={str(source)!r} is neither a folder nor a Hub id (user/repo@revision:subfolder); "
-            f"bundled heads: {', '.join(_bundled_names())}"
-        )
+        raise ProbeError(no_bundled_head(str(source), None))
     return download_head(reference, options, only_config=only_config)
 
 
@@ -146,8 +143,9 @@ def no_bundled_head(alias: str, backbone: str | None, *details: str) -> str:
     """Return the message that an alias names no head for a backbone, with the command that makes one."""
     folders = [folder for folder in bundled_heads().values() if folder.name in (alias, ALIASES.get(alias))]
     if not folders:
-        known = f"bundled heads: {', '.join(_bundled_names())}"
-        return "; ".join([f"probe={alias!r} is neither a folder nor a bundled head", known, *details])
+        wanted = f"probe={alias!r} is neither a folder nor a bundled head nor a Hub id (user/repo@revision:subfolder)"
+        known = ", ".join(sorted({*ALIASES, *(folder.name for folder in bundled_heads().values())}))
+        return "; ".join([wanted, f"bundled heads: {known}", *details])
     bases = dict.fromkeys(Path(read_config_values(folder)["base_model_name_or_path"]).name for folder in folders)
     backbone = backbone or "this backbone"
     recipe = max((name for name in ALIASES if alias.startswith(name)), key=len, default=None)
@@ -155,10 +153,6 @@ def no_bundled_head(alias: str, backbone: str | None, *details: str) -> str:
     return "; ".join(
         [f"probe={alias!r}: no bundled head for {backbone}", f"they are for {', '.join(bases)}", *details, *command]
     )
-
-
-def _bundled_names() -> list[str]:
-    return sorted({*ALIASES, *(folder.name for folder in bundled_heads().values())})
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
