@@ -161,6 +161,8 @@ class TestPush:
     def test_links_out_of_the_folder(self, hub, token, folder, tmp_path):
         """A link in a stranger's folder must not have the user's own files uploaded."""
         (tmp_path / "id_rsa").write_text(OWN_CARD)
+        with pytest.raises(ProbeError, match=f"{tmp_path} is not a head"):
+            push_folder(tmp_path, REPO)
         folder = folder.rename(tmp_path / "snapshots").resolve()
         for file in ("README.md", "results.json"):
             (folder / file).unlink(missing_ok=True)

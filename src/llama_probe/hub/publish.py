@@ -53,7 +53,7 @@ def push_folder(
         reference = HubReference(repo_id, None if (revision or "").startswith("refs/") else revision, subfolder)
         if HubReference.parse(str(reference)) != reference:
             raise ProbeError(f"{str(reference)!r} must be user/repo@revision:subfolder, without spaces or a : in them")
-        base_model = read_config_values(copy).get("base_model_name_or_path")
+        base_model = read_config_values(folder).get("base_model_name_or_path")
         if base_model is not None and not is_hub_id(base_model):
             logger.warning(f"{reference} names the backbone {base_model!r}: put its Hub id into {CONFIG_NAME}")
             hide_local_path(copy)
