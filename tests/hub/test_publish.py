@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 class TestPush:
     def test_round_trip(self, hub, token, model):
-        info = model.push_probe_to_hub(REPO, "mood", private=True, tags=["mine"], license="mit")
+        info = model.push_probe_to_hub(REPO, "mood", private=True, tags=["mine"], license="mit", subfolder="")
         assert hub.repositories[REPO].private and len(hub.repositories[REPO].commits) == 2, "one after the first"
         assert set(hub.files(REPO)) >= {CONFIG_NAME, WEIGHTS_NAME, "README.md"} and info.oid == hub.head(REPO)
         back = read_head(REPO, subfolder="")  # as transformers spells none
@@ -54,7 +54,7 @@ class TestPush:
     def test_several_heads_in_one_repository(self, hub, token, model):
         model.add_probe("topic", make_probe(seed=1, num_labels=3))
         for name in ("mood", "topic"):
-            model.push_probe_to_hub(REPO, name, subfolder=name, license="mit")
+            model.push_probe_to_hub(REPO, name, subfolder=f"{name}/", license="mit")
         assert heads_on_hub(REPO) == ["mood", "topic"] and "README.md" in hub.files(REPO)
         lm = AutoModel.from_pretrained(plain(hub), probe=[f"{REPO}:mood", f"{REPO}:topic"])
         assert lm.active_probes == ["mood", "topic"] and lm.probes["topic"].config.num_labels == 3

@@ -47,6 +47,7 @@ def push_folder(
             neither this nor the results give one.
         token, revision, commit_message, kwargs: see `commit_files`; kwargs are `private` and `create_pr`.
     """
+    subfolder = (subfolder or "").rstrip("/") or None  # as they are spelled in a load
     with tempfile.TemporaryDirectory() as scratch:
         _copy_head(Path(folder), copy := Path(scratch))
         repo_id = full_repo_id(repo_id, token)
