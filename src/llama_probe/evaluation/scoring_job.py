@@ -24,11 +24,10 @@ from ..distributed import barrier, check_shared, claimed, is_main, on_main, rank
 from ..errors import ProbeError, first_line
 from ..files import JSON, remove_leftovers, write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
-from ..heads.novelty import MeanStates
 from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.host import ProbeSpec, read_heads
-from ..serving.texts import classify_texts, heads_by_format
+from ..serving.texts import classify_texts, heads_by_format, join_outputs
 from .prediction import predict_together
 from .resume import same_settings
 
@@ -70,8 +69,7 @@ class TextScorer:
         columns: Columns = {name: [None] * len(texts) for name in output_fields(self.heads)}
         for name, output in self._score([texts[row] for row in rows]).items() if rows else ():
             numbers = output.logits.isfinite().all(dim=-1).nonzero().flatten()
-            scored = ProbeOutput.from_logits(output.logits[numbers], self.heads[name].config)
-            scored.means = output.means and MeanStates.joined([output.means], numbers)
+            scored = join_outputs([output], numbers, self.heads[name].config)
             for kind, (_, values_of) in _columns(self.heads[name]).items():
                 for place, value in zip(numbers.tolist(), values_of(scored), strict=True):
                     columns[f"{name}_{kind}"][rows[place]] = value

@@ -93,11 +93,11 @@ def classify_texts(
             outputs |= parts[0]
         else:
             places = torch.tensor(order).argsort()
-            outputs |= {name: _joined([part[name] for part in parts], places, configs[name]) for name in names}
+            outputs |= {name: join_outputs([part[name] for part in parts], places, configs[name]) for name in names}
     return {name: outputs[name] for name in configs}
 
 
-def _joined(parts: list[ProbeOutput], order: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
+def join_outputs(parts: list[ProbeOutput], order: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
     """Return the rows of several outputs, in the order of their indices in these."""
     order = order.to(parts[0].logits.device)
     output = ProbeOutput.from_logits(torch.cat([part.logits for part in parts])[order], config)
