@@ -157,9 +157,8 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     lines = [{**line, "spans": [{"start": 0, "end": 3}] * line["label"]} for line in lines]
     rows, guard = write(tmp_path / "rows.jsonl", lines), tmp_path / "guard"
     data = ("--backbone", backbone_folder, "--prompt-column", "ask")
-    head, training = {"token_scope": "response"}, {"num_train_epochs": 2, "learning_rate": 0.03}
-    labels = {"names": ["fine", "awful"], "flagged": ["awful"]}
-    train(backbone_folder, rows, guard, *data[2:], head=head, training=training, labels=labels)
+    training, labels = {"num_train_epochs": 2, "learning_rate": 0.03}, {"names": ["fine", "awful"]}
+    train(backbone_folder, rows, guard, *data[2:], "--flag", "awful", training=training, labels=labels)
     config = read_config(guard)
     assert config.token_scope == "response" and config.causal and config.prefix_ids
     benign = write(tmp_path / "benign.jsonl", lines[::2])

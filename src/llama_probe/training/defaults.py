@@ -9,6 +9,8 @@ from torch import nn
 from ..backbone.decoder import target_of
 from ..backbone.loading import backbone_target, model_id
 from ..data.labelled_texts import LabelledTexts
+from ..data.memory import is_tokenized
+from ..data.prompts import has_reply
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads import get_probe_type, probe_types
@@ -34,7 +36,7 @@ def complete_head(head: JSON, rows: int) -> JSON:
 
 
 def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.Module) -> ProbeConfig:
-    """Return the config of a new head for the labels of its training rows.
+    """Return the config of a new head for the labels of its training rows. If all are replies, it reads these.
 
     Args:
         head: fields of `ProbeConfig`. `layers` may be parts of the depth; see `layers_at`.
@@ -43,8 +45,9 @@ def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.
     """
     is_named = isinstance(backbone, str)
     target = backbone_target(backbone) if is_named else target_of(backbone)
+    has_replies = not is_tokenized(rows) and all(map(has_reply, rows.texts))
     known = {
-        "token_scope": "last_user",
+        "token_scope": "response" if has_replies else "last_user",
         "max_length": 512,
         "hidden_size": target and target.hidden_size,
         "num_hidden_layers": target and target.num_hidden_layers,

@@ -28,7 +28,7 @@ from ..backbone.loading import load_backbone
 from ..data.cached_states import StateCache, cached_for, collate
 from ..data.labelled_texts import LabelledTexts, check_labels
 from ..data.memory import is_tokenized, rows_in_memory
-from ..data.prompts import PromptDataset, PromptFormat, as_chat
+from ..data.prompts import PromptDataset, PromptFormat
 from ..distributed import is_main, meet
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
@@ -290,10 +290,8 @@ class ProbeTrainer(Trainer):
         """Read the training rows, load the backbone, and make a head for the labels of the rows."""
         names = list(head["id2label"].values()) if head.get("id2label") else None
         rows = rows_in_memory("train_dataset", data, self._columns, names, head.get("problem_type"))
-        has_replies = not is_tokenized(rows) and as_chat(rows.texts[0])[-1]["role"] == "assistant"
-        scope = {"token_scope": "response"} if has_replies else {}
         backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
-        config = head_config({**scope, **head}, rows, len(rows), backbone)
+        config = head_config(head, rows, len(rows), backbone)
         if isinstance(backbone, str):
             backbone, tokenizer = load_backbone(backbone)
             self._tokenizer = self._tokenizer or tokenizer
