@@ -117,6 +117,8 @@ class TestFile:
             (changed(copies={"names": ["later_turns"]}), "token_scope"),
             (changed(copies={"names": ["earlier_turns"]}, head={"token_scope": "tool"}), "earlier_turns"),
             (changed(search={"trials": 2}, hold_out={"twin": ["toxicchat"]}), "hold_out"),
+            (changed(search={"trials": -1}), "trials=-1"),
+            (changed(search={"trials": 2, "probe_types": []}), r"probe_types=\[\]"),
             (changed(hold_out={"lists": ["advbench"]}), "hold_out.lists names 'advbench'"),
             (changed(hold_out={"a.b": ["toxicchat"]}), "'a.b'"),
             (changed(seeds=0), "seeds=0"),

@@ -34,6 +34,8 @@ class Search:
     probe_types: list[str] = field(default_factory=lambda: ["pooling", "gate", "mha"])
 
     def __post_init__(self):
+        if self.trials < 0 or not self.probe_types:
+            raise ProbeError(f"trials={self.trials} must be at least 0, and probe_types={self.probe_types} not empty")
         for name in self.probe_types:
             get_probe_type(name)  # raises
 
