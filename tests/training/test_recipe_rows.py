@@ -112,9 +112,10 @@ class TestExtraRows:
         assert "60 extra rows are skipped" in caplog.text
 
 
-def test_rows_that_were_learned_are_not_measured(tmp_path, train):
+def test_rows_that_were_learned_are_not_measured(tmp_path, train, caplog):
     rows = read(train, measure={"sources": [write(tmp_path / "b.jsonl", 60)]})
     assert not set(rows.measured["b"].texts) & set(rows.train.texts) and len(rows.measured["b"]) == 26
+    assert "34 of 60 rows of b are learned from" in caplog.text
     with pytest.raises(ProbeError, match="slice_columns"):
         read(train, measure={"sources": [str(tmp_path / "b.jsonl")], "slice_columns": ["tone"]})
 
@@ -143,10 +144,10 @@ def test_what_a_licence_leaves_out_is_told(tmp_path, train):
         read(bound, licence="commercial")
 
 
-@pytest.mark.parametrize("name, told", [("validation", "40 of 50 validation rows"), ("test", "34 of 50 test rows")])
-def test_rows_that_are_learned_from_and_judged_by_are_warned_of(tmp_path, train, name, told, caplog):
-    read(train, **{name: {"sources": [write(tmp_path / "b.jsonl", 50)]}})
-    assert caplog.text.count("among the training rows") == 1 and told in caplog.text
+@pytest.mark.parametrize("name, count", [("validation", 40), ("test", 34), ("calibration", 34)])
+def test_rows_that_are_learned_from_and_judged_by_are_warned_of(tmp_path, train, name, count, caplog):
+    read(train, labels={"flagged": ["LABEL_1"]}, **{name: {"sources": [write(tmp_path / "b.jsonl", 50)]}})
+    assert caplog.text.count("among the training rows") == 1 and f"{count} of 50 {name} rows" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ class Recipe:
                 raise ProbeError(f"hold_out.{twin} names {unknown[0]!r}, no source of train: {', '.join(names)}")
         for name in ("wrappings", "attacks"):
             if (source := getattr(self.measure, name)) not in (None, *measured):
-                raise ProbeError(f"measure.{name}={source!r} must be one of: {', '.join(measured)}")
+                raise ProbeError(f"measure.{name}={source!r} must be in measure.sources: {', '.join(measured)}")
         if self.test.folds is not None:
             raise ProbeError("test.folds is not allowed: folds are for validation; use test.share or test.sources")
         if self.search.trials and self.hold_out:

@@ -122,9 +122,9 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     extra = extra and _without_judged(extra, _join([plain if folds else validation, test]))
     learned = _join([plain, extra])
     check_labels(", ".join(source.name for source in recipe.train), learned)
-    plain_texts, learned_texts = set(map(str, plain.texts)), set(map(str, learned.texts))
-    for name, part in (("validation", validation), ("test", test)):
-        if seen := sum(str(text) in plain_texts for text in (() if part is None else part.texts)):
+    learned_texts, calibration = set(map(str, learned.texts)), reader.calibration()
+    for name, part in (("validation", validation), ("test", test), ("calibration", calibration)):
+        if seen := sum(str(text) in learned_texts for text in (() if part is None else part.texts)):
             logger.warning(f"{seen} of {len(part)} {name} rows have a text that is among the training rows")
     copies = wrapped_copies(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
     train = LabelledTexts.join([learned, *copies])
@@ -147,7 +147,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         validation=validation,
         test=test,
         folds=[fold.tolist() for fold in plain.folds(folds, recipe.seed)] if folds else [],
-        calibration=reader.calibration(),
+        calibration=calibration,
         measured=measured,
         repeats=[source.repeat for source in sources] + [1] * num_copies,
         weights=[source.weights for source in sources] + [None] * num_copies,
@@ -193,9 +193,11 @@ class _Reader:
         rows_by_source = {}
         for source in self.recipe.measure.sources:
             rows = self.read(source, "test")
-            rows = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in learned_texts])
-            if rows:
-                rows_by_source[source.name] = rows
+            unseen = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in learned_texts])
+            if seen := len(rows) - len(unseen):
+                logger.warning(f"{seen} of {len(rows)} rows of {source.name} are learned from, and not measured")
+            if unseen:
+                rows_by_source[source.name] = unseen
         return rows_by_source
 
     def calibration(self) -> LabelledTexts | None:
