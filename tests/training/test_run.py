@@ -196,6 +196,14 @@ class TestResuming:
         assert stopped()["runs"]
         assert not (tmp_path / "head" / CHECKPOINTS).exists() and not (tmp_path / "head" / ".states").exists()
 
+    def test_from_python(self, stopped, backbone_folder, tmp_path, caplog):
+        place = {"backbone": str(backbone_folder), "output_dir": tmp_path / "head"}
+        trainers = [ProbeTrainer.from_recipe(recipe_of(tmp_path), **place) for _ in range(2)]
+        trainers[0].train(resume_from_checkpoint=True)
+        assert "earlier run" not in caplog.text and trainers[0].state.global_step == trainers[0].state.max_steps
+        trainers[1].train()
+        assert "resume_from_checkpoint=True" in caplog.text
+
     def test_another_training_is_refused(self, stopped, tmp_path):
         for changes, name in (({"learning_rate": 0.5}, "learning_rate"), ({"rows": 42}, "train")):
             with pytest.raises(ProbeError, match=name):

@@ -415,7 +415,7 @@ class ProbeTrainer(Trainer):
         last = last_checkpoint(Path(self.args.output_dir))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last or True  # the parent would take the half of one that a kill has left
-        elif last and not resume_from_checkpoint and trial is None and self._run is None and self.args.should_save:
+        elif last and not resume_from_checkpoint and trial is None and self.args.should_save:
             logger.warning(f"{last} is of an earlier run: train(resume_from_checkpoint=True) continues it")
         output = super().train(resume_from_checkpoint, trial, **kwargs)
         if trial is None and (self.eval_dataset is not None or self._run is not None):
