@@ -1,8 +1,10 @@
 """Runs from a recipe to a head folder: folds, twins, and resuming after a stop."""
 
+import json
 import shutil
 from unittest.mock import Mock
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -19,6 +21,7 @@ from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.training import estimate, prepared, trainer
 from llama_probe.training import results as training_results
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
+from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import train_recipe
 
 
@@ -215,6 +218,21 @@ class TestResuming:
         assert not (tmp_path / "head" / "probe_config.json").exists()
         stopped(resume=False, learning_rate=0.5)
         assert (tmp_path / "head" / "probe_config.json").exists()
+
+
+def test_a_recipe_of_the_package_makes_the_same_head_of_rows_on_the_hub(
+    hub, copies, backbone_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    places = [{"split": path.name.split(".")[0], "path": path.name} for path in (copies / "emotion").iterdir()]
+    configs = json.dumps([{"config_name": "split", "data_files": places}])  # JSON is YAML
+    files = {path.name: path.read_bytes() for path in (copies / "emotion").iterdir()}
+    hub.plant("datasets/dair-ai/emotion", {"README.md": f"---\nconfigs: {configs}\n---\n".encode(), **files})
+    recipe = Recipe.load("emotion", ["seeds=1", "training.num_train_epochs=1"])
+    for name, data_dir in (("hub", None), ("local", copies)):
+        train_recipe(recipe, str(backbone_folder), tmp_path / name, data_dir=data_dir)
+    fetched, local = ((tmp_path / name / "probe_model.safetensors").read_bytes() for name in ("hub", "local"))
+    assert fetched == local and read_head(tmp_path / "hub").results["data"]["test"]["rows"] == 12
 
 
 def test_states_go_where_the_training_fails_and_folders_of_ones_own_stay(backbone_folder, tmp_path, monkeypatch):
