@@ -109,7 +109,7 @@ class TestExtraRows:
         with pytest.raises(ProbeError, match="extra"):
             read(train, extra, validation={"folds": 3})
         assert read(train, extra, other, validation={"folds": 3}).num_extra == 20
-        assert "60 extra rows are skipped" in caplog.text
+        assert "60 of 80 extra rows are skipped" in caplog.text
 
 
 def test_rows_that_were_learned_are_not_measured(tmp_path, train, caplog):

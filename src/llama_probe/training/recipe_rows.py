@@ -119,13 +119,17 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         validation = validation.at_most(held_validation.max_rows, recipe.seed)
     elif used := [name for name, value in (("copies", recipe.copies.names), ("hold_out", recipe.hold_out)) if value]:
         raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
-    extra = extra and _without_judged(extra, _join([plain if folds else validation, test]))
+    if extra:
+        judged_texts = set(map(str, _join([plain if folds else validation, test]).texts))
+        extra = _without(judged_texts, extra, "extra rows are skipped: they are validation or test rows as well")
+        if not extra:
+            raise ProbeError("the extra sources of train have no rows beside the validation and test rows")
     learned = _join([plain, extra])
     check_labels(", ".join(source.name for source in recipe.train), learned)
     learned_texts, calibration = set(map(str, learned.texts)), reader.calibration()
     for name, part in (("validation", validation), ("test", test), ("calibration", calibration)):
-        if seen := sum(str(text) in learned_texts for text in (() if part is None else part.texts)):
-            logger.warning(f"{seen} of {len(part)} {name} rows have a text that is among the training rows")
+        if part is not None:
+            _without(learned_texts, part, f"{name} rows have a text that is among the training rows")
     copies = wrapped_copies(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
     train = LabelledTexts.join([learned, *copies])
     measured, twins = reader.measured(learned_texts), {}
@@ -193,10 +197,8 @@ class _Reader:
         rows_by_source = {}
         for source in self.recipe.measure.sources:
             rows = self.read(source, "test")
-            unseen = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in learned_texts])
-            if seen := len(rows) - len(unseen):
-                logger.warning(f"{seen} of {len(rows)} rows of {source.name} are learned from, and not measured")
-            if unseen:
+            told = f"rows of {source.name} are learned from, and not measured"
+            if unseen := _without(learned_texts, rows, told):
                 rows_by_source[source.name] = unseen
         return rows_by_source
 
@@ -225,15 +227,12 @@ def _join(parts: Sequence[LabelledTexts | None]) -> LabelledTexts | None:
     return LabelledTexts.join(with_rows) if with_rows else None
 
 
-def _without_judged(extra: LabelledTexts, judged: LabelledTexts) -> LabelledTexts:
-    """Return extra rows without those whose text is judged by."""
-    texts = set(map(str, judged.texts))
-    allowed = extra.select([row for row, text in enumerate(extra.texts) if str(text) not in texts])
-    if left_out := len(extra) - len(allowed):
-        logger.warning(f"{left_out} extra rows are skipped: they are validation or test rows as well")
-    if not allowed:
-        raise ProbeError("the extra sources of train have no rows beside the validation and test rows")
-    return allowed
+def _without(texts: set[str], rows: LabelledTexts, warning: str) -> LabelledTexts:
+    """Return the rows that have none of some texts, and warn of the number of others."""
+    left = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in texts])
+    if len(left) < len(rows):
+        logger.warning(f"{len(rows) - len(left)} of {len(rows)} {warning}")
+    return left
 
 
 def _rows_like(held: dict[str, LabelledTexts], rows: LabelledTexts, twin: str) -> list[int]:
