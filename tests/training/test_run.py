@@ -1,6 +1,5 @@
 """Runs from a recipe to a head folder: folds, twins, and resuming after a stop."""
 
-import json
 import shutil
 from unittest.mock import Mock
 
@@ -201,11 +200,9 @@ class TestResuming:
 
     def test_from_python(self, stopped, backbone_folder, tmp_path, caplog):
         place = {"backbone": str(backbone_folder), "output_dir": tmp_path / "head"}
-        trainers = [ProbeTrainer.from_recipe(recipe_of(tmp_path), **place) for _ in range(2)]
-        trainers[0].train(resume_from_checkpoint=True)
-        assert "earlier run" not in caplog.text and trainers[0].state.global_step == trainers[0].state.max_steps
-        trainers[1].train()
-        assert "resume_from_checkpoint=True" in caplog.text
+        for resumes in (True, False):
+            ProbeTrainer.from_recipe(recipe_of(tmp_path), **place).train(resume_from_checkpoint=resumes)
+            assert ("resume_from_checkpoint=True continues it" in caplog.text) != resumes
 
     def test_another_training_is_refused(self, stopped, tmp_path):
         for changes, name in (({"learning_rate": 0.5}, "learning_rate"), ({"rows": 42}, "train")):
@@ -224,10 +221,9 @@ def test_a_recipe_of_the_package_makes_the_same_head_of_rows_on_the_hub(
     hub, copies, backbone_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    places = [{"split": path.name.split(".")[0], "path": path.name} for path in (copies / "emotion").iterdir()]
-    configs = json.dumps([{"config_name": "split", "data_files": places}])  # JSON is YAML
-    files = {path.name: path.read_bytes() for path in (copies / "emotion").iterdir()}
-    hub.plant("datasets/dair-ai/emotion", {"README.md": f"---\nconfigs: {configs}\n---\n".encode(), **files})
+    files = {f"rows/{path.name}": path.read_bytes() for path in (copies / "emotion").iterdir()}
+    files["README.md"] = b"---\nconfigs: [{config_name: split, data_dir: rows}]\n---\n"
+    hub.plant("datasets/dair-ai/emotion", files)
     recipe = Recipe.load("emotion", ["seeds=1", "training.num_train_epochs=1"])
     for name, data_dir in (("hub", None), ("local", copies)):
         train_recipe(recipe, str(backbone_folder), tmp_path / name, data_dir=data_dir)

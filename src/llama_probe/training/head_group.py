@@ -53,10 +53,6 @@ class HeadGroup(nn.Module):
         """The frozen LM of the heads. After a recipe that has cached states the chosen head alone has it."""
         return next((head.backbone for head in self.heads.values() if head.backbone is not None), None)
 
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.heads.values())).device
-
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -80,13 +76,13 @@ class HeadGroup(nn.Module):
             states, mask = hidden_states.transpose(0, 1), attention_mask if probe_mask is None else probe_mask
         has_all = len(states) > len(self.layers)
         shared = SharedStates(states, range(self.config.num_hidden_layers + 1) if has_all else self.layers)
-        mask = mask.to(self.device)
+        mask = mask.to(next(self.parameters()).device)
         check_rows(mask)
         outputs: dict[str, ProbeOutput] = {}
         for index, (name, head) in enumerate(self.heads.items()):
             if self.training:
                 torch.manual_seed(torch.initial_seed())  # the Trainer sets a seed for each step
-            with without_autocast(self.device):
+            with without_autocast(mask.device):
                 if reply_mask is None:
                     outputs[name] = head.score(shared(head), mask)
                 else:
