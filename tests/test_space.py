@@ -11,13 +11,14 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import make_probe, save_head
+from conftest import make_probe, make_tokenizer, save_head
 from launcher import free_port
 from packaging.requirements import Requirement
 from packaging.version import Version
 from repository import ROOT, SETUP
 
 from llama_probe import __version__
+from llama_probe.data.prompts import PromptFormat
 
 
 if importlib.util.find_spec("gradio") is None:  # importing it takes seconds, in every worker
@@ -31,10 +32,10 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def app(backbone_folder, tmp_path_factory):
     """The module, on a tiny model with a guard and another head; no server is started."""
     heads = tmp_path_factory.mktemp("heads")
-    shared = {"token_scope": "content", "prefix_ids": [], "max_length": 40}
+    shared = {**PromptFormat(make_tokenizer()).config_fields(), "max_length": 40}
     for seed, (name, labels) in enumerate({"guard": ("good", "<bad>"), "mood": ("a", "b", "c")}.items(), 1):
-        threshold = 0.9968 if name == "guard" else None
-        save_head(make_probe(seed, id2label=dict(enumerate(labels)), threshold=threshold, **shared), heads / name)
+        own = {"threshold": 0.9968, "token_scope": "user"} if name == "guard" else {"token_scope": "last_user"}
+        save_head(make_probe(seed, id2label=dict(enumerate(labels)), **own, **shared), heads / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BACKBONE", str(backbone_folder))
         patch.setenv("HEADS", f"{heads / 'guard'}, {heads / 'mood'}")
@@ -56,10 +57,7 @@ def respond(app, text, page=None, halting=True, threshold=1.0):
 
 
 def assert_scores_of_the_prompt(app, text, found):
-    inputs = app.PROMPTS.batch([text])
-    mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    mask[:, len(app.PROMPTS.prefix_ids) :] = True
-    for name, labels in app.scores_of(app.model.classify(**inputs, probe_mask=mask)).items():
+    for name, labels in app.scores_of(app.model.classify(**app.PROMPTS.batch([text]))).items():
         assert found[name] == pytest.approx(labels, abs=1e-5)
 
 
@@ -90,16 +88,6 @@ def test_a_flagged_message_is_halted_shown_and_forgotten(app):
     assert off[app.chatbot][-1]["content"] != app.REFUSAL and "halting is off" in off[app.banner]
     assert "flagged" not in off[app.bars] and "threshold" not in off[app.bars]
     assert app.halts({"guard": {"<bad>": float("nan")}}, True, 0.5), "a score that is no number"
-
-
-@pytest.mark.parametrize("words", [1, 60])
-def test_heads_read_the_newest_message_however_long_the_chat(app, words):
-    newest = "abc " * words
-    inputs = app.inputs_of([user("x" * 90), {"role": "assistant", "content": "y" * 90}, user(newest)])
-    read = app.tokenizer.decode(inputs["input_ids"][0, inputs["probe_mask"][0]])
-    assert read == f"{newest}<eos>\n<bos>assistant\n"
-    whole = app.tokenizer.decode(inputs["input_ids"][0])
-    assert "x" * 90 in whole and whole.endswith(read)
 
 
 def test_the_preview_says_the_same_but_not_of_a_message_that_was_sent(app):

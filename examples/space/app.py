@@ -27,6 +27,7 @@ from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.heatmap import heat_map
 from llama_probe.evaluation.reading import Reading, token_texts
 from llama_probe.heads.decision import threshold_of
+from llama_probe.heads.scope import token_mask
 
 
 BACKBONE = os.environ.get("BACKBONE") or (DEMO_MODEL_ID if "SPACE_ID" in os.environ else DEMO)
@@ -76,15 +77,6 @@ class Page:
     chat: Chat = field(default_factory=Chat)
 
 
-def inputs_of(chat):
-    """Return the model's inputs. Heads were trained on single prompts, so they read only the newest message."""
-    inputs = PROMPTS.batch([chat])
-    newest = len(PROMPTS.encode([chat[-1:]])[0]) - len(PROMPTS.prefix_ids)
-    mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-    mask[:, -newest:] = True
-    return {**inputs, "probe_mask": mask}
-
-
 def scores_of(outputs):
     """Return `{head: {label: probability}}` of a batch of one prompt."""
     return {
@@ -130,7 +122,7 @@ def respond(text, page, halting, threshold):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     run = THREAD.submit(
         model.generate,
-        **inputs_of(chat.asked),
+        **PROMPTS.batch([chat.asked]),
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=True,
         temperature=0.6,
@@ -167,7 +159,7 @@ def preview(text, page, halting, threshold):
     if not text.strip() or {"role": "user", "content": text} in page.chat.asked[-1:]:
         return {banner: gr.skip()}
     asked = [*page.chat.turns[-MESSAGES:], {"role": "user", "content": text}]
-    read = scores_of(model.classify(**inputs_of(asked)))
+    read = scores_of(model.classify(**PROMPTS.batch([asked])))
     told = verdict(read, halting, threshold, ("Would be halted", "Would pass"))
     return {scores: read, bars: bars_of(read, halting, threshold), banner: told}
 
@@ -186,13 +178,13 @@ def nothing_said(halting, threshold):
 
 
 def look(page, head):
-    """Draw what a head looked at in the newest message, with one more pass. Before the first message, hide the plot."""
+    """Draw what a head looked at in the turns that it reads, with one more pass. Before the first message, hide the plot."""
     asked = page.chat.asked
     if not asked:
         return gr.update(visible=False)
-    inputs = inputs_of(asked)
+    inputs = PROMPTS.batch([asked])
     output = model.classify(**inputs, output_attentions=True)[head]
-    mask = inputs["probe_mask"][0]
+    mask = token_mask(CONFIGS[head], **inputs)[0]
     ids = inputs["input_ids"][0, mask].tolist()
     reading = Reading(
         head=head,
