@@ -208,6 +208,4 @@ def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTra
     members = get_probe_type(config.probe_type).members(config)
     for source in recipe.train:
         if source.weights is not None and len(source.weights) > members:
-            raise ProbeError(
-                f"weights={source.weights}: probe_type={config.probe_type!r} takes at most {members} values"
-            )
+            raise ProbeError(f"weights={source.weights}: probe_type={config.probe_type!r} takes {members} at most")

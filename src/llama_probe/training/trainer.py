@@ -154,9 +154,7 @@ class ProbeTrainer(Trainer):
         self.model = model = HeadGroup(model) if isinstance(model, Mapping) else model
         self._is_group = isinstance(model, HeadGroup)
         if not isinstance(model, ProbeModel | HeadGroup):
-            raise ProbeError(
-                f"model must be a ProbeModel, not {type(model).__name__}; backbone= takes a language model"
-            )
+            raise ProbeError(f"model must be a ProbeModel, not {type(model).__name__}; backbone= takes an LM")
         self.progress = {name: Progress() for name in self.heads}
         by_kind = {name: args.by_kind(head.config) if self._is_group else {} for name, head in self.heads.items()}
         self._head_args = {name: values | dict((head_args or {}).get(name, {})) for name, values in by_kind.items()}
