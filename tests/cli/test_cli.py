@@ -242,7 +242,6 @@ TRAIN = "train --train {rows} --output {out} "
         ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),
         ("generate x --halt-reply No.", "--halt-on"),
         (TRAIN + "--layers 1", "--layers"),
-        (TRAIN + "--set head.layers=top", "layers"),
         (TRAIN + "--epochs 0", "num_train_epochs=0"),
         ("train --train toxichat --output {out}", "'toxichat' is no file"),
         (TRAIN + "--flag worse", "worse"),

@@ -59,11 +59,9 @@ def test_each_head_learns_as_if_alone(tmp_path, is_cached, names):
 def test_rates_that_are_left_open_are_those_of_the_kinds(tmp_path):
     args = ProbeTrainingArguments(str(tmp_path), use_cpu=True)
     heads = {kind: head(kind, make_lm()) for kind in ("mha", "gate")}
-    own = {
-        "head_args": {"gate": {"weight_decay": 0.0}},
-        "optimizer_cls_and_kwargs": (torch.optim.SGD, {"momentum": 0.5}),
-    }
-    optimizer = ProbeTrainer(heads, args, None, PromptDataset(*TRAIN), **own).create_optimizer()
+    sgd, own = (torch.optim.SGD, {"momentum": 0.5}), {"gate": {"weight_decay": 0.0}}
+    trainer = ProbeTrainer(heads, args, None, PromptDataset(*TRAIN), head_args=own, optimizer_cls_and_kwargs=sgd)
+    optimizer = trainer.create_optimizer()
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3, 1e-2, 1e-2]
     assert isinstance(optimizer, torch.optim.SGD)
 
@@ -73,16 +71,12 @@ def test_a_head_learns_nothing_of_the_rows_that_it_is_to_leave_out(tmp_path):
     held = list(range(0, 48, 3))
     flipped = TRAIN[1].copy()
     flipped[held] = 1 - flipped[held]
-    a, b = (
-        train(
-            {"whole": head(), "twin": head()},
-            tmp_path / kind.__name__,
-            train_rows=(TRAIN[0], labels),
-            left_out={"twin": kind(held)},
-            num_train_epochs=2,
-        ).heads
-        for kind, labels in ((list, TRAIN[1]), (set, flipped))
-    )
+
+    def learn(kind, labels):
+        rows = {"train_rows": (TRAIN[0], labels), "left_out": {"twin": kind(held)}, "num_train_epochs": 2}
+        return train({"whole": head(), "twin": head()}, tmp_path / kind.__name__, **rows).heads
+
+    a, b = learn(list, TRAIN[1]), learn(set, flipped)
     assert same(a["twin"], b["twin"]) and not same(a["whole"], b["whole"], 1e-3)
 
 
