@@ -23,7 +23,8 @@ from llama_probe.training import arguments
 
 FOLDER = ROOT / "examples"
 EXAMPLES = {path.name for path in FOLDER.glob("*.py")}
-TESTED = {"moderation.py", "routing.py", "chat.py", "fingerprint_distances.py", "ray_scoring.py"}  # by other tests
+TESTED = {"routing.py", "chat.py", "fingerprint_distances.py", "ray_scoring.py"}  # by other tests
+HALTED = {"moderation.py": [False, True, False], "agent_loop.py": [False, True], "streaming_guard.py": [False, True]}
 REFUSAL = "Sorry, I would rather not reply to that."
 
 
@@ -105,8 +106,10 @@ def test_the_notebook_trains_a_head_that_is_right(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EXAMPLES - TESTED))
-def test_it_runs(name):
-    assert run(name).strip()
+def test_it_runs_and_halts_what_is_flagged(name):
+    printed = run(name)
+    halted = [any(mark in part for mark in ("[halted", "[stopped")) for part in printed.split("> ")[1:]]
+    assert printed and halted == HALTED.get(name, [])
 
 
 def test_the_distances_grow_with_what_is_lost(backbone_folder, monkeypatch):
@@ -115,11 +118,6 @@ def test_the_distances_grow_with_what_is_lost(backbone_folder, monkeypatch):
     distances = {line[:32].strip(): float(line[32:].rstrip("%")) for line in lines}
     assert distances["8 bits, a scale a row"] < distances["4 bits, a scale for 32 weights"]
     assert distances["1 steps at 1e-5"] < distances["1 steps at 5e-5"]
-
-
-@pytest.mark.slow
-def test_moderation_declines_the_flagged_prompt_alone():
-    assert [("[halted: harmful" in part) for part in run("moderation.py").split("> ")[1:]] == [False, True, False]
 
 
 @pytest.mark.slow
