@@ -134,8 +134,7 @@ def _print(results: JSON, output: Path) -> None:
     if measured := results.get("measured"):
         _print_measured(measured)
     if "r2" not in results["summary"]["validation"]:  # values are not flagged
-        unnamed = "no label; name one with --flag, here or in calibrate, or in halt_on"
-        print(f"flagged: {', '.join(results['flagged']) or unnamed}")
+        print(f"flagged: {', '.join(results['flagged']) or 'no label; name one with --flag, or in halt_on'}")
     print(f"head written to {output}")
 
 
