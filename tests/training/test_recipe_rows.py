@@ -28,6 +28,10 @@ class TestHoldingBack:
         assert (rows.validation is None) == bool(rows.folds) == folded
         assert len(rows.train) == (count if folded else 340)
 
+    def test_few_rows_with_a_twin_are_not_folded(self, tmp_path, train):
+        other = write(tmp_path / "b.jsonl", 20, ("sad", "glad"))
+        assert len(read(train, other, hold_out={"x": ["b"]}, validation={}).validation) == 9
+
     def test_test_rows_before_anything_else(self, train, caplog):
         rows = read(train, test={"share": 0.25})
         assert [len(part) for part in (rows.train, rows.validation, rows.test)] == [25, 5, 10]

@@ -110,9 +110,9 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         whole, test = whole.split(held_test.share, recipe.seed)
     test = None if test is None else test.at_most(held_test.max_rows, recipe.seed)
     plain = whole.at_most(recipe.max_rows, recipe.seed)
-    few = len(plain) < FEW_ROWS and not recipe.copies.names and not (held_validation.share or held_validation.sources)
+    settled = held_validation.share or held_validation.sources or recipe.copies.names or recipe.hold_out
     folds, validation = held_validation.folds, reader.join("validation", held_validation.sources, "validation")
-    folds = FOLDS if folds is None and few else folds
+    folds = FOLDS if folds is None and len(plain) < FEW_ROWS and not settled else folds
     if not folds:
         if validation is None:
             plain, validation = plain.split(held_validation.share or VALIDATION_SHARE, recipe.seed)
