@@ -135,13 +135,6 @@ def test_without_checkpoints_or_evaluations(tmp_path, off):
         assert trainer.evaluate()["eval_auprc"] == pytest.approx(trainer.progress["head"].best)
 
 
-def test_a_stopped_run_in_the_folder_is_named(tmp_path, caplog):
-    train(head(), tmp_path, num_train_epochs=1)
-    assert "earlier run" not in caplog.text
-    train(head(), tmp_path, num_train_epochs=1)
-    assert "checkpoint-" in caplog.text and "resume_from_checkpoint=True" in caplog.text
-
-
 @pytest.mark.parametrize(
     "changes, given, named",
     [

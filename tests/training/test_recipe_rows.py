@@ -173,9 +173,3 @@ def test_other_folds_are_other_rows(train):
     """A run does not resume with them: its heads have learned from rows that are held out now."""
     first, again, other = (read(train, validation={"folds": 2}, seed=seed).digest() for seed in (0, 0, 1))
     assert first == again and first["learned"] != other["learned"]
-
-
-def test_a_data_set_known_by_name_has_its_own_splits(copies):
-    rows = read("emotion", data_dir=copies, validation={})
-    firsts = {name: part.texts[0] for name, part in rows.parts().items()}
-    assert firsts == {"train": "kind no 0", "validation": "kind no 60", "test": "odd no 80"}

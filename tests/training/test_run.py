@@ -196,11 +196,11 @@ class TestResuming:
         assert stopped()["runs"]
         assert not (tmp_path / "head" / CHECKPOINTS).exists() and not (tmp_path / "head" / ".states").exists()
 
-    def test_from_python(self, stopped, backbone_folder, tmp_path, caplog):
+    def test_a_stopped_run_in_the_folder_is_named(self, stopped, backbone_folder, tmp_path, caplog):
         place = {"backbone": str(backbone_folder), "output_dir": tmp_path / "head"}
         for resumes in (True, False):
             ProbeTrainer.from_recipe(recipe_of(tmp_path), **place).train(resume_from_checkpoint=resumes)
-            assert ("is of an earlier run" in caplog.text) != resumes
+            assert ("/checkpoint-3 is of an earlier run: train(" in caplog.text) != resumes
 
     def test_another_training_is_refused(self, stopped, tmp_path):
         for changes, name in (({"learning_rate": 0.5}, "learning_rate"), ({"rows": 42}, "train")):
@@ -224,7 +224,9 @@ def test_rows_of_the_hub_make_the_head_of_local_copies(hub, copies, backbone_fol
     for name, data_dir in (("hub", None), ("local", copies)):
         train_recipe(recipe, str(backbone_folder), tmp_path / name, data_dir=data_dir)
     fetched, local = ((tmp_path / name / "probe_model.safetensors").read_bytes() for name in ("hub", "local"))
-    assert fetched == local and read_head(tmp_path / "hub").results["data"]["test"]["rows"] == 12
+    rows = {name: (part["source"], part["rows"]) for name, part in read_head(tmp_path / "hub").results["data"].items()}
+    assert rows == {"train": ("emotion", 30), "validation": ("emotion:validation", 12), "test": ("emotion:test", 12)}
+    assert fetched == local
 
 
 def test_states_go_where_the_training_fails_and_folders_of_ones_own_stay(backbone_folder, tmp_path, monkeypatch):
