@@ -28,6 +28,7 @@ TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)
 MORE_ANSWERS = [(f"{word} number {i}", word) for i in range(60) for word in ("bad", "good")]
 ANSWERS = MORE_ANSWERS[:32]
 TEXTS = [text for text, _ in ANSWERS]
+TOOL_RESULTS = [[{"role": "tool", "content": text}] for text in TEXTS[:16]]
 IDS, GUARD = PromptDataset([[1], [2]], np.arange(2)), {"token_scope": "response", "flagged": ["LABEL_1"]}
 
 
@@ -126,6 +127,7 @@ class TestRows:
             ({"text": TEXTS[:16], "label": [[0], [0, 1]] * 8}, "problem_type", "multi_label_classification"),
             ({"text": TEXTS[:16], "label": [0.5, -1.0] * 8}, "problem_type", "regression"),
             ({"prompt": ["How?"] * 16, "response": TEXTS[:16], "label": [0, 1] * 8}, "token_scope", "response"),
+            ({"messages": TOOL_RESULTS, "label": [0, 1] * 8}, "token_scope", "tool"),
             ({"input_ids": [[5, 6, 7], [8, 9]] * 8, "label": [0, 1] * 8}, "prompt_format", "unknown"),
         ],
     )

@@ -10,7 +10,7 @@ from ..backbone.decoder import target_of
 from ..backbone.loading import backbone_target, model_id
 from ..data.labelled_texts import LabelledTexts
 from ..data.memory import is_tokenized
-from ..data.prompts import has_reply
+from ..data.prompts import as_chat, has_reply
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads import get_probe_type, probe_types
@@ -36,7 +36,7 @@ def complete_head(head: JSON, rows: int) -> JSON:
 
 
 def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.Module) -> ProbeConfig:
-    """Return the config of a new head for the labels of its training rows. If all are replies, it reads these.
+    """Return the config of a new head for the labels of its training rows.
 
     Args:
         head: fields of `ProbeConfig`. `layers` may be parts of the depth; see `layers_at`.
@@ -45,9 +45,8 @@ def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.
     """
     is_named = isinstance(backbone, str)
     target = backbone_target(backbone) if is_named else target_of(backbone)
-    has_replies = not is_tokenized(rows) and all(map(has_reply, rows.texts))
     known = {
-        "token_scope": "response" if has_replies else "last_user",
+        "token_scope": _scope_of(rows),
         "max_length": 512,
         "hidden_size": target and target.hidden_size,
         "num_hidden_layers": target and target.num_hidden_layers,
@@ -59,6 +58,15 @@ def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.
     head["layers"] = layers_at(head["layers"], head["num_hidden_layers"])
     labels = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
     return ProbeConfig(**head | labels)
+
+
+def _scope_of(rows: LabelledTexts) -> str:
+    """Return the `token_scope` of a head for rows that all end with a reply, all with a tool result, or otherwise."""
+    if is_tokenized(rows):
+        return "last_user"
+    if all(map(has_reply, rows.texts)):
+        return "response"
+    return "tool" if all(as_chat(text)[-1]["role"] == "tool" for text in rows.texts) else "last_user"
 
 
 def layers_at(layers: object, num_hidden_layers: int | None) -> object:
