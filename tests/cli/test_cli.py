@@ -244,7 +244,6 @@ TRAIN = "train --train {rows} --output {out} "
         (TRAIN + "--layers 1", "--layers"),
         (TRAIN + "--epochs 0", "num_train_epochs=0"),
         ("train --train toxichat --output {out}", "'toxichat' is no file"),
-        (TRAIN + "--flag worse", "worse"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(rows, backbone_folder, tmp_path, line, named):
