@@ -186,6 +186,7 @@ def test_either_label_can_be_the_flagged_one():
         (lambda: with_rates(CONFIG, logits_of([0.9999999] * 20), [0.1]), "100%"),
         (lambda: with_rates(CONFIG, logits_of([0.1] * 10 + [0.9995] * 10), [0.1]), "flags nothing"),
         (lambda: with_rates(CONFIG, logits_of([1e-5 * i for i in range(1, 21)]), [0.1]), "flags nearly all"),
+        (lambda: with_rates(CONFIG, torch.tensor([[0.0, -1e4]] * 20), [0.1]), "hold nothing"),
     ],
 )
 def test_rules_and_rates_that_are_refused(refused, words):

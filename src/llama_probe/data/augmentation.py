@@ -134,12 +134,12 @@ def wrapped_copies(
     if not names:
         return []
     if rows.problem_type == "regression":
-        raise ProbeError(f"augment={list(names)} needs rows with labels, not {rows.problem_type}")
+        raise ProbeError(f"copies.names={list(names)} needs rows with labels, not {rows.problem_type}")
     harmless: list[int] = []
     if set(names) != {"system_prompt"}:
         harmless = [row for row in _harmless_rows(rows).tolist() if isinstance(rows.texts[row], str)]
         if not harmless:
-            raise ProbeError(f"augment={list(names)} draws from the texts without a flagged label, and there are none")
+            raise ProbeError(f"copies.names={list(names)} needs plain texts without a flagged label")
     augmenter, parts = Augmenter(rows.select(harmless), system_prompts, np.random.default_rng(seed)), []
     groups, sources = _rows_by_label(rows.labels), augmenter.harmless.columns.get("source")
     for name in names:
@@ -161,7 +161,7 @@ def _harmless_rows(rows: LabelledTexts) -> np.ndarray:
         return np.flatnonzero(~rows.labels.any(axis=1))
     names = rows.label_names
     if not (flagged := rows.flagged or flagged_by_default(names)):
-        raise ProbeError(f"augment needs flagged=[{names[0]!r}] or --flag {names[0]}; labels: {', '.join(names)}")
+        raise ProbeError(f"copies need flagged=[{names[0]!r}] or --flag {names[0]}; labels: {', '.join(names)}")
     return np.flatnonzero(~np.isin(rows.labels, [names.index(name) for name in flagged]))
 
 

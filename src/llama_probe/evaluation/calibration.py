@@ -119,6 +119,8 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     label, scores = config.id2label[index], probabilities(logits.float(), config)[:, index].numpy()
     if (share := float((scores >= 0.5).mean())) > _MOST_FLAGGED:
         raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flag")
+    if not scores.any():  # heads of tools give such rows the probability 0
+        raise ProbeError(f"token_scope={config.token_scope!r}: the rows hold nothing that the head reads")
     thresholds = {}
     for rate in rates:
         limit, name = highest_unflagged(scores, rate), f"fpr-{100 * rate:g}%"
