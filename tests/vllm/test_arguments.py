@@ -294,6 +294,8 @@ class TestCommandLine:
             (["--judge", "http://h/v1/moderations?key=secret", *BAND], "LLAMA_PROBE_JUDGE_KEY"),
             (["--monitor", "guard={"], "--monitor 'guard="),
             (["--speculative-config", '{"model": "eagle"}'], "speculative_config"),
+            (["--headless"], "--headless"),
+            (["--api-server-count", "2"], "--api-server-count"),
         ],
         ids=str,
     )

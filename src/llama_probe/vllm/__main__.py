@@ -34,6 +34,8 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # From here on imports take seconds: a wrong option of ours was refused before.
     check_version(ours.allow_untested_vllm)
     theirs = _vllm_arguments([ours.model, *rest])  # with the model, one word too many is an error
+    if theirs.headless or theirs.grpc or theirs.api_server_count not in (None, 1):
+        raise ProbeError("--headless, --grpc and --api-server-count do not go with heads: one process serves HTTP")
     theirs.served_model_name = theirs.served_model_name or [ours.model]  # `model` may become a folder
     options = {name: value for name, value in (vars(theirs) | options).items() if value is not None}
     vars(theirs).update(heads.engine_kwargs(**options, for_server=for_server))
