@@ -63,7 +63,8 @@ def main() -> None:
     if torch.cuda.device_count() == 1:
         pytest += ["-k", "not ranks"]
     commands = {file: [*pytest, str(FOLDER / file)] for file in ENGINES}
-    commands["cost"] = [sys.executable, str(FOLDER / "measure.py")]
+    measure = [sys.executable, str(FOLDER / "measure.py")]
+    commands |= {f"cost of {number} requests": ["env", f"REQUESTS={number}", *measure] for number in (1, 8, 64)}
     print("| runner | | what | result |\n|---|---|---|---|")
     for runner, graphs, (what, command) in itertools.product(RUNNERS, GRAPHS, commands.items()):
         print(f"| {runner} | {graphs} | {what} | {run(command, runner, graphs)} |", flush=True)

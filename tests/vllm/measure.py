@@ -5,7 +5,7 @@
 
 On the demo backbone in bf16, with HEAD of prompts, and untrained heads that follow replies. Each engine is a process,
 with its scheduler and worker. All wait while one works, in turn, and each figure is the median of all ratios. The
-last variable lets the engine run the function that reads the worker's clock.
+last variable lets the engine run the function that reads the worker's clock. `REQUESTS` run at once (8), in `TURNS` (7).
 """
 
 import os
@@ -28,11 +28,13 @@ from llama_probe.backbone.loading import demo_backbone
 from llama_probe.vllm import engine_kwargs
 
 
-PROMPT, NEW, REQUESTS, TURNS = 128, 65, 8, int(os.environ.get("TURNS", "7"))
+PROMPT, NEW = 128, 65
+REQUESTS, TURNS = int(os.environ.get("REQUESTS", "8")), int(os.environ.get("TURNS", "7"))
 COPIES = {"plain": 0, "one head": 1, "eight heads": 8, "gate of replies": 1, "multimax of replies": 1}
-ASKS_FOR_NONE = "one head, without heads"
+ASKS_FOR_NONE = ", without heads"
 # By name the engine.
-CASES = {**{engine: engine for engine in COPIES}, ASKS_FOR_NONE: "one head"}
+CASES = {engine: engine for engine in COPIES}
+CASES |= {engine + ASKS_FOR_NONE: engine for engine, heads in COPIES.items() if heads == 1}
 
 
 def clock(_) -> float:
@@ -81,7 +83,7 @@ def serve(engine: str, head: str, pipe: Connection) -> None:
     pipe.send(cache.num_gpu_blocks * cache.block_size)
     with suppress(EOFError):
         while case := pipe.recv():
-            asked = {"kv_transfer_params": {"probes": []}} if case == ASKS_FOR_NONE else {}
+            asked = {"kv_transfer_params": {"probes": []}} if case.endswith(ASKS_FOR_NONE) else {}
             first, whole = seconds(1, asked), seconds(NEW, asked)
             pipe.send((first, (whole - first) / (NEW - 1)))
     llm.llm_engine.engine_core.shutdown()
@@ -105,7 +107,7 @@ def main(head: str = "toxicchat-mha") -> None:
                     turns[case].append(found)
     base = turns.pop("plain")
     middle = [round(1000 * statistics.median(column), 1) for column in zip(*base, strict=True)]
-    print(f"plain: {tokens['plain']:,} tokens in the cache; prefill and step take {middle} ms")
+    print(f"plain, {REQUESTS} at once: {tokens['plain']:,} tokens in the cache; prefill and step take {middle} ms")
     for case, figures in turns.items():
         ratios = [[own / plain for own, plain in zip(*pair, strict=True)] for pair in zip(figures, base, strict=True)]
         prefill, step = (f"{statistics.median(column):.3f}x" for column in zip(*ratios, strict=True))
