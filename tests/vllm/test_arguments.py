@@ -32,6 +32,7 @@ from llama_probe.vllm.connector import ProbeConnector
 from llama_probe.vllm.settings import ProbeSettings
 
 
+BAD = {"label": "bad"}
 STORED = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 
@@ -99,8 +100,9 @@ class TestEngine:
             ({"hidden_size": 32}, {}, "hidden_size=32"),
             ({"token_scope": "all"}, {}, "follows replies .*'mha'"),
             (REPLY_HEADS["watch"], {"speculative_config": {"method": "ngram"}}, "speculative_config"),
+            (REPLY_HEADS["watch"], {"for_server": {"unsure": {"odd": (0, 1)}}, "halt_on": {"odd": BAD}}, "unsure"),
         ],
-        ids=["size", "kind", "speculation"],
+        ids=["size", "kind", "speculation", "judge of replies"],
     )
     def test_refuses_heads(self, tiny, tmp_path, config, arguments, named):
         make_probe(**{"hidden_size": HIDDEN, **config}).save_pretrained(tmp_path)
@@ -313,12 +315,6 @@ class TestCommandLine:
         with pytest.raises(SystemExit):
             command_line(tiny, tiny.heads["tone"])
         assert "unrecognized arguments" in capsys.readouterr().err
-
-    def test_refuses_a_judge_of_replies(self, tiny, tmp_path):
-        make_probe(hidden_size=HIDDEN, **REPLY_HEADS["watch"]).save_pretrained(tmp_path)
-        words = ["--probe", f"watch={tmp_path}", "--halt-on", "watch:bad", "--judge", JUDGE, "--unsure", "watch=0:1"]
-        with pytest.raises(ProbeError, match="unsure"):
-            command_line(tiny, *words)
 
     @pytest.mark.parametrize("line", ["--help", "--halt-on guard={"])
     def test_imports_next_to_nothing_for_help_and_refusals(self, line):

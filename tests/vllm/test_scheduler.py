@@ -79,16 +79,6 @@ class TestPrompts:
         assert (last.new_token_ids, last.stop_reason) == ([], "watch")
         assert last.kv_transfer_params["probes"]["watch"]["logits"] == BAD
 
-    def test_nothing_is_kept_of_one_that_is_aborted(self, start):
-        player = start("content")
-        for name in ("gone", "waiting"):
-            player.add(name, Script(prompt=BAD))
-        player.queue.append(player.scheduler.schedule())
-        player.scheduler.finish_requests(["gone", "waiting"], RequestStatus.FINISHED_ABORTED)
-        player.answer()
-        assert not any(player.delivered.values())
-        player.check_clean()
-
     def test_labels_alone_take_no_step_more(self, start):
         player = start("all")
         (output,) = player.play(Script(prompt=FINE), asked={"reply": False, "probes": ["watch"]}, max_tokens=1)
