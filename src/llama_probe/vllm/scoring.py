@@ -147,27 +147,20 @@ class Scorer:
         """
         states = {name: self.heads[name].init_state(keep=name in self.followers) for name in masks}
         size, width = self.kernel_block_size, next(iter(masks.values())).shape[1]
+        move = partial(async_tensor_h2d, device=self.device)
         step = max(_TOKENS // (self.plan.depth * len(blocks) * size), 1) * size
         for start in range(0, width, step):
             tokens = slice(start, min(start + step, width))
             numbers = self.cache.read(blocks[:, start // size : -(-tokens.stop // size)])  # blocks are read whole
             numbers = numbers[:, : tokens.stop - start].masked_fill(padding[:, tokens, None], 0)
             for name, state in states.items():
-                head, (columns, mask) = self.heads[name], self._cut(masks[name][:, tokens])
+                head, turns = self.heads[name], masks[name][:, tokens]
+                # A part in which no token counts may be the last: its first token is read, and counts for nothing.
+                columns, mask = split_turns(turns.clamp_max(1), move).get(1) or (slice(0, 1), move(turns[:, :1] > 0))
                 x = self.plan.inputs(name, numbers[:, columns])
-                turns = None
-                if int(masks[name].max()) > 1:
-                    move = partial(async_tensor_h2d, device=self.device)
-                    turns = split_turns(masks[name][:, tokens][:, columns], move)
-                head.step(state, head.layer_indices, x, mask, tokens.stop == width, turns)
+                several = split_turns(turns[:, columns], move) if int(masks[name].max()) > 1 else None
+                head.step(state, head.layer_indices, x, mask, tokens.stop == width, several)
         return states
-
-    def _cut(self, mask: torch.Tensor) -> tuple[slice, torch.Tensor | None]:
-        """Return the columns of a `[prompts, tokens]` mask in which some token counts, and what is left of it on the device."""
-        counted = mask.any(dim=0).nonzero().flatten().tolist()
-        columns = slice(counted[0], counted[-1] + 1) if counted else slice(0, 1)
-        mask = mask[:, columns]
-        return columns, None if bool(mask.all()) else async_tensor_h2d(mask.bool(), self.device)
 
     def _mask(self, head: ProbeModel, request: ScoringRequest) -> torch.Tensor:
         prompt = torch.zeros(1, request.num_prompt_tokens, dtype=torch.bool)
