@@ -273,7 +273,7 @@ class TestCommandLine:
         connectors = arguments.kv_transfer_config.kv_connector_extra_config["connectors"]
         assert [each["kv_connector"] for each in connectors] == ["ProbeConnector", "ExampleConnector"]
         settings = arguments.additional_config["llama_probe"]
-        assert settings["judge"] == {"url": JUDGE, "fails": "open"} and settings["unsure"] == {"guard": [0.2, 0.6]}
+        assert settings["judge"] == {"url": JUDGE, "fails": "open"} and settings["unsure"] == {"guard": (0.2, 0.6)}
         assert list(settings["heads"]) == ["guard", "tone"] and settings["halt_on"] == {"guard": {"threshold": 0.6}}
         assert settings["halt_reply"] == "No." and settings["hide_scores"]
 

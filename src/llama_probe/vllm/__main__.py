@@ -99,7 +99,7 @@ def _heads(texts: list[str]) -> dict[str, str] | list[str]:
     return named
 
 
-def _judge(ours: argparse.Namespace) -> tuple[dict[str, list[float]] | None, JSON | None]:
+def _judge(ours: argparse.Namespace) -> tuple[dict[str, tuple[float, float]] | None, JSON | None]:
     """Take the options of the judge out of the others. Return the bands by head, and the fields of a `Judge`."""
     options = {name: vars(ours).pop(f"judge_{name}") for name in ("model", "timeout", "fails")}
     bands = read_unsure(ours.unsure or ())

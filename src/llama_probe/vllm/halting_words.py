@@ -43,9 +43,9 @@ def read_halting(words: Sequence[str], option: str = "--halt-on") -> dict[str, J
     return spec
 
 
-def read_unsure(words: Sequence[str]) -> dict[str, list[float]]:
+def read_unsure(words: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Return by head the band of scores that `HEAD=LOW:HIGH` gives."""
-    bands: dict[str, list[float]] = {}
+    bands: dict[str, tuple[float, float]] = {}
     for word in words:
         folder, _, band = word.partition("=")
         head = head_name(folder)
@@ -55,7 +55,7 @@ def read_unsure(words: Sequence[str]) -> dict[str, list[float]]:
             low = high = 0.0
         if not head or not low < high or head in bands:
             raise ProbeError(f"--unsure {word!r} must be HEAD=LOW:HIGH, LOW below HIGH, once a head")
-        bands[head] = [low, high]
+        bands[head] = low, high
     return bands
 
 

@@ -42,7 +42,7 @@ class ProbeSettings:
     hold_back: int = 0
     hide_scores: bool = False
     halt_reply: str | None = None
-    unsure: dict[str, list[float]] | None = None
+    unsure: dict[str, tuple[float, float]] | None = None
     judge: JSON | None = None
     trust_remote_code: bool = False
 
@@ -70,9 +70,8 @@ class ProbeSettings:
     @cached_property
     def rules(self) -> list[HaltRule]:
         """The rules by which requests are halted."""
-        rules = [] if self.halt_on is None else Halter(self.halt_on, self.configs).rules
         bands = self.unsure or {}
-        return [replace(rule, unsure=tuple(bands[rule.head])) if rule.head in bands else rule for rule in rules]
+        return [replace(rule, unsure=bands.get(rule.head)) for rule in Halter(self.halt_on, self.configs).rules]
 
     @property
     def guards_replies(self) -> bool:
@@ -88,7 +87,7 @@ class ProbeSettings:
         """
         named = list(self.rules)
         try:
-            named += [] if self.monitor is None else Halter(self.monitor, self.configs).rules
+            named += Halter(self.monitor, self.configs).rules
         except ProbeError as error:
             raise ProbeError(str(error).replace("halt_on", "monitor").replace("--halt-on", "--monitor")) from None
         flags: list[HaltRule] = []
