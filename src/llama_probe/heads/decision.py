@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -58,13 +58,18 @@ NO_NUMBER_BECAUSE = (
 )
 
 
-def fill_unread(output: ProbeOutput, read: torch.Tensor) -> ProbeOutput:
+def fill_unread(
+    output: ProbeOutput,
+    read: torch.Tensor,
+    move: Callable[[torch.Tensor, torch.device], torch.Tensor] = torch.Tensor.to,
+) -> ProbeOutput:
     """Rule out the flagged labels in rows that held nothing for a head to read. Return the output.
 
     Logits of these rows are 0, and -1e4 for flagged labels and for all labels of a multi-label head: their probability is 0.
 
     Args:
         read (`[batch]` bool, on the CPU): the rows with a token that counts.
+        move: copies a tensor to a device.
     """
     if not bool(read.all()):
         config = output.config_of()
@@ -73,7 +78,8 @@ def fill_unread(output: ProbeOutput, read: torch.Tensor) -> ProbeOutput:
             is_multi_label = config.problem_type == "multi_label_classification"
             ruled_out = config.id2label.values() if is_multi_label else config.flagged_labels
             unread[[config.label2id[name] for name in ruled_out]] = _RULED_OUT
-        output.logits = torch.where(read[:, None].to(output.logits.device), output.logits, unread.to(output.logits))
+        read, unread = move(read, output.logits.device), move(unread.to(output.logits.dtype), output.logits.device)
+        output.logits = torch.where(read[:, None], output.logits, unread)
     return output
 
 

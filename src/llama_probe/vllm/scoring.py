@@ -126,15 +126,16 @@ class Scorer:
         splits = self.block_size // self.kernel_block_size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1)
         states = self._read(masks, async_tensor_h2d(blocks, self.device), padding)
-        turns = {name: async_tensor_h2d(mask.amax(dim=1), self.device) for name, mask in masks.items()}
         if requests[0].slot is not None:
             slots = async_tensor_h2d([request.slot for request in requests], self.device)
             for name in states.keys() & self.followers.keys():
                 self.states.put(name, slots, states[name].joined())
-        return {
-            name: fill_unread(self.heads[name].finish(state, turns[name]), masks[name].any(dim=1)).logits
-            for name, state in states.items()
-        }
+        logits = {}
+        for name, state in states.items():
+            turns = masks[name].amax(dim=1)
+            output = self.heads[name].finish(state, async_tensor_h2d(turns, self.device))
+            logits[name] = fill_unread(output, turns > 0, async_tensor_h2d).logits
+        return logits
 
     def _read(
         self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor
