@@ -23,7 +23,7 @@ from vllm.engine.protocol import EngineClient
 from .counters import announce, count, count_reply
 from .judge import Judge
 from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
-from .payloads import HALTED, Scores, prompt_halt, reply_of, was_halted
+from .payloads import HALTED, Scores, prompt_halt, reply_of
 from .settings import ProbeSettings
 
 
@@ -207,15 +207,18 @@ def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
                 if scores.prompts[place] is None:
                     count(known, scores.labels)
                 scores.prompts[place] = known
-                if prompt_halt(known):  # those of a prompt with one token more would tell how it goes on
+                is_halted = prompt_halt(known) is not None
+                if is_halted:  # those of a prompt with one token more would tell how it goes on
                     output.prompt_logprobs = output.prompt_logprobs and [None] * len(output.prompt_logprobs)
                     output.prompt_token_id_logprobs = None
                 for reply in output.outputs:
                     if reply.finish_reason is None:
                         continue
-                    count_reply(reply_of(known, reply.index))
+                    said = reply_of(known, reply.index)
+                    count_reply(said)
                     reply.token_ids = reply.token_ids or _NoTokens()
-                    if was_halted(reply, known, guards):
+                    # If another engine has written it, the reason to stop tells.
+                    if is_halted or (reply.stop_reason in guards if said is None else said["halted"]):
                         scores.halted.add(place * scores.copies + reply.index)
                         reply.finish_reason = HALTED
                         reply.text += settings.halt_reply or ""

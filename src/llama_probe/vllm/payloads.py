@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -13,8 +12,6 @@ from ..files import JSON
 
 
 if TYPE_CHECKING:
-    from vllm import CompletionOutput
-
     from .label_routes import LabelRequest
 
 HALTED = "content_filter"
@@ -146,14 +143,6 @@ def reply_of(known: JSON, index: int) -> JSON | None:
     """Return what the engine says of the reply of an index; `None` if another one has written it. See `Replies.summaries`."""
     replies = known.get("replies") or []
     return replies[index] if index < len(replies) else None
-
-
-def was_halted(reply: CompletionOutput, known: JSON, guards: Collection[str]) -> bool:
-    """Return True if a head halted a reply or its prompt, by what the engine says. `guards` are the heads that halt replies."""
-    if prompt_halt(known):
-        return True
-    said = reply_of(known, reply.index)  # if another engine has written it, the reason to stop tells
-    return reply.stop_reason in guards if said is None else said["halted"] is not None
 
 
 def _is_halted(known: JSON | None) -> bool:
