@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
-from ..files import JSON
 
 
 if TYPE_CHECKING:
-    from vllm.config import KVTransferConfig, VllmConfig
+    from vllm.config import VllmConfig
 
 # The scheduler, the connector and the cache layers of vLLM are no public interfaces: they change between minor versions.
 TESTED_VLLM = ("0.32",)
@@ -34,14 +33,12 @@ TRANSFER = {
     "kv_connector_module_path": "llama_probe.vllm.connector",
     "kv_role": "kv_producer",
 }
-# Connectors of vLLM's that also store what heads read, and so may stand beside ours. Without it a prompt that they find gets
-# the scores of another.
-STORES = ("ExampleConnector",)
 SCHEDULER = "llama_probe.vllm.scheduler.create_scheduler"
 
 
 _EAGLE = "EAGLE and extract_hidden_states take the states between the layers for themselves, others were not tested"
 _OVERLAP = "micro-batches that overlap were not tested"
+_STORED = "a prompt that another connector finds gets the scores of another prompt"
 _DROPPED = "level 2 drops their weights, which nothing loads again"
 # By argument of `vllm.LLM`, on a command line with dashes: its place in a complete config, its allowed values, why no others.
 # vLLM itself refuses context parallelism and quantised caches, for the layer of `state_cache`.
@@ -49,16 +46,18 @@ RESTRICTIONS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "speculative_config": ("speculative_config.method", ("ngram", "draft_model"), _EAGLE),
     "enable_dbo": ("parallel_config.enable_dbo", (False,), _OVERLAP),
     "ubatch_size": ("parallel_config.ubatch_size", (0, 1), _OVERLAP),
+    "kv_transfer_config": ("kv_transfer_config.kv_connector", (CONNECTOR,), _STORED),
     "enable_sleep_mode": ("model_config.enable_sleep_mode", (False,), _DROPPED),
 }
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise `ProbeError` if arguments of `vllm.LLM` do not go with heads."""
-    for argument, (_, allowed, reason) in RESTRICTIONS.items():
-        value = arguments.get(argument)
-        if isinstance(value, Mapping):  # `speculative_config`. If it names no method, vLLM may take EAGLE's.
-            value = value.get("method") or "unnamed"
+    for argument, (place, allowed, reason) in RESTRICTIONS.items():
+        value, field = arguments.get(argument), place.split(".")[1]
+        value = getattr(value, field, value)
+        if isinstance(value, Mapping):  # If `speculative_config` names no method, vLLM may take EAGLE's.
+            value = value.get(field) or "unnamed"
         if value is not None and value not in allowed:
             others = " or ".join(map(repr, allowed))
             raise ProbeError(f"{argument}={value!r} does not go with heads: {reason}. Allowed: {others}")
@@ -71,30 +70,8 @@ def check_config(config: VllmConfig) -> None:
         {argument: getattr(getattr(config, section), name, None) for argument, (section, name) in places.items()}
     )
     architecture, scheduler = config.model_config.architecture, config.scheduler_config.scheduler_cls
-    if not architecture.startswith(PREFIX) or scheduler != SCHEDULER:
+    if not architecture.startswith(PREFIX) or scheduler != SCHEDULER or config.kv_transfer_config is None:
         raise ProbeError(f"{architecture} with the scheduler {scheduler}: pass all arguments of engine_kwargs(...)")
-    transfer = config.kv_transfer_config
-    connector = getattr(transfer, "kv_connector", None)
-    if connector == CONNECTOR:
-        return
-    others = getattr(transfer, "kv_connector_extra_config", {}).get("connectors", ())
-    names = [each["kv_connector"] for each in others]
-    if CONNECTOR not in names or set(names) - {CONNECTOR, *STORES}:
-        needed = f"heads need {CONNECTOR}, and allow {' or '.join(STORES)} beside it"
-        raise ProbeError(f"kv_transfer_config has {', '.join(names) or connector}; {needed}")
-    if config.scheduler_config.enable_chunked_prefill:
-        raise ProbeError("kv_transfer_config needs enable_chunked_prefill=False: prompts are stored after a chunk")
-
-
-def transfer_config(beside: Mapping[str, Any] | KVTransferConfig | None) -> JSON:
-    """Return fields of vLLM's `KVTransferConfig` for the heads' connector, and one beside it; see `check_config`."""
-    if beside is None:
-        return TRANSFER
-    if not isinstance(beside, Mapping):  # vLLM's own object, of the server's options
-        names = "kv_connector", "kv_role", "kv_connector_extra_config"
-        beside = {name: getattr(beside, name, None) for name in names}
-    connectors = {"connectors": [TRANSFER, dict(beside)]}
-    return {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": connectors}
 
 
 def check_version(allow_untested: bool = False) -> None:

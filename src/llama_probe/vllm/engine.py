@@ -18,7 +18,7 @@ from ..serving.halting import HaltSpec, options_by_head
 from ..serving.host import ProbeSpec, named_sources
 from .backbone_check import check_heads
 from .cache_plan import grows
-from .compatibility import KEY, SCHEDULER, check_arguments, check_version, probed_architecture, transfer_config
+from .compatibility import KEY, SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
 from .settings import NO_FUNCTIONS, ProbeSettings
 
 
@@ -57,8 +57,7 @@ def engine_kwargs(
         compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         for_server: fields of `ProbeSettings` that the server of `python -m llama_probe.vllm` alone heeds.
-        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. A `kv_transfer_config` is a dict. `trust_remote_code` is also
-            for heads of a kind of one's own. Request ids of the form `NUMBER_ID` are those of several replies to one prompt.
+        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. `trust_remote_code` is also for heads of a kind of one's own. Request ids of the form `NUMBER_ID` are those of several replies to one prompt.
 
     Raises:
         ProbeError: vLLM is missing or of another version, an argument, the model's class or a head does not go with the
@@ -72,7 +71,6 @@ def engine_kwargs(
         raise ProbeError("hf_overrides is a function; the model class with heads goes into it, so it must be a dict")
     if not isinstance(hold_back, int) or hold_back < 0:
         raise ProbeError(f"hold_back={hold_back!r} must be a number of tokens from 0")
-    transfer = transfer_config(kwargs.pop("kv_transfer_config", None))
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
     model = resolve_backbone(os.fspath(model))
     check_within_reach(model)
@@ -108,7 +106,7 @@ def engine_kwargs(
         # Mistral's repositories have a tokenizer that vLLM prefers, without the chat template that heads were trained on.
         "tokenizer_mode": "hf",
         "scheduler_cls": SCHEDULER,
-        "kv_transfer_config": KVTransferConfig(**transfer),
+        "kv_transfer_config": KVTransferConfig(**TRANSFER),
         # With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders.
         "additional_config": {**additional, KEY: asdict(settings), f"{KEY}_layers": settings.layers},
     }
