@@ -57,7 +57,8 @@ def engine_kwargs(
         compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
         for_server: fields of `ProbeSettings` that the server of `python -m llama_probe.vllm` alone heeds.
-        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. `trust_remote_code` is also for heads of a kind of one's own. Request ids of the form `NUMBER_ID` are those of several replies to one prompt.
+        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. `trust_remote_code` is also for heads of a kind of one's
+            own. Request ids of the form `NUMBER_ID` are those of several replies to one prompt.
 
     Raises:
         ProbeError: vLLM is missing or of another version, an argument, the model's class or a head does not go with the
