@@ -269,21 +269,18 @@ class Halter:
         if self.policy is not None:
             halts = _decisions("the halting policy", self.policy(outputs), prompts)
         copies = copies if self.follows else 1
-        probs, _ = self._probabilities(outputs)
+        logits = on_host(self._logits(outputs))
         for rule in self.rules:
-            flags = _asked(rule, probs[rule.head], texts) if rule.head in probs else [None] * prompts
+            flags: list[Halt | None] = [None] * prompts
+            if rule.head in logits:
+                flags = _asked(rule, probabilities(logits[rule.head], rule.config), texts)
             self._streaks.append([Streak(rule, flag is not None) for flag in flags for _ in range(copies)])
             halts = [halt or (flag if rule.ends(flag) else None) for halt, flag in zip(halts, flags, strict=True)]
         self.halts = [halt for halt in halts for _ in range(copies)]
         return self.halts
 
-    def _probabilities(
-        self, outputs: dict[str, ProbeOutput], counted: torch.Tensor | None = None
-    ) -> tuple[dict[str, torch.Tensor], Any]:
-        """Return the probabilities that rules look at, by head, and `counted`: from the device in one copy."""
-        ruled = {rule.head: rule.config for rule in self.rules if rule.head in outputs}
-        host: dict[str | None, Any] = on_host({None: counted, **{name: outputs[name].logits for name in ruled}})
-        return {name: probabilities(host[name], config) for name, config in ruled.items()}, host[None]
+    def _logits(self, outputs: dict[str, ProbeOutput]) -> dict[str, torch.Tensor]:
+        return {rule.head: outputs[rule.head].logits for rule in self.rules if rule.head in outputs}
 
     def follow(self, scores: TokenScores) -> list[bool]:
         """Decide on one more token of each reply. After an error no token is written.
@@ -291,8 +288,9 @@ class Halter:
         Returns:
             For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
         """
-        # Numbers of one kind, so that they come together.
-        probs_by_head, counted = self._probabilities(scores.outputs, scores.counted.float())
+        # Numbers of one kind, so that they come from the device in one copy.
+        host = on_host({"": scores.counted.float(), **self._logits(scores.outputs)})
+        counted = host[""]  # no head has an empty name
         # Tokens that do not count change nothing.
         rows = [row for row, is_counted in enumerate(counted.tolist()) if is_counted]
         flags: list[tuple[int, Halt | None, bool]] = []  # row, reason, and if it ends the reply
@@ -301,7 +299,7 @@ class Halter:
             flags += [(row, decided[row], True) for row in rows]
         for rule, streaks in zip(self.rules, self._streaks, strict=True):
             if rule.config.reads_reply:
-                probs = probs_by_head[rule.head]
+                probs = probabilities(host[rule.head], rule.config)
                 halts = rule.halts(probs)
                 flags += [(row, *streaks[row].add(probs[row], halts[row])) for row in rows]
         self.halts = list(self.halts)
