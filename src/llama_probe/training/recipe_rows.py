@@ -197,8 +197,8 @@ class _Reader:
         rows_by_source = {}
         for source in self.recipe.measure.sources:
             rows = self.read(source, "test")
-            told = f"rows of {source.name} are learned from, and not measured"
-            if unseen := _without(learned_texts, rows, told):
+            warning = f"rows of {source.name} are learned from, and not measured"
+            if unseen := _without(learned_texts, rows, warning):
                 rows_by_source[source.name] = unseen
         return rows_by_source
 

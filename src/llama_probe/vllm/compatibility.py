@@ -91,5 +91,5 @@ def probed_architecture(architectures: list[str] | None) -> str:
     for name in architectures or ():
         if name in ARCHITECTURES:
             return PREFIX + name
-    found = ", ".join(architectures or ()) or "of no named architecture"
-    raise ProbeError(f"this model is {found}; heads on vLLM need one of: {', '.join(ARCHITECTURES)}")
+    named = ", ".join(architectures or ()) or "of no named architecture"
+    raise ProbeError(f"this model is {named}; heads on vLLM need one of: {', '.join(ARCHITECTURES)}")
