@@ -1,4 +1,4 @@
-"""Kinds of probe heads, and the tokens that they read: modules of the package, without their imports and what is not called here.
+"""Kinds of probe heads, and the tokens that they read: modules of the package, without their imports.
 
 Written by `make runtime`. SPDX-License-Identifier: Apache-2.0
 """
@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from torch import nn
 from transformers.utils import logging
 from typing import Any, ClassVar, TypedDict
-import copy
 import math
 import numpy as np
 import torch
@@ -173,6 +172,13 @@ class Aggregator(nn.Module, ABC):
     def result(self, state: State, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
+        """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N.
+
+        `None` if the kind has no such weights: plots then leave it out.
+        """
+        return None
+
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Summarise `[S, B, N, D]` of all slots with an optional `[B, N]` mask: `[S, B, D]`."""
         return self.result(self.update(None, x, mask, slice(None)), slice(None))
@@ -189,22 +195,13 @@ def join_slots(states: Sequence[State]) -> State:
 
 def take_slots(state: State, slots: slice) -> State:
     """Return the state of some slots. It shares memory with `state`."""
-    return _map_state(state, lambda tensor: tensor[slots])
+    return map_state(state, lambda tensor: tensor[slots])
 
 
-def repeat_rows(state: State, repeats: int) -> State:
-    """Repeat each row of a state `repeats` times, as `torch.repeat_interleave` does."""
-    return state if repeats == 1 else _map_state(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
-
-
-def select_rows(state: State, rows: torch.Tensor) -> State:
-    """Return the state of the rows in `rows`, `[new_rows]`, on any device."""
-    return _map_state(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))
-
-
-def _map_state(state: State, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
+def map_state(state: State, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
+    """Return a state with each of its tensors changed."""
     if isinstance(state, (tuple, list)):
-        return type(state)(_map_state(part, change) for part in state)
+        return type(state)(map_state(part, change) for part in state)
     return None if state is None else change(state)
 
 
@@ -300,6 +297,16 @@ class PoolingAggregator(Aggregator):
         total, count = state
         return total / count.clamp_min(1.0).unsqueeze(-1)
 
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
+        """Return equal weights (mean), or the share of dimensions in which the item is the maximum (max)."""
+        slot_count, batch, items, _ = x.shape
+        if self.pool == "mean":
+            valid = x.new_ones(batch, items) if mask is None else mask.to(x.dtype)
+            return (valid / valid.sum(dim=1, keepdim=True).clamp_min(1.0)).expand(slot_count, batch, items)
+        winners = drop_masked(x, mask).argmax(dim=2)  # [S, B, D]
+        ones = torch.ones_like(winners, dtype=x.dtype)
+        return x.new_zeros(slot_count, batch, items).scatter_add_(2, winners, ones) / x.shape[-1]
+
 
 """Scoring gate: one learned score an item, softmax over the valid ones, weighted sum (arXiv 2601.13288)."""
 
@@ -337,6 +344,10 @@ class GateAggregator(Aggregator):
         total, norm = state
         return total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
 
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
+        shares = self._shares(x, mask, slots)
+        return shares / shares.sum(dim=2, keepdim=True).clamp_min(torch.finfo(shares.dtype).tiny)
+
 
 """The last item alone: with one layer, the last-token linear probe of its state. No parameters."""
 
@@ -362,6 +373,12 @@ class LastItemAggregator(Aggregator):
 
     def result(self, state: State, slots: slice) -> torch.Tensor:
         return state
+
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
+        """Return 1 for the last valid item, 0 for all others."""
+        slot_count, batch, items, _ = x.shape
+        valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
+        return last_valid(valid).to(x.dtype).expand(slot_count, batch, items)
 
 
 """Attentive pooling: a few learned queries a slot, each summarising the items through values of low rank.
@@ -435,6 +452,11 @@ class AttentivePoolingAggregator(LowRankAggregator):
         pooled = (total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)).flatten(2)  # [S, B, R]
         return torch.matmul(pooled, self.out[slots].transpose(1, 2))
 
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
+        """Return the softmax of each query, averaged over queries."""
+        scores, _ = self._split(self.project(x, slots), mask)
+        return scores.softmax(dim=-1).mean(dim=2)
+
 
 """Multi-max pooling: the largest value that any token gives to each of a few learned directions, layer by layer.
 
@@ -487,6 +509,12 @@ class MultiMaxAggregator(LowRankAggregator):
         # A row without a token that counts has -inf. NaN stays: such a row gets no score.
         return state.nan_to_num(nan=math.nan, posinf=math.inf, neginf=0.0)
 
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
+        """Return the share of the directions that have their largest value at the item."""
+        projected = drop_masked(self.project(x, slots), mask)  # [S, B, N, M R]
+        best = projected.argmax(dim=2, keepdim=True)
+        return torch.zeros_like(projected).scatter_(2, best, 1.0).mean(dim=-1)
+
 
 class WeightedLayers(Aggregator):
     """Layer stage of `multimax`: a_l = softmax_l(g_l . m_l + b_l), v = [L' a_1 m_1; ...; L' a_L' m_L'], for each member.
@@ -512,6 +540,10 @@ class WeightedLayers(Aggregator):
         items = state.unflatten(-1, (self.num_members, -1))
         weighted = items * (self._shares(items) * items.shape[2]).unsqueeze(-1)
         return weighted.transpose(2, 3).flatten(2)
+
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
+        """Return the softmax, averaged over members."""
+        return self._shares(x.unflatten(-1, (self.num_members, -1))).mean(dim=-1)
 
 
 class AveragedClassifier(Classifier):
@@ -729,6 +761,17 @@ class AttentionAggregator(LowRankAggregator):
             attention_mask = mask.repeat(len(qkv), 1)[:, None, None, :]  # [S * B, 1, 1, N]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=self.scale)
         return mixed[..., : self.head_size]
+
+    def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
+        """Return the attention that each item receives, averaged over heads and over the valid queries."""
+        slot_count, batch, items, _ = x.shape
+        query, key, _ = self._split(self.project(x, slots))
+        scores = torch.matmul(query, key.transpose(-1, -2)) * self.scale  # [S * B, heads, N, N]
+        valid = x.new_ones(batch, items, dtype=torch.bool) if mask is None else mask
+        seen = _earlier(valid, items) if self.causal else valid[:, None]  # [B, N or 1, N]
+        scores = scores.masked_fill(~seen.repeat(slot_count, 1, 1)[:, None], float("-inf"))
+        received = scores.softmax(dim=-1).mean(dim=1).view(slot_count, batch, items, items)
+        return masked_mean(received, mask)
 
 
 def _earlier(valid: torch.Tensor, queries: int) -> torch.Tensor:

@@ -8,12 +8,10 @@ from llama_probe.files import write_atomically
 
 
 _IMPORT = re.compile(r"^(import|from) .*?(\([^)]*\))?\n", re.MULTILINE)
-# What plots and vLLM call, and no exported repository.
-_UNUSED = re.compile(r"\n    def (weights|projected)\(.*?(?=\n    def |\n\n\n|\Z)", re.DOTALL)
 # Whole modules of `heads`, in the order of their imports.
 _MODULES = "device aggregator low_rank pooling gate last attentive multimax mean_attention attention turns scope"
 HEADS_FILE = ROOT / "modeling" / "heads_llama_probe.py"
-_HEADER = '''"""Kinds of probe heads, and the tokens that they read: modules of the package, without their imports and what is not called here.
+_HEADER = '''"""Kinds of probe heads, and the tokens that they read: modules of the package, without their imports.
 
 Written by `make runtime`. SPDX-License-Identifier: Apache-2.0
 """
@@ -34,9 +32,9 @@ def heads_file() -> str:
             imports.setdefault(f"from {module} import ", set()).update(names.strip().split(", "))
         for line in re.findall(r"^import .*", text, re.MULTILINE):
             imports[line] = set()
-        texts.append(re.sub(r'"""\n{2,}', '"""\n\n', _IMPORT.sub("", _UNUSED.sub("", text)), count=1))
+        texts.append(re.sub(r'"""\n{2,}', '"""\n\n', _IMPORT.sub("", text), count=1))
     header = _HEADER + "".join(f"{line}{', '.join(sorted(names))}\n" for line, names in sorted(imports.items()))
-    return re.sub(r"\n{4,}", "\n\n\n", "\n\n".join([header, *texts]))
+    return "\n\n".join([header, *texts])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.heads import probe_types, repeat_rows
 from llama_probe.heads.registry import get_probe_type
+from llama_probe.heads.split import split_head
 
 
 KINDS = probe_types()
@@ -110,7 +111,7 @@ def test_streamed_and_resumed_equal_whole(case, sizes, keep, resume, novelty):
 @given(cases(), st.booleans())
 def test_a_head_of_projected_states_scores_as_the_head_does(case, novelty):
     probe, states, mask, cuts = made(case, novelty)
-    split = probe.projected()
+    split = split_head(probe)
     if probe.config.probe_type in ("pooling", "last") or probe.config.normalize == "none":
         assert split is None
         return

@@ -146,14 +146,6 @@ class Aggregator(nn.Module, ABC):
     def result(self, state: State, slots: slice) -> torch.Tensor:
         """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
 
-    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module] | None:
-        """Split a head, whose token stage this is, into linear maps of its states and a head that reads what they give.
-
-        A server that keeps something of every token then keeps few numbers. Return maps of normalised states, `[S, rank, D]`,
-        and the head, which normalises nothing, or `None` if the kind needs whole states.
-        """
-        return None
-
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
         """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N.
 
@@ -177,22 +169,13 @@ def join_slots(states: Sequence[State]) -> State:
 
 def take_slots(state: State, slots: slice) -> State:
     """Return the state of some slots. It shares memory with `state`."""
-    return _map_state(state, lambda tensor: tensor[slots])
+    return map_state(state, lambda tensor: tensor[slots])
 
 
-def repeat_rows(state: State, repeats: int) -> State:
-    """Repeat each row of a state `repeats` times, as `torch.repeat_interleave` does."""
-    return state if repeats == 1 else _map_state(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
-
-
-def select_rows(state: State, rows: torch.Tensor) -> State:
-    """Return the state of the rows in `rows`, `[new_rows]`, on any device."""
-    return _map_state(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))
-
-
-def _map_state(state: State, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
+def map_state(state: State, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
+    """Return a state with each of its tensors changed."""
     if isinstance(state, (tuple, list)):
-        return type(state)(_map_state(part, change) for part in state)
+        return type(state)(map_state(part, change) for part in state)
     return None if state is None else change(state)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -44,19 +42,6 @@ class GateAggregator(Aggregator):
     def result(self, state: State, slots: slice) -> torch.Tensor:
         total, norm = state
         return total / norm.clamp_min(torch.finfo(norm.dtype).tiny).unsqueeze(-1)
-
-    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module]:
-        # All that the layer stage and the classifier see of a sum of states are its products with their own weights.
-        seen = torch.cat([head.layer_stage.weight, head.classifier.weight])  # [1 + labels, D]
-        maps = torch.cat([self.weight.unsqueeze(1), seen.expand(self.num_slots, -1, -1)], dim=1)
-        config = head.config.replace(hidden_size=maps.shape[1], normalize="none", novelty=None)
-        reader, units = type(head)(config).eval(), torch.eye(maps.shape[1])
-        with torch.no_grad():
-            reader.token_stage.weight.copy_(units[:1])
-            reader.layer_stage.weight.copy_(units[1:2])
-            reader.classifier.weight.copy_(units[2:])
-            reader.classifier.bias.copy_(head.classifier.bias)
-        return maps.detach(), reader.to(head.device)
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
         shares = self._shares(x, mask, slots)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
-from typing import Any
 
 import torch
-from torch import nn
 
 from .aggregator import Aggregator, State
 
@@ -38,9 +35,3 @@ class LowRankAggregator(Aggregator):
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         return self.absorb(state, self.project(x, slots), mask, slots)
-
-    def projected(self, head: Any) -> tuple[torch.Tensor, nn.Module]:
-        maps, reader = self.projection(slice(None)).detach(), copy.deepcopy(head)
-        reader.config, reader.novelty = head.config.replace(normalize="none", novelty=None), None
-        reader.token_stage.projects = False
-        return maps, reader

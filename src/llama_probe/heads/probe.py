@@ -492,14 +492,6 @@ class ProbeModel(nn.Module):
             output.member_logits = strongest(members, self.config, counted.expand(members.shape[:-1]))
         return output
 
-    def projected(self) -> tuple[torch.Tensor, ProbeModel] | None:
-        """Split the head into linear maps of its states and a head, without novelty, that reads what they give.
-
-        `None` if the kind needs whole states; see `Aggregator.projected`. So do states that are not normalised: their products
-        do not fit half precision.
-        """
-        return None if self.config.normalize == "none" else self.token_stage.projected(self)
-
     # Shared by all
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:

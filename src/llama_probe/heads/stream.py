@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .aggregator import State, join_slots, take_slots
+from .aggregator import State, join_slots, map_state, take_slots
 
 
 # By number of a turn, from 1: the columns that hold its tokens, and which tokens of these columns, `[batch, n]`; `None` if all.
@@ -95,3 +95,13 @@ def split_turns(numbers: torch.Tensor, move: Callable[[torch.Tensor], torch.Tens
         mask = mask[:, columns]
         turns[number] = columns, None if bool(mask.all()) else move(mask)
     return turns
+
+
+def repeat_rows(state: State, repeats: int) -> State:
+    """Repeat each row of a state `repeats` times, as `torch.repeat_interleave` does."""
+    return state if repeats == 1 else map_state(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
+
+
+def select_rows(state: State, rows: torch.Tensor) -> State:
+    """Return the state of the rows in `rows`, `[new_rows]`, on any device."""
+    return map_state(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))

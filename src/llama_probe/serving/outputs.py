@@ -12,9 +12,10 @@ import torch
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
-from ..heads.aggregator import State, select_rows
+from ..heads.aggregator import State
 from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
 from ..heads.probe import ProbeModel
+from ..heads.stream import select_rows
 
 
 _NEEDS_IDS = "probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)"

@@ -12,13 +12,13 @@ import torch
 from ..backbone.capture import capturing, check_seen
 from ..backbone.decoder import Decoder
 from ..errors import ProbeError
-from ..heads.aggregator import State, repeat_rows
+from ..heads.aggregator import State
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.device import device_type
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, judges_turns, tokens_read, turn_numbers
-from ..heads.stream import ProbeState, split_turns
+from ..heads.stream import ProbeState, repeat_rows, split_turns
 from .outputs import CachedHead, ProbeCache, TokenScores, on_host
 
 

@@ -8,9 +8,11 @@ from itertools import accumulate
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..heads.aggregator import State, normalize, select_rows
+from ..heads.aggregator import State, normalize
 from ..heads.configuration import shared_layers
 from ..heads.probe import ProbeModel
+from ..heads.split import split_head
+from ..heads.stream import select_rows
 from ..serving.reader import state_budget
 
 
@@ -20,7 +22,7 @@ _STATES = ""  # in place of a head's name
 class CachePlan:
     """The numbers that are kept of each token for the heads: `width` of them, the states of some layers and then features of others.
 
-    Features are what a head's linear maps give for a token, at every layer that it reads; see `ProbeModel.projected`. They are
+    Features are what a head's linear maps give for a token, at every layer that it reads; see `split_head`. They are
     kept if that takes fewer numbers than the states alone.
 
     Args:
@@ -36,7 +38,7 @@ class CachePlan:
 
     def __init__(self, heads: Mapping[str, ProbeModel], projected: bool | None = None):
         hidden_size = next(iter(heads.values())).config.hidden_size
-        splits = {name: split for name, head in heads.items() if (split := head.projected()) is not None}
+        splits = {name: split for name, head in heads.items() if (split := split_head(head)) is not None}
         every = shared_layers(head.config for head in heads.values())
         self.layers = shared_layers(head.config for name, head in heads.items() if name not in splits)
         if projected is None:
