@@ -119,6 +119,11 @@ def test_replies_whose_label_nobody_knows_do_not_count():
     more = np.concatenate([known, np.full((50, 2), np.nan, "float32")])
     assert halting_rules(config, followed + unknown, more) == rules
     assert apply_rules(config, rules, followed + unknown, more) == apply_rules(config, rules, followed, known)
+    by_label = reply_report(config, followed + unknown, more, resamples=0)
+    assert by_label == reply_report(config, followed, known, resamples=0) and list(by_label) == ["LABEL_0", "LABEL_1"]
+    flagging = config.replace(flagged=["LABEL_1"], threshold=[0.1, 0.9])
+    (report,) = reply_report(flagging, followed, known, resamples=0).values()
+    assert report["r_auc"] == by_label["LABEL_1"]["r_auc"] and report["thresholds"]["own"]["threshold"] == 0.9
 
 
 def test_tokens_of_spans_are_ranked_against_all_others():

@@ -67,6 +67,7 @@ def test_a_text_is_hidden_in_so_many_tokens(prompts):
     before, behind = middle.split("rob a bank")
     assert abs(len(before) - len(behind)) < 8 and {"It rains.", "It snows."} <= set(before.split("\n\n"))
     assert abs(len(prompts.tokenizer(last)["input_ids"]) - 2000) < 40
+    assert len(transformations(prompts, "documents", ["It rains."])["last in 1,300 tokens"]("rob a bank")) > 1300
     assert not transformations(prompts, "long"), "without harmless texts"
 
 

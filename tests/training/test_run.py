@@ -127,7 +127,7 @@ class TestTwins:
             ("seen, int8 copy of the backbone", None, 20), ("seen, int4 copy of the backbone", None, 20),
         ]  # fmt: skip
         assert measured["rates"] == ["fpr-10%", "fpr-5%"] and measured["wrappings"]["rows"]
-        for attacks in (measured["attacks"], measured["long"]):
+        for attacks in (measured[group] for group in transformations.ATTACKS):
             assert attacks["rows"] == 2 and attacks["kept"].keys() == attacks["tfidf"]["kept"].keys()
             assert attacks["length"]["kept"].keys() == attacks["length"]["alarms"].keys()
         shares = {part["name"]: part for part in measured["parts"]}

@@ -91,7 +91,7 @@ def evaluate(
         result["flagged"] = report.flagged_share(head.config, logits)
     if followed is not None and rules:
         result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
-    if followed is not None and flagged is not None:
+    if followed is not None and (flagged is not None or head.config.problem_type == "multi_label_classification"):
         tokenizer, marked = scored.prompts.tokenizer, None
         if spans is not None:
             rows_of = zip(labelled.texts, spans, dataset.reply_lengths, strict=True)  # a reply may have been cut

@@ -103,7 +103,8 @@ def measured_table(measured: JSON) -> str:
             if part.get(metric) is not None:
                 figures = [score(head_part, metric) for head_part in parts]
                 rows.append([f"{name}, {part['rows']:,}", metric.upper(), *figures])
-    for group, title in {"wrappings": "wrapped", "attacks": "attacks", "long": "long texts"}.items():
+    titles = {"wrappings": "wrapped", "attacks": "attacks", "documents": "documents", "long": "long texts"}
+    for group, title in titles.items():
         first, *others = (head.get(group, {}) for head in heads)
         figure = "still flagged" + (" (harmless ones)" if "alarms" in first else "")
         for name in first.get("kept", {}):

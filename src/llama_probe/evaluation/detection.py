@@ -11,7 +11,7 @@ import transformers
 
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import log_odds, probabilities
+from ..heads.decision import log_odds, probabilities, threshold_of
 from .bootstrap import auroc, intervals
 from .calibration import highest_recall_threshold, highest_unflagged
 from .metrics import known_rows
@@ -152,7 +152,9 @@ def reply_report(
     token_labels: Sequence[np.ndarray] | None = None,
     resamples: int = 1000,
 ) -> JSON:
-    """Return how well a head with a flagged label halts replies at their first token over a threshold.
+    """Return how well a head halts replies at their first token over a threshold, by each label that it flags.
+
+    Of a multi-label head these are its `flagged` labels, else all; rows of which a label is not known do not count for it.
 
     Args:
         followed, labels: of the rows, what `follow_replies` returned and the labels.
@@ -163,18 +165,37 @@ def reply_report(
         `label`. `r_auc`: AUROC of the replies by their largest score. `t_auc`: with `token_labels`, AUROC of all tokens by the
         score after each. Both are None if all have the label, or none. `intervals` of these. `thresholds`, by name: `threshold`,
         what `detection` gives, and `intervals`. They are the head's own, and for each of `RATES` the one that halts at most this
-        share of these very replies; the interval of its `detected` allows for that.
+        share of these very replies; the interval of its `detected` allows for that. Of a multi-label head a dict of these by label,
+        without `t_auc`: spans have no label.
     """
+    if config.problem_type == "multi_label_classification":
+        names = config.flagged_labels or list(config.label2id)
+        return {
+            name: _label_report(config, config.label2id[name], followed, labels, None, resamples) for name in names
+        }
     index = config.need_flagged_index("reply_report")
-    scores, positives = _known_rows(config, followed, labels, index)
-    odds = [log_odds(logits, config)[:, index].numpy() for logits in followed]
+    return _label_report(config, index, followed, labels, token_labels, resamples)
+
+
+def _label_report(
+    config: ProbeConfig,
+    index: int,
+    followed: Sequence[torch.Tensor],
+    labels: np.ndarray,
+    token_labels: Sequence[np.ndarray] | None,
+    resamples: int,
+) -> JSON:
+    rows, positives = known_rows(labels, index, config)
+    scores = [probabilities(followed[row], config)[:, index].numpy() for row in rows]
+    odds = [log_odds(followed[row], config)[:, index].numpy() for row in rows]
     largest = np.array([row.max() for row in odds])
     areas = {"r_auc": auroc(largest, positives, resamples)}
     if token_labels is not None:
-        rows = np.repeat(np.arange(len(odds)), list(map(len, odds)))
+        places = np.repeat(np.arange(len(odds)), list(map(len, odds)))
         token_scores, token_positives = np.concatenate(odds), np.concatenate(token_labels)
-        areas["t_auc"] = auroc(token_scores, token_positives, min(resamples, _TOKEN_RESAMPLES), rows)
-    own = 0.5 if config.threshold is None else config.threshold
+        areas["t_auc"] = auroc(token_scores, token_positives, min(resamples, _TOKEN_RESAMPLES), places)
+    limit = threshold_of(config, index)
+    own = 0.5 if limit is None else limit
     thresholds = {name: (threshold, None) for name, threshold in {"own": own, **(config.thresholds or {})}.items()}
     if 0 < positives.sum() < len(positives):
         highest = np.array([row.max() for row in scores])

@@ -29,8 +29,8 @@ from .prediction import predict_logits
 
 # Groups of transformations, and the flagged and harmless rows that are transformed at most. A long text costs as much as a
 # hundred others.
-GROUPS = {"wrappings": (200, 50), "attacks": (64, 16), "long": (4, 4)}
-ATTACKS = ("attacks", "long")
+GROUPS = {"wrappings": (200, 50), "attacks": (64, 16), "documents": (24, 24), "long": (4, 4)}
+ATTACKS = ("attacks", "documents", "long")
 
 _LONG_SYSTEM = (
     "You are the assistant of a small shop that sells shoes, bags and belts. Answer in plain English, in at most three "
@@ -130,9 +130,9 @@ def transformations(prompts: PromptFormat, group: str, harmless: Sequence[str] =
 
     Args:
         group: `"wrappings"`: twelve that leave a text as it is; a template without system turns has fewer. For heads that read tool
-            results: JSON, HTML, Markdown, code, a mail, and 1,300 tokens (about 1,000 words) of harmless text. `"attacks"`:
-            suffixes, role play, other letters, several turns. `"long"`: the text in 2,000, 4,000 and 7,500 tokens of
-            harmless text.
+            results: JSON, HTML, Markdown, code, a mail, and those of `"documents"`. `"attacks"`: suffixes, role play, other
+            letters, several turns. `"documents"`: the text in 1,300 tokens (about 1,000 words) of harmless text. `"long"`: in
+            2,000, 4,000 and 7,500 tokens.
         harmless: the harmless texts, in a random order, and again if they are too few. Without them there is no long text.
     """
     of_tools = prompts.text_role == "tool"
@@ -142,7 +142,7 @@ def transformations(prompts: PromptFormat, group: str, harmless: Sequence[str] =
         for name, place in {"first": 0.0, "in the middle": 0.5, "last": 1.0}.items()
         if harmless
     }
-    if group == "long":
+    if group in ("documents", "long"):
         return hidden
     if group == "wrappings" and of_tools:
         return _TABLE["results"] | hidden
