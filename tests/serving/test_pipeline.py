@@ -207,6 +207,8 @@ class TestClassification:
         assert close(pipe({"text": text, "label": 1} for text in TEXTS), found)
         with pytest.raises(ProbeError, match="text_pair"):
             pipe({"text": TEXTS[0], "text_pair": TEXTS[1]})
+        (plain,) = pipe.model.classify(TEXTS[0], tokenizer=pipe.tokenizer)[pipe.probe].logits.tolist()
+        assert {record["score"] for record in pipe(TEXTS[0], top_k=None, function_to_apply="none")} == set(plain)
         both = pipe(TEXTS, top_k=None)
         assert [len(records) for records in both] == [2] * 4 and close(pipe(CHATS[0], top_k=None), both[0])
         for records, label, probs in zip(both, expected.labels, expected.probabilities.tolist(), strict=True):

@@ -151,6 +151,7 @@ class TestRows:
             ({"label_smoothing_factor": 1.0}, "label_smoothing=1.0"),
             ({"include_for_metrics": ["inputs"], "cache_states": True}, "cache_states=True: include_for_metrics"),
             ({"token_loss": "max"}, "token_loss='max'"),
+            ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
             ({"token_loss": "top-k"}, "token_loss='top-k'.* token_scope='prompt'"),
             ({"model": head(token_scope="response"), "token_loss": "softmax"}, "token_loss='softmax'.*flagged"),
             ({"model": head(**GUARD), "rows": IDS, "held_back": None, "token_loss": "softmax"}, "rows with replies"),

@@ -16,6 +16,7 @@ from transformers import (
     TextGenerationPipeline,
 )
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.text_classification import ClassificationFunction
 
 from ..errors import ProbeError
 from ..heads.decision import Label, reply_outputs, verdict
@@ -100,8 +101,8 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
 
     `model` is the folder or Hub id of a head, or a loaded model with heads; `probe` names one of several. Takes texts and chats,
     which `classify` renders in the head's own format and batches by length, and `top_k` as usual. The first label is the one that
-    the head gives with its threshold; its score is its probability. Regression heads give their value as the score. With
-    `abstain_at=0.99` a text of a larger novelty gets the label and the score `None` first.
+    the head gives with its threshold; its score is its probability, with `function_to_apply="none"` its logit. Regression heads
+    give their value as the score. With `abstain_at=0.99` a text of a larger novelty gets the label and the score `None` first.
 
     Raises:
         ProbeError: it is not clear which head is meant.
@@ -134,13 +135,15 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
         options = self._postprocess_params | self._sanitize_parameters(**kwargs)[2]
         call = {"tokenizer": self.tokenizer, "probes": self.probe, "abstain_at": options.get("abstain_at")}
         output = model.classify(texts, **call)[self.probe]
-        ranked = [self._records(*row) for row in zip(output.labels, output.probabilities.tolist(), strict=True)]
+        is_plain = options.get("function_to_apply") == ClassificationFunction.NONE
+        scores = output.logits if is_plain else output.probabilities
+        ranked = [self._records(*row) for row in zip(output.labels, scores.tolist(), strict=True)]
         results = [records[: options["top_k"]] if "top_k" in options else records[0] for records in ranked]
         is_alone = isinstance(inputs, str) or isinstance(inputs[0], Mapping)
         return results[0] if is_alone and "top_k" in kwargs else results
 
-    def _records(self, label: Label, probabilities: list[float]) -> list[dict[str, Any]]:
-        scores = dict(zip(self.head_config.id2label.values(), probabilities, strict=True))
+    def _records(self, label: Label, values: list[float]) -> list[dict[str, Any]]:
+        scores = dict(zip(self.head_config.id2label.values(), values, strict=True))
         # The label of the head comes first, whatever its threshold is.
         ranked = sorted(scores, key=lambda name: (name != label, -scores[name]))
         abstains = [{"label": None, "score": None}] if label is None else []

@@ -92,6 +92,10 @@ class ProbeTrainingArguments(TrainingArguments):
             raise ProbeError(f"cache_states={self.cache_states!r} must be True, False or 'auto'")
         if self.token_loss not in (None, *TOKEN_LOSSES):
             raise ProbeError(f"token_loss={self.token_loss!r} must be one of: {', '.join(TOKEN_LOSSES)}")
+        if self.neftune_noise_alpha is not None:
+            raise ProbeError(
+                f"neftune_noise_alpha={self.neftune_noise_alpha} is for embeddings, which heads do not have"
+            )
         if self.cache_dir is not None:
             self.cache_dir = os.path.expanduser(self.cache_dir)
         for allowed, (is_allowed, names) in _RANGES.items():
