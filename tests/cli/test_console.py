@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_probe.cli.console import escape, print_table, print_text
+from llama_probe.cli.console import escape, print_table, print_text, print_values
 
 
 @pytest.mark.parametrize("width", [20, 80])
@@ -13,6 +13,13 @@ def test_nothing_of_a_cell_is_cut(capsys, monkeypatch, width):
     assert "…" not in printed and max(map(len, printed.splitlines())) <= width
     first = "".join(line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│"))
     assert first == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_table_inside_a_record_is_printed_too(capsys):
+    record = {"r_auc": 0.75, "intervals": {"r_auc": [0.7, 0.8]}, "thresholds": {"own": {"detected": 0.25}}}
+    print_values("guard", {"replies": {"harm": record, "refusal": record}})
+    printed = capsys.readouterr().out
+    assert printed.count("0.750") == printed.count("0.250") == 2
 
 
 def test_a_cell_controls_neither_the_terminal_nor_the_markup(capsys):

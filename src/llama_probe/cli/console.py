@@ -102,6 +102,10 @@ def print_values(title: str, values: JSON, path: str = "") -> None:
             columns.setdefault(tuple(part), {})[name] = part
         elif all(isinstance(record, dict) and any(map(_is_plain, record.values())) for record in part.values()):
             print_records(path + name, part)
+            for key, record in part.items():
+                for inside, table in record.items():
+                    if not _is_plain(table) and isinstance(table, dict) and not all(map(_is_plain, table.values())):
+                        print_records(f"{path}{name}: {key}: {inside}", table)
         else:
             print_values(path + name, part, f"{path}{name}: ")
     for keys, parts in columns.items():
