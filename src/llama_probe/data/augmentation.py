@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
@@ -17,7 +18,8 @@ from .prompts import Chat, as_chat
 
 
 SHARE = 0.15  # of the rows, copied by each augmentation
-_LEAD_IN_WORDS, _QUOTE_WORDS, _TURN_WORDS = (8, 80), (50, 1000), (2, 60)
+_LEAD_IN_WORDS, _QUOTE_WORDS, _TURN_WORDS, _NOISE_WORDS = (8, 80), (50, 1000), (2, 60), (6, 24)
+_CHARACTERS = list(string.ascii_letters + string.digits + string.punctuation)
 
 # Places of a text in a document, whose two parts are `a` and `b`.
 _QUOTES = (
@@ -81,6 +83,13 @@ class Augmenter:
         """Put blanks around the last text of the user, or put it into a code fence, a quotation or a list."""
         return _rewrite(messages, lambda text: self._one(_LAYOUTS).format(text=text))
 
+    def noise(self, messages: Chat) -> Chat:
+        """Put words in no order, and characters at random, behind the last text of the user, as adversarial suffixes have them."""
+        words = self._words(*_NOISE_WORDS).split()
+        junk = ["".join(self.rng.choice(_CHARACTERS, self.rng.integers(1, 7))) for _ in words[::2]]
+        pieces = self.rng.permutation([*words, *junk])
+        return _rewrite(messages, lambda text: f"{text} {' '.join(pieces)}")
+
     def earlier_turns(self, messages: Chat) -> Chat:
         """Put a harmless exchange before the user's first turn."""
         start = int(messages[0]["role"] == "system")
@@ -119,7 +128,7 @@ class Augmenter:
         return " ".join(words[:count]).strip()
 
 
-AUGMENTATIONS = ("lead_in", "quote", "document", "layout", "earlier_turns", "later_turns", "system_prompt")
+AUGMENTATIONS = ("lead_in", "quote", "document", "layout", "noise", "earlier_turns", "later_turns", "system_prompt")
 
 
 def wrapped_copies(
