@@ -116,6 +116,7 @@ def test_a_head_of_projected_states_scores_as_the_head_does(case, novelty):
         assert split is None
         return
     maps, reader = split
+    assert not maps.requires_grad, "else no plan with them can be copied"
     x = probe.normalize(torch.stack([states[layer] for layer in probe.layer_indices]))
     features = torch.einsum("sbnd,srd->sbnr", x, maps)
     state = reader.init_state()

@@ -75,6 +75,8 @@ def gateway(server, tmp_path_factory):
                     break
                 except httpx.HTTPError:
                     assert process.poll() is None, (path.parent / "log").read_text()
+            else:
+                pytest.fail(f"no answer in {START} seconds")
             yield post
         finally:
             process.terminate()

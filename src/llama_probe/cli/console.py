@@ -104,7 +104,7 @@ def print_values(title: str, values: JSON, path: str = "") -> None:
             print_records(path + name, part)
             for key, record in part.items():
                 for inside, table in record.items():
-                    if not _is_plain(table) and isinstance(table, dict) and not all(map(_is_plain, table.values())):
+                    if isinstance(table, dict) and not all(map(_is_plain, table.values())):
                         print_records(f"{path}{name}: {key}: {inside}", table)
         else:
             print_values(path + name, part, f"{path}{name}: ")

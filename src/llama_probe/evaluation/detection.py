@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -138,11 +138,15 @@ def apply_rules(
 
 
 def _known_rows(
-    config: ProbeConfig, followed: Sequence[torch.Tensor], labels: np.ndarray, index: int
+    config: ProbeConfig,
+    followed: Sequence[torch.Tensor],
+    labels: np.ndarray,
+    index: int,
+    score: Callable[[torch.Tensor, ProbeConfig], torch.Tensor] = probabilities,
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Return scores of a label, and which rows have it, of the rows of which that is known."""
     rows, positives = known_rows(labels, index, config)
-    return [probabilities(followed[row], config)[:, index].numpy() for row in rows], positives
+    return [score(followed[row], config)[:, index].numpy() for row in rows], positives
 
 
 def reply_report(
@@ -185,9 +189,8 @@ def _label_report(
     token_labels: Sequence[np.ndarray] | None,
     resamples: int,
 ) -> JSON:
-    rows, positives = known_rows(labels, index, config)
-    scores = [probabilities(followed[row], config)[:, index].numpy() for row in rows]
-    odds = [log_odds(followed[row], config)[:, index].numpy() for row in rows]
+    scores, positives = _known_rows(config, followed, labels, index)
+    odds, _ = _known_rows(config, followed, labels, index, log_odds)
     largest = np.array([row.max() for row in odds])
     areas = {"r_auc": auroc(largest, positives, resamples)}
     if token_labels is not None:
