@@ -324,9 +324,8 @@ class ProbedGenerationMixin:
         """Load the LM as transformers does, with heads of its repository: a name, or several."""
         names = [probe] if isinstance(probe, str) else list(probe or ())
         hub = {name: kwargs[name] for name in _HUB if kwargs.get(name) is not None}
-        for name in ("probe_revision", "probe_strict"):
-            if kwargs.pop(name, None):
-                raise needs_package(f"{name}=")
+        if kwargs.pop("probe_strict", None):
+            raise needs_package("probe_strict=")
         heads = {name: ProbeHead.load(pretrained_model_name_or_path, name, **hub) for name in names}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         lm = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -132,8 +132,8 @@ def test_the_revisions_of_head_and_backbone_are_told_apart(hub):
     plant_model(hub, REPO, make_probe())
     plant_model(hub, REPO, make_probe(seed=1), branch="next")
     hub.plant(backbone := plain(hub), hub.files(backbone), branch="frozen")
-    heads = {"a": f"{REPO}@main", "b": REPO}
-    lm = AutoModel.from_pretrained(backbone, revision="frozen", probe=heads, probe_revision="next")
+    heads = {"a": f"{REPO}@main", "b": f"{REPO}@next"}
+    lm = AutoModel.from_pretrained(backbone, revision="frozen", probe=heads)
     assert same_weights(lm.probes["a"], make_probe()) and same_weights(lm.probes["b"], make_probe(seed=1))
     lm = AutoModel.from_pretrained(backbone, revision="frozen", probe=REPO)
     assert same_weights(lm.probes["mood"], make_probe())

@@ -45,7 +45,6 @@ class AutoModelForProbedGeneration:
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args,
         probe: ProbeSpec | None = None,
-        probe_revision: str | None = None,
         probe_strict: bool = False,
         **kwargs,
     ):
@@ -54,7 +53,7 @@ class AutoModelForProbedGeneration:
         Types that only `AutoModelForImageTextToText` has (Qwen2.5-VL) are loaded as well.
         """
         place = pretrained_model_name_or_path
-        loaded, heads = load_with_heads(load_causal_lm, place, model_args, kwargs, probe, probe_revision)
+        loaded, heads = load_with_heads(load_causal_lm, place, model_args, kwargs, probe)
         cls.from_causal_lm(model_of(loaded), heads, probe_strict)
         return loaded
 
@@ -116,7 +115,7 @@ def from_pretrained(
 ) -> Any:
     """Do what `auto_class.from_pretrained` does, with heads: those of `probe=`, of the place, or a head that is the place."""
     place = resolve_backbone(pretrained_model_name_or_path, HubOptions.beside(kwargs))
-    names = ("probe", "probe_revision", "probe_strict") if auto_class in (AutoModel, AutoModelForCausalLM) else ()
+    names = ("probe", "probe_strict") if auto_class in (AutoModel, AutoModelForCausalLM) else ()
     options = {name: kwargs.pop(name, None) for name in names}
     if options.get("probe") is not None:
         return AutoModelForProbedGeneration.from_pretrained(place, *args, **options, **kwargs)
@@ -126,7 +125,7 @@ def from_pretrained(
     if isinstance(head := loaded, HeadPlace):
         if not options:  # a config or a tokenizer
             return original(resolve_backbone(head.backbone, HubOptions.beside(kwargs)), *args, **head.kwargs)
-        options |= {"probe": head.probe, "probe_revision": head.revision}
+        options["probe"] = head.probe
         return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **options, **head.kwargs)
     model = model_of(loaded)
     if not isinstance(model, PreTrainedModel) or not (heads := saved_heads(place, model.config, kwargs)):

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +22,7 @@ from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
 from ..hub.folder import PROBES_FOLDER
 from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
-from ..hub.transport import HubOptions
+from ..hub.transport import HubOptions, HubReference
 
 
 SAVED_HEADS = "probe_heads"  # names of the heads there, in the model's config
@@ -296,7 +296,6 @@ class HeadPlace:
     backbone: str
     kwargs: dict[str, Any]
     probe: dict[str, ProbeSource]
-    revision: str | None
 
 
 def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
@@ -312,7 +311,10 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
     others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
     if config.base_model_revision is not None and not Path(backbone).exists():
         others["revision"] = config.base_model_revision
-    return HeadPlace(backbone, others, {default_name(source): source}, options.revision)
+    reference = None if os.path.isdir(source) else HubReference.parse(str(source))
+    if reference is not None and reference.revision is None:  # the backbone has a revision of its own
+        source = str(replace(reference, revision=options.revision))
+    return HeadPlace(backbone, others, {default_name(source): source})
 
 
 def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
@@ -353,7 +355,6 @@ def load_with_heads(
     args: tuple,
     kwargs: Mapping[str, Any],
     probe: ProbeSpec | None = None,
-    revision: str | None = None,
 ) -> tuple[Any, dict[str, ProbeModel]]:
     """Return what `load(place, *args, **kwargs)` gives, and the heads for it, which are loaded first.
 
@@ -363,7 +364,7 @@ def load_with_heads(
     place = resolve_backbone(place, HubOptions.beside(kwargs))
     check_within_reach(place, HubOptions.beside(kwargs))
     if probe is not None:
-        options, sources = HubOptions.beside(kwargs, revision), named_sources(probe)
+        options, sources = HubOptions.beside(kwargs), named_sources(probe)
         has_alias = any(map(is_alias, sources.values()))
         target = read_target(place, kwargs, options) if has_alias else None
         if has_alias and target is None:  # only the model tells, if it comes of `gguf_file` or of its own code
@@ -374,7 +375,7 @@ def load_with_heads(
     loaded = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
     if not isinstance(head := loaded, HeadPlace):
         return loaded, saved_heads(place, model_of(loaded).config, kwargs)
-    return load_with_heads(load, head.backbone, args, head.kwargs, head.probe, head.revision)
+    return load_with_heads(load, head.backbone, args, head.kwargs, head.probe)
 
 
 def model_of(loaded: Any) -> Any:

@@ -126,7 +126,6 @@ class ProbedGenerationMixin(ProbeHostMixin):
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args,
         probe: ProbeSpec | None = None,
-        probe_revision: str | None = None,
         probe_strict: bool = False,
         **kwargs,
     ):
@@ -138,7 +137,6 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probe: a head folder, a Hub id (`user/repo`, optionally with `@revision` and `:subfolder`), an alias, a
                 `ProbeModel`, a list of these, or a dict name -> one of these; see `resolve_head`. Defaults to the heads
                 that `save_pretrained` has kept beside the model; `[]` for none.
-            probe_revision: revision of heads on the Hub that name none. `revision` is the backbone's.
             probe_strict: raise if a head was trained on another backbone. Defaults to a warning.
             kwargs: as in the plain class. Those that say how to fetch files are used for the heads too.
 
@@ -146,7 +144,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
         """
         load, place = super().from_pretrained, pretrained_model_name_or_path
-        loaded, heads = load_with_heads(load, place, model_args, kwargs, probe, probe_revision)
+        loaded, heads = load_with_heads(load, place, model_args, kwargs, probe)
         model_of(loaded)._attach(heads, probe_strict)
         return loaded
 

@@ -81,7 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--judge-timeout", type=float, metavar="SECONDS", help="for an answer; default 5")
     failing = "what an error or a time-out of the judge does to a prompt: closed halts it (default), open lets it pass"
     parser.add_argument("--judge-fails", choices=("closed", "open"), help=failing)
-    parser.add_argument("--probe-revision", help="of heads on the Hub that name none")
     strict = "refuse heads of another backbone; else a warning. Default: with --halt-on"
     parser.add_argument("--probe-strict", action=argparse.BooleanOptionalAction, help=strict)
     sizes = "compare sizes alone, which spares reading the weights once more"

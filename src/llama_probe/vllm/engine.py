@@ -29,7 +29,6 @@ def engine_kwargs(
     halt_on: HaltSpec | None = None,
     monitor: HaltSpec | None = None,
     hold_back: int = 0,
-    probe_revision: str | None = None,
     probe_strict: bool | None = None,
     compare_fingerprints: bool = True,
     allow_untested_vllm: bool = False,
@@ -51,7 +50,6 @@ def engine_kwargs(
             reason. A prompt that such a head cannot score gets no reply either.
         monitor: the same for heads that flag, and halt nothing.
         hold_back: tokens of a reply that are held back until later ones are clear, beside the one without a score.
-        probe_revision: see `LlamaForProbedGeneration.from_pretrained`.
         probe_strict: raise instead of warn if a head was trained on another backbone, or if the weights cannot be compared.
             Defaults to True with `halt_on`: a guard that means nothing here must not serve.
         compare_fingerprints: compare more than sizes, which reads the weights once.
@@ -76,7 +74,7 @@ def engine_kwargs(
     model = resolve_backbone(os.fspath(model))
     check_within_reach(model)
     trust_remote_code = bool(kwargs.get("trust_remote_code", False))
-    options = HubOptions(probe_revision, trust_remote_code=trust_remote_code)
+    options = HubOptions(trust_remote_code=trust_remote_code)
     target = read_target(model, kwargs, options)
     if target is None or target.hidden_size is None:
         raise ProbeError(f"the config of {model!r} cannot be read, or names no sizes: heads cannot be matched to it")
