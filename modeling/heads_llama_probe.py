@@ -836,8 +836,10 @@ def number_turns(mask: torch.Tensor) -> torch.Tensor:
 
     `[batch, tokens]` bool to long; the mask itself if no row has a second turn.
     """
-    begins = mask & ~F.pad(mask, (1, 0))[:, :-1]
-    return begins.cumsum(dim=1) * mask if int(begins.sum(dim=1).max()) > 1 else mask
+    counted = mask.cpu().numpy()  # on the host, as in `turn_mask`
+    begins = counted & ~np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
+    several = begins.sum(axis=1).max() > 1
+    return torch.from_numpy(begins.cumsum(axis=1) * counted).to(mask.device) if several else mask
 
 
 def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
