@@ -113,6 +113,9 @@ class TestChoice:
     def test_labels_are_mapped_and_rows_left_out(self, take):
         rows = take(**MAPPED)
         assert rows.labels.tolist() == [1, 0] * 10 and set(rows.columns["of"]) == {"a", "b"}
+        others = take(label_column="kind", label_map={"no": "harmless", "*": "harmful"})
+        assert others.labels.tolist() == [1, 0, 1] * 10
+        assert len(take(label_column="kind", label_map={"no": "harmless", "*": None})) == 10
 
     def test_all_rows_of_one_label(self, take):
         assert set(take(label="harmful").labels.tolist()) == {1}

@@ -246,7 +246,7 @@ def test_measures_of_before_a_calibration_are_said_to_be(folder):
     flagged = {"label": "yes", "share": 0.5, "interval": [0.4, 0.6], "threshold": 0.4}
     harmful = {"rows": 9, "threshold": {"share": 0.5, "interval": [0.4, 0.6]}}
     measured = {
-        "before_calibration": {"flagged": "yes", "thresholds": {"threshold": 0.4}}, "rates": [], "bytes": 1,
+        "before_calibration": {"flagged": "yes", "thresholds": {"threshold": 0.4}}, "rates": ["threshold"], "bytes": 1,
         "parts": [{"name": "own", "twin": None, "rows": 9, "labels": {"yes": harmful}}],
     }  # fmt: skip
     evaluation = {"source": "a", "rows": 3, "metrics": {}, "intervals": {}, "flagged": flagged}

@@ -80,8 +80,10 @@ def sources_of(recipe):
 
 
 def stand_ins(columns, source):
-    """Return rows with these columns: most as `where` wants them, and one as it does not."""
-    is_known, where = find_benchmark(source.rows), source.where or {}
+    """Return rows with these columns: most as `where` and `label_map` want them, and one as they do not."""
+    is_known, where = find_benchmark(source.rows), dict(source.where or {})
+    if "*" in (source.label_map or {}):
+        where[source.label_column] = [value for value in source.label_map if value != "*"]
     assert source.text_column in columns or is_known, f"{source.name}: {source.text_column}"
     assert set(where) <= set(columns), source.name
     for name, wanted in where.items():  # a value that the data set does not have would find no row
@@ -90,7 +92,7 @@ def stand_ins(columns, source):
         unknown = set(map(str, wanted)) - set(map(str, values)) if is_whole else ()
         # The values of a known data set are those of the Hub and those of local copies.
         assert not unknown or (is_known and len(unknown) < len(wanted)), f"{source.name}: {unknown}"
-    count = 5 * ROWS if source.part else ROWS
+    count = max(5 * ROWS if source.part else ROWS, *map(len, where.values()), 0)
     for row in range(count + bool(where)):
         picked = {
             name: value[row % len(value)] if isinstance(value, list) else value for name, value in columns.items()

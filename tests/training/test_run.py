@@ -155,6 +155,32 @@ class TestTwins:
         written = (tmp_path / "head" / "recipe.yaml").read_text()
         assert yaml.safe_load(written)["hold_out"] == recipe["hold_out"] and str(tmp_path) not in written
 
+    def test_several_labels_are_measured_one_by_one(self, backbone_folder, tmp_path):
+        def rows(name, labels, known=None):
+            texts = [(f"{''.join(words) or 'none'} {name}-{i}", words) for i in range(16) for words in labels]
+            lines = [{"text": text, "label": words} for text, words in texts]
+            return {"rows": write(tmp_path / f"{name}.jsonl", lines), "known_labels": known}
+
+        sections = {
+            "labels": {"names": ["RED", "big"], "problem_type": "multi_label_classification", "flagged": ["RED"]},
+            "train": [
+                rows("one", [[], ["RED"], ["big"]]),
+                rows("two", [[], ["RED"]], ["RED"]),
+                rows("three", [[], ["big"]]),
+            ],
+            "validation": {"share": 0.2},
+            "hold_out": {"colours": ["two"], "sizes": ["three"]},
+        }
+        measured = train(tmp_path, backbone_folder, **sections)["measured"]
+        colours, sizes = measured["parts"]
+        assert measured["rates"] == [] and set(colours["labels"]) == {"RED"}, "nobody has said what is big"
+        assert set(sizes["labels"]) == {"big"} and sizes["labels"]["big"]["rows"] == 16 < sizes["rows"] == 32
+        for part, label in ((colours, "RED"), (sizes, "big")):
+            assert part["labels"][label]["auroc"] == part["auroc"], "of the only label that some rows have"
+            assert part["tfidf"]["labels"][label]["auroc"] == 1, "a word tells it"
+        card = (tmp_path / "head" / "README.md").read_text()
+        assert "| three (twin without sizes) | big | 16 | " in card and "flagged at each threshold" not in card
+
     def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path, monkeypatch, hub, token):
         lm, tokenizer = load_backbone(str(backbone_folder))
         settings = ["hold_out={}", "measure={}", "training.num_train_epochs=1"]

@@ -82,7 +82,7 @@ def measured_table(measured: JSON) -> str:
     """
     heads, rows = list(measured.values()), []
     parts_by_name = [{part["name"]: part for part in head["parts"]} for head in heads]
-    rate = (heads[0]["rates"] or ["threshold"])[0]
+    rate = next(iter(heads[0]["rates"]), None)
 
     def share(part: JSON, label: str) -> str:
         flagged = part.get("labels", {}).get(label, {}).get(rate)
@@ -99,6 +99,9 @@ def measured_table(measured: JSON) -> str:
             if rate in shares:
                 figures = [share(head_part, label) for head_part in parts]
                 rows.append([f"{name}, {shares['rows']:,} {plain(label)}", f"flagged at {rate}", *figures])
+            elif "auroc" in shares:  # one of several labels to find, against all other rows
+                figures = [score(head_part.get("labels", {}).get(label, {}), "auroc") for head_part in parts]
+                rows.append([f"{name}, {shares['rows']:,} {plain(label)} of {part['rows']:,}", "AUROC", *figures])
         for metric in ("auroc", "auprc"):
             if part.get(metric) is not None:
                 figures = [score(head_part, metric) for head_part in parts]

@@ -140,10 +140,11 @@ def _print(results: JSON, output: Path) -> None:
 
 def _print_measured(measured: JSON) -> None:
     is_value = any("r2" in part for part in measured["parts"])
-    rates, figure, rows = ([], "r2", {}) if is_value else (measured["rates"] or ["threshold"], "auroc", {})
+    rates, figure, rows = measured["rates"], "r2" if is_value else "auroc", {}
     for part in measured["parts"]:
         name = part["name"] if part["twin"] is None else f"{part['name']} (twin without {part['twin']})"
-        for label, shares in part.get("labels", {"all": {"rows": part["rows"]}}).items():
+        for label, shares in (part.get("labels") or {"all": part}).items():
             flagged = {rate: shares[rate]["share"] if rate in shares else None for rate in rates}
-            rows[f"{name}, {label}"] = {"rows": shares["rows"], **flagged, figure: part.get(figure)}
+            found = shares.get(figure, part.get(figure))
+            rows[f"{name}, {label}"] = {"rows": shares["rows"], **flagged, figure: found}
     print_records(f"{'share flagged on ' if rates else ''}rows that were not learned from", rows)

@@ -28,6 +28,7 @@ ROWS_HELP = (
     f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data set, "
     "ID@REVISION:CONFIGURATION:SPLIT or less of it"
 )
+OTHERS = "*"  # in `label_map`: all values that it does not name
 SOURCE = "source"  # column of the rows of a recipe: the names of the sources that a row has words of
 
 # Licences that forbid commercial use, or grant nothing that one could name.
@@ -184,6 +185,8 @@ class Source:
             named = {str(index): name for index, name in enumerate(stated.names or ())}
             values = map(str, labels)
             values = [value if value in self.label_map else named.get(value, value) for value in values]
+            if OTHERS in self.label_map:
+                values = [value if value in self.label_map else OTHERS for value in values]
             if unknown := sorted({values[row] for row in keep} - self.label_map.keys()):
                 raise ProbeError(f"{self.rows}: {unknown[0]!r} is not in label_map: {', '.join(self.label_map)}")
             keep = [row for row in keep if self.label_map[values[row]] is not None]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from sklearn.base import clone
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -38,7 +39,7 @@ logger = logging.get_logger(__name__)
 class Baseline:
     """Logistic regression on TF-IDF or on the length: what the words alone tell, or the number of characters.
 
-    It learns from the plain and extra rows, not from copies.
+    It learns from the plain and extra rows, not from copies. Several labels at once have a model each.
 
     Args:
         config: config of the head beside it, whose rates give the thresholds on the calibration rows.
@@ -51,19 +52,25 @@ class Baseline:
         features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
         if by_length:
             features = FunctionTransformer(lambda texts: np.log1p([[len(text)] for text in texts]))
-        self.model = make_pipeline(features, LogisticRegression(C=20, max_iter=1000))
-        self.model.fit([_plain_text(rows.train.texts[row]) for row in learned], rows.train.labels[learned])
+        texts, self.models = [_plain_text(rows.train.texts[row]) for row in learned], []
+        for labels in np.atleast_2d(rows.train.labels[learned].T):
+            known = np.flatnonzero(~np.isnan(labels))
+            model = make_pipeline(clone(features), LogisticRegression(C=20, max_iter=1000))
+            self.models.append(model.fit([texts[row] for row in known], labels[known]))
         self.config = config.replace(temperature=1.0, threshold=None, thresholds=None, flagged=config.flagged_labels)
         if rows.calibration is not None and config.thresholds:
             self.config = with_rates(self.config, self.logits(rows.calibration.texts), run.recipe.calibration.rates)
 
     def logits(self, texts: Sequence[Text]) -> torch.Tensor:
-        """Return logits `[rows, 2]`."""
-        probs = torch.from_numpy(self.model.predict_proba(list(map(_plain_text, texts))))
-        return probs.clamp(1e-9, 1 - 1e-9).log().float()
+        """Return logits `[rows, num_labels]`."""
+        plain = list(map(_plain_text, texts))
+        probs = torch.from_numpy(np.stack([model.predict_proba(plain) for model in self.models])).clamp(1e-9, 1 - 1e-9)
+        if self.config.problem_type == "multi_label_classification":
+            return probs[..., 1].T.logit().float()
+        return probs[0].log().float()
 
     def labels(self, texts: Sequence[Text]) -> np.ndarray:
-        """Return labels `[rows]`."""
+        """Return labels `[rows]`, or `[rows, num_labels]` of several at once."""
         return predictions(probabilities(self.logits(texts), self.config), self.config).numpy()
 
 
@@ -93,7 +100,8 @@ def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel])
             measured = _measure_part(head, prompts, first, None)
             parts.append({"name": f"{name}, {form} copy of the backbone", "twin": None, **measured})
         head.set_backbone(run.lm)
-    results: JSON = {"rates": list(head.config.thresholds or {}), "parts": parts}
+    rates = list(head.config.thresholds or {}) or ["threshold"] * (head.config.flagged_index is not None)
+    results: JSON = {"rates": rates, "parts": parts}
     results["bytes"] = sum(tensor.nbytes for tensor in head.state_dict().values())
     if recipe.measure.wrappings in rows.measured:
         results |= _kept(run, head, rows.measured[recipe.measure.wrappings], ["wrappings"])
@@ -117,8 +125,9 @@ def _kept(run: PreparedRun, head: ProbeModel, rows: LabelledTexts, groups: Seque
 def _baseline(
     run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False
 ) -> Baseline | None:
-    """Return a baseline beside a head of two labels, if the recipe wants one and its thresholds can be fitted."""
-    if not run.recipe.measure.tfidf or config.flagged_index is None or config.num_labels != 2:
+    """Return a baseline beside a head with labels to find, if the recipe wants one and its thresholds can be fitted."""
+    finds_several = config.problem_type == "multi_label_classification"
+    if not run.recipe.measure.tfidf or (config.flagged_index is None and not finds_several):
         return None
     try:
         return Baseline(run, config, without, by_length)
@@ -180,8 +189,15 @@ def _scores(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray) -> JS
     if config.problem_type != "single_label_classification" or len(set(labels.tolist())) > 1:
         report = detailed_report(config, logits, labels)
         metrics = ("auroc", "auprc") if config.problem_type != "regression" else ("r2", "mae", "mse")
-        scores = {name: report[name] for name in metrics}
-        scores["intervals"] = {name: report["intervals"][name] for name in metrics}
+
+        def chosen(part: JSON) -> JSON:
+            limits = {name: part["intervals"][name] for name in metrics}
+            return {name: part[name] for name in metrics} | {"intervals": limits}
+
+        scores = chosen(report)
+        if config.flagged_index is None and config.problem_type != "regression":
+            found = {name: part for name, part in report["labels"].items() if part["auroc"] is not None}
+            scores["labels"] = {name: {"rows": part["rows"], **chosen(part)} for name, part in found.items()}
     if config.flagged_index is not None and config.num_labels == 2:
         scores["labels"] = {}
         for index, label in config.id2label.items():
