@@ -170,9 +170,11 @@ class TestTwins:
             ],
             "validation": {"share": 0.2},
             "hold_out": {"colours": ["two"], "sizes": ["three"]},
+            "measure": {"sources": [{**rows("unlabelled", [[]], []), "label": []}], "wrappings": "unlabelled"},
         }
         measured = train(tmp_path, backbone_folder, **sections)["measured"]
-        colours, sizes = measured["parts"]
+        unlabelled, colours, sizes = measured["parts"]
+        assert unlabelled["labels"] == {} and unlabelled["auroc"] is None and measured["wrappings"]["rows"] == 16
         assert measured["rates"] == [] and set(colours["labels"]) == {"RED"}, "nobody has said what is big"
         assert set(sizes["labels"]) == {"big"} and sizes["labels"]["big"]["rows"] == 16 < sizes["rows"] == 32
         for part, label in ((colours, "RED"), (sizes, "big")):
