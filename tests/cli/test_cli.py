@@ -191,6 +191,20 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     assert not (tmp_path / "no").exists(), "before any work"
 
 
+@pytest.mark.parametrize(
+    "alias, row, columns",
+    [
+        ("safety", "xstest*, 450 | AUROC |", 4),  # three backbones and TF-IDF
+        ("safety-categories", "requests*, 190 crime of 357 | AUROC |", 2),
+        ("safety-categories", "flagged ones, wrapped: code fence | still flagged |", 2),
+    ],
+)
+def test_inspect_prints_what_was_measured(alias, row, columns):
+    first, _, *lines = succeed("inspect", alias, "--markdown").splitlines()
+    (line,) = [line for line in lines if row in line]
+    assert first.count(" | ") == line.count(" | ") == columns + 1
+
+
 def test_inspect(trained, backbone_folder, tmp_path):
     output, _ = trained
     assert succeed("inspect", output, "--json")["probe_type"] == "gate"

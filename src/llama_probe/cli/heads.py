@@ -109,7 +109,7 @@ def measured_table(measured: JSON) -> str:
     titles = {"wrappings": "wrapped", "attacks": "attacks", "documents": "documents", "long": "long texts"}
     for group, title in titles.items():
         first, *others = (head.get(group, {}) for head in heads)
-        figure = "still flagged" + (" (harmless ones)" if "alarms" in first else "")
+        figure = "still flagged" + (" (harmless ones)" if first.get("harmless") else "")
         for name in first.get("kept", {}):
             figures = [kept_share(kept, name) for kept in (first, *others, first.get("tfidf", {}))]
             rows.append([f"flagged ones, {title}: {plain(name)}", figure, *figures])
