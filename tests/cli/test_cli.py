@@ -196,7 +196,7 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     [
         ("safety", "xstest*, 450 | AUROC |", 4),  # three backbones and TF-IDF
         ("safety-categories", "requests*, 190 crime of 357 | AUROC |", 2),
-        ("safety-categories", "flagged ones, wrapped: code fence | still flagged |", 2),
+        ("safety-categories", "wrapped: code fence | all labels stay |", 2),
     ],
 )
 def test_inspect_prints_what_was_measured(alias, row, columns):

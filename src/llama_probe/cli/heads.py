@@ -106,13 +106,13 @@ def measured_table(measured: JSON) -> str:
             if part.get(metric) is not None:
                 figures = [score(head_part, metric) for head_part in parts]
                 rows.append([f"{name}, {part['rows']:,}", metric.upper(), *figures])
+    rows_of, figure = ("flagged ones, ", "still flagged (harmless ones)") if rate else ("", "all labels stay")
     titles = {"wrappings": "wrapped", "attacks": "attacks", "documents": "documents", "long": "long texts"}
     for group, title in titles.items():
         first, *others = (head.get(group, {}) for head in heads)
-        figure = "still flagged" + (" (harmless ones)" if first.get("harmless") else "")
         for name in first.get("kept", {}):
             figures = [kept_share(kept, name) for kept in (first, *others, first.get("tfidf", {}))]
-            rows.append([f"flagged ones, {title}: {plain(name)}", figure, *figures])
+            rows.append([f"{rows_of}{title}: {plain(name)}", figure, *figures])
     return markdown_table(["rows", "figure", *map(plain, measured), "TF-IDF"], rows, "ll" + "r" * (len(heads) + 1))
 
 

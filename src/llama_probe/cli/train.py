@@ -145,6 +145,6 @@ def _print_measured(measured: JSON) -> None:
         name = part["name"] if part["twin"] is None else f"{part['name']} (twin without {part['twin']})"
         for label, shares in (part.get("labels") or {"all": part}).items():
             flagged = {rate: shares[rate]["share"] if rate in shares else None for rate in rates}
-            found = shares.get(figure, part.get(figure))
-            rows[f"{name}, {label}"] = {"rows": shares["rows"], **flagged, figure: found}
+            score = shares.get(figure, part.get(figure))
+            rows[f"{name}, {label}"] = {"rows": shares["rows"], **flagged, figure: score}
     print_records(f"{'share flagged on ' if rates else ''}rows that were not learned from", rows)

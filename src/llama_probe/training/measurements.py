@@ -126,8 +126,8 @@ def _baseline(
     run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False
 ) -> Baseline | None:
     """Return a baseline beside a head with labels to find, if the recipe wants one and its thresholds can be fitted."""
-    finds_several = config.problem_type == "multi_label_classification"
-    if not run.recipe.measure.tfidf or (config.flagged_index is None and not finds_several):
+    has_several = config.problem_type == "multi_label_classification"
+    if not run.recipe.measure.tfidf or (config.flagged_index is None and not has_several):
         return None
     try:
         return Baseline(run, config, without, by_length)
@@ -196,8 +196,8 @@ def _scores(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray) -> JS
 
         scores = chosen(report)
         if config.flagged_index is None and config.problem_type != "regression":
-            found = {name: part for name, part in report["labels"].items() if part["auroc"] is not None}
-            scores["labels"] = {name: {"rows": part["rows"], **chosen(part)} for name, part in found.items()}
+            by_label = ((name, part) for name, part in report["labels"].items() if part["auroc"] is not None)
+            scores["labels"] = {name: {"rows": part["rows"], **chosen(part)} for name, part in by_label}
     if config.flagged_index is not None and config.num_labels == 2:
         scores["labels"] = {}
         for index, label in config.id2label.items():
