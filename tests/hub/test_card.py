@@ -256,6 +256,10 @@ def test_measures_of_before_a_calibration_are_said_to_be(folder):
     change_config(folder, flagged=["no"], threshold=0.9, thresholds={"fpr-2%": 0.9})
     text = create_card(folder).content
     assert "| more (a; for `yes`) | 3 | 0.400 |" in text and "calibration (`yes` from 0.400 on), beside" in text
+    assert "(in brackets).\n\n|" in text
+    measured["parts"][0]["twin"] = "a"
+    (folder / "results.json").write_text(json.dumps(results))
+    assert "(in brackets). A twin was trained" in create_card(folder).content
 
 
 def test_values_are_measured_by_the_variance_they_explain(tmp_path):
