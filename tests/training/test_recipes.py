@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from training_runs import write
 
 from llama_probe.data.known import find_benchmark
 from llama_probe.data.tables import TablePlace
+from llama_probe.hub.resolve import bundled_heads
 from llama_probe.training.recipe import Recipe, recipe_names
 from llama_probe.training.recipe_rows import read_rows
 
@@ -181,3 +184,12 @@ def test_all_rows_of_the_guard_may_be_used_commercially(tmp_path):
     write_rows(recipe := as_hub_rows("guard"), tmp_path, as_hub=True)
     rows = read_rows(Recipe.load(recipe, ["licence=commercial"]), tmp_path)
     assert "not_commercial" not in rows.described["train"]
+
+
+@pytest.mark.parametrize("head", [pytest.param(path, id=name) for name, path in bundled_heads().items()])
+def test_a_bundled_head_is_of_the_recipe_that_its_card_names(head, monkeypatch):
+    monkeypatch.chdir(head)  # one names the `recipe.yaml` of its folder
+    command = shlex.split(json.loads((head / "results.json").read_text())["card"]["command"])
+    assert command[:2] == ["llama-probe", "train"]
+    settings = [setting for option, setting in pairwise(command) if option == "--set"]
+    assert Recipe.load(command[2], settings).write() == Recipe.load(head).write()
