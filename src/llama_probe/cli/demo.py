@@ -21,7 +21,7 @@ from .serve import labelled_rows, print_rows
 
 
 HEADS = ("safety", "emotion-mha")
-ABSTAIN_AT = {"emotion-mha": 0.99}
+ABSTAIN_AT = {"emotion-mha": 0.999}
 
 PROMPTS = (
     "I finally got the job I wanted, I can't stop smiling!",
