@@ -247,7 +247,7 @@ TRAIN = "train --train {rows} --output {out} "
         ("inspect --backbone demo", "--backbone"),
         ("inspect --revision main", "--revision"),
         ("inspect toxicchat-mha --revision v2", "v2"),
-        ("inspect toxicchat-mha --markdown", "--markdown"),
+        ("inspect emotion-mha --markdown", "--markdown"),
         ("classify x --input y", "--output"),
         ("benchmark --as cuda", "--operations"),
         ("benchmark --operations --as tpu", "tpu"),
