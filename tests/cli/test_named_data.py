@@ -32,13 +32,19 @@ def test_train_by_name(trained, copies):
     assert "--train toxicchat" in card["command"] and str(copies) not in json.dumps(results)
 
 
-def test_the_card_says_what_further_rows_are(copies, backbone_folder, tmp_path):
-    rows, labels = copies / "xstest" / "test.jsonl.gz", {"names": ["safe", "unsafe"]}
+@pytest.mark.parametrize(
+    "rows, note",
+    [
+        ("xstest/test.jsonl.gz", "No licence of the training rows was stated. Further rows: ToxicChat 0124 ("),
+        ("xstest:test", "XSTest v2 (250 safe prompts that look unsafe, 200 unsafe ones), CC BY 4.0. ToxicChat 0124 ("),
+    ],
+)
+def test_the_card_says_what_further_rows_are(copies, backbone_folder, tmp_path, rows, note):
+    place, labels = copies / rows, {"names": ["safe", "unsafe"]}
     extra = ("--train", "toxicchat", "--set", "train.1.extra=true", "--set", "train.1.weights=[0.5]")
     words = ("--data-dir", copies, "--json", *extra)
-    results = train(backbone_folder, rows, tmp_path / "head", *words, labels=labels)
+    results = train(backbone_folder, place if place.exists() else rows, tmp_path / "head", *words, labels=labels)
     assert results["data"]["extra"] == {"source": "toxicchat", "rows": 40, "weights": [0.5]}
-    note = "No licence of the training rows was stated. Further rows: ToxicChat 0124 ("
     assert results["card"]["data_note"].startswith(note) and "non-commercial" in results["card"]["data_note"]
     assert f"{note}prompts" in (tmp_path / "head" / "README.md").read_text()
 

@@ -160,11 +160,11 @@ def _calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tenso
 def _card(run: PreparedRun) -> CardFacts:
     facts = run.recipe.card
     notes = dict.fromkeys(source.note for source in run.recipe.train if source.note)
-    note, licences = facts.data_note, [source.licence for source in run.recipe.train]
-    further = [sentence for sentence in notes if sentence not in (note or "")]
-    if further and None in licences:
-        note = note or "No licence of the training rows was stated."
-    sentences = [note, "Further rows:" if note and further else None, *further]
+    stated = facts.data_note
+    further = [note for note in notes if note not in (stated or "")]
+    if further and any(source.licence is None for source in run.recipe.train):
+        stated = stated or "No licence of the training rows was stated."
+    sentences = [stated, "Further rows:" if stated and further else None, *further]
     if left_out := run.rows.described["train"].get("not_commercial"):
         words = ", ".join(f"{count:,} rows of {name}" for name, count in left_out.items())
         sentences.append(f"Left out, because their licences forbid commercial use or are not known: {words}.")
