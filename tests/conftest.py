@@ -28,7 +28,7 @@ from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeModel
 from llama_probe.data import prompts as prompts_module
 from llama_probe.evaluation import plots
 from llama_probe.evaluation.reading import Reading
-from llama_probe.heads import import_kinds, registry
+from llama_probe.heads import import_head_types, registry
 from llama_probe.heads.novelty import Novelty, novelty_layers
 
 
@@ -228,7 +228,7 @@ def backbone_folder(tmp_path_factory) -> Path:
     return folder
 
 
-OWN_KIND = """
+OWN_TYPE = """
 import torch
 from llama_probe.heads import Aggregator, Classifier, masked_max, register_probe_type
 
@@ -249,21 +249,22 @@ class Top(Aggregator):
 
 
 @pytest.fixture
-def own_kind(tmp_path, monkeypatch):
-    """A saved head of a kind that is then forgotten, as in another process."""
+def own_type(tmp_path, monkeypatch):
+    """A saved head of a type that is then forgotten, as in another process. `top.py` beside the folder registers it."""
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(registry._PROBE_TYPES))
     path = tmp_path / "top.py"
-    path.write_text(OWN_KIND)
-    import_kinds(path)
+    path.write_text(OWN_TYPE)
+    import_head_types(path)
     torch.manual_seed(0)
     config = ProbeConfig(probe_type="top", hidden_size=HIDDEN, num_hidden_layers=LAYERS)
     ProbeModel(config).save_pretrained(tmp_path / "head")
-    forget_own_kind()
+    forget_own_type()
     yield tmp_path / "head"
-    forget_own_kind()  # the test may have loaded it, and the next one imports it anew
+    forget_own_type()  # the test may have loaded it, and the next one imports it anew
 
 
-def forget_own_kind():
+def forget_own_type():
     registry._PROBE_TYPES.pop("top", None)
-    for name in [name for name in sys.modules if name.startswith(("top_", "probe_kind_"))]:
+    registry._load_entry_points.cache_clear()
+    for name in [name for name in sys.modules if name == "top" or name.startswith("top_")]:
         del sys.modules[name]

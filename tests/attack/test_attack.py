@@ -33,7 +33,7 @@ from llama_probe.files import current_file
 from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
 from llama_probe.hub.card import MARKER, write_card
-from llama_probe.hub.folder import CODE_NAME, HEAD_FILES, PLOT_NAMES, WEIGHTS_NAME, check_output, is_head_folder
+from llama_probe.hub.folder import HEAD_FILES, PLOT_NAMES, RECIPE_NAME, WEIGHTS_NAME, check_output, is_head_folder
 from llama_probe.hub.publish import pull_head
 
 
@@ -133,7 +133,7 @@ def found_in(folder: Path) -> dict[str, bytes]:
 def test_kills_of_a_save_at_every_operation(tally, heads, tmp_path):
     """Wholly the old head or wholly the new one, plots and card as well. The next save leaves nothing of the killed one."""
     place, head = tmp_path / "place", read_head(heads[1])
-    for name in (PLOT_NAMES[0], CODE_NAME):
+    for name in (PLOT_NAMES[0], RECIPE_NAME):
         (heads[0] / name).write_bytes(b"of the old head")
     for old in (heads[0], None):
 

@@ -13,7 +13,7 @@ from llama_probe import ProbeModel, __version__, cli
 from llama_probe.cli.inputs import ScoredHead
 from llama_probe.evaluation import transformations
 from llama_probe.heads.configuration import read_config
-from llama_probe.hub.folder import CODE_NAME, HEAD_FILES
+from llama_probe.hub.folder import HEAD_FILES
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def served(trained, backbone_folder):
 
 def test_train_writes_a_head_folder(trained):
     output, results = trained
-    assert {path.name for path in output.iterdir()} == {*HEAD_FILES} - {CODE_NAME}
+    assert {path.name for path in output.iterdir()} == {*HEAD_FILES}
     assert json.loads((output / "results.json").read_text()) == results
     config = read_config(output)
     assert config.id2label == {0: "fine", 1: "awful"} and config.token_scope == "last_user" and config.turn_markers

@@ -230,7 +230,6 @@ def expected_size(kind, layers, hidden, downcast, labels):
         "last": 0,
         "gate": (layers + 2) * hidden,
         "mha": (layers + 2) * 4 * hidden * (hidden // downcast),
-        "attentive": (layers + 2) * (4 + 2 * 8) * hidden,
     }
     if kind == "multimax":
         return (layers + 1) * 16 * (4 * (hidden + labels + 1) + 1) + labels
@@ -304,17 +303,6 @@ class TestAgainstThePaper:
 
         self.check(mha, probe_type="mha", pool=pool, downcast=2, num_attention_heads=2, causal=causal)
 
-    @pytest.mark.parametrize("queries, rank", [(1, 1), (2, 6)])
-    def test_attentive(self, queries, rank):
-        def attentive(module, slot, x):
-            pooled = []
-            for query, values in zip(module.query[slot], module.value[slot].chunk(queries), strict=True):
-                attention = (x @ query / self.hidden**0.5).softmax(0)
-                pooled.append((attention[:, None] * (x @ values.T)).sum(0))
-            return module.out[slot] @ torch.cat(pooled)
-
-        self.check(attentive, probe_type="attentive", options={"num_queries": queries, "value_rank": rank})
-
     @pytest.mark.parametrize("layers, read", [("all", 2), ([0, 1], 1)])
     def test_last(self, layers, read):
         """The last token that counts, behind padding and a hole, of the last layer."""
@@ -325,7 +313,7 @@ class TestAgainstThePaper:
         assert out.layer_weights.tolist() == [[1.0]] and out.token_weights.tolist() == [[[0, 0, 0, 1, 0]]]
 
 
-@pytest.mark.parametrize("kind", ["gate", "mha", "attentive"])
+@pytest.mark.parametrize("kind", ["gate", "mha"])
 def test_an_untrained_head_attends_to_all_tokens_alike(kind):
     probe = ProbeModel(ProbeConfig(probe_type=kind, hidden_size=HIDDEN, num_hidden_layers=LAYERS, downcast=4)).eval()
     out = probe(hidden_states=[torch.randn(2, 6, HIDDEN) for _ in range(LAYERS + 1)], output_attentions=True)
@@ -333,18 +321,6 @@ def test_an_untrained_head_attends_to_all_tokens_alike(kind):
     torch.testing.assert_close(out.layer_weights, torch.full((2, LAYERS + 1), 1 / (LAYERS + 1)))
     out.logits.sum().backward()
     assert all(parameter.grad is not None for parameter in probe.parameters())
-
-
-def test_scores_of_any_size_stay_finite():
-    probe = make_probe(probe_type="attentive", normalize="none")
-    states = [torch.randn(1, 7, HIDDEN) * 1e4 for _ in range(LAYERS + 1)]
-    state = probe.init_state()
-    with torch.no_grad():
-        whole = probe(hidden_states=states).logits
-        read(probe, state, states, slice(0, 3), None, last=False)
-        read(probe, state, states, slice(3, 7), None)
-        assert whole.isfinite().all()
-        torch.testing.assert_close(probe.finish(state).logits, whole, rtol=1e-4, atol=1e-2)
 
 
 STATES = tuple(torch.randn(2, 5, HIDDEN) for _ in range(LAYERS + 1))

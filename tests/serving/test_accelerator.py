@@ -17,7 +17,7 @@ from llama_probe.serving import reader
 FOLLOWING = {
     "prompt": {"probe_type": "multimax"},
     "both": {"probe_type": "gate", "token_scope": "all"},
-    "reply": {"probe_type": "attentive", "token_scope": "response"},
+    "reply": {"probe_type": "multimax", "token_scope": "response"},
 }
 
 

@@ -14,6 +14,7 @@ from tiny_families import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, ProbeModel
+from llama_probe.heads import import_head_types
 from llama_probe.hub.folder import HEAD_FILES, read_results
 from llama_probe.hub.resolve import bundled_heads
 from llama_probe.serving.export import auto_map, export_repository, push_repository, runtime_files
@@ -91,10 +92,11 @@ def test_the_code_of_the_card_works_when_pasted(export, tmp_path, monkeypatch, c
     exec(with_package, {})
 
 
-def test_the_card_of_a_kind_with_its_own_code(export, tmp_path, own_kind):
-    head = ProbeModel.from_pretrained(own_kind, trust_remote_code=True)
-    card = (export(tmp_path / "x", {"own": head}) / "README.md").read_text()
-    assert card.count('probe="own", trust_remote_code=True)') == 2 and "(not this head: it needs the package)" in card
+def test_a_head_type_of_ones_own_is_refused(export, tmp_path, own_type):
+    import_head_types(own_type.parent / "top.py")
+    with pytest.raises(ProbeError, match="'own' has a type of your own, 'top'"):
+        export(tmp_path / "x", {"own": ProbeModel.from_pretrained(own_type)})
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_is_refused(export, backbone_folder, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import forget_own_kind, make_lm, make_probe
+from conftest import forget_own_type, make_lm, make_probe
 from tiny_engine import HEADS, HIDDEN, REPLY_HEADS
 from tiny_families import TINY
 from tiny_families import tiny as make_tiny
@@ -124,12 +124,13 @@ class TestEngine:
             engine_kwargs(tiny.backbone, tiny.heads)
         assert engine_kwargs(tiny.backbone, tiny.heads, allow_untested_vllm=True)
 
-    def test_runs_the_code_of_heads_that_are_trusted(self, own_kind, tmp_path):
+    def test_imports_head_types_in_each_process(self, own_type, tmp_path):
         make_lm().save_pretrained(tmp_path / "lm")
-        with pytest.raises(ProbeError, match="trust_remote_code"):
-            engine_kwargs(tmp_path / "lm", own_kind)
-        config = make_config(tmp_path / "lm", own_kind, trust_remote_code=True, skip_tokenizer_init=True)
-        forget_own_kind()  # as in another process
+        with pytest.raises(ProbeError, match="probe_type='top' is not known"):
+            engine_kwargs(tmp_path / "lm", own_type)
+        imports = [own_type.parent / "top.py"]
+        config = make_config(tmp_path / "lm", own_type, import_files=imports, skip_tokenizer_init=True)
+        forget_own_type()  # as in another process
         settings = ProbeSettings.of(config)
         assert list(settings.configs) == ["head"] and settings.read_heads()["head"].config.probe_type == "top"
 

@@ -31,7 +31,6 @@ HEADS = {
 FOLLOWERS = {
     "gate": {"probe_type": "gate", "layers": [1, 3]},
     "multimax": {**MAXIMA, "num_labels": 3},
-    "attentive": {"probe_type": "attentive"},
     "last": {"probe_type": "last"},
     "mean": {"probe_type": "pooling", "layers": [0, 2, 4]},
     "max": {"probe_type": "pooling", "pool": "max"},
@@ -41,7 +40,7 @@ REPLY_HEADS = {
     for seed, (name, config) in enumerate(FOLLOWERS.items())
     for scope in ("response", "all")
 }
-SMALL = {name: head for name, head in REPLY_HEADS.items() if name.split("-")[0] in ("gate", "multimax", "attentive")}
+SMALL = {name: head for name, head in REPLY_HEADS.items() if name.split("-")[0] in ("gate", "multimax")}
 # What a server keeps of tokens: states alone, features and states, features alone.
 KEPT = {"states": (REPLY_HEADS, False), "both": (REPLY_HEADS, True), "features": (SMALL, True)}
 

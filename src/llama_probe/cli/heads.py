@@ -28,7 +28,6 @@ def inspect(
     dtype: DtypeName = "auto",
     revision: str | None = None,
     markdown: bool = False,
-    trust_remote_code: bool = False,
 ) -> Result:
     """Show a head, check it against a backbone, or list the bundled heads.
 
@@ -48,7 +47,7 @@ def inspect(
         show = partial(print, results_table()) if markdown else partial(_print_heads, configs)
         return {alias: config.to_dict() for alias, config in configs.items()}, show
     target = None if backbone is None else backbone_target(backbone)
-    head = ProbeModel.load_for(probe, target, HubOptions(revision, trust_remote_code=trust_remote_code))
+    head = ProbeModel.load_for(probe, target, HubOptions(revision))
     if backbone is not None:
         lm, tokenizer = load_backbone(backbone, dtype)
         lm.config._name_or_path = model_id(backbone)

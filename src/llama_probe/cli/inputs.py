@@ -20,7 +20,6 @@ from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..hub.folder import check_output, is_head_folder, read_config_values
 from ..hub.resolve import resolve_head
-from ..hub.transport import HubOptions
 from ..serving.host import read_heads
 from .options import BACKBONE, COUNT
 
@@ -31,7 +30,6 @@ class HeadOptions:
 
     backbone: Annotated[str | None, BACKBONE] = None
     dtype: DtypeName = "auto"
-    trust_remote_code: bool = False
 
     def backbone_of(self, probe: str) -> str:
         """Return the name of the backbone. Defaults to the one that the head records."""
@@ -42,8 +40,7 @@ class HeadOptions:
 
     def read(self, probes: Sequence[str]) -> dict[str, ProbeModel]:
         """Return heads by name, checked against the backbone, which is not loaded."""
-        options = HubOptions(trust_remote_code=self.trust_remote_code)
-        return read_heads(probes, backbone_target(self.backbone_of(probes[0])), options)
+        return read_heads(probes, backbone_target(self.backbone_of(probes[0])))
 
     def attach(
         self, heads: dict[str, ProbeModel], probe: str

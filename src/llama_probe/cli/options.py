@@ -24,7 +24,7 @@ import typer
 from ..data.row_sources import ROWS_HELP
 from ..errors import ProbeError
 from ..files import short_path
-from ..heads import import_kinds
+from ..heads import import_head_types
 
 
 # What typer takes beside a type: `names`, `min`, `max`, `metavar`, and `help` that follows that of the docstring.
@@ -40,7 +40,7 @@ _SHARED = {
     "data": "labelled rows to measure the head on.",
     "data_dir": "local copies of the data sets, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.",
     "dtype": "dtype of the backbone.",
-    "import_": "a Python file that registers a kind of head of your own.",
+    "import_": "a Python file that registers a head type of your own.",
     "json": "print machine-readable results on standard output.",
     "label_column": "column of the labels.",
     "max_text": "characters of the longest text; a file may have 512 times as many. Guards the memory.",
@@ -51,7 +51,6 @@ _SHARED = {
     "abstain_at": "novelty above which a prompt gets no label, from 0 to 1, such as 0.99; see calibrate --novelty-data.",
     "revision": "branch, tag or commit of a head on the Hub that names none.",
     "text_column": "column of the texts.",
-    "trust_remote_code": "run the code file of a head whose kind is not part of this package. Read it first.",
 }
 
 # The result of a command as JSON values, and a function that prints it for people; None on a rank that prints nothing.
@@ -71,7 +70,7 @@ class _Common:
     def __post_init__(self):
         for path in self.import_ or ():
             try:
-                import_kinds(path)
+                import_head_types(path)
             except Exception as error:
                 raise ProbeError(f"--import {path}: {type(error).__name__}: {error}") from error
 

@@ -116,11 +116,10 @@ def classify(
         files = [*(input or []), *(prompts or [])]
         if not files or output is None:
             raise ProbeError("--input and --output go together: files of rows, and a folder for their labels")
-        probes = loading.read(probe) if loading.trust_remote_code else probe
         from ..evaluation.scoring_job import MANIFEST_NAME, ScoringJob  # needs pyarrow
 
         done = ScoringJob(
-            files, output, probes, loading.backbone_of(probe[0]), text_column, prompt_column, keep_column or [],
+            files, output, probe, loading.backbone_of(probe[0]), text_column, prompt_column, keep_column or [],
             chunk_rows, loading.dtype, resume, max_text,
         ).execute()  # fmt: skip
         if not is_main():

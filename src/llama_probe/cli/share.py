@@ -48,7 +48,6 @@ def push(
     commit_message: str | None = None,
     tag: list[str] | None = None,
     license: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Result:
     """Upload a head folder to the Hub in one commit.
 
@@ -61,7 +60,7 @@ def push(
         license: licence of the head, if its results do not state it.
     """
     folder = resolve_head(head)
-    ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)  # raises if the head is damaged
+    ProbeModel.from_pretrained(folder)  # raises if the head is damaged
     card = {"tags": tag or [], "license": license}
     info = push_folder(folder, repo_id, subfolder=subfolder, commit_message=commit_message, **vars(place), **card)
     values, line = _pushed(info)
@@ -75,7 +74,6 @@ def pull(
     output: Path | None = None,
     revision: str | None = None,
     force_download: bool = False,
-    trust_remote_code: bool = False,
 ) -> Result:
     """Copy a head from the Hub into a folder.
 
@@ -84,8 +82,8 @@ def pull(
         output: folder for it. Default: one of the head's name.
         force_download: fetch cached files again.
     """
-    check = partial(ProbeModel.from_pretrained, trust_remote_code=trust_remote_code)
-    folder = pull_head(head, output, HubOptions(revision, force_download=force_download), check=check)
+    options = HubOptions(revision, force_download=force_download)
+    folder = pull_head(head, output, options, check=ProbeModel.from_pretrained)
     return {"folder": str(folder)}, partial(print, f"head written to {folder}")
 
 
@@ -100,7 +98,6 @@ def export(
     base_model: str | None = None,
     license: str | None = None,
     push: str | None = None,
-    trust_remote_code: bool = False,
 ) -> Result:
     """Write a Hub repository that runs backbone and heads without this package.
 
@@ -116,7 +113,7 @@ def export(
         raise ProbeError(f"--{unused[0].replace('_', '-')} needs --push USER/NAME")
     check_new_folder(output.absolute())
     check_writable(output.absolute(), "the repository")
-    heads = read_heads(probe, backbone_target(backbone), HubOptions(trust_remote_code=trust_remote_code))
+    heads = read_heads(probe, backbone_target(backbone))
     from ..serving.export import export_repository, push_repository  # takes seconds to import
 
     facts = {"base_model": base_model, "license": license, "repo_id": push}

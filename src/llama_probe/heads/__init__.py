@@ -1,9 +1,9 @@
-"""Probe heads: one file a kind. Importing the package registers every kind that ships with it."""
+"""Probe heads: one file a head type. Importing the package registers every type that ships with it."""
 
-from . import attention, attentive, gate, last, multimax, pooling  # noqa: F401 - each registers its kind
+from . import attention, gate, last, multimax, pooling  # noqa: F401 - each registers its type
 from .aggregator import Aggregator, Classifier, masked_max, masked_mean
 from .low_rank import LowRankAggregator
-from .registry import get_probe_type, import_kinds, probe_types, register_probe_type
+from .registry import get_probe_type, import_head_types, probe_types, register_probe_type
 from .stream import repeat_rows, select_rows
 
 
@@ -12,7 +12,7 @@ __all__ = [
     "Classifier",
     "LowRankAggregator",
     "get_probe_type",
-    "import_kinds",
+    "import_head_types",
     "masked_max",
     "masked_mean",
     "probe_types",

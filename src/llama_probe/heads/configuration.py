@@ -16,10 +16,10 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..files import JSON, current_file, make_folder, write_atomically
-from ..hub.folder import CODE_NAME, CONFIG_NAME, check_output, read_config_values
+from ..hub.folder import CONFIG_NAME, check_output, read_config_values
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
-from .registry import get_probe_type, import_kinds, kind_code, probe_types
+from .registry import get_probe_type
 from .rules import (
     NOT_SCORED,
     REPLY_SCOPES,
@@ -60,7 +60,7 @@ class ProbeConfig:
     """Configuration of a probe head.
 
     Args:
-        probe_type: kind of the head: `"pooling"`, `"gate"`, `"attentive"`, `"multimax"`, `"mha"`, `"last"`, or one of your own.
+        probe_type: type of the head: `"pooling"`, `"gate"`, `"multimax"`, `"mha"`, `"last"`, or one of your own.
         num_labels: number of outputs. Defaults to the length of `id2label`, else 2.
         id2label: label names by index. JSON turns the indices into strings; both are accepted.
         problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`.
@@ -103,8 +103,7 @@ class ProbeConfig:
         temperature: logits are divided by it before they become probabilities. Positive.
         novelty: `{"layers": [...], "rank": n}` if the head tells how unlike its training data a prompt is: the layers, of those
             that it reads, and the number of directions of `Novelty`. None if that was not fitted.
-        options: hyper-parameters of a kind that have no field of their own: `num_queries` and `value_rank` of `attentive`,
-            `num_maxima` and `num_members` of `multimax`.
+        options: hyper-parameters of a head type that have no field of their own: `num_maxima` and `num_members` of `multimax`.
         weights_sha256: digest of the weights file. Stamped when saved, as are `llama_probe_version` and
             `transformers_version`.
 
@@ -306,9 +305,8 @@ class ProbeConfig:
         cls, source: str | os.PathLike[str], *, subfolder: str | None = None, **options: Any
     ) -> ProbeConfig:
         """Load the config of a head without its weights. The arguments are those of `ProbeModel.from_pretrained`."""
-        hub = HubOptions(**options)
-        folder = resolve_head(with_subfolder(source, subfolder), options=hub, only_config=True)
-        return read_config(folder, hub.trust_remote_code)
+        source = with_subfolder(source, subfolder)
+        return read_config(resolve_head(source, options=HubOptions(**options), only_config=True))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `probe_config.json`, and no weights, into a folder.
@@ -361,20 +359,10 @@ def _digest(values: JSON) -> str:
     return hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()
 
 
-def read_config(folder: str | os.PathLike[str], trust_remote_code: bool = False) -> ProbeConfig:
+def read_config(folder: str | os.PathLike[str]) -> ProbeConfig:
     """Read and check the config of a head folder; unknown keys are ignored with a warning."""
-    path, code = current_file(folder, CONFIG_NAME), current_file(folder, CODE_NAME)
+    path = current_file(folder, CONFIG_NAME)
     values = read_config_values(folder)
-    kind = values.get("probe_type")
-    if kind not in probe_types() and os.path.isfile(code):
-        if not trust_remote_code:
-            raise ProbeError(f"probe_type={kind!r} needs the code in {code}: read it, then trust_remote_code=True")
-        import_kinds(code)
-    elif os.path.isfile(code) and kind_code(str(kind)) not in (None, code.read_bytes()):
-        differs = f"probe_type={kind!r} has other code here than in {code}"
-        if trust_remote_code:
-            raise ProbeError(f"{differs}: give one of both kinds another name")
-        logger.warning(f"{differs}: the head's scores may be others")
     try:
         config, unknown = ProbeConfig.from_dict(values)
     except ProbeError as error:

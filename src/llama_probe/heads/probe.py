@@ -151,7 +151,7 @@ class ProbeModel(nn.Module):
         Args:
             backbone: the frozen LM that aliases are for, and that turns `input_ids` into states in `forward`.
             subfolder: as in `load_probe`.
-            options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
+            options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; see `HubOptions`.
 
         Raises:
             ProbeError: there is no such head, its config or weights are damaged, or it was made for another backbone.
@@ -173,13 +173,13 @@ class ProbeModel(nn.Module):
     ) -> ProbeModel:
         """Load a head for a backbone that need not be loaded; see `resolve_head`."""
         folder = resolve_head(source, target, options)
-        probe = read_settled(folder, lambda: cls._read(folder, options.trust_remote_code))
+        probe = read_settled(folder, lambda: cls._read(folder))
         probe.alias = bundled_alias(source, folder)
         return probe.eval()
 
     @classmethod
-    def _read(cls, folder: Path, trust_remote_code: bool) -> ProbeModel:
-        config = read_config(folder, trust_remote_code)
+    def _read(cls, folder: Path) -> ProbeModel:
+        config = read_config(folder)
         try:
             with torch.device("meta"):
                 shapes = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}

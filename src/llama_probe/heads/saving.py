@@ -32,7 +32,6 @@ from ..files import (
 from ..hub.card import has_own_card, renew_card
 from ..hub.folder import (
     CARD_NAME,
-    CODE_NAME,
     CONFIG_NAME,
     HEAD_FILES,
     PLOT_NAMES,
@@ -41,10 +40,10 @@ from ..hub.folder import (
     WEIGHTS_NAME,
     is_head_folder,
     read_results,
+    refuse_code,
     training_results,
 )
 from .configuration import ProbeConfig
-from .registry import kind_code
 
 
 logger = logging.get_logger(__name__)
@@ -72,14 +71,13 @@ def save_head(
     """
     folder = Path(folder)
     check_writable(folder, "the head")
+    refuse_code(folder)
     make_folder(folder)
     weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()
     versions = {"llama_probe_version": package_version(), "transformers_version": transformers.__version__}
     saved = config.replace(weights_sha256=digest, **versions)
     contents: dict[str, Content] = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
-    if (code := kind_code(config.probe_type)) is not None:
-        contents[CODE_NAME] = code
     plots: list[str] = []
     kept = [CARD_NAME]
     if results is not None and config.weights_sha256 not in (None, digest):

@@ -17,11 +17,11 @@ RESULTS_NAME = "results.json"
 CARD_NAME = "README.md"
 PROBES_FOLDER = "probes"  # of the heads that are saved beside a model
 RECIPE_NAME = "recipe.yaml"  # of a head that a recipe made
-CODE_NAME = "probe_kind.py"  # of a kind that the package does not have
+CODE_NAME = "probe_kind.py"  # heads of earlier versions could carry code; it is never run
 PLOT_NAMES = ("calibration.png", "layer_weights.png")
 
 # All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
-HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, RECIPE_NAME, CARD_NAME, CODE_NAME, *PLOT_NAMES)
+HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, RECIPE_NAME, CARD_NAME, *PLOT_NAMES)
 
 # Keys of results.json that are written after training, or again after it: by `evaluate --record` and `calibrate`.
 LATER_RESULTS = ("evaluations", "thresholds_from", "novelty", "measured")
@@ -44,10 +44,19 @@ def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
     return {item.name: item for item in sorted(Path(folder).glob("[!.]*")) if is_head_folder(item)}
 
 
+def refuse_code(folder: str | os.PathLike) -> None:
+    """Raise `ProbeError` if a head folder of an earlier version carries the code of its head type."""
+    code = Path(folder) / CODE_NAME
+    if os.path.lexists(code):
+        way = "move it out of the folder, read it, and register its head type with --import FILE.py or an import"
+        raise ProbeError(f"{code} is code, and a head is never code: {way}")
+
+
 def check_output(folder: str | os.PathLike) -> None:
     """Check that a head can be written into a folder without the loss of anything but a head."""
     folder = Path(folder)
     check_writable(folder, "the head")
+    refuse_code(folder)
     if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
         raise ProbeError(f"{folder} holds a {taken[0]} but no head; name another folder, or it would be overwritten")
 
@@ -89,6 +98,7 @@ def _unique(pairs: list[tuple[str, object]]) -> JSON:
 
 def read_config_values(folder: str | os.PathLike) -> JSON:
     """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them."""
+    refuse_code(folder)
     path = current_file(folder, CONFIG_NAME)
     if not os.path.isfile(path):
         trained = os.path.isfile(os.path.join(folder, "training_args.bin"))

@@ -16,7 +16,16 @@ from transformers.utils import logging
 from ..errors import ProbeError
 from ..files import check_new_folder, check_writable, current_file, new_folder
 from .card import head_metadata, is_hub_id, read_card, write_card
-from .folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, PROBES_FOLDER, RESULTS_NAME, read_config_values, read_json
+from .folder import (
+    CARD_NAME,
+    CODE_NAME,
+    CONFIG_NAME,
+    HEAD_FILES,
+    PROBES_FOLDER,
+    RESULTS_NAME,
+    read_config_values,
+    read_json,
+)
 from .resolve import default_name
 from .transport import HubOptions, HubReference, commit_files, download_head, full_repo_id
 
@@ -77,7 +86,7 @@ def push_folder(
         return commit_files(
             repo_id,
             files,
-            is_stale=paths.__contains__,
+            is_stale={*paths, reference.path(CODE_NAME)}.__contains__,
             only_if_missing=[CARD_NAME] if subfolder else [],
             token=token,
             revision=revision,

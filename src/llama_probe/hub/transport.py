@@ -61,7 +61,6 @@ class HubOptions:
         token: None for the one that is logged in, False for none.
         cache_dir: replaces the cache in `HF_HOME`.
         local_files_only: do not ask the Hub. `HF_HUB_OFFLINE=1` does the same for all calls.
-        trust_remote_code: run the code file of a head whose kind the package does not have.
     """
 
     revision: str | None = None
@@ -69,7 +68,6 @@ class HubOptions:
     cache_dir: str | os.PathLike | None = None
     local_files_only: bool = False
     force_download: bool = False
-    trust_remote_code: bool = False
 
     @classmethod
     def beside(cls, kwargs: Mapping[str, Any], revision: str | None = None) -> HubOptions:

@@ -15,8 +15,9 @@ from ..errors import ProbeError
 from ..files import check_new_folder, new_folder, package_version
 from ..heads.match import check_backbone
 from ..heads.probe import ProbeModel
+from ..heads.registry import is_own_type
 from ..hub.card import card_template, is_hub_id, write_card
-from ..hub.folder import CARD_NAME, CODE_NAME, HEAD_FILES
+from ..hub.folder import CARD_NAME, HEAD_FILES
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import commit_files
 from .host import SAVED_HEADS
@@ -49,7 +50,7 @@ def export_repository(
     """Write a repository that `AutoModel.from_pretrained(folder, probe="name", trust_remote_code=True)` loads.
 
     Loading it needs transformers, torch and safetensors. Without `probe=` it is the plain backbone. Heads that follow replies or read
-    tool results, and those of a kind from outside the package, run with the package alone.
+    tool results run with the package alone.
 
     Args:
         folder: a new or empty folder.
@@ -62,11 +63,16 @@ def export_repository(
         The absolute path of the folder.
 
     Raises:
-        ProbeError: the folder is not empty, the backbone is of another family than `FAMILIES` or cannot be saved, or a head does
-            not fit. Nothing is written then.
+        ProbeError: the folder is not empty, the backbone is of another family than `FAMILIES` or cannot be saved, a head does not
+            fit, or has a type from outside the package. Nothing is written then.
     """
     folder = Path(folder).absolute()
     check_new_folder(folder)
+    for name, head in heads.items():
+        if is_own_type(probe_type := head.config.probe_type):
+            raise ProbeError(
+                f"head {name!r} has a type of your own, {probe_type!r}: an export cannot carry it, leave it out"
+            )
     if (target := backbone_target(backbone)) is not None:
         _check_family(target.model_type)
     lm, tokenizer = load_backbone(backbone, dtype, device="cpu")
@@ -94,7 +100,7 @@ def export_repository(
             write_card(repository / name, source=f"{repo_id}:{name}" if repo_id else None)
         tags = {"pipeline_tag": "text-generation", "tags": ["llama_probe", "probe", "custom_code"]}
         metadata = ModelCardData(library_name="llama_probe", license=license, base_model=base_model, **tags)
-        rows = [_row(name, head, repository / name) for name, head in heads.items()]
+        rows = [_row(name, head) for name, head in heads.items()]
         chat = bool(tokenizer.chat_template) and rows[0]["config"].prompt_format != "raw"
         values = {"metadata": metadata.to_yaml(), "heads": rows, "base": base_model, "chat": chat}
         name = repo_id or folder.name  # the argument of `from_pretrained` in its examples
@@ -150,9 +156,7 @@ def _check_family(model_type: str | None) -> None:
         raise ProbeError(f"model_type={model_type!r} cannot be exported; allowed: {', '.join(FAMILIES)}")
 
 
-def _row(name: str, head: ProbeModel, folder: Path) -> dict[str, Any]:
-    """Return what the card says of a head that was saved in a folder."""
-    config, has_code = head.config, (folder / CODE_NAME).is_file()
-    alone = not (has_code or config.reads_reply or config.token_scope == "tool")
-    facts = (head.results or {}).get("card", {})
-    return {"name": name, "config": config, "facts": facts, "alone": alone, "has_code": has_code}
+def _row(name: str, head: ProbeModel) -> dict[str, Any]:
+    """Return what the card says of a head."""
+    alone = not (head.config.reads_reply or head.config.token_scope == "tool")
+    return {"name": name, "config": head.config, "facts": (head.results or {}).get("card", {}), "alone": alone}

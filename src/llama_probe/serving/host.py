@@ -100,7 +100,7 @@ class ProbeHostMixin(CausalLM):
             name: the head's name on the model. Defaults to that of the folder, subfolder or repository.
             revision, subfolder: those of a Hub id that names none itself.
             strict: raise instead of warn if the head was trained on another backbone; see `check_backbone`.
-            options: `token`, `cache_dir`, `local_files_only`, `force_download`, `trust_remote_code`; see `HubOptions`.
+            options: `token`, `cache_dir`, `local_files_only`, `force_download`; see `HubOptions`.
 
         Raises:
             ProbeError: the head cannot be read or does not fit. The model is not changed.
@@ -303,7 +303,7 @@ def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
     options = HubOptions.beside(kwargs, kwargs.get("revision"))
     try:
         source = with_subfolder(place, kwargs.get("subfolder"))
-        config = read_config(resolve_head(source, options=options, only_config=True), options.trust_remote_code)
+        config = read_config(resolve_head(source, options=options, only_config=True))
     except ProbeError:
         return None
     if (backbone := config.base_model_name_or_path) is None:

@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--probe-strict", action=argparse.BooleanOptionalAction, help=strict)
     sizes = "compare sizes alone, which spares reading the weights once more"
     parser.add_argument("--skip-fingerprints", dest="compare_fingerprints", action="store_false", help=sizes)
+    importing = "a Python file that registers a head type of your own, for every process; repeatable"
+    parser.add_argument("--import", dest="import_files", action="append", metavar="FILE.py", help=importing)
     parser.add_argument("--allow-untested-vllm", action="store_true", help="go on with another version of vLLM")
     return parser
 

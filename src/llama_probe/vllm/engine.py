@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from ..backbone.loading import check_within_reach, read_target, resolve_backbone
 from ..errors import ProbeError
+from ..heads import import_head_types
 from ..heads.probe import ProbeModel
 from ..hub.resolve import Target, bundled_alias, resolve_head
 from ..hub.transport import HubOptions
@@ -32,6 +34,7 @@ def engine_kwargs(
     probe_strict: bool | None = None,
     compare_fingerprints: bool = True,
     allow_untested_vllm: bool = False,
+    import_files: Sequence[str | os.PathLike] = (),
     for_server: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
@@ -54,9 +57,11 @@ def engine_kwargs(
             Defaults to True with `halt_on`: a guard that means nothing here must not serve.
         compare_fingerprints: compare more than sizes, which reads the weights once.
         allow_untested_vllm: go on with a version of vLLM that was not tested.
+        import_files: Python files that register head types of one's own, for the engine's processes. A package registers them by an
+            entry point instead; see `import_head_types`.
         for_server: fields of `ProbeSettings` that the server of `python -m llama_probe.vllm` alone heeds.
-        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. `trust_remote_code` is also for heads of a kind of one's
-            own. Request ids of the form `NUMBER_ID` are those of several replies to one prompt.
+        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. Request ids of the form `NUMBER_ID` are those of several
+            replies to one prompt.
 
     Raises:
         ProbeError: vLLM is missing or of another version, an argument, the model's class or a head does not go with the
@@ -73,9 +78,9 @@ def engine_kwargs(
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
     model = resolve_backbone(os.fspath(model))
     check_within_reach(model)
-    trust_remote_code = bool(kwargs.get("trust_remote_code", False))
-    options = HubOptions(trust_remote_code=trust_remote_code)
-    target = read_target(model, kwargs, options)
+    for path in import_files:
+        import_head_types(path)
+    target = read_target(model, kwargs, HubOptions())
     if target is None or target.hidden_size is None:
         raise ProbeError(f"the config of {model!r} cannot be read, or names no sizes: heads cannot be matched to it")
     hf_config = AutoConfig.from_pretrained(model, revision=target.revision)
@@ -84,12 +89,13 @@ def engine_kwargs(
     for name, source in named_sources(probe).items():
         if isinstance(source, ProbeModel):
             raise ProbeError(f"probe={name!r} is in memory, and the engine's processes read folders: save it first")
-        folder = resolve_head(source, target, options).resolve()
+        folder = resolve_head(source, target).resolve()
         aliases[name] = bundled_alias(source, folder)
-        _check_head(name, ProbeModel.from_pretrained(folder, trust_remote_code=trust_remote_code), target)
+        _check_head(name, ProbeModel.from_pretrained(folder), target)
         heads[name] = str(folder)
     options = (None if spec is None else options_by_head(spec) for spec in (halt_on, monitor))
-    settings = ProbeSettings(heads, *options, hold_back, trust_remote_code=trust_remote_code, **(for_server or {}))
+    imports = [str(Path(path).resolve()) for path in import_files]
+    settings = ProbeSettings(heads, *options, hold_back, import_files=imports, **(for_server or {}))
     settings.check(kwargs.get("speculative_config") is not None)
     probe_strict = halt_on is not None if probe_strict is None else probe_strict
     if compare_fingerprints:
@@ -117,5 +123,5 @@ def _check_head(name: str, head: ProbeModel, target: Target) -> None:
         sizes = f"hidden_size={config.hidden_size}, num_hidden_layers={config.num_hidden_layers}"
         raise ProbeError(f"head {name!r} has {sizes}; the model has {target.hidden_size}, {target.num_hidden_layers}")
     if config.reads_reply and grows(head):
-        served = "gate, multimax, attentive, last, pooling"
+        served = "gate, multimax, last, pooling"
         raise ProbeError(f"head {name!r} follows replies as {config.probe_type!r}; vLLM serves {served}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ProbeError
 from ..files import JSON
+from ..heads import import_head_types
 from ..heads.configuration import ProbeConfig, read_config, shared_layers
 from ..heads.probe import ProbeModel
 from ..serving.halting import Halter, HaltRule
@@ -33,7 +34,7 @@ class ProbeSettings:
         halt_reply: text that the server sends to a halted request.
         unsure: by name of heads in `halt_on` (low, high): the server's judge decides on prompts with low <= score < high.
         judge: fields of `Judge`. Only the server asks it.
-        trust_remote_code: run the code of heads of a kind that the package does not have.
+        import_files: Python files that register head types; every process of the engine runs them.
     """
 
     heads: dict[str, str]
@@ -44,7 +45,7 @@ class ProbeSettings:
     halt_reply: str | None = None
     unsure: dict[str, tuple[float, float]] | None = None
     judge: JSON | None = None
-    trust_remote_code: bool = False
+    import_files: list[str] | None = None
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ProbeSettings:
@@ -52,11 +53,14 @@ class ProbeSettings:
         additional = vllm_config.additional_config
         if not isinstance(additional, dict) or KEY not in additional:
             raise ProbeError("this engine has no heads: make its arguments with engine_kwargs(model, probe=...)")
-        return cls(**additional[KEY])
+        settings = cls(**additional[KEY])
+        for path in settings.import_files or ():
+            import_head_types(path)
+        return settings
 
     @cached_property
     def configs(self) -> dict[str, ProbeConfig]:
-        return {name: read_config(folder, self.trust_remote_code) for name, folder in self.heads.items()}
+        return {name: read_config(folder) for name, folder in self.heads.items()}
 
     @cached_property
     def layers(self) -> list[int]:
@@ -127,5 +131,4 @@ class ProbeSettings:
 
     def read_heads(self) -> dict[str, ProbeModel]:
         """Load the heads, by name, in eval mode."""
-        options = {"trust_remote_code": self.trust_remote_code}
-        return {name: ProbeModel.from_pretrained(folder, **options) for name, folder in self.heads.items()}
+        return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}
