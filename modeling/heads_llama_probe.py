@@ -754,17 +754,6 @@ def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Te
     return torch.from_numpy(mask).to(input_ids.device)
 
 
-def number_turns(mask: torch.Tensor) -> torch.Tensor:
-    """Return the number of the turn of each token that counts, from 1, and 0 for others: tokens side by side are of one turn.
-
-    `[batch, tokens]` bool to long; the mask itself if no row has a second turn.
-    """
-    counted = mask.cpu().numpy()  # on the host, as in `turn_mask`
-    begins = counted & ~np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
-    several = begins.sum(axis=1).max() > 1
-    return torch.from_numpy(begins.cumsum(axis=1) * counted).to(mask.device) if several else mask
-
-
 def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
     """Return `turn_mask` for the places where turns begin, `[batch, tokens + 1]`."""
     user, reply = begins["user"], begins["assistant"]
@@ -811,19 +800,19 @@ def _running_max(values: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(values, axis=1)
 
 
-"""Token masks: the tokens of a prompt that a head reads."""
+"""The tokens of a prompt that a head reads, and the segments of them that it judges by themselves."""
 
 logger = logging.get_logger(__name__)
 
 
-def turn_numbers(
+def token_mask(
     config: ProbeConfig,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     partial_prompt: bool = False,
     seen: int = 0,
 ) -> torch.Tensor:
-    """Return which tokens count for a head, `[batch, tokens]` bool, or for one that judges turns their `number_turns`.
+    """Return which tokens count for a head: `[batch, tokens]` bool.
 
     The turns that `"last_user"`, `"user"`, `"turns"` and `"tool"` name are found by `config.turn_markers`; see `turn_mask`. No
     token counts of a chat without such a turn. Without `turn_markers` these scopes are `"content"`, but for `"tool"`.
@@ -857,8 +846,7 @@ def turn_numbers(
         known = input_ids.shape[1] if partial_prompt else seen
         # Padding may have the id of a marker.
         ids = input_ids if attention_mask is None else input_ids.masked_fill(~mask.to(input_ids.device), -1)
-        mask = mask & turn_mask(config.token_scope, markers, ids, known).to(mask.device)
-        return number_turns(mask) if judges_turns(config) else mask
+        return mask & turn_mask(config.token_scope, markers, ids, known).to(mask.device)
     prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
     count, width = len(config.prefix_ids), input_ids.shape[1]
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
@@ -874,15 +862,29 @@ def turn_numbers(
     return mask & ~(begins & (columns >= first) & (columns < first + count))
 
 
-def token_mask(
-    config: ProbeConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Return which tokens count for a head, `[batch, tokens]` bool; see `turn_numbers`."""
-    return turn_numbers(config, input_ids, attention_mask).bool()
+def number_segments(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor | None:
+    """Return the number of the segment of each token that counts, from 1, and 0 for other tokens: `[batch, tokens]` int64.
+
+    Segments are the parts of a prompt that a head judges by themselves: the turns of a chat. Tokens side by side that count are of
+    one segment.
+
+    Args:
+        mask (`[batch, tokens]` bool): from `token_mask`.
+
+    Returns:
+        The numbers, on the device of the mask; `None` if the head judges no segments, or no row has more than one.
+    """
+    if not judges_segments(config):
+        return None
+    counted = mask.cpu().numpy()  # on the host, as in `turn_mask`
+    begins = counted & ~np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
+    if begins.sum(axis=1).max() <= 1:
+        return None
+    return torch.from_numpy(begins.cumsum(axis=1) * counted).to(mask.device)
 
 
-def judges_turns(config: ProbeConfig) -> bool:
-    """Return True if a head judges each turn of a chat by itself, beside all turns together; see `strongest`.
+def judges_segments(config: ProbeConfig) -> bool:
+    """Return True if a head judges each segment of a prompt by itself, beside all segments together; see `strongest`.
 
     Pooled with others, a turn that is flagged alone may not be. Heads with `token_scope="user"` or `"tool"` do so, if they flag one of
     two labels or give several labels.

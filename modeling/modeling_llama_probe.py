@@ -29,7 +29,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 from .configuration_llama_probe import ProbeConfig, ProbeError, get_probe_type, needs_package
-from .heads_llama_probe import check_rows, join_slots, normalize, take_slots, tokens_read, turn_numbers
+from .heads_llama_probe import check_rows, join_slots, normalize, number_segments, take_slots, token_mask, tokens_read
 
 
 # Arguments of heads in the package, and settings of generate() under which a pass is not one over the prompt.
@@ -209,17 +209,18 @@ class PromptReader:
         self.rules: list[Rule] = []
         self.halts: list[Halt | None] = [None] * len(ids)
         self.outputs: dict[str, HeadOutput] | None = None
-        self.masks, host = {}, ids.cpu()
+        self.masks, self.segments, host = {}, {}, ids.cpu()
         for name, head in heads.items():
-            read = turn_numbers(head.config, host, None if mask is None else mask.cpu())
-            check_rows(read)
-            self.masks[name] = tokens_read(head.config, read).long()
+            counted = token_mask(head.config, host, None if mask is None else mask.cpu())
+            check_rows(counted)
+            self.masks[name] = tokens_read(head.config, counted)
+            self.segments[name] = number_segments(head.config, counted)
         self._held: dict[int, torch.Tensor] = {}  # states of the running pass, by layer
         self._device: torch.device | None = None  # of the first state: an LM may be on several
-        self._states = {}  # of each layer: of all turns together and, if there are several, of each
+        self._states = {}  # of each layer: of all segments together and, if there are several, of each
         for name, head in heads.items():
-            turns = int(self.masks[name].max())
-            self._states[name] = [[None] * len(head.config.layer_indices) for _ in range(1 + turns * (turns > 1))]
+            count = 0 if self.segments[name] is None else int(self.segments[name].max())
+            self._states[name] = [[None] * len(head.config.layer_indices) for _ in range(1 + count)]
         self._seen = dict.fromkeys({layer for head in heads.values() for layer in head.config.layer_indices}, 0)
 
     @contextmanager
@@ -262,9 +263,10 @@ class PromptReader:
         for name, head in self.heads.items():
             if layers := [layer for layer in head.config.layer_indices if layer in held]:
                 first = head.config.layer_indices.index(layers[0])
-                x, numbers = torch.stack([held[layer] for layer in layers]), self.masks[name][:, start : start + width]
-                for turn, states in enumerate(self._states[name]):
-                    mask = numbers == turn if turn else numbers > 0
+                x = torch.stack([held[layer] for layer in layers])
+                for segment, states in enumerate(self._states[name]):
+                    mask = self.segments[name] == segment if segment else self.masks[name]
+                    mask = mask[:, start : start + width]
                     places = mask.any(dim=0).nonzero().flatten().tolist() or [0]
                     columns = slice(places[0], places[-1] + 1)
                     head.read(states, slice(first, first + len(layers)), x[:, :, columns], mask[:, columns])
@@ -281,14 +283,15 @@ class PromptReader:
         return self.outputs
 
     def _strongest(self, name: str, head: ProbeHead) -> torch.Tensor:
-        """Return the logits of all turns together or, if they are stronger, of a turn; of several labels each one's largest."""
-        logits = torch.stack([head.score(states) for states in self._states.pop(name)], dim=1)  # [B, 1 + turns, C]
-        no_turn = torch.arange(logits.shape[1]) > self.masks[name].amax(dim=1, keepdim=True)
+        """Return the logits of all segments together or, if they are stronger, of one; of several labels each one's largest."""
+        logits = torch.stack([head.score(states) for states in self._states.pop(name)], dim=1)  # [B, 1 + segments, C]
+        if self.segments[name] is None:
+            return logits[:, 0]
+        missing = torch.arange(logits.shape[1]) > self.segments[name].amax(dim=1, keepdim=True)
+        missing = missing.to(logits.device)
         if (flagged := head.config.flagged_index) is None:
-            return logits.masked_fill(no_turn.to(logits.device)[..., None], float("-inf")).amax(dim=1)
-        scores = (logits[..., flagged] - logits[..., 1 - flagged]).masked_fill(
-            no_turn.to(logits.device), float("-inf")
-        )
+            return logits.masked_fill(missing[..., None], float("-inf")).amax(dim=1)
+        scores = (logits[..., flagged] - logits[..., 1 - flagged]).masked_fill(missing, float("-inf"))
         return logits.take_along_dim(scores.argmax(dim=1)[:, None, None], dim=1).squeeze(1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

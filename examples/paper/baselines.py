@@ -77,7 +77,7 @@ def mean_states(task: Task, rows: LabelledTexts) -> np.ndarray:
     """Return the mean of the normalised states of each row: `[L+1, rows, hidden_size]`."""
     config = task.config
     found = np.empty((config.num_hidden_layers + 1, len(rows), config.hidden_size), dtype=np.float32)
-    for numbers, states, mask in iterate_states(task.bench.states(config, rows), config):
+    for numbers, states, mask, _ in iterate_states(task.bench.states(config, rows), config):
         counted = mask[None, :, :, None].to(states.device)  # [1, B, T, 1]
         x = F.layer_norm(states.float(), states.shape[-1:]) * counted  # [L+1, B, T, D]
         found[:, numbers] = (x.sum(dim=2) / counted.sum(dim=2)).cpu().numpy()

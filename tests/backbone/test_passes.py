@@ -31,7 +31,7 @@ def test_states_are_those_of_rows_run_whole_and_alone(rows, unread, batch_tokens
     dataset = PromptDataset(prompts, torch.zeros(len(rows)).numpy(), masks)
     with patch.object(passes, "BATCH_TOKENS", batch_tokens):
         batches = list(iterate_states(dataset, head.config, lm))
-    for numbers, states, counted in batches:
+    for numbers, states, counted, _ in batches:
         for row, found, mask in zip(numbers, states.transpose(0, 1), counted, strict=True):
             with torch.no_grad():
                 expected = lm(torch.tensor([prompts[row]]), output_hidden_states=True).hidden_states

@@ -9,7 +9,7 @@ from chat_templates import FAMILIES, NO_MARKERS, chat_tokenizer
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.heads.scope import check_rows, token_mask, turn_numbers
+from llama_probe.heads.scope import check_rows, token_mask
 
 
 ASK, REPLY, AGAIN = "How do I bake bread?", "Mix flour and water.", "Is salt a must?"
@@ -111,7 +111,7 @@ def test_a_chat_without_a_user_is_refused(family):
 def test_raw_text_is_read_whole(scope):
     config = config_of("chatml", scope)
     ids = chat_tokenizer("chatml")(ASK, return_tensors="pt")["input_ids"]
-    assert token_mask(config, ids, None).all() and not turn_numbers(config, ids, None, partial_prompt=True).any()
+    assert token_mask(config, ids, None).all() and not token_mask(config, ids, None, partial_prompt=True).any()
 
 
 def test_a_system_turn_behind_the_users_is_read():

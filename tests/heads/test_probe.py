@@ -176,16 +176,20 @@ def test_replies_are_scored_token_by_token_as_they_are_streamed(case, blocks, le
 
 
 @pytest.mark.parametrize("kind", ["multimax", "mha"])
-def test_numbers_of_turns_tell_them_apart_alone(kind):
+def test_segments_are_told_apart_by_their_numbers_alone(kind):
     probe = make_probe(probe_type=kind, token_scope="user")
     states = torch.randn(LAYERS + 1, 2, 9, HIDDEN).unbind()
     numbers = torch.tensor([[0, 1, 1, 0, 2, 2, 2, 3, 0], [1, 1, 1, 0, 0, 2, 2, 0, 0]])
-    expected, others = (probe(hidden_states=states, probe_mask=mask) for mask in (numbers, numbers**2))
-    torch.testing.assert_close(others.logits, expected.logits)
-    assert not torch.allclose(probe(hidden_states=states, probe_mask=numbers > 0).logits, expected.logits)
+    mask = numbers > 0
+    expected = probe(hidden_states=states, probe_mask=mask, segments=numbers).logits
+    torch.testing.assert_close(probe(hidden_states=states, probe_mask=mask, segments=numbers**2).logits, expected)
+    whole = probe(hidden_states=states, probe_mask=mask).logits
+    assert not torch.allclose(whole, expected)
+    assert torch.equal(probe(hidden_states=states, probe_mask=numbers).logits, whole), "a mask of numbers is a mask"
     for row in range(2):
-        alone = probe(hidden_states=[state[row : row + 1] for state in states], probe_mask=numbers[row : row + 1])
-        torch.testing.assert_close(alone.logits[0], expected.logits[row], rtol=1e-4, atol=1e-5)
+        part = [state[row : row + 1] for state in states]
+        alone = probe(hidden_states=part, probe_mask=mask[row : row + 1], segments=numbers[row : row + 1]).logits
+        torch.testing.assert_close(alone[0], expected[row], rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

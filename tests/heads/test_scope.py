@@ -1,10 +1,11 @@
-"""token_scope: which tokens count."""
+"""token_scope: which tokens count, and the segments that they make."""
 
 import pytest
 import torch
+from conftest import make_lm, make_probe, make_prompts, score_turns
 
 from llama_probe import ProbeConfig
-from llama_probe.heads.scope import turn_numbers
+from llama_probe.heads.scope import number_segments, token_mask
 
 
 @pytest.mark.parametrize(
@@ -23,4 +24,33 @@ from llama_probe.heads.scope import turn_numbers
 def test_tokens_that_count(changes, ids, attention_mask, expected):
     attention_mask = None if attention_mask is None else torch.tensor(attention_mask)
     config = ProbeConfig(**{"token_scope": "content", "prefix_ids": [7, 8], **changes})
-    assert turn_numbers(config, torch.tensor(ids), attention_mask).int().tolist() == expected
+    assert token_mask(config, torch.tensor(ids), attention_mask).int().tolist() == expected
+
+
+MARKERS = {"user": {"ids": [1], "skip": 0}, "assistant": {"ids": [2], "skip": 0}}
+
+
+def test_segments_are_tokens_side_by_side_that_count():
+    config = ProbeConfig(token_scope="user", turn_markers=MARKERS, flagged=["LABEL_1"])
+    mask = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 1, 1, 1]], dtype=torch.bool)
+    assert number_segments(config, mask).tolist() == [[0, 1, 1, 0, 2], [0, 0, 1, 1, 1]]
+    assert number_segments(config, mask[1:]) is None, "one segment is all"
+    assert number_segments(config.replace(token_scope="turns"), mask) is None
+    assert number_segments(config.replace(probe_type="last"), mask) is None
+
+
+@pytest.mark.parametrize("probe_type", ["pooling", "gate", "multimax", "mha"])
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_a_head_scores_its_strongest_segment(probe_type, as_ids):
+    head = make_probe(probe_type=probe_type, token_scope="user", turn_markers=MARKERS, flagged=["LABEL_1"])
+    lm, ids = make_lm(vocab_size=100), make_prompts(1, 12) + 3
+    ids[0, [0, 8]], ids[0, 5] = 1, 2
+    mask = token_mask(head.config, ids, None)
+    with torch.no_grad():
+        states = lm(ids, output_hidden_states=True).hidden_states
+        if as_ids:
+            head.set_backbone(lm)
+            found = head(ids).logits
+        else:
+            found = head(hidden_states=states, attention_mask=mask, segments=number_segments(head.config, mask)).logits
+        torch.testing.assert_close(found, score_turns(head, states, mask), atol=1e-5, rtol=1e-5)

@@ -34,7 +34,7 @@ from ..files import make_folder, remove_leftovers, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig, shared_layers
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, judges_turns, tokens_read, turn_numbers
+from ..heads.scope import check_rows, judges_segments, number_segments, token_mask, tokens_read
 from .prompts import PromptDataset
 
 
@@ -50,7 +50,7 @@ class StateDataset(PromptDataset):
     """Hidden states of an entry of a `StateCache`, mapped from disk, and the labels of their rows.
 
     Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and, if the rows have them, `labels`. For a
-    head that `judges_turns`, `probe_mask` has the number of each token's turn.
+    head that `judges_segments`, `segments` has the number of each token's segment.
 
     Args:
         keys: of the rows in it; several rows may have one.
@@ -59,9 +59,10 @@ class StateDataset(PromptDataset):
 
     def __init__(self, folder: Path, keys: Sequence[str], rows: PromptDataset, config: ProbeConfig):
         on_disk = rows_on_disk(folder)
-        turns = _turns(config, rows) if judges_turns(config) else None
-        super().__init__([on_disk[key][0] for key in keys], rows.labels, turns, rows.reply_lengths)
+        super().__init__([on_disk[key][0] for key in keys], rows.labels, reply_lengths=rows.reply_lengths)
         self.columns["hidden_states"] = [on_disk[key][1] for key in keys]
+        if judges_segments(config):
+            self.columns["segments"] = _segments(config, rows)
         self.config = config
 
 
@@ -92,7 +93,7 @@ class StateCache:
             dataset = PromptDataset([rows.prompts[row] for row in left], masks=read)
             on_main(lambda: self._begin(entry))
             try:
-                for places, states, counted in iterate_states(dataset, config, lm):
+                for places, states, counted, _ in iterate_states(dataset, config, lm):
                     tensors = _tensors_of_pass([dataset[place] for place in places], states.to("cpu", dtype), counted)
                     names = {"keys": " ".join(keys[left[place]] for place in places)}
                     if is_main() or not is_tensor_parallel(lm):  # its ranks compute the same rows
@@ -163,17 +164,21 @@ def rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def _tokens_read(config: ProbeConfig, rows: Sequence[dict]) -> torch.Tensor:
     """Return the mask `[B, T]` of the tokens of rows that the head reads: in a reply each is the last one once."""
-    counted = counted_tokens(config, collate(rows)).bool()
+    counted = counted_tokens(config, collate(rows))
     return counted if config.reads_reply else tokens_read(config, counted)
 
 
-def _turns(config: ProbeConfig, rows: PromptDataset) -> list[torch.Tensor]:
-    """Return the turn of each counted token, `[T]` for each row."""
-    turns: list[torch.Tensor] = []
+def _segments(config: ProbeConfig, rows: PromptDataset) -> list[torch.Tensor]:
+    """Return the segment of each counted token, `[T]` for each row."""
+    segments: list[torch.Tensor] = []
     for first in range(0, len(rows), _ROWS):
         part = [rows[row] for row in range(first, min(first + _ROWS, len(rows)))]
-        turns += [numbers[numbers > 0].long() for numbers in counted_tokens(config, collate(part))]
-    return turns
+        batch = collate(part)
+        mask = counted_tokens(config, batch)
+        numbers = segments_of(config, batch, mask)
+        numbers = mask.long() if numbers is None else numbers
+        segments += [row[row > 0] for row in numbers]
+    return segments
 
 
 def _tensors_of_pass(items: list[dict], states: torch.Tensor, counted: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -195,8 +200,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
     Returns:
         `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`, whose memory is `[S, B, T, D]`, as
-        heads compute. Also `labels`, `probe_mask` `[B, T]` and `learned_by` `[B, H]` if the rows have them, `reply_mask`
-        `[B, T]` if they have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then weigh 1.
+        heads compute. Also `labels`, `probe_mask` and `segments` `[B, T]` and `learned_by` `[B, H]` if the rows have
+        them, `reply_mask` `[B, T]` if they have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then weigh 1.
     """
     ends = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
     columns = torch.arange(int(ends.max()))
@@ -215,8 +220,9 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         batch["hidden_states"] = states.transpose(0, 1)
     else:
         batch["input_ids"] = pad_sequence([torch.as_tensor(row["input_ids"]) for row in rows], batch_first=True)
-    if "probe_mask" in rows[0]:
-        batch["probe_mask"] = pad_sequence([torch.as_tensor(row["probe_mask"]) for row in rows], batch_first=True)
+    for name in ("probe_mask", "segments"):
+        if name in rows[0]:
+            batch[name] = pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True)
     if "reply_length" in rows[0]:
         starts = ends - torch.tensor([row["reply_length"] for row in rows])[:, None]
         batch["reply_mask"] = (columns >= starts) & (columns < ends)
@@ -228,10 +234,15 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the mask `[B, T]` of the tokens that count for a head, or `turn_numbers`, for a batch of a `PromptDataset`."""
+    """Return the mask `[B, T]` of the tokens that count for a head, for a batch of a `PromptDataset`."""
     if "probe_mask" in batch:
         return batch["probe_mask"].bool()  # as indices, 0 and 1 would be the first two tokens
-    return turn_numbers(config, batch["input_ids"], batch["attention_mask"])
+    return token_mask(config, batch["input_ids"], batch["attention_mask"])
+
+
+def segments_of(config: ProbeConfig, batch: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor | None:
+    """Return the segments `[B, T]` of the tokens that count in a batch; see `number_segments`. Tokens of a `probe_mask` have none."""
+    return None if "probe_mask" in batch else number_segments(config, mask)
 
 
 def iterate_states(
@@ -239,7 +250,7 @@ def iterate_states(
     config: ProbeConfig,
     lm: nn.Module | None = None,
     layers: Sequence[int] | None = None,
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Yield the hidden states of a data set in batches of rows of similar length.
 
     In a process group, yield this rank's share of the batches.
@@ -251,15 +262,15 @@ def iterate_states(
         layers: states to collect from the LM. Defaults to those that the head reads.
 
     Yields:
-        Row numbers, hidden states `[S, B, T, D]`, and the mask `[B, T]` of the counted tokens, or `turn_numbers`. Leading tokens
-        that no row counts may be missing.
+        Row numbers, hidden states `[S, B, T, D]`, the mask `[B, T]` of the counted tokens, and their segments `[B, T]`, `None` if
+        there are none; see `number_segments`. Leading tokens that no row counts may be missing.
     """
     prompts, unread = [], []
     for first in range(0, len(dataset), _ROWS):
         part = [dataset[row] for row in range(first, min(first + _ROWS, len(dataset)))]
         prompts += [row["input_ids"] for row in part]
         if lm is not None:
-            unread += counted_tokens(config, collate(part)).bool().int().argmax(dim=1).tolist()
+            unread += counted_tokens(config, collate(part)).int().argmax(dim=1).tolist()
     if lm is None:
         passes = [Pass(rows) for rows in length_batches(list(map(len, prompts)))]
     else:
@@ -270,12 +281,14 @@ def iterate_states(
             batch = collate([dataset[row] for row in run.rows])
             if lm is None:
                 states = batch["hidden_states"].transpose(0, 1)
-                mask = batch.get("probe_mask", batch["attention_mask"].bool())
+                mask = batch.get("probe_mask", batch["attention_mask"]).bool()
+                segments = batch.get("segments")
             else:
                 ids, mask = batch["input_ids"][:, run.skip :], counted_tokens(config, batch)[:, run.skip :]
+                segments = segments_of(config, batch, mask)
                 read = config.layer_indices if layers is None else layers
                 states = torch.stack(collect_hidden_states(lm, read, ids, prefix=run.prefix))
-            yield run.rows, states, mask
+            yield run.rows, states, mask, segments
             bar.update(len(run.rows) * world_size())
 
 

@@ -59,7 +59,7 @@ def follow_replies(probes: Sequence[ProbeModel], dataset: Dataset) -> list[list[
         the ranks divide the rows, and each rank gets all results.
     """
     lengths, logits = torch.tensor(dataset.reply_lengths), [{} for _ in probes]
-    for rows, shared, mask in states_for(probes, dataset):
+    for rows, shared, mask, _ in states_for(probes, dataset):
         left = mask.flip(1).cumsum(dim=1).flip(1)  # [B, T]: tokens that count from here on
         is_reply = mask & (left <= lengths[rows][:, None])
         columns = is_reply.any(dim=0).nonzero().flatten()
@@ -92,10 +92,10 @@ def score_rows(
     """
     tensors: list[torch.Tensor] = []
     scored: list[int] = []
-    for rows, shared, mask in states_for(probes, dataset):
+    for rows, shared, mask, segments in states_for(probes, dataset):
         check_rows(mask, probes[0].config)
         with torch.no_grad():
-            outputs = [probe.score(shared(probe), mask.to(probe.device), **kwargs) for probe in probes]
+            outputs = [probe.score(shared(probe), mask.to(probe.device), segments, **kwargs) for probe in probes]
         filled = [fill_unread(output, mask.any(dim=1)) for output in outputs]
         parts = [part for output in filled for part in tensors_of(output) if part is not None]
         tensors = tensors or [torch.zeros(len(dataset), *part.shape[1:]) for part in parts]
@@ -107,8 +107,8 @@ def score_rows(
 
 def states_for(
     probes: Sequence[ProbeModel], dataset: Dataset
-) -> Iterator[tuple[list[int], SharedStates, torch.Tensor]]:
-    """Yield row numbers, states that the heads read, and the mask `[B, T]` of this rank's batches; see `iterate_states`."""
+) -> Iterator[tuple[list[int], SharedStates, torch.Tensor, torch.Tensor | None]]:
+    """Yield row numbers, states that the heads read, mask and segments `[B, T]` of this rank's batches; see `iterate_states`."""
     for probe in probes:
         probe.eval()
     if (cached := cached_for(dataset)) is not None:
@@ -118,5 +118,5 @@ def states_for(
         if len(dataset) and (states := dataset[0].get("hidden_states")) is not None:  # of a data set of the user's
             every = range(probes[0].config.num_hidden_layers + 1)
             layers, lm = every if len(states) == len(every) else probes[0].layer_indices, None
-    for rows, states, mask in iterate_states(dataset, probes[0].config, lm, layers):
-        yield rows, SharedStates(states, layers), mask
+    for rows, states, mask, segments in iterate_states(dataset, probes[0].config, lm, layers):
+        yield rows, SharedStates(states, layers), mask, segments

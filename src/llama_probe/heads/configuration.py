@@ -75,7 +75,8 @@ class ProbeConfig:
             after the final norm, as in `output_hidden_states`.
         token_scope: tokens that count. `"last_user"`: the user's last turn and all behind it. `"user"`: what users, tools and
             documents say, in all turns. `"tool"`: what tools and documents say; without them no label is flagged. `"turns"`: all
-            turns. These are found by `turn_markers`; each of "user" and "tool" is judged by itself too, see `judges_turns`.
+            turns. These are found by `turn_markers`; each of "user" and "tool" is judged by itself too, see
+            `judges_segments`.
             `"prompt"`: the whole prompt. `"content"`: all but `prefix_ids`. `"response"`: the reply. `"all"`: `"content"` and the
             reply. Heads that read replies score each token of them.
         causal: if True, what the token stage computes of a token does not depend on later ones. Defaults to True for the

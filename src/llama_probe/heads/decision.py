@@ -169,12 +169,12 @@ def flagged_score(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor | N
 
 
 def strongest(logits: torch.Tensor, config: ProbeConfig, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the logits that count where one of several flagged is enough: tokens of a reply, or turns of a chat.
+    """Return the logits that count where one of several flagged is enough: tokens of a reply, or segments of a prompt.
 
     Those with the largest `flagged_score`; of multi-label heads each label's largest; of other heads the last.
 
     Args:
-        logits (`[..., tokens, num_labels]`): after each token of the replies, or of each turn.
+        logits (`[..., tokens, num_labels]`): after each token of the replies, or of each segment.
         counted (`[..., tokens]`, *optional*): those that count. Defaults to all.
     """
     counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if counted is None else counted

@@ -30,8 +30,8 @@ from .match import check_backbone, describe, match
 from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .saving import read_settled, read_tensors, save_head
-from .scope import check_rows, judges_turns, turn_numbers
-from .stream import ProbeState, SlotStates, Turns, as_slice, split_turns
+from .scope import check_rows, judges_segments, number_segments, token_mask
+from .stream import ProbeState, Segments, SlotStates, as_slice, split_segments
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -227,6 +227,7 @@ class ProbeModel(nn.Module):
         probe_mask: torch.Tensor | None = None,
         row_weights: torch.Tensor | None = None,
         reply_mask: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """Score prompts from their ids (with a backbone) or from their hidden states.
 
@@ -241,10 +242,11 @@ class ProbeModel(nn.Module):
                 one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers alone that the head reads. Any float
                 dtype.
             output_attentions: also returns `token_weights` and `layer_weights`.
-            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, or `turn_numbers`, in place of the config's
-                `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
+            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
             row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`.
             reply_mask (`[batch, tokens]`, *optional*): true for the tokens of replies, which are then scored as `score_replies` does.
+            segments (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): with a mask, the number of the segment of each token
+                that counts; see `number_segments`. By default a mask that is given is one segment.
 
         Raises:
             ProbeError: both or neither input given, wrong sizes, or a prompt without a token that counts.
@@ -252,8 +254,10 @@ class ProbeModel(nn.Module):
         if input_ids is not None and hidden_states is None:
             if self.backbone is None:
                 raise ProbeError("input_ids need ProbeModel(config, backbone=...); without one, pass hidden_states")
-            mask = turn_numbers(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
-            mask = self._checked(mask, input_ids.shape)
+            if probe_mask is None:
+                probe_mask = token_mask(self.config, input_ids, attention_mask)
+                segments = number_segments(self.config, probe_mask)
+            mask = self._checked(probe_mask, input_ids.shape)
             x = torch.stack(collect_hidden_states(self.backbone, self.layer_indices, input_ids, attention_mask))
         elif hidden_states is not None and input_ids is None:
             x = self._stack(hidden_states)  # [S, B, T, D]
@@ -262,7 +266,7 @@ class ProbeModel(nn.Module):
             raise ProbeError("give either input_ids (with a backbone) or hidden_states")
         with without_autocast(self.device):
             if reply_mask is None:
-                output = self.score(self.normalize(x), mask, output_attentions)
+                output = self.score(self.normalize(x), mask, segments, output_attentions)
             else:
                 output = self.score_replies(self.normalize(x), mask, reply_mask)
         output.row_weights = row_weights
@@ -275,27 +279,34 @@ class ProbeModel(nn.Module):
             return None
         if mask.shape != shape:
             raise ProbeError(f"the mask has the shape {tuple(mask.shape)}, and the prompts have {tuple(shape)}")
-        mask = mask.to(self.device)
+        mask = mask.to(self.device).bool()
         check_rows(mask)
         return mask
 
-    def score(self, x: torch.Tensor, mask: torch.Tensor | None = None, output_attentions: bool = False) -> ProbeOutput:
+    def score(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> ProbeOutput:
         """Score normalised states, which several heads can share.
 
         Args:
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): states of the layers that the head
                 reads, ascending.
-            mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): true for the tokens that count, or `turn_numbers`.
-                Defaults to all.
+            mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): true for the tokens that count. Defaults to all.
+            segments (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): as in `forward`. Heads that judge no segments
+                leave them out.
         """
-        state, turns, counts = self.init_state(output_attentions=output_attentions), None, None
-        if mask is not None and mask.dtype != torch.bool:
-            if judges_turns(self.config) and int(mask.max()) > 1:
-                numbers = mask.masked_fill(mask.amax(dim=1, keepdim=True) == 1, 0)  # the only turn is all of them
-                turns = split_turns(numbers.cpu(), partial(torch.Tensor.to, device=self.device))
-                counts = numbers.amax(dim=1)
-            mask = mask.bool()
-        self.step(state, self.layer_indices, x, mask, turns=turns)
+        state = self.init_state(output_attentions=output_attentions)
+        parts, counts = None, None
+        if segments is not None and judges_segments(self.config) and int(segments.max()) > 1:
+            # The only segment of a row is all of its tokens, which are scored anyway.
+            segments = segments.masked_fill(segments.amax(dim=1, keepdim=True) == 1, 0)
+            parts = split_segments(segments.cpu(), partial(torch.Tensor.to, device=self.device))
+            counts = segments.amax(dim=1)
+        self.step(state, self.layer_indices, x, mask, segments=parts)
         return self.finish(state, counts, learning=self.training)
 
     def score_replies(self, x: torch.Tensor, mask: torch.Tensor | None, reply_mask: torch.Tensor) -> ProbeOutput:
@@ -311,7 +322,7 @@ class ProbeModel(nn.Module):
         Returns:
             An output with `token_logits` and `token_mask`. Its `logits` are those of `strongest`.
         """
-        mask = torch.ones_like(reply_mask, dtype=torch.bool) if mask is None else mask.bool()
+        mask = torch.ones_like(reply_mask, dtype=torch.bool) if mask is None else mask
         reply_mask = reply_mask.bool().to(mask.device) & mask
         columns = reply_mask.any(dim=0).nonzero().flatten().tolist()
         first, end = columns[0], columns[-1] + 1
@@ -361,10 +372,10 @@ class ProbeModel(nn.Module):
             keep: keep what is needed to continue after the last token.
             output_attentions: also keep the token weights. The prompt must then come in one chunk.
         """
-        tokens, turns, means = (None, (), None) if state is None else state
+        tokens, segments, means = (None, (), None) if state is None else state
         sums = None if self.novelty is None else SlotStates(len(self.novelty.slots), means)
         slots = len(self.layer_indices)
-        parts = SlotStates(slots, tokens), [SlotStates(slots, turn) for turn in turns], sums
+        parts = SlotStates(slots, tokens), [SlotStates(slots, segment) for segment in segments], sums
         return ProbeState(*parts, SlotStates(slots), SlotStates(slots), keep, output_attentions)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
@@ -389,7 +400,7 @@ class ProbeModel(nn.Module):
         x: torch.Tensor,
         token_mask: torch.Tensor | None = None,
         last: bool = True,
-        turns: Turns | None = None,
+        segments: Segments | None = None,
     ) -> None:
         """Read the next tokens of some layers.
 
@@ -400,7 +411,7 @@ class ProbeModel(nn.Module):
             x (`torch.Tensor` of shape `[len(layers), batch, n, hidden_size]`): their states, from `prepare`.
             token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count. Defaults to all.
             last: no token that counts follows.
-            turns: of a head that `judges_turns`, those of these tokens, if a row has several.
+            segments: of a head that `judges_segments`, those of these tokens, if a row has several.
 
         Raises:
             ProbeError: token weights are asked for, and the prompt comes in several chunks.
@@ -421,40 +432,40 @@ class ProbeModel(nn.Module):
             if self.novelty is not None and state.means is not None:
                 self.novelty.update(state.means, slots, x, token_mask)
             projected = self.token_stage.project(x, slots)
-            if turns is not None:
-                self._step_turns(state.turns, turns, projected, slots, earlier)
+            if segments is not None:
+                self._step_segments(state.segments, segments, projected, slots, earlier)
             seen = self.token_stage.absorb(earlier, projected, token_mask, slots)
             if state.keep or not last:
                 state.tokens.put(slots, seen)
             else:  # of the tokens nothing is kept
                 state.summaries.put(slots, self.token_stage.result(seen, slots))
 
-    def _step_turns(
-        self, states: list[SlotStates], turns: Turns, projected: torch.Tensor, slots: slice, earlier: State
+    def _step_segments(
+        self, states: list[SlotStates], segments: Segments, projected: torch.Tensor, slots: slice, earlier: State
     ) -> None:
-        """Read the next tokens, `[S, batch, n, ...]`, into the state of the turn that each belongs to.
+        """Read the next tokens, `[S, batch, n, ...]`, into the state of the segment that each belongs to.
 
         Args:
             projected: from `Aggregator.project`.
-            earlier: state of all turns together, before these tokens.
+            earlier: state of all segments together, before these tokens.
         """
-        while len(states) < max(turns, default=0):
+        while len(states) < max(segments, default=0):
             states.append(SlotStates(len(self.layer_indices)))
         for number, state in enumerate(states, start=1):
             seen = state.pop(slots)
             if number == 1 and seen is None:
-                seen = earlier  # so far all rows were in their first turn
-            if number in turns:
-                columns, mask = turns[number]
+                seen = earlier  # so far all rows were in their first segment
+            if number in segments:
+                columns, mask = segments[number]
                 seen = self.token_stage.absorb(seen, projected[:, :, columns], mask, slots)
             if seen is not None:  # a number may be left out
                 state.put(slots, seen)
 
-    def finish(self, state: ProbeState, turns: torch.Tensor | None = None, learning: bool = False) -> ProbeOutput:
+    def finish(self, state: ProbeState, counts: torch.Tensor | None = None, learning: bool = False) -> ProbeOutput:
         """Score what `step` has read so far: logits `[batch, num_labels]`. For `learning` see `score_summaries`.
 
         Args:
-            turns (`[batch]`, *optional*): how many turns each row has, if they were given to `step`.
+            counts (`[batch]`, *optional*): how many segments each row has, if they were given to `step`.
 
         Raises:
             ProbeError: not every layer has been read.
@@ -465,8 +476,8 @@ class ProbeModel(nn.Module):
                 summaries = self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != slots:
                 raise ProbeError(f"not all of {slots} layers have been read")
-            if state.turns and turns is not None:
-                output = self._score_turns(summaries, state, turns, learning)
+            if state.segments and counts is not None:
+                output = self._score_segments(summaries, state, counts, learning)
             else:
                 output = self.score_summaries(summaries, state.output_attentions, learning)
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
@@ -474,21 +485,21 @@ class ProbeModel(nn.Module):
                 output.means = MeanStates(self.novelty, *state.means.joined())
         return output
 
-    def _score_turns(
-        self, summaries: torch.Tensor, state: ProbeState, turns: torch.Tensor, learning: bool
+    def _score_segments(
+        self, summaries: torch.Tensor, state: ProbeState, counts: torch.Tensor, learning: bool
     ) -> ProbeOutput:
-        """Score the strongest of all turns together, `[layers_read, batch, width]`, and each of them; see `finish`."""
-        read = (turn.joined() for turn in state.turns)
+        """Score the strongest of all segments together, `[layers_read, batch, width]`, and each of them; see `finish`."""
+        read = (segment.joined() for segment in state.segments)
         parts = [summaries if seen is None else self.token_stage.result(seen, slice(None)) for seen in read]
-        items = torch.stack([summaries, *parts], dim=2)  # [S, B, 1 + turns, width]
+        items = torch.stack([summaries, *parts], dim=2)  # [S, B, 1 + segments, width]
         output = self.score_summaries(items, state.output_attentions, learning)
-        numbers = torch.arange(items.shape[2], device=self.device)  # 0: all turns together
-        counted = numbers <= turns.to(self.device, non_blocking=True)[:, None]  # [B, 1 + turns]
+        numbers = torch.arange(items.shape[2], device=self.device)  # 0: all segments together
+        counted = numbers <= counts.to(self.device, non_blocking=True)[:, None]  # [B, 1 + segments]
         output.logits = strongest(output.logits.unflatten(0, counted.shape), self.config, counted)
         if output.layer_weights is not None:
             output.layer_weights = output.layer_weights[:: items.shape[2]]
-        if output.member_logits is not None:  # each member learns from the turn that it finds strongest
-            members = output.member_logits.unflatten(1, counted.shape)  # [M, B, 1 + turns, C]
+        if output.member_logits is not None:  # each member learns from the segment that it finds strongest
+            members = output.member_logits.unflatten(1, counted.shape)  # [M, B, 1 + segments, C]
             output.member_logits = strongest(members, self.config, counted.expand(members.shape[:-1]))
         return output
 

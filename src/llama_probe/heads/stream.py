@@ -10,8 +10,10 @@ import torch
 from .aggregator import State, join_slots, map_state, take_slots
 
 
-# By number of a turn, from 1: the columns that hold its tokens, and which tokens of these columns, `[batch, n]`; `None` if all.
-Turns = dict[int, tuple[slice, torch.Tensor | None]]
+# The columns that hold some tokens, and which tokens of these columns, `[batch, n]` bool; `None` if all.
+Columns = tuple[slice, torch.Tensor | None]
+# The tokens of each segment, by its number from 1.
+Segments = dict[int, Columns]
 
 
 class SlotStates:
@@ -53,15 +55,15 @@ class ProbeState:
     Groups of layers may differ from one chunk of the prompt to the next; each group's state is cut and joined as needed.
 
     Attributes:
-        tokens: token-stage state, of all turns together.
-        turns: token-stage state of each turn, if the head judges it by itself and a row has more than one.
+        tokens: token-stage state, of all segments together.
+        segments: token-stage state of each segment, if the head judges it by itself and a row has more than one.
         means: sums for the mean states; `None` without novelty.
         summaries: `[slots, batch, width]` of slots that have read the last token.
         weights: how much each token counted, `[slots, batch, tokens]`, if `output_attentions`.
     """
 
     tokens: SlotStates
-    turns: list[SlotStates]
+    segments: list[SlotStates]
     means: SlotStates | None
     summaries: SlotStates
     weights: SlotStates
@@ -69,9 +71,9 @@ class ProbeState:
     output_attentions: bool
 
     def joined(self) -> State:
-        """Return what all slots keep of tokens, turns and means, as one; `None` if nothing has been read."""
+        """Return what all slots keep of tokens, segments and means, as one; `None` if nothing has been read."""
         tokens, means = self.tokens.joined(), None if self.means is None else self.means.joined()
-        return None if tokens is None else (tokens, tuple(turn.joined() for turn in self.turns), means)
+        return None if tokens is None else (tokens, tuple(segment.joined() for segment in self.segments), means)
 
 
 def as_slice(places: Sequence[int]) -> slice | list[int]:
@@ -81,20 +83,25 @@ def as_slice(places: Sequence[int]) -> slice | list[int]:
     return slice(places[0], places[-1] + 1, step) if even else list(places)
 
 
-def split_turns(numbers: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> Turns:
-    """Split tokens by the numbers of their turns, `[batch, tokens]` on the CPU; see `number_turns`.
+def split_segments(numbers: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> Segments:
+    """Split tokens by the numbers of their segments, `[batch, tokens]` on the CPU; see `number_segments`.
 
     Args:
         move: brings a mask to the device of the head.
     """
-    turns: Turns = {}
-    for number in numbers[numbers > 0].unique().tolist():
-        mask = numbers == number
-        places = mask.any(dim=0).nonzero().flatten().tolist()
-        columns = slice(places[0], places[-1] + 1)
-        mask = mask[:, columns]
-        turns[number] = columns, None if bool(mask.all()) else move(mask)
-    return turns
+    found = numbers[numbers > 0].unique().tolist()
+    return {number: counted_columns(numbers == number, move) for number in found}
+
+
+def counted_columns(mask: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> Columns:
+    """Return the columns from the first to the last token that counts, `[batch, tokens]` bool on the CPU; see `split_segments`.
+
+    If no token counts, the first column is returned, in which nothing counts.
+    """
+    places = mask.any(dim=0).nonzero().flatten().tolist() or [0]
+    columns = slice(places[0], places[-1] + 1)
+    mask = mask[:, columns]
+    return columns, None if bool(mask.all()) else move(mask)
 
 
 def repeat_rows(state: State, repeats: int) -> State:

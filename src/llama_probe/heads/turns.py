@@ -55,17 +55,6 @@ def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Te
     return torch.from_numpy(mask).to(input_ids.device)
 
 
-def number_turns(mask: torch.Tensor) -> torch.Tensor:
-    """Return the number of the turn of each token that counts, from 1, and 0 for others: tokens side by side are of one turn.
-
-    `[batch, tokens]` bool to long; the mask itself if no row has a second turn.
-    """
-    counted = mask.cpu().numpy()  # on the host, as in `turn_mask`
-    begins = counted & ~np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
-    several = begins.sum(axis=1).max() > 1
-    return torch.from_numpy(begins.cumsum(axis=1) * counted).to(mask.device) if several else mask
-
-
 def _mask(scope: str, begins: dict[str, np.ndarray], known: int) -> np.ndarray:
     """Return `turn_mask` for the places where turns begin, `[batch, tokens + 1]`."""
     user, reply = begins["user"], begins["assistant"]

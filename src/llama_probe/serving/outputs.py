@@ -354,7 +354,7 @@ def asks_for_state(
 
 
 def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
-    differing = (wanted.bool() != kept).any(dim=0).nonzero().flatten()
+    differing = (wanted != kept).any(dim=0).nonzero().flatten()
     if len(differing):
         first = f"the first is number {int(differing[0])}"
         raise ProbeError(f"{what}: of the {kept.shape[1]} tokens that were seen other ones count now; {first}")

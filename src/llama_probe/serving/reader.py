@@ -17,8 +17,8 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.device import device_type
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, judges_turns, tokens_read, turn_numbers
-from ..heads.stream import ProbeState, repeat_rows, split_turns
+from ..heads.scope import check_rows, judges_segments, number_segments, token_mask, tokens_read
+from ..heads.stream import ProbeState, repeat_rows, split_segments
 from .outputs import CachedHead, ProbeCache, TokenScores, on_host
 
 
@@ -73,23 +73,29 @@ class StateReader:
         self._held: list[torch.Tensor] = []  # states of the last of these layers
         self.begin({})
 
-    def begin(self, token_masks: Mapping[str, torch.Tensor], last: bool = True, repeats: int = 1) -> None:
+    def begin(
+        self,
+        token_masks: Mapping[str, torch.Tensor],
+        last: bool = True,
+        repeats: int = 1,
+        segments: Mapping[str, torch.Tensor] = {},
+    ) -> None:
         """Announce a forward pass over n further tokens.
 
         Args:
-            token_masks: for each head the tokens that count, or `turn_numbers`, `[batch, n]`. The LM may run over further columns.
+            token_masks: for each head the tokens that count, `[batch, n]` bool. The LM may run over further columns.
                 Masks of several tokens are on the CPU: columns that no head reads are left out.
             last: no token that counts follows.
             repeats: rows of the LM for each row of the masks: beams or return sequences, which begin alike.
+            segments: `number_segments` of these tokens, `[batch, n]` on the CPU, for the heads that judge several.
         """
         self._seen, self._held, self._last, self._group = [], [], last, 1
         width = next(iter(token_masks.values())).shape[1] if token_masks else 0
         self._rows, self._columns = slice(None, None, repeats), slice(0, width)
-        numbers = {name: mask for name, mask in token_masks.items() if mask.dtype != torch.bool}
-        token_masks = {name: mask.bool() if name in numbers else mask for name, mask in token_masks.items()}
         masks = self._trimmed(token_masks) if width > 1 and not self._whole else token_masks
-        self._turns = {
-            name: split_turns(mask[:, self._columns], partial(self._moved, name)) for name, mask in numbers.items()
+        self._segments = {
+            name: split_segments(numbers[:, self._columns], partial(self._moved, name))
+            for name, numbers in segments.items()
         }
         self._masks = {name: None if mask is None else self._moved(name, mask) for name, mask in masks.items()}
 
@@ -145,17 +151,17 @@ class StateReader:
                     prepared[formats[name]] = head.prepare(x)
             del x
             for name, head in self.heads.items():
-                read = prepared[formats[name]], self._masks[name], self._last, self._turns.get(name)
+                read = prepared[formats[name]], self._masks[name], self._last, self._segments.get(name)
                 head.step(self.states[name], layers, *read)
 
-    def results(self, turns: Mapping[str, torch.Tensor] = {}) -> dict[str, ProbeOutput]:
+    def results(self, counts: Mapping[str, torch.Tensor] = {}) -> dict[str, ProbeOutput]:
         """Score what was read: a `ProbeOutput` of each head.
 
         Args:
-            turns (`[batch]` by name): how many turns each row has, for heads that judge turns.
+            counts (`[batch]` by name): how many segments each row has, for heads that judge several.
         """
         with torch.set_grad_enabled(self._differentiable):
-            return {name: head.finish(self.states[name], turns.get(name)) for name, head in self.heads.items()}
+            return {name: head.finish(self.states[name], counts.get(name)) for name, head in self.heads.items()}
 
 
 class PromptReader:
@@ -190,7 +196,7 @@ class PromptReader:
         host["inputs_embeds"] = embeds
         configs = {name: head.config for name, head in heads.items()}
         self.heads, self.decoder = heads, decoder
-        self.masks = prompt_masks(configs, host, partial_prompt, past, decoder.placeholder_ids)
+        self.masks, self.segments = prompt_masks(configs, host, partial_prompt, past, decoder.placeholder_ids)
         source: Any = embeds if ids is None else ids
         self.prompts, self.length = source.shape[:2]
         self.input_ids: Any = host["input_ids"]  # on the CPU; None for embeddings
@@ -233,10 +239,11 @@ class PromptReader:
             raise ProbeError(_OTHER_PROMPT)
         if ids is not None and self._expected is not None:
             self._ran.append(ids[::repeats, : stop - self.seen])
-        masks = self._read_masks
+        masks, segments = self._read_masks, self.segments
         if (self.seen, stop) != (0, self.length):
             masks = {name: mask[:, self.seen : stop] for name, mask in masks.items()}
-        self._reader.begin(masks, last=stop >= self.length, repeats=repeats)
+            segments = {name: numbers[:, self.seen : stop] for name, numbers in segments.items()}
+        self._reader.begin(masks, last=stop >= self.length, repeats=repeats, segments=segments)
         with capturing(self.decoder, self._reader.on_state, self._reader.layers, whole):
             yield self.decoder.whole(inputs)
         self._reader.end()
@@ -252,8 +259,8 @@ class PromptReader:
         if not self.complete:
             raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
         results = {}
-        turns = {name: mask.amax(dim=1) for name, mask in self.masks.items() if mask.dtype != torch.bool}
-        for name, output in self._reader.results(turns).items():
+        counts = {name: numbers.amax(dim=1) for name, numbers in self.segments.items()}
+        for name, output in self._reader.results(counts).items():
             if self.heads[name].config.token_scope == "tool":
                 results[name] = fill_unread(output, self.masks[name].any(dim=1))
             elif not self._partial_prompt or bool(self.masks[name].any(dim=1).all()):
@@ -267,7 +274,7 @@ class PromptReader:
     def probe_cache(self, repeats: int = 1) -> ProbeCache:
         """Return what the heads keep of the prompts, each row repeated. Needs `return_state`, and ids."""
         heads = {
-            name: CachedHead.create(head, mask.bool().repeat_interleave(repeats, 0), self.state(name, repeats))
+            name: CachedHead.create(head, mask.repeat_interleave(repeats, 0), self.state(name, repeats))
             for (name, head), mask in zip(self.heads.items(), self.masks.values(), strict=True)
         }
         ids, attended = (tensor.repeat_interleave(repeats, 0) for tensor in (self.input_ids, self._attended))
@@ -281,8 +288,8 @@ def prompt_masks(
     seen: int = 0,
     placeholder_ids: Sequence[int] = (),
     first_row: int = 0,
-) -> dict[str, torch.Tensor]:
-    """Return for each head, by name, the prompt tokens that count, or `turn_numbers`: `[prompts, prompt_tokens]`.
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return by head the prompt tokens that count, and `number_segments` where a head judges several: `[prompts, prompt_tokens]`.
 
     `inputs` has `input_ids` or `inputs_embeds`, and may have `attention_mask` and `probe_mask`. Errors count from `first_row`.
 
@@ -309,19 +316,26 @@ def prompt_masks(
     )
     chosen = None if probe_mask is None else probe_mask.bool() & attended
     masks: dict[str, torch.Tensor] = {}
-    masks_by_scope: dict[str, torch.Tensor] = {}  # each is checked once
+    segments: dict[str, torch.Tensor] = {}
+    by_scope: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # each is checked once
     for name, config in configs.items():
-        scope = repr((config.token_scope, config.prefix_ids, config.turn_markers, judges_turns(config)))
-        if (mask := masks_by_scope.get(scope)) is None:
-            mask = turn_numbers(config, input_ids, attended, partial_prompt, seen) if chosen is None else chosen
-            if chosen is None and placeholder_ids and input_ids is not None:
-                others = torch.tensor(placeholder_ids, device=input_ids.device)
-                mask = mask.masked_fill(torch.isin(input_ids, others), 0)
+        scope = repr((config.token_scope, config.prefix_ids, config.turn_markers, judges_segments(config)))
+        if scope not in by_scope:
+            mask, numbers = chosen, None
+            if mask is None:
+                mask = token_mask(config, input_ids, attended, partial_prompt, seen)
+                numbers = number_segments(config, mask)
+                if placeholder_ids and input_ids is not None:
+                    is_placeholder = torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
+                    mask = mask & ~is_placeholder
+                    numbers = None if numbers is None else numbers.masked_fill(is_placeholder, 0)
             if not partial_prompt:
                 check_rows(mask, config, first_row)
-            masks_by_scope[scope] = mask
-        masks[name] = mask
-    return masks
+            by_scope[scope] = mask, numbers
+        masks[name], numbers = by_scope[scope]
+        if numbers is not None:
+            segments[name] = numbers
+    return masks, segments
 
 
 class ReplyReader:

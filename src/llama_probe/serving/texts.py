@@ -80,8 +80,8 @@ def classify_texts(
                 inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, encoded.masks)), batch_first=True)
             passes = [Pass(list(range(len(ids))))]
             if not output_attentions:
-                masks = prompt_masks({name: configs[name] for name in names}, inputs, first_row=first)
-                read = [tokens_read(configs[name], mask).bool() for name, mask in masks.items()]
+                masks, _ = prompt_masks({name: configs[name] for name in names}, inputs, first_row=first)
+                read = [tokens_read(configs[name], mask) for name, mask in masks.items()]
                 passes = plan_passes(model, ids, torch.stack(read).any(dim=0).int().argmax(dim=1).tolist())
             for each in passes:
                 rows, width = each.rows, max(len(ids[row]) for row in each.rows)

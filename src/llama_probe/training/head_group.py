@@ -14,7 +14,7 @@ from ..data.cached_states import SharedStates, shared_config
 from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel, without_autocast
-from ..heads.scope import check_rows, turn_numbers
+from ..heads.scope import check_rows, number_segments, token_mask
 
 
 @dataclass
@@ -62,6 +62,7 @@ class HeadGroup(nn.Module):
         row_weights: torch.Tensor | None = None,
         learned_by: torch.Tensor | None = None,
         reply_mask: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
     ) -> GroupOutput:
         """Score a batch of `collate` with each head.
 
@@ -70,13 +71,16 @@ class HeadGroup(nn.Module):
                 chosen by: in eval mode the logits of others are not numbers. Defaults to all.
         """
         if hidden_states is None:
-            mask = turn_numbers(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
+            if probe_mask is None:
+                probe_mask = token_mask(self.config, input_ids, attention_mask)
+                segments = number_segments(self.config, probe_mask)
+            mask = probe_mask
             states = torch.stack(collect_hidden_states(self.backbone, self.layers, input_ids, attention_mask))
         else:
             states, mask = hidden_states.transpose(0, 1), attention_mask if probe_mask is None else probe_mask
         has_all = len(states) > len(self.layers)
         shared = SharedStates(states, range(self.config.num_hidden_layers + 1) if has_all else self.layers)
-        mask = mask.to(next(self.parameters()).device)
+        mask = mask.to(next(self.parameters()).device).bool()
         check_rows(mask)
         outputs: dict[str, ProbeOutput] = {}
         for index, (name, head) in enumerate(self.heads.items()):
@@ -84,7 +88,7 @@ class HeadGroup(nn.Module):
                 torch.manual_seed(torch.initial_seed())  # the Trainer sets a seed for each step
             with without_autocast(mask.device):
                 if reply_mask is None:
-                    outputs[name] = head.score(shared(head), mask)
+                    outputs[name] = head.score(shared(head), mask, segments)
                 else:
                     outputs[name] = head.score_replies(shared(head), mask, reply_mask)
             outputs[name].row_weights = row_weights

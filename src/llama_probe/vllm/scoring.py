@@ -14,8 +14,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from ..errors import ProbeError
 from ..heads.decision import fill_unread
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, turn_numbers
-from ..heads.stream import ProbeState, split_turns
+from ..heads.scope import check_rows, number_segments, token_mask
+from ..heads.stream import ProbeState, counted_columns, split_segments
 from .state_cache import StateCache
 from .step_scores import Places
 
@@ -37,7 +37,7 @@ class ScoringRequest:
         block_ids: where the tokens lie, in order.
         heads: names of those whose scores of the prompt are wanted; `None` if the prompt was scored before.
         slot: where heads that follow the reply keep their states; `None` if none do.
-        masks: for each head that can read it the tokens that count, or `turn_numbers`, `[num_tokens]`. Set by `Scorer`.
+        masks: for each head that can read it the tokens that count, `[num_tokens]` bool. Set by `Scorer`.
     """
 
     request_id: str
@@ -117,7 +117,7 @@ class Scorer:
         lengths = torch.tensor([request.num_tokens for request in requests])
         width = int(lengths.max())
         masks = {
-            name: pad_sequence([request.masks[name].long() for request in requests], batch_first=True)
+            name: pad_sequence([request.masks[name] for request in requests], batch_first=True)
             for name in requests[0].masks
         }  # [prompts, width] each
         blocks = pad_sequence([torch.tensor(request.block_ids) for request in requests], batch_first=True)
@@ -125,25 +125,32 @@ class Scorer:
         padding = async_tensor_h2d(torch.arange(width) >= lengths[:, None], self.device)
         splits = self.block_size // self.kernel_block_size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1)
-        states = self._read(masks, async_tensor_h2d(blocks, self.device), padding)
+        numbers = {name: number_segments(self.heads[name].config, mask) for name, mask in masks.items()}
+        segments = {name: part for name, part in numbers.items() if part is not None}
+        states = self._read(masks, segments, async_tensor_h2d(blocks, self.device), padding)
         if requests[0].slot is not None:
             slots = async_tensor_h2d([request.slot for request in requests], self.device)
             for name in states.keys() & self.followers.keys():
                 self.states.put(name, slots, states[name].joined())
         logits = {}
         for name, state in states.items():
-            turns = masks[name].amax(dim=1)
-            output = self.heads[name].finish(state, async_tensor_h2d(turns, self.device))
-            logits[name] = fill_unread(output, turns > 0, async_tensor_h2d).logits
+            counts = None if name not in segments else async_tensor_h2d(segments[name].amax(dim=1), self.device)
+            output = self.heads[name].finish(state, counts)
+            logits[name] = fill_unread(output, masks[name].any(dim=1), async_tensor_h2d).logits
         return logits
 
     def _read(
-        self, masks: dict[str, torch.Tensor], blocks: torch.Tensor, padding: torch.Tensor
+        self,
+        masks: dict[str, torch.Tensor],
+        segments: dict[str, torch.Tensor],
+        blocks: torch.Tensor,
+        padding: torch.Tensor,
     ) -> dict[str, ProbeState]:
         """Return what heads have read of prompts in blocks `[prompts, blocks]`.
 
         Args:
-            masks: for each head the tokens that count, or `turn_numbers`, `[prompts, width]` on the CPU.
+            masks: for each head the tokens that count, `[prompts, width]` bool on the CPU.
+            segments: `number_segments` of the heads that judge several, `[prompts, width]` on the CPU.
             padding: the tokens that belong to no prompt, `[prompts, width]`.
         """
         states = {name: self.heads[name].init_state(keep=name in self.followers) for name in masks}
@@ -155,19 +162,21 @@ class Scorer:
             numbers = self.cache.read(blocks[:, start // size : -(-tokens.stop // size)])  # blocks are read whole
             numbers = numbers[:, : tokens.stop - start].masked_fill(padding[:, tokens, None], 0)
             for name, state in states.items():
-                head, turns = self.heads[name], masks[name][:, tokens]
+                head = self.heads[name]
                 # A part in which no token counts may be the last: its first token is read, and counts for nothing.
-                columns, mask = split_turns(turns.clamp_max(1), move).get(1) or (slice(0, 1), move(turns[:, :1] > 0))
+                columns, mask = counted_columns(masks[name][:, tokens], move)
                 x = self.plan.inputs(name, numbers[:, columns])
-                several = split_turns(turns[:, columns], move) if int(masks[name].max()) > 1 else None
-                head.step(state, head.layer_indices, x, mask, tokens.stop == width, several)
+                parts = None
+                if name in segments:
+                    parts = split_segments(segments[name][:, tokens][:, columns], move)
+                head.step(state, head.layer_indices, x, mask, tokens.stop == width, parts)
         return states
 
     def _mask(self, head: ProbeModel, request: ScoringRequest) -> torch.Tensor:
         prompt = torch.zeros(1, request.num_prompt_tokens, dtype=torch.bool)
         if head.config.token_scope != "response":
             ids = None if request.token_ids is None else torch.tensor([request.token_ids])
-            prompt = turn_numbers(head.config, ids, torch.ones_like(prompt, dtype=torch.long))
+            prompt = token_mask(head.config, ids, torch.ones_like(prompt, dtype=torch.long))
         mask = F.pad(prompt, (0, request.num_tokens - request.num_prompt_tokens), value=head.config.reads_reply)
         check_rows(mask, head.config)
         return mask[0]
