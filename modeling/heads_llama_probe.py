@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from .configuration_llama_probe import TURN_SCOPES, ProbeConfig, ProbeError, get_probe_type, register_probe_type
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from torch import nn
 from transformers.utils import logging
 from typing import Any, ClassVar, TypedDict
@@ -16,27 +15,6 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-
-"""Choices that depend on the kind of device: few operations on an accelerator, small tensors on a CPU."""
-
-_ACTING_AS: str | None = None
-
-
-def device_type(device: torch.device) -> str:
-    """Return the type of device, such as `"cpu"` or `"cuda"`, that choices are made for."""
-    return _ACTING_AS or device.type
-
-
-@contextmanager
-def acting_as(kind: str) -> Generator[None]:
-    """Make the choices of another type of device inside the block, in all threads. For counting operations."""
-    global _ACTING_AS
-    before, _ACTING_AS = _ACTING_AS, torch.device(kind).type
-    try:
-        yield
-    finally:
-        _ACTING_AS = before
 
 
 """The base class of all kinds of head, and operations on hidden states and on what kinds keep of them.
@@ -506,7 +484,7 @@ _SAFE = 60.0
 
 def suits(query: torch.Tensor) -> bool:
     """Return True if `mean_attention` is faster than `scaled_dot_product_attention` for queries `[P, heads, N, d]`."""
-    on_cpu = device_type(query.device) == "cpu"
+    on_cpu = query.device.type == "cpu"
     return on_cpu and query.shape[-2] >= _LEAST_ITEMS and not torch.is_grad_enabled()
 
 
@@ -677,7 +655,7 @@ class AttentionAggregator(LowRankAggregator):
     def _attend(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Return what each item gathers: `[S, B, N, 3 d_inner]` to `[S * B, heads, N, d_inner / heads]`."""
         # An accelerator's kernels, and those with gradients, have fast paths for multiples of eight dimensions alone.
-        fast = torch.is_grad_enabled() or device_type(qkv.device) != "cpu"
+        fast = torch.is_grad_enabled() or qkv.device.type != "cpu"
         query, key, value = self._split(qkv, padding=-self.head_size % 8 if fast else 0)
         attention_mask = None
         if mask is not None:  # every query of a row sees that row's valid keys

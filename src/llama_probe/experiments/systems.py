@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,7 +18,6 @@ from ..backbone.loading import choose_device, load_backbone, model_id, resolve_b
 from ..errors import ProbeError, first_line
 from ..files import JSON, environment
 from ..heads.configuration import ProbeConfig
-from ..heads.device import acting_as
 from ..serving.auto import AutoModelForProbedGeneration
 from .benchmark_options import SHAPE, BenchmarkOptions
 from .meters import Meter, Timing, peak_memory, spread, time_pairs
@@ -154,7 +154,7 @@ def count_operations(systems: Systems, tokens: Sequence[int], as_device: str = "
             systems.serve(name, prompt, new_tokens, lambda: marks.append(meter.operations))
         return [*marks, meter.operations]
 
-    with acting_as(as_device):
+    with nullcontext(as_device):
         marks = {name: count(name, min(tokens), 3) for name in systems.heads}
         steps = {name: third - second for name, (_, second, third, _) in marks.items()}
         for length in tokens:

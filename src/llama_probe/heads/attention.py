@@ -11,7 +11,6 @@ from torch import nn
 from ..errors import ProbeError
 from .aggregator import State, masked_max, masked_mean, register_probe_type
 from .configuration import ProbeConfig
-from .device import device_type
 from .low_rank import LowRankAggregator
 from .mean_attention import mean_attention, suits
 from .pooling import PoolingAggregator
@@ -140,7 +139,7 @@ class AttentionAggregator(LowRankAggregator):
     def _attend(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Return what each item gathers: `[S, B, N, 3 d_inner]` to `[S * B, heads, N, d_inner / heads]`."""
         # An accelerator's kernels, and those with gradients, have fast paths for multiples of eight dimensions alone.
-        fast = torch.is_grad_enabled() or device_type(qkv.device) != "cpu"
+        fast = torch.is_grad_enabled() or qkv.device.type != "cpu"
         query, key, value = self._split(qkv, padding=-self.head_size % 8 if fast else 0)
         attention_mask = None
         if mask is not None:  # every query of a row sees that row's valid keys

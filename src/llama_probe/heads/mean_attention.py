@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from .device import device_type
-
 
 # Items below which the fewest calls are fastest.
 _LEAST_ITEMS = 48
@@ -17,7 +15,7 @@ _SAFE = 60.0
 
 def suits(query: torch.Tensor) -> bool:
     """Return True if `mean_attention` is faster than `scaled_dot_product_attention` for queries `[P, heads, N, d]`."""
-    on_cpu = device_type(query.device) == "cpu"
+    on_cpu = query.device.type == "cpu"
     return on_cpu and query.shape[-2] >= _LEAST_ITEMS and not torch.is_grad_enabled()
 
 

@@ -15,7 +15,6 @@ from ..errors import ProbeError
 from ..heads.aggregator import State
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, fill_unread
-from ..heads.device import device_type
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, judges_segments, number_segments, token_mask, tokens_read
 from ..heads.stream import ProbeState, repeat_rows, split_segments
@@ -38,7 +37,7 @@ def state_budget(device: torch.device) -> int:
 
     On an accelerator each operation is a kernel launch: few large groups are fastest. On a CPU a group must fit the cache.
     """
-    return 4 * _MIB if device_type(device) == "cpu" else 128 * _MIB
+    return 4 * _MIB if device.type == "cpu" else 128 * _MIB
 
 
 class StateReader:
