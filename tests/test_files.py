@@ -79,7 +79,7 @@ def test_a_save_that_begins_while_the_state_of_a_folder_is_taken_changes_it(tmp_
         for name in ("stat", "listdir"):
             patch.setattr(files.os, name, partial(then_save, getattr(os, name)))
         before = files.folder_state(tmp_path, "a")
-    files.settle(tmp_path)
+    files.finish_interrupted_save(tmp_path)
     assert files.folder_state(tmp_path, "a") != before, "what was read in between may be of both"
 
 

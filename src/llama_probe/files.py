@@ -84,7 +84,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, content: Content) -> None:
     """Write a file under a temporary name, then rename it; on an error it does not change."""
-    settle(path.parent)  # else a file that a killed save has left would replace a newer one later
+    finish_interrupted_save(path.parent)  # else a file that a killed save has left would replace a newer one later
     with _staged(path.parent, {path.name: content}) as stage, _explained(path):
         (stage / path.name).replace(path)
 
@@ -93,14 +93,14 @@ def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str
     """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones.
 
     The new files are written into a folder of their own. Its rename to `PENDING` is the step. Then they are moved to their
-    places; `current_file` finds a file before and after its move, and `settle` moves those that a kill has left.
+    places; `current_file` finds a file before and after its move, and `finish_interrupted_save` moves those that a kill has left.
 
     Raises:
         ProbeError: a file cannot be written. No file has changed then.
     """
     with _staged(folder, contents, gone) as stage:
         for _ in range(100):
-            settle(folder)
+            finish_interrupted_save(folder)
             try:
                 stage.rename(folder / PENDING)
                 break
@@ -109,7 +109,7 @@ def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str
                     raise ProbeError(f"{folder} cannot be written: {error.strerror}") from error
         else:
             raise ProbeError(f"{folder} cannot be written: others save into it all the time")
-    settle(folder)
+    finish_interrupted_save(folder)
 
 
 def current_file(folder: str | os.PathLike, name: str) -> Path:
@@ -133,15 +133,15 @@ def folder_state(folder: str | os.PathLike, name: str) -> tuple:
     return identity, pending
 
 
-def settle(folder: str | os.PathLike) -> None:
+def finish_interrupted_save(folder: str | os.PathLike) -> None:
     """Move the files that a killed `replace_files` has left in `PENDING` to their places."""
     folder = Path(folder)
     pending = folder / PENDING
     if not pending.is_dir() or pending.is_symlink():
         return
-    with _explained(folder), suppress(FileNotFoundError):  # another process settles the folder, and was faster
+    with _explained(folder), suppress(FileNotFoundError):  # another process finishes the save, and was faster
         for name in sorted(os.listdir(pending)):
-            with suppress(FileNotFoundError):  # another process settles the folder, too
+            with suppress(FileNotFoundError):  # another process finishes the save, too
                 if name.endswith(_GONE):
                     (folder / name.removesuffix(_GONE)).unlink(missing_ok=True)
                     (pending / name).unlink()

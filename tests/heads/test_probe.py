@@ -343,16 +343,19 @@ def test_states_in_any_form_and_dtype():
     assert probe.to("meta").device.type == "meta"
 
 
-def test_the_backbone_is_frozen_and_outside_the_module_tree():
+def test_the_backbone_stays_outside_the_module_tree_and_as_trainable_as_it_was():
     lm = probed({"own": make_probe()})
-    probe = ProbeModel(ProbeConfig(downcast=4), backbone=lm).train()
+    lm.model.embed_tokens.requires_grad_(False)
+    trainable = {name: parameter.requires_grad for name, parameter in lm.named_parameters()}
+    probe = ProbeModel(ProbeConfig(downcast=4), backbone=lm.train()).train()
     assert probe.config.hidden_size == HIDDEN and probe.config.num_hidden_layers == LAYERS
     assert not any("backbone" in name for name in probe.state_dict()) and not lm.training
     assert all(parameter.requires_grad for parameter in probe.parameters())
-    assert all(parameter.requires_grad == ("probes" in name) for name, parameter in lm.named_parameters())
+    assert {name: parameter.requires_grad for name, parameter in lm.named_parameters()} == trainable
     lm.probes["own"].set_backbone(lm)
     lm.probes["own"](make_prompts(), labels=torch.tensor([0, 1, 0])).loss.backward()
-    assert lm.probes["own"].classifier.weight.grad is not None, "an attached head can be trained on"
+    learned = {name for name, parameter in lm.named_parameters() if parameter.grad is not None}
+    assert learned == {name for name, _ in lm.named_parameters() if name.startswith("probes.own.")}
 
 
 def test_dropouts_act_in_training_only():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_probe, read_head, save_head
 from hub_server.heads import same_weights
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from llama_probe import ProbeError
@@ -21,7 +22,15 @@ from llama_probe.files import PENDING
 from llama_probe.heads import probe_types
 from llama_probe.heads.configuration import read_config
 from llama_probe.hub.card import write_card
-from llama_probe.hub.folder import CONFIG_NAME, PLOT_NAMES, RECIPE_NAME, RESULTS_NAME, WEIGHTS_NAME, list_heads
+from llama_probe.hub.folder import (
+    CARD_NAME,
+    CONFIG_NAME,
+    PLOT_NAMES,
+    RECIPE_NAME,
+    RESULTS_NAME,
+    WEIGHTS_NAME,
+    list_heads,
+)
 
 
 @pytest.fixture
@@ -75,9 +84,23 @@ def test_a_folder_without_a_head_keeps_its_files(tmp_path):
     assert (tmp_path / RESULTS_NAME).read_text() == "{}"
 
 
-def test_a_card_that_breaks_keeps_no_head_from_being_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_probe.heads.saving.renew_card", lambda *_: 1 / 0)
-    assert same_weights(read_head(save_head(make_probe(), tmp_path / "head")), make_probe())
+@pytest.mark.parametrize("breaks", [{}, {"renew_card": lambda *_: 1 / 0}], ids=["results", "template"])
+def test_a_card_that_cannot_be_made_is_said_and_the_old_one_kept(folder, monkeypatch, caplog, breaks):
+    """Its licence and tags go into the next card."""
+    card = ModelCard.load(folder / CARD_NAME)
+    card.data.license = "mit"
+    card.save(folder / CARD_NAME)
+    before = (folder / CARD_NAME).read_text()
+    other = make_probe(seed=1)
+    other.results = {"of": "another version"}
+    with monkeypatch.context() as patch:
+        for name, value in breaks.items():
+            patch.setattr(f"llama_probe.heads.saving.{name}", value)
+        save_head(other, folder)
+    assert same_weights(read_head(folder), other) and (folder / CARD_NAME).read_text() == before
+    assert "README.md stays as it was: " in caplog.text and len(caplog.text.strip().splitlines()) == 1
+    save_head(make_probe(), folder)
+    assert ModelCard.load(folder / CARD_NAME).data.license == "mit"
 
 
 def test_a_head_that_is_read_while_others_are_saved(tmp_path):

@@ -29,7 +29,7 @@ from .decision import ProbeOutput, probe_loss, strongest
 from .match import check_backbone, describe, match
 from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
-from .saving import read_settled, read_tensors, save_head
+from .saving import read_consistently, read_tensors, save_head
 from .scope import check_rows, judges_segments, number_segments, token_mask
 from .stream import ProbeState, Segments, SlotStates, as_slice, split_segments
 
@@ -64,9 +64,9 @@ class ProbeModel(nn.Module):
 
     Args:
         config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.
-        backbone (`PreTrainedModel`, *optional*): the frozen LM that turns `input_ids` into states in `forward`. It is
-            kept outside the module tree, so that `state_dict`, optimizers and checkpoints see only the head. It is set
-            to eval mode and its parameters are frozen, but those of attached heads.
+        backbone (`PreTrainedModel`, *optional*): the LM that turns `input_ids` into states in `forward`, without gradients.
+            It is kept outside the module tree, so that `state_dict`, optimizers and checkpoints see only the head. It is set to
+            eval mode, and its parameters stay as they are: LoRA weights that are being trained can be trained on.
 
     Attributes:
         results: what was measured of the head, as in the `results.json` of its folder; `None` where nothing was.
@@ -102,12 +102,12 @@ class ProbeModel(nn.Module):
         self.set_backbone(backbone)
 
     def set_backbone(self, backbone: nn.Module | None) -> None:
-        """Set the frozen LM that turns `input_ids` into hidden states in `forward`, or None. Copies of the head have none."""
+        """Set the LM that turns `input_ids` into hidden states, or None, and put it into eval mode.
+
+        Copies of the head have no LM. The LM's parameters are not frozen: `forward` runs it without gradients.
+        """
         if backbone is not None:
             match(backbone, self.config)
-            for name, parameter in backbone.named_parameters():
-                if "probes" not in name.split("."):  # attached heads, of which this may be one
-                    parameter.requires_grad_(False)
             backbone.eval()
         object.__setattr__(self, "backbone", backbone)
 
@@ -149,7 +149,7 @@ class ProbeModel(nn.Module):
         """Load a head from a folder, from the Hub, or by its alias (see `resolve_head`), on the CPU and in eval mode.
 
         Args:
-            backbone: the frozen LM that aliases are for, and that turns `input_ids` into states in `forward`.
+            backbone: the LM that aliases are for, and that turns `input_ids` into states in `forward`.
             subfolder: as in `load_probe`.
             options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`; see `HubOptions`.
 
@@ -173,7 +173,7 @@ class ProbeModel(nn.Module):
     ) -> ProbeModel:
         """Load a head for a backbone that need not be loaded; see `resolve_head`."""
         folder = resolve_head(source, target, options)
-        probe = read_settled(folder, lambda: cls._read(folder))
+        probe = read_consistently(folder, lambda: cls._read(folder))
         probe.alias = bundled_alias(source, folder)
         return probe.eval()
 
@@ -194,7 +194,7 @@ class ProbeModel(nn.Module):
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> Path:
         """Write config, weights, results and a card into a folder, and nothing of the backbone.
 
-        A card that a person wrote or edited is kept. Results of another version give no card.
+        A card that a person wrote or edited is kept. If no card can be made, a warning says why, and the old one is kept.
 
         Raises:
             ProbeError: the folder cannot be made or written into.

@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from transformers.utils import logging
 
-from ..errors import ProbeError
+from ..errors import ProbeError, first_line
 from ..files import (
     JSON,
     Content,
@@ -89,10 +88,11 @@ def save_head(
             plots = [name for name in PLOT_NAMES if current_file(folder, name).is_file()]
             kept.append(RECIPE_NAME)
     kept += plots
-    with suppress(Exception):  # no card keeps a head from being saved; exported code has none for cards
-        if not has_own_card(folder):
-            kept.remove(CARD_NAME)
+    if not has_own_card(folder):
+        try:
             contents[CARD_NAME] = str(renew_card(folder, saved.to_dict(), results, plots)).encode()
+        except Exception as error:  # a card must not keep a head from being saved
+            logger.warning(f"the head is saved, and {folder / CARD_NAME} stays as it was: {first_line(error)}")
     remove_leftovers(folder)
     # In a folder without a head they are the user's.
     gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
@@ -107,7 +107,7 @@ def _is_same_training(folder: Path, results: JSON) -> bool:
         return False
 
 
-def read_settled(folder: Path, read: Callable[[], T]) -> T:
+def read_consistently(folder: Path, read: Callable[[], T]) -> T:
     """Call a function that reads a head folder, and again if another process saved a head into it meanwhile."""
     for _ in range(_TRIES):
         before = folder_state(folder, CONFIG_NAME)
