@@ -259,7 +259,7 @@ def test_measures_of_before_a_calibration_are_said_to_be(folder):
     assert "(in brackets).\n\n|" in text
     measured["parts"][0]["twin"] = "a"
     (folder / "results.json").write_text(json.dumps(results))
-    assert "(in brackets). A twin was trained" in create_card(folder).content
+    assert "(in brackets). An ablation was trained" in create_card(folder).content
 
 
 def test_values_are_measured_by_the_variance_they_explain(tmp_path):

@@ -266,7 +266,7 @@ class ProbeModel(nn.Module):
             raise ProbeError("give either input_ids (with a backbone) or hidden_states")
         with without_autocast(self.device):
             if reply_mask is None:
-                output = self.score(self.normalize(x), mask, segments, output_attentions)
+                output = self.score(self.normalize(x), mask, output_attentions, segments)
             else:
                 output = self.score_replies(self.normalize(x), mask, reply_mask)
         output.row_weights = row_weights
@@ -287,8 +287,8 @@ class ProbeModel(nn.Module):
         self,
         x: torch.Tensor,
         mask: torch.Tensor | None = None,
-        segments: torch.Tensor | None = None,
         output_attentions: bool = False,
+        segments: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """Score normalised states, which several heads can share.
 

@@ -88,7 +88,7 @@ class HeadGroup(nn.Module):
                 torch.manual_seed(torch.initial_seed())  # the Trainer sets a seed for each step
             with without_autocast(mask.device):
                 if reply_mask is None:
-                    outputs[name] = head.score(shared(head), mask, segments)
+                    outputs[name] = head.score(shared(head), mask, segments=segments)
                 else:
                     outputs[name] = head.score_replies(shared(head), mask, reply_mask)
             outputs[name].row_weights = row_weights
