@@ -15,23 +15,23 @@ from llama_probe.heads.registry import get_probe_type
 from llama_probe.heads.split import split_head
 
 
-KINDS = probe_types()
+HEAD_TYPES = probe_types()
 
 
 @st.composite
 def cases(draw):
-    """Heads of any kind and shape, states, a mask with padding on both sides and holes, and a way to cut the prompt."""
+    """Heads of any type and shape, states, a mask with padding on both sides and holes, and a way to cut the prompt."""
     heads = draw(st.sampled_from([1, 2, 3]))
     inner = heads * draw(st.integers(1, 3))
     downcast = draw(st.integers(1, 3))
     layers = draw(st.integers(1, 5))
     batch, tokens = draw(st.integers(1, 4)), draw(st.integers(1, 12))
     picked = draw(st.one_of(st.just("all"), st.lists(st.integers(0, layers), min_size=1, unique=True)))
-    kind = draw(st.sampled_from(KINDS))
+    head_type = draw(st.sampled_from(HEAD_TYPES))
     options = {"num_maxima": draw(st.integers(1, 3)), "num_members": draw(st.integers(1, 3))}
     config = {
-        "probe_type": kind,
-        "options": options if kind == "multimax" else {},
+        "probe_type": head_type,
+        "options": options if head_type == "multimax" else {},
         "pool": draw(st.sampled_from(["mean", "max"])),
         "causal": draw(st.booleans()),
         "normalize": draw(st.sampled_from(["none", "layernorm", "rms"])),
@@ -175,9 +175,9 @@ def test_replies_are_scored_token_by_token_as_they_are_streamed(case, blocks, le
         assert torch.cdist(output.logits[row : row + 1], found, p=torch.inf).min() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["multimax", "mha"])
-def test_segments_are_told_apart_by_their_numbers_alone(kind):
-    probe = make_probe(probe_type=kind, token_scope="user")
+@pytest.mark.parametrize("head_type", ["multimax", "mha"])
+def test_segments_are_told_apart_by_their_numbers_alone(head_type):
+    probe = make_probe(probe_type=head_type, token_scope="user")
     states = torch.randn(LAYERS + 1, 2, 9, HIDDEN).unbind()
     numbers = torch.tensor([[0, 1, 1, 0, 2, 2, 2, 3, 0], [1, 1, 1, 0, 0, 2, 2, 0, 0]])
     mask = numbers > 0
@@ -228,38 +228,38 @@ def test_weights_are_distributions(case):
         torch.testing.assert_close(again, weights, atol=1e-5, rtol=1e-5)
 
 
-def expected_size(kind, layers, hidden, downcast, labels):
+def expected_size(head_type, layers, hidden, downcast, labels):
     aggregators = {
         "pooling": 0,
         "last": 0,
         "gate": (layers + 2) * hidden,
         "mha": (layers + 2) * 4 * hidden * (hidden // downcast),
     }
-    if kind == "multimax":
+    if head_type == "multimax":
         return (layers + 1) * 16 * (4 * (hidden + labels + 1) + 1) + labels
-    return aggregators[kind] + hidden * labels + labels
+    return aggregators[head_type] + hidden * labels + labels
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if get_probe_type(kind).reads_half])
-def test_a_long_prompt_in_half_precision_has_finite_scores(kind):
+@pytest.mark.parametrize("head_type", [head_type for head_type in HEAD_TYPES if get_probe_type(head_type).reads_half])
+def test_a_long_prompt_in_half_precision_has_finite_scores(head_type):
     """A sum over its tokens would be larger than fp16 can say."""
-    stage = make_probe(probe_type=kind).token_stage
+    stage = make_probe(probe_type=head_type).token_stage
     torch.manual_seed(0)
     x = torch.full((LAYERS + 1, 1, 5000, HIDDEN), 20.0) + torch.randn(LAYERS + 1, 1, 5000, HIDDEN)
     half, whole = (stage.result(stage.update(None, part, None, slice(None)), slice(None)) for part in (x.half(), x))
     torch.testing.assert_close(half, whole, rtol=0.05, atol=0.3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("head_type", HEAD_TYPES)
 @pytest.mark.parametrize("layers, hidden, downcast, labels", [(4, 32, 4, 2), (30, 576, 32, 6)])
-def test_parameter_counts_follow_the_paper(kind, layers, hidden, downcast, labels):
+def test_parameter_counts_follow_the_paper(head_type, layers, hidden, downcast, labels):
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "downcast": downcast, "num_labels": labels}
-    probe = ProbeModel(ProbeConfig(probe_type=kind, num_attention_heads=1, **sizes))
-    assert probe.num_parameters() == expected_size(kind, layers, hidden, downcast, labels)
+    probe = ProbeModel(ProbeConfig(probe_type=head_type, num_attention_heads=1, **sizes))
+    assert probe.num_parameters() == expected_size(head_type, layers, hidden, downcast, labels)
 
 
 class TestAgainstThePaper:
-    """Each kind beside a slow transcription of its definition, one row and one layer at a time."""
+    """Each head type beside a slow transcription of its definition, one row and one layer at a time."""
 
     hidden = 8
 
@@ -317,9 +317,11 @@ class TestAgainstThePaper:
         assert out.layer_weights.tolist() == [[1.0]] and out.token_weights.tolist() == [[[0, 0, 0, 1, 0]]]
 
 
-@pytest.mark.parametrize("kind", ["gate", "mha"])
-def test_an_untrained_head_attends_to_all_tokens_alike(kind):
-    probe = ProbeModel(ProbeConfig(probe_type=kind, hidden_size=HIDDEN, num_hidden_layers=LAYERS, downcast=4)).eval()
+@pytest.mark.parametrize("head_type", ["gate", "mha"])
+def test_an_untrained_head_attends_to_all_tokens_alike(head_type):
+    probe = ProbeModel(
+        ProbeConfig(probe_type=head_type, hidden_size=HIDDEN, num_hidden_layers=LAYERS, downcast=4)
+    ).eval()
     out = probe(hidden_states=[torch.randn(2, 6, HIDDEN) for _ in range(LAYERS + 1)], output_attentions=True)
     torch.testing.assert_close(out.token_weights, torch.full((2, LAYERS + 1, 6), 1 / 6))
     torch.testing.assert_close(out.layer_weights, torch.full((2, LAYERS + 1), 1 / (LAYERS + 1)))

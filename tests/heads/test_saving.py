@@ -43,9 +43,9 @@ def change_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), "config_sha256": None, **changes}))
 
 
-@pytest.mark.parametrize("kind", probe_types())
-def test_round_trip_is_bit_exact(tmp_path, kind):
-    probe = make_probe(probe_type=kind, num_labels=3, layers=[0, 2, 4], prefix_ids=[5, 6], token_scope="content")
+@pytest.mark.parametrize("head_type", probe_types())
+def test_round_trip_is_bit_exact(tmp_path, head_type):
+    probe = make_probe(probe_type=head_type, num_labels=3, layers=[0, 2, 4], prefix_ids=[5, 6], token_scope="content")
     back = read_head(save_head(probe, tmp_path / "one"))
     assert not back.training and back.state_dict().keys() == probe.state_dict().keys()
     assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in probe.state_dict().items())

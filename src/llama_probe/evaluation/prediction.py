@@ -95,7 +95,9 @@ def score_rows(
     for rows, shared, mask, segments in states_for(probes, dataset):
         check_rows(mask, probes[0].config)
         with torch.no_grad():
-            outputs = [probe.score(shared(probe), mask.to(probe.device), segments=segments, **kwargs) for probe in probes]
+            outputs = [
+                probe.score(shared(probe), mask.to(probe.device), segments=segments, **kwargs) for probe in probes
+            ]
         filled = [fill_unread(output, mask.any(dim=1)) for output in outputs]
         parts = [part for output in filled for part in tensors_of(output) if part is not None]
         tensors = tensors or [torch.zeros(len(dataset), *part.shape[1:]) for part in parts]

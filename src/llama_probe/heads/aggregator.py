@@ -1,4 +1,4 @@
-"""The base class of all kinds of head, and operations on hidden states and on what kinds keep of them.
+"""The base class of all head types, and operations on hidden states and on the states that head types keep.
 
 Dimension letters used in all files of this folder:
     S  slots: L+1 layers in the token stage, 1 in the layer stage
@@ -17,10 +17,10 @@ from torch import nn
 
 from ..errors import ProbeError
 from .configuration import ProbeConfig
-from .registry import get_probe_type, register_probe_type  # noqa: F401 - for the kinds
+from .registry import get_probe_type, register_probe_type  # noqa: F401 - for the head types
 
 
-# The state of a kind: a tensor `[S, B, ...]`, `None`, or a tuple or list of these.
+# What a head type keeps of the items that it has read: a tensor `[S, B, ...]`, `None`, or a tuple or list of these.
 State = Any
 
 
@@ -47,11 +47,11 @@ class Classifier(nn.Module):
 class Aggregator(nn.Module, ABC):
     """Summarise N items into one vector, for several slots side by side.
 
-    The same kind serves both stages, unless `create_layer_stage` says otherwise: the token stage has one slot a layer, with
+    The same head type serves both stages, unless `create_layer_stage` says otherwise: the token stage has one slot a layer, with
     its parameters stacked in tensors of shape `[slots, ...]`; the layer stage has a single slot.
 
-    A kind implements `update` and `result`, and `weights` if plots shall show it. Training calls `update` once with all slots
-    and tokens, serving with groups of layers and chunks of tokens.
+    A head type implements `update` and `result`, and `weights` if plots are to show how much each item counted.
+    Training calls `update` once with all slots and tokens, serving with groups of layers and chunks of tokens.
 
     `join_slots`, `take_slots`, `repeat_rows` and `select_rows` handle any `State`. `update` returns a new state and leaves the
     old one unchanged: several prompts may continue from it.
@@ -65,7 +65,7 @@ class Aggregator(nn.Module, ABC):
             neither captured nor cached.
         normalize: default of `ProbeConfig.normalize`.
         recipe: default hyper-parameters of training: fields of `Recipe` and of `ProbeConfig`.
-        auto_up_to: `probe_type="auto"` takes, of all kinds, the smallest value that is at least the number of training rows.
+        auto_up_to: `probe_type="auto"` takes, of all head types, the smallest value that is at least the number of training rows.
             0: never.
         search_space: further hyper-parameters of a search, by field or option: a tuple (low, high) is a range, a list has
             choices. Combinations that `check` refuses are skipped.
@@ -96,7 +96,7 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Raise `ProbeError` if the kind cannot be built from `config`. Options with a whole number as default must be one."""
+        """Raise `ProbeError` if the head type cannot be built from `config`. Options with a whole number as default must be one."""
         if unknown := sorted(set(config.options) - set(cls.options)):
             raise ProbeError(f"options has {unknown}; probe_type={config.probe_type!r} knows {sorted(cls.options)}")
         for name, (default, _) in cls.options.items():
@@ -115,7 +115,7 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def create_classifier(cls, config: ProbeConfig) -> Classifier:
-        """Build the map from the layer stage's result (`[B, D]` in most kinds) to the logits."""
+        """Build the map from the layer stage's result (`[B, D]` in most head types) to the logits."""
         return Classifier(config.sizes[0], config.num_labels)
 
     @classmethod
@@ -149,7 +149,7 @@ class Aggregator(nn.Module, ABC):
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
         """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N.
 
-        `None` if the kind has no such weights: plots then leave it out.
+        `None` if the head type has no such weights: plots then leave the head out.
         """
         return None
 
@@ -179,14 +179,14 @@ def map_state(state: State, change: Callable[[torch.Tensor], torch.Tensor]) -> S
     return None if state is None else change(state)
 
 
-def normalize(x: torch.Tensor, kind: str | None) -> torch.Tensor:
+def normalize(x: torch.Tensor, by: str | None) -> torch.Tensor:
     """Return hidden states `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`.
 
-    In half precision the result is rounded, and what it is calculated from is not.
+    In half precision the result is rounded; mean and variance are computed in fp32.
     """
-    if kind == "layernorm":
+    if by == "layernorm":
         return torch.layer_norm(x, x.shape[-1:], eps=1e-5)
-    return torch.rms_norm(x, x.shape[-1:], eps=1e-6) if kind == "rms" else x
+    return torch.rms_norm(x, x.shape[-1:], eps=1e-6) if by == "rms" else x
 
 
 def last_valid(mask: torch.Tensor) -> torch.Tensor:

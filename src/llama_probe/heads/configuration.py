@@ -68,7 +68,7 @@ class ProbeConfig:
         num_attention_heads: heads of `mha`; must divide `hidden_size / downcast`.
         downcast: `mha` works in `hidden_size / downcast` dimensions.
         normalize: how a hidden state is normalised before the token stage: `"none"`, `"layernorm"` (without
-            parameters) or `"rms"`. Defaults to the kind's choice.
+            parameters) or `"rms"`. Defaults to the head type's choice.
         dropout: dropout on the layer summaries and on the pooled vector in training.
         layer_dropout: probability in training that a layer's summary is replaced by zeros.
         layers: `"all"` or a list of state indices. 0 is the embedding output, `num_hidden_layers` the last state
@@ -160,10 +160,10 @@ class ProbeConfig:
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["by_head", "token_logits", "token_mask"]
 
     def __post_init__(self):
-        kind = get_probe_type(self.probe_type)
+        head_type = get_probe_type(self.probe_type)
         check_fields(self)
         self.num_labels, self.id2label = named_labels(self.num_labels, self.id2label)
-        self.normalize = self.normalize or kind.normalize
+        self.normalize = self.normalize or head_type.normalize
         self.causal = self.reads_reply if self.causal is None else self.causal
         if self.reads_reply and not self.causal:
             raise ProbeError(f"causal=False is not allowed with token_scope={self.token_scope!r}: replies grow")
@@ -179,7 +179,7 @@ class ProbeConfig:
             sized = self.layers != "all" or self.num_hidden_layers is not None
             if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
                 raise ProbeError(f"novelty={self.novelty!r} must name layers of the head: {self.layer_indices}")
-        kind.check(self)
+        head_type.check(self)
 
     def _check_flagged(self) -> None:
         names, single = list(self.id2label.values()), self.problem_type == "single_label_classification"
@@ -232,8 +232,8 @@ class ProbeConfig:
         """Return `flagged_index`. If there is none, raise `ProbeError` with a message that begins with `purpose`."""
         names = list(self.id2label.values())
         if not self.has_two_labels:
-            kind = f"{self.problem_type} of {', '.join(names)}"
-            raise ProbeError(f"{purpose} needs a head that gives one of two labels; this one is {kind}")
+            head = f"{self.problem_type} of {', '.join(names)}"
+            raise ProbeError(f"{purpose} needs a head that gives one of two labels; this one is {head}")
         if self.flagged_index is None:
             way = f"flagged=[{names[0]!r}], or on the command line train or calibrate --flag {names[0]}"
             raise ProbeError(f"{purpose} needs the label to flag; name it, {way}; labels: {', '.join(names)}")
@@ -274,7 +274,7 @@ class ProbeConfig:
 
     @property
     def layer_indices(self) -> list[int]:
-        """State indices that the head reads, ascending: those of `layers` that the kind uses."""
+        """State indices that the head reads, ascending: those of `layers` that the head type uses."""
         layers = self.layers
         if layers == "all":
             if self.num_hidden_layers is None:

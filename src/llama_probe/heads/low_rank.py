@@ -1,4 +1,4 @@
-"""Base of the kinds that read an item through a linear map to a few numbers."""
+"""Base of the head types that read an item through a linear map to a few numbers."""
 
 from __future__ import annotations
 

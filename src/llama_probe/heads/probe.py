@@ -60,7 +60,7 @@ class ProbeModel(nn.Module):
     layers and chunks of tokens while the LM runs. They agree to 1e-5 in fp32.
 
     Parameters are always fp32, even if the module is cast. So are states, except in `step` for more than 128 tokens in half
-    precision: some kinds then apply their first linear maps in that dtype.
+    precision: some head types then apply their first linear maps in that dtype.
 
     Args:
         config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.
@@ -92,10 +92,11 @@ class ProbeModel(nn.Module):
         self.alias: str | None = None  # of a bundled head, which `check_backbone` attaches to no other model
         self.layer_indices = config.layer_indices
         self._slots = {layer: slot for slot, layer in enumerate(self.layer_indices)}
-        kind = get_probe_type(config.probe_type)
-        self.token_stage = kind(len(config.layer_indices), config)
+        head_type = get_probe_type(config.probe_type)
+        self.token_stage = head_type(len(config.layer_indices), config)
         self.token_stage.causal = config.causal
-        self.layer_stage, self.classifier = kind.create_layer_stage(config), kind.create_classifier(config)
+        self.layer_stage = head_type.create_layer_stage(config)
+        self.classifier = head_type.create_classifier(config)
         self.novelty = None if config.novelty is None else Novelty(config)
         # Whatever torch.set_default_dtype says, which is meant for the LM.
         super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
@@ -331,7 +332,7 @@ class ProbeModel(nn.Module):
         stops = [*range(first + offset, end, width), end]
         parts = list(self.summaries_at(stops, x, mask))
         seen = reply_mask.cumsum(dim=1)[:, [stop - 1 for stop in stops]]  # [B, R]: tokens of the reply
-        # Before the first of them some kinds have no number.
+        # Before the first token of the reply some head types have no number.
         summaries = torch.stack(parts, dim=2).masked_fill((seen == 0)[None, :, :, None], 0.0)  # [S, B, R, D]
         output = self.score_summaries(summaries, learning=self.training)
         logits = output.logits.unflatten(0, seen.shape)  # [B, R, C]
@@ -381,7 +382,7 @@ class ProbeModel(nn.Module):
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
 
-        Half precision, where the kind reads it and there are many tokens, makes the head's products several times as fast,
+        Half precision, where the head type reads it and there are many tokens, makes the head's products several times as fast,
         and rounds less than the LM itself.
         """
         half = x.dtype in _HALF and self.token_stage.reads_half and self.config.normalize != "none"
@@ -390,8 +391,8 @@ class ProbeModel(nn.Module):
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
         """Move, cast and normalise states `[S, batch, n, hidden_size]` of an LM, as `step` takes them."""
-        kind, dtype, device = self.input_format(x)
-        return normalize(x.to(device, dtype), kind)
+        normalized_by, dtype, device = self.input_format(x)
+        return normalize(x.to(device, dtype), normalized_by)
 
     def step(
         self,

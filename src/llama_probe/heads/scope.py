@@ -105,7 +105,7 @@ def judges_segments(config: ProbeConfig) -> bool:
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
-    """Return, of the tokens that count, `[batch, tokens]`, those that the head's kind looks at: all, or the last of each row."""
+    """Return, of the tokens that count, `[batch, tokens]`, those that the head's type looks at: all, or the last of each row."""
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 

@@ -14,7 +14,7 @@ from .probe import ProbeModel
 def split_head(head: ProbeModel) -> tuple[torch.Tensor, ProbeModel] | None:
     """Return maps of normalised states, `[layers_read, rank, D]`, and a head that reads what they give, without novelty.
 
-    `None` if the kind needs whole states, or if the head reads states as they are: their products do not fit half precision.
+    `None` if the head type needs whole states, or if the head reads states as they are: their products do not fit half precision.
     """
     stage, plain = head.token_stage, {"normalize": "none", "novelty": None}
     if head.config.normalize == "none" or not isinstance(stage, (LowRankAggregator, GateAggregator)):

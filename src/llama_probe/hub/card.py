@@ -66,7 +66,7 @@ def renew_card(
     except ProbeError:  # there is none, or nothing to keep
         old = ModelCardData()
     kept = [tag for tag in old.tags if isinstance(tag, str)] if isinstance(old.tags, list) else []
-    kept = [tag for tag in kept if not tag.startswith("probe-")]  # of another kind
+    kept = [tag for tag in kept if not tag.startswith("probe-")]  # of another head type
     try:
         card = _card(_complete(config), results, plots, source or os.path.basename(os.path.abspath(folder)), kept)
     except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:

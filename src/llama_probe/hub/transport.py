@@ -204,7 +204,7 @@ def _push_errors(repo_id: str, token: str | bool | None, is_sent: bool = False) 
     except _FAILED as error:
         cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         status = getattr(getattr(cause, "response", None), "status_code", 500)
-        # The answer to a commit that was made may be lost. Errors of other kinds come before it is sent.
+        # The answer to a commit that was made may be lost. Other errors come before it is sent.
         is_unknown = is_sent and isinstance(cause, HTTPError) and status >= 500
         outcome = "it is not known if it was kept: look at its page" if is_unknown else "nothing was uploaded"
         raise ProbeError(f"the push to {repo_id} failed, and {outcome}; {reason(error, token)}") from None
