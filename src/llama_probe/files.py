@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# The complete files of a save, until each is in its place; and the end of a name that marks one of them as removed.
+# A save puts its complete files into this folder first. The end of a name marks a file that the save removes.
 PENDING, _GONE = ".new-files", ".gone"
 _TEMPORARY = ".tmp"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -84,7 +84,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, content: Content) -> None:
     """Write a file under a temporary name, then rename it; on an error it does not change."""
-    finish_interrupted_save(path.parent)  # else a file that a killed save has left would replace a newer one later
+    finish_interrupted_save(path.parent)  # else a file that a killed save has left would replace the new one later
     with _staged(path.parent, {path.name: content}) as stage, _explained(path):
         (stage / path.name).replace(path)
 
@@ -92,8 +92,8 @@ def write_atomically(path: Path, content: Content) -> None:
 def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()) -> None:
     """Write and remove files of a folder in one step: a kill leaves all old ones or all new ones.
 
-    The new files are written into a folder of their own. Its rename to `PENDING` is the step. Then they are moved to their
-    places; `current_file` finds a file before and after its move, and `finish_interrupted_save` moves those that a kill has left.
+    The new files are written into a scratch folder. The rename of this folder to `PENDING` is the step. Then each file is moved
+    to its place. `current_file` finds a file before and after its move, and `finish_interrupted_save` moves what a kill has left.
 
     Raises:
         ProbeError: a file cannot be written. No file has changed then.
@@ -113,14 +113,14 @@ def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str
 
 
 def current_file(folder: str | os.PathLike, name: str) -> Path:
-    """Return the path of a file that `replace_files` writes. It need not exist."""
+    """Return the path at which a file that `replace_files` writes is now. The file need not exist."""
     pending = Path(folder) / PENDING
     moving = (pending / name, pending / f"{name}{_GONE}")
     return moving[0] if not os.path.islink(pending) and any(map(os.path.lexists, moving)) else Path(folder) / name
 
 
 def folder_state(folder: str | os.PathLike, name: str) -> tuple:
-    """Return what changes whenever `replace_files` replaces a file, or moves any file to its place."""
+    """Return a value that changes whenever `replace_files` replaces a file, or moves any file of the folder to its place."""
     identity, pending = None, []
     for path in (current_file(folder, name), Path(folder) / name):
         with suppress(OSError):  # there is none, or it has just moved to its place

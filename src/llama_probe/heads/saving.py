@@ -50,7 +50,7 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 _TRIES, _PAUSE = 100, 0.01  # seconds; more than the clock of a file system needs to tell two saves apart
-_MAX_HEADER = 2**20  # bytes; that of a head has some thousand
+_MAX_HEADER = 2**20  # bytes; the header of a head has some thousand
 
 
 def save_head(
@@ -78,7 +78,7 @@ def save_head(
     saved = config.replace(weights_sha256=digest, **versions)
     contents: dict[str, Content] = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
     plots: list[str] = []
-    kept = [CARD_NAME]
+    kept = [CARD_NAME]  # files that stay if the head brings no others
     if results is not None and config.weights_sha256 not in (None, digest):
         logger.warning("the head was trained after its results were measured: they are not saved with it")
         results = None
@@ -94,8 +94,9 @@ def save_head(
         except Exception as error:  # a card must not keep a head from being saved
             logger.warning(f"the head is saved, and {folder / CARD_NAME} stays as it was: {first_line(error)}")
     remove_leftovers(folder)
-    # In a folder without a head they are the user's.
-    gone = [name for name in HEAD_FILES if name not in contents and name not in kept] if is_head_folder(folder) else []
+    gone: list[str] = []
+    if is_head_folder(folder):  # in another folder, files of these names are the user's
+        gone = [name for name in HEAD_FILES if name not in contents and name not in kept]
     replace_files(folder, contents, gone)
     return folder
 
@@ -108,7 +109,7 @@ def _is_same_training(folder: Path, results: JSON) -> bool:
 
 
 def read_consistently(folder: Path, read: Callable[[], T]) -> T:
-    """Call a function that reads a head folder, and again if another process saved a head into it meanwhile."""
+    """Call a function that reads a head folder. Call it again if another process saved a head into the folder meanwhile."""
     for _ in range(_TRIES):
         before = folder_state(folder, CONFIG_NAME)
         try:

@@ -20,7 +20,7 @@ RECIPE_NAME = "recipe.yaml"  # of a head that a recipe made
 CODE_NAME = "probe_kind.py"  # heads of earlier versions could carry code; it is never run
 PLOT_NAMES = ("calibration.png", "layer_weights.png")
 
-# All files of a head folder, and of a head on the Hub. The first two are the head; the others describe it.
+# All files of a head folder, and of a head on the Hub. Config and weights are the head; the other files describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, RECIPE_NAME, CARD_NAME, *PLOT_NAMES)
 
 # Keys of results.json that are written after training, or again after it: by `evaluate --record` and `calibrate`.

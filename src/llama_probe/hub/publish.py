@@ -56,9 +56,10 @@ def push_folder(
             neither this nor the results give one.
         token, revision, commit_message, kwargs: see `commit_files`; kwargs are `private` and `create_pr`.
     """
-    subfolder = (subfolder or "").rstrip("/") or None  # as they are spelled in a load
+    subfolder = (subfolder or "").rstrip("/") or None  # a load takes "", "a" and "a/" as well
     with tempfile.TemporaryDirectory() as scratch:
-        _copy_head(Path(folder), copy := Path(scratch))
+        copy = Path(scratch)
+        _copy_head(Path(folder), copy)
         repo_id = full_repo_id(repo_id, token)
         reference = HubReference(repo_id, None if (revision or "").startswith("refs/") else revision, subfolder)
         if HubReference.parse(str(reference)) != reference:
