@@ -86,18 +86,6 @@ def test_evaluate(trained, served, rows, monkeypatch):
     assert "slice_columns" in refuse(*args, "--slice-column", "who")
 
 
-def test_evaluate_with_a_judge(served, rows, tmp_path):
-    lines = [json.loads(line) for line in (rows / "test.jsonl").read_text().splitlines()]
-    judged = write(tmp_path / "judged.jsonl", [line | {"guard": "fine"} for line in lines])
-    args = ("evaluate", *served, "--data", judged, "--bootstrap", 0, "--ask", 0, "--ask", 1)
-    alone, always_right = succeed(*args, "--json")["asking"]
-    assert alone["band"] is None and (always_right["recall"], always_right["false_alarms"]) == (1, 0)
-    assert succeed(*args, "--judge-column", "guard", "--json")["asking"][1]["recall"] == 0
-    for column in ("who", "text"):
-        assert "--judge-column" in refuse(*args, "--judge-column", column)
-    assert "--ask" in refuse(*args[:-4], "--judge-column", "guard")
-
-
 def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
     shutil.copytree(trained[0], head := tmp_path / "mood")
     served, weights = ("--probe", head, "--backbone", backbone_folder), (head / "probe_model.safetensors").read_bytes()

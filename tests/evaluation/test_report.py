@@ -6,12 +6,11 @@ import torch
 from cases import MULTI, REGRESSION, make_scores, with_backbone
 from conftest import LAYERS, make_probe, make_prompts
 
-from llama_probe import ProbeConfig
 from llama_probe.backbone import passes
 from llama_probe.data.cached_states import PromptDataset
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.prediction import predict_logits
-from llama_probe.evaluation.report import asked, detailed_report, inspect_head, report
+from llama_probe.evaluation.report import detailed_report, inspect_head, report
 
 
 LABELS = np.array([0, 1, 1, 0, 1])
@@ -91,20 +90,3 @@ def test_what_a_detailed_report_holds_for_each_problem():
     regression = detailed_report(*scored(**REGRESSION), {"half": np.arange(60) % 2}, resamples=20)
     assert set(regression) == {"rows", "mse", "mae", "r2", "bootstrap", "intervals", "slices"}
     assert set(regression["intervals"]) == {"mse", "mae", "r2"} == set(regression["slices"]["half"]["1"]["intervals"])
-
-
-ASKING = ProbeConfig(probe_type="gate", id2label={0: "fine", 1: "bad"}, threshold=0.2)
-ASKED_SCORES = np.array([0.01, 0.15, 0.19, 0.22, 0.3, 0.99])
-ASKED_LABELS = np.array([0, 1, 0, 0, 1, 1])
-ASKED_LOGITS = torch.tensor(np.stack([np.zeros(6), np.log(ASKED_SCORES / (1 - ASKED_SCORES))], axis=1))
-
-
-def test_the_rows_nearest_to_the_threshold_are_asked_about():
-    alone, some, all_rows = asked(ASKING, ASKED_LOGITS, ASKED_LABELS, [0, 0.5, 1])
-    assert alone == {"share": 0, "band": None, "recall": 2 / 3, "false_alarms": 1 / 3}
-    assert some["band"] == pytest.approx([0.15, 0.22]) and (some["recall"], some["false_alarms"]) == (1, 0)
-    assert (all_rows["recall"], all_rows["false_alarms"]) == (1, 0)
-    (misled,) = asked(ASKING, ASKED_LOGITS, ASKED_LABELS, [0.5], verdicts=np.array([0, 0, 1, 1, 0, 0]))
-    assert (misled["recall"], misled["false_alarms"]) == (2 / 3, 2 / 3), "the judge may be wrong"
-    (harmless,) = asked(ASKING, ASKED_LOGITS[:1], ASKED_LABELS[:1], [0])
-    assert harmless["recall"] is None and harmless["false_alarms"] == 0

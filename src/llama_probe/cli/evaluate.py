@@ -5,16 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-import numpy as np
-
 from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts
-from ..data.labels import read_labels
 from ..data.prompts import split_reply
 from ..distributed import is_main
 from ..errors import ProbeError
 from ..files import JSON, short_path
-from ..heads.configuration import ProbeConfig
 from ..hub.folder import measured_rules, read_results
 from .console import print_values
 from .inputs import HeadOptions, LabelledRows, ScoredHead, check_head_folder
@@ -36,8 +32,6 @@ def evaluate(
     record: str | None = None,
     wrappings: bool = False,
     attacks: bool = False,
-    ask: Annotated[list[float] | None, {"min": 0, "max": 1}] = None,
-    judge_column: str | None = None,
     against: list[str] | None = None,
     bootstrap: Annotated[int, {"min": 0, "max": 100_000}] = 1000,
 ) -> Result:
@@ -49,15 +43,11 @@ def evaluate(
         record: keep the measurements in the head folder under this name, and show them in its card.
         wrappings: also wrap the flagged rows in twelve ways, and report how often they are still flagged.
         attacks: also hide the flagged rows in up to 7,500 tokens of the harmless rows, in codes, role play and turns.
-        ask: report recall and false alarms if a judge decides this share of the rows, nearest to the threshold.
-        judge_column: column with the judge's labels for --ask; without it the judge is always right.
         against: texts of another kind, without labels, 500 at most: report how well novelty tells them from --data.
         bootstrap: resamples of the rows for 95 % confidence intervals; 0 for none.
     """
     if record is not None:
         check_head_folder(probe, "--record")
-    if judge_column is not None and not ask:
-        raise ProbeError(f"--judge-column {judge_column} needs --ask, the share of the rows to ask about")
     scored = ScoredHead(probe, options)
     head = scored.head
     # These take seconds to import.
@@ -74,10 +64,7 @@ def evaluate(
     rules = measured_rules(head.results) if head.config.reads_reply else {}
     labelled = rows.labelled(data, head.config).at_most(max_rows, seed=0)
     slices = slices_of(labelled.columns, data, slice_column or ())
-    if ask:
-        head.config.need_flagged_index("--ask")
     spans = _spans(labelled) if head.config.reads_reply else None
-    verdicts = None if judge_column is None else _verdicts(labelled, head.config, judge_column)
     others = {short_path(name): rows.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
     scored.attach()
     dataset = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels)
@@ -101,8 +88,6 @@ def evaluate(
     if others:
         result["novelty"] = against_others(novelty, novelties, bootstrap)
     result |= transformed
-    if ask:
-        result["asking"] = report.asked(head.config, logits, labelled.labels, ask, verdicts)
     if record is not None:
         head.results = read_results(probe) or {}  # another evaluation may have been recorded in the meantime
         measured = report.describe_evaluation(result, source=short_path(data))
@@ -118,14 +103,6 @@ def _spans(labelled: LabelledTexts) -> list[list[tuple[int, int]]] | None:
         return column and [[(span["start"], span["end"]) for span in spans or ()] for spans in column]
     except (LookupError, TypeError):
         raise ProbeError('the column spans must hold lists of {"start": ..., "end": ...}') from None
-
-
-def _verdicts(labelled: LabelledTexts, config: ProbeConfig, column: str) -> np.ndarray:
-    """Return the labels of a column, which are given like those of the rows."""
-    if column not in labelled.columns:
-        raise ProbeError(f"--judge-column {column!r} must be a column: {', '.join(labelled.columns) or 'none'}")
-    names = list(config.id2label.values())
-    return read_labels(f"--judge-column {column}", labelled.columns[column], names, config.problem_type)[0]
 
 
 def _for_display(result: JSON) -> JSON:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import log_odds, predictions, probabilities, threshold_of
+from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
 from .bootstrap import intervals, share_interval
 from .calibration import reliability, threshold_table
@@ -151,44 +151,6 @@ def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> JSON:
 
     named = {name: share(config.replace(threshold=value)) for name, value in (config.thresholds or {}).items()}
     return {"label": config.id2label[index], **share(config), **({"named": named} if named else {})}
-
-
-def asked(
-    config: ProbeConfig,
-    logits: torch.Tensor,
-    labels: np.ndarray,
-    shares: Sequence[float],
-    verdicts: np.ndarray | None = None,
-) -> list[JSON]:
-    """Return recall and false alarms of a head that asks a judge about the rows nearest to its threshold.
-
-    The head flags one of two labels. A cheap score in front of an expensive judge, as in arXiv 2601.11516.
-
-    Args:
-        logits (`[rows, 2]`), labels (`[rows]`): scores and true labels.
-        shares: shares of the rows that the judge decides.
-        verdicts (`[rows]`, *optional*): labels by the judge. Defaults to the true ones: a judge that is always right.
-
-    Returns:
-        For each share: `share`, the `band` of probabilities that is asked about (None if empty), `recall` and
-        `false_alarms`, which are None without rows of that label.
-    """
-    index = config.need_flagged_index("asked")
-    threshold = threshold_of(config, index)
-    threshold = np.clip(0.5 if threshold is None else threshold, 1e-12, 1 - 1e-12)
-    distance = log_odds(logits.float(), config)[:, index].numpy() - np.log(threshold / (1 - threshold))
-    scores = probabilities(logits.float(), config)[:, index].numpy()
-    judged = labels if verdicts is None else verdicts
-    nearest, parts = np.argsort(np.abs(distance), kind="stable"), []
-    for share in shares:
-        rows = nearest[: round(share * len(labels))]
-        flagged = distance >= 0
-        flagged[rows] = judged[rows] == index
-        band = [float(scores[rows].min()), float(scores[rows].max())] if len(rows) else None
-        masks = labels == index, labels == 1 - index
-        recall, alarms = (float(flagged[mask].mean()) if mask.any() else None for mask in masks)
-        parts.append({"share": share, "band": band, "recall": recall, "false_alarms": alarms})
-    return parts
 
 
 def describe_evaluation(result: JSON, source: str) -> JSON:
