@@ -142,7 +142,6 @@ def test_generate_and_classify(trained, served, backbone_folder, tmp_path, comma
 
 def test_a_head_of_replies(backbone_folder, tmp_path):
     lines = [{"ask": f"number {i}?", "text": "bad, bad" if i % 2 else "good, good", "label": i % 2} for i in range(40)]
-    lines = [{**line, "spans": [{"start": 0, "end": 3}] * line["label"]} for line in lines]
     rows, guard = write(tmp_path / "rows.jsonl", lines), tmp_path / "guard"
     data = ("--backbone", backbone_folder, "--prompt-column", "ask")
     training, labels = {"num_train_epochs": 2, "learning_rate": 0.03}, {"names": ["fine", "awful"]}
@@ -155,13 +154,11 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     evaluate = ("evaluate", *data, "--probe", guard, "--data", rows, "--bootstrap", 20)
     report = succeed(*evaluate, "--json")
     measured = report["replies"]
-    assert measured["thresholds"]["fpr-10%"]["false_halts"] <= 0.1 and measured["t_auc"] is not None
+    assert measured["thresholds"]["fpr-10%"]["false_halts"] <= 0.1
     assert report["auroc"] > 0.9 and "awful" in succeed(*evaluate)
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(ScoredHead, "attach")  # refused before the backbone is loaded
         assert "chats" in refuse(*evaluate, "--attacks")
-        pairs = write(tmp_path / "pairs.jsonl", [line | {"spans": [[0, 3]]} for line in lines])
-        assert "column spans" in refuse(*evaluate, "--data", pairs)
         for words in (("evaluate", "--data", rows), ("calibrate", "--benign", rows)):
             assert "--prompt-column" in refuse(*words, *data[:2], "--probe", guard)
     served = ("--probe", guard, "--backbone", backbone_folder)

@@ -6,13 +6,11 @@ import torch
 from conftest import make_lm, make_probe, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from llama_probe.backbone import passes
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.evaluation.calibration import with_rates
-from llama_probe.evaluation.detection import apply_rules, detection, halting_rules, reply_report, span_mask
+from llama_probe.evaluation.detection import apply_rules, detection, halting_rules, reply_report
 from llama_probe.evaluation.prediction import follow_replies, predict_logits
 from llama_probe.heads import probe_types
 
@@ -105,7 +103,7 @@ def test_a_rate_means_whole_replies():
         for measure, (low, high) in rule["intervals"].items():
             assert low <= intervals[measure] <= high
     low, high = report["intervals"]["r_auc"]
-    assert report["label"] == "awful" and 0.5 < low < report["r_auc"] < high < 1 and "t_auc" not in report
+    assert report["label"] == "awful" and 0.5 < low < report["r_auc"] < high < 1
     few = reply_report(CONFIG.replace(thresholds={"fpr-5%": 0.5}, threshold=0.5), *replies(3, 2, 8), resamples=200)
     assert few["thresholds"]["fpr-5%"]["intervals"]["detected"][0] >= 0, "also where no harmless reply is drawn"
 
@@ -124,21 +122,6 @@ def test_replies_whose_label_nobody_knows_do_not_count():
     flagging = config.replace(flagged=["LABEL_1"], threshold=[0.1, 0.9])
     (report,) = reply_report(flagging, followed, known, resamples=0).values()
     assert report["r_auc"] == by_label["LABEL_1"]["r_auc"] and report["thresholds"]["own"]["threshold"] == 0.9
-
-
-def test_tokens_of_spans_are_ranked_against_all_others():
-    """A tokenizer that puts a space of its own before a text does not move the spans."""
-    pieces = Tokenizer(
-        models.Unigram([(piece, -1.0) for piece in ("?", "\u2581Mix", "\u2581aci", "d", ".")], unk_id=0)
-    )
-    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces)
-    marked = [span_mask(tokenizer, "Mix acid.", spans) for spans in ([(4, 8)], [])]
-    assert marked[0].tolist() == [False, True, True, False] and not marked[1].any()
-    odds = torch.tensor([[0.0, 2.5, 3.0, 2.0], [4.0, -1.0, -1.0, -1.0]])
-    followed = list(torch.stack([torch.zeros_like(odds), odds], dim=-1))
-    report = reply_report(CONFIG, followed, np.array([1, 1]), marked, resamples=20)
-    assert report["t_auc"] == pytest.approx(5 / 6) and report["r_auc"] is None
 
 
 def test_each_of_several_labels_has_rules():

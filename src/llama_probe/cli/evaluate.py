@@ -6,8 +6,6 @@ from functools import partial
 from typing import Annotated
 
 from ..data.known import slices_of
-from ..data.labelled_texts import LabelledTexts
-from ..data.prompts import split_reply
 from ..distributed import is_main
 from ..errors import ProbeError
 from ..files import JSON, short_path
@@ -64,7 +62,6 @@ def evaluate(
     rules = measured_rules(head.results) if head.config.reads_reply else {}
     labelled = rows.labelled(data, head.config).at_most(max_rows, seed=0)
     slices = slices_of(labelled.columns, data, slice_column or ())
-    spans = _spans(labelled) if head.config.reads_reply else None
     others = {short_path(name): rows.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
     scored.attach()
     dataset = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels)
@@ -79,12 +76,7 @@ def evaluate(
     if followed is not None and rules:
         result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
     if followed is not None and (flagged is not None or head.config.problem_type == "multi_label_classification"):
-        tokenizer, marked = scored.prompts.tokenizer, None
-        if spans is not None:
-            rows_of = zip(labelled.texts, spans, dataset.reply_lengths, strict=True)  # a reply may have been cut
-            replies = ((split_reply(text)[1], parts, count) for text, parts, count in rows_of)
-            marked = [detection.span_mask(tokenizer, *reply)[:count] for *reply, count in replies]
-        result["replies"] = detection.reply_report(head.config, followed, labelled.labels, marked, bootstrap)
+        result["replies"] = detection.reply_report(head.config, followed, labelled.labels, bootstrap)
     if others:
         result["novelty"] = against_others(novelty, novelties, bootstrap)
     result |= transformed
@@ -94,15 +86,6 @@ def evaluate(
         head.results.setdefault("evaluations", {})[record] = measured
         head.save_pretrained(probe)
     return result, partial(print_values, f"{probe} on {data}", _for_display(result))
-
-
-def _spans(labelled: LabelledTexts) -> list[list[tuple[int, int]]] | None:
-    """Return first and last characters of the spans of each reply; None if the rows have no such column."""
-    column = labelled.columns.get("spans")
-    try:
-        return column and [[(span["start"], span["end"]) for span in spans or ()] for spans in column]
-    except (LookupError, TypeError):
-        raise ProbeError('the column spans must hold lists of {"start": ..., "end": ...}') from None
 
 
 def _for_display(result: JSON) -> JSON:

@@ -41,21 +41,16 @@ def intervals(
     return {name: None if np.isnan(limit[0]) else limit for name, limit in zip(names, limits, strict=True)}
 
 
-def auroc(
-    scores: np.ndarray, positive: np.ndarray, resamples: int = 1000, rows: np.ndarray | None = None
-) -> tuple[float | None, Interval]:
+def auroc(scores: np.ndarray, positive: np.ndarray, resamples: int = 1000) -> tuple[float | None, Interval]:
     """Return the area under the ROC curve for scores `[n]` and a mask `[n]`, and its 95 % interval.
 
     Both are None if all scores have the label, or none.
-
-    Args:
-        rows (`[n]`, *optional*): rows that the scores belong to, from 0. What is of one row is drawn together.
     """
-    ranking, rows = Ranking(scores, positive), np.arange(len(scores)) if rows is None else rows
+    ranking = Ranking(scores, positive)
     area = float(ranking.areas(np.ones((1, len(scores))))[1, 0])
     if np.isnan(area) or not resamples:
         return None if np.isnan(area) else area, None
-    limits = intervals(lambda weights: {"auroc": ranking.areas(weights[:, rows])[1]}, int(rows.max()) + 1, resamples)
+    limits = intervals(lambda weights: {"auroc": ranking.areas(weights)[1]}, len(scores), resamples)
     return area, limits["auroc"]
 
 

@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import transformers
 
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
@@ -21,7 +20,6 @@ from .metrics import known_rows
 RULES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 8), (1, 16), (1, 32))
 MAX_FALSE_HALTS = 0.05
 RATES = (0.005, 0.01)  # shares of the replies without the label that may be halted
-_TOKEN_RESAMPLES = 200  # there are some hundred tokens a reply
 
 
 def _judged(values: np.ndarray, patience: int, window: int) -> np.ndarray:
@@ -153,7 +151,6 @@ def reply_report(
     config: ProbeConfig,
     followed: Sequence[torch.Tensor],
     labels: np.ndarray,
-    token_labels: Sequence[np.ndarray] | None = None,
     resamples: int = 1000,
 ) -> JSON:
     """Return how well a head halts replies at their first token over a threshold, by each label that it flags.
@@ -162,23 +159,19 @@ def reply_report(
 
     Args:
         followed, labels: of the rows, what `follow_replies` returned and the labels.
-        token_labels: for each row booleans `[reply_tokens]`, true for the tokens that have the label.
         resamples: of the bootstrap; 0 for no intervals of it.
 
     Returns:
-        `label`. `r_auc`: AUROC of the replies by their largest score. `t_auc`: with `token_labels`, AUROC of all tokens by the
-        score after each. Both are None if all have the label, or none. `intervals` of these. `thresholds`, by name: `threshold`,
-        what `detection` gives, and `intervals`. They are the head's own, and for each of `RATES` the one that halts at most this
-        share of these very replies; the interval of its `detected` allows for that. Of a multi-label head a dict of these by label,
-        without `t_auc`: spans have no label.
+        `label`. `r_auc`: AUROC of the replies by their largest score; None if all have the label, or none. `intervals`: that of
+        `r_auc`. `thresholds`, by name: `threshold`, what `detection` gives, and `intervals`. They are the head's own, and for each
+        of `RATES` the one that halts at most this share of these very replies; the interval of its `detected` allows for that.
+        Of a multi-label head a dict of these by label.
     """
     if config.problem_type == "multi_label_classification":
         names = config.flagged_labels or list(config.label2id)
-        return {
-            name: _label_report(config, config.label2id[name], followed, labels, None, resamples) for name in names
-        }
+        return {name: _label_report(config, config.label2id[name], followed, labels, resamples) for name in names}
     index = config.need_flagged_index("reply_report")
-    return _label_report(config, index, followed, labels, token_labels, resamples)
+    return _label_report(config, index, followed, labels, resamples)
 
 
 def _label_report(
@@ -186,17 +179,12 @@ def _label_report(
     index: int,
     followed: Sequence[torch.Tensor],
     labels: np.ndarray,
-    token_labels: Sequence[np.ndarray] | None,
     resamples: int,
 ) -> JSON:
     scores, positives = _known_rows(config, followed, labels, index)
     odds, _ = _known_rows(config, followed, labels, index, log_odds)
     largest = np.array([row.max() for row in odds])
-    areas = {"r_auc": auroc(largest, positives, resamples)}
-    if token_labels is not None:
-        places = np.repeat(np.arange(len(odds)), list(map(len, odds)))
-        token_scores, token_positives = np.concatenate(odds), np.concatenate(token_labels)
-        areas["t_auc"] = auroc(token_scores, token_positives, min(resamples, _TOKEN_RESAMPLES), places)
+    area, interval = auroc(largest, positives, resamples)
     limit = threshold_of(config, index)
     own = 0.5 if limit is None else limit
     thresholds = {name: (threshold, None) for name, threshold in {"own": own, **(config.thresholds or {})}.items()}
@@ -211,8 +199,8 @@ def _label_report(
         measured[name] = {"threshold": threshold, **detection(scores, positives, threshold), "intervals": limits}
     return {
         "label": config.id2label[index],
-        **{name: area for name, (area, _) in areas.items()},
-        "intervals": {name: limits for name, (_, limits) in areas.items()},
+        "r_auc": area,
+        "intervals": {"r_auc": interval},
         "thresholds": measured,
     }
 
@@ -232,19 +220,3 @@ def _resampled(
                 values["detected"] = (largest[drawn[is_positive]] > limit).mean()
         resamples.append(values)
     return {name: np.array([values[name] for values in resamples]) for name in resamples[0]}
-
-
-def span_mask(
-    tokenizer: transformers.PreTrainedTokenizerBase, reply: str, spans: Sequence[tuple[int, int]]
-) -> np.ndarray:
-    """Return which tokens of a reply have a character of a span, `[tokens]` bool.
-
-    Args:
-        spans: first character of each, and the one behind its last.
-    """
-    encoded = tokenizer(reply, add_special_tokens=False, return_offsets_mapping=True)
-    starts, ends = np.array(encoded["offset_mapping"]).T
-    mask = np.zeros(len(ends), dtype=bool)
-    for start, end in spans:
-        mask |= (starts < end) & (ends > start)
-    return mask
