@@ -11,7 +11,6 @@ from typing import Annotated
 from ..errors import ProbeError
 from ..evaluation import plots
 from ..evaluation.heatmap import heat_map
-from ..evaluation.page import reading_page
 from ..evaluation.plots import new_figure, png
 from ..evaluation.reading import Reading, read_weights
 from ..files import JSON, Content, check_writable, make_folder, write_atomically
@@ -37,8 +36,8 @@ def plot(
 ) -> Result:
     """Draw what a head looked at in texts, and how well it does.
 
-    For each text: a heat map of its tokens and the layers (PNG), and a page with the coloured text (HTML). For the head:
-    layer weights, confusion and reliability, measured on --data or else when the head was trained.
+    For each text: a heat map of its tokens and the layers. For the head: layer weights, confusion and reliability, measured
+    on --data or else when the head was trained.
 
     Args:
         probe: head: a folder, a Hub id or an alias.
@@ -81,9 +80,7 @@ def _draw_text(reading: Reading, number: int) -> _Drawings:
     words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40]
     stem = f"{number:02}-{words}".strip("-")
     facts = {"text": reading.text, "label": reading.label, "probabilities": reading.probabilities}
-    tokens = png(heat_map(reading)), {"shows": f"tokens and layers: {reading.verdict}", **facts}
-    page = reading_page(reading), {"shows": "the coloured text", **facts}
-    return {f"{stem}.png": tokens, f"{stem}.html": page}
+    return {f"{stem}.png": (png(heat_map(reading)), {"shows": f"tokens and layers: {reading.verdict}", **facts})}
 
 
 def _draw_head(inspection: JSON, config: ProbeConfig) -> _Drawings:

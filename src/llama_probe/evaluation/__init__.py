@@ -4,5 +4,5 @@
   `calibration`. `detection` is for replies.
 - `transformations`, `novelty_fit`: prompts that are wrapped or disguised, or unlike the training data.
 - `scoring_job`: scores files of any size. `resume`: lets only a run with the same settings resume another.
-- `reading`: weights of the tokens and layers of a text, drawn by `heatmap` and `page`. `plots`: all other figures.
+- `reading`: weights of the tokens and layers of a text, drawn by `heatmap`. `plots`: all other figures.
 """

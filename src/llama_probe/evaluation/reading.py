@@ -18,7 +18,7 @@ from ..heads.scope import token_mask
 
 
 # Shown in place of a token that only continues the character before it.
-CONTINUATION = "◦"
+_CONTINUATION = "◦"
 
 _MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 _JOINERS = "\u200c\u200d"  # part of words and of emoji
@@ -80,16 +80,10 @@ class Reading:
         """
         return max(float(weights.max()), 2 * self.even_share)
 
-    def top_tokens(self, count: int, slot: int) -> list[tuple[int, float]]:
-        """Return positions and weights of the `count` heaviest tokens in a row of `weights`, heaviest first."""
-        weights = self.weights[slot]
-        order = np.argsort(-weights, kind="stable")[:count]
-        return [(int(i), float(weights[i])) for i in order if self.counted[i]]
-
     def shown(self, position: int, width: int) -> str:
         """Return a token on one line, without the spaces around it, in at most `width` characters."""
         token = self.tokens[position]
-        return cut(printable(token.strip(" ")) or "␣" * len(token) or CONTINUATION, width)
+        return cut(printable(token.strip(" ")) or "␣" * len(token) or _CONTINUATION, width)
 
 
 def read_weights(
