@@ -1,11 +1,11 @@
-"""`calibrate --novelty-data`, `evaluate --against`, `drift`, and a head that `train` gives its novelty."""
-
-import json
+"""`calibrate --novelty-data`, `evaluate --against`, a log beside other rows, and a head that `train` gives its novelty."""
 
 import pytest
 from command_line import refuse, succeed, train
 from conftest import read_head, save_head
 from training_runs import write
+
+from llama_probe.evaluation.scored_files import compare_scored_files
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +90,12 @@ def test_evaluate_against_other_texts(rows, new, old, copies, tmp_path):
     assert "against texts of other kinds" not in (new[1] / "README.md").read_text(), "it was another novelty"
 
 
-def test_drift(rows, new, old, tmp_path):
-    log = tmp_path / "log.jsonl"
-    texts = ['{"text": " "}', *((rows / f"{name}.jsonl").read_text() for name in ("test", "other")), '{"text": null}']
-    log.write_text("\n".join(texts))
-    (tmp_path / "quiet.jsonl").touch()  # an hour without a prompt
-    args = ("drift", *new, "--input", tmp_path / "quiet.jsonl", "--input", log)
-    found = succeed(*args, "--top", 3, "--json")
-    assert found["rows"] == 100 and found["novelty"]["far"] > 0.3 and set(found["labels"]) == {"fine", "awful"}
-    lines = log.read_text().splitlines()
-    assert all(json.loads(lines[row["row"]])["text"] == row["text"] for row in found["worth_labelling"])
-    assert len(found["worth_labelling"]) == 3 and any("@@" in row["text"] for row in found["worth_labelling"])
-    assert "drift.png" in succeed(*args, "--max-rows", 20, "--output", tmp_path / "out")
-    assert (tmp_path / "out" / "drift.png").stat().st_size > 1000
-    assert "--novelty-data" in refuse("drift", *old, "--input", log)
-    assert "'prompt'" in refuse(*args, "--text-column", "prompt")
+def test_a_log_is_compared_with_rows_like_the_training_data(rows, new, tmp_path):
+    for name in ("test", "other"):
+        succeed("classify", *new, "--input", rows / f"{name}.jsonl", "--output", tmp_path / name)
+    found = compare_scored_files(tmp_path / "test", tmp_path / "other", "new", top=3)
+    assert found["novelty"]["reference"]["far"] < 0.3 < found["novelty"]["log"]["far"]
+    assert set(found["labels"]["log"]) == set(found["scores"]) == {"fine", "awful"}
+    assert len(found["worth_labelling"]) == 3 and all(
+        row["file"].endswith("other.jsonl") for row in found["worth_labelling"]
+    )

@@ -46,8 +46,6 @@ COMMANDS = {
         "llama-probe evaluate --probe toxicchat --data toxicchat:test --bootstrap 0")),
     "calibrate": Entry("calibrate", "Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is.", (
         "llama-probe calibrate --probe my-head --benign ordinary-prompts.csv --rate 0.01",)),
-    "drift": Entry("drift", "Compare a log of served prompts with the rows that a head was trained on.", (
-        "llama-probe drift --probe my-head --input log.jsonl",)),
     "benchmark": Entry("benchmark", "Measure what heads cost while the model serves, next to the plain model.", (
         "llama-probe benchmark --probe safety",
         "llama-probe benchmark --probe safety --operations --as cuda")),
@@ -65,11 +63,8 @@ COMMANDS = {
 }
 # fmt: on
 
-# Commands that divide their work among the processes of torchrun.
+# Commands that process many batches of hidden states, and divide them among the processes of torchrun.
 _DIVIDED = ("train", "evaluate", "calibrate", "classify")
-
-# Commands that process many batches of hidden states.
-_MANY_BATCHES = (*_DIVIDED, "drift")
 
 # Packages of the extra `train`.
 _TRAIN = ("accelerate", "datasets", "evaluate", "optuna", "peft", "pyarrow", "scipy", "sklearn")
@@ -126,7 +121,7 @@ def _prepare_process(
     from ..training.allocator import keep_freed_memory
 
     name = context.invoked_subcommand
-    if name in _MANY_BATCHES:
+    if name in _DIVIDED:
         keep_freed_memory()
     if name not in _DIVIDED and launched():
         raise ProbeError(f"{name} runs in one process: start it without torchrun (for {', '.join(_DIVIDED)} only)")

@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from ..errors import ProbeError
 from ..files import JSON, replace_files
-from ..heads.configuration import ProbeConfig
-from ..heads.decision import probabilities
 from ..hub.folder import PLOT_NAMES, read_results
 
 
@@ -173,35 +170,6 @@ def outcomes_plot(inspection: JSON) -> Figure:
         "To the right the rows that have a label: those to which the head gives it, and those where it misses it. To the "
         "left the rows without the label that get it all the same.",
         f"Each label on {inspection['split']} rows",
-    )
-
-
-def drift_plot(config: ProbeConfig, logits: torch.Tensor, novelty: torch.Tensor, reference: JSON) -> Figure:
-    """Draw novelty and scores over a log of prompts, as means of up to 50 groups of rows. Arguments as for `compare_log`."""
-    read = (~novelty.isnan()).nonzero().flatten().numpy()  # the other rows hold nothing that the head reads
-    groups = np.array_split(read, min(50, len(read)))
-    middle = [group.mean() for group in groups]
-    figure = new_figure((7.5, 4.6))
-    far, scores = figure.subplots(2, 1, sharex=True)
-    far.plot(middle, [float((novelty[group] > 0.99).double().mean()) for group in groups], color="tab:red")
-    far.axhline(0.01, color="0.7", linestyle="--", linewidth=1)
-    far.set_ylabel("novelty > 0.99")
-    far.yaxis.set_major_formatter(percent)
-    probs = probabilities(logits.float(), config).numpy()
-    names, lines = list(config.id2label.values())[:_MAX_LINES], []
-    for index, name in enumerate(names):
-        lines += scores.plot(middle, [probs[group, index].mean() for group in groups])
-        if name in reference["scores"]:  # it was not renamed
-            levels = np.array(reference["scores"][name])  # the mean is that of the quantiles
-            expected = ((levels[1:] + levels[:-1]) / 2).mean()
-            scores.axhline(expected, color=lines[-1].get_color(), linestyle="--", linewidth=0.8)
-    scores.set(ylabel="mean score", xlabel="row of the log")
-    _name_lines(scores, lines, names)
-    return explain(
-        figure,
-        "Above, the share of prompts that are further from the training data than 99 % of its validation rows. Below, the mean "
-        "score of each label. Dashed: what validation rows gave. A line that leaves its dashed one is a change of what is served.",
-        f"{len(read):,} prompts in their order",
     )
 
 

@@ -249,5 +249,5 @@ def add_results(
     }
     if args.novelty and novelty[0] is not None and can_fit(probe.config, *novelty[:2]):
         sources = [rows[name]["source"] for name in ("train", "extra") if name in rows]
-        results["novelty"] = {"sources": sources, **fit_novelty(probe, *novelty)}
+        results["novelty"] = {"sources": sources, **fit_novelty(probe, *novelty[:2])}
     probe.results = results
