@@ -49,7 +49,7 @@ def calibrate(
     scored = ScoredHead(probe, options)
     head = scored.head
     # These take seconds to import.
-    from ..evaluation.calibration import check_rates, with_rates
+    from ..evaluation.calibration import check_rates, thresholds_from, with_rates
     from ..evaluation.novelty_fit import fit_novelty
     from ..evaluation.prediction import predict_logits
 
@@ -72,12 +72,7 @@ def calibrate(
     results, shown = head.results or {}, {}
     if benign:
         head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts)), rate)
-        results["thresholds_from"] = {
-            "flagged": head.config.flagged[0],
-            "sources": list(map(short_path, benign)),
-            "rows": len(texts),
-            "rates": dict(zip(head.config.thresholds, rate, strict=True)),
-        }
+        results["thresholds_from"] = thresholds_from(head.config, rate, list(map(short_path, benign)), len(texts))
         fitted = {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
         shown = results["thresholds_from"] | fitted
         # The new thresholds may have the names of those that were measured.

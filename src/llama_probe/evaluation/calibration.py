@@ -131,6 +131,22 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     return config.replace(flagged=[label], threshold=next(iter(thresholds.values())), thresholds=thresholds)
 
 
+def thresholds_from(config: ProbeConfig, rates: Sequence[float], sources: Sequence[str], rows: int) -> JSON:
+    """Return what `results.json` keeps under `thresholds_from`: the rows and rates that gave a head its thresholds.
+
+    Args:
+        config: from `with_rates`.
+        rates: the rates that `with_rates` was given.
+        sources: names of where the rows come from.
+        rows: number of the rows.
+
+    Returns:
+        `flagged`, the label; `sources`; `rows`; and `rates`, by the name of the threshold.
+    """
+    by_name = dict(zip(config.thresholds, rates, strict=True))
+    return {"flagged": config.flagged[0], "sources": list(sources), "rows": rows, "rates": by_name}
+
+
 def _halfway(upper: float, lower: float) -> float:
     """Return a threshold that flags the upper of two scores and not the lower one."""
     middle = (float(upper) + float(lower)) / 2

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..backbone.loading import DEMO, DEMO_NOTE
 from ..distributed import world_size
 from ..errors import ProbeError
-from ..evaluation.calibration import calibrate, with_rates
+from ..evaluation.calibration import calibrate, thresholds_from, with_rates
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, halting_rules
 from ..evaluation.metrics import summarize
 from ..evaluation.novelty_fit import can_fit, fit_novelty
@@ -132,12 +132,8 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
             rates = rates[:-1]
     else:
         return None
-    return {
-        "flagged": probe.config.flagged[0],
-        "sources": [source.name for source in run.recipe.calibration.sources],
-        "rows": len(run.rows.calibration),
-        "rates": dict(zip(probe.config.thresholds, rates, strict=True)),
-    }
+    sources = [source.name for source in run.recipe.calibration.sources]
+    return thresholds_from(probe.config, rates, sources, len(run.rows.calibration))
 
 
 def _calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor]) -> dict[str, ProbeModel]:
