@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import hub_server  # noqa: F401 - before all that imports huggingface_hub
-import numpy as np
 import pytest
 import torch
 import transformers.pipelines  # noqa: F401 - before this package, which test_auto_classes.py imports first
@@ -27,7 +26,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from llama_probe import LlamaForProbedGeneration, ProbeConfig, ProbeModel
 from llama_probe.data import prompts as prompts_module
 from llama_probe.evaluation import plots
-from llama_probe.evaluation.reading import Reading
 from llama_probe.heads import import_head_types, registry
 from llama_probe.heads.novelty import Novelty, novelty_layers
 
@@ -178,22 +176,6 @@ def make_tokenizer(adds_bos: bool = False) -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.chat_template = CHAT_TEMPLATE
     return fast
-
-
-def make_reading(
-    tokens: list[str], unread: int = 0, label="yes", probabilities: dict | None = None, seed: int = 0, **changes
-) -> Reading:
-    """What a head might have looked at; random weights. The last token is the template's, and those not read are too."""
-    config = make_probe(**{"probe_type": "gate", "id2label": {0: "no", 1: "yes"}, **changes}).config
-    rng = np.random.default_rng(seed)
-    weights = np.zeros((len(config.layer_indices), len(tokens)))
-    weights[:, unread:] = rng.dirichlet(np.full(len(tokens) - unread, 0.3), len(weights))
-    template = [place < unread or place == len(tokens) - 1 for place in range(len(tokens))]
-    text = "".join(token for token, other in zip(tokens, template, strict=True) if not other)
-    probabilities = {"no": 0.25, "yes": 0.75} if probabilities is None else probabilities
-    layer_weights = rng.dirichlet(np.ones(len(weights)))
-    counted = [place >= unread for place in range(len(tokens))]
-    return Reading("mood", config, text, tokens, template, counted, weights, layer_weights, label, probabilities)
 
 
 @pytest.fixture(scope="session")

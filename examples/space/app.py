@@ -79,10 +79,7 @@ class Page:
 
 def scores_of(outputs):
     """Return `{head: {label: probability}}` of a batch of one prompt."""
-    return {
-        name: dict(zip(CONFIGS[name].id2label.values(), output.probabilities[0].tolist(), strict=True))
-        for name, output in outputs.items()
-    }
+    return {name: output.describe()[0]["scores"] for name, output in outputs.items()}
 
 
 def halts(read, halting, threshold):
@@ -195,8 +192,7 @@ def look(page, head):
         counted=[True] * len(ids),
         weights=output.token_weights[0][:, mask].float().numpy(),
         layer_weights=output.layer_weights[0].float().numpy(),
-        label=output.labels[0],
-        probabilities=scores_of({head: output})[head],
+        prediction=output.describe()[0],
     )
     figure = heat_map(reading)
     figure.set_size_inches(13, 6.5)  # as wide as the page

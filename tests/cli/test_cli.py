@@ -124,7 +124,7 @@ def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
 def test_generate_and_classify(trained, served, backbone_folder, tmp_path, command):
     found = succeed(command, *served, "--json", stdin="good morning\n\nbad luck\n")
     assert [row["prompt"] for row in found] == ["good morning", "bad luck"]
-    assert all(row["labels"]["mood"] in ("fine", "awful") and len(row["probabilities"]["mood"]) == 2 for row in found)
+    assert all(row["probes"]["mood"]["label"] in ("fine", "awful") for row in found)
     assert ("reply" in found[0]) == (command == "generate")
     shown = succeed(command, "good evening", *served[:2])  # on the backbone that the head records
     assert "good evening" in shown and "mood" in shown
@@ -137,7 +137,7 @@ def test_generate_and_classify(trained, served, backbone_folder, tmp_path, comma
         if command == "generate" and name == "raw":
             assert "prompt_format" in refuse(*options), "a reply has one prompt"
         else:
-            assert set(succeed(*options, "--json")[0]["labels"]) == {"mood", name}
+            assert set(succeed(*options, "--json")[0]["probes"]) == {"mood", name}
 
 
 def test_a_head_of_replies(backbone_folder, tmp_path):
@@ -164,12 +164,12 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     served = ("--probe", guard, "--backbone", backbone_folder)
     args = ("generate", "good one", *served, "--max-new-tokens", 4, "--json", "--halt-on")
     (row,) = succeed(*args, "guard:awful:0")
-    assert row["halted"]["token"] == 0 and row["labels"]["guard"] in ("fine", "awful")
+    assert row["halted"]["token"] == 0 and row["probes"]["guard"]["label"] in ("fine", "awful")
     (row,) = succeed(*args, 'guard={"label": "awful", "threshold": 0, "patience": 2}')
     assert row["halted"]["token"] == 1
     same = [word for name in "dcba" for word in ("--probe", shutil.copytree(guard, tmp_path / name))]
     (row,) = succeed("generate", "good one", *same, *served[2:], "--max-new-tokens", 2, "--json")
-    assert list(row["labels"]) == list("dcba")
+    assert list(row["probes"]) == list("dcba")
     assert "--prompt-column" in refuse("classify", "good one", *served)
     words = ("--train", rows, "--set", "head.token_scope=all", "--eval", rows, "--output", tmp_path / "no")
     assert "prompt_column" in refuse("train", "--backbone", backbone_folder, *words).replace("-", "_")
@@ -215,7 +215,7 @@ def test_push_pull_and_use(trained, backbone_folder, hub, token, tmp_path, monke
     for name in ("probe_model.safetensors", "layer_weights.png"):
         assert (tmp_path / "back" / name).read_bytes() == (output / name).read_bytes()
     words = ("classify", "bad luck", "--backbone", backbone_folder, "--probe", "alice/mood:v1", "--json")
-    assert succeed(*words)[0]["labels"]["v1"] in ("fine", "awful")
+    assert succeed(*words)[0]["probes"]["v1"]["label"] in ("fine", "awful")
     monkeypatch.setenv("HF_TOKEN", hub.add_user("alice", "read"))
     assert "hf_" not in refuse("push", output, "alice/mood")
 

@@ -85,6 +85,6 @@ def test_the_demo_command():
         assert words in shown
     assert len(shown.splitlines()) < 30
     rows = succeed("demo", "--max-new-tokens", 1, "--json")
-    assert [row["labels"]["safety"] for row in rows] == ["harmless"] * 4 + ["harmful"] * 2
-    emotions = [row["labels"]["emotion-mha"] for row in rows]
+    assert [row["probes"]["safety"]["label"] for row in rows] == ["harmless"] * 4 + ["harmful"] * 2
+    emotions = [row["probes"]["emotion-mha"]["label"] for row in rows]
     assert emotions == ["joy", "sadness", "anger", None, None, None], "None where the prompt tells of no feeling"

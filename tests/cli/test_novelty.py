@@ -52,8 +52,8 @@ def test_train_fits_it(trained, new):
     assert "## Novelty" in (trained / "README.md").read_text()
     prompts = ("classify", "good number 3", "bad number 7", *new, "--json")
     for row in succeed(*prompts):
-        assert 0 <= row["novelty"]["new"] <= 1
-    assert [row["labels"]["new"] for row in succeed(*prompts, "--abstain-at", 0)] == [None, None]
+        assert 0 <= row["probes"]["new"]["novelty"] <= 1
+    assert [row["probes"]["new"]["label"] for row in succeed(*prompts, "--abstain-at", 0)] == [None, None]
     assert "unlike" in succeed("generate", *prompts[1:-1], "--abstain-at", 0)
 
 

@@ -57,7 +57,7 @@ def test_texts(make_head, backbone_folder, tmp_path):
     assert [item["text"] for item in found["files"]] == ["Good morning, Zoë!", "日本"]
     assert (output / names[0]).read_bytes().startswith(b"\x89PNG")
     drawn = found["files"][0]
-    assert drawn["shows"].endswith(f"{drawn['label']} ({drawn['probabilities'][drawn['label']]:.0%})")
+    assert drawn["shows"].endswith(f"{drawn['label']} ({drawn['score']:.0%})")
 
 
 def test_labelled_rows(make_head, backbone_folder, rows, tmp_path, monkeypatch):

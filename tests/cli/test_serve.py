@@ -4,6 +4,7 @@ import io
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from command_line import call, refuse, succeed
 from conftest import make_probe, with_novelty
 from training_runs import write
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.cli import serve
 from llama_probe.data.prompts import PromptFormat
+from llama_probe.heads.decision import describe_predictions
 from llama_probe.vllm.halting_words import read_halting
 
 
@@ -24,13 +26,15 @@ TWO = {"id2label": {0: "None", 1: "[some]"}}
         (TWO | {"threshold": 0.9}, "None", [0.36, 0.64], "None (0.36)"),
         (TWO, "[some]", [0.25, 0.75], "[some] (0.75)"),
         (TWO, None, [], "-"),
+        (TWO, None, [0.25, 0.75], "no label: unlike the training data"),
         (TWO | {"problem_type": "multi_label_classification"}, [], [0.1, 0.2], "no label"),
         ({"id2label": {0: "size"}, "problem_type": "regression"}, [3.25], [3.25], "size 3.25"),
     ],
 )
 def test_a_label_has_its_own_probability(capsys, config, label, found, shown):
-    row = {"prompt": "[b]hi", "labels": {"mood": label}, "probabilities": {"mood": found}}
-    serve.print_rows([row], {"mood": ProbeConfig(**config)})
+    config = ProbeConfig(**config)
+    prediction = describe_predictions([label], torch.tensor([found]), config)[0] if found else None
+    serve.print_rows([{"prompt": "[b]hi", "probes": {"mood": prediction}}], {"mood": config})
     printed = capsys.readouterr().out
     assert [cell.strip() for cell in printed.splitlines()[3].strip("│ ").split("│")] == ["[b]hi", shown]
 
@@ -49,8 +53,9 @@ def test_a_prompt_is_the_users_beside_a_head_of_tool_results(backbone_folder, tm
     args = ("Look at it.", "--backbone", backbone_folder, "--max-new-tokens", 1, "--json")
     (row,) = succeed("generate", *probes, *args)
     (alone,) = succeed("generate", "--probe", tmp_path / "user", *args)
-    assert row["probabilities"]["user"] == alone["probabilities"]["user"]
-    assert row["probabilities"]["tool"] == [1.0, 0.0] and row["novelty"]["tool"] is None, "it has nothing to read"
+    assert row["probes"]["user"] == alone["probes"]["user"]
+    tool = row["probes"]["tool"]
+    assert tool["scores"] == {"LABEL_0": 1.0, "LABEL_1": 0.0} and tool["novelty"] is None, "it has nothing to read"
     chats = write(tmp_path / "chats.jsonl", [{"text": [{"role": "user", "content": "Look at it."}]}])
     succeed("classify", *probes, *args[1:3], "--input", chats, "--output", tmp_path / "labels")
     (cells,) = pq.read_table(tmp_path / "labels").to_pylist()

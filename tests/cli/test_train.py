@@ -52,7 +52,7 @@ def test_a_type_of_ones_own(rows, backbone_folder, tmp_path, monkeypatch):
     own = ("--import", tmp_path / "kind.py")
     succeed(*words, *own)
     head = ("--probe", tmp_path / "mine", "--backbone", backbone_folder, "--json")
-    assert "mine" in succeed("classify", "good morning", *head, *own)[0]["labels"]
+    assert "mine" in succeed("classify", "good morning", *head, *own)[0]["probes"]
     monkeypatch.setattr(registry, "_PROBE_TYPES", known)  # as in another process
     for line in ("classify x --probe", "evaluate --data sst2 --probe", "inspect", "plot --output x"):
         assert "--import FILE.py" in refuse(*line.split(), tmp_path / "mine")

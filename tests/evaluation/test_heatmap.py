@@ -4,13 +4,34 @@ import dataclasses
 import itertools
 
 import numpy as np
-from conftest import make_reading
+from conftest import make_probe
 
 from llama_probe.evaluation.heatmap import heat_map
 from llama_probe.evaluation.plots import png
+from llama_probe.evaluation.reading import Reading
 
 
 TOKENS = ["<bos>", "system", "\n", "$\\frac{$", " \u202eabc", "\n", "👩\u200d👧語", "", "\t", "<eos>"]
+
+
+def make_reading(tokens, unread=0, label="yes", **changes):
+    """What a head might have looked at. The template's tokens are those that are not read, and the last one."""
+    config = make_probe(probe_type="gate", id2label={0: "no", 1: label}, **changes).config
+    rng = np.random.default_rng(0)
+    weights = np.zeros((len(config.layer_indices), len(tokens)))
+    weights[:, unread:] = rng.dirichlet(np.full(len(tokens) - unread, 0.3), len(weights))
+    template = [place < unread or place == len(tokens) - 1 for place in range(len(tokens))]
+    return Reading(
+        head="mood",
+        config=config,
+        text="".join(token for token, is_template in zip(tokens, template, strict=True) if not is_template),
+        tokens=tokens,
+        template=template,
+        counted=[place >= unread for place in range(len(tokens))],
+        weights=weights,
+        layer_weights=rng.dirichlet(np.ones(len(weights))),
+        prediction={"label": label, "score": 0.5, "scores": {"no": 0.5, label: 0.5}},
+    )
 
 
 def names(axes):
@@ -19,7 +40,7 @@ def names(axes):
 
 def test_what_it_shows(recwarn):
     """A text and a name are never a formula, and move nothing."""
-    reading = make_reading(TOKENS, 3, "$^{$", {"$^{$": 0.5}, layers=[0, 2, 4])
+    reading = make_reading(TOKENS, 3, "$^{$", layers=[0, 2, 4])
     figure = heat_map(reading)
     above, _, center, side, scale = figure.axes
     assert center.images[0].get_array().tolist() == reading.weights[:, 3:].tolist()

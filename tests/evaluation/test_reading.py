@@ -48,8 +48,10 @@ def test_weights_are_those_of_classify(model, tokenizer, head):
         real = batch["attention_mask"][row].bool()
         assert reading.weights == pytest.approx(expected.token_weights[row][:, real].numpy(), abs=1e-5)
         assert reading.layer_weights == pytest.approx(expected.layer_weights[row].numpy(), abs=1e-5)
-        assert list(reading.probabilities.values()) == pytest.approx(expected.probabilities[row].tolist(), abs=1e-5)
-        assert (reading.label, reading.text, reading.head) == (expected.labels[row], TEXTS[row], head)
+        assert list(reading.prediction["scores"].values()) == pytest.approx(
+            expected.probabilities[row].tolist(), abs=1e-5
+        )
+        assert (reading.prediction["label"], reading.text, reading.head) == (expected.labels[row], TEXTS[row], head)
         assert reading.weights.sum(axis=1) == pytest.approx(1) and reading.token_weights.sum() == pytest.approx(1)
         assert (len(reading.layer_weights), len(reading.tokens)) == reading.weights.shape
 

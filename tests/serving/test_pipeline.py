@@ -11,7 +11,6 @@ from transformers import AutoModel, AutoModelForCausalLM, TextGenerationPipeline
 
 from llama_probe import LlamaForProbedGeneration, ProbeError
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.heads.decision import verdict
 from llama_probe.serving.pipeline import TASK, ProbedTextGenerationPipeline
 
 
@@ -36,7 +35,7 @@ def make_pipe(tokenizer=None, **kwargs):
 
 
 def close(found, expected, tolerance=1e-4):
-    """Return True if two verdicts are the same but for rounding."""
+    """Return True if two predictions are the same but for rounding."""
     if isinstance(expected, dict):
         return found.keys() == expected.keys() and all(close(found[key], expected[key]) for key in expected)
     if isinstance(expected, list):
@@ -85,19 +84,22 @@ def test_heads_that_read_replies_say_what_they_think_of_each_sequence(batch_size
         assert record["probes"]["guard"] is None and record["probes"]["prompt"]["label"]
 
 
-def test_verdicts_are_those_of_generate():
+def test_predictions_are_those_of_generate():
     probes, tokenizer = make_pipe()(CHATS[1], **GREEDY)[0]["probes"], make_tokenizer()
     assert list(probes) == list(heads())
     model = probed(heads(), vocab_size=260)
     inputs = tokenizer.apply_chat_template(CHATS[1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
     out = model.generate(**inputs, **GREEDY)
+    (record,) = out.describe(1)
+    assert close(probes, record["probes"])
     for name, found in probes.items():
-        expected = verdict(out.probe_labels[name][0], out.probe_probabilities[name][0].tolist(), out.config_of(name))
-        assert close(found, expected)
+        assert close(list(found["scores"].values()), out.probe_probabilities[name][0].tolist())
+        assert "label" not in found or found["label"] == out.probe_labels[name][0]
     toxic, topics = probes["toxic"], probes["topics"]
     assert toxic["score"] == toxic["scores"][toxic["label"]] and list(toxic["scores"]) == ["fine", "toxic"]
     assert topics["score"] == [topics["scores"][label] for label in topics["label"]]
-    assert list(probes["length"]) == ["score"] and list(probes["sizes"]["scores"]) == ["LABEL_0", "LABEL_1"]
+    assert list(probes["length"]["scores"].values()) == [probes["length"]["score"]]
+    assert list(probes["sizes"]) == ["scores"] and list(probes["sizes"]["scores"]) == ["LABEL_0", "LABEL_1"]
     json.dumps(probes)
 
 
@@ -118,7 +120,7 @@ def test_batches_and_threads_give_what_single_prompts_give(prompts, batch_size):
 
 @pytest.mark.parametrize("options", [{}, {"return_full_text": False}, {"return_tensors": True}])
 @pytest.mark.parametrize("prompt", [TEXTS[1], CHATS[1]], ids=["text", "chat"])
-def test_results_are_those_of_text_generation_beside_verdicts(prompt, options):
+def test_results_are_those_of_text_generation_beside_predictions(prompt, options):
     """The plain task takes models with heads as well, and gives what it gives without them."""
     args = {"tokenizer": make_tokenizer(), "device": "cpu"}
     plain = pipeline("text-generation", model=make_lm(vocab_size=260), **args)

@@ -17,7 +17,7 @@ from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..serving.auto import AutoModelForProbedGeneration
 from .options import COUNT, Result
-from .serve import labelled_rows, print_rows
+from .serve import print_rows
 
 
 HEADS = ("safety", "emotion-mha")
@@ -57,9 +57,9 @@ def demo(*, max_new_tokens: Annotated[int, COUNT] = 24) -> Result:
         if not torch.equal(out.sequences, plain):
             raise ProbeError(f"the reply to {prompt!r} changed with heads attached; please report this")
         if turn:
-            (row,) = labelled_rows([prompt], out.probe_labels, out.probe_probabilities, out.probe_novelty)
+            (record,) = out.describe(1)
             timed = {"seconds": seconds, "seconds_without_heads": seconds_without}
-            rows.append(row | {"reply": " ".join(out.texts[0].split())} | timed)
+            rows.append({"prompt": prompt, **record, "reply": " ".join(out.texts[0].split()), **timed})
     return rows, partial(_print, rows, {name: head.config for name, head in model.probes.items()})
 
 

@@ -79,8 +79,8 @@ def _draw_text(reading: Reading, number: int) -> _Drawings:
     plain = unicodedata.normalize("NFKD", reading.text).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40]
     stem = f"{number:02}-{words}".strip("-")
-    facts = {"text": reading.text, "label": reading.label, "probabilities": reading.probabilities}
-    return {f"{stem}.png": (png(heat_map(reading)), {"shows": f"tokens and layers: {reading.verdict}", **facts})}
+    facts = {"text": reading.text, **reading.prediction}
+    return {f"{stem}.png": (png(heat_map(reading)), {"shows": f"tokens and layers: {reading.in_words}", **facts})}
 
 
 def _draw_head(inspection: JSON, config: ProbeConfig) -> _Drawings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from ..distributed import is_main, launched
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import in_words, reply_outputs
+from ..heads.decision import in_words
 from ..heads.novelty import abstain_levels
 from ..vllm.halting_words import read_halting
 from .console import print_table, print_text
@@ -66,17 +65,8 @@ def generate(
         part = texts[start : start + _BATCH]
         inputs = {key: value.to(model.device) for key, value in prompt_format.batch(part).items()}
         out = model.generate(**inputs, tokenizer=tokenizer, **options)
-        labelled = labelled_rows(part, out.probe_labels, out.probe_probabilities, out.probe_novelty)
-        for row, reply, halt in zip(labelled, out.texts, out.probe_halts or [None] * len(part), strict=True):
-            row["reply"] = reply
-            if rules:
-                row["halted"] = halt and dataclasses.asdict(halt)
-        for name in [name for name in out.probe_token_logits or () if name not in out.probe_logits]:
-            for row, output in zip(labelled, reply_outputs(out.probe_token_logits[name], configs[name]), strict=True):
-                # No token of an empty reply was read.
-                row["labels"][name] = None if output is None else output.labels[0]
-                row["probabilities"][name] = [] if output is None else output.probabilities[0].tolist()
-        rows += labelled
+        for text, reply, record in zip(part, out.texts, out.describe(len(part)), strict=True):
+            rows.append({"prompt": text, **record, "reply": reply})
     return rows, partial(print_rows, rows, configs)
 
 
@@ -136,10 +126,11 @@ def classify(
     abstain_levels(abstain_at, configs)  # raises
     model, tokenizer = loading.attach(heads, probe[0])
     outputs = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
-    labels = {name: output.labels for name, output in outputs.items()}
-    probabilities = {name: output.probabilities for name, output in outputs.items()}
-    novelty = {name: output.novelty for name, output in outputs.items() if output.novelty is not None}
-    rows = labelled_rows(texts, labels, probabilities, novelty)
+    described = {name: output.describe() for name, output in outputs.items()}
+    rows = [
+        {"prompt": text, "probes": {name: each[row] for name, each in described.items()}}
+        for row, text in enumerate(texts)
+    ]
     return rows, partial(print_rows, rows, configs)
 
 
@@ -155,31 +146,15 @@ def _read_prompts(prompts: list[str] | None) -> list[str]:
     return texts
 
 
-def labelled_rows(texts: list[str], labels: dict[str, list], probabilities: JSON, novelty: JSON | None) -> list[JSON]:
-    """Return a dict a prompt, with what each head says of it by the head's name."""
-    rows: list[JSON] = []
-    for i, text in enumerate(texts):
-        row = {"prompt": text, "labels": {name: values[i] for name, values in labels.items()}}
-        row["probabilities"] = {name: values[i].tolist() for name, values in probabilities.items()}
-        if novelty:
-            # JSON has no NaN, which is that of a prompt without anything that the head reads.
-            row["novelty"] = {
-                name: None if values[i].isnan() else values[i].item() for name, values in novelty.items()
-            }
-        rows.append(row)
-    return rows
-
-
 def print_rows(rows: list[JSON], configs: dict[str, ProbeConfig]) -> None:
-    """Print a table of what `labelled_rows` returned, with the replies if there are any."""
+    """Print a table of prompts, of replies if there are any, and of what each head says."""
     replies, lines = "reply" in rows[0], []
     for row in rows:
         cells = [row["prompt"]]
         if replies:
             cells.append(f"halted: {row['reply']}" if row.get("halted") else row["reply"])
-        for name, label in row["labels"].items():
-            scores = dict(zip(configs[name].id2label.values(), row["probabilities"][name], strict=False))
-            cells.append(in_words(label, scores, configs[name]) if scores else "-")
+        for name, prediction in row["probes"].items():
+            cells.append("-" if prediction is None else in_words(prediction, configs[name]))
         lines.append(cells)
-    columns = ("prompt", *(["reply"] if replies else []), *rows[0]["labels"])
+    columns = ("prompt", *(["reply"] if replies else []), *rows[0]["probes"])
     print_table(None, columns, lines, left=len(columns), show_lines=replies)

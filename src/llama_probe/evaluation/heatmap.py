@@ -71,7 +71,7 @@ def heat_map(reading: Reading) -> Figure:
     scale.set_label("weight of a token in its layer", fontsize=8)
     for axes in (above, center, side, scale.ax):
         axes.tick_params(labelsize=7)
-    title = (f"{reading.head}: {reading.verdict}", reading.text)
+    title = (f"{reading.head}: {reading.in_words}", reading.text)
     figure.suptitle("\n".join(cut(printable(line), int(12 * width)) for line in title), fontsize=10, parse_math=False)
     return explain(figure, _explanation(reading, unread, named))
 

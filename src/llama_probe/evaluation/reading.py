@@ -1,4 +1,4 @@
-"""The weight of each token and layer for a head's verdict on a text."""
+"""What a head looked at in a text: the weight of each token and layer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import transformers
 
 from ..data.prompts import PromptFormat, Text
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import Label, in_words
+from ..heads.decision import in_words
 from ..heads.scope import token_mask
 
 
@@ -36,8 +37,7 @@ class Reading:
         counted: True for a token that the head reads. Its `token_scope` may leave out the constant prefix.
         weights (`[layers_read, tokens]`): weight of each token in a layer; each row sums to 1.
         layer_weights (`[layers_read]`): weight of each layer; sums to 1.
-        label: a str; a list of str for multi-label heads, a list of floats for regression.
-        probabilities: by label name; the values for regression.
+        prediction: what the head says of the text; see `describe_predictions`.
     """
 
     head: str
@@ -48,8 +48,7 @@ class Reading:
     counted: list[bool]
     weights: np.ndarray
     layer_weights: np.ndarray
-    label: Label
-    probabilities: dict[str, float]
+    prediction: JSON
 
     @property
     def token_weights(self) -> np.ndarray:
@@ -62,9 +61,9 @@ class Reading:
         return 1 / sum(self.counted)
 
     @property
-    def verdict(self) -> str:
-        """The label in words, with its probability if it has one."""
-        return in_words(self.label, self.probabilities, self.config, ".0%")
+    def in_words(self) -> str:
+        """The label with its probability; for regression the value."""
+        return in_words(self.prediction, self.config, ".0%")
 
     @property
     def note(self) -> str | None:
@@ -116,8 +115,7 @@ def read_weights(
                 counted=token_mask(config, input_ids, None)[0].tolist(),
                 weights=output.token_weights[0].float().cpu().numpy(),
                 layer_weights=output.layer_weights[0].float().cpu().numpy(),
-                label=output.labels[0],
-                probabilities=dict(zip(config.id2label.values(), output.probabilities[0].tolist(), strict=True)),
+                prediction=output.describe()[0],
             )
         )
     return readings

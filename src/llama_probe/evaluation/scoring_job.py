@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,9 +69,9 @@ class TextScorer:
         for name, output in self._score([texts[row] for row in rows]).items() if rows else ():
             numbers = output.logits.isfinite().all(dim=-1).nonzero().flatten()
             scored = join_outputs([output], numbers, self.heads[name].config)
-            for kind, (_, values_of) in _columns(self.heads[name]).items():
-                for place, value in zip(numbers.tolist(), values_of(scored), strict=True):
-                    columns[f"{name}_{kind}"][rows[place]] = value
+            for place, prediction in zip(numbers.tolist(), scored.describe(), strict=True):
+                for kind, (_, key) in _columns(self.heads[name]).items():
+                    columns[f"{name}_{kind}"][rows[place]] = prediction[key]
         return columns
 
     def scored_rows(self, texts: Sequence[Text | None]) -> list[int]:
@@ -232,22 +231,15 @@ def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
     return {f"{name}_{kind}": type_ for name, head in heads.items() for kind, (type_, _) in _columns(head).items()}
 
 
-def _columns(head: ProbeModel) -> dict[str, tuple[pa.DataType, Callable[[ProbeOutput], list]]]:
-    """Return the columns of a head, each with its type and its values for an output."""
+def _columns(head: ProbeModel) -> dict[str, tuple[pa.DataType, str]]:
+    """Return the columns of a head, each with its type and its key in `describe_predictions`."""
     names, problem = list(head.config.id2label.values()), head.config.problem_type
     label = pa.list_(pa.string()) if problem == "multi_label_classification" else pa.string()
     by_label = pa.struct([(name, pa.float32()) for name in names])
-
-    def scores(output: ProbeOutput) -> list[dict[str, float]]:
-        return [dict(zip(names, row, strict=True)) for row in output.probabilities.tolist()]
-
-    def novelty(output: ProbeOutput) -> list[float | None]:
-        return [None if math.isnan(value) else value for value in output.novelty.tolist()]  # nothing was read
-
-    columns = {"values": (by_label, scores)}
+    columns = {"values": (by_label, "scores")}
     if problem != "regression":
-        columns = {"label": (label, lambda output: output.labels), "probabilities": (by_label, scores)}
-    return columns if head.novelty is None else {"novelty": (pa.float32(), novelty), **columns}
+        columns = {"label": (label, "label"), "probabilities": (by_label, "scores")}
+    return columns if head.novelty is None else {"novelty": (pa.float32(), "novelty"), **columns}
 
 
 def _warn_of_gaps(file: InputFile, rows: range, scored: list[int], scores: Columns) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -187,36 +188,49 @@ def strongest(logits: torch.Tensor, config: ProbeConfig, counted: torch.Tensor |
     return logits.take_along_dim(place[..., None, None], dim=-2).squeeze(-2)
 
 
-def verdict(label: Label, probs: list[float], config: ProbeConfig) -> JSON:
-    """Return one row's prediction as JSON values.
+def describe_predictions(
+    labels: list[Label], probs: torch.Tensor, config: ProbeConfig, novelty: torch.Tensor | None = None
+) -> list[JSON]:
+    """Return the prediction of each row as JSON values.
 
     Args:
-        label: its entry of `labels`. probs: its row of probabilities (regression: of values).
+        labels: what `labels` returned for the rows.
+        probs (`[rows, num_labels]`): probabilities (regression: values).
+        novelty (`[rows]`, *optional*): of a head that tells it; NaN in rows in which the head reads nothing.
 
     Returns:
-        `{"label": name, "score": its probability, "scores": {label: probability}}`, with lists as label and score for
-        multi-label heads, and None as both if the head abstains. For regression heads `{"score": value}`, or
-        `{"scores": {label: value}}` if there are several outputs.
+        For each row `label`, its probability as `score`, and `scores`, the probabilities by label. Multi-label heads have lists as
+        `label` and `score`. A head that abstains has None as both. Regression heads have no `label`, their values as `scores`,
+        and if there is one value, this as `score`. With `novelty` there is `novelty`, None for NaN.
     """
-    scores = dict(zip(config.id2label.values(), probs, strict=True))
-    if label is None:
-        return {"label": None, "score": None, "scores": scores}
-    if config.problem_type == "regression":
-        return {"score": probs[0]} if len(probs) == 1 else {"scores": scores}
-    score = [scores[name] for name in scores if name in label] if isinstance(label, list) else scores[label]
-    return {"label": label, "score": score, "scores": scores}
+    rows: list[JSON] = []
+    for label, values in zip(labels, probs.tolist(), strict=True):
+        scores = dict(zip(config.id2label.values(), values, strict=True))
+        row: JSON = {"label": label, "score": None, "scores": scores}
+        if isinstance(label, str):
+            row["score"] = scores[label]
+        elif label is not None and config.problem_type != "regression":
+            row["score"] = [scores[name] for name in scores if name in label]
+        elif label is not None:
+            row = {"score": values[0], "scores": scores} if len(values) == 1 else {"scores": scores}
+        rows.append(row)
+    for row, value in zip(rows, [] if novelty is None else novelty.tolist(), strict=False):
+        row["novelty"] = None if math.isnan(value) else value
+    return rows
 
 
-def in_words(label: Label, scores: dict[str, float], config: ProbeConfig, style: str = ".2f") -> str:
-    """Return one row's prediction as text: the label with its own probability, which need not be the largest.
+def in_words(prediction: JSON, config: ProbeConfig, style: str = ".2f") -> str:
+    """Return one of `describe_predictions` as text: the label with its own probability, which need not be the largest.
 
     Args:
-        label: its entry of `labels`. scores: its probabilities (regression: values) by label. style: format of a probability.
+        style: format of a probability.
     """
+    scores = prediction["scores"]
+    if config.problem_type == "regression" and "label" not in prediction:
+        return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+    label = prediction["label"]
     if label is None:
         return "no label: unlike the training data"
-    if config.problem_type == "regression":
-        return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     names = [name for name in scores if name in label] if isinstance(label, list) else [label]
     return ", ".join(f"{name} ({scores[name]:{style}})" for name in names) or "no label"
 
@@ -345,3 +359,7 @@ class ProbeOutput(DecidedMixin[float], ModelOutput):
     def labels(self) -> list[Label]:
         """Label names a row, with the saved temperature and threshold; `None` for a row where the head abstains."""
         return labels(self.probabilities, self.config_of(), self.novelty, self.abstain_at)
+
+    def describe(self) -> list[JSON]:
+        """Return the prediction of each row as JSON values; see `describe_predictions`."""
+        return describe_predictions(self.labels, self.probabilities, self.config_of(), self.novelty)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.aggregator import State
-from ..heads.decision import DecidedMixin, ProbeOutput, labels, probabilities
+from ..heads.decision import DecidedMixin, ProbeOutput, describe_predictions, labels, probabilities, reply_outputs
 from ..heads.probe import ProbeModel
 from ..heads.stream import select_rows
 
@@ -136,6 +137,34 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
         if (novelties := self.__dict__.get("_probe_novelties")) is None:
             raise ProbeError("this output has lost its heads (a copy or a gather does that), and so their novelty")
         return {name: novelties[name](*means) for name, means in self.probe_mean_states.items()}
+
+    def describe(self, rows: int) -> list[JSON]:
+        """Return what the heads say of each row as JSON values.
+
+        Args:
+            rows: number of sequences. Several sequences of one prompt have the same scores of the prompt.
+
+        Returns:
+            For each row `probes`: by head name what `describe_predictions` says. Heads that read replies alone give their score
+            of the reply as far as the LM has read it, or `None` if the LM has read no token of it. If the call may halt, there is
+            `halted`: the fields of a `Halt`, or `None`.
+        """
+        records: list[JSON] = [{"probes": {}} for _ in range(rows)]
+        labels, novelty = self.probe_labels or {}, self.probe_novelty or {}
+        for name, probs in (self.probe_probabilities or {}).items():
+            prompts = describe_predictions(labels[name], probs, self.config_of(name), novelty.get(name))
+            for row, record in enumerate(records):
+                record["probes"][name] = prompts[row * len(prompts) // rows]
+        for name, logits in (self.probe_token_logits or {}).items():
+            if name not in (self.probe_logits or {}):
+                replies = reply_outputs(logits, self.config_of(name))
+                for record, reply in zip(records, replies, strict=True):
+                    record["probes"][name] = None if reply is None else reply.describe()[0]
+        halts = self.probe_halts or []  # one a prompt or a row
+        for row, record in enumerate(records if halts else ()):
+            halt = halts[row * len(halts) // rows]
+            record["halted"] = None if halt is None else asdict(halt)
+        return records
 
 
 @functools.cache

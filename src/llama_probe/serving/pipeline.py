@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -19,7 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.text_classification import ClassificationFunction
 
 from ..errors import ProbeError
-from ..heads.decision import Label, reply_outputs, verdict
+from ..heads.decision import Label
 from .auto import AutoModelForProbedGeneration
 from .host import ProbeSpec
 from .texts import as_texts
@@ -32,8 +31,7 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text.
 
     It takes and returns what `TextGenerationPipeline` does. Its records have one more key, `"probes"`: by head name what
-    `verdict` returns. Heads that tell novelty add `"novelty"`, `None` if they read nothing. With `halt_on=` there is
-    `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no `tokenizer=` here.
+    `describe_predictions` returns. With `halt_on=` there is `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no `tokenizer=` here.
 
     Heads that read replies alone (`token_scope="response"`) give their score of the sequence as far as the LM has read it,
     or `None` if no token of it was read. The scores of other heads are the same for every sequence of a prompt. With
@@ -84,7 +82,9 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         twin.model, listening.generate = listening, generate
         outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
         prompts, copies = outputs["generated_sequence"].shape[:2]
-        keys = _keys_of_records(generated[0], prompts * copies)
+        (output,) = generated
+        rows = prompts * copies
+        keys = output.describe(rows) if hasattr(output, "probe_logits") else [{"probes": {}}] * rows
         outputs["probed"] = [tuple(keys[row : row + copies]) for row in range(0, len(keys), copies)]
         return outputs
 
@@ -152,31 +152,6 @@ class ProbedTextClassificationPipeline(TextClassificationPipeline):
 
 def _text_of(row: Any) -> Any:
     return row["text"] if isinstance(row, Mapping) and "text" in row and "text_pair" not in row else row
-
-
-def _keys_of_records(output: Any, rows: int) -> list[dict[str, Any]]:
-    """Return the keys that heads add to the record of each sequence."""
-    records: list[dict[str, Any]] = [{"probes": {}} for _ in range(rows)]
-    if getattr(output, "probe_logits", None) is not None:
-        labels, novelty = output.probe_labels, output.probe_novelty or {}
-        for name, probabilities in output.probe_probabilities.items():
-            for row, record in enumerate(records):
-                prompt = row * len(probabilities) // rows
-                probs = probabilities[prompt].tolist()
-                record["probes"][name] = verdict(labels[name][prompt], probs, output.config_of(name))
-                if name in novelty:
-                    value = novelty[name][prompt]
-                    record["probes"][name]["novelty"] = None if value.isnan() else value.item()
-        for name, logits in (output.probe_token_logits or {}).items():
-            if name not in output.probe_logits:
-                config = output.config_of(name)
-                for record, last in zip(records, reply_outputs(logits, config), strict=True):
-                    record["probes"][name] = last and verdict(last.labels[0], last.probabilities[0].tolist(), config)
-    if halts := getattr(output, "probe_halts", None):  # one a prompt or a row
-        for row, record in enumerate(records):
-            halt = halts[row * len(halts) // rows]
-            record["halted"] = halt and asdict(halt)
-    return records
 
 
 for _task, _pipeline in {

@@ -10,7 +10,7 @@ import torch
 
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import ProbeOutput, verdict
+from ..heads.decision import ProbeOutput
 from .settings import ProbeSettings
 
 
@@ -21,7 +21,7 @@ def answer(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> JS
         rows: by head that ran its logits, or why there are none.
 
     Returns:
-        `"probes"`, by head `{"logits": [...], ...}` with what `verdict` says, or `{"error": why}`. A head that can flag has
+        `"probes"`, by head `{"logits": [...], ...}` with what `describe_predictions` says, or `{"error": why}`. A head that can flag has
         `"flagged"`, its labels that are. With `halt_on` also `"halted"`: the fields of a `Halt`, or `None`. What a guard of
         prompts could not score is halted. If it is not halted, and a judge has to decide, `"unsure"` has the fields of the
         `Halt`s that it may confirm. With `hide_scores` only the labels are left of a head, and head and label of a `Halt`.
@@ -57,8 +57,7 @@ def reading(logits: list[float] | str, config: ProbeConfig) -> tuple[JSON, torch
     if isinstance(logits, str) or not all(map(math.isfinite, logits)):
         return {"error": logits if isinstance(logits, str) else "the head gives no number"}, None
     output = ProbeOutput.from_logits(torch.tensor([logits]), config)
-    probs = output.probabilities
-    return {"logits": logits, **verdict(output.labels[0], probs[0].tolist(), config)}, probs
+    return {"logits": logits, **output.describe()[0]}, output.probabilities
 
 
 def shown(values: JSON, settings: ProbeSettings, *names: str) -> JSON:

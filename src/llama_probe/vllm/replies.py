@@ -201,7 +201,7 @@ class Replies:
         """Return what heads say of a request's replies so far, by index; `None` for those that are not known here.
 
         Each is `{"probes": {head: ...}, "halted": fields of a `Halt`, or None}`. Of a head there are `tokens`, the number that
-        it scored, and if there are any what `verdict` says after the last one, `logits`, `largest` (by label `score` and
+        it scored, and if there are any what `describe_predictions` says after the last one, `logits`, `largest` (by label `score` and
         `token`), `flagged` with the labels that were, and `token`, at which the first of them was. `token_logits` has those
         after each token, `None` if one is no number, if the request asked for `token_scores`.
         """
