@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from llama_probe.backbone import passes
 from llama_probe.data.cached_states import PromptDataset, StateCache
 from llama_probe.evaluation.calibration import with_rates
-from llama_probe.evaluation.detection import apply_rules, detection, halting_rules, reply_report
+from llama_probe.evaluation.detection import apply_rules, detection, halting_rules, judged_scores, reply_report
 from llama_probe.evaluation.prediction import follow_replies, predict_logits
 from llama_probe.heads import probe_types
+from llama_probe.serving.halting import HaltRule, Streak
 
 
 PROMPT, LENGTHS = 4, [5, 9, 7]
@@ -55,14 +56,30 @@ def test_the_delay_is_counted_in_tokens_read():
     ]
     labels = np.array([1, 1, 0, 0])
     delay = {"median": 5.0, "p90": 5.0, "share": 5 / 8}
-    assert detection(scores, labels, threshold=0.5, patience=2) == {
+    assert detection(judged_scores(scores, patience=2), labels, threshold=0.5) == {
         "rows": 4, "detected": 0.5, "false_halts": 0.5, "delay": delay, "shown": (4 / 8 + 1) / 2
     }  # fmt: skip
-    by_window = detection(scores, labels, threshold=0.45, patience=1, window=2)
+    by_window = detection(judged_scores(scores, window=2), labels, threshold=0.45)
     assert (by_window["detected"], by_window["delay"]["median"], by_window["false_halts"]) == (1, 1.5, 0.5)
-    silent = detection(scores, labels, threshold=0.95, patience=1)
+    silent = detection(scores, labels, threshold=0.95)
     assert silent["detected"] == 0 and silent["delay"] == dict.fromkeys(delay)
-    assert detection(scores, np.zeros(4), 0.5, 1)["detected"] is None
+    assert detection(scores, np.zeros(4), 0.5)["detected"] is None
+
+
+@pytest.mark.parametrize("threshold", [0.55, None])
+@pytest.mark.parametrize("patience, window", [(1, 1), (3, 1), (1, 4), (2, 3)])
+def test_a_reply_is_measured_to_end_where_generate_ends_it(patience, window, threshold):
+    rng = np.random.default_rng(0)
+    replies, rule = rng.random((50, 12)), HaltRule("guard", CONFIG, 1, threshold, patience, window)
+    read = []
+    for scores in replies:
+        probs, streak = torch.tensor(np.stack([1 - scores, scores], axis=1)), Streak(patience, window)
+        ends = [rule.follow(streak, each, flag)[1] for each, flag in zip(probs, rule.halts(probs), strict=True)]
+        read.append(ends.index(True) + 1 if True in ends else None)
+    halted = [count for count in read if count is not None]
+    measured = detection(judged_scores(replies, patience, window), np.ones(50), threshold or 0.5)
+    assert 0 < measured["detected"] == len(halted) / 50
+    assert (measured["delay"]["median"], measured["delay"]["p90"]) == (np.median(halted), np.percentile(halted, 90))
 
 
 def replies(seed, harmless=20, harmful=10):

@@ -11,6 +11,7 @@ import torch
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import log_odds, probabilities, threshold_of
+from ..serving.halting import Streak
 from .bootstrap import auroc, intervals
 from .calibration import highest_recall_threshold, highest_unflagged
 from .metrics import known_rows
@@ -22,23 +23,28 @@ MAX_FALSE_HALTS = 0.05
 RATES = (0.005, 0.01)  # shares of the replies without the label that may be halted
 
 
-def _judged(values: np.ndarray, patience: int, window: int) -> np.ndarray:
-    """Return the least mean of a window among so many tokens in a row, for each token from the first that can halt on."""
-    if window > 1:
-        values = np.convolve(values, np.full(window, 1 / window))[: len(values)]
-    if len(values) < patience:
-        return np.zeros(0)
-    return np.lib.stride_tricks.sliding_window_view(values, patience).min(axis=1)
+def judged_scores(scores: Sequence[np.ndarray], patience: int = 1, window: int = 1) -> list[np.ndarray]:
+    """Return by which score a halting rule judges each token: `Streak` gives the least mean that its patience waits for.
+
+    Args:
+        scores: for each reply the probability of the label after each token, `[reply_tokens]`.
+
+    Returns:
+        For each reply `[reply_tokens]`: the rule ends it at the first token that reaches the threshold.
+    """
+    judged = []
+    for values in scores:
+        streak = Streak(patience, window)
+        judged.append(np.array([streak.add(score)[1] for score in values.tolist()]))
+    return judged
 
 
-def _halts(
-    scores: Sequence[np.ndarray], threshold: float, patience: int = 1, window: int = 1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _halts(judged: Sequence[np.ndarray], threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return for each reply if it is halted, the tokens that were read by then, and those of the whole reply."""
-    reached = [np.flatnonzero(_judged(values, patience, window) >= threshold) for values in scores]
-    halted, lengths = (np.array(list(map(len, rows))) for rows in (reached, scores))
-    read = [places[0] + patience if len(places) else n for places, n in zip(reached, lengths, strict=True)]
-    return halted > 0, np.array(read), lengths
+    lengths = np.array([len(values) for values in judged])
+    halted = np.array([(values >= threshold).any() for values in judged])
+    first = np.array([np.argmax(values >= threshold) for values in judged])
+    return halted, np.where(halted, first + 1, lengths), lengths
 
 
 def _measures(halted: np.ndarray, read: np.ndarray, lengths: np.ndarray, positives: np.ndarray) -> dict[str, float]:
@@ -55,16 +61,13 @@ def _measures(halted: np.ndarray, read: np.ndarray, lengths: np.ndarray, positiv
     return {name: float(measure(sample)) if len(sample) else np.nan for name, (measure, sample) in samples.items()}
 
 
-def detection(
-    scores: Sequence[np.ndarray], positives: np.ndarray, threshold: float, patience: int = 1, window: int = 1
-) -> JSON:
+def detection(judged: Sequence[np.ndarray], positives: np.ndarray, threshold: float) -> JSON:
     """Return what a halting rule does to replies.
 
     Args:
-        scores: for each reply the probability of the label after each token, `[reply_tokens]`.
+        judged: `judged_scores` of the replies, with patience and window of the rule.
         positives (`[rows]`): True if the reply has the label.
-        threshold, patience, window: probability from which a token is flagged, consecutive tokens that must reach it, and tokens
-            whose mean counts; see `HaltRule`.
+        threshold: score from which the rule ends a reply.
 
     Returns:
         `rows`; `detected`: share of the replies with the label that are halted; `false_halts`: share of the others that
@@ -72,10 +75,10 @@ def detection(
         they are halted, and the median `share` of the reply (each None if none is detected); `shown`: over all replies with the
         label the mean share of the tokens before the one that halts it, 1 for those that are not halted.
     """
-    measures = _measures(*_halts(scores, threshold, patience, window), positives.astype(bool))
+    measures = _measures(*_halts(judged, threshold), positives.astype(bool))
     values = {name: None if np.isnan(value) else value for name, value in measures.items()}
     delay = {name: values.pop(name) for name in ("median", "p90", "share")}
-    return {"rows": len(scores), **values, "delay": delay}
+    return {"rows": len(judged), **values, "delay": delay}
 
 
 def halting_rules(
@@ -105,10 +108,10 @@ def halting_rules(
             continue
         rules, gains = [], []
         for patience, window in RULES:
-            # A reply is halted if the highest of these is over the threshold.
-            highest = np.array([_judged(values, patience, window).max(initial=0.0) for values in scores])
+            judged = judged_scores(scores, patience, window)
+            highest = np.array([values.max(initial=0.0) for values in judged])  # halts if it reaches the threshold
             threshold = highest_recall_threshold(highest, positives, max_false_halts)
-            result = detection(scores, positives, threshold, patience, window)
+            result = detection(judged, positives, threshold)
             rules.append({"patience": patience, "window": window, "threshold": threshold, "validation": result})
             gains.append((result["detected"], -(result["delay"]["median"] or 0)))
         best = gains.index(max(gains))
@@ -127,11 +130,11 @@ def apply_rules(
     for name, index in config.label2id.items():
         if name not in rules:
             continue
-        scored = _known_rows(config, followed, labels, index)
-        by_label[name] = [
-            {**rule, "test": detection(*scored, rule["threshold"], rule["patience"], rule.get("window", 1))}
-            for rule in rules[name]
-        ]
+        scores, positives = _known_rows(config, followed, labels, index)
+        by_label[name] = []
+        for rule in rules[name]:
+            judged = judged_scores(scores, rule["patience"], rule.get("window", 1))
+            by_label[name].append({**rule, "test": detection(judged, positives, rule["threshold"])})
     return by_label
 
 

@@ -70,6 +70,31 @@ def reply_tokens(reply: HaltReply | None, tokenizer: PreTrainedTokenizerBase | N
     return ids.long()
 
 
+class Streak:
+    """Applies patience and window of a halting rule to the tokens of one reply, one after another.
+
+    Args:
+        patience, window: as of `HaltRule`.
+        flags_prompt: the rule flags the prompt too, which counts as the first flagged token.
+    """
+
+    def __init__(self, patience: int = 1, window: int = 1, flags_prompt: bool = False):
+        self._scores = deque([0.0] * window, maxlen=window)
+        self._means = deque([math.inf] * flags_prompt, maxlen=patience)
+
+    def add(self, score: float) -> tuple[float, float]:
+        """Take in the score of one more token.
+
+        Returns:
+            The mean score of the window that ends with the token, and the least such mean of the last `patience` tokens: a rule
+            ends the reply where it reaches the threshold. Minus infinity while there are fewer tokens.
+        """
+        self._scores.append(score)
+        mean = sum(self._scores) / len(self._scores)
+        self._means.append(mean)
+        return mean, min(self._means) if len(self._means) == self._means.maxlen else -math.inf
+
+
 @dataclass(frozen=True)
 class HaltRule:
     """Halts if a head finds a label.
@@ -77,8 +102,8 @@ class HaltRule:
     Attributes:
         threshold: halts from this probability, or value of a regression head, on. `None`: if the head decides on the label.
         patience: number of tokens in a row that must have the label. If the head reads prompts as well, theirs is the first.
-        window: a reply token is judged by the mean probabilities of this many last ones. Those before the reply count as tokens
-            without the label, so that the first tokens alone, whose scores vary most, end no reply.
+        window: a reply token is judged by the mean probability of this many last ones, from the threshold or 0.5 on. Those before
+            the reply count as 0, so that the first tokens alone, whose scores vary most, end no reply.
         unsure: (low, high); `ask` decides on prompts with low <= score < high.
         ask: a function from the texts of such prompts to one decision each, such as another model.
     """
@@ -144,9 +169,29 @@ class HaltRule:
         pairs = zip(flagged.tolist(), scores.tolist(), strict=True)
         return [self.reason(score) if flag else None for flag, score in pairs]
 
-    def ends(self, flag: Halt | None, length: int = 1) -> bool:
-        """Return True if a flag, the last of so many in a row, halts: one without a score does at once."""
-        return flag is not None and (flag.score is None or length >= self.patience)
+    def ends(self, flag: Halt | None) -> bool:
+        """Return True if a flag of the prompt halts by itself: without a score it does so whatever the patience is."""
+        return flag is not None and (flag.score is None or self.patience == 1)
+
+    def follow(self, streak: Streak, probs: Sequence[float], flag: Halt | None) -> tuple[Halt | None, bool]:
+        """Judge one more token of a reply.
+
+        Args:
+            streak: of this rule for the reply.
+            probs (`[num_labels]`): probabilities after the token.
+            flag: what `halts` says of these alone.
+
+        Returns:
+            The reason to halt by the mean of the window, or `None`; and True if the patience is exhausted, or the mean is not a
+            number.
+        """
+        limit = 0.5 if self.threshold is None else self.threshold
+        if self.window == 1:
+            _, least = streak.add(-math.inf if flag is None else math.inf)
+        else:
+            mean, least = streak.add(float(probs[self.index]))
+            flag = self.reason(mean) if math.isnan(mean) or mean >= limit else None
+        return flag, flag is not None and (flag.score is None or least >= limit)
 
     def is_unsure(self, score: float) -> bool:
         """Return True if another one decides on a prompt with this score."""
@@ -155,33 +200,6 @@ class HaltRule:
     def reason(self, score: float) -> Halt:
         """Return the `Halt` of a row with this score."""
         return Halt(self.head, self.config.id2label[self.index], None if math.isnan(score) else score, self.threshold)
-
-
-class Streak:
-    """The tokens of one reply that a rule has flagged in a row.
-
-    Args:
-        flags_prompt: the rule flags the prompt too, which counts as the first of them.
-    """
-
-    def __init__(self, rule: HaltRule, flags_prompt: bool = False):
-        self.rule, self.length = rule, int(flags_prompt)
-        without = torch.ones(rule.config.num_labels, device="cpu")
-        without[rule.index] = 0
-        self._window = deque([without] * rule.window, maxlen=rule.window)
-
-    def add(self, probs: torch.Tensor | list[float], flag: Halt | None) -> tuple[Halt | None, bool]:
-        """Take in one more token. Return its flag, and True if it ends the reply.
-
-        Args:
-            probs: the token's probabilities, `[num_labels]`.
-            flag: what `rule.halts` says of these alone.
-        """
-        if self.rule.window > 1:
-            self._window.append(torch.as_tensor(probs))
-            (flag,) = self.rule.halts(torch.stack(list(self._window)).mean(dim=0, keepdim=True))
-        self.length = 0 if flag is None else self.length + 1
-        return flag, self.rule.ends(flag, self.length)
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
@@ -274,7 +292,8 @@ class Halter:
             flags: list[Halt | None] = [None] * prompts
             if rule.head in logits:
                 flags = _asked(rule, probabilities(logits[rule.head], rule.config), texts)
-            self._streaks.append([Streak(rule, flag is not None) for flag in flags for _ in range(copies)])
+            streaks = (Streak(rule.patience, rule.window, flag is not None) for flag in flags for _ in range(copies))
+            self._streaks.append(list(streaks))
             halts = [halt or (flag if rule.ends(flag) else None) for halt, flag in zip(halts, flags, strict=True)]
         self.halts = [halt for halt in halts for _ in range(copies)]
         return self.halts
@@ -301,7 +320,7 @@ class Halter:
             if rule.config.reads_reply:
                 probs = probabilities(host[rule.head], rule.config)
                 halts = rule.halts(probs)
-                flags += [(row, *streaks[row].add(probs[row], halts[row])) for row in rows]
+                flags += [(row, *rule.follow(streaks[row], probs[row], halts[row])) for row in rows]
         self.halts = list(self.halts)
         for row, halt, ends in flags:
             if ends and halt is not None and self.halts[row] is None:

@@ -45,7 +45,7 @@ class Reply:
         self.withheld: list[EngineCoreOutput] = []
         self.keeps_last = False
         self.scored = self.clear = 0
-        self.streaks = list(map(Streak, rules))
+        self.streaks = [Streak(rule.patience, rule.window) for rule in rules]
         self.flagged: dict[int, int] = {}
         self.halt: Halt | None = None
         self.last: list[float] | None = None  # logits
@@ -128,9 +128,9 @@ class Replies:
     def flag_prompt(self, request_id: str, probes: Mapping[str, JSON]) -> None:
         """Count what heads flag of a prompt as the first of a rule's patience."""
         if (reply := self.running.get(request_id)) is not None:
-            for streak in reply.streaks:
-                flagged = probes.get(streak.rule.head, {}).get("flagged", ())
-                streak.length = int(streak.rule.config.id2label[streak.rule.index] in flagged)
+            for number, rule in enumerate(self.rules):
+                flagged = rule.config.id2label[rule.index] in probes.get(rule.head, {}).get("flagged", ())
+                reply.streaks[number] = Streak(rule.patience, rule.window, flagged)
 
     def read_score(self, request_id: str) -> str | None:
         """Take in the score of a reply's newest token, as the next one comes. Return the head that ends the reply before it."""
@@ -163,8 +163,8 @@ class Replies:
         before = reply.largest or [(-math.inf, 0)] * len(scores)
         reply.largest = [(new, token) if new > old[0] else old for new, old in zip(scores, before, strict=True)]
         is_clear = True
-        for number, (streak, flag) in enumerate(zip(reply.streaks, flags, strict=True)):
-            flag, ends = streak.add(scores[self._columns[streak.rule.head]], flag)
+        for number, (rule, streak, flag) in enumerate(zip(self.rules, reply.streaks, flags, strict=True)):
+            flag, ends = rule.follow(streak, scores[self._columns[rule.head]], flag)
             is_clear = is_clear and not (flag and self._guards[number])
             if flag is not None and ends:
                 reply.flagged.setdefault(number, token)
