@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -245,6 +245,23 @@ def segments_of(config: ProbeConfig, batch: dict[str, torch.Tensor], mask: torch
     return None if "probe_mask" in batch else number_segments(config, mask)
 
 
+def plan_reading(
+    lm: nn.Module, dataset: Dataset, read: Callable[[dict[str, torch.Tensor], int], torch.Tensor]
+) -> list[Pass]:
+    """Plan the passes of an LM over the prompts of a data set; see `plan_passes`.
+
+    Args:
+        read: returns the mask `[B, T]` of the tokens that are read of a batch, as `collate` makes it, whose first row has the
+            number that is the second argument.
+    """
+    prompts, unread = [], []
+    for first in range(0, len(dataset), _ROWS):
+        part = [dataset[row] for row in range(first, min(first + _ROWS, len(dataset)))]
+        prompts += [row["input_ids"] for row in part]
+        unread += read(collate(part), first).int().argmax(dim=1).tolist()
+    return plan_passes(lm, prompts, unread)
+
+
 def iterate_states(
     dataset: Dataset,
     config: ProbeConfig,
@@ -265,18 +282,13 @@ def iterate_states(
         Row numbers, hidden states `[S, B, T, D]`, the mask `[B, T]` of the counted tokens, and their segments `[B, T]`, `None` if
         there are none; see `number_segments`. Leading tokens that no row counts may be missing.
     """
-    prompts, unread = [], []
-    for first in range(0, len(dataset), _ROWS):
-        part = [dataset[row] for row in range(first, min(first + _ROWS, len(dataset)))]
-        prompts += [row["input_ids"] for row in part]
-        if lm is not None:
-            unread += counted_tokens(config, collate(part)).int().argmax(dim=1).tolist()
     if lm is None:
-        passes = [Pass(rows) for rows in length_batches(list(map(len, prompts)))]
+        lengths = [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
+        passes = [Pass(rows) for rows in length_batches(lengths)]
     else:
-        passes = plan_passes(lm, prompts, unread)
+        passes = plan_reading(lm, dataset, lambda batch, first_row: counted_tokens(config, batch))
     title = "scoring" if lm is None else "hidden states"
-    with logging.tqdm(total=len(prompts), desc=title, unit=" rows", leave=False) as bar:
+    with logging.tqdm(total=len(dataset), desc=title, unit=" rows", leave=False) as bar:
         for run in passes if is_tensor_parallel(lm) else share(passes):
             batch = collate([dataset[row] for row in run.rows])
             if lm is None:

@@ -173,7 +173,9 @@ class HaltRule:
         """Return True if a flag of the prompt halts by itself: without a score it does so whatever the patience is."""
         return flag is not None and (flag.score is None or self.patience == 1)
 
-    def follow(self, streak: Streak, probs: Sequence[float], flag: Halt | None) -> tuple[Halt | None, bool]:
+    def follow(
+        self, streak: Streak, probs: Sequence[float] | torch.Tensor, flag: Halt | None
+    ) -> tuple[Halt | None, bool]:
         """Judge one more token of a reply.
 
         Args:

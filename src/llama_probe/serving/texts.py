@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..backbone.decoder import find_decoder
 from ..backbone.kv_cache import repeat_cache
-from ..backbone.passes import Pass, plan_passes
-from ..data.prompts import PromptFormat, Text, pad_prompts
+from ..backbone.passes import Pass
+from ..data.cached_states import collate, plan_reading
+from ..data.prompts import PromptFormat, Text
 from ..data.turn_markers import marker_mask
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
@@ -23,7 +24,7 @@ from ..heads.scope import tokens_read
 from .reader import prompt_masks
 
 
-_TEXTS = 1024  # at once, since all are padded to the longest
+_INPUTS = ("input_ids", "attention_mask", "probe_mask")
 # Ends a prompt whose reply is to come without thoughts. It is no turn's marker: only some prompts of a template have it.
 _NO_THOUGHTS = re.compile(r"(<think>\s*)?</think>\s*$")
 
@@ -60,41 +61,47 @@ def classify_texts(
     tokenizer: PreTrainedTokenizerBase | None,
     output_attentions: bool = False,
 ) -> dict[str, ProbeOutput]:
-    """Score texts or chats with heads of a model, whose configs are by name. Heads of one format share a pass.
+    """Score texts or chats with heads of a model. Heads of one format share the passes.
 
-    The backbone runs once over a start that many texts share and none of these heads reads. With `output_attentions` (see
-    `classify`) all texts are in one batch.
+    The backbone runs once over a start that many texts share and none of these heads reads.
+
+    Args:
+        configs: configs of the heads, by name.
+        output_attentions: return weights too (see `classify`). All texts are then in one batch.
+
+    Returns:
+        By head name the output for all texts, in their order.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
+    device = find_decoder(model).input_device
     outputs: dict[str, ProbeOutput] = {}
-    device, most = find_decoder(model).input_device, len(texts) if output_attentions else _TEXTS
     for names in heads_by_format(configs):
-        config, order, parts = configs[names[0]], [], []
-        prompt_format = PromptFormat.from_config(config, tokenizer)
-        for first in range(0, len(texts), most):
-            encoded = prompt_format.encode_for(config, texts[first : first + most])
-            ids, inputs = encoded.prompts, pad_prompts(encoded.prompts, tokenizer)
-            if encoded.masks is not None:  # the ids do not tell which tokens count
-                inputs["probe_mask"] = pad_sequence(list(map(torch.tensor, encoded.masks)), batch_first=True)
-            passes = [Pass(list(range(len(ids))))]
-            if not output_attentions:
-                masks, _ = prompt_masks({name: configs[name] for name in names}, inputs, first_row=first)
-                read = [tokens_read(configs[name], mask) for name, mask in masks.items()]
-                passes = plan_passes(model, ids, torch.stack(read).any(dim=0).int().argmax(dim=1).tolist())
-            for each in passes:
-                rows, width = each.rows, max(len(ids[row]) for row in each.rows)
-                batch = {name: tensor[rows, :width].to(device) for name, tensor in inputs.items()}
-                cache = None if each.prefix is None else repeat_cache(each.prefix, len(rows))
-                parts.append(model.classify(**batch, cache=cache, probes=names, output_attentions=output_attentions))
-                order += [first + row for row in rows]
+        group = {name: configs[name] for name in names}
+        dataset = PromptFormat.from_config(configs[names[0]], tokenizer).encode_for(configs[names[0]], texts)
+        passes = [Pass(list(range(len(texts))))]
+        if not output_attentions:
+            passes = plan_reading(model, dataset, partial(_tokens_that_some_head_reads, group))
+        parts = []
+        for each in passes:
+            batch = collate([dataset[row] for row in each.rows])
+            inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
+            cache = None if each.prefix is None else repeat_cache(each.prefix, len(each.rows))
+            parts.append(model.classify(**inputs, cache=cache, probes=names, output_attentions=output_attentions))
         if output_attentions:
             outputs |= parts[0]
-        else:
-            places = torch.tensor(order).argsort()
-            outputs |= {name: join_outputs([part[name] for part in parts], places, configs[name]) for name in names}
+            continue
+        order = torch.tensor([row for each in passes for row in each.rows]).argsort()
+        outputs |= {name: join_outputs([part[name] for part in parts], order, configs[name]) for name in names}
     return {name: outputs[name] for name in configs}
+
+
+def _tokens_that_some_head_reads(
+    configs: Mapping[str, ProbeConfig], batch: dict[str, torch.Tensor], first_row: int
+) -> torch.Tensor:
+    masks, _ = prompt_masks(configs, batch, first_row=first_row)
+    return torch.stack([tokens_read(configs[name], mask) for name, mask in masks.items()]).any(dim=0)
 
 
 def join_outputs(parts: list[ProbeOutput], order: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
