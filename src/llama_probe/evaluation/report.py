@@ -1,4 +1,4 @@
-"""Scores of a head on labelled rows."""
+"""Reports on a head: its metrics on labelled rows, and what its card and its plots show."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, logits
     """Return what cards and plots show of a head beyond its metrics.
 
     Args:
-        logits (`[rows, num_labels]`, *optional*): logits to judge by if the head was trained on these rows. Defaults to
-            those of `predict_logits`.
+        logits (`[rows, num_labels]`, *optional*): logits to use in place of those of `predict_logits`, such as those of heads
+            that have not learned from the rows.
 
     Returns:
-        `layer_weights`, if the kind of head has any: `layers`, and `by_label`: for each label that occurs the mean weight of
-        each layer over its rows, `[layers_read]`. But for regression `calibration` (see `reliability`), `confusion`
-        (single-label) or `outcomes` (multi-label), and `thresholds` (see `threshold_table`) if the head has any.
+        `layer_weights`, if the head type has some: `layers`, and `by_label`: for each label that occurs the mean weight of
+        each layer over the label's rows, `[layers_read]`.
+        But for regression: `calibration` (see `reliability`), `confusion` (single-label) or `outcomes` (multi-label), and
+        `thresholds` (see `threshold_table`) if the head has a threshold.
     """
     config = probe.config
     head_logits, *weights = score_rows(
@@ -39,9 +40,12 @@ def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, logits
         logits = predict_logits(probe, dataset) if config.reads_reply else head_logits
     inspection: JSON = {}
     if weights:
-        known = {name: known_rows(labels, index, config) for index, name in config.id2label.items()}
-        means = {name: weights[0][rows[has]].mean(dim=0).tolist() for name, (rows, has) in known.items() if has.any()}
-        by_label = {name: [round(value, 5) for value in shares] for name, shares in means.items()}
+        by_label = {}
+        for index, name in config.id2label.items():
+            rows, has_label = known_rows(labels, index, config)
+            if has_label.any():
+                means = weights[0][rows[has_label]].mean(dim=0).tolist()
+                by_label[name] = [round(value, 5) for value in means]
         inspection["layer_weights"] = {"layers": probe.layer_indices, "by_label": by_label}
     if config.problem_type == "regression":
         return inspection
@@ -58,14 +62,14 @@ def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, logits
 def report(
     config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, slices: Mapping[str, Sequence[object]] | None = None
 ) -> JSON:
-    """Return metrics of all rows, and of each group of rows with the same value in a column.
+    """Return the metrics of all rows, and of each group of rows with the same value in a column.
 
     Args:
         slices: columns by name, one value a row.
 
     Returns:
-        `rows`, the metrics of `score_logits`, and `slices`: column -> value -> the same. In slices those of the flagged one
-        of two labels are None without rows to tell them.
+        `rows`, the metrics of `score_logits`, and `slices`: by column and value the same of a group. A metric of a group is
+        None if it needs rows of a label that no row has.
     """
     return _scores(config, logits, labels, slices)[0]
 
@@ -80,19 +84,22 @@ def detailed_report(
     """Return `report` with confidence intervals, and the numbers of each label.
 
     Args:
-        resamples: of the bootstrap that gives 95 % intervals; 0 for none.
+        resamples: number of resamples of the bootstrap that gives 95 % intervals; 0 for no intervals.
 
     Returns:
-        The keys of `report`, None as in its slices. But for regression `labels`: by name the metrics of the label against all others, and its
-        `rows`; `calibration` (see `reliability`) and, for single-label heads, `confusion`. With resamples `bootstrap`:
-        `resamples`, `seed` and `level`; and `intervals` beside the metrics of all rows, of each slice and of each label:
-        by metric `[low, high]`, or None if the metric is undefined in all resamples.
+        The keys of `report`. A metric that needs rows of a label that no row has is None.
+        But for regression `labels`: by name the metrics of the label against all others, and its `rows`; and `calibration` (see
+        `reliability`). For single-label heads `confusion`.
+        With resamples `bootstrap`: `resamples`, `seed` and `level`; and `intervals` beside the metrics of all rows, of each slice
+        and of each label: by metric `[low, high]`, or None if the metric is undefined in all resamples.
     """
     result, by_label = _scores(config, logits, labels, slices, resamples)
     result = _without_undefined(result, labels, config)
     if config.problem_type != "regression":
-        rows = {name: int(known_rows(labels, index, config)[1].sum()) for index, name in config.id2label.items()}
-        result["labels"] = {name: {"rows": rows[name], **part} for name, part in by_label.items()}
+        result["labels"] = {}
+        for index, name in config.id2label.items():
+            _, has_label = known_rows(labels, index, config)
+            result["labels"][name] = {"rows": int(has_label.sum()), **by_label[name]}
         result["calibration"] = reliability(logits, labels, config)
     if config.problem_type == "single_label_classification":
         result["confusion"] = confusion(logits, labels, config)
@@ -127,10 +134,13 @@ def _scores(
 
 
 def _without_undefined(result: JSON, labels: np.ndarray, config: ProbeConfig) -> JSON:
-    """Return metrics; those of the flagged one of two labels are None if they need rows of a label that none has."""
-    if config.flagged_index is None or len(present := set(labels.tolist())) == 2:
+    """Return metrics; those of the flagged one of two labels are None if they need rows of a label that no row has."""
+    present = set(labels.tolist()) if config.flagged_index is not None else set()
+    if config.flagged_index is None or len(present) == 2:
         return result
-    undefined = ("f1", "precision") if config.flagged_index in present else ("f1", "precision", "recall")
+    undefined = ["f1", "precision"]
+    if config.flagged_index not in present:
+        undefined.append("recall")
     return result | dict.fromkeys(undefined)
 
 
@@ -138,28 +148,36 @@ def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> JSON:
     """Return how many rows get the flagged label of a head with two labels.
 
     Returns:
-        The `label`, the `share`, its 95 % `interval` (Wilson, 1927), and the `threshold`. If the head has further thresholds,
-        `named` has the last three of each.
+        `label`, the `share` of the rows, its 95 % `interval` (Wilson, 1927), and the `threshold`. If the head has further
+        thresholds, `named` has `share`, `interval` and `threshold` of each.
     """
-    probs, index = probabilities(logits.float(), config), config.need_flagged_index("flagged_share")
+    index = config.need_flagged_index("flagged_share")
+    probs = probabilities(logits.float(), config)
 
-    def share(config: ProbeConfig) -> JSON:
+    def share_at(config: ProbeConfig) -> JSON:
         flagged = predictions(probs, config) == index
-        interval = share_interval(int(flagged.sum()), len(flagged))
-        threshold = 0.5 if config.threshold is None else config.threshold
-        return {"share": float(flagged.double().mean()), "interval": interval, "threshold": threshold}
+        return {
+            "share": float(flagged.double().mean()),
+            "interval": share_interval(int(flagged.sum()), len(flagged)),
+            "threshold": 0.5 if config.threshold is None else config.threshold,
+        }
 
-    named = {name: share(config.replace(threshold=value)) for name, value in (config.thresholds or {}).items()}
-    return {"label": config.id2label[index], **share(config), **({"named": named} if named else {})}
+    result = {"label": config.id2label[index], **share_at(config)}
+    if config.thresholds:
+        result["named"] = {
+            name: share_at(config.replace(threshold=value)) for name, value in config.thresholds.items()
+        }
+    return result
 
 
 def describe_evaluation(result: JSON, source: str) -> JSON:
-    """Return what a head folder keeps of a report: `rows`, `metrics` of all rows, `intervals`, and by-products.
+    """Return what a head folder keeps of a report: `rows`, `metrics` of all rows, their `intervals`, and further measurements.
 
     Args:
-        result: from `detailed_report`, with `flagged`, `replies`, `novelty` and groups of `transformations` if there are any.
+        result: from `detailed_report`, with `flagged`, `replies`, `novelty` and groups of `transformations` if they were measured.
+        source: name of where the rows come from.
     """
     metrics = {key: value for key, value in result.items() if key != "rows" and not isinstance(value, (dict, list))}
-    intervals = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}
+    defined = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}
     kept = {key: result[key] for key in ("flagged", "replies", "novelty", *GROUPS) if key in result}
-    return {"source": source, "rows": result["rows"], "metrics": metrics, "intervals": intervals, **kept}
+    return {"source": source, "rows": result["rows"], "metrics": metrics, "intervals": defined, **kept}
