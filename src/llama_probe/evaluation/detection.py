@@ -22,15 +22,18 @@ RULES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 8), (1, 16), (1, 32))
 MAX_FALSE_HALTS = 0.05
 RATES = (0.005, 0.01)  # shares of the replies without the label that may be halted
 
+# Of each reply: if it is halted, the tokens that were read by then, and the tokens of the whole reply. `[rows]` each.
+_Halts = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 
 def judged_scores(scores: Sequence[np.ndarray], patience: int = 1, window: int = 1) -> list[np.ndarray]:
-    """Return by which score a halting rule judges each token: `Streak` gives the least mean that its patience waits for.
+    """Return the score by which a halting rule judges each token: the least mean that `Streak` gives.
 
     Args:
         scores: for each reply the probability of the label after each token, `[reply_tokens]`.
 
     Returns:
-        For each reply `[reply_tokens]`: the rule ends it at the first token that reaches the threshold.
+        For each reply `[reply_tokens]`. The rule ends the reply at the first token whose score reaches the threshold.
     """
     judged = []
     for values in scores:
@@ -39,16 +42,16 @@ def judged_scores(scores: Sequence[np.ndarray], patience: int = 1, window: int =
     return judged
 
 
-def _halts(judged: Sequence[np.ndarray], threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return for each reply if it is halted, the tokens that were read by then, and those of the whole reply."""
+def _halts(judged: Sequence[np.ndarray], threshold: float) -> _Halts:
     lengths = np.array([len(values) for values in judged])
     halted = np.array([(values >= threshold).any() for values in judged])
     first = np.array([np.argmax(values >= threshold) for values in judged])
     return halted, np.where(halted, first + 1, lengths), lengths
 
 
-def _measures(halted: np.ndarray, read: np.ndarray, lengths: np.ndarray, positives: np.ndarray) -> dict[str, float]:
-    """Return what `detection` gives of replies; NaN without a reply that tells it."""
+def _measures(halts: _Halts, positives: np.ndarray) -> dict[str, float]:
+    """Return the numbers of `detection`; NaN where no reply tells one."""
+    halted, read, lengths = halts
     hits = halted & positives
     samples = {
         "detected": (np.mean, halted[positives]),
@@ -65,17 +68,18 @@ def detection(judged: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
     """Return what a halting rule does to replies.
 
     Args:
-        judged: `judged_scores` of the replies, with patience and window of the rule.
+        judged: `judged_scores` of the replies, with the patience and the window of the rule.
         positives (`[rows]`): True if the reply has the label.
         threshold: score from which the rule ends a reply.
 
     Returns:
-        `rows`; `detected`: share of the replies with the label that are halted; `false_halts`: share of the others that
-        are halted; `delay`: over detected replies the `median` and the 90th percentile (`p90`) of the tokens read when
-        they are halted, and the median `share` of the reply (each None if none is detected); `shown`: over all replies with the
-        label the mean share of the tokens before the one that halts it, 1 for those that are not halted.
+        `rows`, the number of replies; `detected`: share of the replies with the label that are halted; `false_halts`: share of
+        the replies without the label that are halted; `shown`: over all replies with the label, the mean share of the tokens
+        before the one that halts the reply, 1 for a reply that is not halted.
+        `delay`, over detected replies: `median` and 90th percentile (`p90`) of the tokens read at the halt, and the median
+        `share` of the reply. A value is None if no reply tells it.
     """
-    measures = _measures(*_halts(judged, threshold), positives.astype(bool))
+    measures = _measures(_halts(judged, threshold), positives.astype(bool))
     values = {name: None if np.isnan(value) else value for name, value in measures.items()}
     delay = {name: values.pop(name) for name in ("median", "p90", "share")}
     return {"rows": len(judged), **values, "delay": delay}
@@ -89,24 +93,27 @@ def halting_rules(
 ) -> dict[str, list[JSON]]:
     """Return, for each label and each patience and window of `RULES`, the threshold that detects most replies.
 
-    Labels are the flagged one of two, else all. Regression heads have none. Labels of no row or of each row are skipped.
+    The labels are the flagged one of two, otherwise all. A label that all rows have, or none, is skipped. Regression heads have no
+    rules.
 
     Args:
-        validation, labels: of validation rows, what `follow_replies` returned and the labels.
+        validation: what `follow_replies` returned for the validation rows.
+        labels: labels of the validation rows.
         max_false_halts: share of the replies without the label that may be halted.
 
     Returns:
-        By label name a list of rules with `patience`, `window`, `threshold`, `validation` (see `detection`) and `chosen`: True for
-        the rule that detects most replies, and of several such rules the soonest.
+        By label name a list of rules with `patience`, `window`, `threshold`, `validation` (see `detection`), and `chosen`: True
+        for the rule that detects most replies, and of several such rules for the soonest.
     """
     by_label: dict[str, list[JSON]] = {}
     for index, name in config.id2label.items():
         if config.problem_type == "regression" or config.flagged_index not in (None, index):
             continue
-        scores, positives = _known_rows(config, validation, labels, index)
+        scores, positives = _known_scores(config, validation, labels, index)
         if not 0 < positives.sum() < len(positives):
             continue
-        rules, gains = [], []
+        rules = []
+        gains = []
         for patience, window in RULES:
             judged = judged_scores(scores, patience, window)
             highest = np.array([values.max(initial=0.0) for values in judged])  # halts if it reaches the threshold
@@ -130,7 +137,7 @@ def apply_rules(
     for name, index in config.label2id.items():
         if name not in rules:
             continue
-        scores, positives = _known_rows(config, followed, labels, index)
+        scores, positives = _known_scores(config, followed, labels, index)
         by_label[name] = []
         for rule in rules[name]:
             judged = judged_scores(scores, rule["patience"], rule.get("window", 1))
@@ -138,37 +145,34 @@ def apply_rules(
     return by_label
 
 
-def _known_rows(
+def _known_scores(
     config: ProbeConfig,
     followed: Sequence[torch.Tensor],
     labels: np.ndarray,
     index: int,
     score: Callable[[torch.Tensor, ProbeConfig], torch.Tensor] = probabilities,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return scores of a label, and which rows have it, of the rows of which that is known."""
+    """Return the scores of a label after each token, and which rows have the label, of the rows of which it is known."""
     rows, positives = known_rows(labels, index, config)
     return [score(followed[row], config)[:, index].numpy() for row in rows], positives
 
 
 def reply_report(
-    config: ProbeConfig,
-    followed: Sequence[torch.Tensor],
-    labels: np.ndarray,
-    resamples: int = 1000,
+    config: ProbeConfig, followed: Sequence[torch.Tensor], labels: np.ndarray, resamples: int = 1000
 ) -> JSON:
-    """Return how well a head halts replies at their first token over a threshold, by each label that it flags.
-
-    Of a multi-label head these are its `flagged` labels, else all; rows of which a label is not known do not count for it.
+    """Return how well a head halts replies at their first token over a threshold.
 
     Args:
-        followed, labels: of the rows, what `follow_replies` returned and the labels.
-        resamples: of the bootstrap; 0 for no intervals of it.
+        followed: what `follow_replies` returned for the rows.
+        labels: labels of the rows. A row does not count for a label that is not known.
+        resamples: number of resamples of the bootstrap; 0 for no intervals.
 
     Returns:
-        `label`. `r_auc`: AUROC of the replies by their largest score; None if all have the label, or none. `intervals`: that of
-        `r_auc`. `thresholds`, by name: `threshold`, what `detection` gives, and `intervals`. They are the head's own, and for each
-        of `RATES` the one that halts at most this share of these very replies; the interval of its `detected` allows for that.
-        Of a multi-label head a dict of these by label.
+        For the flagged one of two labels: `label`; `r_auc`, AUROC of the replies by their largest score, None if all have the
+        label, or none; `intervals`, with that of `r_auc`; and by name `thresholds`: `threshold`, what `detection` gives, and its
+        `intervals`. The thresholds are the head's own, and for each of `RATES` the one that halts at most this share of these
+        very replies without the label; the interval of its `detected` allows for that.
+        For a multi-label head a dict of the same by label: by its `flagged` labels, or by all if it has none.
     """
     if config.problem_type == "multi_label_classification":
         names = config.flagged_labels or list(config.label2id)
@@ -178,26 +182,24 @@ def reply_report(
 
 
 def _label_report(
-    config: ProbeConfig,
-    index: int,
-    followed: Sequence[torch.Tensor],
-    labels: np.ndarray,
-    resamples: int,
+    config: ProbeConfig, index: int, followed: Sequence[torch.Tensor], labels: np.ndarray, resamples: int
 ) -> JSON:
-    scores, positives = _known_rows(config, followed, labels, index)
-    odds, _ = _known_rows(config, followed, labels, index, log_odds)
+    scores, positives = _known_scores(config, followed, labels, index)
+    odds, _ = _known_scores(config, followed, labels, index, log_odds)
     largest = np.array([row.max() for row in odds])
     area, interval = auroc(largest, positives, resamples)
-    limit = threshold_of(config, index)
-    own = 0.5 if limit is None else limit
-    thresholds = {name: (threshold, None) for name, threshold in {"own": own, **(config.thresholds or {})}.items()}
+    own = threshold_of(config, index)
+    thresholds = {"own": 0.5 if own is None else own, **(config.thresholds or {})}
+    rates = {}  # of the thresholds that are fitted here
     if 0 < positives.sum() < len(positives):
         highest = np.array([row.max() for row in scores])
         for rate in RATES:
-            thresholds[f"{rate:.1%} halted"] = highest_recall_threshold(highest, positives, rate), rate
+            name = f"{rate:.1%} halted"
+            thresholds[name] = highest_recall_threshold(highest, positives, rate)
+            rates[name] = rate
     measured = {}
-    for name, (threshold, rate) in thresholds.items():
-        statistic = partial(_resampled, _halts(scores, threshold), largest, positives, rate)
+    for name, threshold in thresholds.items():
+        statistic = partial(_resampled, _halts(scores, threshold), largest, positives, rates.get(name))
         limits = intervals(statistic, len(scores), resamples) if resamples else {}
         measured[name] = {"threshold": threshold, **detection(scores, positives, threshold), "intervals": limits}
     return {
@@ -209,13 +211,15 @@ def _label_report(
 
 
 def _resampled(
-    halts: Sequence[np.ndarray], largest: np.ndarray, positives: np.ndarray, rate: float | None, weights: np.ndarray
+    halts: _Halts, largest: np.ndarray, positives: np.ndarray, rate: float | None, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Return `_measures` of resamples of the replies. With a `rate` each has its own threshold for `detected`."""
+    """Return `_measures` of resamples of the replies. With a `rate` each resample has its own threshold for `detected`."""
     resamples = []
     for counts in weights.astype(int):
         drawn = np.repeat(np.arange(len(positives)), counts)
-        values, is_positive = _measures(*(column[drawn] for column in halts), positives[drawn]), positives[drawn]
+        is_positive = positives[drawn]
+        halted, read, lengths = halts
+        values = _measures((halted[drawn], read[drawn], lengths[drawn]), is_positive)
         if rate is not None:
             values["detected"] = np.nan
             if 0 < is_positive.sum() < len(drawn):
