@@ -42,8 +42,8 @@ class TextScorer:
     """A backbone with heads, as a function from texts to columns.
 
     Args:
-        probes: heads, as for `probe=`. Those of one prompt format share a pass. All read prompts, or all read replies.
-            A reply counts by its largest score, as in `evaluate`; see `strongest`.
+        probes: heads, as for `probe=`. All read prompts, or all read replies. Heads of one prompt format share the passes. A reply
+            counts by its largest score, as in `evaluate`; see `strongest`.
     """
 
     def __init__(self, probes: ProbeSpec, backbone: str = "demo", dtype: str = "auto"):
@@ -56,29 +56,32 @@ class TextScorer:
         """Score texts.
 
         Args:
-            texts: texts or lists of chat messages, as for `PromptFormat.encode_for`. Those without something to score, see
-                `scored_rows`, are not.
+            texts: texts or lists of chat messages, as for `PromptFormat.encode_for`. Only `scored_rows` are scored.
 
         Returns:
             For each head `NAME_label` - a label, or a list of labels (multi-label) - and `NAME_probabilities`, by label;
-            for regression `NAME_values`, by label. `NAME_novelty` if the head tells it. None if a text is not scored, or if
-            the head gives no number: one such text must not stop a job over millions.
+            for regression `NAME_values`, by label. `NAME_novelty` if the head tells it. A value is None if the text is not
+            scored, or if the head gives no number: one such text must not stop a job over millions.
         """
         rows = self.scored_rows(texts)
         columns: Columns = {name: [None] * len(texts) for name in output_fields(self.heads)}
-        for name, output in self._score([texts[row] for row in rows]).items() if rows else ():
+        outputs = self._score([texts[row] for row in rows]) if rows else {}
+        for name, output in outputs.items():
+            head = self.heads[name]
             numbers = output.logits.isfinite().all(dim=-1).nonzero().flatten()
-            scored = join_outputs([output], numbers, self.heads[name].config)
-            for place, prediction in zip(numbers.tolist(), scored.describe(), strict=True):
-                for kind, (_, key) in _columns(self.heads[name]).items():
+            predictions = join_outputs([output], numbers, head.config).describe()
+            for place, prediction in zip(numbers.tolist(), predictions, strict=True):
+                for kind, (_, key) in _columns(head).items():
                     columns[f"{name}_{kind}"][rows[place]] = prediction[key]
         return columns
 
     def scored_rows(self, texts: Sequence[Text | None]) -> list[int]:
         """Return the rows with something to score: a text that is not blank, and for heads that read replies a chat with one."""
         rows = [row for row, text in enumerate(texts) if (text.strip() if isinstance(text, str) else text)]
-        # A text alone is refused: a column of prompts was forgotten.
-        return [row for row in rows if not self.reads_replies or isinstance(texts[row], str) or has_reply(texts[row])]
+        if not self.reads_replies:
+            return rows
+        # A text without a prompt is refused later: the column of prompts was forgotten.
+        return [row for row in rows if isinstance(texts[row], str) or has_reply(texts[row])]
 
     def _score(self, texts: list[Text]) -> dict[str, ProbeOutput]:
         configs = {name: head.config for name, head in self.heads.items()}
@@ -86,12 +89,14 @@ class TextScorer:
             return classify_texts(self.model, configs, texts, self.tokenizer)
         outputs: dict[str, ProbeOutput] = {}
         for names in heads_by_format(configs):
-            config, heads = configs[names[0]], [self.heads[name] for name in names]
+            config = configs[names[0]]
+            heads = [self.heads[name] for name in names]
             heads[0].set_backbone(self.model)
             dataset = PromptFormat.from_config(config, self.tokenizer).encode_for(config, texts)
             with undivided():  # ranks divide the chunks
-                by_head = zip(names, predict_together(heads, dataset), strict=True)
-            outputs |= {name: ProbeOutput.from_logits(logits, configs[name]) for name, logits in by_head}
+                logits_by_head = predict_together(heads, dataset)
+            for name, logits in zip(names, logits_by_head, strict=True):
+                outputs[name] = ProbeOutput.from_logits(logits, configs[name])
         return outputs
 
 
@@ -150,8 +155,8 @@ class ScoringJob:
 
     @property
     def _needed(self) -> list[str]:
-        prompts = [] if self.prompt_column is None else [self.prompt_column]
-        return list(dict.fromkeys([self.text_column, *prompts, *self.keep_columns]))
+        columns = [self.text_column, self.prompt_column, *self.keep_columns]
+        return list(dict.fromkeys(name for name in columns if name is not None))
 
     def _survey(self) -> tuple[list[InputFile], dict[str, pa.DataType]]:
         """Return the files, and the types of the columns to keep: those of the first file that has them."""
@@ -228,27 +233,36 @@ def _read_heads(probes: ProbeSpec, backbone: str) -> dict[str, ProbeModel]:
 
 def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
     """Return names and types of the columns of `TextScorer`."""
-    return {f"{name}_{kind}": type_ for name, head in heads.items() for kind, (type_, _) in _columns(head).items()}
+    fields = {}
+    for name, head in heads.items():
+        for kind, (type_, _) in _columns(head).items():
+            fields[f"{name}_{kind}"] = type_
+    return fields
 
 
 def _columns(head: ProbeModel) -> dict[str, tuple[pa.DataType, str]]:
     """Return the columns of a head, each with its type and its key in `describe_predictions`."""
-    names, problem = list(head.config.id2label.values()), head.config.problem_type
+    problem = head.config.problem_type
+    columns = {} if head.novelty is None else {"novelty": (pa.float32(), "novelty")}
+    by_label = pa.struct([(name, pa.float32()) for name in head.config.id2label.values()])
+    if problem == "regression":
+        return columns | {"values": (by_label, "scores")}
     label = pa.list_(pa.string()) if problem == "multi_label_classification" else pa.string()
-    by_label = pa.struct([(name, pa.float32()) for name in names])
-    columns = {"values": (by_label, "scores")}
-    if problem != "regression":
-        columns = {"label": (label, "label"), "probabilities": (by_label, "scores")}
-    return columns if head.novelty is None else {"novelty": (pa.float32(), "novelty"), **columns}
+    return columns | {"label": (label, "label"), "probabilities": (by_label, "scores")}
 
 
 def _warn_of_gaps(file: InputFile, rows: range, scored: list[int], scores: Columns) -> None:
     """Name rows that have a text and no score. In the output they look like rows without a text."""
-    gaps = [i for i in scored if any(values[i] is None for values in scores.values())]
-    if gaps:
-        names = ", ".join(name for name, values in scores.items() if any(values[i] is None for i in gaps))
-        shown = ", ".join(str(rows[i]) for i in gaps[:10]) + (" ..." if len(gaps) > 10 else "")
-        logger.warning(f"{file.path}: {names} left empty for {len(gaps)} rows ({shown}): {NO_NUMBER_BECAUSE}")
+    empty = {name: [place for place in scored if values[place] is None] for name, values in scores.items()}
+    names = [name for name, places in empty.items() if places]
+    if not names:
+        return
+    gaps = sorted(set().union(*empty.values()))
+    shown = ", ".join(str(rows[place]) for place in gaps[:10])
+    more = " ..." if len(gaps) > 10 else ""
+    logger.warning(
+        f"{file.path}: {', '.join(names)} left empty for {len(gaps)} rows ({shown}{more}): {NO_NUMBER_BECAUSE}"
+    )
 
 
 def _array(file: InputFile, rows: range, column: pa.Field, values: Sequence[object]) -> pa.Array:
