@@ -20,7 +20,7 @@ from .metrics import known_rows
 
 logger = logging.get_logger(__name__)
 
-# A threshold outside of these flags next to nothing, or nearly all that is unlike the rows it was fitted on.
+# A lower threshold flags nearly all that is unlike the rows it was fitted on, a higher one next to nothing.
 _LOWEST, _HIGHEST = 0.001, 0.999
 # A head that gives the flagged label to a larger share of rows that should not be flagged has learned the other label.
 _MOST_FLAGGED = 0.9
@@ -95,9 +95,12 @@ def highest_unflagged(scores: np.ndarray, rate: float) -> float:
 
 
 def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = None) -> None:
-    """Raise `ProbeError` unless a head can have a threshold for each rate, fitted on a number of rows.
+    """Raise `ProbeError` unless a head can have a threshold for each rate.
 
-    Rates are different, above 0 and at most 0.5. The head flags one of two labels. There is at least one row over a rate.
+    The head must flag one of two labels, and the rates must be different, above 0 and at most 0.5.
+
+    Args:
+        rows (*optional*): number of rows to fit the thresholds on: enough that the smallest rate is one row.
     """
     config.need_flagged_index("rates")
     if not rates or not all(0 < rate <= 0.5 for rate in rates) or len(set(rates)) < len(rates):
@@ -108,23 +111,31 @@ def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = 
 
 
 def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]) -> ProbeConfig:
-    """Return `config` with a named threshold for each share of harmless rows that it may flag; the first is its own.
+    """Return `config` with a named threshold for each share of harmless rows that it may flag; the first is the head's own.
 
     Args:
-        logits (`torch.FloatTensor` of shape `[rows, 2]`): of rows that the flagged label does not fit.
-        rates: see `check_rates`. The name of 0.005 is `fpr-0.5%`.
+        logits (`torch.FloatTensor` of shape `[rows, 2]`): logits of rows that the flagged label does not fit.
+        rates: shares of these rows; see `check_rates`. The threshold for 0.005 has the name `fpr-0.5%`.
+
+    Raises:
+        ProbeError: most rows get the flagged label, the head reads nothing of them, or a threshold would flag nothing or
+            nearly all of other rows.
     """
     check_numbers(logits)
     index = config.need_flagged_index("rates")
-    label, scores = config.id2label[index], probabilities(logits.float(), config)[:, index].numpy()
-    if (share := float((scores >= 0.5).mean())) > _MOST_FLAGGED:
+    label = config.id2label[index]
+    scores = probabilities(logits.float(), config)[:, index].numpy()
+    share = float((scores >= 0.5).mean())
+    if share > _MOST_FLAGGED:
         raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flag")
     if not scores.any():  # heads of tools give such rows the probability 0
         raise ProbeError(f"token_scope={config.token_scope!r}: the rows hold nothing that the head reads")
     thresholds = {}
     for rate in rates:
-        limit, name = highest_unflagged(scores, rate), f"fpr-{100 * rate:g}%"
-        threshold = thresholds[name] = _halfway(scores[scores > limit].min(initial=1.0), limit)
+        name = f"fpr-{100 * rate:g}%"
+        limit = highest_unflagged(scores, rate)
+        threshold = _halfway(scores[scores > limit].min(initial=1.0), limit)
+        thresholds[name] = threshold
         if not _LOWEST <= threshold <= _HIGHEST:
             flags = "nothing" if threshold > _HIGHEST else "nearly all"
             raise ProbeError(f"{name} gives {label!r} the threshold {threshold:.5f}: it flags {flags} of other rows")
@@ -161,7 +172,8 @@ def check_threshold_rule(config: ProbeConfig, max_false_positive_rate: float | N
     """Raise `ProbeError` if the rule or the rate is not allowed, or the head has no threshold."""
     if threshold_rule not in _THRESHOLD_RULES:
         raise ProbeError(f"threshold_rule={threshold_rule!r} must be one of: {', '.join(_THRESHOLD_RULES)}")
-    if (rate := max_false_positive_rate) is None:
+    rate = max_false_positive_rate
+    if rate is None:
         return
     if config.problem_type != "multi_label_classification":
         config.need_flagged_index(f"max_false_positive_rate={rate!r}")
@@ -190,8 +202,12 @@ def calibrate(
     check_numbers(logits)
     if config.problem_type == "regression":
         return config
-    temperature, flagged = fit_temperature(logits, labels, config), config.flagged_labels or None
-    config = config.replace(temperature=temperature, flagged=flagged, threshold=None, thresholds=None)
+    config = config.replace(
+        temperature=fit_temperature(logits, labels, config),
+        flagged=config.flagged_labels or None,
+        threshold=None,
+        thresholds=None,
+    )
     probs = probabilities(logits.float(), config).numpy()
 
     def choose(index: int, default: float | None) -> float | None:
@@ -224,7 +240,7 @@ def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -
 
 
 def _error_and_bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> tuple[float, list[JSON]]:
-    """Return parts of `reliability`. A multi-label head makes a decision a row and label, others one a row."""
+    """Return `error` and `bins` of `reliability`. A multi-label head decides once a row and label, other heads once a row."""
     probs = probabilities(logits.float(), config).double().numpy()
     if config.problem_type == "multi_label_classification":
         is_known = ~np.isnan(labels)
@@ -233,24 +249,36 @@ def _error_and_bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         confidence, holds = probs[:, index], labels == index
     else:
         confidence, holds = probs.max(axis=1), probs.argmax(axis=1) == labels
-    numbers, error, bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1), 0.0, []
+    numbers = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    error = 0.0
+    bins = []
     for number in np.unique(numbers).tolist():
         rows = numbers == number
-        mean, frequency = float(confidence[rows].mean()), float(holds[rows].mean())
+        mean = float(confidence[rows].mean())
+        frequency = float(holds[rows].mean())
         error += float(rows.mean()) * abs(mean - frequency)
-        means = {"confidence": round(mean, 4), "frequency": round(frequency, 4)}
-        bins.append({"low": number / _BINS, "high": (number + 1) / _BINS, "rows": int(rows.sum()), **means})
+        bins.append(
+            {
+                "low": number / _BINS,
+                "high": (number + 1) / _BINS,
+                "rows": int(rows.sum()),
+                "confidence": round(mean, 4),
+                "frequency": round(frequency, 4),
+            }
+        )
     return round(error, 4), bins
 
 
 def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[JSON]]:
-    """Return what each threshold would give: 0.1 to 0.9, and the saved one.
+    """Return what the thresholds 0.1 to 0.9 and the saved one would give.
 
     Returns:
-        By name, for the flagged one of two labels or each label of a multi-label head that occurs: rows with `threshold`,
-        `precision` (None if nothing is flagged), `recall`, `flagged` (share of all rows) and `saved`. Empty for other heads.
+        For the flagged one of two labels, or for each label of a multi-label head, if some row has the label, by its name: a list
+        with `threshold`, `precision` (None if nothing is flagged), `recall`, `flagged` (share of all rows), and `saved`, True for the
+        head's own threshold. Empty for other heads.
     """
-    probs, tables = probabilities(logits.float(), config).numpy(), {}
+    probs = probabilities(logits.float(), config).numpy()
+    tables: dict[str, list[JSON]] = {}
     for index, label in config.id2label.items():
         rows, positive = known_rows(labels, index, config)
         is_judged = config.problem_type == "multi_label_classification" or index == config.flagged_index
@@ -261,8 +289,13 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         tables[label] = []
         for threshold in sorted({saved, *(round(0.1 * i, 1) for i in range(1, 10))}):
             flagged = probs[rows, index] >= threshold
-            shares = {"recall": flagged[positive].mean(), "flagged": flagged.mean(), "threshold": threshold}
-            row = {name: round(float(value), 4) for name, value in shares.items()}
-            row["precision"] = round(float(positive[flagged].mean()), 4) if flagged.any() else None
-            tables[label].append({**row, "saved": threshold == saved})
+            tables[label].append(
+                {
+                    "threshold": round(threshold, 4),
+                    "precision": round(float(positive[flagged].mean()), 4) if flagged.any() else None,
+                    "recall": round(float(flagged[positive].mean()), 4),
+                    "flagged": round(float(flagged.mean()), 4),
+                    "saved": threshold == saved,
+                }
+            )
     return tables

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from operator import methodcaller
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -205,63 +206,76 @@ def kept_labels(
         head: a head that `check_transformable` allows, bound to its backbone.
         rows: rows with labels of the head. Of a head that flags one of its labels, those count that have it and get it from the
             head. A random part of them is transformed, as many as `GROUPS` says.
-        harmless: rows whose harmless texts are put around the others. Defaults to `rows`.
+        harmless: rows whose harmless texts are put around the flagged ones. Defaults to `rows`.
         baselines: label the same texts, by name.
 
     Returns:
-        For each group: `rows`, texts that were transformed, and `kept`: by transformation the share of them with the same label;
-        `harmless`, texts that neither have a flagged label nor get it, and `alarms`: the share of them that gets it when it is
-        transformed; `kept` and `alarms` of each baseline. A share is None without texts, or if a prompt is too long for
-        the backbone.
+        For each group: `rows`, the number of flagged texts that were transformed, and `kept`: by transformation the share of these
+        texts that have the same label as before; `harmless`, the number of transformed texts that neither have a flagged label nor
+        get it, and `alarms`: by transformation the share of harmless texts that get it. By the name of each baseline its `kept`
+        and `alarms`. A share is None without texts, or if a prompt is too long for the backbone.
     """
-    config, named = head.config, " and ".join(groups)
+    config = head.config
     flagged = config.flagged_index
     limit = getattr(find_decoder(head.backbone).model.config, "max_position_embeddings", None)
-    # Texts that are too long as they are get cut.
-    label_cut, label_whole = (partial(_labels, head, replace(prompts, max_length=cut), limit) for cut in (limit, None))
-    texts, labels, counted, spared = plain = _plain_labels(rows, flagged, label_cut)
-    if not len(counted):
-        raise ProbeError(f"{named}: no row has the label {config.id2label[flagged]!r} and gets it from the head")
-    others, _, _, places = plain if harmless is None else _plain_labels(harmless, flagged, label_cut)
-    around = [others[place] for place in places]
+    # A text that is too long as it is gets cut. A transformed text is read whole.
+    label_cut = partial(_labels, head, replace(prompts, max_length=limit), limit)
+    label_whole = partial(_labels, head, replace(prompts, max_length=None), limit)
+    plain = _PlainTexts.label(rows, flagged, label_cut)
+    if not len(plain.counted):
+        label = config.id2label[flagged]
+        raise ProbeError(f"{' and '.join(groups)}: no row has the label {label!r} and gets it from the head")
+    others = plain if harmless is None else _PlainTexts.label(harmless, flagged, label_cut)
+    around = [others.texts[place] for place in others.harmless]
     labellers: dict[str, Labeller] = {"head": label_whole, **(baselines or {})}
     results = {}
     for group in groups:
         rng = np.random.default_rng(0)
         most, most_harmless = GROUPS[group]
-        chosen, safe = rng.permutation(counted)[:most], rng.permutation(spared)[:most_harmless]
+        chosen = rng.permutation(plain.counted)[:most]
+        safe = rng.permutation(plain.harmless)[:most_harmless]
         shares: dict[str, JSON] = {name: {"kept": {}, "alarms": {}} for name in labellers}
         for name, transform in transformations(prompts, group, around).items():
             if name == "second turn" and config.token_scope == "last_user":
                 continue  # such a head reads the second turn alone
-            transformed = [transform(texts[row]) for row in (*chosen, *safe)]
+            transformed = [transform(plain.texts[row]) for row in (*chosen, *safe)]
             for labeller, part in shares.items():
-                part["kept"][name] = part["alarms"][name] = None
-                if (after := labellers[labeller](transformed)) is not None:
-                    is_same = after[: len(chosen)] == labels[chosen]
-                    part["kept"][name] = float(is_same.reshape(len(chosen), -1).all(axis=1).mean())
-                    if len(safe):
-                        part["alarms"][name] = float(_are_flagged(after[len(chosen) :], flagged).mean())
+                part["kept"][name] = None
+                part["alarms"][name] = None
+                after = labellers[labeller](transformed)
+                if after is None:
+                    continue
+                is_same = after[: len(chosen)] == plain.labels[chosen]
+                part["kept"][name] = float(is_same.reshape(len(chosen), -1).all(axis=1).mean())
+                if len(safe):
+                    part["alarms"][name] = float(_are_flagged(after[len(chosen) :], flagged).mean())
         results[group] = {"rows": len(chosen), "harmless": len(safe), **shares.pop("head"), **shares}
     return results
 
 
-def _plain_labels(
-    rows: LabelledTexts, flagged: int | None, label: Labeller
-) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Return texts, their labels from the head, and the places of those that count and of those that are harmless."""
-    places = [place for place, text in enumerate(rows.texts) if isinstance(text, str)]
-    if not places:
-        raise ProbeError("wrappings and attacks need rows that are texts, not chats")
-    texts, truth = [rows.texts[place] for place in places], rows.labels[places]
-    labels = label(texts)
-    has_label, gets_label = _are_flagged(truth, flagged), _are_flagged(labels, flagged)
-    counted = np.arange(len(texts)) if flagged is None else np.flatnonzero(has_label & gets_label)
-    return texts, labels, counted, np.flatnonzero(~(has_label | gets_label))
+class _PlainTexts(NamedTuple):
+    """Texts as they are: their `labels` from the head, and the places of those that are `counted` and that are `harmless`."""
+
+    texts: list[str]
+    labels: np.ndarray
+    counted: np.ndarray
+    harmless: np.ndarray
+
+    @classmethod
+    def label(cls, rows: LabelledTexts, flagged: int | None, label: Labeller) -> _PlainTexts:
+        places = [place for place, text in enumerate(rows.texts) if isinstance(text, str)]
+        if not places:
+            raise ProbeError("wrappings and attacks need rows that are texts, not chats")
+        texts = [rows.texts[place] for place in places]
+        labels = label(texts)
+        has_label = _are_flagged(rows.labels[places], flagged)
+        gets_label = _are_flagged(labels, flagged)
+        counted = np.arange(len(texts)) if flagged is None else np.flatnonzero(has_label & gets_label)
+        return cls(texts, labels, counted, np.flatnonzero(~(has_label | gets_label)))
 
 
 def _are_flagged(labels: np.ndarray, flagged: int | None) -> np.ndarray:
-    """Return which rows have a label to flag. If a head of single labels flags none, none is harmless."""
+    """Return which rows have a label to flag. All have one if a head of single labels flags none: no row is then harmless."""
     if labels.ndim == 2:
         return labels.any(axis=1)
     return np.ones(len(labels), bool) if flagged is None else labels == flagged
