@@ -8,6 +8,7 @@ that is on the CPU cannot be mixed with them, as on a GPU. What it counts:
 """
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
@@ -53,11 +54,24 @@ class SimTensor(torch.Tensor):
         raise TypeError("can't convert a device tensor to numpy: copy it to the CPU first")
 
 
-class _Factories(TorchFunctionMode):
-    """Makes tensors of Python's values on the CPU, also those of indices."""
+class _Functions(TorchFunctionMode):
+    """Makes tensors of Python's values on the CPU, also those of indices. Attention without gradients is one kernel, as on a GPU."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is scaled_dot_product_attention and not torch.is_grad_enabled() and isinstance(args[0], SimTensor):
+            if any(
+                isinstance(each, torch.Tensor) and not isinstance(each, SimTensor)
+                for each in (*args, *kwargs.values())
+            ):
+                raise RuntimeError(f"attention: tensors of {DEVICE} and of the CPU")
+            self.count.operations += 1
+            args, kwargs = _map((args, kwargs), lambda each: getattr(each, "host", each))
+            return SimTensor(function(*args, **kwargs))
         if function in (torch.tensor, torch.as_tensor) and _is_sim(kwargs.get("device")):
             return function(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
         if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[0], SimTensor):
@@ -75,15 +89,15 @@ class Accelerator(TorchDispatchMode):
         if torch._C._get_privateuse1_backend_name() != DEVICE:
             backend_registration._setup_privateuseone_for_python_backend(DEVICE, _Module())
         self.reads = self.operations = 0
-        self._factories = _Factories()
+        self._functions = _Functions(self)
 
     def __enter__(self):
-        self._factories.__enter__()
+        self._functions.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self._factories.__exit__(*error)
+        self._functions.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return _run(self, function, args, kwargs or {})

@@ -39,10 +39,10 @@ for number, line in enumerate(sys.stdin):
 assert llama_probe.ProbeConfig and llama_probe.__version__"""
     ends = ["--help", "--version", "trian"]
     refused = ["train --train=x --output=x --probe-type=x", "classify x --probe=x"]
-    refused += ["calibrate --benign=x --probe=x", "plot x --output=x", "export x --probe=x", "benchmark --probe=x"]
+    refused += ["calibrate --benign=x --probe=x", "plot x --output=x", "export x --probe=x"]
     lines = "\n".join(f"llama-probe {line}" for line in ends + refused)
     done = subprocess.run([sys.executable, "-c", code + CHANGED], input=lines, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("set()\n") == 9, done.stderr
+    assert done.returncode == 0 and done.stderr.count("set()\n") == 8, done.stderr
     assert done.stderr.count("llama-probe: ") == 7
 
 

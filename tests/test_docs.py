@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -63,6 +64,10 @@ def run_shell(block: str, backbone: Path) -> None:
     for line in block.strip().splitlines():
         program, *words = shlex.split(line)
         if program == "pip" or words[:2] == ["-m", "llama_probe.vllm"]:  # tests/vllm/test_demo.py runs these
+            continue
+        if program == "python" and words[0] == "examples/benchmark.py":
+            sys.argv = [*words, "--backbone", str(backbone)]
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
             continue
         if program == "torchrun":  # in this process; test_distributed.py starts several
             settings = parse_args(words)

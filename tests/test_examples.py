@@ -2,17 +2,19 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
 import runpy
 import subprocess
 import sys
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_probe, save_head
+from conftest import make_lm, make_probe, save_head
 from repository import ROOT
 
 from llama_probe import ProbeError
@@ -23,7 +25,7 @@ from llama_probe.training import arguments
 
 FOLDER = ROOT / "examples"
 EXAMPLES = {path.name for path in FOLDER.glob("*.py")}
-TESTED = {"routing.py", "chat.py", "fingerprint_distances.py", "ray_scoring.py"}  # by other tests
+TESTED = {"benchmark.py", "routing.py", "chat.py", "fingerprint_distances.py", "ray_scoring.py"}  # by other tests
 HALTED = {"moderation.py": [False, True, False], "agent_loop.py": [False, True], "streaming_guard.py": [False, True]}
 REFUSAL = "Sorry, I would rather not reply to that."
 
@@ -84,6 +86,76 @@ def test_the_tables_of_the_paper_on_the_demo_backbone(tables, tmp_path):
     options = ("--data", "toxicchat", "--seeds", "1", "--max-rows", "16", "--trials", "1")
     text = tables("demo", "--methods", "tfidf,muli,mha", "--only", "main,sensitivity", *options)
     assert "| `mha` | 1,328,258 |" in text and "| `muli` |" in text and "## Sensitivity on toxicchat" in text
+
+
+class TestBenchmark:
+    """The benchmark of serving, by a clock whose every reading is one second after the last."""
+
+    @pytest.fixture(autouse=True)
+    def words(self, backbone_folder, tmp_path, monkeypatch):
+        """The words that name a head and its backbone."""
+        save_head(make_probe(probe_type="mha"), tmp_path / "mood")
+        ticks = itertools.count()
+        monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        places = ("--backbone", str(backbone_folder), "--probe", str(tmp_path / "mood"), "--device", "cpu")
+        return (*places, "--many", "0", "--pairs", "2", "--json")
+
+    def test_every_system_under_every_load(self, words):
+        report = json.loads(run("benchmark.py", *words, "--tokens", "6", "9", "--batch-size", "1", "2"))
+        loads = [(costs["batch_size"], costs["tokens"], costs["system"]) for costs in report["rows"]]
+        assert loads == [(batch, tokens, name) for batch in (1, 2) for tokens in (6, 9) for name in ("base", "mood")]
+        for costs in report["rows"]:
+            # Three readings a call, one second apart, for plain model and system alike: start, token, end.
+            assert costs["ms"]["median"] == 2000 and costs["ratio"]["median"] == 1 and costs["step_ms"] is None
+        assert report["rows"][0]["above_base_mb"] == 0 < report["rows"][1]["above_base_mb"]
+        assert report["backbone"] == {"name": "tiny-chat", "dtype": "float32"}
+        assert report["settings"]["tokens"] == [6, 9] and report["environment"]["device"] == "cpu"
+
+    def test_the_time_of_further_tokens(self, words):
+        report = json.loads(run("benchmark.py", *words, "--tokens", "6", "--new-tokens", "3"))
+        for costs in report["rows"]:
+            assert costs["ms"]["median"] == 4000 and costs["step_ms"]["median"] == 1000
+            assert costs["step_ratio"]["median"] == 1
+
+    def test_fresh_heads_on_random_weights_and_the_table(self, words, tmp_path):
+        wide = make_lm(vocab_size=260, hidden_size=128, num_hidden_layers=2).config
+        wide.save_pretrained(tmp_path / "wide")
+        fresh = (
+            "--backbone",
+            str(tmp_path / "wide"),
+            "--random-weights",
+            "--many",
+            "2",
+            "--tokens",
+            "6",
+            "--pairs",
+            "1",
+        )
+        shown = run("benchmark.py", *fresh, "--kind", "gate", "--device", "cpu", "--batch-size", "1", "2")
+        for part in ("base", "gate", "2 x mha", "wide, float32, cpu", "above_base_mb", "tokens 6"):
+            assert part in shown
+        report = json.loads(run("benchmark.py", *fresh, "--operations", "--kind", "gate", "--json"))
+        assert [row["system"] for row in report["rows"]] == ["base", "gate", "gate-reply", "2 x mha"]
+        assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
+        assert report["rows"][2]["step_ratio"] > 1 == report["rows"][1]["step_ratio"]
+
+    def test_ratios_are_medians_of_pairs(self):
+        costs = runpy.run_path(str(FOLDER / "benchmark.py"))["costs"]
+        pairs = [(1.0, 3.0), (4.0, 4.0), (5.0, 10.0)]
+        ratios = costs([((a, a / 2), (b, 2 * b)) for a, b in pairs], 750_000)
+        assert ratios["ratio"] == {"median": 2.0, "quartiles": [1.5, 2.5], "runs": 3}
+        assert ratios["step_ratio"]["median"] == 8.0
+        assert (
+            ratios["ms"]["median"] == 4000 and ratios["step_ms"]["median"] == 8000 and ratios["above_base_mb"] == 0.75
+        )
+
+    @pytest.mark.parametrize(
+        "more", [("--backbone", "./no/such"), ("--kind", "lstm"), ("--kind", "mha"), ("--pairs", "0")]
+    )
+    def test_values_that_are_not_allowed(self, words, more):
+        with pytest.raises(SystemExit, match=r"such|lstm|downcast|2"):
+            run("benchmark.py", *words, *more)
 
 
 def test_a_guard_that_reads_first_is_timed(backbone_folder):

@@ -6,17 +6,19 @@ Run it with `python examples/paper/serving.py --guard FOLDER` (extra `demo`).
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from llama_probe.backbone.loading import choose_device
-from llama_probe.experiments.benchmark_options import KINDS, BenchmarkOptions
-from llama_probe.experiments.meters import spread, time_pairs
-from llama_probe.experiments.systems import BASE, Systems, load_systems
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmark import BASE, DEMO, KINDS, draw_prompts, generate, load_model, read_options, spread, time_pairs
 
 
 # Milliseconds in arXiv 2601.13288, table 5: one RTX 3090, prompts of up to 512 tokens, one new token.
@@ -39,31 +41,33 @@ def load_guard(name: str, device: torch.device) -> Any:
     return getattr(transformers, architecture).from_pretrained(name).to(device).eval()
 
 
-def ways(systems: Systems, guards: list[str], prompts: dict) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield names and calls. One guard is in memory at a time."""
-    for name, heads in systems.heads.items():
+def ways(model: Any, systems: dict, guards: list[str], prompts: dict) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Yield names and runs. One guard is in memory at a time."""
+    for name, heads in systems.items():
         if heads:
-            yield name, partial(systems.serve, name, prompts)
+            yield name, partial(generate, model, heads, prompts, 1)
+    plain = partial(generate, model, [], prompts, 1)
     for name in guards:
-        guard = load_guard(name, systems.plain.device)
-        yield f"guard {name}", lambda guard=guard: (ask(guard, prompts), systems.serve(BASE, prompts))
+        guard = load_guard(name, model.device)
+        yield f"guard {name}", lambda on_token, guard=guard: (ask(guard, prompts), plain(on_token))
         del guard
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--backbone", default="demo")
+    parser.add_argument("--backbone", default=DEMO)
     parser.add_argument("--guard", nargs="*", default=[], help="folder or Hub id")
     parser.add_argument("--kind", nargs="*", default=KINDS)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=9)
     given = parser.parse_args()
-    systems = load_systems(BenchmarkOptions(given.backbone, kind=given.kind, many=0))
-    prompts = systems.draw(1, given.tokens)
-    for name, call in ways(systems, given.guard, prompts):
-        both = (lambda _: systems.serve(BASE, prompts)), (lambda _, call=call: call())
-        timed = time_pairs(*both, given.pairs, 1, choose_device())
-        del call, both  # frees a guard before the next is loaded
+    words = ["--backbone", given.backbone, "--many", "0", "--kind", *given.kind]
+    model, systems = load_model(read_options(words))
+    prompts = draw_prompts(model, 1, given.tokens)
+    plain = partial(generate, model, systems[BASE], prompts, 1)
+    for name, run in ways(model, systems, given.guard, prompts):
+        timed = time_pairs(plain, run, given.pairs, model.device)
+        del run  # frees a guard before the next is loaded
         found = spread(second[0] / first[0] for first, second in timed)
         paper = f" (paper: {PAPER[name] / PAPER['base']:.2f})" if name in PAPER else ""
         print(f"{name}: {found['median']:.2f} times the plain model's time{paper}")

@@ -58,17 +58,6 @@ def test_train_writes_a_head_folder(trained):
     assert str(output.parent) not in card, "no path of the machine that trained it"
 
 
-def test_benchmark(served):
-    args = ("benchmark", *served, "--kind", "mha", "--many", 2, "--tokens", 8)
-    shown = succeed(*args, "--batch-size", 2, "--pairs", 1, "--device", "cpu", "--random-weights")
-    for part in ("base", "mood", "mha", "2 x mha", "random weights", "above_base_mb", "tokens 8"):
-        assert part in shown
-    report = succeed(*args, "--operations", "--as", "cuda", "--json")
-    assert report["as_device"] == "cuda"
-    assert [row["system"] for row in report["rows"]] == ["base", "mood", "mha", "mha-reply", "2 x mha"]
-    assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
-
-
 def test_evaluate(trained, served, rows, monkeypatch):
     monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (1, 1)))
     args = ("evaluate", *served, "--data", rows / "test.jsonl")
@@ -234,8 +223,6 @@ TRAIN = "train --train {rows} --output {out} "
         ("inspect toxicchat-mha --revision v2", "v2"),
         ("inspect emotion-mha --markdown", "--markdown"),
         ("classify x --input y", "--output"),
-        ("benchmark --as cuda", "--operations"),
-        ("benchmark --operations --as tpu", "tpu"),
         ("generate x --probe toxicchat-gate --halt-on toxic", "toxic"),
         ("evaluate --probe toxicchat-gate --data {rows} --record mine", "--record"),
         ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),

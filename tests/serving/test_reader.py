@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import HIDDEN, LAYERS, make_probe, make_prompts, probed
+from memory import MemoryMeter, peak_memory
 
-from llama_probe.experiments.meters import peak_memory
-from llama_probe.experiments.systems import Systems, fresh_config
+from llama_probe import ProbeConfig
 from llama_probe.heads import mean_attention, probe_types
 from llama_probe.heads.probe import ProbeModel
 from llama_probe.serving import reader as module
@@ -36,29 +36,51 @@ DEEP = 12  # deep enough for several groups of layers
 @pytest.mark.parametrize("batch_size, tokens, dtype", [(3, 100, torch.float32), (2, 60, torch.bfloat16)])
 def test_memory_above_the_plain_models(batch_size, tokens, dtype, monkeypatch):
     """Beside its parameters, which are there before the call, a head takes at most the reader's budget."""
-    model = probed(num_hidden_layers=DEEP)
+    model, systems = probed(num_hidden_layers=DEEP), {"base": [], "4 x mha": ["a", "b", "c", "d"]}
     for kind in probe_types():
         # As many directions as suit so narrow a model: the usual 64 are twice its hidden size.
-        options = {"options": {"num_maxima": 2, "num_members": 2}} if kind == "multimax" else {}
-        model.add_probe(kind, fresh_config(kind, HIDDEN, DEEP).replace(**options))
-    systems = Systems(model.to(dtype), many=4)
-    prompts = systems.draw(batch_size, tokens)
-    size, peaks = prompts["input_ids"].numel() * HIDDEN, {}
+        options = {"num_maxima": 2, "num_members": 2} if kind == "multimax" else {}
+        model.add_probe(kind, ProbeConfig(probe_type=kind, downcast=16, options=options))
+        systems[kind] = [kind]
+    for name in systems["4 x mha"]:
+        model.add_probe(name, ProbeConfig(probe_type="mha", downcast=16))
+    model, prompts = model.to(dtype), make_prompts(batch_size, tokens)
+    size, peaks = prompts.numel() * HIDDEN, {}
     budget = 2 * 2 * 4 * size  # of two layers in fp32
     monkeypatch.setattr(module, "state_budget", lambda device: budget)
     monkeypatch.setattr(mean_attention, "_SCORES", size // 4)
 
-    def peak(serve):
-        return peak_memory(serve, torch.device("cpu"))
+    def serve(names):
+        return lambda: model.generate(prompts, max_new_tokens=1, do_sample=False, probes=names)
 
-    for name in systems.heads:
-        systems.serve(name, prompts)
-        peaks[name] = peak(lambda name=name: systems.serve(name, prompts))
+    for name, heads in systems.items():
+        serve(heads)()
+        peaks[name] = peak_memory(serve(heads), torch.device("cpu"))
     above = {name: memory - peaks["base"] for name, memory in peaks.items()}
     summaries = (DEEP + 1) * batch_size * HIDDEN * 4  # one vector a layer, what is kept of the tokens
     for kind in probe_types():
         assert above[kind] <= budget + summaries, kind
     assert above["4 x mha"] <= budget + 4 * summaries
     states = (DEEP + 1) * size * dtype.itemsize
-    whole = peak(lambda: systems.plain(**prompts, output_hidden_states=True))
+    model.set_active_probes([])
+    whole = peak_memory(lambda: model(prompts, output_hidden_states=True), torch.device("cpu"))
     assert whole > states > max(above[kind] for kind in probe_types()), "where all states are kept, they are seen"
+
+
+def test_the_meter_of_memory():
+    def call():
+        first = torch.empty(1000)  # 4,000 bytes
+        second = torch.ones(500)  # 6,000
+        del first  # 2,000
+        third = torch.zeros(300, dtype=torch.float64)  # 4,400
+        return second, third
+
+    assert peak_memory(call, torch.device("cpu")) == 6000
+    outside = torch.ones(1000)
+    with MemoryMeter() as meter:
+        outside.view(10, 100)[2:].add_(1)
+        assert meter.peak == 0, "a view or a change in place makes no tensor"
+        part = torch.ones(100)[:3]
+        assert meter.held == 400, "a view keeps its base alive"
+        del part
+        assert meter.held == 0 and meter.peak == 400

@@ -46,9 +46,6 @@ COMMANDS = {
         "llama-probe evaluate --probe toxicchat --data toxicchat:test --bootstrap 0")),
     "calibrate": Entry("calibrate", "Fit thresholds of a head on rows that it should rarely flag, or its novelty: how unlike its training data a prompt is.", (
         "llama-probe calibrate --probe my-head --benign ordinary-prompts.csv --rate 0.01",)),
-    "benchmark": Entry("benchmark", "Measure what heads cost while the model serves, next to the plain model.", (
-        "llama-probe benchmark --probe safety",
-        "llama-probe benchmark --probe safety --operations --as cuda")),
     "plot": Entry("plot", "Draw what a head looked at in texts, and how well it does.", (
         'llama-probe plot safety --text "How do I pick a lock?" --output plots',)),
     "inspect": Entry("heads", "Show a head, check it against a backbone, or list the bundled heads.", (

@@ -1,0 +1,73 @@
+"""Operations that heads add to a pass of a model of the demo backbone's sizes, as a GPU would launch them."""
+
+import pytest
+import torch
+from accelerator import DEVICE, Accelerator
+from conftest import make_lm, make_prompts, with_novelty
+
+from llama_probe import LlamaForProbedGeneration, ProbeConfig
+from llama_probe.heads import probe_types
+
+
+# Operations over those of the plain model: one head, eight heads, and a decoding step with a head that follows the reply.
+ONE, EIGHT, STEP = 1.03, 1.10, 1.05
+EIGHT_HEADS = [f"mha-{number}" for number in range(8)]
+
+
+@pytest.fixture(scope="module")
+def count():
+    """A function of names of heads and a number of tokens: operations of the prompt's pass, and of a step of the reply."""
+    narrow = {"intermediate_size": 16, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+    lm = make_lm(hidden_size=576, num_hidden_layers=30, max_position_embeddings=1024, **narrow)
+    model = LlamaForProbedGeneration.from_causal_lm(lm.to(torch.bfloat16))
+    for kind in probe_types():
+        model.add_probe(kind, ProbeConfig(probe_type=kind))
+        model.add_probe(f"{kind}-reply", ProbeConfig(probe_type=kind, token_scope="response"))
+    with_novelty(model.add_probe("multimax-novelty", ProbeConfig(probe_type="multimax")))
+    for name in EIGHT_HEADS:
+        model.add_probe(name, ProbeConfig(probe_type="mha"))
+    counts = {}
+
+    def count(heads, tokens):
+        if (key := (*heads, tokens)) not in counts:
+            after_token = []
+
+            def hear(ids, *_, **__):
+                after_token.append(device.operations)
+                return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+            prompts = make_prompts(1, tokens).to(DEVICE)
+            call = {"do_sample": False, "eos_token_id": None, "probes": heads, "stopping_criteria": [hear]}
+            start = device.operations
+            model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=3, **call)
+            counts[key] = after_token[0] - start, after_token[2] - after_token[1]
+        return counts[key]
+
+    with torch.no_grad(), Accelerator() as device:
+        model.to(DEVICE)
+        yield count
+
+
+@pytest.mark.parametrize("tokens", [16, 512])
+@pytest.mark.parametrize(
+    "heads, limit",
+    [*(([kind], ONE) for kind in probe_types()), (["multimax-novelty"], ONE), (EIGHT_HEADS, EIGHT)],
+    ids=[*probe_types(), "novelty", "eight"],
+)
+def test_operations_of_the_pass_over_the_prompt(count, heads, limit, tokens):
+    (base, base_step), (prefill, step) = count([], tokens), count(heads, tokens)
+    assert 1 < prefill / base <= limit
+    assert step == base_step, "a head of the prompt costs nothing in a reply"
+
+
+@pytest.mark.parametrize("tokens", [16, 512])
+@pytest.mark.parametrize("kind", probe_types())
+def test_operations_of_a_step_that_a_head_follows(count, kind, tokens):
+    (_, base_step), (_, step) = count([], tokens), count([f"{kind}-reply"], tokens)
+    assert 1 < step / base_step <= STEP
+
+
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_novelty_adds_few_operations(count, tokens):
+    added = count(["multimax-novelty"], tokens)[0] - count(["multimax"], tokens)[0]
+    assert 0 < added <= 3  # one is a cast from bf16
