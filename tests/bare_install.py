@@ -15,10 +15,13 @@ for needed in (
     "py.typed",
     "hub/card_template.md",
     "modeling/modeling_llama_probe.py",
+    "recipes/safety.yaml",
+    "serving/export_card.md",
+    "vllm/plugin.py",
     "hub_cards/safety-multimax/probe_model.safetensors",
 ):
     assert f"llama_probe/{needed}" in names, needed
 assert not any(name.startswith(("tests/", "examples/")) for name in names)
 (script,) = entry_points(group="console_scripts", name="llama-probe")
-assert script.value == "llama_probe_command:main"
+assert script.value == "llama_probe.cli:main"
 print(f"{len(names)} files, {found['Version']}")

@@ -30,11 +30,12 @@ def test_this_package_may_be_imported_first_and_imports_little_before_a_command_
     code = """
 import llama_probe, shlex, sys
 assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)
-import llama_probe_command as c
+from llama_probe.cli import main
+assert 'torch' not in sys.modules
 heavy = {'transformers.modeling_utils', 'datasets', 'sklearn', 'scipy', 'matplotlib'}
 for number, line in enumerate(sys.stdin):
     sys.argv = shlex.split(line)
-    try: c.main()
+    try: main()
     except SystemExit: print((heavy | {'torch'} if number < 3 else heavy) & set(sys.modules), file=sys.stderr)
 assert llama_probe.ProbeConfig and llama_probe.__version__"""
     ends = ["--help", "--version", "trian"]

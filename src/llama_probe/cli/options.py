@@ -84,8 +84,6 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
     def run(**values: object) -> None:
         try:
             common = _call(_Common, values)
-            if script := sys.modules.get("llama_probe_command"):
-                script.listen()
             with contextlib.redirect_stdout(sys.stderr):
                 result = _call(function, values)
             if result is not None and common.json:
