@@ -16,7 +16,7 @@ PIP := $(BIN)/python $(INSTALL)
 REQUIREMENTS := $(PYTHON) -c "import configparser, sys; p = configparser.ConfigParser(); p.read('setup.cfg'); \
 	p = {**p['options.extras_require'], 'base': p['options']['install_requires']}; \
 	print(*(line for name in sys.argv[1:] for line in p[name].split() if not line.startswith('llama_probe')))"
-SOURCES := src tests examples modeling
+SOURCES := src tests examples modeling docs
 # The process that hands the tests to workers runs none. Only these load conftest.py, whose imports take seconds.
 HANDS_OUT := PYTEST_ADDOPTS=--noconftest
 WORKERS = --tx "$(1)*popen//env:PYTEST_ADDOPTS="

@@ -127,6 +127,29 @@ def test_the_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
+@pytest.mark.parametrize(
+    "name, row, columns",
+    [
+        ((), "`emotion-mha`", 8),
+        (["safety"], "xstest*, 450 | AUROC |", 5),  # three backbones and TF-IDF
+        (["safety-categories"], "requests*, 190 crime of 357 | AUROC |", 3),
+        (["safety-categories"], "wrapped: code fence | all labels stay |", 3),
+    ],
+)
+def test_the_tables_of_the_pages(monkeypatch, capsys, name, row, columns):
+    monkeypatch.setattr(sys, "argv", ["tables.py", *name])
+    runpy.run_path(str(DOCS / "tables.py"), run_name="__main__")
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if row in line]
+    assert first.count(" | ") == line.count(" | ") == columns
+
+
+def test_a_head_without_measurements_has_no_table(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "emotion-mha"])
+    with pytest.raises(SystemExit, match="emotion-mha"):
+        runpy.run_path(str(DOCS / "tables.py"), run_name="__main__")
+
+
 def test_every_page_is_on_the_first():
     listed = {link for link in LINK.findall((DOCS / "README.md").read_text()) if not link.startswith("../")}
     assert listed == set(PAGES) - {"README.md"}

@@ -165,20 +165,6 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     assert not (tmp_path / "no").exists(), "before any work"
 
 
-@pytest.mark.parametrize(
-    "alias, row, columns",
-    [
-        ("safety", "xstest*, 450 | AUROC |", 4),  # three backbones and TF-IDF
-        ("safety-categories", "requests*, 190 crime of 357 | AUROC |", 2),
-        ("safety-categories", "wrapped: code fence | all labels stay |", 2),
-    ],
-)
-def test_inspect_prints_what_was_measured(alias, row, columns):
-    first, _, *lines = succeed("inspect", alias, "--markdown").splitlines()
-    (line,) = [line for line in lines if row in line]
-    assert first.count(" | ") == line.count(" | ") == columns + 1
-
-
 def test_inspect(trained, backbone_folder, tmp_path):
     output, _ = trained
     assert succeed("inspect", output, "--json")["probe_type"] == "gate"
@@ -221,7 +207,6 @@ TRAIN = "train --train {rows} --output {out} "
         ("inspect --backbone demo", "--backbone"),
         ("inspect --revision main", "--revision"),
         ("inspect toxicchat-mha --revision v2", "v2"),
-        ("inspect emotion-mha --markdown", "--markdown"),
         ("classify x --input y", "--output"),
         ("generate x --probe toxicchat-gate --halt-on toxic", "toxic"),
         ("evaluate --probe toxicchat-gate --data {rows} --record mine", "--record"),
