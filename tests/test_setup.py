@@ -12,7 +12,7 @@ EXTRAS = SETUP["options.extras_require"]
 
 def test_tested_versions_are_allowed():
     """`pip install -c tested-versions.txt` works; `make versions` writes it anew."""
-    extras = [EXTRAS[name] for name in ("demo", "plots", "space", "train", "test")]
+    extras = [EXTRAS[name] for name in ("demo", "plots", "space", "train", "test", "check")]
     pins = [Requirement(line) for line in (ROOT / "tested-versions.txt").read_text().splitlines()]
     versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
     for need in map(Requirement, "\n".join([SETUP["options"]["install_requires"], *extras]).split()):
