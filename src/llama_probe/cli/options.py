@@ -1,7 +1,7 @@
-"""Commands made of functions, and options that several commands have.
+"""Make commands of functions, and keep what the options of several commands share.
 
-Keyword-only parameters of a function become options, positional-only ones arguments, and a dataclass an option for each
-field. The docstring says what they are for.
+A keyword-only parameter of a function becomes an option, a positional-only one an argument, and a dataclass an option for each
+field. The help of an option is its line in the docstring, or in `_SHARED`. `Annotated[type, COUNT]` adds what typer takes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
@@ -67,13 +66,6 @@ class _Common:
     json: bool = False
     import_: list[Path] | None = None
 
-    def __post_init__(self):
-        for path in self.import_ or ():
-            try:
-                import_head_types(path)
-            except Exception as error:
-                raise ProbeError(f"--import {path}: {type(error).__name__}: {error}") from error
-
 
 def as_command(function: Callable[..., Result]) -> Callable[..., None]:
     """Return `function` for typer, with the options of `_Common`.
@@ -82,68 +74,91 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
     """
 
     def run(**values: object) -> None:
+        common = _call(_Common, values)
         try:
-            common = _call(_Common, values)
             with contextlib.redirect_stdout(sys.stderr):
+                _import_files(common.import_ or [])
                 result = _call(function, values)
-            if result is not None and common.json:
-                print(json.dumps(result[0]))
-            elif result is not None:
-                result[1]()
         except KeyboardInterrupt:
             # `classify` has no output, unless it reads files.
-            if "resume" in values and values["output"] and os.environ.get("RANK", "0") == "0":
+            if values.get("output") and "resume" in values and os.environ.get("RANK", "0") == "0":
                 print("stopped: the same command with --resume continues", file=sys.stderr)
             raise
+        if result is None:
+            return
+        values_of_result, print_result = result
+        if common.json:
+            print(json.dumps(values_of_result))
+        else:
+            print_result()
 
-    run.__name__, run.__doc__ = function.__name__, (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
+    run.__name__ = function.__name__
+    run.__doc__ = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
     run.__signature__ = inspect.Signature([*_options(function), *_options(_Common)])
     return run
 
 
+def _import_files(paths: Sequence[Path]) -> None:
+    for path in paths:
+        try:
+            import_head_types(path)
+        except Exception as error:
+            raise ProbeError(f"--import {path}: {type(error).__name__}: {error}") from error
+
+
 def _options(documented: Callable) -> Iterator[inspect.Parameter]:
     """Yield the parameters of a function, or the fields of a dataclass, as typer takes them."""
-    texts = _SHARED | dict(_PARAMETER.findall(inspect.getdoc(documented) or ""))
+    own_texts = dict(_PARAMETER.findall(inspect.getdoc(documented) or ""))  # none with python -OO
     for name, parameter in inspect.signature(documented, eval_str=True).parameters.items():
-        annotation, settings = parameter.annotation, {}
-        if is_dataclass(annotation):
-            yield from _options(annotation)
-            continue
-        if get_origin(annotation) is Annotated:
-            annotation, settings = get_args(annotation)
-        words = [" ".join(texts.get(name, name).split()), settings.get("help", "")]  # python -OO has no docstrings
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            create = typer.Argument
+        if is_dataclass(parameter.annotation):
+            yield from _options(parameter.annotation)
         else:
-            create = partial(typer.Option, settings.get("names", f"--{name.rstrip('_').replace('_', '-')}"))
-            if list in map(get_origin, (annotation, *get_args(annotation))):
-                words.append("Repeatable.")
-        text = " ".join(filter(None, words))
-        limits = {key: value for key, value in settings.items() if key in ("min", "max", "metavar")}
-        option = create(help=text[0].upper() + text[1:], **limits)
-        yield inspect.Parameter(
-            name, parameter.KEYWORD_ONLY, default=parameter.default, annotation=Annotated[annotation, option]
-        )
+            yield _option(parameter, own_texts.get(name) or _SHARED.get(name, name))
+
+
+def _option(parameter: inspect.Parameter, text: str) -> inspect.Parameter:
+    """Return an option of typer, or an argument for a positional parameter, with this text as its help."""
+    annotation, settings = parameter.annotation, {}
+    if get_origin(annotation) is Annotated:
+        annotation, settings = get_args(annotation)
+    is_argument = parameter.kind is parameter.POSITIONAL_ONLY
+    sentences = [" ".join(text.split()), settings.get("help", "")]
+    if not is_argument and list in map(get_origin, (annotation, *get_args(annotation))):
+        sentences.append("Repeatable.")
+    text = " ".join(filter(None, sentences))
+    given = {"help": text[0].upper() + text[1:]}
+    given |= {key: value for key, value in settings.items() if key in ("min", "max", "metavar")}
+    if is_argument:
+        option = typer.Argument(**given)
+    else:
+        names = settings.get("names", f"--{parameter.name.rstrip('_').replace('_', '-')}")
+        option = typer.Option(names, **given)
+    return parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=Annotated[annotation, option])
 
 
 def _call(function: Callable, values: dict[str, object]) -> Any:
     """Call a function, or create a dataclass, with the values of its options by name."""
-    bound = inspect.signature(function, eval_str=True).bind_partial()
-    for name, parameter in bound.signature.parameters.items():
+    positional, by_name = [], {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         is_group = is_dataclass(parameter.annotation)
-        bound.arguments[name] = _call(parameter.annotation, values) if is_group else values[name]
-    return function(*bound.args, **bound.kwargs)
+        value = _call(parameter.annotation, values) if is_group else values[name]
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            positional.append(value)
+        else:
+            by_name[name] = value
+    return function(*positional, **by_name)
 
 
 def command_line() -> str:
     """Return the command as a line for a shell, without folders of this machine and without `--resume`."""
     hidden = {"--output", "--data-dir"}
-    words, skip = ["llama-probe"], False
+    words = ["llama-probe"]
+    skip_value = False
     for word in sys.argv[1:]:
-        if skip or word == "--resume":
-            skip = False
+        if skip_value or word == "--resume":
+            skip_value = False
         elif word.partition("=")[0] in hidden:
-            skip = "=" not in word
+            skip_value = "=" not in word
         else:
             name, equals, value = word.rpartition("=")  # --train=rows.csv, or a field of --set
             words.append(name + equals + short_path(value))
