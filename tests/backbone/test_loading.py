@@ -35,6 +35,13 @@ def test_a_digest_tells_weights_apart():
 
     assert digest() == digest()
     assert len({digest(), digest(number=4), digest(scale=0.25)}) == 3
+    digests = set()
+    for place in (None, 1, -1):
+        lm = make_lm().to(torch.bfloat16)
+        if place is not None:
+            lm.model.layers[1].mlp.up_proj.weight.data.view(-1)[place] += 1
+        digests.add(weights_digest(lm))
+    assert len(digests) == 3, "one edited value of a weight counts"
     adapted = get_peft_model(make_lm(), LoraConfig())
     adapted.add_adapter("two", LoraConfig())
     digests = {weights_digest(adapted)}

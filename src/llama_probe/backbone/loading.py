@@ -266,9 +266,9 @@ def name_of_backbone(model_id: str | None) -> str:
 
 
 def weights_digest(lm: nn.Module) -> str:
-    """Return a digest of an LM's shapes, dtypes, config and a sample of each weight, to tell two checkpoints apart.
+    """Return the sha256 of an LM's config and of all its weights. It changes with any edit of a weight.
 
-    The LM head is not included: heads do not read what it gives.
+    The LM head is not included: heads do not read its logits. A model of 1.5B parameters in bfloat16 takes about 1.5 seconds.
     """
     decoder = find_decoder(lm)
     # The same weights give other hidden states with another rope_theta or rms_norm_eps.
@@ -287,8 +287,7 @@ def weights_digest(lm: nn.Module) -> str:
         if tensor.is_meta:
             tensor = _offloaded(decoder.model, name)
         for part in _plain_tensors(tensor):
-            flat = part.detach().flatten()
-            digest.update(flat[:: max(1, flat.numel() // 64)][:64].float().cpu().numpy().tobytes())
+            digest.update(part.detach().flatten().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
