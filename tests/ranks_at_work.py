@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerState
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone import passes
 from llama_probe.backbone.loading import weights_digest
-from llama_probe.data import cached_states
-from llama_probe.data.cached_states import PromptDataset, StateCache
+from llama_probe.data import batches
+from llama_probe.data.disk_states import DiskStates
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.distributed import gather, meet, rank, world_size
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head
@@ -94,7 +95,7 @@ def in_parts(folder: Path) -> dict:
     head.set_backbone(lm)
     with torch.no_grad():
         logits = head(input_ids=make_prompts(seed=4)).logits
-    cached = StateCache(folder / "tp", torch.float32).dataset(lm, head.config, PromptDataset(prompts(), LABELS))
+    cached = DiskStates(folder / "tp", torch.float32).dataset(lm, head.config, PromptDataset(prompts(), LABELS))
     scores = predict_logits(make_probe(probe_type="mha"), cached)
     with contextlib.suppress(ProbeError):
         ProbeTrainer(head, ProbeTrainingArguments(str(folder / "tp")), None, cached)
@@ -128,7 +129,7 @@ def checkpointed(folder: Path) -> list[str]:
 
 def scripted(folder: Path) -> int:
     """The rows that this rank computes for a trainer in a user's script, which begins no process group."""
-    counts, compute = [], cached_states.collect_hidden_states
+    counts, compute = [], batches.collect_hidden_states
     head = make_probe(probe_type="gate")
     head.set_backbone(make_lm())
 
@@ -136,7 +137,7 @@ def scripted(folder: Path) -> int:
         counts.append(len(ids))
         return compute(lm, layers, ids, **kwargs)
 
-    with patch.object(cached_states, "collect_hidden_states", counted):
+    with patch.object(batches, "collect_hidden_states", counted):
         rows = {"input_ids": prompts(), "label": LABELS.tolist()}
         ProbeTrainer(head, ProbeTrainingArguments(str(folder / "scripted")), train_dataset=rows)
     return sum(counts)

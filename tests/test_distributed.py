@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from llama_probe import ProbeError, distributed
 from llama_probe.backbone import passes
 from llama_probe.cli import app
-from llama_probe.data.cached_states import PromptDataset, rows_on_disk
+from llama_probe.data.disk_states import rows_on_disk
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.distributed import claimed
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head, report

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from llama_probe.backbone.kv_cache import repeat_cache
 from llama_probe.backbone.passes import plan_passes
-from llama_probe.data.cached_states import iterate_states
+from llama_probe.data.batches import iterate_states
 from llama_probe.data.labelled_texts import LabelledTexts
 from llama_probe.data.prompts import pad_prompts
 

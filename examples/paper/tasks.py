@@ -12,7 +12,7 @@ import torch
 from llama_probe import ProbeConfig, ProbeModel
 from llama_probe.backbone.loading import load_backbone
 from llama_probe.data import PromptFormat, find_benchmark
-from llama_probe.data.cached_states import StateCache
+from llama_probe.data.disk_states import DiskStates
 from llama_probe.data.labelled_texts import LabelledTexts
 from llama_probe.data.row_sources import Source
 from llama_probe.evaluation.calibration import calibrate
@@ -50,7 +50,7 @@ class Bench:
     def states(self, config: ProbeConfig, rows: LabelledTexts):
         """Return the cached hidden states of what a head with this config reads."""
         prompts = self.prompts.encode_for(config, rows.texts, rows.labels)
-        return StateCache(self.cache).dataset(self.loaded[0], config, prompts)
+        return DiskStates(self.cache).dataset(self.loaded[0], config, prompts)
 
     def test_rows(self, name: str) -> LabelledTexts:
         """Return the test rows of a data set that is only tested on."""

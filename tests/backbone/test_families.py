@@ -37,7 +37,8 @@ from llama_probe.backbone.capture import capturing, check_states, collect_hidden
 from llama_probe.backbone.decoder import find_decoder
 from llama_probe.backbone.families import FAMILIES
 from llama_probe.backbone.fingerprint import fingerprint
-from llama_probe.data.cached_states import PromptDataset, StateCache
+from llama_probe.data.disk_states import DiskStates
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.heads.match import compare
 
 
@@ -100,7 +101,7 @@ def assert_a_shared_start_runs_once(lm, folder, monkeypatch):
     assert passes.shared_start(prompts, [len(start)] * 3) == start
     config = make_probe(probe_type="gate", token_scope="content", prefix_ids=start, num_hidden_layers=LAYERS).config
     monkeypatch.setattr(passes, "BATCH_TOKENS", 20)
-    kept = StateCache(folder, torch.float32).dataset(lm, config, PromptDataset(prompts))
+    kept = DiskStates(folder, torch.float32).dataset(lm, config, PromptDataset(prompts))
     for row, ids in enumerate(prompts):
         states = torch.stack(collect_hidden_states(lm, range(LAYERS + 1), torch.tensor([ids])))[:, 0]
         torch.testing.assert_close(kept[row]["hidden_states"], states[:, len(start) :], **TOLERANCE)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe.backbone import passes
-from llama_probe.data.cached_states import PromptDataset, iterate_states
+from llama_probe.data.batches import iterate_states
+from llama_probe.data.prompts import PromptDataset
 
 
 START = list(range(10, 30))

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_probe.backbone import passes
-from llama_probe.data.cached_states import PromptDataset, StateCache
+from llama_probe.data.disk_states import DiskStates
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.evaluation.calibration import with_rates
 from llama_probe.evaluation.detection import apply_rules, detection, halting_rules, judged_scores, reply_report
 from llama_probe.evaluation.prediction import follow_replies, predict_logits
@@ -29,7 +30,7 @@ def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cach
     masks = [[False] * PROMPT + [True] * n for n in LENGTHS] if scope == "response" else None
     dataset = PromptDataset(ids, np.zeros(3, dtype=int), masks, LENGTHS)
     if cached:
-        dataset = StateCache(tmp_path, dtype=torch.float32).dataset(lm, probe.config, dataset)
+        dataset = DiskStates(tmp_path, dtype=torch.float32).dataset(lm, probe.config, dataset)
     else:
         probe.set_backbone(lm)
     found, again = follow_replies([probe, probe], dataset)

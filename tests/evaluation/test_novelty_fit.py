@@ -7,7 +7,8 @@ from cases import with_backbone
 from conftest import make_lm
 from sklearn.metrics import roc_auc_score
 
-from llama_probe.data.cached_states import PromptDataset, StateCache
+from llama_probe.data.disk_states import DiskStates
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.evaluation.novelty_fit import against_others, fit_novelty
 from llama_probe.evaluation.prediction import predict_logits, predict_rows
 from llama_probe.training.measurements import _measure_part
@@ -28,7 +29,7 @@ def test_other_prompts_are_told_apart_from_cached_states_as_from_prompts(tmp_pat
     train, held, own, other = dataset(120, 0), dataset(60, 1), dataset(60, 2), dataset(60, 4, 50, 90)
     facts = fit_novelty(probe, train, held)
     assert facts == {"rows": {"train": 120, "validation": 60}}
-    cache = StateCache(tmp_path, torch.float32)
+    cache = DiskStates(tmp_path, torch.float32)
     cached = [cache.dataset(same.backbone, same.config, rows) for rows in (train, held)]
     same.set_backbone(None)
     assert fit_novelty(same, *cached) == facts

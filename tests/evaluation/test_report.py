@@ -7,7 +7,7 @@ from cases import MULTI, REGRESSION, make_scores, with_backbone
 from conftest import LAYERS, make_probe, make_prompts
 
 from llama_probe.backbone import passes
-from llama_probe.data.cached_states import PromptDataset
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import detailed_report, inspect_head, report

@@ -7,9 +7,8 @@ import pytest
 from conftest import make_lm, make_probe, make_tokenizer
 
 from llama_probe import ProbeError
-from llama_probe.data.cached_states import PromptDataset
 from llama_probe.data.labelled_texts import LabelledTexts
-from llama_probe.data.prompts import PromptFormat
+from llama_probe.data.prompts import PromptDataset, PromptFormat
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.transformations import GROUPS, kept_labels, transformations
 

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from llama_probe import ProbeError
 from llama_probe.backbone import passes as passes_module
-from llama_probe.data import cached_states
+from llama_probe.data import batches
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.serving.pipeline import ProbedTextClassificationPipeline
 
@@ -81,7 +81,7 @@ def test_a_start_that_no_head_reads_runs_once(model):
 def test_many_texts_are_read_in_parts(model, monkeypatch):
     model.add_probe("a", with_novelty(make_probe(**fields())))
     whole = model.classify(TEXTS * 3, tokenizer=TOKENIZER)["a"]
-    monkeypatch.setattr(cached_states, "_ROWS", 5)
+    monkeypatch.setattr(batches, "_CHUNK", 5)
     model.add_probe("b", make_probe(token_scope="last_user", **fields()))
     with pytest.raises(ProbeError, match=r"rows \[7\] hold no token"):
         model.classify([*TEXTS, *TEXTS[:3], [{"role": "system", "content": "Hi"}]], tokenizer=TOKENIZER)

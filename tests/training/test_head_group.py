@@ -9,7 +9,8 @@ from training_runs import Kill, head_of, token_rows, trainer_of
 from transformers import set_seed
 
 from llama_probe import ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
-from llama_probe.data.cached_states import PromptDataset, StateCache
+from llama_probe.data.disk_states import DiskStates
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.heads import probe_types
 
 
@@ -27,7 +28,7 @@ def train(model, folder, lm=None, resume=None, train_rows=TRAIN, validation=VALI
     """Train on prompts with `lm`, else on cached states, and return the trainer."""
     parts = [PromptDataset(*train_rows), PromptDataset(*validation)]
     if lm is None:
-        lm, config, cache = make_lm(), head().config, StateCache(folder / "states", torch.float32)
+        lm, config, cache = make_lm(), head().config, DiskStates(folder / "states", torch.float32)
         parts = [cache.dataset(lm, config, part) for part in parts]
     changes = {"patience": None, "label_smoothing_factor": 0.0, **changes}
     trainer = trainer_of(folder / "run", *parts, model=model, **changes)

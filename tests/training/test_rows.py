@@ -6,7 +6,8 @@ from conftest import HIDDEN, LAYERS
 from torch.utils.data import StackDataset
 
 from llama_probe import ProbeConfig, ProbeModel
-from llama_probe.data.cached_states import PromptDataset, collate
+from llama_probe.data.batches import collate
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.training.loss import ProbeLoss
 from llama_probe.training.rows import TrainingRows
 

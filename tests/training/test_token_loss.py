@@ -9,7 +9,8 @@ from conftest import make_lm, make_probe, make_prompts
 from torch.nn.functional import softplus
 from training_runs import head_of, trainer_of
 
-from llama_probe.data.cached_states import PromptDataset, StateCache
+from llama_probe.data.disk_states import DiskStates
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.heads.decision import ProbeOutput
 from llama_probe.training.loss import TOKEN_LOSSES, ProbeLoss
 from llama_probe.training.rows import TrainingRows
@@ -70,7 +71,7 @@ def train(model, folder, loss, lm, cached, scope):
         masks = [[False] * (len(row) - n) + [True] * n for row, n in zip(ids, lengths, strict=True)]
         rows = PromptDataset(ids, labels, masks if scope == "response" else None, lengths)
         if cached:
-            rows = StateCache(folder / "states", torch.float32).dataset(lm, head("gate", scope).config, rows)
+            rows = DiskStates(folder / "states", torch.float32).dataset(lm, head("gate", scope).config, rows)
         return TrainingRows(rows, replies="tokens")
 
     changes = {"num_train_epochs": 2, "learning_rate": 3e-2, "token_loss": loss}

@@ -16,8 +16,9 @@ from training_runs import head_of, token_rows, trainer_of
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError, ProbeModel
-from llama_probe.data.cached_states import PromptDataset, StateDataset, collate
-from llama_probe.data.prompts import PromptFormat
+from llama_probe.data.batches import collate
+from llama_probe.data.disk_states import StateDataset
+from llama_probe.data.prompts import PromptDataset, PromptFormat
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.decision import probe_loss
 from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import Dataset
 
-from ..data.cached_states import SharedStates, cached_for, iterate_states
+from ..data.batches import SharedStates, iterate_states
+from ..data.disk_states import cached_for
 from ..distributed import gather, merge_rows
 from ..heads.configuration import ProbeConfig, shared_layers
 from ..heads.decision import ProbeOutput, fill_unread, strongest

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..backbone.decoder import find_decoder
 from ..backbone.kv_cache import repeat_cache
 from ..backbone.passes import Pass
-from ..data.cached_states import collate, plan_reading
+from ..data.batches import collate, plan_reading
 from ..data.prompts import PromptFormat, Text
 from ..data.turn_markers import marker_mask
 from ..errors import ProbeError

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..backbone.capture import collect_hidden_states
-from ..data.cached_states import SharedStates, shared_config
+from ..data.batches import SharedStates
+from ..data.disk_states import shared_config
 from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel, without_autocast

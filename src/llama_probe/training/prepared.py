@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..backbone.loading import load_backbone, load_tokenizer, weights_digest
-from ..data.cached_states import StateCache, shared_config
+from ..data.disk_states import DiskStates, shared_config
 from ..data.prompts import PromptFormat
 from ..distributed import check_shared, is_main, on_main, world_size
 from ..errors import ProbeError, first_line
@@ -101,7 +101,7 @@ class PreparedRun:
             part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
         }
         prompts_once = {tuple(row["input_ids"]): row for part in self.datasets.values() for row in part}
-        cache = StateCache(args.cache_dir or output / STATES)
+        cache = DiskStates(args.cache_dir or output / STATES)
         if args.cache_states is True:  # the states on the disk may all be of these rows
             least = cache.bytes_of(config, list(prompts_once.values())) - cache.bytes_on_disk()
             keeps_states(args, least, cache.folder)

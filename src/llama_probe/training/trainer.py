@@ -25,7 +25,8 @@ from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
 from ..backbone.loading import load_backbone
-from ..data.cached_states import StateCache, cached_for, collate
+from ..data.batches import collate
+from ..data.disk_states import DiskStates, cached_for
 from ..data.labelled_texts import LabelledTexts, check_labels
 from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import PromptDataset, PromptFormat
@@ -60,7 +61,7 @@ logger = logging.get_logger(__name__)
 # What scripts tell the card of the Trainer, and the card of a head says by itself.
 _CARD_FACTS = {"model_name", "finetuned_from", "tasks", "language", "dataset", "dataset_tags", "dataset_args"}
 # By folder. Trainers in one folder share its states, which go with the last of them: Python may free one while the next begins.
-_CACHES: weakref.WeakValueDictionary[str, StateCache] = weakref.WeakValueDictionary()
+_CACHES: weakref.WeakValueDictionary[str, DiskStates] = weakref.WeakValueDictionary()
 
 
 class ProbeTrainer(Trainer):
@@ -275,11 +276,11 @@ class ProbeTrainer(Trainer):
         return (self._chosen or next(iter(self.heads.values()))).results
 
     @cached_property
-    def _cache(self) -> StateCache:
+    def _cache(self) -> DiskStates:
         if self.args.cache_dir is not None:
-            return StateCache(self.args.cache_dir)
+            return DiskStates(self.args.cache_dir)
         folder = os.path.abspath(Path(self.args.output_dir) / STATES)
-        cache = _CACHES.setdefault(folder, StateCache(folder))
+        cache = _CACHES.setdefault(folder, DiskStates(folder))
         if is_main():  # now: at the end of the program the ranks may have left their group
             weakref.finalize(cache, shutil.rmtree, folder, ignore_errors=True)
         return cache

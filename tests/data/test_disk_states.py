@@ -13,8 +13,10 @@ from kills import each_kill
 
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone import passes
-from llama_probe.data import cached_states
-from llama_probe.data.cached_states import PromptDataset, StateCache, collate
+from llama_probe.data import disk_states
+from llama_probe.data.batches import collate
+from llama_probe.data.disk_states import DiskStates
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.turns import turn_mask
 from llama_probe.training.head_group import HeadGroup
@@ -43,7 +45,7 @@ def names(folder) -> set[str]:
 def test_masks_replace_the_scope(tmp_path, lm, kind):
     probe = make_head(lm, probe_type=kind, token_scope="response")
     masks = [[int(i >= len(ids) // 2) for i in range(len(ids))] for ids in PROMPTS]  # as `assistant_masks` are
-    live, cache = PromptDataset(PROMPTS, LABELS, masks), StateCache(tmp_path, torch.float32)
+    live, cache = PromptDataset(PROMPTS, LABELS, masks), DiskStates(tmp_path, torch.float32)
     whole = PromptDataset(PROMPTS, LABELS, [[True] * len(ids) for ids in PROMPTS])
     cached, others = (cache.dataset(lm, probe.config, rows) for rows in (live, whole))
     expected = torch.zeros(5, 2)
@@ -61,7 +63,7 @@ def test_turns_are_judged_one_by_one(tmp_path, lm):
     chats = [[USER, *ids[3:6], REPLY, 20, USER, *ids[6:]] for ids in PROMPTS[1:]]
     live = PromptDataset([*chats, [USER, 30, 31]], LABELS)
     cached, group, rows = (
-        StateCache(tmp_path, torch.float32).dataset(lm, probe.config, live),
+        DiskStates(tmp_path, torch.float32).dataset(lm, probe.config, live),
         HeadGroup({"a": probe}),
         [],
     )
@@ -93,7 +95,7 @@ def test_turns_are_judged_one_by_one(tmp_path, lm):
 def test_only_what_the_head_reads_is_kept(tmp_path, lm, monkeypatch, changes, shape):
     monkeypatch.setattr(passes, "BATCH_TOKENS", 20)
     probe, live = make_head(lm, **changes), ROWS
-    cache = StateCache(tmp_path / "own", torch.float32)
+    cache = DiskStates(tmp_path / "own", torch.float32)
     cached = cache.dataset(lm, probe.config, ROWS)
     assert cache.bytes_of(probe.config, list(ROWS)) == sum(row["hidden_states"].nbytes for row in cached)
     assert cached[1]["hidden_states"].shape == shape and len(cached) == len(list(cached)) == 5
@@ -105,7 +107,7 @@ def test_only_what_the_head_reads_is_kept(tmp_path, lm, monkeypatch, changes, sh
 
 
 def test_a_prompt_is_computed_once_and_only_for_the_same(tmp_path, lm):
-    cache = StateCache(tmp_path / "cache")
+    cache = DiskStates(tmp_path / "cache")
     assert cache.dataset(lm, HEAD, ROWS)[0]["hidden_states"].dtype == torch.float16
     assert cache.dataset(lm, HEAD, PromptDataset(PROMPTS, 1 - LABELS))[0]["labels"] == 1
     copy = make_lm(use_cache=False)
@@ -132,7 +134,7 @@ def test_a_run_continues_where_a_killed_one_has_stopped(tmp_path, monkeypatch):
     def compute(folder=place):
         lm, rows = make_lm(), []
         lm.model.layers[1].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-        found = StateCache(folder).dataset(lm, HEAD, ROWS)
+        found = DiskStates(folder).dataset(lm, HEAD, ROWS)
         return sum(rows), [found[row]["hidden_states"] for row in range(len(PROMPTS))]
 
     _, expected = compute(tmp_path / "whole")
@@ -153,20 +155,20 @@ def test_two_runs_may_compute_the_same(tmp_path, lm):
     def overtake(*_):
         if not found:
             found.append(None)
-            found[0] = StateCache(tmp_path).dataset(make_lm(), HEAD, ROWS)
+            found[0] = DiskStates(tmp_path).dataset(make_lm(), HEAD, ROWS)
 
     lm.model.layers[1].register_forward_pre_hook(overtake)
-    slower = StateCache(tmp_path).dataset(lm, HEAD, ROWS)
+    slower = DiskStates(tmp_path).dataset(lm, HEAD, ROWS)
     assert torch.equal(slower[1]["hidden_states"], found[0][1]["hidden_states"]) and len(names(tmp_path)) == 1
 
 
 def test_states_that_cannot_be_kept(tmp_path, lm):
     with pytest.raises(ProbeError, match="no token that a head reads"):
-        StateCache(tmp_path).dataset(lm, HEAD, PromptDataset([PREFIX]))
+        DiskStates(tmp_path).dataset(lm, HEAD, PromptDataset([PREFIX]))
     full = OSError(errno.ENOSPC, "No space left on device")
-    with patch.object(cached_states, "save_file", side_effect=full), pytest.raises(ProbeError, match="no room"):
-        StateCache(tmp_path).dataset(lm, HEAD, ROWS)
+    with patch.object(disk_states, "save_file", side_effect=full), pytest.raises(ProbeError, match="no room"):
+        DiskStates(tmp_path).dataset(lm, HEAD, ROWS)
     lm.model.norm.weight.data.fill_(1e6)
     with pytest.raises(ProbeError, match=r"torch.float16"):
-        StateCache(tmp_path).dataset(lm, HEAD, ROWS)
+        DiskStates(tmp_path).dataset(lm, HEAD, ROWS)
     assert not names(tmp_path)

@@ -1,0 +1,170 @@
+"""Batches of prompts, and of the hidden states that the backbone or the disk gives for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from ..backbone.capture import collect_hidden_states
+from ..backbone.decoder import is_tensor_parallel
+from ..backbone.passes import Pass, length_batches, plan_passes
+from ..distributed import share, world_size
+from ..heads.configuration import ProbeConfig
+from ..heads.probe import ProbeModel
+from ..heads.scope import number_segments, token_mask
+
+
+_CHUNK = 512  # rows whose masks are computed together
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Pad rows of a `PromptDataset` or a `StateDataset` on the right, and stack them into a batch.
+
+    Returns:
+        `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`, whose memory is `[S, B, T, D]`, as
+        heads compute. Also `labels`, `probe_mask` and `segments` `[B, T]`, and `learned_by` `[B, H]` if the rows have them,
+        `reply_mask` `[B, T]` if they have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then
+        weigh 1.
+    """
+    ends = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
+    columns = torch.arange(int(ends.max()))
+    batch = {"attention_mask": (columns < ends).long()}
+    for name in ("labels", "learned_by"):
+        if name in rows[0]:
+            batch[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
+    if (labels := batch.get("labels")) is not None and labels.is_floating_point():
+        # The Trainer ignores labels of -100, which may be a value here.
+        batch["labels"] = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
+    if "hidden_states" in rows[0]:
+        first = rows[0]["hidden_states"]
+        states = first.new_zeros(len(first), len(rows), len(columns), first.shape[-1])
+        for i, row in enumerate(rows):
+            states[:, i, : ends[i]] = row["hidden_states"]
+        batch["hidden_states"] = states.transpose(0, 1)
+    else:
+        batch["input_ids"] = pad_sequence([torch.as_tensor(row["input_ids"]) for row in rows], batch_first=True)
+    for name in ("probe_mask", "segments"):
+        if name in rows[0]:
+            batch[name] = pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True)
+    if "reply_length" in rows[0]:
+        starts = ends - torch.tensor([row["reply_length"] for row in rows])[:, None]
+        batch["reply_mask"] = (columns >= starts) & (columns < ends)
+    weights = [row.get("row_weights") or [1.0] for row in rows]
+    if any("row_weights" in row for row in rows):
+        count = math.lcm(*map(len, weights))  # members take them in turn
+        batch["row_weights"] = torch.tensor([row * (count // len(row)) for row in weights])
+    return batch
+
+
+def row_chunks(rows: Sequence[dict] | Dataset) -> Iterator[list[dict]]:
+    """Yield the items of a data set in lists of at most 512."""
+    for first in range(0, len(rows), _CHUNK):
+        yield [rows[row] for row in range(first, min(first + _CHUNK, len(rows)))]
+
+
+def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the mask `[B, T]` of the tokens that count for a head, for a batch of a `PromptDataset`."""
+    if "probe_mask" in batch:
+        return batch["probe_mask"].bool()  # as indices, 0 and 1 would be the first two tokens
+    return token_mask(config, batch["input_ids"], batch["attention_mask"])
+
+
+def segments_of(config: ProbeConfig, batch: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor | None:
+    """Return the segments `[B, T]` of the tokens that count in a batch; see `number_segments`. Tokens of a `probe_mask` have none."""
+    return None if "probe_mask" in batch else number_segments(config, mask)
+
+
+def plan_reading(
+    lm: nn.Module, dataset: Dataset, read: Callable[[dict[str, torch.Tensor], int], torch.Tensor]
+) -> list[Pass]:
+    """Plan the passes of an LM over the prompts of a data set; see `plan_passes`.
+
+    Args:
+        read: returns the mask `[B, T]` of the tokens that are read in a batch that `collate` made. Its second argument is the
+            number of the first row of the batch.
+    """
+    prompts: list[list[int]] = []
+    unread: list[int] = []
+    for chunk in row_chunks(dataset):
+        unread += read(collate(chunk), len(prompts)).int().argmax(dim=1).tolist()
+        prompts += [row["input_ids"] for row in chunk]
+    return plan_passes(lm, prompts, unread)
+
+
+def iterate_states(
+    dataset: Dataset,
+    config: ProbeConfig,
+    lm: nn.Module | None = None,
+    layers: Sequence[int] | None = None,
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Yield the hidden states of a data set in batches of rows of similar length.
+
+    In a process group, yield this rank's share of the batches.
+
+    Args:
+        dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
+        config: config of a head, whose scope tells which tokens count.
+        lm: the frozen LM, if the states are not cached.
+        layers: states to collect from the LM. Defaults to those that the head reads.
+
+    Yields:
+        Row numbers, hidden states `[S, B, T, D]`, the mask `[B, T]` of the counted tokens, and their segments `[B, T]`, `None`
+        if there are none (see `number_segments`). Leading tokens that no row counts may be missing.
+    """
+    if lm is None:
+        lengths = [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
+        passes = [Pass(rows) for rows in length_batches(lengths)]
+    else:
+        passes = plan_reading(lm, dataset, lambda batch, first_row: counted_tokens(config, batch))
+    title = "scoring" if lm is None else "hidden states"
+    with logging.tqdm(total=len(dataset), desc=title, unit=" rows", leave=False) as bar:
+        for run in passes if is_tensor_parallel(lm) else share(passes):
+            batch = collate([dataset[row] for row in run.rows])
+            if lm is None:
+                states = batch["hidden_states"].transpose(0, 1)
+                mask = batch.get("probe_mask", batch["attention_mask"]).bool()
+                segments = batch.get("segments")
+            else:
+                ids, mask = batch["input_ids"][:, run.skip :], counted_tokens(config, batch)[:, run.skip :]
+                segments = segments_of(config, batch, mask)
+                read = config.layer_indices if layers is None else layers
+                states = torch.stack(collect_hidden_states(lm, read, ids, prefix=run.prefix))
+            yield run.rows, states, mask, segments
+            bar.update(len(run.rows) * world_size())
+
+
+class SharedStates:
+    """Hidden states `[S, B, T, D]`, normalised once for all heads that read them.
+
+    Kinds that read half precision get states in bfloat16 as they are; for other kinds and dtypes they are cast to fp32.
+
+    Args:
+        layers: the indices of the S states, ascending.
+    """
+
+    def __init__(self, states: torch.Tensor, layers: Sequence[int]):
+        self.states, self.layers = states, list(layers)
+        self._whole = states if states.dtype == torch.bfloat16 else states.float()
+        self._prepared: dict[tuple, torch.Tensor] = {}
+
+    def raw(self, probe: ProbeModel) -> torch.Tensor:
+        """Return the states of the layers that the head reads, as the LM gave them."""
+        return self._select(self.states, probe)
+
+    def __call__(self, probe: ProbeModel) -> torch.Tensor:
+        """Return the argument of `probe.score`: normalised states of the layers that the head reads."""
+        key = probe.input_format(self._whole)
+        if key not in self._prepared:
+            self._prepared[key] = probe.prepare(self._whole)
+        return self._select(self._prepared[key], probe)
+
+    def _select(self, states: torch.Tensor, probe: ProbeModel) -> torch.Tensor:
+        wanted = probe.layer_indices
+        return states if wanted == self.layers else states[[self.layers.index(layer) for layer in wanted]]
