@@ -91,11 +91,6 @@ class ProbeConfig:
         names = {item.name for item in dataclasses.fields(cls)}
         config = cls(**{key: value for key, value in values.items() if key in names})
         config.id2label = {int(index): name for index, name in config.id2label.items()}
-        names = list(config.id2label.values())
-        means_second = "flagged" not in values or config.threshold is not None or config.thresholds
-        is_pair = len(names) == 2 and config.problem_type == "single_label_classification"
-        if is_pair and config.flagged is None and (means_second or names == ["LABEL_0", "LABEL_1"]):
-            config.flagged = names[1:]
         if config.token_scope in ("response", "all", "tool"):
             raise needs_package(f"a head that follows replies or tools (token_scope={config.token_scope!r})")
         return config

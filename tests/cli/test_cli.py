@@ -91,7 +91,7 @@ def test_calibrate_and_record(trained, rows, backbone_folder, tmp_path):
     assert config.threshold == config.thresholds["fpr-10%"] <= config.thresholds["fpr-2.5%"]
     assert results["thresholds_from"]["rates"] == {"fpr-10%": 0.1, "fpr-2.5%": 0.025}
     assert results["thresholds_from"]["rows"] == 30 + 13 and results["runs"] == trained[1]["runs"]
-    then = {"flagged": then.flagged_labels[0], "thresholds": {"threshold": then.threshold}}
+    then = {"flagged": then.flagged[0], "thresholds": {"threshold": then.threshold}}
     assert results["measured"] == {"before_calibration": then, **measured}
     measure = ("evaluate", *served, "--data", plain, "--bootstrap", 9)
     report = succeed(*measure, "--benign", "--record", "plain", "--json")

@@ -126,27 +126,27 @@ class TestFlagged:
     def test_a_name_and_no_place(self):
         for names in (("bad", "good"), ("good", "bad")):
             config = ProbeConfig(id2label=dict(enumerate(names)), flagged=["bad"], threshold=0.3)
-            assert config.flagged_index == names.index("bad") and config.flagged_labels == ["bad"]
+            assert config.flagged_index == names.index("bad") and config.flagged == ["bad"]
             probs = torch.tensor([[0.35, 0.65], [0.65, 0.35]])
             assert predictions(probs, config).tolist() == ([0, 0] if names[0] == "bad" else [1, 1])
 
     def test_nobody_has_named_one(self):
         config = ProbeConfig(id2label={0: "bad", 1: "good"})
-        assert config.flagged_labels == [] and config.flagged_index is None
+        assert config.flagged is None
         with pytest.raises(ProbeError, match="--flag bad; labels: bad, good"):
             config.need_flagged_index("this")
-        assert ProbeConfig().flagged_labels == ["LABEL_1"], "labels 0 and 1 say themselves which is which"
+        assert ProbeConfig().flagged == ["LABEL_1"], "labels 0 and 1 say themselves which is which"
         for other in ({"num_labels": 3}, {"num_labels": 1, "problem_type": "regression"}):
-            assert ProbeConfig(**other).flagged_labels == []
+            assert ProbeConfig(**other).flagged is None
 
     def test_heads_of_earlier_versions_flag_the_second(self):
         values = ProbeConfig(id2label={0: "bad", 1: "good"}).to_dict()
-        assert ProbeConfig.from_dict(values)[0].flagged_labels == []
+        assert ProbeConfig.from_dict(values)[0].flagged is None
         del values["flagged"]
         assert ProbeConfig.from_dict(values)[0].flagged == ["good"]
         assert ProbeConfig.from_dict(values | {"id2label": None, "label2id": None, "num_labels": 3})[0].flagged is None
         by_threshold = ProbeConfig(id2label={0: "bad", 1: "good"}, threshold=0.3)
-        assert by_threshold.flagged_labels == by_threshold.replace(threshold=0.6).flagged_labels == ["good"]
+        assert by_threshold.flagged == by_threshold.replace(threshold=0.6).flagged == ["good"]
 
     @pytest.mark.parametrize("changes", [{"threshold": 0.0}, {"thresholds": {"low": 0.3}}])
     def test_a_threshold_that_comes_later_flags_nothing_by_its_place(self, changes):
@@ -154,7 +154,7 @@ class TestFlagged:
         with pytest.raises(ProbeError, match=r"threshold needs the label to flag.*harmful, harmless"):
             config.replace(**changes)
         assert config.replace(**changes, flagged=["harmful"]).flagged_index == 0
-        assert ProbeConfig().replace(**changes).flagged_labels == ["LABEL_1"]
+        assert ProbeConfig().replace(**changes).flagged == ["LABEL_1"]
 
     def test_other_names_of_the_labels(self):
         config = ProbeConfig(id2label={0: "bad", 1: "good"}, flagged=["bad"])
@@ -163,6 +163,6 @@ class TestFlagged:
 
     def test_several(self):
         three = ProbeConfig(num_labels=3, flagged=["LABEL_0", "LABEL_2"])
-        assert three.flagged_labels == ["LABEL_0", "LABEL_2"] and three.flagged_index is None
+        assert three.flagged == ["LABEL_0", "LABEL_2"] and three.flagged_index is None
         both = ProbeConfig(problem_type=MULTI_LABEL, flagged=["LABEL_0", "LABEL_1"])
         assert both.flagged_index is None

@@ -197,7 +197,7 @@ def test_measures_are_those_of_the_label_that_was_flagged_then(folder):
     assert "are those of" not in create_card(folder).content, "another label may have been flagged later"
     (folder / "results.json").write_text(json.dumps(results | {"flagged": ["no"]}))
     assert "are those of `no`" in create_card(folder).content
-    change_config(folder, problem_type="multi_label_classification", threshold=[0.4, 0.4])
+    change_config(folder, problem_type="multi_label_classification", threshold=[0.4, 0.4], flagged=None)
     card = create_card(folder).content
     assert "are those of" not in card and "It flags" not in card, "a mean over labels, and halt_on needs a label"
 

@@ -78,7 +78,7 @@ def calibrate(
         # The new thresholds may have the names of those that were measured.
         if "measured" in results and before.flagged_index is not None:
             earlier = before.thresholds or {"threshold": before.threshold or 0.5}
-            then = {"flagged": before.flagged_labels[0], "thresholds": earlier}
+            then = {"flagged": before.flagged[0], "thresholds": earlier}
             results["measured"] = {"before_calibration": then, **results["measured"]}
     if novelty_data:
         if not validation:

@@ -44,7 +44,6 @@ def inspect(
         checks = compare(head.config, lm, tokenizer)
         return [asdict(check) for check in checks], partial(_print_checks, probe, backbone, checks)
     values = head.config.to_dict() | {"num_parameters": head.num_parameters()}
-    values["flagged"] = head.config.flagged_labels or None
     rows = [(key, json.dumps(value, ensure_ascii=False)) for key, value in sorted(values.items())]
     return values, partial(print_table, probe, ("field", "value"), rows, left=2)
 

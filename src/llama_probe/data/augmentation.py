@@ -12,7 +12,7 @@ from itertools import islice, zip_longest
 import numpy as np
 
 from ..errors import ProbeError
-from ..heads.rules import flagged_by_default
+from ..hub.folder import flagged_by
 from .labelled_texts import LabelledTexts
 from .prompts import Chat, as_chat
 
@@ -169,7 +169,8 @@ def _harmless_rows(rows: LabelledTexts) -> np.ndarray:
     if rows.labels.ndim == 2:
         return np.flatnonzero(~rows.labels.any(axis=1))
     names = rows.label_names
-    if not (flagged := rows.flagged or flagged_by_default(names)):
+    flagged = flagged_by({"flagged": rows.flagged}, names)
+    if flagged is None:
         raise ProbeError(f"copies need flagged=[{names[0]!r}] or --flag {names[0]}; labels: {', '.join(names)}")
     return np.flatnonzero(~np.isin(rows.labels, [names.index(name) for name in flagged]))
 

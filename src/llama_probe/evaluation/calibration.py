@@ -202,12 +202,8 @@ def calibrate(
     check_numbers(logits)
     if config.problem_type == "regression":
         return config
-    config = config.replace(
-        temperature=fit_temperature(logits, labels, config),
-        flagged=config.flagged_labels or None,
-        threshold=None,
-        thresholds=None,
-    )
+    temperature = fit_temperature(logits, labels, config)
+    config = config.replace(temperature=temperature, threshold=None, thresholds=None)
     probs = probabilities(logits.float(), config).numpy()
 
     def choose(index: int, default: float | None) -> float | None:

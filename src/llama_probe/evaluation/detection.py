@@ -175,7 +175,7 @@ def reply_report(
         For a multi-label head a dict of the same by label: by its `flagged` labels, or by all if it has none.
     """
     if config.problem_type == "multi_label_classification":
-        names = config.flagged_labels or list(config.label2id)
+        names = config.flagged or list(config.label2id)
         return {name: _label_report(config, config.label2id[name], followed, labels, resamples) for name in names}
     index = config.need_flagged_index("reply_report")
     return _label_report(config, index, followed, labels, resamples)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..files import JSON, current_file, make_folder, write_atomically
-from ..hub.folder import CONFIG_NAME, check_output, read_config_values
+from ..hub.folder import CONFIG_NAME, check_output, flagged_by, read_config_values
 from ..hub.resolve import resolve_head, with_subfolder
 from ..hub.transport import HubOptions
 from .registry import get_probe_type
@@ -29,7 +29,6 @@ from .rules import (
     ProblemType,
     TokenScope,
     check_fields,
-    flagged_by_default,
     named_labels,
 )
 from .turns import TurnMarker
@@ -97,7 +96,8 @@ class ProbeConfig:
         base_model_dtype, base_model_quantization: format of the backbone's weights in training; None if not quantised.
         fingerprint: 32 numbers that summarise the backbone's states for a fixed input.
         flagged: names of the labels that the head is there to find, such as `["harmful"]`. `halt_on` halts on them. Thresholds
-            and metrics of a head of two labels are those of the flagged one. None: `flagged_labels` has the defaults.
+            and metrics of a head of two labels are those of the flagged one. Defaults to the second of two labels if the labels have
+            no names, or if a threshold is given; else to None, and `halt_on` must name a label.
         threshold: two labels: probability of the flagged label from which it is given (None: the larger one wins).
             Multi-label: one value, or one a label (None: 0.5).
         thresholds: further thresholds of a head of two labels, by name, such as `{"fpr-2%": 0.31}`.
@@ -183,6 +183,7 @@ class ProbeConfig:
 
     def _check_flagged(self) -> None:
         names, single = list(self.id2label.values()), self.problem_type == "single_label_classification"
+        self.flagged = flagged_by(vars(self), names)
         if self.flagged is None:
             return
         if self.problem_type == "regression":
@@ -210,23 +211,9 @@ class ProbeConfig:
         return self.num_labels == 2 and self.problem_type == "single_label_classification"
 
     @property
-    def flagged_labels(self) -> list[str]:
-        """Names of the labels that the head flags.
-
-        Defaults to the second of two labels if a threshold is given to the constructor, as in earlier versions, or if the labels
-        have no names. Else to none: `halt_on` must then name a label.
-        """
-        names = list(self.id2label.values())
-        if self.flagged is not None or self.problem_type != "single_label_classification":
-            return self.flagged or []
-        has_threshold = self.threshold is not None or self.thresholds
-        return names[1:] if self.has_two_labels and has_threshold else flagged_by_default(names)
-
-    @property
     def flagged_index(self) -> int | None:
         """Index of the flagged one of two labels; None for other heads, and for a head that flags none."""
-        flagged = self.flagged_labels if self.has_two_labels else []
-        return self.label2id[flagged[0]] if flagged else None
+        return self.label2id[self.flagged[0]] if self.has_two_labels and self.flagged else None
 
     def need_flagged_index(self, purpose: str) -> int:
         """Return `flagged_index`. If there is none, raise `ProbeError` with a message that begins with `purpose`."""
@@ -344,8 +331,7 @@ class ProbeConfig:
             raise ProbeError(f"a probe config must be a JSON object, not {type(values).__name__}")
         names = {item.name for item in dataclasses.fields(cls)}
         config = cls(**{key: value for key, value in values.items() if key in names})
-        if "flagged" not in values and config.num_labels == 2 and config.problem_type != "regression":
-            config = config.replace(flagged=[config.id2label[1]])  # earlier versions flagged the second of two
+        config = config.replace(flagged=flagged_by(values, list(config.id2label.values())))
         return config, sorted(values.keys() - names - {"label2id", "config_sha256"})
 
 

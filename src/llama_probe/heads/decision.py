@@ -77,7 +77,7 @@ def fill_unread(
         unread = torch.zeros(config.num_labels)
         if config.problem_type != "regression":
             is_multi_label = config.problem_type == "multi_label_classification"
-            ruled_out = config.id2label.values() if is_multi_label else config.flagged_labels
+            ruled_out = config.id2label.values() if is_multi_label else config.flagged or ()
             unread[[config.label2id[name] for name in ruled_out]] = _RULED_OUT
         read, unread = move(read, output.logits.device), move(unread.to(output.logits.dtype), output.logits.device)
         output.logits = torch.where(read[:, None], output.logits, unread)
@@ -162,7 +162,7 @@ def flagged_score(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor | N
     flagged. `None` for other heads.
     """
     if config.problem_type == "multi_label_classification":
-        names = config.flagged_labels or list(config.id2label.values())
+        names = config.flagged or list(config.id2label.values())
         return logits[..., [config.label2id[name] for name in names]].amax(dim=-1)
     if (index := config.flagged_index) is None:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, TypeGuard, get_args
 
 from ..errors import ProbeError
@@ -150,11 +150,6 @@ def check_fields(config: Any) -> None:
         allowed, holds = RULES[field.name]
         if not holds(value):
             raise ProbeError(f"{field.name}={value!r} must be {allowed}")
-
-
-def flagged_by_default(label_names: Sequence[str]) -> list[str]:
-    """Return the labels to flag if nobody has named one: `LABEL_1`, if rows had the labels 0 and 1 without names."""
-    return ["LABEL_1"] if list(label_names) == ["LABEL_0", "LABEL_1"] else []
 
 
 def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tuple[int, dict[int, str]]:

@@ -23,6 +23,7 @@ from .folder import (
     PLOT_NAMES,
     RESULTS_NAME,
     chosen_run,
+    flagged_by,
     measured_rules,
     read_bytes,
     read_config_values,
@@ -154,11 +155,7 @@ def _complete(config: JSON) -> JSON:
     config = defaultdict(lambda: None, {"probe_type": "mha"} | config)
     names = config["id2label"] or {index: f"LABEL_{index}" for index in range(config["num_labels"] or 2)}
     config["labels"] = labels = [str(names[index]) for index in sorted(names, key=int)]
-    # As `ProbeConfig.flagged_labels`: heads of earlier versions, with a threshold, or without names flag the second of two.
-    is_pair = len(labels) == 2 and config["problem_type"] in (None, "single_label_classification")
-    is_older = "flagged" not in config or config["threshold"] is not None or config["thresholds"]
-    if is_pair and not config["flagged"] and (is_older or labels[1] == "LABEL_1"):
-        config["flagged"] = labels[1:]
+    config["flagged"] = flagged_by(config, labels)
     return config
 
 

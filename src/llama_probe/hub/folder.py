@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ProbeError
@@ -50,6 +51,24 @@ def refuse_code(folder: str | os.PathLike) -> None:
     if os.path.lexists(code):
         way = "move it out of the folder, read it, and register its head type with --import FILE.py or an import"
         raise ProbeError(f"{code} is code, and a head is never code: {way}")
+
+
+def flagged_by(config: JSON, label_names: Sequence[str]) -> list[str] | None:
+    """Return the names of the labels that a head flags: those that its config names, or the default; None for none.
+
+    The default is the second of two labels if the labels have no names of their own, or if the config has a threshold. Configs of
+    earlier versions have no field `flagged`: their heads flag the second of two labels.
+
+    Args:
+        config: fields of a `ProbeConfig`.
+        label_names: by index.
+    """
+    if config.get("flagged") or len(label_names) != 2 or config.get("problem_type") == "regression":
+        return config.get("flagged")
+    is_single = config.get("problem_type") in (None, "single_label_classification")
+    has_threshold = config.get("threshold") is not None or config.get("thresholds")
+    has_default = is_single and (has_threshold or list(label_names) == ["LABEL_0", "LABEL_1"])
+    return list(label_names[1:]) if has_default or "flagged" not in config else None
 
 
 def check_output(folder: str | os.PathLike) -> None:

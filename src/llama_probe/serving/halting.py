@@ -131,7 +131,7 @@ class HaltRule:
         A threshold may be a name in the head's `thresholds`.
         """
         names, single = list(config.id2label.values()), config.problem_type == "single_label_classification"
-        labels = names if config.problem_type == "regression" else config.flagged_labels
+        labels = names if config.problem_type == "regression" else config.flagged or []
         if label is not None and label not in names:
             raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
         if label is not None and config.token_scope == "tool" and single and label not in labels:

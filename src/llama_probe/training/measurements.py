@@ -57,7 +57,7 @@ class Baseline:
             known = np.flatnonzero(~np.isnan(labels))
             model = make_pipeline(clone(features), LogisticRegression(C=20, max_iter=1000))
             self.models.append(model.fit([texts[row] for row in known], labels[known]))
-        self.config = config.replace(temperature=1.0, threshold=None, thresholds=None, flagged=config.flagged_labels)
+        self.config = config.replace(temperature=1.0, threshold=None, thresholds=None)
         if rows.calibration is not None and config.thresholds:
             self.config = with_rates(self.config, self.logits(rows.calibration.texts), run.recipe.calibration.rates)
 

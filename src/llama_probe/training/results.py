@@ -231,7 +231,7 @@ def add_results(
     results = {
         "backbone": probe.config.base_model_name_or_path,
         "probe_type": probe.config.probe_type,
-        "flagged": probe.config.flagged_labels,
+        "flagged": probe.config.flagged or [],
         "num_parameters": probe.num_parameters(),
         "data": rows,
         "recipe": args.describe() | {name.removesuffix("_factor"): value for name, value in head_args.items()},

@@ -98,9 +98,9 @@ class ProbeSettings:
         for name, config in self.configs.items():
             rules = {rule.index: rule for rule in named if rule.head == name}
             if config.problem_type == "multi_label_classification":
-                labels = config.flagged_labels or list(config.id2label.values())
+                labels = config.flagged or list(config.id2label.values())
             else:
-                labels = [] if rules else config.flagged_labels
+                labels = [] if rules else config.flagged or []
             saved = (rule for label in labels for rule in HaltRule.create_all(name, config, label))
             rules = {rule.index: rule for rule in saved} | rules
             flags += [rules[index] for index in sorted(rules)]
