@@ -1,10 +1,10 @@
-"""Augmentations: what they wrap, what they leave, and what they refuse."""
+"""Augmentations: what they change, what they leave, and what they refuse."""
 
 import numpy as np
 import pytest
 
 from llama_probe import ProbeError
-from llama_probe.data.augmentation import AUGMENTATIONS, wrapped_copies
+from llama_probe.data.augmentation import AUGMENTATIONS, augment
 from llama_probe.data.labelled_texts import LabelledTexts
 
 
@@ -27,14 +27,14 @@ def count_bad(text):
     return sum(turn["content"].count("BAD") for turn in turns(text))
 
 
-def copies(rows, names, seed=0, share=1.0):
-    return LabelledTexts.join(wrapped_copies(rows, names, seed, SYSTEM, share))
+def augmented(rows, names, seed=0, share=1.0):
+    return LabelledTexts.join(augment(rows, names, seed, SYSTEM, share))
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_labels_and_the_text_stay_and_nothing_harmful_is_added(name):
     rows = rows_of()
-    new = copies(rows, [name])
+    new = augmented(rows, [name])
     assert (new.labels == rows.labels).all() and new.columns == rows.columns
     for text, old in zip(new.texts, rows.texts, strict=True):
         assert text != old and count_bad(text) == old.count("BAD")
@@ -46,21 +46,21 @@ def test_labels_and_the_text_stay_and_nothing_harmful_is_added(name):
 
 
 def test_seed_and_share():
-    first, again, other = (copies(rows_of(), AUGMENTATIONS, seed).texts for seed in (3, 3, 4))
+    first, again, other = (augmented(rows_of(), AUGMENTATIONS, seed).texts for seed in (3, 3, 4))
     assert first == again != other
-    assert len(copies(rows_of(), ["lead_in", "quote"], share=0.25)) == 2 * 20
+    assert len(augmented(rows_of(), ["lead_in", "quote"], share=0.25)) == 2 * 20
 
 
-def test_rare_labels_are_copied_as_often():
+def test_rare_labels_are_drawn_as_often():
     rows = rows_of(TEXTS[:60], LABELS[:60])
-    assert np.bincount(copies(rows, ["lead_in"], share=0.8).labels).tolist() == [28, 20]
+    assert np.bincount(augmented(rows, ["lead_in"], share=0.8).labels).tolist() == [28, 20]
 
 
-def test_rows_of_a_multi_label_head_are_copied_once_and_draw_from_rows_without_a_label():
+def test_rows_of_a_multi_label_head_are_drawn_once_and_draw_from_rows_without_a_label():
     labels = np.zeros((80, 2), np.float32)
     labels[40:] = 1, 0
     labels[40:45, 1] = 1
-    new = copies(rows_of(labels=labels, problem_type=MULTI), ["earlier_turns"], share=0.375)
+    new = augmented(rows_of(labels=labels, problem_type=MULTI), ["earlier_turns"], share=0.375)
     assert len({text[-1]["content"] for text in new.texts}) == len(new) == 30
     assert (new.labels == labels[new.columns["id"]]).all()
     assert new.labels[:, 1].sum() == 5, "all rows with the rare label"
@@ -72,7 +72,7 @@ def test_chats_keep_their_turns_and_their_system_prompt(name):
     contents = {"system": "mine", "user": "first", "assistant": "reply"}
     chat = [{"role": role, "content": content} for role, content in contents.items()]
     chat.append({"role": "user", "content": "last"})
-    new = copies(rows_of([*TEXTS, chat], [*LABELS, 1]), [name]).texts[-1]
+    new = augmented(rows_of([*TEXTS, chat], [*LABELS, 1]), [name]).texts[-1]
     if name == "later_turns":
         assert new[:4] == chat and len(new) == 6
     else:
@@ -83,10 +83,10 @@ def test_chats_keep_their_turns_and_their_system_prompt(name):
 def test_lead_ins_come_from_what_is_not_flagged():
     """Also if the label to flag is the first: BAD rows would teach a guard that harm may stand anywhere."""
     rows = rows_of(labels=1 - LABELS, names=("unsafe", "safe"))
-    assert list(map(count_bad, copies(rows, ["lead_in"]).texts)) == list(map(count_bad, TEXTS))
+    assert list(map(count_bad, augmented(rows, ["lead_in"]).texts)) == list(map(count_bad, TEXTS))
     rows.flagged = None
     with pytest.raises(ProbeError, match="--flag"):
-        wrapped_copies(rows, ["lead_in"], 0)
+        augment(rows, ["lead_in"], 0)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,6 @@ def test_lead_ins_come_from_what_is_not_flagged():
         ([[0.5], [0.7]], "regression", "regression"),
     ],
 )
-def test_rows_that_cannot_be_wrapped_are_refused(labels, problem_type, named):
+def test_rows_that_cannot_be_changed_are_refused(labels, problem_type, named):
     with pytest.raises(ProbeError, match=named):
-        wrapped_copies(rows_of(["a", "b"], labels, problem_type), ["quote"], 0)
+        augment(rows_of(["a", "b"], labels, problem_type), ["quote"], 0)

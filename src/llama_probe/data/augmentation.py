@@ -1,4 +1,4 @@
-"""Wrapped copies of rows, so that a head learns what stays the same: system prompts, lead-ins, documents, other turns."""
+"""Augmentations of training rows: the label stays, the system prompt, lead-in, document or other turns around the text change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
@@ -17,11 +17,15 @@ from .labelled_texts import LabelledTexts
 from .prompts import Chat, as_chat
 
 
-SHARE = 0.15  # of the rows, copied by each augmentation
-_LEAD_IN_WORDS, _QUOTE_WORDS, _TURN_WORDS, _NOISE_WORDS = (8, 80), (50, 1000), (2, 60), (6, 24)
+SHARE = 0.15  # of the rows, changed by each augmentation
+# Least and most words.
+_LEAD_IN_WORDS = (8, 80)
+_QUOTE_WORDS = (50, 1000)
+_TURN_WORDS = (2, 60)
+_NOISE_WORDS = (6, 24)
 _CHARACTERS = list(string.ascii_letters + string.digits + string.punctuation)
 
-# Places of a text in a document, whose two parts are `a` and `b`.
+# Places of a text in a document. `a` and `b` are the two parts of the document.
 _QUOTES = (
     "{a}\n\n{text}\n\n{b}",
     "{a} {text} {b}",
@@ -52,10 +56,12 @@ _FORMATS: tuple[Callable[[str], str], ...] = (
 
 @dataclass
 class Augmenter:
-    """The texts that augmentations draw from, and the state of the draw. Each public method is an augmentation.
+    """Changes chats at random. Each public method is an augmentation: it returns a changed chat, and leaves its argument.
 
-    The texts of `harmless` are for lead-ins, quotes and other turns, `system_prompts` for system turns. `drawn` are the rows of
-    `harmless` that were drawn; the caller may clear it.
+    Attributes:
+        harmless: texts for lead-ins, quotes and other turns.
+        system_prompts: texts for system turns.
+        drawn: the rows of `harmless` that were drawn. The caller may clear it.
     """
 
     harmless: LabelledTexts
@@ -72,7 +78,8 @@ class Augmenter:
         """Put the last text of the user before, into or behind a harmless document."""
         words = self._words(*_QUOTE_WORDS).split(" ")
         cut = int(self.rng.integers(1, len(words) + 1))
-        a, b = " ".join(words[:cut]), " ".join(words[cut:])
+        a = " ".join(words[:cut])
+        b = " ".join(words[cut:])
         return _rewrite(messages, lambda text: self._one(_QUOTES).format(a=a, b=b, text=text).strip())
 
     def document(self, messages: Chat) -> Chat:
@@ -84,7 +91,7 @@ class Augmenter:
         return _rewrite(messages, lambda text: self._one(_LAYOUTS).format(text=text))
 
     def noise(self, messages: Chat) -> Chat:
-        """Put words in no order, and characters at random, behind the last text of the user, as adversarial suffixes have them."""
+        """Append shuffled words and random characters to the last text of the user, like an adversarial suffix."""
         words = self._words(*_NOISE_WORDS).split()
         junk = ["".join(self.rng.choice(_CHARACTERS, self.rng.integers(1, 7))) for _ in words[::2]]
         pieces = self.rng.permutation([*words, *junk])
@@ -96,7 +103,7 @@ class Augmenter:
         return [*messages[:start], self._user_turn(), self._reply(), *messages[start:]]
 
     def later_turns(self, messages: Chat) -> Chat:
-        """Put a reply and a harmless turn of the user last."""
+        """Append a reply and a harmless turn of the user."""
         return [*messages, self._reply(), self._user_turn()]
 
     def system_prompt(self, messages: Chat) -> Chat:
@@ -120,7 +127,7 @@ class Augmenter:
         return items[int(self.rng.integers(len(items)))]
 
     def _words(self, least: int, most: int) -> str:
-        """Return the first words of one or more harmless texts; the number is drawn log-uniformly."""
+        """Return the first words of one or more harmless texts. The number of words is drawn log-uniformly."""
         count = round(float(np.exp(self.rng.uniform(np.log(least), np.log(most)))))
         words: list[str] = []
         while len(words) < count:
@@ -131,37 +138,47 @@ class Augmenter:
 AUGMENTATIONS = ("lead_in", "quote", "document", "layout", "noise", "earlier_turns", "later_turns", "system_prompt")
 
 
-def wrapped_copies(
+def augment(
     rows: LabelledTexts, names: Sequence[str], seed: int, system_prompts: Sequence[str] = (), share: float = SHARE
 ) -> list[LabelledTexts]:
-    """Return wrapped copies of some of the rows, with the same labels, by each of some augmentations.
+    """Return changed rows with the labels of the original rows, for each augmentation by itself.
 
-    Each augmentation copies a random share of the rows: as many of each label, while there are rows with it. Lead-ins,
-    documents and other turns are texts of the rows that have no flagged label (multi-label: no label). A column `source` of a copy
-    names the sources of all texts in it, with `+` between them.
+    Each augmentation changes a random share of the rows: as many of each label, while there are rows with the label. The texts
+    for lead-ins, documents and other turns are those of the rows without a flagged label (multi-label: without any label). If
+    the rows have a column `source`, a changed row names the sources of all texts in it, with `+` between them.
+
+    Args:
+        names: names of augmentations, of `AUGMENTATIONS`.
+        system_prompts: texts for the augmentation `system_prompt`.
+
+    Raises:
+        ProbeError: the rows are of a regression, or have no plain text without a flagged label.
     """
     if not names:
         return []
+    shown = ", ".join(names)
     if rows.problem_type == "regression":
-        raise ProbeError(f"copies.names={list(names)} needs rows with labels, not {rows.problem_type}")
+        raise ProbeError(f"augmentations ({shown}) need rows with labels, not {rows.problem_type}")
     harmless: list[int] = []
     if set(names) != {"system_prompt"}:
         harmless = [row for row in _harmless_rows(rows).tolist() if isinstance(rows.texts[row], str)]
         if not harmless:
-            raise ProbeError(f"copies.names={list(names)} needs plain texts without a flagged label")
-    augmenter, parts = Augmenter(rows.select(harmless), system_prompts, np.random.default_rng(seed)), []
-    groups, sources = _rows_by_label(rows.labels), augmenter.harmless.columns.get("source")
+            raise ProbeError(f"augmentations ({shown}) need plain texts without a flagged label")
+    augmenter = Augmenter(rows.select(harmless), system_prompts, np.random.default_rng(seed))
+    sources = augmenter.harmless.columns.get("source")
+    groups = _rows_by_label(rows.labels)
+    parts = []
     for name in names:
-        copies = rows.select(_draw(groups, max(1, round(share * len(rows))), augmenter.rng))
-        for place, text in enumerate(copies.texts):
+        part = rows.select(_draw(groups, max(1, round(share * len(rows))), augmenter.rng))
+        for row, text in enumerate(part.texts):
             augmenter.drawn.clear()
             messages = getattr(augmenter, name)(as_chat(text))
             stays_text = isinstance(text, str) and len(messages) == 1
-            copies.texts[place] = messages[0]["content"] if stays_text else messages
+            part.texts[row] = messages[0]["content"] if stays_text else messages
             if sources is not None:
-                named = {copies.columns["source"][place], *(sources[row] for row in augmenter.drawn)}
-                copies.columns["source"][place] = "+".join(sorted(named))
-        parts.append(copies)
+                used = {part.columns["source"][row], *(sources[drawn] for drawn in augmenter.drawn)}
+                part.columns["source"][row] = "+".join(sorted(used))
+        parts.append(part)
     return parts
 
 
@@ -171,12 +188,13 @@ def _harmless_rows(rows: LabelledTexts) -> np.ndarray:
     names = rows.label_names
     flagged = flagged_by({"flagged": rows.flagged}, names)
     if flagged is None:
-        raise ProbeError(f"copies need flagged=[{names[0]!r}] or --flag {names[0]}; labels: {', '.join(names)}")
+        example = f"flagged=[{names[0]!r}] or --flag {names[0]}"
+        raise ProbeError(f"augmentations need the label to flag, such as {example}; labels: {', '.join(names)}")
     return np.flatnonzero(~np.isin(rows.labels, [names.index(name) for name in flagged]))
 
 
 def _rows_by_label(labels: np.ndarray) -> list[np.ndarray]:
-    """Return the rows with each label, those with label 0 first; of a multi-label head those without a label first."""
+    """Return the rows of each label. Multi-label rows without a label come first."""
     if labels.ndim == 1:
         return [np.flatnonzero(labels == label) for label in range(int(labels.max()) + 1)]
     has_label = labels == 1
@@ -184,10 +202,11 @@ def _rows_by_label(labels: np.ndarray) -> list[np.ndarray]:
 
 
 def _draw(groups: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> list[int]:
-    """Return `count` random rows, of each group in turn."""
-    drawn = [rng.permutation(rows).tolist() for rows in groups]
-    turns = dict.fromkeys(row for rows in zip_longest(*drawn) for row in rows if row is not None)
-    return sorted(islice(turns, count))
+    """Return `count` random rows, taken from the groups in turn."""
+    shuffled = [rng.permutation(rows).tolist() for rows in groups]
+    drawn = dict.fromkeys(chain.from_iterable(zip_longest(*shuffled)))
+    drawn.pop(None, None)  # the filler for groups that have ended
+    return sorted(islice(drawn, count))
 
 
 def _rewrite(messages: Chat, change: Callable[[str], str]) -> Chat:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from transformers.utils import logging
 
-from ..data.augmentation import wrapped_copies
+from ..data.augmentation import augment
 from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts, Labels, check_labels
 from ..data.row_files import Columns
@@ -130,7 +130,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     for name, part in (("validation", validation), ("test", test), ("calibration", calibration)):
         if part is not None:
             _without(learned_texts, part, f"{name} rows have a text that is among the training rows")
-    copies = wrapped_copies(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
+    copies = augment(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
     train = LabelledTexts.join([learned, *copies])
     measured, twins = reader.measured(learned_texts), {}
     for twin, names in recipe.hold_out.items():
