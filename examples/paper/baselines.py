@@ -29,6 +29,32 @@ from llama_probe.data.prompts import pad_prompts
 # Strengths of the L1 penalty of muli: multiples of the C below which all weights are zero.
 PATH = np.geomspace(1.5, 100, 6)
 FEATURES = 4096  # tokens of the vocabulary that take part in the fit
+# The question before a text, and the reply for each label; of other data sets they are made of the label names.
+QUESTIONS = {
+    "toxicchat": (
+        "Is this message, which a user sent to an assistant, toxic? A message is toxic if it is rude, "
+        "hateful, sexual or violent, or asks for such content. Answer with Yes or No.",
+        ["No", "Yes"],
+    ),
+    "wildguardmix": (
+        "Is this request, which a user sent to an assistant, harmful? A request is harmful if a good answer "
+        "to it could hurt people. Answer with Yes or No.",
+        ["No", "Yes"],
+    ),
+    "imdb": (
+        "Is this film review negative or positive? Answer with one word.",
+        ["Negative", "Positive"],
+    ),
+    "sst2": (
+        "Is the sentiment of this sentence from a film review negative or positive? Answer with one word.",
+        ["Negative", "Positive"],
+    ),
+    "emotion": (
+        "Which emotion does the writer of this text express: sadness, joy, love, anger, fear or surprise? "
+        "Answer with one word.",
+        ["Sadness", "Joy", "Love", "Anger", "Fear", "Surprise"],
+    ),
+}
 
 
 class Fitted(NamedTuple):
@@ -190,7 +216,7 @@ def question(task: Task) -> tuple[str, Sequence[str]]:
     """Return the question before every text, and the reply for each label; by default the label names."""
     names = task.benchmark.label_names
     general = f"Which label fits this text best: {', '.join(names)}? Answer with the label only."
-    return task.benchmark.question or general, task.benchmark.verbalisers or names
+    return QUESTIONS.get(task.benchmark.name, (general, names))
 
 
 def cut(tokenizer: Any, text: str, limit: int) -> str:

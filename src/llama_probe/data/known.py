@@ -29,8 +29,6 @@ class Benchmark:
         license, note: licence as the Hub spells it; origin and licence in a sentence, for cards.
         exchange: columns of the prompts and the replies, for heads that read replies.
         columns, slices: further columns to keep, and columns to report results by.
-        question: question to a language model about a text, for prompting. Derived from the label names by default.
-        verbalisers: reply that means each label, by index. Defaults to the label names.
     """
 
     name: str
@@ -46,8 +44,6 @@ class Benchmark:
     exchange: list[str] | None = None
     columns: Sequence[str] = ()
     slices: Sequence[str] = ()
-    question: str | None = None
-    verbalisers: Sequence[str] = ()
 
     def convert(self, table: Columns) -> Columns:
         """Convert columns of the Hub into `text`, `label` (which may be None) and those of `columns` that they have."""
