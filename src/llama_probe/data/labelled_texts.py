@@ -16,13 +16,12 @@ from ..errors import ProbeError
 from ..heads.rules import ProblemType
 from .labels import read_labels
 from .prompts import Text, exchange, has_reply, is_text
-from .row_files import MAX_TEXT, Columns, check_length
-from .tables import find_column
+from .row_files import MAX_TEXT, Columns, check_length, find_column
 
 
 logger = logging.get_logger(__name__)
 
-_FEW = 2  # rows of a label that are pointed out
+_FEW = 2  # a label with so few rows may be a mistake
 
 
 @dataclass
@@ -32,7 +31,7 @@ class LabelledTexts:
     Attributes:
         labels: class indices `[rows]` int64; zeros and ones `[rows, num_labels]` float32 (multi-label), NaN if it is not known
             whether a row has a label; or values `[rows, 1]` float32 (regression). `[0]` for rows without labels.
-        columns: further columns of the data, to slice results by.
+        columns: further columns of the data, to report results by.
         flagged: names of the labels to flag; see `ProbeConfig`.
     """
 
@@ -53,7 +52,7 @@ class LabelledTexts:
 
     @classmethod
     def join(cls, parts: Sequence[LabelledTexts]) -> LabelledTexts:
-        """Return the rows of all parts, whose labels are alike. Columns that are not in all parts are dropped."""
+        """Return the rows of all parts, which must have the same labels. Drop columns that a part lacks."""
         first = parts[0]
         shared = [name for name in first.columns if all(name in part.columns for part in parts)]
         columns = {name: [value for part in parts for value in part.columns[name]] for name in shared}
@@ -74,7 +73,7 @@ class LabelledTexts:
         return self.select(sorted(np.random.default_rng(seed).permutation(len(self))[:limit].tolist()))
 
     def split(self, share: float, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
-        """Return the rows without a random share of them, and the share, with classes spread evenly.
+        """Return the rows that are left, and a random share of the rows. Both have each class as often.
 
         Rows with the same text, or with replies to the same prompt, stay together.
         """
@@ -85,8 +84,9 @@ class LabelledTexts:
         strata = None
         if self.problem_type == "single_label_classification":
             strata = self.labels[unique]
-            several = np.bincount(strata)[strata] > 1  # The only text of a label stays in the larger part.
-            unique, strata = unique[several], strata[several]
+            several = np.bincount(strata)[strata] > 1  # the only text of a label stays in the larger part
+            unique = unique[several]
+            strata = strata[several]
         try:
             _, held_back = train_test_split(unique, test_size=share, random_state=seed, stratify=strata)
         except ValueError as error:
@@ -95,15 +95,16 @@ class LabelledTexts:
         return self.select(np.flatnonzero(~held).tolist()), self.select(np.flatnonzero(held).tolist())
 
     def folds(self, count: int, seed: int) -> list[np.ndarray]:
-        """Return the rows of each fold, ascending. Rows stay together and classes are spread as in `split`."""
+        """Return the row numbers of each fold, ascending. Rows stay together, and each fold has each class, as in `split`."""
         from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
         group = self._groups()
-        if (different := len(set(group))) < count:
+        different = len(set(group))
+        if different < count:
             raise ProbeError(f"{different} different texts are too few for {count} folds")
-        single = self.problem_type == "single_label_classification"
-        spread = single and np.bincount(self.labels).max() >= count
-        splitter = (StratifiedGroupKFold if spread else GroupKFold)(count, shuffle=True, random_state=seed)
+        is_single = self.problem_type == "single_label_classification"
+        kind = StratifiedGroupKFold if is_single and np.bincount(self.labels).max() >= count else GroupKFold
+        splitter = kind(count, shuffle=True, random_state=seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The least populated class")
             return [held for _, held in splitter.split(group, self.labels, group)]
@@ -115,18 +116,19 @@ class LabelledTexts:
         return [first_of.setdefault(str(text), row) for row, text in enumerate(asked)]
 
     def known_only(self, names: Sequence[str]) -> LabelledTexts:
-        """Return the rows with NaN for labels that are not among the names: it is not known which rows have them."""
+        """Return the rows with NaN for the labels that `names` leaves out: it is not known which rows have these labels."""
         if self.problem_type != "multi_label_classification" or not set(names) <= set(self.label_names):
-            several = f"{self.problem_type} with the labels {', '.join(self.label_names)}"
-            raise ProbeError(f"known_labels={list(names)} must be some of several labels, not of {several}")
+            found = f"{self.problem_type} with the labels {', '.join(self.label_names)}"
+            raise ProbeError(f"known_labels={list(names)} must be labels of multi-label rows, not of {found}")
         is_known = np.isin(self.label_names, names)
         if (self.labels[:, ~is_known] == 1).any():
             raise ProbeError(f"known_labels={list(names)} leaves out a label that some of the rows have")
         return replace(self, labels=np.where(is_known, self.labels, np.float32("nan")))
 
     def renamed(self, label_names: Sequence[str]) -> LabelledTexts:
-        """Return the rows with other label names, matched by name if all old names are among them, else by index."""
-        old, new = self.label_names, list(label_names)
+        """Return the rows with other label names. Match labels by name if the new names include all old ones, else by index."""
+        old = self.label_names
+        new = list(label_names)
         if old == new:
             return self
         if set(old) <= set(new):
@@ -155,23 +157,25 @@ class Labels:
 
 
 def check_labels(name: str, rows: LabelledTexts) -> None:
-    """Check that training rows differ in their labels, unless these are values. Warn of labels that few rows or none have."""
+    """Check that the labels of training rows differ, except for a regression. Warn of labels that few rows or none have."""
     if rows.problem_type == "regression":
         return
     indices = (rows.labels == 1).nonzero()[1] if rows.labels.ndim == 2 else rows.labels
     counts = dict(zip(rows.label_names, np.bincount(indices, minlength=len(rows.label_names)).tolist(), strict=True))
     present = [label for label, count in counts.items() if count]
+    absent = [label for label, count in counts.items() if not count]
     if present and all(counts[label] == len(rows) for label in present):
         shared = ", ".join(map(repr, present))
         raise ProbeError(f"all rows of {name} have the label {shared}: there is nothing to tell apart")
-    if absent := [label for label, count in counts.items() if not count]:
+    if absent:
         logger.warning(f"No training row has the label {', '.join(absent)}: the head will hardly give it")
-    if any(count > _FEW for count in counts.values()):
-        for label in present:
-            if counts[label] <= _FEW:
-                alike = get_close_matches(label, [other for other in counts if other != label], 1, 0.75)
-                doubt = f"; is it {alike[0]!r}?" if alike else ""
-                logger.warning(f"Only {counts[label]} of {len(rows)} training rows have the label {label!r}{doubt}")
+    if max(counts.values()) <= _FEW:
+        return
+    for label in present:
+        if counts[label] <= _FEW:
+            alike = get_close_matches(label, [other for other in counts if other != label], 1, 0.75)
+            doubt = f"; is it {alike[0]!r}?" if alike else ""
+            logger.warning(f"Only {counts[label]} of {len(rows)} training rows have the label {label!r}{doubt}")
 
 
 def label_rows(
@@ -180,39 +184,43 @@ def label_rows(
     text_column: str,
     label_column: str | None,
     labels: Labels,
-    stated: Labels | None = None,
+    stated: Labels,
     prompt_column: str | None = None,
     max_text: int = MAX_TEXT,
 ) -> LabelledTexts:
     """Return columns as labelled rows; see `read_labels` for the meaning of labels.
 
     Args:
-        text_column, label_column: columns of the texts or chat messages, and of the labels if they have some. Others are kept.
-        stated: the names that the data itself gives its labels, and those to flag; see `LabelledTexts.renamed`.
+        text_column: column of the texts or chat messages.
+        label_column: column of the labels, None for rows without labels.
+        labels: the labels that rows may have.
+        stated: the names that the data itself gives its labels, and the labels to flag; see `LabelledTexts.renamed`.
         prompt_column: column of the prompts, if the texts are replies to them.
     """
-    names = (text_column, label_column, prompt_column)
-    texts, values, prompts = (name and find_column(source, columns, name) for name in names)
-    columns = {name: cells for name, cells in columns.items() if name not in names}
+    texts = find_column(source, columns, text_column)
     if not texts:
         raise ProbeError(f"{source} holds no rows")
     texts = [_read_text(f"{source}: row {row}", text, max_text) for row, text in enumerate(texts)]
-    if (row := next((row for row, value in enumerate(values or ()) if value is None), None)) is not None:
-        raise ProbeError(f"{source}: row {row} has no label")
-    for row, prompt in enumerate(prompts or ()):
-        if not isinstance(texts[row], str):
-            raise ProbeError(f"{source}: row {row} has a prompt, and its reply is not a text")
-        texts[row] = exchange(_read_text(f"{source}: the prompt of row {row}", prompt, max_text), texts[row])
-    if values is None:
-        return LabelledTexts(texts, np.empty(0), labels.names or [], labels.problem_type or "", columns)
-    stated = Labels() if stated is None or labels.problem_type == "regression" else stated
+    if prompt_column is not None:
+        for row, prompt in enumerate(find_column(source, columns, prompt_column)):
+            if not isinstance(texts[row], str):
+                raise ProbeError(f"{source}: row {row} has a prompt, and its reply is not a text")
+            texts[row] = exchange(_read_text(f"{source}: the prompt of row {row}", prompt, max_text), texts[row])
+    others = {name: cells for name, cells in columns.items() if name not in (text_column, label_column, prompt_column)}
+    if label_column is None:
+        return LabelledTexts(texts, np.empty(0), labels.names or [], labels.problem_type or "", others)
+    values = find_column(source, columns, label_column)
+    if None in values:
+        raise ProbeError(f"{source}: row {values.index(None)} has no label")
+    if labels.problem_type == "regression":
+        stated = Labels()
     indices, names, problem_type = read_labels(source, values, stated.names or labels.names, labels.problem_type)
-    rows = LabelledTexts(texts, indices, names, problem_type, columns, stated.flagged)
+    rows = LabelledTexts(texts, indices, names, problem_type, others, stated.flagged)
     return rows.renamed(labels.names) if stated.names and labels.names else rows
 
 
 def is_empty(text: object) -> bool:
-    """Return True if there is no text in a cell."""
+    """Return True if a cell holds no text."""
     return text is None or (isinstance(text, str) and not text.strip())
 
 

@@ -24,39 +24,46 @@ def rows_in_memory(
     """Return the rows of a table in memory.
 
     The columns are `text`, or `messages` (chats), or `prompt` and `response`, or `input_ids`; and `label` or `labels`.
-    Rows with `input_ids` are tokenised: the texts are then token ids, without the tokens where `attention_mask` is 0. The
-    further column `probe_mask` says which tokens count.
+    Rows with `input_ids` are tokenised: the texts are then token ids, without the tokens where `attention_mask` is 0. Their
+    column `probe_mask` says which tokens count.
 
     Args:
+        name: what errors call the table.
         data: a `datasets.Dataset`, a DataFrame, a dict of columns, a list of dicts or of pairs of text and label.
-        column_mapping: names from the table to the ones above, `{"review": "text"}`.
+        column_mapping: from names in the table to the names above, `{"review": "text"}`.
     """
-    columns, names = _read_columns(name, data)
+    columns, named = _read_columns(name, data)
     mapping = column_mapping or {}
     for old, new in mapping.items():
         if old not in columns or (new in columns and new not in mapping):
             raise ProbeError(f"column_mapping: {name} has no column {old!r} for {new!r}; it has: {', '.join(columns)}")
-    columns = {column: list(map(_as_list, cells)) for column, cells in columns.items()}  # pandas reads lists as arrays
-    columns, names = ({mapping.get(name, name): table[name] for name in table} for table in (columns, names))
-    label = next((column for column in ("label", "labels") if column in columns), None)
+    # pandas reads lists as arrays
+    columns = {mapping.get(column, column): list(map(_as_list, cells)) for column, cells in columns.items()}
+    named = {mapping.get(column, column): names for column, names in named.items()}
+    label = _first_of(columns, "label", "labels")
     if label is None and needs_labels:
         raise ProbeError(f"{name} has no column 'label'; it has: {', '.join(columns)} (column_mapping renames)")
     labels = Labels(names=label_names and list(label_names), problem_type=problem_type)
-    stated = Labels(names=names.get(label or ""))
+    stated = Labels(names=named.get(label))
     if "input_ids" in columns:
         return _tokenized(name, columns, label, labels, stated)
-    prompt = "prompt" if {"prompt", "response"} <= columns.keys() else None
-    text = "response" if prompt else next((column for column in ("text", "messages") if column in columns), None)
+    if {"prompt", "response"} <= columns.keys():
+        return label_rows(name, columns, "response", label, labels, stated, "prompt")
+    text = _first_of(columns, "text", "messages")
     if text is None:
-        needed, had = "text, messages, prompt and response, input_ids", ", ".join(columns)
-        raise ProbeError(f"{name} has none of: {needed}; it has: {had} (column_mapping renames)")
-    return label_rows(name, columns, text, label, labels, stated, prompt)
+        needed = "text, messages, prompt and response, input_ids"
+        raise ProbeError(f"{name} has none of: {needed}; it has: {', '.join(columns)} (column_mapping renames)")
+    return label_rows(name, columns, text, label, labels, stated)
 
 
 def is_tokenized(rows: LabelledTexts) -> bool:
     """Return True if the rows are token ids instead of texts."""
     first = rows.texts[0]
     return not isinstance(first, str) and isinstance(first[0], int)
+
+
+def _first_of(columns: Columns, *names: str) -> str | None:
+    return next((name for name in names if name in columns), None)
 
 
 def _tokenized(name: str, columns: Columns, label: str | None, labels: Labels, stated: Labels) -> LabelledTexts:
@@ -82,20 +89,21 @@ def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
         if not hasattr(data, "features") or isinstance(data, Mapping) or not hasattr(data, "__len__"):
             raise ProbeError(f"{name} must be one split in memory, such as data['train'], not {type(data).__name__}")
         return dataset_columns(data)
-    if hasattr(data, "columns"):  # a DataFrame; a missing value is None here
+    if hasattr(data, "columns"):  # a DataFrame, whose missing values become None
         data = data.astype(object).where(data.notna(), None).to_dict("list")
     if isinstance(data, Mapping):
         columns = {str(column): _as_list(values) for column, values in data.items()}
-        if len({len(values) if isinstance(values, list) else -1 for values in columns.values()} | {-1}) != 2:
+        are_lists = all(isinstance(values, list) for values in columns.values())
+        if not are_lists or len(set(map(len, columns.values()))) != 1:
             raise ProbeError(f"{name} must hold lists of the same length: {', '.join(columns) or 'no columns'}")
         return columns, {}
     if not isinstance(data, (list, tuple)):
         raise ProbeError(f"{name} must be labelled rows, such as a datasets.Dataset, not {type(data).__name__}")
-    is_pairs = all(isinstance(row, (list, tuple)) and len(row) == 2 for row in data)
-    rows = [{"text": text, "label": label} for text, label in data] if is_pairs else data
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
+    if all(isinstance(row, (list, tuple)) and len(row) == 2 for row in data):
+        data = [{"text": text, "label": label} for text, label in data]
+    if not data or not all(isinstance(row, Mapping) for row in data):
         raise ProbeError(f"{name} must be a list of dicts with text and label, or of pairs of these")
-    return by_column(rows), {}
+    return by_column(data), {}
 
 
 def _as_list(values: Any) -> Any:

@@ -27,12 +27,11 @@ Columns = dict[str, list[Any]]  # None where a row has no value
 
 # Suffix -> format.
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-_TYPED_ROWS = 200  # JSON rows that the types of columns are inferred from
+_TYPED_ROWS = 200  # the types of columns are inferred from so many rows
 
-# A small file can unpack to any size, and a tokenizer takes about 400 bytes of memory a character.
-MAX_TEXT = 500_000  # characters of one text
-# Texts of the largest size that a line or a chunk of rows may hold, and a whole file that is read at once.
-_CHUNK_TEXTS, FILE_TEXTS = 64, 512
+MAX_TEXT = 500_000  # characters of one text; a tokenizer takes about 400 bytes of memory a character
+_CHUNK_TEXTS = 64  # texts of this size that a line, or a chunk of rows, may hold
+FILE_TEXTS = 512  # texts of this size that a file may hold if it is read at once
 _BATCH = 64  # rows of a parquet file that are decoded at a time
 
 # Errors that readers raise for damaged files. RuntimeError: JSON that is nested too deeply, and what pyarrow cannot read.
@@ -48,11 +47,17 @@ def kind_of(path: Path) -> str | None:
 class InputFile:
     """A file of rows: `parquet`, `json` (an object a line, or one array), `csv` or `tsv` (with a header, all values are texts).
 
-    A line of text may have as many bytes as 64 texts of `max_text` characters.
+    A file of a stranger may be small and unpack to any size, so a row is read at a time, and lines and texts have a limit. The
+    loaders of `datasets` have none; they also change texts, such as `007` and `None` in csv files and dates in JSON.
+
+    Args:
+        max_text: characters of the longest text. A line of a text file may have 64 times as many bytes.
     """
 
     def __init__(self, path: Path, max_text: int = MAX_TEXT):
-        self.path, self.kind, self.max_text = path, kind_of(path), max_text
+        self.path = path
+        self.kind = kind_of(path)
+        self.max_text = max_text
         if self.kind is None:
             raise ProbeError(f"{path} has no known format; allowed: {', '.join(KINDS)}, all but parquet also with .gz")
 
@@ -75,7 +80,7 @@ class InputFile:
         return {"path": str(self.path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
     def fields(self, needed: Iterable[str] = ()) -> dict[str, pa.DataType]:
-        """Return names and types of the columns; those of csv and JSON come from the first rows, and are none without any.
+        """Return the types of the columns by name. Types of csv and JSON columns are inferred from the first rows.
 
         Raise `ProbeError` if a needed column is missing. A file without rows may have no columns.
         """
@@ -91,8 +96,8 @@ class InputFile:
         else:
             columns = by_column(list(islice(self, _TYPED_ROWS)))
             fields = {name: _infer_type(values) for name, values in columns.items()}
-        if fields and (missing := [name for name in needed if name not in fields]):
-            raise ProbeError(f"{self.path} has no column {missing[0]!r}; it has: {', '.join(fields)}")
+        for name in needed if fields else ():
+            find_column(self.path, fields, name)
         return fields
 
     def __iter__(self) -> Iterator[Row]:
@@ -102,15 +107,15 @@ class InputFile:
     def chunks(self, columns: Sequence[str], size: int) -> Iterator[tuple[range, Columns]]:
         """Yield chunks of `size` rows, one at a time: their numbers and their values. The last may have fewer rows."""
         rows = ({name: row.get(name) for name in columns} for row in self._rows(list(columns)))
-        for first_row in count(step=size):
-            block = list(islice(limited(f"{self.path}: a chunk of rows", rows, self.max_text * _CHUNK_TEXTS), size))
-            if not block:
+        for first in count(step=size):
+            limit = self.max_text * _CHUNK_TEXTS
+            chunk = list(islice(limited(f"{self.path}: a chunk of rows", rows, limit), size))
+            if not chunk:
                 return
-            numbers = range(first_row, first_row + len(block))
-            for row, values in zip(numbers, block, strict=True):
+            for row, values in enumerate(chunk, first):
                 for name, value in values.items():
                     check_length(f"{self.path}: row {row}: {name}", value, self.max_text)
-            yield numbers, by_column(block)
+            yield range(first, first + len(chunk)), by_column(chunk)
 
     def _rows(self, columns: list[str] | None) -> Iterator[Row]:
         row = 0
@@ -135,12 +140,15 @@ class InputFile:
 
     def _read_json(self) -> Iterator[Row]:
         lines = filter(str.strip, self._lines())
-        first = next(lines, "")
+        first = next(lines, None)
+        if first is None:
+            return
+        lines = chain([first], lines)
         if first.lstrip().startswith("["):
-            text = limited(f"{self.path}: its array", chain([first], lines), self.max_text * FILE_TEXTS)
-            values = json.loads("".join(text))
+            array = limited(f"{self.path}: its array", lines, self.max_text * FILE_TEXTS)
+            values = json.loads("".join(array))
         else:
-            values = map(json.loads, filter(None, chain([first], lines)))
+            values = map(json.loads, lines)
         for value in values:
             if not isinstance(value, dict):
                 raise ValueError(f"it must be a JSON object, not {type(value).__name__}")
@@ -170,23 +178,18 @@ def by_column(rows: Sequence[Mapping[str, object]]) -> Columns:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
 
 
-def text_length(value: object) -> int:
-    """Return the characters of all texts in a value, such as a text, chat messages or a row."""
-    length, left = 0, [value]
-    while left:
-        item = left.pop()
-        if isinstance(item, str):
-            length += len(item)
-        elif isinstance(item, (list, dict)):
-            left += item if isinstance(item, list) else item.values()
-    return length
+def find_column(source: object, columns: Mapping[str, T], name: str) -> T:
+    """Return the values of a column. Raise `ProbeError` if there is none of this name."""
+    if name not in columns:
+        raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
+    return columns[name]
 
 
 def limited(name: str, values: Iterable[T], limit: int) -> Iterator[T]:
     """Yield values. Raise `ProbeError` once their texts have more than `limit` characters together."""
     total = 0
     for value in values:
-        total += text_length(value)
+        total += _text_length(value)
         if total > limit:
             raise ProbeError(f"{name} has more than {limit:,} characters; max_text (--max-text) raises it")
         yield value
@@ -194,8 +197,21 @@ def limited(name: str, values: Iterable[T], limit: int) -> Iterator[T]:
 
 def check_length(name: str, value: object, max_text: int = MAX_TEXT) -> None:
     """Raise `ProbeError` if a text, or all texts of chat messages together, have more than `max_text` characters."""
-    if text_length(value) > max_text:
+    if _text_length(value) > max_text:
         raise ProbeError(f"{name} has more than {max_text:,} characters: cut it, or raise max_text (--max-text)")
+
+
+def _text_length(value: object) -> int:
+    """Return the characters of all texts in a value, such as a text, chat messages or a row."""
+    length = 0
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            length += len(item)
+        elif isinstance(item, (list, dict)):
+            left += item if isinstance(item, list) else item.values()
+    return length
 
 
 def _check_names(names: Sequence[str]) -> None:

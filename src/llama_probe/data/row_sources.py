@@ -18,8 +18,8 @@ from ..hub.card import is_hub_id
 from .known import BENCHMARKS, Benchmark, find_benchmark
 from .labelled_texts import LabelledTexts, Labels, is_empty, label_rows
 from .prompts import Text
-from .row_files import MAX_TEXT, Columns, kind_of
-from .tables import TablePlace, find_column, read_table
+from .row_files import MAX_TEXT, Columns, find_column, kind_of
+from .tables import TablePlace, read_table
 
 
 logger = logging.get_logger(__name__)

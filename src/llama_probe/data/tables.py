@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ProbeError
 from ..hub.publish import check_links
@@ -25,10 +25,10 @@ _PLACE = re.compile(r"([^:@]+)(?:@([^:]+))?(?::([^:]*)(?::([^:]+))?)?")
 
 @dataclass(frozen=True)
 class TablePlace:
-    """Rows named in one word: a path, or a Hub data set as `ID[@REVISION][:CONFIGURATION[:SPLIT]]`.
+    """The place of rows in one word: a path, or a Hub data set as `ID[@REVISION][:CONFIGURATION[:SPLIT]]`.
 
-    A folder may have a configuration and a split as well. `ID::SPLIT` is a split of the default configuration. The split
-    overrides the one that a reader asks for.
+    A folder may have a configuration and a split as well. `ID::SPLIT` is a split of the default configuration. The split of a
+    place has priority over the split that a reader asks for.
     """
 
     id: str
@@ -76,8 +76,8 @@ def read_table(
             return dataset_columns(rows)
         splits = datasets.load_dataset_builder(str(folder), place.configuration).config.data_files or {}
     except Exception as error:  # The loaders raise dozens of types for bad input.
-        words = f"{source} cannot be read as a file, a folder or a Hub data set: {_reason(error)}"
-        raise ProbeError(words) from error
+        message = f"{source} cannot be read as a file, a folder or a Hub data set: {_reason(error)}"
+        raise ProbeError(message) from error
     if split not in splits:
         raise ProbeError(f"{source} has no split {split!r}; it has: {', '.join(map(str, splits))}")
     check_links(folder, splits[split])
@@ -90,27 +90,20 @@ def dataset_columns(data: Dataset) -> tuple[Columns, LabelNames]:
     return {name: list(plain[name]) for name in plain.column_names}, _label_names(data.features)
 
 
-def find_column(source: str, columns: Columns, name: str) -> list[Any]:
-    """Return the values of a column. Raise `ProbeError` if there is none of this name."""
-    if name not in columns:
-        raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
-    return columns[name]
-
-
 def _read_files(paths: Sequence[str], text_columns: Sequence[str], max_text: int) -> tuple[Columns, LabelNames]:
     files = [InputFile(Path(path), max_text) for path in paths]
     rows = [row for file in files for row in limited(str(file.path), file, max_text * FILE_TEXTS)]
     if not rows:
         raise ProbeError(f"{', '.join(map(str, paths))} holds no rows")
-    columns, names = by_column(rows), {}
+    columns = by_column(rows)
     if files[0].kind in ("csv", "tsv"):
-        columns = {name: cells if name in text_columns else _typed(cells) for name, cells in columns.items()}
-    if files[0].kind == "parquet":
-        import pyarrow.parquet as pq
-        from datasets import Features
+        return {name: cells if name in text_columns else _typed(cells) for name, cells in columns.items()}, {}
+    if files[0].kind == "json":
+        return columns, {}
+    import pyarrow.parquet as pq
+    from datasets import Features
 
-        names = _label_names(Features.from_arrow_schema(pq.read_schema(files[0].path)))
-    return columns, names
+    return columns, _label_names(Features.from_arrow_schema(pq.read_schema(files[0].path)))
 
 
 def _typed(cells: list[str | None]) -> list[int | float | bool | str | None]:
@@ -121,7 +114,7 @@ def _typed(cells: list[str | None]) -> list[int | float | bool | str | None]:
     column = pa.array([cell or None for cell in cells], pa.string())
     trimmed = pc.utf8_trim_whitespace(column)
     for kind in (pa.int64(), pa.float64(), pa.bool_()):
-        # As a number, an id of so many digits would lose some.
+        # An id of 19 digits or more would lose some as a floating-point number.
         if kind != pa.float64() or not pc.any(pc.match_substring_regex(trimmed, r"^\d{19,}$")).as_py():
             with suppress(pa.ArrowInvalid):
                 return trimmed.cast(kind).to_pylist()
