@@ -81,7 +81,7 @@ class TestFiles:
             ([{"text": " ", "label": 1}], {}, "row 0 has no text"),
             ([{"text": ["one"], "label": 0}], {}, "row 0: .*must be a text"),
             ([{"text": "a", "label": None}, {"text": "b", "label": 1}], {}, "row 0 has no label"),
-            (ROWS, {"label_map": {"0": "harmful"}}, "'1' is not in label_map"),
+            (ROWS, {"label_map": {"0": "harmful"}}, "'2' is not in label_map"),
             (ROWS, {"label": "bad", "names": ["a", "b"]}, "bad"),
             (ROWS, {"where": {"kind": ["z"]}}, "no rows where"),
             (ROWS, {"where": {"from": ["x"]}}, "'from'"),

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ ROWS_HELP = (
     f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data set, "
     "ID@REVISION:CONFIGURATION:SPLIT or less of it"
 )
-OTHERS = "*"  # in `label_map`: all values that it does not name
-SOURCE = "source"  # column of the rows of a recipe: the names of the sources that a row has words of
+OTHERS = "*"  # in `label_map`: all labels that it does not name
+SOURCE = "source"  # column of the rows of a recipe: the names of the sources whose words are in a row
 
-# Licences that forbid commercial use, or grant nothing that one could name.
+# Licences that forbid commercial use, or that are not known.
 _NOT_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research|educational|unknown|none|other", re.IGNORECASE)
 
 
@@ -68,9 +69,11 @@ class Source:
     local: JSON | None = None
 
     def __post_init__(self):
-        if (known := find_benchmark(self.rows)) is not None:
+        known = find_benchmark(self.rows)
+        if known is not None:
             benchmark = known[0]
-            self.licence, self.note = self.licence or benchmark.license, self.note or benchmark.note
+            self.licence = self.licence or benchmark.license
+            self.note = self.note or benchmark.note
             self.name = self.name or benchmark.name
             prompts = benchmark.exchange[0] if benchmark.exchange else None
             if (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, prompts):
@@ -86,22 +89,25 @@ class Source:
             self.label_map = {str(value): label for value, label in self.label_map.items()}
         if self.local is not None:
             replace(self, **self.local, local=None)  # raises
-        # A plus joins the names of the sources of a copy.
+        # An augmented row joins the names of its sources by a plus.
         self.name = self.name or _short_name(self.rows).replace("+", "_")
 
     def find(self, data_dir: str | os.PathLike | None = None, split: str = "train") -> Source:
         """Return the source with the place of its rows: a local copy of the split, if there is a folder of copies."""
         if data_dir is not None and self.local is not None:
             return replace(self, **self.local | {"local": None, "name": self.name}).find(data_dir, split)
-        if find_benchmark(self.rows) is not None or os.path.exists((place := TablePlace.parse(self.rows)).id):
+        if find_benchmark(self.rows) is not None:
+            return self
+        place = TablePlace.parse(self.rows)
+        if os.path.exists(place.id):
             return self
         if data_dir is not None:
             copies = local_copies(_short_name(self.rows), data_dir)
             # The Hub gives all splits of a data set as "all"; copies may lack it.
             split = place.split or ("train" if split == "all" and split not in copies else split)
-            if (path := copies.get(split)) is None:
+            if split not in copies:
                 raise ProbeError(f"{self.rows}: {data_dir} has no split {split!r}, but {', '.join(copies)}")
-            return replace(self, rows=str(path), name=self.name)
+            return replace(self, rows=copies[split], name=self.name)
         if not is_hub_id(place.id):
             known = f"data sets known by name: {', '.join(BENCHMARKS)}; --data-dir reads DIR/{place.id}/SPLIT.jsonl.gz"
             raise ProbeError(f"{self.rows!r} is no file and no Hub id; {known}")
@@ -123,20 +129,32 @@ class Source:
             split: split to read, if `rows` names none.
             not_commercial: leave out the rows whose licence forbids commercial use, or is not known, and count them here by source.
         """
-        place, labels = self.find(data_dir, split), labels or Labels()
+        labels = labels or Labels()
+        place = self.find(data_dir, split)
         columns, stated = place._read_columns(split, data_dir, max_text)
-        is_file = find_benchmark(self.rows) is None and os.path.exists(self.rows)
-        columns, stated = place._select_rows(columns, stated, skip_empty=not is_file)
-        names = place.text_column, place.label_column
-        rows = label_rows(place.rows, columns, *names, labels, stated, place.prompt_column, max_text)
+        columns = place._where(columns)
+        if place.label is not None:
+            stated = Labels()
+            columns |= {place.label_column: [place.label] * _count(columns)}
+        # An empty cell of one's own file is an error; data sets of others have some.
+        if find_benchmark(self.rows) is not None or not os.path.exists(self.rows):
+            columns = place._without_gaps(columns)
+        if place.label_map is not None and place.label is None:
+            columns = place._map_labels(columns, stated)
+            stated = Labels()
+        rows = label_rows(
+            place.rows, columns, place.text_column, place.label_column, labels, stated, place.prompt_column, max_text
+        )
         if place.known_labels is not None:
             rows = rows.known_only(place.known_labels)
         if place.part is not None:
             low, high = place.part
             rows = rows.select([row for row, text in enumerate(rows.texts) if low <= _hash_of(text) < high])
         if not_commercial is not None:
-            column, count = place.licence_column, len(rows)
-            licences = [place.licence] * count if column is None else find_column(self.name, rows.columns, column)
+            count = len(rows)
+            licences = [place.licence] * count
+            if place.licence_column is not None:
+                licences = find_column(self.name, rows.columns, place.licence_column)
             rows = rows.select([row for row, licence in enumerate(licences) if allows_commercial_use(licence)])
             not_commercial[self.name] += count - len(rows)
         rows = rows.at_most(place.max_rows, seed)
@@ -149,7 +167,8 @@ class Source:
             texts = [name for name in (self.text_column, self.prompt_column) if name is not None]
             columns, names = read_table(self.rows, split, texts, max_text)
             return columns, Labels(names=names.get(self.label_column))
-        benchmark, split = known[0], known[1] or split
+        benchmark, own_split = known
+        split = own_split or split
         if os.path.exists(self.rows):
             logger.warning(f"{self.rows} is the data set known by that name; write ./{self.rows} for the path")
         places = benchmark_splits(benchmark, data_dir)
@@ -162,36 +181,44 @@ class Source:
             columns["text"] = find_column(self.rows, columns, benchmark.exchange[1])
         return columns, Labels(names=benchmark.label_names, flagged=benchmark.flagged and [benchmark.flagged])
 
-    def _select_rows(self, columns: Columns, stated: Labels, skip_empty: bool) -> tuple[Columns, Labels]:
-        """Return the rows that are wanted, with their labels mapped, and the labels that they have by themselves."""
-        keep, original = range(len(next(iter(columns.values()), []))), columns
-        if self.label is not None:
-            columns, stated = columns | {self.label_column: [self.label] * len(keep)}, Labels()
-        texts, labels = (find_column(self.rows, columns, name) for name in (self.text_column, self.label_column))
-        if skip_empty:
-            prompts = texts if self.prompt_column is None else find_column(self.rows, columns, self.prompt_column)
-            cells = zip(texts, prompts, labels, strict=True)
-            lacks = [is_empty(text) or is_empty(prompt) or label is None for text, prompt, label in cells]
-            full = [row for row in keep if not lacks[row]]
-            if len(full) < len(keep):
-                logger.warning(f"{len(keep) - len(full)} rows of {self.rows} without a text or a label are skipped")
-            keep = full
+    def _where(self, columns: Columns) -> Columns:
+        """Return the rows with the values that `where` names."""
         for name, values in (self.where or {}).items():
-            allowed, cells = set(map(str, values)), find_column(self.rows, original, name)
-            keep = [row for row in keep if str(cells[row]) in allowed]
-            if not keep:
+            allowed = set(map(str, values))
+            cells = find_column(self.rows, columns, name)
+            columns = _select(columns, [row for row, cell in enumerate(cells) if str(cell) in allowed])
+            if not _count(columns):
                 raise ProbeError(f"{self.rows} has no rows where {name} is one of {values}")
-        if self.label_map is not None and self.label is None:
-            named = {str(index): name for index, name in enumerate(stated.names or ())}
-            values = map(str, labels)
-            values = [value if value in self.label_map else named.get(value, value) for value in values]
-            if OTHERS in self.label_map:
-                values = [value if value in self.label_map else OTHERS for value in values]
-            if unknown := sorted({values[row] for row in keep} - self.label_map.keys()):
-                raise ProbeError(f"{self.rows}: {unknown[0]!r} is not in label_map: {', '.join(self.label_map)}")
-            keep = [row for row in keep if self.label_map[values[row]] is not None]
-            columns, stated = columns | {self.label_column: list(map(self.label_map.get, values))}, Labels()
-        return {name: [values[row] for row in keep] for name, values in columns.items()}, stated
+        return columns
+
+    def _without_gaps(self, columns: Columns) -> Columns:
+        """Return the rows that have a text, a label and, if the texts are replies, a prompt."""
+        texts = find_column(self.rows, columns, self.text_column)
+        labels = find_column(self.rows, columns, self.label_column)
+        prompts = texts if self.prompt_column is None else find_column(self.rows, columns, self.prompt_column)
+        cells = enumerate(zip(texts, prompts, labels, strict=True))
+        full = [
+            row for row, (text, prompt, label) in cells if not (is_empty(text) or is_empty(prompt) or label is None)
+        ]
+        if len(full) < len(texts):
+            logger.warning(f"{len(texts) - len(full)} rows of {self.rows} without a text or a label are skipped")
+        return _select(columns, full)
+
+    def _map_labels(self, columns: Columns, stated: Labels) -> Columns:
+        """Return the rows with other labels by `label_map`, without rows whose label it maps to None.
+
+        A label is looked up as it is, then by its name if the data names its labels, then as `OTHERS`.
+        """
+        named = {str(index): name for index, name in enumerate(stated.names or ())}
+        values = []
+        for label in map(str, find_column(self.rows, columns, self.label_column)):
+            value = next((key for key in (label, named.get(label), OTHERS) if key in self.label_map), None)
+            if value is None:
+                shown = named.get(label, label)
+                raise ProbeError(f"{self.rows}: {shown!r} is not in label_map: {', '.join(self.label_map)}")
+            values.append(self.label_map[value])
+        mapped = columns | {self.label_column: values}
+        return _select(mapped, [row for row, value in enumerate(values) if value is not None])
 
 
 def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None) -> dict[str, str]:
@@ -218,3 +245,11 @@ def _short_name(rows: str) -> str:
 def _hash_of(text: Text) -> float:
     """Return a number from 0 to 1 that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(str(text).encode()).digest()[:6]) / 2**48
+
+
+def _count(columns: Columns) -> int:
+    return len(next(iter(columns.values()), []))
+
+
+def _select(columns: Columns, rows: Sequence[int]) -> Columns:
+    return {name: [cells[row] for row in rows] for name, cells in columns.items()}
