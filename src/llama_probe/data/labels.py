@@ -12,8 +12,8 @@ import numpy as np
 from ..errors import ProbeError
 
 
-_MAX_VALUE = 1e15  # A loss sums the squares of the values in float32.
-_MAX_LABELS = 10_000  # A column with more is an id or a time.
+_MAX_VALUE = 1e15  # a loss sums the squares of the values in float32
+_MAX_LABELS = 10_000  # a column with more different values is an id or a time
 
 
 def read_labels(
@@ -21,15 +21,17 @@ def read_labels(
 ) -> tuple[np.ndarray, list[str], str]:
     """Return the labels as in `LabelledTexts`, their names and the problem type.
 
-    Texts and truth values are names. Lists are several labels of one row. Whole numbers are class indices. They are
+    Texts and truth values are names. Lists are several labels of one row. Whole numbers are class indices. Whole numbers are
     names if one of them is among `label_names`, or without `label_names` if they are negative or leave an index out (1
     to 5). Other numbers are values.
 
     Args:
-        label_names, problem_type: names by index and type as in `ProbeConfig`. Default to what the labels imply.
+        label_names: names by index. Defaults to names that the labels imply.
+        problem_type: as in `ProbeConfig`. Defaults to the type that the labels imply.
     """
     several = isinstance(values[0], (list, tuple))
-    if mixed := [row for row, value in enumerate(values) if isinstance(value, (list, tuple)) != several]:
+    mixed = [row for row, value in enumerate(values) if isinstance(value, (list, tuple)) != several]
+    if mixed:
         raise ProbeError(f"{source}: row {mixed[0]} must have {'a list' if several else 'one label'}, as row 0")
     flat = list(chain.from_iterable(values)) if several else list(values)
     if problem_type is None:
@@ -46,7 +48,8 @@ def read_labels(
     if not label_names and not 1 <= len(names) <= _MAX_LABELS:
         raise ProbeError(f"{source}: {len(names):,} labels; 1 to {_MAX_LABELS:,} are allowed without label_names")
     index = {name: i for i, name in enumerate(names)}
-    if missing := sorted(set(written) - set(names)):
+    missing = sorted(set(written) - set(names))
+    if missing:
         raise ProbeError(f"{source}: labels without a name: {missing[:5]}; label_names: {', '.join(names[:100])}")
     indices = np.array([index[name] for name in written], dtype=np.int64)
     if not several:
@@ -81,15 +84,15 @@ def _read_names(
     if numbers != flat:
         raise ProbeError(f"{source}: labels must be all whole numbers or all texts; or problem_type='regression'")
     written = list(map(str, flat if truths else numbers))
+    used = sorted(set(numbers))
     if label_names:
         names = list(label_names)
     elif truths:
         names = ["False", "True"]
+    elif several or used == list(range(len(used))) or (used[0] >= 0 and used[-1] <= 1):
+        names = [f"LABEL_{i}" for i in range(min(used[-1], _MAX_LABELS) + 1)]  # `read_labels` refuses one too many
     else:
-        used = sorted(set(numbers))
-        is_index = several or used == list(range(len(used))) or (used[0] >= 0 and used[-1] <= 1)
-        # One too many names are refused.
-        names = [f"LABEL_{i}" for i in range(min(used[-1], _MAX_LABELS) + 1)] if is_index else list(map(str, used))
+        names = list(map(str, used))
     if not set(written) & set(names):
         written = [names[number] if 0 <= number < len(names) else str(number) for number in numbers]
     return written, names

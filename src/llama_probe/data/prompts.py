@@ -32,12 +32,13 @@ _MARGIN = 64  # tokens
 class PromptDataset(Dataset):
     """Token ids and labels of rows, for heads with the backbone in the loop.
 
-    Items have `input_ids` and, if they are given, `labels` and `probe_mask`.
+    Items have `input_ids` and, if the data set has them, `labels` and `probe_mask`.
 
     Args:
+        prompts: token ids of each row.
         labels (`[rows, ...]`): labels as in `LabelledTexts`.
-        masks: the counted tokens of each row, in place of the head's scope.
-        reply_lengths: tokens of the reply at the end of each row, for heads that read replies.
+        masks: which tokens of each row count. Defaults to those of the head's scope.
+        reply_lengths: number of tokens of the reply at the end of each row, for heads that read replies.
     """
 
     def __init__(
@@ -47,7 +48,10 @@ class PromptDataset(Dataset):
         masks: list[list[bool]] | None = None,
         reply_lengths: list[int] | None = None,
     ):
-        self.prompts, self.labels, self.masks, self.reply_lengths = prompts, labels, masks, reply_lengths
+        self.prompts = prompts
+        self.labels = labels
+        self.masks = masks
+        self.reply_lengths = reply_lengths
         self.columns = {"input_ids": prompts, "labels": labels, "probe_mask": masks}
 
     def __len__(self) -> int:
@@ -64,10 +68,10 @@ class PromptFormat:
     Attributes:
         kind: `"chat"` or `"raw"`.
         system_prompt: text of a system turn. None leaves it to the template. Chat only.
-        max_length: tokens at most, None for no limit. A text is cut at its end, before the template's last tokens. If what
-            stands before the last turn of the user (the tool) takes more than half of the room, its beginning is cut too.
-        turn_markers: what opens the turns of a chat; see `ProbeConfig.turn_markers`. Learned from the template by default.
-        text_role: turn that a text is rendered as: `"user"`, or for heads that read tool results `"tool"`, behind a call.
+        max_length: largest number of tokens, None for no limit. A long text loses its end, before the template's last tokens.
+            If the turns before the last turn of the user (the tool) take more than half of the room, they lose their beginning.
+        turn_markers: tokens that open the turns of a chat; see `ProbeConfig.turn_markers`. Learned from the template by default.
+        text_role: the role of a text: `"user"`, or for heads that read tool results `"tool"`; a call of the tool is put before it.
         prefix_ids, suffix_ids: constant token ids before and after every text.
 
     Raises:
@@ -102,8 +106,9 @@ class PromptFormat:
 
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
-        """Create the format that a head was trained with; warn if it is unknown, or the chat template is another one."""
-        kind, markers = config.prompt_format, config.turn_markers
+        """Create the format that a head was trained with. Warn if it is unknown, or if the chat template is another one."""
+        kind = config.prompt_format
+        markers = config.turn_markers
         if kind not in PROMPT_FORMATS:
             kind = "chat" if tokenizer.chat_template else "raw"
             logger.warning_once(
@@ -116,7 +121,7 @@ class PromptFormat:
         return cls(tokenizer, kind, config.system_prompt, config.max_length, markers, role)
 
     def config_fields(self) -> JSON:
-        """Return the fields of a `ProbeConfig` that record the format."""
+        """Return the format as fields of a `ProbeConfig`."""
         return {
             "prompt_format": self.kind,
             "system_prompt": self.system_prompt,
@@ -127,10 +132,10 @@ class PromptFormat:
         }
 
     def encode(self, texts: Sequence[Text]) -> list[list[int]]:
-        """Return the token ids of each prompt. Log how many were cut.
+        """Return the token ids of each prompt. Warn if prompts were cut.
 
         Args:
-            texts: texts, or lists of chat messages (`{"role": ..., "content": ...}`) that end with the user's.
+            texts: texts, or lists of chat messages (`{"role": ..., "content": ...}`) that end with a turn of the user.
         """
         _check_list(texts)
         prompts = list(map(self._encode_start, texts))
@@ -141,12 +146,12 @@ class PromptFormat:
     def encode_replies(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[bool]]]:
         """Return the token ids of prompts with replies as `generate()` has read them, and the masks of the replies.
 
-        A prompt ends with the generation prompt and a reply has no end of turn. If `max_length` is too short, the
+        A prompt ends with the generation prompt, and a reply has no end of turn. If they do not fit into `max_length`, the
         prompt's text is cut to no less than half of the room, then the reply.
 
         Args:
-            texts: lists of chat messages that end with the assistant's. With `kind="raw"` these are one message of the
-                user and one of the assistant, whose contents are joined.
+            texts: lists of chat messages that end with a turn of the assistant. With `kind="raw"` one message of the user and
+                one of the assistant, whose contents are joined.
         """
         _check_list(texts)
         encoded, masks, is_long = [], [], []
@@ -169,24 +174,25 @@ class PromptFormat:
     def encode_for(
         self, config: ProbeConfig, texts: Sequence[Text], labels: np.ndarray | None = None
     ) -> PromptDataset:
-        """Return what a head reads, by `encode` or `encode_replies`, with labels as in `PromptDataset`."""
+        """Return a data set of what a head reads: prompts, or prompts with their replies."""
         if not config.reads_reply:
             return PromptDataset(self.encode(texts), labels)
         ids, masks = self.encode_replies(texts)
-        return PromptDataset(ids, labels, masks if config.token_scope == "response" else None, list(map(sum, masks)))
+        reply_lengths = list(map(sum, masks))
+        return PromptDataset(ids, labels, masks if config.token_scope == "response" else None, reply_lengths)
 
     def batch(self, texts: Sequence[Text], padding_side: str = "left") -> dict[str, torch.Tensor]:
         """Return `input_ids` and `attention_mask` `[B, T]`, ready for `generate(**batch)`."""
         return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
 
     def _encode_start(self, text: Text) -> list[int]:
-        """Return the ids of a text, or of as much of a very long one as `max_length` can leave.
+        """Return the ids of a text, or of the part of a very long text that `max_length` can leave.
 
         A tokenizer needs some hundred bytes of memory for a character.
         """
         if self.max_length is None or not isinstance(text, str) or len(text) <= self.max_length:
             return self._encode_one(text)
-        # The ids near a cut may be others: the margin keeps them out of the result.
+        # A cut changes the ids near it: the margin keeps them out of the result.
         ids = self._encode_one(text[: (self.max_length + _MARGIN) * self._longest_token])
         # One token may stand for any number of unknown characters.
         enough = len(self.prefix_ids) + self.max_length + _MARGIN
@@ -232,12 +238,14 @@ class PromptFormat:
         return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def _cut(self, ids: list[int]) -> list[int]:
-        room, first = self.max_length - len(self.suffix_ids), 0
+        room = self.max_length - len(self.suffix_ids)
+        first = 0
         if self.turn_markers is not None:
             scope = "tool" if self.text_role == "tool" else "last_user"
             turns = turn_mask(scope, self.turn_markers, torch.tensor([ids]))[0].int()
-            begins = (turns.diff(prepend=turns.new_zeros(1)) > 0).nonzero().flatten().tolist()  # the last is kept
-            first = max(0, max(begins, default=0) - max(room // 2, len(self.prefix_ids)))
+            begins = (turns.diff(prepend=turns.new_zeros(1)) > 0).nonzero().flatten().tolist()
+            last_turn = max(begins, default=0)
+            first = max(0, last_turn - max(room // 2, len(self.prefix_ids)))
         return [*ids[first : min(first + room, len(ids) - len(self.suffix_ids))], *self.suffix_ids]
 
     def _report_cut(self, is_long: Sequence[bool]) -> None:
@@ -249,16 +257,16 @@ class PromptFormat:
 def _learned_markers(
     tokenizer: transformers.PreTrainedTokenizerBase, chat_template: str
 ) -> dict[str, TurnMarker] | None:
-    """Learn the turn markers of a tokenizer's chat template. Some hundred renderings: they are done once a template.
+    """Learn the turn markers of a tokenizer's chat template, once: this takes some hundred renderings.
 
     Args:
-        chat_template: the template, because that of a tokenizer may be replaced.
+        chat_template: a part of the key of the cache, because a tokenizer may get another template.
     """
     return learn_turn_markers(PromptFormat(tokenizer, turn_markers={})._encode_chat)
 
 
 def _check_list(texts: Sequence[Text]) -> None:
-    """Raise `ProbeError` for a single text, turn or chat, which would pass for a list of several."""
+    """Raise `ProbeError` for a single text, turn or chat: it would pass for a list."""
     is_chat = isinstance(texts, Sequence) and len(texts) > 0 and isinstance(texts[0], Mapping)
     if isinstance(texts, (str, Mapping)) or is_chat:
         raise ProbeError(f"texts must be a list of prompts, not one prompt: [{str(texts)[:40]!r}]")
@@ -280,14 +288,14 @@ def exchange(prompt: Text, reply: str) -> Chat:
 
 
 def has_reply(text: Text) -> bool:
-    """Return True for chat messages that end with a text of the assistant's."""
+    """Return True for chat messages that end with a text of the assistant."""
     *before, last = as_chat(text)
-    content = last.get("content")  # none if it calls a tool
+    content = last.get("content")  # None if the turn calls a tool
     return bool(before) and last["role"] == "assistant" and isinstance(content, str) and bool(content.strip())
 
 
 def split_reply(text: Text) -> tuple[Chat, str]:
-    """Return the messages before the assistant's last turn, and its content."""
+    """Return the messages before the assistant's last turn, and the content of that turn."""
     _check_text(text)
     if not has_reply(text):
         raise ProbeError(f"a head of replies needs a prompt and a reply (--prompt-column), not {str(text)[:60]!r}")
@@ -296,7 +304,7 @@ def split_reply(text: Text) -> tuple[Chat, str]:
 
 
 def is_text(value: object) -> TypeGuard[Text]:
-    """Return True for a text in Unicode, or a list of chat messages that have a content or call a tool."""
+    """Return True for a text in Unicode, or a list of chat messages. Each message has a content or calls a tool."""
     if isinstance(value, str):
         return HALF_PAIR.search(value) is None
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_turn, value))
@@ -310,12 +318,14 @@ def _is_turn(turn: object) -> bool:
 
 
 def check_alike(configs: Mapping[str, ProbeConfig]) -> None:
-    """Raise `ProbeError` unless heads, by name, read prompts that are rendered alike and stay whole."""
+    """Raise `ProbeError` unless heads, by name, read prompts that are rendered alike."""
     (first, one), *others = configs.items()
     for name, other in others:
         for key in ("prompt_format", "system_prompt"):
-            if (a := getattr(one, key)) != (b := getattr(other, key)):
-                raise ProbeError(f"heads {first!r} and {name!r} cannot share a pass: {key} is {a!r} and {b!r}")
+            values = getattr(one, key), getattr(other, key)
+            if values[0] != values[1]:
+                shown = f"{values[0]!r} and {values[1]!r}"
+                raise ProbeError(f"heads {first!r} and {name!r} cannot share a pass: {key} is {shown}")
 
 
 def pad_prompts(

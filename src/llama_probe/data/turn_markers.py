@@ -15,17 +15,17 @@ from ..heads.turns import TurnMarker, turn_begins
 
 Chat = list[JSON]
 
-# They share neither their first nor their last token: what all their prompts share is the template's. Common words merge
-# with a space before them, other signs do not.
+# These texts share neither their first nor their last token: tokens that all their prompts share come from the template. Common
+# words merge with a space before them, other signs do not.
 DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.", "How now", "the end", "I am here")
-# Their white space merges with the end of what opens a turn, or with the beginning of what closes it.
+# The white space of these texts merges with the end of a turn's opening, or with the beginning of its end.
 _SPACED_TEXTS = ("\n\nGamma\n\n", "    delta   ", "\tepsilon\t", "\r\nzeta \n", " eta ", "\ntheta\n")
 _TEXTS = (*DIFFERENT_TEXTS, *_SPACED_TEXTS)
 _ASKED = [{"role": "user", "content": "Look at it."}]
 
 
 def as_tool_result(text: str) -> Chat:
-    """Return a text as a chat in which a tool gave it, on the assistant's call."""
+    """Return a chat in which the assistant calls a tool, and the tool returns a text."""
     chat = _called("look", "call12345")
     return [*chat, _turn("tool", text, chat)]
 
@@ -34,11 +34,11 @@ def learn_turn_markers(render: Callable[..., list[int]]) -> dict[str, TurnMarker
     """Return `ProbeConfig.turn_markers` of a chat template; None if its turns of users and replies have no markers.
 
     Args:
-        render: a function from a chat, whether the generation prompt follows, and `documents=`, to token ids. It raises
+        render: returns the token ids of a chat. Takes the chat, whether the generation prompt follows, and `documents=`. Raises
             `ProbeError` for a chat that the template does not take.
     """
     try:
-        ends = _turn_end(render, "assistant"), _turn_end(render, "user")
+        ends = [_turn_end(render, "assistant"), _turn_end(render, "user")]
         replies = ([*_ASKED, {"role": "assistant", "content": text}] for text in _TEXTS)
         user = _marker([_ids_before(render, before, "user") for before in ([], *replies)], ends)
         assistant = _assistant_marker(render, ends)
@@ -78,13 +78,18 @@ def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> TurnMarker
     for text in _TEXTS:
         asked = [{"role": "user", "content": text}]
         prompt = render(asked, True)
-        # The generation prompt may end before what opens a reply in the history, or continue after it.
+        # The generation prompt may be shorter or longer than the opening of a reply in the history.
         starts.append([common_start([prompt, ids]) for ids in _ids_before(render, asked, "assistant", _ASKED)])
     return _marker(starts, ends)
 
 
 def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) -> TurnMarker:
-    """Return the marker of a role from the ids before its turns in several chats; see `_ids_before`."""
+    """Return the marker of a role.
+
+    Args:
+        starts: the ids before turns of the role in several chats, as `_ids_before` returns them.
+        ends: the ids that close turns.
+    """
     skip = min(len(plain_text) - len(any_text) for any_text, plain_text in starts)
     return {"ids": _without_ends(common_end(any_text for any_text, _ in starts), ends), "skip": skip}
 
@@ -94,27 +99,28 @@ def _system_opening(render: Callable, ends: Sequence[list[int]], user: list[int]
     first = render(_ASKED, False)[0]
     if len(ids) > 1 and ids[0] == first != user[0]:
         ids = ids[1:]
-    # Behind the marker may follow the template's own text, with the date perhaps.
+    # The template may write a text of its own behind the marker, such as the date.
     return ids[: len(user)]
 
 
 def _tool_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) -> list[int]:
     openings = []
-    for chat in (_called("look", "call12345"), _called("find_it", "b7x90k1zq")):  # some templates write these into it
+    # Some templates write the name of the tool and the id of the call into the opening.
+    for chat in (_called("look", "call12345"), _called("find_it", "b7x90k1zq")):
         ids, _ = _ids_before(render, chat, "tool")
         openings.append(ids[len(common_start([ids, render(chat, False)])) :])
     return common_start(openings)
 
 
 def _document_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) -> list[int]:
-    """Return what opens a document, up to its number, title or text."""
+    """Return the ids that open a document, up to its number, title or text."""
     documents = (dict.fromkeys(("title", "text", "doc_id"), text) for text in _TEXTS)
     start = _shared_start(render(_ASKED, False, documents=[document]) for document in documents)
     return _behind_turns(start, ends)
 
 
 def _behind_turns(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
-    """Return the ids behind the turns that the template begins with, if there are any."""
+    """Return the ids behind the turns that the template itself begins with."""
     for start in range(len(ids) - 1, -1, -1):
         for end in filter(None, ends):
             if ids[start : start + len(end)] == end and start + len(end) < len(ids):
@@ -123,19 +129,19 @@ def _behind_turns(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
 
 
 def _ids_before(render: Callable, before: Chat, role: str, after: Sequence = ()) -> tuple[list[int], list[int]]:
-    """Return the ids before the content of a turn: those that any content leaves as they are, and those of plain contents."""
-    plain, spaced = (
-        [render([*before, _turn(role, text, before), *after], False) for text in texts]
-        for texts in (DIFFERENT_TEXTS, _SPACED_TEXTS)
-    )
-    return _shared_start([*plain, *spaced]), _shared_start(plain)
+    """Return the ids before the content of a turn: those before any content, and those before contents without white space."""
+
+    def prompts(texts: Iterable[str]) -> list[list[int]]:
+        return [render([*before, _turn(role, text, before), *after], False) for text in texts]
+
+    return _shared_start(prompts(_TEXTS)), _shared_start(prompts(DIFFERENT_TEXTS))
 
 
 def _shared_start(prompts: Iterable[list[int]]) -> list[int]:
     """Return the longest beginning that prompts of different texts share.
 
     Raises:
-        ProbeError: it is one of the prompts, so its text is not in it.
+        ProbeError: the beginning is a whole prompt, so the template left its text out.
     """
     prompts = list(prompts)
     start = common_start(prompts)
@@ -158,7 +164,7 @@ def _turn(role: str, text: str, before: Chat) -> JSON:
 
 
 def _without_ends(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
-    """Cut off what closes the turn before."""
+    """Return ids without the end of the turn before."""
     for end in sorted(filter(None, ends), key=len, reverse=True):
         if ids[: len(end)] == end and len(ids) > len(end):
             return ids[len(end) :]
@@ -170,7 +176,7 @@ def _is_start(short: list[int], long: list[int]) -> bool:
 
 
 def marker_mask(markers: Mapping[str, TurnMarker], input_ids: torch.Tensor) -> torch.Tensor:
-    """Return which tokens `[batch, tokens]` are of a marker, on the CPU."""
+    """Return which tokens belong to a marker, `[batch, tokens]` bool, on the CPU."""
     mask = np.zeros(input_ids.shape, dtype=bool)
     for marker in markers.values():
         width = len(marker["ids"]) + marker["skip"]
