@@ -112,8 +112,8 @@ class LabelledTexts:
     def _groups(self) -> list[int]:
         """Return for each row the first row with the same text, or with a reply to the same prompt."""
         first_of: dict[str, int] = {}
-        asked = (text[:-1] if has_reply(text) else text for text in self.texts)
-        return [first_of.setdefault(str(text), row) for row, text in enumerate(asked)]
+        prompts = (text[:-1] if has_reply(text) else text for text in self.texts)
+        return [first_of.setdefault(str(text), row) for row, text in enumerate(prompts)]
 
     def known_only(self, names: Sequence[str]) -> LabelledTexts:
         """Return the rows with NaN for the labels that `names` leaves out: it is not known which rows have these labels."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ProbeError
+from ..hub.folder import default_label_names
 
 
 _MAX_VALUE = 1e15  # a loss sums the squares of the values in float32
@@ -90,7 +91,7 @@ def _read_names(
     elif truths:
         names = ["False", "True"]
     elif several or used == list(range(len(used))) or (used[0] >= 0 and used[-1] <= 1):
-        names = [f"LABEL_{i}" for i in range(min(used[-1], _MAX_LABELS) + 1)]  # `read_labels` refuses one too many
+        names = default_label_names(min(used[-1], _MAX_LABELS) + 1)  # `read_labels` refuses one too many
     else:
         names = list(map(str, used))
     if not set(written) & set(names):

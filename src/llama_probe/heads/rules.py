@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeGuard, get_args
 
 from ..errors import ProbeError
+from ..hub.folder import default_label_names
 from .turns import TURN_ROLES
 
 
@@ -155,7 +156,7 @@ def check_fields(config: Any) -> None:
 def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tuple[int, dict[int, str]]:
     """Return the number of labels and their names by index, `LABEL_0` and so on if they have none."""
     if id2label is None:
-        return num_labels or 2, {index: f"LABEL_{index}" for index in range(num_labels or 2)}
+        return num_labels or 2, dict(enumerate(default_label_names(num_labels or 2)))
     by_text = {str(index): name for index, name in id2label.items()} if isinstance(id2label, dict) else {}
     if not by_text or by_text.keys() != {str(index) for index in range(len(id2label))}:
         raise ProbeError(f"id2label={id2label!r} must be a dict of label names by index: 0, 1, 2, ...")

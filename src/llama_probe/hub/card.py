@@ -23,6 +23,7 @@ from .folder import (
     PLOT_NAMES,
     RESULTS_NAME,
     chosen_run,
+    default_label_names,
     flagged_by,
     measured_rules,
     read_bytes,
@@ -153,7 +154,7 @@ def _fence(text: str, least: int) -> str:
 def _complete(config: JSON) -> JSON:
     # A config written by hand may leave fields out; None reads as the default in each sentence.
     config = defaultdict(lambda: None, {"probe_type": "mha"} | config)
-    names = config["id2label"] or {index: f"LABEL_{index}" for index in range(config["num_labels"] or 2)}
+    names = config["id2label"] or dict(enumerate(default_label_names(config["num_labels"] or 2)))
     config["labels"] = labels = [str(names[index]) for index in sorted(names, key=int)]
     config["flagged"] = flagged_by(config, labels)
     return config

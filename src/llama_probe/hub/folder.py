@@ -53,6 +53,11 @@ def refuse_code(folder: str | os.PathLike) -> None:
         raise ProbeError(f"{code} is code, and a head is never code: {way}")
 
 
+def default_label_names(count: int) -> list[str]:
+    """Return the names of labels that nobody has named."""
+    return [f"LABEL_{index}" for index in range(count)]
+
+
 def flagged_by(config: JSON, label_names: Sequence[str]) -> list[str] | None:
     """Return the names of the labels that a head flags: those that its config names, or the default; None for none.
 
@@ -67,7 +72,7 @@ def flagged_by(config: JSON, label_names: Sequence[str]) -> list[str] | None:
         return config.get("flagged")
     is_single = config.get("problem_type") in (None, "single_label_classification")
     has_threshold = config.get("threshold") is not None or config.get("thresholds")
-    has_default = is_single and (has_threshold or list(label_names) == ["LABEL_0", "LABEL_1"])
+    has_default = is_single and (has_threshold or list(label_names) == default_label_names(2))
     return list(label_names[1:]) if has_default or "flagged" not in config else None
 
 
