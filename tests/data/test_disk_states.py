@@ -62,11 +62,8 @@ def test_turns_are_judged_one_by_one(tmp_path, lm):
     probe = make_head(lm, probe_type="multimax", **changes)
     chats = [[USER, *ids[3:6], REPLY, 20, USER, *ids[6:]] for ids in PROMPTS[1:]]
     live = PromptDataset([*chats, [USER, 30, 31]], LABELS)
-    cached, group, rows = (
-        DiskStates(tmp_path, torch.float32).dataset(lm, probe.config, live),
-        HeadGroup({"a": probe}),
-        [],
-    )
+    cached = DiskStates(tmp_path, torch.float32).dataset(lm, probe.config, live)
+    group, rows = HeadGroup({"a": probe}), []
     for ids in live.prompts:
         states = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states
         rows.append((states, turn_mask("user", MARKERS, torch.tensor([ids]))))
@@ -119,7 +116,7 @@ def test_a_prompt_is_computed_once_and_only_for_the_same(tmp_path, lm):
     assert names(entry) == before and len(again) == 4, "prompts of other data sets are not computed anew"
     assert [again[row]["input_ids"].tolist() for row in range(4)] == [PROMPTS[row][3:] for row in (3, 4, 0, 3)]
     changed = make_lm()
-    changed.model.layers[0].mlp.up_proj.weight.data.add_(0.01)
+    changed.model.layers[0].mlp.up_proj.weight.data[0, 1] += 0.01
     whole = HEAD.replace(token_scope="prompt")
     for count, others in enumerate([(changed, HEAD), (make_lm(rope_theta=100.0), HEAD), (lm, whole)], start=2):
         cache.dataset(*others, ROWS)

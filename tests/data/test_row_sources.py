@@ -113,6 +113,8 @@ class TestChoice:
     def test_labels_are_mapped_and_rows_left_out(self, take):
         rows = take(**MAPPED)
         assert rows.labels.tolist() == [1, 0] * 10 and set(rows.columns["of"]) == {"a", "b"}
+        rows = take(**MAPPED, where={"of": ["a"], "kind": ["yes", "no"]})
+        assert len(rows) == 10 and set(rows.columns["of"]) == {"a"}
         others = take(label_column="kind", label_map={"no": "harmless", "*": "harmful"})
         assert others.labels.tolist() == [1, 0, 1] * 10
         assert len(take(label_column="kind", label_map={"no": "harmless", "*": None})) == 10
@@ -128,10 +130,6 @@ class TestChoice:
         for kind, label, known in ((SEVERAL, ["y"], "z"), (SEVERAL, ["y"], "x"), (HARM, "harmful", "harmful")):
             with pytest.raises(ProbeError, match="known_labels"):
                 take(kind, label=label, known_labels=[known])
-
-    def test_where(self, take):
-        rows = take(**MAPPED, where={"of": ["a"], "kind": ["yes", "no"]})
-        assert len(rows) == 10 and set(rows.columns["of"]) == {"a"}
 
     def test_parts_share_no_text(self, take):
         first, rest = (set(take(**MAPPED, part=part).texts) for part in ([0, 0.6], [0.6, 1]))

@@ -122,17 +122,15 @@ WITH_TOOLS = ["chatml", "llama3", "qwen", "gpt-oss", "granite"]
 
 
 @pytest.mark.parametrize("family", WITH_TOOLS)
-def test_what_a_tool_returns_is_read_and_the_request_stays(family):
-    chat = called("It is 12 hours.")
-    for scope in ("last_user", "user"):
-        found = read(family, chat, scope)
-        assert ASK in found and "12 hours" in found
-    later = read(family, [*chat, assistant(REPLY), user(AGAIN)], "last_user")
-    assert AGAIN in later and "12 hours" not in later
-
-
-@pytest.mark.parametrize("family", WITH_TOOLS)
 class TestToolResults:
+    def test_are_read_with_the_request(self, family):
+        chat = called("It is 12 hours.")
+        for scope in ("last_user", "user"):
+            found = read(family, chat, scope)
+            assert ASK in found and "12 hours" in found
+        later = read(family, [*chat, assistant(REPLY), user(AGAIN)], "last_user")
+        assert AGAIN in later and "12 hours" not in later
+
     def test_are_read_alone_in_all_turns(self, family):
         chat = [SYSTEM, *called("It is 12 hours.", "Or 13."), assistant(REPLY), *called("Now 14.")]
         found = read(family, chat, "tool")
