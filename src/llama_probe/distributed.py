@@ -1,6 +1,6 @@
 """Divides the work of one run among the processes that `torchrun` starts, and keeps a folder to one run at a time.
 
-In a single process, and before the others are met, there is one rank, and the functions return at once.
+In a single process, and before `meet`, there is one rank, and no function waits.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .files import lock, make_folder
 
 T = TypeVar("T")
 
-# For machines that vanish: a process that dies closes its connections, which the others notice at once. One rank may work for
-# long while the others wait.
+# Only a machine that vanishes is waited for so long: a process that dies closes its connections, and the other processes notice.
+# One rank may work for hours while the others wait.
 _TIMEOUT = timedelta(days=1)
 
 _is_alone = False
@@ -36,10 +36,10 @@ def launched() -> bool:
 
 
 def meet() -> None:
-    """Let the processes that `torchrun` has started make a group, and divide the work from now on.
+    """Make a group of the processes that `torchrun` has started. From now on they divide the work.
 
-    gloo connects CPUs, and the accelerator's back end (NCCL) accelerators. Each process gets the accelerator of its local rank, and
-    only the main one logs.
+    gloo connects CPUs, and the accelerator's back end (NCCL) accelerators. Each process gets the accelerator of its local rank.
+    Only the main process logs.
     """
     if not launched():
         return
@@ -71,7 +71,7 @@ def _is_divided() -> bool:
 
 
 def rank() -> int:
-    """Return the number of this process: 0 is the main one, the only one that writes and prints."""
+    """Return the number of this process. Only the main process, number 0, writes and prints."""
     return dist.get_rank() if _is_divided() else 0
 
 
@@ -91,16 +91,16 @@ def barrier() -> None:
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """Return every `world_size()`-th item, those of this rank.
+    """Return every `world_size()`-th item, beginning with the number of this rank.
 
-    All ranks get equally many, because a backbone that is sharded over them must run on all: some items are done twice if
-    they do not divide evenly. `merge_rows` puts results in their places.
+    All ranks get equally many items, because a backbone that is sharded over the ranks must run on all of them. So two ranks get
+    the same items if the number of items cannot be divided. `merge_rows` puts the results in their places.
     """
     return [items[(first + rank()) % len(items)] for first in range(0, len(items), world_size())]
 
 
 def merge_rows(rows: Sequence[int], values: torch.Tensor) -> torch.Tensor:
-    """Write the rows that the other ranks have computed into `values`, and return it.
+    """Write the rows that the other ranks have computed into `values`, and return `values`.
 
     Args:
         rows: indices of the rows that this rank has computed.
@@ -114,7 +114,7 @@ def merge_rows(rows: Sequence[int], values: torch.Tensor) -> torch.Tensor:
 
 
 def gather(value: T) -> list[T]:
-    """Return the values of all ranks, by rank, on each of them."""
+    """Return the values of all ranks, in the order of the ranks, on each rank."""
     if world_size() == 1:
         return [value]
     from accelerate.utils import gather_object
@@ -123,7 +123,7 @@ def gather(value: T) -> list[T]:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call a function on the main rank while the others wait, and return its result on all.
+    """Call a function on the main rank while the other ranks wait. Return its result on all ranks.
 
     Raises:
         ProbeError: on all ranks, if the function raises one.
@@ -155,9 +155,9 @@ def check_shared(folder: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep a folder to one run at a time. It is made if missing, and removed again if nothing was written.
+    """Keep a folder to one run at a time. Make the folder if it is missing, and remove it again if nothing was written.
 
-    In a process group the main rank claims it for all. The claim ends with the process, however that ends.
+    In a process group the main rank claims the folder for all ranks. The claim ends with the process, however the process ends.
     """
     is_new = not folder.exists()
     held: list[int] = []

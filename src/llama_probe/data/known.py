@@ -21,14 +21,17 @@ class Benchmark:
     """A data set known by name, in English.
 
     Attributes:
-        name, title: name on the command line, and in a sentence.
-        splits: split -> split on the Hub and its configuration, None for the default one.
+        name: name on the command line.
+        title: name in a sentence.
+        splits: by split: the split on the Hub, and its configuration or None for the default one.
         text, label: a column, or a name in `_FUNCTIONS`. A label is an index, a name, or a list of either.
         label_names: names by index.
         flagged: the one of two labels that a head is to find; see `ProbeConfig`.
-        license, note: licence as the Hub spells it; origin and licence in a sentence, for cards.
+        license: licence as the Hub spells it.
+        note: origin and licence in a sentence, for cards.
         exchange: columns of the prompts and the replies, for heads that read replies.
-        columns, slices: further columns to keep, and columns to report results by.
+        columns: further columns to keep.
+        slices: columns to report results by.
     """
 
     name: str
@@ -46,13 +49,15 @@ class Benchmark:
     slices: Sequence[str] = ()
 
     def convert(self, table: Columns) -> Columns:
-        """Convert columns of the Hub into `text`, `label` (which may be None) and those of `columns` that they have."""
+        """Return `text`, `label` (whose cells may be None) and the columns of `columns` from columns as on the Hub."""
         rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-        parts = {"text": self.text, "label": self.label} | {name: name for name in self.columns if name in table}
+        converted = {name: table[name] for name in self.columns if name in table}
         try:
-            return {name: list(map(_FUNCTIONS.get(part, itemgetter(part)), rows)) for name, part in parts.items()}
+            for name, part in (("text", self.text), ("label", self.label)):
+                converted[name] = list(map(_FUNCTIONS.get(part, itemgetter(part)), rows))
         except KeyError as error:
             raise ProbeError(f"{self.name} has no column {error}; it has: {', '.join(table)}") from None
+        return converted
 
 
 def find_benchmark(source: str | None) -> tuple[Benchmark, str | None] | None:
@@ -61,13 +66,16 @@ def find_benchmark(source: str | None) -> tuple[Benchmark, str | None] | None:
     Return None for anything else: a file, a folder (`./imdb`) or another Hub data set.
     """
     name, _, split = str(source).partition(":")
-    known = name in BENCHMARKS and not split.startswith(":")  # `imdb::test` is a split of a file or folder of rows
-    return (BENCHMARKS[name], split or None) if known else None
+    # `imdb::test` is a split of a file or a folder of rows.
+    if name not in BENCHMARKS or split.startswith(":"):
+        return None
+    return BENCHMARKS[name], split or None
 
 
 def slices_of(columns: dict[str, list], source: str | None, names: Sequence[str]) -> dict[str, list]:
-    """Return the columns to report by: those of these names, or those of a data set known by name."""
-    if missing := [name for name in names if name not in columns]:
+    """Return the columns to report by: the named ones, else those of a data set known by name."""
+    missing = [name for name in names if name not in columns]
+    if missing:
         raise ProbeError(f"slice_columns={missing} must be columns of the rows: {', '.join(columns) or 'none'}")
     known = find_benchmark(source)
     wanted = names or (known[0].slices if known else ())
