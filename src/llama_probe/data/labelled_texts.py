@@ -16,7 +16,7 @@ from ..errors import ProbeError
 from ..heads.rules import ProblemType
 from .labels import read_labels
 from .prompts import Text, exchange, has_reply, is_text
-from .row_files import MAX_TEXT, Columns, check_length, find_column
+from .row_files import MAX_TEXT, Columns, check_length, find_column, select_rows
 
 
 logger = logging.get_logger(__name__)
@@ -47,8 +47,8 @@ class LabelledTexts:
 
     def select(self, rows: Sequence[int]) -> LabelledTexts:
         """Return some of the rows."""
-        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
-        return replace(self, texts=[self.texts[row] for row in rows], labels=self.labels[list(rows)], columns=columns)
+        texts = [self.texts[row] for row in rows]
+        return replace(self, texts=texts, labels=self.labels[list(rows)], columns=select_rows(self.columns, rows))
 
     @classmethod
     def join(cls, parts: Sequence[LabelledTexts]) -> LabelledTexts:

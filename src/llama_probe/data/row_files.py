@@ -178,6 +178,11 @@ def by_column(rows: Sequence[Mapping[str, object]]) -> Columns:
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
 
 
+def select_rows(columns: Columns, rows: Sequence[int]) -> Columns:
+    """Return the columns with some of the rows."""
+    return {name: [cells[row] for row in rows] for name, cells in columns.items()}
+
+
 def find_column(source: object, columns: Mapping[str, T], name: str) -> T:
     """Return the values of a column. Raise `ProbeError` if there is none of this name."""
     if name not in columns:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..hub.card import is_hub_id
 from .known import BENCHMARKS, Benchmark, find_benchmark
 from .labelled_texts import LabelledTexts, Labels, is_empty, label_rows
 from .prompts import Text
-from .row_files import MAX_TEXT, Columns, find_column, kind_of
+from .row_files import MAX_TEXT, Columns, find_column, kind_of, select_rows
 from .tables import TablePlace, read_table
 
 
@@ -135,7 +134,7 @@ class Source:
         columns = place._where(columns)
         if place.label is not None:
             stated = Labels()
-            columns |= {place.label_column: [place.label] * _count(columns)}
+            columns |= {place.label_column: [place.label] * len(find_column(place.rows, columns, place.text_column))}
         # An empty cell of one's own file is an error; data sets of others have some.
         if find_benchmark(self.rows) is not None or not os.path.exists(self.rows):
             columns = place._without_gaps(columns)
@@ -185,10 +184,10 @@ class Source:
         """Return the rows with the values that `where` names."""
         for name, values in (self.where or {}).items():
             allowed = set(map(str, values))
-            cells = find_column(self.rows, columns, name)
-            columns = _select(columns, [row for row, cell in enumerate(cells) if str(cell) in allowed])
-            if not _count(columns):
+            rows = [row for row, cell in enumerate(find_column(self.rows, columns, name)) if str(cell) in allowed]
+            if not rows:
                 raise ProbeError(f"{self.rows} has no rows where {name} is one of {values}")
+            columns = select_rows(columns, rows)
         return columns
 
     def _without_gaps(self, columns: Columns) -> Columns:
@@ -202,7 +201,7 @@ class Source:
         ]
         if len(full) < len(texts):
             logger.warning(f"{len(texts) - len(full)} rows of {self.rows} without a text or a label are skipped")
-        return _select(columns, full)
+        return select_rows(columns, full)
 
     def _map_labels(self, columns: Columns, stated: Labels) -> Columns:
         """Return the rows with other labels by `label_map`, without rows whose label it maps to None.
@@ -218,7 +217,7 @@ class Source:
                 raise ProbeError(f"{self.rows}: {shown!r} is not in label_map: {', '.join(self.label_map)}")
             values.append(self.label_map[value])
         mapped = columns | {self.label_column: values}
-        return _select(mapped, [row for row, value in enumerate(values) if value is not None])
+        return select_rows(mapped, [row for row, value in enumerate(values) if value is not None])
 
 
 def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None) -> dict[str, str]:
@@ -245,11 +244,3 @@ def _short_name(rows: str) -> str:
 def _hash_of(text: Text) -> float:
     """Return a number from 0 to 1 that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(str(text).encode()).digest()[:6]) / 2**48
-
-
-def _count(columns: Columns) -> int:
-    return len(next(iter(columns.values()), []))
-
-
-def _select(columns: Columns, rows: Sequence[int]) -> Columns:
-    return {name: [cells[row] for row in rows] for name, cells in columns.items()}
