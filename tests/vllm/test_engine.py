@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 
 from llama_probe import AutoModelForProbedGeneration
-from llama_probe.vllm.state_cache import cache_growth
+from llama_probe.vllm.paged_states import cache_growth
 
 
 BLOCK, BLOCKS, NEW = 32, 10, 50

@@ -13,8 +13,8 @@ from torch import nn
 from llama_probe.heads.turns import turn_mask
 from llama_probe.vllm import cache_plan, scoring
 from llama_probe.vllm.cache_plan import CachePlan, grows
+from llama_probe.vllm.paged_states import PagedStates
 from llama_probe.vllm.scoring import ReplyTokens, Scorer, ScoringRequest
-from llama_probe.vllm.state_cache import StateCache
 from llama_probe.vllm.step_scores import StepScores
 
 
@@ -45,7 +45,7 @@ SMALL = {name: head for name, head in REPLY_HEADS.items() if name.split("-")[0] 
 KEPT = {"states": (REPLY_HEADS, False), "both": (REPLY_HEADS, True), "features": (SMALL, True)}
 
 
-class Reads(StateCache):
+class Reads(PagedStates):
     """Notes in a list what is read: states, prompts, blocks of each. What is not written is not a number."""
 
     def __init__(self, plan: CachePlan, blocks: int, kernel_block_size: int):

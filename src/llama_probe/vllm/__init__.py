@@ -10,7 +10,7 @@ The way of a request, by file:
    server for completions instead (`label_routes`).
 2. `scheduler` begins the prompt as vLLM does: in chunks, or with a part of it from the prefix cache. Its `connector` notes which
    prompts are complete after a step, which tokens of replies it reads, and tells the workers.
-3. `models` are vLLM's model classes with a cache (`state_cache`) of hidden states, or of the numbers that heads make of them
+3. `models` are vLLM's model classes with a cache (`paged_states`) of hidden states, or of the numbers that heads make of them
    (`cache_plan`). It is paged, filled and shared between requests as the keys and values are.
 4. In a worker `connector` has the heads run on what is cached of complete prompts, and of the newest token of each reply
    (`scoring`), to whose states they add it. Their logits go back in one copy (`step_scores`).

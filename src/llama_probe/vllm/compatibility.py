@@ -41,7 +41,7 @@ _OVERLAP = "micro-batches that overlap were not tested"
 _STORED = "a prompt that another connector finds gets the scores of another prompt"
 _DROPPED = "level 2 drops their weights, which nothing loads again"
 # By argument of `vllm.LLM`, on a command line with dashes: its place in a complete config, its allowed values, why no others.
-# vLLM itself refuses context parallelism and quantised caches, for the layer of `state_cache`.
+# vLLM itself refuses context parallelism and quantised caches, for the layer of `paged_states`.
 RESTRICTIONS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "speculative_config": ("speculative_config.method", ("ngram", "draft_model"), _EAGLE),
     "enable_dbo": ("parallel_config.enable_dbo", (False,), _OVERLAP),

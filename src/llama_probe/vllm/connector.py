@@ -18,10 +18,10 @@ from vllm.logger import init_logger
 
 from ..files import JSON
 from .answers import answer
+from .paged_states import PagedStates, cache_growth
 from .replies import Replies, Reply, has_no_reply, reply_start
 from .scoring import ReplyTokens, Scorer, ScoringRequest
 from .settings import ProbeSettings
-from .state_cache import StateCache, cache_growth
 from .step_scores import StepScores
 
 
@@ -152,7 +152,7 @@ class ProbeConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if not get_pp_group().is_last_rank:
             return  # the last stage has the states of all
-        (cache,) = get_layers_from_vllm_config(self._vllm_config, StateCache).values()
+        (cache,) = get_layers_from_vllm_config(self._vllm_config, PagedStates).values()
         if get_tensor_model_parallel_rank() == 0:
             times = cache_growth(self._kv_cache_config.kv_cache_groups[0])
             logger.info("What heads need makes the KV cache %.2f times as large", times)

@@ -21,8 +21,8 @@ from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import (
 
 from .cache_plan import CachePlan
 from .compatibility import ARCHITECTURES, PREFIX
+from .paged_states import NAME, PagedStates
 from .settings import ProbeSettings
-from .state_cache import NAME, StateCache
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def _probed(name: str) -> type[nn.Module]:
             device, dtype = vllm_config.device_config.device, vllm_config.model_config.dtype
             plan.move(device, dtype, vllm_config.scheduler_config.max_num_seqs)
             # vLLM orders its caches by the number in their names, and the layers have those below.
-            self.probe_states = StateCache(vllm_config, plan, maybe_prefix(prefix, f"{NAME}.{last}"))
+            self.probe_states = PagedStates(vllm_config, plan, maybe_prefix(prefix, f"{NAME}.{last}"))
 
         @functools.wraps(base.forward)  # vLLM reads the signature
         def forward(self, *args, **kwargs) -> torch.Tensor:

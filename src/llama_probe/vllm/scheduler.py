@@ -18,16 +18,13 @@ from .step_scores import StepScores
 class _Probed:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        connectors = getattr(self.connector, "sub_connectors", [self.connector])  # of a MultiConnector
-        self.probes = next(each for each in connectors if isinstance(each, ProbeConnector))
+        self.probes: ProbeConnector = self.connector
         self.replies = self.probes.replies
 
     def update_from_output(self, scheduler_output, model_runner_output):
         """As vLLM's. The scores of the step come first, so that they go out with the very first token."""
         from_workers = model_runner_output.kv_connector_output
-        metadata = from_workers and from_workers.kv_connector_worker_meta
-        parts = getattr(metadata, "metadata", [metadata])  # of a MultiConnector, by connector
-        scores = next((part for part in parts if isinstance(part, StepScores)), None)
+        scores: StepScores | None = from_workers and from_workers.kv_connector_worker_meta
         for request_id, rows in (scores.read_prompts() if scores else {}).items():
             if request_id in self.requests:  # not aborted meanwhile
                 self.probes.take_in(request_id, rows)

@@ -16,7 +16,7 @@ from ..heads.decision import fill_unread
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, number_segments, token_mask
 from ..heads.stream import ProbeState, counted_columns, split_segments
-from .state_cache import StateCache
+from .paged_states import PagedStates
 from .step_scores import Places
 
 
@@ -65,7 +65,7 @@ class Scorer:
         block_size: tokens a block of the scheduler's; the cache may split them.
     """
 
-    def __init__(self, cache: StateCache, block_size: int):
+    def __init__(self, cache: PagedStates, block_size: int):
         self.cache, self.block_size = cache, block_size
         self.plan, self.device, self.kernel_block_size = cache.plan, cache.kv_cache.device, cache.kernel_block_size
         self.heads, self.states = self.plan.heads, self.plan.reply_states
