@@ -1,11 +1,13 @@
 """What is refused before an engine is started, and by an engine that was started some other way."""
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -28,6 +30,7 @@ from llama_probe.vllm.__main__ import server_arguments
 from llama_probe.vllm.backbone_check import check_heads
 from llama_probe.vllm.compatibility import check_config
 from llama_probe.vllm.connector import ProbeConnector
+from llama_probe.vllm.patches import report_death
 from llama_probe.vllm.settings import ProbeSettings
 
 
@@ -325,3 +328,36 @@ def test_server_whose_engine_does_not_start_exits_with_one_line(tiny, monkeypatc
     monkeypatch.setattr(entry, "run_server", fail)
     with pytest.raises(SystemExit, match=r"^error: Engine core failed\. See root cause above[^\n]*$"):
         server.main()
+
+
+@pytest.mark.parametrize("name", ["shutdown", "drain"])  # vLLM's own, and one that it might have tomorrow
+@pytest.mark.parametrize(
+    ("is_told", "is_dead", "error"),
+    [(True, True, None), (True, False, None), (False, True, "engine died"), (False, False, "server stopped")],
+    ids=["told to stop", "told, engine lives", "dead engine", "by itself"],
+)
+def test_server_that_nobody_stopped_is_an_error(name, is_told, is_dead, error):
+    """vLLM shuts an engine down that is told to stop: it is dead then, too."""
+    done = []
+    engine = SimpleNamespace(errored=is_dead, shutdown=lambda timeout: done.append(timeout))
+
+    async def build_and_serve(engine, port):
+        if is_told:
+            engine.shutdown(timeout=port)
+
+        async def rest():
+            done.append("rest")
+
+        rest.__name__ = name
+        return rest()
+
+    async def serve():
+        await (await report_death(build_and_serve)(engine, port=7))
+
+    if error is None:
+        asyncio.run(serve())
+        assert done == [7, "rest"]
+        return
+    with pytest.raises(ProbeError, match=error):
+        asyncio.run(serve())
+    assert done == ["rest"]

@@ -6,13 +6,13 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from .. import vllm as heads
 from ..errors import ProbeError
 from ..files import JSON
 from .compatibility import check_version
 from .halting_words import CHAT, HALTING_FORMS, JUDGE_PATHS, judge_path, read_halting, read_unsure
+from .patches import parse_server_arguments, run_server
 
 
 _PROGRAM = "python -m llama_probe.vllm"
@@ -33,7 +33,10 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for_server = {name: options.pop(name) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
     # From here on imports take seconds: a wrong option of ours was refused before.
     check_version(ours.allow_untested_vllm)
-    theirs = _vllm_arguments([ours.model, *rest])  # with the model, one word too many is an error
+    usage = "%(prog)s MODEL --probe HEAD [options]"
+    theirs = parse_server_arguments(
+        _PROGRAM, usage, [ours.model, *rest]
+    )  # with the model, one word too many is an error
     if theirs.headless or theirs.grpc or theirs.api_server_count not in (None, 1):
         raise ProbeError("--headless, --grpc and --api-server-count do not go with heads: one process serves HTTP")
     theirs.served_model_name = theirs.served_model_name or [ours.model]  # `model` may become a folder
@@ -41,14 +44,6 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     vars(theirs).update(heads.engine_kwargs(**options, for_server=for_server))
     theirs.middleware = [MIDDLEWARE, *theirs.middleware]
     return theirs
-
-
-def _vllm_arguments(words: Sequence[str]) -> argparse.Namespace:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = make_arg_parser(FlexibleArgumentParser(prog=_PROGRAM, usage="%(prog)s MODEL --probe HEAD [options]"))
-    return parser.parse_args(list(words))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,28 +122,8 @@ def main() -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Run vLLM's server with these arguments. Raise `ProbeError` if the engine does not start, or dies."""
-    import uvloop
-    from vllm.entrypoints.launchers.api_server import entry
-    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-
-    build_and_serve = entry.build_and_serve
-
-    async def serve_until_stopped(*args: Any, **kwargs: Any) -> Any:
-        rest = await build_and_serve(*args, **kwargs)
-        # After a signal the rest is uvicorn's shutdown. Without one only a dead engine ends the server.
-        if rest.__name__ != "shutdown":
-            await rest
-            raise ProbeError("the engine died, and the server with it; see above")
-        return rest
-
-    entry.build_and_serve = serve_until_stopped
     try:
-        # As vLLM's own `main`, which would parse the command line.
-        cli_env_setup()
-        entry.configure_logging_from_args(arguments)
-        validate_parsed_serve_args(arguments)
-        uvloop.run(entry.run_server(arguments))
+        run_server(arguments)
     except ProbeError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # also a port that is in use
