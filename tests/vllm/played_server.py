@@ -18,9 +18,9 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.async_utils import merge_async_iterators
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from llama_probe.vllm.answers import answer
 from llama_probe.vllm.compatibility import KEY
 from llama_probe.vllm.middleware import ProbeStreams
+from llama_probe.vllm.results import prompt_result
 from llama_probe.vllm.settings import ProbeSettings
 
 
@@ -35,14 +35,16 @@ class Engine:
         written: tokens. outputs, aborted, running: of requests.
         body, authorization: of the last request to the server.
         is_left: the clients go before an answer.
+        piece: bytes of a stream that are sent at once; `None` if these are an event.
     """
 
     def __init__(self, settings: ProbeSettings, logits: dict):
         self.vllm_config = SimpleNamespace(additional_config={KEY: asdict(settings)})
-        self.settings, self.logits, self.known = settings, logits, answer(settings, logits)
+        self.settings, self.logits, self.known = settings, logits, prompt_result(settings, logits)
         self.prompts, self.asked = [], []
         self.written = self.aborted = self.running = self.outputs = 0
         self.is_left = False
+        self.piece: int | None = None
 
     def get_tokenizer(self):
         return TOKENIZER
@@ -52,7 +54,7 @@ class Engine:
         asked = (params.extra_args or {}).get("kv_transfer_params")
         self.asked.append(asked)
         if asked and asked.get("reply") is False:  # labels alone
-            self.known = answer(self.settings, {name: self.logits[name] for name in asked["probes"]})
+            self.known = prompt_result(self.settings, {name: self.logits[name] for name in asked["probes"]})
         collector = RequestOutputCollector(params.output_kind, request_id)
         writing = asyncio.ensure_future(self._write(prompt, params, collector))
         self.running += 1
@@ -109,6 +111,13 @@ def stream(outputs: list[AsyncGenerator[RequestOutput, None]], n: int, is_chat: 
     return create(server, body, prompts, merged, "1", 0, "tiny", len(prompts), None, known)
 
 
+async def in_pieces(events: AsyncGenerator[str, None], size: int) -> AsyncGenerator[bytes, None]:
+    async for event in events:
+        body = event.encode()
+        for place in range(0, len(body), size):
+            yield body[place : place + size]
+
+
 def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[FastAPI, Engine]:
     """A server whose heads give these logits for each prompt."""
     engine, app = Engine(settings, logits), FastAPI(root_path=root_path)
@@ -138,6 +147,8 @@ def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[Fa
             return None  # as vLLM's routes do
         if body.get("stream"):
             events = stream(outputs, params.n, is_chat="chat" in request.url.path)
+            if engine.piece is not None:
+                events = in_pieces(events, engine.piece)
             return StreamingResponse(events, media_type="text/event-stream")
         usage = {"prompt_tokens": sum(map(len, prompts))}
         common = {"id": "cmpl-1", "model": body.get("model") or "tiny", "usage": usage}

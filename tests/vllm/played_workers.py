@@ -163,5 +163,5 @@ class Player:
     def check_clean(self) -> None:
         """Raise if something is kept of requests that are gone."""
         probes = self.scheduler.probes
-        assert not (probes._answers or probes._prompts or probes.replies.running or probes.replies._siblings)
+        assert not (probes._results or probes._prompts or probes.replies.running or probes.replies._siblings)
         assert sorted(probes.replies.free_slots) == list(range(self.scheduler.max_num_running_reqs))

@@ -35,7 +35,7 @@ def clean(llm):
     """Raises if a test leaves something of its requests in the scheduler, or a slot is lost."""
     yield
     probes = llm.llm_engine.engine_core.engine_core.scheduler.probes
-    assert not (probes._answers or probes._prompts or probes.replies.running or probes.replies._siblings)
+    assert not (probes._results or probes._prompts or probes.replies.running or probes.replies._siblings)
     assert sorted(probes.replies.free_slots) == list(range(8))
 
 

@@ -11,9 +11,9 @@ from played_server import play, save_heads
 from vllm import CompletionOutput, RequestOutput, SamplingParams
 from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRATEGIES
 
-from llama_probe.vllm.answers import answer
 from llama_probe.vllm.compatibility import ARCHITECTURES, PREFIX
 from llama_probe.vllm.payloads import Scores
+from llama_probe.vllm.results import prompt_result
 from llama_probe.vllm.settings import ProbeSettings
 
 
@@ -98,8 +98,9 @@ def test_halted_prompt_tells_no_probabilities_of_its_tokens(serve):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("piece", [None, 1], ids=["events", "bytes"])
 @pytest.mark.parametrize("is_told", [True, False], ids=["told", "by another engine"])
-def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path, is_told):
+def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path, is_told, piece):
     """One is halted before it has a token, of which vLLM says nothing, one behind it, and one ends by itself.
 
     vLLM joins outputs of data-parallel engines, and keeps what the last one says of replies: then the reason to stop tells.
@@ -109,6 +110,7 @@ def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path, is_
         halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None]
         last = {**prompt, "halted": halts[0], "replies": [{"probes": {}, "halted": halt} for halt in halts]}
     client, engine = serve(prompt)
+    engine.piece = piece
 
     async def generate(ids, params, request_id):
         begun = [CompletionOutput(index, '"finish_reason":1', [1], None, None) for index in (1, 2)]
@@ -167,7 +169,7 @@ def test_judge_gets_what_no_guard_halts(tmp_path):
     def said(guard: float, other: float = 0.1, hide: bool = False) -> dict:
         settings = ProbeSettings(heads, rules, hide_scores=hide, unsure={"guard": [0.2, 0.9]})
         scores = {"guard": guard, "other": other}
-        return answer(settings, {name: [0.0, math.log(p / (1 - p))] for name, p in scores.items()})
+        return prompt_result(settings, {name: [0.0, math.log(p / (1 - p))] for name, p in scores.items()})
 
     for score in (0.2001, 0.5, 0.8):  # whatever the threshold says
         (halt,) = said(score)["unsure"]

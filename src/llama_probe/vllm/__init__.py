@@ -2,24 +2,26 @@
 
 `vllm.LLM(**engine_kwargs(model, probe=...))` loads an engine; `python -m llama_probe.vllm MODEL --probe HEAD` serves one over
 HTTP. What heads say of a request is in its output's `kv_transfer_params`, the one field that vLLM lets a plugin fill in from the
-engine to the HTTP response; see `answers` and docs/scaling.md.
+engine to the HTTP response; see `results` and docs/scaling.md.
 
 The way of a request, by file:
 
-1. `middleware` checks the body of an HTTP request, and leaves the rest to vLLM's server. For routes of labels alone it asks that
+1. `middleware` checks the body of an HTTP request, and leaves the rest to vLLM's server. For a route of labels alone it asks that
    server for completions instead (`label_routes`).
 2. `scheduler` begins the prompt as vLLM does: in chunks, or with a part of it from the prefix cache. Its `connector` notes which
-   prompts are complete after a step, which tokens of replies it reads, and tells the workers.
-3. `models` are vLLM's model classes with a cache (`paged_states`) of hidden states, or of the numbers that heads make of them
-   (`cache_plan`). It is paged, filled and shared between requests as the keys and values are.
-4. In a worker `connector` has the heads run on what is cached of complete prompts, and of the newest token of each reply
-   (`scoring`), to whose states they add it. Their logits go back in one copy (`step_scores`).
-5. `scheduler` ends a request that is halted before a token is delivered, holds tokens of replies back until they are scored
-   (`replies`), and adds what the logits mean (`answers`) to outputs.
-6. `middleware` puts that into the response (`payloads`), and counts it (`counters`). If a head is unsure, a `judge` decides first.
+   prompts a step completes and which tokens of replies it reads, and tells the workers.
+3. `models` are vLLM's model classes with one more cache (`paged_states`): of hidden states, or of the numbers that heads make of
+   them (`cache_plan`). The cache is paged, filled and shared between requests as the keys and values are.
+4. In a worker `connector` has the heads read the pages of complete prompts, and of the newest token of each reply (`scoring`).
+   The logits of a step go back in one copy (`step_scores`).
+5. `scheduler` ends a halted request before a token is delivered, holds tokens of replies back until they are scored (`replies`),
+   and puts what the logits mean into outputs (`results`).
+6. `middleware` puts the results into the response (`payloads`), also if it is a stream (`events`), and counts them (`counters`). If
+   a head is unsure, a `judge` decides first.
 
-Before, `__main__` (with `halting_words`) and `engine` make the arguments of an engine, and refuse what does not go with heads (`compatibility`,
-`backbone_check`). `settings` takes the heads to all processes, in which `plugin` registers the model classes.
+Before a request, `__main__` (with `halting_words`) and `engine` make the arguments of an engine, and refuse what does not go with
+heads (`compatibility`, `backbone_check`). `settings` takes the heads to all processes, in which `plugin` registers the model
+classes. `patches` holds what is changed inside vLLM's server.
 """
 
 import importlib

@@ -17,9 +17,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.logger import init_logger
 
 from ..files import JSON
-from .answers import answer
 from .paged_states import PagedStates, cache_growth
 from .replies import Replies, Reply, has_no_reply, reply_start
+from .results import prompt_result
 from .scoring import ReplyTokens, Scorer, ScoringRequest
 from .settings import ProbeSettings
 from .step_scores import StepScores
@@ -53,9 +53,9 @@ class ProbeConnector(KVConnectorBase_V1):
         self.settings.check_engine(vllm_config)
         (group,) = kv_cache_config.kv_cache_groups  # vLLM makes one of all beside a connector
         self._block_size = group.kv_cache_spec.block_size
-        # In the scheduler's process: requests whose prompts are not complete, and answers to the others.
+        # In the scheduler's process: requests whose prompts are not complete, and what heads say of the complete ones.
         self._prompts: dict[str, Request] = {}
-        self._answers: dict[str, JSON] = {}
+        self._results: dict[str, JSON] = {}
         self.replies = Replies(self.settings, vllm_config.scheduler_config.max_num_seqs)
         self._scorer: Scorer | None = None  # in a worker
 
@@ -73,7 +73,7 @@ class ProbeConnector(KVConnectorBase_V1):
 
     def on_new_request(self, request: Request) -> None:
         """Expect a prompt, or the next piece of one."""
-        self._answers.pop(request.request_id, None)  # to a shorter prompt
+        self._results.pop(request.request_id, None)  # of a shorter prompt
         self._prompts[request.request_id] = request
         self.replies.add(request, self._heads(request))
 
@@ -112,40 +112,45 @@ class ProbeConnector(KVConnectorBase_V1):
         return ScoringRequest(request.request_id, *prompt, num_tokens, blocks, heads, reply and reply.slot)
 
     def _heads(self, request: Request) -> list[str]:
-        """Return the heads that a request asks for, and if there is a reply those that may halt it; all if it asks for none."""
-        asked = (request.kv_transfer_params or {}).get("probes")
-        if not isinstance(asked, (list, tuple)):
+        """Return the heads that a request names, and if it gets a reply those that may halt it; all if it names none."""
+        names = (request.kv_transfer_params or {}).get("probes")
+        if not isinstance(names, (list, tuple)):
             return list(self.settings.heads)
         guards = set() if has_no_reply(request) else {rule.head for rule in self.settings.rules}
-        return [name for name in self.settings.heads if name in asked or name in guards]
+        return [name for name in self.settings.heads if name in names or name in guards]
 
-    def take_in(self, request_id: str, rows: Mapping[str, list[float] | str]) -> None:
-        """Keep what heads say, in rows of logits, of a running request until it is finished."""
-        self._answers[request_id] = known = answer(self.settings, rows)
-        self.replies.flag_prompt(request_id, known["probes"])
+    def add_result(self, request_id: str, rows: Mapping[str, list[float] | str]) -> None:
+        """Keep what heads say of a prompt, by rows of logits, until its request is finished."""
+        self._results[request_id] = result = prompt_result(self.settings, rows)
+        self.replies.flag_prompt(request_id, result["probes"])
 
     def refuse_unscored(self, request: Request) -> None:
         """Halt a request that has a token and no scores: a guard that has not read its prompt lets nothing through."""
-        if self.settings.halt_on is not None and request.request_id not in self._answers:
-            self.take_in(request.request_id, dict.fromkeys(self._heads(request), "the prompt was not scored"))
+        if self.settings.halt_on is not None and request.request_id not in self._results:
+            self.add_result(request.request_id, dict.fromkeys(self._heads(request), "the prompt was not scored"))
 
-    def get_answer(self, request_id: str, with_replies: bool = False) -> JSON | None:
-        """Return the answer for a running request; `None` before its prompt is complete. See `answer` and `Replies.summaries`."""
-        known = self._answers.get(request_id)
+    def get_result(self, request_id: str, with_replies: bool = False) -> JSON | None:
+        """Return what heads say of a running request; `None` before its prompt is complete.
+
+        See `prompt_result`, and with replies `Replies.summaries`.
+        """
+        result = self._results.get(request_id)
         replies = self.replies.summaries(request_id) if with_replies else None
-        if known is None or replies is None:
-            return known
-        halts = (reply["halted"] for reply in replies if reply is not None)
-        if known.get("halted") is None and (halted := next(filter(None, halts), None)):
-            known = {**known, "halted": halted}
-        return {**known, "replies": replies}
+        if result is None or replies is None:
+            return result
+        result = {**result, "replies": replies}
+        if result.get("halted") is None:
+            halts = [reply["halted"] for reply in replies if reply is not None and reply["halted"]]
+            if halts:
+                result["halted"] = halts[0]
+        return result
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, JSON | None]:
-        known = self.get_answer(request.request_id, with_replies=True)
+        result = self.get_result(request.request_id, with_replies=True)
         self._prompts.pop(request.request_id, None)
-        self._answers.pop(request.request_id, None)
+        self._results.pop(request.request_id, None)
         self.replies.remove(request.request_id)
-        return False, known
+        return False, result
 
     # In a worker
 

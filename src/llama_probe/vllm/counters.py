@@ -8,7 +8,7 @@ from prometheus_client import Counter
 
 from ..files import JSON
 from .label_routes import LabelRequest
-from .payloads import prompt_halt
+from .results import prompt_halt
 
 
 _SCORED = Counter("llama_probe_scored", "Prompts that the head scored.", ["probe"])
@@ -27,21 +27,24 @@ def announce(heads: Iterable[str]) -> None:
             counter.labels(name)
 
 
-def count(known: JSON, labels: LabelRequest | None) -> None:
-    """Count what the engine says of one input; see `answer`. One of a route of labels has no reply to lose, and may be a reply."""
+def count(result: JSON, labels: LabelRequest | None) -> None:
+    """Count what the engine says of one input; see `prompt_result`.
+
+    An input of a route of labels has no reply that could be halted, and may be a reply itself.
+    """
     is_reply = labels is not None and labels.have_replies
     scored, flagged = (_TOKENS, _FLAGGED_REPLIES) if is_reply else (_SCORED, _FLAGGED)
-    for name, probe in known["probes"].items():
+    for name, probe in result["probes"].items():
         if "error" not in probe:
             scored.labels(name).inc()
         if probe.get("flagged"):
             flagged.labels(name).inc()
-    if labels is None and (halted := prompt_halt(known)):
+    if labels is None and (halted := prompt_halt(result)):
         _HALTED.labels(halted["head"]).inc()
 
 
 def count_reply(reply: JSON | None) -> None:
-    """Count one reply that has ended; see `reply_of`."""
+    """Count one reply that has ended; see `reply_result`."""
     if reply is None:
         return
     for name, probe in reply["probes"].items():

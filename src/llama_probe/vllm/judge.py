@@ -24,7 +24,8 @@ from ..heads.scope import token_mask
 from ..serving.texts import texts_read
 from .counters import JUDGED
 from .halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
-from .payloads import HALTED, Answers, prompt_halt
+from .payloads import HALTED, Decisions
+from .results import prompt_halt
 from .settings import ProbeSettings
 
 
@@ -73,7 +74,7 @@ class Judge:
         return params
 
     async def watch(
-        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams, asked: Answers
+        self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams, decisions: Decisions
     ) -> AsyncIterator[RequestOutput]:
         """Yield the outputs of an engine's request once its prompt passes; else one that ends all its replies.
 
@@ -81,18 +82,18 @@ class Judge:
 
         Args:
             params: those that the server asked for, before `in_parts`.
-            asked: answers about texts of the same HTTP request.
+            decisions: about texts of the same HTTP request.
         """
         answers: dict[str, str] | None = None
         last: RequestOutput | None = None
         async with aclosing(outputs):
             async for output in outputs:
-                known = output.kv_transfer_params
-                if known and known.get("unsure"):
+                result = output.kv_transfer_params
+                if result and result.get("unsure"):
                     if answers is None:
-                        answers = await self._decide(known["unsure"], output.prompt_token_ids, asked)
-                    output.kv_transfer_params = known = self._judged(known, answers)
-                    if halted := prompt_halt(known):
+                        answers = await self._decide(result["unsure"], output.prompt_token_ids, decisions)
+                    output.kv_transfer_params = result = self._judged(result, answers)
+                    if halted := prompt_halt(result):
                         last = _ended(output, params.n, halted["head"])
                         break
                 if params.output_kind is not RequestOutputKind.FINAL_ONLY:
@@ -143,15 +144,17 @@ class Judge:
         # A guard that was halted has a guard of its own.
         return choice["finish_reason"] == HALTED or _WORDS[_WORD.match(choice["message"]["content"].lower())[1]]
 
-    async def _decide(self, unsure: list[JSON], ids: list[int], asked: Answers) -> dict[str, str]:
+    async def _decide(self, unsure: list[JSON], ids: list[int], decisions: Decisions) -> dict[str, str]:
         """Return by head "halted", "passed" or "failed", for a prompt of these token ids."""
-        words, answers = {True: "halted", False: "passed", None: "failed"}, dict[str, str]()
+        words = {True: "halted", False: "passed", None: "failed"}
+        answers: dict[str, str] = {}
         # One after the other: a task of its own would be cut off while it closes the connection of a client that is gone.
         for head in dict.fromkeys(halt["head"] for halt in unsure):
-            if (text := self._text(head, ids)) not in asked:
-                asked[text] = asyncio.get_running_loop().create_future()
-                asked[text].set_result(await self.ask(text))
-            answers[head] = words[await asked[text]]
+            text = self._text(head, ids)
+            if text not in decisions:
+                decisions[text] = asyncio.get_running_loop().create_future()
+                decisions[text].set_result(await self.ask(text))
+            answers[head] = words[await decisions[text]]
             JUDGED.labels(head, answers[head]).inc()
         return answers
 
@@ -160,17 +163,20 @@ class Judge:
         config, prompt = self.settings.configs[head], torch.tensor([ids])
         return texts_read(config, prompt, token_mask(config, prompt, None), self.tokenizer)[0]
 
-    def _judged(self, known: JSON, answers: Mapping[str, str]) -> JSON:
+    def _judged(self, result: JSON, answers: Mapping[str, str]) -> JSON:
         """Return what the engine says of a prompt, with the decisions of the judge."""
-        probes, halts = dict(known["probes"]), list[JSON]()
-        for halt in known["unsure"]:
+        probes = dict(result["probes"])
+        halts: list[JSON] = []
+        for halt in result["unsure"]:
             head, label = halt["head"], halt["label"]
             is_halted = answers[head] == "halted" or (answers[head] == "failed" and self.fails == "closed")
-            flagged = [other for other in probes[head]["flagged"] if other != label] + [label] * is_halted
+            flagged = [other for other in probes[head]["flagged"] if other != label]
+            if is_halted:
+                flagged.append(label)
+                halts.append(halt)
             probes[head] = {**probes[head], "flagged": flagged}
-            halts += [halt] * is_halted
-        others = {name: value for name, value in known.items() if name != "unsure"}
-        halted = next(iter(halts), known["halted"])  # that of a prompt comes before that of a reply
+        others = {name: value for name, value in result.items() if name != "unsure"}
+        halted = halts[0] if halts else result["halted"]  # the halt of a prompt comes before that of a reply
         return {**others, "probes": probes, "halted": halted, "judged": dict(answers)}
 
 

@@ -43,20 +43,21 @@ class LabelRequest(ABC):
     Attributes:
         is_judged: the answer depends on what is flagged, and so on a judge.
         have_replies: the inputs are chats that end with a reply, which is scored.
-        asked: `kv_transfer_params` of each prompt: the heads whose form it has, and where a reply in it begins.
+        prompt_params: `kv_transfer_params` of each prompt: the heads that read it, and where a reply in it begins.
     """
 
     def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
         self.settings, self.query = settings, query
-        self.is_judged, self.have_replies, self.asked = True, False, list[JSON]()
+        self.is_judged, self.have_replies = True, False
+        self.prompt_params: list[JSON] = []
 
     @abstractmethod
     def read(self, body: JSON) -> tuple[list[str], list[Any]]:
         """Return the names of the heads that answer, and the inputs: texts, chats or token ids."""
 
     @abstractmethod
-    def results(self, readings: Mapping[str, list[JSON]], completion: JSON) -> JSON:
-        """Return the response, for what each head says of each input."""
+    def body(self, by_head: Mapping[str, list[JSON]], completion: JSON) -> JSON:
+        """Return the body of the response, for what each head says of each input."""
 
     def completion(self, body: bytes, formats: Formats) -> bytes:
         """Return the body of the request for completions. Raise status 400 for a body that this route does not take."""
@@ -70,8 +71,8 @@ class LabelRequest(ABC):
             prompts = self._prompts(heads, inputs, formats)
         except ValueError as error:  # a ProbeError is one, and so is a body that is not JSON
             raise HTTPException(400, str(error)) from None
-        asked = {"model": request.get("model"), "prompt": prompts, "max_tokens": 1, "temperature": 0}
-        return json.dumps(asked).encode()
+        completion = {"model": request.get("model"), "prompt": prompts, "max_tokens": 1, "temperature": 0}
+        return json.dumps(completion).encode()
 
     def _prompts(self, heads: Sequence[str], inputs: list[Any], formats: Formats) -> list[list[int]]:
         """Return the token ids of each input, for each form. Note what is asked of each prompt."""
@@ -83,21 +84,21 @@ class LabelRequest(ABC):
                 starts = [len(mask) - sum(mask) for mask in masks]
             else:
                 encoded = inputs if all(map(_is_ids, inputs)) else formats(group[0]).encode(inputs)
-            self.asked += [{"probes": group, "reply": False, "reply_start": start} for start in starts]
+            self.prompt_params += [{"probes": group, "reply": False, "reply_start": start} for start in starts]
             prompts += encoded
         return prompts
 
-    def response(self, completion: JSON, known: Sequence[JSON]) -> tuple[int, JSON]:
+    def response(self, completion: JSON, prompts: Sequence[JSON]) -> tuple[int, JSON]:
         """Return status and body, for the completion and what the engine says of each prompt."""
-        readings: dict[str, list[JSON]] = {}
-        for asked, prompt in zip(self.asked, known, strict=True):
-            for name in asked["probes"]:
-                rows, reading = readings.setdefault(name, []), prompt["probes"][name]
-                if "error" in reading:  # it must not pass for an input that is fine
-                    message = f"input {len(rows)} has no score of {name}: {reading['error']}"
+        by_head: dict[str, list[JSON]] = {}
+        for params, prompt in zip(self.prompt_params, prompts, strict=True):
+            for name in params["probes"]:
+                results, result = by_head.setdefault(name, []), prompt["probes"][name]
+                if "error" in result:  # it must not pass for an input that is fine
+                    message = f"input {len(results)} has no score of {name}: {result['error']}"
                     return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
-                rows.append(reading)
-        return 200, self.results(readings, completion)
+                results.append(result)
+        return 200, self.body(by_head, completion)
 
 
 class Moderations(LabelRequest):
@@ -118,16 +119,16 @@ class Moderations(LabelRequest):
             raise ProbeError("no head here flags a label of such inputs: halt_on must name one")
         return list(dict.fromkeys(rule.head for rule in self.flags))
 
-    def results(self, readings, completion):
+    def body(self, by_head, completion):
         results = []
-        for row in range(len(next(iter(readings.values())))):
+        for row in range(len(next(iter(by_head.values())))):
             categories, scores = {}, {}
             for rule in self.flags:
-                label, reading = rule.config.id2label[rule.index], readings[rule.head][row]
+                label, result = rule.config.id2label[rule.index], by_head[rule.head][row]
                 category = f"{rule.head}/{label}"
-                categories[category] = label in reading["flagged"]
+                categories[category] = label in result["flagged"]
                 # Of a head whose scores are hidden, the decision is all there is.
-                score = reading.get("scores", {}).get(label, reading.get("score"))
+                score = result.get("scores", {}).get(label, result.get("score"))
                 scores[category] = float(categories[category]) if score is None else score
             results.append({
                 "flagged": any(categories.values()),
@@ -159,8 +160,8 @@ class Guardrail(Moderations):
             raise ProbeError("a response must have structured_messages")
         return self.flagging(), [exchange(chat, text) for text in texts]
 
-    def results(self, readings, completion):
-        moderations = super().results(readings, completion)["results"]
+    def body(self, by_head, completion):
+        moderations = super().body(by_head, completion)["results"]
         flagged = [name for result in moderations for name, is_flagged in result["categories"].items() if is_flagged]
         if not flagged:
             return {"action": "NONE"}
@@ -182,8 +183,8 @@ class Classification(LabelRequest):
         value = body.get("input")
         return [head], value if isinstance(value, list) and not _is_ids(value) else [value]
 
-    def results(self, readings, completion):
-        ((head, rows),) = readings.items()
+    def body(self, by_head, completion):
+        ((head, rows),) = by_head.items()
         config = self.settings.configs[head]
         data = []
         for index, row in enumerate(rows):
@@ -233,14 +234,14 @@ def _texts(parts: list[object]) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-def _classified(reading: JSON, config: ProbeConfig) -> tuple[str | None, list[float]]:
+def _classified(result: JSON, config: ProbeConfig) -> tuple[str | None, list[float]]:
     """Return the label, and a number for each label: its probability, its value, or 0 and 1 if scores are hidden."""
-    label = reading.get("label")
+    label = result.get("label")
     labels = label if isinstance(label, list) else [] if label is None else [label]
-    if "scores" in reading:
-        scores = reading["scores"]
+    if "scores" in result:
+        scores = result["scores"]
     elif config.problem_type == "regression":
-        scores = {name: reading[name] for name in ("score",) if name in reading}
+        scores = {name: result[name] for name in ("score",) if name in result}
     else:
         scores = {name: float(name in labels) for name in config.id2label.values()}
     return max(labels, key=scores.get, default=None), list(scores.values())

@@ -1,5 +1,4 @@
-"""HTTP for heads, where vLLM's server has none: scores in streams and as a header, halts that a client sees, counters, and
-routes that answer with labels alone."""
+"""HTTP for heads: scores in streams and as a header, halts that a client sees, counters, and routes of labels alone."""
 
 from __future__ import annotations
 
@@ -17,40 +16,35 @@ from fastapi import HTTPException
 from starlette.datastructures import MutableHeaders, State
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm import RequestOutput, SamplingParams
+from vllm import CompletionOutput, RequestOutput, SamplingParams
 from vllm.engine.protocol import EngineClient
 
+from ..files import JSON
 from .counters import announce, count, count_reply
+from .events import EventStream
 from .judge import Judge
 from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
-from .payloads import HALTED, Scores, prompt_halt, reply_of
+from .patches import Generate, replace_generate
+from .payloads import HALTED, Scores
+from .results import prompt_halt, reply_result
 from .settings import ProbeSettings
 
 
 _BEAM = re.compile(r"-[0-9a-f]+-beam-\d+$")  # ends the id of a request that a beam search makes
-_scores: ContextVar[Scores] = ContextVar("llama_probe_scores")  # of the HTTP request that a task serves
+_REQUEST_SCORES: ContextVar[Scores] = ContextVar("llama_probe_scores")  # of the HTTP request that a task serves
 _STORED = "/v1/responses/"  # begins the paths of responses to earlier requests
-_UNSCORED = b"event: response."  # a stream of /v1/responses begins before its prompt is read
-
-
-class _NoTokens(list):
-    """Those of a reply that ended before it had some. vLLM streams no end of a choice whose tokens are false, and no text."""
-
-    def __bool__(self) -> bool:
-        return True
 
 
 class ProbeStreams:
     """Put scores and halts into every response to a prompt.
 
-    For `--middleware llama_probe.vllm.middleware.ProbeStreams`, which `python -m llama_probe.vllm` adds. It reads the outputs of the
-    server's engine on their way to the response, and changes the finish reason of halted ones. The server then makes
-    responses of them; what it has no place for is added to their bytes, see `Scores`.
+    `python -m llama_probe.vllm` adds it to the middleware of vLLM's server. It reads the outputs of the server's engine on their
+    way to the response, and changes the finish reason of halted ones. The server then makes responses of these outputs. What
+    the server has no place for is added to the bytes of a response; see `Scores` and `EventStream`.
 
-    It answers `LABEL_ROUTES` itself, by a request to the server's `/v1/completions`; see `label_routes`.
-    If a head is unsure, a `Judge` decides before the outputs go on.
-    A request for unknown heads is refused. So is beam search beside `halt_on`: each of its steps is a prompt of its own, and
-    a beam that ended would be an error inside of vLLM.
+    It answers `LABEL_ROUTES` by a request to the server's `/v1/completions`; see `label_routes`. If a head is unsure, a `Judge`
+    decides before the outputs go on. A request for unknown heads is refused. So is beam search beside `halt_on`: each step of
+    the search is a prompt of its own, and a beam that ended would be an error inside of vLLM.
     """
 
     def __init__(self, app: ASGIApp):
@@ -73,12 +67,14 @@ class ProbeStreams:
             _listen(state.engine_client, settings)  # may raise: then no request is answered
             self._settings = settings
         settings = self._settings
-        scores = Scores()
-        _scores.set(scores)  # for this request alone, which has a task of its own
-        rewrite = functools.partial(check_request, settings)
+        args = state.args
+        scores = Scores(model=(args.served_model_name or [args.model])[0])
+        _REQUEST_SCORES.set(scores)  # for this request alone, which has a task of its own
+        rewrite = functools.partial(check_request, settings, scores)
         if (route := LABEL_ROUTES.get(_path(scope))) is not None:
             scores.labels = route(settings, Request(scope).query_params)
-            scope, rewrite = _as_completion(scope), functools.partial(self._completion, scores.labels, state)
+            scope = _as_completion(scope)
+            rewrite = functools.partial(self._completion, scores.labels, state)
         await self.app(scope, _rewritten(scope, receive, rewrite), _Response(send, scores).send)
 
     async def _completion(self, labels: LabelRequest, state: State, body: bytes) -> bytes:
@@ -95,30 +91,33 @@ class _Response:
     def __init__(self, send: Send, scores: Scores):
         self._send, self._scores = send, scores
         self._start: Message | None = None
-        self._is_stream = self._is_json = False
-        self._body = b""
+        self._is_json = False
+        self._json = b""
+        self._events: EventStream | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             content_type = dict(message["headers"]).get(b"content-type", b"")
-            self._is_stream = content_type.startswith(b"text/event-stream")
             self._is_json = message["status"] == 200 and content_type.startswith(b"application/json")
+            if content_type.startswith(b"text/event-stream"):
+                self._events = EventStream(self._scores)
             self._start = message
             return
-        self._body += message.get("body", b"")
-        are_known = self._scores.are_known
-        is_whole = self._is_json and are_known
-        is_early = self._is_stream and not are_known and self._body.startswith(_UNSCORED)
-        if message.get("more_body", False) and (is_whole or is_early):
-            return
-        body, self._body = self._body, b""
-        if self._is_stream:
-            body = self._scores.stream(body)
-        elif is_whole:
-            self._start["status"], body = self._scores.complete(body)
+        body = message.get("body", b"")
+        has_more = message.get("more_body", False)
+        is_scored = self._is_json and self._scores.are_known
+        if self._events is not None:
+            body = self._events.feed(body, is_last=not has_more)
+            if has_more and not body:
+                return
+        elif is_scored:
+            self._json += body
+            if has_more:
+                return
+            self._start["status"], body = self._scores.complete(self._json)
         if self._start is not None:
             headers = MutableHeaders(scope=self._start)
-            if is_whole:
+            if is_scored:
                 headers["content-length"] = str(len(body))
             if value := self._scores.header:
                 headers["x-llama-probe"] = value
@@ -142,7 +141,7 @@ def _as_completion(scope: Scope) -> Scope:
 
 
 def _rewritten(scope: Scope, receive: Receive, rewrite: Callable[[bytes], Awaitable[bytes]]) -> Receive:
-    """Return `receive` with another body, made where the server reads it: after its authentication. It answers errors."""
+    """Return `receive` with another body. It is made when the server reads it, after the server's authentication."""
     is_read = False
 
     async def rewritten() -> Message:
@@ -155,73 +154,91 @@ def _rewritten(scope: Scope, receive: Receive, rewrite: Callable[[bytes], Awaita
     return rewritten
 
 
-async def check_request(settings: ProbeSettings, body: bytes) -> bytes:
+async def check_request(settings: ProbeSettings, scores: Scores, body: bytes) -> bytes:
     """Return a request's body, if its `kv_transfer_params.probes` is a list of the engine's heads; else raise status 400."""
     try:
-        # It is read as the server reads it: the key may be written with escapes, or the body in UTF-16.
-        asked = json.loads(body)["kv_transfer_params"].get("probes")
+        # The body is read as the server reads it: the key may be written with escapes, or the body in UTF-16.
+        request = json.loads(body)
+        scores.model = request.get("model") or scores.model
+        probes = request["kv_transfer_params"].get("probes")
     except (AttributeError, KeyError, TypeError, ValueError):  # the server says what is wrong, if anything is
         return body
-    if asked is None or (isinstance(asked, list) and all(name in list(settings.heads) for name in asked)):
+    if probes is None or (isinstance(probes, list) and all(name in list(settings.heads) for name in probes)):
         return body
     allowed = f"it must be a list of heads, of {', '.join(settings.heads)}"
-    raise HTTPException(400, f"kv_transfer_params.probes is {json.dumps(asked)[:200]}; {allowed}")
+    raise HTTPException(400, f"kv_transfer_params.probes is {json.dumps(probes)[:200]}; {allowed}")
 
 
 def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
     """Have an engine client note and count what its outputs say of heads."""
     announce(settings.heads)
-    generate = engine.generate
-    guards = {rule.head for rule in settings.rules if rule.config.reads_reply}
     judge = None if settings.judge is None else Judge(settings, engine.get_tokenizer(), **settings.judge)
+    replace_generate(engine, _Listener(settings, judge).generate)
 
-    @functools.wraps(generate)
-    def listening(
-        prompt: Any, sampling_params: SamplingParams, request_id: str, *args: Any, **kwargs: Any
+
+class _Listener:
+    """Notes and counts what the outputs of an engine say of heads, and ends halted replies as clients see it."""
+
+    def __init__(self, settings: ProbeSettings, judge: Judge | None):
+        self._settings, self._judge = settings, judge
+        self._reply_guards = {rule.head for rule in settings.rules if rule.config.reads_reply}
+
+    def generate(
+        self,
+        generate: Generate,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> AsyncIterator[RequestOutput]:
-        scores, params = _scores.get(None) or Scores(), sampling_params
+        """Take the place of the engine's `generate`."""
+        scores, params = _REQUEST_SCORES.get(None) or Scores(), sampling_params
         labels = scores.labels
         if labels is None and "reply" in ((params.extra_args or {}).get("kv_transfer_params") or ()):
-            # Without a reply no guard reads the prompt, whose logprobs could tell it token by token.
+            # Without a reply no guard reads the prompt, whose logprobs could tell the reply token by token.
             raise HTTPException(400, "kv_transfer_params.reply is for routes of labels, such as /v1/moderations")
         if _BEAM.search(request_id):  # a prompt with a part of a reply to it
-            if settings.halt_on is not None:
+            if self._settings.halt_on is not None:
                 raise ValueError("beam search does not go with --halt-on: leave use_beam_search out")
             return generate(prompt, params, request_id, *args, **kwargs)
         # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
-        place = scores.add(params.n)
+        place = scores.add(request_id, params.n)
         if labels is not None:
             params = copy.copy(params)
-            params.extra_args = {"kv_transfer_params": labels.asked[place]}
-        if judge is None or (labels is not None and not labels.is_judged):
-            return noting(generate(prompt, params, request_id, *args, **kwargs), scores, place)
-        outputs = generate(prompt, judge.in_parts(params), request_id, *args, **kwargs)
-        return noting(judge.watch(outputs, sampling_params, scores.answers), scores, place)
+            params.extra_args = {"kv_transfer_params": labels.prompt_params[place]}
+        if self._judge is None or (labels is not None and not labels.is_judged):
+            return self._note(generate(prompt, params, request_id, *args, **kwargs), scores, place)
+        outputs = generate(prompt, self._judge.in_parts(params), request_id, *args, **kwargs)
+        return self._note(self._judge.watch(outputs, sampling_params, scores.decisions), scores, place)
 
-    async def noting(
-        outputs: AsyncIterator[RequestOutput], scores: Scores, place: int
+    async def _note(
+        self, outputs: AsyncIterator[RequestOutput], scores: Scores, place: int
     ) -> AsyncIterator[RequestOutput]:
         async for output in outputs:
-            known = output.kv_transfer_params
-            if known and "probes" in known:
+            result = output.kv_transfer_params
+            if result and "probes" in result:
                 if scores.prompts[place] is None:
-                    count(known, scores.labels)
-                scores.prompts[place] = known
-                is_halted = prompt_halt(known) is not None
-                if is_halted:  # those of a prompt with one token more would tell how it goes on
+                    count(result, scores.labels)
+                scores.prompts[place] = result
+                if (
+                    prompt_halt(result) is not None
+                ):  # logprobs of a prompt with one token more would tell how it goes on
                     output.prompt_logprobs = output.prompt_logprobs and [None] * len(output.prompt_logprobs)
                     output.prompt_token_id_logprobs = None
                 for reply in output.outputs:
-                    if reply.finish_reason is None:
-                        continue
-                    said = reply_of(known, reply.index)
-                    count_reply(said)
-                    reply.token_ids = reply.token_ids or _NoTokens()
-                    # If another engine has written it, the reason to stop tells.
-                    if is_halted or (reply.stop_reason in guards if said is None else said["halted"]):
-                        scores.halted.add(place * scores.copies + reply.index)
-                        reply.finish_reason = HALTED
-                        reply.text += settings.halt_reply or ""
+                    if reply.finish_reason is not None:
+                        self._end(reply, result, scores, place * scores.copies + reply.index)
             yield output
 
-    engine.generate = listening
+    def _end(self, reply: CompletionOutput, result: JSON, scores: Scores, choice: int) -> None:
+        """Count a reply that has ended. If it was halted, give it the finish reason and the text of a halted one."""
+        own = reply_result(result, reply.index)
+        count_reply(own)
+        # If another engine has written the reply, the reason to stop tells.
+        is_halted = reply.stop_reason in self._reply_guards if own is None else bool(own["halted"])
+        if is_halted or prompt_halt(result) is not None:
+            scores.halted.add(choice)
+            reply.finish_reason = HALTED
+            reply.text += self._settings.halt_reply or ""
+        scores.ends[choice] = {"finish_reason": reply.finish_reason, "stop_reason": reply.stop_reason}

@@ -16,8 +16,8 @@ from ..files import JSON
 from ..heads.decision import probabilities
 from ..serving.halting import HaltRule, Streak
 from ..serving.outputs import Halt
-from .answers import reading, shown
 from .cache_plan import side_by_side
+from .results import head_result, visible
 from .settings import ProbeSettings
 from .step_scores import StepScores
 
@@ -78,7 +78,7 @@ class Replies:
         self.running: dict[str, Reply] = {}
         self.free_slots = list(range(slots))
         self._siblings: dict[str, dict[int, Reply]] = {}  # by the id of the request that has several replies
-        self._scores: dict[str, tuple[list[float], list[float], list[Halt | None]]] = {}  # of the newest step
+        self._rows: dict[str, tuple[list[float], list[float], list[Halt | None]]] = {}  # of the newest step
         self._touched: dict[str, Reply] = {}  # in this step
 
     def add(self, request: Request, heads: list[str]) -> None:
@@ -114,20 +114,24 @@ class Replies:
 
     def begin_step(self, step: StepScores | None) -> None:
         """Take in the scores of a step."""
-        self._scores, self._touched = {}, {}
+        self._rows, self._touched = {}, {}
         if step is None or not step.replies:
             return
-        logits, probs = step.read_replies(), {}
-        for name, config in self.configs.items():
-            probs[name] = probabilities(torch.from_numpy(logits[:, self._columns[name]]), config)
+        logits = step.read_replies()
+        probs = {
+            name: probabilities(torch.from_numpy(logits[:, self._columns[name]]), config)
+            for name, config in self.configs.items()
+        }
         scores = torch.cat(list(probs.values()), dim=1).tolist()
         flags = [rule.halts(probs[rule.head]) for rule in self.rules]
-        rows = zip(*flags, strict=True) if flags else [()] * len(scores)
-        self._scores = dict(zip(step.replies, zip(logits.tolist(), scores, rows, strict=True), strict=True))
+        for row, request_id in enumerate(step.replies):
+            row_flags = [column[row] for column in flags]
+            self._rows[request_id] = logits[row].tolist(), scores[row], row_flags
 
     def flag_prompt(self, request_id: str, probes: Mapping[str, JSON]) -> None:
         """Count what heads flag of a prompt as the first of a rule's patience."""
-        if (reply := self.running.get(request_id)) is not None:
+        reply = self.running.get(request_id)
+        if reply is not None:
             for number, rule in enumerate(self.rules):
                 flagged = rule.config.id2label[rule.index] in probes.get(rule.head, {}).get("flagged", ())
                 reply.streaks[number] = Streak(rule.patience, rule.window, flagged)
@@ -139,7 +143,7 @@ class Replies:
             return None
         self._touched[request_id] = reply
         if reply.request.num_output_tokens:  # the last one has no score
-            row = self._scores.get(request_id)
+            row = self._rows.get(request_id)
             if row is not None:
                 self._add(reply, *row)
             elif self.holds_back:
@@ -149,7 +153,8 @@ class Replies:
 
     def end(self, request: Request) -> None:
         """Decide how a reply ends that vLLM has stopped."""
-        if (reply := self.running.get(request.request_id)) is None:
+        reply = self.running.get(request.request_id)
+        if reply is None:
             return
         self.free(request.request_id)  # it may wait for the next piece of its prompt
         if self.holds_back and request.num_output_tokens >= request.max_tokens:
@@ -216,8 +221,8 @@ class Replies:
         for name, columns in self._columns.items():
             if name in reply.heads:
                 summary = self._of_head(reply, name, columns)
-                probes[name] = shown(summary, self.settings, "tokens", "label", "flagged", "token")
-        halted = reply.halt and shown(asdict(reply.halt), self.settings, "head", "label", "token")
+                probes[name] = visible(summary, self.settings, "tokens", "label", "flagged", "token")
+        halted = reply.halt and visible(asdict(reply.halt), self.settings, "head", "label", "token")
         return {"probes": probes, "halted": halted}
 
     def _of_head(self, reply: Reply, name: str, columns: slice) -> JSON:
@@ -225,7 +230,7 @@ class Replies:
         labels = {number: config.id2label[rule.index] for number, rule in enumerate(self.rules) if rule.head == name}
         flagged = {label: reply.flagged[number] for number, label in labels.items() if number in reply.flagged}
         if reply.last is not None:
-            values, probs = reading(reply.last[columns], config)
+            values, probs = head_result(reply.last[columns], config)
             summary |= values
             if probs is not None:
                 largest = [{"score": score, "token": token} for score, token in reply.largest[columns]]

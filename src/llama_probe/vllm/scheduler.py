@@ -27,7 +27,7 @@ class _Probed:
         scores: StepScores | None = from_workers and from_workers.kv_connector_worker_meta
         for request_id, rows in (scores.read_prompts() if scores else {}).items():
             if request_id in self.requests:  # not aborted meanwhile
-                self.probes.take_in(request_id, rows)
+                self.probes.add_result(request_id, rows)
         self.replies.begin_step(scores)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for batch in outputs.values():
@@ -44,7 +44,7 @@ class _Probed:
         is_any = params is not None and (params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop))
         if output.kv_transfer_params is None and is_any:
             with_replies = bool(params.stop) or self.replies.has_ended(output.request_id)
-            output.kv_transfer_params = self.probes.get_answer(output.request_id, with_replies)
+            output.kv_transfer_params = self.probes.get_result(output.request_id, with_replies)
         return self.replies.edit(output)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
@@ -56,7 +56,7 @@ class _Probed:
         request_id = request.request_id
         if new_token_ids and not is_stale:
             self.probes.refuse_unscored(request)
-        halted = (self.probes.get_answer(request_id) or {}).get("halted")
+        halted = (self.probes.get_result(request_id) or {}).get("halted")
         head = halted["head"] if halted else self.replies.read_score(request_id)
         if head is not None or has_no_reply(request):
             request.status = RequestStatus.FINISHED_LENGTH_CAPPED if head is None else RequestStatus.FINISHED_STOPPED

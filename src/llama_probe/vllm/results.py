@@ -1,0 +1,98 @@
+"""What heads say of a prompt, as JSON in a request's output: logits, labels, scores and the halt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import torch
+
+from ..files import JSON
+from ..heads.configuration import ProbeConfig
+from ..heads.decision import ProbeOutput
+from ..serving.outputs import Halt
+from .settings import ProbeSettings
+
+
+def prompt_result(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> JSON:
+    """Return what heads say of one prompt, in plain JSON types.
+
+    Args:
+        rows: by head that ran its logits, or why there are none.
+
+    Returns:
+        `"probes"`, by head `{"logits": [...], ...}` with what `describe_predictions` says, or `{"error": why}`. A head that can flag has
+        `"flagged"`, the labels that it flags. With `halt_on` also `"halted"`: the fields of a `Halt`, or `None`. A prompt that
+        a guard of prompts could not score is halted. If a judge has to decide on a prompt that no guard halts, `"unsure"` has
+        the fields of the `Halt`s that the judge may confirm. With `hide_scores` a head has its labels alone, and a `Halt` head
+        and label.
+    """
+    probes: JSON = {}
+    probs: dict[str, torch.Tensor] = {}
+    for name, logits in rows.items():
+        result, head_probs = head_result(logits, settings.configs[name])
+        if head_probs is not None:
+            probs[name] = head_probs
+            if rules := [rule for rule in settings.flags if rule.head == name]:
+                halts = [halt for rule in rules for halt in rule.halts(head_probs)]
+                result["flagged"] = [halt.label for halt in halts if halt is not None]
+        probes[name] = visible(result, settings, "label", "flagged", "error")
+    if settings.halt_on is None:
+        return {"probes": probes}
+    halt, unsure = _halts(settings, rows, probs)
+    if halt is not None:
+        return {"probes": probes, "halted": visible(asdict(halt), settings, "head", "label")}
+    result = {"probes": probes, "halted": None}
+    if unsure:
+        result["unsure"] = [visible(asdict(each), settings, "head", "label") for each in unsure]
+    return result
+
+
+def _halts(
+    settings: ProbeSettings, rows: Mapping[str, list[float] | str], probs: Mapping[str, torch.Tensor]
+) -> tuple[Halt | None, list[Halt]]:
+    """Return why a prompt is halted, and the halts on which a judge decides."""
+    halt: Halt | None = None
+    unsure: list[Halt] = []
+    for rule in settings.rules:
+        if rule.head not in rows or rule.config.token_scope == "response":
+            continue
+        unreadable = torch.full((1, rule.config.num_labels), math.nan)
+        head_probs = probs.get(rule.head, unreadable)
+        score = float(head_probs[0, rule.index])
+        (flag,) = rule.halts(head_probs)
+        if rule.is_unsure(score):
+            unsure.append(rule.reason(score))
+        elif rule.ends(flag):  # with patience, the flag of a prompt is the first of a reply's
+            halt = halt or flag
+    return halt, unsure
+
+
+def head_result(logits: list[float] | str, config: ProbeConfig) -> tuple[JSON, torch.Tensor | None]:
+    """Return what a head says with a row of logits, or why it has none, and its probabilities `[1, num_labels]` if it has some."""
+    if isinstance(logits, str):
+        return {"error": logits}, None
+    if not all(map(math.isfinite, logits)):
+        return {"error": "the head gives no number"}, None
+    output = ProbeOutput.from_logits(torch.tensor([logits]), config)
+    return {"logits": logits, **output.describe()[0]}, output.probabilities
+
+
+def visible(values: JSON, settings: ProbeSettings, *names: str) -> JSON:
+    """Return what clients may see of values: all of them, with `hide_scores` the entries of these names alone."""
+    if not settings.hide_scores:
+        return values
+    return {name: values[name] for name in names if name in values}
+
+
+def prompt_halt(result: JSON) -> JSON | None:
+    """Return why a prompt was halted; `None` if it was not, even if a reply to it was."""
+    halted = result.get("halted")
+    return halted if halted and halted.get("token") is None else None
+
+
+def reply_result(result: JSON, index: int) -> JSON | None:
+    """Return what heads say of the reply of an index; `None` if another engine has written it. See `Replies.summaries`."""
+    replies = result.get("replies") or []
+    return replies[index] if index < len(replies) else None
