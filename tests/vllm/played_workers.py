@@ -140,13 +140,12 @@ class Player:
             assert index >= 0 and place % BLOCK == (ends[name] - 1) % BLOCK
             if index not in self.scripts[name].unscored:
                 rows[name] = self.scripts[name].logits(index)
-        prompts, parts = {}, []
+        prompts = {}
         for name, request in begun.items():
             if request.heads is not None and -1 not in self.scripts[name].unscored:
                 logits = self.scripts[name].prompt
-                prompts[name] = {} if logits is None else {"watch": (len(parts), 0)}
-                parts += [] if logits is None else [torch.tensor([logits])]
-        scores = StepScores(prompts, [*parts, torch.tensor(list(rows.values()))] if rows else parts, list(rows))
+                prompts[name] = {} if logits is None else {"watch": torch.tensor(logits)}
+        scores = StepScores(prompts, list(rows), torch.tensor(list(rows.values())) if rows else None)
         from_workers = KVConnectorOutput(kv_connector_worker_meta=scores if prompts or rows else None)
         ids = np.array([sampled or [0] for sampled in tokens]).reshape(-1, 1)
         logprobs = LogprobsLists(np.repeat(ids, self.columns, axis=1), ids / 1000.0 * np.ones(self.columns), ids[:, 0])

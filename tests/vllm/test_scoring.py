@@ -85,7 +85,7 @@ class Served:
         return requests, states
 
     def score(self, requests: list[ScoringRequest]) -> StepScores:
-        return StepScores(*self.scorer.score(requests))
+        return StepScores(self.scorer.score(requests))
 
     def move(self) -> Scorer:
         """A scorer on the simulated device."""
@@ -270,17 +270,16 @@ class TestReplies:
 
         for number in range(6):
             begin(number)
-        places, parts = served.scorer.score(whole)
-        for number, request in enumerate(whole):
-            for name, (part, row) in places[request.request_id].items():
-                check_scores(number, name, parts[part][row])
+        for number, scores in enumerate(served.scorer.score(whole).values()):
+            for name, logits in scores.items():
+                check_scores(number, name, logits)
         for step in range(80):
             if step in (4, 9, 14, 19):  # two were thrown out, and are back in each other's slots
                 first, second = torch.randperm(6).tolist()[:2]
                 slots[first], slots[second] = slots[second], slots[first]
                 begin(first)
                 begin(second)
-                again, _ = served.scorer.score([whole[first], whole[second]])
+                again = served.scorer.score([whole[first], whole[second]])
                 assert set(again) == {r.request_id for r in (whole[first], whole[second]) if r.heads is not None}
             runs = [done[i] < lengths[i] and (step > 20 or bool(torch.rand(()) < 0.8)) for i in range(6)]
             if not any(runs):

@@ -1,4 +1,4 @@
-"""From prompts that are complete, and tokens of replies, to their scores: vLLM's way between the scheduler and the workers."""
+"""The way from complete prompts and tokens of replies to their scores: between vLLM's scheduler and its workers."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class ScoringRequests(KVConnectorMetadata):
 
 
 class ProbeConnector(KVConnectorBase_V1):
-    """Transfers no keys or values: it is how a plugin learns which prompts are complete, and answers for them.
+    """Tells workers which prompts are complete, and keeps what heads say of them. It transfers no keys or values.
 
-    One lives in the scheduler's process and one in each worker; see vLLM's base class for when its methods are called.
+    One connector lives in the scheduler's process and one in each worker; see vLLM's base class for when its methods are called.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         self.settings = ProbeSettings.of(vllm_config)
         self.settings.check_engine(vllm_config)
-        (group,) = kv_cache_config.kv_cache_groups  # vLLM makes one of all beside a connector
+        (group,) = kv_cache_config.kv_cache_groups  # beside a connector vLLM makes one group of all layers
         self._block_size = group.kv_cache_spec.block_size
         # In the scheduler's process: requests whose prompts are not complete, and what heads say of the complete ones.
         self._prompts: dict[str, Request] = {}
@@ -101,15 +101,19 @@ class ProbeConnector(KVConnectorBase_V1):
         return step
 
     def _scoring(self, request: Request, reply: Reply | None, num_tokens: int) -> ScoringRequest:
+        """Return what the workers need of a request whose prompt is complete. A reply that heads follow gets a slot."""
         if reply is not None:
             reply.slot = self.replies.free_slots.pop()
-        ids, start = request.prompt_token_ids, reply_start(request)
+        ids, num_prompt_tokens = request.prompt_token_ids, request.num_prompt_tokens
         heads = self._heads(request) if self._prompts.pop(request.request_id, None) else None
-        if heads is not None and start is None:
+        start = reply_start(request)
+        if start is not None:
+            ids, num_prompt_tokens = ids and ids[:start], start
+        elif heads is not None:
             heads = [name for name in heads if self.settings.configs[name].token_scope != "response"]
         blocks = self._kv_cache_manager.get_block_ids(request.request_id)[0][: -(-num_tokens // self._block_size)]
-        prompt = (ids, request.num_prompt_tokens) if start is None else (ids and ids[:start], start)
-        return ScoringRequest(request.request_id, *prompt, num_tokens, blocks, heads, reply and reply.slot)
+        slot = None if reply is None else reply.slot
+        return ScoringRequest(request.request_id, ids, num_prompt_tokens, num_tokens, blocks, heads, slot)
 
     def _heads(self, request: Request) -> list[str]:
         """Return the heads that a request names, and if it gets a reply those that may halt it; all if it names none."""
@@ -168,7 +172,6 @@ class ProbeConnector(KVConnectorBase_V1):
         step = self._get_connector_metadata()
         if self._scorer is None or not (step.requests or step.reply_tokens):
             return None
-        places, parts = self._scorer.score(step.requests)
-        if step.reply_tokens:
-            parts.append(self._scorer.follow(step.reply_tokens))
-        return StepScores(places, parts, list(step.reply_tokens))
+        prompts = self._scorer.score(step.requests)
+        reply_logits = self._scorer.follow(step.reply_tokens) if step.reply_tokens else None
+        return StepScores(prompts, list(step.reply_tokens), reply_logits)

@@ -1,4 +1,4 @@
-"""Heads in a worker process: what they say of prompts that are all in the cache, and of the newest tokens of replies."""
+"""Heads in a worker process: scores of prompts whose tokens are all in the cache, and of the newest tokens of replies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, number_segments, token_mask
 from ..heads.stream import ProbeState, counted_columns, split_segments
 from .paged_states import PagedStates
-from .step_scores import Places
+from .step_scores import PromptLogits
 
 
-# What is kept is read in pieces of about so many hidden states: a long prompt's never lie in memory in fp32 at once, nor those
-# of many prompts.
+# Pages are read in pieces of about this many hidden states: neither a long prompt nor many prompts lie in memory in fp32 at once.
 _TOKENS = 4096
-# Prompts go together where none is shorter than this part of the longest: what is added to the others is computed for nothing.
+# In a batch no prompt is shorter than this part of the longest: shorter ones are padded, and padding is computed for nothing.
 _SHORTEST = 0.6
 
 
@@ -32,12 +31,12 @@ class ScoringRequest:
     """A prompt that is complete after this step, or a reply that heads are to follow from here on.
 
     Attributes:
-        token_ids: of the prompt; `None` where it was given as embeddings.
-        num_tokens: to read. Those behind the prompt are of its reply, which heads of prompts do not read.
-        block_ids: where the tokens lie, in order.
-        heads: names of those whose scores of the prompt are wanted; `None` if the prompt was scored before.
-        slot: where heads that follow the reply keep their states; `None` if none do.
-        masks: for each head that can read it the tokens that count, `[num_tokens]` bool. Set by `Scorer`.
+        token_ids: of the prompt; `None` if it was given as embeddings.
+        num_tokens: number of tokens to read. Those after the prompt are of its reply, which heads of prompts do not read.
+        block_ids: blocks that hold the tokens, in order.
+        heads: names of the heads that score the prompt; `None` if it was scored before.
+        slot: where heads that follow the reply keep their states; `None` if no head follows it.
+        masks: by head that can read the request the tokens that count, `[num_tokens]` bool. Set by `Scorer`.
     """
 
     request_id: str
@@ -50,51 +49,50 @@ class ScoringRequest:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-# By request the newest token of its reply: where it lies in the cache, which is its block's number times the tokens of a block and
-# its place in the block, and the slot of the reply's states.
+# By request the place of the newest token of its reply, and the slot of the reply's states. A place is the number of the token's
+# block times the tokens of a block, plus the token's number in the block.
 ReplyTokens = dict[str, tuple[int, int]]
 
 
 class Scorer:
-    """Runs heads on what is cached. It never waits for the device.
+    """Runs heads on pages of the cache. It never waits for the device.
 
-    With tensor parallelism a read of the cache gathers the shares of all ranks: each must run the heads.
+    With tensor parallelism a read of the cache gathers the shares of all ranks: each rank must run the heads.
 
     Args:
-        cache: what is kept of tokens.
-        block_size: tokens a block of the scheduler's; the cache may split them.
+        block_size: tokens in a block of the scheduler; the cache may split such a block.
     """
 
     def __init__(self, cache: PagedStates, block_size: int):
-        self.cache, self.block_size = cache, block_size
-        self.plan, self.device, self.kernel_block_size = cache.plan, cache.kv_cache.device, cache.kernel_block_size
+        self.cache, self.plan = cache, cache.plan
+        self.block_size, self.kernel_block_size = block_size, cache.kernel_block_size
+        self.device = cache.kv_cache.device
         self.heads, self.states = self.plan.heads, self.plan.reply_states
         self.followers = {name: head for name, head in self.heads.items() if head.config.reads_reply}
 
     @torch.no_grad()
-    def score(self, requests: Sequence[ScoringRequest]) -> tuple[Places, list[torch.Tensor]]:
-        """Return the scores of prompts, finite or not, or why there are none, as `StepScores` takes them. Begin states of replies."""
-        places: Places = {
+    def score(self, requests: Sequence[ScoringRequest]) -> PromptLogits:
+        """Return the logits of prompts, finite or not, or why there are none. Begin the states of replies."""
+        scores: dict[str, dict[str, torch.Tensor | str]] = {
             request.request_id: dict.fromkeys(request.heads, "") for request in requests if request.heads is not None
         }
         for request in requests:
+            wanted = request.heads or ()
             followers = () if request.slot is None else self.followers
-            for name in dict.fromkeys((*(request.heads or ()), *followers)):
+            for name in dict.fromkeys((*wanted, *followers)):
                 try:
                     request.masks[name] = self._mask(self.heads[name], request)
-                except ProbeError as error:  # a reply that has not begun has no tokens
-                    if name in (request.heads or ()):
-                        places[request.request_id][name] = str(error)
+                except ProbeError as error:
+                    if name in wanted:  # else the reply has not begun
+                        scores[request.request_id][name] = str(error)
         if slots := [request.slot for request in requests if request.slot is not None]:
             self.states.clear(async_tensor_h2d(slots, self.device))
-        parts: list[torch.Tensor] = []
         for batch in _batches(requests, self.kernel_block_size, _TOKENS // self.plan.depth):
             for name, logits in self._score(batch).items():
-                for row, request in enumerate(batch):
+                for request, row in zip(batch, logits, strict=True):
                     if name in (request.heads or ()):
-                        places[request.request_id][name] = len(parts), row
-                parts.append(logits)
-        return places, parts
+                        scores[request.request_id][name] = row
+        return scores
 
     @torch.no_grad()
     def follow(self, tokens: ReplyTokens) -> torch.Tensor:
@@ -113,7 +111,7 @@ class Scorer:
         return torch.cat(scores, dim=1)
 
     def _score(self, requests: Sequence[ScoringRequest]) -> dict[str, torch.Tensor]:
-        """Return logits `[prompts, num_labels]` by head, of prompts that go together."""
+        """Return the logits of a batch of prompts by head, `[prompts, num_labels]`."""
         lengths = torch.tensor([request.num_tokens for request in requests])
         width = int(lengths.max())
         masks = {
@@ -121,7 +119,7 @@ class Scorer:
             for name in requests[0].masks
         }  # [prompts, width] each
         blocks = pad_sequence([torch.tensor(request.block_ids) for request in requests], batch_first=True)
-        # What lies behind a shorter prompt may be anything, and anything may be no number.
+        # The cache holds anything behind a shorter prompt, also values that are not numbers.
         padding = async_tensor_h2d(torch.arange(width) >= lengths[:, None], self.device)
         splits = self.block_size // self.kernel_block_size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1)
@@ -146,7 +144,7 @@ class Scorer:
         blocks: torch.Tensor,
         padding: torch.Tensor,
     ) -> dict[str, ProbeState]:
-        """Return what heads have read of prompts in blocks `[prompts, blocks]`.
+        """Return the states of heads that have read prompts in blocks `[prompts, blocks]`.
 
         Args:
             masks: for each head the tokens that count, `[prompts, width]` bool on the CPU.
@@ -183,11 +181,11 @@ class Scorer:
 
 
 def _batches(requests: Sequence[ScoringRequest], size: int, most: int) -> Iterator[list[ScoringRequest]]:
-    """Yield prompts that go through the heads together: of the same heads, of about one length, followed or not.
+    """Yield batches of requests: of the same heads, of about one length, all of them followed or none.
 
     Args:
-        size: tokens a block of the cache; blocks are read as a whole.
-        most: tokens that are read together.
+        size: tokens in a block of the cache; blocks are read as a whole.
+        most: tokens in a batch.
     """
     together: dict[tuple[bool | str, ...], list[ScoringRequest]] = {}
     for request in requests:
