@@ -21,7 +21,7 @@ MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
 def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the arguments of vLLM's server for a command line of ours. Options that are not ours are vLLM's."""
+    """Return the arguments of vLLM's server for a command line. Options that are not of heads are vLLM's."""
     ours, rest = _parser().parse_known_args(argv)
     options = vars(ours)
     if ours.halt_reply and not ours.halt_on:
@@ -31,12 +31,10 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         options[option] = read_halting(options[option] or (), f"--{option.replace('_', '-')}") or None
     ours.unsure, ours.judge = _judge(ours)
     for_server = {name: options.pop(name) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
-    # From here on imports take seconds: a wrong option of ours was refused before.
+    # From here on imports take seconds: a wrong option of heads was refused before.
     check_version(ours.allow_untested_vllm)
-    usage = "%(prog)s MODEL --probe HEAD [options]"
-    theirs = parse_server_arguments(
-        _PROGRAM, usage, [ours.model, *rest]
-    )  # with the model, one word too many is an error
+    words = [ours.model, *rest]  # with the model, one word too many is an error
+    theirs = parse_server_arguments(_PROGRAM, "%(prog)s MODEL --probe HEAD [options]", words)
     if theirs.headless or theirs.grpc or theirs.api_server_count not in (None, 1):
         raise ProbeError("--headless, --grpc and --api-server-count do not go with heads: one process serves HTTP")
     theirs.served_model_name = theirs.served_model_name or [ours.model]  # `model` may become a folder
@@ -56,27 +54,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--probe", action="append", required=True, metavar="[NAME=]HEAD", help="folder, Hub id or alias; repeatable"
     )
-    halting = f"requests that get no reply, or a part of it: {HALTING_FORMS}; repeatable"
+    halting = f"heads that block requests and end replies: {HALTING_FORMS}; repeatable"
     parser.add_argument("--halt-on", action="append", metavar="HEAD[:LABEL[:THRESHOLD]]", help=halting)
-    parser.add_argument(
-        "--halt-reply", metavar="TEXT", help="what a request that is halted gets as its reply, or its end"
-    )
-    monitoring = "heads that flag as with --halt-on, and halt nothing; repeatable"
+    parser.add_argument("--halt-reply", metavar="TEXT", help="reply to a halted prompt, and end of a halted reply")
+    monitoring = "heads that flag by the same rules and halt nothing; repeatable"
     parser.add_argument("--monitor", action="append", metavar="HEAD[:LABEL[:THRESHOLD]]", help=monitoring)
-    holding = "tokens of a reply to hold back until later ones are clear, beside the one without a score; default 0"
+    holding = "tokens of a reply to hold back until later tokens are clear, besides the newest one; default 0"
     parser.add_argument("--hold-back", type=int, metavar="K", help=holding)
     parser.add_argument(
         "--hide-scores", action="store_true", help="send labels and halts alone: no logits, probabilities, thresholds"
     )
-    judging = f"guard that decides on prompts of which a head is unsure: a URL that ends with {', '.join(JUDGE_PATHS)}"
+    judging = f"guard that decides where a head is unsure: a URL that ends with {', '.join(JUDGE_PATHS)}"
     parser.add_argument("--judge", metavar="URL", help=f"{judging}. Its key is read from LLAMA_PROBE_JUDGE_KEY")
-    band = "scores of a head in --halt-on of which the judge decides, LOW <= score < HIGH; repeatable"
+    band = "the judge decides on prompts with LOW <= score < HIGH of a head in --halt-on; repeatable"
     parser.add_argument("--unsure", action="append", metavar="HEAD=LOW:HIGH", help=band)
-    parser.add_argument("--judge-model", metavar="NAME", help="which the judge is asked for")
-    parser.add_argument("--judge-timeout", type=float, metavar="SECONDS", help="for an answer; default 5")
-    failing = "what an error or a time-out of the judge does to a prompt: closed halts it (default), open lets it pass"
+    parser.add_argument("--judge-model", metavar="NAME", help="model that the judge is asked for")
+    parser.add_argument("--judge-timeout", type=float, metavar="SECONDS", help="to wait for an answer; default 5")
+    failing = "what happens to a prompt if the judge fails: closed halts it (default), open lets it pass"
     parser.add_argument("--judge-fails", choices=("closed", "open"), help=failing)
-    strict = "refuse heads of another backbone; else a warning. Default: with --halt-on"
+    strict = "refuse heads of another backbone, instead of a warning. Default: with --halt-on"
     parser.add_argument("--probe-strict", action=argparse.BooleanOptionalAction, help=strict)
     sizes = "compare sizes alone, which spares reading the weights once more"
     parser.add_argument("--skip-fingerprints", dest="compare_fingerprints", action="store_false", help=sizes)
@@ -96,7 +92,7 @@ def _heads(texts: list[str]) -> dict[str, str] | list[str]:
 
 
 def _judge(ours: argparse.Namespace) -> tuple[dict[str, tuple[float, float]] | None, JSON | None]:
-    """Take the options of the judge out of the others. Return the bands by head, and the fields of a `Judge`."""
+    """Remove the options of the judge. Return the bands by head, and the fields of a `Judge`."""
     options = {name: vars(ours).pop(f"judge_{name}") for name in ("model", "timeout", "fails")}
     bands = read_unsure(ours.unsure or ())
     if ours.judge is None or not bands:

@@ -39,18 +39,19 @@ def check_heads(
     cache_dir: str | None = None,
     aliases: Mapping[str, str | None] | None = None,
 ) -> None:
-    """Warn of heads, whose configs are by name, that were trained on another backbone; see `check_backbone`.
+    """Warn of heads that were trained on another backbone; see `check_backbone`.
 
     For the fingerprints the backbone runs over 32 tokens, on the CPU, with one layer in memory at a time. Quantised, damaged
     or missing weights are not compared, and a warning says so.
 
     Args:
+        configs: of the heads, by name.
         model, revision: folder or Hub id of a model of one of `ARCHITECTURES`.
-        cache_dir: where vLLM keeps what it fetches (its `download_dir`), so that this is fetched once.
-        aliases: by name, the aliases of bundled heads.
+        cache_dir: where vLLM keeps what it fetches (its `download_dir`), so that the weights are fetched once.
+        aliases: by name the alias of a bundled head.
 
     Raises:
-        ProbeError: a head with an alias is for an unrelated model; with `strict`, instead of each of these warnings.
+        ProbeError: a head with an alias is for an unrelated model. With `strict`, in place of each warning.
     """
     with tempfile.TemporaryDirectory() as scratch, _one_thread():
         try:
@@ -82,7 +83,7 @@ def check_heads(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """vLLM may fork its processes from this one, in which a pool of OpenMP's threads would be there and dead."""
+    """Compute on one thread. vLLM may fork its processes from this one, and a pool of OpenMP's threads would be dead in them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""The memory of an engine for its heads: states or features of each token, and a state of each reply that they follow."""
+"""What an engine stores for its heads: states or features of each token, and a state of each reply that heads follow."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ _STATES = ""  # in place of a head's name
 
 
 class CachePlan:
-    """The numbers that are kept of each token for the heads: `width` of them, the states of some layers and then features of others.
+    """The `width` numbers that are stored of each token: hidden states of some layers, and then features.
 
-    Features are what a head's linear maps give for a token, at every layer that it reads; see `split_head`. They are
-    kept if that takes fewer numbers than the states alone.
+    Features are what a head's linear maps give for a token at every layer that the head reads; see `split_head`. Features are
+    stored if they take fewer numbers than the states that they replace.
 
     Args:
-        projected: keep features, or states alone. Defaults to what is smaller.
+        projected: store features, or states alone. Defaults to the smaller.
 
     Attributes:
-        heads: by name, as they read what is kept.
-        layers: indices of the states that are kept, ascending.
-        sizes: numbers that a head reads of a layer.
-        columns: where all that a head reads lies among the numbers of a token, layer by layer.
+        heads: by name, in a form that reads the stored numbers.
+        layers: indices of the stored states, ascending.
+        sizes: by head the numbers that it reads of a layer.
+        columns: by head the place of its numbers among those of a token, layer by layer.
+        depth: `width` in hidden states, rounded up.
         reply_states: of the heads that follow replies.
     """
 
@@ -48,27 +49,28 @@ class CachePlan:
             splits, self.layers = {}, every
         self.heads = {name: splits[name][1] if name in splits else head for name, head in heads.items()}
         self.sizes = {name: splits[name][0].shape[1] if name in splits else hidden_size for name in heads}
-        # Heads that read the same layers, normalised alike, share one product with all their maps.
+        # Heads that read the same layers, normalised alike, share one product with all their maps, [S, D, sizes].
         self._groups: dict[tuple[tuple[int, ...], str | None], list[str]] = {}
         for name in splits:
             alike = tuple(heads[name].layer_indices), heads[name].config.normalize
             self._groups.setdefault(alike, []).append(name)
-        self._maps = {  # [S, D, sizes]
-            alike: torch.cat([splits[name][0] for name in names], dim=1).transpose(1, 2)
-            for alike, names in self._groups.items()
-        }
+        self._maps: dict[tuple[tuple[int, ...], str | None], torch.Tensor] = {}
+        for alike, names in self._groups.items():
+            self._maps[alike] = torch.cat([splits[name][0] for name in names], dim=1).transpose(1, 2)
         widths = {_STATES: len(self.layers) * hidden_size}
         for (layers, _), names in self._groups.items():
             widths |= {name: len(layers) * self.sizes[name] for name in names}
-        places, self.width = side_by_side(widths), sum(widths.values())
+        self.width = sum(widths.values())
+        self.depth = -(-self.width // hidden_size)
+        places = side_by_side(widths)
         self.columns = {name: places.get(name, places[_STATES]) for name in heads}
-        self.depth = -(-self.width // hidden_size)  # of how many states they take the place
         self.reply_states: ReplyStates | None = None
 
     def move(self, device: torch.device, dtype: torch.dtype, slots: int) -> None:
-        """Move heads and maps beside states of this dtype, and make room for the states of `slots` replies.
+        """Move heads and maps to a device, and make room for the states of `slots` replies. vLLM's memory profile counts it.
 
-        A server counts this memory at its start.
+        Args:
+            dtype: of the hidden states.
         """
         for head in self.heads.values():
             head.to(device)
@@ -77,34 +79,35 @@ class CachePlan:
             self.reply_states = ReplyStates(followers, self.sizes, slots)
 
     def pieces(self, states: Mapping[int, torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield what is kept of tokens, `[piece, width]` in the model's dtype, with the place of each piece.
+        """Yield the numbers to store of tokens, `[piece, width]` in the model's dtype, with the place of each piece.
 
         Args:
             states: `[tokens, hidden_size]` by layer.
         """
         first = next(iter(states.values()))
-        # The states of a piece are there three times: stacked, normalised, and as what is kept.
+        # The states of a piece are in memory three times: stacked, normalised, and as numbers to store.
         size = max(1, state_budget(first.device) // (3 * len(states) * first.shape[1] * first.element_size()))
         for begin in range(0, len(first), size):
             piece = slice(begin, begin + size)
             parts = [states[layer][piece] for layer in self.layers]
-            for (layers, kind), names in self._groups.items():
-                x = normalize(torch.stack([states[layer][piece] for layer in layers]), kind)  # [S, n, D]
-                products = torch.bmm(x, self._maps[layers, kind]).transpose(0, 1)  # [n, S, sizes]
+            for alike, names in self._groups.items():
+                layers, normalization = alike
+                x = normalize(torch.stack([states[layer][piece] for layer in layers]), normalization)  # [S, n, D]
+                products = torch.bmm(x, self._maps[alike]).transpose(0, 1)  # [n, S, sizes]
                 parts += [part.flatten(1) for part in products.split([self.sizes[name] for name in names], dim=-1)]
             yield piece, torch.cat(parts, dim=1)
 
     def inputs(self, name: str, numbers: torch.Tensor) -> torch.Tensor:
-        """Return what a head reads, `[S, rows, tokens, size]`, of what is kept of tokens, `[rows, tokens, width]`."""
+        """Return the input of a head, `[S, rows, tokens, size]`, from stored numbers, `[rows, tokens, width]`."""
         head = self.heads[name]
         x = numbers[..., self.columns[name]].unflatten(-1, (-1, self.sizes[name])).permute(2, 0, 1, 3)
-        if len(head.layer_indices) < len(x):  # a list as index would come from pageable memory
+        if len(head.layer_indices) < len(x):  # to index by a list would wait for a copy to the device
             x = torch.stack([x[self.layers.index(layer)] for layer in head.layer_indices])
         return head.prepare(x)
 
 
 def side_by_side(sizes: Mapping[str, int]) -> dict[str, slice]:
-    """Return the place of each of several sizes, one behind the other."""
+    """Return the slice of each size, if they lie one behind the other."""
     stops = accumulate(sizes.values())
     return {name: slice(stop - size, stop) for (name, size), stop in zip(sizes.items(), stops, strict=True)}
 
@@ -131,9 +134,9 @@ class ReplyStates:
     """States of heads, by slot, in fp32.
 
     Args:
-        heads: those that follow replies, by name, as they read what is cached.
-        sizes: numbers that a head reads of a layer.
-        slots: replies at the same time.
+        heads: heads that follow replies, by name, as in `CachePlan.heads`.
+        sizes: as in `CachePlan`.
+        slots: number of replies at the same time.
     """
 
     def __init__(self, heads: Mapping[str, ProbeModel], sizes: Mapping[str, int], slots: int):

@@ -11,10 +11,10 @@ from ..errors import ProbeError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# The scheduler, the connector and the cache layers of vLLM are no public interfaces: they change between minor versions.
+# The scheduler, the connector and the cache layers of vLLM are not public: they change between minor versions.
 TESTED_VLLM = ("0.32",)
 
-# vLLM's classes that hand out the states between their layers. Each gets a subclass with a cache for them; see `models`.
+# vLLM's classes that give the states between their layers. Each has a subclass with a cache for these; see `models`.
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -36,12 +36,12 @@ TRANSFER = {
 SCHEDULER = "llama_probe.vllm.scheduler.create_scheduler"
 
 
-_EAGLE = "EAGLE and extract_hidden_states take the states between the layers for themselves, others were not tested"
+_EAGLE = "EAGLE and extract_hidden_states need the states between the layers, and other methods were not tested"
 _OVERLAP = "micro-batches that overlap were not tested"
 _STORED = "a prompt that another connector finds gets the scores of another prompt"
 _DROPPED = "level 2 drops their weights, which nothing loads again"
-# By argument of `vllm.LLM`, on a command line with dashes: its place in a complete config, its allowed values, why no others.
-# vLLM itself refuses context parallelism and quantised caches, for the layer of `paged_states`.
+# By argument of `vllm.LLM`: its place in a complete config, the allowed values, and the reason to refuse all other values. vLLM
+# itself refuses context parallelism and quantised caches beside the layer of `paged_states`.
 RESTRICTIONS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "speculative_config": ("speculative_config.method", ("ngram", "draft_model"), _EAGLE),
     "enable_dbo": ("parallel_config.enable_dbo", (False,), _OVERLAP),
@@ -56,7 +56,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     for argument, (place, allowed, reason) in RESTRICTIONS.items():
         value, field = arguments.get(argument), place.split(".")[1]
         value = getattr(value, field, value)
-        if isinstance(value, Mapping):  # If `speculative_config` names no method, vLLM may take EAGLE's.
+        if isinstance(value, Mapping):  # vLLM may take EAGLE for a `speculative_config` that names no method
             value = value.get(field) or "unnamed"
         if value is not None and value not in allowed:
             others = " or ".join(map(repr, allowed))

@@ -21,7 +21,7 @@ JUDGED = Counter("llama_probe_judged", "Prompts that the head left to the judge,
 
 
 def announce(heads: Iterable[str]) -> None:
-    """Show the counters of heads before they count anything."""
+    """Show the counters of heads on `/metrics` before they count anything."""
     for name in heads:
         for counter in (_SCORED, _FLAGGED, _HALTED, _TOKENS, _FLAGGED_REPLIES, _HALTED_REPLIES):
             counter.labels(name)

@@ -1,4 +1,4 @@
-"""Halting rules as a command line spells them. Nothing here takes long to import."""
+"""Halting rules as a command line spells them. This file imports fast, for `--help`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..files import JSON
 from ..hub.folder import head_name
 
 
-# THRESHOLD is a number or the name of one. A head may be spelled as its folder. A label with a `:` needs the second form.
+# THRESHOLD is a number or the name of a threshold. HEAD may be the head's folder. A label with a `:` needs the second form.
 HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
 _WORD = re.compile(r"([\w.-]+)(?:=(.*)|:([^:]+)(?::([^:]+))?)?", re.DOTALL)
-# The end of a judge's URL tells what it speaks.
+# The end of a judge's URL tells its protocol.
 JUDGE_PATHS = MODERATIONS, CHAT, GUARDRAIL = "/moderations", "/chat/completions", "/beta/litellm_basic_guardrail_api"
 
 
 def read_halting(words: Sequence[str], option: str = "--halt-on") -> dict[str, JSON]:
-    """Return the `halt_on` that the words of an option of a command line give, each in one of `HALTING_FORMS`."""
+    """Return the `halt_on` of an option's words, each in one of `HALTING_FORMS`."""
     spec: dict[str, JSON] = {}
     for word in words:
         match = _WORD.fullmatch(word)

@@ -44,13 +44,13 @@ _ACTIONS = {"NONE": False, "BLOCKED": True, "GUARDRAIL_INTERVENED": True}
 class Judge:
     """Asks an HTTP guard about the prompts whose score lies in the band of a head.
 
-    The URL's path tells how it is asked: OpenAI's moderations; a chat with a guard model, whose answer begins with safe or no,
-    unsafe or yes; or LiteLLM's guardrail API. It gets the text that the head reads. It is asked once about each text of a request.
+    The URL's path tells the protocol: OpenAI's moderations; a chat with a guard model, whose answer begins with safe or no,
+    unsafe or yes; or LiteLLM's guardrail API. The guard gets the text that the head reads, once for each text of a request.
 
     Attributes:
         url: of the guard.
-        model: which the guard is asked for.
-        timeout: seconds for an answer.
+        model: that the guard is asked for.
+        timeout: seconds to wait for an answer.
         fails: "closed" halts a prompt without an answer, "open" lets it pass.
     """
 
@@ -76,12 +76,12 @@ class Judge:
     async def watch(
         self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams, decisions: Decisions
     ) -> AsyncIterator[RequestOutput]:
-        """Yield the outputs of an engine's request once its prompt passes; else one that ends all its replies.
+        """Yield the outputs of an engine's request once its prompt passes; else one output that ends all its replies.
 
-        vLLM joins the outputs that come while nobody asks for one. A request that is halted, or whose client is gone, is aborted.
+        vLLM joins the outputs that come while the judge is asked. A request that is halted, or whose client is gone, is aborted.
 
         Args:
-            params: those that the server asked for, before `in_parts`.
+            params: of the server, before `in_parts`.
             decisions: about texts of the same HTTP request.
         """
         answers: dict[str, str] | None = None
@@ -132,7 +132,7 @@ class Judge:
             return None
 
     def _read(self, answer: JSON) -> bool:
-        """Return what an answer says. An error of any kind means that it says nothing."""
+        """Return True if an answer halts. Any error means that the answer cannot be read."""
         if self._path == GUARDRAIL:
             return _ACTIONS[answer["action"]]
         if self._path == MODERATIONS:

@@ -1,6 +1,6 @@
-"""`/v1/moderations` of OpenAI's API, `/classify` of vLLM's and LiteLLM's guardrail API: labels of texts, without a reply.
+"""`/v1/moderations` of OpenAI, `/classify` of vLLM, and LiteLLM's guardrail API: labels of texts, without a reply.
 
-A request becomes one for completions without a token, which vLLM's server checks and answers. Its scores make the response.
+A request becomes a request for completions without a token, which vLLM's server checks and answers. Its scores make the response.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Formats = Callable[[str], PromptFormat]  # from a head's name
 
 
 def prompt_formats(configs: Mapping[str, ProbeConfig], tokenizer: PreTrainedTokenizerBase) -> Formats:
-    """Return a function that gives the form in which a head, whose config is by name, was trained to read texts."""
+    """Return a function from a head's name to the format in which that head was trained to read texts."""
     tokenizer = copy.deepcopy(tokenizer)  # the server's own may be at work in another thread
     return functools.cache(lambda name: PromptFormat.from_config(configs[name], tokenizer))
 
@@ -41,7 +41,7 @@ class LabelRequest(ABC):
     """One request to such a route.
 
     Attributes:
-        is_judged: the answer depends on what is flagged, and so on a judge.
+        is_judged: the response depends on flags, and so on a judge.
         have_replies: the inputs are chats that end with a reply, which is scored.
         prompt_params: `kv_transfer_params` of each prompt: the heads that read it, and where a reply in it begins.
     """
@@ -53,7 +53,7 @@ class LabelRequest(ABC):
 
     @abstractmethod
     def read(self, body: JSON) -> tuple[list[str], list[Any]]:
-        """Return the names of the heads that answer, and the inputs: texts, chats or token ids."""
+        """Return the names of the heads that score the inputs, and the inputs: texts, chats or token ids."""
 
     @abstractmethod
     def body(self, by_head: Mapping[str, list[JSON]], completion: JSON) -> JSON:
@@ -75,7 +75,7 @@ class LabelRequest(ABC):
         return json.dumps(completion).encode()
 
     def _prompts(self, heads: Sequence[str], inputs: list[Any], formats: Formats) -> list[list[int]]:
-        """Return the token ids of each input, for each form. Note what is asked of each prompt."""
+        """Return the token ids of each input, for each format of the heads. Set `prompt_params`."""
         prompts: list[list[int]] = []
         for group in heads_by_format({name: self.settings.configs[name] for name in heads}):
             starts: list[int | None] = [None] * len(inputs)
@@ -127,7 +127,7 @@ class Moderations(LabelRequest):
                 label, result = rule.config.id2label[rule.index], by_head[rule.head][row]
                 category = f"{rule.head}/{label}"
                 categories[category] = label in result["flagged"]
-                # Of a head whose scores are hidden, the decision is all there is.
+                # If scores are hidden, the score is that of the decision.
                 score = result.get("scores", {}).get(label, result.get("score"))
                 scores[category] = float(categories[category]) if score is None else score
             results.append({
@@ -141,18 +141,19 @@ class Moderations(LabelRequest):
 
 
 class Guardrail(Moderations):
-    """LiteLLM's Generic Guardrail API: a request is blocked if a label of it would be flagged by `Moderations`.
+    """LiteLLM's Generic Guardrail API: blocks what `Moderations` flags.
 
-    Its messages are one chat. Without these, each of its texts is one. A response is its texts, each a reply to the chat, whole.
+    A request is one chat, by its messages; without messages each of its texts is a chat. In a response each text is a whole
+    reply to the chat.
     """
 
     def read(self, body):
-        body["model"] = None  # it has the gateway's
-        kind, texts = body.get("input_type"), body.get("texts") or []
+        body["model"] = None  # the gateway sends the name of another model
+        input_type, texts = body.get("input_type"), body.get("texts") or []
         chat = _chat(body.get("structured_messages"))
-        if kind not in ("request", "response"):
-            raise ProbeError(f"input_type is {kind!r}; it must be request or response")
-        self.have_replies = kind == "response"
+        if input_type not in ("request", "response"):
+            raise ProbeError(f"input_type is {input_type!r}; it must be request or response")
+        self.have_replies = input_type == "response"
         self.is_judged = not self.have_replies
         if not self.have_replies:
             return self.flagging(), [chat] if chat else texts
@@ -209,7 +210,7 @@ LABEL_ROUTES: dict[str, type[LabelRequest]] = {
 
 
 def _chat(messages: object) -> Any:
-    """Return messages of OpenAI's API as chat templates take them: content parts are a text, arguments of tools an object."""
+    """Return messages of OpenAI's API as chat templates take them: content parts as a text, arguments of tools as an object."""
     if isinstance(messages, list) and is_text(messages):
         for message in messages:
             content, calls = message.get("content"), message.get("tool_calls")
@@ -222,7 +223,7 @@ def _chat(messages: object) -> Any:
 
 
 def _moderated(value: object) -> list[Any]:
-    """Return the texts of an `input`. Content parts are one text, as OpenAI's API answers them with one result."""
+    """Return the texts of an `input`. Content parts are one text: OpenAI's API has one result for them."""
     inputs = value if isinstance(value, list) else [value]
     texts = _texts(inputs)
     return ["\n".join(texts)] if texts and len(texts) == len(inputs) else inputs

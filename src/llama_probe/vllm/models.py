@@ -1,6 +1,6 @@
 """vLLM's model classes with a cache for what heads read: `ProbedLlamaForCausalLM` and others.
 
-A class is made when it is asked for, from the one of the same name without `Probed`. It computes what that computes.
+Each class is made on first use, from vLLM's class of the same name without `Probed`, and computes the same.
 """
 
 from __future__ import annotations
@@ -47,18 +47,20 @@ def _probed(name: str) -> type[nn.Module]:
                 plan = CachePlan(settings.read_heads())
             device, dtype = vllm_config.device_config.device, vllm_config.model_config.dtype
             plan.move(device, dtype, vllm_config.scheduler_config.max_num_seqs)
-            # vLLM orders its caches by the number in their names, and the layers have those below.
+            # vLLM orders its caches by the number in their names. The layers have the numbers below this one.
             self.probe_states = PagedStates(vllm_config, plan, maybe_prefix(prefix, f"{NAME}.{last}"))
 
         @functools.wraps(base.forward)  # vLLM reads the signature
         def forward(self, *args, **kwargs) -> torch.Tensor:
             output = super().forward(*args, **kwargs)
-            if isinstance(output, IntermediateTensors):  # of a stage, to the next; the last one gets the states of all
+            if isinstance(
+                output, IntermediateTensors
+            ):  # for the next stage; the last stage gets the states of all layers
                 for value in (*args, *kwargs.values()):
                     if isinstance(value, IntermediateTensors):
                         output.tensors = value.tensors | output.tensors
                 return output
-            # States between the layers come in order, before the last, which is the one after the final norm.
+            # The states between the layers come in order, apart from the state after the final norm.
             final, below = output if isinstance(output, tuple) else (output, [])
             self.probe_states(dict(zip(self._read, [*below, final], strict=False)))
             return final

@@ -1,4 +1,4 @@
-"""Replies that heads follow, in the scheduler's process: what is held back of each, when one ends, and what heads say of it."""
+"""Replies that heads follow, in the scheduler's process: tokens that are held back, halts, and what heads say of each reply."""
 
 from __future__ import annotations
 
@@ -26,16 +26,19 @@ class Reply:
     """One reply, and what heads have said of it so far.
 
     Attributes:
-        heads: names of those that were asked for.
-        slot: of its states in the workers; `None` while they have none.
-        held: tokens that were not delivered, with their logprobs if the request has some.
-        withheld: outputs since the last that was sent.
-        keeps_last: the last token may be delivered without a score: it ends the reply.
+        heads: names of the heads that the request asks for.
+        slot: of the reply's states in the workers; `None` while there are none.
+        held: tokens that were not delivered, with their logprobs if the request asks for logprobs.
+        withheld: outputs since the last one that was sent.
+        keeps_last: the last token ends the reply, and may be delivered without a score.
         scored: number of tokens that have scores.
+        clear: number of newest tokens that no guard flags.
         streaks: of each rule.
         flagged: by rule the token at which its patience ended.
-        halt: why the reply was ended.
-        largest: by label the largest score, and the token that has it.
+        halt: why the reply was halted.
+        last: logits after the last scored token.
+        largest: by label the largest score, and its token.
+        token_logits: logits after each token, if the request asks for them.
     """
 
     def __init__(self, request: Request, heads: list[str], rules: list[HaltRule]):
@@ -48,7 +51,7 @@ class Reply:
         self.streaks = [Streak(rule.patience, rule.window) for rule in rules]
         self.flagged: dict[int, int] = {}
         self.halt: Halt | None = None
-        self.last: list[float] | None = None  # logits
+        self.last: list[float] | None = None
         self.largest: list[tuple[float, int]] = []
         keeps_all = (request.kv_transfer_params or {}).get("token_scores")
         self.token_logits: list[list[float]] | None = [] if keeps_all else None
@@ -58,14 +61,14 @@ class Replies:
     """The replies that run in an engine.
 
     If a rule of `halt_on` follows replies, a token is delivered once it has a score: one token is held back, and `hold_back`
-    more. A reply ends before its first flagged token, or before the first of as many as the rule's patience. What ends by
-    itself is delivered whole, but for a last token that is no end: that one has no score.
+    more. A reply ends before its first flagged token, with patience before the first of so many in a row. A reply that ends by
+    itself is delivered whole. Only its last token has no score, and is left out unless it is an end of sequence.
 
     Args:
-        slots: of states in the workers.
+        slots: number of replies whose states the workers keep.
 
     Attributes:
-        running: by request; those that some head follows.
+        running: by request the replies that some head follows.
     """
 
     def __init__(self, settings: ProbeSettings, slots: int):
@@ -77,7 +80,7 @@ class Replies:
         self._columns = side_by_side({name: config.num_labels for name, config in self.configs.items()})
         self.running: dict[str, Reply] = {}
         self.free_slots = list(range(slots))
-        self._siblings: dict[str, dict[int, Reply]] = {}  # by the id of the request that has several replies
+        self._siblings: dict[str, dict[int, Reply]] = {}  # by request of a client the replies by index
         self._rows: dict[str, tuple[list[float], list[float], list[Halt | None]]] = {}  # of the newest step
         self._touched: dict[str, Reply] = {}  # in this step
 
@@ -113,7 +116,7 @@ class Replies:
         return any(reply.request.is_finished() for reply in siblings)
 
     def begin_step(self, step: StepScores | None) -> None:
-        """Take in the scores of a step."""
+        """Read the scores of a step."""
         self._rows, self._touched = {}, {}
         if step is None or not step.replies:
             return
@@ -137,7 +140,7 @@ class Replies:
                 reply.streaks[number] = Streak(rule.patience, rule.window, flagged)
 
     def read_score(self, request_id: str) -> str | None:
-        """Take in the score of a reply's newest token, as the next one comes. Return the head that ends the reply before it."""
+        """Add the score of a reply's newest token, as the next token comes. Return the head that halts the reply before it."""
         reply = self.running.get(request_id)
         if reply is None:
             return None
@@ -152,7 +155,7 @@ class Replies:
         return reply.halt and reply.halt.head
 
     def end(self, request: Request) -> None:
-        """Decide how a reply ends that vLLM has stopped."""
+        """Note how a reply ends that vLLM has stopped."""
         reply = self.running.get(request.request_id)
         if reply is None:
             return
@@ -178,7 +181,7 @@ class Replies:
         reply.clear = reply.clear + 1 if is_clear else 0
 
     def edit(self, output: EngineCoreOutput) -> bool:
-        """Put what may be delivered into an output of this step. Return False if it has nothing to deliver."""
+        """Put the tokens that may be delivered into an output of this step. Return False if there is nothing to deliver."""
         reply = self._touched.get(output.request_id)
         if reply is None or not self.holds_back:
             return True
@@ -190,8 +193,8 @@ class Replies:
         output.new_token_ids = [token for token, _ in delivered]
         if output.new_logprobs is not None:
             output.new_logprobs = _joined([output.new_logprobs.slice_request(0, 0), *(rows for _, rows in delivered)])
-        # An output without a token is sent at the end alone: the front end would give it its own, empty list of logprobs, and
-        # may join later outputs to that.
+        # An output without a token is sent only at the end: the front end would give it an empty list of logprobs, and may join
+        # later outputs to that list.
         reply.withheld.append(output)
         if not (ready or output.finished):
             return False
@@ -203,12 +206,12 @@ class Replies:
         return True
 
     def summaries(self, request_id: str) -> list[JSON | None] | None:
-        """Return what heads say of a request's replies so far, by index; `None` for those that are not known here.
+        """Return what heads say of a request's replies so far, by index; `None` for a reply that another engine writes.
 
-        Each is `{"probes": {head: ...}, "halted": fields of a `Halt`, or None}`. Of a head there are `tokens`, the number that
-        it scored, and if there are any what `describe_predictions` says after the last one, `logits`, `largest` (by label `score` and
-        `token`), `flagged` with the labels that were, and `token`, at which the first of them was. `token_logits` has those
-        after each token, `None` if one is no number, if the request asked for `token_scores`.
+        A reply has `{"probes": {head: ...}, "halted": fields of a `Halt`, or None}`. A head has `tokens`, the number of tokens
+        that it scored. After the first token it also has `logits` and what `describe_predictions` says, both after the last token, and
+        `largest` (by label `score` and `token`). A head that can flag has `flagged`, its flagged labels, and `token`, at which
+        the first was flagged. If the request asks for `token_scores`, `token_logits` has a row a token, `None` if it is no number.
         """
         reply = self.running.get(request_id)
         if reply is None:
@@ -226,12 +229,13 @@ class Replies:
         return {"probes": probes, "halted": halted}
 
     def _of_head(self, reply: Reply, name: str, columns: slice) -> JSON:
-        config, summary = self.configs[name], {"tokens": reply.scored}
+        config = self.configs[name]
+        summary: JSON = {"tokens": reply.scored}
         labels = {number: config.id2label[rule.index] for number, rule in enumerate(self.rules) if rule.head == name}
         flagged = {label: reply.flagged[number] for number, label in labels.items() if number in reply.flagged}
         if reply.last is not None:
-            values, probs = head_result(reply.last[columns], config)
-            summary |= values
+            result, probs = head_result(reply.last[columns], config)
+            summary |= result
             if probs is not None:
                 largest = [{"score": score, "token": token} for score, token in reply.largest[columns]]
                 summary["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
@@ -249,20 +253,20 @@ def has_no_reply(request: Request) -> bool:
 
 
 def reply_start(request: Request) -> int | None:
-    """Return where a reply begins in the prompt of a request for labels alone; `None` if it has none."""
+    """Return where a reply begins in the prompt of a request for labels alone; `None` if it holds no reply."""
     return (request.kv_transfer_params or {}).get("reply_start") if has_no_reply(request) else None
 
 
 def _family(request_id: str) -> tuple[str, int]:
-    """Return the id of a request and the index of one of its replies. vLLM has a request for each reply, `INDEX_ID`."""
+    """Return the id of a client's request and the index of a reply. vLLM calls the request of each reply `INDEX_ID`."""
     index, _, family = request_id.partition("_")
     return (family, int(index)) if family and index.isdecimal() and len(index) < 5 else (request_id, 0)
 
 
 def _joined(parts: list[LogprobsLists]) -> LogprobsLists:
-    """Return the logprobs of several tokens as one. A request beside them may have made some of them wider.
+    """Join the logprobs of several tokens.
 
-    vLLM's front end takes as many columns as were asked for.
+    Another request in the same step may have made some of them wider. vLLM's front end takes as many columns as it needs.
     """
     width = max(part.logprobs.shape[1] for part in parts)
     *wide, ranks = (list(column) for column in zip(*(part[:3] for part in parts), strict=True))

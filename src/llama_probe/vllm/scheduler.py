@@ -1,4 +1,4 @@
-"""vLLM's schedulers with two more duties: outputs carry what heads say, and halted requests end before what was flagged."""
+"""vLLM's schedulers with two more duties: outputs carry results of heads, and halted requests end before a flagged token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Probed:
         self.replies = self.probes.replies
 
     def update_from_output(self, scheduler_output, model_runner_output):
-        """As vLLM's. The scores of the step come first, so that they go out with the very first token."""
+        """As vLLM's. The scores of the step are read before, so that they go out with the first token."""
         from_workers = model_runner_output.kv_connector_output
         scores: StepScores | None = from_workers and from_workers.kv_connector_worker_meta
         for request_id, rows in (scores.read_prompts() if scores else {}).items():
@@ -38,17 +38,18 @@ class _Probed:
         """Put scores and what is held back of a reply into an output. Return False if it has nothing to deliver."""
         request = self.requests.get(output.request_id)
         params = request and request.sampling_params
-        # The last output of a request has its scores already. Of the others, vLLM may merge the first with later ones on the
-        # way, and the last one of a reply with those of other replies: so all that may be delivered carry them. In streams that
-        # is any, and if the front end looks for stop strings.
-        is_any = params is not None and (params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop))
-        if output.kv_transfer_params is None and is_any:
+        # vLLM puts the result into the last output of a request. It may also deliver any output of a stream, or of a request with
+        # stop strings, and may merge outputs before, also those of several replies: so all of them carry the result.
+        may_be_delivered = params is not None and (
+            params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop)
+        )
+        if output.kv_transfer_params is None and may_be_delivered:
             with_replies = bool(params.stop) or self.replies.has_ended(output.request_id)
             output.kv_transfer_params = self.probes.get_result(output.request_id, with_replies)
         return self.replies.edit(output)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        """As vLLM's: a request whose prompt comes in pieces gets the next one. It is scored, and may be halted, anew."""
+        """As vLLM's: a request whose prompt comes in pieces gets the next piece. The longer prompt is scored, and may be halted."""
         super()._update_request_as_session(session, update)
         self.probes.on_new_request(session)
 
@@ -74,10 +75,11 @@ class ProbeScheduler(_Probed, Scheduler):
 
 
 class AsyncProbeScheduler(_Probed, AsyncScheduler):
-    """The next step is scheduled while one runs: a halted request may take part in it, and what it gives is dropped."""
+    """Schedules a step while another runs. A halted request may take part in the next step, whose result is dropped."""
 
 
 def create_scheduler(vllm_config, **kwargs: Any) -> Scheduler:
     """Return the scheduler that suits the config. vLLM's `scheduler_cls` names this function."""
-    kind = AsyncProbeScheduler if vllm_config.scheduler_config.async_scheduling else ProbeScheduler
-    return kind(vllm_config=vllm_config, **kwargs)
+    is_async = vllm_config.scheduler_config.async_scheduling
+    scheduler_class = AsyncProbeScheduler if is_async else ProbeScheduler
+    return scheduler_class(vllm_config=vllm_config, **kwargs)

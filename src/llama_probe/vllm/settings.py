@@ -84,10 +84,11 @@ class ProbeSettings:
 
     @cached_property
     def flags(self) -> list[HaltRule]:
-        """The rules by which labels are flagged, by head and label: those of `halt_on` and `monitor`, else the heads' own.
+        """The rules by which labels are flagged, by head and label.
 
-        A head flags what its config names (`flagged`), a multi-label head that names none any label, from its own thresholds
-        on. `halt_on` and `monitor` add what they name, and take the place of what a head of exclusive labels flags.
+        A head flags the labels that its config names (`flagged`), and a multi-label head that names none flags all of its
+        labels, from the head's thresholds on. For a multi-label head `halt_on` and `monitor` add rules, or replace the rule of
+        a label. For other heads they replace all rules.
         """
         named = list(self.rules)
         try:
@@ -107,7 +108,7 @@ class ProbeSettings:
         return flags
 
     def check(self, speculates: bool) -> None:
-        """Raise `ProbeError` if rules do not go with heads, each other, or an engine that drafts tokens."""
+        """Raise `ProbeError` if the rules do not go with the heads, each other, or an engine that drafts tokens."""
         if both := sorted(set(self.halt_on or ()) & set(self.monitor or ())):
             raise ProbeError(f"halt_on and monitor both name {', '.join(both)}: a head does one or the other")
         if any(rule.ask is not None for rule in self.flags):
@@ -124,7 +125,7 @@ class ProbeSettings:
         """Raise `ProbeError` if a complete config does not go with these heads, or lacks a part of what they need."""
         check_config(config)
         self.check(config.speculative_config is not None)
-        # Sampling masks and experts of tokens cannot be held back with these.
+        # Sampling masks and experts of tokens cannot be held back with the tokens.
         if self.guards_replies and (config.model_config.return_sampling_mask or config.aux_output_config.enabled):
             names = ", ".join(self.reply_heads)
             raise ProbeError(f"return_sampling_mask does not go with heads that follow replies: {names}")
