@@ -41,12 +41,12 @@ def clock(_) -> float:
     return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
-def make_reply_head(kind: str, folder: str) -> str:
-    """Save an untrained head of this kind that follows replies. Return its folder."""
+def make_reply_head(probe_type: str, folder: str) -> str:
+    """Save an untrained head of this type that follows replies. Return its folder."""
     lm = AutoConfig.from_pretrained(demo_backbone())
     sizes = {"hidden_size": lm.hidden_size, "num_hidden_layers": lm.num_hidden_layers}
-    head = ProbeModel(ProbeConfig(probe_type=kind, token_scope="response", num_labels=2, **sizes))
-    return str(head.save_pretrained(Path(folder) / kind))
+    head = ProbeModel(ProbeConfig(probe_type=probe_type, token_scope="response", num_labels=2, **sizes))
+    return str(head.save_pretrained(Path(folder) / probe_type))
 
 
 def load(engine: str, head: str) -> LLM:
@@ -58,8 +58,8 @@ def load(engine: str, head: str) -> LLM:
     if engine == "plain":
         return LLM(str(demo_backbone()), **common)
     with tempfile.TemporaryDirectory() as folder:
-        kind = engine.removesuffix(" of replies")
-        source = head if kind == engine else make_reply_head(kind, folder)
+        probe_type = engine.removesuffix(" of replies")
+        source = head if probe_type == engine else make_reply_head(probe_type, folder)
         heads = {f"head-{number}": source for number in range(COPIES[engine])}
         # It flags nothing. A guard would cost the same: a token that is held back takes no time.
         rules = {"head-0": {"label": "LABEL_1", "threshold": 1.0}} if source != head else None

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ import time
 import httpx
 import pytest
 import uvicorn
+from launcher import free_port
 from played_server import play, save_heads
 from repository import ROOT
 
@@ -19,12 +19,6 @@ from llama_probe.vllm.settings import ProbeSettings
 
 FINE, BAD = [9.0, -9.0], [-9.0, 9.0]
 START = 120  # seconds until the gateway must answer
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -189,7 +189,7 @@ async def test_judge_that_fails_halts_or_lets_pass(serve, guard, monkeypatch, fa
     guard.behave = FAULTS[fault]
     if fault == "refuses":
         guard.close()
-    app, engine = serve(guard.url + MODERATIONS, fails=fails, timeout=2.0 if fault == "hangs" else 20.0)
+    app, engine = serve(guard.url + MODERATIONS, fails=fails, timeout=0.5 if fault == "hangs" else 20.0)
     assert await Client(app).choices() == [WHOLE if fails == "open" else HALTED]
     assert len(guard.requests) == (fault != "refuses"), "asked once"
     assert engine.running == 0 and guard.sent < 8_000_000
@@ -222,9 +222,10 @@ async def test_answers_are_counted_once_a_prompt(serve, guard):
 
 async def test_each_text_of_a_request_is_asked_about_once(tmp_path, guard):
     """Two heads have a prompt each of every input. Neither reads that of the other."""
-    kinds = {"guard": {"token_scope": "last_user", **PromptFormat(TOKENIZER).config_fields()}}
-    kinds["raw"] = {"prompt_format": "raw"}
-    heads = save_heads(tmp_path, {name: {"id2label": {0: "fine", 1: "bad"}, **kind} for name, kind in kinds.items()})
+    configs = {"guard": {"token_scope": "last_user", **PromptFormat(TOKENIZER).config_fields()}}
+    configs["raw"] = {"prompt_format": "raw"}
+    labels = {"id2label": {0: "fine", 1: "bad"}}
+    heads = save_heads(tmp_path, {name: {**labels, **config} for name, config in configs.items()})
     guard.behave = BAD
     rules, bands = {name: {"label": "bad"} for name in heads}, {name: [0.1, 0.9] for name in heads}
     settings = ProbeSettings(heads, rules, judge={"url": guard.url + MODERATIONS}, unsure=bands)

@@ -1,6 +1,5 @@
 """Moderations and classifications, before a server of one route and an engine that says what it is told to."""
 
-import asyncio
 import json
 
 import numpy as np
@@ -14,7 +13,7 @@ from llama_probe.vllm.settings import ProbeSettings
 
 
 MODERATIONS, GUARDRAIL = "/v1/moderations", "/beta/litellm_basic_guardrail_api"
-KINDS = {
+HEADS = {
     "guard": {"id2label": {0: "fine", 1: "bad"}, "threshold": 0.25},
     "raw": {"id2label": {0: "no", 1: "yes"}, "flagged": ["yes"], "prompt_format": "raw"},
     "mood": {"id2label": {0: "sad", 1: "glad", 2: "calm"}},
@@ -39,7 +38,7 @@ def serve(tmp_path):
     """A function that serves heads: a function that posts a body and returns the response, and the engine."""
 
     def start(heads=tuple(LOGITS), halt_on=None, hide_scores=False, **logits):
-        folders = save_heads(tmp_path, {name: KINDS[name] for name in heads})
+        folders = save_heads(tmp_path, {name: HEADS[name] for name in heads})
         settings = ProbeSettings(folders, halt_on, hide_scores=hide_scores)
         app, engine = play(settings, {name: {**LOGITS, **logits}[name] for name in heads}, root_path="/api")
         client = TestClient(app, raise_server_exceptions=False)
@@ -187,36 +186,22 @@ def test_path_may_have_a_prefix(serve):
 
 class TestGuardrail:
     @pytest.mark.parametrize("is_flagged", [True, False])
-    def test_answers_the_client_of_litellm(self, monkeypatch, serve, is_flagged):
-        monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # its import asks GitHub for prices
-        from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import GenericGuardrailAPI
-
+    def test_blocks_a_request_that_is_flagged(self, serve, is_flagged):
+        """Its messages are one chat, else each text alone. The gateway sends its key in a header of its own."""
         post, engine = serve(["guard"], guard=[0.9, 0.0] if is_flagged else [9.0, -9.0])
-
-        class Gateway:  # what the client posts with
-            timeout = 5
-
-            async def post(self, url, json, headers, timeout):
-                return post(url.removeprefix("http://guard"), headers, **json)
-
-        guardrail = GenericGuardrailAPI(api_base="http://guard", api_key="key", async_handler=Gateway())
+        blocked = {"action": "BLOCKED", "blocked_reason": "guard/bad"}
         chat = [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "a"}]}]
-
-        def ask(kind, **inputs):
-            return asyncio.run(guardrail.apply_guardrail(inputs, {"model": "gpt"}, kind))
-
-        for inputs in ({"texts": ["s", "a"], "structured_messages": chat}, {"texts": ["a"]}):
-            if not is_flagged:
-                assert ask("request", **inputs)["texts"] == inputs["texts"]
-                continue
-            with pytest.raises(Exception, match="guard/bad"):
-                ask("request", **inputs)
+        for body in ({"texts": ["s", "a"], "structured_messages": chat}, {"texts": ["a"]}):
+            answer = post(GUARDRAIL, {"x-api-key": "key"}, input_type="request", model="gpt", **body)
+            assert answer.json() == (blocked if is_flagged else {"action": "NONE"})
         assert engine.prompts == encode([chat[0], {"role": "user", "content": "a"}]) + encode("a")
         assert engine.body["model"] is None and engine.asked[0]["reply"] is False
         assert engine.authorization == "Bearer key"
-        for kind, inputs in (("response", {"texts": ["a"]}), ("request", {"texts": [], "images": ["x"]})):
-            with pytest.raises(Exception, match="Generic Guardrail API failed"):
-                ask(kind, **inputs)
+        for body in (
+            {"input_type": "response", "texts": ["a"]},
+            {"input_type": "request", "texts": [], "images": ["x"]},
+        ):
+            assert post(GUARDRAIL, **body).status_code == 400
         assert len(engine.prompts) == 2
 
     @pytest.mark.parametrize("is_flagged", [True, False])

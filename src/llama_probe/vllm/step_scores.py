@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 
 
-PromptLogits = Mapping[
-    str, Mapping[str, torch.Tensor | str]
-]  # by request and head `[num_labels]`, or why there are none
+# By request and head the logits of a prompt, `[num_labels]`, or why there are none.
+PromptLogits = Mapping[str, Mapping[str, torch.Tensor | str]]
 
 
 class StepScores(KVConnectorWorkerMetadata):
@@ -27,14 +27,18 @@ class StepScores(KVConnectorWorkerMetadata):
 
     def __init__(self, prompts: PromptLogits, replies: Sequence[str] = (), reply_logits: torch.Tensor | None = None):
         self.replies = replies
-        tensors = [logits for heads in prompts.values() for logits in heads.values() if not isinstance(logits, str)]
         # By request and head the number of logits, or why there are none.
-        self._prompts = {
-            request_id: {name: logits if isinstance(logits, str) else len(logits) for name, logits in heads.items()}
-            for request_id, heads in prompts.items()
-        }
-        if reply_logits is not None:
-            tensors.append(reply_logits.flatten())
+        self._sizes: dict[str, dict[str, int | str]] = {}
+        tensors = [] if reply_logits is None else [reply_logits.flatten()]
+        self._begin = sum(len(tensor) for tensor in tensors)  # of the prompts' logits
+        for request_id, heads in prompts.items():
+            self._sizes[request_id] = sizes = {}
+            for name, logits in heads.items():
+                if isinstance(logits, str):
+                    sizes[name] = logits
+                else:
+                    sizes[name] = len(logits)
+                    tensors.append(logits)
         numbers = torch.cat(tensors) if tensors else torch.empty(0)
         self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)  # in pinned memory
         self._event: torch.Event | None = None
@@ -50,23 +54,17 @@ class StepScores(KVConnectorWorkerMetadata):
 
     def read_prompts(self) -> dict[str, dict[str, list[float] | str]]:
         """Return by request and head the logits of the prompt, or why there are none."""
-        numbers = self._read().tolist()
-        start = 0
-        prompts: dict[str, dict[str, list[float] | str]] = {}
-        for request_id, heads in self._prompts.items():
-            prompts[request_id] = {}
-            for name, size in heads.items():
-                if isinstance(size, str):
-                    prompts[request_id][name] = size
-                else:
-                    prompts[request_id][name] = numbers[start : start + size]
-                    start += size
-        return prompts
+        numbers = iter(self._read()[self._begin :].tolist())
+        return {
+            request_id: {
+                name: size if isinstance(size, str) else list(islice(numbers, size)) for name, size in sizes.items()
+            }
+            for request_id, sizes in self._sizes.items()
+        }
 
     def read_replies(self) -> np.ndarray:
         """Return the logits of replies, `[replies, labels of all heads]`."""
-        sizes = [size for heads in self._prompts.values() for size in heads.values() if not isinstance(size, str)]
-        return self._read()[sum(sizes) :].reshape(len(self.replies), -1)
+        return self._read()[: self._begin].reshape(len(self.replies), -1)
 
     def __getstate__(self):
         self._read()
