@@ -207,20 +207,21 @@ def middle_of_gap(scores: Sequence[float]) -> float:
     return (low + high) / 2
 
 
-def inspect_model(architecture: str) -> None:
-    """Have vLLM look at a model class with heads. It keeps what it finds for all processes.
+def inspect_models(architecture: str) -> None:
+    """Have vLLM look at a model class, with heads and without. It keeps what it finds for all processes.
 
-    vLLM itself starts a process for it, which imports vLLM once more: half of the time that a tiny engine takes to start.
+    vLLM itself starts a process for it, which imports vLLM once more: most of the time that a tiny engine takes to start.
     """
     register()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_run_in_subprocess", lambda function: function())
-        registry.ModelRegistry.models[compatibility.PREFIX + architecture].inspect_model_cls()
+        for name in (architecture, compatibility.PREFIX + architecture):
+            registry.ModelRegistry.models[name].inspect_model_cls()
 
 
 def make_serving(folder: Path, family: str = "llama", heads: Mapping[str, dict] = HEADS) -> TinyServing:
     """A backbone of a family, and heads of each kind of problem, reading all layers, some, or one, as folders."""
-    inspect_model(TINY[family][1])
+    inspect_models(TINY[family][1])
     more = TINY[family][2] if family.endswith("_moe") else {}
     if family != "llama":
         more = {**more, "sliding_window": 16}  # shorter than the prompts, where a family has one
