@@ -103,7 +103,7 @@ class TestEngine:
         assert len(config.kv_cache_groups) == 1  # a block table for all
         keys_and_values = 4 * 2 * 2 * 32  # numbers a token: layers, both, heads, size
         # At each layer that they read `guard`, `tone`, `topics`, `mood`; and `watch`, `theme`, `tags`.
-        features = 5 * 3 * 16 + 2 * (2 + 3) + 5 * (2 + 3) + 5 * 6 + 2 * (2 + 2) + 5 * 6 + 5 * (2 + 3)
+        features = 5 * 3 * 16 + 2 * (2 + 3) + 5 * 5 + 5 * 6 + 2 * (2 + 2) + 5 * 6 + 5 * 5
         numbers = keys_and_values + features + 2 * HIDDEN  # states that `size`, `end` and `mean` read
         assert {tensor.size for tensor in config.kv_cache_tensors} == {BLOCKS * BLOCK * numbers * 4}
         (own,) = llm.collective_rpc(lambda worker: worker.model_runner.kv_cache_config)

@@ -8,7 +8,7 @@ from prometheus_client import Counter
 
 from ..files import JSON
 from .label_routes import LabelRequest
-from .results import prompt_halt
+from .payloads import prompt_halt
 
 
 _SCORED = Counter("llama_probe_scored", "Prompts that the head scored.", ["probe"])

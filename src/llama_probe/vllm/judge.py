@@ -24,8 +24,7 @@ from ..heads.scope import token_mask
 from ..serving.texts import texts_read
 from .counters import JUDGED
 from .halting_words import CHAT, GUARDRAIL, MODERATIONS, judge_path
-from .payloads import HALTED, Decisions
-from .results import prompt_halt
+from .payloads import HALTED, Decisions, prompt_halt
 from .settings import ProbeSettings
 
 

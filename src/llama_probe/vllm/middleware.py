@@ -25,8 +25,7 @@ from .events import EventStream
 from .judge import Judge
 from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
 from .patches import Generate, replace_generate
-from .payloads import HALTED, Scores
-from .results import prompt_halt, reply_result
+from .payloads import HALTED, Scores, prompt_halt, reply_result
 from .settings import ProbeSettings
 
 

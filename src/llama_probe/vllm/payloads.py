@@ -97,6 +97,18 @@ class Scores:
         return status, json.dumps(payload, ensure_ascii=False).encode()
 
 
+def prompt_halt(result: JSON) -> JSON | None:
+    """Return why a prompt was halted; `None` if it was not, even if a reply to it was."""
+    halted = result.get("halted")
+    return halted if halted and halted.get("token") is None else None
+
+
+def reply_result(result: JSON, index: int) -> JSON | None:
+    """Return what heads say of the reply of an index; `None` if another engine has written it. See `Replies.summaries`."""
+    replies = result.get("replies") or []
+    return replies[index] if index < len(replies) else None
+
+
 def is_halted(result: JSON | None) -> bool:
     """Return True if a prompt or a reply was halted, by what the engine says of it."""
     return bool(result and result.get("halted"))

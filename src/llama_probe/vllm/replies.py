@@ -209,7 +209,7 @@ class Replies:
         """Return what heads say of a request's replies so far, by index; `None` for a reply that another engine writes.
 
         A reply has `{"probes": {head: ...}, "halted": fields of a `Halt`, or None}`. A head has `tokens`, the number of tokens
-        that it scored. After the first token it also has `logits` and what `describe_predictions` says, both after the last token, and
+        that it scored. After the first token it also has logits, label and scores after the last token, and
         `largest` (by label `score` and `token`). A head that can flag has `flagged`, its flagged labels, and `token`, at which
         the first was flagged. If the request asks for `token_scores`, `token_logits` has a row a token, `None` if it is no number.
         """

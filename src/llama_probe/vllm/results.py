@@ -22,7 +22,7 @@ def prompt_result(settings: ProbeSettings, rows: Mapping[str, list[float] | str]
         rows: by head that ran its logits, or why there are none.
 
     Returns:
-        `"probes"`, by head `{"logits": [...], ...}` with what `describe_predictions` says, or `{"error": why}`. A head that can flag has
+        `"probes"`, by head its logits, label and scores, or `{"error": why}`. A head that can flag has
         `"flagged"`, the labels that it flags. With `halt_on` also `"halted"`: the fields of a `Halt`, or `None`. A prompt that
         a guard of prompts could not score is halted. If a judge has to decide on a prompt that no guard halts, `"unsure"` has
         the fields of the `Halt`s that the judge may confirm. With `hide_scores` a head has its labels alone, and a `Halt` head
@@ -84,15 +84,3 @@ def visible(values: JSON, settings: ProbeSettings, *names: str) -> JSON:
     if not settings.hide_scores:
         return values
     return {name: values[name] for name in names if name in values}
-
-
-def prompt_halt(result: JSON) -> JSON | None:
-    """Return why a prompt was halted; `None` if it was not, even if a reply to it was."""
-    halted = result.get("halted")
-    return halted if halted and halted.get("token") is None else None
-
-
-def reply_result(result: JSON, index: int) -> JSON | None:
-    """Return what heads say of the reply of an index; `None` if another engine has written it. See `Replies.summaries`."""
-    replies = result.get("replies") or []
-    return replies[index] if index < len(replies) else None
