@@ -1,4 +1,7 @@
-"""What is changed inside vLLM's server, a function each, and imports of it that move between minor versions."""
+"""What is changed inside vLLM's server, a function each, and its imports that move between minor versions.
+
+The classes of vLLM that heads extend are in `scheduler`, `connector`, `models` and `paged_states`.
+"""
 
 from __future__ import annotations
 
