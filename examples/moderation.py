@@ -1,11 +1,11 @@
-"""Moderation in the same pass: the model itself declines prompts that a head flags, before a reply begins.
+"""Moderation in the same pass: a head flags a prompt before a reply begins, and the model itself then writes the refusal.
 
 Run it with `python examples/moderation.py` (extra `demo`).
 """
 
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
-from llama_probe import Reprompt
+from llama_probe.backbone.loading import load_tokenizer
 
 
 PROMPTS = (
@@ -18,28 +18,24 @@ REFUSE = (
     "something else."
 )
 
-tokenizer = AutoTokenizer.from_pretrained("demo", padding_side="left")
+tokenizer = load_tokenizer("demo")
+tokenizer.padding_side = "left"
 model = AutoModel.from_pretrained("demo", probe="safety")
 
 
-def render(*texts):
-    """Return a batch of prompts in the chat template."""
+def generate(*texts, **options):
+    """Reply to texts in the chat template."""
     chats = [[{"role": "user", "content": text}] for text in texts]
-    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
-    return tokenizer.apply_chat_template(chats, **options)
+    form = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    inputs = tokenizer.apply_chat_template(chats, **form)
+    return model.generate(**inputs, max_new_tokens=40, do_sample=False, tokenizer=tokenizer, **options)
 
 
-inputs = render(*PROMPTS)
-out = model.generate(
-    **inputs,
-    max_new_tokens=40,
-    do_sample=False,
-    tokenizer=tokenizer,
-    halt_on={"safety": {"label": "harmful"}},  # at the head's saved threshold
-    halt_reply=Reprompt(render(REFUSE)["input_ids"], {"max_new_tokens": 40, "do_sample": False}),
-)
+out = generate(*PROMPTS, halt_on={"safety": {"label": "harmful"}})  # at the head's saved threshold
+refusal = generate(REFUSE).texts[0] if any(out.probe_halts) else None
 for prompt, reply, halt in zip(PROMPTS, out.texts, out.probe_halts, strict=True):
     print(f"> {prompt}")
     if halt is not None:
         print(f"  [halted: {halt.label} {halt.score:.2f}, threshold {halt.threshold:.2f}]")
+        reply = refusal
     print(f"  {reply.strip()}\n")

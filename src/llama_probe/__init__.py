@@ -1,7 +1,7 @@
 """Probe heads on frozen language models: a label and a text from the same forward pass.
 
 Importing the package gives `transformers.AutoModel.from_pretrained` and `AutoModelForCausalLM.from_pretrained` the argument
-`probe=`, and `transformers.pipeline` two tasks of its own; see `auto_classes`. Names are imported on first use.
+`probe=`, and `transformers.pipeline` the task "probed-text-generation"; see `auto_classes`. Names are imported on first use.
 """
 
 from importlib import import_module
@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # editors, type checkers and the site read these; they are no
     from .heads.probe import ProbeModel as ProbeModel
     from .serving.auto import AutoModelForProbedGeneration as AutoModelForProbedGeneration
     from .serving.halting import HoldBackStreamer as HoldBackStreamer
-    from .serving.halting import Reprompt as Reprompt
     from .serving.modeling import LlamaForProbedGeneration as LlamaForProbedGeneration
     from .serving.modeling import ProbedGenerationMixin as ProbedGenerationMixin
     from .serving.outputs import Halt as Halt
@@ -40,7 +39,6 @@ _MODULES = {
     "ProbeTrainer": "training.trainer",
     "ProbeTrainingArguments": "training.arguments",
     "ProbedGenerationMixin": "serving.modeling",
-    "Reprompt": "serving.halting",
     "TokenScores": "serving.outputs",
     "register_family": "backbone.families",
 }

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from cases import MODES as ALL_MODES
-from conftest import VOCAB, expected_logits, make_lm, make_probe, make_prompts, make_tokenizer, padded, probed
+from conftest import VOCAB, expected_logits, make_probe, make_prompts, make_tokenizer, padded, probed
 from observers import Recorder, passes_of
-from transformers import GenerationConfig
 
-from llama_probe import Halt, ProbeConfig, ProbeError, Reprompt
+from llama_probe import Halt, ProbeConfig, ProbeError
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
@@ -126,19 +125,6 @@ class TestReplies:
         assert tokenizer.decode(out.sequences[0, ids.shape[1] :]) == text
         assert streamer.tokens[0] == ids[0].tolist() and streamer.ended
         assert tokenizer.decode(streamer.reply) == text
-
-    def test_a_refusal_that_the_model_writes(self, model, passes, prompts):
-        again = make_prompts(rows=1, length=4, seed=7)
-        written = make_lm().generate(again, max_new_tokens=6, do_sample=False)[0, 4:]
-        reprompt = Reprompt(again, {"generation_config": GenerationConfig(max_new_tokens=6, do_sample=False)})
-        out = model.generate(prompts, max_new_tokens=3, halt_on=flag(0, 1, 2), halt_reply=reprompt)
-        assert torch.equal(out.sequences[:, 9:], written.expand(3, -1))
-        assert passes[:2] == [9, 4] and sum(passes) == 9 + 4 + 5, "it is written once, after the prompts were read"
-        assert len(out.probe_logits["mood"]) == 3, "the heads have read the prompts, not the re-prompt"
-
-    def test_a_reprompt_is_one_prompt(self):
-        with pytest.raises(ProbeError, match="input_ids"):
-            Reprompt(torch.ones(2, 3, dtype=torch.long))
 
 
 class TestPolicies:

@@ -10,7 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError, Reprompt
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.backbone.loading import weights_digest
 
 
@@ -127,7 +127,7 @@ def test_a_model_that_is_offloaded_as_a_whole(prompts, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offload", probe=make_probe()
     )
-    halted = {"halt_on": lambda outputs: [True], "halt_reply": Reprompt(prompts[1:2]), "max_new_tokens": 2}
+    halted = {"halt_on": lambda outputs: [True], "halt_reply": [5, 6], "max_new_tokens": 2}
     found, expected = [], []
     for lm, results in ((model, found), (probed(make_probe(), vocab_size=260), expected)):
         results.append(lm.classify(["Hi", "Hello"], tokenizer=make_tokenizer())["probe"].logits)

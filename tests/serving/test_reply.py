@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observers import Recorder, assert_no_hooks, hooks_in_passes, passes_of
 
-from llama_probe import Halt, HoldBackStreamer, ProbeError, Reprompt
+from llama_probe import Halt, HoldBackStreamer, ProbeError
 
 
 def both_scopes(**changes):
@@ -193,17 +193,6 @@ class TestHalting:
         model.generate(prompts[:1], on_probe_token=flag(1), streamer=streamer, **kwargs)
         assert streamer.reply == [*free[0, 9:11].tolist(), 5, 6, 7, 8, 9, 10, 11, 2]
         assert streamer.ended == 1
-
-    def test_a_rest_that_the_model_writes(self, model, prompts):
-        again = make_prompts(rows=1, length=4, seed=7)
-        written = make_lm().generate(again, max_new_tokens=4, do_sample=False)[0, 4:].tolist()
-        reprompt, streamer = Reprompt(again, {"max_new_tokens": 4, "do_sample": False}), Recorder()
-        call = {"max_new_tokens": 6, "halt_reply": reprompt, "streamer": streamer}
-        out = model.generate(prompts[:1], on_probe_token=flag(1), **call)
-        assert out.sequences[0, 11:].tolist() == written
-        assert out.probe_token_logits["guard"].shape[1] == 2, "its own tokens are not scored"
-        assert streamer.tokens[3:-1] == [[token] for token in written] and streamer.ended == 1
-        assert_no_hooks(model)
 
 
 @pytest.mark.parametrize(

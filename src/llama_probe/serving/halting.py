@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -30,33 +30,11 @@ HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPo
 _OPTIONS = ("label", "threshold", "patience", "window", "unsure", "ask")
 
 
-@dataclass(frozen=True)
-class Reprompt:
-    """A prompt whose reply replaces a halted one. The same LM answers it, without heads, at most once a call.
-
-    Attributes:
-        input_ids (`torch.LongTensor` of shape `[1, tokens]`): the prompt, with the chat template applied.
-        kwargs: further arguments of `generate`, such as `max_new_tokens`.
-
-    Raises:
-        ProbeError: `input_ids` has another type or shape.
-    """
-
-    input_ids: torch.Tensor
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.input_ids, torch.Tensor) or self.input_ids.dim() != 2 or len(self.input_ids) != 1:
-            raise ProbeError("Reprompt.input_ids must be a tensor of shape [1, tokens]: one prompt")
+HaltReply = str | Sequence[int] | torch.Tensor
 
 
-HaltReply = str | Sequence[int] | torch.Tensor | Reprompt
-
-
-def reply_tokens(reply: HaltReply | None, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor | Reprompt:
-    """Return a `halt_reply` as token ids `[tokens]`, or the `Reprompt` as it is."""
-    if isinstance(reply, Reprompt):
-        return reply
+def reply_tokens(reply: HaltReply | None, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
+    """Return a `halt_reply` as token ids `[tokens]`."""
     if isinstance(reply, str):
         if tokenizer is None:
             raise ProbeError("a text as halt_reply needs tokenizer=; or pass token ids")
@@ -66,7 +44,7 @@ def reply_tokens(reply: HaltReply | None, tokenizer: PreTrainedTokenizerBase | N
         if ids.is_floating_point() and not torch.equal(ids, ids.long()):
             raise ValueError("a fraction is no token id")
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ProbeError("halt_reply must be the token ids of one reply, a text or a Reprompt") from error
+        raise ProbeError("halt_reply must be a text, or the token ids of one reply") from error
     return ids.long()
 
 

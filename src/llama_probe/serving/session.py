@@ -21,7 +21,7 @@ from ..backbone.kv_cache import cached_tokens
 from ..errors import ProbeError
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
-from .halting import Halter, HaltReply, HaltSpec, HoldBackStreamer, Reprompt, TokenCallback, reply_tokens
+from .halting import Halter, HaltReply, HaltSpec, HoldBackStreamer, TokenCallback, reply_tokens
 from .host import CausalLM
 from .outputs import Halt, ProbeCache, TokenScores, asks_for_state, refuse_without_heads, with_results
 from .reader import PromptReader, ReplyReader
@@ -253,7 +253,7 @@ class ProbedSession(PlainSession):
         if halts != before:
             reply.end([halt is not None for halt in halts])
             if holds_back:
-                self.streamer.halt(self._reply())
+                self.streamer.halt(self._reply_ids)
             elif self.streamer is not None and len(halts) == 1:
                 self._put_reply()
         elif holds_back:
@@ -270,7 +270,7 @@ class ProbedSession(PlainSession):
             fields["probe_halts"] = halts
         if any(halts):
             pad = [*self.token_ids("pad_token_id", "eos_token_id"), 0][0]
-            output["sequences"] = _with_reply(output["sequences"], halts, start, self._reply(), pad)
+            output["sequences"] = _with_reply(output["sequences"], halts, start, self._reply_ids, pad)
         sequences = output["sequences"]
         if self.reply is not None:
             fields["probe_token_logits"] = self.reply.logits(sequences.shape[1] - start) or None
@@ -307,19 +307,8 @@ class ProbedSession(PlainSession):
         return texts_read(self.heads[head].config, self.prompt.input_ids[rows], mask, self.tokenizer)
 
     def _put_reply(self) -> None:
-        for token in self._reply().cpu():
+        for token in self._reply_ids.cpu():
             self.streamer.put(token[None])
-
-    def _reply(self) -> torch.Tensor:
-        """Return the token ids of the halt reply. The LM writes a `Reprompt` once, without heads."""
-        if isinstance(self._reply_ids, Reprompt):
-            ids = self._reply_ids.input_ids.to(self.prompt.decoder.input_device)
-            kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(ids), **self._reply_ids.kwargs}
-            config = kwargs.pop("generation_config", None)
-            written = PlainSession(self.generate, self.model, ids, config, kwargs).run()
-            sequences = written if isinstance(written, torch.Tensor) else written.sequences
-            self._reply_ids = sequences[0, ids.shape[1] :]
-        return self._reply_ids
 
     def _without_tokens(self, cache: Cache | None) -> ModelOutput:
         """Return the output of a plain `generate()` that writes no token."""
