@@ -3,9 +3,9 @@
 Run it with `python examples/agent_loop.py` (extra `demo`). The pass that reads a result also scores it.
 """
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-import llama_probe  # noqa: F401  teaches transformers `probe=`
+from llama_probe.backbone.loading import load_tokenizer
 
 
 MAILS = (
@@ -16,7 +16,7 @@ MAILS = (
 REQUEST = {"role": "user", "content": "Read my newest mail and tell me in one sentence what it says."}
 
 model = AutoModelForCausalLM.from_pretrained("demo", probe="injection")
-tokenizer = AutoTokenizer.from_pretrained("demo")
+tokenizer = load_tokenizer("demo")
 
 
 def step(messages: list[dict]) -> str | None:

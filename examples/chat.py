@@ -10,10 +10,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from transformers import AutoModel, AutoTokenizer, TextStreamer
+from transformers import AutoModel, TextStreamer
 from transformers.utils import logging
 
 from llama_probe import Halt
+from llama_probe.backbone.loading import load_tokenizer
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.decision import threshold_of
 
@@ -33,7 +34,7 @@ def main(
     """Chat until a line is empty."""
     logging.disable_progress_bar()
     console = Console(highlight=False, emoji=False)
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer = load_tokenizer(backbone)
     model = AutoModel.from_pretrained(backbone, probe={"guard": probe})
     config = model.probes["guard"].config
     flagged = config.need_flagged_index("a guard")

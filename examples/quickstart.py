@@ -3,14 +3,14 @@
 Run it with `python examples/quickstart.py` (extra `demo`).
 """
 
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
-import llama_probe  # noqa: F401 - adds the argument probe= to AutoModel
+from llama_probe.backbone.loading import load_tokenizer
 
 
 backbone = "demo"  # or a Hub id or folder that the heads were trained for
-tokenizer = AutoTokenizer.from_pretrained(backbone)
-model = AutoModel.from_pretrained(backbone, probe=["safety", "sst2-mha"])
+tokenizer = load_tokenizer(backbone)  # AutoTokenizer does not know the demo
+model = AutoModel.from_pretrained(backbone, probe=["safety", "sst2-mha"])  # llama_probe adds the argument
 
 chat = [{"role": "user", "content": "This film was a delight from start to finish."}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from llama_probe import ProbeTrainer
+from llama_probe.backbone.loading import load_tokenizer
 from llama_probe.data.prompts import PromptFormat
 
 
@@ -94,7 +95,7 @@ print(
     f"{validation:.0%} on {results['data']['validation']['rows']} prompts"
 )
 
-tokenizer = AutoTokenizer.from_pretrained("demo")
+tokenizer = load_tokenizer("demo")
 inputs = PromptFormat.from_config(model.probes["topic"].config, tokenizer).batch(REQUESTS)
 out = model.generate(**inputs, max_new_tokens=12, do_sample=False, tokenizer=tokenizer)
 

@@ -19,10 +19,10 @@ from threading import Event
 
 import gradio as gr
 import torch
-from transformers import AutoModel, AutoTokenizer, TextIteratorStreamer
+from transformers import AutoModel, TextIteratorStreamer
 
 from llama_probe import Halt
-from llama_probe.backbone.loading import DEMO, DEMO_MODEL_ID, model_id
+from llama_probe.backbone.loading import DEMO, DEMO_MODEL_ID, load_tokenizer
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.evaluation.heatmap import heat_map
 from llama_probe.evaluation.reading import Reading, token_texts
@@ -43,7 +43,7 @@ EXAMPLES = (
 WELCOME = ("Type a message", "the heads read along")
 MESSAGES = 6  # earlier messages that the model sees
 
-tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
+tokenizer = load_tokenizer(BACKBONE)
 model = AutoModel.from_pretrained(BACKBONE, probe=HEADS, dtype="float32")
 CONFIGS = {name: head.config for name, head in model.probes.items()}
 GUARD = next(iter(CONFIGS))
@@ -232,7 +232,7 @@ def bars_of(read, halting, threshold):
 with gr.Blocks(title="llama_probe", fill_width=True) as demo:
     page, scores = gr.State(Page()), gr.State({})
     gr.Markdown(
-        f"## One forward pass, text and labels\nProbe heads read the hidden states of {model_id(BACKBONE)} while it reads your "
+        f"## One forward pass, text and labels\nProbe heads read the hidden states of {DEMO_MODEL_ID if BACKBONE == DEMO else BACKBONE} while it reads your "
         "message: their scores are there before the reply begins."
     )
     with gr.Row():

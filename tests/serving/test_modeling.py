@@ -11,11 +11,8 @@ from conftest import LAYERS, expected_logits, make_lm, make_probe, padded, probe
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from tiny_families import tiny
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
 )
 
 from llama_probe import (
@@ -101,16 +98,14 @@ class TestSavingTheBackbone:
             hub = {} if how == "saved" else {"push_to_hub": True, "repo_id": place}
             model.save_pretrained(tmp_path / "here", **hub)
         expected = model(prompts).probe_logits
-        auto_classes = (AutoModel, AutoModelForCausalLM, AutoModelForProbedGeneration, LlamaForProbedGeneration)
-        for auto_class in auto_classes:
-            loaded = auto_class.from_pretrained(place)
+        for cls in (AutoModelForProbedGeneration, LlamaForProbedGeneration):
+            loaded = cls.from_pretrained(place)
             torch.testing.assert_close(loaded(prompts).probe_logits, expected)
             assert loaded.loss_type == make_lm().loss_type
-        assert AutoModelForCausalLM.from_pretrained(place, probe=[]).active_probes == []
-        if how == "saved":
-            assert AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="here/").active_probes == ["a", "b"]
-        classifier = AutoModelForSequenceClassification.from_pretrained(place, num_labels=3)
-        assert type(classifier) is LlamaForSequenceClassification and classifier.num_labels == 3
+            assert cls.from_pretrained(place, probe=[]).active_probes == []
+            if how == "saved":
+                assert cls.from_pretrained(tmp_path, subfolder="here/").active_probes == ["a", "b"]
+        assert type(AutoModelForCausalLM.from_pretrained(place)) is LlamaForCausalLM, "it takes heads by probe= alone"
         assert not hasattr(model.config, "probe_heads")
         loaded.save_pretrained(tmp_path / "again", save_probes=False)
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "again")) is LlamaForCausalLM
@@ -122,7 +117,7 @@ class TestSavingTheBackbone:
         config = json.loads((tmp_path / "lm" / "config.json").read_text())
         config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
         (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
-        load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+        load = partial(AutoModelForProbedGeneration.from_pretrained, trust_remote_code=True)
         load(tmp_path / "lm", probe={"a": make_probe()}).save_pretrained(tmp_path / "saved")
         loaded = load(tmp_path / "saved")
         assert type(loaded).__name__ == "OwnForProbedGeneration" and loaded.active_probes == ["a"]
@@ -132,7 +127,7 @@ class TestSavingTheBackbone:
         model.save_pretrained(tmp_path / "guarded")
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "guarded", probe=[])
         get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "lora", probe_strict=True)
+        loaded = AutoModelForProbedGeneration.from_pretrained(tmp_path / "lora", probe_strict=True)
         torch.testing.assert_close(loaded(prompts).probe_logits, model(prompts).probe_logits)
         by_alias = AutoModelForCausalLM.from_pretrained(tmp_path / "lora", probe="a")
         assert by_alias.active_probes == ["a"]
@@ -144,7 +139,7 @@ class TestSavingTheBackbone:
         monkeypatch.chdir(tmp_path)
         for place in (tmp_path, "."):
             with pytest.raises(ProbeError, match=r"probes/a' is neither a folder"):
-                AutoModelForCausalLM.from_pretrained(place)
+                AutoModelForProbedGeneration.from_pretrained(place)
         assert AutoModelForCausalLM.from_pretrained(tmp_path, probe=[]).active_probes == []
 
     def test_a_save_that_fails(self, model, tmp_path, monkeypatch):

@@ -43,20 +43,14 @@ def test_abstaining(model, prompts):
             call(prompts, abstain_at=0.5)
 
 
-def test_texts_and_pipelines():
+def test_texts_and_a_pipeline():
     tokenizer, texts = make_tokenizer(), ["good morning", "a", "what is this about?"]
     model = probed({"a": head(**PromptFormat(tokenizer).config_fields())}, vocab_size=260)
     found = model.classify(texts, tokenizer=tokenizer)["a"]
     for text, value in zip(texts, found.novelty.tolist(), strict=True):
         assert float(model.classify(text, tokenizer=tokenizer)["a"].novelty) == pytest.approx(value, abs=1e-4)
     at = float(found.novelty.sort().values[1])
-    classify = pipeline("probed-text-classification", model=model, tokenizer=tokenizer)
-    labels = model.classify(texts, tokenizer=tokenizer, abstain_at=at)["a"].labels
-    assert labels.count(None) == 1
-    for level in (at, {"a": at}):
-        assert [each["label"] for each in classify(texts, abstain_at=level)] == labels
-    every = classify(texts[labels.index(None)], abstain_at=at, top_k=None)
-    assert every[0]["label"] is None and len(every) == 4
+    assert model.classify(texts, tokenizer=tokenizer, abstain_at=at)["a"].labels.count(None) == 1
     tools = {"tools": head(token_scope="tool", turn_markers=MARKERS)}
     write = pipeline("probed-text-generation", model=model, tokenizer=tokenizer, probe=tools)
     found = write(tokenizer.decode([USER, 40]), max_new_tokens=1, abstain_at=0)[0]["probes"]

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_lm, make_probe, make_tokenizer, probed, save_head
 from transformers import AutoModel, AutoModelForCausalLM, TextGenerationPipeline, pipeline
 
-from llama_probe import LlamaForProbedGeneration, ProbeError
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.serving.pipeline import TASK, ProbedTextGenerationPipeline
 
@@ -188,55 +188,13 @@ def test_a_path_and_saving(repository, tmp_path):
     assert again(TEXTS[0], **GREEDY)[0]["generated_text"] == pipe(TEXTS[0], **GREEDY)[0]["generated_text"]
 
 
-class TestClassification:
-    """pipeline("probed-text-classification"): the usual list of dicts."""
-
-    @pytest.fixture
-    def model(self):
-        return probed(heads(), vocab_size=260)
-
-    @staticmethod
-    def make(model, **options):
-        return pipeline("probed-text-classification", model=model, device="cpu", **options)
-
-    def test_a_model_with_heads(self, model):
-        expected = model.classify(TEXTS, tokenizer=make_tokenizer(), probes="toxic")["toxic"]
-        pipe = self.make(model, tokenizer=make_tokenizer(), probe="toxic")
-        found = pipe(TEXTS, batch_size=3)
-        assert [record["label"] for record in found] == expected.labels
-        assert pipe(TEXTS[0]) == [pytest.approx(found[0], abs=1e-5)] == pipe(CHATS[0])
-        assert pipe({"text": TEXTS[0]}) == pipe([{"text": TEXTS[0]}]) == pipe(TEXTS[0]), "as the plain one takes it"
-        assert close(pipe({"text": text, "label": 1} for text in TEXTS), found)
-        with pytest.raises(ProbeError, match="text_pair"):
-            pipe({"text": TEXTS[0], "text_pair": TEXTS[1]})
-        (plain,) = pipe.model.classify(TEXTS[0], tokenizer=pipe.tokenizer)[pipe.probe].logits.tolist()
-        assert {record["score"] for record in pipe(TEXTS[0], top_k=None, function_to_apply="none")} == set(plain)
-        both = pipe(TEXTS, top_k=None)
-        assert [len(records) for records in both] == [2] * 4 and close(pipe(CHATS[0], top_k=None), both[0])
-        for records, label, probs in zip(both, expected.labels, expected.probabilities.tolist(), strict=True):
-            assert records[0]["label"] == label, "as the threshold has it"
-            by_label = {record["label"]: record["score"] for record in records}
-            assert by_label == pytest.approx({"fine": probs[0], "toxic": probs[1]}, abs=1e-5)
-        with pytest.raises(ProbeError, match="probe=NAME"):
-            self.make(model, tokenizer=make_tokenizer())
-        with pytest.raises(ProbeError, match="no head 'toxic' is attached; attached: none"):
-            self.make(make_lm(vocab_size=260), tokenizer=make_tokenizer(), probe="toxic")
-
-    @pytest.mark.parametrize("name, labels", [("topics", {"LABEL_0", "LABEL_1", "LABEL_2"}), ("length", {"LABEL_0"})])
-    def test_other_problems(self, model, name, labels):
-        records = self.make(model, tokenizer=make_tokenizer(), probe=name)(TEXTS[0], top_k=None)
-        assert {record["label"] for record in records} == labels
-        value = model.classify(TEXTS[0], tokenizer=make_tokenizer())[name].probabilities
-        assert max(record["score"] for record in records) == pytest.approx(value.max().item(), abs=1e-5)
-
-    def test_the_id_of_a_head(self, backbone_folder, tmp_path, hub, token, monkeypatch):
-        monkeypatch.chdir(backbone_folder.parent)  # a pushed head keeps the name of a local backbone, and not its path
-        head = make_probe(base_model_name_or_path=str(backbone_folder), id2label={0: "no", 1: "yes"}, **FORMAT)
-        head.push_to_hub("alice/mood")
-        save_head(head, tmp_path / "mood")
-        results = [self.make(place)(TEXTS) for place in ("alice/mood", str(tmp_path / "mood"))]
-        assert results[0] == results[1] and {record["label"] for record in results[0]} <= {"no", "yes"}
-        monkeypatch.delenv("HF_TOKEN")
-        hub.repositories["alice/mood"].private = True
-        private = {"token": token, "model_kwargs": {"probe": "alice/mood"}}
-        assert pipeline(TASK, model=str(backbone_folder), **private).model.active_probes == ["mood"]
+def test_saved_heads_and_a_private_one(backbone_folder, tmp_path, hub, token, monkeypatch):
+    model = AutoModelForProbedGeneration.from_pretrained(backbone_folder, probe={"saved": heads()["toxic"]})
+    model.save_pretrained(tmp_path / "guarded")
+    make_tokenizer().save_pretrained(tmp_path / "guarded")
+    assert pipeline(TASK, model=str(tmp_path / "guarded")).model.active_probes == ["saved"]
+    heads()["toxic"].push_to_hub("alice/mood")
+    monkeypatch.delenv("HF_TOKEN")
+    hub.repositories["alice/mood"].private = True
+    private = {"token": token, "model_kwargs": {"probe": "alice/mood"}}
+    assert pipeline(TASK, model=str(backbone_folder), **private).model.active_probes == ["mood"]

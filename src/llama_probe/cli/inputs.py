@@ -9,7 +9,7 @@ from typing import Annotated
 
 import transformers
 
-from ..backbone.loading import DtypeName, backbone_target, load_backbone, name_of_backbone
+from ..backbone.loading import DEMO, DEMO_MODEL_ID, DtypeName, backbone_target, load_backbone
 from ..data.known import find_benchmark
 from ..data.labelled_texts import LabelledTexts, Labels
 from ..data.prompts import PromptDataset, PromptFormat, Text, split_reply
@@ -20,7 +20,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..hub.folder import check_output, is_head_folder, read_config_values
 from ..hub.resolve import resolve_head
-from ..serving.host import read_heads
+from ..serving.loading import read_heads
 from .options import BACKBONE, COUNT
 
 
@@ -36,7 +36,8 @@ class HeadOptions:
         if self.backbone is not None:
             return self.backbone
         config = read_config_values(resolve_head(probe, only_config=True))
-        return name_of_backbone(config.get("base_model_name_or_path"))
+        recorded = config.get("base_model_name_or_path")
+        return DEMO if recorded in (None, DEMO_MODEL_ID) else recorded
 
     def read(self, probes: Sequence[str]) -> dict[str, ProbeModel]:
         """Return heads by name, checked against the backbone, which is not loaded."""

@@ -19,7 +19,7 @@ from ..hub.folder import list_heads
 from ..hub.publish import pull_head, push_folder
 from ..hub.resolve import resolve_head
 from ..hub.transport import HubOptions
-from ..serving.host import read_heads
+from ..serving.loading import read_heads
 from .options import BACKBONE, PROBE, Result
 
 

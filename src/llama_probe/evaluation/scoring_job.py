@@ -25,7 +25,7 @@ from ..files import JSON, remove_leftovers, write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
-from ..serving.host import ProbeSpec, read_heads
+from ..serving.loading import ProbeSpec, read_heads
 from ..serving.texts import classify_texts, heads_by_format, join_outputs
 from .prediction import predict_together
 from .resume import same_settings

@@ -1,35 +1,18 @@
-"""`AutoModelForProbedGeneration`, and what the auto classes do with heads: `probe=`, their ids, and `"demo"`."""
+"""`AutoModelForProbedGeneration`: any causal LM of transformers, with heads."""
 
 from __future__ import annotations
 
 import copyreg
 import os
-from collections.abc import Callable
 from typing import Any
 
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 
 from ..backbone.decoder import without_peft
-from ..backbone.loading import LOADING_PLAIN, is_demo, load_causal_lm, resolve_backbone
+from ..backbone.loading import load_causal_lm
 from ..errors import ProbeError
-from ..hub.resolve import is_alias
-from ..hub.transport import HubOptions
-from .host import (
-    HeadPlace,
-    ProbeSpec,
-    change_class,
-    find_head,
-    load_or_find_head,
-    load_with_heads,
-    model_of,
-    saved_heads,
-)
+from .host import change_class
+from .loading import ProbeSpec, load_with_heads, model_of
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
 
 
@@ -100,38 +83,3 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[ProbedGeneratio
 def _create(causal_lm_class: type[PreTrainedModel]) -> PreTrainedModel:
     cls = probed_class(causal_lm_class)
     return cls.__new__(cls)
-
-
-def find_adapter(original: Callable, model_id: Any, **kwargs) -> str | None:
-    """Find no adapter for the demo backbone and bundled heads, or at `user/repo@revision:subfolder`, which is no repository."""
-    is_ours = is_alias(model_id) or not {"@", ":"}.isdisjoint(str(model_id))
-    if is_demo(model_id) or (is_ours and find_head(model_id, kwargs) is not None):
-        return None
-    return original(model_id, **kwargs)
-
-
-def from_pretrained(
-    auto_class: type, original: Callable, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs
-) -> Any:
-    """Do what `auto_class.from_pretrained` does, with heads: those of `probe=`, of the place, or a head that is the place."""
-    place = resolve_backbone(pretrained_model_name_or_path, HubOptions.beside(kwargs))
-    names = ("probe", "probe_strict") if auto_class in (AutoModel, AutoModelForCausalLM) else ()
-    options = {name: kwargs.pop(name, None) for name in names}
-    if options.get("probe") is not None:
-        return AutoModelForProbedGeneration.from_pretrained(place, *args, **options, **kwargs)
-    if LOADING_PLAIN.get():
-        return original(place, *args, **kwargs)
-    loaded = load_or_find_head(lambda: original(place, *args, **kwargs), place, kwargs)
-    if isinstance(head := loaded, HeadPlace):
-        if not options:  # a config or a tokenizer
-            return original(resolve_backbone(head.backbone, HubOptions.beside(kwargs)), *args, **head.kwargs)
-        options["probe"] = head.probe
-        return AutoModelForProbedGeneration.from_pretrained(head.backbone, *args, **options, **head.kwargs)
-    model = model_of(loaded)
-    if not isinstance(model, PreTrainedModel) or not (heads := saved_heads(place, model.config, kwargs)):
-        return loaded
-    if not isinstance(model, GenerationMixin):  # of `AutoModel`, which heads cannot be attached to
-        del loaded, model  # its memory is free before the causal LM comes
-        return AutoModelForProbedGeneration.from_pretrained(place, *args, **options | {"probe": heads}, **kwargs)
-    AutoModelForProbedGeneration.from_causal_lm(model, heads, bool(options["probe_strict"]))
-    return loaded

@@ -10,7 +10,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, ModelCardData
 
-from ..backbone.loading import backbone_target, load_backbone, model_id
+from ..backbone.decoder import backbone_name
+from ..backbone.loading import backbone_target, load_backbone
 from ..errors import ProbeError
 from ..files import check_new_folder, new_folder, package_version
 from ..heads.match import check_backbone
@@ -20,7 +21,7 @@ from ..hub.card import card_template, is_hub_id, write_card
 from ..hub.folder import CARD_NAME, HEAD_FILES
 from ..hub.publish import check_links, hide_local_path
 from ..hub.transport import commit_files
-from .host import SAVED_HEADS
+from .loading import SAVED_HEADS
 
 
 SUFFIX = "_llama_probe"  # of the files of the runtime
@@ -81,7 +82,7 @@ def export_repository(
         raise ProbeError("the backbone carries a PEFT adapter: merge it first (model.merge_and_unload())")
     for name, head in heads.items():
         check_backbone(name, head.config, lm, alias=head.alias)
-    known = [model_id(backbone), *(head.config.base_model_name_or_path for head in heads.values())]
+    known = [backbone_name(lm), *(head.config.base_model_name_or_path for head in heads.values())]
     base_model = base_model or next(filter(is_hub_id, known), None)
     vars(lm.config).pop(SAVED_HEADS, None)  # the heads here are those of `heads`
     lm.config.auto_map = auto_map(model_type)

@@ -1,33 +1,29 @@
-"""Heads on an LM: loaded by `probe=`, attached, switched, saved and removed by name."""
+"""Heads on an LM: attached, switched, saved and removed by name."""
 
 from __future__ import annotations
 
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import CommitInfo
 from torch import nn
 
 from ..backbone.decoder import backbone_name, find_decoder, target_of
-from ..backbone.loading import check_within_reach, read_target, resolve_backbone
 from ..errors import ProbeError
-from ..heads.configuration import ProbeConfig, read_config
+from ..heads.configuration import ProbeConfig
 from ..heads.match import check_backbone, describe
 from ..heads.probe import ProbeModel
 from ..hub.folder import PROBES_FOLDER
-from ..hub.resolve import Target, check_name, check_place, default_name, is_alias, resolve_head, with_subfolder
-from ..hub.transport import HubOptions, HubReference
+from ..hub.resolve import check_name, default_name, with_subfolder
+from ..hub.transport import HubOptions
+from .loading import SAVED_HEADS
 
 
-SAVED_HEADS = "probe_heads"  # names of the heads there, in the model's config
-ProbeSource = str | os.PathLike | ProbeModel
-ProbeSpec = ProbeSource | Sequence[ProbeSource] | Mapping[str, ProbeSource]
 # Held while the heads of any model are replaced. A lock in the model could not be copied or pickled.
 _CHANGING = threading.RLock()
 
@@ -258,126 +254,9 @@ def change_class(model: nn.Module, cls: type) -> None:
     add_hook_to_module(model, hook)
 
 
-def named_sources(spec: ProbeSpec) -> dict[str, ProbeSource]:
-    """Return the sources of a `probe=` argument by head name: the key of a dict, else see `default_name`.
-
-    A `ProbeModel` without a name is called "probe".
-    """
-    if isinstance(spec, (str, os.PathLike, ProbeModel)):
-        spec = [spec]
-    sources: dict[str, ProbeSource] = {}
-    for name, source in spec.items() if isinstance(spec, Mapping) else [(None, source) for source in spec]:
-        if not isinstance(source, ProbeModel):
-            check_place(source)
-        if name is None:
-            name = "probe" if isinstance(source, ProbeModel) else default_name(source)
-        if check_name(name) in sources:
-            raise ProbeError(f"two heads are called {name!r}; pass a dict name -> head")
-        sources[name] = source
-    return sources
-
-
-def read_heads(
-    spec: ProbeSpec,
-    target: Target | None = None,
-    options: HubOptions = HubOptions(),
-) -> dict[str, ProbeModel]:
-    """Load all heads of a `probe=` argument, by name (see `named_sources`); `resolve_head` explains the others."""
-    return {
-        name: source if isinstance(source, ProbeModel) else ProbeModel.load_for(source, target, options)
-        for name, source in named_sources(spec).items()
-    }
-
-
-@dataclass(frozen=True)
-class HeadPlace:
-    """A head whose id stands for its backbone with this head: the arguments of `load_with_heads` for both."""
-
-    backbone: str
-    kwargs: dict[str, Any]
-    probe: dict[str, ProbeSource]
-
-
-def find_head(place: Any, kwargs: Mapping[str, Any]) -> HeadPlace | None:
-    """Return the head that a place names, with its `revision` and `subfolder` in `kwargs`; None if it names none."""
-    options = HubOptions.beside(kwargs, kwargs.get("revision"))
-    try:
-        source = with_subfolder(place, kwargs.get("subfolder"))
-        config = read_config(resolve_head(source, options=options, only_config=True))
-    except ProbeError:
-        return None
-    if (backbone := config.base_model_name_or_path) is None:
-        raise ProbeError(f"the head {str(source)!r} does not record its backbone: load that, with probe=")
-    others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
-    if config.base_model_revision is not None and not Path(backbone).exists():
-        others["revision"] = config.base_model_revision
-    reference = None if os.path.isdir(source) else HubReference.parse(str(source))
-    if reference is not None and reference.revision is None:  # the backbone has a revision of its own
-        source = str(replace(reference, revision=options.revision))
-    return HeadPlace(backbone, others, {default_name(source): source})
-
-
-def saved_heads(place: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> dict[str, ProbeModel]:
-    """Load the heads that `save_pretrained` has kept beside a model, in `probes/NAME`, and that its config lists."""
-    names = getattr(config, SAVED_HEADS, None) or []
-    inside = PurePosixPath(kwargs.get("subfolder") or "", PROBES_FOLDER)  # "lm/" is "lm", as in transformers
-    place = getattr(config, "_name_or_path", None) or place  # of an adapter, its backbone
-    heads = {check_name(name): with_subfolder(place, f"{inside}/{name}") for name in names}
-    return read_heads(heads, options=HubOptions.beside(kwargs, kwargs.get("revision")))
-
-
 def _push_heads(repo_id: str, heads: Mapping[str, ProbeModel], kwargs: Mapping[str, Any]) -> None:
     if heads and kwargs.get("create_pr"):
         raise ProbeError("create_pr=True needs save_probes=False: each head is a commit of its own")
     options = {key: kwargs[key] for key in ("token", "private", "revision") if key in kwargs}
     for name, head in heads.items():
         head.push_to_hub(repo_id, name=name, subfolder=f"{PROBES_FOLDER}/{name}", **options)
-
-
-def load_or_find_head(load: Callable[[], Any], place: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return what `load` gives, or the `HeadPlace` if the place is that of a head. If it is neither, raise what `load` raises.
-
-    The Hub is not asked for a model with the name of a bundled head.
-    """
-    if is_alias(place) and not os.path.isdir(place) and (head := find_head(place, kwargs)) is not None:
-        return head
-    try:
-        return load()
-    except (OSError, ValueError):
-        if (head := find_head(place, kwargs)) is None:
-            raise
-        return head
-
-
-def load_with_heads(
-    load: Callable[..., Any],
-    place: Any,
-    args: tuple,
-    kwargs: Mapping[str, Any],
-    probe: ProbeSpec | None = None,
-) -> tuple[Any, dict[str, ProbeModel]]:
-    """Return what `load(place, *args, **kwargs)` gives, and the heads for it, which are loaded first.
-
-    `token`, `cache_dir` and the offline settings among `kwargs` apply to the heads too. Without `probe`, heads that are saved
-    beside the model are loaded. The place of a head stands for its backbone with this head.
-    """
-    place = resolve_backbone(place, HubOptions.beside(kwargs))
-    check_within_reach(place, HubOptions.beside(kwargs))
-    if probe is not None:
-        options, sources = HubOptions.beside(kwargs), named_sources(probe)
-        has_alias = any(map(is_alias, sources.values()))
-        target = read_target(place, kwargs, options) if has_alias else None
-        if has_alias and target is None:  # only the model tells, if it comes of `gguf_file` or of its own code
-            loaded = load(place, *args, **kwargs)
-            return loaded, read_heads(sources, target_of(model_of(loaded)), options)
-        heads = read_heads(sources, target, options)
-        return load(place, *args, **kwargs), heads
-    loaded = load_or_find_head(lambda: load(place, *args, **kwargs), place, kwargs)
-    if not isinstance(head := loaded, HeadPlace):
-        return loaded, saved_heads(place, model_of(loaded).config, kwargs)
-    return load_with_heads(load, head.backbone, args, head.kwargs, head.probe)
-
-
-def model_of(loaded: Any) -> Any:
-    """Return the model that `from_pretrained` gave, be it beside the info of `output_loading_info=True`."""
-    return loaded[0] if isinstance(loaded, tuple) else loaded

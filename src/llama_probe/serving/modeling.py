@@ -20,7 +20,8 @@ from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
-from .host import ProbeHostMixin, ProbeSpec, change_class, fitting_heads, load_with_heads, model_of, read_heads
+from .host import ProbeHostMixin, change_class, fitting_heads
+from .loading import ProbeSpec, load_with_heads, model_of, read_heads
 from .outputs import ProbeCache, ProbedOutputMixin, asks_for_state, refuse_without_heads, with_results
 from .reader import PromptReader
 from .session import (
@@ -304,8 +305,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
           head that reads replies halts a reply at the token that it flags, or with `patience` n at the n-th in a row. With
           `window` n it judges a token by the mean probabilities of the last n. The token that halts stays, and the sequence
           ends after it. With `token_scope="all"` the patience counts the prompt's score as the first token's.
-        - `halt_reply`: token ids, a text (needs `tokenizer=`) or a `Reprompt`, in place of the reply or of its rest.
-          Defaults to nothing.
+        - `halt_reply`: a text (needs `tokenizer=`) or token ids, in place of the reply or of its rest. Defaults to nothing.
         - `on_probe_token`: called with a `TokenScores` after each reply token that the LM has read. It may return a list
           with an entry per row: true or a `Halt` ends the reply. If it raises, no further token is written.
         - `probe_state`: `True` returns the heads' state as `out.probe_state`. Pass it to the next call with `cache=`: the

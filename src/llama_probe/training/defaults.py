@@ -7,7 +7,7 @@ import math
 from torch import nn
 
 from ..backbone.decoder import target_of
-from ..backbone.loading import backbone_target, model_id
+from ..backbone.loading import backbone_target
 from ..data.labelled_texts import LabelledTexts
 from ..data.memory import is_tokenized
 from ..data.prompts import as_chat, has_reply
@@ -50,7 +50,7 @@ def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.
         "max_length": 512,
         "hidden_size": target and target.hidden_size,
         "num_hidden_layers": target and target.num_hidden_layers,
-        "base_model_name_or_path": model_id(backbone) if is_named else None,
+        "base_model_name_or_path": target.name_or_path if is_named and target else None,
         "flagged": rows.flagged,
         "layers": "all",
     }

@@ -17,7 +17,7 @@ from ..heads.probe import ProbeModel
 from ..hub.resolve import Target, bundled_alias, resolve_head
 from ..hub.transport import HubOptions
 from ..serving.halting import HaltSpec, options_by_head
-from ..serving.host import ProbeSpec, named_sources
+from ..serving.loading import ProbeSpec, named_sources
 from .backbone_check import check_heads
 from .cache_plan import grows
 from .compatibility import KEY, SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
