@@ -313,8 +313,10 @@ class GateAggregator(Aggregator):
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         shares = self._shares(x, mask, slots)
-        small = (shares / 256).to(x.dtype).unsqueeze(2)  # else the sum of a long prompt passes the range of fp16
-        total = torch.matmul(small, x).squeeze(2).float() * 256  # [S, B, D]
+        if x.dtype == torch.float16:  # the sum of a long prompt would pass its range
+            total = torch.matmul((shares / 256).half().unsqueeze(2), x).squeeze(2).float() * 256  # [S, B, D]
+        else:
+            total = torch.matmul(shares.to(x.dtype).unsqueeze(2), x).squeeze(2).float()
         norm = shares.sum(dim=2)  # [S, B]
         return (total, norm) if state is None else (state[0] + total, state[1] + norm)
 
@@ -584,10 +586,10 @@ class AttentionAggregator(LowRankAggregator):
     def _split(self, qkv: torch.Tensor, padding: int = 0) -> tuple[torch.Tensor, ...]:
         """Split `[S, B, N, 3 d_inner]` into query, key and value, `[S * B, heads, N, d_inner / heads + padding]` each."""
         slot_count, batch, items, _ = qkv.shape
-        qkv = qkv.reshape(slot_count * batch, items, 3, self.num_heads, self.head_size)
-        if padding:
+        qkv = qkv.reshape(slot_count * batch, items, 3, self.num_heads, self.head_size).permute(2, 0, 3, 1, 4)
+        if padding:  # the padded copy is contiguous, so that nothing copies its parts
             qkv = F.pad(qkv, (0, padding))
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.unbind(0)
 
     def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         if self.causal:

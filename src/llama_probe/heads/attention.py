@@ -68,10 +68,10 @@ class AttentionAggregator(LowRankAggregator):
     def _split(self, qkv: torch.Tensor, padding: int = 0) -> tuple[torch.Tensor, ...]:
         """Split `[S, B, N, 3 d_inner]` into query, key and value, `[S * B, heads, N, d_inner / heads + padding]` each."""
         slot_count, batch, items, _ = qkv.shape
-        qkv = qkv.reshape(slot_count * batch, items, 3, self.num_heads, self.head_size)
-        if padding:
+        qkv = qkv.reshape(slot_count * batch, items, 3, self.num_heads, self.head_size).permute(2, 0, 3, 1, 4)
+        if padding:  # the padded copy is contiguous, so that nothing copies its parts
             qkv = F.pad(qkv, (0, padding))
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.unbind(0)
 
     def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         if self.causal:

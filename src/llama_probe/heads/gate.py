@@ -34,8 +34,10 @@ class GateAggregator(Aggregator):
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         shares = self._shares(x, mask, slots)
-        small = (shares / 256).to(x.dtype).unsqueeze(2)  # else the sum of a long prompt passes the range of fp16
-        total = torch.matmul(small, x).squeeze(2).float() * 256  # [S, B, D]
+        if x.dtype == torch.float16:  # the sum of a long prompt would pass its range
+            total = torch.matmul((shares / 256).half().unsqueeze(2), x).squeeze(2).float() * 256  # [S, B, D]
+        else:
+            total = torch.matmul(shares.to(x.dtype).unsqueeze(2), x).squeeze(2).float()
         norm = shares.sum(dim=2)  # [S, B]
         return (total, norm) if state is None else (state[0] + total, state[1] + norm)
 
