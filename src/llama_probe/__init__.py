@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # editors, type checkers and the site read these; they are no
     from .heads.decision import ProbeOutput as ProbeOutput
     from .heads.probe import ProbeModel as ProbeModel
     from .serving.auto import AutoModelForProbedGeneration as AutoModelForProbedGeneration
+    from .serving.cache import ProbeCache as ProbeCache
     from .serving.halting import HoldBackStreamer as HoldBackStreamer
     from .serving.modeling import LlamaForProbedGeneration as LlamaForProbedGeneration
     from .serving.modeling import ProbedGenerationMixin as ProbedGenerationMixin
     from .serving.outputs import Halt as Halt
-    from .serving.outputs import ProbeCache as ProbeCache
     from .serving.outputs import TokenScores as TokenScores
     from .training.arguments import ProbeTrainingArguments as ProbeTrainingArguments
     from .training.trainer import ProbeTrainer as ProbeTrainer
@@ -32,7 +32,7 @@ _MODULES = {
     "Halt": "serving.outputs",
     "HoldBackStreamer": "serving.halting",
     "LlamaForProbedGeneration": "serving.modeling",
-    "ProbeCache": "serving.outputs",
+    "ProbeCache": "serving.cache",
     "ProbeConfig": "heads.configuration",
     "ProbeModel": "heads.probe",
     "ProbeOutput": "heads.decision",

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from transformers import AutoModel, AutoModelForCausalLM
 
-from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeError
+from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeConfig, ProbeError
 from llama_probe.auto_classes import install
 from llama_probe.backbone import loading
 from llama_probe.backbone.decoder import backbone_name
@@ -108,6 +108,17 @@ class TestAHeadsId:
         with pytest.raises(OSError, match=DEMO_MODEL_ID):
             AutoModelForProbedGeneration.from_pretrained("toxicchat-gate")
         assert hub.requests and not any("toxicchat" in path for _, path, _ in hub.requests)
+
+
+@pytest.mark.parametrize("revision", [None, "frozen"])
+def test_a_head_records_the_commit_of_its_backbone(hub, revision):
+    """transformers may forget it, as 5.24 does."""
+    plant_model(hub, plain(hub), make_lm(seed=1), branch="frozen")
+    where = {} if revision is None else {"revision": revision}
+    for cls in OURS:
+        model = cls.from_pretrained("org/tiny", **where)
+        head = model.add_probe("new", ProbeConfig(probe_type="gate"))
+        assert head.config.base_model_revision == hub.head("org/tiny", revision or "main")
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
@@ -153,12 +153,35 @@ def load_causal_lm(name: str | os.PathLike[str], *model_args: Any, **kwargs: Any
         return _load_gguf(Path(name), *model_args, **kwargs)
     for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
         try:
-            return auto_class.from_pretrained(name, *model_args, **kwargs)
+            loaded = auto_class.from_pretrained(name, *model_args, **kwargs)
+            record_commit(model_of(loaded), kwargs)
+            return loaded
         except ValueError as error:
             # The auto classes raise this before they read any weights.
             if "Unrecognized configuration class" not in str(error):
                 raise
     raise ProbeError(f"{name} is no causal LM: the auto classes do not have its type")
+
+
+def model_of(loaded: Any) -> Any:
+    """Return the model that `from_pretrained` gave, be it beside the info of `output_loading_info=True`."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
+
+
+def record_commit(lm: transformers.PreTrainedModel, kwargs: Mapping[str, Any]) -> None:
+    """Record the commit of a model from the Hub in its config, if its version of transformers does not.
+
+    Args:
+        kwargs: those of `from_pretrained`.
+    """
+    name, config = lm.config._name_or_path, lm.config
+    if getattr(config, "_commit_hash", None) is not None or os.path.exists(name) or HubReference.parse(name) is None:
+        return
+    file = PurePosixPath(kwargs.get("subfolder") or "", "config.json")
+    path = try_to_load_from_cache(name, str(file), kwargs.get("cache_dir"), kwargs.get("revision"))
+    if isinstance(path, str):
+        parts = Path(path).parts
+        config._commit_hash = parts[len(parts) - len(file.parts) - 1]  # .../snapshots/COMMIT/FILE
 
 
 def load_backbone(
@@ -171,7 +194,7 @@ def load_backbone(
     """
     tokenizer = load_tokenizer(name)
     path = resolve_backbone(name)
-    with _explained(name, path):
+    with _refusing(name, path):
         lm = load_causal_lm(_find_gguf(path) or path, dtype=dtype)
     if path != name:
         lm.config.base_model_name_or_path = DEMO_MODEL_ID
@@ -184,14 +207,15 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     path = resolve_backbone(name)
     gguf = _find_gguf(path)
     check_within_reach(path)
-    with _explained(name, path):
+    with _refusing(name, path):
         place = {"gguf_file": gguf.name} if gguf is not None else {}
         tokenizers: Any = transformers.AutoTokenizer  # typed as if there might be none
         return tokenizers.from_pretrained(path if gguf is None else gguf.parent, **place)
 
 
 @contextmanager
-def _explained(name: str, path: str) -> Generator[None]:
+def _refusing(name: str, path: str) -> Generator[None]:
+    """Raise a `ProbeError` in one line for what goes wrong while a backbone is loaded."""
     try:
         yield
     # ImportError without the package gguf, RuntimeError for weights that do not fit the config.

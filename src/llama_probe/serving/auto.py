@@ -9,10 +9,10 @@ from typing import Any
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
 
 from ..backbone.decoder import without_peft
-from ..backbone.loading import load_causal_lm
+from ..backbone.loading import load_causal_lm, model_of
 from ..errors import ProbeError
 from .host import change_class
-from .loading import ProbeSpec, load_with_heads, model_of
+from .loading import ProbeSpec, load_with_heads
 from .modeling import LlamaForProbedGeneration, ProbedGenerationMixin
 
 

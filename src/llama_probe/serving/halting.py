@@ -1,4 +1,4 @@
-"""Halting: the rules by which prompts get no reply and replies end early, what is put in their place, and what is shown."""
+"""Halting: rules that end a reply, or begin none, what takes the place of the reply, and what a streamer shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..heads.decision import ProbeOutput, predictions, probabilities, threshold_
 from .outputs import Halt, TokenScores, on_host
 
 
-# One entry a prompt or a row: true, a `Halt` with the reason, or false or None to continue.
+# One entry a prompt or a row: true or a `Halt` with the reason to halt, false or None to continue.
 Decisions = Sequence[Any]
 HaltPolicy = Callable[[dict[str, ProbeOutput]], Decisions]
 Judge = Callable[[list[str]], Decisions]
@@ -78,12 +78,15 @@ class HaltRule:
     """Halts if a head finds a label.
 
     Attributes:
-        threshold: halts from this probability, or value of a regression head, on. `None`: if the head decides on the label.
-        patience: number of tokens in a row that must have the label. If the head reads prompts as well, theirs is the first.
-        window: a reply token is judged by the mean probability of this many last ones, from the threshold or 0.5 on. Those before
-            the reply count as 0, so that the first tokens alone, whose scores vary most, end no reply.
+        index: of the label.
+        threshold: halts from this probability on, or from this value of a regression head. `None`: if the head itself decides on
+            the label.
+        patience: number of tokens in a row that must have the label. If the head reads prompts too, the prompt counts as the first.
+        window: a reply token is judged by the mean probability of the label over the last `window` tokens, from the threshold or
+            0.5 on. Missing tokens at the beginning of a reply count as 0: the scores of the first tokens vary most, and must not
+            end a reply alone.
         unsure: (low, high); `ask` decides on prompts with low <= score < high.
-        ask: a function from the texts of such prompts to one decision each, such as another model.
+        ask: a function, such as another model, that gets the texts of these prompts and returns one decision for each.
     """
 
     head: str
@@ -104,35 +107,22 @@ class HaltRule:
         threshold: float | str | None = None,
         **options: Any,
     ) -> list[HaltRule]:
-        """Return the rules for the options of one head in `halt_on`: for its `label`, else for each that the head flags.
+        """Return the rules for one head in `halt_on`: one for `label`, else one for each label that the head flags.
 
         A threshold may be a name in the head's `thresholds`.
+
+        Raises:
+            ProbeError: an option is wrong, or does not go with the head.
         """
-        names, single = list(config.id2label.values()), config.problem_type == "single_label_classification"
-        labels = names if config.problem_type == "regression" else config.flagged or []
-        if label is not None and label not in names:
-            raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
-        if label is not None and config.token_scope == "tool" and single and label not in labels:
-            raise ProbeError(f"halt_on: {head!r} does not flag {label!r}, so prompts without a result may have it")
-        labels = labels if label is None else [label]
-        if not labels or (config.problem_type == "regression" and len(labels) > 1):
-            way = f"{{{head!r}: {{'label': {names[0]!r}}}}} or --halt-on {head}:{names[0]}"
-            raise ProbeError(f"halt_on: {head!r} flags no label; name it, {way}; labels: {', '.join(names)}")
-        for name in ("patience", "window"):
-            value = options.get(name, 1)
-            if not isinstance(value, int) or value < 1:
-                raise ProbeError(f"halt_on: the {name} of {head!r} is {value!r}; it must be a whole number from 1")
-            if value > 1 and not config.reads_reply:
-                raise ProbeError(f"halt_on: {name}={value} counts reply tokens, and {head!r} reads the prompt alone")
-        unsure, ask = options.get("unsure"), options.get("ask")
-        if unsure is not None or ask is not None:
-            band = unsure if isinstance(unsure, (list, tuple)) else ()
-            if not callable(ask) or len(band) != 2 or not all(map(_is_number, band)) or not band[0] < band[1]:
-                raise ProbeError(f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and a function ask=")
-            if config.token_scope == "response":
-                raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
-        limits = {index: _limit(head, config, index, threshold) for index in map(names.index, labels)}
-        return [cls(head, config, index, limit, **options) for index, limit in limits.items()]
+        names = list(config.id2label.values())
+        labels = _labels_to_halt(head, config, label)
+        _check_counts(head, config, options)
+        _check_band(head, config, options.get("unsure"), options.get("ask"))
+        rules = []
+        for each in labels:
+            index = names.index(each)
+            rules.append(cls(head, config, index, _limit(head, config, index, threshold), **options))
+        return rules
 
     def __str__(self) -> str:
         score = "value" if self.config.problem_type == "regression" else "probability"
@@ -140,9 +130,10 @@ class HaltRule:
         return f"{self.head} halts on {self.config.id2label[self.index]!r} {limit}"
 
     def halts(self, probs: torch.Tensor) -> list[Halt | None]:
-        """Return the reason to halt each row of probabilities `[rows, num_labels]`, or `None`, without regard to patience."""
-        scores, limit = probs[:, self.index], self.threshold
-        flagged = predictions(probs, self.config) == self.index if limit is None else scores >= limit
+        """Return for each row of probabilities, `[rows, num_labels]`, the reason to flag it or `None`. Patience plays no part."""
+        scores = probs[:, self.index]
+        is_decided = self.threshold is None  # by the head itself
+        flagged = predictions(probs, self.config) == self.index if is_decided else scores >= self.threshold
         flagged = flagged | scores.isnan()  # a guard that cannot read its input halts
         pairs = zip(flagged.tolist(), scores.tolist(), strict=True)
         return [self.reason(score) if flag else None for flag, score in pairs]
@@ -174,7 +165,7 @@ class HaltRule:
         return flag, flag is not None and (flag.score is None or least >= limit)
 
     def is_unsure(self, score: float) -> bool:
-        """Return True if another one decides on a prompt with this score."""
+        """Return True if `ask` decides on a prompt with this score."""
         return self.unsure is not None and self.unsure[0] <= score < self.unsure[1]
 
     def reason(self, score: float) -> Halt:
@@ -183,7 +174,7 @@ class HaltRule:
 
 
 def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
-    """Return the options of each head in a `halt_on` that is no function."""
+    """Return the options by head name of a `halt_on` that is not a function."""
     named = [spec] if isinstance(spec, str) else spec
     if not isinstance(named, Mapping):
         if not isinstance(named, Iterable) or not all(isinstance(name, str) for name in named):
@@ -199,8 +190,45 @@ def options_by_head(spec: HaltSpec) -> dict[str, dict[str, Any]]:
     return {name: dict(options or {}) for name, options in named.items()}
 
 
+def _labels_to_halt(head: str, config: ProbeConfig, label: str | None) -> list[str]:
+    """Return the `label` of a rule, else those that the head flags; for a regression head its only value."""
+    names = list(config.id2label.values())
+    is_regression = config.problem_type == "regression"
+    flagged = names if is_regression else config.flagged or []
+    if label is not None:
+        if label not in names:
+            raise ProbeError(f"halt_on: {head!r} has no label {label!r}; it has {', '.join(names)}")
+        is_single = config.problem_type == "single_label_classification"
+        if config.token_scope == "tool" and is_single and label not in flagged:
+            raise ProbeError(f"halt_on: {head!r} does not flag {label!r}, so prompts without a result may have it")
+        return [label]
+    if not flagged or (is_regression and len(flagged) > 1):
+        way = f"{{{head!r}: {{'label': {names[0]!r}}}}} or --halt-on {head}:{names[0]}"
+        raise ProbeError(f"halt_on: {head!r} flags no label; name it, {way}; labels: {', '.join(names)}")
+    return flagged
+
+
+def _check_counts(head: str, config: ProbeConfig, options: Mapping[str, Any]) -> None:
+    for name in ("patience", "window"):
+        value = options.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ProbeError(f"halt_on: the {name} of {head!r} is {value!r}; it must be a whole number from 1")
+        if value > 1 and not config.reads_reply:
+            raise ProbeError(f"halt_on: {name}={value} counts reply tokens, and {head!r} reads the prompt alone")
+
+
+def _check_band(head: str, config: ProbeConfig, unsure: Any, ask: Any) -> None:
+    if unsure is None and ask is None:
+        return
+    is_pair = isinstance(unsure, (list, tuple)) and len(unsure) == 2 and all(map(_is_number, unsure))
+    if not callable(ask) or not is_pair or unsure[0] >= unsure[1]:
+        raise ProbeError(f"halt_on: {head!r} needs unsure=(low, high), not {unsure!r}, and a function ask=")
+    if config.token_scope == "response":
+        raise ProbeError(f"halt_on: unsure is for heads that read the prompt; {head!r} reads replies alone")
+
+
 def _limit(head: str, config: ProbeConfig, index: int, threshold: float | str | None) -> float | None:
-    """Return the threshold of a rule for one label, from a number, a name or nothing. Values have none by themselves."""
+    """Return the threshold of a rule for one label, given as a number, by name or not at all."""
     is_regression = config.problem_type == "regression"
     if threshold is None and not is_regression:
         return threshold_of(config, index)
@@ -222,15 +250,15 @@ class Halter:
     """The halting decisions of one call of `generate()`.
 
     Args:
-        spec: a head's name or several names: the labels that the head flags halt, as it decides. Or a dict of names with `label`,
-            `threshold`, `unsure` with `ask`, and for heads that read replies `patience` and `window`, all optional. Or a
+        spec: the name of a head, or several names: each label that the head flags halts. Or a dict of names with options, which
+            are `label`, `threshold`, `unsure` with `ask`, and for heads that read replies `patience` and `window`. Or a
             function of the scores of the prompts. `None` halts nothing.
         on_token: called with the `TokenScores` after each token of the replies.
 
     Attributes:
         is_active: something may be halted.
-        follows: tokens of the replies are decided on.
-        halts: a `Halt` or None for each prompt; for each row if it follows replies. Empty before the prefill ends.
+        follows: replies may be halted, so there is a decision after each of their tokens.
+        halts: a `Halt` or None for each prompt; for each row if replies may be halted. Empty before the prefill ends.
     """
 
     def __init__(
@@ -247,7 +275,8 @@ class Halter:
             raise ProbeError("on_probe_token: no active head reads replies (token_scope='response' or 'all')")
         if self.policy is not None and all(config.token_scope == "response" for config in configs.values()):
             raise ProbeError("halt_on: a function needs a head that reads the prompt; on_probe_token= sees replies")
-        for name, options in {} if spec is None or callable(spec) else options_by_head(spec).items():
+        named = {} if spec is None or callable(spec) else options_by_head(spec)
+        for name, options in named.items():
             if name not in configs:
                 raise ProbeError(f"halt_on: no head {name!r} is active; active: {', '.join(configs)}")
             self.rules += HaltRule.create_all(name, configs[name], **options)
@@ -257,11 +286,11 @@ class Halter:
     def decide(
         self, outputs: dict[str, ProbeOutput], prompts: int, texts: PromptTexts | None = None, copies: int = 1
     ) -> list[Halt | None]:
-        """Decide on the prompts; the first rule that flags one counts. After an error of the policy no reply is begun.
+        """Decide on the prompts. The first rule that flags a prompt counts. If a function of the user raises, no reply begins.
 
         Args:
             texts: gives the texts that a head read in some rows, for rules that ask.
-            copies: replies to each prompt.
+            copies: number of replies to each prompt.
         """
         halts: list[Halt | None] = [None] * prompts
         if self.policy is not None:
@@ -271,7 +300,7 @@ class Halter:
         for rule in self.rules:
             flags: list[Halt | None] = [None] * prompts
             if rule.head in logits:
-                flags = _asked(rule, probabilities(logits[rule.head], rule.config), texts)
+                flags = _flags_of(rule, probabilities(logits[rule.head], rule.config), texts)
             streaks = (Streak(rule.patience, rule.window, flag is not None) for flag in flags for _ in range(copies))
             self._streaks.append(list(streaks))
             halts = [halt or (flag if rule.ends(flag) else None) for halt, flag in zip(halts, flags, strict=True)]
@@ -282,12 +311,12 @@ class Halter:
         return {rule.head: outputs[rule.head].logits for rule in self.rules if rule.head in outputs}
 
     def follow(self, scores: TokenScores) -> list[bool]:
-        """Decide on one more token of each reply. After an error no token is written.
+        """Decide on one more token of each reply. If a function of the user raises, no further token is written.
 
         Returns:
-            For each row, true if a rule flags the token. It halts the reply once the patience is exhausted.
+            For each row, true if a rule flags the token. The reply is halted once the patience is exhausted.
         """
-        # Numbers of one kind, so that they come from the device in one copy.
+        # All of one dtype, so that they come from the device in one copy.
         host = on_host({"": scores.counted.float(), **self._logits(scores.outputs)})
         counted = host[""]  # no head has an empty name
         # Tokens that do not count change nothing.
@@ -310,7 +339,7 @@ class Halter:
 
 
 def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
-    """Return what a function of the user decided, as one `Halt` or `None` a row."""
+    """Return the decisions of a function of the user as one `Halt` or `None` a row."""
     items: Any = returned.tolist() if hasattr(returned, "tolist") else returned
     is_list = isinstance(items, (list, tuple)) and len(items) == rows
     if not is_list or not all(isinstance(item, Halt) or item in (None, False, True) for item in items):
@@ -318,8 +347,8 @@ def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
     return [item if isinstance(item, Halt) else Halt() if item else None for item in items]
 
 
-def _asked(rule: HaltRule, probs: torch.Tensor, texts: PromptTexts | None) -> list[Halt | None]:
-    """Return the flags of a rule; in its band those of the function that it asks."""
+def _flags_of(rule: HaltRule, probs: torch.Tensor, texts: PromptTexts | None) -> list[Halt | None]:
+    """Return why a rule halts each prompt, or `None`. In its band the function that it asks decides."""
     halts = rule.halts(probs)
     if rule.ask is None or texts is None:
         return halts
@@ -332,17 +361,17 @@ def _asked(rule: HaltRule, probs: torch.Tensor, texts: PromptTexts | None) -> li
 
 
 class HoldBackStreamer(BaseStreamer):
-    """Holds back the tokens of a reply until heads have scored them, and the tokens after them, without a flag.
+    """Holds back each token of a reply until heads have scored it and some tokens after it without a flag.
 
         streamer = HoldBackStreamer(TextStreamer(tokenizer, skip_prompt=True), tokens=8)
         model.generate(**inputs, streamer=streamer, halt_on={"guard": {"threshold": 0.5}})
 
-    A token is shown once it and the next `tokens` are scored and `halt_on` flagged none of them. A flag that does not halt
-    yet (`patience`) holds the tokens before it until `tokens` later ones are clear. A halt drops the held tokens: neither a
-    flagged token nor the `tokens` before it were shown. Then follow the `halt_reply` of the call and the end. A reply that
+    A token is shown once the heads have scored it and the next `tokens`, and `halt_on` flagged none of them. A flag that does not
+    halt yet (`patience`) holds the tokens before it back until `tokens` later ones are clear. A halt drops the held tokens: a
+    flagged token and the `tokens` before it are never shown. The `halt_reply` of the call is shown in their place. A reply that
     ends by itself is shown whole; its last token is the only one without a score.
 
-    It serves one row at a time, as the streamers of transformers do, and one call after another.
+    A streamer serves one row at a time, as the streamers of transformers do, and one call after another.
 
     Args:
         streamer: any streamer of transformers, such as `TextStreamer` or `TextIteratorStreamer`.

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..backbone.decoder import target_of
-from ..backbone.loading import check_within_reach, read_target, resolve_backbone
+from ..backbone.loading import check_within_reach, model_of, read_target, resolve_backbone
 from ..errors import ProbeError
 from ..heads.configuration import read_config
 from ..heads.probe import ProbeModel
@@ -133,8 +133,3 @@ def read_heads(
         is_loaded = isinstance(source, ProbeModel)
         heads[name] = source if is_loaded else ProbeModel.load_for(source, target, options)
     return heads
-
-
-def model_of(loaded: Any) -> Any:
-    """Return the model that `from_pretrained` gave, be it beside the info of `output_loading_info=True`."""
-    return loaded[0] if isinstance(loaded, tuple) else loaded

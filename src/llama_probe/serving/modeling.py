@@ -15,14 +15,16 @@ from transformers.utils import logging
 
 from ..backbone.decoder import find_decoder, target_of, without_peft
 from ..backbone.kv_cache import cached_tokens, copy_cache
+from ..backbone.loading import model_of, record_commit
 from ..data.prompts import Text
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
+from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .host import ProbeHostMixin, change_class, fitting_heads
-from .loading import ProbeSpec, load_with_heads, model_of, read_heads
-from .outputs import ProbeCache, ProbedOutputMixin, asks_for_state, refuse_without_heads, with_results
+from .loading import ProbeSpec, load_with_heads, read_heads
+from .outputs import ProbedOutputMixin, with_results
 from .reader import PromptReader
 from .session import (
     HEAD_ARGUMENTS,
@@ -42,8 +44,6 @@ _NOT_SCORED = (
     "A pass that continues from a cache was not scored (probe_logits is None): pass the probe_state= of the call that filled it, or the "
     "whole prompt without a cache. PEFT's prefix tuning makes such a cache: score with get_base_model().classify(...)."
 )
-# Arguments of the plain `generate()` behind its first two, which may be given by their place.
-_POSITIONAL = tuple(inspect.signature(LlamaForCausalLM.generate).parameters)[3:-1]
 
 
 class ProbedGenerationMixin(ProbeHostMixin):
@@ -146,7 +146,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         """
         load, place = super().from_pretrained, pretrained_model_name_or_path
         loaded, heads = load_with_heads(load, place, model_args, kwargs, probe)
-        model_of(loaded)._attach(heads, probe_strict)
+        model = model_of(loaded)
+        record_commit(model, kwargs)
+        model._attach(heads, probe_strict)
         return loaded
 
     def _probed_forward(self, kwargs: dict[str, Any]) -> Any:
@@ -156,10 +158,11 @@ class ProbedGenerationMixin(ProbeHostMixin):
             session = running if running.reads_prompt else False
         if session is None:
             heads = self._active_heads(kwargs.pop("probes", None))
-            asked = {name: kwargs.pop(name, None) for name in ("probe_mask", "probe_state")}
+            probe_mask = kwargs.pop("probe_mask", None)
+            probe_state = kwargs.pop("probe_state", None)
             if heads:
-                return self._forward_with_heads(heads, kwargs, **asked)
-            refuse_without_heads(asked["probe_state"])
+                return self._forward_with_heads(heads, kwargs, probe_mask, probe_state)
+            refuse_without_heads(probe_state)
         return self._forward_in_session(session, kwargs) if session else super().forward(**kwargs)
 
     # torch.compile breaks its graph at these two: hooks come and go, and heads look at values.
@@ -325,16 +328,19 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: the prompt cannot be scored as a whole, the replies cannot be followed, or `halt_on` is not allowed.
         """
-        kwargs |= dict(zip(_POSITIONAL, args, strict=False))
-        asked = {name: kwargs.pop(name, None) for name in HEAD_ARGUMENTS}
-        call = PlainSession(super().generate, self, inputs, generation_config, kwargs)
+        plain = super().generate
+        names = list(inspect.signature(plain).parameters)[2:]
+        kwargs |= dict(zip(names, args, strict=False))
+        arguments = {name: kwargs.pop(name, None) for name in HEAD_ARGUMENTS}
+        call = PlainSession(plain, self, inputs, generation_config, kwargs)
         # A decoding method that calls generate() anew, of this model or its assistant, passes no argument of heads. The
         # user's code may, from a streamer for example.
         is_inner = session_of(self) is not None or getattr(generation_config, "is_assistant", False)
-        is_inner = is_inner and all(value is None for value in asked.values())
-        probes = asked.pop("probes")
+        is_inner = is_inner and all(value is None for value in arguments.values())
+        probes = arguments.pop("probes")
         try:
-            return generate_session(call, {} if is_inner else self._active_heads(probes), **asked).run()
+            heads = {} if is_inner else self._active_heads(probes)
+            return generate_session(call, heads, **arguments).run()
         except BaseException:
             if not is_inner:
                 end_stream(kwargs.get("streamer"))

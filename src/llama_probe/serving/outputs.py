@@ -1,11 +1,10 @@
-"""Outputs of the LM with the results of its heads, and the state of the heads for the next turn."""
+"""Outputs of the LM with the results of its heads."""
 
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, make_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,13 +12,11 @@ from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
 from ..files import JSON
-from ..heads.aggregator import State
 from ..heads.decision import DecidedMixin, ProbeOutput, describe_predictions, labels, probabilities, reply_outputs
 from ..heads.probe import ProbeModel
-from ..heads.stream import select_rows
+from .cache import ProbeCache
 
 
-_NEEDS_IDS = "probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)"
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
@@ -215,175 +212,3 @@ def on_host(tensors: Mapping[_Key, _Value]) -> dict[_Key, _Value]:
         for name, tensor, part in zip(names, there, parts, strict=True):
             copies[name] = part.view(tensor.shape).to(tensor.dtype)
     return copies
-
-
-@dataclass(frozen=True)
-class CachedHead:
-    """The token-stage state of one head for the tokens in a KV cache.
-
-    Attributes:
-        head, versions: the head that made `state`, and the versions of its weights; see `is_of`.
-        mask (`torch.BoolTensor` of shape `[rows, tokens]`): tokens that count.
-        state: token-stage state of all layers that the head reads; `None` where no token counts so far.
-    """
-
-    head: weakref.ref[ProbeModel]
-    versions: list[tuple[int, int]]
-    mask: torch.Tensor
-    state: State
-
-    @classmethod
-    def create(cls, head: ProbeModel, mask: torch.Tensor, state: State) -> CachedHead:
-        """Keep what a head has just read."""
-        return cls(weakref.ref(head), _versions(head), mask, state)
-
-    def is_of(self, head: ProbeModel) -> bool:
-        """Return True if `head` is the one that made the state, with the same weights."""
-        return self.head() is head and self.versions == _versions(head)
-
-
-def _versions(head: ProbeModel) -> list[tuple[int, int]]:
-    # Inference tensors have no version counter; they also cannot be modified in place.
-    return [(id(p), -1 if p.is_inference() else p._version) for p in (*head.parameters(), *head.buffers())]
-
-
-class ProbeCache:
-    """The heads' states for the tokens in an LM's KV cache: a prompt that goes on from there is scored as a whole.
-
-    `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. Each call returns another one, so
-    that one shared prefix serves any number of prompts. Each of them needs a copy of the cache, which transformers changes in
-    place. The numbers that each kind keeps are in docs/how-it-works.md; novelty keeps `hidden_size` for up to three layers.
-
-    Attributes:
-        input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over, on the CPU.
-        attention_mask (`torch.BoolTensor` of shape `[rows, tokens]`): false for padding, and behind the end of a reply; on the CPU.
-        heads: by name.
-    """
-
-    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, heads: Mapping[str, CachedHead]):
-        self.input_ids, self.attention_mask, self.heads = input_ids, attention_mask, dict(heads)
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens, as that of the cache."""
-        return self.input_ids.shape[1]
-
-    @property
-    def batch_size(self) -> int:
-        """Number of rows."""
-        return len(self.input_ids)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row in place, as `DynamicCache.batch_repeat_interleave` does."""
-        self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
-        """Keep the rows whose indices are given, in place, as `DynamicCache.batch_select_indices` does."""
-        rows = torch.arange(self.batch_size, device="cpu")[torch.as_tensor(indices, device="cpu")]
-        self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
-        self.heads = {
-            name: replace(kept, mask=kept.mask[rows], state=select_rows(kept.state, rows))
-            for name, kept in self.heads.items()
-        }
-
-    def extended(self, tokens: torch.Tensor, token_mask: torch.Tensor, states: Mapping[str, State]) -> ProbeCache:
-        """Return it with the replies that followed: `[rows, reply_tokens]`, which of them count, and states by name.
-
-        Heads without a state here do not read replies.
-        """
-        heads = {}
-        for name, kept in self.heads.items():
-            read = token_mask if name in states else torch.zeros_like(token_mask)
-            heads[name] = replace(kept, mask=torch.cat([kept.mask, read], 1), state=states.get(name, kept.state))
-        ids, attended = torch.cat([self.input_ids, tokens], 1), torch.cat([self.attention_mask, token_mask], 1)
-        return ProbeCache(ids, attended, heads)
-
-    def followed_by(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` of whole prompts, `[rows, tokens]`: what was seen, and new tokens behind it.
-
-        Args:
-            attention_mask (`[rows, tokens]`, *optional*): of the whole; may be left out if nothing is padding so far.
-        """
-        self._check_rows(len(input_ids))
-        if attention_mask is None:
-            if not self.attention_mask.all():
-                raise ProbeError("a part of the cached tokens is padding: pass attention_mask, of old and new tokens")
-            new = torch.ones_like(input_ids, dtype=torch.bool)
-            attention_mask = torch.cat([self.attention_mask.to(input_ids.device), new], dim=1)
-        whole = torch.cat([self.input_ids.to(input_ids.device), input_ids], dim=1)
-        return {"input_ids": whole, "attention_mask": attention_mask}
-
-    def _check_rows(self, prompts: int) -> None:
-        if prompts != self.batch_size:
-            hint = "use batch_repeat_interleave or batch_select_indices of both cache and state"
-            raise ProbeError(f"probe_state has {self.batch_size} rows, and {prompts} prompts are given: {hint}")
-
-    def resume(
-        self,
-        heads: Mapping[str, ProbeModel],
-        masks: Mapping[str, torch.Tensor],
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor,
-        cached: int,
-    ) -> dict[str, State]:
-        """Return the state that each head goes on from, by name, for prompts that begin with the tokens it has seen.
-
-        Args:
-            heads: heads to resume. Heads that are not in the state have seen nothing.
-            masks: tokens of the whole prompts that count for each of them, `[prompts, prompt_tokens]`.
-            input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts, on the CPU as the masks.
-            cached: number of tokens in the KV cache.
-        """
-        if cached != (seen := self.get_seq_length()):
-            raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
-        if input_ids is None:
-            raise ProbeError(_NEEDS_IDS)
-        self._check_rows(len(input_ids))
-        if input_ids.shape[1] <= seen:
-            hint = "pass all of the conversation, with at least one new token"
-            raise ProbeError(f"the prompt has {input_ids.shape[1]} tokens, and probe_state has seen {seen}: {hint}")
-        differing = ((input_ids[:, :seen] != self.input_ids) & self.attention_mask).any(dim=0).nonzero().flatten()
-        if len(differing):
-            first = f"the first that differs is number {int(differing[0])}: append to out.sequences"
-            raise ProbeError(f"the prompt does not begin with the {seen} tokens that probe_state has seen; {first}")
-        _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
-        states = {}
-        for name in [name for name in heads if name in self.heads]:
-            head, kept = heads[name], self.heads[name]
-            if not kept.is_of(head):
-                raise ProbeError(f"probe_state was made by another head called {name!r}, or by other weights of it")
-            wanted = masks[name][:, :seen]
-            if head.config.token_scope == "last_user" and not bool(wanted.any()):
-                continue  # all rows go on with another turn of the user
-            _same_tokens(f"the tokens that {name!r} reads", wanted, kept.mask)
-            states[name] = kept.state
-        return states
-
-
-def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
-    """Raise `ProbeError` if a state is given or asked for, and no head runs that could keep one."""
-    if probe_state is not None and probe_state is not False:
-        raise ProbeError("probe_state is what heads keep, and none is active: load_probe(...) first")
-
-
-def asks_for_state(
-    probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
-) -> bool:
-    """Return True if `probe_state=` asks for a state in return: it is `True`, or a state to go on from."""
-    if probe_state is None or probe_state is False:
-        return False
-    if probe_state is not True and not isinstance(probe_state, ProbeCache):
-        raise ProbeError(f"probe_state is a {type(probe_state).__name__}; it must be True, or what a call returned")
-    if use_cache is False:
-        raise ProbeError("probe_state goes with a cache, and use_cache=False keeps none; leave one of them out")
-    if input_ids is None:
-        raise ProbeError(_NEEDS_IDS)
-    return True
-
-
-def _same_tokens(what: str, wanted: torch.Tensor, kept: torch.Tensor) -> None:
-    differing = (wanted != kept).any(dim=0).nonzero().flatten()
-    if len(differing):
-        first = f"the first is number {int(differing[0])}"
-        raise ProbeError(f"{what}: of the {kept.shape[1]} tokens that were seen other ones count now; {first}")

@@ -18,7 +18,8 @@ from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, judges_segments, number_segments, token_mask, tokens_read
 from ..heads.stream import ProbeState, repeat_rows, split_segments
-from .outputs import CachedHead, ProbeCache, TokenScores, on_host
+from .cache import CachedHead, ProbeCache
+from .outputs import TokenScores, on_host
 
 
 _MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""One call of `generate()` with heads; `ProbedSession` is its whole way."""
+"""One call of `generate()` with heads, from the prompt to the output: `ProbedSession`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.utils import ModelOutput
 
 from ..backbone.decoder import find_decoder
@@ -21,9 +22,10 @@ from ..backbone.kv_cache import cached_tokens
 from ..errors import ProbeError
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
+from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .halting import Halter, HaltReply, HaltSpec, HoldBackStreamer, TokenCallback, reply_tokens
 from .host import CausalLM
-from .outputs import Halt, ProbeCache, TokenScores, asks_for_state, refuse_without_heads, with_results
+from .outputs import Halt, TokenScores, with_results
 from .reader import PromptReader, ReplyReader
 from .texts import texts_read
 
@@ -31,39 +33,39 @@ from .texts import texts_read
 PAGED = "heads cannot read prompts in a paged cache; use generate(), or set_active_probes([]) to go without heads"
 # Arguments of `generate()` that transformers does not have.
 HEAD_ARGUMENTS = ("probes", "probe_mask", "halt_on", "halt_reply", "on_probe_token", "probe_state", "abstain_at")
-# Settings under which passes are not over one more token of each reply.
+# Settings under which a pass of the LM is not over one more token of each reply: heads cannot follow such replies.
 _ASSISTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 _NOT_FOLLOWED = ("num_beams", *_ASSISTED, "custom_generate")
 
-# The session of this thread. The outermost call of a model decides on heads; calls that the decoding method makes itself
-# (assistants, early exits) run without them.
-_CURRENT: ContextVar[PlainSession | None] = ContextVar("probe_session", default=None)
+# The session of this thread. The outermost call of `generate()` decides which heads run. Calls that the decoding method makes
+# itself (assistants, early exits) run without heads.
+_ACTIVE_SESSION: ContextVar[PlainSession | None] = ContextVar("probe_session", default=None)
 
 
 @contextlib.contextmanager
-def _current(session: PlainSession | None):
-    token = _CURRENT.set(session)
+def _activate(session: PlainSession | None):
+    token = _ACTIVE_SESSION.set(session)
     try:
         yield
     finally:
-        _CURRENT.reset(token)
+        _ACTIVE_SESSION.reset(token)
 
 
 def session_of(model: nn.Module) -> PlainSession | None:
     """Return the session of the `generate()` call that `model` is in, or None."""
-    session = _CURRENT.get()
+    session = _ACTIVE_SESSION.get()
     return session if session is not None and session.model is model else None
 
 
 @dataclass
 class PlainSession:
-    """One call of `generate()` in which no head runs: inner calls, `probes=[]`, plain outputs.
+    """One call of `generate()` in which no head runs, with its arguments and settings.
 
-    It has the arguments of the call, and the settings that they give with its config and the model's.
+    It is used for `probes=[]`, for plain outputs and for calls inside another call.
 
     Attributes:
-        generate: that of transformers, bound to the model.
-        reads_prompt: heads read the next pass, which is over the prompt.
+        generate: the method of transformers, bound to the model.
+        reads_prompt: the next pass is over the prompt, and heads read it.
         reads_next: heads read the next pass.
     """
 
@@ -77,7 +79,7 @@ class PlainSession:
 
     def run(self) -> Any:
         """Call the plain `generate()`, and return its output."""
-        with _current(self):
+        with _activate(self):
             return self.generate(self.inputs, self.generation_config, **self.kwargs)
 
     @property
@@ -87,12 +89,12 @@ class PlainSession:
 
     @property
     def returns_dict(self) -> bool:
-        """True if an output is wanted, which is the default with heads, and not the tokens alone."""
+        """True if the call returns an output, the default with heads. False if it returns the tokens alone."""
         chosen = getattr(self.generation_config, "return_dict_in_generate", None)
         return self.kwargs.get("return_dict_in_generate", chosen) in (None, True)
 
     def setting(self, name: str) -> Any:
-        """Return the value of a setting from the arguments, their config or the model's config, else None."""
+        """Return a setting from the arguments, the config among them or the model's config; None if none has it."""
         if name in self.kwargs:
             return self.kwargs[name]
         value = getattr(self.generation_config, name, None)
@@ -104,7 +106,7 @@ class PlainSession:
         return [number for value in values for number in torch.as_tensor(value, device="cpu").flatten().tolist()]
 
     def change(self, name: str, value: Any) -> None:
-        """Change a setting: in a copy of the config if there is one, because transformers deprecates settings beside it."""
+        """Change a setting, in a copy of the config if the call has one: transformers deprecates arguments beside a config."""
         if self.generation_config is None or name in self.kwargs:
             self.kwargs[name] = value
         else:
@@ -123,26 +125,31 @@ class PlainSession:
         return {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
 
     def check(self, follows: bool) -> None:
-        """Raise `ProbeError` if heads cannot read the prompts, or not the replies if they shall follow these."""
+        """Raise `ProbeError` if heads cannot read the prompts, or with `follows` the replies."""
         if self.setting("cache_implementation") == "paged":
             raise ProbeError(PAGED)
         if self.setting("token_healing"):
-            raise ProbeError("token_healing rewrites the end of the prompt behind the heads; switch one of them off")
-        for name in _NOT_FOLLOWED if follows else ():
-            if (value := self.setting(name)) and (name, value) != ("num_beams", 1):
+            raise ProbeError(
+                "token_healing rewrites the end of the prompt after the heads have read it; switch one of them off"
+            )
+        if not follows:
+            return
+        for name in _NOT_FOLLOWED:
+            value = self.setting(name)
+            if value and (name, value) != ("num_beams", 1):
                 hint = "leave it out, for greedy search or sampling"
                 raise ProbeError(f"{name} cannot be used with heads or a probe_state that follow the reply: {hint}")
 
 
 class _AllHalted(Exception):
-    """Leaves the plain `generate()` with the KV cache of the prompts if every one is halted, so that a streamer sees no token."""
+    """Leaves the plain `generate()` if all prompts are halted, so that no token is written. It carries their KV cache."""
 
 
 class ProbedSession(PlainSession):
-    """One call of `generate()` with heads: they read the prompt and the reply, and their results are put into the output.
+    """One call of `generate()` with heads that read the prompt and the reply.
 
-    `run` calls the plain `generate()`, which calls the model, whose passes over the prompt and over reply tokens are those of
-    `forward`. After the prompt comes `_decide`, after a reply token `_follow`, and at the end `_finish`.
+    `run` calls the plain `generate()`. That calls the model, and the model calls `forward` for each pass that heads read.
+    After the prompt `forward` calls `_decide`, after a reply token `_follow`. `_finish` puts the results into the output.
     """
 
     def __init__(
@@ -183,30 +190,33 @@ class ProbedSession(PlainSession):
         self._hooks = contextlib.ExitStack()  # of `reply`
         if any(rule.ask for rule in halter.rules) and (self.tokenizer is None or self.prompt.input_ids is None):
             raise ProbeError("halt_on: ask gets texts of prompts, so generate() needs tokenizer= and input_ids")
-        if isinstance(self.streamer, HoldBackStreamer) and (rows := self.prompt.prompts * self._copies) != 1:
+        rows = self.prompt.prompts * self._copies
+        if isinstance(self.streamer, HoldBackStreamer) and rows != 1:
             raise ProbeError(f"a HoldBackStreamer serves one row, and this call has {rows}: generate them one by one")
 
     def run(self) -> ModelOutput | torch.Tensor:
-        """Call the plain `generate()`, and return its output with the results of the heads, or its tokens if it asks for these."""
-        changes, as_dict = {}, self.returns_dict
+        """Call the plain `generate()`. Return its output with the results of the heads, or the tokens if they are wanted alone."""
+        as_dict = self.returns_dict
         self.change("return_dict_in_generate", True)
         if self._follows and "disable_compile" not in self.kwargs:
             self.change("disable_compile", True)  # hooks and a state that grows would only break its graphs
+        kwargs = dict(self.kwargs)
         if self.halter.is_active:
-            processors, criteria = (self.kwargs.get(name) or () for name in ("logits_processor", "stopping_criteria"))
-            changes["logits_processor"] = LogitsProcessorList([*processors, self._force_end])
-            if self.halter.follows:
-                changes["stopping_criteria"] = StoppingCriteriaList([*criteria, self._stop])
-        with _current(self), self._hooks:
+            processors = kwargs.get("logits_processor") or ()
+            kwargs["logits_processor"] = LogitsProcessorList([*processors, self._force_end])
+        if self.halter.follows:
+            criteria = kwargs.get("stopping_criteria") or ()
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, self._stop])
+        with _activate(self), self._hooks:
             try:
-                output = self.generate(self.inputs, self.generation_config, **{**self.kwargs, **changes})
+                output = self.generate(self.inputs, self.generation_config, **kwargs)
             except _AllHalted as halted:
                 output = self._without_tokens(*halted.args)
             output = self._finish(output)
         return output if as_dict else output["sequences"]
 
     def forward(self, forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        """Run one forward pass of the LM, read it, and decide on what was read."""
+        """Run one forward pass of the LM with the heads reading it, and decide on their scores."""
         if self.reply is None:  # the prompt is not complete
             with self.prompt.reading(inputs) as inputs:
                 output: Any = forward(**inputs)
@@ -220,7 +230,8 @@ class ProbedSession(PlainSession):
 
     def _decide(self, cache: Cache | None) -> None:
         """Decide on the prompts, which the LM has just read into its KV cache."""
-        self.reads_prompt, self.reads_next = False, self._follows
+        self.reads_prompt = False
+        self.reads_next = self._follows
         if self._follows:
             pad = None
             if self.setting("stop_strings") or self.kwargs.get("stopping_criteria"):
@@ -228,28 +239,36 @@ class ProbedSession(PlainSession):
             ends = self.token_ids("eos_token_id")
             self.reply = ReplyReader(self._followers, self.prompt, self._copies, ends, pad)
             self._hooks.enter_context(self.reply.capturing())
-        with _current(None):  # functions of the user may call models with their heads
+        with _activate(None):  # functions of the user may call models with their heads
             halts = self.halter.decide(self.prompt.results, self.prompt.prompts, self._prompt_texts, self._copies)
         if None not in halts:
             if self.streamer is not None:
                 self._put_reply()
-            # Processes that share a model (FSDP, ZeRO-3) all run until the last of them is done.
-            mode = self.model._extract_generation_mode_kwargs(None, {}, self.kwargs.get("synced_gpus"), None, None)
-            if not mode["synced_gpus"]:
+            if not self._waits_for_others():
                 if self.streamer is not None:
                     self.streamer.end()
                 raise _AllHalted(cache)
         if self.reply is not None and any(halts):
             self.reply.end([halt is not None for halt in halts])
 
+    def _waits_for_others(self) -> bool:
+        """Return True if processes share the model (FSDP, ZeRO-3). All of them then run until the last one is done."""
+        chosen = self.kwargs.get("synced_gpus")
+        if chosen is not None:
+            return chosen
+        is_shared = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self.model)
+        is_divided = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return is_shared and is_divided and torch.distributed.get_world_size() > 1
+
     def _follow(self, reply: ReplyReader, scores: TokenScores) -> None:
         """Decide on one more token of each reply."""
         if not self.halter.follows:
             return
         before = self.halter.halts
-        with _current(None):
+        with _activate(None):
             flagged = self.halter.follow(scores)
-        halts, holds_back = self.halter.halts, isinstance(self.streamer, HoldBackStreamer)
+        halts = self.halter.halts
+        holds_back = isinstance(self.streamer, HoldBackStreamer)
         if halts != before:
             reply.end([halt is not None for halt in halts])
             if holds_back:
@@ -265,7 +284,8 @@ class ProbedSession(PlainSession):
             hint = "let it return a generate output, or pass return_dict_in_generate=False"
             raise ProbeError(f"custom_generate returned a {type(output).__name__}, which cannot carry logits: {hint}")
         start = 0 if self.input_ids is None else self.input_ids.shape[1]  # embeddings are not returned
-        halts, fields = self.halter.halts, {}
+        halts = self.halter.halts
+        fields: dict[str, Any] = {}
         if self.halter.is_active:
             fields["probe_halts"] = halts
         if any(halts):
@@ -284,7 +304,7 @@ class ProbedSession(PlainSession):
         return probed
 
     def _force_end(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Force the end-of-sequence token, or padding without one, in the rows of halted prompts. A logits processor."""
+        """Force the end-of-sequence token, or padding if there is none, in halted rows. A logits processor."""
         if not any(self.halter.halts):
             return scores
         end = [*self.token_ids("eos_token_id", "pad_token_id"), 0][0]
@@ -293,7 +313,7 @@ class ProbedSession(PlainSession):
         return torch.where(self._halted_rows(scores)[:, None], forced, scores)
 
     def _stop(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Stop halted rows, so that decoding ends with the last of the others. A stopping criterion."""
+        """Stop halted rows, so that decoding ends with the last row that is not halted. A stopping criterion."""
         return self._halted_rows(input_ids)
 
     def _halted_rows(self, batch: torch.Tensor) -> torch.Tensor:
@@ -332,23 +352,23 @@ def generate_session(
     heads: dict[str, ProbeModel],
     halt_on: HaltSpec | None,
     on_probe_token: TokenCallback | None,
-    **asked: Any,
+    **arguments: Any,
 ) -> PlainSession:
-    """Return the session of a call with the heads that run and the other `HEAD_ARGUMENTS`; see `ProbedGenerationMixin.generate`."""
+    """Return the session of a call of `ProbedGenerationMixin.generate`, for the heads that run and its `HEAD_ARGUMENTS`."""
     for config in (call.generation_config, call.model.generation_config):
         for name in HEAD_ARGUMENTS:
             if getattr(config, name, None) is not None:  # a config takes any name, and nothing would be halted
                 raise ProbeError(f"{name} in a generation_config: pass it to generate() itself, {name}=...")
     halter = Halter(halt_on, {name: head.config for name, head in heads.items()}, on_probe_token)
-    if asked["halt_reply"] is not None and not halter.is_active:
+    if arguments["halt_reply"] is not None and not halter.is_active:
         raise ProbeError("halt_reply is what halted prompts get, and nothing halts here: pass halt_on= as well")
     if isinstance(call.kwargs.get("streamer"), HoldBackStreamer) and not halter.follows:
         raise ProbeError("a HoldBackStreamer needs halt_on= with a head that reads replies, or on_probe_token=")
-    if heads and not call.returns_dict and asked["probe_state"]:
+    if heads and not call.returns_dict and arguments["probe_state"]:
         raise ProbeError("probe_state is returned in the output: leave return_dict_in_generate=False out")
     if halter.is_active or (heads and call.returns_dict):
-        return ProbedSession(call, heads, halter, **asked)
-    refuse_without_heads(asked["probe_state"])
+        return ProbedSession(call, heads, halter, **arguments)
+    refuse_without_heads(arguments["probe_state"])
     return call
 
 
@@ -362,14 +382,21 @@ def end_stream(streamer: Any) -> None:
 def _with_reply(
     sequences: torch.Tensor, halts: Sequence[Halt | None], prompt_length: int, reply: torch.Tensor, pad: int
 ) -> torch.Tensor:
-    """Replace what follows the prompt, or the last token, of each halted row: `[rows, tokens of the longest row]`.
+    """Put `reply` into halted rows, after the prompt or after the token that halts: `[rows, tokens of the longest row]`.
 
-    `halts` has one entry a prompt or a row. An empty reply leaves a row that was halted on its way as it is.
+    An empty reply leaves a row whose reply was begun as it is.
+
+    Args:
+        halts: one entry a prompt, or one a row.
     """
     repeats = len(sequences) // len(halts)
     rows = list(sequences)
-    for row, halt in enumerate(halt for halt in halts for _ in range(repeats)):
-        if halt is not None and (halt.token is None or len(reply)):
-            start = prompt_length + (0 if halt.token is None else halt.token + 1)
-            rows[row] = torch.cat([rows[row][:start], reply.to(sequences)])
+    for row, tokens in enumerate(sequences):
+        halt = halts[row // repeats]
+        if halt is None:
+            continue
+        if halt.token is None:
+            rows[row] = torch.cat([tokens[:prompt_length], reply.to(tokens)])
+        elif len(reply):
+            rows[row] = torch.cat([tokens[: prompt_length + halt.token + 1], reply.to(tokens)])
     return pad_sequence(rows, batch_first=True, padding_value=pad)
