@@ -20,7 +20,7 @@ _PROBED_CLASSES: dict[type, type[ProbedGenerationMixin]] = {LlamaForCausalLM: Ll
 
 
 class AutoModelForProbedGeneration:
-    """Load or convert any causal LM of transformers, with heads; its class is made from the plain one."""
+    """Load or convert any causal LM of transformers, with heads. The probed class is made from the plain class of the LM."""
 
     @classmethod
     def from_pretrained(
@@ -53,7 +53,7 @@ class AutoModelForProbedGeneration:
             raise ProbeError("torch.compile wraps this model: from_causal_lm(model._orig_mod, ...), and compile that")
         base: Any = without_peft(lm)
         if hasattr(base, "_causal_lm_class") and not isinstance(base, ProbedGenerationMixin):
-            # An exported repository brings this code along. The class of the package takes the place of its class.
+            # The class is of the code of an exported repository: the package's class takes its place.
             if base.probes:
                 raise ProbeError("this model has heads of its repository's code: load it with import llama_probe")
             change_class(base, base._causal_lm_class)
@@ -74,7 +74,7 @@ def probed_class(causal_lm_class: type[PreTrainedModel]) -> type[ProbedGeneratio
         name = stem + ("ForProbedConditionalGeneration" if name != stem else "ForProbedGeneration")
         namespace = {"__module__": __name__, "__doc__": f"`{causal_lm_class.__name__}` with probe heads."}
         made = type(name, (ProbedGenerationMixin, causal_lm_class), namespace)
-        # pickle would look for the class in a module.
+        # pickle looks for a class in its module, and this class is in none.
         copyreg.pickle(made, lambda model: (_create, (causal_lm_class,), *model.__reduce_ex__(2)[2:]))
         _PROBED_CLASSES.setdefault(causal_lm_class, made)  # another thread may have been first
     return _PROBED_CLASSES[causal_lm_class]

@@ -48,15 +48,16 @@ def _versions(head: ProbeModel) -> list[tuple[int, int]]:
 
 
 class ProbeCache:
-    """The heads' states for the tokens in an LM's KV cache: a prompt that goes on from there is scored as a whole.
+    """The heads' states for the tokens in an LM's KV cache. With it, heads score a longer prompt as a whole from its new tokens.
 
-    `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. Each call returns another one, so
-    that one shared prefix serves any number of prompts. Each of them needs a copy of the cache, which transformers changes in
-    place. The numbers that each kind keeps are in docs/how-it-works.md; novelty keeps `hidden_size` for up to three layers.
+    `generate` and `forward` return it as `probe_state` beside `cache`, and take both back. A call returns a new state and leaves the
+    given one unchanged, so that one shared prefix serves any number of prompts. Each of these prompts needs a copy of the KV cache,
+    which transformers changes in place. docs/how-it-works.md says how many numbers each head type keeps; novelty adds
+    `hidden_size` numbers for up to three layers.
 
     Attributes:
         input_ids (`torch.LongTensor` of shape `[rows, tokens]`): the tokens that the LM has run over, on the CPU.
-        attention_mask (`torch.BoolTensor` of shape `[rows, tokens]`): false for padding, and behind the end of a reply; on the CPU.
+        attention_mask (`torch.BoolTensor` of shape `[rows, tokens]`): false for padding and after the end of a reply; on the CPU.
         heads: by name.
     """
 
@@ -64,7 +65,7 @@ class ProbeCache:
         self.input_ids, self.attention_mask, self.heads = input_ids, attention_mask, dict(heads)
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens, as that of the cache."""
+        """Return the number of tokens, as the method of the KV cache does."""
         return self.input_ids.shape[1]
 
     @property
@@ -86,9 +87,12 @@ class ProbeCache:
         }
 
     def extended(self, tokens: torch.Tensor, token_mask: torch.Tensor, states: Mapping[str, State]) -> ProbeCache:
-        """Return it with the replies that followed: `[rows, reply_tokens]`, which of them count, and states by name.
+        """Return the state behind replies.
 
-        Heads without a state here do not read replies.
+        Args:
+            tokens (`[rows, reply_tokens]`): ids of the replies.
+            token_mask (`[rows, reply_tokens]`): true for the tokens that count.
+            states: by name, of the heads that have read the replies. Other heads keep their state.
         """
         heads = {}
         for name, kept in self.heads.items():
@@ -100,10 +104,10 @@ class ProbeCache:
     def followed_by(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` of whole prompts, `[rows, tokens]`: what was seen, and new tokens behind it.
+        """Return `input_ids` and `attention_mask` of whole prompts, `[rows, tokens]`: the tokens seen so far and new ones after them.
 
         Args:
-            attention_mask (`[rows, tokens]`, *optional*): of the whole; may be left out if nothing is padding so far.
+            attention_mask (`[rows, tokens]`, *optional*): of the whole prompts. Needed if a token seen so far is padding.
         """
         self._check_rows(len(input_ids))
         if attention_mask is None:
@@ -127,15 +131,16 @@ class ProbeCache:
         attention_mask: torch.Tensor,
         cached: int,
     ) -> dict[str, State]:
-        """Return the state that each head goes on from, by name, for prompts that begin with the tokens it has seen.
+        """Return the state from which each head goes on, by name, for prompts that begin with the tokens seen so far.
 
         Args:
-            heads: heads to resume. Heads that are not in the state have seen nothing.
-            masks: tokens of the whole prompts that count for each of them, `[prompts, prompt_tokens]`.
+            heads: heads to resume. A head that is not in this state has seen nothing.
+            masks: for each head the tokens of the whole prompts that count, `[prompts, prompt_tokens]`.
             input_ids, attention_mask (`[prompts, prompt_tokens]`): the whole prompts, on the CPU as the masks.
             cached: number of tokens in the KV cache.
         """
-        if cached != (seen := self.get_seq_length()):
+        seen = self.get_seq_length()
+        if cached != seen:
             raise ProbeError(f"probe_state is of {seen} tokens, and the cache beside it holds {cached}")
         if input_ids is None:
             raise ProbeError(_NEEDS_IDS)
@@ -149,8 +154,10 @@ class ProbeCache:
             raise ProbeError(f"the prompt does not begin with the {seen} tokens that probe_state has seen; {first}")
         _same_tokens("attention_mask", attention_mask[:, :seen], self.attention_mask)
         states = {}
-        for name in [name for name in heads if name in self.heads]:
-            head, kept = heads[name], self.heads[name]
+        for name, head in heads.items():
+            if name not in self.heads:
+                continue
+            kept = self.heads[name]
             if not kept.is_of(head):
                 raise ProbeError(f"probe_state was made by another head called {name!r}, or by other weights of it")
             wanted = masks[name][:, :seen]
@@ -164,13 +171,13 @@ class ProbeCache:
 def refuse_without_heads(probe_state: ProbeCache | bool | None) -> None:
     """Raise `ProbeError` if a state is given or asked for, and no head runs that could keep one."""
     if probe_state is not None and probe_state is not False:
-        raise ProbeError("probe_state is what heads keep, and none is active: load_probe(...) first")
+        raise ProbeError("probe_state is the state of heads, and none is active: load_probe(...) first")
 
 
 def asks_for_state(
     probe_state: ProbeCache | bool | None, input_ids: torch.Tensor | None, use_cache: bool | None
 ) -> bool:
-    """Return True if `probe_state=` asks for a state in return: it is `True`, or a state to go on from."""
+    """Return True if a call with `probe_state=` returns a state: for `True`, and for a state to go on from."""
     if probe_state is None or probe_state is False:
         return False
     if probe_state is not True and not isinstance(probe_state, ProbeCache):

@@ -50,15 +50,15 @@ def export_repository(
 ) -> Path:
     """Write a repository that `AutoModel.from_pretrained(folder, probe="name", trust_remote_code=True)` loads.
 
-    Loading it needs transformers, torch and safetensors. Without `probe=` it is the plain backbone. Heads that follow replies or read
-    tool results run with the package alone.
+    Loading it needs transformers, torch and safetensors. Without `probe=` it is the plain backbone. A head that follows replies or
+    reads tool results needs the package.
 
     Args:
         folder: a new or empty folder.
         dtype: dtype to load the backbone in; `"auto"` is that of the checkpoint.
         base_model: Hub id of the backbone, for the card. Defaults to `backbone`, or what its heads record.
         license: licence of the whole, for the card: the strictest of the backbone and the heads.
-        repo_id: the repository that it will be pushed to, for the cards.
+        repo_id: the repository to which the folder will be pushed, for the cards.
 
     Returns:
         The absolute path of the folder.
@@ -113,8 +113,8 @@ def export_repository(
 def push_repository(folder: str | os.PathLike, repo_id: str, **kwargs) -> CommitInfo:
     """Upload an exported folder in one commit; repository and branch are created if missing.
 
-    A push that fails leaves the branch as it was; so does one that another push overtook. Weights and code of an earlier
-    export are replaced; other files stay.
+    If the push fails, or another push comes before it, the branch is not changed. Weights and code of an earlier export are
+    replaced; other files stay.
 
     Args:
         folder: from `export_repository`.
@@ -158,6 +158,6 @@ def _check_family(model_type: str | None) -> None:
 
 
 def _row(name: str, head: ProbeModel) -> dict[str, Any]:
-    """Return what the card says of a head."""
+    """Return the values of a head for the card of the repository."""
     alone = not (head.config.reads_reply or head.config.token_scope == "tool")
     return {"name": name, "config": head.config, "facts": (head.results or {}).get("card", {}), "alone": alone}

@@ -40,8 +40,8 @@ else:
 class ProbeHostMixin(CausalLM):
     """Probe heads beside a causal LM. Mixed into a `PreTrainedModel`.
 
-    `self.probes` is an `nn.ModuleDict`, so that `.to()`, `.eval()` and `.parameters()` reach the heads. It and the tuple of
-    active names are replaced, never changed: a thread that generates keeps the heads that it started with.
+    `self.probes` is an `nn.ModuleDict`, so that `.to()`, `.eval()` and `.parameters()` reach the heads. A change replaces this dict
+    and the tuple of active names with new ones: a thread that generates keeps the heads with which it started.
     """
 
     # Filled in for each subclass: the plain class.
@@ -136,7 +136,7 @@ class ProbeHostMixin(CausalLM):
 
     @contextmanager
     def disable_probes(self):
-        """Run no head inside the block. The active heads are then active again."""
+        """Run no head inside the block. After it the same heads are active again."""
         names = self._active_probes
         self.set_active_probes([])
         try:

@@ -70,8 +70,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             inputs = base.prepare_inputs_for_generation(self, *args, **kwargs)
             session = session_of(self)
             if session is not None:
-                # The pass learns of its session by argument, and decoding steps that no head follows get a constant, so
-                # that forward() looks nothing up and compiles as the plain one does.
+                # forward() gets its session as an argument, or False for a decoding step that no head follows. It then looks
+                # nothing up, and compiles as that of the plain class does.
                 inputs["probe_session"] = session.reads_next and session
             return inputs
 
@@ -85,7 +85,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
 
     def __call__(self, *args, **kwargs):
         output = super().__call__(*args, **kwargs)
-        # accelerate's hook around forward() moves an output by building it anew from its fields.
+        # accelerate's hook around forward() builds the output anew from its fields, and so forgets the heads.
         if not torch.compiler.is_dynamo_compiling() and isinstance(output, ProbedOutputMixin):
             output.remember(self._heads)
         return output
@@ -154,7 +154,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
     def _probed_forward(self, kwargs: dict[str, Any]) -> Any:
         session = kwargs.pop("probe_session", None)
         if session is None and not torch.compiler.is_dynamo_compiling() and (running := session_of(self)) is not None:
-            # A decoding method calls the model itself: first over the prompt, then for other purposes.
+            # The decoding method has called the model itself: first over the prompt, later for its own purposes.
             session = running if running.reads_prompt else False
         if session is None:
             heads = self._active_heads(kwargs.pop("probes", None))
@@ -165,7 +165,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             refuse_without_heads(probe_state)
         return self._forward_in_session(session, kwargs) if session else super().forward(**kwargs)
 
-    # torch.compile breaks its graph at these two: hooks come and go, and heads look at values.
+    # torch.compile breaks its graph at the next two methods, because hooks come and go and heads look at values.
 
     @torch.compiler.disable
     def _forward_in_session(self, session: ProbedSession, kwargs: dict[str, Any]) -> Any:
@@ -179,9 +179,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probe_mask: torch.Tensor | None,
         probe_state: ProbeCache | bool | None,
     ) -> Any:
-        """Run a forward pass of the caller's own, with the new tokens in `kwargs`, and score the prompts so far.
+        """Run a forward pass that the user has called, over the new tokens in `kwargs`, and score the prompts so far.
 
-        Heads keep a state if `probe_state` or `use_cache=True` asks for one.
+        The heads return a state if `probe_state` or `use_cache=True` asks for one.
         """
         past = cached_tokens(kwargs)
         ids: Any = kwargs.get("input_ids")
@@ -192,7 +192,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
             inputs = earlier.followed_by(ids, kwargs.get("attention_mask"))
         elif past and keep:
             raise ProbeError(f"probe_state=True: the cache already holds {past} tokens that the heads have not seen")
-        elif past:  # a later step of the caller's own decoding loop
+        elif past:  # a later step of a decoding loop of the user
             if ids is not None and ids.shape[1] > 1:
                 logger.warning_once(_NOT_SCORED)
             return with_results(super().forward(**kwargs), None, heads)
@@ -279,14 +279,14 @@ class ProbedGenerationMixin(ProbeHostMixin):
         return abstaining(prompt.results, levels)
 
     def _warn_of_padding(self, input_ids: torch.Tensor | None, *masks: torch.Tensor | None) -> None:
-        """Warn once of rows that seem to be padded, if no mask says so: padding would be scored as text."""
+        """Warn once if rows seem to be padded and there is no mask, because heads score the padding as text."""
         pad = self.config.get_text_config(decoder=True).pad_token_id
         if pad is None or input_ids is None or any(mask is not None for mask in masks):
             return
         is_pad = input_ids == pad
         at_edge = is_pad[:, 0] | is_pad[:, -1]
         is_long = is_pad[:, :2].all(dim=1) | is_pad[:, -2:].all(dim=1)
-        # A single pad token that all rows have may be the template's own.
+        # If all rows have a single pad token, it may come from the template.
         if bool(is_long.any()) or (bool(at_edge.any()) and not bool(at_edge.all())):
             logger.warning_once(
                 "Rows are padded and there is no attention_mask: heads score the padding as text. Pass the tokenizer's "
@@ -304,10 +304,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
         - `probe_mask` (`[batch, tokens]`): true for the tokens that count. Defaults to the heads' `token_scope`, without the
           tokens of images, films and sounds.
         - `halt_on`: which prompts get no reply: a head's name, a list of names, a dict name -> options, or a function of the
-          outputs; see `Halter`. It is decided at the end of the prefill. If all prompts are halted, no token is decoded. A
-          head that reads replies halts a reply at the token that it flags, or with `patience` n at the n-th in a row. With
-          `window` n it judges a token by the mean probabilities of the last n. The token that halts stays, and the sequence
-          ends after it. With `token_scope="all"` the patience counts the prompt's score as the first token's.
+          outputs; see `Halter`. The decision comes at the end of the prefill. If all prompts are halted, no token is decoded. A
+          head that reads replies halts a reply at the token that it flags, or with `patience` n at the n-th flagged token in a
+          row. With `window` n it judges a token by the mean probabilities of the last n tokens. The token that halts is the last
+          one of the sequence. With `token_scope="all"` the prompt counts as the first token of the patience.
         - `halt_reply`: a text (needs `tokenizer=`) or token ids, in place of the reply or of its rest. Defaults to nothing.
         - `on_probe_token`: called with a `TokenScores` after each reply token that the LM has read. It may return a list
           with an entry per row: true or a `Halt` ends the reply. If it raises, no further token is written.
@@ -318,7 +318,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         `torch.compile`.
 
         `return_dict_in_generate` defaults to `True`. With `False` the plain tensor is returned, and heads run only if they
-        may halt. Decode `out.sequences`, not `out`. With `tokenizer=`, `out.texts` has the new texts.
+        may halt. Decode `out.sequences`, not `out`; with `tokenizer=` the new texts are in `out.texts`.
 
         Returns:
             The plain output with `probe_logits`, a dict of `[prompts, num_labels]` by head name, and the other fields of
@@ -333,8 +333,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         kwargs |= dict(zip(names, args, strict=False))
         arguments = {name: kwargs.pop(name, None) for name in HEAD_ARGUMENTS}
         call = PlainSession(plain, self, inputs, generation_config, kwargs)
-        # A decoding method that calls generate() anew, of this model or its assistant, passes no argument of heads. The
-        # user's code may, from a streamer for example.
+        # A decoding method may call generate() again, of this model or of its assistant, and passes no argument of heads. Code of
+        # the user, such as a streamer, may call it with such an argument.
         is_inner = session_of(self) is not None or getattr(generation_config, "is_assistant", False)
         is_inner = is_inner and all(value is None for value in arguments.values())
         probes = arguments.pop("probes")

@@ -61,12 +61,12 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
 
     Attributes:
         probe_logits: `[prompts, num_labels]` by head name. `None` if no head ran.
-        probe_mean_states: what `probe_novelty` is computed from, by name: total and count of a `MeanStates`.
+        probe_mean_states: total and count of a `MeanStates` by head name, from which `probe_novelty` is computed.
         probe_halts: a `Halt` or `None` for each prompt, or for each row if replies could be halted. `None` if the call
             halts nothing.
-        probe_token_logits: `[rows, new_tokens - 1, num_labels]` by name, for heads that read replies. Column t scores the
-            reply up to its token t, from 0. The LM never reads the last token, which has no score. NaN at padding and from
-            the end of a reply. `None` without such heads.
+        probe_token_logits: `[rows, new_tokens - 1, num_labels]` by head name, for heads that read replies. Column t scores the
+            reply up to its token t, from 0. The last token has no score, because the LM never reads it. NaN at padding and from
+            the end of a reply on. `None` without such heads.
         probe_state: the `ProbeCache` that goes with the LM's KV cache. `None` unless the call asked for it.
         texts: the new text of each row, without special tokens. `None` unless the call was given a tokenizer.
     """
@@ -83,7 +83,7 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
         return _create, (type(self).__bases__[-1], values), *rest
 
     def remember(self, heads: Mapping[str, ProbeModel]) -> None:
-        """Store the config of each head, and its `Novelty` if it has one, if the output has none."""
+        """Store the config of each head, and its `Novelty` if it has one. An output that has these keeps them."""
         if "_probe_configs" not in self.__dict__:
             self.__dict__["_probe_configs"] = {name: head.config for name, head in heads.items()}
             self.__dict__["_probe_novelties"] = {name: head.novelty for name, head in heads.items()}
@@ -167,7 +167,7 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
 @functools.cache
 def probed_output_class(base: type[ModelOutput]) -> type[Any]:
     """Return the class of `base` outputs with the fields of `ProbedOutputMixin`."""
-    fields = [(name, kind, None) for name, kind in ProbedOutputMixin.__annotations__.items()]
+    fields = [(name, annotation, None) for name, annotation in ProbedOutputMixin.__annotations__.items()]
     namespace = {"__module__": __name__, "__doc__": f"{base.__name__} with results of heads."}
     return make_dataclass(f"Probed{base.__name__}", fields, bases=(ProbedOutputMixin, base), namespace=namespace)
 
@@ -181,7 +181,7 @@ def with_results(
 ) -> Any:
     """Return a copy of an LM's output with the results of its heads, and other fields of `ProbedOutputMixin`.
 
-    A tuple gets the logits as its last entry, or a state behind them.
+    If the output is a tuple, the logits are added as its last entry, and after them `probe_state` if there is one.
     """
     logits = None if results is None else {name: each.logits for name, each in results.items()}
     if not isinstance(output, ModelOutput):
@@ -195,19 +195,19 @@ def with_results(
 
 
 def on_host(tensors: Mapping[_Key, _Value]) -> dict[_Key, _Value]:
-    """Return tensors on the CPU. Those of one device and one kind of number come in one copy: each waits for the device.
+    """Return tensors on the CPU; values that are not tensors are returned as they are.
 
-    Values that are no tensors stay.
+    Each copy from a device waits for the device. So all whole numbers of a device come in one copy, and all numbers of a float dtype.
     """
     copies: dict[Any, Any] = dict(tensors)
     groups: dict[tuple[torch.device, torch.dtype], list[Any]] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
-            kind = tensor.dtype if tensor.is_floating_point() else torch.long
-            groups.setdefault((tensor.device, kind), []).append(name)
-    for (_, kind), names in groups.items():
+            dtype = tensor.dtype if tensor.is_floating_point() else torch.long
+            groups.setdefault((tensor.device, dtype), []).append(name)
+    for (_, dtype), names in groups.items():
         there = [copies[name] for name in names]
-        flat = torch.cat([tensor.detach().to(kind).flatten() for tensor in there]).cpu()
+        flat = torch.cat([tensor.detach().to(dtype).flatten() for tensor in there]).cpu()
         parts = flat.split([tensor.numel() for tensor in there])
         for name, tensor, part in zip(names, there, parts, strict=True):
             copies[name] = part.view(tensor.shape).to(tensor.dtype)

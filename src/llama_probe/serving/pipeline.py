@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.utils import ModelOutput
 
 from .auto import AutoModelForProbedGeneration
 from .loading import ProbeSpec
@@ -18,11 +19,12 @@ TASK = "probed-text-generation"
 class ProbedTextGenerationPipeline(TextGenerationPipeline):
     """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text.
 
-    It takes and returns what `TextGenerationPipeline` does. Its records have one more key, `"probes"`: by head name what
-    `describe_predictions` returns. With `halt_on=` there is `"halted"` as well: the fields of a `Halt`, or `None`. A text as `halt_reply=` needs no `tokenizer=` here.
+    It takes and returns what `TextGenerationPipeline` does. Each record has one more key, `"probes"`: what `describe_predictions`
+    returns, by head name. With `halt_on=` a record has `"halted"` as well: the fields of a `Halt`, or `None`. A text as
+    `halt_reply=` needs no `tokenizer=` here.
 
-    Heads that read replies alone (`token_scope="response"`) give their score of the sequence as far as the LM has read it,
-    or `None` if no token of it was read. The scores of other heads are the same for every sequence of a prompt. With
+    A head that reads replies alone (`token_scope="response"`) scores each sequence as far as the LM has read it. It gives `None`
+    if the LM has read no token of the reply. All sequences of a prompt have the same scores from other heads. With
     `return_dict_in_generate=False` no head runs, and `"probes"` is empty.
 
     Args:
@@ -57,18 +59,23 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     def _forward(self, model_inputs, **generate_kwargs):
         if generate_kwargs.keys() & {"halt_on", "halt_reply"}:
             generate_kwargs.setdefault("tokenizer", self.tokenizer)
-        # Copies of pipeline and model for this call alone, so that two threads can share the pipeline.
         model: Any = self.model
-        twin, listening, generated = copy.copy(self), copy.copy(model), []
+        generated = []
 
         def generate(*args: Any, **kwargs: Any) -> Any:
-            generated.append(output := model.generate(*args, **kwargs))
-            for name in [name for name, value in getattr(output, "items", dict)() if value == ()]:
-                output[name] = None  # no token was written, and the pipeline looks at the first
+            output = model.generate(*args, **kwargs)
+            generated.append(output)
+            if isinstance(output, ModelOutput):
+                for name, value in list(output.items()):
+                    if value == ():  # no token was written, and the pipeline looks at the first
+                        output[name] = None
             return output
 
-        twin.model, listening.generate = listening, generate
-        outputs = super(ProbedTextGenerationPipeline, twin)._forward(model_inputs, **generate_kwargs)
+        # Copies of pipeline and model for this call alone, so that two threads can share the pipeline.
+        pipeline = copy.copy(self)
+        pipeline.model = copy.copy(model)
+        pipeline.model.generate = generate
+        outputs = super(ProbedTextGenerationPipeline, pipeline)._forward(model_inputs, **generate_kwargs)
         prompts, copies = outputs["generated_sequence"].shape[:2]
         (output,) = generated
         rows = prompts * copies

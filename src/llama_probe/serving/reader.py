@@ -1,4 +1,4 @@
-"""The way of hidden states from the LM to heads: `StateReader` in any pass, `PromptReader` and `ReplyReader` in those of a call."""
+"""Bring hidden states from a running LM to its heads: `StateReader` in any pass, `PromptReader` and `ReplyReader` in a call."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _OTHER_PROMPT = (
 
 
 def state_budget(device: torch.device) -> int:
-    """Return the bytes that a reader may hold of an LM's states on a device, copies included.
+    """Return how many bytes of an LM's states, copies included, a reader may hold on a device.
 
-    On an accelerator each operation is a kernel launch: few large groups are fastest. On a CPU a group must fit the cache.
+    On an accelerator each operation is a kernel launch, so few large groups are fastest. On a CPU a group must fit the cache.
     """
     return 4 * _MIB if device.type == "cpu" else 128 * _MIB
 
@@ -116,7 +116,7 @@ class StateReader:
         """Take a state `[rows, columns, hidden_size]` of the announced pass. It must not change afterwards."""
         if layer not in self.layers:
             return
-        # The LM's weights have just gone through the cache: here each further operation of Python takes 10 times as long.
+        # Keep this short: the LM's weights have just filled the processor's cache, and Python runs ten times as slowly here.
         if self._held and (hidden.device, hidden.dtype) != (self._held[0].device, self._held[0].dtype):
             self._flush()
         if not self._held:
@@ -129,12 +129,12 @@ class StateReader:
             self._flush()
 
     def end(self) -> None:
-        """Read what is held at the end of a pass."""
+        """End the pass: read the states that are still held."""
         check_seen(self.layers, self._seen)
         self._flush()
 
     def _flush(self) -> None:
-        """Read what is held, all on one device."""
+        """Read the states that are held. They are on one device."""
         held, self._held = self._held, []
         if not held or self._columns == slice(0, 0):
             return
@@ -144,7 +144,7 @@ class StateReader:
         x = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)  # [S, rows, n, hidden_size]
         del held, parts
         with torch.set_grad_enabled(self._differentiable):
-            prepared: dict[Any, torch.Tensor] = {}  # heads that normalise alike share the result
+            prepared: dict[Any, torch.Tensor] = {}  # heads with one input format share the result
             formats = {name: head.input_format(x) for name, head in self.heads.items()}
             for name, head in self.heads.items():
                 if formats[name] not in prepared:
@@ -173,7 +173,8 @@ class PromptReader:
         past: leading prompt tokens that the KV cache holds already.
         earlier: what the heads keep of these tokens.
         return_state: keep the heads' states, for `probe_cache`.
-        partial_prompt: the prompts may go on. Heads that have nothing to read yet, in some row, give no result; those of tools do.
+        partial_prompt: the prompts may go on. A head that has nothing to read yet in some row gives no result, unless it reads the
+            results of tools.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class PromptReader:
         differentiable: bool = False,
     ):
         ids, embeds, mask = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
-        # All that values decide - which tokens count, where to cut, empty rows - comes from this one copy.
+        # The host decides by values of this one copy: which tokens count, where to cut, which rows are empty.
         host: dict[str, Any] = on_host({"input_ids": ids, "attention_mask": mask, "probe_mask": probe_mask})
         host["inputs_embeds"] = embeds
         configs = {name: head.config for name, head in heads.items()}
@@ -255,7 +256,7 @@ class PromptReader:
 
     @cached_property
     def results(self) -> dict[str, ProbeOutput]:
-        """The `ProbeOutput` of each head; of a partial prompt, of those that need no more tokens in any row."""
+        """The `ProbeOutput` of each head. For a partial prompt a head that needs more tokens in some row is left out."""
         if not self.complete:
             raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
         results = {}
@@ -272,7 +273,7 @@ class PromptReader:
         return repeat_rows(self._reader.states[name].joined(), repeats) if name in self.heads else None
 
     def probe_cache(self, repeats: int = 1) -> ProbeCache:
-        """Return what the heads keep of the prompts, each row repeated. Needs `return_state`, and ids."""
+        """Return the state of the heads behind the prompts, each row repeated. Needs `return_state`, and ids."""
         heads = {
             name: CachedHead.create(head, mask.repeat_interleave(repeats, 0), self.state(name, repeats))
             for (name, head), mask in zip(self.heads.items(), self.masks.values(), strict=True)
@@ -299,9 +300,9 @@ def prompt_masks(
     tensors = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "probe_mask")}
     for name, tensor in tensors.items():
         if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dim() != 2):
-            kind = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             entries = ": pass its entries, with ** before it" if isinstance(tensor, Mapping) else ""
-            raise ProbeError(f"{name} must be a tensor [batch, tokens], not {kind}{entries}")
+            raise ProbeError(f"{name} must be a tensor [batch, tokens], not {given}{entries}")
     input_ids, attention_mask, probe_mask = tensors.values()
     source = inputs.get("inputs_embeds") if input_ids is None else input_ids
     if source is None or 0 in source.shape[:2]:
@@ -339,19 +340,19 @@ def prompt_masks(
 
 
 class ReplyReader:
-    """Read the tokens of replies with heads, one a row and pass, as the LM reads them.
+    """Read the tokens of replies with heads: in each pass of the LM one token a row.
 
-    A pass reads the token that the pass before it chose: scores are always of the text so far. The last token of a reply is
-    read by no pass, and has no score. End-of-sequence tokens and what follows them do not count.
+    A pass of the LM reads the token that the pass before it chose, and heads score the text up to that token. No pass reads the
+    last token of a reply, which has no score. End-of-sequence tokens and the tokens after them do not count.
 
-    If `prompt` keeps a state, all its heads take the tokens in as well, for `probe_cache`. These tokens wait until a chunk is
-    full, and since `generate()` may take the last one back.
+    If `prompt` keeps a state, its heads read the replies too, for `probe_cache`. Tokens wait for that until a chunk is full. The
+    last one waits in any case, because `generate()` may take it back.
 
     Args:
         heads: those that score replies, by name. `prompt` has read the prompts with those that read both.
         copies: replies to each prompt.
-        pad_token_id: does not count, if replies may end without such a token: nothing else shows then that one has ended.
-            None if none may; it is then a token like any other.
+        pad_token_id: a token that does not count. Needed if a reply may end without an end-of-sequence token, because padding
+            alone then shows the end. None if that cannot be: padding is then a token like any other.
     """
 
     def __init__(
@@ -365,7 +366,7 @@ class ReplyReader:
         self.heads, self._decoder, self._prompt_length = heads, prompt.decoder, prompt.length
         states = {name: prompt.state(name, copies) for name in heads}
         self._reader = StateReader(heads, states, keep=heads)
-        self._reading = False  # what other passes give is not wanted
+        self._reading = False  # true in a pass whose states are wanted
         self._cache: Any = prompt.probe_cache(copies) if prompt.return_state else None  # a ProbeCache
         kept = {} if self._cache is None else self._cache.heads
         recorded = {
@@ -386,7 +387,7 @@ class ReplyReader:
         self._live = self._live & ~ended.to(self._live.device)
 
     def capturing(self) -> AbstractContextManager[None]:
-        """Take the states of all passes over replies, inside a block. Hooks for each pass would cost more than reading it."""
+        """Take the states of all passes over replies inside a block. New hooks for each pass would cost more than the reading."""
 
         def on_state(layer: int, hidden: torch.Tensor) -> None:
             if self._reading:
@@ -429,23 +430,23 @@ class ReplyReader:
         live, self._ends = self._live.to(tokens.device), self._ends.to(tokens.device)
         ends = torch.isin(tokens, self._ends)
         self._live = live & ~ends
-        # The end of the only reply is the end of all passes.
+        # A single reply has no padding: all passes end with it.
         counted = self._live if self._pad is None or len(tokens) == 1 else self._live & (tokens != self._pad)
         if len(self._waiting) > _CHUNK:
             self._record(_CHUNK)
-        if self._cache is not None:  # a later prompt holds the token that ends a reply as well
+        if self._cache is not None:  # a later prompt has the end-of-sequence token of the reply too
             self._waiting.append((tokens, counted | (live & ends), {}))
         return counted
 
     def logits(self, new_tokens: int) -> dict[str, torch.Tensor]:
-        """Return the score after each token that was read: `[rows, new_tokens - 1, num_labels]` a head, NaN if none counted."""
+        """Return for each head the logits after each token: `[rows, new_tokens - 1, num_labels]`, NaN where a token does not count."""
         if not self._counted:
             shapes = {name: (self._rows, 0, head.config.num_labels) for name, head in self.heads.items()}
             return {name: torch.zeros(shape, device=self.heads[name].device) for name, shape in shapes.items()}
         return {name: torch.stack(logits, dim=1)[:, : new_tokens - 1] for name, logits in self._logits.items()}
 
     def _record(self, count: int) -> None:
-        """Have the heads of the prompt take in the first of the tokens that wait."""
+        """Let the heads of the prompt read the first `count` of the waiting tokens."""
         tokens, masks, states = zip(*self._waiting[:count], strict=True)
         self._waiting = self._waiting[count:]
         host = on_host({"tokens": torch.stack(tokens, dim=1), "token_mask": torch.stack(masks, dim=1)})  # [rows, n]
