@@ -18,7 +18,7 @@ TURN_SCOPES = ("last_user", "user", "turns")
 _NOT_SCORED = {"config_sha256", "llama_probe_version", "transformers_version"} | {
     f"base_model_{name}" for name in ("name_or_path", "revision", "type", "class", "dtype", "quantization")
 }
-_KINDS: dict[str, type] = {}
+_HEAD_TYPES: dict[str, type] = {}
 
 
 class ProbeError(ValueError):
@@ -31,20 +31,20 @@ def needs_package(what: str) -> ImportError:
 
 
 def register_probe_type(name: str):
-    """Return a class decorator that makes a kind of head available as `probe_type=name`."""
+    """Return a class decorator that makes a head type available as `probe_type=name`."""
 
     def register(cls):
-        _KINDS[name] = cls
+        _HEAD_TYPES[name] = cls
         return cls
 
     return register
 
 
 def get_probe_type(name: str) -> type:
-    """Return the class of a kind."""
-    if name not in _KINDS:
-        raise needs_package(f"a head of the kind {name!r}")
-    return _KINDS[name]
+    """Return the class of a head type."""
+    if name not in _HEAD_TYPES:
+        raise needs_package(f"a head of the type {name!r}")
+    return _HEAD_TYPES[name]
 
 
 @dataclass

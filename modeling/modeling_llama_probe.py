@@ -32,12 +32,13 @@ from .configuration_llama_probe import ProbeConfig, ProbeError, get_probe_type, 
 from .heads_llama_probe import check_rows, join_slots, normalize, number_segments, take_slots, token_mask, tokens_read
 
 
-# Arguments of heads in the package, and settings of generate() under which a pass is not one over the prompt.
+# Arguments of generate() that only the package has, and settings under which the LM does not run over the prompt as it is.
 _PACKAGE_ONLY = ("halt_reply", "on_probe_token", "probe_state", "abstain_at", "probe_mask")
 _ASSISTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 _OTHER_PASSES = ("inputs_embeds", "cache", "past_key_values", *_ASSISTED, "token_healing", "custom_generate")
-_METHODS = ("load_probe", "add_probe", "save_probe", "push_probe_to_hub", "set_active_probes", "disable_probes")
-_METHODS += ("delete_probe",)
+_METHODS = (
+    "load_probe", "add_probe", "save_probe", "push_probe_to_hub", "set_active_probes", "disable_probes", "delete_probe"
+)  # fmt: skip
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 _MOST_HELD = 2**24  # numbers in the hidden states that are held at once
 _INSIDE = threading.local()  # `generate` is true while it runs: forward() is then the plain one
@@ -57,11 +58,12 @@ class ProbeHead(nn.Module):
 
     def __init__(self, config: ProbeConfig):
         super().__init__()
-        kind = get_probe_type(config.probe_type)
+        head_type = get_probe_type(config.probe_type)
         self.config = config
-        self.token_stage = kind(len(config.layer_indices), config)
+        self.token_stage = head_type(len(config.layer_indices), config)
         self.token_stage.causal = config.causal
-        self.layer_stage, self.classifier = kind.create_layer_stage(config), kind.create_classifier(config)
+        self.layer_stage = head_type.create_layer_stage(config)
+        self.classifier = head_type.create_classifier(config)
         self.float().eval().requires_grad_(False)
 
     @classmethod
@@ -88,30 +90,31 @@ class ProbeHead(nn.Module):
         return head
 
     def read(self, states: list[Any], slots: slice, x: torch.Tensor, mask: torch.Tensor) -> None:
-        """Take in further tokens `[S, B, n, D]` of some layers; `states` has what is kept of each layer."""
+        """Read further tokens `[S, B, n, D]` of some layers. `states` has the state of each layer, and is updated."""
         if self.classifier.weight.device != x.device:
             self.to(x.device)
         earlier = None if states[slots.start] is None else join_slots(states[slots])
-        x, mask = normalize(x.float(), self.config.normalize), None if bool(mask.all()) else mask.to(x.device)
+        x = normalize(x.float(), self.config.normalize)
+        mask = None if bool(mask.all()) else mask.to(x.device)
         state = self.token_stage.update(earlier, x, mask, slots)
         states[slots] = [take_slots(state, slice(place, place + 1)) for place in range(len(x))]
 
     def score(self, states: Sequence[Any]) -> torch.Tensor:
-        """Return logits `[B, num_labels]` of what was read of each layer."""
+        """Return logits `[B, num_labels]`, from the state of each layer."""
         summaries = self.token_stage.result(join_slots(states), slice(None))  # [S, B, D]
         return self.classifier(self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0])
 
 
 @dataclass
 class HeadOutput:
-    """What a head says of some prompts: `logits` and `probabilities` `[B, num_labels]`, and the label of each."""
+    """The result of a head for some prompts: `logits` and `probabilities` `[B, num_labels]`, and the label of each prompt."""
 
     logits: torch.Tensor
     config: ProbeConfig
 
     @property
     def probabilities(self) -> torch.Tensor:
-        """Softmax or sigmoid with the saved temperature; of a regression the values."""
+        """Softmax or sigmoid with the saved temperature. For a regression head the values."""
         if self.config.problem_type == "regression":
             return self.logits
         scaled = self.logits / self.config.temperature
@@ -119,7 +122,7 @@ class HeadOutput:
 
     @property
     def labels(self) -> list[Any]:
-        """A name a row with the saved threshold, of a multi-label head a list of names, of a regression a list of values."""
+        """The label of each row with the saved threshold: a name, for a multi-label head a list of names, for a regression values."""
         probs, names = self.probabilities.cpu(), self.config.id2label
         if self.config.problem_type == "regression":
             return probs.tolist()
@@ -140,7 +143,7 @@ class HeadOutput:
 
 
 class Rule(NamedTuple):
-    """When a head halts a prompt: on a label, from a threshold on or where the head gives it."""
+    """Halts the prompts to which a head gives a label, or those whose score reaches the threshold."""
 
     head: str
     config: ProbeConfig
@@ -149,34 +152,40 @@ class Rule(NamedTuple):
 
     @classmethod
     def create_all(cls, halt_on: Any, heads: dict[str, ProbeHead]) -> list[Rule]:
-        """Return the rules of a name, several names, or a dict of names with `label` and `threshold`."""
+        """Return the rules for the name of a head, several names, or a dict of names with `label` and `threshold`."""
         if callable(halt_on):
             raise needs_package("halt_on= with a function")
         named = [halt_on] if isinstance(halt_on, str) else halt_on
         if not isinstance(named, (dict, list, tuple, set)) or not named:
             raise ProbeError(f"halt_on={halt_on!r} must be a head's name, or a list or dict of names")
-        named, rules = named if isinstance(named, dict) else dict.fromkeys(named), []
+        named = named if isinstance(named, dict) else dict.fromkeys(named)
+        rules = []
         for name, options in named.items():
             if name not in heads:
                 raise ProbeError(f"halt_on: there is no head {name!r}; heads: {', '.join(heads)}")
             if not isinstance(options or {}, dict):
                 raise ProbeError(f"halt_on: the options of {name!r} are {options!r}; they must be a dict")
-            if unknown := sorted(set(options or {}) - {"label", "threshold"}):
-                raise needs_package(f"halt_on= with {unknown[0]}")
-            config, (label, threshold) = heads[name].config, map((options or {}).get, ("label", "threshold"))
-            known, is_regression = list(config.id2label.values()), config.problem_type == "regression"
-            labels = [label] if label is not None else known if is_regression else config.flagged or []
-            if not labels or not set(labels) <= set(known) or (is_regression and len(labels) > 1):
-                raise ProbeError(f"halt_on: {name!r} needs a label of {', '.join(known)}")
-            if is_regression and threshold is None:
-                raise ProbeError(f"halt_on: {name!r} gives values and needs a threshold")
-            thresholds = config.thresholds or {} if labels == config.flagged else {}
-            threshold = thresholds.get(threshold, threshold)
-            if isinstance(threshold, str) or not (is_regression or 0 <= (threshold or 0) <= 1):
-                allowed = f"a number from 0 to 1, or one of {list(thresholds)}"
-                raise ProbeError(f"halt_on: {name!r} has no threshold {threshold!r}; allowed: {allowed}")
-            rules += [cls(name, config, label, threshold) for label in labels]
+            rules += cls._of_head(name, heads[name].config, **(options or {}))
         return rules
+
+    @classmethod
+    def _of_head(cls, name: str, config: ProbeConfig, label=None, threshold=None, **others: Any) -> list[Rule]:
+        if others:
+            raise needs_package(f"halt_on= with {min(others)}")
+        known = list(config.id2label.values())
+        is_regression = config.problem_type == "regression"
+        flagged = known if is_regression else config.flagged or []
+        labels = flagged if label is None else [label]
+        if not labels or not set(labels) <= set(known) or (is_regression and len(labels) > 1):
+            raise ProbeError(f"halt_on: {name!r} needs a label of {', '.join(known)}")
+        if is_regression and threshold is None:
+            raise ProbeError(f"halt_on: {name!r} gives values and needs a threshold")
+        thresholds = config.thresholds or {} if labels == config.flagged else {}
+        threshold = thresholds.get(threshold, threshold)
+        if isinstance(threshold, str) or not (is_regression or 0 <= (threshold or 0) <= 1):
+            allowed = f"a number from 0 to 1, or one of {list(thresholds)}"
+            raise ProbeError(f"halt_on: {name!r} has no threshold {threshold!r}; allowed: {allowed}")
+        return [cls(name, config, each, threshold) for each in labels]
 
     def halts(self, output: HeadOutput) -> list[Halt | None]:
         """Return the reason to halt each row, or None. A score that is not a number halts."""
@@ -195,10 +204,10 @@ class _AllHalted(Exception):
 class PromptReader:
     """Reads the prompts of one call with its heads while the LM runs over them, in one pass or in chunks.
 
-    It is a logits processor too: transformers calls it when a token is chosen, and the first time the prompts are read.
+    It is a logits processor too. transformers calls it before each token, for the first time when the prompts have been read.
 
     Raises:
-        ProbeError: the prompts are no tensors of one shape, or one has no token that a head reads.
+        ProbeError: ids and mask are not tensors of one shape, or a prompt has no token that a head reads.
     """
 
     def __init__(self, lm: nn.Module, heads: dict[str, ProbeHead], ids: torch.Tensor, mask: torch.Tensor | None):
@@ -209,16 +218,18 @@ class PromptReader:
         self.rules: list[Rule] = []
         self.halts: list[Halt | None] = [None] * len(ids)
         self.outputs: dict[str, HeadOutput] | None = None
-        self.masks, self.segments, host = {}, {}, ids.cpu()
+        self._held: dict[int, torch.Tensor] = {}  # states of the running pass, by layer
+        self._device: torch.device | None = None  # of the first state: an LM may be on several devices
+        self.masks = {}
+        self.segments = {}
+        self._states = {}  # of each layer: of all segments together and, if there are several, of each segment
+        host = ids.cpu()
+        host_mask = None if mask is None else mask.cpu()
         for name, head in heads.items():
-            counted = token_mask(head.config, host, None if mask is None else mask.cpu())
+            counted = token_mask(head.config, host, host_mask)
             check_rows(counted)
             self.masks[name] = tokens_read(head.config, counted)
             self.segments[name] = number_segments(head.config, counted)
-        self._held: dict[int, torch.Tensor] = {}  # states of the running pass, by layer
-        self._device: torch.device | None = None  # of the first state: an LM may be on several
-        self._states = {}  # of each layer: of all segments together and, if there are several, of each
-        for name, head in heads.items():
             count = 0 if self.segments[name] is None else int(self.segments[name].max())
             self._states[name] = [[None] * len(head.config.layer_indices) for _ in range(1 + count)]
         self._seen = dict.fromkeys({layer for head in heads.values() for layer in head.config.layer_indices}, 0)
@@ -274,7 +285,7 @@ class PromptReader:
         self._held = {}
 
     def finish(self) -> dict[str, HeadOutput]:
-        """Return what each head says of the prompts."""
+        """Return the result of each head."""
         if self.outputs is None:
             if any(seen < self.ids.shape[1] for seen in self._seen.values()):
                 raise ProbeError("the LM did not run over the whole prompt: no part is scored")

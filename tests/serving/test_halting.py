@@ -16,6 +16,7 @@ from llama_probe import Halt, ProbeConfig, ProbeError
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads import probe_types
 from llama_probe.heads.decision import ProbeOutput
+from llama_probe.serving import session
 from llama_probe.serving.halting import Halter, HaltRule
 
 
@@ -54,6 +55,16 @@ def test_processes_that_share_the_model_are_waited_for(model, prompts, monkeypat
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, **kwargs: unfinished.append(flag.item()))
     out = model.generate(prompts, max_new_tokens=3, halt_on=flag(0, 1, 2), halt_reply=[5, 6], synced_gpus=True)
     assert unfinished == [1, 0] and out.sequences[:, 9:].tolist() == [[5, 6]] * 3
+
+
+def test_the_model_tells_if_processes_share_it(model, passes, prompts, monkeypatch):
+    monkeypatch.setattr(session, "is_fsdp_managed_module", lambda lm: lm is model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for processes, count in ((1, 1), (2, 2)):
+        passes.clear()
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda number=processes: number)
+        model.generate(prompts, max_new_tokens=2, halt_on=flag(0, 1, 2), eos_token_id=None)
+        assert len(passes) == count
 
 
 @pytest.mark.parametrize("mode, eos", [*((mode, 2) for mode in MODES), ("greedy", None), ("beams", None)])

@@ -37,11 +37,12 @@ def capturing(decoder: Decoder, on_state: OnState, layers: Collection[int], whol
     threads can run one model.
 
     Args:
-        on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[B, n, D]`, which the caller may keep.
-        whole: if False, the pass, and with it the block, ends behind the last of `layers`: its output is not wanted.
+        on_state: called as `on_state(layer, hidden)` with `hidden` of shape `[B, n, D]`, which it may keep.
+        whole: if False, the output of the pass is not wanted: the pass and the block end after the last of `layers`.
     """
-    thread, last = threading.get_ident(), decoder.num_hidden_layers
-    # One of several processes runs to the end: FSDP gathers and frees the weights of each layer.
+    thread = threading.get_ident()
+    last = decoder.num_hidden_layers
+    # With several processes the pass runs to its end, because FSDP gathers and frees the weights of each layer.
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     final = None if whole or not alone else max(layers, default=None)
 
@@ -65,7 +66,7 @@ def capturing(decoder: Decoder, on_state: OnState, layers: Collection[int], whol
         yield
 
 
-# Another thread may run the layer when torch has noted the hook, but not yet its with_kwargs.
+# Another thread may run the layer after torch has registered the hook and before it has set its with_kwargs.
 def _before(hear: OnState, _: nn.Module, args: Tensors, kwargs: dict[str, torch.Tensor] | None = None) -> None:
     if args:
         hear(0, args[0])
@@ -98,12 +99,12 @@ def collect_hidden_states(
 
     Args:
         input_ids (`[B, T]`): token ids, on any device.
-        attention_mask (`[B, T]`, *optional*): 1 for tokens, 0 for padding, on any device. Rows that are padded on the right do
-            not need it: no token sees the padding behind it, and attention without a mask is faster.
+        attention_mask (`[B, T]`, *optional*): 1 for tokens, 0 for padding, on any device. Not needed for padding on the right: no
+            token sees the padding after it, and attention without a mask is faster.
         prefix: a KV cache from `prefill`, of tokens that come before every row. Not together with `attention_mask`.
 
     Returns:
-        One tensor `[B, T, D]` for each of `layers`, in their order, in the backbone's dtype and on the device of its end.
+        One tensor `[B, T, D]` for each of `layers`, in their order, in the backbone's dtype and on the device of its last layer.
     """
     decoder = find_decoder(lm)
     device = decoder.input_device

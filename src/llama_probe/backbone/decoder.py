@@ -16,7 +16,7 @@ from .families import Modules, find_modules
 
 
 # Config fields of multimodal models with the id of a token that represents part of an image, video or sound.
-_PLACEHOLDERS = tuple(f"{kind}_token_{what}" for kind in ("image", "video", "audio") for what in ("id", "index"))
+_PLACEHOLDERS = tuple(f"{what}_token_{field}" for what in ("image", "video", "audio") for field in ("id", "index"))
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,11 @@ class Decoder(Modules):
     def run(self, **inputs: Any) -> Any:
         """Run the backbone without its LM head on arguments of the decoder, or of its wrapper (`pixel_values`).
 
-        Pass the KV cache as `cache`: its name in the model depends on the version of transformers.
+        Without `position_ids`, positions are counted from the first token that is not padding, as in `generate()`. Otherwise a
+        model with learned positions (GPT-2) would read a prompt after left padding as another prompt.
 
-        Without `position_ids`, positions are counted as in `generate()`, from the first token that is not padding. Else
-        models with learned positions (GPT-2) would see another prompt behind left padding.
+        Args:
+            inputs: the KV cache among them is called `cache`, whatever its name in this version of transformers.
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if "cache" in inputs:
@@ -75,7 +76,7 @@ class Decoder(Modules):
         if self.wrapper is not None and not inputs.keys() <= names.keys():
             if self.wrapper.base_model is not self.wrapper:
                 return self.wrapper.base_model(**inputs)
-            # Llama 4 has no model without the LM head. The plain class's forward does not run attached heads.
+            # Llama 4 has no model without the LM head. The forward of its plain class runs no heads.
             plain = getattr(type(self.wrapper), "_causal_lm_class", type(self.wrapper))
             keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(plain.forward).parameters else {}
             return plain.forward(self.wrapper, **inputs, **keep)
@@ -103,10 +104,10 @@ class Decoder(Modules):
 
 
 def without_peft(lm: nn.Module) -> transformers.PreTrainedModel:
-    """Return the causal LM inside a PEFT model, adapters included, or any other model unchanged."""
+    """Return the causal LM inside a PEFT model, with its adapters. Return any other model as it is."""
     if not isinstance(lm, nn.Module):
         raise ProbeError(f"a backbone must be a loaded model, not {lm!r}: load it with from_pretrained")
-    model: Any = lm  # PEFT, whose models are none of transformers, need not be installed
+    model: Any = lm  # it may be of PEFT, which need not be installed
     return model.get_base_model() if hasattr(lm, "peft_config") and hasattr(lm, "get_base_model") else model
 
 

@@ -40,19 +40,19 @@ class Family:
     model: str | None = None
 
     def modules(self, lm: nn.Module, depth: int) -> Modules | None:
-        """Return the modules, or None if `lm`, with or without its LM head, does not have them, or not `depth` layers."""
+        """Return the modules. Return None if `lm`, with or without its LM head, lacks one or does not have `depth` layers."""
         model = self.layers.rpartition(".")[0] if self.model is None else self.model
         try:
             modules = Modules(*(_follow(lm, path) for path in (model, self.embeddings, self.layers, self.norm)))
         except AttributeError:
             return None
-        if lm in (modules.embeddings, modules.norm):  # the only name of a path does not exist
+        if lm in (modules.embeddings, modules.norm):  # the path has one name, which does not exist
             return None
         return modules if isinstance(modules.layers, nn.ModuleList) and len(modules.layers) == depth else None
 
 
 def _follow(lm: nn.Module, path: str) -> Any:
-    """Return the module at a path. The model without the LM head is what the first name of a path stands for."""
+    """Return the module at a path. If `lm` has no LM head, the first name of the path is `lm` itself."""
     first, _, others = path.partition(".")
     # get_submodule is slower, and this runs before each forward pass with heads.
     return reduce(getattr, filter(None, others.split(".")), getattr(lm, first, lm))
@@ -74,7 +74,7 @@ FAMILIES: dict[str, Family] = {
 
 _REGISTERED: dict[str, Family] = {}
 
-# Names of final norms. Other norms, such as of embeddings that are added to each layer, may be beside them.
+# Names of final norms. A decoder may have other norms beside its final one, such as a norm of embeddings.
 _NORM_NAMES = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "layer_norm", "ln_f", "norm_f", "ln_out")
 
 # Results of the search, by class.
@@ -104,13 +104,13 @@ def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[Modules,
         The modules, and how they were found: `"registered"` by `register_family`, in the `"table"`, or by a
         `"search"` for the only place with `depth` layers and a final norm.
     """
-    kind, model_type = type(lm).__name__, lm.config.model_type
+    name, model_type = type(lm).__name__, lm.config.model_type
     if getattr(lm.config, "is_encoder_decoder", False):
-        raise ProbeError(f"{kind} is an encoder-decoder: heads read the hidden states of a causal LM")
+        raise ProbeError(f"{name} is an encoder-decoder: heads read the hidden states of a causal LM")
     if (family := _REGISTERED.get(model_type)) is not None:
         if (modules := family.modules(lm, depth)) is None:
             wanted = f"a ModuleList {family.layers} of {depth} layers, {family.embeddings} and {family.norm}"
-            raise ProbeError(f"{kind} does not have the modules of register_family({model_type!r}, ...): {wanted}")
+            raise ProbeError(f"{name} does not have the modules of register_family({model_type!r}, ...): {wanted}")
         return modules, "registered"
     for family, origin in ((FAMILIES.get(model_type), "table"), (_FOUND.get(type(lm)), "search")):
         if family is not None and (modules := family.modules(lm, depth)) is not None:
@@ -121,7 +121,7 @@ def find_modules(lm: transformers.PreTrainedModel, depth: int) -> tuple[Modules,
         return modules, "search"
     places = ", ".join(f"{family.layers} with {family.norm}" for family in candidates) or "none"
     raise ProbeError(
-        f"the layers of {kind} were not found: it must have one ModuleList of {depth} layers beside one final norm "
+        f"the layers of {name} were not found: it must have one ModuleList of {depth} layers beside one final norm "
         f"(found: {places}). Give their paths: llama_probe.register_family({model_type!r}, embeddings=, layers=, norm=)"
     )
 

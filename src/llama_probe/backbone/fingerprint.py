@@ -112,7 +112,7 @@ def _quantization(lm: transformers.PreTrainedModel) -> str | None:
         # `torchao.quantization.quantize_` changes the weights, and not the config.
         packed = next((weight for weight in lm.parameters() if type(weight).__module__.startswith("torchao.")), None)
         if packed is None:
-            return getattr(lm.config, "dequantized_from", None)  # set by `demo_backbone` in `loading.py`
+            return getattr(lm.config, "dequantized_from", None)  # set for GGUF files in `loading.py`
         settings = {"quant_method": "torchao", "quant_type": (type(packed), getattr(packed, "target_dtype", None))}
     settings = settings if isinstance(settings, dict) else settings.to_dict()
     method = getattr(settings.get("quant_method"), "value", settings.get("quant_method")) or "quantized"

@@ -91,7 +91,7 @@ def resolve_backbone(name: Name, options: HubOptions = HubOptions()) -> Name | s
 def is_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()) -> bool:
     """Return False if a Hub id is not cached and the Hub must not be asked, or does not answer one request.
 
-    The client would repeat a request for each file of a backbone for half a minute.
+    One request is made here because the client would repeat each request for the files of a backbone for half a minute.
 
     Args:
         place: folder, file or Hub id of a backbone. Anything else is not checked.
@@ -117,7 +117,7 @@ def check_within_reach(place: str | os.PathLike, options: HubOptions = HubOption
 
 
 def _find_gguf(name: str) -> Path | None:
-    """Return the GGUF file that a path names: itself, or the only one in a folder, which must have it or a config."""
+    """Return the GGUF file that a path names: the path itself, or the only one in a folder. None for a folder with a config."""
     if os.path.isfile(name) and name.endswith(".gguf"):
         return Path(name)
     if not os.path.isdir(name) or any((Path(name) / config).is_file() for config in _MODEL_CONFIGS):

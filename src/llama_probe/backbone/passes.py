@@ -37,7 +37,7 @@ def plan_passes(lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequenc
     Args:
         unread: number of first tokens of each row that are not read.
     """
-    # The last token of a row always runs: its output is wanted.
+    # The last token of a row always runs, because its output is wanted.
     unread = [min(count, len(ids) - 1) for count, ids in zip(unread, prompts, strict=True)]
     start = shared_start(prompts, unread)
     prefix = prefill(lm, start) if start else None

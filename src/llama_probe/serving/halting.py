@@ -132,8 +132,8 @@ class HaltRule:
     def halts(self, probs: torch.Tensor) -> list[Halt | None]:
         """Return for each row of probabilities, `[rows, num_labels]`, the reason to flag it or `None`. Patience plays no part."""
         scores = probs[:, self.index]
-        is_decided = self.threshold is None  # by the head itself
-        flagged = predictions(probs, self.config) == self.index if is_decided else scores >= self.threshold
+        limit = self.threshold
+        flagged = predictions(probs, self.config) == self.index if limit is None else scores >= limit
         flagged = flagged | scores.isnan()  # a guard that cannot read its input halts
         pairs = zip(flagged.tolist(), scores.tolist(), strict=True)
         return [self.reason(score) if flag else None for flag, score in pairs]

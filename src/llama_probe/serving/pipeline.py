@@ -73,8 +73,9 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
 
         # Copies of pipeline and model for this call alone, so that two threads can share the pipeline.
         pipeline = copy.copy(self)
-        pipeline.model = copy.copy(model)
-        pipeline.model.generate = generate
+        listening = copy.copy(model)
+        listening.generate = generate
+        pipeline.model = listening
         outputs = super(ProbedTextGenerationPipeline, pipeline)._forward(model_inputs, **generate_kwargs)
         prompts, copies = outputs["generated_sequence"].shape[:2]
         (output,) = generated
