@@ -51,7 +51,11 @@ def test_a_type_of_an_installed_package_is_found_when_it_is_asked_for(own_type, 
     assert ProbeModel.from_pretrained(own_type).config.probe_type == "top"
 
 
-def test_an_entry_point_that_breaks(own_type, install):
+def test_imports_that_break(own_type, install, tmp_path):
+    (tmp_path / "broken.py").write_text("1 / 0")
+    for file, words in (("broken.py", "ZeroDivisionError: division by zero"), ("nowhere.py", "FileNotFoundError")):
+        with pytest.raises(ProbeError, match=f"{file} cannot be imported: {words}"):
+            import_head_types(tmp_path / file)
     install("no_such_module")
     with pytest.raises(ProbeError, match=r"no_such_module, which registers head types .*cannot be loaded: No module"):
         ProbeModel.from_pretrained(own_type)

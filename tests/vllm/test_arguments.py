@@ -133,6 +133,9 @@ class TestEngine:
             engine_kwargs(tmp_path / "lm", own_type)
         imports = [own_type.parent / "top.py"]
         config = make_config(tmp_path / "lm", own_type, import_files=imports, skip_tokenizer_init=True)
+        forget_own_type()
+        arguments = server_arguments([str(tmp_path / "lm"), "--probe", str(own_type), "--import", str(imports[0])])
+        assert arguments.additional_config["llama_probe"]["import_files"] == [str(imports[0])]
         forget_own_type()  # as in another process
         settings = ProbeSettings.of(config)
         assert list(settings.configs) == ["head"] and settings.read_heads()["head"].config.probe_type == "top"

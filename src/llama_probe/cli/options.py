@@ -13,7 +13,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -21,7 +21,6 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from ..data.row_sources import ROWS_HELP
-from ..errors import ProbeError
 from ..files import short_path
 from ..heads import import_head_types
 
@@ -77,7 +76,8 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
         common = _call(_Common, values)
         try:
             with contextlib.redirect_stdout(sys.stderr):
-                _import_files(common.import_ or [])
+                for path in common.import_ or []:
+                    import_head_types(path)
                 result = _call(function, values)
         except KeyboardInterrupt:
             # `classify` has no output, unless it reads files.
@@ -96,14 +96,6 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
     run.__doc__ = (inspect.getdoc(function) or "").partition("\n\nArgs:")[0]
     run.__signature__ = inspect.Signature([*_options(function), *_options(_Common)])
     return run
-
-
-def _import_files(paths: Sequence[Path]) -> None:
-    for path in paths:
-        try:
-            import_head_types(path)
-        except Exception as error:
-            raise ProbeError(f"--import {path}: {type(error).__name__}: {error}") from error
 
 
 def _options(documented: Callable) -> Iterator[inspect.Parameter]:

@@ -83,9 +83,20 @@ def _load_entry_points() -> None:
 
 
 def import_head_types(path: str | os.PathLike[str]) -> None:
-    """Run a Python file that registers head types, once. It has the rights of this process: run only what you trust."""
-    code = Path(path).read_bytes()
-    name = f"{Path(path).stem}_{hashlib.sha256(code).hexdigest()[:12]}"
+    """Run a Python file that registers head types, once. It has the rights of this process: run only what you trust.
+
+    Raises:
+        ProbeError: the file cannot be read, or it raises an error.
+    """
+    try:
+        _run_once(Path(path))
+    except Exception as error:
+        raise ProbeError(f"{path} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _run_once(path: Path) -> None:
+    code = path.read_bytes()
+    name = f"{path.stem}_{hashlib.sha256(code).hexdigest()[:12]}"
     if name in sys.modules:
         return
     module = sys.modules[name] = ModuleType(name)
