@@ -7,9 +7,10 @@ from typing import Annotated
 
 import numpy as np
 
+from ..data.prompts import Text
 from ..distributed import is_main
 from ..errors import ProbeError
-from ..files import short_path
+from ..files import JSON, short_path
 from ..heads.novelty import MAX_ROWS, MIN_ROWS, novelty_layers
 from .console import print_values
 from .inputs import HeadOptions, ScoredHead, TextRows, check_head_folder
@@ -61,21 +62,23 @@ def calibrate(
     if benign:
         check_rates(head.config, rate)
 
-    def read(sources: list[str] | None, split: str, limit: int | None = max_rows) -> list:
+    def read(sources: list[str] | None, split: str, limit: int | None) -> list[Text]:
         return [text for source in sources or () for text in rows.texts(source, head.config, limit, split)]
 
-    train, validation = read(novelty_data, "train"), read(novelty_validation, "validation")
+    train = read(novelty_data, "train", max_rows)
+    validation = read(novelty_validation, "validation", max_rows)
     texts = read(benign, "test", None)
     if benign:
         check_rates(head.config, rate, len(texts))
     scored.attach()
-    results, shown = head.results or {}, {}
+    results = head.results or {}
+    shown: JSON = {}
     if benign:
         head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts)), rate)
         results["thresholds_from"] = thresholds_from(head.config, rate, list(map(short_path, benign)), len(texts))
-        fitted = {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
-        shown = results["thresholds_from"] | fitted
-        # The new thresholds may have the names of those that were measured.
+        shown |= results["thresholds_from"]
+        shown |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
+        # A new threshold may have the name of one that was measured.
         if "measured" in results and before.flagged_index is not None:
             earlier = before.thresholds or {"threshold": before.threshold or 0.5}
             then = {"flagged": before.flagged[0], "thresholds": earlier}
@@ -87,9 +90,10 @@ def calibrate(
             train = [text for row, text in enumerate(train) if row not in held]
         fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation))
         sources = list(map(short_path, (*novelty_data, *(novelty_validation or ()))))
-        shown["novelty"] = results["novelty"] = {"sources": sources, **fitted}
+        results["novelty"] = {"sources": sources, **fitted}
+        shown["novelty"] = results["novelty"]
         for evaluation in results.get("evaluations", {}).values():
-            evaluation.pop("novelty", None)  # of the one before
+            evaluation.pop("novelty", None)  # it measured the earlier novelty
     if not is_main():
         return None
     head.results = results

@@ -16,7 +16,7 @@ from .options import COUNT, PROBE, ROWS, Result
 
 
 _MAX_CONFUSION = 12  # labels of the largest confusion matrix that is printed
-_MAX_AGAINST = 500  # rows of each other kind of texts
+_MAX_AGAINST = 500  # rows of each file of --against
 
 
 def evaluate(
@@ -56,7 +56,7 @@ def evaluate(
 
     if against and head.novelty is None:
         raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
-    groups = (["wrappings"] if wrappings else []) + (list(ATTACKS) if attacks else [])
+    groups = [*(["wrappings"] if wrappings else []), *(ATTACKS if attacks else [])]
     if groups:
         check_transformable(" and ".join(groups), head.config)
     rules = measured_rules(head.results) if head.config.reads_reply else {}
@@ -71,11 +71,12 @@ def evaluate(
     if not is_main():
         return None
     result = report.detailed_report(head.config, logits, labelled.labels, slices, bootstrap)
-    if (flagged := head.config.flagged_index) is not None:
+    has_flagged = head.config.flagged_index is not None
+    if has_flagged:
         result["flagged"] = report.flagged_share(head.config, logits)
     if followed is not None and rules:
         result["halting"] = detection.apply_rules(head.config, rules, followed, labelled.labels)
-    if followed is not None and (flagged is not None or head.config.problem_type == "multi_label_classification"):
+    if followed is not None and (has_flagged or head.config.problem_type == "multi_label_classification"):
         result["replies"] = detection.reply_report(head.config, followed, labelled.labels, bootstrap)
     if others:
         result["novelty"] = against_others(novelty, novelties, bootstrap)
@@ -89,11 +90,13 @@ def evaluate(
 
 
 def _for_display(result: JSON) -> JSON:
-    """Return a report with its confusion by names of labels, if these are few, and halting rules as they did here."""
-    names, matrix = list(result.get("labels", ())), result.get("confusion", ())
-    by_name = {name: dict(zip(names, counts, strict=True)) for name, counts in zip(names, matrix, strict=False)}
-    halting = {
-        label: [{**rule, **rule["test"], "validation": {}, "test": {}} for rule in rules]
-        for label, rules in result.get("halting", {}).items()
-    }
-    return result | {"confusion": by_name if len(matrix) <= _MAX_CONFUSION else {}, "halting": halting}
+    """Return a report for `print_values`: a small confusion by names of labels, and halting rules as they did on these rows."""
+    shown = result | {"confusion": {}, "halting": {}}
+    matrix = result.get("confusion", ())
+    if len(matrix) <= _MAX_CONFUSION:
+        names = list(result.get("labels", ()))
+        for name, counts in zip(names, matrix, strict=False):  # regression has labels and no confusion
+            shown["confusion"][name] = dict(zip(names, counts, strict=True))
+    for label, rules in result.get("halting", {}).items():
+        shown["halting"][label] = [{**rule, **rule["test"], "validation": {}, "test": {}} for rule in rules]
+    return shown

@@ -20,7 +20,7 @@ from .inputs import HeadOptions, LabelledRows, ScoredHead
 from .options import ROWS, Result
 
 
-# The content of each file by its name, and the facts about it: what it `shows`, and of which text.
+# By the name of each file its content, and what `--json` says of it: what it `shows`, and of a text what the head says.
 _Drawings = dict[str, tuple[Content, JSON]]
 
 
@@ -93,5 +93,8 @@ def _draw_head(inspection: JSON, config: ProbeConfig) -> _Drawings:
     }
     if len(names) > plots.MAX_CONFUSION:
         del parts["confusion"]
-    there = {part: parts[part] for part in parts if part in inspection}
-    return {f"{part}.png": (png(draw(inspection)), {"shows": shows}) for part, (draw, shows) in there.items()}
+    drawings: _Drawings = {}
+    for part, (draw, shows) in parts.items():
+        if part in inspection:
+            drawings[f"{part}.png"] = png(draw(inspection)), {"shows": shows}
+    return drawings

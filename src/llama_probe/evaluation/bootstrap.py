@@ -24,8 +24,12 @@ def intervals(
     """Return a 95 % percentile interval `[low, high]` for each value of a statistic, from resamples of the rows.
 
     Args:
-        statistic: maps weights `[resamples, rows]`, how often each row counts, to values `[resamples]` by name. NaN is
-            undefined and does not count; the interval is None if there is nothing else.
+        statistic: maps weights `[resamples, rows]`, how often each row counts, to values `[resamples]` by name. NaN means that a
+            value is undefined.
+        rows: number of rows.
+
+    Returns:
+        The intervals by name, of the values that are defined; None if all are undefined.
     """
 
     def compute(drawn: np.ndarray, axis: int) -> np.ndarray:
@@ -42,9 +46,11 @@ def intervals(
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray, resamples: int = 1000) -> tuple[float | None, Interval]:
-    """Return the area under the ROC curve for scores `[n]` and a mask `[n]`, and its 95 % interval.
+    """Return the area under the ROC curve, and its 95 % interval; None for both if all scores have the label, or none.
 
-    Both are None if all scores have the label, or none.
+    Args:
+        scores (`[n]`), positive (`[n]` bool): scores, and if they are of rows with the label.
+        resamples: number of resamples for the interval; 0 for no interval.
     """
     ranking = Ranking(scores, positive)
     area = float(ranking.areas(np.ones((1, len(scores))))[1, 0])

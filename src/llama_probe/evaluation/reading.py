@@ -22,6 +22,7 @@ from ..heads.scope import token_mask
 _CONTINUATION = "◦"
 
 _MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
+_HIDING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of characters that hide or move text
 _JOINERS = "\u200c\u200d"  # part of words and of emoji
 _MAX_TOKENS_A_CHARACTER = 8
 
@@ -31,9 +32,10 @@ class Reading:
     """The result of a head for one text, and what it looked at.
 
     Attributes:
+        head, config: name and config of the head.
         text: the text without the chat template.
-        tokens: text of each prompt token, the template's included; `""` if it only continues a character.
-        template: True for a special token, and for one that the chat template adds.
+        tokens: text of each token of the prompt, with those of the template; `""` for a token that only continues a character.
+        template: True for a special token, and for a token that the chat template adds.
         counted: True for a token that the head reads. Its `token_scope` may leave out the constant prefix.
         weights (`[layers_read, tokens]`): weight of each token in a layer; each row sums to 1.
         layer_weights (`[layers_read]`): weight of each layer; sums to 1.
@@ -92,6 +94,9 @@ def read_weights(
 
     Args:
         texts: texts, or lists of chat messages. They are rendered as the head was trained.
+
+    Raises:
+        ProbeError: another number of heads is active, or the head type gives no weights.
     """
     if len(model.active_probes) != 1:
         active = ", ".join(model.active_probes) or "none"
@@ -104,7 +109,7 @@ def read_weights(
         input_ids = torch.tensor([ids], device=model.device)
         output = model.classify(input_ids, output_attentions=True)[head]
         if output.token_weights is None or output.layer_weights is None:
-            raise ProbeError(f"head={head!r} has no weights to show: its kind {config.probe_type!r} gives none")
+            raise ProbeError(f"head={head!r} has no weights to show: its head type {config.probe_type!r} gives none")
         readings.append(
             Reading(
                 head=head,
@@ -124,7 +129,7 @@ def read_weights(
 def token_texts(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     r"""Return the text of each token, with its spaces.
 
-    If a character takes several tokens, the first has its text and the others have `""`. Bytes that make no character
+    If a character takes several tokens, the first token has its text, and the next ones have `""`. Bytes that make no character
     are `"\ufffd"`.
     """
     texts: list[str] = []
@@ -160,12 +165,14 @@ def printable(text: str) -> str:
     r"""Replace characters that hide or move text: a mark for line breaks and tabs, an escape such as `\u202e` for others."""
 
     def shown(character: str) -> str:
-        hides = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
-        return _MARKS.get(character) or (f"\\u{ord(character):04x}" if hides else character)
+        if character in _MARKS:
+            return _MARKS[character]
+        hides = unicodedata.category(character) in _HIDING and character not in _JOINERS
+        return f"\\u{ord(character):04x}" if hides else character
 
     return "".join(map(shown, text))
 
 
 def cut(text: str, width: int) -> str:
-    """Return at most `width` characters of a text. The last is a mark if some are cut."""
+    """Return a text, cut to `width` characters. The last character is then a mark."""
     return text if len(text) <= width else text[: width - 1] + "…"
