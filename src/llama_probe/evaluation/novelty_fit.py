@@ -26,34 +26,37 @@ def can_fit(config: ProbeConfig, train: Dataset, validation: Dataset) -> bool:
 
 
 def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset) -> JSON:
-    """Fit a head's `Novelty` on training rows and calibrate it on validation rows. At most 2,000 of each count.
+    """Fit a head's `Novelty` on training rows, and calibrate it on validation rows.
 
-    Rows that hold nothing to read do not count, if 40 others do.
+    At most 2,000 rows of each data set count. Rows in which the head reads nothing do not count, if 40 other rows do.
 
     Args:
         probe: a trained head, bound to its backbone unless the data sets hold hidden states. It gets the novelty.
-        train, validation: different rows, as for `predict_logits`.
+        train, validation: data sets of different rows, as for `predict_logits`.
 
     Returns:
         What `results.json` keeps under `novelty`: `rows`, the numbers of `train` and `validation` rows that counted.
+
+    Raises:
+        ProbeError: there are fewer than 40 rows, or the head type tells no novelty.
     """
     layers = novelty_layers(probe.config)
     for name, rows in (("training", train), ("validation", validation)):
         if len(rows) < MIN_ROWS:
             raise ProbeError(f"novelty needs at least {MIN_ROWS} {name} rows, not {len(rows)}")
-    train, validation = (Subset(rows, _places(rows)) for rows in (train, validation))
     probe.set_novelty(Novelty(probe.config.replace(novelty={"layers": layers, "rank": 1})))  # to read the rows
-    learned = _mean_states(probe, train)
-    held = _mean_states(probe, validation)
+    learned = _mean_states(probe, _random_part(train))
+    held = _mean_states(probe, _random_part(validation))
     rows = {"train": learned[1].shape[1], "validation": held[1].shape[1]}
-    settings = {"layers": layers, "rank": min(_RANK, rows["train"] // 8, len(layers) * probe.config.hidden_size // 2)}
-    probe.set_novelty(Novelty.fit(probe.config.replace(novelty=settings), learned, held))
+    rank = min(_RANK, rows["train"] // 8, len(layers) * probe.config.hidden_size // 2)
+    config = probe.config.replace(novelty={"layers": layers, "rank": rank})
+    probe.set_novelty(Novelty.fit(config, learned, held))
     return {"rows": rows}
 
 
-def _places(dataset: Dataset) -> list[int]:
+def _random_part(dataset: Dataset) -> Subset:
     rows = np.random.default_rng(0).permutation(len(dataset))[:MAX_ROWS]
-    return sorted(rows.tolist())
+    return Subset(dataset, sorted(rows.tolist()))
 
 
 def _mean_states(probe: ProbeModel, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,17 +73,21 @@ def against_others(novelty: torch.Tensor, others: Mapping[str, torch.Tensor], re
     """Measure how well novelty tells a head's own kind of rows from others.
 
     Args:
-        novelty (`[rows]`): of rows like the training data. others: novelty of other rows, by name.
-        resamples: of the bootstrap that gives the 95 % intervals; no intervals with 0.
+        novelty (`[rows]`): novelty of rows like the training data.
+        others: novelty of other rows, by name.
+        resamples: number of resamples of the bootstrap that gives the 95 % intervals; 0 for no intervals.
 
     Returns:
         `own`: `rows`, and `far`, the share above 0.99; `against`: the same by name, with `auroc` and its `interval`.
     """
     against: JSON = {}
     for name, other in others.items():
-        scores, truth = torch.cat([novelty, other]).numpy(), np.repeat([False, True], [len(novelty), len(other)])
-        area, interval = auroc(scores, truth, resamples)
-        against[name] = far_share(other) | {"auroc": area} | ({"interval": interval} if resamples else {})
+        scores = torch.cat([novelty, other]).numpy()
+        is_other = np.repeat([False, True], [len(novelty), len(other)])
+        area, interval = auroc(scores, is_other, resamples)
+        against[name] = {**far_share(other), "auroc": area}
+        if resamples:
+            against[name]["interval"] = interval
     return {"own": far_share(novelty), "against": against}
 
 

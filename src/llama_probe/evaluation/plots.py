@@ -73,26 +73,28 @@ def write_plots(folder: Path) -> list[Path]:
         The files: `calibration.png` (not for regression) and `layer_weights.png`. Empty if nothing was measured or
         matplotlib is not installed.
     """
-    inspection = (read_results(folder) or {}).get("inspection", {}) if find_spec("matplotlib") is not None else {}
-    files = {
-        name: png(draw(inspection))
-        for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True)
-        if name.removesuffix(".png") in inspection
-    }
+    inspection: JSON = {}
+    if find_spec("matplotlib") is not None:
+        inspection = (read_results(folder) or {}).get("inspection", {})
+    files = {}
+    for name, draw in zip(PLOT_NAMES, (calibration_plot, layer_weights_plot), strict=True):
+        if name.removesuffix(".png") in inspection:
+            files[name] = png(draw(inspection))
     replace_files(folder, files, gone=set(PLOT_NAMES) - set(files))
     return [folder / name for name in files]
 
 
 def calibration_plot(inspection: JSON) -> Figure:
     """Draw a reliability diagram: observed frequency against the head's probability, with the rows of each bin."""
-    figure, calibration = new_figure((6.4, 4.2)), inspection["calibration"]
+    figure = new_figure((6.4, 4.2))
+    calibration = inspection["calibration"]
     bins = {name: np.array([part[name] for part in calibration["bins"]]) for name in calibration["bins"][0]}
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1)
     axes.plot(bins["confidence"], bins["frequency"], marker="o", color="tab:blue")
     axes.set(ylabel="how often it holds", ylim=(-0.03, 1.03))
-    middle, width = (bins["low"] + bins["high"]) / 2, bins["high"] - bins["low"]
-    counts.bar(middle, bins["rows"], width=0.9 * width, color="0.6")
+    width = bins["high"] - bins["low"]
+    counts.bar(bins["low"] + width / 2, bins["rows"], width=0.9 * width, color="0.6")
     counts.set(yscale="log", ylabel="rows", xlabel="probability that the head gives", xlim=(0, 1))
     counts.tick_params(axis="y", which="minor", labelleft=False)
     return explain(
@@ -105,8 +107,9 @@ def calibration_plot(inspection: JSON) -> Figure:
 
 
 def layer_weights_plot(inspection: JSON) -> Figure:
-    """Draw the mean weight of each layer by label; of more than ten labels the mean. Layer 0 is the embedding output."""
-    layers, by_label = (inspection["layer_weights"][key] for key in ("layers", "by_label"))
+    """Draw the mean weight of each layer by label, or the mean of more than ten labels. Layer 0 is the embedding output."""
+    layers = inspection["layer_weights"]["layers"]
+    by_label = inspection["layer_weights"]["by_label"]
     if len(by_label) > _MAX_LINES:
         by_label = {f"{len(by_label)} labels": np.mean(list(by_label.values()), axis=0)}
     figure = new_figure((6.4, 4.0))
@@ -127,7 +130,8 @@ def layer_weights_plot(inspection: JSON) -> Figure:
 
 def confusion_plot(inspection: JSON, names: Sequence[str]) -> Figure:
     """Draw the confusion of a single-label head: true labels (lines) by given labels (columns), counts and shares."""
-    matrix, count = np.array(inspection["confusion"]), len(names)
+    matrix = np.array(inspection["confusion"])
+    count = len(names)
     cell = min(max(6.0 / count, 0.36), 1.0)  # inches
     figure = new_figure((cell * count + 3.2, cell * count + 2.2))
     axes = figure.subplots()
@@ -154,8 +158,11 @@ def outcomes_plot(inspection: JSON) -> Figure:
     """Draw in how many rows a multi-label head finds each label, misses it, or gives it wrongly."""
     # The label with the most rows is on top.
     outcomes = sorted(inspection["outcomes"].items(), key=lambda item: item[1]["found"] + item[1]["missed"])
-    hits, missed, wrong = (np.array([part[key] for _, part in outcomes]) for key in ("found", "missed", "wrong"))
-    figure, lines = new_figure((7.5, 0.22 * len(outcomes) + 2.0)), range(len(outcomes))
+    hits = np.array([part["found"] for _, part in outcomes])
+    missed = np.array([part["missed"] for _, part in outcomes])
+    wrong = np.array([part["wrong"] for _, part in outcomes])
+    figure = new_figure((7.5, 0.22 * len(outcomes) + 2.0))
+    lines = range(len(outcomes))
     axes = figure.subplots()
     axes.barh(lines, hits, color="tab:blue", label="found")
     axes.barh(lines, missed, left=hits, color="0.75", label="missed")
