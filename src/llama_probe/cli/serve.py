@@ -15,6 +15,7 @@ from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import in_words
 from ..heads.novelty import abstain_levels
+from ..heads.probe import ProbeModel
 from ..vllm.halting_words import read_halting
 from .console import print_table, print_text
 from .inputs import HeadOptions
@@ -45,29 +46,36 @@ def generate(
     rules = read_halting(halt_on or [])
     if halt_reply is not None and not rules:
         raise ProbeError("--halt-reply needs --halt-on: nothing halts without it")
-    texts, heads = _read_prompts(prompts), loading.read(probe)
-    configs = {name: head.config for name, head in heads.items()}
+    texts = _read_prompts(prompts)
+    heads = loading.read(probe)
+    configs = _configs_of(heads, abstain_at)
     check_alike(configs)
     if rules:
-        from ..serving.halting import Halter
+        from ..serving.halting import Halter  # takes seconds to import
 
         for rule in Halter(rules, configs).rules:
             print_text(str(rule))
-    abstain_levels(abstain_at, configs)  # raises
     model, tokenizer = loading.attach(heads, probe[0])
     # A prompt that gets a reply stays whole, and is the user's if any head reads what users say.
     config = min(configs.values(), key=lambda config: config.token_scope == "tool").replace(max_length=None)
     prompt_format = PromptFormat.from_config(config, tokenizer)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "abstain_at": abstain_at}
-    options |= {"halt_on": rules or None, "halt_reply": halt_reply}
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "abstain_at": abstain_at}
+    settings |= {"halt_on": rules or None, "halt_reply": halt_reply, "tokenizer": tokenizer}
     rows = []
     for start in range(0, len(texts), _BATCH):
         part = texts[start : start + _BATCH]
         inputs = {key: value.to(model.device) for key, value in prompt_format.batch(part).items()}
-        out = model.generate(**inputs, tokenizer=tokenizer, **options)
+        out = model.generate(**inputs, **settings)
         for text, reply, record in zip(part, out.texts, out.describe(len(part)), strict=True):
             rows.append({"prompt": text, **record, "reply": reply})
     return rows, partial(print_rows, rows, configs)
+
+
+def _configs_of(heads: dict[str, ProbeModel], abstain_at: float | None) -> dict[str, ProbeConfig]:
+    """Return the configs of heads, which `abstain_at` must suit."""
+    configs = {name: head.config for name, head in heads.items()}
+    abstain_levels(abstain_at, configs)  # raises
+    return configs
 
 
 def classify(
@@ -118,12 +126,12 @@ def classify(
         return done, partial(print, summary)
     if launched():
         raise ProbeError("prompts are labelled in one process: start it without torchrun, or give files with --input")
-    texts, heads = _read_prompts(prompts), loading.read(probe)
-    configs = {name: head.config for name, head in heads.items()}
+    texts = _read_prompts(prompts)
+    heads = loading.read(probe)
+    configs = _configs_of(heads, abstain_at)
     for name, config in configs.items():
         if config.reads_reply:
             raise ProbeError(f"{name!r} reads replies: give such rows (--input, --prompt-column), or use generate")
-    abstain_levels(abstain_at, configs)  # raises
     model, tokenizer = loading.attach(heads, probe[0])
     outputs = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
     described = {name: output.describe() for name, output in outputs.items()}
@@ -148,13 +156,14 @@ def _read_prompts(prompts: list[str] | None) -> list[str]:
 
 def print_rows(rows: list[JSON], configs: dict[str, ProbeConfig]) -> None:
     """Print a table of prompts, of replies if there are any, and of what each head says."""
-    replies, lines = "reply" in rows[0], []
+    has_replies = "reply" in rows[0]
+    columns = ["prompt", *(["reply"] if has_replies else []), *rows[0]["probes"]]
+    lines = []
     for row in rows:
         cells = [row["prompt"]]
-        if replies:
+        if has_replies:
             cells.append(f"halted: {row['reply']}" if row.get("halted") else row["reply"])
         for name, prediction in row["probes"].items():
             cells.append("-" if prediction is None else in_words(prediction, configs[name]))
         lines.append(cells)
-    columns = ("prompt", *(["reply"] if replies else []), *rows[0]["probes"])
-    print_table(None, columns, lines, left=len(columns), show_lines=replies)
+    print_table(None, columns, lines, left=len(columns), show_lines=has_replies)
