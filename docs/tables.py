@@ -6,6 +6,7 @@ python docs/tables.py safety
 
 import sys
 
+from llama_probe.cli.console import with_spread
 from llama_probe.files import JSON
 from llama_probe.heads.configuration import read_config
 from llama_probe.hub.card import kept_share, markdown_table, plain
@@ -20,18 +21,12 @@ def results_table() -> str:
         config = read_config(folder)
         results = training_results(read_results(folder))
         test = results["summary"].get("test", {})
-        scores = [_mean(test.get(metric)) for metric in ("accuracy", "f1", "auprc")]
+        scores = [with_spread(test[metric]) if metric in test else "-" for metric in ("accuracy", "f1", "auprc")]
         labels = plain(", ".join(config.id2label.values()))
         counts = [f"{results['num_parameters']:,}", labels, test.get("rows") or "-", len(results["runs"])]
         rows.append([f"`{alias}`", config.probe_type, *counts, *scores])
     columns = "head", "type", "parameters", "labels", "test rows", "seeds", "accuracy", "F1", "AUPRC"
     return markdown_table(columns, rows, "llrlrrrrr")
-
-
-def _mean(summary: JSON | None) -> str:
-    if summary is None:
-        return "-"
-    return f"{summary['mean']:.3f}" + (f" ± {summary['std']:.3f}" if summary["std"] else "")
 
 
 def read_measured(alias: str) -> JSON:

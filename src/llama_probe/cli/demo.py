@@ -39,27 +39,29 @@ def demo(*, max_new_tokens: Annotated[int, COUNT] = 24) -> Result:
         "One 135M model replies. While it reads a prompt, two probe heads read its hidden states and label it.\n"
         "Preparing it (half a minute the first time) ..."
     )
-    path, rows = demo_backbone(), []
+    path = demo_backbone()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForProbedGeneration.from_pretrained(path, probe=list(HEADS))
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "tokenizer": tokenizer}
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "tokenizer": tokenizer}
+    rows = []
     for turn, prompt in enumerate(tqdm((PROMPTS[0], *PROMPTS))):  # turn 0 is a warm-up
         chat = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        runs = {}
+        outputs = {}
+        seconds = {}
         # The order alternates, so that neither run always has the warmer cache.
         for heads in ((), HEADS) if turn % 2 else (HEADS, ()):
             model.set_active_probes(heads)
             start = time.perf_counter()
-            out = model.generate(**inputs, **options, abstain_at=ABSTAIN_AT if heads else None)
-            runs[heads] = out, time.perf_counter() - start
-        (plain, seconds_without), (out, seconds) = runs[()], runs[HEADS]
-        if not torch.equal(out.sequences, plain):
+            outputs[heads] = model.generate(**inputs, **settings, abstain_at=ABSTAIN_AT if heads else None)
+            seconds[heads] = time.perf_counter() - start
+        out = outputs[HEADS]
+        if not torch.equal(out.sequences, outputs[()]):
             raise ProbeError(f"the reply to {prompt!r} changed with heads attached; please report this")
         if turn:
             (record,) = out.describe(1)
-            timed = {"seconds": seconds, "seconds_without_heads": seconds_without}
-            rows.append({"prompt": prompt, **record, "reply": " ".join(out.texts[0].split()), **timed})
+            row = {"prompt": prompt, **record, "reply": " ".join(out.texts[0].split())}
+            rows.append(row | {"seconds": seconds[HEADS], "seconds_without_heads": seconds[()]})
     return rows, partial(_print, rows, {name: head.config for name, head in model.probes.items()})
 
 

@@ -52,7 +52,7 @@ def _print_heads(configs: dict[str, ProbeConfig]) -> None:
         (alias, config.probe_type, ", ".join(config.id2label.values()), config.base_model_name_or_path)
         for alias, config in configs.items()
     ]
-    print_table("bundled heads", ("alias", "kind", "labels", "backbone"), rows, left=4)
+    print_table("bundled heads", ("alias", "type", "labels", "backbone"), rows, left=4)
 
 
 def _print_checks(probe: str, backbone: str, checks: list[Check]) -> None:

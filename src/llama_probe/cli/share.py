@@ -61,8 +61,10 @@ def push(
     """
     folder = resolve_head(head)
     ProbeModel.from_pretrained(folder)  # raises if the head is damaged
-    card = {"tags": tag or [], "license": license}
-    info = push_folder(folder, repo_id, subfolder=subfolder, commit_message=commit_message, **vars(place), **card)
+    info = push_folder(
+        folder, repo_id, subfolder=subfolder, commit_message=commit_message, tags=tag or [], license=license,
+        **vars(place),
+    )  # fmt: skip
     values, line = _pushed(info)
     return values, partial(print, line)
 
@@ -109,19 +111,22 @@ def export(
         license: licence of the repository, for the card: the strictest of backbone and heads.
         push: also upload it, as user/name.
     """
-    if push is None and (unused := [name for name, value in vars(place).items() if value not in (None, False)]):
+    unused = [name for name, value in vars(place).items() if value not in (None, False)]
+    if push is None and unused:
         raise ProbeError(f"--{unused[0].replace('_', '-')} needs --push USER/NAME")
     check_new_folder(output.absolute())
     check_writable(output.absolute(), "the repository")
     heads = read_heads(probe, backbone_target(backbone))
     from ..serving.export import export_repository, push_repository  # takes seconds to import
 
-    facts = {"base_model": base_model, "license": license, "repo_id": push}
-    folder = export_repository(backbone, output, heads, dtype=dtype, **facts)
+    folder = export_repository(
+        backbone, output, heads, dtype=dtype, base_model=base_model, license=license, repo_id=push
+    )
     for name, head in list_heads(folder).items():
         if write_plots(head):
             write_card(head, source=f"{push}:{name}" if push else None)  # shows the plots
-    values, lines = {"folder": str(folder)}, [f"repository written to {output}; its README.md tells how to use it"]
+    values = {"folder": str(folder)}
+    lines = [f"repository written to {output}; its README.md tells how to use it"]
     if push is not None:
         pushed, line = _pushed(push_repository(folder, push, **vars(place)))
         values |= pushed
