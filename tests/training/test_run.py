@@ -147,8 +147,8 @@ class TestTwins:
         for line in (
             "On rows that it was not trained on",
             "| rot13 | 2 |",
-            "| list (twin without lists) | harmful | 30 |",
-            "| list (twin without lists), by tone | harmful | flagged at fpr-10% | AUROC |",
+            "| list (ablation trained without lists) | harmful | 30 |",
+            "| list (ablation trained without lists), by tone | harmful | flagged at fpr-10% | AUROC |",
             "| bad! | 22 |",
         ):
             assert line in card
@@ -181,7 +181,7 @@ class TestTwins:
             assert part["labels"][label]["auroc"] == part["auroc"], "of the only label that some rows have"
             assert part["tfidf"]["labels"][label]["auroc"] == 1, "a word tells it"
         card = (tmp_path / "head" / "README.md").read_text()
-        assert "| three (twin without sizes) | big | 16 | " in card and "flagged at each threshold" not in card
+        assert "| three (ablation trained without sizes) | big | 16 | " in card and "flagged at each threshold" not in card
 
     def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path, monkeypatch, hub, token):
         lm, tokenizer = load_backbone(str(backbone_folder))
