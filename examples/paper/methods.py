@@ -80,7 +80,7 @@ def fit_head(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    probe = trainer.model.eval()
+    probe = trainer.heads["head"].eval()
     shutil.rmtree(scratch)
     chosen = {"epochs": trainer.state.epoch, "best": trainer.state.best_metric}
 

@@ -80,7 +80,7 @@ def train(
 
     place = {"recipe": loaded, "backbone": backbone, "output": output, "dtype": dtype, "data_dir": data_dir}
     if dry_run:
-        estimate = PreparedRun(**place, only_estimate=True).estimate
+        estimate = PreparedRun(**place).plan()
         values = vars(estimate) | {"seconds": estimate.seconds}
         return (values, partial(print_text, str(estimate))) if is_main() else None
     results = train_recipe(**place, resume=resume, overwrite=overwrite)

@@ -17,7 +17,7 @@ from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
 from .defaults import SCHEDULES
-from .loss import TOKEN_LOSSES
+from .loss import MONOTONE
 
 
 _BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -38,8 +38,8 @@ class ProbeTrainingArguments(TrainingArguments):
         load_best_model_at_end: keep the weights of the best evaluation, in memory and in checkpoints. It needs evaluations,
             and no checkpoints.
         focal_gamma: exponent of the focal loss; 0 for plain cross-entropy.
-        token_loss: for heads that follow replies, how they learn from the score after each token: `"softmax"`, `"top-k"` or
-            `"monotone"`; see `TOKEN_LOSSES`. None: from the score of the whole reply, half of the time of a part of it.
+        token_loss: for heads that follow replies. `"monotone"`: they learn from the score after each token; see `monotone_loss`.
+            None: from the score of the whole reply, half of the time of a part of it.
         class_weights: `"balanced"`, or one weight a label: a list, or numbers with commas.
         patience: stop after this many evaluations without a better metric. None: never. It needs `load_best_model_at_end`.
         max_false_positive_rate: choose the threshold of the highest recall that flags at most this share of the negative
@@ -90,8 +90,8 @@ class ProbeTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.cache_states not in (True, False, "auto"):
             raise ProbeError(f"cache_states={self.cache_states!r} must be True, False or 'auto'")
-        if self.token_loss not in (None, *TOKEN_LOSSES):
-            raise ProbeError(f"token_loss={self.token_loss!r} must be one of: {', '.join(TOKEN_LOSSES)}")
+        if self.token_loss not in (None, MONOTONE):
+            raise ProbeError(f"token_loss={self.token_loss!r} must be {MONOTONE!r}, or left out")
         if self.neftune_noise_alpha is not None:
             raise ProbeError(
                 f"neftune_noise_alpha={self.neftune_noise_alpha} is for embeddings, which heads do not have"
@@ -116,7 +116,7 @@ class ProbeTrainingArguments(TrainingArguments):
             "num_train_epochs": epochs,
             "per_device_train_batch_size": math.ceil((batch_size or default_size) / self.world_size),
             "metric_for_best_model": default_metric(config),
-            **self.by_kind(config),
+            **self.open_for(config),
         }
         for name, value in open_fields.items():
             if getattr(self, name) is None:
@@ -124,8 +124,8 @@ class ProbeTrainingArguments(TrainingArguments):
         if self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
-    def by_kind(self, config: ProbeConfig) -> JSON:
-        """Return the arguments that are open and follow from the kind of a head."""
+    def open_for(self, config: ProbeConfig) -> JSON:
+        """Return the arguments that are open and follow from the type of a head."""
         recipe = get_probe_type(config.probe_type).recipe
         values = {"learning_rate": recipe["learning_rate"], "label_smoothing_factor": recipe["label_smoothing"]}
         return {name: value for name, value in values.items() if getattr(self, name) is None}
@@ -158,5 +158,5 @@ class ProbeTrainingArguments(TrainingArguments):
         names += " metric max_false_positive_rate threshold_rule" + (" token_loss" if self.token_loss else "")
         return {name: getattr(self, name) for name in names.split()} | {
             "per_device_train_batch_size": self.train_batch_size * self.world_size,
-            "label_smoothing": self.label_smoothing_factor,
+            "label_smoothing_factor": self.label_smoothing_factor,
         }

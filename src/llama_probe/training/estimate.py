@@ -54,7 +54,7 @@ class Estimate:
         return f"{self.rows:,} rows, {self.tokens:,} tokens, {time}, {kept} hidden states on disk"
 
 
-def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, further_passes: int = 0) -> bool:
+def decide_caching(args: ProbeTrainingArguments, needed: int, folder: Path, further_passes: int = 0) -> bool:
     """Return True if hidden states are cached. `cache_states="auto"` says why they are not.
 
     Args:

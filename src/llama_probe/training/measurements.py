@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from sklearn.base import clone
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -19,7 +20,7 @@ from transformers.utils import logging
 
 from ..data.labelled_texts import LabelledTexts
 from ..data.prompts import Text
-from ..errors import ProbeError
+from ..errors import ProbeError, first_line
 from ..evaluation.calibration import with_rates
 from ..evaluation.novelty_fit import far_share
 from ..evaluation.prediction import predict_rows
@@ -74,43 +75,63 @@ class Baseline:
         return predictions(probabilities(self.logits(texts), self.config), self.config).numpy()
 
 
-def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel]) -> JSON:
+def measure(
+    run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel], before: JSON | None = None
+) -> Iterator[JSON]:
     """Measure a head on the further rows of its recipe, and each twin on the rows that it has not learned from.
 
     Args:
         head: the head, with its thresholds. twins: heads by the name of what they were trained without.
+        before: what a run that was stopped has measured, which is not measured again.
 
-    Returns:
-        The section `measured` of `results.json`; `docs/recipes.md` explains its keys.
+    Yields:
+        The section `measured` of `results.json` after each measurement; `docs/recipes.md` explains its keys.
     """
     recipe, rows = run.recipe, run.rows
-    parts: list[JSON] = []
+    rates = list(head.config.thresholds or {}) or ["threshold"] * (head.config.flagged_index is not None)
+    num_bytes = sum(tensor.nbytes for tensor in head.state_dict().values())
+    results = before or {"rates": rates, "parts": [], "bytes": num_bytes}
+    done = {(part["name"], part["twin"]) for part in results["parts"]}
     for twin, probe in {None: head, **twins}.items():
         held = Twin([], [], rows.measured) if twin is None else rows.twins[twin]
-        baseline = _baseline(run, probe.config, held.left_out)
-        for name, part in held.measured.items():
+        left = {name: part for name, part in held.measured.items() if (name, twin) not in done}
+        baseline = _baseline(run, probe.config, held.left_out) if left else None
+        for name, part in left.items():
             dataset = run.datasets[f"measure.{name}" if twin is None else f"twin-{twin}.{name}"]
             scores = _measure_part(probe, dataset, part, baseline, recipe.measure.slice_columns)
-            parts.append({"name": name, "twin": twin, **scores})
-    if rows.measured and recipe.measure.quantised:
-        name, first = next(iter(rows.measured.items()))
-        prompts = run.prompts.encode_for(head.config, first.texts, first.labels)
+            results["parts"].append({"name": name, "twin": twin, **scores})
+            yield results
+    if rows.measured:
+        first = next(iter(rows.measured))
         for form in recipe.measure.quantised:
-            head.set_backbone(quantised(run.lm, form))
-            measured = _measure_part(head, prompts, first, None)
-            parts.append({"name": f"{name}, {form} copy of the backbone", "twin": None, **measured})
-        head.set_backbone(run.lm)
-    rates = list(head.config.thresholds or {}) or ["threshold"] * (head.config.flagged_index is not None)
-    results: JSON = {"rates": rates, "parts": parts}
-    results["bytes"] = sum(tensor.nbytes for tensor in head.state_dict().values())
-    if recipe.measure.wrappings in rows.measured:
+            name = f"{first}, {form} copy of the backbone"
+            if (name, None) not in done and (scores := _measure_quantised(run, head, form, rows.measured[first])):
+                results["parts"].append({"name": name, "twin": None, **scores})
+                yield results
+    if recipe.measure.wrappings in rows.measured and "wrappings" not in results:
         results |= _kept(run, head, rows.measured[recipe.measure.wrappings], ["wrappings"])
-    if recipe.measure.attacks in rows.measured:
+        yield results
+    if recipe.measure.attacks in rows.measured and not results.keys() & set(ATTACKS):
         around = rows.calibration and rows.calibration.at_most(500, recipe.seed)
         baselines = {"tfidf": _baseline(run, head.config), "length": _baseline(run, head.config, by_length=True)}
         labellers = {name: baseline.labels for name, baseline in baselines.items() if baseline is not None}
         results |= _kept(run, head, rows.measured[recipe.measure.attacks], ATTACKS, around, labellers)
-    return results
+        yield results
+
+
+def _measure_quantised(run: PreparedRun, head: ProbeModel, form: str, rows: LabelledTexts) -> JSON | None:
+    """Measure a head on a quantised copy of the backbone; None, with a warning, if there is no memory for the copy."""
+    prompts = run.prompts.encode_for(head.config, rows.texts, rows.labels)
+    try:
+        head.set_backbone(quantised(run.lm, form))
+        return _measure_part(head, prompts, rows, None)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        logger.warning(f"the {form} copy of the backbone is not measured, it needs more memory: {first_line(error)}")
+        return None
+    finally:
+        head.set_backbone(run.lm)
 
 
 def _kept(run: PreparedRun, head: ProbeModel, rows: LabelledTexts, groups: Sequence[str], *others) -> JSON:
