@@ -32,7 +32,7 @@ def changed(**sections):
 def test_a_kind_for_so_many_rows(rows, kind):
     head = complete_head({}, rows)
     config = ProbeConfig(hidden_size=576, num_hidden_layers=30, **head)
-    assert config.probe_type == kind and config.dropout == get_probe_type(kind).recipe["dropout"]
+    assert config.probe_type == kind and config.dropout == get_probe_type(kind).training_defaults["dropout"]
     args = ProbeTrainingArguments(use_cpu=True)
     args.fill(config, rows)
     assert None not in (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size)

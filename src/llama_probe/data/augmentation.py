@@ -170,7 +170,7 @@ def _harmless_rows(rows: LabelledTexts) -> np.ndarray:
         return np.flatnonzero(~rows.labels.any(axis=1))
     names = rows.label_names
     if not (flagged := rows.flagged or flagged_by_default(names)):
-        raise ProbeError(f"copies need flagged=[{names[0]!r}] or --flag {names[0]}; labels: {', '.join(names)}")
+        raise ProbeError(f"copies need flagged=[{names[0]!r}] or --flagged {names[0]}; labels: {', '.join(names)}")
     return np.flatnonzero(~np.isin(rows.labels, [names.index(name) for name in flagged]))
 
 

@@ -118,7 +118,7 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     index = config.need_flagged_index("rates")
     label, scores = config.id2label[index], probabilities(logits.float(), config)[:, index].numpy()
     if (share := float((scores >= 0.5).mean())) > _MOST_FLAGGED:
-        raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flag")
+        raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flagged")
     if not scores.any():  # heads of tools give such rows the probability 0
         raise ProbeError(f"token_scope={config.token_scope!r}: the rows hold nothing that the head reads")
     thresholds = {}

@@ -26,7 +26,7 @@ class AttentivePoolingAggregator(LowRankAggregator):
     a low-rank map. State: the running maximum, denominator and numerator of each softmax, `2 K + R` numbers.
     """
 
-    recipe = LowRankAggregator.recipe | {"learning_rate": 1e-2}
+    training_defaults = LowRankAggregator.training_defaults | {"learning_rate": 1e-2}
     search_space = {"num_queries": [1, 2, 4, 8], "value_rank": [1, 2, 4, 8, 16, 32]}
     options = {
         "num_queries": (4, "queries, each with a softmax of its own over the items"),

@@ -126,9 +126,8 @@ class ProbeTrainingArguments(TrainingArguments):
 
     def open_for(self, config: ProbeConfig) -> JSON:
         """Return the arguments that are open and follow from the type of a head."""
-        recipe = get_probe_type(config.probe_type).recipe
-        values = {"learning_rate": recipe["learning_rate"], "label_smoothing_factor": recipe["label_smoothing"]}
-        return {name: value for name, value in values.items() if getattr(self, name) is None}
+        defaults = get_probe_type(config.probe_type).training_defaults
+        return {name: value for name, value in defaults.items() if hasattr(self, name) and getattr(self, name) is None}
 
     def check(self) -> None:
         """Make what the Trainer makes after the pass of the backbone, which takes long: raise now for what cannot be made."""

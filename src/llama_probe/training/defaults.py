@@ -30,8 +30,8 @@ def complete_head(head: JSON, rows: int) -> JSON:
         # As a class declares it itself: a kind that derives from another is not chosen in its place.
         suited = {kind: vars(get_probe_type(kind)).get("auto_up_to", 0) for kind in probe_types()}
         name = min((kind for kind, up_to in suited.items() if rows <= up_to), key=suited.get)
-    recipe = get_probe_type(name).recipe
-    dropouts = {field: recipe[field] for field in ("dropout", "layer_dropout") if head.get(field) is None}
+    defaults = get_probe_type(name).training_defaults
+    dropouts = {field: defaults[field] for field in ("dropout", "layer_dropout") if head.get(field) is None}
     return {**head, "probe_type": name, **dropouts}
 
 
