@@ -1,6 +1,7 @@
 """Recipes: what a file may say, and defaults for what it leaves open."""
 
 import os
+import runpy
 from dataclasses import fields
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def test_the_page_explains_each_field(section):
     page = (ROOT / "docs" / "recipes.md").read_text()
     names = {item.name for item in fields(section)} - {"values", "command"}  # which are no fields of a file
     assert not {name for name in names if f"`{name}`" not in page}
+
+
+def test_the_page_lists_each_training_argument():
+    """As `python docs/settings.py` writes it."""
+    script = runpy.run_path(str(ROOT / "docs" / "settings.py"))
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert script["written"](page) == page
+    for name in set(ProbeTrainingArguments.__annotations__) - script["_NOT_SHOWN"]:
+        assert page.count(f"\n| `{name}` | ") == 1, name
 
 
 class TestFile:

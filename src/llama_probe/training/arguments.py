@@ -33,8 +33,11 @@ class ProbeTrainingArguments(TrainingArguments):
     """`TrainingArguments` for heads: cosine schedule, rows grouped by length, the best epoch kept.
 
     Args:
-        learning_rate, num_train_epochs, per_device_train_batch_size, label_smoothing_factor: default to a choice by the kind
-            of the head and the number of rows.
+        learning_rate: defaults to that of the head type.
+        num_train_epochs: epochs at most. Defaults to a choice by the number of rows.
+        per_device_train_batch_size: rows of a step; in a recipe those of all devices. Defaults to a choice by the number of rows.
+        label_smoothing_factor: share of the target that is spread over the labels. Defaults to that of the head type.
+        train_sampling_strategy: rows of similar length in a batch, which pads less.
         load_best_model_at_end: keep the weights of the best evaluation, in memory and in checkpoints. It needs evaluations,
             and no checkpoints.
         focal_gamma: exponent of the focal loss; 0 for plain cross-entropy.
