@@ -23,7 +23,7 @@ _HALF = {"num_maxima": 2, "num_members": 7}
 # Fields of `ProbeConfig`, and `learning_rate` if it is not the kind's own.
 HEADS: dict[str, dict[str, Any]] = {
     "last-token": {"probe_type": "last"},
-    **{kind: {"probe_type": kind} for kind in ("pooling", "gate", "attentive", "mha")},
+    **{kind: {"probe_type": kind} for kind in ("pooling", "gate", "mha")},
     "multimax-small": {"probe_type": "multimax", "options": _SMALL},
     "multimax-half": {"probe_type": "multimax", "options": _HALF, "every": 2, "learning_rate": 5e-3},
     "multimax": {"probe_type": "multimax"},

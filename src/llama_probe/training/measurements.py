@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from sklearn.base import clone
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from torch import nn
 from torch.utils.data import Dataset
@@ -37,6 +36,18 @@ from .recipe_rows import Twin
 logger = logging.get_logger(__name__)
 
 
+def tfidf_classifier() -> Pipeline:
+    """Return logistic regression on TF-IDF of words and pairs of words, to be fitted to texts."""
+    features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    return make_pipeline(features, LogisticRegression(C=20, max_iter=1000))
+
+
+def length_classifier() -> Pipeline:
+    """Return logistic regression on the number of characters, to be fitted to texts."""
+    features = FunctionTransformer(lambda texts: np.log1p([[len(text)] for text in texts]))
+    return make_pipeline(features, LogisticRegression(C=20, max_iter=1000))
+
+
 class Baseline:
     """Logistic regression on TF-IDF or on the length: what the words alone tell, or the number of characters.
 
@@ -50,13 +61,10 @@ class Baseline:
     def __init__(self, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False):
         rows = run.rows
         learned = sorted(set(range(rows.num_plain + rows.num_extra)) - set(without))
-        features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-        if by_length:
-            features = FunctionTransformer(lambda texts: np.log1p([[len(text)] for text in texts]))
         texts, self.models = [_plain_text(rows.train.texts[row]) for row in learned], []
         for labels in np.atleast_2d(rows.train.labels[learned].T):
             known = np.flatnonzero(~np.isnan(labels))
-            model = make_pipeline(clone(features), LogisticRegression(C=20, max_iter=1000))
+            model = length_classifier() if by_length else tfidf_classifier()
             self.models.append(model.fit([texts[row] for row in known], labels[known]))
         self.config = config.replace(temperature=1.0, threshold=None, thresholds=None, flagged=config.flagged_labels)
         if rows.calibration is not None and config.thresholds:
