@@ -11,20 +11,27 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..errors import ProbeError
 from ..evaluation.metrics import default_metric
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.rules import Rule, check_fields
 from .defaults import SCHEDULES
 from .loss import MONOTONE
 
 
 _BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-_RANGES = {
-    "above 0": (lambda value: 0 < value < math.inf, ("learning_rate", "num_train_epochs")),
-    "at least 1 and below 2**31": (lambda value: 1 <= value < 2**31, (*_BATCHES, "patience")),
-    "at least 0": (lambda value: 0 <= value < math.inf, ("weight_decay", "focal_gamma")),
+_POSITIVE: Rule = ("above 0", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE: Rule = ("at least 0", lambda value: 0 <= value < math.inf)
+_COUNT: Rule = ("at least 1 and below 2**31", lambda value: 1 <= value < 2**31)
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("learning_rate", "num_train_epochs"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "focal_gamma"), _NOT_NEGATIVE),
+    **dict.fromkeys(_BATCHES, _COUNT),
+    "patience": ("at least 1, or None", lambda value: value is None or 1 <= value < 2**31),
+    "cache_states": ("True, False or 'auto'", lambda value: value in (True, False, "auto")),
+    "token_loss": (f"{MONOTONE!r}, or left out", lambda value: value == MONOTONE),
+    "neftune_noise_alpha": ("left out: it is for embeddings, which heads do not have", lambda value: False),
 }
 
 
@@ -91,20 +98,9 @@ class ProbeTrainingArguments(TrainingArguments):
     novelty: bool = True
 
     def __post_init__(self):
-        if self.cache_states not in (True, False, "auto"):
-            raise ProbeError(f"cache_states={self.cache_states!r} must be True, False or 'auto'")
-        if self.token_loss not in (None, MONOTONE):
-            raise ProbeError(f"token_loss={self.token_loss!r} must be {MONOTONE!r}, or left out")
-        if self.neftune_noise_alpha is not None:
-            raise ProbeError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha} is for embeddings, which heads do not have"
-            )
+        check_fields(self, _RULES)
         if self.cache_dir is not None:
             self.cache_dir = os.path.expanduser(self.cache_dir)
-        for allowed, (is_allowed, names) in _RANGES.items():
-            for name in names:
-                if (value := getattr(self, name)) is not None and not is_allowed(value):
-                    raise ProbeError(f"{name}={value} must be {allowed}")
         chosen = self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end
         self.load_best_model_at_end = False  # the parent's needs a checkpoint for each evaluation
         super().__post_init__()

@@ -22,6 +22,7 @@ from ..errors import ProbeError, first_line
 from ..files import JSON, short_path
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.rules import Rule, check_fields
 from ..hub.folder import RECIPE_NAME
 from .defaults import AUTO
 from .search import Search
@@ -31,6 +32,18 @@ FEW_ROWS, FOLDS, VALIDATION_SHARE = 400, 5, 0.15
 _FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 # The head's own fields, which come from its labels and its backbone.
 _DERIVED = {"id2label", "num_labels", "problem_type", "flagged", "hidden_size", "num_hidden_layers"}
+
+_HELD_RULES: dict[str, Rule] = {
+    "share": ("between 0 and 1", lambda value: 0 < value < 1),
+    "folds": ("0 (hold a part back) or at least 2", lambda value: value == 0 or value >= 2),
+}
+_COPIES_RULES: dict[str, Rule] = {
+    "names": (f"some of {', '.join(AUGMENTATIONS)}", lambda value: set(value) <= set(AUGMENTATIONS)),
+    "share": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+}
+_RECIPE_RULES: dict[str, Rule] = {
+    "train": ("at least one source of training rows", bool),
+}
 
 
 @dataclass(kw_only=True)
@@ -43,10 +56,7 @@ class Held:
     max_rows: int | None = None
 
     def __post_init__(self):
-        if self.share is not None and not 0 < self.share < 1:
-            raise ProbeError(f"share={self.share} must lie between 0 and 1")
-        if self.folds is not None and (self.folds < 0 or self.folds == 1):
-            raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
+        check_fields(self, _HELD_RULES)
         if len(names := [name for name in ("share", "folds", "sources") if getattr(self, name)]) > 1:
             raise ProbeError(f"{' and '.join(names)} cannot be used together: leave one out")
 
@@ -60,10 +70,7 @@ class Copies:
     system_prompts: Source | None = None
 
     def __post_init__(self):
-        if unknown := sorted(set(self.names) - set(AUGMENTATIONS)):
-            raise ProbeError(f"names={unknown} is not allowed; allowed: {', '.join(AUGMENTATIONS)}")
-        if not 0 < self.share <= 1:
-            raise ProbeError(f"share={self.share} must be above 0 and at most 1")
+        check_fields(self, _COPIES_RULES)
         if "system_prompt" in self.names and self.system_prompts is None:
             raise ProbeError("names=['system_prompt'] draws from system_prompts: give some")
 
@@ -152,8 +159,7 @@ class Recipe:
         return recipe
 
     def __post_init__(self):
-        if not self.train:
-            raise ProbeError("train=[] must name at least one source of training rows")
+        check_fields(self, _RECIPE_RULES)
         names, measured = ([source.name for source in part] for part in (self.train, self.measure.sources))
         for part in (names, measured):
             if twice := next((name for name in part if part.count(name) > 1 or "+" in name), None):

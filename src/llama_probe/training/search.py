@@ -11,6 +11,7 @@ from ..errors import ProbeError
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.rules import Rule, check_fields
 
 
 # Hyper-parameters of every kind, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
@@ -23,6 +24,10 @@ SEARCH_SPACE = {
 }
 # Training arguments that may differ among heads side by side.
 HEAD_ARGS = ("learning_rate", "weight_decay", "label_smoothing_factor", "focal_gamma", "class_weights")
+_RULES: dict[str, Rule] = {
+    "trials": ("at least 0", lambda value: value >= 0),
+    "probe_types": ("at least one head type", bool),
+}
 _ATTEMPTS = 100  # draws for one trial that fits the backbone
 
 
@@ -34,8 +39,7 @@ class Search:
     probe_types: list[str] = field(default_factory=lambda: ["pooling", "gate", "mha"])
 
     def __post_init__(self):
-        if self.trials < 0 or not self.probe_types:
-            raise ProbeError(f"trials={self.trials} must be at least 0, and probe_types={self.probe_types} not empty")
+        check_fields(self, _RULES)
         for name in self.probe_types:
             get_probe_type(name)  # raises
 
@@ -74,7 +78,7 @@ def draw_candidates(search: Search, base: ProbeConfig, seed: int) -> dict[str, C
     for number in range(search.trials):
         kind = search.probe_types[number % len(search.probe_types)]
         for _ in range(_ATTEMPTS):
-            values = draw(studies[kind].ask(), SEARCH_SPACE | get_probe_type(kind).search_space)
+            values = _draw(studies[kind].ask(), SEARCH_SPACE | get_probe_type(kind).search_space)
             options = {name: value for name, value in values.items() if name in get_probe_type(kind).options}
             head = {name: value for name, value in values.items() if name not in HEAD_ARGS and name not in options}
             with suppress(ProbeError):
@@ -86,7 +90,7 @@ def draw_candidates(search: Search, base: ProbeConfig, seed: int) -> dict[str, C
     return candidates
 
 
-def draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> JSON:
+def _draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> JSON:
     """Let an Optuna trial draw a value for each name: of a range, or of a list of choices."""
     return {
         name: trial.suggest_categorical(name, choices)
