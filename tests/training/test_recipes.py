@@ -78,7 +78,7 @@ LOCAL = {
 def sources_of(recipe):
     """Return all sources of a recipe."""
     held = [recipe.validation, recipe.test, recipe.calibration, recipe.measure]
-    prompts = recipe.copies.system_prompts
+    prompts = recipe.augmentations.system_prompts
     return [*recipe.train, *(source for part in held for source in part.sources), *([prompts] if prompts else [])]
 
 

@@ -94,7 +94,7 @@ class TestTwins:
             "labels": {"names": ["harmless", "harmful"], "flagged": ["harmful"]},
             "train": sources,
             "validation": {"share": 0.2},
-            "copies": {"names": ["lead_in", "earlier_turns"], "share": 0.3},
+            "augmentations": {"names": ["lead_in", "earlier_turns"], "share": 0.3},
             "head": {"probe_type": "gate", "token_scope": "user", "layers": [0.5, 1.0, 0.6]},
             "training": {"num_train_epochs": 4, "learning_rate": 0.03},
             "calibration": {"sources": [rows("mild", 60, 0)], "rates": [0.1, 0.05]},
@@ -119,7 +119,7 @@ class TestTwins:
 
         for twin, source in (("lists", "list"), ("talks", "talk")):
             held = rows_of(source, rows.train)
-            assert rows.twins[twin].left_out == held, "copies with a lead-in from these rows as well"
+            assert rows.twins[twin].left_out == held, "augmentations with a lead-in from these rows as well"
             assert rows.twins[twin].unjudged == rows_of(source, rows.validation), "nor is it chosen by them"
             by_twin = learned.learned_by[:, list(run.heads).index(f"twin-{twin}")]
             assert sorted({row for row, learns in zip(learned.rows, by_twin, strict=True) if not learns}) == held

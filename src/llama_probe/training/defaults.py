@@ -40,7 +40,7 @@ def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.
 
     Args:
         head: fields of `ProbeConfig`. `layers` may be parts of the depth; see `layers_at`.
-        count: number of the rows, without copies; see `complete_head`.
+        count: number of the rows, without augmentations; see `complete_head`.
         backbone: its name, so that its sizes are checked before it is loaded, or the LM.
     """
     is_named = isinstance(backbone, str)

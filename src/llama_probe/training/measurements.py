@@ -51,7 +51,7 @@ def length_classifier() -> Pipeline:
 class Baseline:
     """Logistic regression on TF-IDF or on the length: what the words alone tell, or the number of characters.
 
-    It learns from the plain and extra rows, not from copies. Several labels at once have a model each.
+    It learns from the plain and extra rows, not from augmentations. Several labels at once have a model each.
 
     Args:
         config: config of the head beside it, whose rates give the thresholds on the calibration rows.

@@ -1,4 +1,4 @@
-"""A recipe: how a head is made, in a file of a page. Labels, sources, copies, head, training, calibration, measurements."""
+"""A recipe: how a head is made, in a file of a page. Labels, sources, augmentations, head, training, calibration, measurements."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _HELD_RULES: dict[str, Rule] = {
     "share": ("between 0 and 1", lambda value: 0 < value < 1),
     "folds": ("0 (hold a part back) or at least 2", lambda value: value == 0 or value >= 2),
 }
-_COPIES_RULES: dict[str, Rule] = {
+_AUGMENTATION_RULES: dict[str, Rule] = {
     "names": (f"some of {', '.join(AUGMENTATIONS)}", lambda value: set(value) <= set(AUGMENTATIONS)),
     "share": ("above 0 and at most 1", lambda value: 0 < value <= 1),
 }
@@ -62,15 +62,15 @@ class Held:
 
 
 @dataclass(kw_only=True)
-class Copies:
-    """Wrapped copies of training rows."""
+class Augmentations:
+    """Training rows once more, wrapped or changed as users and deployers do."""
 
     names: list[str] = field(default_factory=list)
     share: float | int = SHARE
     system_prompts: Source | None = None
 
     def __post_init__(self):
-        check_fields(self, _COPIES_RULES)
+        check_fields(self, _AUGMENTATION_RULES)
         if "system_prompt" in self.names and self.system_prompts is None:
             raise ProbeError("names=['system_prompt'] draws from system_prompts: give some")
 
@@ -126,7 +126,7 @@ class Recipe:
     validation: Held = field(default_factory=Held)
     test: Held = field(default_factory=Held)
     slice_columns: list[str] = field(default_factory=list)
-    copies: Copies = field(default_factory=Copies)
+    augmentations: Augmentations = field(default_factory=Augmentations)
     head: JSON = field(default_factory=dict)
     training: JSON = field(default_factory=dict)
     seeds: int = 1
@@ -154,6 +154,8 @@ class Recipe:
         values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(find_recipe(source))
         for setting in settings:
             _set(values, setting)
+        if "copies" in values:  # of a recipe that was written by earlier code
+            values["augmentations"] = values.pop("copies")
         recipe = _parse(cls, "", values)
         recipe.values = values
         return recipe
@@ -187,11 +189,13 @@ class Recipe:
         if (kind := self.head.get("probe_type", AUTO)) != AUTO:
             get_probe_type(kind)  # raises
         scope = self.head.get("token_scope", "last_user")
-        turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.copies.names))
+        turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.augmentations.names))
         if turns and scope == "tool":
-            raise ProbeError(f"token_scope='tool' reads no turns of a chat, so copies.names={turns} is not allowed")
-        if "later_turns" in self.copies.names and scope in ("last_user", "response"):
-            raise ProbeError(f"token_scope={scope!r} does not read copies of later_turns: use 'user'")
+            raise ProbeError(
+                f"token_scope='tool' reads no turns of a chat, so augmentations.names={turns} is not allowed"
+            )
+        if "later_turns" in self.augmentations.names and scope in ("last_user", "response"):
+            raise ProbeError(f"token_scope={scope!r} does not read the turns that later_turns adds: use 'user'")
 
     def _fill_from_name(self) -> None:
         """Take facts for the card from a single source that is known by name."""

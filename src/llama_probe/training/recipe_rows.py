@@ -1,4 +1,4 @@
-"""The rows of a recipe: read, split, copied, and divided among the heads of a run."""
+"""The rows of a recipe: read, split, augmented, and divided among the heads of a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RecipeRows:
     """The rows of a recipe, by what they are for.
 
     Attributes:
-        train: rows to learn from: those that may be judged, then `extra` ones, then copies.
+        train: rows to learn from: those that may be judged, then `extra` ones, then augmentations.
         num_plain, num_extra: rows of the first and the second kind.
         validation, test: rows to choose by and to measure on; None if there are none. With folds `validation` is None.
         folds: row numbers of `train`, a fold each.
@@ -110,14 +110,16 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         whole, test = whole.split(held_test.share, recipe.seed)
     test = None if test is None else test.at_most(held_test.max_rows, recipe.seed)
     plain = whole.at_most(recipe.max_rows, recipe.seed)
-    settled = held_validation.share or held_validation.sources or recipe.copies.names or recipe.hold_out
+    settled = held_validation.share or held_validation.sources or recipe.augmentations.names or recipe.hold_out
     folds, validation = held_validation.folds, reader.join("validation", held_validation.sources, "validation")
     folds = FOLDS if folds is None and len(plain) < FEW_ROWS and not settled else folds
     if not folds:
         if validation is None:
             plain, validation = plain.split(held_validation.share or VALIDATION_SHARE, recipe.seed)
         validation = validation.at_most(held_validation.max_rows, recipe.seed)
-    elif used := [name for name, value in (("copies", recipe.copies.names), ("hold_out", recipe.hold_out)) if value]:
+    elif used := [
+        name for name, value in (("augmentations", recipe.augmentations.names), ("hold_out", recipe.hold_out)) if value
+    ]:
         raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
     if extra:
         judged_texts = set(map(str, _join([plain if folds else validation, test]).texts))
@@ -130,8 +132,10 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     for name, part in (("validation", validation), ("test", test), ("calibration", calibration)):
         if part is not None:
             _without(learned_texts, part, f"{name} rows have a text that is among the training rows")
-    copies = wrapped_copies(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
-    train = LabelledTexts.join([learned, *copies])
+    augmented = wrapped_copies(
+        plain, recipe.augmentations.names, recipe.seed, reader.system_prompts(), recipe.augmentations.share
+    )
+    train = LabelledTexts.join([learned, *augmented])
     measured, twins = reader.measured(learned_texts), {}
     for twin, names in recipe.hold_out.items():
         if held := {name: by_source[name] for name in names if by_source[name]}:
@@ -141,8 +145,8 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     if unknown := sorted(set(recipe.measure.slice_columns) - columns):
         raise ProbeError(f"measure.slice_columns={unknown} must be columns of the rows: {', '.join(sorted(columns))}")
     named_test = held_test.sources[0].rows if len(held_test.sources) == 1 else None
-    # Copies are learned once, with the weight 1.
-    by_name, num_copies = {source.name: source for source in recipe.train}, len(train) - len(learned)
+    # Augmentations are learned once, with the weight 1.
+    by_name, num_augmented = {source.name: source for source in recipe.train}, len(train) - len(learned)
     sources = [by_name[name] for name in train.columns[SOURCE][: len(learned)]]
     rows = RecipeRows(
         train=train,
@@ -153,8 +157,8 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         folds=[fold.tolist() for fold in plain.folds(folds, recipe.seed)] if folds else [],
         calibration=calibration,
         measured=measured,
-        repeats=[source.repeat for source in sources] + [1] * num_copies,
-        weights=[source.weights for source in sources] + [None] * num_copies,
+        repeats=[source.repeat for source in sources] + [1] * num_augmented,
+        weights=[source.weights for source in sources] + [None] * num_augmented,
         twins=twins,
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
@@ -213,7 +217,7 @@ class _Reader:
         return self.join("calibration", [replace(source, label=harmless) for source in sources], "train")
 
     def system_prompts(self) -> Sequence[str]:
-        source = self.recipe.copies.system_prompts
+        source = self.recipe.augmentations.system_prompts
         if source is None:
             return []
         labels = Labels(names=["text", "none"], problem_type="single_label_classification")
