@@ -93,11 +93,11 @@ def test_a_head_learns_nothing_of_the_rows_that_it_is_to_leave_out(tmp_path):
     flipped[held] = 1 - flipped[held]
 
     def learn(kind, labels):
-        rows = {"train_rows": (TRAIN[0], labels), "left_out": {"twin": kind(held)}, "num_train_epochs": 2}
-        return train({"whole": head(), "twin": head()}, tmp_path / kind.__name__, **rows).heads
+        rows = {"train_rows": (TRAIN[0], labels), "left_out": {"ablation": kind(held)}, "num_train_epochs": 2}
+        return train({"whole": head(), "ablation": head()}, tmp_path / kind.__name__, **rows).heads
 
     a, b = learn(list, TRAIN[1]), learn(set, flipped)
-    assert same(a["twin"], b["twin"]) and not same(a["whole"], b["whole"], 1e-3)
+    assert same(a["ablation"], b["ablation"]) and not same(a["whole"], b["whole"], 1e-3)
 
 
 def test_the_backbone_runs_once_for_all_heads(tmp_path):

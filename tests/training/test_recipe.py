@@ -132,7 +132,7 @@ class TestFile:
             (changed(augmentations={"names": ["system_prompt"]}), "system_prompts"),
             (changed(augmentations={"names": ["later_turns"]}), "token_scope"),
             (changed(augmentations={"names": ["earlier_turns"]}, head={"token_scope": "tool"}), "earlier_turns"),
-            (changed(search={"trials": 2}, hold_out={"twin": ["toxicchat"]}), "hold_out"),
+            (changed(search={"trials": 2}, hold_out={"ablation": ["toxicchat"]}), "hold_out"),
             (changed(search={"trials": -1}), "trials=-1"),
             (changed(search={"trials": 2, "probe_types": []}), r"probe_types=\[\]"),
             (changed(hold_out={"lists": ["advbench"]}), "hold_out.lists names 'advbench'"),

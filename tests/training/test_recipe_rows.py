@@ -28,7 +28,7 @@ class TestHoldingBack:
         assert (rows.validation is None) == bool(rows.folds) == folded
         assert len(rows.train) == (count if folded else 340)
 
-    def test_few_rows_with_a_twin_are_not_folded(self, tmp_path, train):
+    def test_few_rows_with_an_ablation_are_not_folded(self, tmp_path, train):
         other = write(tmp_path / "b.jsonl", 20, ("sad", "glad"))
         assert len(read(train, other, hold_out={"x": ["b"]}, validation={}).validation) == 9
 

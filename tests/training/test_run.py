@@ -1,4 +1,4 @@
-"""Runs from a recipe to a head folder: folds, twins, and resuming after a stop."""
+"""Runs from a recipe to a head folder: folds, ablations, and resuming after a stop."""
 
 import json
 import os
@@ -77,8 +77,8 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
     assert "halted by `awful`" in (tmp_path / "head" / "README.md").read_text()
 
 
-class TestTwins:
-    """A twin has not learned from the sources that it is measured on, nor from pieces cut from them."""
+class TestAblations:
+    """An ablation has not learned from the sources that it is measured on, nor from pieces cut from them."""
 
     @pytest.fixture
     def recipe(self, tmp_path):
@@ -111,23 +111,25 @@ class TestTwins:
     def test_what_is_measured(self, recipe, backbone_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (2, 2)))
         trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
-        assert list(trainer.heads) == ["seed-0", "twin-lists", "twin-talks"]
+        assert list(trainer.heads) == ["seed-0", "ablation-lists", "ablation-talks"]
         rows, run, learned = trainer.run.rows, trainer.run, trainer.train_dataset
 
         def rows_of(source, part):
             return [row for row, text in enumerate(part.texts) if f" {source}-" in str(text)]
 
-        for twin, source in (("lists", "list"), ("talks", "talk")):
+        for ablation, source in (("lists", "list"), ("talks", "talk")):
             held = rows_of(source, rows.train)
-            assert rows.twins[twin].left_out == held, "augmentations with a lead-in from these rows as well"
-            assert rows.twins[twin].unjudged == rows_of(source, rows.validation), "nor is it chosen by them"
-            by_twin = learned.learned_by[:, list(run.heads).index(f"twin-{twin}")]
-            assert sorted({row for row, learns in zip(learned.rows, by_twin, strict=True) if not learns}) == held
+            assert rows.ablations[ablation].left_out == held, "augmentations with a lead-in from these rows as well"
+            assert rows.ablations[ablation].excluded_from_validation == rows_of(source, rows.validation), (
+                "nor is it chosen by them"
+            )
+            by_ablation = learned.learned_by[:, list(run.heads).index(f"ablation-{ablation}")]
+            assert sorted({row for row, learns in zip(learned.rows, by_ablation, strict=True) if not learns}) == held
         assert max(map(learned.rows.count, learned.rows)) == 2, "repeated rows"
         trainer.train()
         trainer.save_model()
         measured = trainer.results["measured"]
-        assert [(part["name"], part["twin"], part["rows"]) for part in measured["parts"]] == [
+        assert [(part["name"], part["ablation"], part["rows"]) for part in measured["parts"]] == [
             ("seen", None, 20), ("other", None, 20), ("list", "lists", 30), ("talk", "talks", 80),
             ("seen, int8 copy of the backbone", None, 20), ("seen, int4 copy of the backbone", None, 20),
         ]  # fmt: skip
@@ -152,8 +154,8 @@ class TestTwins:
         for line in (
             "On rows that it was not trained on",
             "| rot13 | 2 |",
-            "| list (twin without lists) | harmful | 30 |",
-            "| list (twin without lists), by tone | harmful | flagged at fpr-10% | AUROC |",
+            "| list (ablation trained without lists) | harmful | 30 |",
+            "| list (ablation trained without lists), by tone | harmful | flagged at fpr-10% | AUROC |",
             "| bad! | 22 |",
         ):
             assert line in card
@@ -186,7 +188,10 @@ class TestTwins:
             assert part["labels"][label]["auroc"] == part["auroc"], "of the only label that some rows have"
             assert part["tfidf"]["labels"][label]["auroc"] == 1, "a word tells it"
         card = (tmp_path / "head" / "README.md").read_text()
-        assert "| three (twin without sizes) | big | 16 | " in card and "flagged at each threshold" not in card
+        assert (
+            "| three (ablation trained without sizes) | big | 16 | " in card
+            and "flagged at each threshold" not in card
+        )
 
     def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path, monkeypatch, hub, token):
         lm, tokenizer = load_backbone(str(backbone_folder))

@@ -78,7 +78,7 @@ def measured_table(measured: JSON) -> str:
     """Return a Markdown table of what one recipe has measured of heads, by backbone, beside TF-IDF, with 95 % intervals.
 
     A row is a set of rows and a figure: the share with a label that is flagged at the first threshold, AUROC, or AUPRC.
-    The sets and TF-IDF are those of the first head. An asterisk marks the figures of a twin.
+    The sets and TF-IDF are those of the first head. An asterisk marks the figures of an ablation.
     """
     heads, rows = list(measured.values()), []
     parts_by_name = [{part["name"]: part for part in head["parts"]} for head in heads]
@@ -93,7 +93,7 @@ def measured_table(measured: JSON) -> str:
         return "-" if value is None else "{:.3f} [{:.3f}, {:.3f}]".format(value, *part["intervals"][metric])
 
     for part in heads[0]["parts"]:
-        name = plain(part["name"]) + ("*" if part["twin"] is not None else "")
+        name = plain(part["name"]) + ("*" if part["ablation"] is not None else "")
         parts = [*(by_name.get(part["name"], {}) for by_name in parts_by_name), part.get("tfidf", {})]
         for label, shares in part.get("labels", {}).items():
             if rate in shares:

@@ -142,7 +142,11 @@ def _print_measured(measured: JSON) -> None:
     is_value = any("r2" in part for part in measured["parts"])
     rates, figure, rows = measured["rates"], "r2" if is_value else "auroc", {}
     for part in measured["parts"]:
-        name = part["name"] if part["twin"] is None else f"{part['name']} (twin without {part['twin']})"
+        name = (
+            part["name"]
+            if part["ablation"] is None
+            else f"{part['name']} (ablation trained without {part['ablation']})"
+        )
         for label, shares in (part.get("labels") or {"all": part}).items():
             flagged = {rate: shares[rate]["share"] if rate in shares else None for rate in rates}
             score = shares.get(figure, part.get(figure))

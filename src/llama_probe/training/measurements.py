@@ -1,4 +1,4 @@
-"""Measurements of a recipe: rows that no head has learned from, twins without sources, TF-IDF, attacks."""
+"""Measurements of a recipe: rows that no head has learned from, ablations without sources, TF-IDF, attacks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
 from .prepared import PreparedRun
-from .recipe_rows import Twin
+from .recipe_rows import Ablation
 
 
 logger = logging.get_logger(__name__)
@@ -84,12 +84,12 @@ class Baseline:
 
 
 def measure(
-    run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel], before: JSON | None = None
+    run: PreparedRun, head: ProbeModel, ablations: Mapping[str, ProbeModel], before: JSON | None = None
 ) -> Iterator[JSON]:
-    """Measure a head on the further rows of its recipe, and each twin on the rows that it has not learned from.
+    """Measure a head on the further rows of its recipe, and each ablation on the rows that it has not learned from.
 
     Args:
-        head: the head, with its thresholds. twins: heads by the name of what they were trained without.
+        head: the head, with its thresholds. ablations: heads by the name of what they were trained without.
         before: what a run that was stopped has measured, which is not measured again.
 
     Yields:
@@ -99,22 +99,22 @@ def measure(
     rates = list(head.config.thresholds or {}) or ["threshold"] * (head.config.flagged_index is not None)
     num_bytes = sum(tensor.nbytes for tensor in head.state_dict().values())
     results = before or {"rates": rates, "parts": [], "bytes": num_bytes}
-    done = {(part["name"], part["twin"]) for part in results["parts"]}
-    for twin, probe in {None: head, **twins}.items():
-        held = Twin([], [], rows.measured) if twin is None else rows.twins[twin]
-        left = {name: part for name, part in held.measured.items() if (name, twin) not in done}
+    done = {(part["name"], part["ablation"]) for part in results["parts"]}
+    for ablation, probe in {None: head, **ablations}.items():
+        held = Ablation([], [], rows.measured) if ablation is None else rows.ablations[ablation]
+        left = {name: part for name, part in held.measured.items() if (name, ablation) not in done}
         baseline = _baseline(run, probe.config, held.left_out) if left else None
         for name, part in left.items():
-            dataset = run.datasets[f"measure.{name}" if twin is None else f"twin-{twin}.{name}"]
+            dataset = run.datasets[f"measure.{name}" if ablation is None else f"ablation-{ablation}.{name}"]
             scores = _measure_part(probe, dataset, part, baseline, recipe.measure.slice_columns)
-            results["parts"].append({"name": name, "twin": twin, **scores})
+            results["parts"].append({"name": name, "ablation": ablation, **scores})
             yield results
     if rows.measured:
         first = next(iter(rows.measured))
         for form in recipe.measure.quantised:
             name = f"{first}, {form} copy of the backbone"
             if (name, None) not in done and (scores := _measure_quantised(run, head, form, rows.measured[first])):
-                results["parts"].append({"name": name, "twin": None, **scores})
+                results["parts"].append({"name": name, "ablation": None, **scores})
                 yield results
     if recipe.measure.wrappings in rows.measured and "wrappings" not in results:
         results |= _kept(run, head, rows.measured[recipe.measure.wrappings], ["wrappings"])

@@ -59,7 +59,7 @@ class PreparedRun:
         backbone: name of the backbone, None for a loaded one.
         lm, prompts: the frozen LM, and the format of its prompts.
         candidates: one a seed or a trial of a search, by name. The best of their heads is kept.
-        members: the candidates; for each fold of each one without it; and the twins.
+        members: the candidates; for each fold of each one without it; and the ablations.
         heads: the heads of all members, by name.
         datasets: prompts or states of each part of the rows.
 
@@ -156,8 +156,8 @@ class PreparedRun:
             self.members[name] = candidate
             for number, fold in enumerate(self.rows.folds):
                 self.members[f"{name}-fold-{number}"] = replace(candidate, left_out=fold)
-        for name, twin in self.rows.twins.items():
-            self.members[f"twin-{name}"] = Candidate(self.recipe.seed, self.config, left_out=twin.left_out)
+        for name, ablation in self.rows.ablations.items():
+            self.members[f"ablation-{name}"] = Candidate(self.recipe.seed, self.config, left_out=ablation.left_out)
         self.heads: dict[str, ProbeModel] = {}
         for name, member in self.members.items():
             set_seed(member.seed)
@@ -175,8 +175,10 @@ class PreparedRun:
         """Return the validation rows, and the heads that are chosen by each; None if there are folds."""
         if self.rows.validation is None:
             return None
-        unjudged = {f"twin-{name}": twin.unjudged for name, twin in self.rows.twins.items()}
-        judged_by = learners(range(len(self.rows.validation)), self.heads, unjudged)
+        excluded_from_validation = {
+            f"ablation-{name}": ablation.excluded_from_validation for name, ablation in self.rows.ablations.items()
+        }
+        judged_by = learners(range(len(self.rows.validation)), self.heads, excluded_from_validation)
         return TrainingRows(self.datasets["validation"], replies="tokens", learned_by=judged_by)
 
     def settings(self) -> JSON:

@@ -166,18 +166,18 @@ class Recipe:
         for part in (names, measured):
             if twice := next((name for name in part if part.count(name) > 1 or "+" in name), None):
                 raise ProbeError(f"the name {twice!r} must be of one source, without a plus: --set train.0.name=OTHER")
-        for twin, held in self.hold_out.items():
-            if not re.fullmatch(r"[\w-]+", twin):
-                raise ProbeError(f"hold_out: the name {twin!r} must have letters, digits, - and _ alone")
+        for ablation, held in self.hold_out.items():
+            if not re.fullmatch(r"[\w-]+", ablation):
+                raise ProbeError(f"hold_out: the name {ablation!r} must have letters, digits, - and _ alone")
             if unknown := [name for name in held if name not in names]:
-                raise ProbeError(f"hold_out.{twin} names {unknown[0]!r}, no source of train: {', '.join(names)}")
+                raise ProbeError(f"hold_out.{ablation} names {unknown[0]!r}, no source of train: {', '.join(names)}")
         for name in ("wrappings", "attacks"):
             if (source := getattr(self.measure, name)) not in (None, *measured):
                 raise ProbeError(f"measure.{name}={source!r} must be in measure.sources: {', '.join(measured)}")
         if self.test.folds is not None:
             raise ProbeError("test.folds is not allowed: folds are for validation; use test.share or test.sources")
         if self.search.trials and self.hold_out:
-            raise ProbeError("hold_out cannot be used with search: a twin is trained as the head that is found")
+            raise ProbeError("hold_out cannot be used with search: an ablation is trained as the head that is found")
         if self.seeds < 1 or not 0 <= self.seed <= 2**32 - self.seeds:
             raise ProbeError(f"seeds={self.seeds} and seed={self.seed} must be at least 1 and 0, and below 2**32")
         self._check_head()

@@ -26,16 +26,16 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class Twin:
+class Ablation:
     """A head that leaves out sources.
 
     Attributes:
-        left_out, unjudged: the rows of `train` that it does not learn from, and those of `validation` that it is not chosen by.
+        left_out, excluded_from_validation: the rows of `train` that it does not learn from, and those of `validation` that it is not chosen by.
         measured: the rows to measure it on, by source.
     """
 
     left_out: list[int]
-    unjudged: list[int]
+    excluded_from_validation: list[int]
     measured: dict[str, LabelledTexts]
 
 
@@ -66,7 +66,7 @@ class RecipeRows:
     measured: dict[str, LabelledTexts]
     repeats: list[int]
     weights: list[list[float] | None]
-    twins: dict[str, Twin]
+    ablations: dict[str, Ablation]
     slices: Columns
     described: dict[str, JSON] = field(default_factory=dict)
 
@@ -79,15 +79,15 @@ class RecipeRows:
         """Return all rows by the name of their part."""
         named = {name: getattr(self, name) for name in ("train", "validation", "test", "calibration")}
         named |= {f"measure.{name}": rows for name, rows in self.measured.items()}
-        for twin, held in self.twins.items():
-            named |= {f"twin-{twin}.{name}": rows for name, rows in held.measured.items()}
+        for ablation, held in self.ablations.items():
+            named |= {f"ablation-{ablation}.{name}": rows for name, rows in held.measured.items()}
         return {name: rows for name, rows in named.items() if rows is not None}
 
     def digest(self) -> dict[str, str]:
         """Return a digest of each part that heads learn from or are chosen by."""
         # null without weights, as in the setup of runs that earlier code has begun
         learned = json.dumps([self.repeats, self.weights if any(self.weights) else None, self.folds])
-        learned += json.dumps({name: twin.left_out for name, twin in self.twins.items()})
+        learned += json.dumps({name: ablation.left_out for name, ablation in self.ablations.items()})
         digests = {"train": self.train.digest(), "learned": hashlib.sha256(learned.encode()).hexdigest()}
         return digests | ({} if self.validation is None else {"validation": self.validation.digest()})
 
@@ -136,11 +136,11 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         plain, recipe.augmentations.names, recipe.seed, reader.system_prompts(), recipe.augmentations.share
     )
     train = LabelledTexts.join([learned, *augmented])
-    measured, twins = reader.measured(learned_texts), {}
-    for twin, names in recipe.hold_out.items():
+    measured, ablations = reader.measured(learned_texts), {}
+    for ablation, names in recipe.hold_out.items():
         if held := {name: by_source[name] for name in names if by_source[name]}:
-            twins[twin] = Twin(*(_rows_like(held, part, twin) for part in (train, validation)), held)
-    further = [measured, *(twin.measured for twin in twins.values())]
+            ablations[ablation] = Ablation(*(_rows_like(held, part, ablation) for part in (train, validation)), held)
+    further = [measured, *(ablation.measured for ablation in ablations.values())]
     columns = {name for parts in further for part in parts.values() for name in part.columns}
     if unknown := sorted(set(recipe.measure.slice_columns) - columns):
         raise ProbeError(f"measure.slice_columns={unknown} must be columns of the rows: {', '.join(sorted(columns))}")
@@ -159,7 +159,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         measured=measured,
         repeats=[source.repeat for source in sources] + [1] * num_augmented,
         weights=[source.weights for source in sources] + [None] * num_augmented,
-        twins=twins,
+        ablations=ablations,
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
     rows.described = _describe(recipe, held_validation, held_test, rows)
@@ -239,14 +239,14 @@ def _without(texts: set[str], rows: LabelledTexts, warning: str) -> LabelledText
     return left
 
 
-def _rows_like(held: dict[str, LabelledTexts], rows: LabelledTexts, twin: str) -> list[int]:
-    """Return the numbers of the rows with words of the sources that a twin leaves out, or with one of their texts."""
+def _rows_like(held: dict[str, LabelledTexts], rows: LabelledTexts, ablation: str) -> list[int]:
+    """Return the numbers of the rows with words of the sources that an ablation leaves out, or with one of their texts."""
     texts = {str(text) for part in held.values() for text in part.texts}
     named = zip(rows.columns[SOURCE], rows.texts, strict=True)
     is_held = np.array([not held.keys().isdisjoint(names.split("+")) or str(text) in texts for names, text in named])
     left = rows.labels[~is_held]
     if not len(left) or (left.ndim == 1 and len(set(left.tolist())) < 2):
-        raise ProbeError(f"hold_out.{twin} leaves no rows of several labels to learn from, or to choose by")
+        raise ProbeError(f"hold_out.{ablation} leaves no rows of several labels to learn from, or to choose by")
     return np.flatnonzero(is_held).tolist()
 
 

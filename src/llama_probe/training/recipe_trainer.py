@@ -15,7 +15,7 @@ from .head_trainer import HeadTrainer
 from .measurements import measure
 from .prepared import JUDGED_NAME, TRAINED_NAME, PreparedRun
 from .progress import Progress, read_progress, write_progress
-from .results import calibrated_twins, choose_head, complete_results, save_head
+from .results import calibrated_ablations, choose_head, complete_results, save_head
 
 
 class RecipeTrainer(HeadTrainer):
@@ -67,9 +67,9 @@ class RecipeTrainer(HeadTrainer):
             complete_results(run, choice)
             on_main(lambda: save_head(run, choice.head, run.output))
             on_main(lambda: write_atomically(self._judged, ""))
-        if run.rows.measured or run.rows.twins:
+        if run.rows.measured or run.rows.ablations:
             head = self.chosen
-            for measured in measure(run, head, calibrated_twins(run, logits), head.results.get("measured")):
+            for measured in measure(run, head, calibrated_ablations(run, logits), head.results.get("measured")):
                 head.results["measured"] = measured
                 on_main(lambda: bool(head.save_pretrained(run.output)))
 

@@ -162,28 +162,28 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     }
 
 
-def calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor] | None) -> dict[str, ProbeModel]:
-    """Return the twins with temperature and thresholds, fitted on rows that they may know.
+def calibrated_ablations(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor] | None) -> dict[str, ProbeModel]:
+    """Return the ablations with temperature and thresholds, fitted on rows that they may know.
 
     Args:
         logits_by_head: `[rows, num_labels]` of the validation rows; computed if they are not known.
     """
-    heads, judged = {name: run.heads[f"twin-{name}"] for name in run.rows.twins}, run.rows.judged
+    heads, judged = {name: run.heads[f"ablation-{name}"] for name in run.rows.ablations}, run.rows.judged
     if heads and logits_by_head is None:
         logits = predict_together(list(heads.values()), run.datasets["validation"])
-        logits_by_head = {f"twin-{name}": part for name, part in zip(heads, logits, strict=True)}
-    twins: dict[str, ProbeModel] = {}
+        logits_by_head = {f"ablation-{name}": part for name, part in zip(heads, logits, strict=True)}
+    ablations: dict[str, ProbeModel] = {}
     for name, probe in heads.items():
-        known = np.setdiff1d(np.arange(len(judged)), run.rows.twins[name].unjudged)
-        logits = logits_by_head[f"twin-{name}"][known]
+        known = np.setdiff1d(np.arange(len(judged)), run.rows.ablations[name].excluded_from_validation)
+        logits = logits_by_head[f"ablation-{name}"][known]
         if not bool(logits.isfinite().all()):
-            logger.warning(f"the twin without {name} is not measured: it diverged")
+            logger.warning(f"the ablation without {name} is not measured: it diverged")
             continue
         probe.config, _ = decide(probe.config, logits, judged.labels[known], run.args)
         if run.rows.calibration is not None:
             _calibrate(run, probe)
-        twins[name] = probe
-    return twins
+        ablations[name] = probe
+    return ablations
 
 
 def _card(run: PreparedRun) -> CardFacts:
