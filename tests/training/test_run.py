@@ -241,6 +241,12 @@ class TestResuming:
             ProbeTrainer.from_recipe(recipe_of(tmp_path), **place).train(resume_from_checkpoint=resumes)
             assert ("/checkpoint-3 is of an earlier run: train(" in caplog.text) != resumes
 
+    def test_before_the_first_checkpoint(self, backbone_folder, tmp_path, monkeypatch):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(HeadTrainer, "training_step", Mock(side_effect=KeyboardInterrupt))
+            train(tmp_path, backbone_folder)
+        assert train(tmp_path, backbone_folder, resume=True)["runs"]
+
     def test_another_training_is_refused(self, stopped, tmp_path):
         for changes, name in (({"learning_rate": 0.5}, "learning_rate"), ({"rows": 42}, "train")):
             with pytest.raises(ProbeError, match=name):

@@ -30,7 +30,8 @@ class Ablation:
     """A head that leaves out sources.
 
     Attributes:
-        left_out, excluded_from_validation: the rows of `train` that it does not learn from, and those of `validation` that it is not chosen by.
+        left_out: the rows of `train` that it does not learn from.
+        excluded_from_validation: the rows of `validation` that it is not chosen by.
         measured: the rows to measure it on, by source.
     """
 

@@ -14,7 +14,7 @@ from ..heads.probe import ProbeModel
 from .head_trainer import HeadTrainer
 from .measurements import measure
 from .prepared import JUDGED_NAME, TRAINED_NAME, PreparedRun
-from .progress import Progress, read_progress, write_progress
+from .progress import Progress, last_checkpoint, read_progress, write_progress
 from .results import calibrated_ablations, choose_head, complete_results, save_head
 
 
@@ -40,14 +40,17 @@ class RecipeTrainer(HeadTrainer):
         """Train the heads; see `Trainer.train`. Then `judge` them.
 
         Args:
-            resume_from_checkpoint: also continues a run that was stopped after its training, which is not trained again.
+            resume_from_checkpoint: True also continues a run that was stopped after its training, which is not trained again,
+                or before its first checkpoint.
         """
-        if resume_from_checkpoint and self._trained.is_file():
+        if resume_from_checkpoint and on_main(self._trained.is_file):
             self._best_epochs.progress = read_progress(self._trained)
             self._best_epochs.load_weights()
             self.judge()
             return TrainOutput(0, 0.0, {})
         on_main(self._forget_earlier_run)
+        if resume_from_checkpoint is True and last_checkpoint(Path(self.args.output_dir)) is None:
+            resume_from_checkpoint = None
         return super().train(resume_from_checkpoint, trial, **kwargs)
 
     def judge(self) -> None:
@@ -56,9 +59,8 @@ class RecipeTrainer(HeadTrainer):
         A run that is stopped in between has its head. If it resumes, it measures what is missing.
         """
         run, logits = self.run, None
-        if not self._trained.is_file():
-            on_main(self._write_trained)
-        if self._judged.is_file():
+        on_main(self._write_trained)
+        if on_main(self._judged.is_file):
             self.chosen = ProbeModel.from_pretrained(run.output, backbone=run.lm).to(self.args.device)
         else:
             choice = choose_head(run, self.progress, self.state.epoch)
@@ -74,6 +76,8 @@ class RecipeTrainer(HeadTrainer):
                 on_main(lambda: bool(head.save_pretrained(run.output)))
 
     def _write_trained(self) -> None:
+        if self._trained.is_file():
+            return
         trained = {
             name: Progress(each.scores, each.epochs or self.state.epoch, self.heads[name].state_dict())
             for name, each in self.progress.items()

@@ -15,7 +15,6 @@ from ..evaluation.resume import same_settings
 from ..files import JSON
 from ..hub.folder import check_output, is_head_folder
 from .prepared import CHECKPOINTS, SETUP_NAME, PreparedRun
-from .progress import last_checkpoint
 from .recipe import Recipe
 from .recipe_trainer import RecipeTrainer
 
@@ -72,7 +71,7 @@ def train_recipe(
             trainer = RecipeTrainer(run)
             if trainer.pop_callback(ProgressCallback) is not None:
                 trainer.add_callback(_ProgressBar)
-            trainer.train(last_checkpoint(setup.parent) or resume)
+            trainer.train(resume)
             trainer.save_model()
         except Exception:
             logger.warning(
