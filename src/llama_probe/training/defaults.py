@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..backbone.decoder import target_of
-from ..backbone.loading import backbone_target, model_id
+from ..backbone.loading import backbone_target, load_backbone, model_id
 from ..data.labelled_texts import LabelledTexts
-from ..data.memory import is_tokenized
+from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import as_chat, has_reply
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads import get_probe_type, probe_types
 from ..heads.configuration import ProbeConfig
+from ..heads.probe import ProbeModel
 
 
 AUTO = "auto"
@@ -58,6 +62,28 @@ def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.
     head["layers"] = layers_at(head["layers"], head["num_hidden_layers"])
     labels = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
     return ProbeConfig(**head | labels)
+
+
+def head_for_rows(
+    backbone: Any,
+    head: JSON,
+    data: object,
+    columns: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[ProbeModel, LabelledTexts, PreTrainedTokenizerBase | None]:
+    """Read the training rows, load the backbone, and make a head for the labels of the rows.
+
+    Returns:
+        The head, the rows, and the tokenizer of the backbone.
+    """
+    names = list(head["id2label"].values()) if head.get("id2label") else None
+    rows = rows_in_memory("train_dataset", data, columns, names, head.get("problem_type"))
+    backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
+    config = head_config(head, rows, len(rows), backbone)
+    if isinstance(backbone, str):
+        backbone, own = load_backbone(backbone)
+        tokenizer = tokenizer or own
+    return ProbeModel(config, backbone=backbone), rows, tokenizer
 
 
 def _scope_of(rows: LabelledTexts) -> str:

@@ -21,10 +21,8 @@ from transformers.trainer_utils import EvalPrediction, HubStrategy, IntervalStra
 from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
-from ..backbone.loading import load_backbone
 from ..data.cached_states import collate
 from ..data.labelled_texts import LabelledTexts
-from ..data.memory import rows_in_memory
 from ..distributed import meet
 from ..errors import ProbeError
 from ..evaluation.calibration import check_threshold_rule
@@ -36,7 +34,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..hub.publish import push_folder
 from .arguments import ProbeTrainingArguments
-from .defaults import head_config
+from .defaults import head_for_rows
 from .head_group import SINGLE, GroupLoss, HeadGroup
 from .loss import ProbeLoss
 from .progress import BEST_NAME, BestEpochs, Progress, last_checkpoint, read_progress, write_progress
@@ -90,7 +88,7 @@ class HeadTrainer(Trainer):
         if unknown := set(probe_config or ()) - {item.name for item in fields(ProbeConfig)}:
             raise ProbeError(f"probe_config has no {min(unknown)!r}; learning rates and the like go into args=")
         if backbone is not None:
-            made = _create_head(backbone, dict(probe_config or {}), train_dataset, column_mapping, processing_class)
+            made = head_for_rows(backbone, dict(probe_config or {}), train_dataset, column_mapping, processing_class)
             model, train_dataset, processing_class = made
         if not isinstance(model, ProbeModel | Mapping):
             raise ProbeError(f"model must be a ProbeModel, not {type(model).__name__}; backbone= takes an LM")
@@ -304,8 +302,8 @@ class HeadTrainer(Trainer):
     def judge(self) -> None:
         """Fit temperature and threshold on the evaluation rows, fit novelty, and measure the heads on the evaluation rows.
 
-        Without such rows nothing is fitted. Each head then has the `results` that `save_model` writes into `results.json` and the card. A head that diverged
-        beside others has none.
+        Without such rows nothing is fitted. Each head then has the `results` that `save_model` writes into `results.json` and the
+        card. A head that diverged beside others has none.
         """
         train, validation = self.train_dataset, self.eval_dataset
         if validation is None:
@@ -380,25 +378,3 @@ class HeadTrainer(Trainer):
         # The parent would upload training_args.bin, a pickle, and weights without a config.
         if self.args.hub_strategy != HubStrategy.END:
             self.push_to_hub(f"Training in progress, epoch {self.state.epoch:.0f}")
-
-
-def _create_head(
-    backbone: Any,
-    head: JSON,
-    data: object,
-    columns: Mapping[str, str] | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[ProbeModel, LabelledTexts, PreTrainedTokenizerBase | None]:
-    """Read the training rows, load the backbone, and make a head for the labels of the rows.
-
-    Returns:
-        The head, the rows, and the tokenizer of the backbone.
-    """
-    names = list(head["id2label"].values()) if head.get("id2label") else None
-    rows = rows_in_memory("train_dataset", data, columns, names, head.get("problem_type"))
-    backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
-    config = head_config(head, rows, len(rows), backbone)
-    if isinstance(backbone, str):
-        backbone, own = load_backbone(backbone)
-        tokenizer = tokenizer or own
-    return ProbeModel(config, backbone=backbone), rows, tokenizer
