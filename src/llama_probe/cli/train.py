@@ -64,7 +64,7 @@ def train(
         num_train_epochs: epochs at most. Default: by number of rows.
         set_: set a field of the recipe: seeds=3, head.layers=[0.5,1.0], training.patience=2.
         licence: leave out the rows whose licence forbids commercial use, or is not known.
-        resume: resume a run that was stopped.
+        resume: continue a run that was stopped: train on, or measure what is missing of its head.
         overwrite: replace the head that --output holds.
         dry_run: say how many rows, tokens, hours and GB it takes, and stop.
     """

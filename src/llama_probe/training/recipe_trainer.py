@@ -11,6 +11,7 @@ from ..distributed import on_main
 from ..errors import ProbeError
 from ..files import JSON, make_folder, write_atomically
 from ..heads.probe import ProbeModel
+from ..hub.folder import is_head_folder
 from .head_trainer import HeadTrainer
 from .measurements import measure
 from .prepared import JUDGED_NAME, TRAINED_NAME, PreparedRun
@@ -60,7 +61,7 @@ class RecipeTrainer(HeadTrainer):
         """
         run, logits = self.run, None
         on_main(self._write_trained)
-        if on_main(self._judged.is_file):
+        if on_main(lambda: self._judged.is_file() and is_head_folder(run.output)):
             self.chosen = ProbeModel.from_pretrained(run.output, backbone=run.lm).to(self.args.device)
         else:
             choice = choose_head(run, self.progress, self.state.epoch)
