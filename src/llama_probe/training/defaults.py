@@ -1,4 +1,4 @@
-"""Defaults of heads and of training, by kind and number of rows, for what the user leaves open."""
+"""Defaults of heads and of training, by head type and number of rows, for what the user leaves open."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
 
 
 def complete_head(head: JSON, rows: int) -> JSON:
-    """Return fields of `ProbeConfig` with a kind for `"auto"` or none, and the kind's dropouts for those that are None."""
+    """Return fields of `ProbeConfig` with a head type for `"auto"` or none, and its dropouts for those that are None."""
     name = head.get("probe_type", AUTO)
     if name == AUTO:
-        # As a class declares it itself: a kind that derives from another is not chosen in its place.
-        suited = {kind: vars(get_probe_type(kind)).get("auto_up_to", 0) for kind in probe_types()}
-        name = min((kind for kind, up_to in suited.items() if rows <= up_to), key=suited.get)
+        # As a class declares it itself: a type that derives from another is not chosen in its place.
+        up_to = {known: vars(get_probe_type(known)).get("auto_up_to", 0) for known in probe_types()}
+        name = min((known for known in up_to if rows <= up_to[known]), key=up_to.get)
     defaults = get_probe_type(name).training_defaults
     dropouts = {field: defaults[field] for field in ("dropout", "layer_dropout") if head.get(field) is None}
     return {**head, "probe_type": name, **dropouts}

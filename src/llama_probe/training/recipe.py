@@ -186,8 +186,8 @@ class Recipe:
     def _check_head(self) -> None:
         if unknown := sorted(set(self.head) - ({item.name for item in fields(ProbeConfig)} - _DERIVED)):
             raise ProbeError(f"head has no {unknown[0]!r}; it takes fields of ProbeConfig, and labels are a section")
-        if (kind := self.head.get("probe_type", AUTO)) != AUTO:
-            get_probe_type(kind)  # raises
+        if (name := self.head.get("probe_type", AUTO)) != AUTO:
+            get_probe_type(name)  # raises
         scope = self.head.get("token_scope", "last_user")
         turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.augmentations.names))
         if turns and scope == "tool":

@@ -46,7 +46,7 @@ class RecipeRows:
 
     Attributes:
         train: rows to learn from: those that may be judged, then `extra` ones, then augmentations.
-        num_plain, num_extra: rows of the first and the second kind.
+        num_plain, num_extra: the number of the first ones, and of the extra ones.
         validation, test: rows to choose by and to measure on; None if there are none. With folds `validation` is None.
         folds: row numbers of `train`, a fold each.
         calibration: rows that should rarely be flagged; None if there are none.
