@@ -111,17 +111,12 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         whole, test = whole.split(held_test.share, recipe.seed)
     test = None if test is None else test.at_most(held_test.max_rows, recipe.seed)
     plain = whole.at_most(recipe.max_rows, recipe.seed)
-    settled = held_validation.share or held_validation.sources or recipe.augmentations.names or recipe.hold_out
-    folds, validation = held_validation.folds, reader.join("validation", held_validation.sources, "validation")
-    folds = FOLDS if folds is None and len(plain) < FEW_ROWS and not settled else folds
+    folds = _number_of_folds(recipe, held_validation, plain)
+    validation = reader.join("validation", held_validation.sources, "validation")
     if not folds:
         if validation is None:
             plain, validation = plain.split(held_validation.share or VALIDATION_SHARE, recipe.seed)
         validation = validation.at_most(held_validation.max_rows, recipe.seed)
-    elif used := [
-        name for name, value in (("augmentations", recipe.augmentations.names), ("hold_out", recipe.hold_out)) if value
-    ]:
-        raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
     if extra:
         judged_texts = set(map(str, _join([plain if folds else validation, test]).texts))
         extra = _without(judged_texts, extra, "extra rows are skipped: they are validation or test rows as well")
@@ -129,7 +124,8 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
             raise ProbeError("the extra sources of train have no rows beside the validation and test rows")
     learned = _join([plain, extra])
     check_labels(", ".join(source.name for source in recipe.train), learned)
-    learned_texts, calibration = set(map(str, learned.texts)), reader.calibration()
+    learned_texts = set(map(str, learned.texts))
+    calibration = reader.calibration()
     for name, part in (("validation", validation), ("test", test), ("calibration", calibration)):
         if part is not None:
             _without(learned_texts, part, f"{name} rows have a text that is among the training rows")
@@ -137,17 +133,17 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         plain, recipe.augmentations.names, recipe.seed, reader.system_prompts(), recipe.augmentations.share
     )
     train = LabelledTexts.join([learned, *augmented])
-    measured, ablations = reader.measured(learned_texts), {}
+    measured = reader.measured(learned_texts)
+    ablations: dict[str, Ablation] = {}
     for ablation, names in recipe.hold_out.items():
         if held := {name: by_source[name] for name in names if by_source[name]}:
-            ablations[ablation] = Ablation(*(_rows_like(held, part, ablation) for part in (train, validation)), held)
-    further = [measured, *(ablation.measured for ablation in ablations.values())]
-    columns = {name for parts in further for part in parts.values() for name in part.columns}
-    if unknown := sorted(set(recipe.measure.slice_columns) - columns):
-        raise ProbeError(f"measure.slice_columns={unknown} must be columns of the rows: {', '.join(sorted(columns))}")
+            left_out = _rows_like(held, train, ablation)
+            ablations[ablation] = Ablation(left_out, _rows_like(held, validation, ablation), held)
+    _check_slice_columns(recipe, [measured, *(ablation.measured for ablation in ablations.values())])
     named_test = held_test.sources[0].rows if len(held_test.sources) == 1 else None
     # Augmentations are learned once, with the weight 1.
-    by_name, num_augmented = {source.name: source for source in recipe.train}, len(train) - len(learned)
+    num_augmented = len(train) - len(learned)
+    by_name = {source.name: source for source in recipe.train}
     sources = [by_name[name] for name in train.columns[SOURCE][: len(learned)]]
     rows = RecipeRows(
         train=train,
@@ -167,6 +163,22 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
     if left_out := +reader.not_commercial:  # without the sources that were not touched
         rows.described["train"]["not_commercial"] = dict(left_out)
     return rows
+
+
+def _number_of_folds(recipe: Recipe, validation: Held, rows: LabelledTexts) -> int | None:
+    """Return the number of folds: that of the recipe, or `FOLDS` for few rows of which nothing says how they validate."""
+    whole = {"augmentations": recipe.augmentations.names, "hold_out": recipe.hold_out}  # would be shared by the folds
+    used = [name for name, value in whole.items() if value]
+    if validation.folds and used:
+        raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
+    is_open = validation.folds is None and not (validation.share or validation.sources or used)
+    return FOLDS if is_open and len(rows) < FEW_ROWS else validation.folds
+
+
+def _check_slice_columns(recipe: Recipe, measured: Sequence[dict[str, LabelledTexts]]) -> None:
+    columns = {name for parts in measured for rows in parts.values() for name in rows.columns}
+    if unknown := sorted(set(recipe.measure.slice_columns) - columns):
+        raise ProbeError(f"measure.slice_columns={unknown} must be columns of the rows: {', '.join(sorted(columns))}")
 
 
 class _Reader:
