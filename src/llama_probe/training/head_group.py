@@ -88,7 +88,8 @@ class HeadGroup(nn.Module):
             mask = turn_numbers(self.config, input_ids, attention_mask) if probe_mask is None else probe_mask
             states = torch.stack(collect_hidden_states(self.backbone, self.layers, input_ids, attention_mask))
         else:
-            states, mask = hidden_states.transpose(0, 1), attention_mask if probe_mask is None else probe_mask
+            states = hidden_states.transpose(0, 1)
+            mask = attention_mask if probe_mask is None else probe_mask
         has_all = len(states) > len(self.layers)
         shared = SharedStates(states, range(self.config.num_hidden_layers + 1) if has_all else self.layers)
         mask = mask.to(next(self.parameters()).device)

@@ -213,7 +213,8 @@ class HeadTrainer(Trainer):
         for head in self.heads.values():
             if head.config.weights_sha256 is not None:  # of a head that was loaded; its figures are of other weights
                 fitted = {"temperature": 1.0, "threshold": None, "thresholds": None, "weights_sha256": None}
-                head.config, head.results = head.config.replace(**fitted), None
+                head.config = head.config.replace(**fitted)
+                head.results = None
         output = super().train(resume_from_checkpoint, trial, **kwargs)
         self.judge()
         return output
@@ -224,7 +225,8 @@ class HeadTrainer(Trainer):
             return self.optimizer
         groups = []
         for name, head in self.heads.items():
-            args, decayed = vars(self.args) | self._head_args[name], self.get_decay_parameter_names(head)
+            args = vars(self.args) | self._head_args[name]
+            decayed = self.get_decay_parameter_names(head)
             for is_decayed, decay in ((True, args["weight_decay"]), (False, 0.0)):
                 parameters = [p for key, p in head.named_parameters() if (key in decayed) == is_decayed]
                 groups.append({"params": parameters, "weight_decay": decay, "lr": args["learning_rate"]})
@@ -261,7 +263,8 @@ class HeadTrainer(Trainer):
         return metrics
 
     def _note(self, metrics: Mapping[str, float | None]) -> None:
-        args, scores = self.args, {}
+        args = self.args
+        scores = {}
         for name in self.heads:
             rows_and_metric = filter(None, ("eval", self._chosen_by, self.metric_name(name, self._metric)))
             value = metrics.get("_".join(rows_and_metric))

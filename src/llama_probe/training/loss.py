@@ -37,7 +37,8 @@ class ProbeLoss:
 
     def __post_init__(self):
         if self.token_loss is not None:
-            needs, scope = f"token_loss={self.token_loss!r}", self.config.token_scope
+            needs = f"token_loss={self.token_loss!r}"
+            scope = self.config.token_scope
             if not self.config.reads_reply:
                 raise ProbeError(f"{needs} needs a head that reads replies, not token_scope={scope!r}")
             if self.config.problem_type != "multi_label_classification":

@@ -181,7 +181,8 @@ def quantised(lm: nn.Module, form: str) -> nn.Module:
                 continue
             weight = matrix.float()
             if form == "int8":
-                scale, low = weight.abs().amax(dim=-1, keepdim=True) / 127, 0.0
+                scale = weight.abs().amax(dim=-1, keepdim=True) / 127
+                low = 0.0
             else:
                 weight = weight.unflatten(-1, (-1, math.gcd(32, weight.shape[-1])))
                 low, high = weight.aminmax(dim=-1, keepdim=True)

@@ -93,7 +93,8 @@ class PreparedRun:
         self.rows = rows = read_rows(recipe, data_dir)
         count = rows.num_plain + rows.num_extra
         config = head_config({"prompt_format": "chat", **recipe.head}, rows.train, count, backbone)
-        rows_of_step, args.per_device_train_batch_size = args.per_device_train_batch_size, None
+        rows_of_step = args.per_device_train_batch_size
+        args.per_device_train_batch_size = None
         args.fill(config, count, rows_of_step)
         _check(recipe, rows, config, args)
         if tokenizer is None and name is None:

@@ -298,7 +298,9 @@ def _parse(owner: type, at: str, values: object) -> Any:
     allowed = [item.name for item in fields(owner) if item.name != "values"]
     if unknown := [name for name in values if name not in allowed]:
         raise ProbeError(f"{at or 'the recipe'} has no field {unknown[0]!r}; it has: {', '.join(allowed)}")
-    inside, parsed, hints = f"{at}." if at else "", {}, get_type_hints(owner)
+    inside = f"{at}." if at else ""
+    parsed = {}
+    hints = get_type_hints(owner)
     for name, value in values.items():
         if value is None:
             continue  # the default

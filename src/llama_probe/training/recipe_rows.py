@@ -223,7 +223,8 @@ class _Reader:
         sources = self.recipe.calibration.sources
         if not sources:
             return None
-        names, flagged = self.labels.names or [], self.labels.flagged
+        names = self.labels.names or []
+        flagged = self.labels.flagged
         harmless = next((name for name in names if name not in (flagged or ())), None)
         if len(names) != 2 or flagged is None or harmless is None:
             raise ProbeError(f"calibration needs one flagged label of two, not {flagged} of {', '.join(names)}")

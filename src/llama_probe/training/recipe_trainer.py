@@ -59,13 +59,15 @@ class RecipeTrainer(HeadTrainer):
 
         A run that is stopped in between has its head. If it resumes, it measures what is missing.
         """
-        run, logits = self.run, None
+        run = self.run
+        logits = None
         on_main(self._write_trained)
         if on_main(lambda: self._judged.is_file() and is_head_folder(run.output)):
             self.chosen = ProbeModel.from_pretrained(run.output, backbone=run.lm).to(self.args.device)
         else:
             choice = choose_head(run, self.progress, self.state.epoch)
-            self.chosen, logits = choice.head, choice.logits
+            self.chosen = choice.head
+            logits = choice.logits
             on_main(lambda: save_head(run, choice.head, run.output))
             complete_results(run, choice)
             on_main(lambda: save_head(run, choice.head, run.output))

@@ -70,10 +70,12 @@ def choose_head(run: PreparedRun, progress: Mapping[str, Progress], epochs: floa
     Returns:
         The choice. Its head can be saved: its `results` have what follows from the validation and calibration rows.
     """
-    metric, runs = run.args.metric, {}
+    metric = run.args.metric
+    runs = {}
     logits_by_head = _judged_logits(run)
     for name, candidate in run.candidates.items():
-        probe, logits = run.heads[name], logits_by_head[name]
+        probe = run.heads[name]
+        logits = logits_by_head[name]
         if not bool(logits.isfinite().all()):
             continue  # it diverged
         probe.config, decided = decide(probe.config, logits, run.rows.judged.labels, run.args)
@@ -97,7 +99,9 @@ def choose_head(run: PreparedRun, progress: Mapping[str, Progress], epochs: floa
 
 def complete_results(run: PreparedRun, choice: Choice) -> None:
     """Measure the seeds on the test rows, inspect the chosen head, and fit its novelty."""
-    rows, head, logits = run.rows, choice.head, choice.logits[choice.name]
+    rows = run.rows
+    head = choice.head
+    logits = choice.logits[choice.name]
     shown = "validation" if rows.test is None else "test"
     calibrated = head.config
     # These figures are for the threshold of the validation rows, which each seed has.
@@ -130,7 +134,8 @@ def _judged_logits(run: PreparedRun) -> dict[str, torch.Tensor]:
 
 def _novelty_rows(run: PreparedRun, logits: torch.Tensor) -> tuple[Dataset, Dataset, torch.Tensor]:
     """Return rows to fit novelty on, rows to calibrate it on (with folds a quarter of the plain rows), and logits of these."""
-    train, plain = run.datasets["train"], run.rows.num_plain
+    train = run.datasets["train"]
+    plain = run.rows.num_plain
     if not run.rows.folds:
         return train, run.datasets["validation"], logits
     held = sorted(np.random.default_rng(0).permutation(plain).tolist()[: plain // 4])
@@ -144,7 +149,8 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     The last rates are left out if they do not fit, and None is returned if none does: a head is not thrown away for its
     thresholds.
     """
-    rates, logits = run.recipe.calibration.rates, predict_logits(probe, run.datasets["calibration"])
+    rates = run.recipe.calibration.rates
+    logits = predict_logits(probe, run.datasets["calibration"])
     while rates:
         try:
             probe.config = with_rates(probe.config, logits, rates)

@@ -64,7 +64,8 @@ class RowEncoder:
         """Read a table with the labels of the heads, whose configs record what the labels of training rows are called."""
         if data is None or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
             return data
-        rows, config = data, self.group.config
+        rows = data
+        config = self.group.config
         names = list(config.id2label.values())
         if not isinstance(rows, LabelledTexts):
             unnamed = learned and names == list(ProbeConfig(num_labels=len(names)).id2label.values())
@@ -94,7 +95,8 @@ class RowEncoder:
         return TrainingRows(dataset, replies=self.args.replies if learned else "tokens")
 
     def _tokens_of(self, rows: LabelledTexts) -> PromptDataset:
-        ids, masks = rows.texts, rows.columns.get("probe_mask")
+        ids = rows.texts
+        masks = rows.columns.get("probe_mask")
         lengths = None
         if masks is not None and self.group.config.reads_reply:
             lengths = list(map(sum, masks))
