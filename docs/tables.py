@@ -74,7 +74,7 @@ def measured_table(measured: JSON) -> str:
 
 def _part_rows(part: JSON, parts: list[JSON], rate: str | None) -> list[list[str]]:
     """Return the table's rows of a set of rows; `parts` has it for each column."""
-    name = plain(part["name"]) + ("*" if part["twin"] is not None else "")
+    name = plain(part["name"]) + ("*" if part["ablation"] is not None else "")
     rows = []
     for label, shares in part.get("labels", {}).items():
         labels = [each.get("labels", {}).get(label, {}) for each in parts]

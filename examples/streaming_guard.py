@@ -33,8 +33,8 @@ with tempfile.TemporaryDirectory() as folder:
     )
     trainer.train()
 
-prompts = PromptFormat.from_config(trainer.model.config, tokenizer)
-model = AutoModelForProbedGeneration.from_causal_lm(lm, {"topic": trainer.model})
+prompts = PromptFormat.from_config(trainer.heads["head"].config, tokenizer)
+model = AutoModelForProbedGeneration.from_causal_lm(lm, {"topic": trainer.heads["head"]})
 for question in ("What should I see in Rome?", "How do I bake a chocolate cake?"):
     print(f"\n> {question}")
     out = model.generate(

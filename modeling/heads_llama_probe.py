@@ -68,7 +68,7 @@ class Aggregator(nn.Module, ABC):
         reads: `"all"`, or `"last"` if only the last token that counts and the last layer matter. Other states are then
             neither captured nor cached.
         normalize: default of `ProbeConfig.normalize`.
-        recipe: default hyper-parameters of training: fields of `Recipe` and of `ProbeConfig`.
+        training_defaults: fields of `ProbeTrainingArguments` and of `ProbeConfig`, if the user leaves them out.
         auto_up_to: `probe_type="auto"` takes, of all head types, the smallest value that is at least the number of training rows.
             0: never.
         search_space: further hyper-parameters of a search, by field or option: a tuple (low, high) is a range, a list has
@@ -80,9 +80,9 @@ class Aggregator(nn.Module, ABC):
 
     reads: ClassVar[str] = "all"
     normalize: ClassVar[str] = "layernorm"
-    recipe: ClassVar[dict[str, float]] = {
+    training_defaults: ClassVar[dict[str, float]] = {
         "learning_rate": 1e-3,
-        "label_smoothing": 0.05,
+        "label_smoothing_factor": 0.05,
         "dropout": 0.2,
         "layer_dropout": 0.1,
     }
@@ -253,7 +253,7 @@ class LowRankAggregator(Aggregator):
 class PoolingAggregator(Aggregator):
     """Mean or maximum of the valid items. State: a running sum with its count, or a running maximum."""
 
-    recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
+    training_defaults = Aggregator.training_defaults | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     auto_up_to = 128
     search_space = {"learning_rate": (1e-4, 3e-2), "pool": ["mean", "max"]}
 
@@ -296,7 +296,7 @@ class GateAggregator(Aggregator):
     running sums, and these are the whole state. w starts at zero: an untrained gate is mean pooling.
     """
 
-    recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
+    training_defaults = Aggregator.training_defaults | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     auto_up_to = 512
     search_space = {"learning_rate": (1e-4, 3e-2)}
     reads_half = True
@@ -338,7 +338,7 @@ class LastItemAggregator(Aggregator):
     No other layer matters: `layers=[k]` is a linear probe of state k, and `"all"` one of the final state.
     """
 
-    recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
+    training_defaults = Aggregator.training_defaults | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     reads = "last"
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
@@ -376,7 +376,7 @@ class MultiMaxAggregator(LowRankAggregator):
     labels: `(L+1) M R (D + C + 1)`, and a few biases. State: the largest value so far of each direction, `M R` numbers.
     """
 
-    recipe = LowRankAggregator.recipe | {"learning_rate": 3e-3, "dropout": 0.1}
+    training_defaults = LowRankAggregator.training_defaults | {"learning_rate": 3e-3, "dropout": 0.1}
     auto_up_to = math.inf
     search_space = {"num_maxima": [1, 2, 4, 8], "num_members": [1, 4, 8, 16]}
     options = {

@@ -170,7 +170,7 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     # The states on disk are those of one process, and so are the scores of the head on them.
     training = {"cache_dir": str(tmp_path / "one")}
     alone = ranks_at_work.recipe(tmp_path / "rows.jsonl", test={}, head=head, training=training)
-    prepared = PreparedRun(alone, tmp_path / "alone", str(backbone_folder))
+    prepared = PreparedRun(alone, tmp_path / "alone", str(backbone_folder)).prepare()
     for entry in (tmp_path / "one").iterdir():
         one, two = (rows_on_disk(tmp_path / name / entry.name) for name in ("one", "two"))
         assert one.keys() == two.keys() and one

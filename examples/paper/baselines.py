@@ -10,10 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.feature_selection import SelectKBest
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline, make_union
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import l1_min_c
 from tasks import Task
@@ -24,6 +23,7 @@ from llama_probe.backbone.passes import plan_passes
 from llama_probe.data.batches import iterate_states
 from llama_probe.data.labelled_texts import LabelledTexts
 from llama_probe.data.prompts import pad_prompts
+from llama_probe.training.measurements import tfidf_classifier
 
 
 # Strengths of the L1 penalty of muli: multiples of the C below which all weights are zero.
@@ -85,15 +85,9 @@ def count(classifier: Any) -> int:
 
 
 def fit_tfidf(task: Task, seed: int) -> Fitted:
-    """Fit logistic regression on TF-IDF of words (1-2-grams) and of characters within words (2-5-grams).
-
-    The character range, sublinear counts, balanced classes and C were chosen by validation rows of ToxicChat and Emotion.
-    """
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2)
-    classifier = LogisticRegression(C=10.0, class_weight="balanced", max_iter=2000)
-    model = make_pipeline(make_union(words, characters), classifier).fit(task.train.texts, task.train.labels)
-    return Fitted(lambda rows: class_logits(model, rows.texts, task.labels.num_labels), count(classifier))
+    """Fit the TF-IDF that recipes measure beside their heads."""
+    model = tfidf_classifier().fit(task.train.texts, task.train.labels)
+    return Fitted(lambda rows: class_logits(model, rows.texts, task.labels.num_labels), count(model[-1]))
 
 
 # Linear models of the mean state of one layer, which validation rows choose

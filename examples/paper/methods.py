@@ -20,10 +20,10 @@ from llama_probe.evaluation.prediction import predict_logits
 
 _SMALL = {"num_maxima": 1, "num_members": 7}
 _HALF = {"num_maxima": 2, "num_members": 7}
-# Fields of `ProbeConfig`, and `learning_rate` if it is not the kind's own.
+# Fields of `ProbeConfig`, and `learning_rate` if it is not that of the head type.
 HEADS: dict[str, dict[str, Any]] = {
     "last-token": {"probe_type": "last"},
-    **{kind: {"probe_type": kind} for kind in ("pooling", "gate", "mha")},
+    **{name: {"probe_type": name} for name in ("pooling", "gate", "mha")},
     "multimax-small": {"probe_type": "multimax", "options": _SMALL},
     "multimax-half": {"probe_type": "multimax", "options": _HALF, "every": 2, "learning_rate": 5e-3},
     "multimax": {"probe_type": "multimax"},
@@ -80,7 +80,7 @@ def fit_head(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    probe = trainer.model.eval()
+    probe = trainer.heads["head"].eval()
     shutil.rmtree(scratch)
     chosen = {"epochs": trainer.state.epoch, "best": trainer.state.best_metric}
 

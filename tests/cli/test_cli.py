@@ -32,7 +32,7 @@ def trained(rows, backbone_folder, tmp_path_factory):
         "card": {"license": "cc0-1.0", "dataset": "me/moods", "limits": ["other moods"]},
         "training": {"num_train_epochs": 3, "learning_rate": 0.03, "max_false_positive_rate": 0.1},
     }
-    words = ("--test", rows / "test.jsonl", "--flag", "awful", "--json")
+    words = ("--test", rows / "test.jsonl", "--flagged", "awful", "--json")
     return output, train(backbone_folder, rows / "train.jsonl", output, *words, **sections)
 
 
@@ -134,7 +134,7 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     rows, guard = write(tmp_path / "rows.jsonl", lines), tmp_path / "guard"
     data = ("--backbone", backbone_folder, "--prompt-column", "ask")
     training, labels = {"num_train_epochs": 2, "learning_rate": 0.03}, {"names": ["fine", "awful"]}
-    train(backbone_folder, rows, guard, *data[2:], "--flag", "awful", training=training, labels=labels)
+    train(backbone_folder, rows, guard, *data[2:], "--flagged", "awful", training=training, labels=labels)
     config = read_config(guard)
     assert config.token_scope == "response" and config.causal and config.prefix_ids
     benign = write(tmp_path / "benign.jsonl", lines[::2])
@@ -160,7 +160,7 @@ def test_a_head_of_replies(backbone_folder, tmp_path):
     (row,) = succeed("generate", "good one", *same, *served[2:], "--max-new-tokens", 2, "--json")
     assert list(row["probes"]) == list("dcba")
     assert "--prompt-column" in refuse("classify", "good one", *served)
-    words = ("--train", rows, "--set", "head.token_scope=all", "--eval", rows, "--output", tmp_path / "no")
+    words = ("--train", rows, "--set", "head.token_scope=all", "--validation", rows, "--output", tmp_path / "no")
     assert "prompt_column" in refuse("train", "--backbone", backbone_folder, *words).replace("-", "_")
     assert not (tmp_path / "no").exists(), "before any work"
 
@@ -213,7 +213,7 @@ TRAIN = "train --train {rows} --output {out} "
         ("calibrate --probe toxicchat-gate --benign {rows}", "toxicchat-gate"),
         ("generate x --halt-reply No.", "--halt-on"),
         (TRAIN + "--layers 1", "--layers"),
-        (TRAIN + "--epochs 0", "num_train_epochs=0"),
+        (TRAIN + "--num-train-epochs 0", "num_train_epochs=0"),
         ("train --train toxichat --output {out}", "'toxichat' is no file"),
     ],
 )

@@ -36,7 +36,7 @@ def halted(served, rule):
 
 
 def test_the_flagged_label_halts_calibrates_and_is_measured(guard, tmp_path):
-    served, printed = guard("zany", "fine", "--flag", "zany")
+    served, printed = guard("zany", "fine", "--flagged", "zany")
     assert "flagged: zany" in printed and "It flags `zany`" in (tmp_path / "guard" / "README.md").read_text()
     config = read_head(tmp_path / "guard").config
     assert config.flagged == ["zany"] and list(config.id2label.values()) == ["fine", "zany"]
@@ -55,15 +55,15 @@ def test_the_flagged_label_halts_calibrates_and_is_measured(guard, tmp_path):
 def test_a_head_that_flags_nothing_halts_and_calibrates_when_told_what(guard, tmp_path):
     """The label that is then flagged comes first in the alphabet."""
     served, printed = guard("awful", "fine")
-    assert "flagged: no label; name one with --flag" in printed
+    assert "flagged: no label; name one with --flagged" in printed
     assert read_head(tmp_path / "guard").config.flagged is None
     assert "--halt-on guard:awful" in refuse("generate", "x", *served, "--halt-on", "guard")
     assert halted(served, "guard:fine") == [None, "fine"]
     rows = benign(tmp_path / "benign.jsonl", "kind", "kind", "BAD!!")
     fit = ("calibrate", *served, "--benign", rows, "--rate", 0.4)
-    assert "--flag awful" in refuse(*fit) and "--benign" in refuse("calibrate", *served, "--flag", "awful")
-    assert "flagged=['bad']" in refuse(*fit, "--flag", "bad")
-    succeed(*fit, "--flag", "awful")
+    assert "--flagged awful" in refuse(*fit) and "--benign" in refuse("calibrate", *served, "--flagged", "awful")
+    assert "flagged=['bad']" in refuse(*fit, "--flagged", "bad")
+    succeed(*fit, "--flagged", "awful")
     head = read_head(tmp_path / "guard")
     assert head.config.flagged == [head.results["thresholds_from"]["flagged"]] == ["awful"] and head.config.thresholds
     assert halted(served, "guard") == ["awful", None]

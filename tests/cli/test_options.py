@@ -29,6 +29,6 @@ def test_the_examples_are_lines_that_the_commands_take(line):
 
 def test_the_command_is_a_line_for_a_shell(monkeypatch):
     first, places = ["llama-probe", "train", "imdb:train"], ["--output", "a b", "--resume", "--data-dir=c"]
-    settings = ["--set", "card.limits=[Short texts.]", "--flag", "don't; $HOME * costs"]
+    settings = ["--set", "card.limits=[Short texts.]", "--flagged", "don't; $HOME * costs"]
     monkeypatch.setattr(sys, "argv", [*first, *places, *settings])
     assert shlex.split(command_line()) == first + settings

@@ -37,7 +37,7 @@ def test_a_finished_head_is_not_replaced_in_silence(rows, backbone_folder, tmp_p
 def test_a_stopped_run_says_how_to_go_on(rows, backbone_folder, tmp_path, monkeypatch):
     words = ("train", rows, "--backbone", backbone_folder, "--output", tmp_path / "a", *SHORT)
     with monkeypatch.context() as patched:
-        patched.setattr("llama_probe.training.trainer.finish", Mock(side_effect=KeyboardInterrupt))
+        patched.setattr("llama_probe.training.recipe_trainer.choose_head", Mock(side_effect=KeyboardInterrupt))
         stopped = call(*words)
     assert stopped.returncode == 130 and "--resume" in stopped.stderr
     assert "runs" in succeed(*words, "--resume", "--json")
@@ -99,7 +99,7 @@ class TestRecipes:
         for first, named in (
             ("no-such", "safety"),
             (tmp_path / "none.yaml", "none.yaml"),
-            ("--epochs=2", "safety"),
+            ("--num-train-epochs=2", "safety"),
             ("alice/rows:cola", "Hub data set"),
             (f"{tmp_path / 'data'}::none", "no split 'none'"),
         ):

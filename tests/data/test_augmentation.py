@@ -85,7 +85,7 @@ def test_lead_ins_come_from_what_is_not_flagged():
     rows = rows_of(labels=1 - LABELS, names=("unsafe", "safe"))
     assert list(map(count_bad, augmented(rows, ["lead_in"]).texts)) == list(map(count_bad, TEXTS))
     rows.flagged = None
-    with pytest.raises(ProbeError, match="--flag"):
+    with pytest.raises(ProbeError, match="--flagged"):
         augment(rows, ["lead_in"], 0)
 
 

@@ -133,7 +133,7 @@ class TestFlagged:
     def test_nobody_has_named_one(self):
         config = ProbeConfig(id2label={0: "bad", 1: "good"})
         assert config.flagged is None
-        with pytest.raises(ProbeError, match="--flag bad; labels: bad, good"):
+        with pytest.raises(ProbeError, match="--flagged bad; labels: bad, good"):
             config.need_flagged_index("this")
         assert ProbeConfig().flagged == ["LABEL_1"], "labels 0 and 1 say themselves which is which"
         for other in ({"num_labels": 3}, {"num_labels": 1, "problem_type": "regression"}):

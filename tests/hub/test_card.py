@@ -30,7 +30,7 @@ def folder(tmp_path):
         "data": {"train": {"source": "a/b.csv", "rows": 90}, "test": {"source": "c.csv", "rows": 10}},
         "recipe": {
             "learning_rate": 0.01, "weight_decay": 0.0, "per_device_train_batch_size": 8, "metric": "auprc",
-            "gradient_accumulation_steps": 2, "num_train_epochs": 3, "label_smoothing": 0.0,
+            "gradient_accumulation_steps": 2, "num_train_epochs": 3, "label_smoothing_factor": 0.0,
         },
         "runs": runs,
         "chosen_seed": 1,
@@ -238,7 +238,7 @@ def test_measures_of_before_a_calibration_are_said_to_be(folder):
     harmful = {"rows": 9, "threshold": {"share": 0.5, "interval": [0.4, 0.6]}}
     measured = {
         "before_calibration": {"flagged": "yes", "thresholds": {"threshold": 0.4}}, "rates": ["threshold"], "bytes": 1,
-        "parts": [{"name": "own", "twin": None, "rows": 9, "labels": {"yes": harmful}}],
+        "parts": [{"name": "own", "ablation": None, "rows": 9, "labels": {"yes": harmful}}],
     }  # fmt: skip
     evaluation = {"source": "a", "rows": 3, "metrics": {}, "intervals": {}, "flagged": flagged}
     results = {"evaluations": {"more": evaluation}, "measured": measured}
@@ -248,14 +248,33 @@ def test_measures_of_before_a_calibration_are_said_to_be(folder):
     text = create_card(folder).content
     assert "| more (a; for `yes`) | 3 | 0.400 |" in text and "calibration (`yes` from 0.400 on), beside" in text
     assert "(in brackets).\n\n|" in text
-    measured["parts"][0]["twin"] = "a"
+    measured["parts"][0]["ablation"] = "a"
     (folder / "results.json").write_text(json.dumps(results))
     assert "(in brackets). An ablation was trained" in create_card(folder).content
 
 
+def test_results_of_earlier_code_make_the_same_card(folder):
+    """They have the keys `twin` and `label_smoothing`."""
+    results = read_results(folder)
+    harmful = {"rows": 9, "threshold": {"share": 0.5, "interval": [0.4, 0.6]}}
+    parts = [
+        {"name": name, "ablation": without, "rows": 9, "labels": {"yes": harmful}}
+        for name, without in (("a", None), ("b", "c"))
+    ]
+    results["measured"] = {"rates": ["threshold"], "bytes": 1, "parts": parts}
+    text = json.dumps(results)
+    old = text.replace('"ablation"', '"twin"').replace('"label_smoothing_factor"', '"label_smoothing"')
+    cards = []
+    for written in (text, old):
+        (folder / "results.json").write_text(written)
+        assert read_results(folder) == json.loads(text)
+        cards.append(create_card(folder).content)
+    assert cards[0] == cards[1] and "| b (ablation trained without c) |" in cards[0] and text != old
+
+
 def test_values_are_measured_by_the_variance_they_explain(tmp_path):
     head = make_probe(problem_type="regression", id2label={0: "size"})
-    part = {"name": "b", "twin": None, "rows": 3, "r2": 0.5, "mae": 1, "mse": 2, "intervals": {"r2": [0.4, 0.6]}}
+    part = {"name": "b", "ablation": None, "rows": 3, "r2": 0.5, "mae": 1, "mse": 2, "intervals": {"r2": [0.4, 0.6]}}
     metrics = {"source": "a", "rows": 30, "metrics": {"mse": 4.0, "mae": 1.5, "r2": None}, "intervals": {}}
     head.results = {"evaluations": {"more": metrics}, "measured": {"rates": [], "bytes": 1, "parts": [part]}}
     text = card_of(save_head(head, tmp_path / "size"))

@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
-from conftest import make_lm
+from conftest import HIDDEN, LAYERS, make_lm
 from training_runs import Kill, head_of, token_rows, trainer_of
 from transformers import set_seed
 
 from llama_probe import ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
+from llama_probe.data.batches import collate
 from llama_probe.data.disk_states import DiskStates
 from llama_probe.data.prompts import PromptDataset
 from llama_probe.heads import probe_types
+from llama_probe.training.head_group import HeadGroup
 
 
 TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)
@@ -50,11 +52,30 @@ def test_each_head_learns_as_if_alone(tmp_path, is_cached, names):
     assert list(group.heads) == list(group.logits) == names
     for name in names:
         alone = train(head(name, lm), tmp_path / name, lm, **RATES.get(name, {}), **rows)
-        assert same(alone.model, group.heads[name]), name
+        assert same(alone.heads["head"], group.heads[name]), name
         torch.testing.assert_close(alone.logits, group.logits[name], atol=1e-4, rtol=1e-4)
         assert alone.progress["head"].scores == pytest.approx(group.progress[name].scores, abs=1e-6)
-        assert alone.model.config.threshold == pytest.approx(group.heads[name].config.threshold, abs=1e-4)
-        assert alone.model.results["runs"] and group.heads[name].results["probe_type"] == HEADS[name]["probe_type"]
+        assert alone.heads["head"].config.threshold == pytest.approx(group.heads[name].config.threshold, abs=1e-4)
+        assert alone.results["runs"] and group.heads[name].results["probe_type"] == HEADS[name]["probe_type"]
+
+
+def test_dropout_differs_from_step_to_step_and_not_from_head_to_head():
+    """Also without a trainer, which need not seed each step."""
+    states = torch.randn(6, LAYERS + 1, 4, HIDDEN, generator=torch.Generator().manual_seed(0))
+    batch = collate([{"input_ids": [1, 2, 3, 4], "hidden_states": row} for row in states])
+
+    def steps(group):
+        torch.manual_seed(0)
+        outputs = [group.train()(**batch).by_head for _ in range(2)]
+        logits = [{name: output.learned_logits for name, output in each.items()} for each in outputs]
+        return *logits, torch.rand(())
+
+    first, second, drawn = steps(HeadGroup({"one": head("mha"), "other": head(), "again": head("mha")}))
+    alone, _, drawn_alone = steps(HeadGroup(head("mha")))
+    torch.testing.assert_close(first["one"], first["again"])
+    torch.testing.assert_close(first["one"], alone["head"])
+    assert all(not torch.allclose(first[name], second[name]) for name in first)
+    assert drawn == drawn_alone, "what follows a step does not depend on the heads"
 
 
 def test_rates_that_are_left_open_are_those_of_the_kinds(tmp_path):
@@ -74,11 +95,11 @@ def test_a_head_learns_nothing_of_the_rows_that_it_is_to_leave_out(tmp_path):
     flipped[held] = 1 - flipped[held]
 
     def learn(kind, labels):
-        rows = {"train_rows": (TRAIN[0], labels), "left_out": {"twin": kind(held)}, "num_train_epochs": 2}
-        return train({"whole": head(), "twin": head()}, tmp_path / kind.__name__, **rows).heads
+        rows = {"train_rows": (TRAIN[0], labels), "left_out": {"ablation": kind(held)}, "num_train_epochs": 2}
+        return train({"whole": head(), "ablation": head()}, tmp_path / kind.__name__, **rows).heads
 
     a, b = learn(list, TRAIN[1]), learn(set, flipped)
-    assert same(a["twin"], b["twin"]) and not same(a["whole"], b["whole"], 1e-3)
+    assert same(a["ablation"], b["ablation"]) and not same(a["whole"], b["whole"], 1e-3)
 
 
 def test_the_backbone_runs_once_for_all_heads(tmp_path):
@@ -124,7 +145,7 @@ def test_a_head_that_diverges_leaves_the_others_alone(tmp_path):
     group = train({"wild": head(), "calm": head()}, tmp_path / "a", num_train_epochs=2, head_args=rates)
     assert group.progress["wild"].best == -math.inf or math.isfinite(group.progress["wild"].best)
     alone = train(head(), tmp_path / "b", num_train_epochs=2)
-    assert same(alone.model, group.heads["calm"])
+    assert same(alone.heads["head"], group.heads["calm"])
 
 
 @pytest.mark.parametrize("off", [{"save_strategy"}, {"eval_strategy"}, {"save_strategy", "eval_strategy"}])

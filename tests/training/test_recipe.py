@@ -1,6 +1,7 @@
 """Recipes: what a file may say, and defaults for what it leaves open."""
 
 import os
+import runpy
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llama_probe.data.labelled_texts import Labels
 from llama_probe.data.row_sources import Source
 from llama_probe.heads import get_probe_type, probe_types
 from llama_probe.training.defaults import complete_head
-from llama_probe.training.recipe import Calibration, CardFacts, Copies, Held, Measure, Recipe
+from llama_probe.training.recipe import Augmentations, Calibration, CardFacts, Held, Measure, Recipe
 from llama_probe.training.search import Search, draw_candidates
 
 
@@ -32,7 +33,7 @@ def changed(**sections):
 def test_a_kind_for_so_many_rows(rows, kind):
     head = complete_head({}, rows)
     config = ProbeConfig(hidden_size=576, num_hidden_layers=30, **head)
-    assert config.probe_type == kind and config.dropout == get_probe_type(kind).recipe["dropout"]
+    assert config.probe_type == kind and config.dropout == get_probe_type(kind).training_defaults["dropout"]
     args = ProbeTrainingArguments(use_cpu=True)
     args.fill(config, rows)
     assert None not in (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size)
@@ -63,11 +64,22 @@ def test_numbers_out_of_range_are_refused(name, value):
         ProbeTrainingArguments(use_cpu=True, **{name: value})
 
 
-@pytest.mark.parametrize("section", [Recipe, Labels, Source, Held, Copies, Search, Calibration, Measure, CardFacts])
+@pytest.mark.parametrize(
+    "section", [Recipe, Labels, Source, Held, Augmentations, Search, Calibration, Measure, CardFacts]
+)
 def test_the_page_explains_each_field(section):
     page = (ROOT / "docs" / "recipes.md").read_text()
     names = {item.name for item in fields(section)} - {"values", "command"}  # which are no fields of a file
     assert not {name for name in names if f"`{name}`" not in page}
+
+
+def test_the_page_lists_each_training_argument():
+    """As `python docs/settings.py` writes it."""
+    script = runpy.run_path(str(ROOT / "docs" / "settings.py"))
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert script["written"](page) == page
+    for name in set(ProbeTrainingArguments.__annotations__) - script["_NOT_SHOWN"]:
+        assert page.count(f"\n| `{name}` | ") == 1, name
 
 
 class TestFile:
@@ -88,6 +100,10 @@ class TestFile:
         assert recipe.training == {"learning_rate": 0.001} and [source.max_rows for source in recipe.train] == [9, 7]
         assert recipe.labels.flagged == ["toxic"], "of a section that was not there"
         assert "max_rows: 7" in recipe.write() and Recipe.load(tmp_path / "a.yaml").train[1].max_rows == 5
+
+    def test_a_recipe_of_earlier_code_is_read(self):
+        names = {"names": ["lead_in"]}
+        assert Recipe.load(changed(copies=names)) == Recipe.load(changed(augmentations=names))
 
     @pytest.mark.parametrize(
         "values, named",
@@ -111,12 +127,12 @@ class TestFile:
             (changed(validation={"folds": 1}), "folds=1"),
             (changed(test={"folds": 3}), "test.folds"),
             (changed(test={"share": 0.2, "sources": ["xstest"]}), "share and sources"),
-            (changed(copies={"names": ["rot13"]}), "rot13"),
-            (changed(copies={"names": ["lead_in"], "share": 1.5}), "1.5"),
-            (changed(copies={"names": ["system_prompt"]}), "system_prompts"),
-            (changed(copies={"names": ["later_turns"]}), "token_scope"),
-            (changed(copies={"names": ["earlier_turns"]}, head={"token_scope": "tool"}), "earlier_turns"),
-            (changed(search={"trials": 2}, hold_out={"twin": ["toxicchat"]}), "hold_out"),
+            (changed(augmentations={"names": ["rot13"]}), "rot13"),
+            (changed(augmentations={"names": ["lead_in"], "share": 1.5}), "1.5"),
+            (changed(augmentations={"names": ["system_prompt"]}), "system_prompts"),
+            (changed(augmentations={"names": ["later_turns"]}), "token_scope"),
+            (changed(augmentations={"names": ["earlier_turns"]}, head={"token_scope": "tool"}), "earlier_turns"),
+            (changed(search={"trials": 2}, hold_out={"ablation": ["toxicchat"]}), "hold_out"),
             (changed(search={"trials": -1}), "trials=-1"),
             (changed(search={"trials": 2, "probe_types": []}), r"probe_types=\[\]"),
             (changed(hold_out={"lists": ["advbench"]}), "hold_out.lists names 'advbench'"),

@@ -28,7 +28,7 @@ class TestHoldingBack:
         assert (rows.validation is None) == bool(rows.folds) == folded
         assert len(rows.train) == (count if folded else 340)
 
-    def test_few_rows_with_a_twin_are_not_folded(self, tmp_path, train):
+    def test_few_rows_with_an_ablation_are_not_folded(self, tmp_path, train):
         other = write(tmp_path / "b.jsonl", 20, ("sad", "glad"))
         assert len(read(train, other, hold_out={"x": ["b"]}, validation={}).validation) == 9
 
@@ -70,10 +70,10 @@ class TestMixtures:
 
     def test_repeats_and_weights(self, tmp_path, train):
         extra = {"rows": write(tmp_path / "b.jsonl", 60), "extra": True, "weights": [0.0, 0.3]}
-        sections = {"copies": {"names": ["lead_in"], "share": 0.2}, "labels": {"flagged": ["LABEL_1"]}}
+        sections = {"augmentations": {"names": ["lead_in"], "share": 0.2}, "labels": {"flagged": ["LABEL_1"]}}
         rows = read({"rows": train, "repeat": 3}, extra, **sections)
         plain, more = rows.num_plain, rows.num_extra
-        assert rows.repeats == [3] * plain + [1] * (len(rows.train) - plain), "copies are learned once"
+        assert rows.repeats == [3] * plain + [1] * (len(rows.train) - plain), "augmentations are learned once"
         assert rows.weights == [None] * plain + [[0.0, 0.3]] * more + [None] * (len(rows.train) - plain - more)
 
     def test_the_first_source_says_what_the_labels_are(self, tmp_path):
@@ -87,10 +87,10 @@ class TestMixtures:
 
 
 def test_only_training_rows_are_wrapped(tmp_path, train):
-    copies = {"names": ["system_prompt"], "share": 1.0}
-    copies["system_prompts"] = write(tmp_path / "system.jsonl", [{"text": "You sell shoes."}])
+    augmentations = {"names": ["system_prompt"], "share": 1.0}
+    augmentations["system_prompts"] = write(tmp_path / "system.jsonl", [{"text": "You sell shoes."}])
     split = {"test": {"share": 0.25}, "validation": {"share": 0.2}}
-    plain, rows = read(train, **split), read(train, **split, copies=copies)
+    plain, rows = read(train, **split), read(train, **split, augmentations=augmentations)
     texts = plain.train.texts
     assert rows.validation.texts == plain.validation.texts and rows.test.texts == plain.test.texts
     wrapped = [[turn["content"] for turn in text] for text in rows.train.texts[len(texts) :]]
@@ -157,7 +157,10 @@ def test_rows_that_are_learned_from_and_judged_by_are_warned_of(tmp_path, train,
 @pytest.mark.parametrize(
     "sections, named",
     [
-        ({"validation": {"folds": 3}, "copies": {"names": ["lead_in"]}}, "copies"),  # folds would share them
+        (
+            {"validation": {"folds": 3}, "augmentations": {"names": ["lead_in"]}},
+            "augmentations",
+        ),  # folds would share them
         ({"validation": {"folds": 2}, "hold_out": {"x": ["b"]}}, "hold_out"),
         ({"hold_out": {"x": ["a"]}}, r"hold_out\.x"),  # the other one has the same texts
         ({"max_rows": 0}, "max_rows=0"),

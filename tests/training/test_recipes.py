@@ -78,7 +78,7 @@ LOCAL = {
 def sources_of(recipe):
     """Return all sources of a recipe."""
     held = [recipe.validation, recipe.test, recipe.calibration, recipe.measure]
-    prompts = recipe.copies.system_prompts
+    prompts = recipe.augmentations.system_prompts
     return [*recipe.train, *(source for part in held for source in part.sources), *([prompts] if prompts else [])]
 
 
@@ -151,7 +151,7 @@ class TestPackagedRecipe:
         if len(recipe.labels.names) == 2:
             assert recipe.labels.flagged and set(recipe.labels.flagged) < set(recipe.labels.names)
         names = {source.name for source in recipe.train}
-        assert all(set(held) < names for held in recipe.hold_out.values()), "a twin has other sources"
+        assert all(set(held) < names for held in recipe.hold_out.values()), "an ablation has other sources"
         for source in sources_of(recipe):
             assert source.licence or source.licence_column, source.name
             revision = TablePlace.parse(source.rows).revision
@@ -170,12 +170,12 @@ class TestPackagedRecipe:
         assert rows.train.label_names == recipe.labels.names and rows.train.flagged == recipe.labels.flagged
         assert len(set(labels.nonzero()[1] if labels.ndim == 2 else labels)) == len(recipe.labels.names)
         assert set(rows.measured) == {source.name for source in recipe.measure.sources} and all(rows.measured.values())
-        assert set(rows.twins) == set(recipe.hold_out)
+        assert set(rows.ablations) == set(recipe.hold_out)
         if recipe.calibration.sources:
             learned = set(map(str, rows.train.texts))
             assert len(rows.calibration) and not learned & set(map(str, rows.calibration.texts)), "part divides them"
-        for name, twin in rows.twins.items():
-            held, sources = set(twin.left_out), rows.train.columns["source"]
+        for name, ablation in rows.ablations.items():
+            held, sources = set(ablation.left_out), rows.train.columns["source"]
             left = names_in(names for row, names in enumerate(sources) if row not in held)
             assert not left & set(recipe.hold_out[name])
 

@@ -1,6 +1,10 @@
-"""Runs from a recipe to a head folder: folds, twins, and resuming after a stop."""
+"""Runs from a recipe to a head folder: folds, ablations, and resuming after a stop."""
 
+import json
+import os
 import shutil
+import signal
+from itertools import count
 from unittest.mock import Mock
 
 import datasets
@@ -17,8 +21,9 @@ from llama_probe.evaluation import transformations
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
-from llama_probe.training import estimate, prepared, trainer
+from llama_probe.training import estimate, measurements, prepared, recipe_trainer
 from llama_probe.training import results as training_results
+from llama_probe.training.head_trainer import HeadTrainer
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import train_recipe
@@ -35,7 +40,7 @@ def test_folds(backbone_folder, tmp_path):
     trainer = ProbeTrainer.from_recipe(recipe_of(tmp_path, 30, **sections), **place)
     assert list(trainer.heads) == [f"seed-{seed}{fold}" for seed in (4, 5) for fold in ("", "-fold-0", "-fold-1")]
     trainer.train()
-    results, rows, learned = trainer.results, trainer._run.rows, trainer._run.datasets["train"]
+    results, rows, learned = trainer.results, trainer.run.rows, trainer.run.datasets["train"]
     assert results["data"]["train"]["rows"] == results["data"]["validation"]["rows"] == 30
     assert results["data"]["validation"]["source"] == "2 folds of train"
     assert [run["epochs"] for run in results["runs"]] == [2.0, 2.0], "nothing stops it early"
@@ -72,8 +77,8 @@ def test_a_head_of_replies_says_how_soon_it_halts(backbone_folder, tmp_path):
     assert "halted by `awful`" in (tmp_path / "head" / "README.md").read_text()
 
 
-class TestTwins:
-    """A twin has not learned from the sources that it is measured on, nor from pieces cut from them."""
+class TestAblations:
+    """An ablation has not learned from the sources that it is measured on, nor from pieces cut from them."""
 
     @pytest.fixture
     def recipe(self, tmp_path):
@@ -89,7 +94,7 @@ class TestTwins:
             "labels": {"names": ["harmless", "harmful"], "flagged": ["harmful"]},
             "train": sources,
             "validation": {"share": 0.2},
-            "copies": {"names": ["lead_in", "earlier_turns"], "share": 0.3},
+            "augmentations": {"names": ["lead_in", "earlier_turns"], "share": 0.3},
             "head": {"probe_type": "gate", "token_scope": "user", "layers": [0.5, 1.0, 0.6]},
             "training": {"num_train_epochs": 4, "learning_rate": 0.03},
             "calibration": {"sources": [rows("mild", 60, 0)], "rates": [0.1, 0.05]},
@@ -106,23 +111,25 @@ class TestTwins:
     def test_what_is_measured(self, recipe, backbone_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (2, 2)))
         trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
-        assert list(trainer.heads) == ["seed-0", "twin-lists", "twin-talks"]
-        rows, run, learned = trainer._run.rows, trainer._run, trainer.train_dataset
+        assert list(trainer.heads) == ["seed-0", "ablation-lists", "ablation-talks"]
+        rows, run, learned = trainer.run.rows, trainer.run, trainer.train_dataset
 
         def rows_of(source, part):
             return [row for row, text in enumerate(part.texts) if f" {source}-" in str(text)]
 
-        for twin, source in (("lists", "list"), ("talks", "talk")):
+        for ablation, source in (("lists", "list"), ("talks", "talk")):
             held = rows_of(source, rows.train)
-            assert rows.twins[twin].left_out == held, "copies with a lead-in from these rows as well"
-            assert rows.twins[twin].unjudged == rows_of(source, rows.validation), "nor is it chosen by them"
-            by_twin = learned.learned_by[:, list(run.heads).index(f"twin-{twin}")]
-            assert sorted({row for row, learns in zip(learned.rows, by_twin, strict=True) if not learns}) == held
+            assert rows.ablations[ablation].left_out == held, "augmentations with a lead-in from these rows as well"
+            assert rows.ablations[ablation].excluded_from_validation == rows_of(source, rows.validation), (
+                "nor is it chosen by them"
+            )
+            by_ablation = learned.learned_by[:, list(run.heads).index(f"ablation-{ablation}")]
+            assert sorted({row for row, learns in zip(learned.rows, by_ablation, strict=True) if not learns}) == held
         assert max(map(learned.rows.count, learned.rows)) == 2, "repeated rows"
         trainer.train()
         trainer.save_model()
         measured = trainer.results["measured"]
-        assert [(part["name"], part["twin"], part["rows"]) for part in measured["parts"]] == [
+        assert [(part["name"], part["ablation"], part["rows"]) for part in measured["parts"]] == [
             ("seen", None, 20), ("other", None, 20), ("list", "lists", 30), ("talk", "talks", 80),
             ("seen, int8 copy of the backbone", None, 20), ("seen, int4 copy of the backbone", None, 20),
         ]  # fmt: skip
@@ -139,7 +146,7 @@ class TestTwins:
         assert counts == {"bad!": 22, "kind": 8} and "slices" not in shares["seen, int8 copy of the backbone"]
         whole, int8 = (shares[name]["labels"]["harmful"]["fpr-10%"]["share"] for name in list(shares)[::4])
         assert abs(whole - int8) <= 0.1, "int8 weights change little"
-        assert trainer._chosen.backbone is run.lm
+        assert trainer.chosen.backbone is run.lm
         saved = read_head(tmp_path / "head")
         assert saved.config.layers == [2, 4] and saved.config.thresholds.keys() == {"fpr-10%", "fpr-5%"}
         assert saved.results["measured"] == measured and saved.results["data"]["calibration"]["rows"] == 60
@@ -181,7 +188,10 @@ class TestTwins:
             assert part["labels"][label]["auroc"] == part["auroc"], "of the only label that some rows have"
             assert part["tfidf"]["labels"][label]["auroc"] == 1, "a word tells it"
         card = (tmp_path / "head" / "README.md").read_text()
-        assert "| three (ablation trained without sizes) | big | 16 | " in card and "flagged at each threshold" not in card
+        assert (
+            "| three (ablation trained without sizes) | big | 16 | " in card
+            and "flagged at each threshold" not in card
+        )
 
     def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path, monkeypatch, hub, token):
         lm, tokenizer = load_backbone(str(backbone_folder))
@@ -192,7 +202,8 @@ class TestTwins:
         trainer.train()
         assert trainer.predict([("Go!", "harmless"), ("Kill!", "harmful")]).predictions.shape == (2, 1, 2)
         trainer.save_model(tmp_path / "other")
-        assert read_head(tmp_path / "other").config.layers == [2, 4] and not (tmp_path / "head").exists()
+        assert read_head(tmp_path / "other").config.layers == [2, 4] == read_head(tmp_path / "head").config.layers
+        assert not (tmp_path / "head" / CHECKPOINTS).exists(), "the head alone"
         write(log := tmp_path / "head" / CHECKPOINTS / "runs" / "events", 1)  # as TensorBoard does
         trainer.push_to_hub()
         assert list(hub.repositories) == ["alice/head"] and log.is_file()
@@ -211,7 +222,7 @@ class TestResuming:
             return train(tmp_path, tmp_path / "backbone", rows, resume, training=changes)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(trainer, "finish", Mock(side_effect=KeyboardInterrupt))
+            patched.setattr(recipe_trainer, "choose_head", Mock(side_effect=KeyboardInterrupt))
             resumed(resume=False)
         assert list((tmp_path / "head" / CHECKPOINTS).glob("checkpoint-*"))
         assert (tmp_path / "head" / ".states").is_dir()
@@ -220,7 +231,7 @@ class TestResuming:
     def test_the_same_training(self, stopped, backbone_folder, tmp_path, monkeypatch):
         with pytest.raises(ProbeError, match=r"stopped run.*--resume"):
             train_recipe(recipe_of(tmp_path), str(backbone_folder), tmp_path / "head")
-        monkeypatch.setattr(ProbeTrainer, "training_step", lambda *_: pytest.fail("nothing is left to train"))
+        monkeypatch.setattr(HeadTrainer, "training_step", lambda *_: pytest.fail("nothing is left to train"))
         assert stopped()["runs"]
         assert not (tmp_path / "head" / CHECKPOINTS).exists() and not (tmp_path / "head" / ".states").exists()
 
@@ -229,6 +240,12 @@ class TestResuming:
         for resumes in (True, False):
             ProbeTrainer.from_recipe(recipe_of(tmp_path), **place).train(resume_from_checkpoint=resumes)
             assert ("/checkpoint-3 is of an earlier run: train(" in caplog.text) != resumes
+
+    def test_before_the_first_checkpoint(self, backbone_folder, tmp_path, monkeypatch):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(HeadTrainer, "training_step", Mock(side_effect=KeyboardInterrupt))
+            train(tmp_path, backbone_folder)
+        assert train(tmp_path, backbone_folder, resume=True)["runs"]
 
     def test_another_training_is_refused(self, stopped, tmp_path):
         for changes, name in (({"learning_rate": 0.5}, "learning_rate"), ({"rows": 42}, "train")):
@@ -257,12 +274,110 @@ def test_rows_of_the_hub_make_the_head_of_local_copies(hub, copies, backbone_fol
     assert fetched == local
 
 
-def test_states_go_where_the_training_fails_and_folders_of_ones_own_stay(backbone_folder, tmp_path, monkeypatch):
+class TestMeasuring:
+    """A run that ends while it measures leaves its head, and a resumed run measures the rest."""
+
+    @pytest.fixture
+    def run(self, backbone_folder, tmp_path):
+        """A function that starts or resumes a run with three things to measure, and counts the steps of its training."""
+        sources = [{"rows": write(tmp_path / f"{name}.jsonl", 20, (f"{name}?", f"{name}!"))} for name in "abc"]
+
+        def start(resume=False):
+            settings = {"num_train_epochs": 2, "save_strategy": "no"}
+            return train(
+                tmp_path, backbone_folder, resume=resume, training=settings, test={"share": 0.2},
+                measure={"sources": sources, "wrappings": "b"},
+            )  # fmt: skip
+
+        return start
+
+    @pytest.fixture
+    def expected(self, run, tmp_path):
+        results = run()
+        shutil.rmtree(tmp_path / "head")
+        return results
+
+    def is_left(self, folder):
+        assert read_head(folder).config.threshold is not None and "flag" in (folder / "README.md").read_text()
+        assert list((folder / ".states").rglob("*.safetensors")), "the states"
+        return read_head(folder).results
+
+    def assert_resumes(self, run, expected, monkeypatch, measured):
+        """Resume, and compare the parts that are measured then, and all results."""
+        parts, measure_part = [], measurements._measure_part
+        counted = lambda *given: parts.append(given[2].texts[0][0]) or measure_part(*given)  # noqa: E731
+        monkeypatch.setattr(measurements, "_measure_part", counted)
+        monkeypatch.setattr(HeadTrainer, "training_step", lambda *_: pytest.fail("it is trained already"))
+        assert json.loads(json.dumps(run(resume=True))) == json.loads(json.dumps(expected))
+        assert parts == measured
+
+    def fail_at(self, number, fail):
+        """A `_measure_part` that fails at the part with a number."""
+        numbers, measure_part = count(), measurements._measure_part
+        return lambda *given: fail() if next(numbers) == number else measure_part(*given)
+
+    def test_an_exception_in_the_middle(self, run, expected, tmp_path, monkeypatch, caplog):
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of order"):
+            patched.setattr(
+                measurements, "_measure_part", self.fail_at(1, Mock(side_effect=RuntimeError("out of order")))
+            )
+            run()
+        assert "--resume" in caplog.text
+        left = self.is_left(tmp_path / "head")
+        assert [part["name"] for part in left["measured"]["parts"]] == ["a"] and left["summary"]["test"]
+        with pytest.raises(ProbeError, match=r"stopped run.*--resume"):
+            train_recipe(recipe_of(tmp_path), "never-loaded", tmp_path / "head")
+        self.assert_resumes(run, expected, monkeypatch, ["b", "c"])
+        assert not (tmp_path / "head" / ".states").exists() and not (tmp_path / "head" / CHECKPOINTS).exists()
+
+    def test_a_kill(self, run, expected, tmp_path, monkeypatch):
+        kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+        child = os.fork()
+        if child == 0:
+            try:
+                measurements._measure_part = self.fail_at(2, kill)
+                run()
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert [part["name"] for part in self.is_left(tmp_path / "head")["measured"]["parts"]] == ["a", "b"]
+        self.assert_resumes(run, expected, monkeypatch, ["c"])
+
+    @pytest.mark.parametrize("place", ["report", "inspect_head", "write_plots"])
+    def test_it_fails_before_the_further_rows(self, run, expected, tmp_path, monkeypatch, place):
+        """On the test rows, and in what the card shows."""
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            if place == "report":  # the first is that of the validation rows
+                numbers, real = count(), training_results.report
+                fake = lambda *given: real(*given) if next(numbers) == 0 else Mock(side_effect=MemoryError)()  # noqa: E731
+            else:
+                fake = Mock(side_effect=MemoryError)
+            patched.setattr(training_results, place, fake)
+            run()
+        assert "measured" not in self.is_left(tmp_path / "head")
+        self.assert_resumes(run, expected, monkeypatch, ["a", "b", "c"])
+
+    def test_a_form_that_needs_too_much_memory_is_told(self, backbone_folder, tmp_path, monkeypatch, caplog):
+        errors = {"int8": MemoryError(), "int4": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")}
+
+        def quantised(_, form):
+            assert read_head(tmp_path / "head").config.threshold is not None, "it is saved before anything is copied"
+            raise errors[form]
+
+        monkeypatch.setattr(measurements, "quantised", quantised)
+        sources = [write(tmp_path / "a.jsonl", 20, ("a?", "a!"))]
+        measure = {"sources": sources, "quantised": ["int8", "int4"]}
+        measured = train(tmp_path, backbone_folder, measure=measure)["measured"]
+        assert [part["name"] for part in measured["parts"]] == ["a"] and "9 GiB" in caplog.text
+        assert "the int8 copy of the backbone is not measured" in caplog.text
+
+
+def test_folders_of_ones_own_stay_where_the_training_fails(backbone_folder, tmp_path, monkeypatch):
     (tmp_path / "head" / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(trainer, "finish", Mock(side_effect=RuntimeError("out of order")))
+    monkeypatch.setattr(recipe_trainer, "choose_head", Mock(side_effect=RuntimeError("out of order")))
     with pytest.raises(RuntimeError, match="out of order"):
         train(tmp_path, backbone_folder)
-    assert not (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()
+    assert (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
@@ -310,8 +425,8 @@ def test_states_are_cached_if_they_fit_or_are_there(tmp_path, backbone_folder, m
     train(tmp_path, backbone_folder, training=kept)
     monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
     for rows, passes in ((40, 0.0), (60, 2.0)):
-        run = PreparedRun(recipe_of(tmp_path, rows, kept), tmp_path / "b", str(backbone_folder), only_estimate=True)
-        assert run.estimate.passes == passes and run.estimate.rows == rows and not run.estimate.bytes
+        plan = PreparedRun(recipe_of(tmp_path, rows, kept), tmp_path / "b", str(backbone_folder)).plan()
+        assert plan.passes == passes and plan.rows == rows and not plan.bytes and not (tmp_path / "b").exists()
     assert train(tmp_path, backbone_folder, rows)["runs"] and "no hidden states on disk" in caplog.text
 
 

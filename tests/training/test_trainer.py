@@ -2,10 +2,13 @@
 
 import copy
 import gc
+import inspect
+import re
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import make_lm, make_tokenizer, read_head
 from datasets import Dataset
 from hub_server.heads import same_weights
@@ -22,7 +25,9 @@ from llama_probe.data.prompts import PromptDataset, PromptFormat
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.decision import probe_loss
 from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
-from llama_probe.training.trainer import STATES
+from llama_probe.training.head_trainer import HeadTrainer
+from llama_probe.training.recipe_trainer import RecipeTrainer
+from llama_probe.training.row_encoder import STATES
 
 
 TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)
@@ -44,7 +49,7 @@ def trainer_for(probe, folder, **changes):
 
 def mood(folder, rows=ANSWERS, held_back=ANSWERS[:12], **changes):
     """A trainer of a head for good and bad, on a backbone that is given by `changes`."""
-    if "model" in changes or "model_init" in changes:
+    if "model" in changes:
         changes.setdefault("processing_class", make_tokenizer())
     return trainer_of(folder, rows, held_back, **{"learning_rate": 3e-2, **changes})
 
@@ -96,7 +101,7 @@ class TestRows:
         trainer.train()
         assert trainer.results["novelty"]["rows"] == {"train": 70, "validation": 50}
         trainer.save_model(str(tmp_path / "head"))
-        assert read_head(tmp_path / "head").config.novelty == trainer.model.config.novelty is not None
+        assert read_head(tmp_path / "head").config.novelty == trainer.heads["head"].config.novelty is not None
         assert trainer.evaluate()["eval_accuracy"] >= 0.4, "an evaluation gathers logits alone"
 
     def test_the_head_renders_as_it_says(self, tmp_path):
@@ -136,7 +141,7 @@ class TestRows:
         trainer = mood(tmp_path, rows, rows, backbone=str(backbone_folder), num_train_epochs=1)
         trainer.train()
         predicted = trainer.predict({column: rows[column] for column in rows.keys() - {"label"}}).predictions
-        assert getattr(trainer.model.config, name) == value and len(trainer.logits) == len(predicted) == 16
+        assert getattr(trainer.heads["head"].config, name) == value and len(trainer.logits) == len(predicted) == 16
 
     @pytest.mark.parametrize(
         "changes, words",
@@ -149,13 +154,13 @@ class TestRows:
             ({"column_mapping": {"review": "text"}}, "review"),
             ({"metric_for_best_model": "r2"}, "r2"),
             ({"class_weights": "1"}, "class_weights has 1"),
-            ({"label_smoothing_factor": 1.0}, "label_smoothing=1.0"),
+            ({"label_smoothing_factor": 1.0}, "label_smoothing_factor=1.0"),
             ({"include_for_metrics": ["inputs"], "cache_states": True}, "cache_states=True: include_for_metrics"),
             ({"token_loss": "max"}, "token_loss='max'"),
             ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
-            ({"token_loss": "top-k"}, "token_loss='top-k'.* token_scope='prompt'"),
-            ({"model": head(token_scope="response"), "token_loss": "softmax"}, "token_loss='softmax'.*flagged"),
-            ({"model": head(**GUARD), "rows": IDS, "held_back": None, "token_loss": "softmax"}, "rows with replies"),
+            ({"token_loss": "monotone"}, "token_loss='monotone'.* token_scope='prompt'"),
+            ({"model": head(token_scope="response"), "token_loss": "monotone"}, "token_loss='monotone'.*flagged"),
+            ({"model": head(**GUARD), "rows": IDS, "held_back": None, "token_loss": "monotone"}, "rows with replies"),
             ({"rows": Dataset.from_dict({"text": ["a"]}).to_iterable_dataset()}, "one split in memory"),
             ({"held_back": "rows.csv"}, "eval_dataset"),
             ({"held_back": {}}, "eval_dataset"),
@@ -207,32 +212,48 @@ def test_a_trainer_that_is_freed_leaves_the_states_of_the_next(tmp_path, monkeyp
         del trainer
 
 
-def test_model_init_and_a_search(tmp_path):
-    lm, made = make_lm(vocab_size=260), []
-    own = {"model_init": lambda trial: made.append(head(lm, probe_type="gate")) or made[-1]}
-    trainer = mood(tmp_path, num_train_epochs=1, **own)
-    best = trainer.hyperparameter_search(n_trials=2)
-    assert len(made) >= 3 and 0 <= best.objective <= 1 and "learning_rate" in best.hyperparameters
-    trainer.args.per_device_train_batch_size, trainer.args.focal_gamma = 2, 2.0  # as one sets what was found
-    trainer.train()
-    assert trainer.state.max_steps == 16 and trainer.compute_loss_func.focal_gamma == 2.0
-    assert made[-1].config.id2label == {0: "bad", 1: "good"} and made[-1].config.prompt_format == "chat"
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda folder: mood(folder, model_init=lambda: head(make_lm(vocab_size=260))),
+        lambda folder: mood(folder, model=head(make_lm(vocab_size=260))).hyperparameter_search(n_trials=2),
+    ],
+)
+def test_a_search_is_that_of_a_recipe(tmp_path, call):
+    with pytest.raises(ProbeError, match="search of a recipe"):
+        call(tmp_path)
 
 
-@pytest.mark.parametrize("later", [{"layers": [2]}, {"probe_type": "mha"}, {"token_scope": "prompt"}])
-def test_model_init_keeps_to_the_states_that_are_cached(tmp_path, later):
-    lm, fields = make_lm(vocab_size=260), {"probe_type": "last", "layers": [4], "token_scope": "content"}
-    trainer = mood(tmp_path, model_init=lambda: head(lm, **fields), cache_states=True)
-    fields |= later
-    with pytest.raises(ProbeError, match="model_init gives heads that read"):
-        trainer.train()
+# Methods of transformers that no page describes, and that this package overrides or calls, with their parameters.
+HOOKS = {
+    "_clip_grad_norm": ["self", "model"],
+    "_get_dataloader": ["self", "dataset", "description", "batch_size", "sampler_fn"],
+    "_get_eval_sampler": ["self", "eval_dataset"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_save_rng_state": ["self", "output_dir"],
+}
 
 
-def test_a_search_for_the_smallest_loss_of_any_epoch(tmp_path):
-    losses = iter([0.5, 0.2, 0.9, 0.7, 0.6, 0.8])
-    own = {"compute_metrics": lambda _: {"own_loss": next(losses)}, "metric_for_best_model": "own_loss"}
-    trainer = mood(tmp_path, model_init=lambda: head(make_lm(vocab_size=260)), num_train_epochs=3, **own)
-    assert trainer.hyperparameter_search(n_trials=2).objective == 0.2
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_of_transformers_is_where_it_was(name):
+    assert hasattr(Trainer, name), f"transformers {transformers.__version__} has no Trainer.{name}"
+    parameters = list(inspect.signature(getattr(Trainer, name)).parameters)
+    assert parameters[: len(HOOKS[name])] == HOOKS[name], f"Trainer.{name} takes other parameters"
+
+
+def test_each_hook_that_is_overridden_is_listed_and_called(tmp_path, monkeypatch):
+    overridden = {name for owner in (HeadTrainer, RecipeTrainer) for name in vars(owner) if hasattr(Trainer, name)}
+    hooks = {name for name in overridden if re.match("_[a-z]", name)}
+    assert hooks == set(HOOKS) - {"_get_dataloader"}
+    called = set()
+    for name in hooks:
+        real = getattr(HeadTrainer, name)
+        spy = lambda *given, name=name, real=real: called.add(name) or real(*given)  # noqa: E731
+        monkeypatch.setattr(HeadTrainer, name, spy)
+    monkeypatch.setattr(HeadTrainer, "push_to_hub", lambda *_: None)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+    trainer_for(head(make_lm()), tmp_path, num_train_epochs=1, push_to_hub=True).train()
+    assert called == hooks, "a release of transformers does not call the others any more"
 
 
 def test_a_reply_in_token_ids_ends_with_its_mask(tmp_path):
@@ -279,7 +300,8 @@ def test_learns_and_leaves_the_backbone_bit_identical(tmp_path):
     assert same_weights(lm, make_lm())
     assert not lm.training and all(p.grad is None for p in lm.parameters())
     saved = load_file(next(tmp_path.glob("checkpoint-*")) / "model.safetensors")
-    assert saved.keys() == probe.state_dict().keys(), "checkpoints hold only the head"
+    names = {f"heads.head.{name}" for name in probe.state_dict()}
+    assert saved.keys() == names, "checkpoints hold only the head"
     assert trainer.evaluate()["eval_auprc"] == trainer.state.best_metric > 0.85
 
 

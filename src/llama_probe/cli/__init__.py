@@ -39,7 +39,7 @@ COMMANDS = {
         'llama-probe classify --input "rows/*.parquet" --output labels')),
     "train": Entry("train", "Train a head by a recipe, or on labelled rows, and write its folder: config, weights, results, recipe and card.", (
         "llama-probe train guard --backbone Qwen/Qwen2.5-1.5B-Instruct --output my-guard",
-        "llama-probe train --train rows.csv --flag bad --output my-head",
+        "llama-probe train --train rows.csv --flagged bad --output my-head",
         "llama-probe train sst2 --set head.probe_type=gate --set seeds=3 --output sst2-head")),
     "evaluate": Entry("evaluate", "Score a head on labelled rows, with its saved temperature and threshold.", (
         "llama-probe evaluate --probe my-head --data test.csv",

@@ -24,7 +24,7 @@ def calibrate(
     probe: str,
     benign: Annotated[list[str] | None, ROWS] = None,
     rate: list[float] = (0.02, 0.005),
-    flag: str | None = None,
+    flagged: str | None = None,
     novelty_data: list[str] | None = None,
     novelty_validation: list[str] | None = None,
     max_rows: Annotated[int, {"min": MIN_ROWS}] = MAX_ROWS,
@@ -35,7 +35,7 @@ def calibrate(
         probe: a head folder. Its thresholds, or its novelty, are replaced.
         benign: rows to flag seldom; they need no label column.
         rate: share of these rows that may be flagged. The first gives the head's own threshold.
-        flag: label that the thresholds are for. Default: the one that the head flags. It is saved with the head.
+        flagged: label that the thresholds are for. Default: the one that the head flags. It is saved with the head.
         novelty_data: rows that the head was trained on, to fit how unlike them a prompt is; they need no label column.
         novelty_validation: further rows of that kind, to calibrate novelty on. Default: a quarter of --novelty-data.
         max_rows: rows of each --novelty-data and --novelty-validation at most, at random.
@@ -45,8 +45,8 @@ def calibrate(
         raise ProbeError("calibrate needs rows: give --benign for thresholds, or --novelty-data")
     if novelty_validation and not novelty_data:
         raise ProbeError(f"--novelty-validation {novelty_validation[0]} needs --novelty-data")
-    if flag is not None and not benign:
-        raise ProbeError(f"--flag {flag} needs --benign, rows to fit its thresholds on")
+    if flagged is not None and not benign:
+        raise ProbeError(f"--flagged {flagged} needs --benign, rows to fit its thresholds on")
     scored = ScoredHead(probe, options)
     head = scored.head
     # These take seconds to import.
@@ -57,8 +57,8 @@ def calibrate(
     if novelty_data:
         novelty_layers(head.config)
     before = head.config
-    if flag is not None:
-        head.config = head.config.replace(flagged=[flag], threshold=None, thresholds=None)
+    if flagged is not None:
+        head.config = head.config.replace(flagged=[flagged], threshold=None, thresholds=None)
     if benign:
         check_rates(head.config, rate)
 

@@ -22,7 +22,7 @@ from .options import BACKBONE, COUNT, ROWS, Result, command_line
 
 
 _RECIPE = {"help": f"Recipes: {', '.join(recipe_names())}."}
-_KINDS = {"help": f"Kinds: {', '.join(probe_types())}; auto: by number of rows."}
+_TYPES = {"help": f"Head types: {', '.join(probe_types())}; auto: by number of rows."}
 _MAX_TRIALS = 20  # configurations of a search that are printed
 
 
@@ -33,14 +33,14 @@ def train(
     output: Path,
     backbone: Annotated[str, BACKBONE] = "demo",
     train: Annotated[list[str] | None, ROWS] = None,
-    eval: str | None = None,
+    validation: str | None = None,
     test: str | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
     prompt_column: str | None = None,
-    flag: list[str] | None = None,
-    probe_type: Annotated[str | None, _KINDS] = None,
-    epochs: float | None = None,
+    flagged: list[str] | None = None,
+    probe_type: Annotated[str | None, _TYPES] = None,
+    num_train_epochs: float | None = None,
     set_: list[str] | None = None,
     data_dir: Path | None = None,
     licence: Literal["commercial"] | None = None,
@@ -57,20 +57,20 @@ def train(
         output: folder for the head.
         backbone: the model to read.
         train: training rows. Given again, the rows of all of them.
-        eval: validation rows. Default: those of a named --train, else a part of the training rows.
+        validation: validation rows. Default: those of a named --train, else a part of the training rows.
         test: test rows, scored once at the end. Default: those of a named --train.
-        flag: label to find, by name: halt_on halts on it; thresholds and metrics are for it.
-        probe_type: kind of head.
-        epochs: epochs at most. Default: by number of rows.
+        flagged: label to find, by name: halt_on halts on it; thresholds and metrics are for it.
+        probe_type: type of head.
+        num_train_epochs: epochs at most. Default: by number of rows.
         set_: set a field of the recipe: seeds=3, head.layers=[0.5,1.0], training.patience=2.
         licence: leave out the rows whose licence forbids commercial use, or is not known.
-        resume: resume a run that was stopped.
+        resume: continue a run that was stopped: train on, or measure what is missing of its head.
         overwrite: replace the head that --output holds.
         dry_run: say how many rows, tokens, hours and GB it takes, and stop.
     """
     columns = {"text_column": text_column, "label_column": label_column, "prompt_column": prompt_column}
-    source = _recipe_source(recipe, train or [], {"validation": eval, "test": test}, columns)
-    short = {"labels.flagged": flag, "head.probe_type": probe_type, "training.num_train_epochs": epochs}
+    source = _recipe_source(recipe, train or [], {"validation": validation, "test": test}, columns)
+    short = {"labels.flagged": flagged, "head.probe_type": probe_type, "training.num_train_epochs": num_train_epochs}
     short |= {"licence": licence, "max_text": None if max_text == MAX_TEXT else max_text}
     settings = [f"{field}={json.dumps(value)}" for field, value in short.items() if value is not None]
     loaded = Recipe.load(source, [*(set_ or []), *settings])
@@ -80,7 +80,7 @@ def train(
 
     place = {"recipe": loaded, "backbone": backbone, "output": output, "dtype": dtype, "data_dir": data_dir}
     if dry_run:
-        estimate = PreparedRun(**place, only_estimate=True).estimate
+        estimate = PreparedRun(**place).plan()
         values = vars(estimate) | {"seconds": estimate.seconds}
         return (values, partial(print_text, str(estimate))) if is_main() else None
     results = train_recipe(**place, resume=resume, overwrite=overwrite)
@@ -134,7 +134,7 @@ def _print(results: JSON, output: Path) -> None:
     if measured := results.get("measured"):
         _print_measured(measured)
     if "r2" not in results["summary"]["validation"]:  # values are not flagged
-        print(f"flagged: {', '.join(results['flagged']) or 'no label; name one with --flag, or in halt_on'}")
+        print(f"flagged: {', '.join(results['flagged']) or 'no label; name one with --flagged, or in halt_on'}")
     print(f"head written to {output}")
 
 
@@ -142,7 +142,11 @@ def _print_measured(measured: JSON) -> None:
     is_value = any("r2" in part for part in measured["parts"])
     rates, figure, rows = measured["rates"], "r2" if is_value else "auroc", {}
     for part in measured["parts"]:
-        name = part["name"] if part["twin"] is None else f"{part['name']} (twin without {part['twin']})"
+        name = (
+            part["name"]
+            if part["ablation"] is None
+            else f"{part['name']} (ablation trained without {part['ablation']})"
+        )
         for label, shares in (part.get("labels") or {"all": part}).items():
             flagged = {rate: shares[rate]["share"] if rate in shares else None for rate in rates}
             score = shares.get(figure, part.get(figure))

@@ -188,7 +188,7 @@ def _harmless_rows(rows: LabelledTexts) -> np.ndarray:
     names = rows.label_names
     flagged = flagged_by({"flagged": rows.flagged}, names)
     if flagged is None:
-        example = f"flagged=[{names[0]!r}] or --flag {names[0]}"
+        example = f"flagged=[{names[0]!r}] or --flagged {names[0]}"
         raise ProbeError(f"augmentations need the label to flag, such as {example}; labels: {', '.join(names)}")
     return np.flatnonzero(~np.isin(rows.labels, [names.index(name) for name in flagged]))
 

@@ -127,7 +127,7 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     scores = probabilities(logits.float(), config)[:, index].numpy()
     share = float((scores >= 0.5).mean())
     if share > _MOST_FLAGGED:
-        raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flag")
+        raise ProbeError(f"{share:.0%} of the rows get {label!r}, the label to flag: wrong rows, or another --flagged")
     if not scores.any():  # heads of tools give such rows the probability 0
         raise ProbeError(f"token_scope={config.token_scope!r}: the rows hold nothing that the head reads")
     thresholds = {}

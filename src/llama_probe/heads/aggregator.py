@@ -64,7 +64,7 @@ class Aggregator(nn.Module, ABC):
         reads: `"all"`, or `"last"` if only the last token that counts and the last layer matter. Other states are then
             neither captured nor cached.
         normalize: default of `ProbeConfig.normalize`.
-        recipe: default hyper-parameters of training: fields of `Recipe` and of `ProbeConfig`.
+        training_defaults: fields of `ProbeTrainingArguments` and of `ProbeConfig`, if the user leaves them out.
         auto_up_to: `probe_type="auto"` takes, of all head types, the smallest value that is at least the number of training rows.
             0: never.
         search_space: further hyper-parameters of a search, by field or option: a tuple (low, high) is a range, a list has
@@ -76,9 +76,9 @@ class Aggregator(nn.Module, ABC):
 
     reads: ClassVar[str] = "all"
     normalize: ClassVar[str] = "layernorm"
-    recipe: ClassVar[dict[str, float]] = {
+    training_defaults: ClassVar[dict[str, float]] = {
         "learning_rate": 1e-3,
-        "label_smoothing": 0.05,
+        "label_smoothing_factor": 0.05,
         "dropout": 0.2,
         "layer_dropout": 0.1,
     }

@@ -222,7 +222,7 @@ class ProbeConfig:
             head = f"{self.problem_type} of {', '.join(names)}"
             raise ProbeError(f"{purpose} needs a head that gives one of two labels; this one is {head}")
         if self.flagged_index is None:
-            way = f"flagged=[{names[0]!r}], or on the command line train or calibrate --flag {names[0]}"
+            way = f"flagged=[{names[0]!r}], or on the command line train or calibrate --flagged {names[0]}"
             raise ProbeError(f"{purpose} needs the label to flag; name it, {way}; labels: {', '.join(names)}")
         return self.flagged_index
 

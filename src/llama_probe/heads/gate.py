@@ -17,7 +17,7 @@ class GateAggregator(Aggregator):
     running sums, and these are the whole state. w starts at zero: an untrained gate is mean pooling.
     """
 
-    recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
+    training_defaults = Aggregator.training_defaults | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     auto_up_to = 512
     search_space = {"learning_rate": (1e-4, 3e-2)}
     reads_half = True

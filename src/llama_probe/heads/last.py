@@ -14,7 +14,7 @@ class LastItemAggregator(Aggregator):
     No other layer matters: `layers=[k]` is a linear probe of state k, and `"all"` one of the final state.
     """
 
-    recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
+    training_defaults = Aggregator.training_defaults | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     reads = "last"
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:

@@ -25,7 +25,7 @@ class MultiMaxAggregator(LowRankAggregator):
     labels: `(L+1) M R (D + C + 1)`, and a few biases. State: the largest value so far of each direction, `M R` numbers.
     """
 
-    recipe = LowRankAggregator.recipe | {"learning_rate": 3e-3, "dropout": 0.1}
+    training_defaults = LowRankAggregator.training_defaults | {"learning_rate": 3e-3, "dropout": 0.1}
     auto_up_to = math.inf
     search_space = {"num_maxima": [1, 2, 4, 8], "num_members": [1, 4, 8, 16]}
     options = {

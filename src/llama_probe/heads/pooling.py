@@ -11,7 +11,7 @@ from .aggregator import Aggregator, State, drop_masked, masked_max, register_pro
 class PoolingAggregator(Aggregator):
     """Mean or maximum of the valid items. State: a running sum with its count, or a running maximum."""
 
-    recipe = Aggregator.recipe | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
+    training_defaults = Aggregator.training_defaults | {"learning_rate": 1e-2, "dropout": 0.1, "layer_dropout": 0.0}
     auto_up_to = 128
     search_space = {"learning_rate": (1e-4, 3e-2), "pool": ["mean", "max"]}
 

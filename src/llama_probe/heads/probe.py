@@ -265,12 +265,7 @@ class ProbeModel(nn.Module):
             mask = self._checked(attention_mask if probe_mask is None else probe_mask, x.shape[1:3])
         else:
             raise ProbeError("give either input_ids (with a backbone) or hidden_states")
-        with without_autocast(self.device):
-            if reply_mask is None:
-                output = self.score(self.normalize(x), mask, output_attentions, segments)
-            else:
-                output = self.score_replies(self.normalize(x), mask, reply_mask)
-        output.row_weights = row_weights
+        output = self.score_batch(self.normalize(x), mask, row_weights, reply_mask, output_attentions, segments)
         if labels is not None:
             output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
         return output
@@ -283,6 +278,24 @@ class ProbeModel(nn.Module):
         mask = mask.to(self.device).bool()
         check_rows(mask)
         return mask
+
+    def score_batch(
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None,
+        row_weights: torch.Tensor | None = None,
+        reply_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        segments: torch.Tensor | None = None,
+    ) -> ProbeOutput:
+        """Score normalised states for the loss: whole rows, or with `reply_mask` as `score_replies` does; see `forward`."""
+        with without_autocast(self.device):
+            if reply_mask is None:
+                output = self.score(x, mask, output_attentions, segments)
+            else:
+                output = self.score_replies(x, mask, reply_mask)
+        output.row_weights = row_weights
+        return output
 
     def score(
         self,

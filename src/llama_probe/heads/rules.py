@@ -1,10 +1,10 @@
-"""Rules for the fields of a `ProbeConfig`: the values that each may hold."""
+"""Rules for fields: the values that each may hold, and those of a `ProbeConfig`."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeGuard, get_args
 
 from ..errors import ProbeError
@@ -139,16 +139,19 @@ RULES: dict[str, Rule] = {
 }
 
 
-def check_fields(config: Any) -> None:
-    """Raise `ProbeError` for the first field that breaks its rule. The message names the field and what is allowed.
+def check_fields(owner: Any, rules: Mapping[str, Rule] = RULES) -> None:
+    """Raise `ProbeError` for the first field of a dataclass that breaks its rule. The message names the field and the rule.
 
     None is allowed where it is the default.
+
+    Args:
+        rules: of some of the fields, by name. Defaults to those of a `ProbeConfig`.
     """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in RULES or (value is None and field.default is None):
+    for field in dataclasses.fields(owner):
+        value = getattr(owner, field.name)
+        if field.name not in rules or (value is None and field.default is None):
             continue
-        allowed, holds = RULES[field.name]
+        allowed, holds = rules[field.name]
         if not holds(value):
             raise ProbeError(f"{field.name}={value!r} must be {allowed}")
 

@@ -134,7 +134,19 @@ def read_config_values(folder: str | os.PathLike) -> JSON:
 def read_results(folder: str | os.PathLike) -> JSON | None:
     """Read the `results.json` of a head folder; None if the head was never evaluated."""
     path = current_file(folder, RESULTS_NAME)
-    return read_json(path) if os.path.isfile(path) else None
+    return _renamed(read_json(path)) if os.path.isfile(path) else None
+
+
+def _renamed(results: JSON) -> JSON:
+    """Return results in which the keys that earlier code wrote have their present names."""
+    recipe, measured = results.get("recipe"), results.get("measured")
+    if isinstance(recipe, dict) and "label_smoothing" in recipe:
+        recipe["label_smoothing_factor"] = recipe.pop("label_smoothing")
+    parts = measured.get("parts") if isinstance(measured, dict) else None
+    for part in parts if isinstance(parts, list) else []:
+        if isinstance(part, dict) and "twin" in part:
+            part["ablation"] = part.pop("twin")
+    return results
 
 
 def chosen_run(results: JSON) -> JSON:

@@ -11,20 +11,27 @@ import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..errors import ProbeError
 from ..evaluation.metrics import default_metric
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.rules import Rule, check_fields
 from .defaults import SCHEDULES
-from .loss import TOKEN_LOSSES
+from .loss import MONOTONE
 
 
 _BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-_RANGES = {
-    "above 0": (lambda value: 0 < value < math.inf, ("learning_rate", "num_train_epochs")),
-    "at least 1 and below 2**31": (lambda value: 1 <= value < 2**31, (*_BATCHES, "patience")),
-    "at least 0": (lambda value: 0 <= value < math.inf, ("weight_decay", "focal_gamma")),
+_POSITIVE: Rule = ("above 0", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE: Rule = ("at least 0", lambda value: 0 <= value < math.inf)
+_COUNT: Rule = ("at least 1 and below 2**31", lambda value: 1 <= value < 2**31)
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("learning_rate", "num_train_epochs"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "focal_gamma"), _NOT_NEGATIVE),
+    **dict.fromkeys(_BATCHES, _COUNT),
+    "patience": ("at least 1, or None", lambda value: value is None or 1 <= value < 2**31),
+    "cache_states": ("True, False or 'auto'", lambda value: value in (True, False, "auto")),
+    "token_loss": (f"{MONOTONE!r}, or left out", lambda value: value == MONOTONE),
+    "neftune_noise_alpha": ("left out: it is for embeddings, which heads do not have", lambda value: False),
 }
 
 
@@ -33,13 +40,16 @@ class ProbeTrainingArguments(TrainingArguments):
     """`TrainingArguments` for heads: cosine schedule, rows grouped by length, the best epoch kept.
 
     Args:
-        learning_rate, num_train_epochs, per_device_train_batch_size, label_smoothing_factor: default to a choice by the kind
-            of the head and the number of rows.
+        learning_rate: defaults to that of the head type.
+        num_train_epochs: epochs at most. Defaults to a choice by the number of rows.
+        per_device_train_batch_size: rows of a step; in a recipe those of all devices. Defaults to a choice by the number of rows.
+        label_smoothing_factor: share of the target that is spread over the labels. Defaults to that of the head type.
+        train_sampling_strategy: rows of similar length in a batch, which pads less.
         load_best_model_at_end: keep the weights of the best evaluation, in memory and in checkpoints. It needs evaluations,
             and no checkpoints.
         focal_gamma: exponent of the focal loss; 0 for plain cross-entropy.
-        token_loss: for heads that follow replies, how they learn from the score after each token: `"softmax"`, `"top-k"` or
-            `"monotone"`; see `TOKEN_LOSSES`. None: from the score of the whole reply, half of the time of a part of it.
+        token_loss: for heads that follow replies. `"monotone"`: they learn from the score after each token; see `monotone_loss`.
+            None: from the score of the whole reply, half of the time of a part of it.
         class_weights: `"balanced"`, or one weight a label: a list, or numbers with commas.
         patience: stop after this many evaluations without a better metric. None: never. It needs `load_best_model_at_end`.
         max_false_positive_rate: choose the threshold of the highest recall that flags at most this share of the negative
@@ -88,20 +98,9 @@ class ProbeTrainingArguments(TrainingArguments):
     novelty: bool = True
 
     def __post_init__(self):
-        if self.cache_states not in (True, False, "auto"):
-            raise ProbeError(f"cache_states={self.cache_states!r} must be True, False or 'auto'")
-        if self.token_loss not in (None, *TOKEN_LOSSES):
-            raise ProbeError(f"token_loss={self.token_loss!r} must be one of: {', '.join(TOKEN_LOSSES)}")
-        if self.neftune_noise_alpha is not None:
-            raise ProbeError(
-                f"neftune_noise_alpha={self.neftune_noise_alpha} is for embeddings, which heads do not have"
-            )
+        check_fields(self, _RULES)
         if self.cache_dir is not None:
             self.cache_dir = os.path.expanduser(self.cache_dir)
-        for allowed, (is_allowed, names) in _RANGES.items():
-            for name in names:
-                if (value := getattr(self, name)) is not None and not is_allowed(value):
-                    raise ProbeError(f"{name}={value} must be {allowed}")
         chosen = self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end
         self.load_best_model_at_end = False  # the parent's needs a checkpoint for each evaluation
         super().__post_init__()
@@ -116,7 +115,7 @@ class ProbeTrainingArguments(TrainingArguments):
             "num_train_epochs": epochs,
             "per_device_train_batch_size": math.ceil((batch_size or default_size) / self.world_size),
             "metric_for_best_model": default_metric(config),
-            **self.by_kind(config),
+            **self.open_for(config),
         }
         for name, value in open_fields.items():
             if getattr(self, name) is None:
@@ -124,11 +123,10 @@ class ProbeTrainingArguments(TrainingArguments):
         if self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
-    def by_kind(self, config: ProbeConfig) -> JSON:
-        """Return the arguments that are open and follow from the kind of a head."""
-        recipe = get_probe_type(config.probe_type).recipe
-        values = {"learning_rate": recipe["learning_rate"], "label_smoothing_factor": recipe["label_smoothing"]}
-        return {name: value for name, value in values.items() if getattr(self, name) is None}
+    def open_for(self, config: ProbeConfig) -> JSON:
+        """Return the arguments that are open and follow from the type of a head."""
+        defaults = get_probe_type(config.probe_type).training_defaults
+        return {name: value for name, value in defaults.items() if hasattr(self, name) and getattr(self, name) is None}
 
     def check(self) -> None:
         """Make what the Trainer makes after the pass of the backbone, which takes long: raise now for what cannot be made."""
@@ -158,5 +156,5 @@ class ProbeTrainingArguments(TrainingArguments):
         names += " metric max_false_positive_rate threshold_rule" + (" token_loss" if self.token_loss else "")
         return {name: getattr(self, name) for name in names.split()} | {
             "per_device_train_batch_size": self.train_batch_size * self.world_size,
-            "label_smoothing": self.label_smoothing_factor,
+            "label_smoothing_factor": self.label_smoothing_factor,
         }

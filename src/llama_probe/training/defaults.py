@@ -1,20 +1,24 @@
-"""Defaults of heads and of training, by kind and number of rows, for what the user leaves open."""
+"""Defaults of heads and of training, by head type and number of rows, for what the user leaves open."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..backbone.decoder import target_of
-from ..backbone.loading import backbone_target
+from ..backbone.loading import backbone_target, load_backbone
 from ..data.labelled_texts import LabelledTexts
-from ..data.memory import is_tokenized
+from ..data.memory import is_tokenized, rows_in_memory
 from ..data.prompts import as_chat, has_reply
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads import get_probe_type, probe_types
 from ..heads.configuration import ProbeConfig
+from ..heads.probe import ProbeModel
 
 
 AUTO = "auto"
@@ -24,14 +28,14 @@ SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
 
 
 def complete_head(head: JSON, rows: int) -> JSON:
-    """Return fields of `ProbeConfig` with a kind for `"auto"` or none, and the kind's dropouts for those that are None."""
+    """Return fields of `ProbeConfig` with a head type for `"auto"` or none, and its dropouts for those that are None."""
     name = head.get("probe_type", AUTO)
     if name == AUTO:
-        # As a class declares it itself: a kind that derives from another is not chosen in its place.
-        suited = {kind: vars(get_probe_type(kind)).get("auto_up_to", 0) for kind in probe_types()}
-        name = min((kind for kind, up_to in suited.items() if rows <= up_to), key=suited.get)
-    recipe = get_probe_type(name).recipe
-    dropouts = {field: recipe[field] for field in ("dropout", "layer_dropout") if head.get(field) is None}
+        # As a class declares it itself: a type that derives from another is not chosen in its place.
+        up_to = {known: vars(get_probe_type(known)).get("auto_up_to", 0) for known in probe_types()}
+        name = min((known for known in up_to if rows <= up_to[known]), key=up_to.get)
+    defaults = get_probe_type(name).training_defaults
+    dropouts = {field: defaults[field] for field in ("dropout", "layer_dropout") if head.get(field) is None}
     return {**head, "probe_type": name, **dropouts}
 
 
@@ -40,7 +44,7 @@ def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.
 
     Args:
         head: fields of `ProbeConfig`. `layers` may be parts of the depth; see `layers_at`.
-        count: number of the rows, without copies; see `complete_head`.
+        count: number of the rows, without augmentations; see `complete_head`.
         backbone: its name, so that its sizes are checked before it is loaded, or the LM.
     """
     is_named = isinstance(backbone, str)
@@ -58,6 +62,28 @@ def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.
     head["layers"] = layers_at(head["layers"], head["num_hidden_layers"])
     labels = {"id2label": dict(enumerate(rows.label_names)), "problem_type": rows.problem_type}
     return ProbeConfig(**head | labels)
+
+
+def head_for_rows(
+    backbone: Any,
+    head: JSON,
+    data: object,
+    columns: Mapping[str, str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[ProbeModel, LabelledTexts, PreTrainedTokenizerBase | None]:
+    """Read the training rows, load the backbone, and make a head for the labels of the rows.
+
+    Returns:
+        The head, the rows, and the tokenizer of the backbone.
+    """
+    names = list(head["id2label"].values()) if head.get("id2label") else None
+    rows = rows_in_memory("train_dataset", data, columns, names, head.get("problem_type"))
+    backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
+    config = head_config(head, rows, len(rows), backbone)
+    if isinstance(backbone, str):
+        backbone, own = load_backbone(backbone)
+        tokenizer = tokenizer or own
+    return ProbeModel(config, backbone=backbone), rows, tokenizer
 
 
 def _scope_of(rows: LabelledTexts) -> str:

@@ -54,14 +54,15 @@ class Estimate:
         return f"{self.rows:,} rows, {self.tokens:,} tokens, {time}, {kept} hidden states on disk"
 
 
-def keeps_states(args: ProbeTrainingArguments, needed: int, folder: Path, further_passes: int = 0) -> bool:
+def decide_caching(args: ProbeTrainingArguments, needed: int, folder: Path, further_passes: int = 0) -> bool:
     """Return True if hidden states are cached. `cache_states="auto"` says why they are not.
 
     Args:
         needed: bytes of the states that are not there yet.
         further_passes: times that the rows are read beside the epochs.
     """
-    free, is_auto = free_bytes(folder), args.cache_states == "auto"
+    free = free_bytes(folder)
+    is_auto = args.cache_states == "auto"
     obstacles = {
         "include_for_metrics=['inputs'] needs token ids": "inputs" in args.include_for_metrics,
         f"they need {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB free in {folder}": needed >= 0.9 * free,
@@ -85,7 +86,9 @@ def free_bytes(folder: Path) -> int:
 def trial_speed(lm: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[int]) -> float:
     """Return the tokens a second of a backbone on some of the prompts, by a trial of a few seconds."""
     batches = length_batches(list(map(len, prompts)), _TRIAL_TOKENS)
-    middle, tokens, ends = len(batches) // 2, [], []
+    middle = len(batches) // 2
+    tokens = []
+    ends = []
     for rows in [batches[middle], *batches[middle:]]:
         ids = pad_sequence([torch.tensor(prompts[row]) for row in rows], batch_first=True)
         collect_hidden_states(lm, layers, ids)[-1].cpu()  # waits for an accelerator

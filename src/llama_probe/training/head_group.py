@@ -18,12 +18,16 @@ from ..heads.probe import ProbeModel, without_autocast
 from ..heads.scope import check_rows, number_segments, token_mask
 
 
+SINGLE = "head"  # the name of a head that was given without one
+
+
 @dataclass
 class GroupOutput(ModelOutput):
     """The predictions of several heads for a batch.
 
     Args:
-        logits (`torch.FloatTensor` of shape `[batch, heads, num_labels]`): of each head, in their order.
+        logits (`torch.FloatTensor` of shape `[batch, heads, num_labels]`): of each head, in their order; of a single head
+            `[batch, num_labels]`.
         by_head: the `ProbeOutput` of each head, for the loss. A field, because DDP keeps nothing else.
     """
 
@@ -37,22 +41,33 @@ class HeadGroup(nn.Module):
     Dropout draws the same numbers for each head as for a head that is alone.
 
     Args:
-        heads: heads by name, for the same labels and the same tokens. They may read different layers, and be of any kind.
+        heads: heads by name, for the same labels and the same tokens; they may read different layers, and be of any type.
+            Or a single head, which gets the name `"head"`.
+
+    Attributes:
+        is_single: True for a single head, whose logits and metrics go without its name.
     """
 
     accepts_loss_kwargs = False
 
-    def __init__(self, heads: Mapping[str, ProbeModel]):
+    def __init__(self, heads: ProbeModel | Mapping[str, ProbeModel]):
         super().__init__()
-        configs = [head.config for head in heads.values()]
+        self.is_single = isinstance(heads, ProbeModel)
+        by_name = {SINGLE: heads} if isinstance(heads, ProbeModel) else heads
+        configs = [head.config for head in by_name.values()]
         self.config = shared_config(configs)
         self.layers = shared_layers(configs)
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.ModuleDict(by_name)
 
     @property
     def backbone(self) -> nn.Module | None:
         """The frozen LM of the heads. After a recipe that has cached states the chosen head alone has it."""
         return next((head.backbone for head in self.heads.values() if head.backbone is not None), None)
+
+    def record(self, **changes) -> None:
+        """Write fields into the configs of all heads."""
+        for module in (self, *self.heads.values()):
+            module.config = module.config.replace(**changes)
 
     def forward(
         self,
@@ -78,28 +93,29 @@ class HeadGroup(nn.Module):
             mask = probe_mask
             states = torch.stack(collect_hidden_states(self.backbone, self.layers, input_ids, attention_mask))
         else:
-            states, mask = hidden_states.transpose(0, 1), attention_mask if probe_mask is None else probe_mask
+            states = hidden_states.transpose(0, 1)
+            mask = attention_mask if probe_mask is None else probe_mask
         has_all = len(states) > len(self.layers)
         shared = SharedStates(states, range(self.config.num_hidden_layers + 1) if has_all else self.layers)
         mask = mask.to(next(self.parameters()).device).bool()
         check_rows(mask)
+        # One number of the global generator a batch, however many heads there are, and the same for each of them.
+        seed = int(torch.randint(2**62, ())) if self.training else None
         outputs: dict[str, ProbeOutput] = {}
         for index, (name, head) in enumerate(self.heads.items()):
-            if self.training:
-                torch.manual_seed(torch.initial_seed())  # the Trainer sets a seed for each step
-            with without_autocast(mask.device):
-                if reply_mask is None:
-                    outputs[name] = head.score(shared(head), mask, segments=segments)
-                else:
-                    outputs[name] = head.score_replies(shared(head), mask, reply_mask)
-            outputs[name].row_weights = row_weights
+            weights = row_weights
             if learned_by is not None:
                 learned = learned_by[:, index : index + 1].float()  # [B, 1]
-                outputs[name].row_weights = learned if row_weights is None else row_weights * learned
+                weights = learned if row_weights is None else row_weights * learned
+            # The CPU's generator alone: each batch seeds that of an accelerator anew.
+            with without_autocast(mask.device), torch.random.fork_rng(devices=[], enabled=seed is not None):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                outputs[name] = head.score_batch(shared(head), mask, weights, reply_mask, segments=segments)
         logits = torch.stack([output.logits for output in outputs.values()], dim=1)
         if learned_by is not None and not self.training:
             logits = logits.masked_fill(~learned_by[..., None].to(logits.device), torch.nan)
-        return GroupOutput(logits=logits, by_head=outputs)
+        return GroupOutput(logits=logits[:, 0] if self.is_single else logits, by_head=outputs)
 
 
 @dataclass

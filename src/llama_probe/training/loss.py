@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, flagged_score, probe_loss
 
 
-_TOP = 8  # scores of a reply that must agree, of about 32
+MONOTONE = "monotone"
 
 
 @dataclass
@@ -24,28 +24,29 @@ class ProbeLoss:
 
     Args:
         class_weights: one weight a label; for a multi-label head that of its positives. None: all 1.
-        label_smoothing: 0 to below 1.
+        label_smoothing_factor: 0 to below 1.
         focal_gamma: 0 for plain cross-entropy.
-        token_loss: one of `TOKEN_LOSSES`, for the scores of tokens; None for the score of the whole reply.
+        token_loss: `"monotone"`, for the scores of tokens (see `monotone_loss`); None for the score of the whole reply.
     """
 
     config: ProbeConfig
     class_weights: Sequence[float] | None = None
-    label_smoothing: float = 0.0
+    label_smoothing_factor: float = 0.0
     focal_gamma: float = 0.0
     token_loss: str | None = None
 
     def __post_init__(self):
         if self.token_loss is not None:
-            needs, scope = f"token_loss={self.token_loss!r}", self.config.token_scope
+            needs = f"token_loss={self.token_loss!r}"
+            scope = self.config.token_scope
             if not self.config.reads_reply:
                 raise ProbeError(f"{needs} needs a head that reads replies, not token_scope={scope!r}")
             if self.config.problem_type != "multi_label_classification":
                 self.config.need_flagged_index(needs)
         if self.class_weights is not None and len(self.class_weights) != self.config.num_labels:
             raise ProbeError(f"class_weights has {len(self.class_weights)} values for {self.config.num_labels} labels")
-        if not 0 <= self.label_smoothing < 1:
-            raise ProbeError(f"label_smoothing={self.label_smoothing} must be at least 0 and below 1")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ProbeError(f"label_smoothing_factor={self.label_smoothing_factor} must be at least 0 and below 1")
 
     @classmethod
     def create(cls, config: ProbeConfig, args: JSON, labels: np.ndarray | None) -> ProbeLoss:
@@ -66,14 +67,14 @@ class ProbeLoss:
         if self.token_loss is None or outputs.token_logits is None:
             total = self.total(outputs.learned_logits, labels, outputs.row_weights)
         else:
-            total = TOKEN_LOSSES[self.token_loss](self, outputs, labels)
+            total = monotone_loss(self, outputs, labels)
         rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
         return total / rows
 
     def total(self, logits: torch.Tensor, targets: torch.Tensor, row_weights: torch.Tensor | None) -> torch.Tensor:
         """Return the sum of the losses of rows; see `probe_loss`."""
         weights = None if self.class_weights is None else torch.tensor(self.class_weights)
-        settings = weights, self.label_smoothing, self.focal_gamma, "sum"
+        settings = weights, self.label_smoothing_factor, self.focal_gamma, "sum"
         return probe_loss(logits, targets, self.config, *settings, row_weights=row_weights)
 
 
@@ -87,31 +88,14 @@ def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
     return (len(labels) / (config.num_labels * np.maximum(counts, 1))).tolist()
 
 
-def softmax_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -> torch.Tensor:
-    """Sum the losses of all tokens, weighted by a softmax over the scores of their reply (arXiv 2601.04603).
-
-    The weights have no gradient: else low scores of harmless replies would rise to get a larger share of the loss.
-    """
-    tokens = outputs.token_logits.shape[2]
-    shares = _scores(outputs, loss.config).detach().softmax(dim=-1)  # [M, B, R]
-    weights = (shares * _row_weights(outputs)[..., None]).flatten(1).T  # [B R, M]
-    return loss.total(outputs.token_logits.flatten(1, 2), labels.repeat_interleave(tokens, dim=0), weights)
-
-
-def top_k_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -> torch.Tensor:
-    """Return the loss of the mean logits of the tokens with the largest scores: several must agree (arXiv 2604.14865)."""
-    scores = _scores(outputs, loss.config)
-    top, places = scores.topk(min(_TOP, scores.shape[-1]), dim=-1)  # [M, B, k]
-    shares = top.isfinite()[..., None].to(outputs.token_logits)
-    logits = outputs.token_logits.take_along_dim(places[..., None], dim=2)  # [M, B, k, C]
-    means = (logits * shares).sum(dim=2) / shares.sum(dim=2)
-    return loss.total(means, labels, outputs.row_weights)
-
-
 def monotone_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -> torch.Tensor:
     """Return the loss of the whole replies, and what the probability falls in harmful and rises in harmless replies.
 
-    It begins at 0: a reply is harmless until it does harm (after the anchored temporal consistency of arXiv 2510.09694).
+    It begins at 0: a reply is harmless until it does harm (after the anchored temporal consistency of arXiv 2510.09694). A rule
+    halts at the largest score of a reply, not at the last.
+
+    Returns:
+        The sum over the rows of a batch, the mean over the members of a head.
     """
     config = loss.config
     total = loss.total(outputs.token_logits[:, :, -1], labels, outputs.row_weights)
@@ -127,23 +111,9 @@ def monotone_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -
     return total + (wrong * _row_weights(outputs)).sum(dim=1).mean()
 
 
-def _scores(outputs: ProbeOutput, config: ProbeConfig) -> torch.Tensor:
-    """Return `flagged_score` of each token, `[M, B, R]`; minus infinity for what is no token of the reply."""
-    return flagged_score(outputs.token_logits, config).masked_fill(~outputs.token_mask, float("-inf"))
-
-
 def _row_weights(outputs: ProbeOutput) -> torch.Tensor:
     """Return what each reply counts for, `[M, B]`; see `probe_loss`."""
     members, batch = outputs.token_logits.shape[:2]
     if (weights := outputs.row_weights) is None:
         return outputs.token_logits.new_ones(members, batch)
     return weights[:, [member % weights.shape[1] for member in range(members)]].T.to(outputs.token_logits)
-
-
-# A rule halts at the largest score of a reply, not at the last. Each returns the sum over the rows of a batch, the mean over
-# the members of a head.
-TOKEN_LOSSES: dict[str, Callable[[ProbeLoss, ProbeOutput, torch.Tensor], torch.Tensor]] = {
-    "softmax": softmax_loss,
-    "top-k": top_k_loss,
-    "monotone": monotone_loss,
-}

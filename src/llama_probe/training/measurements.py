@@ -1,17 +1,17 @@
-"""Measurements of a recipe: rows that no head has learned from, twins without sources, TF-IDF, attacks."""
+"""Measurements of a recipe: rows that no head has learned from, ablations without sources, TF-IDF, attacks."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from sklearn.base import clone
+from accelerate.utils.memory import should_reduce_batch_size
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 from torch import nn
 from torch.utils.data import Dataset
@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from ..data.labelled_texts import LabelledTexts
 from ..data.prompts import Text
-from ..errors import ProbeError
+from ..errors import ProbeError, first_line
 from ..evaluation.calibration import with_rates
 from ..evaluation.novelty_fit import far_share
 from ..evaluation.prediction import predict_rows
@@ -30,16 +30,28 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
 from .prepared import PreparedRun
-from .recipe_rows import Twin
+from .recipe_rows import Ablation
 
 
 logger = logging.get_logger(__name__)
 
 
+def tfidf_classifier() -> Pipeline:
+    """Return logistic regression on TF-IDF of words and pairs of words, to be fitted to texts."""
+    features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    return make_pipeline(features, LogisticRegression(C=20, max_iter=1000))
+
+
+def length_classifier() -> Pipeline:
+    """Return logistic regression on the number of characters, to be fitted to texts."""
+    features = FunctionTransformer(lambda texts: np.log1p([[len(text)] for text in texts]))
+    return make_pipeline(features, LogisticRegression(C=20, max_iter=1000))
+
+
 class Baseline:
     """Logistic regression on TF-IDF or on the length: what the words alone tell, or the number of characters.
 
-    It learns from the plain and extra rows, not from copies. Several labels at once have a model each.
+    It learns from the plain and extra rows, not from augmentations. Several labels at once have a model each.
 
     Args:
         config: config of the head beside it, whose rates give the thresholds on the calibration rows.
@@ -49,13 +61,10 @@ class Baseline:
     def __init__(self, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False):
         rows = run.rows
         learned = sorted(set(range(rows.num_plain + rows.num_extra)) - set(without))
-        features = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-        if by_length:
-            features = FunctionTransformer(lambda texts: np.log1p([[len(text)] for text in texts]))
         texts, self.models = [_plain_text(rows.train.texts[row]) for row in learned], []
         for labels in np.atleast_2d(rows.train.labels[learned].T):
             known = np.flatnonzero(~np.isnan(labels))
-            model = make_pipeline(clone(features), LogisticRegression(C=20, max_iter=1000))
+            model = length_classifier() if by_length else tfidf_classifier()
             self.models.append(model.fit([texts[row] for row in known], labels[known]))
         self.config = config.replace(temperature=1.0, threshold=None, thresholds=None)
         if rows.calibration is not None and config.thresholds:
@@ -74,43 +83,63 @@ class Baseline:
         return predictions(probabilities(self.logits(texts), self.config), self.config).numpy()
 
 
-def measure(run: PreparedRun, head: ProbeModel, twins: Mapping[str, ProbeModel]) -> JSON:
-    """Measure a head on the further rows of its recipe, and each twin on the rows that it has not learned from.
+def measure(
+    run: PreparedRun, head: ProbeModel, ablations: Mapping[str, ProbeModel], before: JSON | None = None
+) -> Iterator[JSON]:
+    """Measure a head on the further rows of its recipe, and each ablation on the rows that it has not learned from.
 
     Args:
-        head: the head, with its thresholds. twins: heads by the name of what they were trained without.
+        head: the head, with its thresholds. ablations: heads by the name of what they were trained without.
+        before: what a run that was stopped has measured, which is not measured again.
 
-    Returns:
-        The section `measured` of `results.json`; `docs/recipes.md` explains its keys.
+    Yields:
+        The section `measured` of `results.json` after each measurement; `docs/recipes.md` explains its keys.
     """
     recipe, rows = run.recipe, run.rows
-    parts: list[JSON] = []
-    for twin, probe in {None: head, **twins}.items():
-        held = Twin([], [], rows.measured) if twin is None else rows.twins[twin]
-        baseline = _baseline(run, probe.config, held.left_out)
-        for name, part in held.measured.items():
-            dataset = run.datasets[f"measure.{name}" if twin is None else f"twin-{twin}.{name}"]
-            scores = _measure_part(probe, dataset, part, baseline, recipe.measure.slice_columns)
-            parts.append({"name": name, "twin": twin, **scores})
-    if rows.measured and recipe.measure.quantised:
-        name, first = next(iter(rows.measured.items()))
-        prompts = run.prompts.encode_for(head.config, first.texts, first.labels)
-        for form in recipe.measure.quantised:
-            head.set_backbone(quantised(run.lm, form))
-            measured = _measure_part(head, prompts, first, None)
-            parts.append({"name": f"{name}, {form} copy of the backbone", "twin": None, **measured})
-        head.set_backbone(run.lm)
     rates = list(head.config.thresholds or {}) or ["threshold"] * (head.config.flagged_index is not None)
-    results: JSON = {"rates": rates, "parts": parts}
-    results["bytes"] = sum(tensor.nbytes for tensor in head.state_dict().values())
-    if recipe.measure.wrappings in rows.measured:
+    num_bytes = sum(tensor.nbytes for tensor in head.state_dict().values())
+    results = before or {"rates": rates, "parts": [], "bytes": num_bytes}
+    done = {(part["name"], part["ablation"]) for part in results["parts"]}
+    for ablation, probe in {None: head, **ablations}.items():
+        held = Ablation([], [], rows.measured) if ablation is None else rows.ablations[ablation]
+        left = {name: part for name, part in held.measured.items() if (name, ablation) not in done}
+        baseline = _baseline(run, probe.config, held.left_out) if left else None
+        for name, part in left.items():
+            dataset = run.datasets[f"measure.{name}" if ablation is None else f"ablation-{ablation}.{name}"]
+            scores = _measure_part(probe, dataset, part, baseline, recipe.measure.slice_columns)
+            results["parts"].append({"name": name, "ablation": ablation, **scores})
+            yield results
+    if rows.measured:
+        first = next(iter(rows.measured))
+        for form in recipe.measure.quantised:
+            name = f"{first}, {form} copy of the backbone"
+            if (name, None) not in done and (scores := _measure_quantised(run, head, form, rows.measured[first])):
+                results["parts"].append({"name": name, "ablation": None, **scores})
+                yield results
+    if recipe.measure.wrappings in rows.measured and "wrappings" not in results:
         results |= _kept(run, head, rows.measured[recipe.measure.wrappings], ["wrappings"])
-    if recipe.measure.attacks in rows.measured:
+        yield results
+    if recipe.measure.attacks in rows.measured and not results.keys() & set(ATTACKS):
         around = rows.calibration and rows.calibration.at_most(500, recipe.seed)
         baselines = {"tfidf": _baseline(run, head.config), "length": _baseline(run, head.config, by_length=True)}
         labellers = {name: baseline.labels for name, baseline in baselines.items() if baseline is not None}
         results |= _kept(run, head, rows.measured[recipe.measure.attacks], ATTACKS, around, labellers)
-    return results
+        yield results
+
+
+def _measure_quantised(run: PreparedRun, head: ProbeModel, form: str, rows: LabelledTexts) -> JSON | None:
+    """Measure a head on a quantised copy of the backbone; None, with a warning, if there is no memory for the copy."""
+    prompts = run.prompts.encode_for(head.config, rows.texts, rows.labels)
+    try:
+        head.set_backbone(quantised(run.lm, form))
+        return _measure_part(head, prompts, rows, None)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        logger.warning(f"the {form} copy of the backbone is not measured, it needs more memory: {first_line(error)}")
+        return None
+    finally:
+        head.set_backbone(run.lm)
 
 
 def _kept(run: PreparedRun, head: ProbeModel, rows: LabelledTexts, groups: Sequence[str], *others) -> JSON:
@@ -152,7 +181,8 @@ def quantised(lm: nn.Module, form: str) -> nn.Module:
                 continue
             weight = matrix.float()
             if form == "int8":
-                scale, low = weight.abs().amax(dim=-1, keepdim=True) / 127, 0.0
+                scale = weight.abs().amax(dim=-1, keepdim=True) / 127
+                low = 0.0
             else:
                 weight = weight.unflatten(-1, (-1, math.gcd(32, weight.shape[-1])))
                 low, high = weight.aminmax(dim=-1, keepdim=True)

@@ -28,10 +28,11 @@ from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from .arguments import ProbeTrainingArguments
 from .defaults import head_config
-from .estimate import Estimate, keeps_states, trial_speed
+from .estimate import Estimate, decide_caching, trial_speed
 from .loss import ProbeLoss
 from .recipe import Recipe
 from .recipe_rows import RecipeRows, read_rows
+from .row_encoder import STATES
 from .rows import TrainingRows, learners
 from .search import Candidate, draw_candidates
 
@@ -39,23 +40,26 @@ from .search import Candidate, draw_candidates
 logger = logging.get_logger(__name__)
 
 _STRATEGIES = ("save_strategy", "eval_strategy")
-CHECKPOINTS, STATES, SETUP_NAME = ".checkpoints", ".states", "setup.json"  # what a stopped run leaves in its folder
+# What a stopped run leaves in its folder, beside the folder of its states.
+CHECKPOINTS = ".checkpoints"
+# Among the checkpoints: the settings of the run; the weights of all heads, once they are trained; and a mark, once the head
+# in the output folder has all results but those of `measure`.
+SETUP_NAME, TRAINED_NAME, JUDGED_NAME = "setup.json", "trained.safetensors", "judged"
 
 
 class PreparedRun:
-    """A recipe on a backbone: its rows are read, its states computed, its heads made.
+    """A recipe on a backbone. Its rows are read at once; `plan` loads the backbone, and `prepare` computes states and makes heads.
 
     Args:
         output: folder that gets the head, and meanwhile states and checkpoints.
         backbone: `"demo"`, a folder, a GGUF file, a Hub id, or a loaded LM.
         tokenizer: of a loaded backbone.
-        only_estimate: stop when `estimate` is known. Nothing is written then.
 
     Attributes:
         backbone: name of the backbone, None for a loaded one.
         lm, prompts: the frozen LM, and the format of its prompts.
         candidates: one a seed or a trial of a search, by name. The best of their heads is kept.
-        members: the candidates; for each fold of each one without it; and the twins.
+        members: the candidates; for each fold of each one without it; and the ablations.
         heads: the heads of all members, by name.
         datasets: prompts or states of each part of the rows.
 
@@ -71,7 +75,6 @@ class PreparedRun:
         tokenizer: PreTrainedTokenizerBase | None = None,
         data_dir: str | os.PathLike | None = None,
         dtype: str = "auto",
-        only_estimate: bool = False,
     ):
         self.recipe, self.output, self.dtype = recipe, output, dtype
         self.backbone = name = backbone if isinstance(backbone, str) else None
@@ -90,50 +93,63 @@ class PreparedRun:
         self.rows = rows = read_rows(recipe, data_dir)
         count = rows.num_plain + rows.num_extra
         config = head_config({"prompt_format": "chat", **recipe.head}, rows.train, count, backbone)
-        rows_of_step, args.per_device_train_batch_size = args.per_device_train_batch_size, None
+        rows_of_step = args.per_device_train_batch_size
+        args.per_device_train_batch_size = None
         args.fill(config, count, rows_of_step)
         _check(recipe, rows, config, args)
         if tokenizer is None and name is None:
             raise ProbeError("a loaded backbone needs processing_class=, its tokenizer")
         self.prompts = prompts = PromptFormat.from_config(config, tokenizer or load_tokenizer(name))
-        config = config.replace(**prompts.config_fields())
+        self.config = config = config.replace(**prompts.config_fields())
         self.datasets: dict[str, Dataset] = {
             part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
         }
-        prompts_once = {tuple(row["input_ids"]): row for part in self.datasets.values() for row in part}
-        cache = DiskStates(args.cache_dir or output / STATES)
+        self._prompts_once = {tuple(row["input_ids"]): row for part in self.datasets.values() for row in part}
+        self._cache = cache = DiskStates(args.cache_dir or output / STATES)
         if args.cache_states is True:  # the states on the disk may all be of these rows
-            least = cache.bytes_of(config, list(prompts_once.values())) - cache.bytes_on_disk()
-            keeps_states(args, least, cache.folder)
-        self.lm = lm = load_backbone(name, dtype)[0] if isinstance(backbone, str) else backbone.eval()
-        self.config = config = describe(lm, config)
+            least = cache.bytes_of(config, list(self._prompts_once.values())) - cache.bytes_on_disk()
+            decide_caching(args, least, cache.folder)
+        self._backbone = backbone
+
+    def plan(self) -> Estimate:
+        """Load the backbone, and return what the run will take. Nothing is written."""
+        recipe, args, cache = self.recipe, self.args, self._cache
+        is_named = isinstance(self._backbone, str)
+        self.lm = lm = load_backbone(self._backbone, self.dtype)[0] if is_named else self._backbone.eval()
+        self.config = config = describe(lm, self.config)
         if recipe.search.trials:
             self.candidates = draw_candidates(recipe.search, config, recipe.seed)
         else:
             seeds = range(recipe.seed, recipe.seed + recipe.seeds)
             self.candidates = {f"seed-{seed}": Candidate(seed, config) for seed in seeds}
-        read = shared_config([candidate.config for candidate in self.candidates.values()])
+        self._read = read = shared_config([candidate.config for candidate in self.candidates.values()])
         left = cache.missing(lm, read, self.datasets.values())
         needed = cache.bytes_of(read, left)
-        is_cached = keeps_states(args, needed, cache.folder, further_passes=1)
-        tokens = sum(map(len, prompts_once))
-        self.estimate = Estimate(
-            rows=len(prompts_once),
+        self._is_cached = decide_caching(args, needed, cache.folder, further_passes=1)
+        tokens = sum(map(len, self._prompts_once))
+        left_share = sum(len(row["input_ids"]) for row in left) / tokens
+        estimate = Estimate(
+            rows=len(self._prompts_once),
             tokens=tokens,
-            bytes=needed if is_cached else 0,
+            bytes=needed if self._is_cached else 0,
             tokens_per_second=world_size() * trial_speed(lm, self.datasets["train"].prompts, read.layer_indices),
-            passes=sum(len(row["input_ids"]) for row in left) / tokens if is_cached else args.num_train_epochs + 1,
+            passes=left_share if self._is_cached else args.num_train_epochs + 1,
         )
         if is_main():
-            logger.warning(f"{recipe.name or 'training'} on {config.base_model_name_or_path}: {self.estimate}")
-        if only_estimate:
-            return
-        check_shared(output)
-        if is_cached:
-            self.datasets = {part: cache.dataset(lm, read, texts) for part, texts in self.datasets.items()}
-        if rows.folds:  # the plain rows of `train` are judged by heads that have not learned from them
-            self.datasets["validation"] = TrainingRows(self.datasets["train"], range(rows.num_plain))
-        self._create_heads(None if is_cached else lm)
+            logger.warning(f"{recipe.name or 'training'} on {config.base_model_name_or_path}: {estimate}")
+        return estimate
+
+    def prepare(self) -> PreparedRun:
+        """Do as `plan` says: compute the hidden states of the rows, and make the heads."""
+        self.plan()
+        check_shared(self.output)
+        if self._is_cached:
+            parts = self.datasets.items()
+            self.datasets = {part: self._cache.dataset(self.lm, self._read, texts) for part, texts in parts}
+        if self.rows.folds:  # the plain rows of `train` are judged by heads that have not learned from them
+            self.datasets["validation"] = TrainingRows(self.datasets["train"], range(self.rows.num_plain))
+        self._create_heads(None if self._is_cached else self.lm)
+        return self
 
     def _create_heads(self, lm: PreTrainedModel | None) -> None:
         self.members: dict[str, Candidate] = {}
@@ -141,14 +157,14 @@ class PreparedRun:
             self.members[name] = candidate
             for number, fold in enumerate(self.rows.folds):
                 self.members[f"{name}-fold-{number}"] = replace(candidate, left_out=fold)
-        for name, twin in self.rows.twins.items():
-            self.members[f"twin-{name}"] = Candidate(self.recipe.seed, self.config, left_out=twin.left_out)
+        for name, ablation in self.rows.ablations.items():
+            self.members[f"ablation-{name}"] = Candidate(self.recipe.seed, self.config, left_out=ablation.left_out)
         self.heads: dict[str, ProbeModel] = {}
         for name, member in self.members.items():
             set_seed(member.seed)
             self.heads[name] = ProbeModel(member.config, backbone=lm)
 
-    def learned(self) -> TrainingRows:
+    def train_dataset(self) -> TrainingRows:
         """Return the training rows, as often as they are learned in an epoch, with weights and the heads that learn from each."""
         repeats = self.rows.repeats
         rows = [row for turn in range(max(repeats)) for row in range(len(repeats)) if turn < repeats[row]]
@@ -156,12 +172,14 @@ class PreparedRun:
         learned_by = learners(rows, self.heads, {name: member.left_out for name, member in self.members.items()})
         return TrainingRows(self.datasets["train"], rows, self.args.replies, row_weights, learned_by)
 
-    def judged(self) -> Dataset | None:
+    def validation_dataset(self) -> Dataset | None:
         """Return the validation rows, and the heads that are chosen by each; None if there are folds."""
         if self.rows.validation is None:
             return None
-        unjudged = {f"twin-{name}": twin.unjudged for name, twin in self.rows.twins.items()}
-        judged_by = learners(range(len(self.rows.validation)), self.heads, unjudged)
+        excluded_from_validation = {
+            f"ablation-{name}": ablation.excluded_from_validation for name, ablation in self.rows.ablations.items()
+        }
+        judged_by = learners(range(len(self.rows.validation)), self.heads, excluded_from_validation)
         return TrainingRows(self.datasets["validation"], replies="tokens", learned_by=judged_by)
 
     def settings(self) -> JSON:
@@ -184,7 +202,8 @@ class PreparedRun:
             folder = self.output / CHECKPOINTS
             for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
-            (folder / SETUP_NAME).unlink(missing_ok=True)
+            for name in (JUDGED_NAME, TRAINED_NAME, SETUP_NAME):
+                (folder / name).unlink(missing_ok=True)
             for place in (folder, self.output):  # the head may be saved elsewhere
                 with suppress(OSError):
                     place.rmdir()

@@ -11,10 +11,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..errors import ProbeError
 from ..files import write_atomically
+from ..heads.decision import NO_NUMBER_BECAUSE
 
 
 BEST_NAME = "best.safetensors"  # of a checkpoint
@@ -53,19 +57,66 @@ class Progress:
         self.epochs = epochs
 
 
-def write_progress(folder: Path, progress: Mapping[str, Progress]) -> None:
-    """Write the progress of heads into a checkpoint."""
+class BestEpochs(TrainerCallback):
+    """Keeps the weights of each head's best evaluation, and ends the training when no head improves any more.
+
+    Args:
+        heads: heads by name. At the end of the training each gets the weights of its best evaluation.
+
+    Attributes:
+        progress: how each head has done, by name.
+    """
+
+    def __init__(self, heads: Mapping[str, nn.Module]):
+        self.heads = heads
+        self.progress = {name: Progress() for name in heads}
+
+    def note(self, scores: Mapping[str, float | None], epochs: float, patience: int | None) -> bool:
+        """Note an evaluation of the heads that have not stopped.
+
+        Args:
+            scores: head -> its score, larger is better; None or not finite if the head diverged.
+
+        Returns:
+            True if all heads have stopped.
+
+        Raises:
+            ProbeError: no head gives numbers.
+        """
+        for name, head in self.heads.items():
+            if not self.progress[name].has_stopped(patience):
+                score = scores[name]
+                is_number = score is not None and math.isfinite(score)
+                self.progress[name].note(score if is_number else -math.inf, epochs, head.state_dict())
+        if all(head.best == -math.inf for head in self.progress.values()):
+            raise ProbeError(f"none of {len(self.heads)} heads gives numbers: {NO_NUMBER_BECAUSE}")
+        return all(head.has_stopped(patience) for head in self.progress.values())
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Give each head the weights of its best evaluation."""
+        if args.load_best_model_at_end:
+            self.load_weights()
+
+    def load_weights(self) -> None:
+        """Give each head the weights that are kept of it."""
+        for name, head in self.heads.items():
+            if self.progress[name].weights:
+                head.load_state_dict(self.progress[name].weights)
+
+
+def write_progress(path: Path, progress: Mapping[str, Progress]) -> None:
+    """Write the progress of heads, with the weights that are kept, into a file."""
     weights = {f"{name}/{key}": tensor for name, head in progress.items() for key, tensor in head.weights.items()}
     values = json.dumps({name: [head.scores, head.epochs] for name, head in progress.items()})
-    write_atomically(folder / BEST_NAME, lambda path: save_file(weights, path, metadata={"progress": values}))
+    write_atomically(path, lambda part: save_file(weights, part, metadata={"progress": values}))
 
 
-def read_progress(folder: Path) -> dict[str, Progress]:
-    """Read the progress of heads from a checkpoint."""
-    with safe_open(folder / BEST_NAME, framework="pt") as file:
+def read_progress(path: Path) -> dict[str, Progress]:
+    """Read the progress of heads from a file of `write_progress`."""
+    with safe_open(path, framework="pt") as file:
         values = json.loads(file.metadata()["progress"])
     progress = {name: Progress(scores, epochs) for name, (scores, epochs) in values.items()}
-    for key, tensor in load_file(folder / BEST_NAME).items():
+    for key, tensor in load_file(path).items():
         name, _, parameter = key.rpartition("/")
         progress[name].weights[parameter] = tensor
     return progress

@@ -1,4 +1,4 @@
-"""A recipe: how a head is made, in a file of a page. Labels, sources, copies, head, training, calibration, measurements."""
+"""A recipe: how a head is made, in a file of a page. Labels, sources, augmentations, head, training, calibration, measurements."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ..errors import ProbeError, first_line
 from ..files import JSON, short_path
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.rules import Rule, check_fields
 from ..hub.folder import RECIPE_NAME
 from .defaults import AUTO
 from .search import Search
@@ -31,6 +32,18 @@ FEW_ROWS, FOLDS, VALIDATION_SHARE = 400, 5, 0.15
 _FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 # The head's own fields, which come from its labels and its backbone.
 _DERIVED = {"id2label", "num_labels", "problem_type", "flagged", "hidden_size", "num_hidden_layers"}
+
+_HELD_RULES: dict[str, Rule] = {
+    "share": ("between 0 and 1", lambda value: 0 < value < 1),
+    "folds": ("0 (hold a part back) or at least 2", lambda value: value == 0 or value >= 2),
+}
+_AUGMENTATION_RULES: dict[str, Rule] = {
+    "names": (f"some of {', '.join(AUGMENTATIONS)}", lambda value: set(value) <= set(AUGMENTATIONS)),
+    "share": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+}
+_RECIPE_RULES: dict[str, Rule] = {
+    "train": ("at least one source of training rows", bool),
+}
 
 
 @dataclass(kw_only=True)
@@ -43,27 +56,21 @@ class Held:
     max_rows: int | None = None
 
     def __post_init__(self):
-        if self.share is not None and not 0 < self.share < 1:
-            raise ProbeError(f"share={self.share} must lie between 0 and 1")
-        if self.folds is not None and (self.folds < 0 or self.folds == 1):
-            raise ProbeError(f"folds={self.folds} must be 0 (hold a part back) or at least 2")
+        check_fields(self, _HELD_RULES)
         if len(names := [name for name in ("share", "folds", "sources") if getattr(self, name)]) > 1:
             raise ProbeError(f"{' and '.join(names)} cannot be used together: leave one out")
 
 
 @dataclass(kw_only=True)
-class Copies:
-    """Wrapped copies of training rows."""
+class Augmentations:
+    """Training rows once more, wrapped or changed as users and deployers do."""
 
     names: list[str] = field(default_factory=list)
     share: float | int = SHARE
     system_prompts: Source | None = None
 
     def __post_init__(self):
-        if unknown := sorted(set(self.names) - set(AUGMENTATIONS)):
-            raise ProbeError(f"names={unknown} is not allowed; allowed: {', '.join(AUGMENTATIONS)}")
-        if not 0 < self.share <= 1:
-            raise ProbeError(f"share={self.share} must be above 0 and at most 1")
+        check_fields(self, _AUGMENTATION_RULES)
         if "system_prompt" in self.names and self.system_prompts is None:
             raise ProbeError("names=['system_prompt'] draws from system_prompts: give some")
 
@@ -119,7 +126,7 @@ class Recipe:
     validation: Held = field(default_factory=Held)
     test: Held = field(default_factory=Held)
     slice_columns: list[str] = field(default_factory=list)
-    copies: Copies = field(default_factory=Copies)
+    augmentations: Augmentations = field(default_factory=Augmentations)
     head: JSON = field(default_factory=dict)
     training: JSON = field(default_factory=dict)
     seeds: int = 1
@@ -147,29 +154,30 @@ class Recipe:
         values = copy.deepcopy(dict(source)) if isinstance(source, Mapping) else _read_yaml(find_recipe(source))
         for setting in settings:
             _set(values, setting)
+        if "copies" in values:  # of a recipe that was written by earlier code
+            values["augmentations"] = values.pop("copies")
         recipe = _parse(cls, "", values)
         recipe.values = values
         return recipe
 
     def __post_init__(self):
-        if not self.train:
-            raise ProbeError("train=[] must name at least one source of training rows")
+        check_fields(self, _RECIPE_RULES)
         names, measured = ([source.name for source in part] for part in (self.train, self.measure.sources))
         for part in (names, measured):
             if twice := next((name for name in part if part.count(name) > 1 or "+" in name), None):
                 raise ProbeError(f"the name {twice!r} must be of one source, without a plus: --set train.0.name=OTHER")
-        for twin, held in self.hold_out.items():
-            if not re.fullmatch(r"[\w-]+", twin):
-                raise ProbeError(f"hold_out: the name {twin!r} must have letters, digits, - and _ alone")
+        for ablation, held in self.hold_out.items():
+            if not re.fullmatch(r"[\w-]+", ablation):
+                raise ProbeError(f"hold_out: the name {ablation!r} must have letters, digits, - and _ alone")
             if unknown := [name for name in held if name not in names]:
-                raise ProbeError(f"hold_out.{twin} names {unknown[0]!r}, no source of train: {', '.join(names)}")
+                raise ProbeError(f"hold_out.{ablation} names {unknown[0]!r}, no source of train: {', '.join(names)}")
         for name in ("wrappings", "attacks"):
             if (source := getattr(self.measure, name)) not in (None, *measured):
                 raise ProbeError(f"measure.{name}={source!r} must be in measure.sources: {', '.join(measured)}")
         if self.test.folds is not None:
             raise ProbeError("test.folds is not allowed: folds are for validation; use test.share or test.sources")
         if self.search.trials and self.hold_out:
-            raise ProbeError("hold_out cannot be used with search: a twin is trained as the head that is found")
+            raise ProbeError("hold_out cannot be used with search: an ablation is trained as the head that is found")
         if self.seeds < 1 or not 0 <= self.seed <= 2**32 - self.seeds:
             raise ProbeError(f"seeds={self.seeds} and seed={self.seed} must be at least 1 and 0, and below 2**32")
         self._check_head()
@@ -178,14 +186,16 @@ class Recipe:
     def _check_head(self) -> None:
         if unknown := sorted(set(self.head) - ({item.name for item in fields(ProbeConfig)} - _DERIVED)):
             raise ProbeError(f"head has no {unknown[0]!r}; it takes fields of ProbeConfig, and labels are a section")
-        if (kind := self.head.get("probe_type", AUTO)) != AUTO:
-            get_probe_type(kind)  # raises
+        if (name := self.head.get("probe_type", AUTO)) != AUTO:
+            get_probe_type(name)  # raises
         scope = self.head.get("token_scope", "last_user")
-        turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.copies.names))
+        turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.augmentations.names))
         if turns and scope == "tool":
-            raise ProbeError(f"token_scope='tool' reads no turns of a chat, so copies.names={turns} is not allowed")
-        if "later_turns" in self.copies.names and scope in ("last_user", "response"):
-            raise ProbeError(f"token_scope={scope!r} does not read copies of later_turns: use 'user'")
+            raise ProbeError(
+                f"token_scope='tool' reads no turns of a chat, so augmentations.names={turns} is not allowed"
+            )
+        if "later_turns" in self.augmentations.names and scope in ("last_user", "response"):
+            raise ProbeError(f"token_scope={scope!r} does not read the turns that later_turns adds: use 'user'")
 
     def _fill_from_name(self) -> None:
         """Take facts for the card from a single source that is known by name."""
@@ -288,7 +298,9 @@ def _parse(owner: type, at: str, values: object) -> Any:
     allowed = [item.name for item in fields(owner) if item.name != "values"]
     if unknown := [name for name in values if name not in allowed]:
         raise ProbeError(f"{at or 'the recipe'} has no field {unknown[0]!r}; it has: {', '.join(allowed)}")
-    inside, parsed, hints = f"{at}." if at else "", {}, get_type_hints(owner)
+    inside = f"{at}." if at else ""
+    parsed = {}
+    hints = get_type_hints(owner)
     for name, value in values.items():
         if value is None:
             continue  # the default

@@ -1,4 +1,4 @@
-"""The rows of a recipe: read, split, copied, and divided among the heads of a run."""
+"""The rows of a recipe: read, split, augmented, and divided among the heads of a run."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class Twin:
+class Ablation:
     """A head that leaves out sources.
 
     Attributes:
-        left_out, unjudged: the rows of `train` that it does not learn from, and those of `validation` that it is not chosen by.
+        left_out: the rows of `train` that it does not learn from.
+        excluded_from_validation: the rows of `validation` that it is not chosen by.
         measured: the rows to measure it on, by source.
     """
 
     left_out: list[int]
-    unjudged: list[int]
+    excluded_from_validation: list[int]
     measured: dict[str, LabelledTexts]
 
 
@@ -44,8 +45,8 @@ class RecipeRows:
     """The rows of a recipe, by what they are for.
 
     Attributes:
-        train: rows to learn from: those that may be judged, then `extra` ones, then copies.
-        num_plain, num_extra: rows of the first and the second kind.
+        train: rows to learn from: those that may be judged, then `extra` ones, then augmentations.
+        num_plain, num_extra: the number of the first ones, and of the extra ones.
         validation, test: rows to choose by and to measure on; None if there are none. With folds `validation` is None.
         folds: row numbers of `train`, a fold each.
         calibration: rows that should rarely be flagged; None if there are none.
@@ -66,7 +67,7 @@ class RecipeRows:
     measured: dict[str, LabelledTexts]
     repeats: list[int]
     weights: list[list[float] | None]
-    twins: dict[str, Twin]
+    ablations: dict[str, Ablation]
     slices: Columns
     described: dict[str, JSON] = field(default_factory=dict)
 
@@ -79,15 +80,15 @@ class RecipeRows:
         """Return all rows by the name of their part."""
         named = {name: getattr(self, name) for name in ("train", "validation", "test", "calibration")}
         named |= {f"measure.{name}": rows for name, rows in self.measured.items()}
-        for twin, held in self.twins.items():
-            named |= {f"twin-{twin}.{name}": rows for name, rows in held.measured.items()}
+        for ablation, held in self.ablations.items():
+            named |= {f"ablation-{ablation}.{name}": rows for name, rows in held.measured.items()}
         return {name: rows for name, rows in named.items() if rows is not None}
 
     def digest(self) -> dict[str, str]:
         """Return a digest of each part that heads learn from or are chosen by."""
         # null without weights, as in the setup of runs that earlier code has begun
         learned = json.dumps([self.repeats, self.weights if any(self.weights) else None, self.folds])
-        learned += json.dumps({name: twin.left_out for name, twin in self.twins.items()})
+        learned += json.dumps({name: ablation.left_out for name, ablation in self.ablations.items()})
         digests = {"train": self.train.digest(), "learned": hashlib.sha256(learned.encode()).hexdigest()}
         return digests | ({} if self.validation is None else {"validation": self.validation.digest()})
 
@@ -110,15 +111,12 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         whole, test = whole.split(held_test.share, recipe.seed)
     test = None if test is None else test.at_most(held_test.max_rows, recipe.seed)
     plain = whole.at_most(recipe.max_rows, recipe.seed)
-    settled = held_validation.share or held_validation.sources or recipe.copies.names or recipe.hold_out
-    folds, validation = held_validation.folds, reader.join("validation", held_validation.sources, "validation")
-    folds = FOLDS if folds is None and len(plain) < FEW_ROWS and not settled else folds
+    folds = _number_of_folds(recipe, held_validation, plain)
+    validation = reader.join("validation", held_validation.sources, "validation")
     if not folds:
         if validation is None:
             plain, validation = plain.split(held_validation.share or VALIDATION_SHARE, recipe.seed)
         validation = validation.at_most(held_validation.max_rows, recipe.seed)
-    elif used := [name for name, value in (("copies", recipe.copies.names), ("hold_out", recipe.hold_out)) if value]:
-        raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
     if extra:
         judged_texts = set(map(str, _join([plain if folds else validation, test]).texts))
         extra = _without(judged_texts, extra, "extra rows are skipped: they are validation or test rows as well")
@@ -126,23 +124,26 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
             raise ProbeError("the extra sources of train have no rows beside the validation and test rows")
     learned = _join([plain, extra])
     check_labels(", ".join(source.name for source in recipe.train), learned)
-    learned_texts, calibration = set(map(str, learned.texts)), reader.calibration()
+    learned_texts = set(map(str, learned.texts))
+    calibration = reader.calibration()
     for name, part in (("validation", validation), ("test", test), ("calibration", calibration)):
         if part is not None:
             _without(learned_texts, part, f"{name} rows have a text that is among the training rows")
-    copies = augment(plain, recipe.copies.names, recipe.seed, reader.system_prompts(), recipe.copies.share)
-    train = LabelledTexts.join([learned, *copies])
-    measured, twins = reader.measured(learned_texts), {}
-    for twin, names in recipe.hold_out.items():
+    augmented = augment(
+        plain, recipe.augmentations.names, recipe.seed, reader.system_prompts(), recipe.augmentations.share
+    )
+    train = LabelledTexts.join([learned, *augmented])
+    measured = reader.measured(learned_texts)
+    ablations: dict[str, Ablation] = {}
+    for ablation, names in recipe.hold_out.items():
         if held := {name: by_source[name] for name in names if by_source[name]}:
-            twins[twin] = Twin(*(_rows_like(held, part, twin) for part in (train, validation)), held)
-    further = [measured, *(twin.measured for twin in twins.values())]
-    columns = {name for parts in further for part in parts.values() for name in part.columns}
-    if unknown := sorted(set(recipe.measure.slice_columns) - columns):
-        raise ProbeError(f"measure.slice_columns={unknown} must be columns of the rows: {', '.join(sorted(columns))}")
+            left_out = _rows_like(held, train, ablation)
+            ablations[ablation] = Ablation(left_out, _rows_like(held, validation, ablation), held)
+    _check_slice_columns(recipe, [measured, *(ablation.measured for ablation in ablations.values())])
     named_test = held_test.sources[0].rows if len(held_test.sources) == 1 else None
-    # Copies are learned once, with the weight 1.
-    by_name, num_copies = {source.name: source for source in recipe.train}, len(train) - len(learned)
+    # Augmentations are learned once, with the weight 1.
+    num_augmented = len(train) - len(learned)
+    by_name = {source.name: source for source in recipe.train}
     sources = [by_name[name] for name in train.columns[SOURCE][: len(learned)]]
     rows = RecipeRows(
         train=train,
@@ -153,15 +154,31 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         folds=[fold.tolist() for fold in plain.folds(folds, recipe.seed)] if folds else [],
         calibration=calibration,
         measured=measured,
-        repeats=[source.repeat for source in sources] + [1] * num_copies,
-        weights=[source.weights for source in sources] + [None] * num_copies,
-        twins=twins,
+        repeats=[source.repeat for source in sources] + [1] * num_augmented,
+        weights=[source.weights for source in sources] + [None] * num_augmented,
+        ablations=ablations,
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
     rows.described = _describe(recipe, held_validation, held_test, rows)
     if left_out := +reader.not_commercial:  # without the sources that were not touched
         rows.described["train"]["not_commercial"] = dict(left_out)
     return rows
+
+
+def _number_of_folds(recipe: Recipe, validation: Held, rows: LabelledTexts) -> int | None:
+    """Return the number of folds: that of the recipe, or `FOLDS` for few rows of which nothing says how they validate."""
+    whole = {"augmentations": recipe.augmentations.names, "hold_out": recipe.hold_out}  # would be shared by the folds
+    used = [name for name, value in whole.items() if value]
+    if validation.folds and used:
+        raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
+    is_open = validation.folds is None and not (validation.share or validation.sources or used)
+    return FOLDS if is_open and len(rows) < FEW_ROWS else validation.folds
+
+
+def _check_slice_columns(recipe: Recipe, measured: Sequence[dict[str, LabelledTexts]]) -> None:
+    columns = {name for parts in measured for rows in parts.values() for name in rows.columns}
+    if unknown := sorted(set(recipe.measure.slice_columns) - columns):
+        raise ProbeError(f"measure.slice_columns={unknown} must be columns of the rows: {', '.join(sorted(columns))}")
 
 
 class _Reader:
@@ -206,14 +223,15 @@ class _Reader:
         sources = self.recipe.calibration.sources
         if not sources:
             return None
-        names, flagged = self.labels.names or [], self.labels.flagged
+        names = self.labels.names or []
+        flagged = self.labels.flagged
         harmless = next((name for name in names if name not in (flagged or ())), None)
         if len(names) != 2 or flagged is None or harmless is None:
             raise ProbeError(f"calibration needs one flagged label of two, not {flagged} of {', '.join(names)}")
         return self.join("calibration", [replace(source, label=harmless) for source in sources], "train")
 
     def system_prompts(self) -> Sequence[str]:
-        source = self.recipe.copies.system_prompts
+        source = self.recipe.augmentations.system_prompts
         if source is None:
             return []
         labels = Labels(names=["text", "none"], problem_type="single_label_classification")
@@ -235,14 +253,14 @@ def _without(texts: set[str], rows: LabelledTexts, warning: str) -> LabelledText
     return left
 
 
-def _rows_like(held: dict[str, LabelledTexts], rows: LabelledTexts, twin: str) -> list[int]:
-    """Return the numbers of the rows with words of the sources that a twin leaves out, or with one of their texts."""
+def _rows_like(held: dict[str, LabelledTexts], rows: LabelledTexts, ablation: str) -> list[int]:
+    """Return the numbers of the rows with words of the sources that an ablation leaves out, or with one of their texts."""
     texts = {str(text) for part in held.values() for text in part.texts}
     named = zip(rows.columns[SOURCE], rows.texts, strict=True)
     is_held = np.array([not held.keys().isdisjoint(names.split("+")) or str(text) in texts for names, text in named])
     left = rows.labels[~is_held]
     if not len(left) or (left.ndim == 1 and len(set(left.tolist())) < 2):
-        raise ProbeError(f"hold_out.{twin} leaves no rows of several labels to learn from, or to choose by")
+        raise ProbeError(f"hold_out.{ablation} leaves no rows of several labels to learn from, or to choose by")
     return np.flatnonzero(is_held).tolist()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,6 @@ from ..heads.probe import ProbeModel
 from ..hub.card import write_card
 from ..hub.folder import RECIPE_NAME
 from .arguments import ProbeTrainingArguments
-from .measurements import measure
 from .prepared import PreparedRun
 from .progress import Progress
 from .recipe import CardFacts
@@ -46,54 +45,81 @@ def save_head(run: PreparedRun, head: ProbeModel, folder: Path) -> None:
         write_card(folder)  # shows the plots
 
 
-def finish(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) -> ProbeModel:
-    """Judge the heads of a recipe, choose the best, calibrate and measure it.
+@dataclass
+class Choice:
+    """The head that a recipe has chosen among its candidates.
+
+    Attributes:
+        name: of the candidate.
+        logits: `[rows, num_labels]` of the validation rows, by head; of the ablations as well.
+        runs: results of each seed by the name of its candidate, those in the head's `results`; of a search the chosen one alone.
+    """
+
+    name: str
+    head: ProbeModel
+    logits: dict[str, torch.Tensor]
+    runs: dict[str, JSON]
+
+
+def choose_head(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) -> Choice:
+    """Fit temperature and thresholds of the heads of a recipe, and choose the best by its validation rows.
 
     Args:
         progress: how each head has done. epochs: epochs of the training.
 
     Returns:
-        The chosen head, with `results` as `add_results` makes them.
+        The choice. Its head can be saved: its `results` have what follows from the validation and calibration rows.
     """
-    rows, args, metric = run.rows, run.args, run.args.metric
+    metric = run.args.metric
+    runs = {}
     logits_by_head = _judged_logits(run)
-    tested: dict[str, torch.Tensor] = {}
-    runs: dict[str, JSON] = {}
     for name, candidate in run.candidates.items():
-        probe, logits = run.heads[name], logits_by_head[name]
+        probe = run.heads[name]
+        logits = logits_by_head[name]
         if not bool(logits.isfinite().all()):
             continue  # it diverged
-        probe.config, decided = decide(probe.config, logits, rows.judged.labels, args)
+        probe.config, decided = decide(probe.config, logits, run.rows.judged.labels, run.args)
         runs[name] = {"seed": candidate.seed, "epochs": progress[name].epochs or epochs, **decided}
-        if rows.test is not None:
-            tested[name] = predict_logits(probe, run.datasets["test"])
-            runs[name]["test"] = report(probe.config, tested[name], rows.test.labels, rows.slices)
-        if run.config.reads_reply and not rows.folds:  # with folds the head has learned from the validation rows
-            runs[name]["halting"] = _halting(probe, run)
     if not runs:
         raise ProbeError(f"no head of {len(run.candidates)} gives a number for {metric}: use a smaller learning_rate")
-    is_search = run.recipe.search.trials > 0
     chosen = max(runs, key=lambda name: runs[name]["validation"][metric])
-    head, logits = run.heads[chosen], logits_by_head[chosen]
+    head = run.heads[chosen]
     head.set_backbone(run.lm)
-    shown = "validation" if rows.test is None else "test"
-    add_results(
-        head,
-        args,
-        rows=rows.described,
-        head_args=run.candidates[chosen].training,
-        runs=[runs[chosen]] if is_search else list(runs.values()),
-        inspected=(shown, run.datasets[shown], tested.get(chosen, logits)),
-        novelty=_novelty_rows(run, logits),
-    )
+    is_search = run.recipe.search.trials > 0
+    kept = {chosen: runs[chosen]} if is_search else runs
+    own_args = run.candidates[chosen].training
+    head.results = basic_results(head, run.args, run.rows.described, own_args, list(kept.values()))
     head.results |= {"chosen_seed": runs[chosen]["seed"], "dtype": run.dtype, "card": asdict(_card(run))}
     if is_search:
         head.results["search"] = _describe_search(run, runs)
-    if rows.calibration is not None and (fitted := _calibrate(run, head)) is not None:
+    if run.rows.calibration is not None and (fitted := _calibrate(run, head)) is not None:
         head.results["thresholds_from"] = fitted
-    if rows.measured or rows.twins:
-        head.results["measured"] = measure(run, head, _calibrated_twins(run, logits_by_head))
-    return head
+    return Choice(chosen, head, logits_by_head, kept)
+
+
+def complete_results(run: PreparedRun, choice: Choice) -> None:
+    """Measure the seeds on the test rows, inspect the chosen head, and fit its novelty."""
+    rows = run.rows
+    head = choice.head
+    logits = choice.logits[choice.name]
+    shown = "validation" if rows.test is None else "test"
+    calibrated = head.config
+    # These figures are for the threshold of the validation rows, which each seed has.
+    head.config = calibrated.replace(threshold=choice.runs[choice.name]["threshold"], thresholds=None)
+    inspected = logits
+    for name, results in choice.runs.items():
+        probe = run.heads[name]
+        if rows.test is not None:
+            tested = predict_logits(probe, run.datasets["test"])
+            results["test"] = report(probe.config, tested, rows.test.labels, rows.slices)
+            if name == choice.name:
+                inspected = tested
+        if run.config.reads_reply and not rows.folds:  # with folds the head has learned from the validation rows
+            results["halting"] = _halting(probe, run)
+    add_summary(head.results)
+    inspect(head, shown, run.datasets[shown], inspected)
+    add_novelty(head, run.args, *_novelty_rows(run))
+    head.config = head.config.replace(threshold=calibrated.threshold, thresholds=calibrated.thresholds)
 
 
 def _judged_logits(run: PreparedRun) -> dict[str, torch.Tensor]:
@@ -106,14 +132,15 @@ def _judged_logits(run: PreparedRun) -> dict[str, torch.Tensor]:
     return by_head
 
 
-def _novelty_rows(run: PreparedRun, logits: torch.Tensor) -> tuple[Dataset, Dataset, torch.Tensor]:
-    """Return rows to fit novelty on, rows to calibrate it on (with folds a quarter of the plain rows), and logits of these."""
-    train, plain = run.datasets["train"], run.rows.num_plain
+def _novelty_rows(run: PreparedRun) -> tuple[Dataset, Dataset]:
+    """Return rows to fit novelty on, and rows to calibrate it on: with folds a quarter of the plain rows."""
+    train = run.datasets["train"]
+    plain = run.rows.num_plain
     if not run.rows.folds:
-        return train, run.datasets["validation"], logits
+        return train, run.datasets["validation"]
     held = sorted(np.random.default_rng(0).permutation(plain).tolist()[: plain // 4])
     rest = sorted(set(range(len(train))) - set(held))
-    return TrainingRows(train, rest), TrainingRows(train, held), logits[held]
+    return TrainingRows(train, rest), TrainingRows(train, held)
 
 
 def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
@@ -122,7 +149,8 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     The last rates are left out if they do not fit, and None is returned if none does: a head is not thrown away for its
     thresholds.
     """
-    rates, logits = run.recipe.calibration.rates, predict_logits(probe, run.datasets["calibration"])
+    rates = run.recipe.calibration.rates
+    logits = predict_logits(probe, run.datasets["calibration"])
     while rates:
         try:
             probe.config = with_rates(probe.config, logits, rates)
@@ -136,21 +164,28 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     return thresholds_from(probe.config, rates, sources, len(run.rows.calibration))
 
 
-def _calibrated_twins(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor]) -> dict[str, ProbeModel]:
-    """Return the twins with temperature and thresholds, fitted on rows that they may know."""
-    twins, judged = {}, run.rows.judged
-    for name, twin in run.rows.twins.items():
-        probe = run.heads[f"twin-{name}"]
-        known = np.setdiff1d(np.arange(len(judged)), twin.unjudged)
-        logits = logits_by_head[f"twin-{name}"][known]
+def calibrated_ablations(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor] | None) -> dict[str, ProbeModel]:
+    """Return the ablations with temperature and thresholds, fitted on rows that they may know.
+
+    Args:
+        logits_by_head: `[rows, num_labels]` of the validation rows; computed if they are not known.
+    """
+    heads, judged = {name: run.heads[f"ablation-{name}"] for name in run.rows.ablations}, run.rows.judged
+    if heads and logits_by_head is None:
+        logits = predict_together(list(heads.values()), run.datasets["validation"])
+        logits_by_head = {f"ablation-{name}": part for name, part in zip(heads, logits, strict=True)}
+    ablations: dict[str, ProbeModel] = {}
+    for name, probe in heads.items():
+        known = np.setdiff1d(np.arange(len(judged)), run.rows.ablations[name].excluded_from_validation)
+        logits = logits_by_head[f"ablation-{name}"][known]
         if not bool(logits.isfinite().all()):
-            logger.warning(f"the twin without {name} is not measured: it diverged")
+            logger.warning(f"the ablation without {name} is not measured: it diverged")
             continue
         probe.config, _ = decide(probe.config, logits, judged.labels[known], run.args)
         if run.rows.calibration is not None:
             _calibrate(run, probe)
-        twins[name] = probe
-    return twins
+        ablations[name] = probe
+    return ablations
 
 
 def _card(run: PreparedRun) -> CardFacts:
@@ -208,42 +243,51 @@ def _halting(probe: ProbeModel, run: PreparedRun) -> JSON:
     return {"max_false_halts": limit, "labels": rules}
 
 
-def add_results(
-    probe: ProbeModel,
-    args: ProbeTrainingArguments,
-    rows: dict[str, JSON],
-    head_args: JSON,
-    runs: list[JSON],
-    inspected: tuple[str, Dataset, torch.Tensor],
-    novelty: tuple[Dataset | None, Dataset, torch.Tensor],
-) -> None:
-    """Inspect a head whose config is decided, fit its novelty, and set its `results`, the contents of `results.json`.
+def basic_results(
+    probe: ProbeModel, args: ProbeTrainingArguments, rows: dict[str, JSON], head_args: JSON, runs: list[JSON]
+) -> JSON:
+    """Return the `results` of a head whose config is decided, the contents of `results.json`.
 
     Args:
         args, head_args: training arguments, and those of the head that differ.
         rows: of each part its `source` and the number of its `rows`.
-        runs: results of each seed. The first is that of `probe`, unless `finish` says otherwise.
-        inspected: split, data set and logits `[rows, num_labels]`; see `inspect_head`.
-        novelty: arguments of `fit_novelty`, which is skipped if it is not wanted or there are too few rows.
+        runs: results of each seed. The first is that of `probe`, unless `choose_head` says otherwise.
     """
-    split, dataset, logits = inspected
-    splits = [name for name in ("validation", "test") if name in runs[0]]
     results = {
         "backbone": probe.config.base_model_name_or_path,
         "probe_type": probe.config.probe_type,
         "flagged": probe.config.flagged or [],
         "num_parameters": probe.num_parameters(),
         "data": rows,
-        "recipe": args.describe() | {name.removesuffix("_factor"): value for name, value in head_args.items()},
+        "recipe": args.describe() | head_args,
         "runs": runs,
         "chosen_seed": runs[0]["seed"],
-        "summary": {name: summarize([run[name] for run in runs]) for name in splits},
+        "summary": {},
         "environment": environment() | ({"processes": world_size()} if world_size() > 1 else {}),
         "dtype": probe.config.base_model_dtype,
         "card": asdict(CardFacts()),
-        "inspection": {"split": split, **inspect_head(probe, dataset, labels_of(dataset), logits=logits)},
     }
-    if args.novelty and novelty[0] is not None and can_fit(probe.config, *novelty[:2]):
-        sources = [rows[name]["source"] for name in ("train", "extra") if name in rows]
-        results["novelty"] = {"sources": sources, **fit_novelty(probe, *novelty[:2])}
-    probe.results = results
+    add_summary(results)
+    return results
+
+
+def add_summary(results: JSON) -> None:
+    """Summarise the runs of results, by split."""
+    runs = results["runs"]
+    splits = [name for name in ("validation", "test") if name in runs[0]]
+    results["summary"] = {name: summarize([run[name] for run in runs]) for name in splits}
+
+
+def inspect(probe: ProbeModel, split: str, dataset: Dataset, logits: torch.Tensor) -> None:
+    """Add to a head's results what `inspect_head` finds on the rows of a split, whose logits are `[rows, num_labels]`."""
+    found = inspect_head(probe, dataset, labels_of(dataset), logits=logits)
+    probe.results["inspection"] = {"split": split, **found}
+
+
+def add_novelty(probe: ProbeModel, args: ProbeTrainingArguments, train: Dataset | None, held: Dataset) -> None:
+    """Fit the novelty of a head, and add it to the results, if it is wanted and there are rows enough; see `fit_novelty`."""
+    if not args.novelty or train is None or not can_fit(probe.config, train, held):
+        return
+    data = probe.results["data"]
+    sources = [data[name]["source"] for name in ("train", "extra") if name in data]
+    probe.results["novelty"] = {"sources": sources, **fit_novelty(probe, train, held)}

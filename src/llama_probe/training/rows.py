@@ -34,7 +34,8 @@ class TrainingRows(Dataset):
         row_weights: Sequence[Sequence[float] | None] | None = None,
         learned_by: np.ndarray | None = None,
     ):
-        self.dataset, self.rows = dataset, list(range(len(dataset)) if rows is None else rows)
+        self.dataset = dataset
+        self.rows = list(range(len(dataset)) if rows is None else rows)
         self.replies = None if self.reply_lengths is None else replies
         self.row_weights, self.learned_by = row_weights, learned_by
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from transformers import ProgressCallback
+from transformers.utils import logging
 
 from ..distributed import claimed, on_main
 from ..errors import ProbeError
@@ -14,9 +15,11 @@ from ..evaluation.resume import same_settings
 from ..files import JSON
 from ..hub.folder import check_output, is_head_folder
 from .prepared import CHECKPOINTS, SETUP_NAME, PreparedRun
-from .progress import last_checkpoint
 from .recipe import Recipe
-from .trainer import ProbeTrainer
+from .recipe_trainer import RecipeTrainer
+
+
+logger = logging.get_logger(__name__)
 
 
 def train_recipe(
@@ -28,13 +31,16 @@ def train_recipe(
     resume: bool = False,
     overwrite: bool = False,
 ) -> JSON:
-    """Train, calibrate and measure a head by a recipe, and write it into a folder.
+    """Train and calibrate a head by a recipe, write it into a folder, measure it, and write it with what was measured.
+
+    A run that fails or is killed leaves states and checkpoints to resume from, and once it measures also the head.
 
     The processes of `torchrun` divide the rows: each runs the backbone on a share of them, and gets a share of every batch.
     The first one writes. All must see the same `output`.
 
     Args:
-        resume: from the checkpoints of a stopped run. The number of processes may differ.
+        resume: a stopped run: train on from its checkpoints, or measure what is missing of its head. The number of processes
+            may differ.
         overwrite: replace the head, or the stopped run, that `output` holds.
 
     Returns:
@@ -45,10 +51,10 @@ def train_recipe(
     def check_free() -> None:
         if overwrite or (resume and setup.is_file()):
             return
-        if is_head_folder(output):
-            raise ProbeError(f"{output} holds a finished head: --overwrite replaces it")
         if setup.is_file():
             raise ProbeError(f"{output} holds a stopped run: --resume continues it, --overwrite starts anew")
+        if is_head_folder(output):
+            raise ProbeError(f"{output} holds a finished head: --overwrite replaces it")
 
     def open_checkpoints() -> None:
         """Keep the checkpoints of this very training, or start with none; `ProbeError` if they are of another one."""
@@ -59,18 +65,20 @@ def train_recipe(
     check_output(output)
     on_main(check_free)
     with claimed(output):
-        run = PreparedRun(recipe, output, backbone, data_dir=data_dir, dtype=dtype)
+        run = PreparedRun(recipe, output, backbone, data_dir=data_dir, dtype=dtype).prepare()
         on_main(open_checkpoints)  # if it raises, the states stay for the run that can be resumed
         try:
-            trainer = ProbeTrainer.from_prepared(run)
+            trainer = RecipeTrainer(run)
             if trainer.pop_callback(ProgressCallback) is not None:
                 trainer.add_callback(_ProgressBar)
-            trainer.train(last_checkpoint(setup.parent) if resume else None)
+            trainer.train(resume)
             trainer.save_model()
-            return trainer.results
         except Exception:
-            run.clean_states()
+            logger.warning(
+                f"{output} keeps what was done, and hidden states, which can reveal the texts: --resume goes on"
+            )
             raise
+        return trainer.results
 
 
 class _ProgressBar(ProgressCallback):

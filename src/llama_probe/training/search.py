@@ -11,9 +11,10 @@ from ..errors import ProbeError
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.rules import Rule, check_fields
 
 
-# Hyper-parameters of every kind, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
+# Hyper-parameters of every head type, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
 SEARCH_SPACE = {
     "learning_rate": (1e-5, 3e-3),
     "weight_decay": (0.0, 0.05),
@@ -23,6 +24,10 @@ SEARCH_SPACE = {
 }
 # Training arguments that may differ among heads side by side.
 HEAD_ARGS = ("learning_rate", "weight_decay", "label_smoothing_factor", "focal_gamma", "class_weights")
+_RULES: dict[str, Rule] = {
+    "trials": ("at least 0", lambda value: value >= 0),
+    "probe_types": ("at least one head type", bool),
+}
 _ATTEMPTS = 100  # draws for one trial that fits the backbone
 
 
@@ -34,8 +39,7 @@ class Search:
     probe_types: list[str] = field(default_factory=lambda: ["pooling", "gate", "mha"])
 
     def __post_init__(self):
-        if self.trials < 0 or not self.probe_types:
-            raise ProbeError(f"trials={self.trials} must be at least 0, and probe_types={self.probe_types} not empty")
+        check_fields(self, _RULES)
         for name in self.probe_types:
             get_probe_type(name)  # raises
 
@@ -61,36 +65,40 @@ class Candidate:
 
 
 def draw_candidates(search: Search, base: ProbeConfig, seed: int) -> dict[str, Candidate]:
-    """Draw the configurations of a search over `SEARCH_SPACE` and the kinds' own `search_space`, by head."""
+    """Draw the configurations of a search over `SEARCH_SPACE` and the head types' own `search_space`, by head."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # One a kind: kinds may give a field of the same name other choices.
-    studies = {
-        kind: optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed + place))
-        for place, kind in enumerate(search.probe_types)
-    }
+    # A study for each head type, because types may give a field of the same name other choices.
+    studies = {}
+    for place, name in enumerate(search.probe_types):
+        studies[name] = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed + place))
     candidates: dict[str, Candidate] = {}
     for number in range(search.trials):
-        kind = search.probe_types[number % len(search.probe_types)]
-        for _ in range(_ATTEMPTS):
-            values = draw(studies[kind].ask(), SEARCH_SPACE | get_probe_type(kind).search_space)
-            options = {name: value for name, value in values.items() if name in get_probe_type(kind).options}
-            head = {name: value for name, value in values.items() if name not in HEAD_ARGS and name not in options}
-            with suppress(ProbeError):
-                config = base.replace(probe_type=kind, **head, options=options)
-                candidates[f"trial-{number}"] = Candidate(seed, config, {"probe_type": kind, **values})
-                break
-        else:
-            raise ProbeError(f"probe_type={kind!r} has no choices that fit hidden_size={base.hidden_size}")
+        name = search.probe_types[number % len(search.probe_types)]
+        candidates[f"trial-{number}"] = _draw_candidate(studies[name], name, base, seed)
     return candidates
 
 
-def draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> JSON:
+def _draw_candidate(study: Any, name: str, base: ProbeConfig, seed: int) -> Candidate:
+    """Draw configurations of a head type until one fits the backbone, whose sizes `base` has."""
+    head_type = get_probe_type(name)
+    for _ in range(_ATTEMPTS):
+        values = _draw(study.ask(), SEARCH_SPACE | head_type.search_space)
+        options = {field: value for field, value in values.items() if field in head_type.options}
+        head = {field: value for field, value in values.items() if field not in HEAD_ARGS and field not in options}
+        with suppress(ProbeError):
+            config = base.replace(probe_type=name, **head, options=options)
+            return Candidate(seed, config, {"probe_type": name, **values})
+    raise ProbeError(f"probe_type={name!r} has no choices that fit hidden_size={base.hidden_size}")
+
+
+def _draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> JSON:
     """Let an Optuna trial draw a value for each name: of a range, or of a list of choices."""
-    return {
-        name: trial.suggest_categorical(name, choices)
-        if isinstance(choices, list)
-        else trial.suggest_float(name, *choices, log=name == "learning_rate")
-        for name, choices in space.items()
-    }
+    values: JSON = {}
+    for name, choices in space.items():
+        if isinstance(choices, list):
+            values[name] = trial.suggest_categorical(name, choices)
+        else:
+            values[name] = trial.suggest_float(name, *choices, log=name == "learning_rate")
+    return values
