@@ -61,7 +61,8 @@ class Baseline:
     def __init__(self, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False):
         rows = run.rows
         learned = sorted(set(range(rows.num_plain + rows.num_extra)) - set(without))
-        texts, self.models = [_plain_text(rows.train.texts[row]) for row in learned], []
+        texts = [_plain_text(rows.train.texts[row]) for row in learned]
+        self.models = []
         for labels in np.atleast_2d(rows.train.labels[learned].T):
             known = np.flatnonzero(~np.isnan(labels))
             model = length_classifier() if by_length else tfidf_classifier()
@@ -113,7 +114,10 @@ def measure(
         first = next(iter(rows.measured))
         for form in recipe.measure.quantised:
             name = f"{first}, {form} copy of the backbone"
-            if (name, None) not in done and (scores := _measure_quantised(run, head, form, rows.measured[first])):
+            if (name, None) in done:
+                continue
+            scores = _measure_quantised(run, head, form, rows.measured[first])
+            if scores is not None:
                 results["parts"].append({"name": name, "ablation": None, **scores})
                 yield results
     if recipe.measure.wrappings in rows.measured and "wrappings" not in results:

@@ -170,7 +170,8 @@ def calibrated_ablations(run: PreparedRun, logits_by_head: Mapping[str, torch.Te
     Args:
         logits_by_head: `[rows, num_labels]` of the validation rows; computed if they are not known.
     """
-    heads, judged = {name: run.heads[f"ablation-{name}"] for name in run.rows.ablations}, run.rows.judged
+    judged = run.rows.judged
+    heads = {name: run.heads[f"ablation-{name}"] for name in run.rows.ablations}
     if heads and logits_by_head is None:
         logits = predict_together(list(heads.values()), run.datasets["validation"])
         logits_by_head = {f"ablation-{name}": part for name, part in zip(heads, logits, strict=True)}
