@@ -10,6 +10,7 @@ from itertools import pairwise
 
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+gc.disable()  # while modules are loaded, none of which is garbage; see pytest_collection_finish
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, and their models gain nothing from threads
 
 from importlib.util import find_spec
@@ -36,8 +37,8 @@ collect_ignore = [] if find_spec("vllm.version") else ["vllm"]
 
 def pytest_collection_finish(session):
     """The Trainer collects garbage at the end of each training. Modules that are loaded by now are none."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 VOCAB, HIDDEN, LAYERS = 97, 32, 4
