@@ -215,21 +215,3 @@ def test_reads_that_heads_add_to_a_call(device, heads, asked, reads):
     before = device.reads
     assert out.probe_labels and out.probe_probabilities
     assert device.reads - before <= 1, "the labels of all heads come in one copy"
-
-
-@pytest.mark.parametrize("kind", ["gate", "mha"])
-def test_eight_heads_add_few_operations_to_a_pass_in_half_precision(device, kind):
-    narrow = {"intermediate_size": 16, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
-    lm = make_lm(hidden_size=576, num_hidden_layers=30, **narrow).to(torch.bfloat16)
-    sizes = {"hidden_size": 576, "num_hidden_layers": 30, "downcast": 32}
-    heads = {f"{kind}-{number}": make_probe(probe_type=kind, **sizes) for number in range(8)}
-    model = LlamaForProbedGeneration.from_causal_lm(lm, heads).to(DEVICE)
-    for tokens in (16, 512):
-        ids = make_prompts(1, tokens).to(DEVICE)
-        counts = []
-        for names in ([], [f"{kind}-0"], list(heads)):
-            before = device.operations
-            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, probes=names)
-            counts.append(device.operations - before)
-        plain, one, eight = counts
-        assert plain < one <= 1.03 * plain and eight <= 1.1 * plain
