@@ -47,7 +47,7 @@ def test_the_heads_file_is_made_of_the_modules_of_the_package():
 
 def test_it_is_small_and_imports_what_every_user_of_transformers_has():
     texts = runtime_files()
-    assert sum(len(text.splitlines()) for text in texts.values()) <= 1610 and len(texts) <= 4
+    assert sum(len(text.splitlines()) for text in texts.values()) <= 1600 and len(texts) <= 4
     for file, text in texts.items():
         assert "SPDX-License-Identifier: Apache-2.0" in text
         known = {"numpy", "safetensors", "torch", "transformers", *sys.stdlib_module_names}

@@ -144,8 +144,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Raises:
             ProbeError: a head cannot be read (before the backbone is loaded) or does not fit it.
         """
-        load, place = super().from_pretrained, pretrained_model_name_or_path
-        loaded, heads = load_with_heads(load, place, model_args, kwargs, probe)
+        place = pretrained_model_name_or_path
+        loaded, heads = load_with_heads(super().from_pretrained, place, model_args, kwargs, probe)
         model = model_of(loaded)
         record_commit(model, kwargs)
         model._attach(heads, probe_strict)
@@ -187,7 +187,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         ids: Any = kwargs.get("input_ids")
         in_training = self.training and torch.is_grad_enabled() and not past and not probe_state
         keep = asks_for_state(probe_state, ids, kwargs.get("use_cache"))
-        earlier, inputs = (probe_state, kwargs) if isinstance(probe_state, ProbeCache) else (None, kwargs)
+        earlier = probe_state if isinstance(probe_state, ProbeCache) else None
+        inputs = kwargs
         if earlier is not None:
             inputs = earlier.followed_by(ids, kwargs.get("attention_mask"))
         elif past and keep:
@@ -197,8 +198,17 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 logger.warning_once(_NOT_SCORED)
             return with_results(super().forward(**kwargs), None, heads)
         keep = not in_training and (keep or (ids is not None and bool(kwargs.get("use_cache"))))
-        options: dict[str, Any] = {"past": past, "earlier": earlier, "return_state": keep, "partial_prompt": keep}
-        prompt = PromptReader(heads, find_decoder(self), inputs, probe_mask, **options, differentiable=in_training)
+        prompt = PromptReader(
+            heads,
+            find_decoder(self),
+            inputs,
+            probe_mask,
+            past=past,
+            earlier=earlier,
+            return_state=keep,
+            partial_prompt=keep,
+            differentiable=in_training,
+        )
         if not past:
             self._warn_of_padding(prompt.input_ids, kwargs.get("attention_mask"), probe_mask)
         with prompt.reading(kwargs) as inputs:
@@ -255,18 +265,28 @@ class ProbedGenerationMixin(ProbeHostMixin):
         configs = {name: head.config for name, head in heads.items()}
         levels = abstain_levels(abstain_at, configs)
         inputs: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
-        if (texts := as_texts(input_ids)) is not None:
+        texts = as_texts(input_ids)
+        if texts is not None:
             others = {**inputs, "probe_mask": probe_mask, "cache": cache, "probe_state": probe_state}
-            if refused := [name for name, value in others.items() if value is not None]:
+            refused = [name for name, value in others.items() if value is not None]
+            if refused:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {refused[0]}")
             return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), levels)
         if probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
         inputs["input_ids"] = input_ids
         cache = inputs.pop("past_key_values", None) if cache is None else cache
-        past, decoder = cached_tokens({"cache": cache}), find_decoder(self)
-        options: dict[str, Any] = {"earlier": probe_state or None, "output_attentions": output_attentions}
-        prompt = PromptReader(heads, decoder, inputs, probe_mask, past=past, **options)
+        past = cached_tokens({"cache": cache})
+        decoder = find_decoder(self)
+        prompt = PromptReader(
+            heads,
+            decoder,
+            inputs,
+            probe_mask,
+            past=past,
+            earlier=probe_state or None,
+            output_attentions=output_attentions,
+        )
         self._warn_of_padding(prompt.input_ids, attention_mask, probe_mask)
         inputs = {key: value for key, value in inputs.items() if value is not None} | {"use_cache": False}
         if past:

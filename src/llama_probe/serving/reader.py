@@ -120,8 +120,9 @@ class StateReader:
         if self._held and (hidden.device, hidden.dtype) != (self._held[0].device, self._held[0].dtype):
             self._flush()
         if not self._held:
-            # At most two of these are there at once, in fp32: the states and their stack, or the stack and its normalised copy.
-            size, budget = 2 * 4 * hidden[self._rows, self._columns].numel(), state_budget(hidden.device)
+            # Two copies in fp32 exist at once: the states and their stack, or the stack and its normalised copy.
+            size = 2 * 4 * hidden[self._rows, self._columns].numel()
+            budget = state_budget(hidden.device)
             self._group = next((group for group in (len(self.layers), *_GROUPS) if group * size <= budget), 1)
         self._held.append(hidden)
         self._seen.append(layer)
@@ -135,12 +136,15 @@ class StateReader:
 
     def _flush(self) -> None:
         """Read the states that are held. They are on one device."""
-        held, self._held = self._held, []
+        held = self._held
+        self._held = []
         if not held or self._columns == slice(0, 0):
             return
-        if (tokens := min(hidden.shape[1] for hidden in held)) < self._columns.stop:
+        tokens = min(hidden.shape[1] for hidden in held)
+        if tokens < self._columns.stop:
             raise ProbeError(f"a state has {tokens} tokens of {self._columns.stop}: no part is scored")
-        layers, parts = self._seen[-len(held) :], [hidden[self._rows, self._columns] for hidden in held]
+        layers = self._seen[-len(held) :]
+        parts = [hidden[self._rows, self._columns] for hidden in held]
         x = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)  # [S, rows, n, hidden_size]
         del held, parts
         with torch.set_grad_enabled(self._differentiable):
@@ -249,8 +253,9 @@ class PromptReader:
             yield self.decoder.whole(inputs)
         self._reader.end()
         self.seen = stop
-        if self.complete and self._ran:  # looked at once, however many passes there were
-            ran, self._ran = self._ran[0] if len(self._ran) == 1 else torch.cat(self._ran, dim=1), []
+        if self.complete and self._ran:  # one look at the device, however many passes there were
+            ran = self._ran[0] if len(self._ran) == 1 else torch.cat(self._ran, dim=1)
+            self._ran = []
             if not torch.equal(ran, self._expected[:, -ran.shape[1] :].to(ran.device)):
                 raise ProbeError(_OTHER_PROMPT)
 
