@@ -56,6 +56,7 @@ for auto_class in (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_without_probe_the_hub_gets_the_requests_of_plain_transformers(hub, tmp_path):
     """Of models, of what is no model, of heads and of the package's own names."""
     plant_model(hub, plain(hub), make_tokenizer())

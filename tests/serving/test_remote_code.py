@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerator import DEVICE, Accelerator
-from cases import KINDS, MULTI, REGRESSION
+from cases import HEAD_TYPES, MULTI, REGRESSION
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded, probed
 from heads_runtime import heads_file
 from repository import ROOT
@@ -28,7 +28,7 @@ USER, REPLY = 3, 4
 TURNS = {"turn_markers": {"user": {"ids": [USER], "skip": 1}, "assistant": {"ids": [REPLY], "skip": 0}}}
 TOPICS = {"probe_type": "gate", "id2label": {0: "a", 1: "b", 2: "c"}, **MULTI}
 FORMS = {
-    **KINDS,
+    **HEAD_TYPES,
     "max": {"probe_type": "mha", "pool": "max"},
     "layers": {"probe_type": "gate", "layers": [0, 2], "normalize": "rms"},
     "content": {"probe_type": "multimax", "token_scope": "content", "prefix_ids": [make_prompts()[1, 0].item()]},
@@ -155,7 +155,9 @@ def test_a_config_without_token_ids_has_those_of_the_model(models):
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
 def test_other_families(family, tmp_path):
     lm, sizes = tiny(family), {"num_hidden_layers": 3, "vocab_size": 96}
-    runtime, package = export(tmp_path, lm, {kind: make_probe(**form, **sizes) for kind, form in KINDS.items()})
+    runtime, package = export(
+        tmp_path, lm, {head_type: make_probe(**form, **sizes) for head_type, form in HEAD_TYPES.items()}
+    )
     ids = make_prompts() % 96
     call = {"attention_mask": padded(ids), "max_new_tokens": 3, "do_sample": False}
     found, expected = (model.generate(ids, **call) for model in (runtime, package))
@@ -277,6 +279,7 @@ exec(block, {})
 """
 
 
+@pytest.mark.slow
 def test_a_repository_in_a_python_without_the_package(backbone_folder, token, tmp_path):
     toxic = make_probe(id2label={0: "fine", 1: "toxic"}, vocab_size=260)
     heads = {"toxic": toxic, "mood": make_probe(1, probe_type="gate")}

@@ -89,12 +89,12 @@ class Engine:
                 collector.put(RequestOutput("1", None, prompt, logprobs, [reply], finished, kv_transfer_params=known))
 
 
-def save_heads(folder, kinds: dict[str, dict]) -> dict[str, str]:
+def save_heads(folder, configs: dict[str, dict]) -> dict[str, str]:
     """Save heads of chats, and return their folders, by name."""
-    for name, config in kinds.items():
+    for name, config in configs.items():
         values = {"probe_type": "pooling", "prompt_format": "chat", **config}
         make_probe(**values).save_pretrained(folder / name)
-    return {name: str(folder / name) for name in kinds}
+    return {name: str(folder / name) for name in configs}
 
 
 def stream(outputs: list[AsyncGenerator[RequestOutput, None]], n: int, is_chat: bool) -> AsyncGenerator[str, None]:

@@ -104,7 +104,7 @@ class TestEngine:
             (REPLY_HEADS["watch"], {"speculative_config": {"method": "ngram"}}, "speculative_config"),
             (REPLY_HEADS["watch"], {"for_server": {"unsure": {"odd": (0, 1)}}, "halt_on": {"odd": BAD}}, "unsure"),
         ],
-        ids=["size", "kind", "speculation", "judge of replies"],
+        ids=["size", "head type", "speculation", "judge of replies"],
     )
     def test_refuses_heads(self, tiny, tmp_path, config, arguments, named):
         make_probe(**{"hidden_size": HIDDEN, **config}).save_pretrained(tmp_path)

@@ -181,12 +181,12 @@ class TestPrompts:
         assert more_operations - operations < 12 * len(HEADS), "masks and padding, which one alone does not need"
 
     @pytest.mark.parametrize("tokens", [4096, 64])
-    @pytest.mark.parametrize("kind", ["multimax", "mha"])
-    def test_turns_are_judged_one_by_one(self, monkeypatch, projected, tokens, kind):
+    @pytest.mark.parametrize("head_type", ["multimax", "mha"])
+    def test_turns_are_judged_one_by_one(self, monkeypatch, projected, tokens, head_type):
         torch.manual_seed(0)
         monkeypatch.setattr(scoring, "_TOKENS", tokens)
         markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 5), ("assistant", 8))}
-        head = make_probe(7, probe_type=kind, token_scope="user", turn_markers=markers)
+        head = make_probe(7, probe_type=head_type, token_scope="user", turn_markers=markers)
         served = Served({"guard": head}, projected, 60)
         requests, states = served.fill([30, 24, 60, 9], [["guard"]] * 4)
         for request in requests:
@@ -310,6 +310,6 @@ class TestReplies:
         assert alone <= others[0][0] < 40 * len(heads), "alone some tensors need no copy"
 
 
-def test_kinds_whose_state_grows_are_known():
+def test_types_whose_state_grows_are_known():
     assert not any(grows(head) for head in REPLY_HEADS.values())
     assert grows(make_probe(token_scope="response")), "mha keeps keys and values"
