@@ -35,7 +35,6 @@ class Engine:
         written: tokens. outputs, aborted, running: of requests.
         body, authorization: of the last request to the server.
         is_left: the clients go before an answer.
-        piece: bytes of a stream that are sent at once; `None` if these are an event.
     """
 
     def __init__(self, settings: ProbeSettings, logits: dict):
@@ -44,7 +43,6 @@ class Engine:
         self.prompts, self.asked = [], []
         self.written = self.aborted = self.running = self.outputs = 0
         self.is_left = False
-        self.piece: int | None = None
 
     def get_tokenizer(self):
         return TOKENIZER
@@ -111,11 +109,12 @@ def stream(outputs: list[AsyncGenerator[RequestOutput, None]], n: int, is_chat: 
     return create(server, body, prompts, merged, "1", 0, "tiny", len(prompts), None, known)
 
 
-async def in_pieces(events: AsyncGenerator[str, None], size: int) -> AsyncGenerator[bytes, None]:
+async def in_pieces(events: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, None]:
+    """Cut events anywhere, as a proxy may."""
     async for event in events:
         body = event.encode()
-        for place in range(0, len(body), size):
-            yield body[place : place + size]
+        for place in range(0, len(body), 50):
+            yield body[place : place + 50]
 
 
 def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[FastAPI, Engine]:
@@ -147,9 +146,7 @@ def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[Fa
             return None  # as vLLM's routes do
         if body.get("stream"):
             events = stream(outputs, params.n, is_chat="chat" in request.url.path)
-            if engine.piece is not None:
-                events = in_pieces(events, engine.piece)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return StreamingResponse(in_pieces(events), media_type="text/event-stream")
         usage = {"prompt_tokens": sum(map(len, prompts))}
         common = {"id": "cmpl-1", "model": body.get("model") or "tiny", "usage": usage}
         return common | {"choices": [choice async for choice in choices()]}

@@ -308,11 +308,6 @@ class TestCommandLine:
         arguments = server_arguments([str(tiny.backbone), "--probe", str(tmp_path / "lr=0.1" / "tone")])
         assert list(arguments.additional_config["llama_probe"]["heads"]) == ["tone"]
 
-    def test_refuses_a_second_head_behind_one_option(self, tiny, capsys):
-        with pytest.raises(SystemExit):
-            command_line(tiny, tiny.heads["tone"])
-        assert "unrecognized arguments" in capsys.readouterr().err
-
     @pytest.mark.parametrize("line", ["--help", "--halt-on guard={"])
     def test_imports_next_to_nothing_for_help_and_refusals(self, line):
         command = [sys.executable, "-X", "importtime", "-m", "llama_probe.vllm", "lm", "--probe", "head"]

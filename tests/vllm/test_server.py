@@ -198,28 +198,6 @@ def test_each_of_several_prompts_ends_by_itself(client, tiny, chats):
             tiny.check_prompt(choice["kv_transfer_params"]["probes"], ids)
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_each_of_several_replies_ends_by_itself(client, tiny, chats, stream):
-    for text, ids in chats.items():
-        options = {"n": 3, "temperature": 1.0, "max_tokens": NEW, "extra_body": {"ignore_eos": True}}
-        answer = ask(client, text, stream=stream, **options)
-        parts = list(answer) if stream else [answer]
-        known = [part.kv_transfer_params for part in parts if hasattr(part, "kv_transfer_params")]
-        tiny.check_prompt(known[0]["probes"], ids)
-        texts, ends = ["", "", ""], [None] * 3
-        for choice in (choice for part in parts for choice in part.choices):
-            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
-            ends[choice.index] = choice.finish_reason
-        is_halted = [True] * 3
-        if expected(tiny, ids, NEW)[1] != ("guard", None):
-            told = dict(enumerate(known[-1]["replies"]))  # but for a reply that ended before the engine got the others
-            is_halted = [
-                told[i]["halted"] is not None if told.get(i) else end == "content_filter" for i, end in enumerate(ends)
-            ]
-        assert ends == ["content_filter" if halted else "length" for halted in is_halted]
-        assert [text.endswith(END) for text in texts] == is_halted
-
-
 def test_judge_is_asked_once_a_prompt(url, client, tiny, chats, judge):
     answers = []
     for text, ids in chats.items():
