@@ -75,6 +75,7 @@ class TestBundledAliases:
         return bundle
 
     def test_a_head_is_called_as_it_was_asked_for(self):
+        assert {name: resolve_head(name) for name in bundled_heads()} == bundled_heads()
         assert list(read_heads("toxicchat")) == ["toxicchat"]
         with pytest.raises(ProbeError, match=r"^probe='toxicchat' is a bundled head and has no revision 'v2'"):
             resolve_head("toxicchat", options=HubOptions("v2"))

@@ -86,12 +86,9 @@ def prompts():
 
 CALLS = {
     "left": {"attention_mask": padded(make_prompts())},
-    "no mask": {},
     "chunks": {"prefill_chunk_size": 4},
     "beams": {"num_beams": 2, "num_return_sequences": 2},
-    "sampling": {"do_sample": True, "top_k": 5},
     "two heads": {"probes": ["gate", "mha"]},
-    "halted": {"halt_on": {"guard": {"threshold": 0.5}}},
     "halted by label": {"halt_on": {"topics": {"label": "b", "threshold": 0.5}}},
     "halted by value": {"halt_on": {"length": {"threshold": 0.0}}},
     "all halted": {"halt_on": {"guard": {"threshold": "all"}}},
@@ -187,14 +184,11 @@ OTHER_LABEL = {"guard": {"label": "fine", "threshold": "all"}}  # which is of th
             for call in (
                 lambda model: model.load_probe("alice/x"),
                 lambda model: model.generate(prompts(), probe_state=True),
-                lambda model: model.generate(prompts(), abstain_at=0.9),
                 lambda model: model(prompts(), probe_mask=torch.ones(3, 9)),
                 lambda model: model.generate(prompts(), halt_on=lambda outputs: []),
                 lambda model: model.generate(prompts(), halt_on={"guard": {"unsure": (0, 1)}}),
-                lambda model: model.generate(inputs_embeds=torch.zeros(1, 2, 32)),
                 lambda model: model(inputs_embeds=torch.zeros(1, 2, 32)),
                 lambda model: model.generate(prompts(), cache=DynamicCache()),
-                lambda model: model.generate(prompts(), token_healing=True, tokenizer=make_tokenizer()),
                 lambda model: model.generate(prompts(), GenerationConfig(assistant_early_exit=2)),
                 lambda model: model.generate_batch([[5, 6]]),
                 lambda model: type(model).from_pretrained("x", probe="alice/heads"),
