@@ -181,17 +181,6 @@ def test_a_folder_is_not_a_base_model_on_the_hub(tmp_path, base, shown):
     assert ("](https://huggingface.co/" in card.content) == (shown is not None)
 
 
-def test_measures_are_those_of_the_label_that_was_flagged_then(folder):
-    results = json.loads((folder / "results.json").read_text())
-    (folder / "results.json").write_text(json.dumps(results | {"flagged": []}))
-    assert "are those of" not in create_card(folder).content, "another label may have been flagged later"
-    (folder / "results.json").write_text(json.dumps(results | {"flagged": ["no"]}))
-    assert "are those of `no`" in create_card(folder).content
-    change_config(folder, problem_type="multi_label_classification", threshold=[0.4, 0.4], flagged=None)
-    card = create_card(folder).content
-    assert "are those of" not in card and "It flags" not in card, "a mean over labels, and halt_on needs a label"
-
-
 EVALUATION = {
     "source": "sets/b.jsonl", "rows": 1200, "metrics": {"accuracy": 0.9, "auroc": 0.93, "auprc": None},
     "intervals": {"auroc": [0.91, 0.95]}, "flagged": {"share": 0.021, "interval": [0.014, 0.031], "threshold": 0.31},

@@ -17,7 +17,6 @@ from huggingface_hub.utils import _http
 from transformers import AutoModel, AutoModelForCausalLM
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeConfig, ProbeError
-from llama_probe.auto_classes import install
 from llama_probe.backbone import loading
 from llama_probe.backbone.decoder import backbone_name
 from llama_probe.backbone.loading import DEMO_MODEL_ID, backbone_target, load_backbone, load_tokenizer
@@ -39,12 +38,6 @@ def test_usual_arguments_work_beside_a_head_in_memory(backbone_folder):
     other = make_probe(base_model_name_or_path="org/other")
     with pytest.raises(ProbeError, match="org/other"):
         AutoModel.from_pretrained(backbone_folder, probe=other, probe_strict=True)
-
-
-def test_a_second_installation_changes_nothing():
-    installed = vars(AutoModel)["from_pretrained"]
-    install()
-    assert vars(AutoModel)["from_pretrained"] is installed
 
 
 LOADS = """

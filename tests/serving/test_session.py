@@ -165,6 +165,14 @@ class TestRefusals:
             with pytest.raises(ProbeError, match=words):
                 call()
 
+    def test_a_pass_over_a_part_of_the_prompt(self, model, prompts):
+        def half(model, input_ids, generation_config, **kwargs):
+            kwargs |= {"attention_mask": None, "position_ids": None}
+            return model._sample(input_ids=input_ids[:, :4], generation_config=generation_config, **kwargs)
+
+        with pytest.raises(ProbeError, match="as it was given"):
+            model.generate(prompts, custom_generate=half, max_new_tokens=1)
+
     def test_a_layer_that_does_not_run_over_the_whole_prompt(self, model, prompts):
         """It is found out before anything is written."""
         streamer = Recorder()
