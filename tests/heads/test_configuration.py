@@ -162,5 +162,3 @@ class TestFlagged:
     def test_several(self):
         three = ProbeConfig(num_labels=3, flagged=["LABEL_0", "LABEL_2"])
         assert three.flagged == ["LABEL_0", "LABEL_2"] and three.flagged_index is None
-        both = ProbeConfig(problem_type=MULTI_LABEL, flagged=["LABEL_0", "LABEL_1"])
-        assert both.flagged_index is None

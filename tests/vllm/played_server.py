@@ -34,7 +34,6 @@ class Engine:
         prompts: of all requests. asked: `kv_transfer_params` of each.
         written: tokens. outputs, aborted, running: of requests.
         body, authorization: of the last request to the server.
-        is_left: the clients go before an answer.
     """
 
     def __init__(self, settings: ProbeSettings, logits: dict):
@@ -42,7 +41,6 @@ class Engine:
         self.settings, self.logits, self.known = settings, logits, prompt_result(settings, logits)
         self.prompts, self.asked = [], []
         self.written = self.aborted = self.running = self.outputs = 0
-        self.is_left = False
 
     def get_tokenizer(self):
         return TOKENIZER
@@ -142,8 +140,6 @@ def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[Fa
                         known = {"prompt_logprobs": part.prompt_logprobs, "finish_reason": reply.finish_reason}
                         yield {"index": reply.index, "text": reply.text, **known}
 
-        if engine.is_left:
-            return None  # as vLLM's routes do
         if body.get("stream"):
             events = stream(outputs, params.n, is_chat="chat" in request.url.path)
             return StreamingResponse(in_pieces(events), media_type="text/event-stream")
