@@ -47,8 +47,8 @@ attack: $(VENV)/.test
 	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 
 # Engines of vLLM on the CPU, a GB each, on tiny models and on the demo backbone, which the main environment prepares. Where one
-# hangs, the test fails. The longest files come first. In the process of test_features no engine may follow: those that come after
-# it have none, or one in processes of its own. Each file is named once: beside their folder, pytest would drop the files.
+# hangs, the test fails. The longest files come first. Each file is named once: beside
+# their folder, pytest would drop the files.
 VLLM_FIRST := $(patsubst %,tests/vllm/test_%.py,server engine features demo)
 VLLM_TESTS := $(VLLM_FIRST) $(filter-out $(VLLM_FIRST),$(wildcard tests/vllm/test_*.py))
 DEMO := $(or $(LLAMA_PROBE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llama_probe)/SmolLM2-135M-Instruct

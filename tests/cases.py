@@ -1,4 +1,4 @@
-"""Cases that several test modules share: kinds of head, ways to generate, scores of rows, and a guard of replies."""
+"""Cases that several test modules share: head types, ways to generate, scores of rows, and a guard of replies."""
 
 import numpy as np
 import torch
@@ -10,10 +10,10 @@ from llama_probe.heads import probe_types
 
 MULTI = {"problem_type": "multi_label_classification"}
 REGRESSION = {"num_labels": 1, "problem_type": "regression"}
-KINDS = {kind: {"probe_type": kind} for kind in probe_types()}
-# With the options that change what a kind keeps of a prompt.
+HEAD_TYPES = {head_type: {"probe_type": head_type} for head_type in probe_types()}
+# With the options that change what a head type keeps of a prompt.
 FORMS = {
-    **KINDS,
+    **HEAD_TYPES,
     "max": {"probe_type": "pooling", "pool": "max"},
     "multimax": {"probe_type": "multimax", "options": {"num_maxima": 3, "num_members": 2}},
     "mha-max": {"probe_type": "mha", "pool": "max", "layers": [0, 2, 4]},

@@ -92,7 +92,6 @@ TINY = {
     }),
 }
 # fmt: on
-EXPERT_FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text")
 WRAPPERS = tuple(name for name in TINY if "text_config" in TINY[name][2])
 
 
@@ -117,8 +116,9 @@ def tiny(family: str):
 
 
 def make_heads():
-    kinds = enumerate(("gate", "mha"))
-    return {kind: make_probe(i, probe_type=kind, num_labels=2 + i, num_hidden_layers=LAYERS) for i, kind in kinds}
+    sizes = {"num_hidden_layers": LAYERS}
+    gate = make_probe(0, probe_type="gate", num_labels=2, **sizes)
+    return {"gate": gate, "mha": make_probe(1, probe_type="mha", num_labels=3, **sizes)}
 
 
 def padded_prompts():

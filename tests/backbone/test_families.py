@@ -9,7 +9,6 @@ import transformers
 from conftest import make_lm, make_probe, save_head
 from repository import ROOT
 from tiny_families import (
-    EXPERT_FAMILIES,
     HIDDEN,
     IMAGE,
     LAYERS,
@@ -128,12 +127,6 @@ def test_a_folder_loads_with_heads(family, tmp_path):
     again = AutoConfig.from_pretrained(tmp_path / "again")
     # of Llama 4 the auto class for causal LMs loads the language model alone
     assert again.architectures == ["Llama4ForCausalLM" if family == "llama4" else TINY[family][1]]
-
-
-@pytest.mark.parametrize("family", ["llama", *EXPERT_FAMILIES])
-def test_bf16(family):
-    model = assert_serves(tiny(family).bfloat16(), padded_prompts(), padded_prompts()["attention_mask"])
-    assert model.dtype == torch.bfloat16 and model.probes["mha"].classifier.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("family", FAMILIES)

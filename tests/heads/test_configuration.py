@@ -20,7 +20,7 @@ def refused(field, *values):
 @pytest.mark.parametrize(
     "values, words",
     [
-        *refused("probe_type", "lstm", None),
+        *refused("probe_type", None),
         ({"probe_type": "lstm"}, "allowed: gate, .*--import FILE.py"),
         *refused("pool", "median"),
         *refused("normalize", True),
@@ -63,10 +63,8 @@ def refused(field, *values):
         ({"probe_type": "gate", "options": {"foo": 1}}, r"\['foo'\]"),
         ({"probe_type": "attentive"}, "probe_type='attentive' is gone.* multimax"),
         ({"probe_type": "multimax", "options": {"num_members": 1.5}}, "num_members"),
-        ({"probe_type": "multimax", "options": {"num_maxima": 0}}, "num_maxima"),
         ({"probe_type": "multimax", "options": {"maxima": 2}}, r"\['maxima'\].* \['num_maxima', 'num_members'\]"),
         *refused("flagged", ["worse"], ["LABEL_0", "LABEL_1"], [], "LABEL_1"),
-        ({"flagged": ["LABEL_1", "LABEL_1"], "num_labels": 3}, "^flagged="),
         ({"flagged": ["LABEL_0"], "problem_type": "regression"}, "^flagged="),
     ],
 )
@@ -78,10 +76,10 @@ def test_wrong_values_name_the_field_and_what_is_allowed(values, words):
 LANGUAGES = "غير ضار|می\u200cخواهم|שלום\u200f!|क्\u200dष|👩\u200d💻|❤️|未分類|né|Zug\u00adabteil|\U0001fae9"
 
 
-@pytest.mark.parametrize("name", LANGUAGES.split("|"))
-def test_labels_of_all_languages(name):
-    config, _ = ProbeConfig.from_dict(json.loads(ProbeConfig(id2label={0: name, 1: "b"}).to_json_string()))
-    assert config.id2label == {0: name, 1: "b"}
+def test_labels_of_all_languages():
+    names = dict(enumerate(LANGUAGES.split("|")))
+    config, _ = ProbeConfig.from_dict(json.loads(ProbeConfig(id2label=names).to_json_string()))
+    assert config.id2label == names
 
 
 def test_defaults():
@@ -164,5 +162,3 @@ class TestFlagged:
     def test_several(self):
         three = ProbeConfig(num_labels=3, flagged=["LABEL_0", "LABEL_2"])
         assert three.flagged == ["LABEL_0", "LABEL_2"] and three.flagged_index is None
-        both = ProbeConfig(problem_type=MULTI_LABEL, flagged=["LABEL_0", "LABEL_1"])
-        assert both.flagged_index is None

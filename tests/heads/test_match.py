@@ -86,9 +86,7 @@ def test_a_fine_tuned_copy_is_another_backbone(lm, tmp_path):
         (0.001, None, None),
         (0.2, None, "a quantised copy, or fine-tuned since"),
         (0.7, None, "fine-tuned since, or another model"),
-        (0.9, None, "another model"),
         (0.2, 8, "a quantised copy (torchao-8bit), or fine-tuned since"),
-        (0.2, 4, "a quantised copy (torchao-4bit)"),
         (1.2, 4, "another model"),
     ],
 )

@@ -40,17 +40,12 @@ def test_segments_are_tokens_side_by_side_that_count():
 
 
 @pytest.mark.parametrize("probe_type", ["pooling", "gate", "multimax", "mha"])
-@pytest.mark.parametrize("as_ids", [False, True])
-def test_a_head_scores_its_strongest_segment(probe_type, as_ids):
+def test_a_head_scores_its_strongest_segment(probe_type):
     head = make_probe(probe_type=probe_type, token_scope="user", turn_markers=MARKERS, flagged=["LABEL_1"])
     lm, ids = make_lm(vocab_size=100), make_prompts(1, 12) + 3
     ids[0, [0, 8]], ids[0, 5] = 1, 2
     mask = token_mask(head.config, ids, None)
     with torch.no_grad():
         states = lm(ids, output_hidden_states=True).hidden_states
-        if as_ids:
-            head.set_backbone(lm)
-            found = head(ids).logits
-        else:
-            found = head(hidden_states=states, attention_mask=mask, segments=number_segments(head.config, mask)).logits
-        torch.testing.assert_close(found, score_turns(head, states, mask), atol=1e-5, rtol=1e-5)
+        head.set_backbone(lm)
+        torch.testing.assert_close(head(ids).logits, score_turns(head, states, mask), atol=1e-5, rtol=1e-5)

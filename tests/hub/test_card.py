@@ -99,29 +99,19 @@ def test_a_saved_head_gets_a_card_that_a_person_may_edit(folder):
     assert (folder / "README.md").read_bytes() == b"caf\xe9"
 
 
-@pytest.mark.parametrize("results", [{"of": "another version"}, {"card": "x", "summary": {"test": {}}}])
-def test_results_of_another_version_give_no_card(tmp_path, results):
-    probe = make_probe()
-    probe.results = results
-    folder = save_head(probe, tmp_path / "head")
-    assert not (folder / "README.md").exists()
-    with pytest.raises(ProbeError, match=r"results\.json"):
-        write_card(folder)
-
-
-@pytest.mark.parametrize("kind", ["system", "raw", "response", "tool"])
-def test_the_usage_block_works_when_pasted(kind, tmp_path, backbone_folder, monkeypatch, capsys):
+@pytest.mark.parametrize("case", ["system", "raw", "response", "tool"])
+def test_the_usage_block_works_when_pasted(case, tmp_path, backbone_folder, monkeypatch, capsys):
     probe = make_probe(
-        prompt_format="raw" if kind == "raw" else "chat",
-        system_prompt='You\'re "kind".' if kind == "system" else None,
+        prompt_format="raw" if case == "raw" else "chat",
+        system_prompt='You\'re "kind".' if case == "system" else None,
         base_model_name_or_path=str(backbone_folder),
-        token_scope=kind if kind in ("response", "tool") else "content",
+        token_scope=case if case in ("response", "tool") else "content",
         turn_markers=PromptFormat(make_tokenizer()).turn_markers,
     )
     monkeypatch.chdir(tmp_path)
     text = create_card(save_head(probe, tmp_path / 'my "good" head')).content
     exec(text.split("```python\n")[1].split("```")[0], {})
-    assert ("Halt(" if kind == "response" else "LABEL_") in capsys.readouterr().out
+    assert ("Halt(" if case == "response" else "LABEL_") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("alias", bundled_heads())
@@ -189,17 +179,6 @@ def test_a_folder_is_not_a_base_model_on_the_hub(tmp_path, base, shown):
     data = card.data.to_dict()
     assert data.get("base_model") == shown and ("base_model_relation" in data) == (shown is not None)
     assert ("](https://huggingface.co/" in card.content) == (shown is not None)
-
-
-def test_measures_are_those_of_the_label_that_was_flagged_then(folder):
-    results = json.loads((folder / "results.json").read_text())
-    (folder / "results.json").write_text(json.dumps(results | {"flagged": []}))
-    assert "are those of" not in create_card(folder).content, "another label may have been flagged later"
-    (folder / "results.json").write_text(json.dumps(results | {"flagged": ["no"]}))
-    assert "are those of `no`" in create_card(folder).content
-    change_config(folder, problem_type="multi_label_classification", threshold=[0.4, 0.4], flagged=None)
-    card = create_card(folder).content
-    assert "are those of" not in card and "It flags" not in card, "a mean over labels, and halt_on needs a label"
 
 
 EVALUATION = {

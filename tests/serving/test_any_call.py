@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from cases import KINDS
+from cases import HEAD_TYPES
 from conftest import make_probe, score_turns
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,16 +38,16 @@ TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
 @st.composite
 def configs(draw, scopes):
     """What a head may be, of the tiny models' size."""
-    kind = draw(st.sampled_from(sorted(KINDS)))
+    head_type = draw(st.sampled_from(sorted(HEAD_TYPES)))
     config = {
-        "probe_type": kind,
+        "probe_type": head_type,
         "num_labels": draw(st.integers(2, 4)),
         "num_hidden_layers": LAYERS,
         "normalize": draw(st.sampled_from(["none", "layernorm", "rms"])),
         "layers": draw(st.one_of(st.just("all"), st.lists(st.integers(0, LAYERS), min_size=1, unique=True))),
         "token_scope": draw(st.sampled_from(scopes)),
     }
-    if kind in ("pooling", "mha"):
+    if head_type in ("pooling", "mha"):
         config["pool"] = draw(st.sampled_from(["mean", "max"]))
     if config["token_scope"] in ("content", "all"):
         config["prefix_ids"] = PREFIX
@@ -90,7 +90,7 @@ def score(head, states, prompt_tokens, ids=None):
         return head(hidden_states=states, attention_mask=mask).logits
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
     drawn=st.lists(configs(("prompt", "content", *TURN_SCOPES)), min_size=1, max_size=3),
@@ -122,7 +122,7 @@ def test_text_and_scores(family, drawn, alike, batch, way, budget):
         torch.testing.assert_close(found, wanted, **TOLERANCE)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
     config=configs(("response", "all")),

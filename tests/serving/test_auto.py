@@ -17,7 +17,6 @@ from huggingface_hub.utils import _http
 from transformers import AutoModel, AutoModelForCausalLM
 
 from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, ProbeConfig, ProbeError
-from llama_probe.auto_classes import install
 from llama_probe.backbone import loading
 from llama_probe.backbone.decoder import backbone_name
 from llama_probe.backbone.loading import DEMO_MODEL_ID, backbone_target, load_backbone, load_tokenizer
@@ -41,12 +40,6 @@ def test_usual_arguments_work_beside_a_head_in_memory(backbone_folder):
         AutoModel.from_pretrained(backbone_folder, probe=other, probe_strict=True)
 
 
-def test_a_second_installation_changes_nothing():
-    installed = vars(AutoModel)["from_pretrained"]
-    install()
-    assert vars(AutoModel)["from_pretrained"] is installed
-
-
 LOADS = """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 for auto_class in (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM):
@@ -56,6 +49,7 @@ for auto_class in (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_without_probe_the_hub_gets_the_requests_of_plain_transformers(hub, tmp_path):
     """Of models, of what is no model, of heads and of the package's own names."""
     plant_model(hub, plain(hub), make_tokenizer())

@@ -42,8 +42,8 @@ def with_compiled_layers(model):
     return model
 
 
-def test_the_scores_of_every_kind_stay(prompts):
-    model = make_model(**{kind: make_probe(probe_type=kind) for kind in probe_types()})
+def test_the_scores_of_every_head_type_stay(prompts):
+    model = make_model(**{head_type: make_probe(probe_type=head_type) for head_type in probe_types()})
     mask = padded(prompts)
     expected, run = model(prompts, attention_mask=mask), torch.compile(model, backend="eager")
     for _ in range(2):  # traced, and from its graphs
@@ -57,11 +57,11 @@ def test_the_scores_of_every_kind_stay(prompts):
 @pytest.mark.parametrize(
     "compiled, asked",
     [
-        (with_compiled_forward, {"num_beams": 2, "num_return_sequences": 2}),
+        pytest.param(with_compiled_forward, {"num_beams": 2, "num_return_sequences": 2}, marks=pytest.mark.slow),
         (with_compiled_forward, {"cache_implementation": "static"}),
         (with_compiled_forward, {"halt_on": lambda outputs: [True, False, False], "probe_state": True}),
         (with_compiled_forward, {"halt_on": {"a": {"threshold": 0.0}}, "halt_reply": [5, 6]}),
-        (with_compiled_layers, {}),
+        pytest.param(with_compiled_layers, {}, marks=pytest.mark.slow),
     ],
 )
 def test_generate_is_that_of_a_model_that_is_not_compiled(prompts, compiled, asked):
@@ -78,6 +78,7 @@ def test_generate_is_that_of_a_model_that_is_not_compiled(prompts, compiled, ask
     assert halts[0] == halts[1]
 
 
+@pytest.mark.slow
 def test_decoding_makes_the_graphs_of_the_plain_model():
     graphs = {}
     for names, lengths in (("a", (7, 8)), ("", (7,))):

@@ -225,9 +225,9 @@ class TestRules:
         assert [halt and halt.head for halt in halter.decide({"a": output, "b": output}, 2)] == ["b", None]
 
     @pytest.mark.parametrize("chunks", [{}, {"prefill_chunk_size": 2}])
-    @pytest.mark.parametrize("kind", probe_types())
-    def test_an_lm_that_gives_nan_lets_nothing_through(self, kind, chunks, prompts):
-        values = {"probe_type": kind, "vocab_size": VOCAB}
+    @pytest.mark.parametrize("head_type", probe_types())
+    def test_an_lm_that_gives_nan_lets_nothing_through(self, head_type, chunks, prompts):
+        values = {"probe_type": head_type, "vocab_size": VOCAB}
         heads = {scope: make_probe(token_scope=scope, **values) for scope in ("prompt", "all")}
         model, mask = probed(heads), padded(prompts)
         model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan

@@ -42,8 +42,8 @@ def test_switching_disabling_and_deleting(model, prompts):
 
 def test_heads_score_alike_while_the_lm_is_trained_and_have_gradients(model, prompts):
     """`model.train()`, as for a LoRA, reaches the heads, whose dropouts are for their own training."""
-    for kind in probe_types():
-        model.add_probe(kind, make_probe(probe_type=kind, dropout=0.5, layer_dropout=0.5))
+    for head_type in probe_types():
+        model.add_probe(head_type, make_probe(probe_type=head_type, dropout=0.5, layer_dropout=0.5))
     model.add_probe("both", make_probe(dropout=0.5, token_scope="all"))
     call = {"attention_mask": padded(prompts)}
 
@@ -69,8 +69,8 @@ def test_heads_are_fp32_whatever_the_default_dtype_is(model, folder, prompts):
     torch.set_default_dtype(torch.bfloat16)
     try:
         model.load_probe(folder)
-        for kind in probe_types():
-            model.add_probe(kind, ProbeConfig(probe_type=kind, downcast=4))
+        for head_type in probe_types():
+            model.add_probe(head_type, ProbeConfig(probe_type=head_type, downcast=4))
         out = model.generate(prompts, max_new_tokens=2)
     finally:
         torch.set_default_dtype(torch.float32)

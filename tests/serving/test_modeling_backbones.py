@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import KINDS
+from cases import HEAD_TYPES
 from conftest import LAYERS, expected_logits, make_lm, make_probe, make_tokenizer, padded, probed
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -14,11 +14,11 @@ from llama_probe import AutoModelForProbedGeneration, LlamaForProbedGeneration, 
 from llama_probe.backbone.loading import weights_digest
 
 
-ALL_KINDS = {name: make_probe(seed, **form) for seed, (name, form) in enumerate(KINDS.items())}
-ALL_KINDS |= {"max": make_probe(5, probe_type="pooling", pool="max"), "follows": make_probe(6, token_scope="all")}
+HEADS = {name: make_probe(seed, **form) for seed, (name, form) in enumerate(HEAD_TYPES.items())}
+HEADS |= {"max": make_probe(5, probe_type="pooling", pool="max"), "follows": make_probe(6, token_scope="all")}
 
 
-def check_all_kinds(model, prompts):
+def check_all_heads(model, prompts):
     """Every way to a score gives that of the states which the same model returns by `output_hidden_states`."""
     mask = padded(prompts)
     # as generate() counts positions: others are rounded otherwise in half precision
@@ -32,7 +32,7 @@ def check_all_kinds(model, prompts):
         assert torch.equal(passed.logits, plain.logits)
         assert torch.equal(generated.sequences, model.generate(prompts, **call, probes=[]))
         for found in (passed.probe_logits, generated.probe_logits, classified):
-            assert list(found) == list(ALL_KINDS)
+            assert list(found) == list(HEADS)
             for name, head in model.probes.items():
                 expected = head(hidden_states=plain.hidden_states, attention_mask=mask).logits
                 assert found[name].dtype == torch.float32
@@ -42,9 +42,9 @@ def check_all_kinds(model, prompts):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_backbones_keep_fp32_heads(dtype, prompts):
-    model = LlamaForProbedGeneration.from_causal_lm(make_lm().to(dtype), ALL_KINDS)
+    model = LlamaForProbedGeneration.from_causal_lm(make_lm().to(dtype), HEADS)
     before = {name: tensor.clone() for name, tensor in model.probes.state_dict().items()}
-    check_all_kinds(model, prompts)
+    check_all_heads(model, prompts)
     model.to(torch.bfloat16 if dtype == torch.float16 else torch.float16)
     for name, tensor in model.probes.state_dict().items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
@@ -57,23 +57,23 @@ def test_quantised_backbones(dtype, prompts, tmp_path):
 
     make_lm().save_pretrained(tmp_path)
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=dtype, probe=ALL_KINDS)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=dtype, probe=HEADS)
     assert type(model.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter, "quantised"
-    check_all_kinds(model, prompts)
+    check_all_heads(model, prompts)
 
 
 def test_lora_around_and_inside(prompts, tmp_path):
     torch.manual_seed(3)
-    model = probed(copy.deepcopy(ALL_KINDS))
+    model = probed(copy.deepcopy(HEADS))
     before = {name: tensor.clone() for name, tensor in model.probes.state_dict().items()}
     lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     around = get_peft_model(model, lora).train()
     around(input_ids=prompts, labels=prompts).loss.backward()
     assert any(parameter.grad is not None for parameter in around.parameters())
-    check_all_kinds(around.eval().get_base_model(), prompts)
+    check_all_heads(around.eval().get_base_model(), prompts)
     out = around.generate(input_ids=prompts, max_new_tokens=2)
-    assert not torch.allclose(out.probe_logits["gate"], expected_logits(ALL_KINDS["gate"], prompts)), "LoRA acts"
-    for name in ALL_KINDS:
+    assert not torch.allclose(out.probe_logits["gate"], expected_logits(HEADS["gate"], prompts)), "LoRA acts"
+    for name in HEADS:
         saved = load_file(model.save_probe(tmp_path / name, name) / "probe_model.safetensors")
         assert all(torch.equal(tensor, before[f"{name}.{key}"]) for key, tensor in saved.items())
     adapted = get_peft_model(make_lm(), lora)
@@ -100,14 +100,14 @@ def test_virtual_tokens_before_the_prompt(prompts):
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 def test_offloaded_layers(prompts, tmp_path, place):
     """accelerate rebuilds the outputs, which know their labels all the same."""
-    plain = probed(copy.deepcopy(ALL_KINDS))
+    plain = probed(copy.deepcopy(HEADS))
     expected = plain(prompts, use_cache=True)
     make_lm().save_pretrained(tmp_path / "lm")
     # with one device only for all, accelerate puts no hook around the whole
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu", "model.norm": "disk"}
     device_map |= {f"model.layers.{i}": place if i else "disk" for i in range(LAYERS)}
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=copy.deepcopy(ALL_KINDS)
+        tmp_path / "lm", device_map=device_map, offload_folder=tmp_path / "offload", probe=copy.deepcopy(HEADS)
     )
     out = model(prompts, use_cache=True)
     assert "_hf_hook" in model.__dict__ and out.probe_labels == expected.probe_labels
@@ -117,7 +117,7 @@ def test_offloaded_layers(prompts, tmp_path, place):
     turn = model(prompts, attention_mask=torch.ones_like(longer), **going_on)
     assert turn.probe_labels == plain(longer).probe_labels
     assert list(out.keys()) == list(expected.keys())
-    check_all_kinds(model, prompts)
+    check_all_heads(model, prompts)
     assert weights_digest(model) == weights_digest(plain), "heads that train on either share cached states"
 
 

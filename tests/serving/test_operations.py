@@ -20,9 +20,9 @@ def count():
     narrow = {"intermediate_size": 16, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
     lm = make_lm(hidden_size=576, num_hidden_layers=30, max_position_embeddings=1024, **narrow)
     model = LlamaForProbedGeneration.from_causal_lm(lm.to(torch.bfloat16))
-    for kind in probe_types():
-        model.add_probe(kind, ProbeConfig(probe_type=kind))
-        model.add_probe(f"{kind}-reply", ProbeConfig(probe_type=kind, token_scope="response"))
+    for head_type in probe_types():
+        model.add_probe(head_type, ProbeConfig(probe_type=head_type))
+        model.add_probe(f"{head_type}-reply", ProbeConfig(probe_type=head_type, token_scope="response"))
     with_novelty(model.add_probe("multimax-novelty", ProbeConfig(probe_type="multimax")))
     for name in EIGHT_HEADS:
         model.add_probe(name, ProbeConfig(probe_type="mha"))
@@ -51,7 +51,7 @@ def count():
 @pytest.mark.parametrize("tokens", [16, 512])
 @pytest.mark.parametrize(
     "heads, limit",
-    [*(([kind], ONE) for kind in probe_types()), (["multimax-novelty"], ONE), (EIGHT_HEADS, EIGHT)],
+    [*(([head_type], ONE) for head_type in probe_types()), (["multimax-novelty"], ONE), (EIGHT_HEADS, EIGHT)],
     ids=[*probe_types(), "novelty", "eight"],
 )
 def test_operations_of_the_pass_over_the_prompt(count, heads, limit, tokens):
@@ -61,9 +61,9 @@ def test_operations_of_the_pass_over_the_prompt(count, heads, limit, tokens):
 
 
 @pytest.mark.parametrize("tokens", [16, 512])
-@pytest.mark.parametrize("kind", probe_types())
-def test_operations_of_a_step_that_a_head_follows(count, kind, tokens):
-    (_, base_step), (_, step) = count([], tokens), count([f"{kind}-reply"], tokens)
+@pytest.mark.parametrize("head_type", probe_types())
+def test_operations_of_a_step_that_a_head_follows(count, head_type, tokens):
+    (_, base_step), (_, step) = count([], tokens), count([f"{head_type}-reply"], tokens)
     assert 1 < step / base_step <= STEP
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerator import DEVICE, Accelerator
-from cases import KINDS, MULTI, REGRESSION
+from cases import HEAD_TYPES, MULTI, REGRESSION
 from conftest import make_lm, make_probe, make_prompts, make_tokenizer, padded, probed
 from heads_runtime import heads_file
 from repository import ROOT
@@ -28,7 +28,7 @@ USER, REPLY = 3, 4
 TURNS = {"turn_markers": {"user": {"ids": [USER], "skip": 1}, "assistant": {"ids": [REPLY], "skip": 0}}}
 TOPICS = {"probe_type": "gate", "id2label": {0: "a", 1: "b", 2: "c"}, **MULTI}
 FORMS = {
-    **KINDS,
+    **HEAD_TYPES,
     "max": {"probe_type": "mha", "pool": "max"},
     "layers": {"probe_type": "gate", "layers": [0, 2], "normalize": "rms"},
     "content": {"probe_type": "multimax", "token_scope": "content", "prefix_ids": [make_prompts()[1, 0].item()]},
@@ -86,12 +86,9 @@ def prompts():
 
 CALLS = {
     "left": {"attention_mask": padded(make_prompts())},
-    "no mask": {},
     "chunks": {"prefill_chunk_size": 4},
     "beams": {"num_beams": 2, "num_return_sequences": 2},
-    "sampling": {"do_sample": True, "top_k": 5},
     "two heads": {"probes": ["gate", "mha"]},
-    "halted": {"halt_on": {"guard": {"threshold": 0.5}}},
     "halted by label": {"halt_on": {"topics": {"label": "b", "threshold": 0.5}}},
     "halted by value": {"halt_on": {"length": {"threshold": 0.0}}},
     "all halted": {"halt_on": {"guard": {"threshold": "all"}}},
@@ -155,7 +152,9 @@ def test_a_config_without_token_ids_has_those_of_the_model(models):
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
 def test_other_families(family, tmp_path):
     lm, sizes = tiny(family), {"num_hidden_layers": 3, "vocab_size": 96}
-    runtime, package = export(tmp_path, lm, {kind: make_probe(**form, **sizes) for kind, form in KINDS.items()})
+    runtime, package = export(
+        tmp_path, lm, {head_type: make_probe(**form, **sizes) for head_type, form in HEAD_TYPES.items()}
+    )
     ids = make_prompts() % 96
     call = {"attention_mask": padded(ids), "max_new_tokens": 3, "do_sample": False}
     found, expected = (model.generate(ids, **call) for model in (runtime, package))
@@ -185,14 +184,11 @@ OTHER_LABEL = {"guard": {"label": "fine", "threshold": "all"}}  # which is of th
             for call in (
                 lambda model: model.load_probe("alice/x"),
                 lambda model: model.generate(prompts(), probe_state=True),
-                lambda model: model.generate(prompts(), abstain_at=0.9),
                 lambda model: model(prompts(), probe_mask=torch.ones(3, 9)),
                 lambda model: model.generate(prompts(), halt_on=lambda outputs: []),
                 lambda model: model.generate(prompts(), halt_on={"guard": {"unsure": (0, 1)}}),
-                lambda model: model.generate(inputs_embeds=torch.zeros(1, 2, 32)),
                 lambda model: model(inputs_embeds=torch.zeros(1, 2, 32)),
                 lambda model: model.generate(prompts(), cache=DynamicCache()),
-                lambda model: model.generate(prompts(), token_healing=True, tokenizer=make_tokenizer()),
                 lambda model: model.generate(prompts(), GenerationConfig(assistant_early_exit=2)),
                 lambda model: model.generate_batch([[5, 6]]),
                 lambda model: type(model).from_pretrained("x", probe="alice/heads"),
@@ -277,6 +273,7 @@ exec(block, {})
 """
 
 
+@pytest.mark.slow
 def test_a_repository_in_a_python_without_the_package(backbone_folder, token, tmp_path):
     toxic = make_probe(id2label={0: "fine", 1: "toxic"}, vocab_size=260)
     heads = {"toxic": toxic, "mood": make_probe(1, probe_type="gate")}

@@ -14,9 +14,9 @@ from llama_probe import Halt, HoldBackStreamer, ProbeError
 
 def both_scopes(**changes):
     return {
-        f"{name}-{scope}": make_probe(seed=i, token_scope=scope, **kind, **changes)
+        f"{name}-{scope}": make_probe(seed=i, token_scope=scope, **form, **changes)
         for scope in ("response", "all")
-        for i, (name, kind) in enumerate(FORMS.items())
+        for i, (name, form) in enumerate(FORMS.items())
     }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import KINDS, MODES
+from cases import HEAD_TYPES, MODES
 from conftest import expected_logits, make_lm, make_probe, make_prompts, make_tokenizer, padded, probed
 from observers import Recorder, passes_of
 from peft import LoraConfig, get_peft_model
@@ -13,7 +13,10 @@ from llama_probe import ProbeError
 
 
 def heads(**changes):
-    return {kind: make_probe(seed=i, probe_type=kind, num_labels=2 + i, **changes) for i, kind in enumerate(KINDS)}
+    return {
+        head_type: make_probe(seed=i, probe_type=head_type, num_labels=2 + i, **changes)
+        for i, head_type in enumerate(HEAD_TYPES)
+    }
 
 
 @pytest.fixture

@@ -34,8 +34,6 @@ class Engine:
         prompts: of all requests. asked: `kv_transfer_params` of each.
         written: tokens. outputs, aborted, running: of requests.
         body, authorization: of the last request to the server.
-        is_left: the clients go before an answer.
-        piece: bytes of a stream that are sent at once; `None` if these are an event.
     """
 
     def __init__(self, settings: ProbeSettings, logits: dict):
@@ -43,8 +41,6 @@ class Engine:
         self.settings, self.logits, self.known = settings, logits, prompt_result(settings, logits)
         self.prompts, self.asked = [], []
         self.written = self.aborted = self.running = self.outputs = 0
-        self.is_left = False
-        self.piece: int | None = None
 
     def get_tokenizer(self):
         return TOKENIZER
@@ -89,12 +85,12 @@ class Engine:
                 collector.put(RequestOutput("1", None, prompt, logprobs, [reply], finished, kv_transfer_params=known))
 
 
-def save_heads(folder, kinds: dict[str, dict]) -> dict[str, str]:
+def save_heads(folder, configs: dict[str, dict]) -> dict[str, str]:
     """Save heads of chats, and return their folders, by name."""
-    for name, config in kinds.items():
+    for name, config in configs.items():
         values = {"probe_type": "pooling", "prompt_format": "chat", **config}
         make_probe(**values).save_pretrained(folder / name)
-    return {name: str(folder / name) for name in kinds}
+    return {name: str(folder / name) for name in configs}
 
 
 def stream(outputs: list[AsyncGenerator[RequestOutput, None]], n: int, is_chat: bool) -> AsyncGenerator[str, None]:
@@ -111,11 +107,12 @@ def stream(outputs: list[AsyncGenerator[RequestOutput, None]], n: int, is_chat: 
     return create(server, body, prompts, merged, "1", 0, "tiny", len(prompts), None, known)
 
 
-async def in_pieces(events: AsyncGenerator[str, None], size: int) -> AsyncGenerator[bytes, None]:
+async def in_pieces(events: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, None]:
+    """Cut events anywhere, as a proxy may."""
     async for event in events:
         body = event.encode()
-        for place in range(0, len(body), size):
-            yield body[place : place + size]
+        for place in range(0, len(body), 50):
+            yield body[place : place + 50]
 
 
 def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[FastAPI, Engine]:
@@ -143,13 +140,9 @@ def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[Fa
                         known = {"prompt_logprobs": part.prompt_logprobs, "finish_reason": reply.finish_reason}
                         yield {"index": reply.index, "text": reply.text, **known}
 
-        if engine.is_left:
-            return None  # as vLLM's routes do
         if body.get("stream"):
             events = stream(outputs, params.n, is_chat="chat" in request.url.path)
-            if engine.piece is not None:
-                events = in_pieces(events, engine.piece)
-            return StreamingResponse(events, media_type="text/event-stream")
+            return StreamingResponse(in_pieces(events), media_type="text/event-stream")
         usage = {"prompt_tokens": sum(map(len, prompts))}
         common = {"id": "cmpl-1", "model": body.get("model") or "tiny", "usage": usage}
         return common | {"choices": [choice async for choice in choices()]}

@@ -104,7 +104,7 @@ class TestEngine:
             (REPLY_HEADS["watch"], {"speculative_config": {"method": "ngram"}}, "speculative_config"),
             (REPLY_HEADS["watch"], {"for_server": {"unsure": {"odd": (0, 1)}}, "halt_on": {"odd": BAD}}, "unsure"),
         ],
-        ids=["size", "kind", "speculation", "judge of replies"],
+        ids=["size", "head type", "speculation", "judge of replies"],
     )
     def test_refuses_heads(self, tiny, tmp_path, config, arguments, named):
         make_probe(**{"hidden_size": HIDDEN, **config}).save_pretrained(tmp_path)
@@ -307,11 +307,6 @@ class TestCommandLine:
         shutil.copytree(tiny.heads["tone"], tmp_path / "lr=0.1" / "tone")
         arguments = server_arguments([str(tiny.backbone), "--probe", str(tmp_path / "lr=0.1" / "tone")])
         assert list(arguments.additional_config["llama_probe"]["heads"]) == ["tone"]
-
-    def test_refuses_a_second_head_behind_one_option(self, tiny, capsys):
-        with pytest.raises(SystemExit):
-            command_line(tiny, tiny.heads["tone"])
-        assert "unrecognized arguments" in capsys.readouterr().err
 
     @pytest.mark.parametrize("line", ["--help", "--halt-on guard={"])
     def test_imports_next_to_nothing_for_help_and_refusals(self, line):

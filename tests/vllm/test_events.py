@@ -76,17 +76,6 @@ def test_events_before_the_scores_wait_for_them():
     assert first["response"]["kv_transfer_params"] == RESULT and last["type"] == "response.incomplete"
 
 
-@pytest.mark.parametrize("usage", [[], [{**CHUNK, "choices": [], "usage": {}}]], ids=["", "usage"])
-def test_end_that_the_server_leaves_out_is_sent(usage):
-    ends = {index: {"finish_reason": "content_filter", "stop_reason": "guard"} for index in range(2)}
-    scores = Scores(prompts=[RESULT], copies=2, ends=ends)
-    events = decode(change([encode(chunk(0), chunk(1), chunk(1, "content_filter", "No."), *usage) + DONE], scores))
-    end = events[3]
-    assert len(events) == 4 + len(usage) and {name: end[name] for name in CHUNK} == CHUNK
-    expected = {"finish_reason": "content_filter", "stop_reason": "guard"}
-    assert end["choices"] == [{"index": 0, "delta": {}, "logprobs": None, **expected}]
-
-
 def test_stream_of_ends_alone_is_one_of_completions():
     ends = {0: {"finish_reason": "content_filter", "stop_reason": "guard"}}
     scores = Scores(model="tiny", prompts=[RESULT], ends=ends, request_id="cmpl-7-0")

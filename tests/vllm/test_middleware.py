@@ -98,9 +98,8 @@ def test_halted_prompt_tells_no_probabilities_of_its_tokens(serve):
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-@pytest.mark.parametrize("piece", [None, 1], ids=["events", "bytes"])
 @pytest.mark.parametrize("is_told", [True, False], ids=["told", "by another engine"])
-def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path, is_told, piece):
+def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path, is_told):
     """One is halted before it has a token, of which vLLM says nothing, one behind it, and one ends by itself.
 
     vLLM joins outputs of data-parallel engines, and keeps what the last one says of replies: then the reason to stop tells.
@@ -110,7 +109,6 @@ def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path, is_
         halts = [{"head": "watch", "token": 0}, {"head": "watch", "token": 1}, None]
         last = {**prompt, "halted": halts[0], "replies": [{"probes": {}, "halted": halt} for halt in halts]}
     client, engine = serve(prompt)
-    engine.piece = piece
 
     async def generate(ids, params, request_id):
         begun = [CompletionOutput(index, '"finish_reason":1', [1], None, None) for index in (1, 2)]

@@ -125,17 +125,6 @@ def check(player: Player, name: str, most: int = 5, **rule) -> None:
 
 
 class TestReplies:
-    def test_token_is_delivered_once_it_has_a_score(self, start):
-        player = start()
-        player.add("a", Script(), max_tokens=3)
-        while not player.tokens("a"):
-            player.step()
-        assert player.tokens("a") == [FIRST] and player.scheduler.requests["a"].num_output_tokens == 2
-        player.run()
-        check(player, "a", 3)
-        first = player.delivered["a"][0]
-        assert first.new_token_ids == [FIRST] and first.kv_transfer_params == {"probes": {}, "halted": None}
-
     @pytest.mark.parametrize(("patience", "hold_back"), [(1, 0), (1, 1), (2, 0), (2, 2)])
     def test_ends_before_its_first_flagged_token(self, start, patience, hold_back):
         """Or before the first of as many as the patience; what is held back besides is not delivered either."""

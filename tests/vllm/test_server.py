@@ -198,59 +198,11 @@ def test_each_of_several_prompts_ends_by_itself(client, tiny, chats):
             tiny.check_prompt(choice["kv_transfer_params"]["probes"], ids)
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_each_of_several_replies_ends_by_itself(client, tiny, chats, stream):
-    for text, ids in chats.items():
-        options = {"n": 3, "temperature": 1.0, "max_tokens": NEW, "extra_body": {"ignore_eos": True}}
-        answer = ask(client, text, stream=stream, **options)
-        parts = list(answer) if stream else [answer]
-        known = [part.kv_transfer_params for part in parts if hasattr(part, "kv_transfer_params")]
-        tiny.check_prompt(known[0]["probes"], ids)
-        texts, ends = ["", "", ""], [None] * 3
-        for choice in (choice for part in parts for choice in part.choices):
-            texts[choice.index] += (choice.delta if stream else choice.message).content or ""
-            ends[choice.index] = choice.finish_reason
-        is_halted = [True] * 3
-        if expected(tiny, ids, NEW)[1] != ("guard", None):
-            told = dict(enumerate(known[-1]["replies"]))  # but for a reply that ended before the engine got the others
-            is_halted = [
-                told[i]["halted"] is not None if told.get(i) else end == "content_filter" for i, end in enumerate(ends)
-            ]
-        assert ends == ["content_filter" if halted else "length" for halted in is_halted]
-        assert [text.endswith(END) for text in texts] == is_halted
-
-
-def test_judge_is_asked_once_a_prompt(url, client, tiny, chats, judge):
-    answers = []
-    for text, ids in chats.items():
-        judge.requests.clear()
-        known = ask(client, text, n=2, temperature=1.0, logprobs=True).kv_transfer_params
-        assert len(judge.requests) == ("judged" in known) and "unsure" not in known
-        if judge.requests:
-            is_halted = tiny.score(ids) >= tiny.thresholds["guard"]
-            assert text.strip() in judge.requests[0][1]["input"]
-            assert (known["judged"]["guard"] == "halted") == is_halted
-            answers.append(is_halted)
-    assert sorted(answers) == [False, True]
-    assert len([name for name in metrics(url) if name.startswith("llama_probe_judged_total")]) == 2
-
-
 def test_header_has_the_labels_of_a_prompt(client):
     raw = ask(client.with_raw_response, TEXTS[0])
     assert raw.headers["x-llama-probe"] == Scores(prompts=[raw.parse().kv_transfer_params]).header
     with ask(client.with_streaming_response, TEXTS[0], stream=True) as stream:
         assert stream.headers["x-llama-probe"] == raw.headers["x-llama-probe"]
-
-
-def test_moderations_flag_what_the_server_halts(client, tiny, chats):
-    results = client.moderations.create(input=list(chats), model="tiny").results
-    for ids, result in zip(chats.values(), results, strict=True):
-        probabilities = tiny.reference(ids).probe_probabilities
-        scores = {"guard/bad": tiny.score(ids), "mood/LABEL_1": float(probabilities["mood"][0, 1])}
-        scores |= {f"topics/LABEL_{i}": score for i, score in enumerate(probabilities["topics"][0].tolist())}
-        assert result.category_scores.to_dict() == pytest.approx(scores, abs=1e-5)
-        # The server's threshold decides, not the head's own.
-        assert result.categories.to_dict()["guard/bad"] == (tiny.score(ids) >= tiny.thresholds["guard"])
 
 
 def test_halted_prompt_gives_no_probability_of_its_next_token(url, tiny, chats):

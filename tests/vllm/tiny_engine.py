@@ -221,7 +221,7 @@ def inspect_models(architecture: str) -> None:
 
 
 def make_serving(folder: Path, family: str = "llama", heads: Mapping[str, dict] = HEADS) -> TinyServing:
-    """A backbone of a family, and heads of each kind of problem, reading all layers, some, or one, as folders."""
+    """A backbone of a family, and heads of each problem type, reading all layers, some, or one, as folders."""
     inspect_models(TINY[family][1])
     more = TINY[family][2] if family.endswith("_moe") else {}
     if family != "llama":
