@@ -68,8 +68,8 @@ def test_layer_weights_are_lines_and_one_for_many_labels(inspection):
     assert list(axes.lines[0].get_ydata()) == pytest.approx([0.135, 0.2, 0.665])
 
 
-@pytest.mark.parametrize("count", [2, 28])
-def test_confusion_has_a_column_for_what_the_head_gives(count):
+def test_confusion_has_a_column_for_what_the_head_gives():
+    count = 28  # as many as GoEmotions has
     matrix = np.random.default_rng(0).integers(0, 3, (count, count)) + 5000 * np.eye(count, dtype=int)
     matrix[0] = 0  # a label that no row has
     names = [f"$label_{i}$" for i in range(count)]

@@ -7,7 +7,6 @@ import signal
 from itertools import count
 from unittest.mock import Mock
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -25,7 +24,6 @@ from llama_probe.training import estimate, measurements, prepared, recipe_traine
 from llama_probe.training import results as training_results
 from llama_probe.training.head_trainer import HeadTrainer
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
-from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import train_recipe
 
 
@@ -253,20 +251,6 @@ class TestResuming:
         assert not (tmp_path / "head" / "probe_config.json").exists()
         stopped(resume=False, learning_rate=0.5)
         assert (tmp_path / "head" / "probe_config.json").exists()
-
-
-def test_rows_of_the_hub_make_the_head_of_local_copies(hub, copies, backbone_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    files = {f"rows/{path.name}": path.read_bytes() for path in (copies / "emotion").iterdir()}
-    files["README.md"] = b"---\nconfigs: [{config_name: split, data_dir: rows}]\n---\n"
-    hub.plant("datasets/dair-ai/emotion", files)
-    recipe = Recipe.load("emotion", ["seeds=1", "training.num_train_epochs=1"])
-    for name, data_dir in (("hub", None), ("local", copies)):
-        train_recipe(recipe, str(backbone_folder), tmp_path / name, data_dir=data_dir)
-    fetched, local = ((tmp_path / name / "probe_model.safetensors").read_bytes() for name in ("hub", "local"))
-    rows = {name: (part["source"], part["rows"]) for name, part in read_head(tmp_path / "hub").results["data"].items()}
-    assert rows == {"train": ("emotion", 30), "validation": ("emotion:validation", 12), "test": ("emotion:test", 12)}
-    assert fetched == local
 
 
 class TestMeasuring:
