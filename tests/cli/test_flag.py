@@ -44,8 +44,8 @@ def test_the_flagged_label_halts_calibrates_and_is_measured(guard, tmp_path):
     words = ("generate", *PROMPTS, *served, "--max-new-tokens", 1, "--halt-on", "guard", "--halt-reply", "No.")
     shown = call(*words)
     assert "guard halts on 'zany'" in shown.stderr and shown.stdout.count("halted: No.") == 1
-    kind = benign(tmp_path / "kind.jsonl", "kind")
-    report = succeed("evaluate", *served, "--data", kind, "--benign", "--bootstrap", 0, "--json")
+    calm = benign(tmp_path / "kind.jsonl", "kind")
+    report = succeed("evaluate", *served, "--data", calm, "--benign", "--bootstrap", 0, "--json")
     assert report["flagged"]["label"] == "zany" and report["flagged"]["share"] == 0
     assert report["labels"]["zany"]["rows"] == 0
     refuse("calibrate", *served, "--benign", benign(tmp_path / "bad.jsonl", "BAD!!"), "--rate", 0.1)

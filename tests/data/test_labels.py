@@ -7,8 +7,8 @@ from llama_probe import ProbeError
 from llama_probe.data.labels import read_labels
 
 
-def read(values, names=None, kind=None):
-    labels, found, problem = read_labels("rows.csv", values, names, kind)
+def read(values, names=None, problem_type=None):
+    labels, found, problem = read_labels("rows.csv", values, names, problem_type)
     assert labels.dtype == (np.int64 if problem == "single_label_classification" else np.float32)
     return labels.tolist(), found, problem.removesuffix("_classification")
 
@@ -32,8 +32,8 @@ def read(values, names=None, kind=None):
     ],
 )
 def test_labels_are_indices_or_names(values, names, expected, found):
-    kind = "multi_label" if isinstance(values[0], list) else "single_label"
-    assert read(values, names) == (expected, found, kind)
+    problem = "multi_label" if isinstance(values[0], list) else "single_label"
+    assert read(values, names) == (expected, found, problem)
 
 
 def test_labels_are_values():
@@ -43,7 +43,7 @@ def test_labels_are_values():
 
 
 @pytest.mark.parametrize(
-    "values, names, kind, named",
+    "values, names, problem_type, named",
     [
         ([0.93, 0.07], ["no", "yes"], None, "problem_type"),
         ([0.5], None, "single_label_classification", "problem_type"),
@@ -63,6 +63,6 @@ def test_labels_are_values():
         ([[10**18]], None, None, "label_names"),
     ],
 )
-def test_refusals(values, names, kind, named):
+def test_refusals(values, names, problem_type, named):
     with pytest.raises(ProbeError, match=f"^rows.csv: .*{named}"):
-        read(values, names, kind)
+        read(values, names, problem_type)
