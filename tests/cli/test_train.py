@@ -92,14 +92,12 @@ class TestRecipes:
         for more, named in (
             (("--set", "train.0.rows=other"), "other/SPLIT.jsonl.gz"),
             (("--train", rows), "exclude each other"),
-            (("--text-column", "words"), "exclude each other"),
             (("--licence", "commercial"), "licence"),
         ):
             assert named in refuse(*recipe, *more)
         for first, named in (
             ("no-such", "safety"),
             (tmp_path / "none.yaml", "none.yaml"),
-            ("--num-train-epochs=2", "safety"),
             ("alice/rows:cola", "Hub data set"),
             (f"{tmp_path / 'data'}::none", "no split 'none'"),
         ):

@@ -87,12 +87,6 @@ def test_heads_that_cannot_be_read(model, tokenizer, read, monkeypatch):
         read("x", "all")
 
 
-def test_bytes_that_make_no_character(tokenizer):
-    ids = tokenizer("日")["input_ids"]
-    assert token_texts(tokenizer, ids[:2]) == ["\ufffd", "\ufffd"]
-    assert token_texts(tokenizer, [*ids[:2], *tokenizer("ab")["input_ids"]]) == ["\ufffd", "\ufffd", "a", "b"]
-
-
 def test_spaces_of_sentencepiece_are_kept():
     vocab = {token: i for i, token in enumerate(["<unk>", "▁good", "▁", "morn", "ing"])}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=False))
