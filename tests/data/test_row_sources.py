@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
+from training_runs import write
 
 from llama_probe import ProbeError
 from llama_probe.data.known import BENCHMARKS
@@ -17,13 +18,6 @@ def read(rows, names=None, problem_type=None, data_dir=None, split="train", **fi
     found = Source(rows=str(rows), **fields).read(Labels(names=names, problem_type=problem_type), data_dir, split)
     assert set(found.columns.pop("source")) <= {Source(rows=str(rows), **fields).name}
     return found
-
-
-def write(path, rows):
-    """Write rows as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(rows).to_json(path)
-    return path
 
 
 ROWS = [{"text": "one", "label": label, "tone": "x"} for label in (0, 2, 1)]
@@ -55,12 +49,12 @@ class TestFiles:
                 replies(wrong)
 
     def test_class_label_names_are_matched_with_those_given(self, tmp_path):
-        def write(name, labels, feature):
+        def write_parquet(name, labels, feature):
             features = Features({"text": Value("string"), "label": feature})
             Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features).to_parquet(tmp_path / name)
             return tmp_path / name
 
-        path = write("a.parquet", [0, 0, 1], ClassLabel(names=["pos", "neg"]))
+        path = write_parquet("a.parquet", [0, 0, 1], ClassLabel(names=["pos", "neg"]))
         assert read(path).label_names == ["pos", "neg"]
         named = (["neg", "pos"], [1, 1, 0]), (["neg", "so so", "pos"], [2, 2, 0]), (["a", "b"], [0, 0, 1])
         for names, expected in named:
@@ -68,7 +62,7 @@ class TestFiles:
             assert (rows.label_names, rows.labels.tolist()) == (names, expected)
         with pytest.raises(ProbeError, match="pos, neg"):
             read(path, ["a", "b", "c"])
-        several = write("b.parquet", [[0], [0, 1]], List(ClassLabel(names=["pos", "neg"])))
+        several = write_parquet("b.parquet", [[0], [0, 1]], List(ClassLabel(names=["pos", "neg"])))
         assert read(several, ["neg", "pos"]).labels.tolist() == [[0, 1], [1, 1]]
         assert read(path, problem_type="regression").labels.tolist() == [[0], [0], [1]]
 
