@@ -98,6 +98,7 @@ class TestRecipes:
         for first, named in (
             ("no-such", "safety"),
             (tmp_path / "none.yaml", "none.yaml"),
+            ("--num-train-epochs=2", "safety"),
             ("alice/rows:cola", "Hub data set"),
             (f"{tmp_path / 'data'}::none", "no split 'none'"),
         ):

@@ -113,6 +113,7 @@ class TestFile:
             (changed(labels={"flagged": "toxic"}), "labels.*flagged"),
             (changed(measure={"quantised": ["int5"]}), "measure.quantised=.*int5"),
             (changed(train=[{"rows": "toxicchat", "column": "x"}]), r"train\[0\] has no field 'column'"),
+            (changed(train=[{"rows": "toxicchat", "max_rows": 0}]), r"train\[0\]: max_rows=0"),
             (changed(train=[{"rows": "toxicchat", "part": [0.5, 0.5]}]), r"part="),
             (changed(train=[{"rows": "toxicchat", "weights": [-1.0]}]), r"weights="),
             (changed(train=["toxicchat", "toxicchat"]), "'toxicchat'"),

@@ -369,6 +369,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
         # A metric that is not defined on the validation rows.
         ({"validation": {"sources": ["alike.jsonl"]}}, "auprc"),
         ({"training": {"class_weights": "nan,1"}}, "class_weights"),
+        ({"training": {"class_weights": "a,b"}}, "class_weights"),
         ({"head": {"layers": [0.5, 7.5]}}, r"layers.*7\.5"),
         ({"head": {"probe_type": "mha", "downcast": 5}}, "downcast"),
         ({"train": [{"rows": "40.jsonl", "weights": [0.0, 0.25]}]}, "weights"),

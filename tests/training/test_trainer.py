@@ -153,6 +153,7 @@ class TestRows:
             ({"column_mapping": {"review": "text"}}, "review"),
             ({"metric_for_best_model": "r2"}, "r2"),
             ({"class_weights": "1"}, "class_weights has 1"),
+            ({"label_smoothing_factor": 1.0}, "label_smoothing_factor=1.0"),
             ({"include_for_metrics": ["inputs"], "cache_states": True}, "cache_states=True: include_for_metrics"),
             ({"token_loss": "max"}, "token_loss='max'"),
             ({"token_loss": "monotone"}, "token_loss='monotone'.* token_scope='prompt'"),
