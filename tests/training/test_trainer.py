@@ -200,6 +200,16 @@ def test_cached_states_spare_passes_and_are_deleted(tmp_path):
     assert not (tmp_path / "True" / STATES).exists(), "states can reveal the texts"
 
 
+def test_states_in_a_folder_of_ones_own_are_used_again(tmp_path):
+    lm, passes, counts = make_lm(vocab_size=260), [], []
+    lm.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for name in ("first", "second"):
+        passes.clear()
+        mood(tmp_path / name, model=head(lm), cache_states=True, cache_dir=str(tmp_path / "kept"))
+        counts.append(len(passes))
+    assert counts == [2, 1], "the fingerprint of the backbone takes a pass of its own"
+
+
 def test_a_trainer_that_is_freed_leaves_the_states_of_the_next(tmp_path, monkeypatch):
     """As in a loop over heads, whose trainers are freed at any time."""
     lm, of_rows = make_lm(vocab_size=260), StateDataset.__init__
