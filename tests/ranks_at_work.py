@@ -29,6 +29,7 @@ from llama_probe.training.trainer import ProbeTrainer
 
 
 LABELS = torch.arange(13).numpy() % 2
+SEARCH = {"trials": 4}
 
 
 def prompts() -> list[list[int]]:
@@ -44,10 +45,6 @@ def recipe(rows: Path, **sections) -> Recipe:
 
 def train(folder: Path, name: str, **sections) -> dict:
     return train_recipe(recipe(folder / "rows.jsonl", **sections), str(folder / "backbone"), folder / name)
-
-
-def search(folder: Path, name: str) -> dict:
-    return train(folder, name, search={"trials": 4})
 
 
 def scored(folder: Path, name: str) -> dict:
@@ -157,7 +154,7 @@ def main(folder: Path) -> None:
         "inspection": inspect_head(head, dataset, LABELS),
         "folded": train(folder, "folded", validation={"folds": 2}, training={"cache_states": False}),
         "scored": scored(folder, "scored"),
-        "search": search(folder, "search"),
+        "search": train(folder, "search", search=SEARCH),
         "sharded": sharded(folder),
         "in_parts": in_parts(folder),
         "checkpointed": checkpointed(folder),

@@ -99,7 +99,7 @@ class TestTwoNodes:
     def test_a_search_trains_heads_side_by_side(self, found, folder):
         trials = found[0]["search"]["search"]
         assert len(trials) == 4 and trials[0]["score"] == max(trial["score"] for trial in trials)
-        alone = ranks_at_work.search(folder, "alone")
+        alone = ranks_at_work.train(folder, "alone", search=ranks_at_work.SEARCH)
         values = [{trial["name"]: trial["values"] for trial in search} for search in (trials, alone["search"])]
         assert values[0] == values[1]
         assert not list((folder / "search").glob(".*")), "no part of a checkpoint is left"

@@ -43,9 +43,9 @@ def desk(backbone_folder, tmp_path, monkeypatch, hub, no_plots):
     """A folder to work in, with heads for the tiny backbone, and a Hub."""
     _, tokenizer = backbones.load_backbone(str(backbone_folder), device="cpu")
     fields = PromptFormat(tokenizer).config_fields()
-    for seed, (name, (kind, labels)) in enumerate(HEADS.items()):
+    for seed, (name, (head_type, labels)) in enumerate(HEADS.items()):
         probe = make_probe(
-            seed, probe_type=kind, id2label=dict(enumerate(labels)), base_model_name_or_path=str(backbone_folder),
+            seed, probe_type=head_type, id2label=dict(enumerate(labels)), base_model_name_or_path=str(backbone_folder),
             token_scope="last_user", **({"thresholds": {"fpr-0.5%": 0.9}} if len(labels) == 2 else {}),
             problem_type=f"{'multi' if name == 'safety-categories' else 'single'}_label_classification", **fields,
         )  # fmt: skip
@@ -104,7 +104,7 @@ def test_the_blocks_of_the_readme_run(desk, backbone_folder, hub):
     assert names["trainer"].model.config.id2label == {0: "bad", 1: "good"} and "README.md" in hub.files("user/mood")
 
 
-def test_a_kind_as_the_page_writes_it_runs_where_the_model_is():
+def test_a_head_type_as_the_page_writes_it_runs_where_the_model_is():
     """The meta device stands for a GPU: it takes no tensor that was made elsewhere."""
     exec(BLOCK.findall((DOCS / "new-kind.md").read_text())[0][1], {"__name__": "__main__"})
     with torch.device("meta"):

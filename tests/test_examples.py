@@ -58,6 +58,7 @@ def tables(copies, tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_paper_resume(tables, backbone_folder, tmp_path):
     options = ("--data", "toxicchat", "--max-length", "64", "--seeds", "2")
     text = tables(backbone_folder, "--methods", "tfidf,gate", "--only", "main,ood,layers", *options)
@@ -102,37 +103,23 @@ class TestBenchmark:
         return (*places, "--many", "0", "--pairs", "2", "--json")
 
     def test_every_system_under_every_load(self, words):
-        report = json.loads(run("benchmark.py", *words, "--tokens", "6", "9", "--batch-size", "1", "2"))
-        loads = [(costs["batch_size"], costs["tokens"], costs["system"]) for costs in report["rows"]]
-        assert loads == [(batch, tokens, name) for batch in (1, 2) for tokens in (6, 9) for name in ("base", "mood")]
+        loads = ("--tokens", "6", "9", "--batch-size", "1", "2", "--new-tokens", "3")
+        report = json.loads(run("benchmark.py", *words, *loads))
+        rows = [(costs["batch_size"], costs["tokens"], costs["system"]) for costs in report["rows"]]
+        assert rows == [(batch, tokens, name) for batch in (1, 2) for tokens in (6, 9) for name in ("base", "mood")]
         for costs in report["rows"]:
-            # Three readings a call, one second apart, for plain model and system alike: start, token, end.
-            assert costs["ms"]["median"] == 2000 and costs["ratio"]["median"] == 1 and costs["step_ms"] is None
+            # Five readings a call, one second apart, for plain model and system alike: start, three tokens, end.
+            assert costs["ms"]["median"] == 4000 and costs["step_ms"]["median"] == 1000
+            assert costs["ratio"]["median"] == costs["step_ratio"]["median"] == 1
         assert report["rows"][0]["above_base_mb"] == 0 < report["rows"][1]["above_base_mb"]
         assert report["backbone"] == {"name": "tiny-chat", "dtype": "float32"}
-        assert report["settings"]["tokens"] == [6, 9] and report["environment"]["device"] == "cpu"
-
-    def test_the_time_of_further_tokens(self, words):
-        report = json.loads(run("benchmark.py", *words, "--tokens", "6", "--new-tokens", "3"))
-        for costs in report["rows"]:
-            assert costs["ms"]["median"] == 4000 and costs["step_ms"]["median"] == 1000
-            assert costs["step_ratio"]["median"] == 1
 
     def test_fresh_heads_on_random_weights_and_the_table(self, words, tmp_path):
         wide = make_lm(vocab_size=260, hidden_size=128, num_hidden_layers=2).config
         wide.save_pretrained(tmp_path / "wide")
-        fresh = (
-            "--backbone",
-            str(tmp_path / "wide"),
-            "--random-weights",
-            "--many",
-            "2",
-            "--tokens",
-            "6",
-            "--pairs",
-            "1",
-        )
-        shown = run("benchmark.py", *fresh, "--kind", "gate", "--device", "cpu", "--batch-size", "1", "2")
+        options = "--random-weights --many 2 --tokens 6 --pairs 1 --device cpu"
+        fresh = ("--backbone", str(tmp_path / "wide"), *options.split())
+        shown = run("benchmark.py", *fresh, "--kind", "gate")
         for part in ("base", "gate", "2 x mha", "wide, float32, cpu", "above_base_mb", "tokens 6"):
             assert part in shown
         report = json.loads(run("benchmark.py", *fresh, "--operations", "--kind", "gate", "--json"))
@@ -146,16 +133,13 @@ class TestBenchmark:
         ratios = costs([((a, a / 2), (b, 2 * b)) for a, b in pairs], 750_000)
         assert ratios["ratio"] == {"median": 2.0, "quartiles": [1.5, 2.5], "runs": 3}
         assert ratios["step_ratio"]["median"] == 8.0
-        assert (
-            ratios["ms"]["median"] == 4000 and ratios["step_ms"]["median"] == 8000 and ratios["above_base_mb"] == 0.75
-        )
+        assert ratios["ms"]["median"] == 4000 and ratios["step_ms"]["median"] == 8000
+        assert ratios["above_base_mb"] == 0.75
 
-    @pytest.mark.parametrize(
-        "more", [("--backbone", "./no/such"), ("--kind", "lstm"), ("--kind", "mha"), ("--pairs", "0")]
-    )
-    def test_values_that_are_not_allowed(self, words, more):
-        with pytest.raises(SystemExit, match=r"such|lstm|downcast|2"):
-            run("benchmark.py", *words, *more)
+    def test_values_that_are_not_allowed(self, words):
+        for more in (("--kind", "lstm"), ("--kind", "mha"), ("--pairs", "0")):
+            with pytest.raises(SystemExit, match=r"lstm|downcast|2"):
+                run("benchmark.py", *words, *more)
 
 
 def test_a_guard_that_reads_first_is_timed(backbone_folder):

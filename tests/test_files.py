@@ -10,7 +10,7 @@ from kills import full_disk
 from safetensors.torch import save_file
 
 from llama_probe import ProbeError, files
-from llama_probe.files import new_folder, remove_leftovers, short_path, write_atomically
+from llama_probe.files import new_folder, remove_leftovers, write_atomically
 from llama_probe.hub.folder import check_output
 
 
@@ -81,10 +81,3 @@ def test_a_save_that_begins_while_the_state_of_a_folder_is_taken_changes_it(tmp_
         before = files.folder_state(tmp_path, "a")
     files.finish_interrupted_save(tmp_path)
     assert files.folder_state(tmp_path, "a") != before, "what was read in between may be of both"
-
-
-def test_a_path_is_shortened_with_a_split_behind_it(tmp_path):
-    last = "/".join(tmp_path.parts[-2:])
-    assert [short_path(f"{tmp_path}{split}") for split in ("", "::test")] == [last, f"{last}::test"]
-    for short in ("user/rows@main::test", ".", ".::test"):
-        assert short_path(short) == short

@@ -1,5 +1,6 @@
 """Short training runs on rows that are written for them."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def write(path: Path, rows: int | list[dict], words=("bad", "good")) -> str:
     if isinstance(rows, int):
         rows = [{"text": f"{words[i % len(words)]} no {i}", "label": i % len(words)} for i in range(rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, rows)))
+    lines = "\n".join(map(json.dumps, rows)).encode()
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
     return str(path)
 
 

@@ -55,10 +55,10 @@ def outputs(head) -> list:
 def heads(tmp_path) -> tuple[Path, Path]:
     """Two head folders with results and cards."""
     folders = []
-    for seed, kind in enumerate(("mha", "gate")):
-        head = make_probe(seed, probe_type=kind, id2label={0: "no", 1: "yes"}, threshold=0.3, temperature=1.5)
+    for seed, head_type in enumerate(("mha", "gate")):
+        head = make_probe(seed, probe_type=head_type, id2label={0: "no", 1: "yes"}, threshold=0.3, temperature=1.5)
         head.results = {"chosen_seed": seed, "runs": [{"seed": seed}], "card": {"license": "mit"}}
-        folder = save_head(head, tmp_path / kind)
+        folder = save_head(head, tmp_path / head_type)
         (folder / "README.md").write_text(f"---\nlicense: mit\ntags:\n- a\n---\n{MARKER}\n")
         folders.append(folder)
     return tuple(folders)
@@ -81,7 +81,7 @@ def test_head_folders(tally, heads, tmp_path):
 
 def test_configs(tally):
     """A config that is taken gives numbers, and is the same when it is read again."""
-    plain = [make_probe(probe_type=kind).config.to_dict() for kind in probe_types()]
+    plain = [make_probe(probe_type=name).config.to_dict() for name in probe_types()]
     for number in tally.times(10_000):
         values = dict(tally.rng.choice(plain))
         for _ in range(tally.rng.randrange(1, 4)):
@@ -259,11 +259,11 @@ def test_a_hub_with_faults(tally, hub, token, heads):
     for number in tally.times(1000):
         hub.faults.clear()
         for _ in range(tally.rng.randrange(1, 4)):
-            kind = tally.rng.choice(["forbid", "cut upload", *anywhere])
-            fields = {"path": tally.rng.choice(["", "safetensors", *paths])} if kind in anywhere else {}
-            if kind == "answer":
+            fault = tally.rng.choice(["forbid", "cut upload", *anywhere])
+            fields = {"path": tally.rng.choice(["", "safetensors", *paths])} if fault in anywhere else {}
+            if fault == "answer":
                 fields["status"] = tally.rng.choice([400, 403, 404, 412, 429, 500, 503])
-            hub.fault(kind, times=tally.rng.choice([1, 1, 2, None]), **fields)
+            hub.fault(fault, times=tally.rng.choice([1, 1, 2, None]), **fields)
         before = hub.head(REPO)
         head = tally.rng.choice([old, new])
         if number % 2:

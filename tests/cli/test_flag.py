@@ -35,7 +35,7 @@ def halted(served, rule):
     return [row["halted"] and row["halted"]["label"] for row in rows]
 
 
-def test_the_flagged_label_halts_calibrates_and_is_measured(guard, tmp_path):
+def test_the_flagged_label_halts_and_calibrates(guard, tmp_path):
     served, printed = guard("zany", "fine", "--flagged", "zany")
     assert "flagged: zany" in printed and "It flags `zany`" in (tmp_path / "guard" / "README.md").read_text()
     config = read_head(tmp_path / "guard").config
@@ -44,10 +44,6 @@ def test_the_flagged_label_halts_calibrates_and_is_measured(guard, tmp_path):
     words = ("generate", *PROMPTS, *served, "--max-new-tokens", 1, "--halt-on", "guard", "--halt-reply", "No.")
     shown = call(*words)
     assert "guard halts on 'zany'" in shown.stderr and shown.stdout.count("halted: No.") == 1
-    kind = benign(tmp_path / "kind.jsonl", "kind")
-    report = succeed("evaluate", *served, "--data", kind, "--benign", "--bootstrap", 0, "--json")
-    assert report["flagged"]["label"] == "zany" and report["flagged"]["share"] == 0
-    assert report["labels"]["zany"]["rows"] == 0
     refuse("calibrate", *served, "--benign", benign(tmp_path / "bad.jsonl", "BAD!!"), "--rate", 0.1)
     assert read_head(tmp_path / "guard").config.threshold == config.threshold, "nothing was written"
 

@@ -32,21 +32,14 @@ def test_train_by_name(trained, copies):
     assert "--train toxicchat" in card["command"] and str(copies) not in json.dumps(results)
 
 
-@pytest.mark.parametrize(
-    "rows, note",
-    [
-        ("xstest/test.jsonl.gz", "No licence of the training rows was stated. Further rows: ToxicChat 0124 ("),
-        ("xstest:test", "XSTest v2 (250 safe prompts that look unsafe, 200 unsafe ones), CC BY 4.0. ToxicChat 0124 ("),
-    ],
-)
-def test_the_card_says_what_further_rows_are(copies, backbone_folder, tmp_path, rows, note):
-    place, labels = copies / rows, {"names": ["safe", "unsafe"]}
+def test_the_card_says_what_further_rows_are(copies, backbone_folder, tmp_path):
     extra = ("--train", "toxicchat", "--set", "train.1.extra=true", "--set", "train.1.weights=[0.5]")
-    words = ("--data-dir", copies, "--json", *extra)
-    results = train(backbone_folder, place if place.exists() else rows, tmp_path / "head", *words, labels=labels)
+    words, labels = ("--data-dir", copies, "--json", *extra), {"names": ["safe", "unsafe"]}
+    results = train(backbone_folder, copies / "xstest" / "test.jsonl.gz", tmp_path / "head", *words, labels=labels)
     assert results["data"]["extra"] == {"source": "toxicchat", "rows": 40, "weights": [0.5]}
-    assert results["card"]["data_note"].startswith(note) and "non-commercial" in results["card"]["data_note"]
-    assert f"{note}prompts" in (tmp_path / "head" / "README.md").read_text()
+    note = results["card"]["data_note"]
+    assert note.startswith("No licence of the training rows was stated") and "non-commercial" in note
+    assert note in (tmp_path / "head" / "README.md").read_text()
 
 
 def test_evaluate_by_name(trained, backbone_folder, copies):
@@ -57,9 +50,3 @@ def test_evaluate_by_name(trained, backbone_folder, copies):
     assert other.returncode == 0 and "safe, unsafe" in other.stderr
     assert "slices" not in json.loads(other.stdout)
     assert "labels are lists" in refuse(*args, "goemotions:test")
-
-
-def test_train_on_several_labels(copies, backbone_folder, tmp_path):
-    train(backbone_folder, "goemotions", tmp_path / "go", "--data-dir", copies)
-    config = read_config(tmp_path / "go")
-    assert config.problem_type == "multi_label_classification" and config.id2label[27] == "neutral"

@@ -11,12 +11,12 @@ from llama_probe.evaluation.scored_files import compare_scored_files
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
-    kinds = {
+    texts_of = {
         "train": [f"{'good' if i % 3 else 'bad'} number {i}" for i in range(200)],
         "test": [f"{'good' if i % 3 else 'bad'} number {i}" for i in range(300, 350)],
         "other": [f"{{}}[] == {chr(97 + i % 26)}{i} // @@" for i in range(50)],
     }
-    for name, texts in kinds.items():
+    for name, texts in texts_of.items():
         write(folder / f"{name}.jsonl", [{"text": text, "label": int("bad" in text)} for text in texts])
     return folder
 
@@ -34,7 +34,7 @@ def trained(rows, backbone_folder, tmp_path_factory):
 
 @pytest.fixture
 def new(trained, backbone_folder, tmp_path):
-    """The options that name a copy of the head."""
+    """The options that name the head, in a folder of its own."""
     return "--probe", save_head(read_head(trained), tmp_path / "new"), "--backbone", backbone_folder
 
 
@@ -96,6 +96,4 @@ def test_a_log_is_compared_with_rows_like_the_training_data(rows, new, tmp_path)
     found = compare_scored_files(tmp_path / "test", tmp_path / "other", "new", top=3)
     assert found["novelty"]["reference"]["far"] < 0.3 < found["novelty"]["log"]["far"]
     assert set(found["labels"]["log"]) == set(found["scores"]) == {"fine", "awful"}
-    assert len(found["worth_labelling"]) == 3 and all(
-        row["file"].endswith("other.jsonl") for row in found["worth_labelling"]
-    )
+    assert {row["file"] for row in found["worth_labelling"]} == {str(rows / "other.jsonl")}

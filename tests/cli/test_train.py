@@ -46,10 +46,10 @@ def test_a_stopped_run_says_how_to_go_on(rows, backbone_folder, tmp_path, monkey
 def test_a_type_of_ones_own(rows, backbone_folder, tmp_path, monkeypatch):
     known = dict(registry._PROBE_TYPES)
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(known))
-    (tmp_path / "kind.py").write_text(OWN_TYPE)  # without weights of layers
+    (tmp_path / "top.py").write_text(OWN_TYPE)  # without weights of layers
     words = ("train", rows, "--backbone", backbone_folder, "--output", tmp_path / "mine", *SHORT, "--probe-type=top")
     assert "top" in refuse(*words)
-    own = ("--import", tmp_path / "kind.py")
+    own = ("--import", tmp_path / "top.py")
     succeed(*words, *own)
     head = ("--probe", tmp_path / "mine", "--backbone", backbone_folder, "--json")
     assert "mine" in succeed("classify", "good morning", *head, *own)[0]["probes"]
@@ -92,7 +92,6 @@ class TestRecipes:
         for more, named in (
             (("--set", "train.0.rows=other"), "other/SPLIT.jsonl.gz"),
             (("--train", rows), "exclude each other"),
-            (("--text-column", "words"), "exclude each other"),
             (("--licence", "commercial"), "licence"),
         ):
             assert named in refuse(*recipe, *more)

@@ -41,9 +41,9 @@ def names(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["mha", "last"])
-def test_masks_replace_the_scope(tmp_path, lm, kind):
-    probe = make_head(lm, probe_type=kind, token_scope="response")
+@pytest.mark.parametrize("head_type", ["mha", "last"])
+def test_masks_replace_the_scope(tmp_path, lm, head_type):
+    probe = make_head(lm, probe_type=head_type, token_scope="response")
     masks = [[int(i >= len(ids) // 2) for i in range(len(ids))] for ids in PROMPTS]  # as `assistant_masks` are
     live, cache = PromptDataset(PROMPTS, LABELS, masks), DiskStates(tmp_path, torch.float32)
     whole = PromptDataset(PROMPTS, LABELS, [[True] * len(ids) for ids in PROMPTS])
@@ -53,7 +53,7 @@ def test_masks_replace_the_scope(tmp_path, lm, kind):
         expected[row] = probe(input_ids=torch.tensor([ids]), probe_mask=torch.tensor([mask])).logits
     for data in (live, cached):
         torch.testing.assert_close(predict_logits(probe, data), expected, atol=1e-5, rtol=1e-5)
-    assert kind == "last" or len(others[0]["input_ids"]) > len(cached[0]["input_ids"])
+    assert head_type == "last" or len(others[0]["input_ids"]) > len(cached[0]["input_ids"])
 
 
 def test_turns_are_judged_one_by_one(tmp_path, lm):
@@ -107,9 +107,9 @@ def test_a_prompt_is_computed_once_and_only_for_the_same(tmp_path, lm):
     cache = DiskStates(tmp_path / "cache")
     assert cache.dataset(lm, HEAD, ROWS)[0]["hidden_states"].dtype == torch.float16
     assert cache.dataset(lm, HEAD, PromptDataset(PROMPTS, 1 - LABELS))[0]["labels"] == 1
-    copy = make_lm(use_cache=False)
-    copy.config._name_or_path = "elsewhere"
-    cache.dataset(copy, HEAD, ROWS)
+    moved = make_lm(use_cache=False)
+    moved.config._name_or_path = "elsewhere"
+    cache.dataset(moved, HEAD, ROWS)
     (entry,) = cache.folder.iterdir()  # labels and the LM's path do not matter
     before = names(entry)
     again = cache.dataset(lm, HEAD, PromptDataset([*PROMPTS[3:], PROMPTS[0], PROMPTS[3]]))

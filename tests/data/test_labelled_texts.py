@@ -10,8 +10,8 @@ from llama_probe.data.labelled_texts import LabelledTexts, check_labels
 from llama_probe.data.memory import is_tokenized, rows_in_memory
 
 
-def rows_of(texts, labels, names="ab", kind="single_label_classification"):
-    return LabelledTexts(texts, np.array(labels), list(names), kind, {"id": list(range(len(texts)))})
+def rows_of(texts, labels, names="ab", problem_type="single_label_classification"):
+    return LabelledTexts(texts, np.array(labels), list(names), problem_type, {"id": list(range(len(texts)))})
 
 
 def test_splits_are_even_and_keep_equal_texts_together():
@@ -87,13 +87,13 @@ def test_zeros_and_ones_for_lists_of_labels_are_refused():
 
 
 def test_names_that_the_data_gives():
-    kinds = Dataset.from_dict({"words": ["a", "b"], "kind": [1, 0]})
-    kinds = kinds.cast_column("kind", ClassLabel(names=["no", "yes"]))
-    mapping = {"words": "text", "kind": "label"}
-    assert rows_in_memory("rows", kinds.with_format("torch"), mapping).label_names == ["no", "yes"]
-    assert rows_in_memory("rows", kinds, mapping, ["yes", "no"]).labels.tolist() == [0, 1]
+    rows = Dataset.from_dict({"words": ["a", "b"], "tone": [1, 0]})
+    rows = rows.cast_column("tone", ClassLabel(names=["no", "yes"]))
+    mapping = {"words": "text", "tone": "label"}
+    assert rows_in_memory("rows", rows.with_format("torch"), mapping).label_names == ["no", "yes"]
+    assert rows_in_memory("rows", rows, mapping, ["yes", "no"]).labels.tolist() == [0, 1]
     with pytest.raises(ProbeError, match="split"):
-        rows_in_memory("rows", DatasetDict(train=kinds), mapping)
+        rows_in_memory("rows", DatasetDict(train=rows), mapping)
 
 
 def test_a_missing_cell_of_a_frame():

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
+from training_runs import write
 
 from llama_probe import ProbeError
 from llama_probe.data.known import BENCHMARKS
@@ -12,21 +13,14 @@ from llama_probe.data.labelled_texts import LabelledTexts, Labels
 from llama_probe.data.row_sources import Source
 
 
-def read(rows, names=None, kind=None, data_dir=None, split="train", **fields) -> LabelledTexts:
+def read(rows, names=None, problem_type=None, data_dir=None, split="train", **fields) -> LabelledTexts:
     """Read rows without the column that names their source."""
-    found = Source(rows=str(rows), **fields).read(Labels(names=names, problem_type=kind), data_dir, split)
+    found = Source(rows=str(rows), **fields).read(Labels(names=names, problem_type=problem_type), data_dir, split)
     assert set(found.columns.pop("source")) <= {Source(rows=str(rows), **fields).name}
     return found
 
 
-def write(path, rows):
-    """Write rows as JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(rows).to_json(path)
-    return path
-
-
-ROWS = [{"text": "one", "label": label, "kind": "x"} for label in (0, 2, 1)]
+ROWS = [{"text": "one", "label": label, "tone": "x"} for label in (0, 2, 1)]
 
 
 class TestFiles:
@@ -55,12 +49,12 @@ class TestFiles:
                 replies(wrong)
 
     def test_class_label_names_are_matched_with_those_given(self, tmp_path):
-        def write(name, labels, feature):
+        def write_parquet(name, labels, feature):
             features = Features({"text": Value("string"), "label": feature})
             Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features).to_parquet(tmp_path / name)
             return tmp_path / name
 
-        path = write("a.parquet", [0, 0, 1], ClassLabel(names=["pos", "neg"]))
+        path = write_parquet("a.parquet", [0, 0, 1], ClassLabel(names=["pos", "neg"]))
         assert read(path).label_names == ["pos", "neg"]
         named = (["neg", "pos"], [1, 1, 0]), (["neg", "so so", "pos"], [2, 2, 0]), (["a", "b"], [0, 0, 1])
         for names, expected in named:
@@ -68,14 +62,14 @@ class TestFiles:
             assert (rows.label_names, rows.labels.tolist()) == (names, expected)
         with pytest.raises(ProbeError, match="pos, neg"):
             read(path, ["a", "b", "c"])
-        several = write("b.parquet", [[0], [0, 1]], List(ClassLabel(names=["pos", "neg"])))
+        several = write_parquet("b.parquet", [[0], [0, 1]], List(ClassLabel(names=["pos", "neg"])))
         assert read(several, ["neg", "pos"]).labels.tolist() == [[0, 1], [1, 1]]
-        assert read(path, kind="regression").labels.tolist() == [[0], [0], [1]]
+        assert read(path, problem_type="regression").labels.tolist() == [[0], [0], [1]]
 
     @pytest.mark.parametrize(
         "rows, fields, named",
         [
-            (ROWS, {"text_column": "body"}, "no column 'body'; it has: text, label, kind"),
+            (ROWS, {"text_column": "body"}, "no column 'body'; it has: text, label, tone"),
             (ROWS, {"prompt_column": "body"}, "no column 'body'"),
             (ROWS, {"names": ["a", "b"]}, "'2'"),
             ([{"text": " ", "label": 1}], {}, "row 0 has no text"),
@@ -83,7 +77,7 @@ class TestFiles:
             ([{"text": "a", "label": None}, {"text": "b", "label": 1}], {}, "row 0 has no label"),
             (ROWS, {"label_map": {"0": "harmful"}}, "'2' is not in label_map"),
             (ROWS, {"label": "bad", "names": ["a", "b"]}, "bad"),
-            (ROWS, {"where": {"kind": ["z"]}}, "no rows where"),
+            (ROWS, {"where": {"tone": ["z"]}}, "no rows where"),
             (ROWS, {"where": {"from": ["x"]}}, "'from'"),
         ],
     )
@@ -92,9 +86,9 @@ class TestFiles:
             read(write(tmp_path / "a.jsonl", rows), **fields)
 
 
-KINDS, TERMS = ("yes", "no", "unsure"), ("MIT", "CC BY-NC 4.0")
-ASKED = [{"q": f"text {i}", "kind": KINDS[i % 3], "of": "ab"[i % 2], "terms": TERMS[i % 2]} for i in range(30)]
-MAPPED = {"label_column": "kind", "label_map": {"yes": "harmful", "no": "harmless", "unsure": None}}
+TONES, TERMS = ("yes", "no", "unsure"), ("MIT", "CC BY-NC 4.0")
+ASKED = [{"q": f"text {i}", "tone": TONES[i % 3], "of": "ab"[i % 2], "terms": TERMS[i % 2]} for i in range(30)]
+MAPPED = {"label_column": "tone", "label_map": {"yes": "harmful", "no": "harmless", "unsure": None}}
 HARM = Labels(names=["harmless", "harmful"], flagged=["harmful"])
 SEVERAL = Labels(names=["x", "y"], problem_type="multi_label_classification")
 
@@ -113,11 +107,11 @@ class TestChoice:
     def test_labels_are_mapped_and_rows_left_out(self, take):
         rows = take(**MAPPED)
         assert rows.labels.tolist() == [1, 0] * 10 and set(rows.columns["of"]) == {"a", "b"}
-        rows = take(**MAPPED, where={"of": ["a"], "kind": ["yes", "no"]})
+        rows = take(**MAPPED, where={"of": ["a"], "tone": ["yes", "no"]})
         assert len(rows) == 10 and set(rows.columns["of"]) == {"a"}
-        others = take(label_column="kind", label_map={"no": "harmless", "*": "harmful"})
+        others = take(label_column="tone", label_map={"no": "harmless", "*": "harmful"})
         assert others.labels.tolist() == [1, 0, 1] * 10
-        assert len(take(label_column="kind", label_map={"no": "harmless", "*": None})) == 10
+        assert len(take(label_column="tone", label_map={"no": "harmless", "*": None})) == 10
 
     def test_all_rows_of_one_label(self, take):
         assert set(take(label="harmful").labels.tolist()) == {1}
@@ -127,9 +121,9 @@ class TestChoice:
     def test_labels_that_nobody_gave_are_not_known(self, take):
         labels = take(SEVERAL, label=["y"], known_labels=["y"]).labels
         assert np.isnan(labels[:, 0]).all() and (labels[:, 1] == 1).all()
-        for kind, label, known in ((SEVERAL, ["y"], "z"), (SEVERAL, ["y"], "x"), (HARM, "harmful", "harmful")):
+        for labels, label, known in ((SEVERAL, ["y"], "z"), (SEVERAL, ["y"], "x"), (HARM, "harmful", "harmful")):
             with pytest.raises(ProbeError, match="known_labels"):
-                take(kind, label=label, known_labels=[known])
+                take(labels, label=label, known_labels=[known])
 
     def test_parts_share_no_text(self, take):
         first, rest = (set(take(**MAPPED, part=part).texts) for part in ([0, 0.6], [0.6, 1]))

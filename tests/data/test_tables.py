@@ -93,7 +93,6 @@ def test_a_folder_of_the_cache_links_to_its_blobs(tmp_path):
     "name, file, content, named",
     [
         ("a.jsonl", "a.jsonl", b"", "holds no rows"),
-        ("a.csv", "a.csv", b"text,label\n", "holds no rows"),
         ("missing.csv", None, None, "there is no file"),
         ("folder", None, None, "cannot be read"),
         ("folder", "folder/a.txt", b"x", "no known format"),  # loaders of other files can do more than read rows

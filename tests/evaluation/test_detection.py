@@ -21,10 +21,10 @@ PROMPT, LENGTHS = 4, [5, 9, 7]
 
 
 @pytest.mark.parametrize("scope", ["response", "all"])
-@pytest.mark.parametrize("kind, cached", [*((kind, True) for kind in probe_types()), ("mha", False)])
-def test_each_token_gets_the_score_of_the_text_that_ends_there(kind, scope, cached, tmp_path, monkeypatch):
+@pytest.mark.parametrize("head_type, cached", [*((name, True) for name in probe_types()), ("mha", False)])
+def test_each_token_gets_the_score_of_the_text_that_ends_there(head_type, scope, cached, tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "BATCH_TOKENS", 24)
-    lm, probe = make_lm(), make_probe(token_scope=scope, temperature=1.7, probe_type=kind, flagged=["LABEL_1"])
+    lm, probe = make_lm(), make_probe(token_scope=scope, temperature=1.7, probe_type=head_type, flagged=["LABEL_1"])
     prompts = make_prompts(3, PROMPT + max(LENGTHS)).tolist()
     ids = [row[: PROMPT + n] for row, n in zip(prompts, LENGTHS, strict=True)]
     masks = [[False] * PROMPT + [True] * n for n in LENGTHS] if scope == "response" else None

@@ -60,11 +60,11 @@ def by_scikit_learn(config, logits, labels):
     return metrics
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("problem", CONFIGS)
 @settings(max_examples=8, deadline=None)
 @given(rows=st.integers(1, 25), seed=st.integers(0, 10**6), steps=st.integers(2, 50))
-def test_weights_count_as_rows_written_out(kind, rows, seed, steps):
-    config = CONFIGS[kind]
+def test_weights_count_as_rows_written_out(problem, rows, seed, steps):
+    config = CONFIGS[problem]
     logits, labels = make_scores(config, rows, seed, steps)
     drawn = np.random.default_rng(seed).integers(0, rows, (2, rows))
     weights = np.stack([np.bincount(numbers, minlength=rows) for numbers in drawn]).astype(float)

@@ -22,10 +22,10 @@ def dataset():
     return PromptDataset([make_prompts(1, length, length)[0].tolist() for length in (7, 3, 9, 5, 3)], LABELS)
 
 
-@pytest.mark.parametrize("kind", ["pooling", "gate", "mha"])
-def test_layer_weights_by_label(dataset, kind, monkeypatch):
+@pytest.mark.parametrize("head_type", ["pooling", "gate", "mha"])
+def test_layer_weights_by_label(dataset, head_type, monkeypatch):
     monkeypatch.setattr(passes, "BATCH_TOKENS", 14)
-    probe = with_backbone(probe_type=kind, layers=[0, 2, LAYERS], id2label={0: "no", 1: "yes"}, flagged=["yes"])
+    probe = with_backbone(probe_type=head_type, layers=[0, 2, LAYERS], id2label={0: "no", 1: "yes"}, flagged=["yes"])
     found = inspect_head(probe, dataset, LABELS)
     assert found["layer_weights"]["layers"] == [0, 2, LAYERS]
     for index, weights in enumerate(found["layer_weights"]["by_label"].values()):

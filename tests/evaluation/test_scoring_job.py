@@ -38,16 +38,16 @@ def write(path, rows: int | list[dict]):
 @pytest.fixture(scope="module")
 def heads(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heads")
-    kinds = {
+    fields = {
         "mood": {"probe_type": "gate", "id2label": {0: "fine", 1: "awful"}},
         "topics": {"probe_type": "mha", "num_labels": 3, "problem_type": "multi_label_classification"},
         "size": {"probe_type": "pooling", "id2label": {0: "size"}, "problem_type": "regression"},
     }
-    for seed, (name, kind) in enumerate(kinds.items()):
+    for seed, (name, own) in enumerate(fields.items()):
         common = {"prompt_format": "chat", "token_scope": "prompt", "max_length": 64}
-        head = make_probe(seed, **common, **kind)
+        head = make_probe(seed, **common, **own)
         (with_novelty(head) if name == "topics" else head).save_pretrained(folder / name)
-    return [str(folder / name) for name in kinds]
+    return [str(folder / name) for name in fields]
 
 
 @pytest.fixture
@@ -109,8 +109,8 @@ def test_rows_without_a_number_are_left_empty(tmp_path, backbone_folder, heads, 
 @pytest.mark.parametrize("scope", ["response", "all"])
 def test_replies(tmp_path, backbone_folder, heads, run, scope):
     """They count by their largest scores, as where thresholds are fitted and measured."""
-    kind = {"probe_type": "gate", "prompt_format": "chat", "id2label": {0: "no", 1: "yes"}, "flagged": ["yes"]}
-    head = make_probe(4, token_scope=scope, **kind)
+    fields = {"probe_type": "gate", "prompt_format": "chat", "id2label": {0: "no", 1: "yes"}, "flagged": ["yes"]}
+    head = make_probe(4, token_scope=scope, **fields)
     head.save_pretrained(tmp_path / "guard")
     guard = [str(tmp_path / "guard")]
     rows = [{"ask": f"is it {i}?", "text": f"it is {i}" if i != 2 else ""} for i in range(4)]
@@ -149,10 +149,8 @@ OF, ASK = {"keep_columns": ["of"]}, {"prompt_column": "ask"}
         (changing(1, "two"), OF, "column 'of'"),
         (changing(1, 2.9), OF, "column 'of'.*fraction"),
         (changing([{"id": 1}], [{"id": 1, "name": "b"}]), OF, "'of'"),
-        (changing([{"id": 1}], [{"id": 2.9}]), OF, "'of'"),
         ([{"text": "a", "row": 1}], {"keep_columns": ["row"]}, "keep_columns.* row"),
         ([{"text": "a", "ask": "b"}, {"text": 1, "ask": "b"}], ASK, "row 1: text"),
-        ([{"text": "half \ud83d", "ask": "b"}], ASK, "row 0: text"),
         ([{"text": "a", "ask": ""}, {"text": "a", "ask": ["hi"]}], ASK, "row 1: ask"),
     ],
 )

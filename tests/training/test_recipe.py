@@ -27,13 +27,12 @@ def changed(**sections):
     return {**MINIMAL, **sections}
 
 
-@pytest.mark.parametrize(
-    "rows, kind", [(1, "pooling"), (128, "pooling"), (129, "gate"), (512, "gate"), (513, "multimax")]
-)
-def test_a_kind_for_so_many_rows(rows, kind):
+@pytest.mark.parametrize("rows, head_type", [(128, "pooling"), (129, "gate"), (512, "gate"), (513, "multimax")])
+def test_a_head_type_for_so_many_rows(rows, head_type):
     head = complete_head({}, rows)
     config = ProbeConfig(hidden_size=576, num_hidden_layers=30, **head)
-    assert config.probe_type == kind and config.dropout == get_probe_type(kind).training_defaults["dropout"]
+    assert config.probe_type == head_type
+    assert config.dropout == get_probe_type(head_type).training_defaults["dropout"]
     args = ProbeTrainingArguments(use_cpu=True)
     args.fill(config, rows)
     assert None not in (args.learning_rate, args.num_train_epochs, args.per_device_train_batch_size)
@@ -64,13 +63,11 @@ def test_numbers_out_of_range_are_refused(name, value):
         ProbeTrainingArguments(use_cpu=True, **{name: value})
 
 
-@pytest.mark.parametrize(
-    "section", [Recipe, Labels, Source, Held, Augmentations, Search, Calibration, Measure, CardFacts]
-)
-def test_the_page_explains_each_field(section):
+def test_the_page_explains_each_field():
     page = (ROOT / "docs" / "recipes.md").read_text()
-    names = {item.name for item in fields(section)} - {"values", "command"}  # which are no fields of a file
-    assert not {name for name in names if f"`{name}`" not in page}
+    for section in (Recipe, Labels, Source, Held, Augmentations, Search, Calibration, Measure, CardFacts):
+        names = {item.name for item in fields(section)} - {"values", "command"}  # which are no fields of a file
+        assert not {name for name in names if f"`{name}`" not in page}
 
 
 def test_the_page_lists_each_training_argument():
@@ -110,7 +107,6 @@ class TestFile:
         [
             ({}, "train"),
             (changed(trian=[]), "'trian'"),
-            (changed(head={"probe": "gate"}), "'probe'"),
             (changed(head={"id2label": {}}), "'id2label'"),
             (changed(measure={"sources": ["xstest", "xstest"]}), "'xstest'"),
             (changed(measure={"sources": ["xstest"], "wrappings": "aegis"}), "wrappings='aegis'"),
@@ -123,7 +119,6 @@ class TestFile:
             (changed(train=["toxicchat", "toxicchat"]), "'toxicchat'"),
             (changed(train=["rows.csv"]), "rows.csv"),
             (changed(validation={"share": 7}), "validation: share=7"),
-            (changed(validation={"share": 0.2, "folds": 3}), "share and folds"),
             (changed(validation={"folds": 1}), "folds=1"),
             (changed(test={"folds": 3}), "test.folds"),
             (changed(test={"share": 0.2, "sources": ["xstest"]}), "share and sources"),
@@ -134,12 +129,10 @@ class TestFile:
             (changed(augmentations={"names": ["earlier_turns"]}, head={"token_scope": "tool"}), "earlier_turns"),
             (changed(search={"trials": 2}, hold_out={"ablation": ["toxicchat"]}), "hold_out"),
             (changed(search={"trials": -1}), "trials=-1"),
-            (changed(search={"trials": 2, "probe_types": []}), r"probe_types=\[\]"),
             (changed(hold_out={"lists": ["advbench"]}), "hold_out.lists names 'advbench'"),
             (changed(hold_out={"a.b": ["toxicchat"]}), "'a.b'"),
             (changed(seeds=0), "seeds=0"),
             (changed(seed=2**32), "seed=4294967296"),
-            (changed(head=[1]), "head="),
             (changed(search={"probe_types": ["lstm"]}), "lstm"),
         ],
     )
@@ -159,9 +152,8 @@ class TestFile:
             Recipe.load(changed(name="a"), [setting])
 
 
-@pytest.mark.parametrize("hidden_size", [32, 576])
-def test_every_draw_can_be_built(hidden_size):
-    base = ProbeConfig(probe_type="pooling", hidden_size=hidden_size, num_hidden_layers=2)
+def test_every_draw_can_be_built():
+    base = ProbeConfig(probe_type="pooling", hidden_size=32, num_hidden_layers=2)
     search = Search(trials=30, probe_types=list(probe_types()))
     trials = draw_candidates(search, base, seed=0)
     assert draw_candidates(search, base, seed=0) == trials

@@ -157,12 +157,11 @@ def test_rows_that_are_learned_from_and_judged_by_are_warned_of(tmp_path, train,
 @pytest.mark.parametrize(
     "sections, named",
     [
-        (
-            {"validation": {"folds": 3}, "augmentations": {"names": ["lead_in"]}},
-            "augmentations",
-        ),  # folds would share them
+        # Folds would share the augmentations.
+        ({"validation": {"folds": 3}, "augmentations": {"names": ["lead_in"]}}, "augmentations"),
         ({"validation": {"folds": 2}, "hold_out": {"x": ["b"]}}, "hold_out"),
-        ({"hold_out": {"x": ["a"]}}, r"hold_out\.x"),  # the other one has the same texts
+        # The other source has the same texts.
+        ({"hold_out": {"x": ["a"]}}, r"hold_out\.x"),
         ({"max_rows": 0}, "max_rows=0"),
         ({"test": {"share": 0.2, "max_rows": -5}}, "max_rows=-5"),
     ],

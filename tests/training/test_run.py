@@ -7,7 +7,6 @@ import signal
 from itertools import count
 from unittest.mock import Mock
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -25,7 +24,6 @@ from llama_probe.training import estimate, measurements, prepared, recipe_traine
 from llama_probe.training import results as training_results
 from llama_probe.training.head_trainer import HeadTrainer
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
-from llama_probe.training.recipe import Recipe
 from llama_probe.training.run import train_recipe
 
 
@@ -120,9 +118,7 @@ class TestAblations:
         for ablation, source in (("lists", "list"), ("talks", "talk")):
             held = rows_of(source, rows.train)
             assert rows.ablations[ablation].left_out == held, "augmentations with a lead-in from these rows as well"
-            assert rows.ablations[ablation].excluded_from_validation == rows_of(source, rows.validation), (
-                "nor is it chosen by them"
-            )
+            assert rows.ablations[ablation].excluded_from_validation == rows_of(source, rows.validation)
             by_ablation = learned.learned_by[:, list(run.heads).index(f"ablation-{ablation}")]
             assert sorted({row for row, learns in zip(learned.rows, by_ablation, strict=True) if not learns}) == held
         assert max(map(learned.rows.count, learned.rows)) == 2, "repeated rows"
@@ -168,13 +164,12 @@ class TestAblations:
             lines = [{"text": text, "label": words} for text, words in texts]
             return {"rows": write(tmp_path / f"{name}.jsonl", lines), "known_labels": known}
 
+        one = rows("one", [[], ["RED"], ["big"]])
+        two = rows("two", [[], ["RED"]], ["RED"])
+        three = rows("three", [[], ["big"]])
         sections = {
             "labels": {"names": ["RED", "big"], "problem_type": "multi_label_classification", "flagged": ["RED"]},
-            "train": [
-                rows("one", [[], ["RED"], ["big"]]),
-                rows("two", [[], ["RED"]], ["RED"]),
-                rows("three", [[], ["big"]]),
-            ],
+            "train": [one, two, three],
             "validation": {"share": 0.2},
             "hold_out": {"colours": ["two"], "sizes": ["three"]},
             "measure": {"sources": [{**rows("unlabelled", [[]], []), "label": []}], "wrappings": "unlabelled"},
@@ -188,10 +183,8 @@ class TestAblations:
             assert part["labels"][label]["auroc"] == part["auroc"], "of the only label that some rows have"
             assert part["tfidf"]["labels"][label]["auroc"] == 1, "a word tells it"
         card = (tmp_path / "head" / "README.md").read_text()
-        assert (
-            "| three (ablation trained without sizes) | big | 16 | " in card
-            and "flagged at each threshold" not in card
-        )
+        assert "| three (ablation trained without sizes) | big | 16 | " in card
+        assert "flagged at each threshold" not in card
 
     def test_a_loaded_backbone(self, recipe, backbone_folder, tmp_path, monkeypatch, hub, token):
         lm, tokenizer = load_backbone(str(backbone_folder))
@@ -260,20 +253,6 @@ class TestResuming:
         assert (tmp_path / "head" / "probe_config.json").exists()
 
 
-def test_rows_of_the_hub_make_the_head_of_local_copies(hub, copies, backbone_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    files = {f"rows/{path.name}": path.read_bytes() for path in (copies / "emotion").iterdir()}
-    files["README.md"] = b"---\nconfigs: [{config_name: split, data_dir: rows}]\n---\n"
-    hub.plant("datasets/dair-ai/emotion", files)
-    recipe = Recipe.load("emotion", ["seeds=1", "training.num_train_epochs=1"])
-    for name, data_dir in (("hub", None), ("local", copies)):
-        train_recipe(recipe, str(backbone_folder), tmp_path / name, data_dir=data_dir)
-    fetched, local = ((tmp_path / name / "probe_model.safetensors").read_bytes() for name in ("hub", "local"))
-    rows = {name: (part["source"], part["rows"]) for name, part in read_head(tmp_path / "hub").results["data"].items()}
-    assert rows == {"train": ("emotion", 30), "validation": ("emotion:validation", 12), "test": ("emotion:test", 12)}
-    assert fetched == local
-
-
 class TestMeasuring:
     """A run that ends while it measures leaves its head, and a resumed run measures the rest."""
 
@@ -318,9 +297,8 @@ class TestMeasuring:
 
     def test_an_exception_in_the_middle(self, run, expected, tmp_path, monkeypatch, caplog):
         with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of order"):
-            patched.setattr(
-                measurements, "_measure_part", self.fail_at(1, Mock(side_effect=RuntimeError("out of order")))
-            )
+            fail = Mock(side_effect=RuntimeError("out of order"))
+            patched.setattr(measurements, "_measure_part", self.fail_at(1, fail))
             run()
         assert "--resume" in caplog.text
         left = self.is_left(tmp_path / "head")
@@ -343,16 +321,16 @@ class TestMeasuring:
         assert [part["name"] for part in self.is_left(tmp_path / "head")["measured"]["parts"]] == ["a", "b"]
         self.assert_resumes(run, expected, monkeypatch, ["c"])
 
-    @pytest.mark.parametrize("place", ["report", "inspect_head", "write_plots"])
-    def test_it_fails_before_the_further_rows(self, run, expected, tmp_path, monkeypatch, place):
-        """On the test rows, and in what the card shows."""
+    def test_on_the_test_rows(self, run, expected, tmp_path, monkeypatch):
+        numbers, real = count(), training_results.report
+
+        def report(*given):
+            if next(numbers):  # the first report is that of the validation rows
+                raise MemoryError
+            return real(*given)
+
         with monkeypatch.context() as patched, pytest.raises(MemoryError):
-            if place == "report":  # the first is that of the validation rows
-                numbers, real = count(), training_results.report
-                fake = lambda *given: real(*given) if next(numbers) == 0 else Mock(side_effect=MemoryError)()  # noqa: E731
-            else:
-                fake = Mock(side_effect=MemoryError)
-            patched.setattr(training_results, place, fake)
+            patched.setattr(training_results, "report", report)
             run()
         assert "measured" not in self.is_left(tmp_path / "head")
         self.assert_resumes(run, expected, monkeypatch, ["a", "b", "c"])
@@ -390,13 +368,13 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
     [
         # A metric that is not defined on the validation rows.
         ({"validation": {"sources": ["alike.jsonl"]}}, "auprc"),
-        *(({"training": {"class_weights": weights}}, "class_weights") for weights in ("nan,1", "a,b", "0,0")),
+        ({"training": {"class_weights": "nan,1"}}, "class_weights"),
+        ({"training": {"class_weights": "a,b"}}, "class_weights"),
         ({"head": {"layers": [0.5, 7.5]}}, r"layers.*7\.5"),
         ({"head": {"probe_type": "mha", "downcast": 5}}, "downcast"),
         ({"train": [{"rows": "40.jsonl", "weights": [0.0, 0.25]}]}, "weights"),
         ({"training": {"lr": 1}}, "lr"),
-        *(({"training": {name: 1}}, name) for name in ("output_dir", "seed", "hub_token")),
-        ({"training": {"lr_scheduler_type": "foo"}}, "lr_scheduler_type|foo"),
+        ({"training": {"output_dir": 1}}, "output_dir"),
         ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, "training: .*min_lr"),
         ({"training": {"report_to": "foo"}}, "training: foo"),
         ({"training": {"cache_states": True}}, "cache_states"),
@@ -428,12 +406,6 @@ def test_states_are_cached_if_they_fit_or_are_there(tmp_path, backbone_folder, m
         plan = PreparedRun(recipe_of(tmp_path, rows, kept), tmp_path / "b", str(backbone_folder)).plan()
         assert plan.passes == passes and plan.rows == rows and not plan.bytes and not (tmp_path / "b").exists()
     assert train(tmp_path, backbone_folder, rows)["runs"] and "no hidden states on disk" in caplog.text
-
-
-def test_the_trial_waits_for_an_accelerator(monkeypatch):
-    state = Mock()
-    monkeypatch.setattr(estimate, "collect_hidden_states", lambda *_: [state])
-    assert estimate.trial_speed(None, [[5, 6]], [0]) > 0 and state.cpu.call_count == 2
 
 
 def test_rates_without_a_threshold_are_left_out(backbone_folder, tmp_path, monkeypatch):

@@ -52,8 +52,8 @@ def reply_rows(count=24, seed=0):
     return [[5, 6, 7, *reply] for reply in replies], np.arange(count) % 2, [len(reply) for reply in replies]
 
 
-def head(kind, scope, lm=None):
-    return head_of(lm, probe_type=kind, dropout=0.1, **(GUARD | {"token_scope": scope}))
+def head(head_type, scope, lm=None):
+    return head_of(lm, probe_type=head_type, dropout=0.1, **(GUARD | {"token_scope": scope}))
 
 
 def train(model, folder, lm, cached, scope):

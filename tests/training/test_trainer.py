@@ -146,7 +146,6 @@ class TestRows:
     @pytest.mark.parametrize(
         "changes, words",
         [
-            ({"model": None}, "backbone"),
             ({"backbone": "demo"}, "one of"),
             ({"probe_config": {"probe_type": "gate"}}, "backbone"),
             ({"model": head()}, "backbone"),
@@ -157,7 +156,6 @@ class TestRows:
             ({"label_smoothing_factor": 1.0}, "label_smoothing_factor=1.0"),
             ({"include_for_metrics": ["inputs"], "cache_states": True}, "cache_states=True: include_for_metrics"),
             ({"token_loss": "max"}, "token_loss='max'"),
-            ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
             ({"token_loss": "monotone"}, "token_loss='monotone'.* token_scope='prompt'"),
             ({"model": head(token_scope="response"), "token_loss": "monotone"}, "token_loss='monotone'.*flagged"),
             ({"model": head(**GUARD), "rows": IDS, "held_back": None, "token_loss": "monotone"}, "rows with replies"),
@@ -202,26 +200,31 @@ def test_cached_states_spare_passes_and_are_deleted(tmp_path):
     assert not (tmp_path / "True" / STATES).exists(), "states can reveal the texts"
 
 
+def test_states_in_a_folder_of_ones_own_are_used_again(tmp_path):
+    lm, passes, counts = make_lm(vocab_size=260), [], []
+    lm.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for name in ("first", "second"):
+        passes.clear()
+        mood(tmp_path / name, model=head(lm), cache_states=True, cache_dir=str(tmp_path / "kept"))
+        counts.append(len(passes))
+    assert counts == [2, 1], "the fingerprint of the backbone takes a pass of its own"
+
+
 def test_a_trainer_that_is_freed_leaves_the_states_of_the_next(tmp_path, monkeypatch):
     """As in a loop over heads, whose trainers are freed at any time."""
     lm, of_rows = make_lm(vocab_size=260), StateDataset.__init__
     monkeypatch.setattr(StateDataset, "__init__", lambda *given: (gc.collect(), of_rows(*given))[1])
-    for kind in ("gate", "mha"):
-        trainer = mood(tmp_path, model=head(lm, probe_type=kind), cache_states=True)
+    for head_type in ("gate", "mha"):
+        trainer = mood(tmp_path, model=head(lm, probe_type=head_type), cache_states=True)
         assert len(trainer.train_dataset[0]["hidden_states"]) == 5
         del trainer
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda folder: mood(folder, model_init=lambda: head(make_lm(vocab_size=260))),
-        lambda folder: mood(folder, model=head(make_lm(vocab_size=260))).hyperparameter_search(n_trials=2),
-    ],
-)
-def test_a_search_is_that_of_a_recipe(tmp_path, call):
+def test_a_search_is_that_of_a_recipe(tmp_path):
     with pytest.raises(ProbeError, match="search of a recipe"):
-        call(tmp_path)
+        mood(tmp_path, model_init=lambda: head(make_lm(vocab_size=260)))
+    with pytest.raises(ProbeError, match="search of a recipe"):
+        mood(tmp_path, model=head(make_lm(vocab_size=260))).hyperparameter_search(n_trials=2)
 
 
 # Methods of transformers that no page describes, and that this package overrides or calls, with their parameters.
