@@ -20,7 +20,7 @@ from .metrics import known_rows
 
 logger = logging.get_logger(__name__)
 
-# A lower threshold flags nearly all that is unlike the rows it was fitted on, a higher one next to nothing.
+# A lower threshold flags nearly all texts that are unlike the fitted rows, a higher threshold next to nothing.
 _LOWEST, _HIGHEST = 0.001, 0.999
 # A head that gives the flagged label to a larger share of rows that should not be flagged has learned the other label.
 _MOST_FLAGGED = 0.9
@@ -95,13 +95,7 @@ def highest_unflagged(scores: np.ndarray, rate: float) -> float:
 
 
 def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = None) -> None:
-    """Raise `ProbeError` unless a head can have a threshold for each rate.
-
-    The head must flag one of two labels, and the rates must be different, above 0 and at most 0.5.
-
-    Args:
-        rows (*optional*): number of rows to fit the thresholds on: enough that the smallest rate is one row.
-    """
+    """Raise `ProbeError` unless a head can have a threshold for each rate, fitted on this number of rows."""
     config.need_flagged_index("rates")
     if not rates or not all(0 < rate <= 0.5 for rate in rates) or len(set(rates)) < len(rates):
         raise ProbeError(f"rates={list(rates)} must be different numbers above 0 and at most 0.5")
@@ -143,19 +137,20 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
 
 
 def thresholds_from(config: ProbeConfig, rates: Sequence[float], sources: Sequence[str], rows: int) -> JSON:
-    """Return what `results.json` keeps under `thresholds_from`: the rows and rates that gave a head its thresholds.
-
-    Args:
-        config: from `with_rates`.
-        rates: the rates that `with_rates` was given.
-        sources: names of where the rows come from.
-        rows: number of the rows.
+    """Return what `results.json` keeps under `thresholds_from`: the rows and rates that gave a config of `with_rates` its thresholds.
 
     Returns:
-        `flagged`, the label; `sources`; `rows`; and `rates`, by the name of the threshold.
+        `flagged`, the label; `sources`, names of where the rows come from; `rows`, their number; and `rates`, by the name of the
+        threshold.
     """
     by_name = dict(zip(config.thresholds, rates, strict=True))
     return {"flagged": config.flagged[0], "sources": list(sources), "rows": rows, "rates": by_name}
+
+
+def own_threshold(config: ProbeConfig, index: int) -> float:
+    """Return the probability from which a head gives a label; 0.5 if the larger of two probabilities decides."""
+    threshold = threshold_of(config, index)
+    return 0.5 if threshold is None else threshold
 
 
 def _halfway(upper: float, lower: float) -> float:
@@ -266,12 +261,11 @@ def _error_and_bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
 
 
 def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[JSON]]:
-    """Return what the thresholds 0.1 to 0.9 and the saved one would give.
+    """Return what the thresholds 0.1 to 0.9 and the head's own one give: for the flagged one of two labels, or for each of several.
 
     Returns:
-        For the flagged one of two labels, or for each label of a multi-label head, if some row has the label, by its name: a list
-        with `threshold`, `precision` (None if nothing is flagged), `recall`, `flagged` (share of all rows), and `saved`, True for the
-        head's own threshold. Empty for other heads.
+        By name of a label that some row has, a list with `threshold`, `precision` (None if nothing is flagged), `recall`, `flagged`
+        (share of all rows), and `saved`, True for the head's own threshold. Empty for other heads.
     """
     probs = probabilities(logits.float(), config).numpy()
     tables: dict[str, list[JSON]] = {}
@@ -280,8 +274,7 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         is_judged = config.problem_type == "multi_label_classification" or index == config.flagged_index
         if not is_judged or not positive.any():
             continue
-        saved = threshold_of(config, index)
-        saved = 0.5 if saved is None else saved  # the larger of two probabilities
+        saved = own_threshold(config, index)
         tables[label] = []
         for threshold in sorted({saved, *(round(0.1 * i, 1) for i in range(1, 10))}):
             flagged = probs[rows, index] >= threshold

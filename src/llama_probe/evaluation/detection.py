@@ -10,10 +10,10 @@ import torch
 
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import log_odds, probabilities, threshold_of
+from ..heads.decision import log_odds, probabilities
 from ..serving.halting import Streak
 from .bootstrap import auroc, intervals
-from .calibration import highest_recall_threshold, highest_unflagged
+from .calibration import highest_recall_threshold, highest_unflagged, own_threshold
 from .metrics import known_rows
 
 
@@ -188,8 +188,7 @@ def _label_report(
     odds, _ = _known_scores(config, followed, labels, index, log_odds)
     largest = np.array([row.max() for row in odds])
     area, interval = auroc(largest, positives, resamples)
-    own = threshold_of(config, index)
-    thresholds = {"own": 0.5 if own is None else own, **(config.thresholds or {})}
+    thresholds = {"own": own_threshold(config, index), **(config.thresholds or {})}
     rates = {}  # of the thresholds that are fitted here
     if 0 < positives.sum() < len(positives):
         highest = np.array([row.max() for row in scores])
