@@ -1,4 +1,4 @@
-"""Augmentations of training rows: the label stays, the system prompt, lead-in, document or other turns around the text change."""
+"""Augmentations of training rows: the label stays, and what is around the text changes (system prompt, document, other turns)."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ _FORMATS: tuple[Callable[[str], str], ...] = (
 
 @dataclass
 class Augmenter:
-    """Changes chats at random. Each public method is an augmentation: it returns a changed chat, and leaves its argument.
+    """Changes chats at random. Each public method is an augmentation, which returns a changed chat and leaves its argument alone.
 
     Attributes:
         harmless: texts for lead-ins, quotes and other turns.
         system_prompts: texts for system turns.
-        drawn: the rows of `harmless` that were drawn. The caller may clear it.
+        drawn: the rows of `harmless` that were drawn since the caller cleared the set.
     """
 
     harmless: LabelledTexts
@@ -143,9 +143,9 @@ def augment(
 ) -> list[LabelledTexts]:
     """Return changed rows with the labels of the original rows, for each augmentation by itself.
 
-    Each augmentation changes a random share of the rows: as many of each label, while there are rows with the label. The texts
-    for lead-ins, documents and other turns are those of the rows without a flagged label (multi-label: without any label). If
-    the rows have a column `source`, a changed row names the sources of all texts in it, with `+` between them.
+    Each augmentation changes a random share of the rows: as many rows of each label, while there are rows with the label. Texts for
+    lead-ins, documents and other turns come from rows without a flagged label (multi-label: without any label). If the rows have a
+    column `source`, a changed row names the sources of all its texts, with `+` between them.
 
     Args:
         names: names of augmentations, of `AUGMENTATIONS`.

@@ -1,6 +1,6 @@
-"""Data sets known by name: their place on the Hub, and how their rows become labelled texts.
+"""Data sets known by name: their place on the Hub, and how their rows become texts with labels.
 
-A new one is an entry in `known.yaml`. `Source` reads the rows from the Hub or from local copies.
+`known.yaml` has an entry for each data set. `Source` reads the rows from the Hub or from local copies.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Benchmark:
     Attributes:
         name: name on the command line.
         title: name in a sentence.
-        splits: by split: the split on the Hub, and its configuration or None for the default one.
-        text, label: a column, or a name in `_FUNCTIONS`. A label is an index, a name, or a list of either.
+        splits: by split: the split on the Hub, and its configuration or None for the default configuration.
+        text, label: a column, or a name in `_FUNCTIONS`. A label is an index, a name, or a list of indices or names.
         label_names: names by index.
-        flagged: the one of two labels that a head is to find; see `ProbeConfig`.
+        flagged: the label of two that a head finds; see `ProbeConfig`.
         license: licence as the Hub spells it.
         note: origin and licence in a sentence, for cards.
         exchange: columns of the prompts and the replies, for heads that read replies.
@@ -49,7 +49,7 @@ class Benchmark:
     slices: Sequence[str] = ()
 
     def convert(self, table: Columns) -> Columns:
-        """Return `text`, `label` (whose cells may be None) and the columns of `columns` from columns as on the Hub."""
+        """Return `text`, `label` (a cell may be None) and the columns of `columns`, from columns as on the Hub."""
         rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
         converted = {name: table[name] for name in self.columns if name in table}
         try:
@@ -73,7 +73,7 @@ def find_benchmark(source: str | None) -> tuple[Benchmark, str | None] | None:
 
 
 def slices_of(columns: dict[str, list], source: str | None, names: Sequence[str]) -> dict[str, list]:
-    """Return the columns to report by: the named ones, else those of a data set known by name."""
+    """Return the columns to report by: the columns of these names, or else the columns of a data set known by name."""
     missing = [name for name in names if name not in columns]
     if missing:
         raise ProbeError(f"slice_columns={missing} must be columns of the rows: {', '.join(columns) or 'none'}")
