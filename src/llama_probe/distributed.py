@@ -23,8 +23,8 @@ from .files import lock, make_folder
 
 T = TypeVar("T")
 
-# One rank may work for hours while the other ranks wait. A process that dies closes its connections, and the other processes notice:
-# only for a machine that vanishes do they wait so long.
+# One rank may work for hours while the other ranks wait. They notice at once when a process dies, which closes its connections; only
+# a machine that vanishes is noticed so late.
 _TIMEOUT = timedelta(days=1)
 
 _is_alone = False
@@ -59,7 +59,8 @@ def meet() -> None:
 def undivided() -> Iterator[None]:
     """Let this process work as if it were the only process."""
     global _is_alone
-    before, _is_alone = _is_alone, True
+    before = _is_alone
+    _is_alone = True
     try:
         yield
     finally:
@@ -93,8 +94,8 @@ def barrier() -> None:
 def share(items: Sequence[T]) -> list[T]:
     """Return every `world_size()`-th item, beginning with the number of this rank.
 
-    All ranks get equally many items, because a backbone that is sharded over the ranks must run on all ranks. If the number of items
-    cannot be divided, two ranks get the same item. `merge_rows` puts the results in their places.
+    All ranks get equally many items, because a backbone that is sharded over the ranks must run on all ranks. If the items cannot be
+    divided, two ranks get the same item. `merge_rows` puts the results in their places.
     """
     return [items[(first + rank()) % len(items)] for first in range(0, len(items), world_size())]
 

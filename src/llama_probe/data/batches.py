@@ -39,8 +39,9 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     for name in ("labels", "learned_by"):
         if name in rows[0]:
             batch[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
-    if (labels := batch.get("labels")) is not None and labels.is_floating_point():
+    if "labels" in batch and batch["labels"].is_floating_point():
         # The Trainer ignores the label -100, which may be a value of a regression.
+        labels = batch["labels"]
         batch["labels"] = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
     if "hidden_states" in rows[0]:
         first = rows[0]["hidden_states"]
@@ -131,7 +132,8 @@ def iterate_states(
                 mask = batch.get("probe_mask", batch["attention_mask"]).bool()
                 segments = batch.get("segments")
             else:
-                ids, mask = batch["input_ids"][:, run.skip :], counted_tokens(config, batch)[:, run.skip :]
+                ids = batch["input_ids"][:, run.skip :]
+                mask = counted_tokens(config, batch)[:, run.skip :]
                 segments = segments_of(config, batch, mask)
                 read = config.layer_indices if layers is None else layers
                 states = torch.stack(collect_hidden_states(lm, read, ids, prefix=run.prefix))

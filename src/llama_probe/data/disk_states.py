@@ -166,7 +166,7 @@ def rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def shared_config(configs: Sequence[ProbeConfig]) -> ProbeConfig:
-    """Return a config that reads the tokens and the layers of several heads, or raise a `ProbeError` if the heads do not go together."""
+    """Return a config that reads the tokens and the layers of several heads. Raise `ProbeError` if the heads do not fit together."""
     first = configs[0]
     for name in _SHARED_FIELDS:
         values = {str(getattr(config, name)) for config in configs}
@@ -194,9 +194,11 @@ def _digest(values: list[object]) -> str:
 
 
 def _tokens_read(config: ProbeConfig, rows: Sequence[dict]) -> torch.Tensor:
-    """Return the mask `[B, T]` of the tokens whose states a head needs. Of a reply the head needs all: each token is the last once."""
+    """Return the mask `[B, T]` of the tokens whose states a head needs."""
     counted = counted_tokens(config, collate(rows))
-    return counted if config.reads_reply else tokens_read(config, counted)
+    if config.reads_reply:
+        return counted  # while a reply is written, each token is the last token once
+    return tokens_read(config, counted)
 
 
 def _segments(config: ProbeConfig, rows: PromptDataset) -> list[torch.Tensor]:

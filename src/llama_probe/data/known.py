@@ -89,10 +89,11 @@ def _any_category(row: Row) -> int:
 
 def _majority_vote(row: Row) -> int | None:
     """Return 0 if most annotators of a prompt say `Safe`, 1 for ties and `Needs Caution`, None for other texts."""
-    votes = [vote for i in range(5) if (vote := row.get(f"labels_{i}")) not in (None, "", "None")]
-    if row["text_type"] != "user_message" or not votes:
+    votes = [row.get(f"labels_{i}") for i in range(5)]
+    given = [vote for vote in votes if vote not in (None, "", "None")]
+    if row["text_type"] != "user_message" or not given:
         return None
-    return int(2 * votes.count("Safe") <= len(votes))
+    return int(2 * given.count("Safe") <= len(given))
 
 
 def _dialogue(row: Row) -> str | None:

@@ -95,7 +95,7 @@ class LabelledTexts:
         return self.select(np.flatnonzero(~held).tolist()), self.select(np.flatnonzero(held).tolist())
 
     def folds(self, count: int, seed: int) -> list[np.ndarray]:
-        """Return the row numbers of each fold, ascending. Rows stay together, and folds have equal shares of a class, as in `split`."""
+        """Return the row numbers of each fold, ascending, with the same rows together and the same shares of classes as in `split`."""
         from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
         group = self._groups()

@@ -97,13 +97,13 @@ def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
         if not are_lists or len(set(map(len, columns.values()))) != 1:
             raise ProbeError(f"{name} must hold lists of the same length: {', '.join(columns) or 'no columns'}")
         return columns, {}
-    if not isinstance(data, (list, tuple)):
-        raise ProbeError(f"{name} must be labelled rows, such as a datasets.Dataset, not {type(data).__name__}")
-    if all(isinstance(row, (list, tuple)) and len(row) == 2 for row in data):
-        data = [{"text": text, "label": label} for text, label in data]
-    if not data or not all(isinstance(row, Mapping) for row in data):
-        raise ProbeError(f"{name} must be a list of dicts with text and label, or of pairs of these")
-    return by_column(data), {}
+    rows = data if isinstance(data, (list, tuple)) else []
+    if all(isinstance(row, (list, tuple)) and len(row) == 2 for row in rows):
+        rows = [{"text": text, "label": label} for text, label in rows]
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        allowed = "a Dataset, a DataFrame, a dict of columns, or a list of dicts or of pairs of text and label"
+        raise ProbeError(f"{name} must be {allowed}; this {type(data).__name__} is none of these, or has no rows")
+    return by_column(rows), {}
 
 
 def _as_list(values: Any) -> Any:

@@ -154,7 +154,9 @@ class PromptFormat:
                 message of the assistant, whose contents are joined.
         """
         _check_list(texts)
-        encoded, masks, is_long = [], [], []
+        encoded: list[list[int]] = []
+        masks: list[list[bool]] = []
+        is_long: list[bool] = []
         for text in texts:
             before, content = split_reply(text)
             prompt = self._encode_one(before[-1]["content"] if self.kind == "raw" else before)
@@ -186,7 +188,7 @@ class PromptFormat:
         return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
 
     def _encode_start(self, text: Text) -> list[int]:
-        """Return the ids of a text; of a very long text only the ids that `max_length` can leave, because a tokenizer needs memory."""
+        """Return the ids of a text. Of a very long text only a start is tokenised, because tokenizers need much memory."""
         if self.max_length is None or not isinstance(text, str) or len(text) <= self.max_length:
             return self._encode_one(text)
         # A cut changes the ids near it. The margin keeps these ids out of the result.
@@ -315,13 +317,11 @@ def _is_turn(turn: object) -> bool:
 
 def check_alike(configs: Mapping[str, ProbeConfig]) -> None:
     """Raise `ProbeError` unless heads, by name, read prompts that are rendered alike."""
-    (first, one), *others = configs.items()
-    for name, other in others:
-        for key in ("prompt_format", "system_prompt"):
-            values = getattr(one, key), getattr(other, key)
-            if values[0] != values[1]:
-                shown = f"{values[0]!r} and {values[1]!r}"
-                raise ProbeError(f"heads {first!r} and {name!r} cannot share a pass: {key} is {shown}")
+    for key in ("prompt_format", "system_prompt"):
+        values = {name: getattr(config, key) for name, config in configs.items()}
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{value!r} of {name}" for name, value in values.items())
+            raise ProbeError(f"heads cannot share a pass, because their {key} differs: {shown}")
 
 
 def pad_prompts(

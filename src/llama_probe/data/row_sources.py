@@ -77,9 +77,10 @@ class Source:
             prompts = benchmark.exchange[0] if benchmark.exchange else None
             if (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, prompts):
                 raise ProbeError(f"text_column, label_column and prompt_column are for files, not for {self.rows}")
-        for name in ("max_rows", "repeat"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ProbeError(f"{name}={value} must be a whole number from 1")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ProbeError(f"max_rows={self.max_rows} must be a whole number from 1")
+        if self.repeat < 1:
+            raise ProbeError(f"repeat={self.repeat} must be a whole number from 1")
         if self.part is not None and not (len(self.part) == 2 and 0 <= self.part[0] < self.part[1] <= 1):
             raise ProbeError(f"part={self.part} must be two numbers, from 0 to 1, the first one smaller")
         if self.weights is not None and (min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf")):
@@ -126,7 +127,7 @@ class Source:
         Args:
             labels: the labels that rows may have. Defaults to the labels that the source itself names.
             split: split to read, if `rows` names none.
-            not_commercial: leave out the rows whose licence forbids commercial use, or is not known. Count these rows here by source.
+            not_commercial: if given, rows whose licence forbids commercial use, or is not known, are left out and counted here.
         """
         labels = labels or Labels()
         place = self.find(data_dir, split)

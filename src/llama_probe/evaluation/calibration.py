@@ -43,14 +43,15 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeCon
 
 
 def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
-    """Return the threshold with the highest F1, halfway to the next lower score; of several the lowest.
+    """Return the threshold with the highest F1, halfway to the next lower score; of several such thresholds the lowest.
 
     Args:
         scores (`[rows]`): probabilities of the positive label.
         positives (`[rows]`): 0 or 1, both of which occur; or how likely each row is positive, for the highest expected F1.
     """
     order = np.argsort(-scores, kind="stable")
-    ranked, likely = scores[order], positives[order]
+    ranked = scores[order]
+    likely = positives[order]
     f1 = 2 * likely.cumsum() / (np.arange(1, len(ranked) + 1) + likely.sum())  # of the first 1, 2, ... rows
     f1[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold separates equal scores
     best = len(f1) - 1 - int(np.argmax(f1[::-1]))
@@ -60,9 +61,9 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
 def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     """Return the threshold with the highest expected F1; arguments as for `best_f1_threshold`.
 
-    The F1 of the rows themselves jumps from row to row; with few positives its best threshold is chance. Here a logistic
-    map of the log odds (Platt, 1999) gives each row a probability of being positive. The threshold is the best for these
-    probabilities (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892).
+    The F1 of the rows jumps from row to row, so with few positives its best threshold is chance. Here a logistic map of the log
+    odds (Platt, 1999) gives each row a probability of being positive. The threshold is the best for these probabilities
+    (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892).
     """
     bounded = scores.astype(np.float64).clip(1e-7, 1 - 1e-7)
     log_odds = np.log(bounded / (1 - bounded))[:, None]
@@ -74,9 +75,9 @@ def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
 def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_false_positive_rate: float) -> float:
     """Return the threshold with the highest recall that flags at most a share of the negative rows.
 
-    Several thresholds with this recall: the highest, halfway to the next lower score. No positive row can be flagged: a
-    threshold above every score. Too many negative rows with a score of 1: the threshold 1, with a warning. Arguments as
-    for `best_f1_threshold`; the rate is at least 0 and below 1.
+    Of several such thresholds it is the highest, halfway to the next lower score. If no positive row can be flagged, the threshold
+    is above every score. If too many negative rows have the score 1, the threshold is 1, with a warning. Arguments as for
+    `best_f1_threshold`; the rate is at least 0 and below 1.
     """
     limit = highest_unflagged(scores[positives == 0], max_false_positive_rate)
     if limit >= 1:
@@ -105,7 +106,7 @@ def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = 
 
 
 def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]) -> ProbeConfig:
-    """Return `config` with a named threshold for each share of harmless rows that it may flag; the first is the head's own.
+    """Return `config` with a named threshold for each share of harmless rows that the head may flag; the first is the head's own.
 
     Args:
         logits (`torch.FloatTensor` of shape `[rows, 2]`): logits of rows that the flagged label does not fit.
@@ -137,12 +138,7 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
 
 
 def thresholds_from(config: ProbeConfig, rates: Sequence[float], sources: Sequence[str], rows: int) -> JSON:
-    """Return what `results.json` keeps under `thresholds_from`: the rows and rates that gave a config of `with_rates` its thresholds.
-
-    Returns:
-        `flagged`, the label; `sources`, names of where the rows come from; `rows`, their number; and `rates`, by the name of the
-        threshold.
-    """
+    """Return what `results.json` keeps of the rows and rates that gave a config its thresholds in `with_rates`."""
     by_name = dict(zip(config.thresholds, rates, strict=True))
     return {"flagged": config.flagged[0], "sources": list(sources), "rows": rows, "rates": by_name}
 
@@ -218,8 +214,8 @@ def calibrate(
 def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> JSON:
     """Compare the confidence of a head with how often it is right (Guo et al., arXiv 1706.04599).
 
-    Heads that flag one of two labels and multi-label heads: the probability of the flagged or of each label against how often
-    it holds. Others: the largest probability against how often its label is right.
+    The confidence is the probability of the flagged one of two labels, of each label of a multi-label head, or else the largest
+    probability.
 
     Returns:
         `error`: expected calibration error with the saved temperature; `error_uncalibrated`: the same at temperature 1;
@@ -235,11 +231,14 @@ def _error_and_bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     probs = probabilities(logits.float(), config).double().numpy()
     if config.problem_type == "multi_label_classification":
         is_known = ~np.isnan(labels)
-        confidence, holds = probs[is_known], labels[is_known] > 0
-    elif (index := config.flagged_index) is not None:
-        confidence, holds = probs[:, index], labels == index
+        confidence = probs[is_known]
+        holds = labels[is_known] > 0
+    elif config.flagged_index is not None:
+        confidence = probs[:, config.flagged_index]
+        holds = labels == config.flagged_index
     else:
-        confidence, holds = probs.max(axis=1), probs.argmax(axis=1) == labels
+        confidence = probs.max(axis=1)
+        holds = probs.argmax(axis=1) == labels
     numbers = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     error = 0.0
     bins = []

@@ -120,7 +120,7 @@ class Ranking:
         order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))]
         self.positives, self.negatives = order[positive[order]], order[~positive[order]]
         hits, others = -scores[self.positives], -scores[self.negatives]
-        # For each positive row: the positive rows with at least its score, the negative rows with a larger one, or with at least it.
+        # For each positive row: positive rows with at least its score, negative rows with a larger score, or with at least its score.
         self.hits = np.searchsorted(hits, hits, "right")
         self.above, self.reached = (np.searchsorted(others, hits, side) for side in ("left", "right"))
 

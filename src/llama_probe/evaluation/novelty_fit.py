@@ -92,6 +92,6 @@ def against_others(novelty: torch.Tensor, others: Mapping[str, torch.Tensor], re
 
 
 def far_share(novelty: torch.Tensor) -> JSON:
-    """Return the number of `rows` in which the head reads something, and `far`: the share of these rows with a novelty above 0.99."""
+    """Return the number of `rows` in which the head reads something, and `far`: the share of them with a novelty above 0.99."""
     rows = int((~novelty.isnan()).sum())
     return {"rows": rows, "far": int((novelty > FAR).sum()) / max(rows, 1)}

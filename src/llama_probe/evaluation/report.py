@@ -145,7 +145,7 @@ def _without_undefined(result: JSON, labels: np.ndarray, config: ProbeConfig) ->
 
 
 def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> JSON:
-    """Return the flagged `label` of a head with two labels, the `share` of the rows that get it, its `interval` and the `threshold`.
+    """Return the flagged `label` of a head with two labels, the `share` of the rows that get it, `interval` and `threshold`.
 
     If the head has named thresholds, `named` has `share`, `interval` and `threshold` of each.
     """

@@ -108,7 +108,7 @@ def _worth_labelling(rows: list[dict[str, Any]], count: int) -> list[JSON]:
 
 
 def _unsure(row: dict[str, Any]) -> float:
-    """Return from 0 to 1 how unsure the head is: 1 minus the gap between its two best labels, or between a label and its absence."""
+    """Return from 0 to 1 how unsure the head is: 1 minus the gap between its two best labels, or a label and its absence."""
     scores = sorted(row["scores"].values())
     if isinstance(row.get("label"), list):  # multi-label
         return 1 - min(abs(2 * score - 1) for score in scores)

@@ -178,7 +178,8 @@ class ScoringJob:
         remove_leftovers(self.output)
         if path.is_file() and not self.resume:
             raise ProbeError(f"{self.output} holds a scoring job: continue with --resume, or give another folder")
-        if not path.is_file() and (parts := sorted(self.output.glob("part-*.parquet"))):
+        parts = sorted(self.output.glob("part-*.parquet"))
+        if parts and not path.is_file():
             raise ProbeError(f"{self.output} holds {parts[0].name} of something else: give another folder")
         return same_settings(path, begun, {"complete": False})
 

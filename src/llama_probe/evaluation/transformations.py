@@ -164,7 +164,8 @@ def transformations(prompts: PromptFormat, group: str, harmless: Sequence[str] =
 def _hide(harmless: Sequence[str], tokens: int, place: float, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Return a text in a number of tokens of harmless texts, whose order depends on the text."""
     order = np.random.default_rng(list(text.encode())).permutation(len(harmless))
-    ids, rows = [], 1
+    ids: list[int] = []
+    rows = 1
     while len(ids) < tokens:
         rows *= 2
         around = "".join(harmless[row] + "\n\n" for row in islice(cycle(order), rows))
