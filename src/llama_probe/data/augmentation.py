@@ -17,8 +17,8 @@ from .labelled_texts import LabelledTexts
 from .prompts import Chat, as_chat
 
 
-SHARE = 0.15  # of the rows, changed by each augmentation
-# Least and most words.
+SHARE = 0.15  # of the rows, which each augmentation changes
+# The least and the most words.
 _LEAD_IN_WORDS = (8, 80)
 _QUOTE_WORDS = (50, 1000)
 _TURN_WORDS = (2, 60)
@@ -36,12 +36,12 @@ _QUOTES = (
     "{text}\n\nText: {a} {b}",
 )
 _BREAKS = (" ", "\n", "\n\n")
-# What a writer or a program puts around a text.
+# Layouts in which writers and programs put a text.
 _LAYOUTS = (
     "```\n{text}\n```", "```text\n{text}\n```", "    {text}", "\t{text}", "\n\n{text}", "{text}    ", "{text}\n\n",
     "> {text}", "- {text}", '"{text}"',
 )  # fmt: skip
-# What a tool returns: records, pages, notes, code, mails.
+# Results of tools: records, pages, notes, code, mails.
 _FORMATS: tuple[Callable[[str], str], ...] = (
     lambda text: json.dumps({"status": "ok", "result": text}),
     lambda text: json.dumps([{"id": 1, "title": "Note", "body": text}], indent=2, ensure_ascii=False),
@@ -176,7 +176,7 @@ def augment(
             stays_text = isinstance(text, str) and len(messages) == 1
             part.texts[row] = messages[0]["content"] if stays_text else messages
             if sources is not None:
-                used = {part.columns["source"][row], *(sources[drawn] for drawn in augmenter.drawn)}
+                used = {sources[drawn] for drawn in augmenter.drawn} | {part.columns["source"][row]}
                 part.columns["source"][row] = "+".join(sorted(used))
         parts.append(part)
     return parts

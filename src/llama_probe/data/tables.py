@@ -112,11 +112,12 @@ def _typed(cells: list[str | None]) -> list[int | float | bool | str | None]:
 
     column = pa.array([cell or None for cell in cells], pa.string())
     trimmed = pc.utf8_trim_whitespace(column)
-    for kind in (pa.int64(), pa.float64(), pa.bool_()):
-        # An id of 19 digits or more would lose digits as a floating-point number.
-        if kind != pa.float64() or not pc.any(pc.match_substring_regex(trimmed, r"^\d{19,}$")).as_py():
-            with suppress(pa.ArrowInvalid):
-                return trimmed.cast(kind).to_pylist()
+    kinds = [pa.int64(), pa.float64(), pa.bool_()]
+    if pc.any(pc.match_substring_regex(trimmed, r"^\d{19,}$")).as_py():
+        kinds.remove(pa.float64())  # in which a long id would lose digits
+    for kind in kinds:
+        with suppress(pa.ArrowInvalid):
+            return trimmed.cast(kind).to_pylist()
     return column.to_pylist()
 
 
