@@ -142,7 +142,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def check_shared(folder: Path) -> None:
-    """Make a folder, and check that all ranks see the same one."""
+    """Make a folder, and check that all ranks see the same folder."""
     on_main(lambda: make_folder(folder))
     if world_size() == 1:
         return
@@ -156,7 +156,7 @@ def check_shared(folder: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep a folder to one run at a time. Make the folder if it is missing, and remove it again if nothing was written.
+    """Keep a folder to one run at a time. Make a missing folder, and remove the new folder again if nothing was written.
 
     In a process group the main rank claims the folder for all ranks. The claim ends with the process, however the process ends.
     """

@@ -78,7 +78,7 @@ def calibrate(
         results["thresholds_from"] = thresholds_from(head.config, rate, list(map(short_path, benign)), len(texts))
         shown |= results["thresholds_from"]
         shown |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
-        # A new threshold may have the name of one that was measured.
+        # A new threshold may have the name of a threshold that was measured.
         if "measured" in results and before.flagged_index is not None:
             earlier = before.thresholds or {"threshold": own_threshold(before, before.flagged_index)}
             then = {"flagged": before.flagged[0], "thresholds": earlier}

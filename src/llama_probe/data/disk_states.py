@@ -57,7 +57,7 @@ class StateDataset(PromptDataset):
     Args:
         entry: a subfolder of `DiskStates` that has the states of all rows.
         keys: the key of each row in the entry. Rows of the same tokens share a key.
-        config: config of the head that the states are for. Its `layer_indices` are those of the S states.
+        config: config of the head that the states are for. The S states are those of its `layer_indices`.
     """
 
     def __init__(self, entry: Path, keys: Sequence[str], rows: PromptDataset, config: ProbeConfig):

@@ -79,7 +79,7 @@ def slices_of(columns: dict[str, list], source: str | None, names: Sequence[str]
         raise ProbeError(f"slice_columns={missing} must be columns of the rows: {', '.join(columns) or 'none'}")
     known = find_benchmark(source)
     wanted = names or (known[0].slices if known else ())
-    return {name: columns[name] for name in wanted if name in columns}  # a local copy may lack one
+    return {name: columns[name] for name in wanted if name in columns}  # a local copy may lack a column
 
 
 def _any_category(row: Row) -> int:

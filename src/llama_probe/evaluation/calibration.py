@@ -150,9 +150,9 @@ def own_threshold(config: ProbeConfig, index: int) -> float:
 
 
 def _halfway(upper: float, lower: float) -> float:
-    """Return a threshold that flags the upper of two scores and not the lower one."""
+    """Return a threshold that flags the upper and not the lower of two scores."""
     middle = (float(upper) + float(lower)) / 2
-    # Heads compare in float32, where the middle of two neighbours may equal the lower one.
+    # Heads compare in float32, where the middle of two neighbours may equal the lower neighbour.
     return float(upper) if np.float32(middle) <= np.float32(lower) else middle
 
 
@@ -260,11 +260,12 @@ def _error_and_bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
 
 
 def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[JSON]]:
-    """Return what the thresholds 0.1 to 0.9 and the head's own one give: for the flagged one of two labels, or for each of several.
+    """Return precision and recall at the thresholds 0.1 to 0.9 and the head's own threshold.
 
     Returns:
-        By name of a label that some row has, a list with `threshold`, `precision` (None if nothing is flagged), `recall`, `flagged`
-        (share of all rows), and `saved`, True for the head's own threshold. Empty for other heads.
+        For the flagged one of two labels, or each label of a multi-label head, if some row has the label: by its name a list with
+        `threshold`, `precision` (None if nothing is flagged), `recall`, `flagged` (share of all rows), and `saved`, True for the
+        head's own threshold. Empty for other heads.
     """
     probs = probabilities(logits.float(), config).numpy()
     tables: dict[str, list[JSON]] = {}

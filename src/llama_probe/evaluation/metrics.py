@@ -111,9 +111,11 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
 
 
 class Ranking:
-    """Rows ranked by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows.
+    """Rows ranked by their scores for a label, to compute areas for any weights of the rows.
 
-    Rows with the score NaN do not count.
+    Args:
+        scores (`[rows]`): a row with the score NaN does not count.
+        positive (`[rows]` bool): True if the row has the label.
     """
 
     def __init__(self, scores: np.ndarray, positive: np.ndarray):

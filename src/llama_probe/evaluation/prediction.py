@@ -133,7 +133,9 @@ def states_for(
     lm = None
     if cached is not None:
         layers = cached.layer_indices
-    elif own_states is not None:  # a data set of the user's: the states of all layers, or of those that the heads read
+    elif (
+        own_states is not None
+    ):  # a user's data set, with the states of all layers or of the layers that the heads read
         every = range(probes[0].config.num_hidden_layers + 1)
         layers = every if len(own_states) == len(every) else probes[0].layer_indices
     else:

@@ -1,4 +1,4 @@
-"""Reports on a head: its metrics on labelled rows, and what its card and its plots show."""
+"""Reports on a head: its metrics on labelled rows, and the measurements that its card and its plots show."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def _scores(
 
 
 def _without_undefined(result: JSON, labels: np.ndarray, config: ProbeConfig) -> JSON:
-    """Return metrics. Those of the flagged one of two labels are None if they need rows of a label that no row has."""
+    """Return a report in which metrics of the flagged one of two labels are None if they need rows of a label that no row has."""
     if config.flagged_index is None:
         return result
     present = set(labels.tolist())

@@ -159,7 +159,7 @@ class ScoringJob:
         return list(dict.fromkeys(name for name in columns if name is not None))
 
     def _survey(self) -> tuple[list[InputFile], dict[str, pa.DataType]]:
-        """Return the files, and the types of the columns to keep: those of the first file that has them."""
+        """Return the files, and the type of each column to keep, from the first file in which the column has a type."""
         files = InputFile.find(self.inputs, self.max_text)
         types: dict[str, pa.DataType] = {}
         for file in files:
