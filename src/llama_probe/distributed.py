@@ -1,4 +1,4 @@
-"""Divides the work of one run among the processes that `torchrun` starts, and keeps a folder to one run at a time.
+"""Divide the work of one run among the processes that `torchrun` starts, and keep a folder to one run at a time.
 
 In a single process, and before `meet`, there is one rank, and no function waits.
 """
@@ -23,8 +23,8 @@ from .files import lock, make_folder
 
 T = TypeVar("T")
 
-# Only a machine that vanishes is waited for so long: a process that dies closes its connections, and the other processes notice.
-# One rank may work for hours while the others wait.
+# One rank may work for hours while the other ranks wait. They notice at once when a process dies, which closes its connections; only
+# a machine that vanishes is noticed so late.
 _TIMEOUT = timedelta(days=1)
 
 _is_alone = False
@@ -36,10 +36,10 @@ def launched() -> bool:
 
 
 def meet() -> None:
-    """Make a group of the processes that `torchrun` has started. From now on they divide the work.
+    """Make a group of the processes that `torchrun` has started, which divide the work from now on.
 
-    gloo connects CPUs, and the accelerator's back end (NCCL) accelerators. Each process gets the accelerator of its local rank.
-    Only the main process logs.
+    gloo connects CPUs, and NCCL, or another back end of the accelerator, connects accelerators. Each process gets the accelerator
+    of its local rank. Only the main process logs.
     """
     if not launched():
         return
@@ -57,9 +57,10 @@ def meet() -> None:
 
 @contextmanager
 def undivided() -> Iterator[None]:
-    """Let this process work inside as if it were the only one."""
+    """Let this process work as if it were the only process."""
     global _is_alone
-    before, _is_alone = _is_alone, True
+    before = _is_alone
+    _is_alone = True
     try:
         yield
     finally:
@@ -93,8 +94,8 @@ def barrier() -> None:
 def share(items: Sequence[T]) -> list[T]:
     """Return every `world_size()`-th item, beginning with the number of this rank.
 
-    All ranks get equally many items, because a backbone that is sharded over the ranks must run on all of them. So two ranks get
-    the same items if the number of items cannot be divided. `merge_rows` puts the results in their places.
+    All ranks get equally many items, because a backbone that is sharded over the ranks must run on all ranks. If the items cannot be
+    divided, two ranks get the same item. `merge_rows` puts the results in their places.
     """
     return [items[(first + rank()) % len(items)] for first in range(0, len(items), world_size())]
 
@@ -141,7 +142,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 def check_shared(folder: Path) -> None:
-    """Make a folder, and check that all ranks see the same one."""
+    """Make a folder, and check that all ranks see the same folder."""
     on_main(lambda: make_folder(folder))
     if world_size() == 1:
         return
@@ -155,7 +156,7 @@ def check_shared(folder: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep a folder to one run at a time. Make the folder if it is missing, and remove it again if nothing was written.
+    """Keep a folder to one run at a time. Make a missing folder, and remove the new folder again if nothing was written.
 
     In a process group the main rank claims the folder for all ranks. The claim ends with the process, however the process ends.
     """

@@ -150,7 +150,7 @@ class TestLocalCopies:
         write(folder / "sst2" / "train.jsonl.gz", rows)
         write(folder / "sst2" / "train_sentences.jsonl.gz", rows[:1])
         write(folder / "goemotions" / "test.jsonl.gz", [{"id": "x", "text": "wow", "label": [0, 27]}])
-        cells = [("a", "harmful"), (None, "harmful"), ("b", None)]  # the last two are skipped
+        cells = [("a", "harmful"), (None, "harmful"), ("b", None), ("c", " ")]  # the last three are skipped
         write(folder / "wildguardmix" / "train.jsonl.gz", [{"text": text, "label": label} for text, label in cells])
         write(folder / "xstest" / "test.jsonl", [{"prompt": "a", "label": "unsafe", "type": "x"}])
         write(folder / "beavertails" / "train.jsonl", [{"prompt": "a", "text": "b", "label": 1}])

@@ -55,6 +55,13 @@ def test_what_it_shows(recwarn):
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
+def test_a_head_without_learned_weights_says_so():
+    reading = make_reading(TOKENS)
+    pooling = make_probe(probe_type="pooling", id2label={0: "no", 1: "yes"}).config
+    explanation = heat_map(dataclasses.replace(reading, config=pooling)).get_supxlabel().replace("\n", " ")
+    assert "mean over all" in explanation and "mean over all" not in heat_map(reading).get_supxlabel()
+
+
 def test_a_color_means_more_than_an_even_share():
     reading = make_reading(["a", "b", "c", "d"])
     weights = np.tile([0.1, 0.25, 0.05, 0.6], (5, 1))

@@ -74,7 +74,6 @@ def test_what_is_not_read_and_what_is_not_text(model, read):
     assert not reading.weights[:, :prefix].any() and text_of(reading) == "hi"
     whole = read("hi", "all")
     assert all(whole.counted) and whole.template == reading.template
-    assert whole.note is None and "the mean over all" in read("hi", "value").note, "nobody learned these weights"
     chat = read([{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}], "all")
     assert text_of(chat).endswith("user\nhi") and chat.text == "hi", "a system turn is not the template's"
 

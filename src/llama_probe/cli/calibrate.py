@@ -50,7 +50,7 @@ def calibrate(
     scored = ScoredHead(probe, options)
     head = scored.head
     # These take seconds to import.
-    from ..evaluation.calibration import check_rates, thresholds_from, with_rates
+    from ..evaluation.calibration import check_rates, own_threshold, thresholds_from, with_rates
     from ..evaluation.novelty_fit import fit_novelty
     from ..evaluation.prediction import predict_logits
 
@@ -78,9 +78,9 @@ def calibrate(
         results["thresholds_from"] = thresholds_from(head.config, rate, list(map(short_path, benign)), len(texts))
         shown |= results["thresholds_from"]
         shown |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
-        # A new threshold may have the name of one that was measured.
+        # A new threshold may have the name of a threshold that was measured.
         if "measured" in results and before.flagged_index is not None:
-            earlier = before.thresholds or {"threshold": before.threshold or 0.5}
+            earlier = before.thresholds or {"threshold": own_threshold(before, before.flagged_index)}
             then = {"flagged": before.flagged[0], "thresholds": earlier}
             results["measured"] = {"before_calibration": then, **results["measured"]}
     if novelty_data:

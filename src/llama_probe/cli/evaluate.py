@@ -36,12 +36,12 @@ def evaluate(
     """Score a head on labelled rows, with its saved temperature and threshold.
 
     Args:
-        slice_column: report also by the values of this column. Named data sets have their own.
+        slice_column: report also by the values of this column. Data sets known by name have columns of their own.
         max_rows: rows of --data at most, at random.
         record: keep the measurements in the head folder under this name, and show them in its card.
         wrappings: also wrap the flagged rows in twelve ways, and report how often they are still flagged.
         attacks: also hide the flagged rows in up to 7,500 tokens of the harmless rows, in codes, role play and turns.
-        against: texts of another kind, without labels, 500 at most: report how well novelty tells them from --data.
+        against: at most 500 other texts, without labels: report how well novelty tells them from the rows of --data.
         bootstrap: resamples of the rows for 95 % confidence intervals; 0 for none.
     """
     if record is not None:
@@ -90,7 +90,7 @@ def evaluate(
 
 
 def _for_display(result: JSON) -> JSON:
-    """Return a report for `print_values`: a small confusion by names of labels, and halting rules as they did on these rows."""
+    """Return a report for `print_values`: a small confusion by names of labels, and halting rules measured on these rows."""
     shown = result | {"confusion": {}, "halting": {}}
     matrix = result.get("confusion", ())
     if len(matrix) <= _MAX_CONFUSION:

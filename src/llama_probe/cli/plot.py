@@ -20,7 +20,7 @@ from .inputs import HeadOptions, LabelledRows, ScoredHead
 from .options import ROWS, Result
 
 
-# By the name of each file its content, and what `--json` says of it: what it `shows`, and of a text what the head says.
+# By the name of a file: its content, and facts for `--json`, such as what the file `shows`.
 _Drawings = dict[str, tuple[Content, JSON]]
 
 

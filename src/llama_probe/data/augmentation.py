@@ -1,4 +1,4 @@
-"""Augmentations of training rows: the label stays, the system prompt, lead-in, document or other turns around the text change."""
+"""Augmentations of training rows: the label stays, and what is around the text changes (system prompt, document, other turns)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .labelled_texts import LabelledTexts
 from .prompts import Chat, as_chat
 
 
-SHARE = 0.15  # of the rows, changed by each augmentation
-# Least and most words.
+SHARE = 0.15  # of the rows, which each augmentation changes
+# The least and the most words.
 _LEAD_IN_WORDS = (8, 80)
 _QUOTE_WORDS = (50, 1000)
 _TURN_WORDS = (2, 60)
@@ -36,12 +36,12 @@ _QUOTES = (
     "{text}\n\nText: {a} {b}",
 )
 _BREAKS = (" ", "\n", "\n\n")
-# What a writer or a program puts around a text.
+# Layouts in which writers and programs put a text.
 _LAYOUTS = (
     "```\n{text}\n```", "```text\n{text}\n```", "    {text}", "\t{text}", "\n\n{text}", "{text}    ", "{text}\n\n",
     "> {text}", "- {text}", '"{text}"',
 )  # fmt: skip
-# What a tool returns: records, pages, notes, code, mails.
+# Results of tools: records, pages, notes, code, mails.
 _FORMATS: tuple[Callable[[str], str], ...] = (
     lambda text: json.dumps({"status": "ok", "result": text}),
     lambda text: json.dumps([{"id": 1, "title": "Note", "body": text}], indent=2, ensure_ascii=False),
@@ -56,12 +56,12 @@ _FORMATS: tuple[Callable[[str], str], ...] = (
 
 @dataclass
 class Augmenter:
-    """Changes chats at random. Each public method is an augmentation: it returns a changed chat, and leaves its argument.
+    """Changes chats at random. Each public method is an augmentation, which returns a changed chat and leaves its argument alone.
 
     Attributes:
         harmless: texts for lead-ins, quotes and other turns.
         system_prompts: texts for system turns.
-        drawn: the rows of `harmless` that were drawn. The caller may clear it.
+        drawn: the rows of `harmless` that were drawn since the caller cleared the set.
     """
 
     harmless: LabelledTexts
@@ -143,9 +143,9 @@ def augment(
 ) -> list[LabelledTexts]:
     """Return changed rows with the labels of the original rows, for each augmentation by itself.
 
-    Each augmentation changes a random share of the rows: as many of each label, while there are rows with the label. The texts
-    for lead-ins, documents and other turns are those of the rows without a flagged label (multi-label: without any label). If
-    the rows have a column `source`, a changed row names the sources of all texts in it, with `+` between them.
+    Each augmentation changes a random share of the rows: as many rows of each label, while there are rows with the label. Texts for
+    lead-ins, documents and other turns come from rows without a flagged label (multi-label: without any label). If the rows have a
+    column `source`, a changed row names the sources of all its texts, with `+` between them.
 
     Args:
         names: names of augmentations, of `AUGMENTATIONS`.
@@ -176,7 +176,7 @@ def augment(
             stays_text = isinstance(text, str) and len(messages) == 1
             part.texts[row] = messages[0]["content"] if stays_text else messages
             if sources is not None:
-                used = {part.columns["source"][row], *(sources[drawn] for drawn in augmenter.drawn)}
+                used = {sources[drawn] for drawn in augmenter.drawn} | {part.columns["source"][row]}
                 part.columns["source"][row] = "+".join(sorted(used))
         parts.append(part)
     return parts

@@ -1,4 +1,4 @@
-"""Batches of prompts, and of the hidden states that the backbone or the disk gives for them."""
+"""Batches of prompts, and of their hidden states from the backbone or from disk."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
     Returns:
         `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`, whose memory is `[S, B, T, D]`, as
-        heads compute. Also `labels`, `probe_mask` and `segments` `[B, T]`, and `learned_by` `[B, H]` if the rows have them,
-        `reply_mask` `[B, T]` if they have a `reply_length`, and `row_weights` `[B, W]` if one of them has. The other rows then
-        weigh 1.
+        heads compute. If the rows have them, `labels`, `probe_mask` and `segments` `[B, T]`, and `learned_by` `[B, H]`; if the rows
+        have a `reply_length`, `reply_mask` `[B, T]`; and if a row has weights, `row_weights` `[B, W]`, where rows without weights
+        have 1.
     """
     ends = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
     columns = torch.arange(int(ends.max()))
@@ -39,8 +39,9 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     for name in ("labels", "learned_by"):
         if name in rows[0]:
             batch[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
-    if (labels := batch.get("labels")) is not None and labels.is_floating_point():
-        # The Trainer ignores labels of -100, which may be a value here.
+    if "labels" in batch and batch["labels"].is_floating_point():
+        # The Trainer ignores the label -100, which may be a value of a regression.
+        labels = batch["labels"]
         batch["labels"] = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
     if "hidden_states" in rows[0]:
         first = rows[0]["hidden_states"]
@@ -58,7 +59,7 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         batch["reply_mask"] = (columns >= starts) & (columns < ends)
     weights = [row.get("row_weights") or [1.0] for row in rows]
     if any("row_weights" in row for row in rows):
-        count = math.lcm(*map(len, weights))  # members take them in turn
+        count = math.lcm(*map(len, weights))  # the members of a group take the weights in turn
         batch["row_weights"] = torch.tensor([row * (count // len(row)) for row in weights])
     return batch
 
@@ -72,12 +73,12 @@ def row_chunks(rows: Sequence[dict] | Dataset) -> Iterator[list[dict]]:
 def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the mask `[B, T]` of the tokens that count for a head, for a batch of a `PromptDataset`."""
     if "probe_mask" in batch:
-        return batch["probe_mask"].bool()  # as indices, 0 and 1 would be the first two tokens
+        return batch["probe_mask"].bool()  # numbers would be indices of tokens
     return token_mask(config, batch["input_ids"], batch["attention_mask"])
 
 
 def segments_of(config: ProbeConfig, batch: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor | None:
-    """Return the segments `[B, T]` of the tokens that count in a batch; see `number_segments`. Tokens of a `probe_mask` have none."""
+    """Return the segments `[B, T]` of the tokens that count; None with a `probe_mask`, or as `number_segments` says."""
     return None if "probe_mask" in batch else number_segments(config, mask)
 
 
@@ -87,8 +88,7 @@ def plan_reading(
     """Plan the passes of an LM over the prompts of a data set; see `plan_passes`.
 
     Args:
-        read: returns the mask `[B, T]` of the tokens that are read in a batch that `collate` made. Its second argument is the
-            number of the first row of the batch.
+        read: returns the mask `[B, T]` of the tokens that are read, from a batch of `collate` and the number of its first row.
     """
     prompts: list[list[int]] = []
     unread: list[int] = []
@@ -112,7 +112,7 @@ def iterate_states(
         dataset: a `StateDataset`, or with `lm` a `PromptDataset`.
         config: config of a head, whose scope tells which tokens count.
         lm: the frozen LM, if the states are not cached.
-        layers: states to collect from the LM. Defaults to those that the head reads.
+        layers: layers of the LM to collect. Defaults to the layers that the head reads.
 
     Yields:
         Row numbers, hidden states `[S, B, T, D]`, the mask `[B, T]` of the counted tokens, and their segments `[B, T]`, `None`
@@ -132,7 +132,8 @@ def iterate_states(
                 mask = batch.get("probe_mask", batch["attention_mask"]).bool()
                 segments = batch.get("segments")
             else:
-                ids, mask = batch["input_ids"][:, run.skip :], counted_tokens(config, batch)[:, run.skip :]
+                ids = batch["input_ids"][:, run.skip :]
+                mask = counted_tokens(config, batch)[:, run.skip :]
                 segments = segments_of(config, batch, mask)
                 read = config.layer_indices if layers is None else layers
                 states = torch.stack(collect_hidden_states(lm, read, ids, prefix=run.prefix))
@@ -143,7 +144,7 @@ def iterate_states(
 class SharedStates:
     """Hidden states `[S, B, T, D]`, normalised once for all heads that read them.
 
-    Kinds that read half precision get states in bfloat16 as they are; for other kinds and dtypes they are cast to fp32.
+    States in bfloat16 stay bfloat16 for head types that read half precision. For other head types they are cast to fp32.
 
     Args:
         layers: the indices of the S states, ascending.

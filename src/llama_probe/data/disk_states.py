@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -36,7 +35,7 @@ from .prompts import PromptDataset
 logger = logging.get_logger(__name__)
 
 _FORMAT = 4
-# Fields that heads need to have in common to read the same states.
+# Fields that are the same in all heads that read the same states.
 _SHARED_FIELDS = (
     "id2label",
     "problem_type",
@@ -58,7 +57,7 @@ class StateDataset(PromptDataset):
     Args:
         entry: a subfolder of `DiskStates` that has the states of all rows.
         keys: the key of each row in the entry. Rows of the same tokens share a key.
-        config: config of the head that the states are for. Its `layer_indices` are those of the S states.
+        config: config of the head that the states are for. The S states are those of its `layer_indices`.
     """
 
     def __init__(self, entry: Path, keys: Sequence[str], rows: PromptDataset, config: ProbeConfig):
@@ -74,9 +73,9 @@ class DiskStates:
     """A folder of hidden states, with an entry (a subfolder) for each backbone and each choice of layers and tokens.
 
     The name of an entry is a digest of the backbone's weights and config, the dtype, the token scope and the layers. A file of an
-    entry holds the states of one pass of the backbone. Each prompt in it is found by its tokens. So the backbone runs once for a
-    prompt that several data sets and runs have, and a run continues where a killed run has stopped. In a process group each rank
-    computes a share of the prompts; all ranks must see the same folder.
+    entry holds the states of one pass of the backbone, with a key for the tokens of each prompt. So the backbone runs once for a
+    prompt of several data sets and runs, and a run continues where a killed run has stopped. In a process group each rank computes
+    a share of the prompts; all ranks must see the same folder.
 
     Args:
         dtype: dtype of the states on disk: `torch.float16`, `torch.bfloat16` or `torch.float32`. Defaults to `torch.bfloat16` for
@@ -88,20 +87,14 @@ class DiskStates:
         self.dtype = dtype
 
     def dataset(self, lm: nn.Module, config: ProbeConfig, rows: PromptDataset) -> StateDataset:
-        """Return the hidden states that a head with this config reads of prompts. Compute those that are not on disk."""
+        """Return the hidden states that a head with this config reads of prompts. Compute the states that are not on disk."""
         entry = self._entry(lm, config)
         keys = _keys_of(rows)
         done = on_main(lambda: set(rows_on_disk(entry)))
         missing = {key: row for row, key in enumerate(keys) if key not in done}
         if missing:
             on_main(lambda: self._begin(entry))
-            try:
-                self._compute(entry, lm, config, rows, missing)
-            except ProbeError:
-                # Any other error, or a kill, leaves the finished files for the next run.
-                if is_main() and not done:
-                    shutil.rmtree(entry, ignore_errors=True)
-                raise
+            self._compute(entry, lm, config, rows, missing)  # an error or a kill leaves the finished files
             barrier()
         return StateDataset(entry, keys, rows, config)
 
@@ -150,7 +143,7 @@ class DiskStates:
         for places, states, counted, _ in iterate_states(prompts, config, lm):
             items = [prompts[place] for place in places]
             tensors = _tensors_of_pass(items, states.to("cpu", self._dtype_for(lm)), counted)
-            # The ranks of a tensor-parallel LM compute the same rows: one of them writes.
+            # All ranks of a tensor-parallel LM compute the same rows, and the main rank writes.
             if is_main() or not is_tensor_parallel(lm):
                 metadata = {"keys": " ".join(keys[place] for place in places)}
                 # A pass is done when its complete file gets its name.
@@ -159,7 +152,7 @@ class DiskStates:
 
 
 def rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return by key the tokens `[T]` and the states `[S, T, D]` of each row that an entry has, mapped from disk."""
+    """Return by key the tokens `[T]` and the states `[S, T, D]` of each row of an entry, mapped from disk."""
     on_disk = {}
     for path in sorted(entry.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -173,11 +166,7 @@ def rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def shared_config(configs: Sequence[ProbeConfig]) -> ProbeConfig:
-    """Return a config that reads the tokens and layers of several heads together, for `DiskStates`.
-
-    Raises:
-        ProbeError: the heads differ in a field that they need to have in common.
-    """
+    """Return a config that reads the tokens and the layers of several heads. Raise `ProbeError` if the heads do not fit together."""
     first = configs[0]
     for name in _SHARED_FIELDS:
         values = {str(getattr(config, name)) for config in configs}
@@ -190,7 +179,7 @@ def shared_config(configs: Sequence[ProbeConfig]) -> ProbeConfig:
 
 
 def cached_for(dataset: Dataset | None) -> ProbeConfig | None:
-    """Return the config of a `StateDataset`, or of one that a data set wraps; None if there is none."""
+    """Return the config of a `StateDataset`, or of the `StateDataset` that a data set wraps; None for other data sets."""
     while dataset is not None and not isinstance(dataset, StateDataset):
         dataset = getattr(dataset, "dataset", None)
     return None if dataset is None else dataset.config
@@ -205,9 +194,11 @@ def _digest(values: list[object]) -> str:
 
 
 def _tokens_read(config: ProbeConfig, rows: Sequence[dict]) -> torch.Tensor:
-    """Return the mask `[B, T]` of the tokens whose states a head needs. Each token of a reply is once the last."""
+    """Return the mask `[B, T]` of the tokens whose states a head needs."""
     counted = counted_tokens(config, collate(rows))
-    return counted if config.reads_reply else tokens_read(config, counted)
+    if config.reads_reply:
+        return counted  # while a reply is written, each token is the last token once
+    return tokens_read(config, counted)
 
 
 def _segments(config: ProbeConfig, rows: PromptDataset) -> list[torch.Tensor]:

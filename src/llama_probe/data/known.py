@@ -1,6 +1,6 @@
-"""Data sets known by name: their place on the Hub, and how their rows become labelled texts.
+"""Data sets known by name: their place on the Hub, and how their rows become texts with labels.
 
-A new one is an entry in `known.yaml`. `Source` reads the rows from the Hub or from local copies.
+`known.yaml` has an entry for each data set. `Source` reads the rows from the Hub or from local copies.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Benchmark:
     Attributes:
         name: name on the command line.
         title: name in a sentence.
-        splits: by split: the split on the Hub, and its configuration or None for the default one.
-        text, label: a column, or a name in `_FUNCTIONS`. A label is an index, a name, or a list of either.
+        splits: by split: the split on the Hub, and its configuration or None for the default configuration.
+        text, label: a column, or a name in `_FUNCTIONS`. A label is an index, a name, or a list of indices or names.
         label_names: names by index.
-        flagged: the one of two labels that a head is to find; see `ProbeConfig`.
+        flagged: the label of two that a head finds; see `ProbeConfig`.
         license: licence as the Hub spells it.
         note: origin and licence in a sentence, for cards.
         exchange: columns of the prompts and the replies, for heads that read replies.
@@ -49,7 +49,7 @@ class Benchmark:
     slices: Sequence[str] = ()
 
     def convert(self, table: Columns) -> Columns:
-        """Return `text`, `label` (whose cells may be None) and the columns of `columns` from columns as on the Hub."""
+        """Return `text`, `label` (a cell may be None) and the columns of `columns`, from columns as on the Hub."""
         rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
         converted = {name: table[name] for name in self.columns if name in table}
         try:
@@ -73,13 +73,13 @@ def find_benchmark(source: str | None) -> tuple[Benchmark, str | None] | None:
 
 
 def slices_of(columns: dict[str, list], source: str | None, names: Sequence[str]) -> dict[str, list]:
-    """Return the columns to report by: the named ones, else those of a data set known by name."""
+    """Return the columns to report by: the columns of these names, or else the columns of a data set known by name."""
     missing = [name for name in names if name not in columns]
     if missing:
         raise ProbeError(f"slice_columns={missing} must be columns of the rows: {', '.join(columns) or 'none'}")
     known = find_benchmark(source)
     wanted = names or (known[0].slices if known else ())
-    return {name: columns[name] for name in wanted if name in columns}  # a local copy may lack one
+    return {name: columns[name] for name in wanted if name in columns}  # a local copy may lack a column
 
 
 def _any_category(row: Row) -> int:
@@ -89,10 +89,11 @@ def _any_category(row: Row) -> int:
 
 def _majority_vote(row: Row) -> int | None:
     """Return 0 if most annotators of a prompt say `Safe`, 1 for ties and `Needs Caution`, None for other texts."""
-    votes = [vote for i in range(5) if (vote := row.get(f"labels_{i}")) not in (None, "", "None")]
-    if row["text_type"] != "user_message" or not votes:
+    votes = [row.get(f"labels_{i}") for i in range(5)]
+    given = [vote for vote in votes if vote not in (None, "", "None")]
+    if row["text_type"] != "user_message" or not given:
         return None
-    return int(2 * votes.count("Safe") <= len(votes))
+    return int(2 * given.count("Safe") <= len(given))
 
 
 def _dialogue(row: Row) -> str | None:

@@ -1,4 +1,4 @@
-"""Labelled texts: rows of a table with their labels, split into parts."""
+"""Texts with labels: made of the columns of a table, and divided into parts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class LabelledTexts:
     """Texts with their labels.
 
     Attributes:
-        labels: class indices `[rows]` int64; zeros and ones `[rows, num_labels]` float32 (multi-label), NaN if it is not known
-            whether a row has a label; or values `[rows, 1]` float32 (regression). `[0]` for rows without labels.
-        columns: further columns of the data, to report results by.
+        labels: class indices `[rows]` int64; zeros and ones `[rows, num_labels]` float32 (multi-label), NaN for a label that is
+            not known of a row; or values `[rows, 1]` float32 (regression). `[0]` for rows without labels.
+        columns: further columns of the data, such as columns to report results by.
         flagged: names of the labels to flag; see `ProbeConfig`.
     """
 
@@ -73,7 +73,7 @@ class LabelledTexts:
         return self.select(sorted(np.random.default_rng(seed).permutation(len(self))[:limit].tolist()))
 
     def split(self, share: float, seed: int) -> tuple[LabelledTexts, LabelledTexts]:
-        """Return the rows that are left, and a random share of the rows. Both have each class as often.
+        """Divide the rows into two parts, of which the second is a random share. Both parts have the same share of each class.
 
         Rows with the same text, or with replies to the same prompt, stay together.
         """
@@ -95,7 +95,7 @@ class LabelledTexts:
         return self.select(np.flatnonzero(~held).tolist()), self.select(np.flatnonzero(held).tolist())
 
     def folds(self, count: int, seed: int) -> list[np.ndarray]:
-        """Return the row numbers of each fold, ascending. Rows stay together, and each fold has each class, as in `split`."""
+        """Return the row numbers of each fold, ascending, with the same rows together and the same shares of classes as in `split`."""
         from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
         group = self._groups()
@@ -116,7 +116,7 @@ class LabelledTexts:
         return [first_of.setdefault(str(text), row) for row, text in enumerate(prompts)]
 
     def known_only(self, names: Sequence[str]) -> LabelledTexts:
-        """Return the rows with NaN for the labels that `names` leaves out: it is not known which rows have these labels."""
+        """Return the rows with NaN, for not known, for all labels but `names`."""
         if self.problem_type != "multi_label_classification" or not set(names) <= set(self.label_names):
             found = f"{self.problem_type} with the labels {', '.join(self.label_names)}"
             raise ProbeError(f"known_labels={list(names)} must be labels of multi-label rows, not of {found}")
@@ -126,7 +126,7 @@ class LabelledTexts:
         return replace(self, labels=np.where(is_known, self.labels, np.float32("nan")))
 
     def renamed(self, label_names: Sequence[str]) -> LabelledTexts:
-        """Return the rows with other label names. Match labels by name if the new names include all old ones, else by index."""
+        """Return the rows with other label names. Labels match by name if the new names include all old names, else by index."""
         old = self.label_names
         new = list(label_names)
         if old == new:
@@ -149,7 +149,7 @@ class LabelledTexts:
 
 @dataclass(kw_only=True)
 class Labels:
-    """The labels that rows may have: the section `labels` of a recipe. None: what the rows say."""
+    """The labels that rows may have: the section `labels` of a recipe. A field that is None comes from the rows."""
 
     names: list[str] | None = None
     flagged: list[str] | None = None
@@ -157,7 +157,7 @@ class Labels:
 
 
 def check_labels(name: str, rows: LabelledTexts) -> None:
-    """Check that the labels of training rows differ, except for a regression. Warn of labels that few rows or none have."""
+    """Check that the labels of training rows differ, except for a regression. Warn of labels that no row or few rows have."""
     if rows.problem_type == "regression":
         return
     indices = (rows.labels == 1).nonzero()[1] if rows.labels.ndim == 2 else rows.labels
@@ -194,7 +194,7 @@ def label_rows(
         text_column: column of the texts or chat messages.
         label_column: column of the labels, None for rows without labels.
         labels: the labels that rows may have.
-        stated: the names that the data itself gives its labels, and the labels to flag; see `LabelledTexts.renamed`.
+        stated: the names that the data gives its labels, and the labels to flag; see `LabelledTexts.renamed`.
         prompt_column: column of the prompts, if the texts are replies to them.
     """
     texts = find_column(source, columns, text_column)

@@ -22,12 +22,12 @@ def read_labels(
 ) -> tuple[np.ndarray, list[str], str]:
     """Return the labels as in `LabelledTexts`, their names and the problem type.
 
-    Texts and truth values are names. Lists are several labels of one row. Whole numbers are class indices. Whole numbers are
-    names if one of them is among `label_names`, or without `label_names` if they are negative or leave an index out (1
-    to 5). Other numbers are values.
+    Texts and truth values are names. A list is several labels of one row. Whole numbers are class indices, but names if one of
+    the numbers is among `label_names`, or without `label_names` if a number is negative or an index is missing (1 to 5). Other
+    numbers are values.
 
     Args:
-        label_names: names by index. Defaults to names that the labels imply.
+        label_names: names by index. Defaults to the names that the labels imply.
         problem_type: as in `ProbeConfig`. Defaults to the type that the labels imply.
     """
     several = isinstance(values[0], (list, tuple))

@@ -1,4 +1,4 @@
-"""Rows in memory: a `datasets.Dataset`, a DataFrame, a dict of columns, or a list of rows."""
+"""Read rows in memory: a `datasets.Dataset`, a DataFrame, a dict of columns, or a list of rows."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def rows_in_memory(
     """Return the rows of a table in memory.
 
     The columns are `text`, or `messages` (chats), or `prompt` and `response`, or `input_ids`; and `label` or `labels`.
-    Rows with `input_ids` are tokenised: the texts are then token ids, without the tokens where `attention_mask` is 0. Their
-    column `probe_mask` says which tokens count.
+    Rows with `input_ids` are tokenised: their texts are token ids, without the tokens where `attention_mask` is 0. The column
+    `probe_mask` of such rows says which tokens count.
 
     Args:
-        name: what errors call the table.
+        name: name of the table in errors.
         data: a `datasets.Dataset`, a DataFrame, a dict of columns, a list of dicts or of pairs of text and label.
         column_mapping: from names in the table to the names above, `{"review": "text"}`.
     """
@@ -37,7 +37,7 @@ def rows_in_memory(
     for old, new in mapping.items():
         if old not in columns or (new in columns and new not in mapping):
             raise ProbeError(f"column_mapping: {name} has no column {old!r} for {new!r}; it has: {', '.join(columns)}")
-    # pandas reads lists as arrays
+    # A DataFrame holds lists as arrays.
     columns = {mapping.get(column, column): list(map(_as_list, cells)) for column, cells in columns.items()}
     named = {mapping.get(column, column): names for column, names in named.items()}
     label = _first_of(columns, "label", "labels")
@@ -57,7 +57,7 @@ def rows_in_memory(
 
 
 def is_tokenized(rows: LabelledTexts) -> bool:
-    """Return True if the rows are token ids instead of texts."""
+    """Return True if the texts of the rows are token ids."""
     first = rows.texts[0]
     return not isinstance(first, str) and isinstance(first[0], int)
 
@@ -77,15 +77,15 @@ def _tokenized(name: str, columns: Columns, label: str | None, labels: Labels, s
     tokens = read("input_ids")
     if not tokens or not all(tokens):
         raise ProbeError(f"{name} holds no rows, or a row without input_ids")
-    # Labels do not depend on the texts.
+    # `label_rows` reads the labels; the texts are a filler.
     rows = label_rows(name, {**columns, "text": ["ids"] * len(tokens)}, "text", label, labels, stated)
     masks = {"probe_mask": read("probe_mask")} if "probe_mask" in columns else {}
     return replace(rows, texts=tokens, columns=masks)
 
 
 def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
-    """Return the columns of a table, and the label names that it gives, by column."""
-    if hasattr(data, "column_names"):  # of the library datasets
+    """Return the columns of a table, and its label names by column."""
+    if hasattr(data, "column_names"):  # from the library datasets
         if not hasattr(data, "features") or isinstance(data, Mapping) or not hasattr(data, "__len__"):
             raise ProbeError(f"{name} must be one split in memory, such as data['train'], not {type(data).__name__}")
         return dataset_columns(data)
@@ -97,13 +97,13 @@ def _read_columns(name: str, data: Any) -> tuple[Columns, LabelNames]:
         if not are_lists or len(set(map(len, columns.values()))) != 1:
             raise ProbeError(f"{name} must hold lists of the same length: {', '.join(columns) or 'no columns'}")
         return columns, {}
-    if not isinstance(data, (list, tuple)):
-        raise ProbeError(f"{name} must be labelled rows, such as a datasets.Dataset, not {type(data).__name__}")
-    if all(isinstance(row, (list, tuple)) and len(row) == 2 for row in data):
-        data = [{"text": text, "label": label} for text, label in data]
-    if not data or not all(isinstance(row, Mapping) for row in data):
-        raise ProbeError(f"{name} must be a list of dicts with text and label, or of pairs of these")
-    return by_column(data), {}
+    rows = data if isinstance(data, (list, tuple)) else []
+    if all(isinstance(row, (list, tuple)) and len(row) == 2 for row in rows):
+        rows = [{"text": text, "label": label} for text, label in rows]
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        allowed = "a Dataset, a DataFrame, a dict of columns, or a list of dicts or of pairs of text and label"
+        raise ProbeError(f"{name} must be {allowed}; this {type(data).__name__} is none of these, or has no rows")
+    return by_column(rows), {}
 
 
 def _as_list(values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Turn texts into the prompts that the LM sees, the same in training and in serving."""
+"""Turn texts into the prompts that the LM reads, the same in training and in serving."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PromptDataset(Dataset):
     Args:
         prompts: token ids of each row.
         labels (`[rows, ...]`): labels as in `LabelledTexts`.
-        masks: which tokens of each row count. Defaults to those of the head's scope.
+        masks: True for each token of a row that counts. Defaults to the tokens of the head's scope.
         reply_lengths: number of tokens of the reply at the end of each row, for heads that read replies.
     """
 
@@ -67,11 +67,11 @@ class PromptFormat:
 
     Attributes:
         kind: `"chat"` or `"raw"`.
-        system_prompt: text of a system turn. None leaves it to the template. Chat only.
+        system_prompt: text of a system turn. With None the template decides. Chat only.
         max_length: largest number of tokens, None for no limit. A long text loses its end, before the template's last tokens.
             If the turns before the last turn of the user (the tool) take more than half of the room, they lose their beginning.
         turn_markers: tokens that open the turns of a chat; see `ProbeConfig.turn_markers`. Learned from the template by default.
-        text_role: the role of a text: `"user"`, or for heads that read tool results `"tool"`; a call of the tool is put before it.
+        text_role: the role of a text: `"user"`, or for heads that read tool results `"tool"`, after a call of the tool.
         prefix_ids, suffix_ids: constant token ids before and after every text.
 
     Raises:
@@ -106,7 +106,7 @@ class PromptFormat:
 
     @classmethod
     def from_config(cls, config: ProbeConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> PromptFormat:
-        """Create the format that a head was trained with. Warn if it is unknown, or if the chat template is another one."""
+        """Create the format that a head was trained with. Warn if the format is unknown, or the chat template is another one."""
         kind = config.prompt_format
         markers = config.turn_markers
         if kind not in PROMPT_FORMATS:
@@ -146,15 +146,17 @@ class PromptFormat:
     def encode_replies(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[bool]]]:
         """Return the token ids of prompts with replies as `generate()` has read them, and the masks of the replies.
 
-        A prompt ends with the generation prompt, and a reply has no end of turn. If they do not fit into `max_length`, the
+        A prompt ends with the generation prompt, and a reply has no end of turn. If both do not fit into `max_length`, the
         prompt's text is cut to no less than half of the room, then the reply.
 
         Args:
-            texts: lists of chat messages that end with a turn of the assistant. With `kind="raw"` one message of the user and
-                one of the assistant, whose contents are joined.
+            texts: lists of chat messages that end with a turn of the assistant. With `kind="raw"` a message of the user and a
+                message of the assistant, whose contents are joined.
         """
         _check_list(texts)
-        encoded, masks, is_long = [], [], []
+        encoded: list[list[int]] = []
+        masks: list[list[bool]] = []
+        is_long: list[bool] = []
         for text in texts:
             before, content = split_reply(text)
             prompt = self._encode_one(before[-1]["content"] if self.kind == "raw" else before)
@@ -174,7 +176,7 @@ class PromptFormat:
     def encode_for(
         self, config: ProbeConfig, texts: Sequence[Text], labels: np.ndarray | None = None
     ) -> PromptDataset:
-        """Return a data set of what a head reads: prompts, or prompts with their replies."""
+        """Return a data set of the texts as a head reads them: prompts, or prompts with their replies."""
         if not config.reads_reply:
             return PromptDataset(self.encode(texts), labels)
         ids, masks = self.encode_replies(texts)
@@ -186,13 +188,10 @@ class PromptFormat:
         return pad_prompts(self.encode(texts), self.tokenizer, padding_side)
 
     def _encode_start(self, text: Text) -> list[int]:
-        """Return the ids of a text, or of the part of a very long text that `max_length` can leave.
-
-        A tokenizer needs some hundred bytes of memory for a character.
-        """
+        """Return the ids of a text. Of a very long text only a start is tokenised, because tokenizers need much memory."""
         if self.max_length is None or not isinstance(text, str) or len(text) <= self.max_length:
             return self._encode_one(text)
-        # A cut changes the ids near it: the margin keeps them out of the result.
+        # A cut changes the ids near it. The margin keeps these ids out of the result.
         ids = self._encode_one(text[: (self.max_length + _MARGIN) * self._longest_token])
         # One token may stand for any number of unknown characters.
         enough = len(self.prefix_ids) + self.max_length + _MARGIN
@@ -257,16 +256,15 @@ class PromptFormat:
 def _learned_markers(
     tokenizer: transformers.PreTrainedTokenizerBase, chat_template: str
 ) -> dict[str, TurnMarker] | None:
-    """Learn the turn markers of a tokenizer's chat template, once: this takes some hundred renderings.
+    """Learn the turn markers of a tokenizer's chat template once, because some hundred chats are rendered.
 
-    Args:
-        chat_template: a part of the key of the cache, because a tokenizer may get another template.
+    The template is a part of the key of the cache, because a tokenizer may get another template.
     """
     return learn_turn_markers(PromptFormat(tokenizer, turn_markers={})._encode_chat)
 
 
 def _check_list(texts: Sequence[Text]) -> None:
-    """Raise `ProbeError` for a single text, turn or chat: it would pass for a list."""
+    """Raise `ProbeError` for a single text, turn or chat, which would pass for a list of texts."""
     is_chat = isinstance(texts, Sequence) and len(texts) > 0 and isinstance(texts[0], Mapping)
     if isinstance(texts, (str, Mapping)) or is_chat:
         raise ProbeError(f"texts must be a list of prompts, not one prompt: [{str(texts)[:40]!r}]")
@@ -304,7 +302,7 @@ def split_reply(text: Text) -> tuple[Chat, str]:
 
 
 def is_text(value: object) -> TypeGuard[Text]:
-    """Return True for a text in Unicode, or a list of chat messages. Each message has a content or calls a tool."""
+    """Return True for a text in Unicode, or for a list of chat messages that each have a content or call a tool."""
     if isinstance(value, str):
         return HALF_PAIR.search(value) is None
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_turn, value))
@@ -319,13 +317,11 @@ def _is_turn(turn: object) -> bool:
 
 def check_alike(configs: Mapping[str, ProbeConfig]) -> None:
     """Raise `ProbeError` unless heads, by name, read prompts that are rendered alike."""
-    (first, one), *others = configs.items()
-    for name, other in others:
-        for key in ("prompt_format", "system_prompt"):
-            values = getattr(one, key), getattr(other, key)
-            if values[0] != values[1]:
-                shown = f"{values[0]!r} and {values[1]!r}"
-                raise ProbeError(f"heads {first!r} and {name!r} cannot share a pass: {key} is {shown}")
+    for key in ("prompt_format", "system_prompt"):
+        values = {name: getattr(config, key) for name, config in configs.items()}
+        if len(set(values.values())) > 1:
+            shown = ", ".join(f"{value!r} of {name}" for name, value in values.items())
+            raise ProbeError(f"heads cannot share a pass, because their {key} differs: {shown}")
 
 
 def pad_prompts(

@@ -1,4 +1,4 @@
-"""Files with any number of rows, read a row at a time: parquet, JSON and csv."""
+"""Read parquet, JSON and csv files of any size, a row at a time."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Columns = dict[str, list[Any]]  # None where a row has no value
 
 # Suffix -> format.
 KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
-_TYPED_ROWS = 200  # the types of columns are inferred from so many rows
+_TYPED_ROWS = 200  # rows from which the types of columns are inferred
 
 MAX_TEXT = 500_000  # characters of one text; a tokenizer takes about 400 bytes of memory a character
-_CHUNK_TEXTS = 64  # texts of this size that a line, or a chunk of rows, may hold
-FILE_TEXTS = 512  # texts of this size that a file may hold if it is read at once
+_CHUNK_TEXTS = 64  # texts of MAX_TEXT characters in a line, or in a chunk of rows
+FILE_TEXTS = 512  # texts of MAX_TEXT characters in a file that is read at once
 _BATCH = 64  # rows of a parquet file that are decoded at a time
 
-# Errors that readers raise for damaged files. RuntimeError: JSON that is nested too deeply, and what pyarrow cannot read.
+# Errors of readers for damaged files. RuntimeError: JSON that is nested too deeply, or that pyarrow cannot read the file.
 _DAMAGED = (OSError, EOFError, ValueError, RuntimeError, csv.Error, zlib.error)
 
 
@@ -47,8 +47,8 @@ def kind_of(path: Path) -> str | None:
 class InputFile:
     """A file of rows: `parquet`, `json` (an object a line, or one array), `csv` or `tsv` (with a header, all values are texts).
 
-    A file of a stranger may be small and unpack to any size, so a row is read at a time, and lines and texts have a limit. The
-    loaders of `datasets` have none; they also change texts, such as `007` and `None` in csv files and dates in JSON.
+    A hostile file may be small and unpack to any size, so a row is read at a time, and lines and texts have a limit. The loaders
+    of `datasets` have no limit, and change texts, such as `007` and `None` in csv files and dates in JSON.
 
     Args:
         max_text: characters of the longest text. A line of a text file may have 64 times as many bytes.
@@ -75,7 +75,7 @@ class InputFile:
         return [cls(path, max_text) for path in paths.values()]
 
     def identity(self) -> JSON:
-        """Return path, size in bytes and time of the last change, to recognise the file by."""
+        """Return path, size in bytes and time of the last change, by which a job recognises the file."""
         status = self.path.stat()
         return {"path": str(self.path), "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
 
@@ -105,7 +105,7 @@ class InputFile:
         return self._rows(None)
 
     def chunks(self, columns: Sequence[str], size: int) -> Iterator[tuple[range, Columns]]:
-        """Yield chunks of `size` rows, one at a time: their numbers and their values. The last may have fewer rows."""
+        """Yield the row numbers and the values of chunks of `size` rows. The last chunk may have fewer rows."""
         rows = ({name: row.get(name) for name in columns} for row in self._rows(list(columns)))
         for first in count(step=size):
             limit = self.max_text * _CHUNK_TEXTS
@@ -164,7 +164,7 @@ class InputFile:
             yield row
 
     def _lines(self) -> Iterator[str]:
-        """Yield the lines of a text file. Each is decoded alone, so that an error is that of its row."""
+        """Yield the lines of a text file. Each line is decoded alone, so that an error names its row."""
         limit = self.max_text * _CHUNK_TEXTS
         with (gzip.open if self.path.suffix == ".gz" else open)(self.path, "rb") as file:
             while line := file.readline(limit + 1):
@@ -174,7 +174,7 @@ class InputFile:
 
 
 def by_column(rows: Sequence[Mapping[str, object]]) -> Columns:
-    """Return the values of rows by column name, None where a row has none."""
+    """Return the values of rows by column name; None where a row has no value."""
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain.from_iterable(rows))}
 
 
@@ -184,7 +184,7 @@ def select_rows(columns: Columns, rows: Sequence[int]) -> Columns:
 
 
 def find_column(source: object, columns: Mapping[str, T], name: str) -> T:
-    """Return the values of a column. Raise `ProbeError` if there is none of this name."""
+    """Return the values of a column, or raise a `ProbeError` that names all columns."""
     if name not in columns:
         raise ProbeError(f"{source} has no column {name!r}; it has: {', '.join(columns)}")
     return columns[name]
@@ -207,7 +207,7 @@ def check_length(name: str, value: object, max_text: int = MAX_TEXT) -> None:
 
 
 def _text_length(value: object) -> int:
-    """Return the characters of all texts in a value, such as a text, chat messages or a row."""
+    """Return the number of characters of all texts in a value, such as a text, chat messages or a row."""
     length = 0
     left = [value]
     while left:

@@ -28,10 +28,10 @@ ROWS_HELP = (
     f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data set, "
     "ID@REVISION:CONFIGURATION:SPLIT or less of it"
 )
-OTHERS = "*"  # in `label_map`: all labels that it does not name
-SOURCE = "source"  # column of the rows of a recipe: the names of the sources whose words are in a row
+OTHERS = "*"  # in `label_map`: all labels without an entry
+SOURCE = "source"  # column of the rows of a recipe: the names of the sources of a row's words
 
-# Licences that forbid commercial use, or that are not known.
+# Matches licences that forbid commercial use, or that are not known.
 _NOT_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial|research|educational|unknown|none|other", re.IGNORECASE)
 
 
@@ -44,8 +44,8 @@ def allows_commercial_use(licence: str | None) -> bool:
 class Source:
     """Rows of one source. `docs/recipes.md` explains the fields.
 
-    With a folder of local copies, `FOLDER/NAME/SPLIT.jsonl.gz` (or another format) is read instead of the Hub. Its rows have the
-    columns of the Hub, or the columns `text` and `label`.
+    With a folder of local copies, `FOLDER/NAME/SPLIT.jsonl.gz` (or another format) is read instead of the Hub. The rows of a copy
+    have the columns of the Hub, or the columns `text` and `label`.
     """
 
     rows: str
@@ -77,9 +77,10 @@ class Source:
             prompts = benchmark.exchange[0] if benchmark.exchange else None
             if (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, prompts):
                 raise ProbeError(f"text_column, label_column and prompt_column are for files, not for {self.rows}")
-        for name in ("max_rows", "repeat"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ProbeError(f"{name}={value} must be a whole number from 1")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ProbeError(f"max_rows={self.max_rows} must be a whole number from 1")
+        if self.repeat < 1:
+            raise ProbeError(f"repeat={self.repeat} must be a whole number from 1")
         if self.part is not None and not (len(self.part) == 2 and 0 <= self.part[0] < self.part[1] <= 1):
             raise ProbeError(f"part={self.part} must be two numbers, from 0 to 1, the first one smaller")
         if self.weights is not None and (min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf")):
@@ -92,7 +93,7 @@ class Source:
         self.name = self.name or _short_name(self.rows).replace("+", "_")
 
     def find(self, data_dir: str | os.PathLike | None = None, split: str = "train") -> Source:
-        """Return the source with the place of its rows: a local copy of the split, if there is a folder of copies."""
+        """Return the source with the place of its rows, which is a local copy of the split if there is a folder of copies."""
         if data_dir is not None and self.local is not None:
             return replace(self, **self.local | {"local": None, "name": self.name}).find(data_dir, split)
         if find_benchmark(self.rows) is not None:
@@ -102,7 +103,7 @@ class Source:
             return self
         if data_dir is not None:
             copies = local_copies(_short_name(self.rows), data_dir)
-            # The Hub gives all splits of a data set as "all"; copies may lack it.
+            # On the Hub, "all" means all splits of a data set. A folder of copies may have no "all".
             split = place.split or ("train" if split == "all" and split not in copies else split)
             if split not in copies:
                 raise ProbeError(f"{self.rows}: {data_dir} has no split {split!r}, but {', '.join(copies)}")
@@ -124,9 +125,9 @@ class Source:
         """Return the rows, with the columns of the source and the column `source`.
 
         Args:
-            labels: what the labels are. Defaults to what the source itself says.
+            labels: the labels that rows may have. Defaults to the labels that the source itself names.
             split: split to read, if `rows` names none.
-            not_commercial: leave out the rows whose licence forbids commercial use, or is not known, and count them here by source.
+            not_commercial: if given, rows whose licence forbids commercial use, or is not known, are left out and counted here.
         """
         labels = labels or Labels()
         place = self.find(data_dir, split)
@@ -135,7 +136,7 @@ class Source:
         if place.label is not None:
             stated = Labels()
             columns |= {place.label_column: [place.label] * len(find_column(place.rows, columns, place.text_column))}
-        # An empty cell of one's own file is an error; data sets of others have some.
+        # An empty cell is an error in a user's own file. Public data sets have empty cells.
         if find_benchmark(self.rows) is not None or not os.path.exists(self.rows):
             columns = place._without_gaps(columns)
         if place.label_map is not None and place.label is None:
@@ -160,7 +161,7 @@ class Source:
         return replace(rows, columns=rows.columns | {SOURCE: [self.name] * len(rows)})
 
     def _read_columns(self, split: str, data_dir: str | os.PathLike | None, max_text: int) -> tuple[Columns, Labels]:
-        """Return all columns, and the labels that the data itself names."""
+        """Return all columns, and the labels that the data names."""
         known = find_benchmark(self.rows)
         if known is None:
             texts = [name for name in (self.text_column, self.prompt_column) if name is not None]
@@ -181,7 +182,7 @@ class Source:
         return columns, Labels(names=benchmark.label_names, flagged=benchmark.flagged and [benchmark.flagged])
 
     def _where(self, columns: Columns) -> Columns:
-        """Return the rows with the values that `where` names."""
+        """Return the rows with the values of `where`."""
         for name, values in (self.where or {}).items():
             allowed = set(map(str, values))
             rows = [row for row, cell in enumerate(find_column(self.rows, columns, name)) if str(cell) in allowed]
@@ -192,21 +193,19 @@ class Source:
 
     def _without_gaps(self, columns: Columns) -> Columns:
         """Return the rows that have a text, a label and, if the texts are replies, a prompt."""
-        texts = find_column(self.rows, columns, self.text_column)
-        labels = find_column(self.rows, columns, self.label_column)
-        prompts = texts if self.prompt_column is None else find_column(self.rows, columns, self.prompt_column)
-        cells = enumerate(zip(texts, prompts, labels, strict=True))
-        full = [
-            row for row, (text, prompt, label) in cells if not (is_empty(text) or is_empty(prompt) or label is None)
-        ]
-        if len(full) < len(texts):
-            logger.warning(f"{len(texts) - len(full)} rows of {self.rows} without a text or a label are skipped")
+        names = [self.text_column, self.label_column]
+        if self.prompt_column is not None:
+            names.append(self.prompt_column)
+        rows = list(zip(*(find_column(self.rows, columns, name) for name in names), strict=True))
+        full = [row for row, cells in enumerate(rows) if not any(map(is_empty, cells))]
+        if len(full) < len(rows):
+            logger.warning(f"{len(rows) - len(full)} rows of {self.rows} without a text or a label are skipped")
         return select_rows(columns, full)
 
     def _map_labels(self, columns: Columns, stated: Labels) -> Columns:
-        """Return the rows with other labels by `label_map`, without rows whose label it maps to None.
+        """Return the rows with the labels of `label_map`, without rows whose label becomes None.
 
-        A label is looked up as it is, then by its name if the data names its labels, then as `OTHERS`.
+        The entry of a label is that of the label as it is, or of its name if the data names its labels, or of `OTHERS`.
         """
         named = {str(index): name for index, name in enumerate(stated.names or ())}
         values = []
@@ -221,7 +220,7 @@ class Source:
 
 
 def benchmark_splits(benchmark: Benchmark, data_dir: str | os.PathLike | None) -> dict[str, str]:
-    """Return where the splits of a data set known by name are, on the Hub or with `data_dir` in `data_dir/NAME`."""
+    """Return the place of each split of a data set known by name: on the Hub, or with `data_dir` in `data_dir/NAME`."""
     if data_dir is not None:
         return local_copies(benchmark.name, data_dir)
     places = benchmark.splits.items()

@@ -27,8 +27,7 @@ _PLACE = re.compile(r"([^:@]+)(?:@([^:]+))?(?::([^:]*)(?::([^:]+))?)?")
 class TablePlace:
     """The place of rows in one word: a path, or a Hub data set as `ID[@REVISION][:CONFIGURATION[:SPLIT]]`.
 
-    A folder may have a configuration and a split as well. `ID::SPLIT` is a split of the default configuration. The split of a
-    place has priority over the split that a reader asks for.
+    A folder may have a configuration and a split as well. `ID::SPLIT` is a split of the default configuration.
     """
 
     id: str
@@ -38,7 +37,7 @@ class TablePlace:
 
     @classmethod
     def parse(cls, source: str) -> TablePlace:
-        """Parse a source. An existing path is taken as it is."""
+        """Parse a source. An existing path is taken as a path, even with `:` or `@` in its name."""
         if not source.strip():
             raise ProbeError(f"{source!r} names no rows: give a file, a folder or a Hub data set")
         match = None if os.path.exists(source) else _PLACE.fullmatch(source)
@@ -61,7 +60,7 @@ def read_table(
         max_text: characters of the longest text; a file may have 512 times as many.
 
     Returns:
-        The values of each column, and the label names that the data itself gives, by column.
+        The values of each column, and the label names that the data gives, by column.
     """
     place = TablePlace.parse(source)
     split = place.split or split
@@ -85,7 +84,7 @@ def read_table(
 
 
 def dataset_columns(data: Dataset) -> tuple[Columns, LabelNames]:
-    """Return the columns of a `datasets.Dataset`, and the label names that it gives, by column."""
+    """Return the columns of a `datasets.Dataset`, and its label names by column."""
     plain = data.with_format(None)
     return {name: list(plain[name]) for name in plain.column_names}, _label_names(data.features)
 
@@ -107,17 +106,18 @@ def _read_files(paths: Sequence[str], text_columns: Sequence[str], max_text: int
 
 
 def _typed(cells: list[str | None]) -> list[int | float | bool | str | None]:
-    """Return the cells of a csv column as whole numbers, numbers or truth values if all are; an empty one is None."""
+    """Return the cells of a csv column as whole numbers, numbers or truth values if all cells are; an empty cell is None."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     column = pa.array([cell or None for cell in cells], pa.string())
     trimmed = pc.utf8_trim_whitespace(column)
-    for kind in (pa.int64(), pa.float64(), pa.bool_()):
-        # An id of 19 digits or more would lose some as a floating-point number.
-        if kind != pa.float64() or not pc.any(pc.match_substring_regex(trimmed, r"^\d{19,}$")).as_py():
-            with suppress(pa.ArrowInvalid):
-                return trimmed.cast(kind).to_pylist()
+    kinds = [pa.int64(), pa.float64(), pa.bool_()]
+    if pc.any(pc.match_substring_regex(trimmed, r"^\d{19,}$")).as_py():
+        kinds.remove(pa.float64())  # in which a long id would lose digits
+    for kind in kinds:
+        with suppress(pa.ArrowInvalid):
+            return trimmed.cast(kind).to_pylist()
     return column.to_pylist()
 
 

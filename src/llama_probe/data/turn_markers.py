@@ -1,4 +1,4 @@
-"""Learn from a chat template what opens a turn of each role, by rendering chats that differ in one text."""
+"""Learn from a chat template which tokens open a turn of each role, by rendering chats that differ in one text."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..heads.turns import TurnMarker, turn_begins
 
 Chat = list[JSON]
 
-# These texts share neither their first nor their last token: tokens that all their prompts share come from the template. Common
+# These texts share neither their first nor their last token, so tokens that all their prompts share come from the template. Common
 # words merge with a space before them, other signs do not.
 DIFFERENT_TEXTS = ("Alpha beta", "7 + 12 = x", "(why?)", "été\u4f60", "- no.", "How now", "the end", "I am here")
-# The white space of these texts merges with the end of a turn's opening, or with the beginning of its end.
+# The white space of these texts merges with the last token that opens a turn, or with the first token that ends it.
 _SPACED_TEXTS = ("\n\nGamma\n\n", "    delta   ", "\tepsilon\t", "\r\nzeta \n", " eta ", "\ntheta\n")
 _TEXTS = (*DIFFERENT_TEXTS, *_SPACED_TEXTS)
 _ASKED = [{"role": "user", "content": "Look at it."}]
 
 
 def as_tool_result(text: str) -> Chat:
-    """Return a chat in which the assistant calls a tool, and the tool returns a text."""
+    """Return a chat in which the assistant calls a tool, and the tool returns the text."""
     chat = _called("look", "call12345")
     return [*chat, _turn("tool", text, chat)]
 
@@ -34,7 +34,7 @@ def learn_turn_markers(render: Callable[..., list[int]]) -> dict[str, TurnMarker
     """Return `ProbeConfig.turn_markers` of a chat template; None if its turns of users and replies have no markers.
 
     Args:
-        render: returns the token ids of a chat. Takes the chat, whether the generation prompt follows, and `documents=`. Raises
+        render: returns the token ids of a chat, from the chat, a bool for the generation prompt, and `documents=`. Raises
             `ProbeError` for a chat that the template does not take.
     """
     try:
@@ -84,12 +84,7 @@ def _assistant_marker(render: Callable, ends: Sequence[list[int]]) -> TurnMarker
 
 
 def _marker(starts: Sequence[Sequence[list[int]]], ends: Sequence[list[int]]) -> TurnMarker:
-    """Return the marker of a role.
-
-    Args:
-        starts: the ids before turns of the role in several chats, as `_ids_before` returns them.
-        ends: the ids that close turns.
-    """
+    """Return the marker of a role from what `_ids_before` returns for several chats, and the ids that end turns."""
     skip = min(len(plain_text) - len(any_text) for any_text, plain_text in starts)
     return {"ids": _without_ends(common_end(any_text for any_text, _ in starts), ends), "skip": skip}
 
@@ -113,14 +108,14 @@ def _tool_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) 
 
 
 def _document_opening(render: Callable, ends: Sequence[list[int]], user: list[int]) -> list[int]:
-    """Return the ids that open a document, up to its number, title or text."""
+    """Return the ids that open a document, before its number, title or text."""
     documents = (dict.fromkeys(("title", "text", "doc_id"), text) for text in _TEXTS)
     start = _shared_start(render(_ASKED, False, documents=[document]) for document in documents)
     return _behind_turns(start, ends)
 
 
 def _behind_turns(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
-    """Return the ids behind the turns that the template itself begins with."""
+    """Return the ids behind the turns with which the template begins each chat."""
     for start in range(len(ids) - 1, -1, -1):
         for end in filter(None, ends):
             if ids[start : start + len(end)] == end and start + len(end) < len(ids):
@@ -129,7 +124,7 @@ def _behind_turns(ids: list[int], ends: Sequence[list[int]]) -> list[int]:
 
 
 def _ids_before(render: Callable, before: Chat, role: str, after: Sequence = ()) -> tuple[list[int], list[int]]:
-    """Return the ids before the content of a turn: those before any content, and those before contents without white space."""
+    """Return the ids before the content of a turn: first before any content, second before contents without white space."""
 
     def prompts(texts: Iterable[str]) -> list[list[int]]:
         return [render([*before, _turn(role, text, before), *after], False) for text in texts]
@@ -138,11 +133,7 @@ def _ids_before(render: Callable, before: Chat, role: str, after: Sequence = ())
 
 
 def _shared_start(prompts: Iterable[list[int]]) -> list[int]:
-    """Return the longest beginning that prompts of different texts share.
-
-    Raises:
-        ProbeError: the beginning is a whole prompt, so the template left its text out.
-    """
+    """Return the longest beginning that prompts of different texts share. Raise `ProbeError` if the template leaves out a text."""
     prompts = list(prompts)
     start = common_start(prompts)
     if any(len(start) == len(ids) for ids in prompts):

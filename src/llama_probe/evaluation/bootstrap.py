@@ -1,4 +1,4 @@
-"""Confidence intervals: of shares (Wilson, 1927), and of statistics by bootstrap (Efron, 1979)."""
+"""95 % confidence intervals: of shares (Wilson, 1927), and of statistics by bootstrap (Efron, 1979)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 from scipy.stats import binomtest, bootstrap
 
+from ..files import JSON
 from .metrics import Ranking
 
 
@@ -21,15 +22,10 @@ _BLOCK = 2**17  # weights a block; 1 MiB fits into the processor's cache
 def intervals(
     statistic: Callable[[np.ndarray], dict[Name, np.ndarray]], rows: int, resamples: int = 1000
 ) -> dict[Name, Interval]:
-    """Return a 95 % percentile interval `[low, high]` for each value of a statistic, from resamples of the rows.
+    """Return a percentile interval `[low, high]` for each value of a statistic; None if all its values are undefined.
 
     Args:
-        statistic: maps weights `[resamples, rows]`, how often each row counts, to values `[resamples]` by name. NaN means that a
-            value is undefined.
-        rows: number of rows.
-
-    Returns:
-        The intervals by name, of the values that are defined; None if all are undefined.
+        statistic: maps weights `[resamples, rows]`, how often each row counts, to values `[resamples]` by name. NaN is undefined.
     """
 
     def compute(drawn: np.ndarray, axis: int) -> np.ndarray:
@@ -46,11 +42,9 @@ def intervals(
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray, resamples: int = 1000) -> tuple[float | None, Interval]:
-    """Return the area under the ROC curve, and its 95 % interval; None for both if all scores have the label, or none.
+    """Return the area under the ROC curve and its interval, for scores `[rows]` and bools `[rows]`: True for rows with the label.
 
-    Args:
-        scores (`[n]`), positive (`[n]` bool): scores, and if they are of rows with the label.
-        resamples: number of resamples for the interval; 0 for no interval.
+    Both are None if all rows have the label, or none. The interval is None without resamples.
     """
     ranking = Ranking(scores, positive)
     area = float(ranking.areas(np.ones((1, len(scores))))[1, 0])
@@ -60,6 +54,7 @@ def auroc(scores: np.ndarray, positive: np.ndarray, resamples: int = 1000) -> tu
     return area, limits["auroc"]
 
 
-def share_interval(count: int, rows: int) -> list[float]:
-    """Return the 95 % interval of a share of rows (Wilson, 1927)."""
-    return list(map(float, binomtest(count, rows).proportion_ci(method="wilson")))
+def share_of(holds: np.ndarray) -> JSON:
+    """Return the `share` of the rows for which a condition holds, `[rows]` bool, and its `interval`."""
+    limits = binomtest(int(holds.sum()), len(holds)).proportion_ci(method="wilson")
+    return {"share": float(holds.mean()), "interval": list(map(float, limits))}

@@ -20,7 +20,7 @@ from .metrics import known_rows
 
 logger = logging.get_logger(__name__)
 
-# A lower threshold flags nearly all that is unlike the rows it was fitted on, a higher one next to nothing.
+# A lower threshold flags nearly all texts that are unlike the fitted rows, a higher threshold next to nothing.
 _LOWEST, _HIGHEST = 0.001, 0.999
 # A head that gives the flagged label to a larger share of rows that should not be flagged has learned the other label.
 _MOST_FLAGGED = 0.9
@@ -43,14 +43,15 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, config: ProbeCon
 
 
 def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
-    """Return the threshold with the highest F1, halfway to the next lower score; of several the lowest.
+    """Return the threshold with the highest F1, halfway to the next lower score; of several such thresholds the lowest.
 
     Args:
         scores (`[rows]`): probabilities of the positive label.
         positives (`[rows]`): 0 or 1, both of which occur; or how likely each row is positive, for the highest expected F1.
     """
     order = np.argsort(-scores, kind="stable")
-    ranked, likely = scores[order], positives[order]
+    ranked = scores[order]
+    likely = positives[order]
     f1 = 2 * likely.cumsum() / (np.arange(1, len(ranked) + 1) + likely.sum())  # of the first 1, 2, ... rows
     f1[:-1][ranked[:-1] == ranked[1:]] = -1.0  # no threshold separates equal scores
     best = len(f1) - 1 - int(np.argmax(f1[::-1]))
@@ -60,9 +61,9 @@ def best_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
 def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
     """Return the threshold with the highest expected F1; arguments as for `best_f1_threshold`.
 
-    The F1 of the rows themselves jumps from row to row; with few positives its best threshold is chance. Here a logistic
-    map of the log odds (Platt, 1999) gives each row a probability of being positive. The threshold is the best for these
-    probabilities (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892).
+    The F1 of the rows jumps from row to row, so with few positives its best threshold is chance. Here a logistic map of the log
+    odds (Platt, 1999) gives each row a probability of being positive. The threshold is the best for these probabilities
+    (Lipton, Elkan and Narayanaswamy, arXiv 1402.1892).
     """
     bounded = scores.astype(np.float64).clip(1e-7, 1 - 1e-7)
     log_odds = np.log(bounded / (1 - bounded))[:, None]
@@ -74,9 +75,9 @@ def expected_f1_threshold(scores: np.ndarray, positives: np.ndarray) -> float:
 def highest_recall_threshold(scores: np.ndarray, positives: np.ndarray, max_false_positive_rate: float) -> float:
     """Return the threshold with the highest recall that flags at most a share of the negative rows.
 
-    Several thresholds with this recall: the highest, halfway to the next lower score. No positive row can be flagged: a
-    threshold above every score. Too many negative rows with a score of 1: the threshold 1, with a warning. Arguments as
-    for `best_f1_threshold`; the rate is at least 0 and below 1.
+    Of several such thresholds it is the highest, halfway to the next lower score. If no positive row can be flagged, the threshold
+    is above every score. If too many negative rows have the score 1, the threshold is 1, with a warning. Arguments as for
+    `best_f1_threshold`; the rate is at least 0 and below 1.
     """
     limit = highest_unflagged(scores[positives == 0], max_false_positive_rate)
     if limit >= 1:
@@ -95,13 +96,7 @@ def highest_unflagged(scores: np.ndarray, rate: float) -> float:
 
 
 def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = None) -> None:
-    """Raise `ProbeError` unless a head can have a threshold for each rate.
-
-    The head must flag one of two labels, and the rates must be different, above 0 and at most 0.5.
-
-    Args:
-        rows (*optional*): number of rows to fit the thresholds on: enough that the smallest rate is one row.
-    """
+    """Raise `ProbeError` unless a head can have a threshold for each rate, fitted on this number of rows."""
     config.need_flagged_index("rates")
     if not rates or not all(0 < rate <= 0.5 for rate in rates) or len(set(rates)) < len(rates):
         raise ProbeError(f"rates={list(rates)} must be different numbers above 0 and at most 0.5")
@@ -111,7 +106,7 @@ def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = 
 
 
 def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]) -> ProbeConfig:
-    """Return `config` with a named threshold for each share of harmless rows that it may flag; the first is the head's own.
+    """Return `config` with a named threshold for each share of harmless rows that the head may flag; the first is the head's own.
 
     Args:
         logits (`torch.FloatTensor` of shape `[rows, 2]`): logits of rows that the flagged label does not fit.
@@ -143,25 +138,21 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
 
 
 def thresholds_from(config: ProbeConfig, rates: Sequence[float], sources: Sequence[str], rows: int) -> JSON:
-    """Return what `results.json` keeps under `thresholds_from`: the rows and rates that gave a head its thresholds.
-
-    Args:
-        config: from `with_rates`.
-        rates: the rates that `with_rates` was given.
-        sources: names of where the rows come from.
-        rows: number of the rows.
-
-    Returns:
-        `flagged`, the label; `sources`; `rows`; and `rates`, by the name of the threshold.
-    """
+    """Return what `results.json` keeps of the rows and rates that gave a config its thresholds in `with_rates`."""
     by_name = dict(zip(config.thresholds, rates, strict=True))
     return {"flagged": config.flagged[0], "sources": list(sources), "rows": rows, "rates": by_name}
 
 
+def own_threshold(config: ProbeConfig, index: int) -> float:
+    """Return the probability from which a head gives a label; 0.5 if the larger of two probabilities decides."""
+    threshold = threshold_of(config, index)
+    return 0.5 if threshold is None else threshold
+
+
 def _halfway(upper: float, lower: float) -> float:
-    """Return a threshold that flags the upper of two scores and not the lower one."""
+    """Return a threshold that flags the upper and not the lower of two scores."""
     middle = (float(upper) + float(lower)) / 2
-    # Heads compare in float32, where the middle of two neighbours may equal the lower one.
+    # Heads compare in float32, where the middle of two neighbours may equal the lower neighbour.
     return float(upper) if np.float32(middle) <= np.float32(lower) else middle
 
 
@@ -223,8 +214,8 @@ def calibrate(
 def reliability(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> JSON:
     """Compare the confidence of a head with how often it is right (Guo et al., arXiv 1706.04599).
 
-    Heads that flag one of two labels and multi-label heads: the probability of the flagged or of each label against how often
-    it holds. Others: the largest probability against how often its label is right.
+    The confidence is the probability of the flagged one of two labels, of each label of a multi-label head, or else the largest
+    probability.
 
     Returns:
         `error`: expected calibration error with the saved temperature; `error_uncalibrated`: the same at temperature 1;
@@ -240,11 +231,14 @@ def _error_and_bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     probs = probabilities(logits.float(), config).double().numpy()
     if config.problem_type == "multi_label_classification":
         is_known = ~np.isnan(labels)
-        confidence, holds = probs[is_known], labels[is_known] > 0
-    elif (index := config.flagged_index) is not None:
-        confidence, holds = probs[:, index], labels == index
+        confidence = probs[is_known]
+        holds = labels[is_known] > 0
+    elif config.flagged_index is not None:
+        confidence = probs[:, config.flagged_index]
+        holds = labels == config.flagged_index
     else:
-        confidence, holds = probs.max(axis=1), probs.argmax(axis=1) == labels
+        confidence = probs.max(axis=1)
+        holds = probs.argmax(axis=1) == labels
     numbers = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     error = 0.0
     bins = []
@@ -266,11 +260,11 @@ def _error_and_bins(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
 
 
 def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig) -> dict[str, list[JSON]]:
-    """Return what the thresholds 0.1 to 0.9 and the saved one would give.
+    """Return precision and recall at the thresholds 0.1 to 0.9 and the head's own threshold.
 
     Returns:
-        For the flagged one of two labels, or for each label of a multi-label head, if some row has the label, by its name: a list
-        with `threshold`, `precision` (None if nothing is flagged), `recall`, `flagged` (share of all rows), and `saved`, True for the
+        For the flagged one of two labels, or each label of a multi-label head, if some row has the label: by its name a list with
+        `threshold`, `precision` (None if nothing is flagged), `recall`, `flagged` (share of all rows), and `saved`, True for the
         head's own threshold. Empty for other heads.
     """
     probs = probabilities(logits.float(), config).numpy()
@@ -280,8 +274,7 @@ def threshold_table(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
         is_judged = config.problem_type == "multi_label_classification" or index == config.flagged_index
         if not is_judged or not positive.any():
             continue
-        saved = threshold_of(config, index)
-        saved = 0.5 if saved is None else saved  # the larger of two probabilities
+        saved = own_threshold(config, index)
         tables[label] = []
         for threshold in sorted({saved, *(round(0.1 * i, 1) for i in range(1, 10))}):
             flagged = probs[rows, index] >= threshold

@@ -1,4 +1,4 @@
-"""Halting measured on replies: tokens until a label is found, what was shown by then, and replies that are ended in vain."""
+"""Measure halting on replies: the tokens until a label is found, what was shown by then, and replies that end without reason."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import log_odds, probabilities, threshold_of
+from ..heads.decision import log_odds, probabilities
 from ..serving.halting import Streak
 from .bootstrap import auroc, intervals
-from .calibration import highest_recall_threshold, highest_unflagged
+from .calibration import highest_recall_threshold, highest_unflagged, own_threshold
 from .metrics import known_rows
 
 
@@ -22,18 +22,15 @@ RULES = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 8), (1, 16), (1, 32))
 MAX_FALSE_HALTS = 0.05
 RATES = (0.005, 0.01)  # shares of the replies without the label that may be halted
 
-# Of each reply: if it is halted, the tokens that were read by then, and the tokens of the whole reply. `[rows]` each.
+# Of each reply: True if the reply is halted, the tokens that were read by then, and the tokens of the whole reply. `[rows]` each.
 _Halts = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def judged_scores(scores: Sequence[np.ndarray], patience: int = 1, window: int = 1) -> list[np.ndarray]:
-    """Return the score by which a halting rule judges each token: the least mean that `Streak` gives.
+    """Return the scores by which a halting rule judges tokens: the rule ends a reply at the first score that reaches the threshold.
 
     Args:
-        scores: for each reply the probability of the label after each token, `[reply_tokens]`.
-
-    Returns:
-        For each reply `[reply_tokens]`. The rule ends the reply at the first token whose score reaches the threshold.
+        scores: for each reply the probability of the label after each token, `[reply_tokens]`. The result has the same form.
     """
     judged = []
     for values in scores:
@@ -50,7 +47,7 @@ def _halts(judged: Sequence[np.ndarray], threshold: float) -> _Halts:
 
 
 def _measures(halts: _Halts, positives: np.ndarray) -> dict[str, float]:
-    """Return the numbers of `detection`; NaN where no reply tells one."""
+    """Return the numbers of `detection`; NaN where there are no such replies."""
     halted, read, lengths = halts
     hits = halted & positives
     samples = {
@@ -75,9 +72,9 @@ def detection(judged: Sequence[np.ndarray], positives: np.ndarray, threshold: fl
     Returns:
         `rows`, the number of replies; `detected`: share of the replies with the label that are halted; `false_halts`: share of
         the replies without the label that are halted; `shown`: over all replies with the label, the mean share of the tokens
-        before the one that halts the reply, 1 for a reply that is not halted.
+        before the halt, 1 for a reply that is not halted.
         `delay`, over detected replies: `median` and 90th percentile (`p90`) of the tokens read at the halt, and the median
-        `share` of the reply. A value is None if no reply tells it.
+        `share` of the reply. A value is None if there are no such replies.
     """
     measures = _measures(_halts(judged, threshold), positives.astype(bool))
     values = {name: None if np.isnan(value) else value for name, value in measures.items()}
@@ -93,8 +90,8 @@ def halting_rules(
 ) -> dict[str, list[JSON]]:
     """Return, for each label and each patience and window of `RULES`, the threshold that detects most replies.
 
-    The labels are the flagged one of two, otherwise all. A label that all rows have, or none, is skipped. Regression heads have no
-    rules.
+    The labels are the flagged one of two labels, or else all labels. A label that all rows have, or none, is skipped. Regression
+    heads have no rules.
 
     Args:
         validation: what `follow_replies` returned for the validation rows.
@@ -103,7 +100,7 @@ def halting_rules(
 
     Returns:
         By label name a list of rules with `patience`, `window`, `threshold`, `validation` (see `detection`), and `chosen`: True
-        for the rule that detects most replies, and of several such rules for the soonest.
+        for the rule that detects most replies, and of several such rules for the rule that halts soonest.
     """
     by_label: dict[str, list[JSON]] = {}
     for index, name in config.id2label.items():
@@ -131,7 +128,7 @@ def apply_rules(
 ) -> dict[str, list[JSON]]:
     """Return the rules of `halting_rules`, each with `test`: what it does to further rows, see `detection`.
 
-    Labels that the head no longer has, because they were renamed, are skipped.
+    Labels that the head no longer has, after a renaming, are skipped.
     """
     by_label: dict[str, list[JSON]] = {}
     for name, index in config.label2id.items():
@@ -152,7 +149,7 @@ def _known_scores(
     index: int,
     score: Callable[[torch.Tensor, ProbeConfig], torch.Tensor] = probabilities,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the scores of a label after each token, and which rows have the label, of the rows of which it is known."""
+    """Return the scores of a label after each token, and which rows have the label, for rows where the label is known."""
     rows, positives = known_rows(labels, index, config)
     return [score(followed[row], config)[:, index].numpy() for row in rows], positives
 
@@ -168,11 +165,11 @@ def reply_report(
         resamples: number of resamples of the bootstrap; 0 for no intervals.
 
     Returns:
-        For the flagged one of two labels: `label`; `r_auc`, AUROC of the replies by their largest score, None if all have the
-        label, or none; `intervals`, with that of `r_auc`; and by name `thresholds`: `threshold`, what `detection` gives, and its
-        `intervals`. The thresholds are the head's own, and for each of `RATES` the one that halts at most this share of these
-        very replies without the label; the interval of its `detected` allows for that.
-        For a multi-label head a dict of the same by label: by its `flagged` labels, or by all if it has none.
+        For the flagged one of two labels: `label`; `r_auc`, AUROC of the replies by their largest score, None if all replies have
+        the label, or none; `intervals`, with the interval of `r_auc`; and by name `thresholds`: `threshold`, what `detection`
+        gives, and its `intervals`. The thresholds are the head's own thresholds, and for each of `RATES` the threshold that halts
+        at most this share of these very replies without the label; the interval of its `detected` allows for the fit.
+        For a multi-label head a dict of the same by label: its `flagged` labels, or all labels if it flags none.
     """
     if config.problem_type == "multi_label_classification":
         names = config.flagged or list(config.label2id)
@@ -188,18 +185,17 @@ def _label_report(
     odds, _ = _known_scores(config, followed, labels, index, log_odds)
     largest = np.array([row.max() for row in odds])
     area, interval = auroc(largest, positives, resamples)
-    own = threshold_of(config, index)
-    thresholds = {"own": 0.5 if own is None else own, **(config.thresholds or {})}
-    rates = {}  # of the thresholds that are fitted here
+    thresholds = {"own": own_threshold(config, index), **(config.thresholds or {})}
+    fitted_rates = {}  # by the name of a threshold that is fitted here
     if 0 < positives.sum() < len(positives):
         highest = np.array([row.max() for row in scores])
         for rate in RATES:
             name = f"{rate:.1%} halted"
             thresholds[name] = highest_recall_threshold(highest, positives, rate)
-            rates[name] = rate
+            fitted_rates[name] = rate
     measured = {}
     for name, threshold in thresholds.items():
-        statistic = partial(_resampled, _halts(scores, threshold), largest, positives, rates.get(name))
+        statistic = partial(_resampled, _halts(scores, threshold), largest, positives, fitted_rates.get(name))
         limits = intervals(statistic, len(scores), resamples) if resamples else {}
         measured[name] = {"threshold": threshold, **detection(scores, positives, threshold), "intervals": limits}
     return {

@@ -22,10 +22,10 @@ _COLORS = ("#ffffff", "#fdba74", "#ea580c", "#7c2d12")
 
 
 def heat_map(reading: Reading) -> Figure:
-    """Draw a token x layer heat map, with the weight of each token above it and of each layer beside it.
+    """Draw a token x layer heat map, with the weight of each token above the map and of each layer beside the map.
 
-    The map begins with the first token that the head reads, and grows with the tokens up to a width. If there is no room
-    for all names, the heaviest tokens are named.
+    The map begins with the first token that the head reads, and grows with the number of tokens up to a width. If there is no
+    room for the names of all tokens, the heaviest tokens have names.
     """
     layer_count, token_count = reading.weights.shape
     unread = int(np.argmax(reading.counted))  # tokens before the first that is read
@@ -41,12 +41,14 @@ def heat_map(reading: Reading) -> Figure:
     panels = figure.subplots(2, 2, sharex="col", sharey="row", **sizes)
     (above, corner), (center, side) = panels
     corner.set_axis_off()
-    ends = reading.even_share, reading.scale_end(reading.weights)
+    even_share = 1 / sum(reading.counted)
+    # Twice the even share at least, so that small differences do not look large.
+    darkest = max(float(reading.weights.max()), 2 * even_share)
     image = center.imshow(
         reading.weights[:, unread:],
         cmap=LinearSegmentedColormap.from_list("weights", _COLORS),
-        # Most weights are a small part of the largest. The root keeps them apart.
-        norm=PowerNorm(0.5, *ends, clip=True),
+        # Most weights are a small part of the largest weight. The root keeps small weights apart.
+        norm=PowerNorm(0.5, even_share, darkest, clip=True),
         extent=(unread - 0.5, token_count - 0.5, -0.5, layer_count - 0.5),
         aspect="auto",
         origin="lower",
@@ -65,7 +67,7 @@ def heat_map(reading: Reading) -> Figure:
         tick.set_color("0.55" if reading.template[position] else "black")
     above.yaxis.set_major_formatter(percent)
     side.xaxis.set_major_formatter(percent)
-    ticks = [ends[0] + (ends[1] - ends[0]) * share**2 for share in (0, 0.25, 0.5, 0.75, 1)]
+    ticks = [even_share + (darkest - even_share) * share**2 for share in (0, 0.25, 0.5, 0.75, 1)]
     style = {"shrink": 0.6, "pad": 0.01, "format": lambda value, _: f"{value:.1%}"}
     scale = figure.colorbar(image, ax=panels, ticks=ticks, **style)
     scale.set_label("weight of a token in its layer", fontsize=8)
@@ -77,19 +79,23 @@ def heat_map(reading: Reading) -> Figure:
 
 
 def _explanation(reading: Reading, unread: int, named: list[int]) -> str:
+    config = reading.config
+    meaning = "A large weight tells where the head looked, not for which label it spoke."
+    if config.probe_type == "pooling":
+        meaning = f"This head has learned no weights: it takes the {config.pool} over all tokens and layers."
     sentences = {
         "What the head looked at. A column is a token (a word or a piece of one), a row a layer of the language model. "
         "White: the token counted no more than if all counted alike; the darker, the more it counted in that layer.": True,
         f"The first {unread} tokens are the same for every text; the head does not read them.": unread > 0,
         "Grey names: tokens that the chat template puts around the text.": any(reading.template[unread:]),
         "Only the heaviest tokens have room for their names.": len(named) < len(reading.tokens) - unread,
-        reading.note or "A large weight tells where the head looked, not for which label it spoke.": True,
+        meaning: True,
     }
     return " ".join(sentence for sentence, applies in sentences.items() if applies)
 
 
 def _named_tokens(reading: Reading, unread: int, inches_a_token: float) -> list[int]:
-    """Return positions of the tokens to name, ascending. Heavy tokens get their place first."""
+    """Return positions of the tokens to name, ascending; heavy tokens are named first."""
     distance = int(np.ceil(_LABEL / inches_a_token))
     free = np.ones(len(reading.tokens), dtype=bool)
     free[:unread] = False

@@ -72,11 +72,11 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
     A metric depends only on how often each row counts, so the rows are sorted by score once for all resamples.
 
     Returns:
-        Classes: for each label `f1`, `precision`, `recall`, `auprc` (average precision) and `auroc`; the last two rank the rows
-        by `log_odds`. For None, `accuracy` and: if one of two labels is flagged, the metrics of that label. Else means over
-        the labels: the first three over labels that some row has or is given, the last two over labels that some rows have
-        and others do not. A label counts on the rows where it is known.
-        Regression: for None `mse`, `mae` and `r2`, which is undefined if all rows have the same value.
+        For a head of classes, for each label: `f1`, `precision`, `recall`, and `auprc` (average precision) and `auroc`, which rank
+        the rows by `log_odds`. For None: `accuracy`, and the metrics of the flagged one of two labels, or else means over the
+        labels. `auprc` and `auroc` leave out labels that all rows or no rows have, the other metrics labels that no row has or
+        gets. A label counts on the rows where it is known.
+        For a regression, for None: `mse`, `mae`, and `r2`, which is undefined if all rows have the same value.
     """
     check_numbers(probabilities(logits.float(), config))
     if config.problem_type == "regression":
@@ -102,7 +102,7 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
                 metrics[None, name] = values[:, config.flagged_index]
             elif name in AREAS:
                 metrics[None, name] = _ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(axis=1), np.nan)
-            else:  # a mean leaves out labels that no row has or is given
+            else:
                 metrics[None, name] = _ratio(values.sum(axis=1), (predictions + support > 0).sum(axis=1))
             metrics |= {(label, name): values[:, index] for index, label in config.id2label.items()}
         return metrics
@@ -111,16 +111,18 @@ def score_statistic(logits: torch.Tensor, labels: np.ndarray, config: ProbeConfi
 
 
 class Ranking:
-    """Rows ranked by their `scores` for one label, which the `positive` ones have, for areas under any weights of the rows.
+    """Rows ranked by their scores for a label, to compute areas for any weights of the rows.
 
-    Rows with the score NaN do not count.
+    Args:
+        scores (`[rows]`): a row with the score NaN does not count.
+        positive (`[rows]` bool): True if the row has the label.
     """
 
     def __init__(self, scores: np.ndarray, positive: np.ndarray):
         order = np.argsort(-scores, kind="stable")[: np.count_nonzero(~np.isnan(scores))]
         self.positives, self.negatives = order[positive[order]], order[~positive[order]]
         hits, others = -scores[self.positives], -scores[self.negatives]
-        # For each positive row the number of positive rows with at least its score, and of negative ones with more, as much.
+        # For each positive row: positive rows with at least its score, negative rows with a larger score, or with at least its score.
         self.hits = np.searchsorted(hits, hits, "right")
         self.above, self.reached = (np.searchsorted(others, hits, side) for side in ("left", "right"))
 
@@ -144,13 +146,13 @@ class Ranking:
 def _regression_statistic(values: np.ndarray, targets: np.ndarray) -> Statistic:
     targets = np.asarray(targets, dtype=np.float64).reshape(len(targets), -1)
     errors = np.asarray(values, dtype=np.float64).reshape(targets.shape) - targets
-    centred = targets - targets.mean(axis=0)  # keeps the digits of the variance below
+    centred = targets - targets.mean(axis=0)  # large equal parts would cost digits of the variance
 
     def statistic(weights: np.ndarray) -> dict[Key, np.ndarray]:
         rows = weights.sum(axis=1, keepdims=True)
         squared = weights @ errors**2 / rows
         variance = weights @ centred**2 / rows - (weights @ centred / rows) ** 2
-        # If all rows drawn have one value, the variance is rounding error.
+        # If all drawn rows have one value, the variance is a rounding error.
         variance[variance <= 1e-14 * (centred**2).max(axis=0)] = np.nan
         metrics = {"mse": squared, "mae": weights @ np.abs(errors) / rows, "r2": 1 - squared / variance}
         return {(None, name): values.mean(axis=1) for name, values in metrics.items()}
@@ -163,7 +165,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray, undefined: float = 0.0) -> np.nd
 
 
 def known_rows(labels: np.ndarray, index: int, config: ProbeConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the rows of which it is known if they have a label, and which of these have it.
+    """Return the numbers of the rows where a label is known, and a bool for each of these rows: True if it has the label.
 
     Labels are as in `LabelledTexts`; all rows of a regression have the label.
     """
@@ -175,7 +177,7 @@ def known_rows(labels: np.ndarray, index: int, config: ProbeConfig) -> tuple[np.
 def truth_and_predictions(
     logits: torch.Tensor, labels: np.ndarray, config: ProbeConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return true and predicted labels of a head of classes, booleans `[rows, num_labels]`; both False if a label is not known."""
+    """Return true and predicted labels of a head of classes, `[rows, num_labels]` bool; both are False if a label is not known."""
     predicted = predictions(probabilities(logits.float(), config), config).numpy()
     if config.problem_type == "multi_label_classification":
         return labels == 1, predicted & ~np.isnan(labels)

@@ -28,7 +28,7 @@ def can_fit(config: ProbeConfig, train: Dataset, validation: Dataset) -> bool:
 def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset) -> JSON:
     """Fit a head's `Novelty` on training rows, and calibrate it on validation rows.
 
-    At most 2,000 rows of each data set count. Rows in which the head reads nothing do not count, if 40 other rows do.
+    At most 2,000 rows of each data set count. Rows in which the head reads nothing do not count, if there are 40 other rows.
 
     Args:
         probe: a trained head, bound to its backbone unless the data sets hold hidden states. It gets the novelty.
@@ -60,7 +60,7 @@ def _random_part(dataset: Dataset) -> Subset:
 
 
 def _mean_states(probe: ProbeModel, dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return total and count of the rows that hold something to read; see `MeanStates`."""
+    """Return total and count of the rows in which the head reads something; see `MeanStates`."""
     total, count = score_rows(
         [probe], dataset, lambda output: [output.means.total.transpose(0, 1), output.means.count.T]
     )
@@ -70,7 +70,7 @@ def _mean_states(probe: ProbeModel, dataset: Dataset) -> tuple[torch.Tensor, tor
 
 
 def against_others(novelty: torch.Tensor, others: Mapping[str, torch.Tensor], resamples: int = 1000) -> JSON:
-    """Measure how well novelty tells a head's own kind of rows from others.
+    """Measure how well novelty tells rows like the training data from other rows.
 
     Args:
         novelty (`[rows]`): novelty of rows like the training data.
@@ -78,7 +78,7 @@ def against_others(novelty: torch.Tensor, others: Mapping[str, torch.Tensor], re
         resamples: number of resamples of the bootstrap that gives the 95 % intervals; 0 for no intervals.
 
     Returns:
-        `own`: `rows`, and `far`, the share above 0.99; `against`: the same by name, with `auroc` and its `interval`.
+        `own`: see `far_share`; `against`: the same by name, with `auroc` and its `interval`.
     """
     against: JSON = {}
     for name, other in others.items():
@@ -92,6 +92,6 @@ def against_others(novelty: torch.Tensor, others: Mapping[str, torch.Tensor], re
 
 
 def far_share(novelty: torch.Tensor) -> JSON:
-    """Return the number of `rows` in which the head reads something, and the share of them that is `far`: above 0.99."""
+    """Return the number of `rows` in which the head reads something, and `far`: the share of them with a novelty above 0.99."""
     rows = int((~novelty.isnan()).sum())
     return {"rows": rows, "far": int((novelty > FAR).sum()) / max(rows, 1)}

@@ -18,14 +18,12 @@ from ..hub.folder import PLOT_NAMES, read_results
 
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 MAX_CONFUSION = 60  # labels; the cells of a larger confusion cannot be read
 _DPI = 110
 _MAX_LINES = 10  # labels that can be told apart as lines of one plot
-# Names of labels and data sets are not formulas, even with a dollar sign in them.
+# Matplotlib reads a dollar sign as a formula, unless `parse_math` is False.
 _NAMES = {"fontsize": 8, "parse_math": False}
 
 
@@ -41,7 +39,7 @@ def new_figure(size: tuple[float, float] = (6.4, 3.6)) -> Figure:
 
 
 def explain(figure: Figure, text: str, title: str | None = None) -> Figure:
-    """Put a text for first-time readers under a figure, and a title over its first axes. Return the figure."""
+    """Put a text under a figure, and a title over its first axes. Return the figure."""
     figure.supxlabel(textwrap.fill(text, int(14 * figure.get_figwidth())), color="0.3", **_NAMES)
     if title is not None:
         figure.axes[0].set_title(title, fontsize=9, parse_math=False)
@@ -65,9 +63,7 @@ def png(figure: Figure) -> bytes:
 
 
 def write_plots(folder: Path) -> list[Path]:
-    """Draw the measurements in the `results.json` of a head folder into the folder.
-
-    The same results give the same files. Plots of an earlier head in the folder are removed.
+    """Draw the measurements in the `results.json` of a head folder into the folder, in place of earlier plots.
 
     Returns:
         The files: `calibration.png` (not for regression) and `layer_weights.png`. Empty if nothing was measured or
@@ -119,7 +115,9 @@ def layer_weights_plot(inspection: JSON) -> Figure:
     axes.set(xlabel="layer (0: embeddings)", ylabel="mean weight (dashed: all alike)")
     axes.yaxis.set_major_formatter(percent)
     axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 2.5
-    _name_lines(axes, lines, list(by_label))
+    # Without its lines the legend would leave out a label such as "_x".
+    for text in axes.legend(lines, list(by_label), fontsize=8).get_texts():
+        text.set_parse_math(False)
     return explain(
         figure,
         "The head reads the layers of a language model, from its input (0) to its output, and weighs them. Shown is the "
@@ -158,14 +156,12 @@ def outcomes_plot(inspection: JSON) -> Figure:
     """Draw in how many rows a multi-label head finds each label, misses it, or gives it wrongly."""
     # The label with the most rows is on top.
     outcomes = sorted(inspection["outcomes"].items(), key=lambda item: item[1]["found"] + item[1]["missed"])
-    hits = np.array([part["found"] for _, part in outcomes])
-    missed = np.array([part["missed"] for _, part in outcomes])
-    wrong = np.array([part["wrong"] for _, part in outcomes])
+    found, missed, wrong = (np.array([part[name] for _, part in outcomes]) for name in ("found", "missed", "wrong"))
     figure = new_figure((7.5, 0.22 * len(outcomes) + 2.0))
     lines = range(len(outcomes))
     axes = figure.subplots()
-    axes.barh(lines, hits, color="tab:blue", label="found")
-    axes.barh(lines, missed, left=hits, color="0.75", label="missed")
+    axes.barh(lines, found, color="tab:blue", label="found")
+    axes.barh(lines, missed, left=found, color="0.75", label="missed")
     axes.barh(lines, -wrong, color="tab:orange", label="given wrongly")
     axes.axvline(0, color="0.3", linewidth=0.8)
     axes.set_yticks(lines, [name for name, _ in outcomes], **_NAMES)
@@ -178,9 +174,3 @@ def outcomes_plot(inspection: JSON) -> Figure:
         "left the rows without the label that get it all the same.",
         f"Each label on {inspection['split']} rows",
     )
-
-
-def _name_lines(axes: Axes, lines: Sequence[Line2D], names: Sequence[str]) -> None:
-    # Lines are passed because one labelled "_x" would be left out of the legend.
-    for text in axes.legend(lines, names, fontsize=8).get_texts():
-        text.set_parse_math(False)

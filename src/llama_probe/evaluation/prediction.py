@@ -1,4 +1,4 @@
-"""What heads say of the rows of a data set, from one pass of the backbone or from cached states."""
+"""Outputs of heads for the rows of a data set, from one pass of the backbone or from cached states."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def predict_logits(probe: ProbeModel, dataset: Dataset) -> torch.Tensor:
 def predict_together(probes: Sequence[ProbeModel], dataset: Dataset) -> list[torch.Tensor]:
     """Return logits `[rows, num_labels]` of each head, in the order of the data set; see `score_rows`.
 
-    A reply counts by its largest score while it is written, because that score halts it; see `strongest`. If the data set has no
-    `reply_lengths`, a reply counts by the score of the whole row.
+    A reply counts by its largest score while it is written, because that score halts the reply; see `strongest`. If the data set
+    has no `reply_lengths`, a reply counts by the score of the whole row.
     """
     if not _has_replies(probes[0], dataset):
         return score_rows(probes, dataset, lambda output: [output.logits])
@@ -62,7 +62,7 @@ def follow_replies(probes: Sequence[ProbeModel], dataset: Dataset) -> list[list[
         dataset: a `PromptDataset` or `StateDataset` with `reply_lengths`. Its rows end with the replies.
 
     Returns:
-        For each head and each row logits `[reply_tokens, num_labels]`. The last of them are those of the whole row.
+        For each head and each row logits `[reply_tokens, num_labels]`. The last logits are those of the whole row.
     """
     lengths = torch.tensor(dataset.reply_lengths)
     logits: list[dict[int, torch.Tensor]] = [{} for _ in probes]  # of each head, by row
@@ -99,7 +99,7 @@ def score_rows(
 
     Args:
         probes: heads that read the same tokens. The first is bound to its backbone, unless the data set holds hidden states.
-        tensors_of: returns the tensors `[B, ...]` to keep of a head's output for a batch; None is left out.
+        tensors_of: returns the tensors `[B, ...]` to keep of a head's output for a batch; a None is left out.
         kwargs: passed to `ProbeModel.score`.
 
     Returns:
@@ -133,7 +133,9 @@ def states_for(
     lm = None
     if cached is not None:
         layers = cached.layer_indices
-    elif own_states is not None:  # a data set of the user's: the states of all layers, or of those that the heads read
+    elif (
+        own_states is not None
+    ):  # a user's data set, with the states of all layers or of the layers that the heads read
         every = range(probes[0].config.num_hidden_layers + 1)
         layers = every if len(own_states) == len(every) else probes[0].layer_indices
     else:

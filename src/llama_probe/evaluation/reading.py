@@ -18,9 +18,7 @@ from ..heads.decision import in_words
 from ..heads.scope import token_mask
 
 
-# Shown in place of a token that only continues the character before it.
-_CONTINUATION = "◦"
-
+_CONTINUATION = "◦"  # in place of a token that only continues the character before it
 _MARKS = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 _HIDING = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of characters that hide or move text
 _JOINERS = "\u200c\u200d"  # part of words and of emoji
@@ -34,7 +32,7 @@ class Reading:
     Attributes:
         head, config: name and config of the head.
         text: the text without the chat template.
-        tokens: text of each token of the prompt, with those of the template; `""` for a token that only continues a character.
+        tokens: text of each token of the prompt, chat template included; `""` for a token that only continues a character.
         template: True for a special token, and for a token that the chat template adds.
         counted: True for a token that the head reads. Its `token_scope` may leave out the constant prefix.
         weights (`[layers_read, tokens]`): weight of each token in a layer; each row sums to 1.
@@ -58,28 +56,9 @@ class Reading:
         return self.layer_weights @ self.weights
 
     @property
-    def even_share(self) -> float:
-        """Weight of each token that the head reads, if all counted alike."""
-        return 1 / sum(self.counted)
-
-    @property
     def in_words(self) -> str:
         """The label with its probability; for regression the value."""
         return in_words(self.prediction, self.config, ".0%")
-
-    @property
-    def note(self) -> str | None:
-        """Reason why the weights say less than they seem to; None if there is none."""
-        if self.config.probe_type != "pooling":
-            return None
-        return f"This head has learned no weights: it takes the {self.config.pool} over all tokens and layers."
-
-    def scale_end(self, weights: np.ndarray) -> float:
-        """Return the upper end of a color scale for some of the weights. The scale begins at `even_share`.
-
-        It is twice `even_share` at least, so that small differences do not look large.
-        """
-        return max(float(weights.max()), 2 * self.even_share)
 
     def shown(self, position: int, width: int) -> str:
         """Return a token on one line, without the spaces around it, in at most `width` characters."""
@@ -90,17 +69,14 @@ class Reading:
 def read_weights(
     model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[Text]
 ) -> list[Reading]:
-    """Run texts through a model with one active head, one at a time, and return what the head looked at.
-
-    Args:
-        texts: texts, or lists of chat messages. They are rendered as the head was trained.
+    """Run a model with one active head over texts or lists of chat messages, one at a time; return what the head looked at.
 
     Raises:
-        ProbeError: another number of heads is active, or the head type gives no weights.
+        ProbeError: not exactly one head is active, or the head type gives no weights.
     """
     if len(model.active_probes) != 1:
         active = ", ".join(model.active_probes) or "none"
-        raise ProbeError(f"weights are read of one active head, not of {active}: set_active_probes([name])")
+        raise ProbeError(f"weights need one active head, not {active}: set_active_probes([name])")
     (head,) = model.active_probes
     config = model.probes[head].config
     prompt_format = PromptFormat.from_config(config, tokenizer)
@@ -129,8 +105,8 @@ def read_weights(
 def token_texts(tokenizer: transformers.PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     r"""Return the text of each token, with its spaces.
 
-    If a character takes several tokens, the first token has its text, and the next ones have `""`. Bytes that make no character
-    are `"\ufffd"`.
+    If a character takes several tokens, the first token has the character as its text, and the next tokens have `""`. Bytes
+    that make no character are `"\ufffd"`.
     """
     texts: list[str] = []
     while len(texts) < len(ids):
@@ -174,5 +150,5 @@ def printable(text: str) -> str:
 
 
 def cut(text: str, width: int) -> str:
-    """Return a text, cut to `width` characters. The last character is then a mark."""
+    """Return a text in at most `width` characters, of which the last is `…` if the text is longer."""
     return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,4 +1,4 @@
-"""Reports on a head: its metrics on labelled rows, and what its card and its plots show."""
+"""Reports on a head: its metrics on labelled rows, and the measurements that its card and its plots show."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
-from .bootstrap import intervals, share_interval
-from .calibration import reliability, threshold_table
+from .bootstrap import intervals, share_of
+from .calibration import own_threshold, reliability, threshold_table
 from .metrics import all_scores, confusion, known_rows, outcomes, score_statistic
 from .prediction import predict_logits, score_rows
 from .transformations import GROUPS
@@ -23,12 +23,12 @@ def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, logits
     """Return what cards and plots show of a head beyond its metrics.
 
     Args:
-        logits (`[rows, num_labels]`, *optional*): logits to use in place of those of `predict_logits`, such as those of heads
-            that have not learned from the rows.
+        logits (`[rows, num_labels]`, *optional*): logits in place of those of `predict_logits`, such as those of heads that have
+            not learned from the rows.
 
     Returns:
-        `layer_weights`, if the head type has some: `layers`, and `by_label`: for each label that occurs the mean weight of
-        each layer over the label's rows, `[layers_read]`.
+        `layer_weights`, if the head type has such weights: `layers`, and `by_label`: for each label that occurs the mean weight
+        of each layer over the label's rows, `[layers_read]`.
         But for regression: `calibration` (see `reliability`), `confusion` (single-label) or `outcomes` (multi-label), and
         `thresholds` (see `threshold_table`) if the head has a threshold.
     """
@@ -62,14 +62,12 @@ def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, logits
 def report(
     config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, slices: Mapping[str, Sequence[object]] | None = None
 ) -> JSON:
-    """Return the metrics of all rows, and of each group of rows with the same value in a column.
+    """Return `rows`, the metrics of `score_logits`, and `slices`: by column and value the same of the rows with this value.
+
+    A metric of a slice is None if it needs rows of a label that no row has.
 
     Args:
         slices: columns by name, one value a row.
-
-    Returns:
-        `rows`, the metrics of `score_logits`, and `slices`: by column and value the same of a group. A metric of a group is
-        None if it needs rows of a label that no row has.
     """
     return _scores(config, logits, labels, slices)[0]
 
@@ -115,7 +113,7 @@ def _scores(
     slices: Mapping[str, Sequence[object]] | None = None,
     resamples: int = 0,
 ) -> tuple[JSON, dict[str, JSON]]:
-    """Return what `report` returns, and the metrics of each label, both with `intervals` if there are resamples."""
+    """Return what `report` returns, and the metrics of each label; both have `intervals` if there are resamples."""
     statistic = score_statistic(logits, labels, config)
     parts: dict[str | None, JSON] = dict(all_scores(statistic, len(labels)))
     if resamples:
@@ -134,9 +132,11 @@ def _scores(
 
 
 def _without_undefined(result: JSON, labels: np.ndarray, config: ProbeConfig) -> JSON:
-    """Return metrics; those of the flagged one of two labels are None if they need rows of a label that no row has."""
-    present = set(labels.tolist()) if config.flagged_index is not None else set()
-    if config.flagged_index is None or len(present) == 2:
+    """Return a report in which metrics of the flagged one of two labels are None if they need rows of a label that no row has."""
+    if config.flagged_index is None:
+        return result
+    present = set(labels.tolist())
+    if len(present) == 2:
         return result
     undefined = ["f1", "precision"]
     if config.flagged_index not in present:
@@ -145,38 +145,27 @@ def _without_undefined(result: JSON, labels: np.ndarray, config: ProbeConfig) ->
 
 
 def flagged_share(config: ProbeConfig, logits: torch.Tensor) -> JSON:
-    """Return how many rows get the flagged label of a head with two labels.
+    """Return the flagged `label` of a head with two labels, the `share` of the rows that get it, `interval` and `threshold`.
 
-    Returns:
-        `label`, the `share` of the rows, its 95 % `interval` (Wilson, 1927), and the `threshold`. If the head has further
-        thresholds, `named` has `share`, `interval` and `threshold` of each.
+    If the head has named thresholds, `named` has `share`, `interval` and `threshold` of each.
     """
     index = config.need_flagged_index("flagged_share")
     probs = probabilities(logits.float(), config)
 
     def share_at(config: ProbeConfig) -> JSON:
-        flagged = predictions(probs, config) == index
-        return {
-            "share": float(flagged.double().mean()),
-            "interval": share_interval(int(flagged.sum()), len(flagged)),
-            "threshold": 0.5 if config.threshold is None else config.threshold,
-        }
+        flagged = predictions(probs, config).numpy() == index
+        return {**share_of(flagged), "threshold": own_threshold(config, index)}
 
     result = {"label": config.id2label[index], **share_at(config)}
     if config.thresholds:
-        result["named"] = {
-            name: share_at(config.replace(threshold=value)) for name, value in config.thresholds.items()
-        }
+        result["named"] = {}
+        for name, value in config.thresholds.items():
+            result["named"][name] = share_at(config.replace(threshold=value))
     return result
 
 
 def describe_evaluation(result: JSON, source: str) -> JSON:
-    """Return what a head folder keeps of a report: `rows`, `metrics` of all rows, their `intervals`, and further measurements.
-
-    Args:
-        result: from `detailed_report`, with `flagged`, `replies`, `novelty` and groups of `transformations` if they were measured.
-        source: name of where the rows come from.
-    """
+    """Return what a head folder keeps of what `evaluate` has measured on the rows of a source."""
     metrics = {key: value for key, value in result.items() if key != "rows" and not isinstance(value, (dict, list))}
     defined = {key: value for key, value in result.get("intervals", {}).items() if metrics[key] is not None}
     kept = {key: result[key] for key in ("flagged", "replies", "novelty", *GROUPS) if key in result}

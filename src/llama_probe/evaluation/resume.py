@@ -1,4 +1,4 @@
-"""Settings of a run, kept beside its results, so that only a run with the same settings resumes it."""
+"""Keep the settings of a run beside its results, so that only a run with the same settings resumes it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..files import JSON, make_folder, remove_leftovers, write_atomically
 
 
 def same_settings(path: Path, settings: JSON, state: JSON | None = None) -> JSON:
-    """Compare the settings of a run with those of the run that it resumes. Write them if there is none.
+    """Check that a run has the settings of the run that it resumes. Write the settings of a new run.
 
     Args:
-        path: JSON file beside the results. Its folder is created if needed.
-        settings: JSON values, nested as you like. Tuples equal lists.
+        path: JSON file beside the results. Its folder is created if it is missing.
+        settings: nested JSON values. Tuples equal lists.
         state: further values of a new file, which are not compared.
 
     Returns:
-        What the file holds.
+        The contents of the file.
     """
     if not path.is_file():
         make_folder(path.parent)
@@ -41,7 +41,7 @@ def same_settings(path: Path, settings: JSON, state: JSON | None = None) -> JSON
 
 
 def _flat(value: object, name: str = "") -> dict[str, str]:
-    """Return the values in nested dicts by their dotted names, as Python writes them."""
+    """Return the `repr` of each value in nested dicts by its dotted name."""
     if not isinstance(value, dict):
         return {name: repr(value)}
     inner = f"{name}." if name else ""

@@ -1,9 +1,9 @@
-"""Compares what a head says of served prompts with what it says of rows like its training data."""
+"""Compare what a head says of served prompts with what it says of rows like its training data."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from ..errors import ProbeError, first_line
 from ..files import JSON
 from ..heads.novelty import FAR
-from .bootstrap import share_interval
+from .bootstrap import share_of
 
 
 _DECILES = np.linspace(0, 1, 11)
@@ -31,8 +31,8 @@ def compare_scored_files(reference: str | os.PathLike, log: str | os.PathLike, h
 
     Returns:
         `rows`: by `reference` and `log` the number of rows.
-        `novelty`, if the head tells it: by `reference` and `log` the `median`, and `far`, the share of rows above 0.99, with its
-        95 % `interval`.
+        `novelty`, if the head tells novelty: by `reference` and `log` the `median`, and `far`, the share of rows above 0.99, with
+        its 95 % `interval`.
         `labels`, but for regression: by `reference` and `log` each label's `share` with its 95 % `interval`.
         `changed`, but for regression: the labels whose two intervals have no share in common.
         `scores`: by label the deciles of its probabilities (regression: of its values), by `reference` and `log`.
@@ -40,99 +40,78 @@ def compare_scored_files(reference: str | os.PathLike, log: str | os.PathLike, h
         labels are close, the most useful row first.
 
     Raises:
-        ProbeError: a file cannot be read, has no scores of the head, or both have scores of different labels.
+        ProbeError: a file cannot be read or has no scores of the head, or the two files have scores of different labels.
     """
-    parts = {"reference": _Scored.read(reference, head), "log": _Scored.read(log, head)}
-    names = parts["log"].names
-    if parts["reference"].names != names:
-        raise ProbeError(
-            f"{reference} has scores of {', '.join(parts['reference'].names)}, {log} of {', '.join(names)}"
-        )
-    comparison: JSON = {"rows": {part: len(scored.rows) for part, scored in parts.items()}}
-    if all(scored.novelty is not None for scored in parts.values()):
-        comparison["novelty"] = {part: scored.novelty_summary() for part, scored in parts.items()}
-    if parts["log"].labels is not None:
-        labels = {part: scored.label_shares() for part, scored in parts.items()}
-        comparison["labels"] = labels
-        comparison["changed"] = [name for name in names if _are_apart(*(labels[part][name] for part in labels))]
-    deciles = {part: np.quantile(scored.scores, _DECILES, axis=0).T.tolist() for part, scored in parts.items()}
-    comparison["scores"] = {name: {part: deciles[part][index] for part in deciles} for index, name in enumerate(names)}
-    comparison["worth_labelling"] = parts["log"].worth_labelling(top)
+    parts = {"reference": _read(reference, head), "log": _read(log, head)}
+    names = list(parts["log"][0]["scores"])
+    other_names = list(parts["reference"][0]["scores"])
+    if other_names != names:
+        raise ProbeError(f"{reference} has scores of {', '.join(other_names)}, {log} of {', '.join(names)}")
+    comparison: JSON = {"rows": {part: len(rows) for part, rows in parts.items()}}
+    if all("novelty" in rows[0] for rows in parts.values()):
+        comparison["novelty"] = {part: _novelty_summary(rows) for part, rows in parts.items()}
+    if "label" in parts["log"][0]:
+        shares = {part: _label_shares(rows, names) for part, rows in parts.items()}
+        comparison["labels"] = shares
+        comparison["changed"] = [name for name in names if _differ(shares["reference"][name], shares["log"][name])]
+    comparison["scores"] = {name: {} for name in names}
+    for part, rows in parts.items():
+        for name in names:
+            deciles = np.quantile([row["scores"][name] for row in rows], _DECILES)
+            comparison["scores"][name][part] = deciles.tolist()
+    comparison["worth_labelling"] = _worth_labelling(parts["log"], top)
     return comparison
 
 
-def _are_apart(part: JSON, other: JSON) -> bool:
+def _read(path: str | os.PathLike, head: str) -> list[dict[str, Any]]:
+    """Return `file`, `row` and `scores` of each row in which the head reads something, and `label` and `novelty` if it has them."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise ProbeError(f"{path} cannot be read as parquet: {first_line(error)}") from error
+    names = {"probabilities": "scores", "values": "scores", "label": "label", "novelty": "novelty"}
+    columns = {new: f"{head}_{old}" for old, new in names.items() if f"{head}_{old}" in table.column_names}
+    if "scores" not in columns:
+        raise ProbeError(f"{path} has no scores of {head!r}; its columns: {', '.join(table.column_names)}")
+    rows = []
+    for place, row in enumerate(table.to_pylist()):
+        found = {name: row[column] for name, column in columns.items()}
+        if found.get("novelty", found["scores"]) is not None:  # None if the head reads nothing
+            rows.append({"file": row.get("file"), "row": row.get("row", place), **found})
+    if not rows:
+        raise ProbeError(f"{path} has no row in which {head!r} reads something")
+    return rows
+
+
+def _novelty_summary(rows: list[dict[str, Any]]) -> JSON:
+    novelty = np.array([row["novelty"] for row in rows])
+    share = share_of(novelty > FAR)
+    return {"median": float(np.median(novelty)), "far": share["share"], "interval": share["interval"]}
+
+
+def _label_shares(rows: list[dict[str, Any]], names: list[str]) -> JSON:
+    labels = [row["label"] if isinstance(row["label"], list) else [row["label"]] for row in rows]
+    return {name: share_of(np.array([name in given for given in labels])) for name in names}
+
+
+def _differ(part: JSON, other: JSON) -> bool:
     (low, high), (other_low, other_high) = part["interval"], other["interval"]
     return high < other_low or other_high < low
 
 
-@dataclass
-class _Scored:
-    """The scores of a head for the rows of a file.
+def _worth_labelling(rows: list[dict[str, Any]], count: int) -> list[JSON]:
+    found = []
+    for row in rows:
+        place = {"file": row["file"], "row": row["row"]}
+        found.append({**place, "novelty": row.get("novelty", 0.0), "unsure": _unsure(row)})
+    return sorted(found, key=lambda row: -(row["novelty"] + row["unsure"]))[:count]
 
-    Attributes:
-        names: names of the labels.
-        rows: `file` and `row` of each row.
-        scores (`[rows, labels]`): probabilities, or the values of a regression head.
-        labels: label of each row, or its labels; None for a regression head.
-        novelty (`[rows]`): None if the head tells none.
-    """
 
-    names: list[str]
-    rows: list[JSON]
-    scores: np.ndarray
-    labels: list[str] | list[list[str]] | None
-    novelty: np.ndarray | None
-
-    @classmethod
-    def read(cls, path: str | os.PathLike, head: str) -> _Scored:
-        try:
-            table = pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            raise ProbeError(f"{path} cannot be read as parquet: {first_line(error)}") from error
-        columns = {kind: f"{head}_{kind}" for kind in ("label", "probabilities", "values", "novelty")}
-        columns = {kind: name for kind, name in columns.items() if name in table.column_names}
-        scores = columns.get("probabilities", columns.get("values"))
-        if scores is None:
-            raise ProbeError(f"{path} has no scores of {head!r}; its columns: {', '.join(table.column_names)}")
-        read = columns.get("novelty", scores)  # empty in rows in which the head reads nothing
-        rows = [row for row in table.to_pylist() if row[read] is not None]
-        if not rows:
-            raise ProbeError(f"{path} has no row in which {head!r} reads something")
-        names = [field.name for field in table.schema.field(scores).type]
-        return cls(
-            names=names,
-            rows=[{"file": row.get("file"), "row": row.get("row", place)} for place, row in enumerate(rows)],
-            scores=np.array([[row[scores][name] for name in names] for row in rows]),
-            labels=[row[columns["label"]] for row in rows] if "label" in columns else None,
-            novelty=np.array([row[columns["novelty"]] for row in rows]) if "novelty" in columns else None,
-        )
-
-    def novelty_summary(self) -> JSON:
-        """Return `median`, and `far`, the share above 0.99, with its 95 % `interval`."""
-        far = self.novelty > FAR
-        interval = share_interval(int(far.sum()), len(far))
-        return {"median": float(np.median(self.novelty)), "far": float(far.mean()), "interval": interval}
-
-    def label_shares(self) -> JSON:
-        """Return by label its `share` of the rows, and the 95 % `interval` of the share."""
-        shares: JSON = {}
-        for name in self.names:
-            count = sum(name in label if isinstance(label, list) else name == label for label in self.labels or ())
-            shares[name] = {"share": count / len(self.rows), "interval": share_interval(count, len(self.rows))}
-        return shares
-
-    def unsure(self) -> np.ndarray:
-        """Return from 0 to 1 how unsure the head is of each row: 1 minus the gap between its two best labels."""
-        if self.labels is not None and isinstance(self.labels[0], list):  # a row has each label, or has it not
-            return 1 - np.abs(2 * self.scores - 1).min(axis=1)
-        if self.labels is None or len(self.names) == 1:
-            return np.zeros(len(self.rows))
-        ranked = np.sort(self.scores, axis=1)
-        return 1 - (ranked[:, -1] - ranked[:, -2])
-
-    def worth_labelling(self, count: int) -> list[JSON]:
-        unsure = self.unsure()
-        novelty = np.zeros(len(self.rows)) if self.novelty is None else self.novelty
-        best = np.argsort(-(novelty + unsure), kind="stable")[:count].tolist()
-        return [self.rows[i] | {"novelty": float(novelty[i]), "unsure": float(unsure[i])} for i in best]
+def _unsure(row: dict[str, Any]) -> float:
+    """Return from 0 to 1 how unsure the head is: 1 minus the gap between its two best labels, or a label and its absence."""
+    scores = sorted(row["scores"].values())
+    if isinstance(row.get("label"), list):  # multi-label
+        return 1 - min(abs(2 * score - 1) for score in scores)
+    if "label" not in row or len(scores) == 1:
+        return 0.0
+    return 1 - (scores[-1] - scores[-2])

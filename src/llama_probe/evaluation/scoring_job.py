@@ -1,4 +1,4 @@
-"""Score any number of rows with several heads in one pass of the backbone: `llama-probe classify --input`."""
+"""Score files of any size with several heads in one pass of the backbone: `llama-probe classify --input`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TextScorer:
         Returns:
             For each head `NAME_label` - a label, or a list of labels (multi-label) - and `NAME_probabilities`, by label;
             for regression `NAME_values`, by label. `NAME_novelty` if the head tells it. A value is None if the text is not
-            scored, or if the head gives no number: one such text must not stop a job over millions.
+            scored, or if the head gives no number: one text must not stop a job over millions of texts.
         """
         rows = self.scored_rows(texts)
         columns: Columns = {name: [None] * len(texts) for name in output_fields(self.heads)}
@@ -76,11 +76,11 @@ class TextScorer:
         return columns
 
     def scored_rows(self, texts: Sequence[Text | None]) -> list[int]:
-        """Return the rows with something to score: a text that is not blank, and for heads that read replies a chat with one."""
+        """Return the rows with a text that is not blank; for heads that read replies, the rows with a reply."""
         rows = [row for row, text in enumerate(texts) if (text.strip() if isinstance(text, str) else text)]
         if not self.reads_replies:
             return rows
-        # A text without a prompt is refused later: the column of prompts was forgotten.
+        # A plain text has no prompt: encoding it raises, because the column of prompts was forgotten.
         return [row for row in rows if isinstance(texts[row], str) or has_reply(texts[row])]
 
     def _score(self, texts: list[Text]) -> dict[str, ProbeOutput]:
@@ -102,12 +102,12 @@ class TextScorer:
 
 @dataclass
 class ScoringJob:
-    """A job that scores the rows of files, chunk by chunk, into a folder of parquet files, one a chunk.
+    """A job that scores the rows of files, chunk by chunk, into a folder with a parquet file for each chunk.
 
-    Only one chunk is in memory at a time. A chunk's file gets its name when it is complete, and a job that resumes keeps it.
-    The processes of `torchrun` divide the chunks and must see the same `output`; a job may resume with another number of them.
+    Only one chunk is in memory at a time. A chunk's file gets its name when it is complete, and a job that resumes keeps the file.
+    The processes of `torchrun` divide the chunks and must see the same `output`; a job may resume with another number of processes.
 
-    Columns of the output: `file` and `row`, the place of a row (rows count from 0 in each file), `keep_columns`, and those
+    Columns of the output: `file` and `row`, the place of a row (rows count from 0 in each file), `keep_columns`, and the columns
     of `TextScorer`. `_manifest.json` is beside the parquet files.
 
     Attributes:
@@ -136,8 +136,8 @@ class ScoringJob:
             The contents of `_manifest.json`: `format`, `inputs`, `settings`, `complete`, `rows` and `parts`.
 
         Raises:
-            ProbeError: an argument, an input or a head is wrong, or the job was begun with other inputs, heads or
-                settings. Raised before a row is scored, except for damaged rows.
+            ProbeError: an argument, an input or a head is wrong, or the job was begun with other inputs, heads or settings. Only
+                damaged rows raise after others were scored.
         """
         with claimed(self.output):
             check_shared(self.output)
@@ -159,7 +159,7 @@ class ScoringJob:
         return list(dict.fromkeys(name for name in columns if name is not None))
 
     def _survey(self) -> tuple[list[InputFile], dict[str, pa.DataType]]:
-        """Return the files, and the types of the columns to keep: those of the first file that has them."""
+        """Return the files, and the type of each column to keep, from the first file in which the column has a type."""
         files = InputFile.find(self.inputs, self.max_text)
         types: dict[str, pa.DataType] = {}
         for file in files:
@@ -168,7 +168,7 @@ class ScoringJob:
         return files, {name: types.get(name, pa.string()) for name in self.keep_columns}
 
     def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> JSON:
-        """Return the manifest, which is written if the job is new."""
+        """Return the manifest. Write it if the job is new."""
         names = ("backbone", "dtype", "text_column", "prompt_column", "chunk_rows")
         settings: JSON = {name: getattr(self, name) for name in names}
         settings["keep_columns"] = list(self.keep_columns)
@@ -178,7 +178,8 @@ class ScoringJob:
         remove_leftovers(self.output)
         if path.is_file() and not self.resume:
             raise ProbeError(f"{self.output} holds a scoring job: continue with --resume, or give another folder")
-        if not path.is_file() and (parts := sorted(self.output.glob("part-*.parquet"))):
+        parts = sorted(self.output.glob("part-*.parquet"))
+        if parts and not path.is_file():
             raise ProbeError(f"{self.output} holds {parts[0].name} of something else: give another folder")
         return same_settings(path, begun, {"complete": False})
 
@@ -252,7 +253,7 @@ def _columns(head: ProbeModel) -> dict[str, tuple[pa.DataType, str]]:
 
 
 def _warn_of_gaps(file: InputFile, rows: range, scored: list[int], scores: Columns) -> None:
-    """Name rows that have a text and no score. In the output they look like rows without a text."""
+    """Warn of rows that have a text and no score: in the output they look like rows without a text."""
     empty = {name: [place for place in scored if values[place] is None] for name, values in scores.items()}
     names = [name for name, places in empty.items() if places]
     if not names:
@@ -268,7 +269,7 @@ def _warn_of_gaps(file: InputFile, rows: range, scored: list[int], scores: Colum
 def _array(file: InputFile, rows: range, column: pa.Field, values: Sequence[object]) -> pa.Array:
     try:
         if column.type == pa.string():
-            # In json lines large whole numbers are kept as texts, and so is a column that begins with nothing.
+            # Columns of JSON lines that begin with nothing, or that have large whole numbers, are kept as texts.
             values = [json.dumps(value) if type(value) in (int, float, dict, list) else value for value in values]
         array = pa.array(values, column.type)
         if not all(map(_is_kept, values, array.to_pylist())):
@@ -296,7 +297,7 @@ def _write(table: pa.Table, path: Path) -> None:
 
 
 def _digest(head: ProbeModel) -> str:
-    """Return a digest of weights and config, which holds threshold and temperature."""
+    """Return a digest of a head's weights and config (threshold and temperature are in the config)."""
     digest = hashlib.sha256(head.config.to_json_string().encode())
     for name, tensor in sorted(head.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())

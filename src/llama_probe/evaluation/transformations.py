@@ -28,8 +28,8 @@ from ..heads.probe import ProbeModel
 from .prediction import predict_logits
 
 
-# Groups of transformations, and the flagged and harmless rows that are transformed at most. A long text costs as much as a
-# hundred others.
+# Groups of transformations, each with the most flagged and the most harmless rows that it transforms. A pass over a long text
+# costs as much as a hundred passes over short texts.
 GROUPS = {"wrappings": (200, 50), "attacks": (64, 16), "documents": (24, 24), "long": (4, 4)}
 ATTACKS = ("attacks", "documents", "long")
 
@@ -46,23 +46,31 @@ _TOOLS = (
 
 
 Transformation = Callable[[str], Text]
-# A text of the user's, or turns of user and assistant in turn. {text} stands for the text.
+# A message of the user, or messages of user and assistant in turn. {text} stands for the text.
 Wrapping = str | tuple[str, ...]
 
 
-def wrap(wrapping: Wrapping, text: str, system: str | None = None) -> Chat:
-    """Return a text in a wrapping as chat messages, after a system prompt if there is one."""
-    turns = (wrapping,) if isinstance(wrapping, str) else wrapping
-    filled = [("user" if index % 2 == 0 else "assistant", turn) for index, turn in enumerate(turns)]
-    messages = [{"role": role, "content": content.replace("{text}", text)} for role, content in filled]
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
+def _chat(contents: Sequence[str]) -> Chat:
+    """Return messages of user and assistant in turn."""
+    return [{"role": role, "content": content} for role, content in zip(cycle(("user", "assistant")), contents)]
+
+
+def _wrap(wrapping: Wrapping, text: str) -> Chat:
+    contents = (wrapping,) if isinstance(wrapping, str) else wrapping
+    return _chat([content.replace("{text}", text) for content in contents])
+
+
+def _with_system(system: str, text: str) -> Chat:
+    return [{"role": "system", "content": system}, *_chat([text])]
 
 
 def _split(text: str) -> Chat:
-    """Return the thirds of a text as turns of the user."""
-    first, *others = (" ".join(words) for words in np.array_split(text.split(), 3) if len(words))
-    turns = (first, *(turn for part in others for turn in ("Go on.", part)))
-    return wrap(turns, "{text}")  # a text may spell the mark
+    """Return the thirds of a text as messages of the user."""
+    thirds = [" ".join(words) for words in np.array_split(text.split(), 3) if len(words)]
+    contents = thirds[:1]
+    for third in thirds[1:]:
+        contents += ["Go on.", third]
+    return _chat(contents)
 
 
 def _letters(before: str, after: str) -> Transformation:
@@ -131,10 +139,10 @@ def transformations(prompts: PromptFormat, group: str, harmless: Sequence[str] =
 
     Args:
         group: `"wrappings"`: twelve that leave a text as it is; a template without system turns has fewer. For heads that read tool
-            results: JSON, HTML, Markdown, code, a mail, and those of `"documents"`. `"attacks"`: suffixes, role play, other
-            letters, several turns. `"documents"`: the text in 1,300 tokens (about 1,000 words) of harmless text. `"long"`: in
-            2,000, 4,000 and 7,500 tokens.
-        harmless: the harmless texts, in a random order, and again if they are too few. Without them there is no long text.
+            results: JSON, HTML, Markdown, code, a mail, and the transformations of `"documents"`. `"attacks"`: suffixes, role
+            play, other letters, several turns. `"documents"`: the text in 1,300 tokens (about 1,000 words) of harmless text.
+            `"long"`: the text in 2,000, 4,000 and 7,500 tokens.
+        harmless: texts around the text, again if they are too few. Without them there are no documents and no long texts.
     """
     of_tools = prompts.text_role == "tool"
     hidden: dict[str, Transformation] = {
@@ -147,16 +155,17 @@ def transformations(prompts: PromptFormat, group: str, harmless: Sequence[str] =
         return hidden
     if group == "wrappings" and of_tools:
         return _TABLE["results"] | hidden
-    ways = {name: way if callable(way) else partial(wrap, way) for name, way in _TABLE[group].items()}
+    ways = {name: way if callable(way) else partial(_wrap, way) for name, way in _TABLE[group].items()}
     if of_tools:  # turns are a user's
         return {name: way for name, way in ways.items() if isinstance(way("a text"), str)}
     return ways | (_system_prompts(prompts) if group == "wrappings" else {})
 
 
 def _hide(harmless: Sequence[str], tokens: int, place: float, tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """Return a text in so many tokens of harmless texts, whose order depends on the text."""
+    """Return a text in a number of tokens of harmless texts, whose order depends on the text."""
     order = np.random.default_rng(list(text.encode())).permutation(len(harmless))
-    ids, rows = [], 1
+    ids: list[int] = []
+    rows = 1
     while len(ids) < tokens:
         rows *= 2
         around = "".join(harmless[row] + "\n\n" for row in islice(cycle(order), rows))
@@ -167,17 +176,17 @@ def _hide(harmless: Sequence[str], tokens: int, place: float, tokenizer: PreTrai
 
 
 def _system_prompts(prompts: PromptFormat) -> dict[str, Transformation]:
-    """Return the wrappings with a system turn; none if the template has no such turns."""
-    alone = prompts.render(wrap("{text}", "\u2461"))
+    """Return the wrappings with a system turn; none if the template has no system turns."""
+    alone = prompts.render(_chat(["\u2461"]))
     try:
-        before, _, behind = prompts.render(wrap("{text}", "\u2461", system="\u2460")).partition("\u2460")
+        before, _, behind = prompts.render(_with_system("\u2460", "\u2461")).partition("\u2460")
     except ProbeError:
         return {}
     systems = {"short system prompt": "You sell shoes.", "long system prompt": _LONG_SYSTEM, "tools": _TOOLS}
-    default = alone[len(before) : len(alone) - len(behind)]  # what the template writes by itself
+    default = alone[len(before) : len(alone) - len(behind)]  # the template's own system prompt
     if default and alone == before + default + behind:
         systems |= {"system prompt in lower case": default.lower(), "system prompt in capitals": default.upper()}
-    return {name: partial(wrap, "{text}", system=system) for name, system in systems.items()}
+    return {name: partial(_with_system, system) for name, system in systems.items()}
 
 
 # Labels `[rows]`, or `[rows, labels]` of multi-label heads; None if a prompt has more tokens than the backbone can read.
@@ -204,25 +213,26 @@ def kept_labels(
 
     Args:
         head: a head that `check_transformable` allows, bound to its backbone.
-        rows: rows with labels of the head. Of a head that flags one of its labels, those count that have it and get it from the
-            head. A random part of them is transformed, as many as `GROUPS` says.
-        harmless: rows whose harmless texts are put around the flagged ones. Defaults to `rows`.
-        baselines: label the same texts, by name.
+        rows: rows with labels of the head. If the head flags one of its labels, a flagged text has this label and gets it from
+            the head; else each text counts as flagged. Of the flagged and of the harmless texts a random part is transformed; see
+            `GROUPS`.
+        harmless: rows whose harmless texts are put around the flagged texts. Defaults to `rows`.
+        baselines: functions that label the same texts, by name.
 
     Returns:
-        For each group: `rows`, the number of flagged texts that were transformed, and `kept`: by transformation the share of these
-        texts that have the same label as before; `harmless`, the number of transformed texts that neither have a flagged label nor
-        get it, and `alarms`: by transformation the share of harmless texts that get it. By the name of each baseline its `kept`
-        and `alarms`. A share is None without texts, or if a prompt is too long for the backbone.
+        For each group: `rows` and `harmless`, the numbers of flagged and of harmless texts that were transformed; `kept`: by
+        transformation the share of the flagged texts that have the same label as before; and `alarms`: by transformation the
+        share of the harmless texts that get a flagged label. By the name of each baseline its `kept` and `alarms`. A share is
+        None without texts, or if a prompt is too long for the backbone.
     """
     config = head.config
     flagged = config.flagged_index
     limit = getattr(find_decoder(head.backbone).model.config, "max_position_embeddings", None)
-    # A text that is too long as it is gets cut. A transformed text is read whole.
+    # A plain text that is too long is cut. A transformed text is read whole.
     label_cut = partial(_labels, head, replace(prompts, max_length=limit), limit)
     label_whole = partial(_labels, head, replace(prompts, max_length=None), limit)
     plain = _PlainTexts.label(rows, flagged, label_cut)
-    if not len(plain.counted):
+    if not len(plain.flagged):
         label = config.id2label[flagged]
         raise ProbeError(f"{' and '.join(groups)}: no row has the label {label!r} and gets it from the head")
     others = plain if harmless is None else _PlainTexts.label(harmless, flagged, label_cut)
@@ -232,7 +242,7 @@ def kept_labels(
     for group in groups:
         rng = np.random.default_rng(0)
         most, most_harmless = GROUPS[group]
-        chosen = rng.permutation(plain.counted)[:most]
+        chosen = rng.permutation(plain.flagged)[:most]
         safe = rng.permutation(plain.harmless)[:most_harmless]
         shares: dict[str, JSON] = {name: {"kept": {}, "alarms": {}} for name in labellers}
         for name, transform in transformations(prompts, group, around).items():
@@ -254,28 +264,28 @@ def kept_labels(
 
 
 class _PlainTexts(NamedTuple):
-    """Texts as they are: their `labels` from the head, and the places of those that are `counted` and that are `harmless`."""
+    """Texts that are not transformed: their labels from the head, and the places of the flagged and of the harmless texts."""
 
     texts: list[str]
     labels: np.ndarray
-    counted: np.ndarray
+    flagged: np.ndarray
     harmless: np.ndarray
 
     @classmethod
-    def label(cls, rows: LabelledTexts, flagged: int | None, label: Labeller) -> _PlainTexts:
+    def label(cls, rows: LabelledTexts, flagged: int | None, labeller: Labeller) -> _PlainTexts:
         places = [place for place, text in enumerate(rows.texts) if isinstance(text, str)]
         if not places:
             raise ProbeError("wrappings and attacks need rows that are texts, not chats")
         texts = [rows.texts[place] for place in places]
-        labels = label(texts)
+        labels = labeller(texts)
         has_label = _are_flagged(rows.labels[places], flagged)
         gets_label = _are_flagged(labels, flagged)
-        counted = np.arange(len(texts)) if flagged is None else np.flatnonzero(has_label & gets_label)
-        return cls(texts, labels, counted, np.flatnonzero(~(has_label | gets_label)))
+        found = np.arange(len(texts)) if flagged is None else np.flatnonzero(has_label & gets_label)
+        return cls(texts, labels, found, np.flatnonzero(~(has_label | gets_label)))
 
 
 def _are_flagged(labels: np.ndarray, flagged: int | None) -> np.ndarray:
-    """Return which rows have a label to flag. All have one if a head of single labels flags none: no row is then harmless."""
+    """Return which rows have a label to flag. If a head of single labels flags none, all rows have one, and no row is harmless."""
     if labels.ndim == 2:
         return labels.any(axis=1)
     return np.ones(len(labels), bool) if flagged is None else labels == flagged
