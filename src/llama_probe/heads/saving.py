@@ -39,7 +39,6 @@ from ..hub.folder import (
     WEIGHTS_NAME,
     is_head_folder,
     read_results,
-    refuse_code,
     training_results,
 )
 from .configuration import ProbeConfig
@@ -70,7 +69,6 @@ def save_head(
     """
     folder = Path(folder)
     check_writable(folder, "the head")
-    refuse_code(folder)
     make_folder(folder)
     weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()
