@@ -65,7 +65,7 @@ class Reading:
     @property
     def in_words(self) -> str:
         """The label with its probability; for regression the value."""
-        return in_words(self.prediction, self.config, ".0%")
+        return in_words(self.prediction, ".0%")
 
     @property
     def note(self) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from .configuration import ProbeConfig, filled_later
 from .novelty import MeanStates
 
 
-Levels = TypeVar("Levels")
 # A row's label: of multi-label heads a list of names, of regression heads a list of values; None if the head abstains.
 Label = str | list[str] | list[float] | None
 
@@ -215,14 +214,14 @@ def describe_predictions(
     return rows
 
 
-def in_words(prediction: JSON, config: ProbeConfig, style: str = ".2f") -> str:
+def in_words(prediction: JSON, style: str = ".2f") -> str:
     """Return a prediction of `describe_predictions` as text: the label with its probability, which need not be the largest.
 
     Args:
         style: format of a probability.
     """
     scores = prediction["scores"]
-    if config.problem_type == "regression" and "label" not in prediction:
+    if "label" not in prediction:  # of a regression head
         return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     label = prediction["label"]
     if label is None:
@@ -279,7 +278,7 @@ def probe_loss(
     return (rows.sum(dim=1) if reduction == "sum" else rows.mean(dim=1)).mean()
 
 
-class DecidedMixin(Generic[Levels]):
+class DecidedMixin:
     """Base of outputs, which compute probabilities and labels only when they are read: a forward pass never waits for them.
 
     Attributes:
@@ -288,7 +287,7 @@ class DecidedMixin(Generic[Levels]):
             not a field, because the Trainer would gather it.
     """
 
-    abstain_at: Levels | None = None
+    abstain_at: Any = None
     means: MeanStates | None = None
 
     def config_of(self, name: str | None = None) -> ProbeConfig:
@@ -304,7 +303,7 @@ class DecidedMixin(Generic[Levels]):
 
 
 @dataclass
-class ProbeOutput(DecidedMixin[float], ModelOutput):
+class ProbeOutput(DecidedMixin, ModelOutput):
     """The predictions of one head for a batch.
 
     Args:

@@ -32,7 +32,7 @@ from .rules import TURN_SCOPES
 
 logger = logging.get_logger(__name__)
 
-_SIZES = ("hidden_size", "num_hidden_layers")
+SIZES = ("hidden_size", "num_hidden_layers")  # a head cannot run on a backbone of another size
 _PRECISION = ("base_model_dtype", "base_model_quantization")
 _ANOTHER = "another model"
 
@@ -40,7 +40,7 @@ _ANOTHER = "another model"
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
     """Return `config` with the backbone's sizes, name and type, if the config does not have them. Raise if the sizes differ."""
     decoder = find_decoder(lm)
-    for name in _SIZES:
+    for name in SIZES:
         wanted, actual = getattr(config, name), getattr(decoder, name)
         if wanted not in (None, actual):
             base = f"; the head is for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
@@ -72,7 +72,6 @@ class Check:
     Attributes:
         recorded, actual: value of the field in the head and in the backbone; `None` if not known.
         verdict: `"same"`, `"differs"`, `"unknown"`, or `"explained"` if the values differ but the fingerprints agree.
-        fatal: if True, a head cannot run on a backbone with another value.
         guess: what this backbone may be, as the distance of the fingerprints suggests. None if it is the head's backbone.
     """
 
@@ -80,7 +79,6 @@ class Check:
     recorded: str | int | None
     actual: str | int | None
     verdict: str
-    fatal: bool = False
     guess: str | None = None
 
 
@@ -98,7 +96,7 @@ def compare(
     """
     decoder = find_decoder(lm)
     facts = backbone_facts(lm)
-    checks = [_check_field(config, name, getattr(decoder, name), fatal=True) for name in _SIZES]
+    checks = [_check_field(config, name, getattr(decoder, name)) for name in SIZES]
     explained: set[str] = set()  # fields that may differ between copies of one backbone
     if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
         if take_fingerprint is None and not any(parameter.is_meta for parameter in lm.parameters()):
@@ -186,9 +184,7 @@ def _guess(apart: float, allowed: float, quantization: str | None) -> str | None
     return f"fine-tuned since, or {_ANOTHER}"
 
 
-def _check_field(
-    config: ProbeConfig, name: str, actual: str | int | None, explained: bool = False, fatal: bool = False
-) -> Check:
+def _check_field(config: ProbeConfig, name: str, actual: str | int | None, explained: bool = False) -> Check:
     recorded = getattr(config, name)
     is_same = recorded == actual
     if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
@@ -200,4 +196,4 @@ def _check_field(
         verdict = "same"
     else:
         verdict = "explained" if explained else "differs"
-    return Check(name, recorded, actual, verdict, fatal)
+    return Check(name, recorded, actual, verdict)

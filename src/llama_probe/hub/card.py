@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -139,14 +139,6 @@ def kept_share(part: JSON, name: str) -> str:
     alarms = part.get("alarms", {}).get(name)
     text = "too long" if kept is None else f"{kept:.2f}"
     return text if alarms is None else f"{text} ({alarms:.2f})"
-
-
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], aligned: str) -> str:
-    """Return a table in Markdown; `aligned` has `l` or `r` for each column."""
-    rules = "|".join("---" if side == "l" else "---:" for side in aligned)
-    lines = (" | ".join(map(str, cells)) for cells in (columns, *rows))
-    first, *others = (f"| {line} |" for line in lines)
-    return "\n".join([first, f"|{rules}|", *others])
 
 
 def _fence(text: str, least: int) -> str:

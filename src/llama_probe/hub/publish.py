@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..files import check_new_folder, check_writable, current_file, new_folder
+from ..files import current_file, new_folder
 from .card import head_metadata, is_hub_id, read_card, write_card
 from .folder import (
     CARD_NAME,
@@ -112,8 +112,6 @@ def pull_head(
     if reference is None:
         raise ProbeError(f"{source!r} is not a Hub id: write user/repo, with @revision and :subfolder if needed")
     target = Path(folder) if folder is not None else Path(default_name(source))
-    check_writable(target, "the head")
-    check_new_folder(target)
     cached = download_head(reference, options)
     check(cached)
     with new_folder(target) as copy:

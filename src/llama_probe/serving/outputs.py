@@ -56,7 +56,7 @@ class TokenScores:
     counted: torch.Tensor
 
 
-class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
+class ProbedOutputMixin(DecidedMixin):
     """An output of the LM with the results of its heads.
 
     Attributes:
