@@ -103,7 +103,7 @@ def _is_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions(
 
     The Hub's client would repeat its requests for the files of a backbone for half a minute.
     """
-    reference = None if os.path.exists(str(place)) else HubReference.parse(str(place))
+    reference = HubReference.unless_path(place)
     if reference is None:
         return True
     name = repo_folder_name(repo_id=reference.repo_id, repo_type="model")
@@ -181,7 +181,7 @@ def record_commit(lm: transformers.PreTrainedModel, kwargs: Mapping[str, Any]) -
         kwargs: those of `from_pretrained`.
     """
     name, config = lm.config._name_or_path, lm.config
-    if getattr(config, "_commit_hash", None) is not None or os.path.exists(name) or HubReference.parse(name) is None:
+    if getattr(config, "_commit_hash", None) is not None or HubReference.unless_path(name) is None:
         return
     file = PurePosixPath(kwargs.get("subfolder") or "", "config.json")
     path = try_to_load_from_cache(name, str(file), kwargs.get("cache_dir"), kwargs.get("revision"))

@@ -275,7 +275,7 @@ class ProbeConfig:
             layers = list(range(self.num_hidden_layers + 1))
         return layers[-1:] if get_probe_type(self.probe_type).reads == "last" else list(layers)
 
-    def get_text_config(self, decoder: bool | None = None) -> SimpleNamespace:
+    def get_text_config(self) -> SimpleNamespace:
         """Return special tokens that equal any tokenizer's. The stock Trainer compares them, and a head has none."""
         return SimpleNamespace(**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _AnyToken()))
 

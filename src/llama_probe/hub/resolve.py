@@ -132,7 +132,7 @@ def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_
         if alias in heads:
             return heads[alias]
         details = [f"in {backbone}: {', '.join(heads)}"] if heads else []
-    elif backbone and not os.path.exists(backbone) and HubReference.parse(backbone):
+    elif backbone and HubReference.unless_path(backbone) is not None:
         # A repository with a backbone and its heads: both must come from the same commit.
         for place in (alias, f"{PROBES_FOLDER}/{alias}"):
             reference = HubReference(backbone, options.revision or target.revision, place)
@@ -187,7 +187,7 @@ def is_alias(source: object) -> bool:
 
 def default_name(source: str | os.PathLike) -> str:
     """Return a head's name from its subfolder, repository, alias or folder, spelled so that `check_name` allows it."""
-    reference = None if os.path.isdir(source) else HubReference.parse(str(source))
+    reference = HubReference.unless_path(source)
     # abspath keeps the name of a link, and gives `.` the name of its folder.
     path = os.path.abspath(source) if reference is None else reference.subfolder or reference.repo_id
     name = head_name(os.path.basename(path)) or "head"

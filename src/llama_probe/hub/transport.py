@@ -44,6 +44,11 @@ class HubReference:
         match = _REFERENCE.fullmatch(text)
         return None if match is None or text.startswith((".", "/")) else cls(**match.groupdict())
 
+    @classmethod
+    def unless_path(cls, place: str | os.PathLike) -> HubReference | None:
+        """Return the reference that a place spells, or None for an existing path and for anything that is no reference."""
+        return None if os.path.exists(str(place)) else cls.parse(str(place))
+
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.repo_id}{revision}" + (f":{self.subfolder}" if self.subfolder else "")

@@ -86,7 +86,7 @@ def _head_at(place: Any, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
     if config.base_model_revision is not None and not Path(backbone).exists():
         others["revision"] = config.base_model_revision
-    reference = None if os.path.isdir(source) else HubReference.parse(str(source))
+    reference = HubReference.unless_path(source)
     if reference is not None and reference.revision is None:
         source = str(replace(reference, revision=options.revision))
     return backbone, others, {default_name(source): source}
