@@ -5,13 +5,21 @@ python docs/tables.py safety
 """
 
 import sys
+from collections.abc import Iterable, Sequence
 
 from llama_probe.cli.console import with_spread
 from llama_probe.files import JSON
 from llama_probe.heads.configuration import read_config
-from llama_probe.hub.card import kept_share, markdown_table, plain
+from llama_probe.hub.card import kept_share, plain
 from llama_probe.hub.folder import read_results, training_results
 from llama_probe.hub.resolve import ALIASES, bundled_heads
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]], aligned: str) -> str:
+    """Return a table in Markdown; `aligned` has `l` or `r` for each column."""
+    rules = "|".join("---" if side == "l" else "---:" for side in aligned)
+    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in (columns, *rows))
+    return "\n".join([first, f"|{rules}|", *others])
 
 
 def results_table() -> str:

@@ -1,4 +1,4 @@
-"""Kinds of probe heads, and the tokens that they read: modules of the package, without their imports.
+"""Head types, and the tokens that they read: modules of the package, without their imports.
 
 Written by `make runtime`. SPDX-License-Identifier: Apache-2.0
 """
@@ -24,7 +24,7 @@ Dimension letters used in all files of this folder:
     B  batch, N  items to summarise (tokens, or layers), D  hidden size
 """
 
-# What a head type keeps of the items that it has read: a tensor `[S, B, ...]`, `None`, or a tuple or list of these.
+# The state of a head type after some items: a tensor `[S, B, ...]`, `None`, or a tuple or list of states.
 State = Any
 
 
@@ -69,8 +69,8 @@ class Aggregator(nn.Module, ABC):
             neither captured nor cached.
         normalize: default of `ProbeConfig.normalize`.
         training_defaults: fields of `ProbeTrainingArguments` and of `ProbeConfig`, if the user leaves them out.
-        auto_up_to: `probe_type="auto"` takes, of all head types, the smallest value that is at least the number of training rows.
-            0: never.
+        auto_up_to: `probe_type="auto"` takes this type for at most so many training rows; of several types it takes the one with
+            the smallest value. 0: never.
         search_space: further hyper-parameters of a search, by field or option: a tuple (low, high) is a range, a list has
             choices. Combinations that `check` refuses are skipped.
         options: names of `ProbeConfig.options`, each with its default and a help text.
@@ -100,7 +100,7 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Raise `ProbeError` if the head type cannot be built from `config`. Options with a whole number as default must be one."""
+        """Raise `ProbeError` if the head type does not support `config`. An option with an int as default must be an int."""
         if unknown := sorted(set(config.options) - set(cls.options)):
             raise ProbeError(f"options has {unknown}; probe_type={config.probe_type!r} knows {sorted(cls.options)}")
         for name, (default, _) in cls.options.items():
@@ -129,7 +129,7 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        """Take in further items. Return the new state.
+        """Read further items, and return the new state.
 
         Args:
             state: result of an earlier `update` of the same slots, or `None` at the start.
@@ -139,16 +139,16 @@ class Aggregator(nn.Module, ABC):
         """
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
-        """Return what `absorb` takes in of items `[S, B, n, D]`: the items. Done once for items that several states take in."""
+        """Return items `[S, B, n, D]` in the form that `absorb` reads. This is done once for items that several states read."""
         return x
 
     def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        """Take in items that `project` returned. `update` is both."""
+        """Read items from `project`. `update` does both steps."""
         return self.update(state, projected, mask, slots)
 
     @abstractmethod
     def result(self, state: State, slots: slice) -> torch.Tensor:
-        """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
+        """Return the summary of all items read so far: `[S, B, D]`, or another width if the layer stage takes it."""
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
         """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N.
@@ -220,9 +220,9 @@ def drop_masked(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 """Base of the head types that read an item through a linear map to a few numbers."""
 
 class LowRankAggregator(Aggregator):
-    """An `Aggregator` that implements `absorb`, and `projection` instead of `update`: it keeps a few numbers of an item, not D.
+    """An `Aggregator` that keeps a few numbers of an item, not D. It implements `projection` and `absorb` instead of `update`.
 
-    If `projects` is False, items come as `project` gives them.
+    If `projects` is False, items are already projected.
     """
 
     reads_half = True
@@ -234,7 +234,7 @@ class LowRankAggregator(Aggregator):
 
     @abstractmethod
     def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        """Take in projected items `[S, B, n, rank]`, as `update` takes in items."""
+        """Read projected items `[S, B, n, rank]`, as `update` reads items."""
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
         """Map `[S, B, n, D]`, in any float dtype, to `[S, B, n, rank]` in fp32."""
@@ -343,11 +343,11 @@ class LastItemAggregator(Aggregator):
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         if mask is None:
-            return x[:, :, -1].clone()  # what is kept must not keep the states of all tokens alive
-        rows, columns = torch.arange(x.shape[1], device=x.device), mask.shape[1] - 1
-        last = columns - mask.flip(1).int().argmax(dim=1)  # [B]; the last column where nothing counts
+            return x[:, :, -1].clone()  # a view would keep the states of all tokens in memory
+        rows = torch.arange(x.shape[1], device=x.device)
+        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)  # [B]; the last column if no item counts
         newest = x[:, rows, last]  # [S, B, D]
-        if state is None:  # what a row without anything that counts gets here is replaced by a later chunk
+        if state is None:  # a later chunk replaces the item of a row in which no item counts
             return newest
         return torch.where(mask.any(dim=1)[None, :, None], newest, state)
 
@@ -363,8 +363,8 @@ class LastItemAggregator(Aggregator):
 
 """Multi-max pooling: the largest value that any token gives to each of a few learned directions, layer by layer.
 
-A mean thins a short but telling passage out with the length of its prompt; a maximum does not. Maxima of learned projections
-are what Kramár et al. (arXiv 2601.11516) read a single layer with, and Kim (arXiv 1408.5882) the windows of a convolution.
+In a long prompt, a short harmful passage hardly changes a mean, but it changes a maximum. Kramár et al. (arXiv 2601.11516) read
+a single layer with maxima of learned projections, and Kim (arXiv 1408.5882) the windows of a convolution.
 """
 
 @register_probe_type("multimax")
@@ -455,7 +455,7 @@ class AveragedClassifier(Classifier):
     def __init__(self, num_members: int, width: int, num_labels: int):
         super().__init__(num_members * width, num_labels)
         self.num_members = num_members
-        if num_members > 1:  # as if each stood alone
+        if num_members > 1:  # as nn.Linear would set each member's map alone
             bound = 1.0 / math.sqrt(width)
             nn.init.uniform_(self.weight, -bound, bound)
 
@@ -706,18 +706,18 @@ TURN_ROLES = ("user", "tool", "document", "assistant", "system")
 def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Tensor, known: int = 0) -> torch.Tensor:
     """Return the tokens of the turns that a scope names: `[batch, tokens]` bool, on the device of the ids.
 
-    A turn begins behind its opening marker and ends where the next one begins: a user's turn holds the markers that close it
-    and open the reply. All text behind the last such turn counts too, because its writer may have forged the markers in it. If
-    the beginning of a prompt was cut away, the text before its first reply is a user's. A prompt without any marker, which is no
-    chat, counts whole; a warning says so once.
+    A turn begins behind its opening marker and ends where the next turn begins: a user's turn holds the markers that close it
+    and open the reply. All text behind the last named turn counts too, because its writer may have forged the markers in it. If
+    the beginning of a prompt was cut away, the text before its first reply is a user's. A prompt without any marker is no chat:
+    all of it counts, and a warning is logged once.
 
     Args:
-        known: number of first tokens; a reply that begins within them is the LM's own, even if no turn follows it.
+        known: number of first tokens that the LM has seen. A reply that begins within them is the LM's, even if no turn follows.
     """
     # On the host: on a GPU the same lines are 25 kernel launches.
     ids = input_ids.cpu().numpy()
     begins = {role: turn_begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
-    # A turn without a token is none; an opened reply without one is the generation prompt.
+    # A marker without a token behind it opens no turn, except for a reply: it is the generation prompt.
     followed = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1) >= 0
     begins = {role: places if role == "assistant" else places & followed for role, places in begins.items()}
     if "tool" in markers:
@@ -780,7 +780,7 @@ def _running_max(values: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(values, axis=1)
 
 
-"""The tokens of a prompt that a head reads, and the segments of them that it judges by themselves."""
+"""The tokens of a prompt that a head reads, and the segments that it judges by themselves."""
 
 logger = logging.get_logger(__name__)
 
@@ -794,18 +794,17 @@ def token_mask(
 ) -> torch.Tensor:
     """Return which tokens count for a head: `[batch, tokens]` bool.
 
-    The turns that `"last_user"`, `"user"`, `"turns"` and `"tool"` name are found by `config.turn_markers`; see `turn_mask`. No
-    token counts of a chat without such a turn. Without `turn_markers` these scopes are `"content"`, but for `"tool"`.
+    For `"last_user"`, `"user"`, `"turns"` and `"tool"`, `config.turn_markers` find the turns; see `turn_mask`. In a chat without
+    such a turn no token counts. Without `turn_markers`, `"tool"` raises, and the other three scopes are `"content"`.
 
-    With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is not counted in a row that begins with it,
-    after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says
-    so once.
+    With `"content"` and `"all"` the constant prefix (`config.prefix_ids`) does not count in a row that begins with it. A row that
+    begins otherwise (with another system prompt, or without the template) is read whole, and a warning is logged once.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
         attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
-        partial_prompt: the prompts may continue. Nothing counts yet in a row that ends within the constant prefix.
-        seen: leading tokens that heads have read in an earlier call.
+        partial_prompt: the prompts may continue. In a row that ends within the constant prefix no token counts yet.
+        seen: number of leading tokens that heads have read in an earlier call.
     """
     if config.token_scope == "response":
         raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
@@ -828,7 +827,8 @@ def token_mask(
         ids = input_ids if attention_mask is None else input_ids.masked_fill(~mask.to(input_ids.device), -1)
         return mask & turn_mask(config.token_scope, markers, ids, known).to(mask.device)
     prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
-    count, width = len(config.prefix_ids), input_ids.shape[1]
+    count = len(config.prefix_ids)
+    width = input_ids.shape[1]
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
     positions = first + torch.arange(count, device=input_ids.device)  # [B, prefix]
     same = input_ids.gather(1, positions.clamp_max(width - 1)) == prefix
@@ -843,16 +843,16 @@ def token_mask(
 
 
 def number_segments(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor | None:
-    """Return the number of the segment of each token that counts, from 1, and 0 for other tokens: `[batch, tokens]` int64.
+    """Return the number of each token's segment, from 1, and 0 for tokens that do not count: `[batch, tokens]` int64.
 
-    Segments are the parts of a prompt that a head judges by themselves: the turns of a chat. Tokens side by side that count are of
-    one segment.
+    A segment is a part of a prompt that a head judges by itself: a turn of a chat. Neighbouring tokens that count are in one
+    segment.
 
     Args:
         mask (`[batch, tokens]` bool): from `token_mask`.
 
     Returns:
-        The numbers, on the device of the mask; `None` if the head judges no segments, or no row has more than one.
+        The numbers, on the device of the mask; `None` if the head judges no segments, or no row has several segments.
     """
     if not judges_segments(config):
         return None
@@ -864,23 +864,30 @@ def number_segments(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor | N
 
 
 def judges_segments(config: ProbeConfig) -> bool:
-    """Return True if a head judges each segment of a prompt by itself, beside all segments together; see `strongest`.
+    """Return True if a head judges each segment of a prompt by itself, and all segments together; see `strongest`.
 
-    Pooled with others, a turn that is flagged alone may not be. Heads with `token_scope="user"` or `"tool"` do so, if they flag one of
-    two labels or give several labels.
+    The head may miss a harmful turn if it judges only all turns together. Heads with `token_scope="user"` or `"tool"` judge
+    segments if they flag one of two labels, or are multi-label.
     """
     judges = config.flagged_index is not None or config.problem_type == "multi_label_classification"
     return judges and config.token_scope in ("user", "tool") and get_probe_type(config.probe_type).reads == "all"
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
-    """Return, of the tokens that count, `[batch, tokens]`, those that the head's type looks at: all, or the last of each row."""
+    """Return the tokens that the head type reads, `[batch, tokens]`: all tokens that count, or the last one of each row."""
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 
 def check_rows(mask: torch.Tensor, config: ProbeConfig | None = None, first_row: int = 0) -> None:
-    """Raise `ProbeError` if no token counts in a row of `mask`, counted from `first_row`. Heads of tools may read none."""
-    if (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
+    """Raise `ProbeError` if no token counts in a row, unless the head reads tool results, which a prompt may not have.
+
+    Args:
+        first_row: number of the first row of `mask` in the message.
+    """
+    if config is not None and config.token_scope == "tool":
         return
-    empty = ((~mask.any(dim=1)).nonzero().flatten() + first_row).tolist()
+    counts = mask.any(dim=1)
+    if bool(counts.all()):
+        return
+    empty = ((~counts).nonzero().flatten() + first_row).tolist()
     raise ProbeError(f"rows {empty[:8]} hold no token that a head reads: use the chat template or pass probe_mask=")

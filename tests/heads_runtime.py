@@ -11,7 +11,7 @@ _IMPORT = re.compile(r"^(import|from) .*?(\([^)]*\))?\n", re.MULTILINE)
 # Whole modules of `heads`, in the order of their imports.
 _MODULES = "aggregator low_rank pooling gate last multimax mean_attention attention turns scope"
 HEADS_FILE = ROOT / "modeling" / "heads_llama_probe.py"
-_HEADER = '''"""Kinds of probe heads, and the tokens that they read: modules of the package, without their imports.
+_HEADER = '''"""Head types, and the tokens that they read: modules of the package, without their imports.
 
 Written by `make runtime`. SPDX-License-Identifier: Apache-2.0
 """

@@ -24,8 +24,10 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# A save puts its complete files into this folder first. The end of a name marks a file that the save removes.
-PENDING, _GONE = ".new-files", ".gone"
+# A save puts its complete files into this folder first.
+PENDING = ".new-files"
+# In this folder, this end of a name marks a file that the save removes.
+_GONE = ".gone"
 _TEMPORARY = ".tmp"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -63,9 +65,9 @@ def check_new_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a scratch folder whose files are moved into a missing or empty `folder` at the end; nothing remains after an error.
+    """Make a scratch folder whose files move into a missing or empty `folder` at the end. After an error nothing remains.
 
-    An empty folder that exists is filled, not replaced: it may be a link, a mount, or a working directory.
+    An empty folder is filled, not replaced, because it may be a link, a mount, or a working directory.
     """
     check_new_folder(folder)
     make_folder(folder.parent)
@@ -77,7 +79,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         if not exists:
             written.replace(folder)
             return
-        # The config comes last: it is what makes the folder a head or a model.
+        # The config comes last: with it the folder becomes a head or a model.
         for item in sorted(written.iterdir(), key=lambda item: item.name.endswith("config.json")):
             item.replace(folder / item.name)
 
@@ -115,19 +117,20 @@ def replace_files(folder: Path, contents: dict[str, Content], gone: Iterable[str
 def current_file(folder: str | os.PathLike, name: str) -> Path:
     """Return the path at which a file that `replace_files` writes is now. The file need not exist."""
     pending = Path(folder) / PENDING
-    moving = (pending / name, pending / f"{name}{_GONE}")
-    return moving[0] if not os.path.islink(pending) and any(map(os.path.lexists, moving)) else Path(folder) / name
+    is_pending = os.path.lexists(pending / name) or os.path.lexists(pending / f"{name}{_GONE}")
+    return pending / name if is_pending and not pending.is_symlink() else Path(folder) / name
 
 
 def folder_state(folder: str | os.PathLike, name: str) -> tuple:
     """Return a value that changes whenever `replace_files` replaces a file, or moves any file of the folder to its place."""
-    identity, pending = None, []
+    identity = None
+    pending: list[str] = []
     for path in (current_file(folder, name), Path(folder) / name):
-        with suppress(OSError):  # there is none, or it has just moved to its place
+        with suppress(OSError):  # there is no such file, or it has just moved to its place
             status = os.stat(path)
             identity = status.st_ino, status.st_mtime_ns, status.st_size
             break
-    # Listed last: else a save that begins in between might move its files unnoticed.
+    # This is listed last, because a save that begins in between could move its files unnoticed.
     with suppress(OSError):
         pending = sorted(os.listdir(Path(folder) / PENDING))
     return identity, pending
@@ -161,9 +164,9 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextmanager
 def _staged(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()) -> Iterator[Path]:
-    """Give a temporary folder in a folder, with the files that are to go there; at the end it is removed.
+    """Write files into a temporary folder inside `folder`, and remove it at the end.
 
-    It is locked, and a lock ends with its process: so `remove_leftovers` of another process can tell that it is in use.
+    The temporary folder is locked until its process ends, so that `remove_leftovers` of another process leaves it alone.
     """
     for name in (*contents, *gone):
         if (folder / name).is_dir() and not (folder / name).is_symlink():
@@ -243,9 +246,12 @@ def package_version() -> str:
 
 
 def short_path(path: str) -> str:
-    """Return the last two parts of a path that exists, because the others differ between machines, else the text itself.
+    """Return the last two parts of a path that exists, because the first parts differ between machines; else the text itself.
 
     A configuration and a split behind a folder, `FOLDER::test`, are kept.
     """
-    place, colon, split = (path, "", "") if os.path.exists(path) else path.partition(":")
-    return ("/".join(Path(place).parts[-2:]) or place) + colon + split if os.path.exists(place) else path
+    place = path if os.path.exists(path) else path.partition(":")[0]
+    if not os.path.exists(place):
+        return path
+    short = "/".join(Path(place).parts[-2:]) or place
+    return short + path[len(place) :]

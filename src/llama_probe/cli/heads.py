@@ -9,7 +9,7 @@ from functools import partial
 from ..backbone.loading import DtypeName, backbone_target, load_backbone
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig, read_config
-from ..heads.match import Check, compare
+from ..heads.match import SIZES, Check, compare
 from ..heads.probe import ProbeModel
 from ..hub.resolve import bundled_heads
 from ..hub.transport import HubOptions
@@ -60,7 +60,7 @@ def _print_checks(probe: str, backbone: str, checks: list[Check]) -> None:
     print_table(f"{probe} on {backbone}", ("", "the head was trained with", "this backbone", "verdict"), rows, left=4)
     differing = [check for check in checks if check.verdict == "differs"]
     guess = next((check.guess for check in checks if check.guess), None)  # from the fingerprints
-    if any(check.fatal for check in differing):
+    if any(check.field in SIZES for check in differing):
         print("The head cannot run on this backbone: it was made for a model of another size.")
     elif differing:
         print(f"The head runs on this backbone{f' ({guess}?)' if guess else ''}, but its scores may be meaningless.")

@@ -68,7 +68,7 @@ def generate(
         out = model.generate(**inputs, **settings)
         for text, reply, record in zip(part, out.texts, out.describe(len(part)), strict=True):
             rows.append({"prompt": text, **record, "reply": reply})
-    return rows, partial(print_rows, rows, configs)
+    return rows, partial(print_rows, rows)
 
 
 def _configs_of(heads: dict[str, ProbeModel], abstain_at: float | None) -> dict[str, ProbeConfig]:
@@ -139,7 +139,7 @@ def classify(
         {"prompt": text, "probes": {name: each[row] for name, each in described.items()}}
         for row, text in enumerate(texts)
     ]
-    return rows, partial(print_rows, rows, configs)
+    return rows, partial(print_rows, rows)
 
 
 def _read_prompts(prompts: list[str] | None) -> list[str]:
@@ -154,7 +154,7 @@ def _read_prompts(prompts: list[str] | None) -> list[str]:
     return texts
 
 
-def print_rows(rows: list[JSON], configs: dict[str, ProbeConfig]) -> None:
+def print_rows(rows: list[JSON]) -> None:
     """Print a table of prompts, of replies if there are any, and of what each head says."""
     has_replies = "reply" in rows[0]
     columns = ["prompt", *(["reply"] if has_replies else []), *rows[0]["probes"]]
@@ -163,7 +163,7 @@ def print_rows(rows: list[JSON], configs: dict[str, ProbeConfig]) -> None:
         cells = [row["prompt"]]
         if has_replies:
             cells.append(f"halted: {row['reply']}" if row.get("halted") else row["reply"])
-        for name, prediction in row["probes"].items():
-            cells.append("-" if prediction is None else in_words(prediction, configs[name]))
+        for prediction in row["probes"].values():
+            cells.append("-" if prediction is None else in_words(prediction))
         lines.append(cells)
     print_table(None, columns, lines, left=len(columns), show_lines=has_replies)

@@ -58,7 +58,7 @@ class Reading:
     @property
     def in_words(self) -> str:
         """The label with its probability; for regression the value."""
-        return in_words(self.prediction, self.config, ".0%")
+        return in_words(self.prediction, ".0%")
 
     def shown(self, position: int, width: int) -> str:
         """Return a token on one line, without the spaces around it, in at most `width` characters."""

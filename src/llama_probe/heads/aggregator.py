@@ -20,7 +20,7 @@ from .configuration import ProbeConfig
 from .registry import get_probe_type, register_probe_type  # noqa: F401 - for the head types
 
 
-# What a head type keeps of the items that it has read: a tensor `[S, B, ...]`, `None`, or a tuple or list of these.
+# The state of a head type after some items: a tensor `[S, B, ...]`, `None`, or a tuple or list of states.
 State = Any
 
 
@@ -65,8 +65,8 @@ class Aggregator(nn.Module, ABC):
             neither captured nor cached.
         normalize: default of `ProbeConfig.normalize`.
         training_defaults: fields of `ProbeTrainingArguments` and of `ProbeConfig`, if the user leaves them out.
-        auto_up_to: `probe_type="auto"` takes, of all head types, the smallest value that is at least the number of training rows.
-            0: never.
+        auto_up_to: `probe_type="auto"` takes this type for at most so many training rows; of several types it takes the one with
+            the smallest value. 0: never.
         search_space: further hyper-parameters of a search, by field or option: a tuple (low, high) is a range, a list has
             choices. Combinations that `check` refuses are skipped.
         options: names of `ProbeConfig.options`, each with its default and a help text.
@@ -96,7 +96,7 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def check(cls, config: ProbeConfig) -> None:
-        """Raise `ProbeError` if the head type cannot be built from `config`. Options with a whole number as default must be one."""
+        """Raise `ProbeError` if the head type does not support `config`. An option with an int as default must be an int."""
         if unknown := sorted(set(config.options) - set(cls.options)):
             raise ProbeError(f"options has {unknown}; probe_type={config.probe_type!r} knows {sorted(cls.options)}")
         for name, (default, _) in cls.options.items():
@@ -125,7 +125,7 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        """Take in further items. Return the new state.
+        """Read further items, and return the new state.
 
         Args:
             state: result of an earlier `update` of the same slots, or `None` at the start.
@@ -135,16 +135,16 @@ class Aggregator(nn.Module, ABC):
         """
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
-        """Return what `absorb` takes in of items `[S, B, n, D]`: the items. Done once for items that several states take in."""
+        """Return items `[S, B, n, D]` in the form that `absorb` reads. This is done once for items that several states read."""
         return x
 
     def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        """Take in items that `project` returned. `update` is both."""
+        """Read items from `project`. `update` does both steps."""
         return self.update(state, projected, mask, slots)
 
     @abstractmethod
     def result(self, state: State, slots: slice) -> torch.Tensor:
-        """Return the summary of all items taken in so far, `[S, B, D]`, or of any width that the layer stage takes."""
+        """Return the summary of all items read so far: `[S, B, D]`, or another width if the layer stage takes it."""
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor | None:
         """Return how much each item counted: `[S, B, N]`, at least 0, 0 off the mask, summing to 1 over N.

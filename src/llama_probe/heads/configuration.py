@@ -1,4 +1,4 @@
-"""`ProbeConfig`: all that a saved head needs to be rebuilt and used as it was trained."""
+"""`ProbeConfig`: how a head is built, what it was trained on, and how its scores become labels."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _AnyToken(list[int]):
 
 
 def filled_later() -> Any:
-    """Return a field of a dataclass that may be left out, and has a value before it is read."""
+    """Return a field of a dataclass that the constructor, or the caller, sets before it is read."""
     return field(default=None)
 
 
@@ -72,22 +72,26 @@ class ProbeConfig:
         layer_dropout: probability in training that a layer's summary is replaced by zeros.
         layers: `"all"` or a list of state indices. 0 is the embedding output, `num_hidden_layers` the last state
             after the final norm, as in `output_hidden_states`.
-        token_scope: tokens that count. `"last_user"`: the user's last turn and all behind it. `"user"`: what users, tools and
-            documents say, in all turns. `"tool"`: what tools and documents say; without them no label is flagged. `"turns"`: all
-            turns. These are found by `turn_markers`; each of "user" and "tool" is judged by itself too, see
+        token_scope: tokens that count.
+
+            - `"prompt"`: the whole prompt. `"content"`: the prompt without `prefix_ids`.
+            - `"last_user"`: the user's last turn and all text behind it. `"turns"`: all turns.
+            - `"user"`: the text of users, tools and documents, in all turns.
+            - `"tool"`: the text of tools and documents. A prompt without such a text gets no flagged label.
+            - `"response"`: the reply. `"all"`: `"content"` and the reply. These heads score each token of the reply.
+
+            Turns are found by `turn_markers`. Heads with `"user"` or `"tool"` also judge each turn by itself; see
             `judges_segments`.
-            `"prompt"`: the whole prompt. `"content"`: all but `prefix_ids`. `"response"`: the reply. `"all"`: `"content"` and the
-            reply. Heads that read replies score each token of them.
-        causal: if True, what the token stage computes of a token does not depend on later ones. Defaults to True for the
-            scopes that read replies, which need it, else False. Only `mha` differs.
+        causal: if True, what the token stage computes of a token does not depend on later tokens. Defaults to True for scopes
+            with the reply, which need it, else to False. Of the head types here only `mha` depends on it.
         prefix_ids: token ids of the constant beginning of every prompt.
-        turn_markers: by role (`"user"`, `"assistant"`, and if the template has them `"system"`, `"tool"`, `"document"`) what
-            opens a turn: `{"ids": [...], "skip": n}`, token ids and the number of tokens behind them that belong to
-            the marker but may merge with the text. None if the template has none: a turn scope then reads the whole
-            prompt.
-        prompt_format: `"chat"` (the tokenizer's chat template) or `"raw"`: rendering of the training prompts. `"unknown"`
-            if the user has tokenised them.
-        system_prompt: system turn of the training prompts; None leaves it to the template.
+        turn_markers: what opens a turn, by role: `"user"` and `"assistant"`, and `"system"`, `"tool"` and `"document"` if the
+            chat template has them. An entry is `{"ids": [...], "skip": n}`: token ids, and the number of tokens behind them
+            that belong to the marker but may merge with the text. None if the template has no markers: a turn scope then
+            reads the whole prompt.
+        prompt_format: how the training prompts were rendered: `"chat"` (by the tokenizer's chat template), `"raw"`, or
+            `"unknown"` if the user tokenised them.
+        system_prompt: system turn of the training prompts; with None the template decides.
         max_length: number of tokens to which training prompts were cut; None for no limit.
         chat_template_hash: sha256 of the chat template in training.
         hidden_size, num_hidden_layers, vocab_size: sizes of the backbone.
@@ -95,17 +99,17 @@ class ProbeConfig:
             backbone, its commit on the Hub, its `model_type` and its class.
         base_model_dtype, base_model_quantization: format of the backbone's weights in training; None if not quantised.
         fingerprint: 32 numbers that summarise the backbone's states for a fixed input.
-        flagged: names of the labels that the head is there to find, such as `["harmful"]`. `halt_on` halts on them. Thresholds
-            and metrics of a head of two labels are those of the flagged one. Defaults to the second of two labels if the labels have
-            no names, or if a threshold is given; else to None, and `halt_on` must name a label.
-        threshold: two labels: probability of the flagged label from which it is given (None: the larger one wins).
-            Multi-label: one value, or one a label (None: 0.5).
+        flagged: names of the labels that the head is there to find, such as `["harmful"]`. `halt_on` halts on them. For a head
+            of two labels, thresholds and metrics are about the flagged label. Defaults to the second of two labels if the
+            labels have no names, or if a threshold is given. Otherwise defaults to None, and `halt_on` must name a label.
+        threshold: for two labels, the probability from which the head gives the flagged label (None: the label with the larger
+            probability). For multi-label heads one value, or one value a label (None: 0.5).
         thresholds: further thresholds of a head of two labels, by name, such as `{"fpr-2%": 0.31}`.
         temperature: logits are divided by it before they become probabilities. Positive.
-        novelty: `{"layers": [...], "rank": n}` if the head tells how unlike its training data a prompt is: the layers, of those
-            that it reads, and the number of directions of `Novelty`. None if that was not fitted.
+        novelty: `{"layers": [...], "rank": n}` if the head measures how unlike its training data a prompt is: the layers, which
+            must be among those that the head reads, and the number of directions of `Novelty`. None without a fitted `Novelty`.
         options: hyper-parameters of a head type that have no field of their own: `num_maxima` and `num_members` of `multimax`.
-        weights_sha256: digest of the weights file. Stamped when saved, as are `llama_probe_version` and
+        weights_sha256: digest of the weights file. `save_pretrained` sets this, `llama_probe_version` and
             `transformers_version`.
 
     Raises:
@@ -156,7 +160,7 @@ class ProbeConfig:
     llama_probe_version: str | None = None
     transformers_version: str | None = None
 
-    # What heads in training put out for their loss, and a Trainer does not gather.
+    # Outputs for the loss, which a Trainer does not gather.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["by_head", "token_logits", "token_mask"]
 
     def __post_init__(self):
@@ -172,8 +176,9 @@ class ProbeConfig:
         if self.layers != "all":
             self.layers = sorted(self.layers)
             if self.num_hidden_layers is not None and self.layers[-1] > self.num_hidden_layers:
-                most = f"num_hidden_layers={self.num_hidden_layers}"
-                raise ProbeError(f"layers={self.layers!r} must be from 0 to {most}")
+                raise ProbeError(
+                    f"layers={self.layers!r} must be from 0 to num_hidden_layers={self.num_hidden_layers}"
+                )
         if self.novelty is not None:
             self.check_supports_novelty()
             sized = self.layers != "all" or self.num_hidden_layers is not None
@@ -182,27 +187,28 @@ class ProbeConfig:
         head_type.check(self)
 
     def _check_flagged(self) -> None:
-        names, single = list(self.id2label.values()), self.problem_type == "single_label_classification"
+        names = list(self.id2label.values())
         self.flagged = flagged_by(vars(self), names)
         if self.flagged is None:
             return
         if self.problem_type == "regression":
             raise ProbeError(f"flagged={self.flagged} must be None: a regression has no labels")
-        most = len(names) - single  # one of them must be left for what is not flagged
+        is_single = self.problem_type == "single_label_classification"
+        most = len(names) - 1 if is_single else len(names)  # rows that are not flagged need a label too
         if not set(self.flagged) <= set(names) or len(self.flagged) > most:
             raise ProbeError(f"flagged={self.flagged} must be at most {most} of the labels: {', '.join(names)}")
 
     def _check_thresholds(self) -> None:
-        multi_label, two = self.problem_type == "multi_label_classification", self.has_two_labels
+        is_multi_label = self.problem_type == "multi_label_classification"
         head = f"num_labels={self.num_labels}, problem_type={self.problem_type!r}"
         if isinstance(self.threshold, list):
-            fits = multi_label and len(self.threshold) == self.num_labels
+            fits = is_multi_label and len(self.threshold) == self.num_labels
         else:
-            fits = self.threshold is None or multi_label or two
+            fits = self.threshold is None or is_multi_label or self.has_two_labels
         if not fits:
             needed = "needs two labels (one number) or a multi-label head (one number, or one a label)"
             raise ProbeError(f"threshold={self.threshold!r} {needed}, not {head}")
-        if self.thresholds and not two:
+        if self.thresholds and not self.has_two_labels:
             raise ProbeError(f"thresholds={self.thresholds!r} needs two labels, not {head}")
 
     @property
@@ -212,11 +218,11 @@ class ProbeConfig:
 
     @property
     def flagged_index(self) -> int | None:
-        """Index of the flagged one of two labels; None for other heads, and for a head that flags none."""
+        """Index of the flagged label, for a head of two labels that flags one; else None."""
         return self.label2id[self.flagged[0]] if self.has_two_labels and self.flagged else None
 
     def need_flagged_index(self, purpose: str) -> int:
-        """Return `flagged_index`. If there is none, raise `ProbeError` with a message that begins with `purpose`."""
+        """Return `flagged_index`. If it is None, raise `ProbeError` with a message that begins with `purpose`."""
         names = list(self.id2label.values())
         if not self.has_two_labels:
             head = f"{self.problem_type} of {', '.join(names)}"
@@ -239,12 +245,12 @@ class ProbeConfig:
 
     @property
     def reads_reply(self) -> bool:
-        """True if tokens of the reply count; they are scored one by one while they are generated."""
+        """True if tokens of the reply count. The head then scores them one by one while they are generated."""
         return self.token_scope in REPLY_SCOPES
 
     @property
     def skips_replies(self) -> bool:
-        """True if the LM's own replies do not count in a prompt that continues after them."""
+        """True if the LM's own replies in a longer chat do not count."""
         return self.token_scope in ("user", "tool") and self.turn_markers is not None
 
     @property
@@ -254,14 +260,14 @@ class ProbeConfig:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """`hidden_size` and `num_hidden_layers`. Raises `ProbeError` if one of them is not known yet."""
+        """`hidden_size` and `num_hidden_layers`. Raises `ProbeError` if the config does not have both."""
         if self.hidden_size is None or self.num_hidden_layers is None:
             raise ProbeError("hidden_size and num_hidden_layers are not known: give both, or pass backbone=")
         return self.hidden_size, self.num_hidden_layers
 
     @property
     def layer_indices(self) -> list[int]:
-        """State indices that the head reads, ascending: those of `layers` that the head type uses."""
+        """State indices that the head reads, ascending: `layers`, or the last of them for a head type that reads no others."""
         layers = self.layers
         if layers == "all":
             if self.num_hidden_layers is None:
@@ -269,15 +275,15 @@ class ProbeConfig:
             layers = list(range(self.num_hidden_layers + 1))
         return layers[-1:] if get_probe_type(self.probe_type).reads == "last" else list(layers)
 
-    def get_text_config(self, decoder: bool | None = None) -> SimpleNamespace:
-        """Return what the stock Trainer compares with the tokenizer: a head has no special tokens, and any will do."""
+    def get_text_config(self) -> SimpleNamespace:
+        """Return special tokens that equal any tokenizer's. The stock Trainer compares them, and a head has none."""
         return SimpleNamespace(**dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _AnyToken()))
 
     def replace(self, **changes: Any) -> ProbeConfig:
         """Return a checked copy with some fields changed. Flagged labels stay flagged if `id2label` gives them other names.
 
         Raises:
-            ProbeError: a value is not allowed, or a head that flags none of two labels gets a threshold without `flagged`.
+            ProbeError: a value is not allowed, or a head of two labels that flags no label gets a threshold without `flagged`.
         """
         has_threshold = any(changes.get(name) is not None for name in ("threshold", "thresholds"))
         if self.has_two_labels and has_threshold and "flagged" not in changes:
@@ -308,7 +314,7 @@ class ProbeConfig:
         write_atomically(Path(save_directory) / CONFIG_NAME, text)
 
     def to_dict(self) -> JSON:
-        """Return JSON values; `from_dict` gives the same config back."""
+        """Return the fields as JSON values, for `from_dict`."""
         values = dataclasses.asdict(self)
         values["id2label"] = {str(index): name for index, name in self.id2label.items()}
         values["label2id"] = self.label2id
@@ -322,7 +328,7 @@ class ProbeConfig:
 
     @classmethod
     def from_dict(cls, values: JSON) -> tuple[ProbeConfig, list[str]]:
-        """Build a config from JSON values. Return it with the keys that this version does not know.
+        """Build a config from JSON values. Return the config, and the keys that this version does not know.
 
         Raises:
             ProbeError: `values` is not a dict, or holds a value that is not allowed.
@@ -336,12 +342,12 @@ class ProbeConfig:
 
 
 def shared_layers(configs: Iterable[ProbeConfig]) -> list[int]:
-    """Return the indices of the states that at least one of several heads reads, ascending."""
+    """Return the indices of the states that several heads read, ascending and each once."""
     return sorted({layer for config in configs for layer in config.layer_indices})
 
 
 def _digest(values: JSON) -> str:
-    """Return a digest of the values of a config, as a file holds them. Those that say nothing about scores may change."""
+    """Return a digest of the values of a config in JSON. Fields that do not change scores are left out."""
     scored = {key: value for key, value in values.items() if key not in ("config_sha256", *NOT_SCORED)}
     return hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()
 

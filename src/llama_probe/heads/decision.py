@@ -1,11 +1,11 @@
-"""From logits to probabilities, labels and losses: the one place that knows what a `problem_type` means."""
+"""From logits to probabilities, labels and losses, for each `problem_type`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from .configuration import ProbeConfig, filled_later
 from .novelty import MeanStates
 
 
-Levels = TypeVar("Levels")
 # A row's label: of multi-label heads a list of names, of regression heads a list of values; None if the head abstains.
 Label = str | list[str] | list[float] | None
 
@@ -34,10 +33,10 @@ def probabilities(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
 
 
 def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
-    """Return log p - log(1 - p) of each of `probabilities`, in fp64, `[rows, num_labels]`; of regression heads the logits.
+    """Return log p - log(1 - p) of each probability p, in fp64, `[rows, num_labels]`; for regression heads the logits.
 
-    It ranks rows as p does, even if p rounds to 1. A head that makes no error on its validation rows has a low temperature,
-    and gives 1 to many rows.
+    Log odds rank rows as p does, but still differ where p rounds to 1. A head without an error on its validation rows has a low
+    temperature, and p rounds to 1 for many rows.
     """
     if config.problem_type == "regression":
         return logits
@@ -45,7 +44,7 @@ def log_odds(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor:
     if config.problem_type == "multi_label_classification":
         return scaled
     log_p = scaled.log_softmax(dim=-1)
-    # Only the largest p can be close to 1: 1 - p is what the others make up.
+    # Only the largest p can be close to 1. For it, 1 - p is the sum of the other probabilities.
     best, index = scaled.max(dim=-1, keepdim=True)
     others = scaled.scatter(-1, index, float("-inf")).logsumexp(dim=-1, keepdim=True)
     return (log_p - torch.log1p(-log_p.exp().clamp_max(0.75))).scatter(-1, index, best - others)
@@ -64,9 +63,9 @@ def fill_unread(
     read: torch.Tensor,
     move: Callable[[torch.Tensor, torch.device], torch.Tensor] = torch.Tensor.to,
 ) -> ProbeOutput:
-    """Rule out the flagged labels in rows that held nothing for a head to read. Return the output.
+    """Rule out the flagged labels in rows without a token that the head reads. Return the output.
 
-    Logits of these rows are 0, and -1e4 for flagged labels and for all labels of a multi-label head: their probability is 0.
+    Logits of these rows become 0, or -1e4 (a probability of 0) for flagged labels and for all labels of a multi-label head.
 
     Args:
         read (`[batch]` bool, on the CPU): the rows with a token that counts.
@@ -91,7 +90,7 @@ def check_numbers(scores: torch.Tensor) -> None:
 
 
 def threshold_of(config: ProbeConfig, index: int) -> float | None:
-    """Return the probability from which a head gives the label of an index; `None` if the largest probability decides."""
+    """Return the probability from which a head gives a label, by its index; `None` if the largest probability decides."""
     if isinstance(config.threshold, list):  # multi-label
         return config.threshold[index]
     if config.problem_type == "multi_label_classification":
@@ -120,10 +119,10 @@ def labels(
 ) -> list[Label]:
     """Return the label of each row: a name (single-label), a list of names (multi-label), or a list of floats (regression).
 
-    With `abstain_at`, rows of a larger novelty get `None`.
+    With `abstain_at`, rows with a larger novelty get `None`.
 
     Raises:
-        ProbeError: a probability is not a number, and below any threshold would pass for harmless; or `abstain_at` without
+        ProbeError: a probability is not a number, which would look harmless below any threshold; or `abstain_at` is given without
             `novelty`.
     """
     probs = probs.cpu()
@@ -143,40 +142,36 @@ def labels(
 
 
 def abstaining(outputs: dict[str, ProbeOutput], levels: Mapping[str, float]) -> dict[str, ProbeOutput]:
-    """Have outputs give rows of a novelty above the head's level the label `None`. Return them."""
+    """Set `abstain_at` of the outputs of several heads, and return the outputs."""
     for name, level in levels.items():
         outputs[name].abstain_at = level
     return outputs
 
 
-def reply_outputs(token_logits: torch.Tensor, config: ProbeConfig) -> list[ProbeOutput | None]:
-    """Return the last score of each reply as an output of one row; `None` where no token of it was read."""
-    read = [scores[~scores.isnan().any(dim=-1)][-1:] for scores in token_logits]
-    return [ProbeOutput.from_logits(last, config) if len(last) else None for last in read]
-
-
 def flagged_score(logits: torch.Tensor, config: ProbeConfig) -> torch.Tensor | None:
-    """Return the score of what a head flags, larger is more likely: logits `[..., num_labels]` to `[...]`.
+    """Return the score of the flagged labels, larger for a more likely label: logits `[..., num_labels]` to `[...]`.
 
-    Of two labels the difference of the logits; of a multi-label head the largest logit of a flagged label, or of any if none is
-    flagged. `None` for other heads.
+    For two labels this is the difference of the logits. For a multi-label head it is the largest logit of a flagged label, or of
+    any label if none is flagged. For other heads it is `None`.
     """
     if config.problem_type == "multi_label_classification":
         names = config.flagged or list(config.id2label.values())
         return logits[..., [config.label2id[name] for name in names]].amax(dim=-1)
-    if (index := config.flagged_index) is None:
+    index = config.flagged_index
+    if index is None:
         return None
     return logits[..., index] - logits[..., 1 - index]
 
 
 def strongest(logits: torch.Tensor, config: ProbeConfig, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the logits that count where one of several flagged is enough: tokens of a reply, or segments of a prompt.
+    """Return the logits of the strongest item, `[..., num_labels]`. Items are tokens of a reply, or segments of a prompt.
 
-    Those with the largest `flagged_score`; of multi-label heads each label's largest; of other heads the last.
+    The strongest item has the largest `flagged_score`. For multi-label heads each label's largest logit is returned; for heads
+    without a flagged label, the logits of the last item.
 
     Args:
-        logits (`[..., tokens, num_labels]`): after each token of the replies, or of each segment.
-        counted (`[..., tokens]`, *optional*): those that count. Defaults to all.
+        logits (`[..., items, num_labels]`): of each item.
+        counted (`[..., items]`, *optional*): true for the items that count. Defaults to all.
     """
     counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if counted is None else counted
     if config.problem_type == "multi_label_classification":
@@ -196,12 +191,12 @@ def describe_predictions(
     Args:
         labels: what `labels` returned for the rows.
         probs (`[rows, num_labels]`): probabilities (regression: values).
-        novelty (`[rows]`, *optional*): of a head that tells it; NaN in rows in which the head reads nothing.
+        novelty (`[rows]`, *optional*): of a head with novelty; NaN in rows without a token that counts.
 
     Returns:
-        For each row `label`, its probability as `score`, and `scores`, the probabilities by label. Multi-label heads have lists as
-        `label` and `score`. A head that abstains has None as both. Regression heads have no `label`, their values as `scores`,
-        and if there is one value, this as `score`. With `novelty` there is `novelty`, None for NaN.
+        For each row `label`, the probability of the label as `score`, and `scores`, the probabilities by label. For multi-label
+        heads `label` and `score` are lists. If the head abstains, both are None. Regression heads have no `label`; `scores` are
+        their values, and `score` is the value of a head that has only one. With `novelty` there is `novelty`, None for NaN.
     """
     rows: list[JSON] = []
     for label, values in zip(labels, probs.tolist(), strict=True):
@@ -219,14 +214,14 @@ def describe_predictions(
     return rows
 
 
-def in_words(prediction: JSON, config: ProbeConfig, style: str = ".2f") -> str:
-    """Return one of `describe_predictions` as text: the label with its own probability, which need not be the largest.
+def in_words(prediction: JSON, style: str = ".2f") -> str:
+    """Return a prediction of `describe_predictions` as text: the label with its probability, which need not be the largest.
 
     Args:
         style: format of a probability.
     """
     scores = prediction["scores"]
-    if config.problem_type == "regression" and "label" not in prediction:
+    if "label" not in prediction:  # of a regression head
         return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
     label = prediction["label"]
     if label is None:
@@ -248,14 +243,13 @@ def probe_loss(
     """Return the loss of a head: cross-entropy, binary cross-entropy a label, or squared error.
 
     Args:
-        logits (`[batch, num_labels]`), targets (see `ProbeModel.forward`). Of several heads in one, which learn from the mean of
-            their losses, `[members, batch, num_labels]`. A multi-label target that is NaN is not known, and has no loss.
+        logits (`[batch, num_labels]`): or `[members, batch, num_labels]`. The members then learn from the mean of their losses.
+        targets: as `labels` of `ProbeModel.forward`. A multi-label target that is NaN is not known, and has no loss.
         class_weights (`[num_labels]`, *optional*): weight of each class (single-label) or of its positives
             (multi-label).
         label_smoothing: share of the target spread evenly over the classes.
         focal_gamma: down-weights rows that are already right by `(1 - p)^gamma` (Lin et al., arXiv 1708.02002).
-        row_weights (`[batch, W]`, *optional*): what each row's loss is multiplied by. Of several members the first takes the
-            first column, and so on, and after W of them the first again.
+        row_weights (`[batch, W]`, *optional*): factors of each row's loss. Member m takes column m modulo W.
     """
     targets = targets.to(logits.device)
     if class_weights is not None:
@@ -284,23 +278,23 @@ def probe_loss(
     return (rows.sum(dim=1) if reduction == "sum" else rows.mean(dim=1)).mean()
 
 
-class DecidedMixin(Generic[Levels]):
-    """Reads probabilities and labels off logits when they are asked for, so that a forward pass never waits for them.
+class DecidedMixin:
+    """Base of outputs, which compute probabilities and labels only when they are read: a forward pass never waits for them.
 
     Attributes:
         abstain_at: novelty above which a row has the label `None`, by head if there are several; `None` for never.
-        means: the `MeanStates` that the novelty of a single head is computed from; `None` if it has no novelty. It is no field:
-            the Trainer would gather it.
+        means: the `MeanStates` from which the novelty of a single head is computed; `None` if the head has no novelty. `means` is
+            not a field, because the Trainer would gather it.
     """
 
-    abstain_at: Levels | None = None
+    abstain_at: Any = None
     means: MeanStates | None = None
 
     def config_of(self, name: str | None = None) -> ProbeConfig:
         """Return the config of a head, by its name if there are several.
 
         Raises:
-            ProbeError: the output is a copy, which knows none.
+            ProbeError: the output is a copy, which has no configs.
         """
         configs = self.__dict__.get("_probe_configs", {})
         if name not in configs:
@@ -309,19 +303,19 @@ class DecidedMixin(Generic[Levels]):
 
 
 @dataclass
-class ProbeOutput(DecidedMixin[float], ModelOutput):
+class ProbeOutput(DecidedMixin, ModelOutput):
     """The predictions of one head for a batch.
 
     Args:
-        loss (scalar, *optional*): where labels were given.
-        logits (`torch.FloatTensor` of shape `[batch, num_labels]`): as the head gave them.
+        loss (scalar, *optional*): with labels.
+        logits (`torch.FloatTensor` of shape `[batch, num_labels]`): without the temperature.
         token_weights (`[batch, layers_read, tokens]`, *optional*): how much each token counted in the summary of each
             layer that the head reads, ascending; sums to 1 over the tokens, 0 on padding.
         layer_weights (`[batch, layers_read]`, *optional*): how much each layer counted; sums to 1.
         member_logits (`[members, batch, num_labels]`, *optional*): in training, of a head that averages several members.
-        row_weights (`[batch, W]`, *optional*): as they were given, for the loss; see `probe_loss`.
+        row_weights (`[batch, W]`, *optional*): for the loss; see `probe_loss`.
         token_logits (`[members, batch, R, num_labels]`, *optional*): after R tokens of each reply; see `ProbeModel.score_replies`.
-        token_mask (`[batch, R]`, *optional*): the tokens of each reply among them.
+        token_mask (`[batch, R]`, *optional*): true for those of the R columns in which the reply has a token.
     """
 
     loss: torch.Tensor | None = None
@@ -335,7 +329,7 @@ class ProbeOutput(DecidedMixin[float], ModelOutput):
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
-        """Return an output of logits and the config that turns them into labels."""
+        """Return an output with these logits, and with the config that turns them into labels."""
         output = cls(logits=logits)
         output.__dict__["_probe_configs"] = {None: config}
         return output
@@ -347,7 +341,7 @@ class ProbeOutput(DecidedMixin[float], ModelOutput):
 
     @property
     def learned_logits(self) -> torch.Tensor:
-        """The logits that the loss takes: of each member if there are several, else `logits`."""
+        """The logits for the loss: those of each member if there are several, else `logits`."""
         return self.logits if self.member_logits is None else self.member_logits
 
     @property

@@ -19,11 +19,11 @@ class LastItemAggregator(Aggregator):
 
     def update(self, state: State, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
         if mask is None:
-            return x[:, :, -1].clone()  # what is kept must not keep the states of all tokens alive
-        rows, columns = torch.arange(x.shape[1], device=x.device), mask.shape[1] - 1
-        last = columns - mask.flip(1).int().argmax(dim=1)  # [B]; the last column where nothing counts
+            return x[:, :, -1].clone()  # a view would keep the states of all tokens in memory
+        rows = torch.arange(x.shape[1], device=x.device)
+        last = mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)  # [B]; the last column if no item counts
         newest = x[:, rows, last]  # [S, B, D]
-        if state is None:  # what a row without anything that counts gets here is replaced by a later chunk
+        if state is None:  # a later chunk replaces the item of a row in which no item counts
             return newest
         return torch.where(mask.any(dim=1)[None, :, None], newest, state)
 

@@ -10,9 +10,9 @@ from .aggregator import Aggregator, State
 
 
 class LowRankAggregator(Aggregator):
-    """An `Aggregator` that implements `absorb`, and `projection` instead of `update`: it keeps a few numbers of an item, not D.
+    """An `Aggregator` that keeps a few numbers of an item, not D. It implements `projection` and `absorb` instead of `update`.
 
-    If `projects` is False, items come as `project` gives them.
+    If `projects` is False, items are already projected.
     """
 
     reads_half = True
@@ -24,7 +24,7 @@ class LowRankAggregator(Aggregator):
 
     @abstractmethod
     def absorb(self, state: State, projected: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> State:
-        """Take in projected items `[S, B, n, rank]`, as `update` takes in items."""
+        """Read projected items `[S, B, n, rank]`, as `update` reads items."""
 
     def project(self, x: torch.Tensor, slots: slice) -> torch.Tensor:
         """Map `[S, B, n, D]`, in any float dtype, to `[S, B, n, rank]` in fp32."""

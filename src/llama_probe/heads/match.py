@@ -1,4 +1,4 @@
-"""Compares what a head records of its backbone with the backbone at hand."""
+"""Compare the backbone that a head records with the backbone that is loaded."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from .rules import TURN_SCOPES
 
 logger = logging.get_logger(__name__)
 
-_SIZES = ("hidden_size", "num_hidden_layers")
+SIZES = ("hidden_size", "num_hidden_layers")  # a head cannot run on a backbone of another size
 _PRECISION = ("base_model_dtype", "base_model_quantization")
 _ANOTHER = "another model"
 
 
 def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
-    """Return `config` with the backbone's sizes, name and type where it has none."""
+    """Return `config` with the backbone's sizes, name and type, if the config does not have them. Raise if the sizes differ."""
     decoder = find_decoder(lm)
-    for name in _SIZES:
+    for name in SIZES:
         wanted, actual = getattr(config, name), getattr(decoder, name)
         if wanted not in (None, actual):
             base = f"; the head is for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
@@ -54,7 +54,7 @@ def match(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
 
 
 def describe(lm: nn.Module, config: ProbeConfig) -> ProbeConfig:
-    """Return `config` with all that a new head records of its backbone, the fingerprint included."""
+    """Return `config` with all facts that a new head records of its backbone, and its fingerprint."""
     facts = backbone_facts(lm)
     facts["base_model_name_or_path"] = config.base_model_name_or_path or facts["base_model_name_or_path"]
     config = match(lm, config)
@@ -70,17 +70,15 @@ class Check:
     """One config field of a comparison.
 
     Attributes:
-        recorded, actual: its value in the head and in the backbone; `None` if not known.
-        verdict: `"same"`, `"differs"`, `"unknown"`, or `"explained"` if it differs but the fingerprints agree.
-        fatal: if True, a head cannot run on a backbone where the field differs.
-        guess: what a distance of fingerprints suggests that this backbone is; None if it is the head's.
+        recorded, actual: value of the field in the head and in the backbone; `None` if not known.
+        verdict: `"same"`, `"differs"`, `"unknown"`, or `"explained"` if the values differ but the fingerprints agree.
+        guess: what this backbone may be, as the distance of the fingerprints suggests. None if it is the head's backbone.
     """
 
     field: str
     recorded: str | int | None
     actual: str | int | None
     verdict: str
-    fatal: bool = False
     guess: str | None = None
 
 
@@ -90,22 +88,24 @@ def compare(
     tokenizer: transformers.PreTrainedTokenizerBase | None = None,
     take_fingerprint: Callable[[int | None], list[float]] | None = None,
 ) -> list[Check]:
-    """Compare a head's record of its backbone with a backbone, the most decisive fields first.
+    """Compare the backbone that a head records with a loaded backbone. The first entries decide most.
 
     Args:
-        take_fingerprint: gives the backbone's fingerprint for a vocabulary size. Defaults to `fingerprint`, which runs the
-            backbone over 32 tokens, and to none if weights are offloaded.
+        take_fingerprint: returns the backbone's fingerprint for a vocabulary size. Defaults to `fingerprint`, which runs the
+            backbone over 32 tokens. Without an argument, a backbone with offloaded weights has no fingerprint.
     """
-    decoder, facts = find_decoder(lm), backbone_facts(lm)
-    checks = [_check_field(config, name, getattr(decoder, name), fatal=True) for name in _SIZES]
-    explained: set[str] = set()  # what may differ between copies of one backbone
+    decoder = find_decoder(lm)
+    facts = backbone_facts(lm)
+    checks = [_check_field(config, name, getattr(decoder, name)) for name in SIZES]
+    explained: set[str] = set()  # fields that may differ between copies of one backbone
     if config.fingerprint is not None and all(check.verdict != "differs" for check in checks):
         if take_fingerprint is None and not any(parameter.is_meta for parameter in lm.parameters()):
             take_fingerprint = partial(fingerprint, lm)
         checks.append(_compare_fingerprints(config, facts, take_fingerprint))
         if checks[-1].verdict == "same":
             explained = {"base_model_revision", "vocab_size", *_PRECISION}  # a vocabulary may be padded
-            if (path := facts["base_model_name_or_path"]) is not None and Path(path).exists():
+            path = facts["base_model_name_or_path"]
+            if path is not None and Path(path).exists():
                 explained.add("base_model_name_or_path")
     checks += [_check_field(config, name, actual, name in explained) for name, actual in facts.items()]
     if config.prompt_format == "chat" and tokenizer is not None:
@@ -121,15 +121,15 @@ def check_backbone(
     take_fingerprint: Callable[[int | None], list[float]] | None = None,
     alias: str | None = None,
 ) -> None:
-    """Log one warning with all that tells this backbone from the one that a head was trained on.
+    """Log one warning with all differences between this backbone and the backbone of a head.
 
     Args:
         strict: raise instead of the warning.
         alias: of a bundled head, which is for one backbone and its copies.
 
     Raises:
-        ProbeError: the sizes differ, `check_states` refuses the backbone, with `alias` the fingerprint is that of another
-            model, or with `strict` anything else differs.
+        ProbeError: the sizes differ, or `check_states` refuses the backbone. With `alias`, also if the fingerprint is that of
+            another model. With `strict`, also if any other field differs.
     """
     match(lm, config)
     check_states(lm)
@@ -139,7 +139,7 @@ def check_backbone(
     apart = next((check.actual for check in checks if check.guess == _ANOTHER), None)
     if alias is not None and apart is not None:
         raise ProbeError(no_bundled_head(alias, backbone_name(lm), f"its fingerprint is {apart} away from theirs"))
-    # A head is often trained in one dtype and served in another: by itself this means nothing.
+    # A head is often trained in one dtype and served in another. This alone needs no warning.
     telling = [check for check in checks if check.verdict == "differs" and check.field not in _PRECISION]
     if not telling:
         return
@@ -163,7 +163,7 @@ def _compare_fingerprints(
     recorded, actual = config.base_model_quantization, facts["base_model_quantization"]
     allowed = tolerance((config.base_model_dtype, recorded), (facts["base_model_dtype"], actual))
     wanted = f"within {allowed:.1%}"
-    # The fingerprint's tokens are chosen by the recorded vocabulary; a smaller one may not have them.
+    # The fingerprint's tokens are chosen by the recorded vocabulary. A smaller vocabulary may not have them.
     if config.fingerprint is None or take_fingerprint is None or (config.vocab_size or 0) > facts["vocab_size"]:
         return Check("fingerprint", wanted, None, "unknown")
     apart = distance(config.fingerprint, take_fingerprint(config.vocab_size))
@@ -173,7 +173,7 @@ def _compare_fingerprints(
 
 
 def _guess(apart: float, allowed: float, quantization: str | None) -> str | None:
-    """Return what a distance suggests, for the quantization of this backbone if the head was trained without it."""
+    """Return what this backbone may be. `quantization` is that of this backbone, if the head was not trained with it."""
     if apart > UNRELATED:
         return _ANOTHER
     quantised = f"a quantised copy ({quantization})" if quantization else "a quantised copy"
@@ -184,14 +184,16 @@ def _guess(apart: float, allowed: float, quantization: str | None) -> str | None
     return f"fine-tuned since, or {_ANOTHER}"
 
 
-def _check_field(
-    config: ProbeConfig, name: str, actual: str | int | None, explained: bool = False, fatal: bool = False
-) -> Check:
-    recorded, is_same = getattr(config, name), getattr(config, name) == actual
+def _check_field(config: ProbeConfig, name: str, actual: str | int | None, explained: bool = False) -> Check:
+    recorded = getattr(config, name)
+    is_same = recorded == actual
     if name == "base_model_name_or_path":  # copies of one model have different paths, but often the same last part
         is_same = model_name(str(recorded)) == model_name(str(actual))
-    verdict = "same" if is_same else "explained" if explained else "differs"
-    # For the quantization, None means "not quantized". For all other fields, it means "not known".
+    # For the quantization, None means "not quantized". For all other fields, None means "not known".
     if name != "base_model_quantization" and None in (recorded, actual):
         verdict = "unknown"
-    return Check(name, recorded, actual, verdict, fatal)
+    elif is_same:
+        verdict = "same"
+    else:
+        verdict = "explained" if explained else "differs"
+    return Check(name, recorded, actual, verdict)

@@ -1,7 +1,7 @@
 """Multi-max pooling: the largest value that any token gives to each of a few learned directions, layer by layer.
 
-A mean thins a short but telling passage out with the length of its prompt; a maximum does not. Maxima of learned projections
-are what Kramár et al. (arXiv 2601.11516) read a single layer with, and Kim (arXiv 1408.5882) the windows of a convolution.
+In a long prompt, a short harmful passage hardly changes a mean, but it changes a maximum. Kramár et al. (arXiv 2601.11516) read
+a single layer with maxima of learned projections, and Kim (arXiv 1408.5882) the windows of a convolution.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class AveragedClassifier(Classifier):
     def __init__(self, num_members: int, width: int, num_labels: int):
         super().__init__(num_members * width, num_labels)
         self.num_members = num_members
-        if num_members > 1:  # as if each stood alone
+        if num_members > 1:  # as nn.Linear would set each member's map alone
             bound = 1.0 / math.sqrt(width)
             nn.init.uniform_(self.weight, -bound, bound)
 

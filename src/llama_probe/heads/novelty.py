@@ -15,15 +15,18 @@ from .pooling import PoolingAggregator
 from .stream import SlotStates, as_slice
 
 
-FAR = 0.99  # from this novelty on, a prompt counts as unlike the training data
+FAR = 0.99  # a prompt with at least this novelty counts as unlike the training data
 LEVELS = 100  # stored quantiles of the validation rows: 0, 1, ..., 99 %
-MIN_ROWS, MAX_ROWS = 40, 2000  # of training and of validation, each, to fit it; more change nothing
-# Depths of the layers that are read, as shares of the LM's: early ones tell topics and styles apart, the last ones predict tokens.
+# Training rows, and validation rows, that a fit needs, and that it uses at most.
+MIN_ROWS = 40
+MAX_ROWS = 2000
+# Depths of the layers that are read, as shares of the LM's depth. Early layers tell topics and styles apart; the last ones predict
+# tokens.
 _DEPTHS = (0.2, 0.4, 0.6)
 
 
 def novelty_layers(config: ProbeConfig) -> list[int]:
-    """Return the layers of a head whose mean states tell novelty: up to three of those that it reads."""
+    """Return up to three layers, of those that a head reads, for its novelty."""
     config.check_supports_novelty()
     wanted = [depth * config.sizes[1] for depth in _DEPTHS]
     return sorted({min(config.layer_indices, key=lambda layer: abs(layer - depth)) for depth in wanted})
@@ -31,9 +34,10 @@ def novelty_layers(config: ProbeConfig) -> list[int]:
 
 @dataclass
 class MeanStates:
-    """Sums that the novelty `of` has read of a batch. They are cheap to make; `novelty` computes the rest.
+    """The sums of states from which a `Novelty` computes the novelty of a batch, when it is asked for.
 
     Attributes:
+        of: the `Novelty`.
         total (`[S, batch, hidden_size]`): sum of the normalised states of the tokens that count.
         count (`[S, batch]`): number of these tokens.
     """
@@ -44,8 +48,9 @@ class MeanStates:
 
     @classmethod
     def joined(cls, batches: Sequence[MeanStates], order: torch.Tensor) -> MeanStates:
-        """Return the rows of several batches, in the order of their indices in these."""
-        total, count = torch.cat([b.total for b in batches], dim=1), torch.cat([b.count for b in batches], dim=1)
+        """Join batches, and return their rows in a new order: row i is row `order[i]` of the joined batches."""
+        total = torch.cat([batch.total for batch in batches], dim=1)
+        count = torch.cat([batch.count for batch in batches], dim=1)
         return cls(batches[0].of, total[:, order], count[:, order])
 
     @property
@@ -57,20 +62,20 @@ class MeanStates:
 class Novelty(nn.Module):
     """The distance of a prompt's mean states from those of a head's training rows.
 
-    The distance is that of Mahalanobis, with the covariance of probabilistic PCA (Tipping and Bishop, 1999): a few directions and
-    one variance for all others. The mean of many tokens is closer to the centre than that of few, so the distance is
-    divided by what validation rows of that length have. Novelty is the share of validation rows with a smaller distance:
-    0.99 is their 99th percentile. Beyond it the distances are extrapolated with an exponential tail, up to 1.
+    The distance is the Mahalanobis distance, with the covariance of probabilistic PCA (Tipping and Bishop, 1999): a few directions
+    and one variance for all other directions. The mean of many tokens is closer to the centre than the mean of few tokens, so the
+    distance is divided by the distance that validation rows of the same length have. Novelty is the share of validation rows
+    with a smaller distance: 0.99 is the 99th percentile. Beyond it an exponential tail leads up to 1.
 
     Args:
-        config: config of a head, with `novelty` set: `layers`, which the head reads, and `rank`, the number of directions.
+        config: config of a head, with `novelty` set: the layers, and `rank`, the number of directions.
 
     Attributes:
         center (`[S * hidden_size]`): mean of the training rows' mean states.
-        directions (`[rank, S * hidden_size]`): unit vectors along which these vary most.
-        variances (`[rank + 1]`): variance along each of them, and along any other.
-        length (`[2]`): a and b of the log distance to be expected of n tokens, a + b log n.
-        quantiles (`[100]`): quantiles 0, 1, ..., 99 % of the log distance, less the expected one, over validation rows.
+        directions (`[rank, S * hidden_size]`): unit vectors along which the mean states vary most.
+        variances (`[rank + 1]`): variance along each direction, and along any other direction.
+        length (`[2]`): a and b of the expected log distance of n tokens, a + b log n.
+        quantiles (`[100]`): quantiles 0, 1, ..., 99 % of `excess` over validation rows.
     """
 
     def __init__(self, config: ProbeConfig):
@@ -78,7 +83,8 @@ class Novelty(nn.Module):
         if config.novelty is None:
             raise ProbeError("novelty=None must be the layers and the rank of a Novelty")
         self.settings = config.novelty
-        layers, rank = self.settings["layers"], self.settings["rank"]
+        layers = self.settings["layers"]
+        rank = self.settings["rank"]
         self.slots = [config.layer_indices.index(layer) for layer in layers]
         self._means = PoolingAggregator(len(layers), config.replace(pool="mean"))
         width = len(layers) * config.sizes[0]
@@ -99,7 +105,7 @@ class Novelty(nn.Module):
         states.put(mean_slots, (total, count))
 
     def excess(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Return the log distance `[batch]`, less what its number of tokens leads to."""
+        """Return the log distance `[batch]`, minus the expected log distance for its number of tokens."""
         x = self._means.result((total, count), slice(None)).transpose(0, 1).flatten(1) - self.center
         along = x @ self.directions.T  # [B, rank]
         other = (x - along @ self.directions).square().sum(dim=1)
@@ -110,7 +116,8 @@ class Novelty(nn.Module):
     def forward(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Return novelty `[batch]`; NaN for a row without a token that counts. See `MeanStates` for the arguments."""
         with torch.no_grad():
-            excess, levels = self.excess(total, count), self.quantiles
+            excess = self.excess(total, count)
+            levels = self.quantiles
             upper = torch.searchsorted(levels, excess).clamp(1, LEVELS - 1)
             low, high = levels[upper - 1], levels[upper]
             share = ((excess - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
@@ -127,7 +134,7 @@ class Novelty(nn.Module):
         train: tuple[torch.Tensor, torch.Tensor],
         validation: tuple[torch.Tensor, torch.Tensor],
     ) -> Novelty:
-        """Fit the description of training rows, and calibrate it on validation rows: total and count of `MeanStates`."""
+        """Fit a `Novelty` to training rows, and calibrate it on validation rows. Both are total and count of `MeanStates`."""
         novelty = cls(config)
         x = novelty._means.result(train, slice(None)).transpose(0, 1).flatten(1).double()  # [rows, S * D]
         center = x.mean(dim=0)
@@ -144,11 +151,11 @@ class Novelty(nn.Module):
         novelty.center.copy_(center)
         novelty.directions.copy_(directions)
         novelty.variances.copy_(variances)
-        distance = novelty.excess(*validation).double()  # the length is 0 so far
+        distance = novelty.excess(*validation).double()  # the whole distance, because `length` is still 0
         tokens = validation[1][0].double().clamp_min(1).log()
         spread = (tokens - tokens.mean()).square().sum()
         slope = ((tokens - tokens.mean()) * distance).sum() / spread.clamp_min(1e-12)
-        slope = slope.clamp(-0.5, 0)  # noise of tokens that are independent, and none
+        slope = slope.clamp(-0.5, 0)  # from independent tokens to tokens that are all alike
         novelty.length.copy_(torch.stack([(distance - slope * tokens).mean(), slope]))
         levels = torch.arange(LEVELS, dtype=torch.float64) / LEVELS
         novelty.quantiles.copy_(torch.quantile(novelty.excess(*validation).double(), levels))
@@ -158,7 +165,7 @@ class Novelty(nn.Module):
 def abstain_levels(
     abstain_at: float | Mapping[str, float] | None, configs: Mapping[str, ProbeConfig]
 ) -> dict[str, float]:
-    """Return the novelty, by head, above which a row gets no label: one level for all heads, or those of a dict."""
+    """Return, by head, the novelty above which a row gets no label: one level for all heads, or the levels of a dict."""
     if abstain_at is None:
         return {}
     levels = dict(abstain_at) if isinstance(abstain_at, Mapping) else dict.fromkeys(configs, abstain_at)

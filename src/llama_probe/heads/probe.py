@@ -1,7 +1,8 @@
-"""`ProbeModel`: a head. Token stage for each layer, layer stage over the summaries, a linear map to the labels."""
+"""`ProbeModel`: a head, with a token stage for each layer, a layer stage, and a linear map to the labels."""
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,7 @@ from .stream import ProbeState, Segments, SlotStates, as_slice, split_segments
 _HALF = (torch.bfloat16, torch.float16)
 # For so few tokens, casting the weights of a head costs more than its products in fp32.
 _FEW_TOKENS = 128
-# Blocks that `score_replies` reads replies in: summaries of so many tokens are held at once.
+# Number of blocks in which `score_replies` reads replies. It holds as many summaries of each reply at once.
 _BLOCKS = 32
 
 
@@ -48,7 +49,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _drop(x: torch.Tensor, rate: float, dims: int) -> torch.Tensor:
-    """Apply dropout to the last dimension, alike for all that shares the first `dims` dimensions."""
+    """Apply dropout to the last dimension. The first `dims` dimensions draw apart; all others share what they draw."""
     shape = (*x.shape[:dims], *[1] * (x.dim() - dims - 1), x.shape[-1])
     return x * F.dropout(x.new_ones(shape), rate)
 
@@ -56,21 +57,21 @@ def _drop(x: torch.Tensor, rate: float, dims: int) -> torch.Tensor:
 class ProbeModel(nn.Module):
     """A probe head over all hidden states of a frozen causal LM (arXiv 2601.13288, section 3).
 
-    There are two ways in. `forward` takes whole tensors, for training. `init_state`, `step` and `finish` take groups of
-    layers and chunks of tokens while the LM runs. They agree to 1e-5 in fp32.
+    A head scores in two ways. `forward` takes whole tensors, for training. `init_state`, `step` and `finish` take groups of
+    layers and chunks of tokens while the LM runs. Both ways agree to 1e-5 in fp32.
 
-    Parameters are always fp32, even if the module is cast. So are states, except in `step` for more than 128 tokens in half
-    precision: some head types then apply their first linear maps in that dtype.
+    Parameters are always fp32, even if the module is cast. Hidden states are cast to fp32 too, with one exception: in `step`,
+    for more than 128 tokens in half precision, some head types apply their first linear maps in half precision.
 
     Args:
-        config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, or they are read off `backbone`.
-        backbone (`PreTrainedModel`, *optional*): the LM that turns `input_ids` into states in `forward`, without gradients.
-            It is kept outside the module tree, so that `state_dict`, optimizers and checkpoints see only the head. It is set to
-            eval mode, and its parameters stay as they are: LoRA weights that are being trained can be trained on.
+        config (`ProbeConfig`): must hold `hidden_size` and `num_hidden_layers`, unless `backbone` is given.
+        backbone (`PreTrainedModel`, *optional*): the LM that turns `input_ids` into hidden states in `forward`, without
+            gradients. It is kept outside the module tree, so that `state_dict`, optimizers and checkpoints see only the head.
+            It is set to eval mode, and none of its parameters is frozen: LoRA weights can still be trained.
 
     Attributes:
-        results: what was measured of the head, as in the `results.json` of its folder; `None` where nothing was.
-        novelty: tells how unlike the training data a prompt is; `None` where it was not fitted. See `set_novelty`.
+        results: the measurements of the head, as in the `results.json` of its folder; `None` if there are none.
+        novelty: measures how unlike the training data a prompt is; `None` if it was not fitted. See `set_novelty`.
 
     Raises:
         ProbeError: the sizes are missing, or differ from the backbone's.
@@ -83,9 +84,8 @@ class ProbeModel(nn.Module):
     def __init__(self, config: ProbeConfig, backbone: nn.Module | None = None):
         super().__init__()
         if backbone is not None:
-            # A config that knows its backbone keeps what it knows; a new one learns it here.
-            known = config.fingerprint is not None
-            config = match(backbone, config) if known else describe(backbone, config)
+            is_recorded = config.fingerprint is not None
+            config = match(backbone, config) if is_recorded else describe(backbone, config)
         self.hidden_size, self.num_hidden_layers = config.sizes
         self.config = config
         self.results: JSON | None = None
@@ -98,7 +98,7 @@ class ProbeModel(nn.Module):
         self.layer_stage = head_type.create_layer_stage(config)
         self.classifier = head_type.create_classifier(config)
         self.novelty = None if config.novelty is None else Novelty(config)
-        # Whatever torch.set_default_dtype says, which is meant for the LM.
+        # torch.set_default_dtype is meant for the LM.
         super()._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
         self.set_backbone(backbone)
 
@@ -113,7 +113,7 @@ class ProbeModel(nn.Module):
         object.__setattr__(self, "backbone", backbone)
 
     def set_novelty(self, novelty: Novelty) -> None:
-        """Give the head a fitted `Novelty`, and its config the settings. The results of the head stay true."""
+        """Give the head a fitted `Novelty`, and its config the settings. The scores of the head do not change."""
         self.config = self.config.replace(novelty=novelty.settings, weights_sha256=None)
         self.novelty = novelty.to(self.device)
 
@@ -132,9 +132,9 @@ class ProbeModel(nn.Module):
         """Device of the head's parameters."""
         return self.classifier.weight.device
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters of the head, without the backbone's. Heads have no embeddings to exclude."""
-        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+    def num_parameters(self, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters of the head, without the backbone's. A head has no embeddings to exclude."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     # Files and the Hub
 
@@ -243,14 +243,15 @@ class ProbeModel(nn.Module):
                 one tensor `[batch, L+1, tokens, hidden_size]`, or one of the layers alone that the head reads. Any float
                 dtype.
             output_attentions: also returns `token_weights` and `layer_weights`.
-            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's `token_scope`. With `input_ids`, a head with `token_scope="response"` needs it.
-            row_weights (`[batch, W]`, *optional*): what each row counts for in the loss; see `probe_loss`.
-            reply_mask (`[batch, tokens]`, *optional*): true for the tokens of replies, which are then scored as `score_replies` does.
-            segments (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): with a mask, the number of the segment of each token
-                that counts; see `number_segments`. By default a mask that is given is one segment.
+            probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the config's `token_scope`.
+                A head with `token_scope="response"` needs it with `input_ids`.
+            row_weights (`[batch, W]`, *optional*): weight of each row in the loss; see `probe_loss`.
+            reply_mask (`[batch, tokens]`, *optional*): true for the tokens of replies, which `score_replies` then scores.
+            segments (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): number of the segment of each token in the mask;
+                see `number_segments`. By default a given mask is one segment.
 
         Raises:
-            ProbeError: both or neither input given, wrong sizes, or a prompt without a token that counts.
+            ProbeError: both inputs or none are given, sizes are wrong, or no token of a prompt counts.
         """
         if input_ids is not None and hidden_states is None:
             if self.backbone is None:
@@ -265,7 +266,8 @@ class ProbeModel(nn.Module):
             mask = self._checked(attention_mask if probe_mask is None else probe_mask, x.shape[1:3])
         else:
             raise ProbeError("give either input_ids (with a backbone) or hidden_states")
-        output = self.score_batch(self.normalize(x), mask, row_weights, reply_mask, output_attentions, segments)
+        output = self.score(self.normalize(x), mask, output_attentions, segments, reply_mask)
+        output.row_weights = row_weights
         if labels is not None:
             output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
         return output
@@ -279,30 +281,13 @@ class ProbeModel(nn.Module):
         check_rows(mask)
         return mask
 
-    def score_batch(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor | None,
-        row_weights: torch.Tensor | None = None,
-        reply_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        segments: torch.Tensor | None = None,
-    ) -> ProbeOutput:
-        """Score normalised states for the loss: whole rows, or with `reply_mask` as `score_replies` does; see `forward`."""
-        with without_autocast(self.device):
-            if reply_mask is None:
-                output = self.score(x, mask, output_attentions, segments)
-            else:
-                output = self.score_replies(x, mask, reply_mask)
-        output.row_weights = row_weights
-        return output
-
     def score(
         self,
         x: torch.Tensor,
         mask: torch.Tensor | None = None,
         output_attentions: bool = False,
         segments: torch.Tensor | None = None,
+        reply_mask: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """Score normalised states, which several heads can share.
 
@@ -310,13 +295,18 @@ class ProbeModel(nn.Module):
             x (`torch.FloatTensor` of shape `[layers_read, batch, tokens, hidden_size]`): states of the layers that the head
                 reads, ascending.
             mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): true for the tokens that count. Defaults to all.
-            segments (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): as in `forward`. Heads that judge no segments
-                leave them out.
+            segments (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): as in `forward`. A head that judges no segments
+                ignores them.
+            reply_mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): as in `forward`.
         """
+        if reply_mask is not None:
+            with without_autocast(self.device):
+                return self.score_replies(x, mask, reply_mask)
         state = self.init_state(output_attentions=output_attentions)
-        parts, counts = None, None
+        parts = None
+        counts = None
         if segments is not None and judges_segments(self.config) and int(segments.max()) > 1:
-            # The only segment of a row is all of its tokens, which are scored anyway.
+            # If a row has one segment, the score of all its tokens is the score of this segment.
             segments = segments.masked_fill(segments.amax(dim=1, keepdim=True) == 1, 0)
             parts = split_segments(segments.cpu(), partial(torch.Tensor.to, device=self.device))
             counts = segments.amax(dim=1)
@@ -324,28 +314,29 @@ class ProbeModel(nn.Module):
         return self.finish(state, counts, learning=self.training)
 
     def score_replies(self, x: torch.Tensor, mask: torch.Tensor | None, reply_mask: torch.Tensor) -> ProbeOutput:
-        """Score replies at about 32 of their tokens, as `step` scores the text that ends there. Differentiable.
+        """Score replies at about 32 of their tokens, each as the end of the text so far. Differentiable.
 
-        The tokens are read in blocks, and a summary is taken after each: all tokens of short replies are scored. In training the
-        borders of the blocks are drawn anew each time. Memory: what `update` keeps of `x` once, and for each block the summaries
-        `[layers_read, batch, width]`; for `mha` the keys and values of the tokens before it as well.
+        The tokens are read in blocks, and a summary is taken after each block. A short reply has blocks of one token. In training
+        the borders of the blocks are drawn anew each time. Memory: what `update` keeps of `x`, and the summaries
+        `[layers_read, batch, width]` of each block; for `mha` also the keys and values of the tokens before each block.
 
         Args:
             reply_mask (`torch.BoolTensor` of shape `[batch, tokens]`): the tokens of the replies.
 
         Returns:
-            An output with `token_logits` and `token_mask`. Its `logits` are those of `strongest`.
+            An output with `token_logits` and `token_mask`. `strongest` chooses its `logits` from the token logits.
         """
         mask = torch.ones_like(reply_mask, dtype=torch.bool) if mask is None else mask
         reply_mask = reply_mask.bool().to(mask.device) & mask
         columns = reply_mask.any(dim=0).nonzero().flatten().tolist()
-        first, end = columns[0], columns[-1] + 1
-        width = -(-(end - first) // _BLOCKS)
+        first = columns[0]
+        end = columns[-1] + 1
+        width = math.ceil((end - first) / _BLOCKS)
         offset = int(torch.randint(1, width + 1, ())) if self.training else width
         stops = [*range(first + offset, end, width), end]
         parts = list(self.summaries_at(stops, x, mask))
         seen = reply_mask.cumsum(dim=1)[:, [stop - 1 for stop in stops]]  # [B, R]: tokens of the reply
-        # Before the first token of the reply some head types have no number.
+        # Some head types have no finite summary before the first token of the reply.
         summaries = torch.stack(parts, dim=2).masked_fill((seen == 0)[None, :, :, None], 0.0)  # [S, B, R, D]
         output = self.score_summaries(summaries, learning=self.training)
         logits = output.logits.unflatten(0, seen.shape)  # [B, R, C]
@@ -356,7 +347,7 @@ class ProbeModel(nn.Module):
         return output
 
     def summaries_at(self, stops: Sequence[int], x: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the summaries `[layers_read, batch, width]` of the tokens before each of some columns; see `score`."""
+        """Yield the summary `[layers_read, batch, width]` of all tokens before each stop; see `score`."""
         state = None
         for start, stop in zip([0, *stops], stops, strict=False):
             state = self.token_stage.update(state, x[:, :, start:stop], mask[:, start:stop], slice(None))
@@ -364,7 +355,9 @@ class ProbeModel(nn.Module):
 
     def _stack(self, hidden_states: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the states of the layers that the head reads, `[layers_read, batch, tokens, hidden_size]`."""
-        layers, width, read = self.num_hidden_layers + 1, self.hidden_size, len(self.layer_indices)
+        layers = self.num_hidden_layers + 1
+        read = len(self.layer_indices)
+        width = self.hidden_size
         if isinstance(hidden_states, torch.Tensor):
             shape = hidden_states.shape
             if len(shape) != 4 or shape[1] not in (layers, read) or shape[3] != width:
@@ -383,24 +376,35 @@ class ProbeModel(nn.Module):
 
         Args:
             state: state of earlier tokens, from `ProbeState.joined`.
-            keep: keep what is needed to continue after the last token.
+            keep: keep the state after the last token, to continue from it.
             output_attentions: also keep the token weights. The prompt must then come in one chunk.
         """
         tokens, segments, means = (None, (), None) if state is None else state
         sums = None if self.novelty is None else SlotStates(len(self.novelty.slots), means)
         slots = len(self.layer_indices)
-        parts = SlotStates(slots, tokens), [SlotStates(slots, segment) for segment in segments], sums
-        return ProbeState(*parts, SlotStates(slots), SlotStates(slots), keep, output_attentions)
+        return ProbeState(
+            tokens=SlotStates(slots, tokens),
+            segments=[SlotStates(slots, segment) for segment in segments],
+            means=sums,
+            summaries=SlotStates(slots),
+            weights=SlotStates(slots),
+            keep=keep,
+            output_attentions=output_attentions,
+        )
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
-        """Return how `prepare` casts states `[S, batch, n, hidden_size]` of an LM. Heads that agree can share the result.
+        """Return the normalisation, dtype and device of `prepare`. Heads that agree on all three can share its result.
 
-        Half precision, where the head type reads it and there are many tokens, makes the head's products several times as fast,
-        and rounds less than the LM itself.
+        For many tokens, and a head type that reads it, half precision makes the head's products several times as fast. It rounds
+        less than the LM itself does.
+
+        Args:
+            x (`[S, batch, n, hidden_size]`): states of an LM.
         """
-        half = x.dtype in _HALF and self.token_stage.reads_half and self.config.normalize != "none"
-        half = half and x.shape[1] * x.shape[2] > _FEW_TOKENS
-        return self.config.normalize, x.dtype if half else torch.float32, self.device
+        reads_half = self.token_stage.reads_half and self.config.normalize != "none"
+        has_many_tokens = x.shape[1] * x.shape[2] > _FEW_TOKENS
+        dtype = x.dtype if x.dtype in _HALF and reads_half and has_many_tokens else torch.float32
+        return self.config.normalize, dtype, self.device
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
         """Move, cast and normalise states `[S, batch, n, hidden_size]` of an LM, as `step` takes them."""
@@ -420,12 +424,12 @@ class ProbeModel(nn.Module):
 
         Args:
             state: from `init_state`.
-            layers: indices of the states, ascending, 0 (embeddings) to L (after the final norm), without a gap. Those that
-                the head does not read are ignored.
+            layers: indices of the states, ascending and without a gap, from 0 (embeddings) to L (after the final norm). Layers
+                that the head does not read are ignored.
             x (`torch.Tensor` of shape `[len(layers), batch, n, hidden_size]`): their states, from `prepare`.
             token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count. Defaults to all.
             last: no token that counts follows.
-            segments: of a head that `judges_segments`, those of these tokens, if a row has several.
+            segments: segments of these tokens, for a head that `judges_segments`, if a row has several.
 
         Raises:
             ProbeError: token weights are asked for, and the prompt comes in several chunks.
@@ -451,7 +455,7 @@ class ProbeModel(nn.Module):
             seen = self.token_stage.absorb(earlier, projected, token_mask, slots)
             if state.keep or not last:
                 state.tokens.put(slots, seen)
-            else:  # of the tokens nothing is kept
+            else:
                 state.summaries.put(slots, self.token_stage.result(seen, slots))
 
     def _step_segments(
@@ -468,32 +472,35 @@ class ProbeModel(nn.Module):
         for number, state in enumerate(states, start=1):
             seen = state.pop(slots)
             if number == 1 and seen is None:
-                seen = earlier  # so far all rows were in their first segment
+                seen = earlier  # all tokens before these were in the first segment
             if number in segments:
                 columns, mask = segments[number]
                 seen = self.token_stage.absorb(seen, projected[:, :, columns], mask, slots)
-            if seen is not None:  # a number may be left out
+            if seen is not None:  # no row may have a segment of this number
                 state.put(slots, seen)
 
     def finish(self, state: ProbeState, counts: torch.Tensor | None = None, learning: bool = False) -> ProbeOutput:
         """Score what `step` has read so far: logits `[batch, num_labels]`. For `learning` see `score_summaries`.
 
         Args:
-            counts (`[batch]`, *optional*): how many segments each row has, if they were given to `step`.
+            counts (`[batch]`, *optional*): number of segments of each row, if `step` was given segments.
 
         Raises:
             ProbeError: not every layer has been read.
         """
         with without_autocast(self.device):
-            summaries, weights, slots = state.summaries.joined(), state.weights.joined(), len(self.layer_indices)
-            if summaries is None and (seen := state.tokens.joined()) is not None:
-                summaries = self.token_stage.result(seen, slice(None))
+            slots = len(self.layer_indices)
+            summaries = state.summaries.joined()
+            if summaries is None:
+                seen = state.tokens.joined()
+                summaries = None if seen is None else self.token_stage.result(seen, slice(None))
             if summaries is None or len(summaries) != slots:
                 raise ProbeError(f"not all of {slots} layers have been read")
             if state.segments and counts is not None:
                 output = self._score_segments(summaries, state, counts, learning)
             else:
                 output = self.score_summaries(summaries, state.output_attentions, learning)
+            weights = state.weights.joined()
             output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
             if self.novelty is not None and state.means is not None:
                 output.means = MeanStates(self.novelty, *state.means.joined())
@@ -502,7 +509,7 @@ class ProbeModel(nn.Module):
     def _score_segments(
         self, summaries: torch.Tensor, state: ProbeState, counts: torch.Tensor, learning: bool
     ) -> ProbeOutput:
-        """Score the strongest of all segments together, `[layers_read, batch, width]`, and each of them; see `finish`."""
+        """Score all segments together, `summaries`, and each segment; return the strongest of these scores for each row."""
         read = (segment.joined() for segment in state.segments)
         parts = [summaries if seen is None else self.token_stage.result(seen, slice(None)) for seen in read]
         items = torch.stack([summaries, *parts], dim=2)  # [S, B, 1 + segments, width]
@@ -526,11 +533,12 @@ class ProbeModel(nn.Module):
     def score_summaries(
         self, summaries: torch.Tensor, output_attentions: bool = False, learning: bool = False
     ) -> ProbeOutput:
-        """Score the layers' summaries `[layers_read, batch, hidden_size]`, from the token stage.
+        """Score the layers' summaries from the token stage.
 
-        Of several tokens a row, `[layers_read, batch, tokens, hidden_size]`, the logits are `[batch * tokens, num_labels]`.
-        Dropouts act if `learning` is true, on all tokens of a row alike. A head that serves has none, even in training mode
-        beside an LM that is trained.
+        Args:
+            summaries (`[layers_read, batch, width]`): or `[layers_read, batch, tokens, width]`, for logits
+                `[batch * tokens, num_labels]`.
+            learning: apply dropout, the same to all tokens of a row. It is False while an LM in training mode runs with the head.
         """
         if learning:
             if self.config.layer_dropout:

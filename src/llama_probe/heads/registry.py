@@ -20,7 +20,7 @@ HeadType = TypeVar("HeadType", bound=type)
 
 ENTRY_POINTS = "llama_probe.heads"  # the group in which a package names the modules that register its head types
 _PROBE_TYPES: dict[str, type[Any]] = {}
-# Head types of earlier versions, and what takes their place.
+# Head types of earlier versions, and what to use instead.
 _GONE = {
     "attentive": "train a head of the type multimax in its place",
     "muli": "it is a baseline of examples/paper now",
@@ -50,17 +50,18 @@ def probe_types() -> list[str]:
 
 
 def get_probe_type(name: str) -> type[Any]:
-    """Return the class that is registered under `name`. The first unknown name loads the modules of other packages.
+    """Return the class that is registered under `name`. For the first unknown name, import the modules of other packages.
 
     Raises:
         ProbeError: no such type is registered, or a module of the entry point group `llama_probe.heads` cannot be loaded.
     """
-    if isinstance(name, str) and name not in _PROBE_TYPES:
-        _load_entry_points()
-    if isinstance(name, str) and name in _PROBE_TYPES:
-        return _PROBE_TYPES[name]
-    if isinstance(name, str) and name in _GONE:
-        raise ProbeError(f"probe_type={name!r} is gone: {_GONE[name]}")
+    if isinstance(name, str):
+        if name not in _PROBE_TYPES:
+            _load_entry_points()
+        if name in _PROBE_TYPES:
+            return _PROBE_TYPES[name]
+        if name in _GONE:
+            raise ProbeError(f"probe_type={name!r} is gone: {_GONE[name]}")
     own = "import the module that registers your own (--import FILE.py), or install its package"
     raise ProbeError(f"probe_type={name!r} is not known; allowed: {', '.join(probe_types())}; {own}")
 
@@ -83,7 +84,7 @@ def _load_entry_points() -> None:
 
 
 def import_head_types(path: str | os.PathLike[str]) -> None:
-    """Run a Python file that registers head types, once. It has the rights of this process: run only what you trust.
+    """Run a Python file that registers head types, once. It has the rights of this process: run only files that you trust.
 
     Raises:
         ProbeError: the file cannot be read, or it raises an error.
@@ -99,8 +100,9 @@ def _run_once(path: Path) -> None:
     name = f"{path.stem}_{hashlib.sha256(code).hexdigest()[:12]}"
     if name in sys.modules:
         return
-    module = sys.modules[name] = ModuleType(name)
+    module = ModuleType(name)
     module.__file__ = str(path)
+    sys.modules[name] = module
     try:
         SourceFileLoader(name, str(path)).exec_module(module)
     except BaseException:

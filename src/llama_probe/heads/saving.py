@@ -1,4 +1,4 @@
-"""A head folder: tensors in, tensors out; written atomically and read with distrust."""
+"""Write the folder of a head in one step, and read its weights with distrust."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from ..errors import ProbeError, first_line
 from ..files import (
     JSON,
     Content,
-    check_writable,
     current_file,
     folder_state,
     make_folder,
@@ -39,7 +38,6 @@ from ..hub.folder import (
     WEIGHTS_NAME,
     is_head_folder,
     read_results,
-    refuse_code,
     training_results,
 )
 from .configuration import ProbeConfig
@@ -49,7 +47,8 @@ logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 
-_TRIES, _PAUSE = 100, 0.01  # seconds; more than the clock of a file system needs to tell two saves apart
+_TRIES = 100
+_PAUSE = 0.01  # seconds; the clock of a file system tells two saves apart in less
 _MAX_HEADER = 2**20  # bytes; the header of a head has some thousand
 
 
@@ -59,18 +58,16 @@ def save_head(
     tensors: Mapping[str, torch.Tensor],
     results: JSON | None = None,
 ) -> Path:
-    """Write config, weights, results and a card into a folder, in one step: a kill leaves the old head or the new one.
+    """Write config, weights, results and a card into a folder, in one step: a kill leaves the old head or the new head.
 
     Results are dropped, with a warning, if the weights have changed since they were measured. Results, plots and card
-    of another head in the folder are removed; a card that a person wrote or edited is kept.
+    of another head in the folder are removed. A card that a person wrote or edited is kept.
 
     Args:
-        config: of the head; the weights' digest and the versions are stamped into the saved copy.
+        config: of the head. The saved config also has the digest of the weights and the versions of the packages.
         results: contents of results.json, or None if the head was never evaluated.
     """
     folder = Path(folder)
-    check_writable(folder, "the head")
-    refuse_code(folder)
     make_folder(folder)
     weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()
@@ -78,7 +75,7 @@ def save_head(
     saved = config.replace(weights_sha256=digest, **versions)
     contents: dict[str, Content] = {CONFIG_NAME: saved.to_json_string().encode(), WEIGHTS_NAME: weights}
     plots: list[str] = []
-    kept = [CARD_NAME]  # files that stay if the head brings no others
+    kept = [CARD_NAME]  # old files that stay if there are no new ones
     if results is not None and config.weights_sha256 not in (None, digest):
         logger.warning("the head was trained after its results were measured: they are not saved with it")
         results = None
@@ -109,7 +106,7 @@ def _is_same_training(folder: Path, results: JSON) -> bool:
 
 
 def read_consistently(folder: Path, read: Callable[[], T]) -> T:
-    """Call a function that reads a head folder. Call it again if another process saved a head into the folder meanwhile."""
+    """Call a function that reads a head folder. Call it again if another process saved a head into the folder in the meantime."""
     for _ in range(_TRIES):
         before = folder_state(folder, CONFIG_NAME)
         try:
@@ -137,15 +134,17 @@ def read_tensors(
     largest = 4 * sum(shape.numel() for shape in shapes.values()) + _MAX_HEADER
     try:
         size = path.stat().st_size
-        if not 0 < size <= largest:  # files of /proc have the size 0, and may never end
+        if not 0 < size <= largest:  # a file of /proc has the size 0, and reading it may never end
             raise OSError(f"it has {size} bytes, and its config allows {largest}")
         content = path.read_bytes()
-        if (header := int.from_bytes(content[:8], "little")) > _MAX_HEADER:
+        header = int.from_bytes(content[:8], "little")
+        if header > _MAX_HEADER:
             raise OSError(f"its header has {header} bytes")
         tensors = load(content)
     except (SafetensorError, OSError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise ProbeError(f"{path} is damaged or not a safetensors file: {error}") from None
-    missing, unexpected = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    missing = sorted(shapes.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - shapes.keys())
     if missing or unexpected:
         raise ProbeError(f"{path} does not fit its config: missing {missing[:4]}, unexpected {unexpected[:4]}")
     for name, tensor in tensors.items():
@@ -156,6 +155,7 @@ def read_tensors(
         logger.warning(f"{path}: its config has no weights_sha256, so a change of the weights would not be noticed")
     elif hashlib.sha256(content).hexdigest() != config.weights_sha256:
         raise ProbeError(f"{path} does not belong to its {CONFIG_NAME} (sha256 differs); use force_download=True")
-    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ProbeError(f"{path}: {wrong[0]} holds NaN or infinity; train the head with a lower learning rate")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ProbeError(f"{path}: {name} holds NaN or infinity; train the head with a lower learning rate")
     return tensors

@@ -1,4 +1,4 @@
-"""The tokens of a prompt that a head reads, and the segments of them that it judges by themselves."""
+"""The tokens of a prompt that a head reads, and the segments that it judges by themselves."""
 
 from __future__ import annotations
 
@@ -25,18 +25,17 @@ def token_mask(
 ) -> torch.Tensor:
     """Return which tokens count for a head: `[batch, tokens]` bool.
 
-    The turns that `"last_user"`, `"user"`, `"turns"` and `"tool"` name are found by `config.turn_markers`; see `turn_mask`. No
-    token counts of a chat without such a turn. Without `turn_markers` these scopes are `"content"`, but for `"tool"`.
+    For `"last_user"`, `"user"`, `"turns"` and `"tool"`, `config.turn_markers` find the turns; see `turn_mask`. In a chat without
+    such a turn no token counts. Without `turn_markers`, `"tool"` raises, and the other three scopes are `"content"`.
 
-    With `token_scope="content"` or `"all"` the constant prefix (`config.prefix_ids`) is not counted in a row that begins with it,
-    after its left padding. A row that begins otherwise - another system prompt, no template - is read whole. A warning says
-    so once.
+    With `"content"` and `"all"` the constant prefix (`config.prefix_ids`) does not count in a row that begins with it. A row that
+    begins otherwise (with another system prompt, or without the template) is read whole, and a warning is logged once.
 
     Args:
         input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*).
         attention_mask (`torch.Tensor` of shape `[batch, tokens]`, *optional*): 0 for padding, on either side.
-        partial_prompt: the prompts may continue. Nothing counts yet in a row that ends within the constant prefix.
-        seen: leading tokens that heads have read in an earlier call.
+        partial_prompt: the prompts may continue. In a row that ends within the constant prefix no token counts yet.
+        seen: number of leading tokens that heads have read in an earlier call.
     """
     if config.token_scope == "response":
         raise ProbeError("token_scope='response' needs probe_mask=[batch, tokens], true for the tokens of the reply")
@@ -59,7 +58,8 @@ def token_mask(
         ids = input_ids if attention_mask is None else input_ids.masked_fill(~mask.to(input_ids.device), -1)
         return mask & turn_mask(config.token_scope, markers, ids, known).to(mask.device)
     prefix = torch.tensor(config.prefix_ids, device=input_ids.device)
-    count, width = len(config.prefix_ids), input_ids.shape[1]
+    count = len(config.prefix_ids)
+    width = input_ids.shape[1]
     first = mask.int().argmax(dim=1, keepdim=True)  # [B, 1]: the first token that is not padding
     positions = first + torch.arange(count, device=input_ids.device)  # [B, prefix]
     same = input_ids.gather(1, positions.clamp_max(width - 1)) == prefix
@@ -74,16 +74,16 @@ def token_mask(
 
 
 def number_segments(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor | None:
-    """Return the number of the segment of each token that counts, from 1, and 0 for other tokens: `[batch, tokens]` int64.
+    """Return the number of each token's segment, from 1, and 0 for tokens that do not count: `[batch, tokens]` int64.
 
-    Segments are the parts of a prompt that a head judges by themselves: the turns of a chat. Tokens side by side that count are of
-    one segment.
+    A segment is a part of a prompt that a head judges by itself: a turn of a chat. Neighbouring tokens that count are in one
+    segment.
 
     Args:
         mask (`[batch, tokens]` bool): from `token_mask`.
 
     Returns:
-        The numbers, on the device of the mask; `None` if the head judges no segments, or no row has more than one.
+        The numbers, on the device of the mask; `None` if the head judges no segments, or no row has several segments.
     """
     if not judges_segments(config):
         return None
@@ -95,23 +95,30 @@ def number_segments(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor | N
 
 
 def judges_segments(config: ProbeConfig) -> bool:
-    """Return True if a head judges each segment of a prompt by itself, beside all segments together; see `strongest`.
+    """Return True if a head judges each segment of a prompt by itself, and all segments together; see `strongest`.
 
-    Pooled with others, a turn that is flagged alone may not be. Heads with `token_scope="user"` or `"tool"` do so, if they flag one of
-    two labels or give several labels.
+    The head may miss a harmful turn if it judges only all turns together. Heads with `token_scope="user"` or `"tool"` judge
+    segments if they flag one of two labels, or are multi-label.
     """
     judges = config.flagged_index is not None or config.problem_type == "multi_label_classification"
     return judges and config.token_scope in ("user", "tool") and get_probe_type(config.probe_type).reads == "all"
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:
-    """Return, of the tokens that count, `[batch, tokens]`, those that the head's type looks at: all, or the last of each row."""
+    """Return the tokens that the head type reads, `[batch, tokens]`: all tokens that count, or the last one of each row."""
     return last_valid(mask) if get_probe_type(config.probe_type).reads == "last" else mask
 
 
 def check_rows(mask: torch.Tensor, config: ProbeConfig | None = None, first_row: int = 0) -> None:
-    """Raise `ProbeError` if no token counts in a row of `mask`, counted from `first_row`. Heads of tools may read none."""
-    if (config is not None and config.token_scope == "tool") or bool(mask.any(dim=1).all()):
+    """Raise `ProbeError` if no token counts in a row, unless the head reads tool results, which a prompt may not have.
+
+    Args:
+        first_row: number of the first row of `mask` in the message.
+    """
+    if config is not None and config.token_scope == "tool":
         return
-    empty = ((~mask.any(dim=1)).nonzero().flatten() + first_row).tolist()
+    counts = mask.any(dim=1)
+    if bool(counts.all()):
+        return
+    empty = ((~counts).nonzero().flatten() + first_row).tolist()
     raise ProbeError(f"rows {empty[:8]} hold no token that a head reads: use the chat template or pass probe_mask=")

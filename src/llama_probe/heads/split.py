@@ -1,4 +1,4 @@
-"""Heads split into linear maps of hidden states and a rest, for a server that keeps few numbers of every token."""
+"""Split a head into linear maps of hidden states and a smaller head, for a server that keeps few numbers of each token."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from .probe import ProbeModel
 
 
 def split_head(head: ProbeModel) -> tuple[torch.Tensor, ProbeModel] | None:
-    """Return maps of normalised states, `[layers_read, rank, D]`, and a head that reads what they give, without novelty.
+    """Return maps of normalised states, `[layers_read, rank, D]`, and a head without novelty that reads the mapped states.
 
-    `None` if the head type needs whole states, or if the head reads states as they are: their products do not fit half precision.
+    Return `None` if the head type needs whole states, or if the head does not normalise states: their products do not fit half
+    precision.
     """
-    stage, plain = head.token_stage, {"normalize": "none", "novelty": None}
+    stage = head.token_stage
+    plain = {"normalize": "none", "novelty": None}
     if head.config.normalize == "none" or not isinstance(stage, (LowRankAggregator, GateAggregator)):
         return None
     with torch.no_grad():
         if isinstance(stage, LowRankAggregator):
-            maps, reader = stage.projection(slice(None)).detach(), copy.deepcopy(head)
-            reader.config, reader.novelty = head.config.replace(**plain), None
+            maps = stage.projection(slice(None)).detach()
+            reader = copy.deepcopy(head)
+            reader.config = head.config.replace(**plain)
+            reader.novelty = None
             reader.token_stage.projects = False
             return maps, reader
-        # All that the layer stage and the classifier see of a sum of states are its products with their own weights.
+        # The layer stage and the classifier only read the products of a sum of states with their own weights.
         seen = torch.cat([head.layer_stage.weight, head.classifier.weight])  # [1 + labels, D]
         maps = torch.cat([stage.weight.unsqueeze(1), seen.expand(stage.num_slots, -1, -1)], dim=1)
         reader = ProbeModel(head.config.replace(hidden_size=maps.shape[1], **plain)).eval()

@@ -1,4 +1,4 @@
-"""The token-stage state of a head while an LM runs."""
+"""The state of a head's token stage while an LM runs, and the segments of a prompt."""
 
 from __future__ import annotations
 
@@ -10,30 +10,35 @@ import torch
 from .aggregator import State, join_slots, map_state, take_slots
 
 
-# The columns that hold some tokens, and which tokens of these columns, `[batch, n]` bool; `None` if all.
+# Some columns of a batch, and a mask of the tokens in them that count, `[batch, n]` bool; `None` if all count.
 Columns = tuple[slice, torch.Tensor | None]
-# The tokens of each segment, by its number from 1.
+# The tokens of each segment, by the segment's number from 1.
 Segments = dict[int, Columns]
 
 
 class SlotStates:
-    """States of several slots, cut and joined as groups of slots need. `state` is that of all, as `joined` returned it."""
+    """The states of several slots, in groups that may be cut and joined.
+
+    Args:
+        state: the state of all slots, from `joined`.
+    """
 
     def __init__(self, num_slots: int, state: State = None):
         self.num_slots = num_slots
         self._parts: dict[tuple[int, int], State] = {} if state is None else {(0, num_slots): state}
 
     def pop(self, slots: slice) -> State:
-        """Remove and return the state of consecutive slots; `None` if they have read nothing."""
+        """Remove and return the state of consecutive slots; `None` if these slots have read nothing."""
         states = []
         for first, stop in sorted(self._parts):
             if stop <= slots.start or slots.stop <= first:
                 continue
             part = self._parts.pop((first, stop))
-            for low, high in ((first, slots.start), (slots.stop, stop)):
+            for low, high in ((first, slots.start), (slots.stop, stop)):  # slots of this part that stay
                 if low < high:
                     self._parts[low, high] = take_slots(part, slice(low - first, high - first))
-            states.append(take_slots(part, slice(max(first, slots.start) - first, min(stop, slots.stop) - first)))
+            taken = slice(max(first, slots.start) - first, min(stop, slots.stop) - first)
+            states.append(take_slots(part, taken))
         return join_slots(states) if states else None
 
     def put(self, slots: slice, state: State) -> None:
@@ -41,7 +46,7 @@ class SlotStates:
         self._parts[slots.start, slots.stop] = state
 
     def joined(self) -> State:
-        """Return the state of all slots, as one; `None` if nothing has been read."""
+        """Return the state of all slots; `None` if no slot has read anything."""
         state = self.pop(slice(0, self.num_slots))
         if state is not None:
             self.put(slice(0, self.num_slots), state)
@@ -52,14 +57,14 @@ class SlotStates:
 class ProbeState:
     """The token-stage state of one head between two calls of `ProbeModel.step`; see `ProbeModel.init_state`.
 
-    Groups of layers may differ from one chunk of the prompt to the next; each group's state is cut and joined as needed.
+    The groups of layers may differ from one chunk of the prompt to the next.
 
     Attributes:
-        tokens: token-stage state, of all segments together.
-        segments: token-stage state of each segment, if the head judges it by itself and a row has more than one.
+        tokens: token-stage state of all segments together.
+        segments: token-stage state of each segment, if the head judges segments and a row has several.
         means: sums for the mean states; `None` without novelty.
         summaries: `[slots, batch, width]` of slots that have read the last token.
-        weights: how much each token counted, `[slots, batch, tokens]`, if `output_attentions`.
+        weights: how much each token counted, `[slots, batch, tokens]`, with `output_attentions`.
     """
 
     tokens: SlotStates
@@ -71,32 +76,39 @@ class ProbeState:
     output_attentions: bool
 
     def joined(self) -> State:
-        """Return what all slots keep of tokens, segments and means, as one; `None` if nothing has been read."""
-        tokens, means = self.tokens.joined(), None if self.means is None else self.means.joined()
-        return None if tokens is None else (tokens, tuple(segment.joined() for segment in self.segments), means)
+        """Return the states of tokens, segments and means; `None` if nothing has been read."""
+        tokens = self.tokens.joined()
+        if tokens is None:
+            return None
+        means = None if self.means is None else self.means.joined()
+        return tokens, tuple(segment.joined() for segment in self.segments), means
 
 
 def as_slice(places: Sequence[int]) -> slice | list[int]:
-    """Return ascending indices as a slice if they are evenly spaced: it takes no copy."""
+    """Return ascending indices as a slice if they are evenly spaced. A slice copies nothing."""
     step = places[1] - places[0] if len(places) > 1 else 1
-    even = list(range(places[0], places[-1] + 1, step)) == list(places)
-    return slice(places[0], places[-1] + 1, step) if even else list(places)
+    stop = places[-1] + 1
+    is_even = list(range(places[0], stop, step)) == list(places)
+    return slice(places[0], stop, step) if is_even else list(places)
 
 
 def split_segments(numbers: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> Segments:
-    """Split tokens by the numbers of their segments, `[batch, tokens]` on the CPU; see `number_segments`.
+    """Return the tokens of each segment.
 
     Args:
-        move: brings a mask to the device of the head.
+        numbers (`[batch, tokens]`, on the CPU): from `number_segments`.
+        move: copies a mask to the device of the head.
     """
     found = numbers[numbers > 0].unique().tolist()
     return {number: counted_columns(numbers == number, move) for number in found}
 
 
 def counted_columns(mask: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> Columns:
-    """Return the columns from the first to the last token that counts, `[batch, tokens]` bool on the CPU; see `split_segments`.
+    """Return the columns from the first to the last token that counts. If no token counts, return the first column.
 
-    If no token counts, the first column is returned, in which nothing counts.
+    Args:
+        mask (`[batch, tokens]` bool, on the CPU): true for the tokens that count.
+        move: as in `split_segments`.
     """
     places = mask.any(dim=0).nonzero().flatten().tolist() or [0]
     columns = slice(places[0], places[-1] + 1)

@@ -27,18 +27,18 @@ TURN_ROLES = ("user", "tool", "document", "assistant", "system")
 def turn_mask(scope: str, markers: Mapping[str, TurnMarker], input_ids: torch.Tensor, known: int = 0) -> torch.Tensor:
     """Return the tokens of the turns that a scope names: `[batch, tokens]` bool, on the device of the ids.
 
-    A turn begins behind its opening marker and ends where the next one begins: a user's turn holds the markers that close it
-    and open the reply. All text behind the last such turn counts too, because its writer may have forged the markers in it. If
-    the beginning of a prompt was cut away, the text before its first reply is a user's. A prompt without any marker, which is no
-    chat, counts whole; a warning says so once.
+    A turn begins behind its opening marker and ends where the next turn begins: a user's turn holds the markers that close it
+    and open the reply. All text behind the last named turn counts too, because its writer may have forged the markers in it. If
+    the beginning of a prompt was cut away, the text before its first reply is a user's. A prompt without any marker is no chat:
+    all of it counts, and a warning is logged once.
 
     Args:
-        known: number of first tokens; a reply that begins within them is the LM's own, even if no turn follows it.
+        known: number of first tokens that the LM has seen. A reply that begins within them is the LM's, even if no turn follows.
     """
     # On the host: on a GPU the same lines are 25 kernel launches.
     ids = input_ids.cpu().numpy()
     begins = {role: turn_begins(marker, ids) for role, marker in markers.items()}  # [B, T + 1] each
-    # A turn without a token is none; an opened reply without one is the generation prompt.
+    # A marker without a token behind it opens no turn, except for a reply: it is the generation prompt.
     followed = np.pad(ids, ((0, 0), (0, 1)), constant_values=-1) >= 0
     begins = {role: places if role == "assistant" else places & followed for role, places in begins.items()}
     if "tool" in markers:

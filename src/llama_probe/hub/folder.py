@@ -18,20 +18,19 @@ RESULTS_NAME = "results.json"
 CARD_NAME = "README.md"
 PROBES_FOLDER = "probes"  # of the heads that are saved beside a model
 RECIPE_NAME = "recipe.yaml"  # of a head that a recipe made
-CODE_NAME = "probe_kind.py"  # heads of earlier versions could carry code; it is never run
 PLOT_NAMES = ("calibration.png", "layer_weights.png")
 
-# All files of a head folder, and of a head on the Hub. Config and weights are the head; the other files describe it.
+# All files of a head folder, and of a head on the Hub. A head needs its config and weights; the other files describe it.
 HEAD_FILES = (CONFIG_NAME, WEIGHTS_NAME, RESULTS_NAME, RECIPE_NAME, CARD_NAME, *PLOT_NAMES)
 
 # Keys of results.json that are written after training, or again after it: by `evaluate --record` and `calibrate`.
 LATER_RESULTS = ("evaluations", "thresholds_from", "novelty", "measured")
 
-MAX_BYTES = 4 * 2**20  # of a JSON file or a card; far above any that is meant for people
+MAX_BYTES = 4 * 2**20  # of a JSON file or a card, which people read
 
 
 def head_name(text: str) -> str:
-    """Return a text, such as a folder's name, as the name of a head: a dot separates modules in torch."""
+    """Return a text, such as a folder's name, as the name of a head, which must not have dots in torch."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", text)
 
 
@@ -45,24 +44,16 @@ def list_heads(folder: str | os.PathLike) -> dict[str, Path]:
     return {item.name: item for item in sorted(Path(folder).glob("[!.]*")) if is_head_folder(item)}
 
 
-def refuse_code(folder: str | os.PathLike) -> None:
-    """Raise `ProbeError` if a head folder of an earlier version carries the code of its head type."""
-    code = Path(folder) / CODE_NAME
-    if os.path.lexists(code):
-        way = "move it out of the folder, read it, and register its head type with --import FILE.py or an import"
-        raise ProbeError(f"{code} is code, and a head is never code: {way}")
-
-
 def default_label_names(count: int) -> list[str]:
     """Return the names of labels that nobody has named."""
     return [f"LABEL_{index}" for index in range(count)]
 
 
 def flagged_by(config: JSON, label_names: Sequence[str]) -> list[str] | None:
-    """Return the names of the labels that a head flags: those that its config names, or the default; None for none.
+    """Return the names of the labels that a head flags: the `flagged` of its config, or else the default. None if it flags none.
 
-    The default is the second of two labels if the labels have no names of their own, or if the config has a threshold. Configs of
-    earlier versions have no field `flagged`: their heads flag the second of two labels.
+    The default is the second of two labels, if nobody has named the labels or the config has a threshold. A config of an earlier
+    version has no field `flagged`: its head flags the second of two labels.
 
     Args:
         config: fields of a `ProbeConfig`.
@@ -77,18 +68,20 @@ def flagged_by(config: JSON, label_names: Sequence[str]) -> list[str] | None:
 
 
 def check_output(folder: str | os.PathLike) -> None:
-    """Check that a head can be written into a folder without the loss of anything but a head."""
+    """Check that a head can be written into a folder, and that it would replace no file but those of a head."""
     folder = Path(folder)
     check_writable(folder, "the head")
-    refuse_code(folder)
-    if not is_head_folder(folder) and (taken := [name for name in HEAD_FILES if (folder / name).exists()]):
-        raise ProbeError(f"{folder} holds a {taken[0]} but no head; name another folder, or it would be overwritten")
+    if is_head_folder(folder):
+        return
+    for name in HEAD_FILES:
+        if (folder / name).exists():
+            raise ProbeError(f"{folder} holds a {name} but no head; name another folder, or it would be overwritten")
 
 
 def read_bytes(path: Path) -> bytes:
     """Read a file of at most `MAX_BYTES`."""
     try:
-        # Files of /proc have the size 0, and reading one may never end.
+        # A file of /proc has the size 0, and reading it may never end.
         if path.stat().st_size == 0:
             return b""
         with path.open("rb") as file:
@@ -122,7 +115,10 @@ def _unique(pairs: list[tuple[str, object]]) -> JSON:
 
 def read_config_values(folder: str | os.PathLike) -> JSON:
     """Read the config of a head folder as plain JSON values. `ProbeConfig` checks them."""
-    refuse_code(folder)
+    code = Path(folder) / "probe_kind.py"  # heads of earlier versions could carry the code of their type
+    if os.path.lexists(code):
+        way = "move it out of the folder, read it, and register its head type with --import FILE.py or an import"
+        raise ProbeError(f"{code} is code, and a head is never code: {way}")
     path = current_file(folder, CONFIG_NAME)
     if not os.path.isfile(path):
         trained = os.path.isfile(os.path.join(folder, "training_args.bin"))
@@ -138,10 +134,11 @@ def read_results(folder: str | os.PathLike) -> JSON | None:
 
 
 def _renamed(results: JSON) -> JSON:
-    """Return results in which the keys that earlier code wrote have their present names."""
-    recipe, measured = results.get("recipe"), results.get("measured")
+    """Give the keys that earlier versions wrote their present names."""
+    recipe = results.get("recipe")
     if isinstance(recipe, dict) and "label_smoothing" in recipe:
         recipe["label_smoothing_factor"] = recipe.pop("label_smoothing")
+    measured = results.get("measured")
     parts = measured.get("parts") if isinstance(measured, dict) else None
     for part in parts if isinstance(parts, list) else []:
         if isinstance(part, dict) and "twin" in part:
@@ -150,7 +147,7 @@ def _renamed(results: JSON) -> JSON:
 
 
 def chosen_run(results: JSON) -> JSON:
-    """Return the run of the seed whose head was kept."""
+    """Return the run that trained this head, of the runs with several seeds."""
     try:
         return next(run for run in results["runs"] if run["seed"] == results["chosen_seed"])
     except (LookupError, TypeError, StopIteration) as error:
@@ -158,7 +155,7 @@ def chosen_run(results: JSON) -> JSON:
 
 
 def training_results(results: JSON | None) -> JSON | None:
-    """Return what the training run wrote of a head's results; None if there is nothing of it."""
+    """Return the results that training wrote, without `LATER_RESULTS`; None if there are none."""
     return {key: value for key, value in (results or {}).items() if key not in LATER_RESULTS} or None
 
 

@@ -14,11 +14,10 @@ from huggingface_hub import CommitInfo
 from transformers.utils import logging
 
 from ..errors import ProbeError
-from ..files import check_new_folder, check_writable, current_file, new_folder
+from ..files import current_file, new_folder
 from .card import head_metadata, is_hub_id, read_card, write_card
 from .folder import (
     CARD_NAME,
-    CODE_NAME,
     CONFIG_NAME,
     HEAD_FILES,
     PROBES_FOLDER,
@@ -48,12 +47,12 @@ def push_folder(
     """Upload a head folder in one commit: config, weights and card, with the results and plots that it holds.
 
     The uploaded card names the repository. A card that a person edited is uploaded as it is, with `tags` and `license`.
-    The folder is not changed. Its weights are not read: load it first if it comes from someone else.
+    The folder does not change. The weights are not checked: load the head first if it comes from someone else.
 
     Args:
         subfolder: folder in the repository, so that it can hold several heads. Defaults to the root.
-        license: SPDX id for the head: the stricter one of the backbone's and the data's. A warning is logged if
-            neither this nor the results give one.
+        license: SPDX id for the head: the stricter licence of the backbone and the data. Without this, and without a licence
+            in the results, a warning is logged.
         token, revision, commit_message, kwargs: see `commit_files`; kwargs are `private` and `create_pr`.
     """
     subfolder = (subfolder or "").rstrip("/") or None  # a load takes "", "a" and "a/" as well
@@ -87,7 +86,7 @@ def push_folder(
         return commit_files(
             repo_id,
             files,
-            is_stale={*paths, reference.path(CODE_NAME)}.__contains__,
+            is_stale=paths.__contains__,
             only_if_missing=[CARD_NAME] if subfolder else [],
             token=token,
             revision=revision,
@@ -113,8 +112,6 @@ def pull_head(
     if reference is None:
         raise ProbeError(f"{source!r} is not a Hub id: write user/repo, with @revision and :subfolder if needed")
     target = Path(folder) if folder is not None else Path(default_name(source))
-    check_writable(target, "the head")
-    check_new_folder(target)
     cached = download_head(reference, options)
     check(cached)
     with new_folder(target) as copy:
@@ -125,12 +122,14 @@ def pull_head(
 def check_links(folder: Path, files: Iterable[str]) -> None:
     """Raise `ProbeError` if a path or a symbolic link leads out of its folder.
 
-    In a stranger's folder it could have any of the user's files read or uploaded. Links from a snapshot in the Hub's cache
-    into the `blobs` of its repository, or of the whole cache, are allowed.
+    A link in a stranger's folder could name any file of the user, which would then be read or uploaded. Links from a snapshot in
+    the Hub's cache into the `blobs` of its repository, or of the whole cache, are allowed.
     """
     home = folder.resolve()
-    snapshots = [p for p in home.parents if p.name == "snapshots" and "--" in p.parent.name]
-    allowed = [home, *(p / "blobs" for place in snapshots for p in place.parents[:2])]
+    allowed = [home]
+    for place in home.parents:
+        if place.name == "snapshots" and "--" in place.parent.name:
+            allowed += [parent / "blobs" for parent in place.parents[:2]]
     for file in files:
         target = current_file(folder, file).resolve()
         if not any(target.is_relative_to(place) for place in allowed):
@@ -138,23 +137,27 @@ def check_links(folder: Path, files: Iterable[str]) -> None:
 
 
 def hide_local_path(folder: Path) -> None:
-    """Replace the path of the backbone on this machine by its last part, in the files of a head that others will see."""
+    """Replace the local path of the backbone by its last part, in the files of a head that others will see."""
     path = read_config_values(folder)["base_model_name_or_path"]
     if not isinstance(path, str) or is_hub_id(path):
         return
-    # Commands have its last two parts; see `short_path`.
-    names = path, "/".join(Path(path).parts[-2:]) or path, re.split(r"[/\\]", path.rstrip("/\\"))[-1]
-    *old, new = (json.dumps(name, ensure_ascii=False)[1:-1] for name in names)
+    name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+    in_commands = "/".join(Path(path).parts[-2:]) or path  # see `short_path`
     for file in (folder / CONFIG_NAME, folder / RESULTS_NAME):
         if file.is_file():
             text = json.dumps(read_json(file), indent=2, ensure_ascii=False)
-            text = text.replace(old[0], new).replace(old[1], new)
+            for place in (path, in_commands):
+                text = text.replace(_in_json(place), _in_json(name))
             file.write_text(f"{text}\n", encoding="utf-8")
 
 
+def _in_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
 def _copy_head(source: Path, target: Path) -> None:
-    """Copy the files of a head, none of which may be a link out of its folder."""
     check_links(source, HEAD_FILES)
     for file in HEAD_FILES:
-        if os.path.isfile(path := current_file(source, file)):
+        path = current_file(source, file)
+        if path.is_file():
             shutil.copyfile(path, target / file)

@@ -14,7 +14,8 @@ from .folder import CONFIG_NAME, PROBES_FOLDER, head_name, list_heads, read_conf
 from .transport import HubOptions, HubReference, check_subfolder, download_head
 
 
-# Holds a folder for each head of the demo backbone, and one for each other backbone. A checkout has it beside src.
+# The folder of the bundled heads: one folder for each head of the demo backbone, and one for each other backbone. A checkout has it
+# beside src.
 BUNDLE = Path(__file__).resolve().parents[1] / "hub_cards"
 BUNDLE = BUNDLE if BUNDLE.is_dir() else BUNDLE.parents[2] / "hub_cards"
 # Bundled heads by their shorter alias, which is the name of their recipe too.
@@ -35,7 +36,7 @@ _ATTRIBUTES = frozenset(dir(nn.ModuleDict()))  # torch allows no module with suc
 
 @dataclass(frozen=True)
 class Target:
-    """The backbone that a head is looked up for: an alias names another head on each backbone.
+    """The backbone for which a head is looked up. An alias names a different head for each backbone.
 
     Attributes:
         name_or_path: folder or Hub id of the backbone.
@@ -63,8 +64,9 @@ def model_name(name_or_path: str) -> str:
 def bundled_heads(target: Target | None = None) -> dict[str, Path]:
     """Return the folders of the heads that ship with the package, by name.
 
-    Without a target these are all: `NAME` for the demo backbone, `BACKBONE/NAME` for another one. With a target they are
-    those of its backbone, by `NAME`: the one of its name, or else the only one of its sizes and type.
+    Without a target, all heads are returned: as `NAME` for the demo backbone, as `BACKBONE/NAME` for another backbone. With a
+    target, only the heads of its backbone are returned, as `NAME`. The backbone is the one with the target's name, or else the
+    only one with its sizes and type.
     """
     configs = [path for depth in ("*", "*/*") for path in sorted(BUNDLE.glob(f"{depth}/{CONFIG_NAME}"))]
     heads = {path.parent.relative_to(BUNDLE).as_posix(): path.parent for path in configs}
@@ -81,7 +83,7 @@ def bundled_heads(target: Target | None = None) -> dict[str, Path]:
 
 
 def bundled_alias(source: str | os.PathLike, folder: Path) -> str | None:
-    """Return a source if it is an alias that `resolve_head` found among the bundled heads, in `folder`."""
+    """Return `source` if it is an alias for which `resolve_head` returned the folder of a bundled head, else None."""
     return source if is_alias(source) and BUNDLE in folder.parents else None
 
 
@@ -95,16 +97,16 @@ def resolve_head(
     """Return the folder of a head, and fetch it first if it is on the Hub.
 
     Args:
-        source: in this order, a folder; a Hub id (`user/repo`, with `@revision` and `:subfolder`); or an alias. An
-            alias names a head that is bundled for the target, in the target's own folder, or in a subfolder of the
-            target's own repository.
-        target: the backbone. Without one, an alias names a head of the demo backbone.
+        source: a folder, a Hub id (`user/repo`, with `@revision` and `:subfolder`) or an alias; a folder comes first. An
+            alias names a bundled head for the target, a head in the target's folder, or a head in a subfolder of the
+            target's repository.
+        target: the backbone. Without a target, an alias names a head of the demo backbone.
         options: for the Hub. The revision is the head's.
         only_config: fetch the head's config, but not its weights, results, card and plots.
     """
-    if source == "":  # pathlib would take it for the current folder
+    if source == "":  # pathlib takes an empty path for the current folder
         raise ProbeError("probe='' names no head: give a folder, a Hub id or an alias")
-    if os.path.isdir(source):  # unlike that of pathlib, it does not raise for a name that is too long
+    if os.path.isdir(source):  # pathlib's is_dir raises for a name that is too long
         return Path(source)
     if is_alias(source):
         return _resolve_alias(source, target, options, only_config)
@@ -117,19 +119,21 @@ def resolve_head(
 
 
 def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_config: bool) -> Path:
-    heads, backbone = bundled_heads(target), target and target.name_or_path
-    if bundled := heads.get(alias) or heads.get(ALIASES.get(alias, "")):
+    heads = bundled_heads(target)
+    backbone = target.name_or_path if target is not None else None
+    bundled = heads.get(alias) or heads.get(ALIASES.get(alias, ""))
+    if bundled is not None:
         if options.revision is None:
             return bundled
         raise ProbeError(f"probe={alias!r} is a bundled head and has no revision {options.revision!r}")
-    details = []  # heads that exist elsewhere
+    details: list[str] = []  # for the message
     if backbone and os.path.isdir(backbone):
         heads = list_heads(backbone) | list_heads(Path(backbone) / PROBES_FOLDER)
         if alias in heads:
             return heads[alias]
         details = [f"in {backbone}: {', '.join(heads)}"] if heads else []
-    elif backbone and not os.path.exists(backbone) and HubReference.parse(backbone):
-        # One repository holds both: the head and the backbone come from the same commit.
+    elif backbone and HubReference.unless_path(backbone) is not None:
+        # A repository with a backbone and its heads: both must come from the same commit.
         for place in (alias, f"{PROBES_FOLDER}/{alias}"):
             reference = HubReference(backbone, options.revision or target.revision, place)
             try:
@@ -140,7 +144,7 @@ def _resolve_alias(alias: str, target: Target | None, options: HubOptions, only_
 
 
 def no_bundled_head(alias: str, backbone: str | None, *details: str) -> str:
-    """Return the message that an alias names no head for a backbone, with the command that makes one."""
+    """Return the message for an alias that names no head of a backbone, with the command that trains such a head."""
     folders = [folder for folder in bundled_heads().values() if folder.name in (alias, ALIASES.get(alias))]
     if not folders:
         wanted = f"probe={alias!r} is neither a folder nor a bundled head nor a Hub id (user/repo@revision:subfolder)"
@@ -156,13 +160,14 @@ def no_bundled_head(alias: str, backbone: str | None, *details: str) -> str:
 
 
 def with_subfolder(source: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
-    """Return `source` narrowed down to a subfolder of a folder or of a repository on the Hub; `""` is none, as None is."""
+    """Return a subfolder of a source: a path in a folder, or a Hub id with `:subfolder`. Without a subfolder return the source."""
     check_place(source)
     if not subfolder:
         return source
-    check_subfolder(subfolder := subfolder.rstrip("/"))
+    subfolder = subfolder.rstrip("/")
+    check_subfolder(subfolder)
     if os.path.isdir(source):
-        return Path(source).absolute() / subfolder  # a relative path that is missing would be a Hub id
+        return Path(source).absolute() / subfolder  # a missing relative path would be taken for a Hub id
     reference = HubReference.parse(str(source))
     if reference is None or reference.subfolder not in (None, subfolder):
         raise ProbeError(f"subfolder={subfolder!r} needs a folder or a Hub id without one, not {str(source)!r}")
@@ -176,14 +181,14 @@ def check_place(source: object) -> None:
 
 
 def is_alias(source: object) -> bool:
-    """Return True if a source can be an alias, which names another head on each backbone."""
+    """Return True if a source can be an alias, as its spelling tells."""
     return isinstance(source, str) and _ALIAS.fullmatch(source) is not None
 
 
 def default_name(source: str | os.PathLike) -> str:
     """Return a head's name from its subfolder, repository, alias or folder, spelled so that `check_name` allows it."""
-    reference = None if os.path.isdir(source) else HubReference.parse(str(source))
-    # A link has a name of its own, and `.` has that of its folder.
+    reference = HubReference.unless_path(source)
+    # abspath keeps the name of a link, and gives `.` the name of its folder.
     path = os.path.abspath(source) if reference is None else reference.subfolder or reference.repo_id
     name = head_name(os.path.basename(path)) or "head"
     return f"{name}-head" if name in _ATTRIBUTES else name

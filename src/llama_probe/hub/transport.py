@@ -20,7 +20,8 @@ from ..files import package_version
 from .folder import CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
 
 
-# HTTPError: the Hub cannot be reached; with OSError: it refuses. The other two wrap it, or are about a path or a card.
+# What the Hub's client raises. HTTPError: it cannot reach the Hub. With OSError: the Hub refuses. RuntimeError and ValueError wrap
+# these errors, or are about a path or a card.
 _FAILED = (HTTPError, OSError, RuntimeError, ValueError)
 _FOLDER = re.compile(r"(\w[\w.-]*/)*")
 _REFERENCE = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(@(?P<revision>[^:\s]+))?(:(?P<subfolder>[^:\s]+))?")
@@ -43,6 +44,11 @@ class HubReference:
         match = _REFERENCE.fullmatch(text)
         return None if match is None or text.startswith((".", "/")) else cls(**match.groupdict())
 
+    @classmethod
+    def unless_path(cls, place: str | os.PathLike) -> HubReference | None:
+        """Return the reference that a place spells, or None for an existing path and for anything that is no reference."""
+        return None if os.path.exists(str(place)) else cls.parse(str(place))
+
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         return f"{self.repo_id}{revision}" + (f":{self.subfolder}" if self.subfolder else "")
@@ -57,8 +63,8 @@ class HubOptions:
     """Options for fetching files, with the names and defaults of `from_pretrained` in transformers.
 
     Attributes:
-        revision: branch, tag or commit of heads whose reference names none. Never the backbone's.
-        token: None for the one that is logged in, False for none.
+        revision: branch, tag or commit of the head, if its reference names none. It is never the backbone's revision.
+        token: None for the token of the user who is logged in, False for no token.
         cache_dir: replaces the cache in `HF_HOME`.
         local_files_only: do not ask the Hub. `HF_HUB_OFFLINE=1` does the same for all calls.
     """
@@ -71,13 +77,13 @@ class HubOptions:
 
     @classmethod
     def beside(cls, kwargs: Mapping[str, Any], revision: str | None = None) -> HubOptions:
-        """Return the options for heads that are loaded with a backbone: its keyword arguments but its revision."""
+        """Return the options for heads that are loaded with a backbone, from its keyword arguments. `revision` is the heads'."""
         options = {name: kwargs[name] for name in cls.__dataclass_fields__ if kwargs.get(name) is not None}
         return cls(**options | {"revision": revision})
 
 
 class _NoBar(tqdm):
-    """A progress bar that is not shown: a head is small, and a cached one needs no bar at all."""
+    """A progress bar that is never shown, because a head is small."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{**kwargs, "disable": True})
@@ -95,18 +101,21 @@ def check_subfolder(subfolder: str | None) -> None:
 
 
 def download_head(reference: HubReference, options: HubOptions = HubOptions(), *, only_config: bool = False) -> Path:
-    """Fetch a head, or its config alone, all of one commit, into the Hub's cache, and return its folder there.
+    """Fetch a head, or only its config, into the Hub's cache, and return its folder there. All files are of one commit.
 
-    If all is cached, the Hub is asked once for a branch or a tag, and not at all for a commit.
+    If all files are cached, one request asks for the commit of a branch or tag, and no request is made for a commit.
 
     Raises:
-        ProbeError: the repository, revision or head does not exist, this token may not read it, the Hub is out of reach
-            and it is not cached, or a download broke off. No part of a file is kept then.
+        ProbeError: the repository, revision or head does not exist, the token may not read it, the Hub is out of reach
+            and the head is not cached, or a download broke off. No part of a file is kept then.
     """
-    api, revision = hub_api(options.token), reference.revision or options.revision
+    api = hub_api(options.token)
+    revision = reference.revision or options.revision
     names = HEAD_FILES[:1] if only_config else HEAD_FILES
     try:
-        if options.force_download:  # else the client takes what is cached if the Hub does not answer
+        if (
+            options.force_download
+        ):  # without this request, the client would take the cached files if the Hub does not answer
             revision = api.model_info(reference.repo_id, revision=revision).sha
         snapshot = api.snapshot_download(
             reference.repo_id,
@@ -134,7 +143,7 @@ def download_head(reference: HubReference, options: HubOptions = HubOptions(), *
 
 
 def heads_on_hub(repo_id: str, options: HubOptions = HubOptions()) -> list[str]:
-    """Return the plainly named subfolders of a repository that hold a head, `""` for its root; empty if it cannot be read."""
+    """Return the subfolders of a repository that hold a head, `""` for its root. Empty if the repository cannot be read."""
     try:
         info = hub_api(options.token).model_info(repo_id, revision=options.revision)
     except _FAILED:
@@ -165,15 +174,15 @@ def commit_files(
 ) -> CommitInfo:
     """Upload files in one commit; create the repository and the branch if they are missing.
 
-    A push is refused if another one came in between. It leaves all files as they were, or replaces all.
+    If another commit comes in between, the Hub refuses the push. A push replaces all files or none.
 
     Args:
-        is_stale: tells if another file of the repository is a rest of an earlier version and is deleted.
+        is_stale: returns True for a path in the repository that is not among `files` and is to be deleted.
         private, token, revision, create_pr, commit_message: as in `PreTrainedModel.push_to_hub`.
         only_if_missing: paths of `files` that do not replace an existing file.
 
     Raises:
-        ProbeError: the Hub refused; the message gives its reason, and says if it is not known that nothing was uploaded.
+        ProbeError: the Hub refused. The message gives the reason, and says whether the files may have been uploaded.
     """
     api = hub_api(token)
     with _push_errors(repo_id, token):
@@ -198,20 +207,20 @@ def commit_files(
 
 @contextmanager
 def _push_errors(repo_id: str, token: str | bool | None, is_sent: bool = False) -> Iterator[None]:
-    """Turn errors of a push into one line. With `is_sent` the commit is on its way."""
+    """Turn errors of a push into one line. With `is_sent` the commit may have reached the Hub."""
     try:
         yield
     except _FAILED as error:
         cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
         status = getattr(getattr(cause, "response", None), "status_code", 500)
-        # The answer to a commit that was made may be lost. Other errors come before it is sent.
+        # The Hub may have kept a commit whose answer was lost. All other errors come before the commit.
         is_unknown = is_sent and isinstance(cause, HTTPError) and status >= 500
-        outcome = "it is not known if it was kept: look at its page" if is_unknown else "nothing was uploaded"
+        outcome = "it is not known if the Hub kept it: look at its page" if is_unknown else "nothing was uploaded"
         raise ProbeError(f"the push to {repo_id} failed, and {outcome}; {reason(error, token)}") from None
 
 
 def reason(error: Exception, token: str | bool | None) -> str:
-    """Return the client's own words on one line, without the given token and anything that looks like one."""
+    """Return the error of the Hub's client in one line, without the given token and without any text that looks like a token."""
     cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
     text = " ".join(str(cause).split())
     if isinstance(token, str) and token:

@@ -27,10 +27,9 @@ PromptTexts = Callable[[str, list[int]], list[str]]  # from a head's name and ro
 TokenCallback = Callable[[TokenScores], Decisions | None]
 HaltSpec = str | Sequence[str] | Mapping[str, Mapping[str, Any] | None] | HaltPolicy
 
-_OPTIONS = ("label", "threshold", "patience", "window", "unsure", "ask")
-
-
 HaltReply = str | Sequence[int] | torch.Tensor
+
+_OPTIONS = ("label", "threshold", "patience", "window", "unsure", "ask")
 
 
 def reply_tokens(reply: HaltReply | None, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..backbone.decoder import target_of
-from ..backbone.loading import check_within_reach, model_of, read_target, resolve_backbone
+from ..backbone.loading import model_of, read_target, resolve_backbone
 from ..errors import ProbeError
 from ..heads.configuration import read_config
 from ..heads.probe import ProbeModel
@@ -40,7 +40,6 @@ def load_with_heads(
     """
     options = HubOptions.beside(kwargs)
     place = resolve_backbone(place, options)
-    check_within_reach(place, options)
     if probe is not None:
         return _load_with_named_heads(load, place, args, kwargs, named_sources(probe))
     # The Hub is not asked for a model that has the name of a bundled head.
@@ -87,7 +86,7 @@ def _head_at(place: Any, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]
     others = {key: value for key, value in kwargs.items() if key not in ("subfolder", "revision", "config")}
     if config.base_model_revision is not None and not Path(backbone).exists():
         others["revision"] = config.base_model_revision
-    reference = None if os.path.isdir(source) else HubReference.parse(str(source))
+    reference = HubReference.unless_path(source)
     if reference is not None and reference.revision is None:
         source = str(replace(reference, revision=options.revision))
     return backbone, others, {default_name(source): source}

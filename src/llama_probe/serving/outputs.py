@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import ProbeError
 from ..files import JSON
-from ..heads.decision import DecidedMixin, ProbeOutput, describe_predictions, labels, probabilities, reply_outputs
+from ..heads.decision import DecidedMixin, ProbeOutput, describe_predictions, labels, probabilities
 from ..heads.probe import ProbeModel
 from .cache import ProbeCache
 
@@ -56,7 +56,7 @@ class TokenScores:
     counted: torch.Tensor
 
 
-class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
+class ProbedOutputMixin(DecidedMixin):
     """An output of the LM with the results of its heads.
 
     Attributes:
@@ -154,9 +154,12 @@ class ProbedOutputMixin(DecidedMixin[dict[str, float]]):
                 record["probes"][name] = prompts[row * len(prompts) // rows]
         for name, logits in (self.probe_token_logits or {}).items():
             if name not in (self.probe_logits or {}):
-                replies = reply_outputs(logits, self.config_of(name))
-                for record, reply in zip(records, replies, strict=True):
-                    record["probes"][name] = None if reply is None else reply.describe()[0]
+                config = self.config_of(name)
+                for record, scores in zip(records, logits, strict=True):
+                    last = scores[~scores.isnan().any(dim=-1)][
+                        -1:
+                    ]  # [1, num_labels], or [0, num_labels] if none was read
+                    record["probes"][name] = ProbeOutput.from_logits(last, config).describe()[0] if len(last) else None
         halts = self.probe_halts or []  # one a prompt or a row
         for row, record in enumerate(records if halts else ()):
             halt = halts[row * len(halts) // rows]

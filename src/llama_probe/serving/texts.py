@@ -25,7 +25,7 @@ from .reader import prompt_masks
 
 
 _INPUTS = ("input_ids", "attention_mask", "probe_mask")
-# Ends a prompt whose reply is to come without thoughts. It is no turn's marker: only some prompts of a template have it.
+# The end of a prompt that asks for a reply without thoughts. It is not part of a turn's marker.
 _NO_THOUGHTS = re.compile(r"(<think>\s*)?</think>\s*$")
 
 
@@ -105,10 +105,11 @@ def _tokens_that_some_head_reads(
 
 
 def join_outputs(parts: list[ProbeOutput], order: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
-    """Return the rows of several outputs, in the order of their indices in these."""
+    """Join outputs, and return their rows in a new order: row i is row `order[i]` of the joined outputs."""
     order = order.to(parts[0].logits.device)
     output = ProbeOutput.from_logits(torch.cat([part.logits for part in parts])[order], config)
-    if means := [part.means for part in parts if part.means is not None]:
+    means = [part.means for part in parts if part.means is not None]
+    if means:
         output.means = MeanStates.joined(means, order)
     return output
 

@@ -111,7 +111,8 @@ class HeadGroup(nn.Module):
             with without_autocast(mask.device), torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
-                outputs[name] = head.score_batch(shared(head), mask, weights, reply_mask, segments=segments)
+                outputs[name] = head.score(shared(head), mask, segments=segments, reply_mask=reply_mask)
+            outputs[name].row_weights = weights
         logits = torch.stack([output.logits for output in outputs.values()], dim=1)
         if learned_by is not None and not self.training:
             logits = logits.masked_fill(~learned_by[..., None].to(logits.device), torch.nan)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ..backbone.loading import check_within_reach, read_target, resolve_backbone
+from ..backbone.loading import read_target, resolve_backbone
 from ..errors import ProbeError
 from ..heads import import_head_types
 from ..heads.probe import ProbeModel
@@ -77,7 +77,6 @@ def engine_kwargs(
         raise ProbeError(f"hold_back={hold_back!r} must be a number of tokens from 0")
     overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
     model = resolve_backbone(os.fspath(model))
-    check_within_reach(model)
     for path in import_files:
         import_head_types(path)
     target = read_target(model, kwargs, HubOptions())
