@@ -16,7 +16,7 @@ from ..files import JSON
 from ..hub.folder import check_output, is_head_folder
 from .prepared import CHECKPOINTS, SETUP_NAME, PreparedRun
 from .recipe import Recipe
-from .recipe_trainer import RecipeTrainer
+from .trainer import RecipeTrainer
 
 
 logger = logging.get_logger(__name__)
