@@ -33,7 +33,12 @@ _ATTEMPTS = 100  # draws for one trial that fits the backbone
 
 @dataclass(kw_only=True)
 class Search:
-    """Configurations to try beside each other. The best by validation is kept."""
+    """Configurations to try beside each other. The best by validation is kept.
+
+    Args:
+        trials: number of configurations; 0 for no search.
+        probe_types: head types to draw from.
+    """
 
     trials: int = 0
     probe_types: list[str] = field(default_factory=lambda: ["pooling", "gate", "mha"])
