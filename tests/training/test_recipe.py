@@ -128,8 +128,6 @@ class TestFile:
             (changed(augmentations={"names": ["later_turns"]}), "token_scope"),
             (changed(augmentations={"names": ["earlier_turns"]}, head={"token_scope": "tool"}), "earlier_turns"),
             (changed(search={"trials": 2}, hold_out={"ablation": ["toxicchat"]}), "hold_out"),
-            (changed(search={"trials": -1}), "trials=-1"),
-            (changed(search={"trials": 2, "probe_types": []}), r"probe_types=\[\]"),
             (changed(hold_out={"lists": ["advbench"]}), "hold_out.lists names 'advbench'"),
             (changed(hold_out={"a.b": ["toxicchat"]}), "'a.b'"),
             (changed(seeds=0), "seeds=0"),

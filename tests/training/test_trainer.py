@@ -157,7 +157,6 @@ class TestRows:
             ({"label_smoothing_factor": 1.0}, "label_smoothing_factor=1.0"),
             ({"include_for_metrics": ["inputs"], "cache_states": True}, "cache_states=True: include_for_metrics"),
             ({"token_loss": "max"}, "token_loss='max'"),
-            ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
             ({"token_loss": "monotone"}, "token_loss='monotone'.* token_scope='prompt'"),
             ({"model": head(token_scope="response"), "token_loss": "monotone"}, "token_loss='monotone'.*flagged"),
             ({"model": head(**GUARD), "rows": IDS, "held_back": None, "token_loss": "monotone"}, "rows with replies"),

@@ -7,7 +7,8 @@ import os
 
 
 # Parameters of mallopt, from glibc's <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 _LARGEST = 2**31 - 1
 
 

@@ -20,18 +20,20 @@ from .defaults import SCHEDULES
 from .loss import MONOTONE
 
 
-_BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _POSITIVE: Rule = ("above 0", lambda value: 0 < value < math.inf)
 _NOT_NEGATIVE: Rule = ("at least 0", lambda value: 0 <= value < math.inf)
 _COUNT: Rule = ("at least 1 and below 2**31", lambda value: 1 <= value < 2**31)
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(("learning_rate", "num_train_epochs"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "focal_gamma"), _NOT_NEGATIVE),
-    **dict.fromkeys(_BATCHES, _COUNT),
+    "learning_rate": _POSITIVE,
+    "num_train_epochs": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "focal_gamma": _NOT_NEGATIVE,
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
     "patience": ("at least 1, or None", lambda value: value is None or 1 <= value < 2**31),
     "cache_states": ("True, False or 'auto'", lambda value: value in (True, False, "auto")),
     "token_loss": (f"{MONOTONE!r}, or left out", lambda value: value == MONOTONE),
-    "neftune_noise_alpha": ("left out: it is for embeddings, which heads do not have", lambda value: False),
 }
 
 
@@ -109,7 +111,7 @@ class ProbeTrainingArguments(TrainingArguments):
         self.gradient_checkpointing = self.activation_checkpointing = False  # a frozen backbone keeps no activations
 
     def fill(self, config: ProbeConfig, rows: int, batch_size: int | None = None) -> None:
-        """Choose what is open by the head and the number of training rows. `batch_size` is that of all devices."""
+        """Choose the arguments that are open by the head and the number of training rows. `batch_size` counts all devices."""
         epochs, default_size = next(entry[1:] for entry in SCHEDULES if rows <= entry[0])
         open_fields = {
             "num_train_epochs": epochs,
@@ -129,7 +131,7 @@ class ProbeTrainingArguments(TrainingArguments):
         return {name: value for name, value in defaults.items() if hasattr(self, name) and getattr(self, name) is None}
 
     def check(self) -> None:
-        """Make what the Trainer makes after the pass of the backbone, which takes long: raise now for what cannot be made."""
+        """Raise now for a logger, an optimizer or a schedule that the Trainer could not make after the pass of the backbone."""
         for callback in get_reporting_integration_callbacks(self.report_to):
             callback()
         Trainer.get_optimizer_cls_and_kwargs(self)
@@ -137,7 +139,7 @@ class ProbeTrainingArguments(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """The accelerators of this process: one at most. On several the parent divides a batch, and joins outputs by their rows."""
+        """The accelerators of this process: one at most. The parent would divide a batch among several, heads by the row."""
         return min(super().n_gpu, 1)
 
     @property
@@ -151,10 +153,11 @@ class ProbeTrainingArguments(TrainingArguments):
         return self.metric_for_best_model.removeprefix("eval_")
 
     def describe(self) -> JSON:
-        """Return what `results.json` says of the training. Rows of a step are those of all processes."""
-        names = "learning_rate num_train_epochs gradient_accumulation_steps weight_decay focal_gamma class_weights patience"
-        names += " metric max_false_positive_rate threshold_rule" + (" token_loss" if self.token_loss else "")
-        return {name: getattr(self, name) for name in names.split()} | {
-            "per_device_train_batch_size": self.train_batch_size * self.world_size,
-            "label_smoothing_factor": self.label_smoothing_factor,
-        }
+        """Return the arguments that `results.json` keeps. Rows of a step are those of all processes."""
+        names = ["learning_rate", "num_train_epochs", "gradient_accumulation_steps", "weight_decay", "focal_gamma"]
+        names += ["class_weights", "patience", "metric", "max_false_positive_rate", "threshold_rule"]
+        described = {name: getattr(self, name) for name in [*names, "label_smoothing_factor"]}
+        described["per_device_train_batch_size"] = self.train_batch_size * self.world_size
+        if self.token_loss is not None:
+            described["token_loss"] = self.token_loss
+        return described

@@ -1,4 +1,4 @@
-"""The work of a run, said before it starts: rows, tokens, time and bytes on disk."""
+"""The estimate of a run before it starts: rows, tokens, time and bytes on disk."""
 
 from __future__ import annotations
 

@@ -23,16 +23,10 @@ SINGLE = "head"  # the name of a head that was given without one
 
 @dataclass
 class GroupOutput(ModelOutput):
-    """The predictions of several heads for a batch.
+    """The predictions of several heads for a batch."""
 
-    Args:
-        logits (`torch.FloatTensor` of shape `[batch, heads, num_labels]`): of each head, in their order; of a single head
-            `[batch, num_labels]`.
-        by_head: the `ProbeOutput` of each head, for the loss. A field, because DDP keeps nothing else.
-    """
-
-    logits: torch.Tensor | None = None
-    by_head: dict[str, ProbeOutput] | None = None
+    logits: torch.Tensor | None = None  # [batch, heads, num_labels], of a single head [batch, num_labels]
+    by_head: dict[str, ProbeOutput] | None = None  # for the loss; a field, because DDP keeps nothing else
 
 
 class HeadGroup(nn.Module):
