@@ -1,4 +1,4 @@
-"""A recipe: how a head is made, in a file of a page. Labels, sources, augmentations, head, training, calibration, measurements."""
+"""`Recipe`: how a head is made, as a YAML file says it, and the sections of such a file."""
 
 from __future__ import annotations
 
@@ -40,9 +40,6 @@ _HELD_RULES: dict[str, Rule] = {
 _AUGMENTATION_RULES: dict[str, Rule] = {
     "names": (f"some of {', '.join(AUGMENTATIONS)}", lambda value: set(value) <= set(AUGMENTATIONS)),
     "share": ("above 0 and at most 1", lambda value: 0 < value <= 1),
-}
-_RECIPE_RULES: dict[str, Rule] = {
-    "train": ("at least one source of training rows", bool),
 }
 
 
@@ -222,7 +219,8 @@ class Recipe:
         return recipe
 
     def __post_init__(self):
-        check_fields(self, _RECIPE_RULES)
+        if not self.train:
+            raise ProbeError("train must have at least one source of training rows")
         names, measured = ([source.name for source in part] for part in (self.train, self.measure.sources))
         for part in (names, measured):
             if twice := next((name for name in part if part.count(name) > 1 or "+" in name), None):

@@ -47,28 +47,18 @@ def save_head(run: PreparedRun, head: ProbeModel, folder: Path) -> None:
 
 @dataclass
 class Choice:
-    """The head that a recipe has chosen among its candidates.
+    """The head that a recipe has chosen among its candidates."""
 
-    Attributes:
-        name: of the candidate.
-        logits: `[rows, num_labels]` of the validation rows, by head; of the ablations as well.
-        runs: results of each seed by the name of its candidate, those in the head's `results`; of a search the chosen one alone.
-    """
-
-    name: str
+    name: str  # of the candidate
     head: ProbeModel
-    logits: dict[str, torch.Tensor]
-    runs: dict[str, JSON]
+    logits: dict[str, torch.Tensor]  # [rows, num_labels] of the validation rows, by head and ablation
+    runs: dict[str, JSON]  # results of each seed, by candidate; of a search those of the chosen head alone
 
 
 def choose_head(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) -> Choice:
-    """Fit temperature and thresholds of the heads of a recipe, and choose the best by its validation rows.
+    """Fit temperature and thresholds of the heads of a recipe, and choose the best by the validation rows.
 
-    Args:
-        progress: how each head has done. epochs: epochs of the training.
-
-    Returns:
-        The choice. Its head can be saved: its `results` have what follows from the validation and calibration rows.
+    The head that is chosen can be saved: its `results` have all that follows from the validation and calibration rows.
     """
     metric = run.args.metric
     runs = {}
@@ -146,29 +136,25 @@ def _novelty_rows(run: PreparedRun) -> tuple[Dataset, Dataset]:
 def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     """Fit the thresholds of a head on the calibration rows, and return what `results.json` says of them.
 
-    The last rates are left out if they do not fit, and None is returned if none does: a head is not thrown away for its
-    thresholds.
+    The last rates are left out if they do not fit. None is returned if no rate fits: the head keeps its own threshold.
     """
     rates = run.recipe.calibration.rates
+    sources = [source.name for source in run.recipe.calibration.sources]
     logits = predict_logits(probe, run.datasets["calibration"])
     while rates:
         try:
             probe.config = with_rates(probe.config, logits, rates)
-            break
+            return thresholds_from(probe.config, rates, sources, len(run.rows.calibration))
         except ProbeError as error:
             logger.warning(f"no threshold for {rates[-1]:g} was fitted on the calibration rows: {error}")
             rates = rates[:-1]
-    else:
-        return None
-    sources = [source.name for source in run.recipe.calibration.sources]
-    return thresholds_from(probe.config, rates, sources, len(run.rows.calibration))
+    return None
 
 
 def calibrated_ablations(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor] | None) -> dict[str, ProbeModel]:
-    """Return the ablations with temperature and thresholds, fitted on rows that they may know.
+    """Return the ablations with temperature and thresholds, fitted without the sources that they leave out.
 
-    Args:
-        logits_by_head: `[rows, num_labels]` of the validation rows; computed if they are not known.
+    `logits_by_head` are `[rows, num_labels]` of the validation rows, None after a run that was stopped.
     """
     judged = run.rows.judged
     heads = {name: run.heads[f"ablation-{name}"] for name in run.rows.ablations}
@@ -222,18 +208,14 @@ def _describe_search(run: PreparedRun, runs: Mapping[str, JSON]) -> list[JSON]:
 def decide(
     config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, args: ProbeTrainingArguments
 ) -> tuple[ProbeConfig, JSON]:
-    """Fit temperature and threshold on validation rows, and measure these.
-
-    Returns:
-        The config with both, and `temperature`, `threshold` and `validation`.
-    """
+    """Return the config with temperature and threshold that fit validation rows, and a part of `results.json` on these."""
     config = calibrate(config, logits, torch.from_numpy(labels), args.max_false_positive_rate, args.threshold_rule)
     fitted = {"temperature": config.temperature, "threshold": config.threshold}
     return config, {**fitted, "validation": report(config, logits, labels)}
 
 
 def _halting(probe: ProbeModel, run: PreparedRun) -> JSON:
-    """Choose halting rules on the validation rows, and measure them on the test rows; see `halting_rules`."""
+    """Choose halting rules on the validation rows, and measure them on the test rows."""
     rate = run.args.max_false_positive_rate
     limit = MAX_FALSE_HALTS if rate is None else rate
     (followed,) = follow_replies([probe], run.datasets["validation"])
@@ -247,13 +229,7 @@ def _halting(probe: ProbeModel, run: PreparedRun) -> JSON:
 def basic_results(
     probe: ProbeModel, args: ProbeTrainingArguments, rows: dict[str, JSON], head_args: JSON, runs: list[JSON]
 ) -> JSON:
-    """Return the `results` of a head whose config is decided, the contents of `results.json`.
-
-    Args:
-        args, head_args: training arguments, and those of the head that differ.
-        rows: of each part its `source` and the number of its `rows`.
-        runs: results of each seed. The first is that of `probe`, unless `choose_head` says otherwise.
-    """
+    """Return the `results` of a head whose config is decided; `head_args` differ from `args`, `runs` has a part a seed."""
     results = {
         "backbone": probe.config.base_model_name_or_path,
         "probe_type": probe.config.probe_type,
@@ -280,13 +256,13 @@ def add_summary(results: JSON) -> None:
 
 
 def inspect(probe: ProbeModel, split: str, dataset: Dataset, logits: torch.Tensor) -> None:
-    """Add to a head's results what `inspect_head` finds on the rows of a split, whose logits are `[rows, num_labels]`."""
+    """Add to a head's results what `inspect_head` finds on the rows of a split with these logits."""
     found = inspect_head(probe, dataset, labels_of(dataset), logits=logits)
     probe.results["inspection"] = {"split": split, **found}
 
 
 def add_novelty(probe: ProbeModel, args: ProbeTrainingArguments, train: Dataset | None, held: Dataset) -> None:
-    """Fit the novelty of a head, and add it to the results, if it is wanted and there are rows enough; see `fit_novelty`."""
+    """Fit the novelty of a head, and add it to the results, if the arguments say so and there are rows enough."""
     if not args.novelty or train is None or not can_fit(probe.config, train, held):
         return
     data = probe.results["data"]

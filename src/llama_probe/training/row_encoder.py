@@ -1,4 +1,4 @@
-"""From the tables that users give to data sets of prompts or hidden states, as heads read them."""
+"""`RowEncoder`: from tables of a user to data sets of prompts or hidden states."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RowEncoder:
         return self.encode(name, self.label(name, data))
 
     def label(self, name: str, data: object, learned: bool = False) -> LabelledTexts | Dataset | None:
-        """Read a table with the labels of the heads, whose configs record what the labels of training rows are called."""
+        """Read a table with the labels of the heads. Training rows name the labels of heads that have no names."""
         if data is None or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
             return data
         rows = data
