@@ -29,7 +29,7 @@ from llama_probe.training.measurements import tfidf_classifier
 # Strengths of the L1 penalty of muli: multiples of the C below which all weights are zero.
 PATH = np.geomspace(1.5, 100, 6)
 FEATURES = 4096  # tokens of the vocabulary that take part in the fit
-# The question before a text, and the reply for each label; of other data sets they are made of the label names.
+# The question before a text, and the reply for each label. Other data sets take questions and replies from their label names.
 QUESTIONS = {
     "toxicchat": (
         "Is this message, which a user sent to an assistant, toxic? A message is toxic if it is rude, "
@@ -137,7 +137,7 @@ def fit_prototypes(task: Task, seed: int) -> Fitted:
 
 
 def replies(task: Task, prompts: Sequence[Sequence[int]]) -> Iterator[tuple]:
-    """Run the LM over prompts, what they share only once. Yield row numbers, its output, and mask and positions `[B, T]`."""
+    """Run the LM over prompts, and over their common beginning once. Yield row numbers, output, and mask and positions `[B, T]`."""
     lm, tokenizer = task.bench.loaded
     passes = plan_passes(lm, prompts, [len(ids) - 1 for ids in prompts])
     with torch.no_grad(), tqdm(total=len(prompts), desc="prompts", unit=" prompts", leave=False) as progress:
@@ -191,7 +191,7 @@ def fit_muli(task: Task, seed: int) -> Fitted:
 
 
 def fit_prompt(task: Task, seed: int, shots: int = 0) -> Fitted:
-    """Ask which label fits, after `shots` examples of each label. The label's tokens are summed or averaged, as suits best."""
+    """Ask which label fits, after `shots` examples of each label. Validation rows choose if tokens of a label are summed or averaged."""
     tokenizer, examples = task.bench.loaded[1], draw_examples(task, shots, seed)
     before = "" if tokenizer.chat_template else " "
     ids = tokenizer([before + text for text in question(task)[1]], add_special_tokens=False)["input_ids"]
