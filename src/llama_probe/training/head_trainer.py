@@ -35,7 +35,7 @@ from ..heads.probe import ProbeModel
 from ..hub.publish import push_folder
 from .arguments import ProbeTrainingArguments
 from .defaults import head_for_rows
-from .head_group import SINGLE, GroupLoss, HeadGroup
+from .head_group import SINGLE, GroupOutput, HeadGroup
 from .loss import ProbeLoss
 from .progress import BEST_NAME, BestEpochs, Progress, last_checkpoint, read_progress, write_progress
 from .results import add_novelty, basic_results, decide, inspect
@@ -147,7 +147,7 @@ class HeadTrainer(Trainer):
 
     @property
     def heads(self) -> dict[str, ProbeModel]:
-        """The heads by name; a single one has the name `"head"`."""
+        """The heads by name; a single head has the name `"head"`."""
         return dict(self.model.heads)
 
     @property
@@ -168,7 +168,7 @@ class HeadTrainer(Trainer):
 
     @property
     def _metric(self) -> str:
-        """The metric that chooses a head, without the name of the rows that it is measured on."""
+        """The metric that chooses a head, without the name of the evaluation rows."""
         return self.args.metric.removeprefix(f"{self._chosen_by}_")
 
     def _fill_arguments(
@@ -190,13 +190,19 @@ class HeadTrainer(Trainer):
             differing[name] |= head_args.get(name, {})
         return differing
 
-    def _create_loss(self, train: LabelledTexts | Dataset | None) -> GroupLoss:
+    def _create_loss(self, train: LabelledTexts | Dataset | None) -> Callable[..., torch.Tensor]:
+        """Return a loss for the Trainer: the sum of the losses of the heads."""
         losses = {}
         for name, head in self.heads.items():
             args = vars(self.args) | self._head_args[name]
             labels = None if train is None or args["class_weights"] != "balanced" else labels_of(train)
             losses[name] = ProbeLoss.create(head.config, args, labels)
-        return GroupLoss(losses)
+
+        def total(outputs: GroupOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+            parts = [loss(outputs.by_head[name], labels, num_items_in_batch) for name, loss in losses.items()]
+            return torch.stack(parts).sum()
+
+        return total
 
     # Training
 
@@ -273,7 +279,7 @@ class HeadTrainer(Trainer):
         return metric if self.model.is_single else f"{head}_{metric}"
 
     def _measure(self, evaluated: EvalPrediction) -> dict[str, float | None]:
-        """Return the metrics of all heads, and what the user's `compute_metrics` returns."""
+        """Return the metrics of all heads, and the results of the user's `compute_metrics`."""
         values: dict[str, float | None] = {}
         by_head = evaluated.predictions.reshape(len(evaluated.predictions), len(self.heads), -1)
         for place, (name, head) in enumerate(self.heads.items()):
@@ -370,7 +376,7 @@ class HeadTrainer(Trainer):
         return self._save_heads()
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write the head with its own card into its folder: the parent's replaces it, and knows no labels."""
+        """Write the head and its card into its folder, instead of the card of the parent, which has no labels."""
         if self.args.should_save:
             self._save_heads()
 

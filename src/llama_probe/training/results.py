@@ -1,4 +1,4 @@
-"""Results of a training: thresholds, measurements, the choice of the head, and what is written to its folder."""
+"""Results of a training: thresholds, measurements, the choice of the head, and the files of its folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Choice:
 
     name: str  # of the candidate
     head: ProbeModel
-    logits: dict[str, torch.Tensor]  # [rows, num_labels] of the validation rows, by head and ablation
+    logits: torch.Tensor  # [rows, num_labels] of the validation rows
     runs: dict[str, JSON]  # results of each seed, by candidate; of a search those of the chosen head alone
 
 
@@ -67,7 +67,7 @@ def choose_head(run: PreparedRun, progress: Mapping[str, Progress], epochs: floa
         probe = run.heads[name]
         logits = logits_by_head[name]
         if not bool(logits.isfinite().all()):
-            continue  # it diverged
+            continue  # the head diverged
         probe.config, decided = decide(probe.config, logits, run.rows.judged.labels, run.args)
         runs[name] = {"seed": candidate.seed, "epochs": progress[name].epochs or epochs, **decided}
     if not runs:
@@ -84,19 +84,18 @@ def choose_head(run: PreparedRun, progress: Mapping[str, Progress], epochs: floa
         head.results["search"] = _describe_search(run, runs)
     if run.rows.calibration is not None and (fitted := _calibrate(run, head)) is not None:
         head.results["thresholds_from"] = fitted
-    return Choice(chosen, head, logits_by_head, kept)
+    return Choice(chosen, head, logits_by_head[chosen], kept)
 
 
 def complete_results(run: PreparedRun, choice: Choice) -> None:
     """Measure the seeds on the test rows, inspect the chosen head, and fit its novelty."""
     rows = run.rows
     head = choice.head
-    logits = choice.logits[choice.name]
     shown = "validation" if rows.test is None else "test"
     calibrated = head.config
     # These figures are for the threshold of the validation rows, which each seed has.
     head.config = calibrated.replace(threshold=choice.runs[choice.name]["threshold"], thresholds=None)
-    inspected = logits
+    inspected = choice.logits
     for name, results in choice.runs.items():
         probe = run.heads[name]
         if rows.test is not None:
@@ -113,9 +112,10 @@ def complete_results(run: PreparedRun, choice: Choice) -> None:
 
 
 def _judged_logits(run: PreparedRun) -> dict[str, torch.Tensor]:
-    """Return logits of the judged rows, by head; with folds by heads that have not learned from them."""
-    logits = predict_together(list(run.heads.values()), run.datasets["validation"])
-    by_head = dict(zip(run.heads, logits, strict=True))
+    """Return logits of the judged rows, by head; with folds by heads that have not learned from the rows."""
+    heads = {name: head for name, head in run.heads.items() if not name.startswith("ablation-")}
+    logits = predict_together(list(heads.values()), run.datasets["validation"])
+    by_head = dict(zip(heads, logits, strict=True))
     for name in run.candidates:
         for number, fold in enumerate(run.rows.folds):
             by_head[name][fold] = by_head[f"{name}-fold-{number}"][fold]
@@ -151,20 +151,17 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     return None
 
 
-def calibrated_ablations(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor] | None) -> dict[str, ProbeModel]:
-    """Return the ablations with temperature and thresholds, fitted without the sources that they leave out.
-
-    `logits_by_head` are `[rows, num_labels]` of the validation rows, None after a run that was stopped.
-    """
+def calibrated_ablations(run: PreparedRun) -> dict[str, ProbeModel]:
+    """Return the ablations with temperature and thresholds, fitted without the sources that they leave out."""
+    if not run.rows.ablations:
+        return {}
     judged = run.rows.judged
-    heads = {name: run.heads[f"ablation-{name}"] for name in run.rows.ablations}
-    if heads and logits_by_head is None:
-        logits = predict_together(list(heads.values()), run.datasets["validation"])
-        logits_by_head = {f"ablation-{name}": part for name, part in zip(heads, logits, strict=True)}
+    heads = [run.heads[f"ablation-{name}"] for name in run.rows.ablations]
+    logits_by_head = predict_together(heads, run.datasets["validation"])
     ablations: dict[str, ProbeModel] = {}
-    for name, probe in heads.items():
-        known = np.setdiff1d(np.arange(len(judged)), run.rows.ablations[name].excluded_from_validation)
-        logits = logits_by_head[f"ablation-{name}"][known]
+    for (name, ablation), probe, logits in zip(run.rows.ablations.items(), heads, logits_by_head, strict=True):
+        known = np.setdiff1d(np.arange(len(judged)), ablation.excluded_from_validation)
+        logits = logits[known]
         if not bool(logits.isfinite().all()):
             logger.warning(f"the ablation without {name} is not measured: it diverged")
             continue
@@ -208,7 +205,7 @@ def _describe_search(run: PreparedRun, runs: Mapping[str, JSON]) -> list[JSON]:
 def decide(
     config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, args: ProbeTrainingArguments
 ) -> tuple[ProbeConfig, JSON]:
-    """Return the config with temperature and threshold that fit validation rows, and a part of `results.json` on these."""
+    """Return the config with temperature and threshold that fit validation rows, and their part of `results.json`."""
     config = calibrate(config, logits, torch.from_numpy(labels), args.max_false_positive_rate, args.threshold_rule)
     fitted = {"temperature": config.temperature, "threshold": config.threshold}
     return config, {**fitted, "validation": report(config, logits, labels)}

@@ -120,7 +120,7 @@ class RecipeTrainer(ProbeTrainer):
         head_args = {name: member.training for name, member in run.members.items()}
         rows = {"train_dataset": run.train_dataset(), "eval_dataset": run.validation_dataset()}
         super().__init__(run.heads, run.args, **rows, head_args=head_args, **kwargs)
-        self._encoder.tokenizer = run.prompts.tokenizer  # the parent would save one with each checkpoint
+        self._encoder.tokenizer = run.prompts.tokenizer  # the parent would save a tokenizer with each checkpoint
         self.run = run
         self.chosen: ProbeModel | None = None
         checkpoints = Path(self.args.output_dir)
@@ -150,26 +150,24 @@ class RecipeTrainer(ProbeTrainer):
         return super().train(resume_from_checkpoint, trial, **kwargs)
 
     def judge(self) -> None:
-        """Choose the best head and write it into the folder of the run. Then measure it, and write it after each measurement.
+        """Choose the best head and write it into the folder of the run. Measure the head, and write it after each measurement.
 
-        A run that is stopped in between has its head. If it resumes, it measures what is missing.
+        A run that is stopped while it measures has its head. A run that resumes makes the missing measurements.
         """
         run = self.run
-        logits = None
         on_main(self._write_trained)
         if on_main(lambda: self._judged.is_file() and is_head_folder(run.output)):
             self.chosen = ProbeModel.from_pretrained(run.output, backbone=run.lm).to(self.args.device)
         else:
             choice = choose_head(run, self.progress, self.state.epoch)
             self.chosen = choice.head
-            logits = choice.logits
             on_main(lambda: save_head(run, choice.head, run.output))
             complete_results(run, choice)
             on_main(lambda: save_head(run, choice.head, run.output))
             on_main(lambda: write_atomically(self._judged, ""))
         if run.rows.measured or run.rows.ablations:
             head = self.chosen
-            for measured in measure(run, head, calibrated_ablations(run, logits), head.results.get("measured")):
+            for measured in measure(run, head, calibrated_ablations(run), head.results.get("measured")):
                 head.results["measured"] = measured
                 on_main(lambda: bool(head.save_pretrained(run.output)))
 
