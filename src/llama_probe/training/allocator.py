@@ -1,4 +1,4 @@
-"""Freed memory stays with the process instead of going back to the system."""
+"""`keep_freed_memory`: keep freed memory in the process instead of giving it back to the system."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _LARGEST = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for the next allocation. Call it before the first batch.
 
-    By default glibc returns each large block to the system, which fills a new one with zeros. With batches of hidden
-    states on a CPU that is half the time of a training step. The process keeps its peak size.
+    By default glibc returns each large block to the system, which fills each new block with zeros. With batches of hidden
+    states on a CPU this takes half the time of a training step. The process keeps its peak size.
 
     Returns:
         True if the setting took effect. False with another C library.

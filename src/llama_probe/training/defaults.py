@@ -1,4 +1,4 @@
-"""Defaults of heads and of training, by head type and number of rows, for what the user leaves open."""
+"""Defaults of heads and of training, by head type and number of rows, for settings that the user leaves out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def complete_head(head: JSON, rows: int) -> JSON:
     """Return fields of `ProbeConfig` with a head type if there is none, and the dropouts of the type if there are none."""
     name = head.get("probe_type", AUTO)
     if name == AUTO:
-        # As a class declares it itself: a type that derives from another is not chosen in its place.
+        # The attribute of the class itself: a type that derives from another type is not chosen for it.
         up_to = {known: vars(get_probe_type(known)).get("auto_up_to", 0) for known in probe_types()}
         name = min((known for known in up_to if rows <= up_to[known]), key=up_to.get)
     defaults = get_probe_type(name).training_defaults

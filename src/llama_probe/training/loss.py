@@ -99,12 +99,12 @@ def monotone_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -
     """
     config = loss.config
     total = loss.total(outputs.token_logits[:, :, -1], labels, outputs.row_weights)
-    begun = outputs.token_mask.cumsum(dim=1) > 0  # behind its end a score stays
+    begun = outputs.token_mask.cumsum(dim=1) > 0  # after the end of a reply its score stays
     probs = flagged_score(outputs.token_logits, config).sigmoid() * begun  # [M, B, R]
     steps = probs.diff(dim=-1, prepend=torch.zeros_like(probs[..., :1]))
     labels = labels.to(probs.device)
     if config.problem_type == "multi_label_classification":
-        is_harmful = flagged_score(labels, config)  # [B], NaN if it is not known
+        is_harmful = flagged_score(labels, config)  # [B], NaN if the label is not known
     else:
         is_harmful = (labels == config.flagged_index).to(steps)
     wrong = (steps * (1 - 2 * is_harmful).nan_to_num()[:, None]).relu().sum(dim=-1)  # [M, B]

@@ -40,11 +40,10 @@ from .search import Candidate, draw_candidates
 logger = logging.get_logger(__name__)
 
 _STRATEGIES = ("save_strategy", "eval_strategy")
-# What a stopped run leaves in its folder, beside the folder of its states.
-CHECKPOINTS = ".checkpoints"
-# Among the checkpoints: the settings of the run; the weights of all heads, once they are trained; and a mark, once the head
-# in the output folder has all results but those of `measure`.
-SETUP_NAME, TRAINED_NAME, JUDGED_NAME = "setup.json", "trained.safetensors", "judged"
+CHECKPOINTS = ".checkpoints"  # folder of a stopped run, beside the folder of its states
+SETUP_NAME = "setup.json"  # settings of the run
+TRAINED_NAME = "trained.safetensors"  # weights of all heads, once they are trained
+JUDGED_NAME = "judged"  # a mark, once the head in the output folder has all results but the measurements of `measure`
 
 
 class PreparedRun:
@@ -85,7 +84,7 @@ class PreparedRun:
             args.check()
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise ProbeError(f"training: {first_line(error)}") from None
-        if world_size() > 1:  # the other ranks find what the main one has fetched
+        if world_size() > 1:  # other ranks find the rows that the main rank has fetched
             on_main(lambda: bool(read_rows(recipe, data_dir)))
         self.rows = rows = read_rows(recipe, data_dir)
         count = rows.num_plain + rows.num_extra
@@ -109,7 +108,7 @@ class PreparedRun:
         self._backbone = backbone
 
     def plan(self) -> Estimate:
-        """Load the backbone, and return what the run will take. Nothing is written."""
+        """Load the backbone, and return the estimate of the run. Nothing is written."""
         recipe, args, cache = self.recipe, self.args, self._cache
         is_named = isinstance(self._backbone, str)
         self.lm = lm = load_backbone(self._backbone, self.dtype)[0] if is_named else self._backbone.eval()
@@ -178,10 +177,10 @@ class PreparedRun:
         return TrainingRows(self.datasets["validation"], replies="tokens", learned_by=judged_by)
 
     def settings(self) -> JSON:
-        """Return what must be the same if a run is resumed, as JSON values."""
+        """Return the values that must be the same if a run is resumed, for a JSON file."""
         return {
             "recipe": {name: value for name, value in self.recipe.values.items() if name not in ("card", "measure")},
-            # The rows of a step are those of the recipe, rounded up to a multiple of the processes.
+            # The rows of a step depend on the number of processes, which may differ.
             "training": self.args.describe() | {"per_device_train_batch_size": None},
             # Measured anew by each run; `backbone_weights` tells whether the backbone is the same.
             "head": self.config.to_dict() | {"fingerprint": None},

@@ -80,14 +80,14 @@ class BestEpochs(TrainerCallback):
             self.load_weights()
 
     def load_weights(self) -> None:
-        """Give each head the weights that are kept of it."""
+        """Give each head the weights of its best evaluation, if there are any."""
         for name, head in self.heads.items():
             if self.progress[name].weights:
                 head.load_state_dict(self.progress[name].weights)
 
 
 def write_progress(path: Path, progress: Mapping[str, Progress]) -> None:
-    """Write the progress of heads, with the weights that are kept, into a file."""
+    """Write the progress of heads, with the weights of the best evaluations, into a file."""
     weights = {f"{name}/{key}": tensor for name, head in progress.items() for key, tensor in head.weights.items()}
     values = json.dumps({name: [head.scores, head.epochs] for name, head in progress.items()})
     write_atomically(path, lambda part: save_file(weights, part, metadata={"progress": values}))

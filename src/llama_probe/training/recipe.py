@@ -30,7 +30,7 @@ from .search import Search
 
 FEW_ROWS, FOLDS, VALIDATION_SHARE = 400, 5, 0.15
 _FOLDER = Path(__file__).resolve().parents[1] / "recipes"
-# The head's own fields, which come from its labels and its backbone.
+# Fields of a head that follow from its labels and its backbone.
 _DERIVED = {"id2label", "num_labels", "problem_type", "flagged", "hidden_size", "num_hidden_layers"}
 
 _HELD_RULES: dict[str, Rule] = {
@@ -293,7 +293,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(source: str | os.PathLike) -> Path:
-    """Return the file of a recipe: of the package by its name, a YAML file, or that of a head folder."""
+    """Return the file of a recipe: a name of the package, a YAML file, or a head folder."""
     path = Path(source)
     if path.is_dir() and (path / RECIPE_NAME).is_file():
         return path / RECIPE_NAME
@@ -339,7 +339,7 @@ def _set(values: Any, setting: str) -> None:
                 values[name] = {}
             if isinstance(values, list):
                 name = int(name)
-                if isinstance(values[name], str):  # a source that is named by its rows alone
+                if isinstance(values[name], str):  # a source that has its `rows` alone
                     values[name] = {"rows": values[name]}
             values = values[name]
         values[int(last) if isinstance(values, list) else last] = value
@@ -364,7 +364,7 @@ def _parse(owner: type, at: str, values: object) -> Any:
         if value is None:
             continue  # the default
         hint = hints[name]
-        section = next(filter(is_dataclass, (hint, *get_args(hint))), None)  # it may be optional, or one of a list
+        section = next(filter(is_dataclass, (hint, *get_args(hint))), None)  # a section may be optional, or in a list
         if section is not None and get_origin(hint) is list:
             items = value if isinstance(value, list) else [value]
             value = [_parse(section, f"{inside}{name}[{i}]", item) for i, item in enumerate(items)]

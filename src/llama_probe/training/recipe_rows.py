@@ -163,7 +163,7 @@ def _check_slice_columns(recipe: Recipe, measured: Sequence[dict[str, LabelledTe
 
 
 class _Reader:
-    """Reads the sources of a recipe, with the labels of the first one."""
+    """Reads the sources of a recipe, with the labels of the first source."""
 
     def __init__(self, recipe: Recipe, data_dir: str | os.PathLike | None):
         self.recipe, self.data_dir = recipe, data_dir
@@ -184,7 +184,7 @@ class _Reader:
         return replace(rows, flagged=flagged)
 
     def join(self, name: str, sources: Sequence[Source], split: str) -> LabelledTexts | None:
-        """Return the rows of the sources of a section, None if it has none."""
+        """Return the rows of the sources of a section, None if there are no sources."""
         rows = _join([self.read(source, split) for source in sources])
         if sources and rows is None:
             raise ProbeError(f"{name} has no rows whose licence allows commercial use")

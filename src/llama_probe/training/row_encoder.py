@@ -28,7 +28,7 @@ from .rows import TrainingRows
 
 
 STATES = ".states"  # folder of cached states in that of a run
-# By folder. Trainers in one folder share its states, which go with the last of them: Python may free one while the next begins.
+# By folder. Trainers in one folder share its states until the last trainer is freed, which may be after the next one begins.
 _CACHES: weakref.WeakValueDictionary[str, DiskStates] = weakref.WeakValueDictionary()
 
 
@@ -81,7 +81,7 @@ class RowEncoder:
         return rows
 
     def encode(self, name: str, rows: LabelledTexts | Dataset | None, learned: bool = False) -> Dataset | None:
-        """Return labelled rows as prompts, or as their hidden states. Data sets of the user's stay as they are."""
+        """Return labelled rows as prompts, or as their hidden states. Data sets of the user stay as they are."""
         if not isinstance(rows, LabelledTexts):
             return rows
         lm = self.group.backbone
@@ -100,7 +100,7 @@ class RowEncoder:
         lengths = None
         if masks is not None and self.group.config.reads_reply:
             lengths = list(map(sum, masks))
-            # What follows a reply, such as the end of its turn, is no part of it.
+            # Tokens after a reply, such as the end of its turn, are no part of the reply.
             stops = [max((i for i, counts in enumerate(mask) if counts), default=-1) + 1 for mask in masks]
             ids, masks = ([row[:stop] for row, stop in zip(part, stops, strict=True)] for part in (ids, masks))
         return PromptDataset(ids, _labels_or_none(rows), masks, lengths)

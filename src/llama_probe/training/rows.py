@@ -1,4 +1,4 @@
-"""Rows as training sees them: prompts or states with labels, some cut short, some with weights, some for some heads alone."""
+"""`TrainingRows`: prompts or states with labels, replies that are cut, weights in the loss, and the heads that learn from a row."""
 
 from __future__ import annotations
 

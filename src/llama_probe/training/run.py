@@ -61,7 +61,7 @@ def train_recipe(
     on_main(check_free)
     with claimed(output):
         run = PreparedRun(recipe, output, backbone, data_dir=data_dir, dtype=dtype).prepare()
-        on_main(open_checkpoints)  # if it raises, the states stay for the run that can be resumed
+        on_main(open_checkpoints)  # an error here leaves the states for the run that can be resumed
         try:
             trainer = RecipeTrainer(run)
             if trainer.pop_callback(ProgressCallback) is not None:
@@ -80,7 +80,7 @@ class _ProgressBar(ProgressCallback):
     """Shows the metrics of the last epoch behind the bar, where the parent prints a dict for each."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show what was measured of the validation rows."""
+        """Show the loss and the metric of the validation rows."""
         if self.training_bar is not None:
             numbers = {name.removeprefix("eval_"): value for name, value in (logs or {}).items()}
             self.training_bar.set_postfix({key: numbers[key] for key in ("loss", args.metric) if key in numbers})
