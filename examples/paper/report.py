@@ -87,7 +87,8 @@ def columns(source: str) -> dict[str, tuple[str, ...]]:
 
 def main_table(source: str, runs: dict[str, Runs], with_paper: bool) -> str:
     """Return the table of all methods on a data set, beside the paper's figures."""
-    name, shown = find_benchmark(source)[0].name, columns(source)
+    name = find_benchmark(source)[0].name
+    shown = columns(source)
     figures = [column for column in COLUMNS if with_paper and column.startswith(f"{name} ")]
     lines = []
     for method in [*runs, *(method for method in PAPER if figures and method not in runs)]:
@@ -112,7 +113,8 @@ def nearer(runs: Runs) -> str:
 
 def sensitivity_line(head_type: str, runs: Runs) -> list[str]:
     """Summarise the scores of drawn settings."""
-    scores, rates = [run["best"] for run in runs], [run["learning_rate"] for run in runs]
+    scores = [run["best"] for run in runs]
+    rates = [run["learning_rate"] for run in runs]
     related = f"{spearmanr(rates, scores).statistic:+.2f}" if len(set(scores)) > 2 else "-"
     return [f"`{head_type}`", str(len(runs)), *(f"{pick(scores):.3f}" for pick in (max, median, min)), related]
 

@@ -40,7 +40,11 @@ class Tables:
     """Trains and measures all parts. Each finished result is a JSON file: PART/DATA/METHOD/SEED."""
 
     def __init__(self, bench: Bench, folder: Path, seeds: int, epochs: int, shots: int):
-        self.bench, self.folder, self.seeds, self.epochs, self.shots = bench, folder, range(seeds), epochs, shots
+        self.bench = bench
+        self.folder = folder
+        self.seeds = range(seeds)
+        self.epochs = epochs
+        self.shots = shots
 
     def path(self, part: str, task: Task, method: str, seed: int | str) -> Path:
         """Return the file of a result."""
@@ -66,7 +70,8 @@ class Tables:
 
     def elsewhere(self, task: Task, fitted: Fitted) -> dict[str, Any]:
         """Score the test rows of other data sets. Nothing is fitted on them, not even the threshold."""
-        config, found = task.calibrated(fitted.score(task.validation)), {}
+        config = task.calibrated(fitted.score(task.validation))
+        found = {}
         for name in TEST_SETS:
             try:
                 rows = self.bench.test_rows(name)
@@ -135,12 +140,15 @@ def group_layers(task: Task, fitted: Fitted) -> dict[str, Any]:
     `errors` has for each pair of a true and a given label the number of rows, and True if their mean weights are nearer to those
     of the right rows of the given label than to those of the true label (total variation).
     """
-    probe, labels = fitted.head, task.test.labels
+    probe = fitted.head
+    labels = task.test.labels
     states = task.bench.states(probe.config, task.test)
     logits, weights = score_rows([probe], states, lambda out: [out.logits, out.layer_weights], output_attentions=True)
     config = task.calibrated(fitted.score(task.validation))
     given, weights = predictions(probabilities(logits, config), config).numpy(), weights.numpy()
-    names, means, errors = task.train.label_names, {}, []
+    names = task.train.label_names
+    means = {}
+    errors = []
     for label in range(len(names)):
         if len(right := weights[(labels == label) & (given == label)]):
             means[label] = right.mean(axis=0)

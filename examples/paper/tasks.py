@@ -61,11 +61,16 @@ class Task:
     """A data set, `NAME` or `NAME:SPLIT` (the split to train on), with its rows of `train`, `validation` and `test`."""
 
     def __init__(self, bench: Bench, source: str):
-        self.bench, self.source, self.benchmark = bench, source, find_benchmark(source)[0]
+        self.bench = bench
+        self.source = source
+        self.benchmark = find_benchmark(source)[0]
         limit = {"max_rows": bench.max_rows}
         recipe = {"train": [source], **limit, "validation": {"folds": 0, **limit}, "test": limit}
         rows = read_rows(Recipe.load(recipe), bench.data_dir)
-        self.train, self.validation, self.test, self.slices = rows.train, rows.validation, rows.test, rows.slices
+        self.train = rows.train
+        self.validation = rows.validation
+        self.test = rows.test
+        self.slices = rows.slices
         self.is_safety = self.benchmark.name in SAFETY
         # For choices by validation rows. AUPRC needs no threshold.
         self.metric = "auprc" if self.is_safety else "accuracy"

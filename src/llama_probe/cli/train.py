@@ -92,7 +92,8 @@ def _recipe_source(
 ) -> str | JSON:
     """Return the name of a recipe, or the values of a recipe for the rows that were given."""
     if recipe is not None and not _is_recipe(recipe):
-        train, recipe = [recipe, *train], None
+        train = [recipe, *train]
+        recipe = None
     held = {part: rows for part, rows in held.items() if rows is not None}
     columns = {name: column for name, column in columns.items() if column is not None}
     if recipe is not None:
@@ -140,7 +141,9 @@ def _print(results: JSON, output: Path) -> None:
 
 def _print_measured(measured: JSON) -> None:
     is_value = any("r2" in part for part in measured["parts"])
-    rates, figure, rows = measured["rates"], "r2" if is_value else "auroc", {}
+    rates = measured["rates"]
+    figure = "r2" if is_value else "auroc"
+    rows = {}
     for part in measured["parts"]:
         name = (
             part["name"]

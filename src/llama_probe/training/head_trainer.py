@@ -311,7 +311,8 @@ class HeadTrainer(Trainer):
         Each head then has the `results` that `save_model` writes into `results.json` and the card. A head that diverged beside
         other heads has no results. Without evaluation rows nothing is fitted.
         """
-        train, validation = self.train_dataset, self.eval_dataset
+        train = self.train_dataset
+        validation = self.eval_dataset
         if validation is None:
             return
         if isinstance(validation, dict):

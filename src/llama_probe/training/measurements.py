@@ -92,7 +92,8 @@ def measure(
     Yields:
         The section `measured` of `results.json` after each measurement; `docs/recipes.md` explains its keys.
     """
-    recipe, rows = run.recipe, run.rows
+    recipe = run.recipe
+    rows = run.rows
     rates = list(head.config.thresholds or {}) or ["threshold"] * (head.config.flagged_index is not None)
     num_bytes = sum(tensor.nbytes for tensor in head.state_dict().values())
     results = before or {"rates": rates, "parts": [], "bytes": num_bytes}

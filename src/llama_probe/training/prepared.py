@@ -109,7 +109,9 @@ class PreparedRun:
 
     def plan(self) -> Estimate:
         """Load the backbone, and return the estimate of the run. Nothing is written."""
-        recipe, args, cache = self.recipe, self.args, self._cache
+        recipe = self.recipe
+        args = self.args
+        cache = self._cache
         is_named = isinstance(self._backbone, str)
         self.lm = lm = load_backbone(self._backbone, self.dtype)[0] if is_named else self._backbone.eval()
         self.config = config = describe(lm, self.config)

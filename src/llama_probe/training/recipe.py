@@ -221,7 +221,8 @@ class Recipe:
     def __post_init__(self):
         if not self.train:
             raise ProbeError("train must have at least one source of training rows")
-        names, measured = ([source.name for source in part] for part in (self.train, self.measure.sources))
+        names = [source.name for source in self.train]
+        measured = [source.name for source in self.measure.sources]
         for part in (names, measured):
             if twice := next((name for name in part if part.count(name) > 1 or "+" in name), None):
                 raise ProbeError(f"the name {twice!r} must be of one source, without a plus: --set train.0.name=OTHER")

@@ -166,14 +166,16 @@ class _Reader:
     """Reads the sources of a recipe, with the labels of the first source."""
 
     def __init__(self, recipe: Recipe, data_dir: str | os.PathLike | None):
-        self.recipe, self.data_dir = recipe, data_dir
+        self.recipe = recipe
+        self.data_dir = data_dir
         self.labels = recipe.labels
         self.not_commercial: Counter[str] = Counter()
 
     def read(self, source: Source, split: str, labels: Labels | None = None) -> LabelledTexts:
         counted = None if self.recipe.licence is None else self.not_commercial
-        seed, max_text = self.recipe.seed, self.recipe.max_text
-        rows = source.read(labels or self.labels, self.data_dir, split, seed, max_text, counted)
+        rows = source.read(
+            labels or self.labels, self.data_dir, split, self.recipe.seed, self.recipe.max_text, counted
+        )
         if labels is not None or not len(rows):
             return rows
         if wrong := sorted(set(self.recipe.labels.flagged or ()) - set(rows.label_names)):

@@ -48,8 +48,10 @@ class RowEncoder:
         tokenizer: PreTrainedTokenizerBase | None,
         columns: Mapping[str, str] | None,
     ):
-        self.group, self.args = group, args
-        self.tokenizer, self.columns = tokenizer, columns
+        self.group = group
+        self.args = args
+        self.tokenizer = tokenizer
+        self.columns = columns
 
     def is_several(self, data: object) -> TypeGuard[Mapping[str, object]]:
         """Return True for several tables by name, False for a dict of columns."""
@@ -102,7 +104,8 @@ class RowEncoder:
             lengths = list(map(sum, masks))
             # Tokens after a reply, such as the end of its turn, are no part of the reply.
             stops = [max((i for i, counts in enumerate(mask) if counts), default=-1) + 1 for mask in masks]
-            ids, masks = ([row[:stop] for row, stop in zip(part, stops, strict=True)] for part in (ids, masks))
+            ids = [row[:stop] for row, stop in zip(ids, stops, strict=True)]
+            masks = [mask[:stop] for mask, stop in zip(masks, stops, strict=True)]
         return PromptDataset(ids, _labels_or_none(rows), masks, lengths)
 
     def _prompts_of(self, name: str, rows: LabelledTexts) -> PromptDataset:

@@ -35,7 +35,8 @@ class TrainingRows(Dataset):
         self.dataset = dataset
         self.rows = list(range(len(dataset)) if rows is None else rows)
         self.replies = None if self.reply_lengths is None else replies
-        self.row_weights, self.learned_by = row_weights, learned_by
+        self.row_weights = row_weights
+        self.learned_by = learned_by
 
     def __len__(self) -> int:
         return len(self.rows)

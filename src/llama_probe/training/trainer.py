@@ -124,7 +124,8 @@ class RecipeTrainer(ProbeTrainer):
         self.run = run
         self.chosen: ProbeModel | None = None
         checkpoints = Path(self.args.output_dir)
-        self._trained, self._judged = checkpoints / TRAINED_NAME, checkpoints / JUDGED_NAME
+        self._trained = checkpoints / TRAINED_NAME
+        self._judged = checkpoints / JUDGED_NAME
 
     @property
     def results(self) -> JSON | None:
