@@ -29,7 +29,7 @@ from llama_probe.training.measurements import tfidf_classifier
 # Strengths of the L1 penalty of muli: multiples of the C below which all weights are zero.
 PATH = np.geomspace(1.5, 100, 6)
 FEATURES = 4096  # tokens of the vocabulary that take part in the fit
-# The question before a text, and the reply for each label; of other data sets they are made of the label names.
+# The question before a text, and the reply for each label. Other data sets take questions and replies from their label names.
 QUESTIONS = {
     "toxicchat": (
         "Is this message, which a user sent to an assistant, toxic? A message is toxic if it is rude, "
@@ -106,7 +106,8 @@ def mean_states(task: Task, rows: LabelledTexts) -> np.ndarray:
 
 def best_layer(task: Task, create: Callable[[], Any]) -> Fitted:
     """Fit a linear model to each layer, and take the best one."""
-    count_labels, states = task.labels.num_labels, mean_states(task, task.train)
+    count_labels = task.labels.num_labels
+    states = mean_states(task, task.train)
     models = [create().fit(layer, task.train.labels) for layer in tqdm(states, desc="layers", leave=False)]
     held = mean_states(task, task.validation)
     pairs = zip(models, held, strict=True)
@@ -137,7 +138,7 @@ def fit_prototypes(task: Task, seed: int) -> Fitted:
 
 
 def replies(task: Task, prompts: Sequence[Sequence[int]]) -> Iterator[tuple]:
-    """Run the LM over prompts, what they share only once. Yield row numbers, its output, and mask and positions `[B, T]`."""
+    """Run the LM over prompts, and over their common beginning once. Yield row numbers, output, and mask and positions `[B, T]`."""
     lm, tokenizer = task.bench.loaded
     passes = plan_passes(lm, prompts, [len(ids) - 1 for ids in prompts])
     with torch.no_grad(), tqdm(total=len(prompts), desc="prompts", unit=" prompts", leave=False) as progress:
@@ -169,11 +170,13 @@ def fit_muli(task: Task, seed: int) -> Fitted:
 
     Only the tokens whose log odds differ most between the labels take part. Validation rows choose the penalty.
     """
-    labels, count_labels = task.train.labels, task.labels.num_labels
+    labels = task.train.labels
+    count_labels = task.labels.num_labels
     x = log_odds(task, task.train)
     chosen = make_pipeline(SelectKBest(k=min(FEATURES, x.shape[1])), StandardScaler())
     x = chosen.fit_transform(x, labels)
-    lowest, models = l1_min_c(x, labels, loss="log"), []
+    lowest = l1_min_c(x, labels, loss="log")
+    models = []
     path = {"solver": "saga", "l1_ratio": 1.0, "warm_start": True}
     model = LogisticRegression(**path, max_iter=300, tol=1e-3, random_state=0)
     for strength in tqdm(lowest * PATH, desc="L1 path", leave=False):
@@ -191,8 +194,9 @@ def fit_muli(task: Task, seed: int) -> Fitted:
 
 
 def fit_prompt(task: Task, seed: int, shots: int = 0) -> Fitted:
-    """Ask which label fits, after `shots` examples of each label. The label's tokens are summed or averaged, as suits best."""
-    tokenizer, examples = task.bench.loaded[1], draw_examples(task, shots, seed)
+    """Ask which label fits, after `shots` examples of each label. Validation rows choose if tokens of a label are summed or averaged."""
+    tokenizer = task.bench.loaded[1]
+    examples = draw_examples(task, shots, seed)
     before = "" if tokenizer.chat_template else " "
     ids = tokenizer([before + text for text in question(task)[1]], add_special_tokens=False)["input_ids"]
     lengths = torch.tensor([len(label) for label in ids])
@@ -221,7 +225,8 @@ def cut(tokenizer: Any, text: str, limit: int) -> str:
 
 def draw_examples(task: Task, shots: int, seed: int) -> list[tuple[str, int]]:
     """Draw training rows of each label, in random order, and cut them to 96 tokens."""
-    rng, tokenizer = np.random.default_rng(seed), task.bench.loaded[1]
+    rng = np.random.default_rng(seed)
+    tokenizer = task.bench.loaded[1]
     chosen = []
     for label in range(len(task.train.label_names)):
         rows = np.flatnonzero(task.train.labels == label)
@@ -248,7 +253,8 @@ def render(task: Task, text: str, examples: Sequence[tuple[str, int]]) -> list[i
 
 def label_log_likelihoods(task: Task, prompts: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
     """Return log p(label | prompt) `[rows, labels]`, summed over the label's tokens. A prompt runs once for all labels."""
-    lm, found = task.bench.loaded[0], torch.empty(len(prompts), len(labels))
+    lm = task.bench.loaded[0]
+    found = torch.empty(len(prompts), len(labels))
     for rows, output, mask, positions in replies(task, prompts):
         first = output.logits[:, -1].float().log_softmax(dim=-1)  # [B, V]
         for place, ids in enumerate(labels):

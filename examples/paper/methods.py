@@ -38,7 +38,7 @@ BASELINES = {
     "muli": fit_muli,
 }
 METHODS = ("tfidf", "zero-shot", "few-shot", "prototypes", "layer-linear", "last-token", "muli", *list(HEADS)[1:])
-SEEDED = ("few-shot", *HEADS)  # the others run once
+SEEDED = ("few-shot", *HEADS)  # other methods run once
 
 
 def fit(task: Task, method: str, seed: int, epochs: int, shots: int) -> Fitted:
@@ -91,18 +91,18 @@ def fit_head(
 
 
 def draw_rows(rows: LabelledTexts, size: int, seed: int) -> LabelledTexts:
-    """Draw rows, among them one of each label if `size` allows it. Those of a smaller size are part of a larger one's."""
+    """Draw rows, one of each label if `size` allows it. A larger draw contains the rows of a smaller draw."""
     order = np.random.default_rng(seed).permutation(len(rows))
     first = [int(np.argmax(rows.labels[order] == label)) for label in np.unique(rows.labels)]
     order = np.concatenate([order[first], np.delete(order, first)])
     return rows.select(np.sort(order[:size]).tolist())
 
 
-def draw_settings(kind: str, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def draw_settings(head_type: str, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Draw fields of `ProbeConfig` and training arguments in the ranges of the paper."""
-    rng = np.random.default_rng([number, *kind.encode()])
+    rng = np.random.default_rng([number, *head_type.encode()])
     head = {
-        "probe_type": kind,
+        "probe_type": head_type,
         "pool": str(rng.choice(["mean", "max"])),
         "dropout": rng.uniform(0, 0.4),
         "layer_dropout": rng.uniform(0, 0.3),

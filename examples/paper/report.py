@@ -64,14 +64,14 @@ def of_source(folder: Path, source: str) -> Iterator[str]:
         title = "Wrong rows whose layer weights are nearer to those of the predicted label: pairs of labels, and rows, of all seeds."
         yield f"## Layer weights on {source}\n\n{title}\n\n" + table(["head", "pairs (rows)"], lines)
     if runs := read(folder, "sensitivity", source):
-        header = ["kind", "settings", "best", "median", "worst", "rank correlation with the learning rate"]
+        header = ["head type", "settings", "best", "median", "worst", "rank correlation with the learning rate"]
         yield f"## Sensitivity on {source}\n\n" + table(header, [sensitivity_line(*item) for item in runs.items()])
     if runs := read(folder, "few-labels", source):
         metric = "auprc" if find_benchmark(source)[0].name in SAFETY else "accuracy"
         sizes = sorted({run["size"] for of in runs.values() for run in of})
         lines = [[f"`{name}`", *(cell([run for run in of if run["size"] == size], metric) for size in sizes)]
                  for name, of in runs.items()]  # fmt: skip
-        header = ["kind", *(f"{size:,} rows" for size in sizes)]
+        header = ["head type", *(f"{size:,} rows" for size in sizes)]
         yield f"## Few labels: {source}, {metric}\n\n" + table(header, lines)
 
 
@@ -87,7 +87,8 @@ def columns(source: str) -> dict[str, tuple[str, ...]]:
 
 def main_table(source: str, runs: dict[str, Runs], with_paper: bool) -> str:
     """Return the table of all methods on a data set, beside the paper's figures."""
-    name, shown = find_benchmark(source)[0].name, columns(source)
+    name = find_benchmark(source)[0].name
+    shown = columns(source)
     figures = [column for column in COLUMNS if with_paper and column.startswith(f"{name} ")]
     lines = []
     for method in [*runs, *(method for method in PAPER if figures and method not in runs)]:
@@ -110,11 +111,12 @@ def nearer(runs: Runs) -> str:
     return f"{len(near)} of {len(errors)} ({rows[0]} of {rows[1]})"
 
 
-def sensitivity_line(kind: str, runs: Runs) -> list[str]:
+def sensitivity_line(head_type: str, runs: Runs) -> list[str]:
     """Summarise the scores of drawn settings."""
-    scores, rates = [run["best"] for run in runs], [run["learning_rate"] for run in runs]
+    scores = [run["best"] for run in runs]
+    rates = [run["learning_rate"] for run in runs]
     related = f"{spearmanr(rates, scores).statistic:+.2f}" if len(set(scores)) > 2 else "-"
-    return [f"`{kind}`", str(len(runs)), *(f"{pick(scores):.3f}" for pick in (max, median, min)), related]
+    return [f"`{head_type}`", str(len(runs)), *(f"{pick(scores):.3f}" for pick in (max, median, min)), related]
 
 
 def cell(runs: Runs, *path: str) -> str:

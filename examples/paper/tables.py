@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,10 +37,14 @@ logger = logging.get_logger(__name__)
 
 
 class Tables:
-    """All parts. Each finished result is a JSON file: PART/DATA/METHOD/SEED."""
+    """Trains and measures all parts. Each finished result is a JSON file: PART/DATA/METHOD/SEED."""
 
     def __init__(self, bench: Bench, folder: Path, seeds: int, epochs: int, shots: int):
-        self.bench, self.folder, self.seeds, self.epochs, self.shots = bench, folder, range(seeds), epochs, shots
+        self.bench = bench
+        self.folder = folder
+        self.seeds = range(seeds)
+        self.epochs = epochs
+        self.shots = shots
 
     def path(self, part: str, task: Task, method: str, seed: int | str) -> Path:
         """Return the file of a result."""
@@ -54,7 +58,7 @@ class Tables:
             write_atomically(path, json.dumps(work(), indent=1) + "\n")
 
     def methods(self, task: Task, names: list[str], parts: list[str]) -> None:
-        """Train each method once for all of `main`, `ood` and `layers` that it can be part of."""
+        """Train each method once, for all parts of `main`, `ood` and `layers` that suit the method."""
         works = {"main": measure, "ood": self.elsewhere, "layers": group_layers}
         for name in names:
             wanted = [part for part in works if part in parts and is_suited(part, task, name)]
@@ -66,7 +70,8 @@ class Tables:
 
     def elsewhere(self, task: Task, fitted: Fitted) -> dict[str, Any]:
         """Score the test rows of other data sets. Nothing is fitted on them, not even the threshold."""
-        config, found = task.calibrated(fitted.score(task.validation)), {}
+        config = task.calibrated(fitted.score(task.validation))
+        found = {}
         for name in TEST_SETS:
             try:
                 rows = self.bench.test_rows(name)
@@ -77,7 +82,7 @@ class Tables:
         return found
 
     def downcasts(self, task: Task) -> None:
-        """Train `mha` with projections of other sizes."""
+        """Train `mha` with each size of its projections."""
         sizes = [size for size in DOWNCASTS if task.config.hidden_size % size == 0]
         for size, seed in ((size, seed) for size in sizes for seed in self.seeds):
             heads = next(number for number in (2, 3, 1) if task.config.hidden_size // size % number == 0)
@@ -87,13 +92,13 @@ class Tables:
 
     def sensitivity(self, task: Task, trials: int) -> None:
         """Train heads with drawn hyper-parameters. Only validation rows are scored."""
-        for kind, number in ((kind, number) for kind in ("pooling", "gate", "mha") for number in range(trials)):
-            head, settings = draw_settings(kind, number)
-            path = self.path("sensitivity", task, kind, number)
+        for head_type, number in product(("pooling", "gate", "mha"), range(trials)):
+            head, settings = draw_settings(head_type, number)
+            path = self.path("sensitivity", task, head_type, number)
             self.once(path, lambda head=head, more=settings: {**self.train(task, head, 0, **more).chosen, **head})
 
     def few_labels(self, task: Task, names: list[str]) -> None:
-        """Train heads on few rows with the settings for so many. Nothing is chosen, so no row is held back."""
+        """Train heads on few rows, with the defaults for this number of rows. Nothing is chosen, so no row is held out."""
         sizes = [size for size in SIZES if size <= len(task.train)]
         for name, size, seed in ((name, size, seed) for name in names for size in sizes for seed in self.seeds):
 
@@ -109,7 +114,7 @@ class Tables:
 
 
 def is_suited(part: str, task: Task, name: str) -> bool:
-    """Return True if a method can be part of `main`, `ood` or `layers`."""
+    """Return True if a method can be part of `main`, `ood` or `layers` of this data set."""
     if part == "ood":
         return task.is_safety and (name in HEADS or name in ("tfidf", "layer-linear", "muli"))
     return part == "main" or HEADS.get(name, {}).get("probe_type") not in (None, "last", "pooling")
@@ -130,17 +135,20 @@ def measure(task: Task, fitted: Fitted) -> dict[str, Any]:
 
 
 def group_layers(task: Task, fitted: Fitted) -> dict[str, Any]:
-    """Average the layer weights of test rows by label, and compare those of wrong rows with both labels.
+    """Average the layer weights of test rows by label, and compare the weights of wrong rows with those of both labels.
 
     `errors` has for each pair of a true and a given label the number of rows, and True if their mean weights are nearer to those
     of the right rows of the given label than to those of the true label (total variation).
     """
-    probe, labels = fitted.head, task.test.labels
+    probe = fitted.head
+    labels = task.test.labels
     states = task.bench.states(probe.config, task.test)
     logits, weights = score_rows([probe], states, lambda out: [out.logits, out.layer_weights], output_attentions=True)
     config = task.calibrated(fitted.score(task.validation))
     given, weights = predictions(probabilities(logits, config), config).numpy(), weights.numpy()
-    names, means, errors = task.train.label_names, {}, []
+    names = task.train.label_names
+    means = {}
+    errors = []
     for label in range(len(names)):
         if len(right := weights[(labels == label) & (given == label)]):
             means[label] = right.mean(axis=0)
@@ -189,7 +197,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that depends on chance.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of a head at most.")] = 6,
     shots: Annotated[int, typer.Option(min=1, help="Examples of each label in few-shot prompts.")] = 4,
-    trials: Annotated[int, typer.Option(min=1, help="Drawn settings of each kind, for sensitivity.")] = 4,
+    trials: Annotated[int, typer.Option(min=1, help="Drawn settings of each head type, for sensitivity.")] = 4,
 ) -> None:
     """Write the tables of arXiv 2601.13288 for a backbone."""
     sources = data.split(",")

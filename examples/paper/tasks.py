@@ -21,7 +21,7 @@ from llama_probe.training.recipe import Recipe
 from llama_probe.training.recipe_rows import read_rows
 
 
-# These are compared by F1 and AUPRC of the flagged label, as in the paper. The others are compared by accuracy.
+# Data sets that are compared by F1 and AUPRC of the flagged label, as in the paper. Other data sets are compared by accuracy.
 SAFETY = ("toxicchat", "wildguardmix")
 
 
@@ -48,12 +48,12 @@ class Bench:
         return PromptFormat(tokenizer, "chat" if tokenizer.chat_template else "raw", max_length=self.max_length)
 
     def states(self, config: ProbeConfig, rows: LabelledTexts):
-        """Return the cached hidden states of what a head with this config reads."""
+        """Return the cached hidden states of the layers that a head with this config reads."""
         prompts = self.prompts.encode_for(config, rows.texts, rows.labels)
         return DiskStates(self.cache).dataset(self.loaded[0], config, prompts)
 
     def test_rows(self, name: str) -> LabelledTexts:
-        """Return the test rows of a data set that is only tested on."""
+        """Return the test rows of a data set that no method learns from."""
         return Source(rows=name, max_rows=self.max_rows).read(data_dir=self.data_dir, split="test")
 
 
@@ -61,11 +61,16 @@ class Task:
     """A data set, `NAME` or `NAME:SPLIT` (the split to train on), with its rows of `train`, `validation` and `test`."""
 
     def __init__(self, bench: Bench, source: str):
-        self.bench, self.source, self.benchmark = bench, source, find_benchmark(source)[0]
+        self.bench = bench
+        self.source = source
+        self.benchmark = find_benchmark(source)[0]
         limit = {"max_rows": bench.max_rows}
         recipe = {"train": [source], **limit, "validation": {"folds": 0, **limit}, "test": limit}
         rows = read_rows(Recipe.load(recipe), bench.data_dir)
-        self.train, self.validation, self.test, self.slices = rows.train, rows.validation, rows.test, rows.slices
+        self.train = rows.train
+        self.validation = rows.validation
+        self.test = rows.test
+        self.slices = rows.slices
         self.is_safety = self.benchmark.name in SAFETY
         # For choices by validation rows. AUPRC needs no threshold.
         self.metric = "auprc" if self.is_safety else "accuracy"
@@ -91,5 +96,5 @@ class Task:
         return calibrate(self.labels, logits, torch.as_tensor(self.validation.labels), threshold_rule="best-f1")
 
     def best(self, candidates: list[torch.Tensor]) -> int:
-        """Return the place of the logits of validation rows that have the best metric."""
+        """Return the index of the logits with the best metric on the validation rows."""
         return int(np.argmax([report(self.labels, x, self.validation.labels)[self.metric] for x in candidates]))

@@ -20,8 +20,9 @@ from llama_probe.evaluation import transformations
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
-from llama_probe.training import estimate, measurements, prepared, recipe_trainer
+from llama_probe.training import estimate, measurements, prepared
 from llama_probe.training import results as training_results
+from llama_probe.training import trainer as training_trainer
 from llama_probe.training.head_trainer import HeadTrainer
 from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
 from llama_probe.training.run import train_recipe
@@ -192,6 +193,7 @@ class TestAblations:
         given = {"recipe": recipe, "backbone": lm, "settings": settings, "output_dir": "~/head"}
         monkeypatch.setenv("HOME", str(tmp_path))
         trainer = ProbeTrainer.from_recipe(**given, processing_class=tokenizer)
+        assert isinstance(trainer, ProbeTrainer)
         trainer.train()
         assert trainer.predict([("Go!", "harmless"), ("Kill!", "harmful")]).predictions.shape == (2, 1, 2)
         trainer.save_model(tmp_path / "other")
@@ -200,9 +202,9 @@ class TestAblations:
         write(log := tmp_path / "head" / CHECKPOINTS / "runs" / "events", 1)  # as TensorBoard does
         trainer.push_to_hub()
         assert list(hub.repositories) == ["alice/head"] and log.is_file()
-        for more, named in (({}, "processing_class"), ({"licence": "free"}, "licence")):
+        for more, named in (({}, "processing_class"), ({"settings": ["licence=free"]}, "licence")):
             with pytest.raises(ProbeError, match=named):
-                ProbeTrainer.from_recipe(**given, **more)
+                ProbeTrainer.from_recipe(**given | more)
 
 
 class TestResuming:
@@ -215,7 +217,7 @@ class TestResuming:
             return train(tmp_path, tmp_path / "backbone", rows, resume, training=changes)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(recipe_trainer, "choose_head", Mock(side_effect=KeyboardInterrupt))
+            patched.setattr(training_trainer, "choose_head", Mock(side_effect=KeyboardInterrupt))
             resumed(resume=False)
         assert list((tmp_path / "head" / CHECKPOINTS).glob("checkpoint-*"))
         assert (tmp_path / "head" / ".states").is_dir()
@@ -352,7 +354,7 @@ class TestMeasuring:
 
 def test_folders_of_ones_own_stay_where_the_training_fails(backbone_folder, tmp_path, monkeypatch):
     (tmp_path / "head" / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(recipe_trainer, "choose_head", Mock(side_effect=RuntimeError("out of order")))
+    monkeypatch.setattr(training_trainer, "choose_head", Mock(side_effect=RuntimeError("out of order")))
     with pytest.raises(RuntimeError, match="out of order"):
         train(tmp_path, backbone_folder)
     assert (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()

@@ -26,8 +26,8 @@ from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.decision import probe_loss
 from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
 from llama_probe.training.head_trainer import HeadTrainer
-from llama_probe.training.recipe_trainer import RecipeTrainer
 from llama_probe.training.row_encoder import STATES
+from llama_probe.training.trainer import RecipeTrainer
 
 
 TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)

@@ -90,9 +90,10 @@ def train(
 def _recipe_source(
     recipe: str | None, train: list[str], held: dict[str, str | None], columns: dict[str, str | None]
 ) -> str | JSON:
-    """Return the recipe that was named, or one of the rows that were given."""
+    """Return the name of a recipe, or the values of a recipe for the rows that were given."""
     if recipe is not None and not _is_recipe(recipe):
-        train, recipe = [recipe, *train], None
+        train = [recipe, *train]
+        recipe = None
     held = {part: rows for part, rows in held.items() if rows is not None}
     columns = {name: column for name, column in columns.items() if column is not None}
     if recipe is not None:
@@ -102,7 +103,7 @@ def _recipe_source(
     if not train:
         raise ProbeError(f"train needs --train rows, or a recipe: a .yaml file, {', '.join(recipe_names())}")
 
-    # A data set known by name has columns of its own. Columns that are for no file are refused by the recipe.
+    # A data set known by name has its own columns. The recipe refuses columns if there is no file that they are for.
     is_for_all = "prompt_column" in columns or all(map(find_benchmark, (*train, *held.values())))
 
     def source(rows: str) -> JSON:
@@ -140,7 +141,9 @@ def _print(results: JSON, output: Path) -> None:
 
 def _print_measured(measured: JSON) -> None:
     is_value = any("r2" in part for part in measured["parts"])
-    rates, figure, rows = measured["rates"], "r2" if is_value else "auroc", {}
+    rates = measured["rates"]
+    figure = "r2" if is_value else "auroc"
+    rows = {}
     for part in measured["parts"]:
         name = (
             part["name"]

@@ -149,7 +149,13 @@ class LabelledTexts:
 
 @dataclass(kw_only=True)
 class Labels:
-    """The labels that rows may have: the section `labels` of a recipe. A field that is None comes from the rows."""
+    """The labels that rows may have: the section `labels` of a recipe. A field that is None comes from the rows.
+
+    Args:
+        names: names of the labels, by index.
+        flagged: labels to find: thresholds, metrics and `halt_on` are for these.
+        problem_type: one label a row, several labels a row, or a value.
+    """
 
     names: list[str] | None = None
     flagged: list[str] | None = None

@@ -42,10 +42,32 @@ def allows_commercial_use(licence: str | None) -> bool:
 
 @dataclass(kw_only=True)
 class Source:
-    """Rows of one source. `docs/recipes.md` explains the fields.
+    """Rows of one source.
 
     With a folder of local copies, `FOLDER/NAME/SPLIT.jsonl.gz` (or another format) is read instead of the Hub. The rows of a copy
     have the columns of the Hub, or the columns `text` and `label`.
+
+    Args:
+        rows: data set known by name (`toxicchat:test`), file, folder (`FOLDER::SPLIT`), or Hub data set
+            (`ID@REVISION:CONFIGURATION:SPLIT`, or less of it).
+        name: name in tables and in `hold_out`. Defaults to the last part of `rows`.
+        text_column: column of the texts.
+        label_column: column of the labels.
+        prompt_column: column of the prompts, if the texts are replies.
+        label: label of all rows; no label column is read. A list for several labels, `[]` for none.
+        label_map: value of the label column: label. `null` leaves the rows out. `"*"` stands for all values that it does not name.
+        known_labels: the labels of a head of several that the rows were labelled with. Nothing is learned of the other labels,
+            or measured by them. Defaults to all.
+        where: column: list of the values that its rows may have. `[null]` means no value.
+        part: two numbers: texts whose hash is between these shares of all hashes. Parts that do not overlap share no text.
+        licence: licence of the rows.
+        licence_column: column with the licence of each row.
+        note: origin and licence in a sentence, for the card.
+        max_rows: rows at most, drawn at random.
+        repeat: times that each row is learned in an epoch.
+        weights: weights of the rows in the loss. Members of a `multimax` head use them in turn.
+        extra: learn from the rows, but hold none of them back.
+        local: fields that differ in local copies.
     """
 
     rows: str

@@ -1,4 +1,4 @@
-"""Rules for fields: the values that each may hold, and those of a `ProbeConfig`."""
+"""Rules for the values of fields, and the rules of the fields of a `ProbeConfig`."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("num_labels", "num_attention_heads", "downcast", "max_length"), _SIZE),
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "vocab_size"), _SIZE),
     **dict.fromkeys(("dropout", "layer_dropout"), _RATE),
-    # With a smaller one, logits of float32 overflow and give NaN.
+    # With a smaller temperature, logits of float32 overflow and give NaN.
     "temperature": ("a number above 0, at least 1e-6", lambda value: _is_number(value) and value >= 1e-6),
     "causal": ("True or False", lambda value: isinstance(value, bool)),
     "prefix_ids": ("a list of token ids", _are_ids),
@@ -145,7 +145,7 @@ def check_fields(owner: Any, rules: Mapping[str, Rule] = RULES) -> None:
     None is allowed where it is the default.
 
     Args:
-        rules: of some of the fields, by name. Defaults to those of a `ProbeConfig`.
+        rules: rules of some of the fields, by name. Defaults to the rules of a `ProbeConfig`.
     """
     for field in dataclasses.fields(owner):
         value = getattr(owner, field.name)
@@ -157,7 +157,7 @@ def check_fields(owner: Any, rules: Mapping[str, Rule] = RULES) -> None:
 
 
 def named_labels(num_labels: int | None, id2label: dict[int, str] | None) -> tuple[int, dict[int, str]]:
-    """Return the number of labels and their names by index, `LABEL_0` and so on if they have none."""
+    """Return the number of labels and their names by index, `LABEL_0` and so on without `id2label`."""
     if id2label is None:
         return num_labels or 2, dict(enumerate(default_label_names(num_labels or 2)))
     by_text = {str(index): name for index, name in id2label.items()} if isinstance(id2label, dict) else {}

@@ -1,4 +1,4 @@
-"""Freed memory stays with the process instead of going back to the system."""
+"""`keep_freed_memory`: keep freed memory in the process instead of giving it back to the system."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import os
 
 
 # Parameters of mallopt, from glibc's <malloc.h>.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for the next allocation. Call it before the first batch.
 
-    By default glibc returns each large block to the system, which fills a new one with zeros. With batches of hidden
-    states on a CPU that is half the time of a training step. The process keeps its peak size.
+    By default glibc returns each large block to the system, which fills each new block with zeros. With batches of hidden
+    states on a CPU this takes half the time of a training step. The process keeps its peak size.
 
     Returns:
         True if the setting took effect. False with another C library.

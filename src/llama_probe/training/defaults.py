@@ -1,4 +1,4 @@
-"""Defaults of heads and of training, by head type and number of rows, for what the user leaves open."""
+"""Defaults of heads and of training, by head type and number of rows, for settings that the user leaves out."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ SCHEDULES = ((32, 40, 8), (128, 20, 16), (512, 12, 16), (math.inf, 8, 32))
 
 
 def complete_head(head: JSON, rows: int) -> JSON:
-    """Return fields of `ProbeConfig` with a head type for `"auto"` or none, and its dropouts for those that are None."""
+    """Return fields of `ProbeConfig` with a head type if there is none, and the dropouts of the type if there are none."""
     name = head.get("probe_type", AUTO)
     if name == AUTO:
-        # As a class declares it itself: a type that derives from another is not chosen in its place.
+        # The attribute of the class itself: a type that derives from another type is not chosen for it.
         up_to = {known: vars(get_probe_type(known)).get("auto_up_to", 0) for known in probe_types()}
         name = min((known for known in up_to if rows <= up_to[known]), key=up_to.get)
     defaults = get_probe_type(name).training_defaults
@@ -40,12 +40,10 @@ def complete_head(head: JSON, rows: int) -> JSON:
 
 
 def head_config(head: JSON, rows: LabelledTexts, count: int, backbone: str | nn.Module) -> ProbeConfig:
-    """Return the config of a new head for the labels of its training rows.
+    """Return the config of a new head for the labels of `count` training rows, augmentations not counted.
 
-    Args:
-        head: fields of `ProbeConfig`. `layers` may be parts of the depth; see `layers_at`.
-        count: number of the rows, without augmentations; see `complete_head`.
-        backbone: its name, so that its sizes are checked before it is loaded, or the LM.
+    `head` has fields of `ProbeConfig`; `layers` may be parts of the depth. The sizes of a backbone by its name are found before
+    it is loaded.
     """
     is_named = isinstance(backbone, str)
     target = backbone_target(backbone) if is_named else target_of(backbone)
@@ -71,11 +69,7 @@ def head_for_rows(
     columns: Mapping[str, str] | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[ProbeModel, LabelledTexts, PreTrainedTokenizerBase | None]:
-    """Read the training rows, load the backbone, and make a head for the labels of the rows.
-
-    Returns:
-        The head, the rows, and the tokenizer of the backbone.
-    """
+    """Return a head for the labels of the training rows, the rows, and the tokenizer of the backbone, which is loaded."""
     names = list(head["id2label"].values()) if head.get("id2label") else None
     rows = rows_in_memory("train_dataset", data, columns, names, head.get("problem_type"))
     backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
@@ -96,11 +90,12 @@ def _scope_of(rows: LabelledTexts) -> str:
 
 
 def layers_at(layers: object, num_hidden_layers: int | None) -> object:
-    """Return state indices, each once, for parts of the depth: 0.0 (embeddings) to 1.0 (the last layer). Others stay."""
+    """Return state indices for parts of the depth, from 0.0 (embeddings) to 1.0 (the last layer). State indices stay."""
     if not isinstance(layers, (list, tuple)) or not any(isinstance(layer, float) for layer in layers):
         return layers
     if num_hidden_layers is None:
         raise ProbeError(f"layers={layers} are parts of a depth that is not known yet: name the backbone")
-    if wrong := [depth for depth in layers if not 0 <= depth <= 1]:
+    wrong = [depth for depth in layers if not 0 <= depth <= 1]
+    if wrong:
         raise ProbeError(f"layers={wrong[0]} must be a part of the depth from 0.0 to 1.0, or all whole numbers")
     return sorted({round(depth * num_hidden_layers) for depth in layers})

@@ -1,4 +1,4 @@
-"""The work of a run, said before it starts: rows, tokens, time and bytes on disk."""
+"""The estimate of a run before it starts: rows, tokens, time and bytes on disk."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .arguments import ProbeTrainingArguments
 logger = logging.get_logger(__name__)
 
 _TRIAL_SECONDS, _TRIAL_TOKENS = 3.0, 512  # a trial pass ends after the first batch that exceeds the time
-# Of heads and files, as a share of the pass; measured with one head of 8 layers on the demo backbone.
+# Time for heads and files, as a share of the pass; measured with one head of 8 layers on the demo backbone.
 _OVERHEAD = 0.4
 
 
@@ -55,7 +55,7 @@ class Estimate:
 
 
 def decide_caching(args: ProbeTrainingArguments, needed: int, folder: Path, further_passes: int = 0) -> bool:
-    """Return True if hidden states are cached. `cache_states="auto"` says why they are not.
+    """Return True if hidden states are cached. With `cache_states="auto"`, warn of the reason if they are not.
 
     Args:
         needed: bytes of the states that are not there yet.
@@ -96,5 +96,5 @@ def trial_speed(lm: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequenc
         ends.append(time.monotonic())
         if ends[-1] - ends[0] > _TRIAL_SECONDS:
             break
-    # The first pass does not count: it also makes what later ones find made.
+    # The first pass does not count: it also sets up what later passes use.
     return sum(tokens[1:]) / max(ends[-1] - ends[0], 1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +18,15 @@ from ..heads.probe import ProbeModel, without_autocast
 from ..heads.scope import check_rows, number_segments, token_mask
 
 
-SINGLE = "head"  # the name of a head that was given without one
+SINGLE = "head"  # the name of a head that was given without a name
 
 
 @dataclass
 class GroupOutput(ModelOutput):
-    """The predictions of several heads for a batch.
+    """The predictions of several heads for a batch."""
 
-    Args:
-        logits (`torch.FloatTensor` of shape `[batch, heads, num_labels]`): of each head, in their order; of a single head
-            `[batch, num_labels]`.
-        by_head: the `ProbeOutput` of each head, for the loss. A field, because DDP keeps nothing else.
-    """
-
-    logits: torch.Tensor | None = None
-    by_head: dict[str, ProbeOutput] | None = None
+    logits: torch.Tensor | None = None  # [batch, heads, num_labels], of a single head [batch, num_labels]
+    by_head: dict[str, ProbeOutput] | None = None  # for the loss; a field, because DDP keeps nothing else
 
 
 class HeadGroup(nn.Module):
@@ -61,7 +55,7 @@ class HeadGroup(nn.Module):
 
     @property
     def backbone(self) -> nn.Module | None:
-        """The frozen LM of the heads. After a recipe that has cached states the chosen head alone has it."""
+        """The frozen LM of the heads. With the cached states of a recipe, only the head that is chosen has an LM."""
         return next((head.backbone for head in self.heads.values() if head.backbone is not None), None)
 
     def record(self, **changes) -> None:
@@ -99,7 +93,7 @@ class HeadGroup(nn.Module):
         shared = SharedStates(states, range(self.config.num_hidden_layers + 1) if has_all else self.layers)
         mask = mask.to(next(self.parameters()).device).bool()
         check_rows(mask)
-        # One number of the global generator a batch, however many heads there are, and the same for each of them.
+        # One number of the global generator a batch, whatever the number of heads: all heads draw from the same seed.
         seed = int(torch.randint(2**62, ())) if self.training else None
         outputs: dict[str, ProbeOutput] = {}
         for index, (name, head) in enumerate(self.heads.items()):
@@ -117,14 +111,3 @@ class HeadGroup(nn.Module):
         if learned_by is not None and not self.training:
             logits = logits.masked_fill(~learned_by[..., None].to(logits.device), torch.nan)
         return GroupOutput(logits=logits[:, 0] if self.is_single else logits, by_head=outputs)
-
-
-@dataclass
-class GroupLoss:
-    """The Trainer's `compute_loss_func=` for a `HeadGroup`: the sum of the losses of its heads."""
-
-    losses: Mapping[str, Callable[..., torch.Tensor]]
-
-    def __call__(self, outputs: GroupOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        parts = [loss(outputs.by_head[name], labels, num_items_in_batch) for name, loss in self.losses.items()]
-        return torch.stack(parts).sum()

@@ -35,7 +35,7 @@ from ..heads.probe import ProbeModel
 from ..hub.publish import push_folder
 from .arguments import ProbeTrainingArguments
 from .defaults import head_for_rows
-from .head_group import SINGLE, GroupLoss, HeadGroup
+from .head_group import SINGLE, GroupOutput, HeadGroup
 from .loss import ProbeLoss
 from .progress import BEST_NAME, BestEpochs, Progress, last_checkpoint, read_progress, write_progress
 from .results import add_novelty, basic_results, decide, inspect
@@ -46,7 +46,7 @@ from .search import HEAD_ARGS
 
 logger = logging.get_logger(__name__)
 
-# What scripts tell the card of the Trainer, and the card of a head says by itself.
+# Arguments of `push_to_hub` for the card of the Trainer. The card of a head says these facts by itself.
 _CARD_FACTS = {"model_name", "finetuned_from", "tasks", "language", "dataset", "dataset_tags", "dataset_args"}
 _NO_SEARCH = "is not supported: the search of a recipe tries configurations side by side, search={trials: 20}"
 
@@ -102,7 +102,7 @@ class HeadTrainer(Trainer):
         train = encoder.label("train_dataset", train_dataset, learned=True)
         sets = eval_dataset if encoder.is_several(eval_dataset) else {"": eval_dataset}
         named = (args.metric_for_best_model or "").removeprefix("eval_")
-        # The name of the rows that choose epochs and thresholds.
+        # The name of the evaluation rows that choose epochs and thresholds.
         self._chosen_by = max(
             (name for name in sets if named.startswith(f"{name}_")), key=len, default=next(iter(sets))
         )
@@ -130,7 +130,7 @@ class HeadTrainer(Trainer):
             raise ProbeError(f"token_loss={args.token_loss!r} needs training rows with replies: chats, or probe_mask")
         judged = {name: encoder.encode("eval_dataset", rows) for name, rows in labelled.items()}
         with warnings.catch_warnings():
-            # The parent smooths no labels of several at once. The loss does.
+            # The parent does not smooth several labels a row; `ProbeLoss` does.
             warnings.filterwarnings("ignore", message="Label smoothing is not compatible")
             super().__init__(
                 model=group,
@@ -147,7 +147,7 @@ class HeadTrainer(Trainer):
 
     @property
     def heads(self) -> dict[str, ProbeModel]:
-        """The heads by name; a single one has the name `"head"`."""
+        """The heads by name; a single head has the name `"head"`."""
         return dict(self.model.heads)
 
     @property
@@ -161,14 +161,14 @@ class HeadTrainer(Trainer):
         return self._of_all({name: head.results for name, head in self.heads.items()})
 
     def _of_all(self, by_head: Mapping[str, Any]) -> Any:
-        """Return what belongs to a single head without its name, what belongs to several heads by their names."""
+        """Return the value of a single head, or the values of several heads by name."""
         return by_head[SINGLE] if self.model.is_single else dict(by_head)
 
     # Arguments
 
     @property
     def _metric(self) -> str:
-        """The metric that chooses a head, without the name of the rows that it is measured on."""
+        """The metric that chooses a head, without the name of the evaluation rows."""
         return self.args.metric.removeprefix(f"{self._chosen_by}_")
 
     def _fill_arguments(
@@ -177,7 +177,7 @@ class HeadTrainer(Trainer):
         head_args: Mapping[str, Mapping[str, object]],
         left_out: Mapping[str, Sequence[int]],
     ) -> dict[str, JSON]:
-        """Choose the arguments that are open, and return those of each head that differ from them."""
+        """Choose the arguments that are open. Return the arguments of each head that differ."""
         if unknown := {*head_args, *left_out} - set(self.heads):
             raise ProbeError(f"there is no head {min(unknown)!r} in model={{name: head}}: {', '.join(self.heads)}")
         if unknown := {name for values in head_args.values() for name in values} - set(HEAD_ARGS):
@@ -190,13 +190,19 @@ class HeadTrainer(Trainer):
             differing[name] |= head_args.get(name, {})
         return differing
 
-    def _create_loss(self, train: LabelledTexts | Dataset | None) -> GroupLoss:
+    def _create_loss(self, train: LabelledTexts | Dataset | None) -> Callable[..., torch.Tensor]:
+        """Return a loss for the Trainer: the sum of the losses of the heads."""
         losses = {}
         for name, head in self.heads.items():
             args = vars(self.args) | self._head_args[name]
             labels = None if train is None or args["class_weights"] != "balanced" else labels_of(train)
             losses[name] = ProbeLoss.create(head.config, args, labels)
-        return GroupLoss(losses)
+
+        def total(outputs: GroupOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+            parts = [loss(outputs.by_head[name], labels, num_items_in_batch) for name, loss in losses.items()]
+            return torch.stack(parts).sum()
+
+        return total
 
     # Training
 
@@ -205,13 +211,13 @@ class HeadTrainer(Trainer):
         self._best_epochs.progress = {name: Progress() for name in self.heads}
         last = last_checkpoint(Path(self.args.output_dir))
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last or True  # the parent would take the half of one that a kill has left
+            resume_from_checkpoint = last or True  # the parent would take a checkpoint that a kill has cut short
         elif last and not resume_from_checkpoint and self.args.should_save:
             logger.warning(f"{last} is of an earlier run: train(resume_from_checkpoint=True) continues it")
         if isinstance(resume_from_checkpoint, str):
             self._best_epochs.progress = read_progress(Path(resume_from_checkpoint) / BEST_NAME)
         for head in self.heads.values():
-            if head.config.weights_sha256 is not None:  # of a head that was loaded; its figures are of other weights
+            if head.config.weights_sha256 is not None:  # a head that was loaded: its figures are of earlier weights
                 fitted = {"temperature": 1.0, "threshold": None, "thresholds": None, "weights_sha256": None}
                 head.config = head.config.replace(**fitted)
                 head.results = None
@@ -253,37 +259,34 @@ class HeadTrainer(Trainer):
         self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate the heads on a table as well, or on several by name; see `Trainer.evaluate`."""
-        # An evaluation that the training asks for; those of callbacks do not count.
+        # Evaluations of the training count; evaluations of callbacks do not.
         chooses = eval_dataset is None and metric_key_prefix == "eval" and self.control.should_evaluate
         if not (isinstance(eval_dataset, str) or self._encoder.is_several(eval_dataset)):  # the parent evaluates each
             eval_dataset = self._encoder("eval_dataset", eval_dataset)
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if chooses and self.args.load_best_model_at_end:
-            self._note(metrics)
+            scores = {}
+            for name in self.heads:
+                rows_and_metric = filter(None, ("eval", self._chosen_by, self.metric_name(name, self._metric)))
+                value = metrics.get("_".join(rows_and_metric))
+                scores[name] = value if value is None or self.args.greater_is_better else -value
+            stops = self._best_epochs.note(scores, self.state.epoch, self.args.patience)
+            self.control.should_training_stop |= stops
         return metrics
 
-    def _note(self, metrics: Mapping[str, float | None]) -> None:
-        args = self.args
-        scores = {}
-        for name in self.heads:
-            rows_and_metric = filter(None, ("eval", self._chosen_by, self.metric_name(name, self._metric)))
-            value = metrics.get("_".join(rows_and_metric))
-            scores[name] = value if value is None or args.greater_is_better else -value
-        self.control.should_training_stop |= self._best_epochs.note(scores, self.state.epoch, args.patience)
-
     def metric_name(self, head: str, metric: str) -> str:
-        """Return the name of a head's metric in an evaluation: that of a single head has no prefix."""
+        """Return the name of a head's metric in an evaluation. The metrics of a single head have no prefix."""
         return metric if self.model.is_single else f"{head}_{metric}"
 
     def _measure(self, evaluated: EvalPrediction) -> dict[str, float | None]:
-        """Return the metrics of all heads, and what the user's `compute_metrics` returns."""
+        """Return the metrics of all heads, and the results of the user's `compute_metrics`."""
         values: dict[str, float | None] = {}
         by_head = evaluated.predictions.reshape(len(evaluated.predictions), len(self.heads), -1)
         for place, (name, head) in enumerate(self.heads.items()):
-            rows = ~np.isnan(by_head[:, place]).any(axis=-1)  # other rows are not for this head; see `HeadGroup`
+            rows = ~np.isnan(by_head[:, place]).any(axis=-1)  # `HeadGroup` marks the rows that are not for this head
             logits = by_head[rows, place]
             metrics: dict[str, float | None] = {self._metric: -math.inf}
-            if len(logits) and np.isfinite(logits).all():  # the configs change when the heads are judged
+            if len(logits) and np.isfinite(logits).all():
                 part = EvalPrediction(predictions=logits, label_ids=evaluated.label_ids[rows])
                 metrics = metrics_of(head.config)(part)
             values |= {self.metric_name(name, key): value for key, value in metrics.items()}
@@ -293,22 +296,23 @@ class HeadTrainer(Trainer):
         return values if self._own_metrics is None else values | self._own_metrics(evaluated)
 
     def get_test_dataloader(self, test_dataset: object) -> DataLoader:
-        """Return the batches of `test_dataset`, a table without labels as well, in its order, which is that of `predict`."""
+        """Return the batches of `test_dataset` in its order. It may be a table without labels."""
         dataset = self._encoder("test_dataset", test_dataset)
         return self._get_dataloader(dataset, "test", self.args.eval_batch_size, SequentialSampler)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Any:
-        if self._own_metrics is not None:  # these may know the rows by their order
+        if self._own_metrics is not None:  # metrics of the user may know the rows by their order
             return SequentialSampler(eval_dataset)
         return super()._get_eval_sampler(eval_dataset)
 
     def judge(self) -> None:
         """Fit temperature and threshold on the evaluation rows, fit novelty, and measure the heads on the evaluation rows.
 
-        Without such rows nothing is fitted. Each head then has the `results` that `save_model` writes into `results.json` and the
-        card. A head that diverged beside others has none.
+        Each head then has the `results` that `save_model` writes into `results.json` and the card. A head that diverged beside
+        other heads has no results. Without evaluation rows nothing is fitted.
         """
-        train, validation = self.train_dataset, self.eval_dataset
+        train = self.train_dataset
+        validation = self.eval_dataset
         if validation is None:
             return
         if isinstance(validation, dict):
@@ -373,7 +377,7 @@ class HeadTrainer(Trainer):
         return self._save_heads()
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Write the head with its own card into its folder: the parent's replaces it, and knows no labels."""
+        """Write the head and its card into its folder, instead of the card of the parent, which has no labels."""
         if self.args.should_save:
             self._save_heads()
 

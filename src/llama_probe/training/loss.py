@@ -50,7 +50,7 @@ class ProbeLoss:
 
     @classmethod
     def create(cls, config: ProbeConfig, args: JSON, labels: np.ndarray | None) -> ProbeLoss:
-        """Build the loss that training arguments describe. Balanced class weights are those of `labels`."""
+        """Return the loss that training arguments describe. `labels` give balanced class weights."""
         class_weights = args["class_weights"]
         weights = balanced_weights(labels, config) if class_weights == "balanced" else None
         if class_weights not in (None, "balanced"):
@@ -89,31 +89,26 @@ def balanced_weights(labels: np.ndarray, config: ProbeConfig) -> list[float]:
 
 
 def monotone_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -> torch.Tensor:
-    """Return the loss of the whole replies, and what the probability falls in harmful and rises in harmless replies.
+    """Return the loss of the whole replies, and a penalty where the probability falls in harmful or rises in harmless replies.
 
-    It begins at 0: a reply is harmless until it does harm (after the anchored temporal consistency of arXiv 2510.09694). A rule
-    halts at the largest score of a reply, not at the last.
+    The probability begins at 0: a reply is harmless until it does harm (after the anchored temporal consistency of arXiv
+    2510.09694). A rule halts at the largest score of a reply, not at the last.
 
     Returns:
         The sum over the rows of a batch, the mean over the members of a head.
     """
     config = loss.config
     total = loss.total(outputs.token_logits[:, :, -1], labels, outputs.row_weights)
-    begun = outputs.token_mask.cumsum(dim=1) > 0  # behind its end a score stays
+    begun = outputs.token_mask.cumsum(dim=1) > 0  # after the end of a reply its score stays
     probs = flagged_score(outputs.token_logits, config).sigmoid() * begun  # [M, B, R]
     steps = probs.diff(dim=-1, prepend=torch.zeros_like(probs[..., :1]))
     labels = labels.to(probs.device)
     if config.problem_type == "multi_label_classification":
-        is_harmful = flagged_score(labels, config)  # [B], NaN if it is not known
+        is_harmful = flagged_score(labels, config)  # [B], NaN if the label is not known
     else:
         is_harmful = (labels == config.flagged_index).to(steps)
     wrong = (steps * (1 - 2 * is_harmful).nan_to_num()[:, None]).relu().sum(dim=-1)  # [M, B]
-    return total + (wrong * _row_weights(outputs)).sum(dim=1).mean()
-
-
-def _row_weights(outputs: ProbeOutput) -> torch.Tensor:
-    """Return what each reply counts for, `[M, B]`; see `probe_loss`."""
-    members, batch = outputs.token_logits.shape[:2]
-    if (weights := outputs.row_weights) is None:
-        return outputs.token_logits.new_ones(members, batch)
-    return weights[:, [member % weights.shape[1] for member in range(members)]].T.to(outputs.token_logits)
+    if outputs.row_weights is not None:  # [B, weights], which the members of a head use in turn
+        weights = outputs.row_weights[:, torch.arange(len(wrong)) % outputs.row_weights.shape[1]]
+        wrong = wrong * weights.T.to(wrong)
+    return total + wrong.sum(dim=1).mean()

@@ -49,13 +49,10 @@ def length_classifier() -> Pipeline:
 
 
 class Baseline:
-    """Logistic regression on TF-IDF or on the length: what the words alone tell, or the number of characters.
+    """Logistic regression on TF-IDF or on the number of characters: what a head is compared with.
 
-    It learns from the plain and extra rows, not from augmentations. Several labels at once have a model each.
-
-    Args:
-        config: config of the head beside it, whose rates give the thresholds on the calibration rows.
-        without: numbers of the training rows that it does not learn from.
+    A baseline learns from the plain and extra rows, except the rows `without`, and not from augmentations. Each of several
+    labels has a model. The thresholds have the rates of the head with this config.
     """
 
     def __init__(self, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False):
@@ -72,7 +69,7 @@ class Baseline:
             self.config = with_rates(self.config, self.logits(rows.calibration.texts), run.recipe.calibration.rates)
 
     def logits(self, texts: Sequence[Text]) -> torch.Tensor:
-        """Return logits `[rows, num_labels]`."""
+        """Return logits `[rows, num_labels]` of texts."""
         plain = list(map(_plain_text, texts))
         probs = torch.from_numpy(np.stack([model.predict_proba(plain) for model in self.models])).clamp(1e-9, 1 - 1e-9)
         if self.config.problem_type == "multi_label_classification":
@@ -87,16 +84,16 @@ class Baseline:
 def measure(
     run: PreparedRun, head: ProbeModel, ablations: Mapping[str, ProbeModel], before: JSON | None = None
 ) -> Iterator[JSON]:
-    """Measure a head on the further rows of its recipe, and each ablation on the rows that it has not learned from.
+    """Measure a head on the further rows of its recipe, and each ablation on the rows of the sources that it leaves out.
 
     Args:
-        head: the head, with its thresholds. ablations: heads by the name of what they were trained without.
-        before: what a run that was stopped has measured, which is not measured again.
+        before: measurements of a run that was stopped, which are not repeated.
 
     Yields:
         The section `measured` of `results.json` after each measurement; `docs/recipes.md` explains its keys.
     """
-    recipe, rows = run.recipe, run.rows
+    recipe = run.recipe
+    rows = run.rows
     rates = list(head.config.thresholds or {}) or ["threshold"] * (head.config.flagged_index is not None)
     num_bytes = sum(tensor.nbytes for tensor in head.state_dict().values())
     results = before or {"rates": rates, "parts": [], "bytes": num_bytes}
@@ -147,7 +144,7 @@ def _measure_quantised(run: PreparedRun, head: ProbeModel, form: str, rows: Labe
 
 
 def _kept(run: PreparedRun, head: ProbeModel, rows: LabelledTexts, groups: Sequence[str], *others) -> JSON:
-    """Return what `kept_labels` gives; nothing, with a warning, if the head finds none of the rows."""
+    """Return the results of `kept_labels`, or nothing, with a warning, if the head finds none of the rows."""
     try:
         return kept_labels(head, rows, run.prompts, groups, *others)
     except ProbeError as error:
@@ -164,7 +161,10 @@ def _baseline(
         return None
     try:
         return Baseline(run, config, without, by_length)
-    except (ProbeError, ValueError) as error:  # the second of texts without words, such as Chinese ones
+    except (
+        ProbeError,
+        ValueError,
+    ) as error:  # ValueError: texts without words that TF-IDF knows, such as Chinese texts
         logger.warning(f"{'The length' if by_length else 'TF-IDF'} is not measured: {error}")
         return None
 

@@ -40,28 +40,22 @@ from .search import Candidate, draw_candidates
 logger = logging.get_logger(__name__)
 
 _STRATEGIES = ("save_strategy", "eval_strategy")
-# What a stopped run leaves in its folder, beside the folder of its states.
-CHECKPOINTS = ".checkpoints"
-# Among the checkpoints: the settings of the run; the weights of all heads, once they are trained; and a mark, once the head
-# in the output folder has all results but those of `measure`.
-SETUP_NAME, TRAINED_NAME, JUDGED_NAME = "setup.json", "trained.safetensors", "judged"
+CHECKPOINTS = ".checkpoints"  # folder of a stopped run, beside the folder of its states
+SETUP_NAME = "setup.json"  # settings of the run
+TRAINED_NAME = "trained.safetensors"  # weights of all heads, once they are trained
+JUDGED_NAME = "judged"  # a mark, once the head in the output folder has all results but the measurements of `measure`
 
 
 class PreparedRun:
-    """A recipe on a backbone. Its rows are read at once; `plan` loads the backbone, and `prepare` computes states and makes heads.
+    """A recipe on a backbone, with the rows. `plan` loads the backbone; `prepare` also computes states and makes heads.
+
+    `candidates` has a head a seed or a trial of a search; the best of them is kept. `members` are the candidates, each
+    candidate again without each fold, and the ablations. `heads` are the heads of all members, and `datasets` the prompts or
+    states of each part of the rows.
 
     Args:
         output: folder that gets the head, and meanwhile states and checkpoints.
-        backbone: `"demo"`, a folder, a GGUF file, a Hub id, or a loaded LM.
-        tokenizer: of a loaded backbone.
-
-    Attributes:
-        backbone: name of the backbone, None for a loaded one.
-        lm, prompts: the frozen LM, and the format of its prompts.
-        candidates: one a seed or a trial of a search, by name. The best of their heads is kept.
-        members: the candidates; for each fold of each one without it; and the ablations.
-        heads: the heads of all members, by name.
-        datasets: prompts or states of each part of the rows.
+        backbone: `"demo"`, a folder, a GGUF file, a Hub id, or a loaded LM with its `tokenizer`.
 
     Raises:
         ProbeError: a setting or a row is wrong, or the disk is too small. Raised before the backbone is loaded.
@@ -76,11 +70,13 @@ class PreparedRun:
         data_dir: str | os.PathLike | None = None,
         dtype: str = "auto",
     ):
-        self.recipe, self.output, self.dtype = recipe, output, dtype
+        self.recipe = recipe
+        self.output = output
+        self.dtype = dtype
         self.backbone = name = backbone if isinstance(backbone, str) else None
-        # Not those of a recipe, which is saved and shared.
+        # A recipe, which is saved and shared, cannot set these: an argument that is given twice is refused.
         own = {"output_dir": str(output / CHECKPOINTS), "seed": recipe.seed}
-        own |= dict.fromkeys(("push_to_hub", "hub_model_id", "hub_token"))
+        own |= {"push_to_hub": False, "hub_model_id": None, "hub_token": None}
         # `no` in YAML is False.
         training = {name: value or "no" if name in _STRATEGIES else value for name, value in recipe.training.items()}
         try:
@@ -88,7 +84,7 @@ class PreparedRun:
             args.check()
         except (ImportError, RuntimeError, TypeError, ValueError) as error:
             raise ProbeError(f"training: {first_line(error)}") from None
-        if world_size() > 1:  # the other ranks find what the main one has fetched
+        if world_size() > 1:  # other ranks find the rows that the main rank has fetched
             on_main(lambda: bool(read_rows(recipe, data_dir)))
         self.rows = rows = read_rows(recipe, data_dir)
         count = rows.num_plain + rows.num_extra
@@ -112,8 +108,10 @@ class PreparedRun:
         self._backbone = backbone
 
     def plan(self) -> Estimate:
-        """Load the backbone, and return what the run will take. Nothing is written."""
-        recipe, args, cache = self.recipe, self.args, self._cache
+        """Load the backbone, and return the estimate of the run. Nothing is written."""
+        recipe = self.recipe
+        args = self.args
+        cache = self._cache
         is_named = isinstance(self._backbone, str)
         self.lm = lm = load_backbone(self._backbone, self.dtype)[0] if is_named else self._backbone.eval()
         self.config = config = describe(lm, self.config)
@@ -165,7 +163,7 @@ class PreparedRun:
             self.heads[name] = ProbeModel(member.config, backbone=lm)
 
     def train_dataset(self) -> TrainingRows:
-        """Return the training rows, as often as they are learned in an epoch, with weights and the heads that learn from each."""
+        """Return the training rows of an epoch, with weights and the heads that learn from each row."""
         repeats = self.rows.repeats
         rows = [row for turn in range(max(repeats)) for row in range(len(repeats)) if turn < repeats[row]]
         row_weights = [self.rows.weights[row] for row in rows]
@@ -173,20 +171,18 @@ class PreparedRun:
         return TrainingRows(self.datasets["train"], rows, self.args.replies, row_weights, learned_by)
 
     def validation_dataset(self) -> Dataset | None:
-        """Return the validation rows, and the heads that are chosen by each; None if there are folds."""
+        """Return the validation rows, with the heads that are chosen by each row; None if there are folds."""
         if self.rows.validation is None:
             return None
-        excluded_from_validation = {
-            f"ablation-{name}": ablation.excluded_from_validation for name, ablation in self.rows.ablations.items()
-        }
-        judged_by = learners(range(len(self.rows.validation)), self.heads, excluded_from_validation)
+        excluded = {f"ablation-{name}": part.excluded_from_validation for name, part in self.rows.ablations.items()}
+        judged_by = learners(range(len(self.rows.validation)), self.heads, excluded)
         return TrainingRows(self.datasets["validation"], replies="tokens", learned_by=judged_by)
 
     def settings(self) -> JSON:
-        """Return what must be the same if a run is resumed, as JSON values."""
+        """Return the values that must be the same if a run is resumed, for a JSON file."""
         return {
             "recipe": {name: value for name, value in self.recipe.values.items() if name not in ("card", "measure")},
-            # The rows of a step are those of the recipe, rounded up to a multiple of the processes.
+            # The rows of a step depend on the number of processes, which may differ.
             "training": self.args.describe() | {"per_device_train_batch_size": None},
             # Measured anew by each run; `backbone_weights` tells whether the backbone is the same.
             "head": self.config.to_dict() | {"fingerprint": None},
@@ -195,23 +191,20 @@ class PreparedRun:
         }
 
     def clean(self) -> None:
-        """Delete states and checkpoints. What loggers of `report_to` have written beside these stays."""
-        # In this order: a kill between them leaves a run to resume, and not states, which can reveal the texts.
-        self.clean_states()
-        if is_main():
-            folder = self.output / CHECKPOINTS
-            for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            for name in (JUDGED_NAME, TRAINED_NAME, SETUP_NAME):
-                (folder / name).unlink(missing_ok=True)
-            for place in (folder, self.output):  # the head may be saved elsewhere
-                with suppress(OSError):
-                    place.rmdir()
-
-    def clean_states(self) -> None:
-        """Delete the hidden states, unless they were asked to be kept."""
-        if self.args.cache_dir is None and is_main():
+        """Delete states and checkpoints. Files of the loggers of `report_to` stay."""
+        # States first: they can reveal the texts, and a run that is killed here can be resumed without them.
+        if not is_main():
+            return
+        if self.args.cache_dir is None:
             shutil.rmtree(self.output / STATES, ignore_errors=True)  # an earlier run may have left some
+        folder = self.output / CHECKPOINTS
+        for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        for name in (JUDGED_NAME, TRAINED_NAME, SETUP_NAME):
+            (folder / name).unlink(missing_ok=True)
+        for place in (folder, self.output):  # the head may be saved elsewhere
+            with suppress(OSError):
+                place.rmdir()
 
 
 def _check(recipe: Recipe, rows: RecipeRows, config: ProbeConfig, args: ProbeTrainingArguments) -> None:

@@ -26,14 +26,9 @@ BEST_NAME = "best.safetensors"  # of a checkpoint
 
 @dataclass
 class Progress:
-    """The progress of a head.
+    """The progress of a head until it stopped: scores of the evaluations, epochs, and weights of the best evaluation."""
 
-    Attributes:
-        scores: the metric of each evaluation until the head stopped, larger is better; minus infinity if it diverged.
-        epochs: epochs until then.
-    """
-
-    scores: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)  # larger is better; minus infinity if the head diverged
     epochs: float = 0.0
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -58,30 +53,17 @@ class Progress:
 
 
 class BestEpochs(TrainerCallback):
-    """Keeps the weights of each head's best evaluation, and ends the training when no head improves any more.
-
-    Args:
-        heads: heads by name. At the end of the training each gets the weights of its best evaluation.
-
-    Attributes:
-        progress: how each head has done, by name.
-    """
+    """Keeps the weights of each head's best evaluation, and gives them to the head at the end of the training."""
 
     def __init__(self, heads: Mapping[str, nn.Module]):
         self.heads = heads
         self.progress = {name: Progress() for name in heads}
 
     def note(self, scores: Mapping[str, float | None], epochs: float, patience: int | None) -> bool:
-        """Note an evaluation of the heads that have not stopped.
-
-        Args:
-            scores: head -> its score, larger is better; None or not finite if the head diverged.
+        """Note the scores of the heads that have not stopped, larger is better, None for a head that diverged.
 
         Returns:
             True if all heads have stopped.
-
-        Raises:
-            ProbeError: no head gives numbers.
         """
         for name, head in self.heads.items():
             if not self.progress[name].has_stopped(patience):
@@ -98,14 +80,14 @@ class BestEpochs(TrainerCallback):
             self.load_weights()
 
     def load_weights(self) -> None:
-        """Give each head the weights that are kept of it."""
+        """Give each head the weights of its best evaluation, if there are any."""
         for name, head in self.heads.items():
             if self.progress[name].weights:
                 head.load_state_dict(self.progress[name].weights)
 
 
 def write_progress(path: Path, progress: Mapping[str, Progress]) -> None:
-    """Write the progress of heads, with the weights that are kept, into a file."""
+    """Write the progress of heads, with the weights of the best evaluations, into a file."""
     weights = {f"{name}/{key}": tensor for name, head in progress.items() for key, tensor in head.weights.items()}
     values = json.dumps({name: [head.scores, head.epochs] for name, head in progress.items()})
     write_atomically(path, lambda part: save_file(weights, part, metadata={"progress": values}))

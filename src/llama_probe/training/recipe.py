@@ -1,4 +1,4 @@
-"""A recipe: how a head is made, in a file of a page. Labels, sources, augmentations, head, training, calibration, measurements."""
+"""`Recipe`: how a head is made, as a YAML file says it, and the sections of such a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .search import Search
 
 FEW_ROWS, FOLDS, VALIDATION_SHARE = 400, 5, 0.15
 _FOLDER = Path(__file__).resolve().parents[1] / "recipes"
-# The head's own fields, which come from its labels and its backbone.
+# Fields of a head that follow from its labels and its backbone.
 _DERIVED = {"id2label", "num_labels", "problem_type", "flagged", "hidden_size", "num_hidden_layers"}
 
 _HELD_RULES: dict[str, Rule] = {
@@ -41,14 +41,18 @@ _AUGMENTATION_RULES: dict[str, Rule] = {
     "names": (f"some of {', '.join(AUGMENTATIONS)}", lambda value: set(value) <= set(AUGMENTATIONS)),
     "share": ("above 0 and at most 1", lambda value: 0 < value <= 1),
 }
-_RECIPE_RULES: dict[str, Rule] = {
-    "train": ("at least one source of training rows", bool),
-}
 
 
 @dataclass(kw_only=True)
 class Held:
-    """Rows that a head does not learn from: to choose by (`validation`), or to measure on (`test`)."""
+    """Rows that a head does not learn from: to choose by (`validation`), or to measure on (`test`).
+
+    Args:
+        share: share of the training rows that is held back.
+        folds: number of parts, each judged by a head that has not learned from it; 0 holds a part back. For `validation` alone.
+        sources: sources of rows, instead of training rows that are held back.
+        max_rows: rows at most, drawn at random.
+    """
 
     share: float | int | None = None
     folds: int | None = None
@@ -63,7 +67,14 @@ class Held:
 
 @dataclass(kw_only=True)
 class Augmentations:
-    """Training rows once more, wrapped or changed as users and deployers do."""
+    """Training rows once more, wrapped or changed as users and deployers do.
+
+    Args:
+        names: some of `lead_in`, `quote`, `document`, `layout`, `noise`, `earlier_turns`, `later_turns` and `system_prompt`. A
+            name may occur again.
+        share: augmentations of each name, as a share of the training rows.
+        system_prompts: source of the system prompts for `system_prompt`.
+    """
 
     names: list[str] = field(default_factory=list)
     share: float | int = SHARE
@@ -77,7 +88,13 @@ class Augmentations:
 
 @dataclass(kw_only=True)
 class Calibration:
-    """Rows that should rarely be flagged. Their labels do not count."""
+    """Rows that should rarely be flagged. Their labels do not count.
+
+    Args:
+        sources: sources that the head does not learn from, or another `part` of one.
+        rates: shares of the rows that may be flagged. The first gives the head's own threshold; the last are left out if no
+            threshold fits them.
+    """
 
     sources: list[Source] = field(default_factory=list)
     rates: list[float | int] = field(default_factory=lambda: [0.02, 0.01, 0.005])
@@ -85,7 +102,18 @@ class Calibration:
 
 @dataclass(kw_only=True)
 class Measure:
-    """Further measurements, for the card."""
+    """Further measurements, for the card.
+
+    Args:
+        sources: sources to measure on, each by itself, without the rows whose text the head learns from.
+        slice_columns: columns to report by, such as `language`, of these sources and of those that ablations leave out.
+        wrappings: name of a source: count the labels that stay if its rows are wrapped in twelve ways.
+        attacks: name of a source: count the labels that stay if its rows are disguised, or hidden in 1,300 to 7,500 tokens of
+            the calibration rows.
+        tfidf: also measure TF-IDF with logistic regression on the same rows.
+        quantised: also measure the first source on copies of the backbone whose weights are rounded to these types. A copy
+            that needs too much memory is left out, with a warning.
+    """
 
     sources: list[Source] = field(default_factory=list)
     slice_columns: list[str] = field(default_factory=list)
@@ -97,7 +125,17 @@ class Measure:
 
 @dataclass
 class CardFacts:
-    """Facts for a card beside the measurements."""
+    """Facts for a card beside the measurements.
+
+    Args:
+        license: SPDX id for the head: the stricter one of the backbone's and the data's.
+        dataset: Hub id of the training data.
+        dataset_name: name of the training data in a sentence.
+        data_note: origin and licence of the data, as a sentence.
+        language: language of the data.
+        limits: cases that the head was not tested on, a line each.
+        command: command that made the head; a file cannot set it.
+    """
 
     license: str | None = None
     dataset: str | None = None
@@ -112,8 +150,28 @@ class CardFacts:
 class Recipe:
     """The making of a head: all that a run needs beside a backbone, an output folder and a device.
 
-    `docs/recipes.md` explains the fields of all sections. `values` is the recipe as it was written, with the settings that
-    were changed.
+    Args:
+        name: name of the recipe.
+        about: what the head tells, in a sentence.
+        labels: labels of the head.
+        train: sources to learn from.
+        max_rows: training rows at most, drawn at random from all sources that are not `extra`.
+        max_text: characters of the longest text.
+        licence: `commercial` leaves out the rows whose licence forbids commercial use, or is not known.
+        validation: rows to choose by.
+        test: rows to measure on, with the fields of `validation`.
+        slice_columns: columns of the test rows to report by.
+        augmentations: training rows once more, wrapped or changed.
+        head: fields of `ProbeConfig`.
+        training: fields of `ProbeTrainingArguments`, and all others of `TrainingArguments`.
+        seeds: number of heads to train side by side, each from its own seed.
+        seed: first seed, also of draws and splits.
+        search: configurations to try instead of `seeds`.
+        calibration: rows that should rarely be flagged.
+        hold_out: ablations by name: the training sources that a second head does not learn from.
+        measure: further rows to measure on.
+        card: facts for the card.
+        values: the recipe as it was written, with the settings that were changed; no field of a file.
     """
 
     name: str | None = None
@@ -144,7 +202,7 @@ class Recipe:
 
         Args:
             source: name of a recipe of the package, a YAML file, a head folder with a `recipe.yaml`, or the values themselves.
-            settings: fields to change, `training.learning_rate=1e-3`; values are YAML.
+            settings: fields to change, `head.pool=max`; values are YAML.
 
         Raises:
             ProbeError: there is no such recipe, or a field or a value is not allowed. The message names it.
@@ -161,8 +219,10 @@ class Recipe:
         return recipe
 
     def __post_init__(self):
-        check_fields(self, _RECIPE_RULES)
-        names, measured = ([source.name for source in part] for part in (self.train, self.measure.sources))
+        if not self.train:
+            raise ProbeError("train must have at least one source of training rows")
+        names = [source.name for source in self.train]
+        measured = [source.name for source in self.measure.sources]
         for part in (names, measured):
             if twice := next((name for name in part if part.count(name) > 1 or "+" in name), None):
                 raise ProbeError(f"the name {twice!r} must be of one source, without a plus: --set train.0.name=OTHER")
@@ -234,7 +294,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(source: str | os.PathLike) -> Path:
-    """Return the file of a recipe: of the package by its name, a YAML file, or that of a head folder."""
+    """Return the file of a recipe: a name of the package, a YAML file, or a head folder."""
     path = Path(source)
     if path.is_dir() and (path / RECIPE_NAME).is_file():
         return path / RECIPE_NAME
@@ -268,7 +328,7 @@ def _read_yaml(path: Path) -> JSON:
 
 
 def _set(values: Any, setting: str) -> None:
-    """Change a field of a recipe: `training.learning_rate=1e-3`, `train.0.max_rows=100`."""
+    """Change a field of a recipe: `head.pool=max`, `train.0.max_rows=100`."""
     path, equals, text = setting.partition("=")
     *parents, last = path.split(".")
     try:
@@ -280,12 +340,12 @@ def _set(values: Any, setting: str) -> None:
                 values[name] = {}
             if isinstance(values, list):
                 name = int(name)
-                if isinstance(values[name], str):  # a source that is named by its rows alone
+                if isinstance(values[name], str):  # a source that has its `rows` alone
                     values[name] = {"rows": values[name]}
             values = values[name]
         values[int(last) if isinstance(values, list) else last] = value
     except (LookupError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = f"must be FIELD=VALUE, such as training.learning_rate=1e-3: {first_line(error)}"
+        reason = f"must be FIELD=VALUE, such as head.pool=max: {first_line(error)}"
         raise ProbeError(f"--set {setting!r} {reason}") from None
 
 
@@ -305,7 +365,7 @@ def _parse(owner: type, at: str, values: object) -> Any:
         if value is None:
             continue  # the default
         hint = hints[name]
-        section = next(filter(is_dataclass, (hint, *get_args(hint))), None)  # it may be optional, or one of a list
+        section = next(filter(is_dataclass, (hint, *get_args(hint))), None)  # a section may be optional, or in a list
         if section is not None and get_origin(hint) is list:
             items = value if isinstance(value, list) else [value]
             value = [_parse(section, f"{inside}{name}[{i}]", item) for i, item in enumerate(items)]

@@ -27,49 +27,30 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Ablation:
-    """A head that leaves out sources.
+    """A head that leaves out sources."""
 
-    Attributes:
-        left_out: the rows of `train` that it does not learn from.
-        excluded_from_validation: the rows of `validation` that it is not chosen by.
-        measured: the rows to measure it on, by source.
-    """
-
-    left_out: list[int]
-    excluded_from_validation: list[int]
-    measured: dict[str, LabelledTexts]
+    left_out: list[int]  # rows of `train`
+    excluded_from_validation: list[int]  # rows of `validation`
+    measured: dict[str, LabelledTexts]  # the rows of the sources, to measure the head on
 
 
 @dataclass
 class RecipeRows:
-    """The rows of a recipe, by what they are for.
+    """The rows of a recipe, by what they are for. A part that the recipe does not have is None."""
 
-    Attributes:
-        train: rows to learn from: those that may be judged, then `extra` ones, then augmentations.
-        num_plain, num_extra: the number of the first ones, and of the extra ones.
-        validation, test: rows to choose by and to measure on; None if there are none. With folds `validation` is None.
-        folds: row numbers of `train`, a fold each.
-        calibration: rows that should rarely be flagged; None if there are none.
-        measured: further rows to measure on, by name.
-        repeats: how often each row of `train` is learned in an epoch.
-        weights: weights of each row of `train` in the loss, None for 1.
-        slices: column -> values of the test rows to report by.
-        described: `source` and `rows` of each part, for `results.json`.
-    """
-
-    train: LabelledTexts
+    train: LabelledTexts  # plain rows, then rows of `extra` sources, then augmentations
     num_plain: int
     num_extra: int
-    validation: LabelledTexts | None
+    validation: LabelledTexts | None  # None with folds
     test: LabelledTexts | None
-    folds: list[list[int]]
+    folds: list[list[int]]  # row numbers of `train`
     calibration: LabelledTexts | None
-    measured: dict[str, LabelledTexts]
-    repeats: list[int]
-    weights: list[list[float] | None]
+    measured: dict[str, LabelledTexts]  # further rows, by source
+    repeats: list[int]  # how often each row of `train` is learned in an epoch
+    weights: list[list[float] | None]  # of each row of `train` in the loss, None for 1
     ablations: dict[str, Ablation]
-    slices: Columns
-    described: dict[str, JSON] = field(default_factory=dict)
+    slices: Columns  # of the test rows
+    described: dict[str, JSON] = field(default_factory=dict)  # `source` and `rows` of each part, for `results.json`
 
     @property
     def judged(self) -> LabelledTexts:
@@ -166,9 +147,9 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
 
 
 def _number_of_folds(recipe: Recipe, validation: Held, rows: LabelledTexts) -> int | None:
-    """Return the number of folds: that of the recipe, or `FOLDS` for few rows of which nothing says how they validate."""
-    whole = {"augmentations": recipe.augmentations.names, "hold_out": recipe.hold_out}  # would be shared by the folds
-    used = [name for name, value in whole.items() if value]
+    """Return the number of folds of the recipe. `FOLDS` for few rows if the recipe does not say what validates."""
+    shared = {"augmentations": recipe.augmentations.names, "hold_out": recipe.hold_out}  # rows of several folds
+    used = [name for name, value in shared.items() if value]
     if validation.folds and used:
         raise ProbeError(f"{used[0]} cannot be used with folds: set validation.share, or validation.sources")
     is_open = validation.folds is None and not (validation.share or validation.sources or used)
@@ -182,17 +163,19 @@ def _check_slice_columns(recipe: Recipe, measured: Sequence[dict[str, LabelledTe
 
 
 class _Reader:
-    """Reads the sources of a recipe, with the labels of the first one."""
+    """Reads the sources of a recipe, with the labels of the first source."""
 
     def __init__(self, recipe: Recipe, data_dir: str | os.PathLike | None):
-        self.recipe, self.data_dir = recipe, data_dir
+        self.recipe = recipe
+        self.data_dir = data_dir
         self.labels = recipe.labels
         self.not_commercial: Counter[str] = Counter()
 
     def read(self, source: Source, split: str, labels: Labels | None = None) -> LabelledTexts:
         counted = None if self.recipe.licence is None else self.not_commercial
-        seed, max_text = self.recipe.seed, self.recipe.max_text
-        rows = source.read(labels or self.labels, self.data_dir, split, seed, max_text, counted)
+        rows = source.read(
+            labels or self.labels, self.data_dir, split, self.recipe.seed, self.recipe.max_text, counted
+        )
         if labels is not None or not len(rows):
             return rows
         if wrong := sorted(set(self.recipe.labels.flagged or ()) - set(rows.label_names)):
@@ -203,14 +186,14 @@ class _Reader:
         return replace(rows, flagged=flagged)
 
     def join(self, name: str, sources: Sequence[Source], split: str) -> LabelledTexts | None:
-        """Return the rows of the sources of a section, None if it has none."""
+        """Return the rows of the sources of a section, None if there are no sources."""
         rows = _join([self.read(source, split) for source in sources])
         if sources and rows is None:
             raise ProbeError(f"{name} has no rows whose licence allows commercial use")
         return rows
 
     def measured(self, learned_texts: set[str]) -> dict[str, LabelledTexts]:
-        """Return the rows to measure on, by source, without texts that were learned and rows that a licence has left out."""
+        """Return the rows to measure on, by source, without texts that are learned from."""
         rows_by_source = {}
         for source in self.recipe.measure.sources:
             rows = self.read(source, "test")
@@ -246,7 +229,7 @@ def _join(parts: Sequence[LabelledTexts | None]) -> LabelledTexts | None:
 
 
 def _without(texts: set[str], rows: LabelledTexts, warning: str) -> LabelledTexts:
-    """Return the rows that have none of some texts, and warn of the number of others."""
+    """Return the rows whose text is not among `texts`, and warn of the number of the other rows."""
     left = rows.select([row for row, text in enumerate(rows.texts) if str(text) not in texts])
     if len(left) < len(rows):
         logger.warning(f"{len(rows) - len(left)} of {len(rows)} {warning}")
@@ -254,7 +237,7 @@ def _without(texts: set[str], rows: LabelledTexts, warning: str) -> LabelledText
 
 
 def _rows_like(held: dict[str, LabelledTexts], rows: LabelledTexts, ablation: str) -> list[int]:
-    """Return the numbers of the rows with words of the sources that an ablation leaves out, or with one of their texts."""
+    """Return the numbers of the rows that have words or a whole text of the sources that an ablation leaves out."""
     texts = {str(text) for part in held.values() for text in part.texts}
     named = zip(rows.columns[SOURCE], rows.texts, strict=True)
     is_held = np.array([not held.keys().isdisjoint(names.split("+")) or str(text) in texts for names, text in named])

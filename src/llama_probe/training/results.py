@@ -1,4 +1,4 @@
-"""Results of a training: thresholds, measurements, the choice of the head, and what is written to its folder."""
+"""Results of a training: thresholds, measurements, the choice of the head, and the files of its folder."""
 
 from __future__ import annotations
 
@@ -47,28 +47,18 @@ def save_head(run: PreparedRun, head: ProbeModel, folder: Path) -> None:
 
 @dataclass
 class Choice:
-    """The head that a recipe has chosen among its candidates.
+    """The head that a recipe has chosen among its candidates."""
 
-    Attributes:
-        name: of the candidate.
-        logits: `[rows, num_labels]` of the validation rows, by head; of the ablations as well.
-        runs: results of each seed by the name of its candidate, those in the head's `results`; of a search the chosen one alone.
-    """
-
-    name: str
+    name: str  # of the candidate
     head: ProbeModel
-    logits: dict[str, torch.Tensor]
-    runs: dict[str, JSON]
+    logits: torch.Tensor  # [rows, num_labels] of the validation rows
+    runs: dict[str, JSON]  # results of each seed, by candidate; of a search those of the chosen head alone
 
 
 def choose_head(run: PreparedRun, progress: Mapping[str, Progress], epochs: float) -> Choice:
-    """Fit temperature and thresholds of the heads of a recipe, and choose the best by its validation rows.
+    """Fit temperature and thresholds of the heads of a recipe, and choose the best by the validation rows.
 
-    Args:
-        progress: how each head has done. epochs: epochs of the training.
-
-    Returns:
-        The choice. Its head can be saved: its `results` have what follows from the validation and calibration rows.
+    The head that is chosen can be saved: its `results` have all that follows from the validation and calibration rows.
     """
     metric = run.args.metric
     runs = {}
@@ -77,7 +67,7 @@ def choose_head(run: PreparedRun, progress: Mapping[str, Progress], epochs: floa
         probe = run.heads[name]
         logits = logits_by_head[name]
         if not bool(logits.isfinite().all()):
-            continue  # it diverged
+            continue  # the head diverged
         probe.config, decided = decide(probe.config, logits, run.rows.judged.labels, run.args)
         runs[name] = {"seed": candidate.seed, "epochs": progress[name].epochs or epochs, **decided}
     if not runs:
@@ -94,19 +84,18 @@ def choose_head(run: PreparedRun, progress: Mapping[str, Progress], epochs: floa
         head.results["search"] = _describe_search(run, runs)
     if run.rows.calibration is not None and (fitted := _calibrate(run, head)) is not None:
         head.results["thresholds_from"] = fitted
-    return Choice(chosen, head, logits_by_head, kept)
+    return Choice(chosen, head, logits_by_head[chosen], kept)
 
 
 def complete_results(run: PreparedRun, choice: Choice) -> None:
     """Measure the seeds on the test rows, inspect the chosen head, and fit its novelty."""
     rows = run.rows
     head = choice.head
-    logits = choice.logits[choice.name]
     shown = "validation" if rows.test is None else "test"
     calibrated = head.config
     # These figures are for the threshold of the validation rows, which each seed has.
     head.config = calibrated.replace(threshold=choice.runs[choice.name]["threshold"], thresholds=None)
-    inspected = logits
+    inspected = choice.logits
     for name, results in choice.runs.items():
         probe = run.heads[name]
         if rows.test is not None:
@@ -123,9 +112,10 @@ def complete_results(run: PreparedRun, choice: Choice) -> None:
 
 
 def _judged_logits(run: PreparedRun) -> dict[str, torch.Tensor]:
-    """Return logits of the judged rows, by head; with folds by heads that have not learned from them."""
-    logits = predict_together(list(run.heads.values()), run.datasets["validation"])
-    by_head = dict(zip(run.heads, logits, strict=True))
+    """Return logits of the judged rows, by head; with folds by heads that have not learned from the rows."""
+    heads = {name: head for name, head in run.heads.items() if not name.startswith("ablation-")}
+    logits = predict_together(list(heads.values()), run.datasets["validation"])
+    by_head = dict(zip(heads, logits, strict=True))
     for name in run.candidates:
         for number, fold in enumerate(run.rows.folds):
             by_head[name][fold] = by_head[f"{name}-fold-{number}"][fold]
@@ -146,39 +136,32 @@ def _novelty_rows(run: PreparedRun) -> tuple[Dataset, Dataset]:
 def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     """Fit the thresholds of a head on the calibration rows, and return what `results.json` says of them.
 
-    The last rates are left out if they do not fit, and None is returned if none does: a head is not thrown away for its
-    thresholds.
+    The last rates are left out if they do not fit. None is returned if no rate fits: the head keeps its own threshold.
     """
     rates = run.recipe.calibration.rates
+    sources = [source.name for source in run.recipe.calibration.sources]
     logits = predict_logits(probe, run.datasets["calibration"])
     while rates:
         try:
             probe.config = with_rates(probe.config, logits, rates)
-            break
+            return thresholds_from(probe.config, rates, sources, len(run.rows.calibration))
         except ProbeError as error:
             logger.warning(f"no threshold for {rates[-1]:g} was fitted on the calibration rows: {error}")
             rates = rates[:-1]
-    else:
-        return None
-    sources = [source.name for source in run.recipe.calibration.sources]
-    return thresholds_from(probe.config, rates, sources, len(run.rows.calibration))
+    return None
 
 
-def calibrated_ablations(run: PreparedRun, logits_by_head: Mapping[str, torch.Tensor] | None) -> dict[str, ProbeModel]:
-    """Return the ablations with temperature and thresholds, fitted on rows that they may know.
-
-    Args:
-        logits_by_head: `[rows, num_labels]` of the validation rows; computed if they are not known.
-    """
+def calibrated_ablations(run: PreparedRun) -> dict[str, ProbeModel]:
+    """Return the ablations with temperature and thresholds, fitted without the sources that they leave out."""
+    if not run.rows.ablations:
+        return {}
     judged = run.rows.judged
-    heads = {name: run.heads[f"ablation-{name}"] for name in run.rows.ablations}
-    if heads and logits_by_head is None:
-        logits = predict_together(list(heads.values()), run.datasets["validation"])
-        logits_by_head = {f"ablation-{name}": part for name, part in zip(heads, logits, strict=True)}
+    heads = [run.heads[f"ablation-{name}"] for name in run.rows.ablations]
+    logits_by_head = predict_together(heads, run.datasets["validation"])
     ablations: dict[str, ProbeModel] = {}
-    for name, probe in heads.items():
-        known = np.setdiff1d(np.arange(len(judged)), run.rows.ablations[name].excluded_from_validation)
-        logits = logits_by_head[f"ablation-{name}"][known]
+    for (name, ablation), probe, logits in zip(run.rows.ablations.items(), heads, logits_by_head, strict=True):
+        known = np.setdiff1d(np.arange(len(judged)), ablation.excluded_from_validation)
+        logits = logits[known]
         if not bool(logits.isfinite().all()):
             logger.warning(f"the ablation without {name} is not measured: it diverged")
             continue
@@ -222,18 +205,14 @@ def _describe_search(run: PreparedRun, runs: Mapping[str, JSON]) -> list[JSON]:
 def decide(
     config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray, args: ProbeTrainingArguments
 ) -> tuple[ProbeConfig, JSON]:
-    """Fit temperature and threshold on validation rows, and measure these.
-
-    Returns:
-        The config with both, and `temperature`, `threshold` and `validation`.
-    """
+    """Return the config with temperature and threshold that fit validation rows, and their part of `results.json`."""
     config = calibrate(config, logits, torch.from_numpy(labels), args.max_false_positive_rate, args.threshold_rule)
     fitted = {"temperature": config.temperature, "threshold": config.threshold}
     return config, {**fitted, "validation": report(config, logits, labels)}
 
 
 def _halting(probe: ProbeModel, run: PreparedRun) -> JSON:
-    """Choose halting rules on the validation rows, and measure them on the test rows; see `halting_rules`."""
+    """Choose halting rules on the validation rows, and measure them on the test rows."""
     rate = run.args.max_false_positive_rate
     limit = MAX_FALSE_HALTS if rate is None else rate
     (followed,) = follow_replies([probe], run.datasets["validation"])
@@ -247,13 +226,7 @@ def _halting(probe: ProbeModel, run: PreparedRun) -> JSON:
 def basic_results(
     probe: ProbeModel, args: ProbeTrainingArguments, rows: dict[str, JSON], head_args: JSON, runs: list[JSON]
 ) -> JSON:
-    """Return the `results` of a head whose config is decided, the contents of `results.json`.
-
-    Args:
-        args, head_args: training arguments, and those of the head that differ.
-        rows: of each part its `source` and the number of its `rows`.
-        runs: results of each seed. The first is that of `probe`, unless `choose_head` says otherwise.
-    """
+    """Return the `results` of a head whose config is decided; `head_args` differ from `args`, `runs` has a part a seed."""
     results = {
         "backbone": probe.config.base_model_name_or_path,
         "probe_type": probe.config.probe_type,
@@ -280,13 +253,13 @@ def add_summary(results: JSON) -> None:
 
 
 def inspect(probe: ProbeModel, split: str, dataset: Dataset, logits: torch.Tensor) -> None:
-    """Add to a head's results what `inspect_head` finds on the rows of a split, whose logits are `[rows, num_labels]`."""
+    """Add to a head's results what `inspect_head` finds on the rows of a split with these logits."""
     found = inspect_head(probe, dataset, labels_of(dataset), logits=logits)
     probe.results["inspection"] = {"split": split, **found}
 
 
 def add_novelty(probe: ProbeModel, args: ProbeTrainingArguments, train: Dataset | None, held: Dataset) -> None:
-    """Fit the novelty of a head, and add it to the results, if it is wanted and there are rows enough; see `fit_novelty`."""
+    """Fit the novelty of a head, and add it to the results, if the arguments say so and there are rows enough."""
     if not args.novelty or train is None or not can_fit(probe.config, train, held):
         return
     data = probe.results["data"]

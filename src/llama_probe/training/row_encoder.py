@@ -1,4 +1,4 @@
-"""From the tables that users give to data sets of prompts or hidden states, as heads read them."""
+"""`RowEncoder`: from tables of a user to data sets of prompts or hidden states."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .rows import TrainingRows
 
 
 STATES = ".states"  # folder of cached states in that of a run
-# By folder. Trainers in one folder share its states, which go with the last of them: Python may free one while the next begins.
+# By folder. Trainers in one folder share its states until the last trainer is freed, which may be after the next one begins.
 _CACHES: weakref.WeakValueDictionary[str, DiskStates] = weakref.WeakValueDictionary()
 
 
@@ -48,8 +48,10 @@ class RowEncoder:
         tokenizer: PreTrainedTokenizerBase | None,
         columns: Mapping[str, str] | None,
     ):
-        self.group, self.args = group, args
-        self.tokenizer, self.columns = tokenizer, columns
+        self.group = group
+        self.args = args
+        self.tokenizer = tokenizer
+        self.columns = columns
 
     def is_several(self, data: object) -> TypeGuard[Mapping[str, object]]:
         """Return True for several tables by name, False for a dict of columns."""
@@ -61,7 +63,7 @@ class RowEncoder:
         return self.encode(name, self.label(name, data))
 
     def label(self, name: str, data: object, learned: bool = False) -> LabelledTexts | Dataset | None:
-        """Read a table with the labels of the heads, whose configs record what the labels of training rows are called."""
+        """Read a table with the labels of the heads. Training rows name the labels of heads that have no names."""
         if data is None or (isinstance(data, Dataset) and not isinstance(data, IterableDataset)):
             return data
         rows = data
@@ -81,7 +83,7 @@ class RowEncoder:
         return rows
 
     def encode(self, name: str, rows: LabelledTexts | Dataset | None, learned: bool = False) -> Dataset | None:
-        """Return labelled rows as prompts, or as their hidden states. Data sets of the user's stay as they are."""
+        """Return labelled rows as prompts, or as their hidden states. Data sets of the user stay as they are."""
         if not isinstance(rows, LabelledTexts):
             return rows
         lm = self.group.backbone
@@ -100,9 +102,10 @@ class RowEncoder:
         lengths = None
         if masks is not None and self.group.config.reads_reply:
             lengths = list(map(sum, masks))
-            # What follows a reply, such as the end of its turn, is no part of it.
+            # Tokens after a reply, such as the end of its turn, are no part of the reply.
             stops = [max((i for i, counts in enumerate(mask) if counts), default=-1) + 1 for mask in masks]
-            ids, masks = ([row[:stop] for row, stop in zip(part, stops, strict=True)] for part in (ids, masks))
+            ids = [row[:stop] for row, stop in zip(ids, stops, strict=True)]
+            masks = [mask[:stop] for mask, stop in zip(masks, stops, strict=True)]
         return PromptDataset(ids, _labels_or_none(rows), masks, lengths)
 
     def _prompts_of(self, name: str, rows: LabelledTexts) -> PromptDataset:

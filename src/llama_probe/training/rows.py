@@ -1,4 +1,4 @@
-"""Rows as training sees them: prompts or states with labels, some cut short, some with weights, some for some heads alone."""
+"""`TrainingRows`: prompts or states with labels, replies that are cut, weights in the loss, and the heads that learn from a row."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from ..data.labelled_texts import LabelledTexts
 class TrainingRows(Dataset):
     """Rows of a data set that heads learn from.
 
-    A head that follows a reply scores every prefix of it, and is sure too early if it is trained on whole replies alone.
-
     Args:
-        rows: numbers of its rows, in order; a number may occur again. Defaults to all.
-        replies: `"cut"`: half of the rows at random are cut within the reply, each time. `"tokens"`: rows have a `reply_length`, so
-            that heads score tokens of the reply. Has no effect without `reply_lengths` of the data set.
-        row_weights: weights in the loss of each of `rows`, or None for 1; the members of a head use them in turn. See
-            `probe_loss`.
-        learned_by (`[rows, heads]`): true for the heads that learn from each of `rows`. Defaults to all.
+        rows: numbers of rows of the data set, in order; a number may occur again. Defaults to all rows.
+        replies: `"cut"`: half of the replies are cut at random each time they are read, because a head that learns from whole
+            replies alone is sure too early. `"tokens"`: rows have a `reply_length`, so that heads score tokens of the reply.
+            Has no effect on rows without replies.
+        row_weights: weights of each of `rows` in the loss, None for 1; see `probe_loss`.
+        learned_by (`[rows, heads]`): true for the heads that learn from each of `rows`. Defaults to all heads.
     """
 
     def __init__(
@@ -37,7 +35,8 @@ class TrainingRows(Dataset):
         self.dataset = dataset
         self.rows = list(range(len(dataset)) if rows is None else rows)
         self.replies = None if self.reply_lengths is None else replies
-        self.row_weights, self.learned_by = row_weights, learned_by
+        self.row_weights = row_weights
+        self.learned_by = learned_by
 
     def __len__(self) -> int:
         return len(self.rows)

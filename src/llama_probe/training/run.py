@@ -16,7 +16,7 @@ from ..files import JSON
 from ..hub.folder import check_output, is_head_folder
 from .prepared import CHECKPOINTS, SETUP_NAME, PreparedRun
 from .recipe import Recipe
-from .recipe_trainer import RecipeTrainer
+from .trainer import RecipeTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -31,20 +31,15 @@ def train_recipe(
     resume: bool = False,
     overwrite: bool = False,
 ) -> JSON:
-    """Train and calibrate a head by a recipe, write it into a folder, measure it, and write it with what was measured.
+    """Train a head by a recipe, write it into a folder, measure it, and write the measurements. Return its `results`.
 
-    A run that fails or is killed leaves states and checkpoints to resume from, and once it measures also the head.
-
-    The processes of `torchrun` divide the rows: each runs the backbone on a share of them, and gets a share of every batch.
-    The first one writes. All must see the same `output`.
+    A run that fails or is killed leaves states and checkpoints to resume from, and once it measures also the head. The processes
+    of `torchrun` divide the rows and must see the same `output`; the first process writes.
 
     Args:
-        resume: a stopped run: train on from its checkpoints, or measure what is missing of its head. The number of processes
+        resume: continue a stopped run from its checkpoints, or measure what is missing of its head. The number of processes
             may differ.
         overwrite: replace the head, or the stopped run, that `output` holds.
-
-    Returns:
-        The contents of `results.json`; see `add_results`.
     """
     setup = output / CHECKPOINTS / SETUP_NAME
 
@@ -57,7 +52,7 @@ def train_recipe(
             raise ProbeError(f"{output} holds a finished head: --overwrite replaces it")
 
     def open_checkpoints() -> None:
-        """Keep the checkpoints of this very training, or start with none; `ProbeError` if they are of another one."""
+        """Keep the checkpoints to resume from, or start with none. Checkpoints of another training are refused."""
         if not (resume and setup.is_file()):
             shutil.rmtree(setup.parent, ignore_errors=True)
         same_settings(setup, run.settings())
@@ -66,7 +61,7 @@ def train_recipe(
     on_main(check_free)
     with claimed(output):
         run = PreparedRun(recipe, output, backbone, data_dir=data_dir, dtype=dtype).prepare()
-        on_main(open_checkpoints)  # if it raises, the states stay for the run that can be resumed
+        on_main(open_checkpoints)  # an error here leaves the states for the run that can be resumed
         try:
             trainer = RecipeTrainer(run)
             if trainer.pop_callback(ProgressCallback) is not None:
@@ -85,7 +80,7 @@ class _ProgressBar(ProgressCallback):
     """Shows the metrics of the last epoch behind the bar, where the parent prints a dict for each."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show what was measured of the validation rows."""
+        """Show the loss and the metric of the validation rows."""
         if self.training_bar is not None:
             numbers = {name.removeprefix("eval_"): value for name, value in (logs or {}).items()}
             self.training_bar.set_postfix({key: numbers[key] for key in ("loss", args.metric) if key in numbers})

@@ -1,19 +1,28 @@
-"""`ProbeTrainer`: the Trainer of transformers for heads, from labelled rows or a recipe to a head that can be saved."""
+"""`ProbeTrainer`, the Trainer of transformers for heads, and `RecipeTrainer`, the `ProbeTrainer` of a recipe."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput
 
-from ..distributed import meet
+from ..distributed import meet, on_main
+from ..errors import ProbeError
+from ..files import JSON, make_folder, write_atomically
+from ..heads.probe import ProbeModel
+from ..hub.folder import is_head_folder
 from .head_trainer import HeadTrainer
-from .prepared import PreparedRun
+from .measurements import measure
+from .prepared import JUDGED_NAME, TRAINED_NAME, PreparedRun
+from .progress import Progress, last_checkpoint, read_progress, write_progress
 from .recipe import Recipe
-from .recipe_trainer import RecipeTrainer
+from .results import calibrated_ablations, choose_head, complete_results, save_head
 
 
 class ProbeTrainer(HeadTrainer):
@@ -49,8 +58,7 @@ class ProbeTrainer(HeadTrainer):
         backbone: instead of `model`: a folder, a Hub id, `"demo"`, or a loaded LM. The head is then made for the labels.
         probe_config: fields of `ProbeConfig` of the head for `backbone`. Missing fields are chosen.
         column_mapping: names from the rows to the columns above, such as `{"review": "text"}`.
-        head_args: head -> the training arguments of it that differ: `learning_rate`, `weight_decay`, `label_smoothing_factor`,
-            `focal_gamma`, `class_weights`.
+        head_args: head -> the training arguments of it that differ, some of `HEAD_ARGS` in `training/search.py`.
         left_out: head -> numbers of the training rows that it does not learn from.
 
     Attributes:
@@ -72,7 +80,6 @@ class ProbeTrainer(HeadTrainer):
         output_dir: str | os.PathLike = "head",
         settings: Sequence[str] = (),
         data_dir: str | os.PathLike | None = None,
-        licence: str | None = None,
         dtype: str = "auto",
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs,
@@ -90,9 +97,8 @@ class ProbeTrainer(HeadTrainer):
         Args:
             recipe: name of a recipe of the package, a YAML file, a head folder, or its values; see `Recipe`.
             backbone: `"demo"`, a folder, a Hub id, or a loaded LM (with `processing_class`, its tokenizer).
-            settings: fields to change, such as `"training.learning_rate=1e-3"`.
+            settings: fields of the recipe to change, such as `"seeds=3"` or `"licence=commercial"`.
             data_dir: folder of local copies of the sources: `DIR/NAME/SPLIT.jsonl.gz`.
-            licence: `"commercial"` leaves out the rows whose licence forbids commercial use, or is not known.
             dtype: of the backbone's weights.
             kwargs: of `ProbeTrainer`.
 
@@ -101,9 +107,88 @@ class ProbeTrainer(HeadTrainer):
                 backbone is loaded.
         """
         meet()
-        if licence is not None:
-            settings = [*settings, f"licence={licence}"]
         backbone = backbone if isinstance(backbone, nn.Module) else str(backbone)
         loaded = Recipe.load(recipe, settings)
         run = PreparedRun(loaded, Path(output_dir).expanduser(), backbone, processing_class, data_dir, dtype)
         return RecipeTrainer(run.prepare(), **kwargs)
+
+
+class RecipeTrainer(ProbeTrainer):
+    """The trainer of a recipe that is prepared; see `ProbeTrainer.from_recipe`."""
+
+    def __init__(self, run: PreparedRun, **kwargs: Any):
+        head_args = {name: member.training for name, member in run.members.items()}
+        rows = {"train_dataset": run.train_dataset(), "eval_dataset": run.validation_dataset()}
+        super().__init__(run.heads, run.args, **rows, head_args=head_args, **kwargs)
+        self._encoder.tokenizer = run.prompts.tokenizer  # the parent would save a tokenizer with each checkpoint
+        self.run = run
+        self.chosen: ProbeModel | None = None
+        checkpoints = Path(self.args.output_dir)
+        self._trained = checkpoints / TRAINED_NAME
+        self._judged = checkpoints / JUDGED_NAME
+
+    @property
+    def results(self) -> JSON | None:
+        """Results of the head that was chosen; None before `judge`."""
+        return None if self.chosen is None else self.chosen.results
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs) -> TrainOutput:
+        """Train the heads; see `Trainer.train`. Then `judge` them.
+
+        Args:
+            resume_from_checkpoint: True also continues a run that was stopped after its training, which is not trained again,
+                or before its first checkpoint.
+        """
+        if resume_from_checkpoint and on_main(self._trained.is_file):
+            self._best_epochs.progress = read_progress(self._trained)
+            self._best_epochs.load_weights()
+            self.judge()
+            return TrainOutput(0, 0.0, {})
+        for earlier in (self._judged, self._trained):
+            on_main(partial(earlier.unlink, missing_ok=True))
+        if resume_from_checkpoint is True and last_checkpoint(Path(self.args.output_dir)) is None:
+            resume_from_checkpoint = None
+        return super().train(resume_from_checkpoint, trial, **kwargs)
+
+    def judge(self) -> None:
+        """Choose the best head and write it into the folder of the run. Measure the head, and write it after each measurement.
+
+        A run that is stopped while it measures has its head. A run that resumes makes the missing measurements.
+        """
+        run = self.run
+        on_main(self._write_trained)
+        if on_main(lambda: self._judged.is_file() and is_head_folder(run.output)):
+            self.chosen = ProbeModel.from_pretrained(run.output, backbone=run.lm).to(self.args.device)
+        else:
+            choice = choose_head(run, self.progress, self.state.epoch)
+            self.chosen = choice.head
+            on_main(lambda: save_head(run, choice.head, run.output))
+            complete_results(run, choice)
+            on_main(lambda: save_head(run, choice.head, run.output))
+            on_main(lambda: write_atomically(self._judged, ""))
+        if run.rows.measured or run.rows.ablations:
+            head = self.chosen
+            for measured in measure(run, head, calibrated_ablations(run), head.results.get("measured")):
+                head.results["measured"] = measured
+                on_main(lambda: bool(head.save_pretrained(run.output)))
+
+    def _write_trained(self) -> None:
+        if self._trained.is_file():
+            return
+        trained = {
+            name: Progress(each.scores, each.epochs or self.state.epoch, self.heads[name].state_dict())
+            for name, each in self.progress.items()
+        }
+        make_folder(self._trained.parent)
+        write_progress(self._trained, trained)
+
+    def _save_heads(self, output_dir: str | None = None) -> Path:
+        if self.chosen is None:
+            raise ProbeError("the recipe has no head yet: call train() first")
+        folder = Path(output_dir or self.run.output)
+        save_head(self.run, self.chosen, folder)
+        self.run.clean()
+        return folder
+
+    def _folder_to_push(self) -> Path:
+        return self._save_heads()
