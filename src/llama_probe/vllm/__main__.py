@@ -16,12 +16,12 @@ from .patches import parse_server_arguments, run_server
 
 
 _PROGRAM = "python -m llama_probe.vllm"
-_NAMED = re.compile(r"[\w-]+=")  # begins a head with a name; a path may hold a `=`, too
+_NAMED = re.compile(r"[\w-]+=")  # the name before a head; a path may hold a `=`, too
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
 def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the arguments of vLLM's server for a command line. Options that are not of heads are vLLM's."""
+    """Return the arguments of vLLM's server for a command line. vLLM reads all options that are not of heads."""
     ours, rest = _parser().parse_known_args(argv)
     options = vars(ours)
     if ours.halt_reply and not ours.halt_on:
@@ -31,9 +31,9 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         options[option] = read_halting(options[option] or (), f"--{option.replace('_', '-')}") or None
     ours.unsure, ours.judge = _judge(ours)
     for_server = {name: options.pop(name) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
-    # From here on imports take seconds: a wrong option of heads was refused before.
+    # All options of heads are checked above, because the imports from here on take seconds.
     check_version(ours.allow_untested_vllm)
-    words = [ours.model, *rest]  # with the model, one word too many is an error
+    words = [ours.model, *rest]  # with the model among them, one word too many is an error
     theirs = parse_server_arguments(_PROGRAM, "%(prog)s MODEL --probe HEAD [options]", words)
     if theirs.headless or theirs.grpc or theirs.api_server_count not in (None, 1):
         raise ProbeError("--headless, --grpc and --api-server-count do not go with heads: one process serves HTTP")

@@ -48,9 +48,9 @@ def run_server(arguments: argparse.Namespace) -> None:
 
 
 def report_death(build_and_serve: BuildAndServe) -> BuildAndServe:
-    """Return vLLM's `build_and_serve`, which ends in silence if the engine dies, with an error in that case.
+    """Return vLLM's `build_and_serve` with an error if the engine dies, where vLLM's own ends in silence.
 
-    A server that is told to stop shuts its engine client down first. If nobody has done so, the server has stopped by itself.
+    A server that is told to stop shuts its engine client down first. Without such a shutdown, the server has stopped by itself.
     """
 
     async def build_and_serve_or_raise(engine: EngineClient, *args: Any, **kwargs: Any) -> Awaitable[None]:
