@@ -31,8 +31,8 @@ class Scorer:
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         found = self.score(rows[self.text_column].to_pylist())
-        for name, kind in output_fields(self.score.heads).items():
-            rows = rows.append_column(name, pa.array(found[name], kind))
+        for name, column_type in output_fields(self.score.heads).items():
+            rows = rows.append_column(name, pa.array(found[name], column_type))
         return rows
 
 

@@ -81,7 +81,7 @@ with tempfile.TemporaryDirectory() as folder:
     rows = Path(folder) / "prompts.jsonl"
     lines = [json.dumps({"text": text, "label": topic}) for topic, texts in PROMPTS.items() for text in texts]
     rows.write_text("\n".join(lines))
-    # Kind, learning rate and epochs follow from the number of rows, and folds validate.
+    # Head type, learning rate and epochs follow from the number of rows, and folds validate.
     recipe = {"labels": {"names": list(PROMPTS)}, "train": [str(rows)]}
     trainer = ProbeTrainer.from_recipe(recipe, backbone="demo", output_dir=Path(folder) / "topic")
     trainer.train()

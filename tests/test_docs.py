@@ -104,9 +104,9 @@ def test_the_blocks_of_the_readme_run(desk, backbone_folder, hub):
     assert names["trainer"].model.config.id2label == {0: "bad", 1: "good"} and "README.md" in hub.files("user/mood")
 
 
-def test_a_kind_as_the_page_writes_it_runs_where_the_model_is():
+def test_a_head_type_as_the_page_writes_it_runs_where_the_model_is():
     """The meta device stands for a GPU: it takes no tensor that was made elsewhere."""
-    exec(BLOCK.findall((DOCS / "new-kind.md").read_text())[0][1], {"__name__": "__main__"})
+    exec(BLOCK.findall((DOCS / "new-head-type.md").read_text())[0][1], {"__name__": "__main__"})
     with torch.device("meta"):
         probe = ProbeModel(ProbeConfig(probe_type="mean-max", hidden_size=16, num_hidden_layers=2))
     found = probe(hidden_states=torch.empty(4, 3, 10, 16, device="meta"))

@@ -132,10 +132,10 @@ class TestBenchmark:
             "--pairs",
             "1",
         )
-        shown = run("benchmark.py", *fresh, "--kind", "gate", "--device", "cpu", "--batch-size", "1", "2")
+        shown = run("benchmark.py", *fresh, "--probe-type", "gate", "--device", "cpu", "--batch-size", "1", "2")
         for part in ("base", "gate", "2 x mha", "wide, float32, cpu", "above_base_mb", "tokens 6"):
             assert part in shown
-        report = json.loads(run("benchmark.py", *fresh, "--operations", "--kind", "gate", "--json"))
+        report = json.loads(run("benchmark.py", *fresh, "--operations", "--probe-type", "gate", "--json"))
         assert [row["system"] for row in report["rows"]] == ["base", "gate", "gate-reply", "2 x mha"]
         assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
         assert report["rows"][2]["step_ratio"] > 1 == report["rows"][1]["step_ratio"]
@@ -151,7 +151,7 @@ class TestBenchmark:
         )
 
     @pytest.mark.parametrize(
-        "more", [("--backbone", "./no/such"), ("--kind", "lstm"), ("--kind", "mha"), ("--pairs", "0")]
+        "more", [("--backbone", "./no/such"), ("--probe-type", "lstm"), ("--probe-type", "mha"), ("--pairs", "0")]
     )
     def test_values_that_are_not_allowed(self, words, more):
         with pytest.raises(SystemExit, match=r"such|lstm|downcast|2"):
@@ -160,7 +160,7 @@ class TestBenchmark:
 
 def test_a_guard_that_reads_first_is_timed(backbone_folder):
     options = ("--backbone", str(backbone_folder), "--guard", str(backbone_folder), "--tokens", "8", "--pairs", "1")
-    lines = run("paper/serving.py", *options, "--kind", "gate").splitlines()
+    lines = run("paper/serving.py", *options, "--probe-type", "gate").splitlines()
     assert lines[0].startswith("gate: ") and "(paper: 1.17)" in lines[0] and lines[1].startswith("guard ")
 
 

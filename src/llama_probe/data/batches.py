@@ -143,7 +143,7 @@ def iterate_states(
 class SharedStates:
     """Hidden states `[S, B, T, D]`, normalised once for all heads that read them.
 
-    Kinds that read half precision get states in bfloat16 as they are; for other kinds and dtypes they are cast to fp32.
+    Head types that read half precision get states in bfloat16 as they are; all other states are cast to fp32.
 
     Args:
         layers: the indices of the S states, ascending.
