@@ -21,7 +21,7 @@ A request passes these files:
 
 Before any request, `__main__` (with `halting_words`) and `engine` make the arguments of an engine, and refuse those that do not go
 with heads (`compatibility`, `backbone_check`). `settings` carries the heads to all processes, in which `plugin` registers the model
-classes. `patches` changes vLLM's server.
+classes. `patches` starts vLLM's server.
 """
 
 import importlib

@@ -109,24 +109,14 @@ def _judge(ours: argparse.Namespace) -> tuple[dict[str, tuple[float, float]] | N
 
 
 def main() -> None:
-    """Serve until the process is stopped. If the engine fails, exit with one line and status 1."""
+    """Serve until the process is stopped. If an option is wrong or the engine fails, exit with one line and status 1."""
     try:
-        serve(server_arguments())
-    except ProbeError as error:
-        sys.exit(f"error: {error}")
-
-
-def serve(arguments: argparse.Namespace) -> None:
-    """Run vLLM's server with these arguments. Raise `ProbeError` if the engine does not start, or dies."""
-    try:
-        run_server(arguments)
-    except ProbeError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:  # also a port that is in use
+        run_server(server_arguments())
+    except (OSError, RuntimeError, ValueError) as error:  # a `ProbeError`, an error of vLLM, or a port that is in use
         reason = " ".join(str(error).split())
         if isinstance(error, RuntimeError):
             reason += "; if memory is short, lower --gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE"
-        raise ProbeError(reason) from error
+        sys.exit(f"error: {ProbeError(reason)}")  # which cuts a long text
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from .counters import announce, count, count_reply
 from .events import EventStream
 from .judge import Judge
 from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
-from .patches import Generate, replace_generate
 from .payloads import HALTED, Scores, prompt_halt
 from .settings import ProbeSettings
 
@@ -63,7 +62,7 @@ class ProbeStreams:
         if self._settings is None:
             engine = state.engine_client
             settings = ProbeSettings.of(engine.vllm_config)
-            replace_generate(engine, _Listener(settings, engine).generate)
+            engine.generate = functools.partial(_Listener(settings, engine).generate, engine.generate)
             self._settings = settings  # last: if an error came before, the next request must raise it too
         settings = self._settings
         scores = Scores(state.args.served_model_name[0])  # `server_arguments` sets one
@@ -178,14 +177,14 @@ class _Listener:
 
     def generate(
         self,
-        generate: Generate,
+        generate: Callable[..., AsyncIterator[RequestOutput]],
         prompt: Any,
         sampling_params: SamplingParams,
         request_id: str,
         *args: Any,
         **kwargs: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Take the place of the engine's `generate`."""
+        """Take the place of the engine's own `generate`, which is the first argument."""
         scores = _REQUEST_SCORES.get(None) or Scores()
         params = sampling_params
         labels = scores.labels
