@@ -4,8 +4,9 @@
     python examples/benchmark.py --probe-type gate mha --tokens 16 512 --pairs 21
     python examples/benchmark.py --operations --probe-type gate mha --tokens 16 512
 
-A system is the plain model (`base`), a head, or `--many` fresh `mha` heads at once. The runs of a system and of the plain model alternate,
-because the speed of a machine changes. Memory on the CPU and operations are counted by tools in the folder tests of this repository.
+A system is the plain model (`base`), a head, or `--many` fresh `mha` heads at once. The runs of a system and of the plain model
+alternate, because the speed of a machine changes. Tools in the folder tests of this repository measure memory on the CPU, and
+count operations.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ LLAMA_3B = transformers.LlamaConfig(  # the public dimensions of Llama-3.2-3B
 )  # fmt: skip
 WARM_UP = 2  # untimed pairs before the timed ones
 
-# A run calls the function that it is given after each new token.
+# A run takes a function, and calls it after each new token.
 Run = Callable[[Callable[[], object]], object]
-# Seconds of a run, and of each new token after the first; None if there is only one.
+# Seconds of a run, and of each new token after the first; None if there is one token.
 Seconds = tuple[float, float | None]
 
 
@@ -81,7 +82,7 @@ def _positive(word: str) -> int:
 
 
 def load_model(options: argparse.Namespace) -> tuple[ProbedGenerationMixin, dict[str, list[str]]]:
-    """Load the backbone with all heads. Return it, and the names of the heads of each system."""
+    """Return the backbone with all heads, and by system the names of its heads."""
     if options.random_weights:
         is_3b = options.backbone == "llama-3b"
         config = LLAMA_3B if is_3b else transformers.AutoConfig.from_pretrained(options.backbone)
@@ -108,7 +109,7 @@ def load_model(options: argparse.Namespace) -> tuple[ProbedGenerationMixin, dict
 
 
 def draw_prompts(model: ProbedGenerationMixin, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Draw prompts `[B, T]`, the same in every run. They begin as a user's turn if a head looks for one."""
+    """Draw prompts `[B, T]`, the same in every run. If a head looks for a user's turn, each prompt begins as one."""
     generator = torch.Generator().manual_seed(1000 * batch_size + tokens)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocab_size, (batch_size, tokens), generator=generator)
@@ -123,7 +124,7 @@ def draw_prompts(model: ProbedGenerationMixin, batch_size: int, tokens: int) -> 
 def generate(
     model: ProbedGenerationMixin, heads: Sequence[str], prompts: dict, new_tokens: int, on_token: Callable[[], object]
 ) -> object:
-    """Generate greedily with these heads; without any, as the plain model. Call `on_token` after each new token."""
+    """Generate greedily with these heads, or as the plain model without heads. Call `on_token` after each new token."""
 
     def hear(ids: torch.Tensor, *_: object) -> torch.Tensor:
         on_token()
@@ -134,7 +135,7 @@ def generate(
 
 
 def time_run(run: Run, device: torch.device) -> Seconds:
-    """Time a run. The clock is read after the device has finished its work."""
+    """Time a run. Read the clock once the device has finished its work."""
 
     def read_clock() -> float:
         if device.type != "cpu":
@@ -245,7 +246,7 @@ def describe(options: argparse.Namespace, model: ProbedGenerationMixin) -> dict[
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print a table of the values that differ between the rows, and a line of the others."""
+    """Print a table of the values that differ between the rows, and a line of the values that all rows share."""
     rows, backbone = report["rows"], report["backbone"]
     columns = [name for name in rows[0] if len({str(row[name]) for row in rows}) > 1]
     table = Table(*columns, title=f"{backbone['name']}, {backbone['dtype']}, {report['environment']['device']}")

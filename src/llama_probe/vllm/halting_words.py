@@ -24,15 +24,20 @@ def read_halting(words: Sequence[str], option: str = "--halt-on") -> dict[str, J
     """Return `halt_on` for the words of an option, each in one of `HALTING_FORMS`."""
     spec: dict[str, JSON] = {}
     for word in words:
+        wrong = ProbeError(f"{option} {word!r} must be {HALTING_FORMS}")
         match = _WORD.fullmatch(word)
-        head, text, label, threshold = (None,) * 4 if match is None else match.groups()
-        try:
-            options = json.loads(text) if text is not None else {} if label is None else {"label": label}
-        except ValueError:
-            options = None
-        if head is None or not isinstance(options, dict):
-            raise ProbeError(f"{option} {word!r} must be {HALTING_FORMS}")
-        head = head_name(head)
+        if match is None:
+            raise wrong
+        folder, text, label, threshold = match.groups()
+        options = {} if label is None else {"label": label}
+        if text is not None:
+            try:
+                options = json.loads(text)
+            except ValueError:
+                raise wrong from None
+        if not isinstance(options, dict):
+            raise wrong
+        head = head_name(folder)
         if head in spec:
             raise ProbeError(f"{option} names {head} more than once: give each head once")
         if threshold is not None:

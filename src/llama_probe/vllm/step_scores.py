@@ -30,13 +30,9 @@ class StepScores(KVConnectorWorkerMetadata):
         tensors = [] if reply_logits is None else [reply_logits.flatten()]
         self._begin = sum(len(tensor) for tensor in tensors)  # of the prompts' logits
         for request_id, heads in prompts.items():
-            self._sizes[request_id] = sizes = {}
-            for name, logits in heads.items():
-                if isinstance(logits, str):
-                    sizes[name] = logits
-                else:
-                    sizes[name] = len(logits)
-                    tensors.append(logits)
+            sizes = {name: row if isinstance(row, str) else len(row) for name, row in heads.items()}
+            self._sizes[request_id] = sizes
+            tensors += [row for row in heads.values() if not isinstance(row, str)]
         numbers = torch.cat(tensors) if tensors else torch.empty(0)
         self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)  # in pinned memory
         self._event: torch.Event | None = None
