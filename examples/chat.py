@@ -1,7 +1,7 @@
-"""A chat in the terminal with a guard: each message is scored in the pass that begins the reply, before a word is shown.
+"""A chat in the terminal with a guard: the pass that begins a reply also scores the message, before a word is shown.
 
-Run it with `python examples/chat.py` (extra `demo`). An empty line ends it; `--help` lists the options. It also reads lines
-from a pipe: `echo "Hello!" | python examples/chat.py`.
+Run it with `python examples/chat.py` (extra `demo`). An empty line ends the chat, and `--help` lists the options. The script also
+reads lines from a pipe: `echo "Hello!" | python examples/chat.py`.
 """
 
 import sys
@@ -20,7 +20,7 @@ from llama_probe.heads.decision import threshold_of
 
 
 REFUSAL = "Sorry, I would rather not reply to that. Is there something else?"
-MESSAGES = 10  # earlier messages that the model sees
+MESSAGES = 10  # number of earlier messages that the model sees
 
 
 def main(
@@ -46,7 +46,7 @@ def main(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def guard(outputs):
-        """Decide after the prompt, before the first token. A NaN score halts."""
+        """Decide between the prompt and the first token. A NaN score halts."""
         score = outputs["guard"].probabilities[0, flagged].item()
         passed = score < threshold
         colour = "green" if passed else "red"
@@ -69,7 +69,7 @@ def main(
             halt_reply=REFUSAL,
             tokenizer=tokenizer,
         )
-        if out.probe_halts[0] is None:  # a halted message is forgotten
+        if out.probe_halts[0] is None:  # a halted message is not kept
             reply = tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             history = [*chat, {"role": "assistant", "content": reply}]
 

@@ -1,4 +1,4 @@
-"""Distances by fingerprint between the demo backbone and its quantised or trained copies. Takes about a minute.
+"""Print how far the fingerprints of quantised or trained copies are from that of the demo backbone, in about a minute.
 
 Run it with `python examples/fingerprint_distances.py` (extra `demo`); `--steps 5 20` sets the training steps.
 """
@@ -26,7 +26,7 @@ SENTENCES = [
 
 
 def rounded(lm, bits: int, group: int | None = None):
-    """Return a copy with rounded matrices, with one scale a row, or one for each `group` weights."""
+    """Return a copy with rounded matrices, with one scale for each row, or for each `group` weights."""
     lm = copy.deepcopy(lm)
     for parameter in lm.model.layers.parameters():
         if parameter.dim() == 2:
@@ -37,7 +37,7 @@ def rounded(lm, bits: int, group: int | None = None):
 
 
 def torchao_copies(lm):
-    """Yield copies that torchao quantised, in bf16, with a title."""
+    """Yield a title and a copy in bf16, for each way in which torchao quantises it."""
     from torchao import quantization
     from torchao.quantization.granularity import PerGroup
 
@@ -53,7 +53,7 @@ def torchao_copies(lm):
 
 
 def trained(lm, tokenizer, steps: list[int], learning_rate: float):
-    """Train a copy on eight sentences with AdamW; yield it after each of these numbers of steps."""
+    """Train a copy on eight sentences with AdamW. Yield the copy after each of these numbers of steps."""
     lm = copy.deepcopy(lm).train()
     optimizer = torch.optim.AdamW(lm.parameters(), lr=learning_rate, weight_decay=0)
     batch = tokenizer(SENTENCES, return_tensors="pt", padding=True, padding_side="right")

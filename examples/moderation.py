@@ -1,4 +1,4 @@
-"""Moderation in the same pass: a head flags a prompt before a reply begins, and the model itself then writes the refusal.
+"""Moderation in the same pass: a head flags a prompt before the reply begins, and the model itself writes a refusal.
 
 Run it with `python examples/moderation.py` (extra `demo`).
 """

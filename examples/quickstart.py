@@ -10,7 +10,7 @@ from llama_probe.backbone.loading import load_tokenizer
 
 backbone = "demo"  # or a Hub id or folder that the heads were trained for
 tokenizer = load_tokenizer(backbone)  # AutoTokenizer does not know the demo
-model = AutoModel.from_pretrained(backbone, probe=["safety", "sst2-mha"])  # llama_probe adds the argument
+model = AutoModel.from_pretrained(backbone, probe=["safety", "sst2-mha"])  # llama_probe adds the argument probe
 
 chat = [{"role": "user", "content": "This film was a delight from start to finish."}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")

@@ -1,11 +1,11 @@
 """Score many rows on a Ray cluster: actors hold the backbone with its heads and map batches of rows.
 
-It adds the columns of `llama-probe classify --input ... --output ...` to those of the input.
+The output has the columns of the input, and those of `llama-probe classify --input ... --output ...`.
 
     pip install 'ray[data]'
     python examples/ray_scoring.py 'rows/*.parquet' scored --probe toxicchat-mha --probe sst2-mha --actors 4 --gpus 1
 
-It runs on the cluster of RAY_ADDRESS, or starts one on this machine.
+The script runs on the cluster of RAY_ADDRESS, or starts a cluster on this machine.
 """
 
 import argparse
@@ -24,15 +24,16 @@ TEXTS = ("How do I keep basil fresh for longer?", "Write an insulting message th
 
 
 class Scorer:
-    """An actor: it loads the backbone once and scores batches of rows."""
+    """An actor that loads the backbone once and scores batches of rows."""
 
     def __init__(self, probes: list[str], backbone: str, text_column: str):
-        self.score, self.text_column = TextScorer(probes, backbone), text_column
+        self.score = TextScorer(probes, backbone)
+        self.text_column = text_column
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         found = self.score(rows[self.text_column].to_pylist())
-        for name, kind in output_fields(self.score.heads).items():
-            rows = rows.append_column(name, pa.array(found[name], kind))
+        for name, column_type in output_fields(self.score.heads).items():
+            rows = rows.append_column(name, pa.array(found[name], column_type))
         return rows
 
 

@@ -1,4 +1,4 @@
-"""Routing by topic: a head trained on forty prompts names the topic of a request in the pass that begins its reply.
+"""Routing by topic: a head trained on forty prompts names the topic of a request in the pass that begins the reply.
 
 Run it with `python examples/routing.py` (extras `train` and `demo`). Training takes seconds: the frozen model reads each
 prompt once, and the head has about 2,000 parameters.
@@ -81,7 +81,7 @@ with tempfile.TemporaryDirectory() as folder:
     rows = Path(folder) / "prompts.jsonl"
     lines = [json.dumps({"text": text, "label": topic}) for topic, texts in PROMPTS.items() for text in texts]
     rows.write_text("\n".join(lines))
-    # Kind, learning rate and epochs follow from the number of rows, and folds validate.
+    # The number of rows decides on head type, learning rate and epochs, and on validation by folds.
     recipe = {"labels": {"names": list(PROMPTS)}, "train": [str(rows)]}
     trainer = ProbeTrainer.from_recipe(recipe, backbone="demo", output_dir=Path(folder) / "topic")
     trainer.train()

@@ -1,4 +1,4 @@
-"""A guard over the reply: a head scores each token, and a reply that leaves the topic is halted before it is shown.
+"""A guard over the reply: a head scores each token, and a reply that leaves the topic ends before the user sees that part.
 
 Run it with `python examples/streaming_guard.py` (extras `train` and `demo`).
 """
@@ -12,7 +12,7 @@ from llama_probe.backbone.loading import load_backbone
 from llama_probe.data.prompts import PromptFormat
 
 
-# A toy: the assistant of a travel agency must not write about cooking. Train a real guard on real replies.
+# A toy example: the assistant of a travel agency must not write about cooking. Train a real guard on real replies.
 DISHES = ("pancakes", "lentil soup", "bread", "pasta", "apple pie", "fried rice", "potato salad", "pizza dough")
 PLACES = ("Lisbon", "the Alps", "Kyoto", "Iceland", "the coast", "Peru", "Vienna", "the islands")
 COOKING = ("To make {}, mix the ingredients in a bowl and heat the pan.", "For {} you need salt, oil and time.")
@@ -42,7 +42,7 @@ for question in ("What should I see in Rome?", "How do I bake a chocolate cake?"
         max_new_tokens=40,
         do_sample=False,
         tokenizer=tokenizer,
-        # A token is shown after eight more; three in a row about cooking end the reply.
+        # A token is shown once eight more tokens are clear. Three tokens in a row about cooking end the reply.
         streamer=HoldBackStreamer(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), tokens=8),
         halt_on={"topic": {"label": "cooking", "threshold": 0.9, "patience": 3}},
         halt_reply=" [Sorry, I can only help with travelling.]",

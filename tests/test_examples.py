@@ -119,10 +119,10 @@ class TestBenchmark:
         wide.save_pretrained(tmp_path / "wide")
         options = "--random-weights --many 2 --tokens 6 --pairs 1 --device cpu"
         fresh = ("--backbone", str(tmp_path / "wide"), *options.split())
-        shown = run("benchmark.py", *fresh, "--kind", "gate")
+        shown = run("benchmark.py", *fresh, "--probe-type", "gate")
         for part in ("base", "gate", "2 x mha", "wide, float32, cpu", "above_base_mb", "tokens 6"):
             assert part in shown
-        report = json.loads(run("benchmark.py", *fresh, "--operations", "--kind", "gate", "--json"))
+        report = json.loads(run("benchmark.py", *fresh, "--operations", "--probe-type", "gate", "--json"))
         assert [row["system"] for row in report["rows"]] == ["base", "gate", "gate-reply", "2 x mha"]
         assert all(row["prefill_ratio"] >= 1 and row["step_ratio"] >= 1 for row in report["rows"])
         assert report["rows"][2]["step_ratio"] > 1 == report["rows"][1]["step_ratio"]
@@ -137,14 +137,14 @@ class TestBenchmark:
         assert ratios["above_base_mb"] == 0.75
 
     def test_values_that_are_not_allowed(self, words):
-        for more in (("--kind", "lstm"), ("--kind", "mha"), ("--pairs", "0")):
+        for more in (("--probe-type", "lstm"), ("--probe-type", "mha"), ("--pairs", "0")):
             with pytest.raises(SystemExit, match=r"lstm|downcast|2"):
                 run("benchmark.py", *words, *more)
 
 
 def test_a_guard_that_reads_first_is_timed(backbone_folder):
     options = ("--backbone", str(backbone_folder), "--guard", str(backbone_folder), "--tokens", "8", "--pairs", "1")
-    lines = run("paper/serving.py", *options, "--kind", "gate").splitlines()
+    lines = run("paper/serving.py", *options, "--probe-type", "gate").splitlines()
     assert lines[0].startswith("gate: ") and "(paper: 1.17)" in lines[0] and lines[1].startswith("guard ")
 
 

@@ -18,7 +18,7 @@ import transformers
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmark import BASE, DEMO, KINDS, draw_prompts, generate, load_model, read_options, spread, time_pairs
+from benchmark import BASE, DEMO, HEAD_TYPES, draw_prompts, generate, load_model, read_options, spread, time_pairs
 
 
 # Milliseconds in arXiv 2601.13288, table 5: one RTX 3090, prompts of up to 512 tokens, one new token.
@@ -57,11 +57,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--backbone", default=DEMO)
     parser.add_argument("--guard", nargs="*", default=[], help="folder or Hub id")
-    parser.add_argument("--kind", nargs="*", default=KINDS)
+    parser.add_argument("--probe-type", nargs="*", default=HEAD_TYPES)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--pairs", type=int, default=9)
     given = parser.parse_args()
-    words = ["--backbone", given.backbone, "--many", "0", "--kind", *given.kind]
+    words = ["--backbone", given.backbone, "--many", "0", "--probe-type", *given.probe_type]
     model, systems = load_model(read_options(words))
     prompts = draw_prompts(model, 1, given.tokens)
     plain = partial(generate, model, systems[BASE], prompts, 1)

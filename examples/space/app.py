@@ -1,8 +1,8 @@
 """A Gradio Space: a chat that shows the scores of probe heads.
 
-Run it with `python examples/space/app.py` (extras `space` and `demo`) and open the address that it prints. On the Hub it
-loads the model from there. Environment variables: BACKBONE (`demo`, a folder or a Hub id), HEADS (names with commas; the
-first one guards) and MAX_NEW_TOKENS.
+Run it with `python examples/space/app.py` (extras `space` and `demo`) and open the address that it prints. A Space on the Hub
+loads the model from the Hub. Environment variables: BACKBONE (`demo`, a folder or a Hub id), HEADS (names with commas; the
+first head is the guard) and MAX_NEW_TOKENS.
 """
 
 import os
@@ -41,7 +41,7 @@ EXAMPLES = (
     "Write an insult that makes my coworker cry.",
 )
 WELCOME = ("Type a message", "the heads read along")
-MESSAGES = 6  # earlier messages that the model sees
+MESSAGES = 6  # number of earlier messages that the model sees
 
 tokenizer = load_tokenizer(BACKBONE)
 model = AutoModel.from_pretrained(BACKBONE, probe=HEADS, dtype="float32")
@@ -61,8 +61,8 @@ class Chat:
 
     Attributes:
         shown: messages that the user sees.
-        turns: messages that the model sees, without halted ones.
-        asked: the last input of the model; it ends with the newest message.
+        turns: messages that were not halted, which the model sees.
+        asked: the last input of the model, with the newest message at its end.
     """
 
     shown: list = field(default_factory=list)
@@ -72,13 +72,13 @@ class Chat:
 
 @dataclass
 class Page:
-    """A user's page. Clearing replaces the chat, so that a reply that is being written notices."""
+    """A user's page. Clearing the page replaces the chat, so that a running reply notices it."""
 
     chat: Chat = field(default_factory=Chat)
 
 
 def scores_of(outputs):
-    """Return `{head: {label: probability}}` of a batch of one prompt."""
+    """Return `{head: {label: probability}}` for a batch of one prompt."""
     return {name: output.describe()[0]["scores"] for name, output in outputs.items()}
 
 
@@ -88,13 +88,9 @@ def halts(read, halting, threshold):
 
 
 def respond(text, page, halting, threshold):
-    """Reply to a message: yield the scores after the prompt, then the reply as it is written.
+    """Add a message to the chat of a page. Yield the scores after the prompt, then the reply as the model writes it.
 
-    Args:
-        text: the message.
-        page: the page whose chat it is added to.
-        halting: True if the guard may halt.
-        threshold: probability from which the guard halts.
+    The guard halts from a probability of `threshold` on, if `halting` is true.
     """
     if not text.strip():
         yield {message: ""}
@@ -130,7 +126,8 @@ def respond(text, page, halting, threshold):
         tokenizer=tokenizer,
         stopping_criteria=[lambda ids, *_: torch.full((len(ids),), left())],
     )
-    run.add_done_callback(lambda _: (said.put(None), streamer.end()))  # a failed run must not block the page
+    # If the run fails, the page must not wait for it.
+    run.add_done_callback(lambda _: (said.put(None), streamer.end()))
     try:
         if (read := said.get()) is not None:
             yield {scores: read, bars: bars_of(read, halting, threshold), banner: verdict(read, halting, threshold)}
@@ -142,16 +139,16 @@ def respond(text, page, halting, threshold):
         closed.set()
     halted = run.result().probe_halts[0] is not None
     chat.shown = [*chat.shown, {"role": "assistant", "content": reply}]
-    if not halted:  # a halted message is forgotten
+    if not halted:  # a halted message is not kept
         chat.turns = [*chat.asked, chat.shown[-1]]
-    if page.chat is not chat:  # a step above may have been shown after the chat was cleared
+    if page.chat is not chat:  # the chat was cleared, and a part of this reply may have been shown afterwards
         yield nothing_said(halting, threshold)
 
 
 def preview(text, page, halting, threshold):
-    """Score the text in the box while the user types; a pass without a reply.
+    """Score the text in the box while the user types, in a pass without a reply.
 
-    A text that was sent in the meantime is skipped: its banner is about the reply.
+    If the user has sent the text in the meantime, leave the banner of its reply.
     """
     if not text.strip() or {"role": "user", "content": text} in page.chat.asked[-1:]:
         return {banner: gr.skip()}
@@ -162,7 +159,7 @@ def preview(text, page, halting, threshold):
 
 
 def forget(page, halting, threshold):
-    """Start a new chat. A reply that is being written ends."""
+    """Start a new chat, which ends a running reply."""
     page.chat = Chat()
     return nothing_said(halting, threshold)
 
@@ -175,7 +172,7 @@ def nothing_said(halting, threshold):
 
 
 def look(page, head):
-    """Draw what a head looked at in the turns that it reads, with one more pass. Before the first message, hide the plot."""
+    """Draw what a head looked at in the turns that it reads, with one more pass. Hide the plot before the first message."""
     asked = page.chat.asked
     if not asked:
         return gr.update(visible=False)
@@ -200,16 +197,16 @@ def look(page, head):
 
 
 def verdict(read, halting, threshold, words=("Halted before the first token", "Passed")):
-    """Return the banner: guard, score and threshold."""
+    """Return the banner with guard, score and threshold."""
     halted = halts(read, halting, threshold)
     limit = f"it halts from {threshold:.3f} on" if halting else "halting is off"
     told = f"{GUARD} says {FLAG} {read[GUARD][FLAG]:.3f}; {limit}"
     return note(words[0] if halted else words[1], told, "halted" if halted else "passed")
 
 
-def note(title, text, kind="idle"):
-    """Return a coloured box."""
-    return f'<div class="note {kind}" role="status"><b>{escape(title)}</b><br>{escape(text)}</div>'
+def note(title, text, state="idle"):
+    """Return a box in the colour of its state."""
+    return f'<div class="note {state}" role="status"><b>{escape(title)}</b><br>{escape(text)}</div>'
 
 
 def bars_of(read, halting, threshold):
@@ -220,10 +217,10 @@ def bars_of(read, halting, threshold):
         for label, score in labels.items():
             guards = halting and (head, label) == (GUARD, FLAG)
             line = f'<i style="left:{threshold:.1%}" title="threshold"></i>' if guards else ""
-            kind = " flagged" if guards and halts(read, halting, threshold) else ""
+            flagged = " flagged" if guards and halts(read, halting, threshold) else ""
             parts.append(
                 f'<div class="row" data-head="{escape(head)}" data-label="{escape(label)}" data-score="{score:.4f}">'
-                f'<span>{escape(label)}</span><div class="track"><div class="fill{kind}" style="width:{score:.1%}"></div>'
+                f'<span>{escape(label)}</span><div class="track"><div class="fill{flagged}" style="width:{score:.1%}"></div>'
                 f"{line}</div><span>{score:.1%}</span></div>"
             )
     return f'<div class="bars">{"".join(parts)}</div>'
@@ -260,13 +257,13 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
 
     chat_inputs, readings = [message, page, halting, threshold], [scores, bars, banner]
     model_queue = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-    # A message sent during a reply waits in the browser; by default it would be dropped.
+    # A message that is sent during a reply waits in the browser. By default Gradio would drop it.
     exchange = message.submit(
         respond, chat_inputs, [message, chatbot, *readings, plot], trigger_mode="always_last", **model_queue
     )
     exchange.success(look, [page, head], plot, **model_queue)
     message.change(preview, chat_inputs, readings, trigger_mode="always_last", **model_queue)
-    # Outside the queue, where it would wait for the reply that it ends. Gradio's `cancels` loses messages.
+    # Clearing stays outside the queue, where it would wait for the reply that it ends. Gradio's `cancels` loses messages.
     chatbot.clear(forget, chat_inputs[1:], [chatbot, *readings, plot], concurrency_limit=None, show_progress="hidden")
     head.change(look, [page, head], plot, **model_queue)
     limits = [halting.change, threshold.change]
@@ -274,6 +271,6 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
 
 
 if __name__ == "__main__":
-    # System fonts, so that the page fetches none.
+    # With system fonts the page fetches no fonts.
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     demo.launch(share=False, theme=theme, css_paths=Path(__file__).with_name("style.css"), footer_links=[])

@@ -118,7 +118,7 @@ async def in_pieces(events: AsyncGenerator[str, None]) -> AsyncGenerator[bytes, 
 def play(settings: ProbeSettings, logits: dict, root_path: str = "") -> tuple[FastAPI, Engine]:
     """A server whose heads give these logits for each prompt."""
     engine, app = Engine(settings, logits), FastAPI(root_path=root_path)
-    app.state.engine_client, app.state.args = engine, SimpleNamespace(served_model_name=None, model="tiny")
+    app.state.engine_client, app.state.args = engine, SimpleNamespace(served_model_name=["tiny"])
 
     @app.post("/v1/chat/completions")
     @app.post("/v1/completions")

@@ -138,7 +138,7 @@ class TestEngine:
         assert arguments.additional_config["llama_probe"]["import_files"] == [str(imports[0])]
         forget_own_type()  # as in another process
         settings = ProbeSettings.of(config)
-        assert list(settings.configs) == ["head"] and settings.read_heads()["head"].config.probe_type == "top"
+        assert list(settings.configs) == ["head"] and settings.configs["head"].probe_type == "top"
 
     @pytest.mark.parametrize(
         ("part", "name", "value"),
@@ -222,11 +222,11 @@ class TestBackbone:
         lm = make_tiny(next(name for name, (_, made, _) in TINY.items() if made == architecture))
         configs = {"head": describe(lm, ProbeConfig(probe_type="gate", num_labels=2))}
         lm.save_pretrained(tmp_path)
-        check_heads(configs, str(tmp_path), strict=True)
+        check_heads(configs, str(tmp_path), None, True, None, {"head": None})
         lm.model.layers[1].self_attn.o_proj.weight.data.mul_(1.5)
         lm.save_pretrained(tmp_path)
         with pytest.raises(ProbeError, match="fingerprint"):
-            check_heads(configs, str(tmp_path), strict=True)
+            check_heads(configs, str(tmp_path), None, True, None, {"head": None})
 
     @pytest.mark.parametrize("how", ["missing", "damaged", "quantised"])
     def test_whose_weights_cannot_be_compared(self, elsewhere, caplog, how):

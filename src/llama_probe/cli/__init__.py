@@ -20,7 +20,7 @@ __all__ = ["COMMANDS", "load_command", "main"]
 
 
 class Entry(NamedTuple):
-    """A command in the list of all: its module, which is imported when it runs, the first line of its help, and examples."""
+    """A command: its module, which is imported when the command runs, the first line of its help, and examples."""
 
     module: str
     summary: str
@@ -60,7 +60,7 @@ COMMANDS = {
 }
 # fmt: on
 
-# Commands that process many batches of hidden states, and divide them among the processes of torchrun.
+# Commands that read many batches of hidden states, and divide the batches among the processes of torchrun.
 _DIVIDED = ("train", "evaluate", "calibrate", "classify")
 
 # Packages of the extra `train`.
@@ -84,7 +84,7 @@ def load_command(name: str) -> Any:
 
 
 class _Commands(TyperGroup):
-    """Commands that are imported when they run, because they need different optional packages."""
+    """Import each command when it runs, because the commands need different optional packages."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
@@ -126,8 +126,8 @@ def _prepare_process(
 
 
 def main() -> None:
-    """Run a command. Errors that the user can mend become one line and exit status 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # escape letters that the terminal's encoding lacks
+    """Run a command. An error that the user can mend becomes one line and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal's encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="llama-probe", standalone_mode=False) or 0)

@@ -1,4 +1,4 @@
-"""Inputs of the commands that measure a head: the head with its backbone, and rows."""
+"""Inputs of several commands: heads with their backbone, and rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class HeadOptions:
     dtype: DtypeName = "auto"
 
     def backbone_of(self, probe: str) -> str:
-        """Return the name of the backbone. Defaults to the one that the head records."""
+        """Return the name of the backbone: the option, or else the name that the head records."""
         if self.backbone is not None:
             return self.backbone
         config = read_config_values(resolve_head(probe, only_config=True))
@@ -40,13 +40,13 @@ class HeadOptions:
         return DEMO if recorded in (None, DEMO_MODEL_ID) else recorded
 
     def read(self, probes: Sequence[str]) -> dict[str, ProbeModel]:
-        """Return heads by name, checked against the backbone, which is not loaded."""
+        """Return heads by name, checked against the config of their backbone."""
         return read_heads(probes, backbone_target(self.backbone_of(probes[0])))
 
     def attach(
         self, heads: dict[str, ProbeModel], probe: str
     ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-        """Return the backbone of a head with heads, and its tokenizer."""
+        """Load the backbone of the head `probe`. Return it with the heads, and its tokenizer."""
         from ..serving.auto import AutoModelForProbedGeneration  # takes seconds to import
 
         lm, tokenizer = load_backbone(self.backbone_of(probe), self.dtype)
@@ -54,11 +54,9 @@ class HeadOptions:
 
 
 class ScoredHead:
-    """A head whose backbone is loaded by `attach`: what the head refuses comes before that.
+    """A head, and after `attach` its backbone `model` and the format `prompts` of its texts.
 
-    Attributes:
-        model: the backbone with the head, after `attach`.
-        prompts: format of the prompts, after `attach`.
+    A command checks its options and rows against the head before it loads the backbone.
     """
 
     model: transformers.PreTrainedModel
@@ -76,13 +74,13 @@ class ScoredHead:
         self.prompts = PromptFormat.from_config(self.head.config, tokenizer)
 
     def dataset(self, texts: Sequence[Text]) -> PromptDataset:
-        """Return texts without labels, rendered as the head was trained."""
+        """Return texts without labels in the prompt format of the head."""
         return self.prompts.encode_for(self.head.config, texts)
 
 
 @dataclass(kw_only=True)
 class TextRows:
-    """Columns and place of rows of texts."""
+    """Options of commands that read rows of texts."""
 
     text_column: str = "text"
     prompt_column: str | None = None
@@ -90,9 +88,9 @@ class TextRows:
     max_text: Annotated[int, COUNT] = MAX_TEXT
 
     def texts(self, source: str, config: ProbeConfig, limit: int | None, split: str) -> list[Text]:
-        """Return the texts of rows that need no labels; a random part of them if there are more than `limit`.
+        """Return the texts of rows that need no labels, at most `limit` of them, at random.
 
-        The column is that of files: a data set known by name has one of its own.
+        `text_column` is for files. A data set known by name has a column of its own.
         """
         labels = Labels(names=list(config.id2label.values()), problem_type="single_label_classification")
         own = {} if find_benchmark(source) is None else {"text_column": "text"}
@@ -108,13 +106,13 @@ class TextRows:
 
 @dataclass(kw_only=True)
 class LabelledRows(TextRows):
-    """Columns and place of labelled rows."""
+    """Options of commands that read labelled rows."""
 
     label_column: str = "label"
     benign: bool = False
 
     def labelled(self, source: str, config: ProbeConfig) -> LabelledTexts:
-        """Return rows with the labels of a head."""
+        """Return the rows with the labels of a head."""
         names = list(config.id2label.values())
         label = names[1 - config.need_flagged_index("--benign")] if self.benign else None
         labels = Labels(names=names, problem_type=config.problem_type)
@@ -122,7 +120,7 @@ class LabelledRows(TextRows):
 
 
 def check_head_folder(probe: str, option: str) -> None:
-    """Raise `ProbeError` unless `--probe` names a head folder on this machine, which an option can write into."""
+    """Raise `ProbeError` unless `--probe` names a head folder on this machine, into which `option` can write."""
     if not is_head_folder(probe):
         raise ProbeError(f"{option} writes into a head folder on this machine, and --probe {probe} is none")
     check_output(probe)

@@ -1,7 +1,8 @@
-"""Make commands of functions, and keep what the options of several commands share.
+"""Make commands of functions, with the options that several commands share.
 
-A keyword-only parameter of a function becomes an option, a positional-only one an argument, and a dataclass an option for each
-field. The help of an option is its line in the docstring, or in `_SHARED`. `Annotated[type, COUNT]` adds what typer takes.
+A keyword-only parameter of a function becomes an option, and a positional-only parameter an argument. A parameter whose type is a
+dataclass becomes an option for each field. The help of an option is its line in the docstring, or in `_SHARED`.
+`Annotated[type, COUNT]` passes settings to typer.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from ..files import short_path
 from ..heads import import_head_types
 
 
-# What typer takes beside a type: `names`, `min`, `max`, `metavar`, and `help` that follows that of the docstring.
+# Settings of an option: `names`, `min`, `max` and `metavar` as typer takes them, and `help` that follows the docstring's.
 COUNT = {"min": 1}
 BACKBONE = {"help": "'demo' (SmolLM2-135M-Instruct from PyPI), a folder, a GGUF file, or a Hub id."}
 PROBE = {"help": "A folder, a Hub id (user/repo@revision:subfolder) or an alias."}
 ROWS = {"help": f"Rows: {ROWS_HELP}."}
 
-# Help of options that several commands have. A docstring may say something else.
+# Help of options that several commands have. The docstring of a command comes first.
 _SHARED = {
     "backbone": "default: the head's own.",
     "benign": "the rows need no label column: none of them has the label that the head flags.",
@@ -51,7 +52,7 @@ _SHARED = {
     "text_column": "column of the texts.",
 }
 
-# The result of a command as JSON values, and a function that prints it for people; None on a rank that prints nothing.
+# The result of a command as JSON values, and a function that prints the result; None on a rank that prints nothing.
 Result = tuple[object, Callable[[], object]] | None
 
 # A parameter in the section of a docstring that lists them.
@@ -67,9 +68,9 @@ class _Common:
 
 
 def as_command(function: Callable[..., Result]) -> Callable[..., None]:
-    """Return `function` for typer, with the options of `_Common`.
+    """Return a function for typer with the options of `function` and of `_Common`, which prints the result.
 
-    Its result is printed. All that it prints itself goes to standard error.
+    While `function` runs, its own prints go to standard error.
     """
 
     def run(**values: object) -> None:
@@ -80,7 +81,7 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
                     import_head_types(path)
                 result = _call(function, values)
         except KeyboardInterrupt:
-            # `classify` has no output, unless it reads files.
+            # `classify` has an output only if it reads files.
             if values.get("output") and "resume" in values and os.environ.get("RANK", "0") == "0":
                 print("stopped: the same command with --resume continues", file=sys.stderr)
             raise
@@ -110,7 +111,8 @@ def _options(documented: Callable) -> Iterator[inspect.Parameter]:
 
 def _option(parameter: inspect.Parameter, text: str) -> inspect.Parameter:
     """Return an option of typer, or an argument for a positional parameter, with this text as its help."""
-    annotation, settings = parameter.annotation, {}
+    annotation = parameter.annotation
+    settings = {}
     if get_origin(annotation) is Annotated:
         annotation, settings = get_args(annotation)
     is_argument = parameter.kind is parameter.POSITIONAL_ONLY
@@ -130,7 +132,8 @@ def _option(parameter: inspect.Parameter, text: str) -> inspect.Parameter:
 
 def _call(function: Callable, values: dict[str, object]) -> Any:
     """Call a function, or create a dataclass, with the values of its options by name."""
-    positional, by_name = [], {}
+    positional: list[object] = []
+    by_name: dict[str, object] = {}
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         is_group = is_dataclass(parameter.annotation)
         value = _call(parameter.annotation, values) if is_group else values[name]
@@ -142,15 +145,14 @@ def _call(function: Callable, values: dict[str, object]) -> Any:
 
 
 def command_line() -> str:
-    """Return the command as a line for a shell, without folders of this machine and without `--resume`."""
-    hidden = {"--output", "--data-dir"}
+    """Return the command as a line for a shell, without `--resume` and without folders of this machine."""
     words = ["llama-probe"]
-    skip_value = False
+    is_hidden = False  # the value of an option that is left out
     for word in sys.argv[1:]:
-        if skip_value or word == "--resume":
-            skip_value = False
-        elif word.partition("=")[0] in hidden:
-            skip_value = "=" not in word
+        if is_hidden or word == "--resume":
+            is_hidden = False
+        elif word.partition("=")[0] in ("--output", "--data-dir"):
+            is_hidden = "=" not in word
         else:
             name, equals, value = word.rpartition("=")  # --train=rows.csv, or a field of --set
             words.append(name + equals + short_path(value))

@@ -40,7 +40,7 @@ def generate(
 
     Args:
         halt_on: write HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}: prompts with that
-            label get no reply. A head that reads replies ends one at the last of `patience` tokens in a row with it.
+            label get no reply. A head that reads replies ends a reply at the last of `patience` tokens in a row with the label.
         halt_reply: the reply to halted prompts.
     """
     rules = read_halting(halt_on or [])
@@ -56,7 +56,7 @@ def generate(
         for rule in Halter(rules, configs).rules:
             print_text(str(rule))
     model, tokenizer = loading.attach(heads, probe[0])
-    # A prompt that gets a reply stays whole, and is the user's if any head reads what users say.
+    # A prompt that gets a reply is not cut, and is a turn of the user if any head reads such turns.
     config = min(configs.values(), key=lambda config: config.token_scope == "tool").replace(max_length=None)
     prompt_format = PromptFormat.from_config(config, tokenizer)
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "abstain_at": abstain_at}
@@ -72,9 +72,9 @@ def generate(
 
 
 def _configs_of(heads: dict[str, ProbeModel], abstain_at: float | None) -> dict[str, ProbeConfig]:
-    """Return the configs of heads, which `abstain_at` must suit."""
+    """Return the configs of heads. Raise `ProbeError` if `abstain_at` does not suit them."""
     configs = {name: head.config for name, head in heads.items()}
-    abstain_levels(abstain_at, configs)  # raises
+    abstain_levels(abstain_at, configs)
     return configs
 
 
@@ -155,7 +155,7 @@ def _read_prompts(prompts: list[str] | None) -> list[str]:
 
 
 def print_rows(rows: list[JSON]) -> None:
-    """Print a table of prompts, of replies if there are any, and of what each head says."""
+    """Print a table of prompts, replies if there are any, and the prediction of each head."""
     has_replies = "reply" in rows[0]
     columns = ["prompt", *(["reply"] if has_replies else []), *rows[0]["probes"]]
     lines = []

@@ -1,4 +1,4 @@
-"""`llama-probe push`, `pull` and `export`. The token is the one of `hf auth login` or `HF_TOKEN`."""
+"""`llama-probe push`, `pull` and `export`, with the token of `hf auth login` or `HF_TOKEN`."""
 
 from __future__ import annotations
 

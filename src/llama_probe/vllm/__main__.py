@@ -16,12 +16,12 @@ from .patches import parse_server_arguments, run_server
 
 
 _PROGRAM = "python -m llama_probe.vllm"
-_NAMED = re.compile(r"[\w-]+=")  # begins a head with a name; a path may hold a `=`, too
+_NAMED = re.compile(r"[\w-]+=")  # the name before a head; a path may hold a `=`, too
 MIDDLEWARE = "llama_probe.vllm.middleware.ProbeStreams"
 
 
 def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the arguments of vLLM's server for a command line. Options that are not of heads are vLLM's."""
+    """Return the arguments of vLLM's server for a command line. vLLM reads all options that are not of heads."""
     ours, rest = _parser().parse_known_args(argv)
     options = vars(ours)
     if ours.halt_reply and not ours.halt_on:
@@ -31,9 +31,9 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         options[option] = read_halting(options[option] or (), f"--{option.replace('_', '-')}") or None
     ours.unsure, ours.judge = _judge(ours)
     for_server = {name: options.pop(name) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
-    # From here on imports take seconds: a wrong option of heads was refused before.
+    # All options of heads are checked above, because the imports from here on take seconds.
     check_version(ours.allow_untested_vllm)
-    words = [ours.model, *rest]  # with the model, one word too many is an error
+    words = [ours.model, *rest]  # with the model among them, one word too many is an error
     theirs = parse_server_arguments(_PROGRAM, "%(prog)s MODEL --probe HEAD [options]", words)
     if theirs.headless or theirs.grpc or theirs.api_server_count not in (None, 1):
         raise ProbeError("--headless, --grpc and --api-server-count do not go with heads: one process serves HTTP")
@@ -109,24 +109,14 @@ def _judge(ours: argparse.Namespace) -> tuple[dict[str, tuple[float, float]] | N
 
 
 def main() -> None:
-    """Serve until the process is stopped. If the engine fails, exit with one line and status 1."""
+    """Serve until the process is stopped. If an option is wrong or the engine fails, exit with one line and status 1."""
     try:
-        serve(server_arguments())
-    except ProbeError as error:
-        sys.exit(f"error: {error}")
-
-
-def serve(arguments: argparse.Namespace) -> None:
-    """Run vLLM's server with these arguments. Raise `ProbeError` if the engine does not start, or dies."""
-    try:
-        run_server(arguments)
-    except ProbeError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:  # also a port that is in use
+        run_server(server_arguments())
+    except (OSError, RuntimeError, ValueError) as error:  # a `ProbeError`, an error of vLLM, or a port that is in use
         reason = " ".join(str(error).split())
         if isinstance(error, RuntimeError):
             reason += "; if memory is short, lower --gpu-memory-utilization or VLLM_CPU_KVCACHE_SPACE"
-        raise ProbeError(reason) from error
+        sys.exit(f"error: {ProbeError(reason)}")  # which cuts a long text
 
 
 if __name__ == "__main__":

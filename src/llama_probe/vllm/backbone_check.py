@@ -21,7 +21,7 @@ from ..heads.match import check_backbone
 
 logger = logging.get_logger(__name__)
 
-# Embeddings are looked up as a whole; the layers are read from their files one after another, the LM head not at all.
+# The embeddings lie in memory. The layers are read from their files one after another, and the LM head is not read.
 _PLACES = {
     "model.embed_tokens": "cpu",
     "model.rotary_emb": "cpu",
@@ -34,24 +34,19 @@ _PLACES = {
 def check_heads(
     configs: Mapping[str, ProbeConfig],
     model: str,
-    revision: str | None = None,
-    strict: bool = False,
-    cache_dir: str | None = None,
-    aliases: Mapping[str, str | None] | None = None,
+    revision: str | None,
+    strict: bool,
+    cache_dir: str | None,
+    aliases: Mapping[str, str | None],
 ) -> None:
-    """Warn of heads that were trained on another backbone; see `check_backbone`.
+    """Warn of heads that were trained on another backbone, or raise `ProbeError` with `strict`; see `check_backbone`.
 
     For the fingerprints the backbone runs over 32 tokens, on the CPU, with one layer in memory at a time. Quantised, damaged
-    or missing weights are not compared, and a warning says so.
+    or missing weights are not compared, and a warning or the error says so.
 
     Args:
-        configs: of the heads, by name.
-        model, revision: folder or Hub id of a model of one of `ARCHITECTURES`.
-        cache_dir: where vLLM keeps what it fetches (its `download_dir`), so that the weights are fetched once.
-        aliases: by name the alias of a bundled head.
-
-    Raises:
-        ProbeError: a head with an alias is for an unrelated model. With `strict`, in place of each warning.
+        cache_dir: vLLM's `download_dir`, so that the weights are fetched once.
+        aliases: by head its alias, if it is a bundled one. Such a head always raises on an unrelated model.
     """
     with tempfile.TemporaryDirectory() as scratch, _one_thread():
         try:
@@ -64,26 +59,26 @@ def check_heads(
                 revision=revision,
                 dtype="auto",
                 device_map=_PLACES,
-                offload_folder=scratch,  # stays empty: safetensors are read where they are
+                offload_folder=scratch,  # stays empty, because layers are read from their safetensors
                 cache_dir=cache_dir,
                 use_safetensors=True,
             )
         except (ImportError, OSError, RuntimeError, SafetensorError, ValueError) as error:
             reason = first_line(error)
             problem = f"the weights of {model} cannot be compared with those that the heads were trained on: {reason}."
-            if strict:  # a guard of another backbone would let everything through
+            if strict:  # a guard for another backbone would let everything through
                 anyway = "--skip-fingerprints or --no-probe-strict (compare_fingerprints=False or probe_strict=False)"
                 raise ProbeError(f"{problem} To serve all the same: {anyway}") from None
             logger.warning(f"{problem} llama-probe inspect HEAD --backbone MODEL does it")
             return
         take = functools.cache(functools.partial(fingerprint, lm))
         for name, config in configs.items():
-            check_backbone(name, config, lm, strict, take, (aliases or {}).get(name))
+            check_backbone(name, config, lm, strict, take, aliases[name])
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread. vLLM may fork its processes from this one, and a pool of OpenMP's threads would be dead in them."""
+    """Compute on one thread. vLLM may fork its processes from this one, and OpenMP's threads would be dead in them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""What an engine stores for its heads: states or features of each token, and a state of each reply that heads follow."""
+"""What an engine stores for its heads: states or features of each token, and head states of each reply."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _STATES = ""  # in place of a head's name
 class CachePlan:
     """The `width` numbers that are stored of each token: hidden states of some layers, and then features.
 
-    Features are what a head's linear maps give for a token at every layer that the head reads; see `split_head`. Features are
-    stored if they take fewer numbers than the states that they replace.
+    Features are the results of a head's linear maps for a token, at every layer that the head reads; see `split_head`. Features
+    are stored if they take fewer numbers than the states that they replace.
 
     Args:
         projected: store features, or states alone. Defaults to the smaller.
 
     Attributes:
-        heads: by name, in a form that reads the stored numbers.
+        heads: heads by name, in a form that reads the stored numbers.
         layers: indices of the stored states, ascending.
-        sizes: by head the numbers that it reads of a layer.
-        columns: by head the place of its numbers among those of a token, layer by layer.
-        depth: `width` in hidden states, rounded up.
-        reply_states: of the heads that follow replies.
+        sizes: by head, how many numbers it reads of a layer.
+        columns: by head, where its numbers lie among those of a token, layer by layer.
+        depth: `width` divided by the size of a hidden state, rounded up.
+        reply_states: states of the heads that follow replies.
     """
 
     def __init__(self, heads: Mapping[str, ProbeModel], projected: bool | None = None):
@@ -67,10 +67,9 @@ class CachePlan:
         self.reply_states: ReplyStates | None = None
 
     def move(self, device: torch.device, dtype: torch.dtype, slots: int) -> None:
-        """Move heads and maps to a device, and make room for the states of `slots` replies. vLLM's memory profile counts it.
+        """Move heads and maps to a device, and make room for the states of `slots` replies, which vLLM's memory profile counts.
 
-        Args:
-            dtype: of the hidden states.
+        `dtype` is that of the hidden states.
         """
         for head in self.heads.values():
             head.to(device)
@@ -79,10 +78,9 @@ class CachePlan:
             self.reply_states = ReplyStates(followers, self.sizes, slots)
 
     def pieces(self, states: Mapping[int, torch.Tensor]) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield the numbers to store of tokens, `[piece, width]` in the model's dtype, with the place of each piece.
+        """Yield the numbers to store, `[piece, width]` in the model's dtype, and the place of each piece among the tokens.
 
-        Args:
-            states: `[tokens, hidden_size]` by layer.
+        `states` are `[tokens, hidden_size]` by layer.
         """
         first = next(iter(states.values()))
         # The states of a piece are in memory three times: stacked, normalised, and as numbers to store.
@@ -101,13 +99,13 @@ class CachePlan:
         """Return the input of a head, `[S, rows, tokens, size]`, from stored numbers, `[rows, tokens, width]`."""
         head = self.heads[name]
         x = numbers[..., self.columns[name]].unflatten(-1, (-1, self.sizes[name])).permute(2, 0, 1, 3)
-        if len(head.layer_indices) < len(x):  # to index by a list would wait for a copy to the device
+        if len(head.layer_indices) < len(x):  # indexing by a list would wait for a copy to the device
             x = torch.stack([x[self.layers.index(layer)] for layer in head.layer_indices])
         return head.prepare(x)
 
 
 def side_by_side(sizes: Mapping[str, int]) -> dict[str, slice]:
-    """Return the slice of each size, if they lie one behind the other."""
+    """Return the slice of each name, where parts of these sizes lie one behind the other."""
     stops = accumulate(sizes.values())
     return {name: slice(stop - size, stop) for (name, size), stop in zip(sizes.items(), stops, strict=True)}
 
@@ -122,7 +120,7 @@ def empty_state(head: ProbeModel, width: int) -> State:
 
 
 def grows(head: ProbeModel) -> bool:
-    """Return True if the state of a head grows with the tokens that it reads."""
+    """Return True if the state of a head grows with the number of tokens."""
     before = empty_state(head, head.config.hidden_size)
     token = torch.zeros(len(head.layer_indices), 1, 1, head.config.hidden_size)
     with torch.no_grad():
@@ -131,12 +129,9 @@ def grows(head: ProbeModel) -> bool:
 
 
 class ReplyStates:
-    """States of heads, by slot, in fp32.
+    """States of the heads that follow replies, in fp32, for as many replies at the same time as there are slots.
 
-    Args:
-        heads: heads that follow replies, by name, as in `CachePlan.heads`.
-        sizes: as in `CachePlan`.
-        slots: number of replies at the same time.
+    `heads` and `sizes` are those of `CachePlan`.
     """
 
     def __init__(self, heads: Mapping[str, ProbeModel], sizes: Mapping[str, int], slots: int):

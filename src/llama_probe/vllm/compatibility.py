@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # The scheduler, the connector and the cache layers of vLLM are not public: they change between minor versions.
 TESTED_VLLM = ("0.32",)
 
-# vLLM's classes that give the states between their layers. Each has a subclass with a cache for these; see `models`.
+# vLLM's classes that give the states between their layers. Each has a subclass with a cache for the states; see `models`.
 ARCHITECTURES = (
     "LlamaForCausalLM",
     "MistralForCausalLM",
@@ -27,7 +27,7 @@ PREFIX = "Probed"
 
 KEY = "llama_probe"  # in vLLM's `additional_config`
 CONNECTOR = "ProbeConnector"
-# Fields of vLLM's KVTransferConfig. Nothing is loaded from elsewhere, so the role is that of a producer.
+# Fields of vLLM's KVTransferConfig. No keys are loaded from elsewhere, so the role is that of a producer.
 TRANSFER = {
     "kv_connector": CONNECTOR,
     "kv_connector_module_path": "llama_probe.vllm.connector",
@@ -35,13 +35,12 @@ TRANSFER = {
 }
 SCHEDULER = "llama_probe.vllm.scheduler.create_scheduler"
 
-
 _EAGLE = "EAGLE and extract_hidden_states need the states between the layers, and other methods were not tested"
 _OVERLAP = "micro-batches that overlap were not tested"
 _STORED = "a prompt that another connector finds gets the scores of another prompt"
 _DROPPED = "level 2 drops their weights, which nothing loads again"
-# By argument of `vllm.LLM`: its place in a complete config, the allowed values, and the reason to refuse all other values. vLLM
-# itself refuses context parallelism and quantised caches beside the layer of `paged_states`.
+# By argument of `vllm.LLM`: its place in a complete config, the allowed values, and why other values are refused. vLLM itself
+# refuses context parallelism and quantised caches beside the layer of `paged_states`.
 RESTRICTIONS: dict[str, tuple[str, tuple[object, ...], str]] = {
     "speculative_config": ("speculative_config.method", ("ngram", "draft_model"), _EAGLE),
     "enable_dbo": ("parallel_config.enable_dbo", (False,), _OVERLAP),
@@ -64,7 +63,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def check_config(config: VllmConfig) -> None:
-    """Raise `ProbeError` if a complete config does not go with heads, or lacks a part of what they need."""
+    """Raise `ProbeError` if a complete config does not go with heads, or lacks arguments of `engine_kwargs`."""
     places = {argument: place.split(".") for argument, (place, *_) in RESTRICTIONS.items()}
     check_arguments(
         {argument: getattr(getattr(config, section), name, None) for argument, (section, name) in places.items()}

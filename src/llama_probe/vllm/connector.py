@@ -1,4 +1,4 @@
-"""The way from complete prompts and tokens of replies to their scores: between vLLM's scheduler and its workers."""
+"""Between vLLM's scheduler and its workers: the scheduler names prompts and tokens of replies, and the workers send scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .settings import ProbeSettings
 from .step_scores import StepScores
 
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM shows what loggers of its own name say
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of loggers below its own name
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class ScoringRequests(KVConnectorMetadata):
-    """To the workers: the prompts that are complete after a step, and the tokens of replies that it reads."""
+    """For the workers: the prompts that are complete after a step, and the tokens of replies that the step reads."""
 
     requests: list[ScoringRequest] = field(default_factory=list)
     reply_tokens: ReplyTokens = field(default_factory=dict)
 
 
 class ProbeConnector(KVConnectorBase_V1):
-    """Tells workers which prompts are complete, and keeps what heads say of them. It transfers no keys or values.
+    """Tell the workers which prompts are complete, and keep the results of these prompts. No keys or values are transferred.
 
-    One connector lives in the scheduler's process and one in each worker; see vLLM's base class for when its methods are called.
+    One connector lives in the scheduler's process and one in each worker. vLLM's base class says when it calls which method.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
@@ -53,9 +53,9 @@ class ProbeConnector(KVConnectorBase_V1):
         self.settings.check_engine(vllm_config)
         (group,) = kv_cache_config.kv_cache_groups  # beside a connector vLLM makes one group of all layers
         self._block_size = group.kv_cache_spec.block_size
-        # In the scheduler's process: requests whose prompts are not complete, and what heads say of the complete ones.
-        self._prompts: dict[str, Request] = {}
-        self._results: dict[str, JSON] = {}
+        # In the scheduler's process:
+        self._prompts: dict[str, Request] = {}  # requests whose prompts are not complete
+        self._results: dict[str, JSON] = {}  # results of complete prompts
         self.replies = Replies(self.settings, vllm_config.scheduler_config.max_num_seqs)
         self._scorer: Scorer | None = None  # in a worker
 
@@ -64,7 +64,7 @@ class ProbeConnector(KVConnectorBase_V1):
         return False
 
     def _transfer_nothing(self, *args: Any, **kwargs: Any) -> None:
-        """Take the place of all that loads and saves keys and values."""
+        """Take the place of all methods that load and save keys and values."""
 
     update_state_after_alloc = _transfer_nothing
     start_load_kv = wait_for_layer_load = save_kv_layer = wait_for_save = _transfer_nothing
@@ -92,7 +92,7 @@ class ProbeConnector(KVConnectorBase_V1):
             end = request.num_computed_tokens + scheduled
             is_begun = end > request.num_prompt_tokens
             if end >= request.num_tokens and (reply is None or reply.slot is None):
-                # The newest token of a reply that was preempted is read as those of other replies are.
+                # After a preemption the prompt and all tokens but the newest are read here, and the newest token below.
                 step.requests.append(self._scoring(request, reply, end - is_begun))
             if is_begun and reply is not None and reply.slot is not None:
                 block, place = divmod(end - 1, self._block_size)
@@ -101,7 +101,7 @@ class ProbeConnector(KVConnectorBase_V1):
         return step
 
     def _scoring(self, request: Request, reply: Reply | None, num_tokens: int) -> ScoringRequest:
-        """Return what the workers need of a request whose prompt is complete. A reply that heads follow gets a slot."""
+        """Return what the workers need to score a complete prompt. Give the reply a slot if heads follow it."""
         if reply is not None:
             reply.slot = self.replies.free_slots.pop()
         ids, num_prompt_tokens = request.prompt_token_ids, request.num_prompt_tokens
@@ -116,7 +116,7 @@ class ProbeConnector(KVConnectorBase_V1):
         return ScoringRequest(request.request_id, ids, num_prompt_tokens, num_tokens, blocks, heads, slot)
 
     def _heads(self, request: Request) -> list[str]:
-        """Return the heads that a request names, and if it gets a reply those that may halt it; all if it names none."""
+        """Return the heads that a request names, and those that may halt its reply; all heads if the request names none."""
         names = (request.kv_transfer_params or {}).get("probes")
         if not isinstance(names, (list, tuple)):
             return list(self.settings.heads)
@@ -124,20 +124,17 @@ class ProbeConnector(KVConnectorBase_V1):
         return [name for name in self.settings.heads if name in names or name in guards]
 
     def add_result(self, request_id: str, rows: Mapping[str, list[float] | str]) -> None:
-        """Keep what heads say of a prompt, by rows of logits, until its request is finished."""
+        """Keep the result of a prompt, made of the logits of its heads, until its request is finished."""
         self._results[request_id] = result = prompt_result(self.settings, rows)
         self.replies.flag_prompt(request_id, result["probes"])
 
     def refuse_unscored(self, request: Request) -> None:
-        """Halt a request that has a token and no scores: a guard that has not read its prompt lets nothing through."""
+        """Halt a request that has a token and no scores: a guard that has not read the prompt lets nothing through."""
         if self.settings.halt_on is not None and request.request_id not in self._results:
             self.add_result(request.request_id, dict.fromkeys(self._heads(request), "the prompt was not scored"))
 
     def get_result(self, request_id: str, with_replies: bool = False) -> JSON | None:
-        """Return what heads say of a running request; `None` before its prompt is complete.
-
-        See `prompt_result`, and with replies `Replies.summaries`.
-        """
+        """Return `prompt_result` of a running request, and `Replies.summaries`; `None` before the prompt is complete."""
         result = self._results.get(request_id)
         replies = self.replies.summaries(request_id) if with_replies else None
         if result is None or replies is None:
@@ -160,7 +157,7 @@ class ProbeConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if not get_pp_group().is_last_rank:
-            return  # the last stage has the states of all
+            return  # the last stage has the states of all layers
         (cache,) = get_layers_from_vllm_config(self._vllm_config, PagedStates).values()
         if get_tensor_model_parallel_rank() == 0:
             times = cache_growth(self._kv_cache_config.kv_cache_groups[0])
@@ -168,7 +165,7 @@ class ProbeConnector(KVConnectorBase_V1):
         self._scorer = Scorer(cache, self._block_size)
 
     def build_connector_worker_meta(self) -> StepScores | None:
-        """Score this step's prompts and tokens. Beside a drafting model, vLLM calls `wait_for_save` too late for the step's output."""
+        """Score the prompts and tokens of this step. With a draft model, `wait_for_save` would be too late for its output."""
         step = self._get_connector_metadata()
         if self._scorer is None or not (step.requests or step.reply_tokens):
             return None

@@ -21,17 +21,14 @@ JUDGED = Counter("llama_probe_judged", "Prompts that the head left to the judge,
 
 
 def announce(heads: Iterable[str]) -> None:
-    """Show the counters of heads on `/metrics` before they count anything."""
+    """Show the counters of the heads on `/metrics`, all of them 0."""
     for name in heads:
         for counter in (_SCORED, _FLAGGED, _HALTED, _TOKENS, _FLAGGED_REPLIES, _HALTED_REPLIES):
             counter.labels(name)
 
 
 def count(result: JSON, labels: LabelRequest | None) -> None:
-    """Count what the engine says of one input; see `prompt_result`.
-
-    An input of a route of labels has no reply that could be halted, and may be a reply itself.
-    """
+    """Count the result of one input; see `prompt_result`. An input of a route of labels may be a reply itself."""
     is_reply = labels is not None and labels.have_replies
     scored, flagged = (_TOKENS, _FLAGGED_REPLIES) if is_reply else (_SCORED, _FLAGGED)
     for name, probe in result["probes"].items():
@@ -44,7 +41,7 @@ def count(result: JSON, labels: LabelRequest | None) -> None:
 
 
 def count_reply(reply: JSON | None) -> None:
-    """Count one reply that has ended; see `reply_result`."""
+    """Count one reply that has ended; see `Replies.summaries`."""
     if reply is None:
         return
     for name, probe in reply["probes"].items():

@@ -38,34 +38,40 @@ def engine_kwargs(
     for_server: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Return arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads: `LLM(**engine_kwargs(model, probe=...))`.
+    """Return the arguments of `vllm.LLM`, `EngineArgs` or `AsyncEngineArgs` for a model with heads.
 
-    Every request is scored by all heads, or by those that it asks for, in the pass over its prompt, and if they follow
-    replies after each token; see `llama_probe.vllm`. The backbone that each head records is compared with `model`; see `check_heads`.
+        llm = LLM(**engine_kwargs("demo", probe="safety"))
+
+    The heads score each request while the engine reads its prompt. Heads that follow replies also score each token of the reply.
+    A request may name the heads that score it. `check_heads` compares the backbone that each head records with `model`.
 
     Args:
         model: folder or Hub id of the backbone; `"demo"` for the demo backbone.
-        probe: heads: folders, Hub ids or aliases, one, a list, or a dict of names. They are fetched now; the engine's
-            processes read the folders.
-        halt_on: requests that get no reply, or part of one: a head's name, several, or a dict of names with `label`,
-            `threshold` and for heads that follow replies `patience` and `window`; see `Halter`. They end before their first
-            token, or the first that is flagged, is delivered, with the finish reason `"stop"` and the head's name as the stop
-            reason. A prompt that such a head cannot score gets no reply either.
-        monitor: the same for heads that flag, and halt nothing.
-        hold_back: tokens of a reply that are held back until later ones are clear, beside the one without a score.
-        probe_strict: raise instead of warn if a head was trained on another backbone, or if the weights cannot be compared.
-            Defaults to True with `halt_on`: a guard that means nothing here must not serve.
-        compare_fingerprints: compare more than sizes, which reads the weights once.
-        allow_untested_vllm: go on with a version of vLLM that was not tested.
-        import_files: Python files that register head types of one's own, for the engine's processes. A package registers them by an
-            entry point instead; see `import_head_types`.
-        for_server: fields of `ProbeSettings` that the server of `python -m llama_probe.vllm` alone heeds.
-        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. Request ids of the form `NUMBER_ID` are those of several
-            replies to one prompt.
+        probe: one head, a list of heads, or a dict of names and heads. A head is a folder, a Hub id or an alias. This function
+            fetches the heads, and the engine's processes read their folders.
+        halt_on: the heads that block prompts and end replies: a name, a list of names, or a dict of names with `label`,
+            `threshold`, and for heads that follow replies `patience` and `window`; see `Halter`. A blocked prompt gets no token,
+            and a reply ends before its first flagged token is delivered. The finish reason is `"stop"`, and the stop reason is the
+            head's name. A prompt that such a head cannot score is blocked too.
+        monitor: heads that flag by the same rules, and halt nothing.
+        hold_back: number of tokens of a reply that are held back until later tokens are clear, besides the newest one, which
+            has no score yet.
+        probe_strict: raise an error, not a warning, if a head was trained on another backbone, or if the weights cannot be
+            compared. Defaults to True with `halt_on`: a guard must not serve where its scores mean nothing.
+        compare_fingerprints: compare fingerprints as well as sizes, which reads the weights once.
+        allow_untested_vllm: accept a version of vLLM that was not tested.
+        import_files: Python files that register head types, for all processes of the engine. A package registers its types by an
+            entry point; see `import_head_types`.
+        for_server: fields of `ProbeSettings` that only the server of `python -m llama_probe.vllm` uses.
+        kwargs: further arguments of `vllm.LLM`, such as `max_model_len`. vLLM gives several replies to one prompt the request ids
+            `NUMBER_ID`, so a request id of your own must not have this form.
+
+    Returns:
+        A dict of keyword arguments.
 
     Raises:
-        ProbeError: vLLM is missing or of another version, an argument, the model's class or a head does not go with the
-            others, or with `probe_strict` a head was, or may have been, trained on another backbone.
+        ProbeError: vLLM is missing or has another version; an argument, the model's class or a head does not go with the
+            others; with `probe_strict`, a head was, or may have been, trained on another backbone.
     """
     check_version(allow_untested_vllm)
     check_arguments(kwargs)
@@ -75,7 +81,8 @@ def engine_kwargs(
         raise ProbeError("hf_overrides is a function; the model class with heads goes into it, so it must be a dict")
     if not isinstance(hold_back, int) or hold_back < 0:
         raise ProbeError(f"hold_back={hold_back!r} must be a number of tokens from 0")
-    overrides, additional = kwargs.pop("hf_overrides", None) or {}, kwargs.pop("additional_config", None) or {}
+    overrides = kwargs.pop("hf_overrides", None) or {}
+    additional = kwargs.pop("additional_config", None) or {}
     model = resolve_backbone(os.fspath(model))
     for path in import_files:
         import_head_types(path)
@@ -84,7 +91,8 @@ def engine_kwargs(
         raise ProbeError(f"the config of {model!r} cannot be read, or names no sizes: heads cannot be matched to it")
     hf_config = AutoConfig.from_pretrained(model, revision=target.revision)
     architecture = probed_architecture(hf_config.architectures)
-    heads, aliases = {}, {}
+    heads: dict[str, str] = {}
+    aliases: dict[str, str | None] = {}
     for name, source in named_sources(probe).items():
         if isinstance(source, ProbeModel):
             raise ProbeError(f"probe={name!r} is in memory, and the engine's processes read folders: save it first")
@@ -92,14 +100,20 @@ def engine_kwargs(
         aliases[name] = bundled_alias(source, folder)
         _check_head(name, ProbeModel.from_pretrained(folder), target)
         heads[name] = str(folder)
-    options = (None if spec is None else options_by_head(spec) for spec in (halt_on, monitor))
-    imports = [str(Path(path).resolve()) for path in import_files]
-    settings = ProbeSettings(heads, *options, hold_back, import_files=imports, **(for_server or {}))
+    settings = ProbeSettings(
+        heads,
+        halt_on=None if halt_on is None else options_by_head(halt_on),
+        monitor=None if monitor is None else options_by_head(monitor),
+        hold_back=hold_back,
+        import_files=[str(Path(path).resolve()) for path in import_files],
+        **(for_server or {}),
+    )
     settings.check(kwargs.get("speculative_config") is not None)
-    probe_strict = halt_on is not None if probe_strict is None else probe_strict
+    if probe_strict is None:
+        probe_strict = halt_on is not None
     if compare_fingerprints:
         check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"), aliases)
-    # On a GPU vLLM would choose its second model runner, with which heads were not tested.
+    # On a GPU vLLM would choose its second model runner. Heads were not tested with it.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     from vllm.config import KVTransferConfig
 
@@ -107,11 +121,11 @@ def engine_kwargs(
         "model": model,
         **kwargs,
         "hf_overrides": {**overrides, "architectures": [architecture]},
-        # Mistral's repositories have a tokenizer that vLLM prefers, without the chat template that heads were trained on.
+        # In Mistral's repositories vLLM prefers a tokenizer without the chat template that heads were trained on.
         "tokenizer_mode": "hf",
         "scheduler_cls": SCHEDULER,
         "kv_transfer_config": KVTransferConfig(**TRANSFER),
-        # With the layers: vLLM tells compiled models apart by what their configs say, and not by what lies in folders.
+        # vLLM tells compiled models apart by their configs and reads no head folder, so the config names the layers.
         "additional_config": {**additional, KEY: asdict(settings), f"{KEY}_layers": settings.layers},
     }
 

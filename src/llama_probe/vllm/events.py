@@ -12,27 +12,27 @@ from .payloads import INCOMPLETE, REFUSAL, Scores, is_halted
 
 _BLANK_LINE = b"\n\n"  # ends an event
 _DATA = b"data: "
-_UNSCORED = b"event: response."  # a stream of /v1/responses begins before its prompt is read
+_UNSCORED = b"event: response."  # a stream of /v1/responses begins before the engine has read the prompt
 _CHANGED = tuple(
     b"event: " + name for name in (b"message_start", b"message_delta", b"response.created", b"response.completed")
 )
 
 
 class EventStream:
-    """Put scores and halts into the events of one response, and the end of each choice that the server leaves out.
+    """Put scores and halts into the events of one response, and add the end of each choice that the server leaves out.
 
-    Scores are in the first chunk of each choice, and what heads say of the reply in its last one.
+    The first chunk of a choice gets the scores of the prompt, and the last chunk those of the reply.
     """
 
     def __init__(self, scores: Scores):
         self._scores = scores
-        self._rest = b""  # the beginning of an event
+        self._rest = b""  # the beginning of an event that is not complete
         self._waiting: list[bytes] = []  # events that wait for scores
-        self._chunk: JSON | None = None  # the newest
-        self._begun: set[int] = set()  # choices that have their scores
+        self._chunk: JSON | None = None  # the newest chunk
+        self._begun: set[int] = set()  # choices whose scores were sent
 
     def feed(self, piece: bytes, is_last: bool) -> bytes:
-        """Return the events that a piece of the response completes; with the last piece all that is left."""
+        """Return the events that a piece of the response completes. With the last piece, return all that is left."""
         *events, self._rest = (self._rest + piece).split(_BLANK_LINE)
         self._waiting += events
         is_early = bool(self._waiting) and self._waiting[0].startswith(_UNSCORED)
@@ -86,7 +86,7 @@ class EventStream:
         return _data({**chunk, "kv_transfer_params": result})
 
     def _missing_ends(self) -> Iterator[bytes]:
-        """Yield the ends that were not sent. vLLM 0.32 sends none of a choice without a token and a text."""
+        """Yield the ends that were not sent: vLLM 0.32 sends none for a choice without a token and a text."""
         for index in sorted(self._scores.ends):
             chunk = self._chunk or {
                 "id": self._scores.request_id.rpartition("-")[0],  # vLLM numbers the prompts of a request

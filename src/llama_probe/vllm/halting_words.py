@@ -1,4 +1,4 @@
-"""Halting rules as a command line spells them. This file imports fast, for `--help`."""
+"""Halting rules in the words of a command line. This file imports fast, for `--help`."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ from ..hub.folder import head_name
 # THRESHOLD is a number or the name of a threshold. HEAD may be the head's folder. A label with a `:` needs the second form.
 HALTING_FORMS = 'HEAD[:LABEL[:THRESHOLD]] or HEAD={"label": ..., "threshold": 0.6, "patience": 2}'
 _WORD = re.compile(r"([\w.-]+)(?:=(.*)|:([^:]+)(?::([^:]+))?)?", re.DOTALL)
-# The end of a judge's URL tells its protocol.
+# The end of a judge's URL tells the protocol.
 JUDGE_PATHS = MODERATIONS, CHAT, GUARDRAIL = "/moderations", "/chat/completions", "/beta/litellm_basic_guardrail_api"
 
 
 def read_halting(words: Sequence[str], option: str = "--halt-on") -> dict[str, JSON]:
-    """Return the `halt_on` of an option's words, each in one of `HALTING_FORMS`."""
+    """Return `halt_on` for the words of an option, each in one of `HALTING_FORMS`."""
     spec: dict[str, JSON] = {}
     for word in words:
+        wrong = ProbeError(f"{option} {word!r} must be {HALTING_FORMS}")
         match = _WORD.fullmatch(word)
-        head, text, label, threshold = (None,) * 4 if match is None else match.groups()
-        try:
-            options = json.loads(text) if text is not None else {} if label is None else {"label": label}
-        except ValueError:
-            options = None
-        if head is None or not isinstance(options, dict):
-            raise ProbeError(f"{option} {word!r} must be {HALTING_FORMS}")
-        head = head_name(head)
+        if match is None:
+            raise wrong
+        folder, text, label, threshold = match.groups()
+        options = {} if label is None else {"label": label}
+        if text is not None:
+            try:
+                options = json.loads(text)
+            except ValueError:
+                raise wrong from None
+        if not isinstance(options, dict):
+            raise wrong
+        head = head_name(folder)
         if head in spec:
             raise ProbeError(f"{option} names {head} more than once: give each head once")
         if threshold is not None:
-            with contextlib.suppress(ValueError):  # else the name of a threshold
+            with contextlib.suppress(ValueError):  # a word that is no number is the name of a threshold
                 threshold = float(threshold)
             options["threshold"] = threshold
         spec[head] = options
@@ -44,7 +49,7 @@ def read_halting(words: Sequence[str], option: str = "--halt-on") -> dict[str, J
 
 
 def read_unsure(words: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Return by head the band of scores that `HEAD=LOW:HIGH` gives."""
+    """Return the bands of scores of words `HEAD=LOW:HIGH`, by head."""
     bands: dict[str, tuple[float, float]] = {}
     for word in words:
         folder, _, band = word.partition("=")

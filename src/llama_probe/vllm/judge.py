@@ -41,16 +41,11 @@ _ACTIONS = {"NONE": False, "BLOCKED": True, "GUARDRAIL_INTERVENED": True}
 
 @dataclass
 class Judge:
-    """Asks an HTTP guard about the prompts whose score lies in the band of a head.
+    """Ask an HTTP guard about the prompts whose score lies in the band of a head.
 
-    The URL's path tells the protocol: OpenAI's moderations; a chat with a guard model, whose answer begins with safe or no,
-    unsafe or yes; or LiteLLM's guardrail API. The guard gets the text that the head reads, once for each text of a request.
-
-    Attributes:
-        url: of the guard.
-        model: that the guard is asked for.
-        timeout: seconds to wait for an answer.
-        fails: "closed" halts a prompt without an answer, "open" lets it pass.
+    The path of the URL tells the protocol: OpenAI's moderations; a chat with a guard model, whose answer begins with safe or no,
+    unsafe or yes; or LiteLLM's guardrail API. The guard gets the text that the head reads, once for each text of a request. If the
+    guard gives no answer within `timeout` seconds, `fails` decides: "closed" halts the prompt, "open" lets it pass.
     """
 
     settings: ProbeSettings
@@ -65,7 +60,7 @@ class Judge:
         self._client = httpx.AsyncClient(timeout=self.timeout, limits=httpx.Limits(keepalive_expiry=_IDLE))
 
     def in_parts(self, params: SamplingParams) -> SamplingParams:
-        """Return parameters with which a whole reply comes in two outputs, so that the judge is asked at its start."""
+        """Return parameters with which a whole reply comes in two outputs: the judge is asked after the first."""
         if params.output_kind is not RequestOutputKind.FINAL_ONLY:
             return params
         params = copy.copy(params)
@@ -75,13 +70,10 @@ class Judge:
     async def watch(
         self, outputs: AsyncGenerator[RequestOutput, None], params: SamplingParams, decisions: Decisions
     ) -> AsyncIterator[RequestOutput]:
-        """Yield the outputs of an engine's request once its prompt passes; else one output that ends all its replies.
+        """Yield the outputs of an engine's request if the judge lets its prompt pass; else one output that ends all its replies.
 
-        vLLM joins the outputs that come while the judge is asked. A request that is halted, or whose client is gone, is aborted.
-
-        Args:
-            params: of the server, before `in_parts`.
-            decisions: about texts of the same HTTP request.
+        vLLM joins the outputs that come while the judge is asked. A halted request is aborted, and so is one whose client is gone.
+        `params` are those of the server, before `in_parts`. `decisions` are those about texts of the same HTTP request.
         """
         answers: dict[str, str] | None = None
         last: RequestOutput | None = None
@@ -106,7 +98,7 @@ class Judge:
             yield last
 
     async def ask(self, text: str) -> bool | None:
-        """Return True if the judge halts a text, False if it lets it pass, `None` if it gives no answer that can be read."""
+        """Return True if the judge halts a text, False if it lets the text pass, `None` if its answer cannot be read."""
         questions = {
             MODERATIONS: {"input": text},
             CHAT: {"messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0},
@@ -125,13 +117,13 @@ class Judge:
                     if len(answer) > _LONGEST:
                         raise ProbeError("the answer is too long")
             return self._read(json.loads(answer))
-        except Exception as error:  # whatever a judge does, it is no answer
+        except Exception as error:  # whatever went wrong, there is no answer
             # The text of an error may hold the key.
             logger.warning("The judge gives no answer: %s", type(error).__name__)
             return None
 
     def _read(self, answer: JSON) -> bool:
-        """Return True if an answer halts. Any error means that the answer cannot be read."""
+        """Return True if an answer halts. An answer that cannot be read raises any error."""
         if self._path == GUARDRAIL:
             return _ACTIONS[answer["action"]]
         if self._path == MODERATIONS:
@@ -140,14 +132,14 @@ class Judge:
                 raise ProbeError("flagged must be true or false")
             return result["flagged"]
         (choice,) = answer["choices"]
-        # A guard that was halted has a guard of its own.
+        # The guard model may have a guard of its own, which halted the text.
         return choice["finish_reason"] == HALTED or _WORDS[_WORD.match(choice["message"]["content"].lower())[1]]
 
     async def _decide(self, unsure: list[JSON], ids: list[int], decisions: Decisions) -> dict[str, str]:
-        """Return by head "halted", "passed" or "failed", for a prompt of these token ids."""
+        """Return "halted", "passed" or "failed" for each head that is unsure about a prompt of these token ids."""
         words = {True: "halted", False: "passed", None: "failed"}
         answers: dict[str, str] = {}
-        # One after the other: a task of its own would be cut off while it closes the connection of a client that is gone.
+        # Ask one after the other. If the client is gone, a separate task would be cut off while it closes its connection.
         for head in dict.fromkeys(halt["head"] for halt in unsure):
             text = self._text(head, ids)
             if text not in decisions:
@@ -158,12 +150,11 @@ class Judge:
         return answers
 
     def _text(self, head: str, ids: list[int]) -> str:
-        """Return the text that a head reads in a prompt."""
         config, prompt = self.settings.configs[head], torch.tensor([ids])
         return texts_read(config, prompt, token_mask(config, prompt, None), self.tokenizer)[0]
 
     def _judged(self, result: JSON, answers: Mapping[str, str]) -> JSON:
-        """Return what the engine says of a prompt, with the decisions of the judge."""
+        """Return the engine's result of a prompt with the decisions of the judge in it."""
         probes = dict(result["probes"])
         halts: list[JSON] = []
         for halt in result["unsure"]:

@@ -1,6 +1,7 @@
 """`/v1/moderations` of OpenAI, `/classify` of vLLM, and LiteLLM's guardrail API: labels of texts, without a reply.
 
-A request becomes a request for completions without a token, which vLLM's server checks and answers. Its scores make the response.
+A request becomes a request for completions without a token, which vLLM's server checks and answers. The response is made of
+the scores.
 """
 
 from __future__ import annotations
@@ -38,17 +39,19 @@ def prompt_formats(configs: Mapping[str, ProbeConfig], tokenizer: PreTrainedToke
 
 
 class LabelRequest(ABC):
-    """One request to such a route.
+    """A request for labels alone.
 
     Attributes:
         is_judged: the response depends on flags, and so on a judge.
-        have_replies: the inputs are chats that end with a reply, which is scored.
-        prompt_params: `kv_transfer_params` of each prompt: the heads that read it, and where a reply in it begins.
+        have_replies: the inputs are chats that end with a reply, and heads score the reply.
+        prompt_params: `kv_transfer_params` of each prompt: the heads that read it, and where its reply begins.
     """
 
     def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
-        self.settings, self.query = settings, query
-        self.is_judged, self.have_replies = True, False
+        self.settings = settings
+        self.query = query
+        self.is_judged = True
+        self.have_replies = False
         self.prompt_params: list[JSON] = []
 
     @abstractmethod
@@ -57,10 +60,10 @@ class LabelRequest(ABC):
 
     @abstractmethod
     def body(self, by_head: Mapping[str, list[JSON]], completion: JSON) -> JSON:
-        """Return the body of the response, for what each head says of each input."""
+        """Return the body of the response, for the results of each head, one an input."""
 
     def completion(self, body: bytes, formats: Formats) -> bytes:
-        """Return the body of the request for completions. Raise status 400 for a body that this route does not take."""
+        """Return the request for completions. Raise status 400 for a body that this route does not take."""
         try:
             request = json.loads(body)
             if not isinstance(request, dict):
@@ -89,12 +92,12 @@ class LabelRequest(ABC):
         return prompts
 
     def response(self, completion: JSON, prompts: Sequence[JSON]) -> tuple[int, JSON]:
-        """Return status and body, for the completion and what the engine says of each prompt."""
+        """Return status and body, for the completion and the engine's result of each prompt."""
         by_head: dict[str, list[JSON]] = {}
         for params, prompt in zip(self.prompt_params, prompts, strict=True):
             for name in params["probes"]:
                 results, result = by_head.setdefault(name, []), prompt["probes"][name]
-                if "error" in result:  # it must not pass for an input that is fine
+                if "error" in result:  # an input without a score must not pass for harmless
                     message = f"input {len(results)} has no score of {name}: {result['error']}"
                     return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
                 results.append(result)
@@ -122,12 +125,13 @@ class Moderations(LabelRequest):
     def body(self, by_head, completion):
         results = []
         for row in range(len(next(iter(by_head.values())))):
-            categories, scores = {}, {}
+            categories: dict[str, bool] = {}
+            scores: dict[str, float] = {}
             for rule in self.flags:
                 label, result = rule.config.id2label[rule.index], by_head[rule.head][row]
                 category = f"{rule.head}/{label}"
                 categories[category] = label in result["flagged"]
-                # If scores are hidden, the score is that of the decision.
+                # Where scores are hidden, the score is 1 for a flagged label and 0 otherwise.
                 score = result.get("scores", {}).get(label, result.get("score"))
                 scores[category] = float(categories[category]) if score is None else score
             results.append({
@@ -141,10 +145,10 @@ class Moderations(LabelRequest):
 
 
 class Guardrail(Moderations):
-    """LiteLLM's Generic Guardrail API: blocks what `Moderations` flags.
+    """LiteLLM's Generic Guardrail API, which blocks what `Moderations` flags.
 
-    A request is one chat, by its messages; without messages each of its texts is a chat. In a response each text is a whole
-    reply to the chat.
+    With `input_type` "request" the messages are one chat, or without messages each text is a chat of its own. With "response" each
+    text is a whole reply to the chat.
     """
 
     def read(self, body):
@@ -210,7 +214,7 @@ LABEL_ROUTES: dict[str, type[LabelRequest]] = {
 
 
 def _chat(messages: object) -> Any:
-    """Return messages of OpenAI's API as chat templates take them: content parts as a text, arguments of tools as an object."""
+    """Return messages of OpenAI's API as chat templates take them, with content as text and arguments of tools as objects."""
     if isinstance(messages, list) and is_text(messages):
         for message in messages:
             content, calls = message.get("content"), message.get("tool_calls")

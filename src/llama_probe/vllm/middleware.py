@@ -24,8 +24,7 @@ from .counters import announce, count, count_reply
 from .events import EventStream
 from .judge import Judge
 from .label_routes import COMPLETIONS, LABEL_ROUTES, Formats, LabelRequest, prompt_formats
-from .patches import Generate, replace_generate
-from .payloads import HALTED, Scores, prompt_halt, reply_result
+from .payloads import HALTED, Scores, prompt_halt
 from .settings import ProbeSettings
 
 
@@ -35,26 +34,25 @@ _STORED = "/v1/responses/"  # begins the paths of responses to earlier requests
 
 
 class ProbeStreams:
-    """Put scores and halts into every response to a prompt.
+    """Put scores and halts into every response to a prompt, as middleware of vLLM's server.
 
-    `python -m llama_probe.vllm` adds it to the middleware of vLLM's server. It reads the outputs of the server's engine on their
-    way to the response, and changes the finish reason of halted ones. The server then makes responses of these outputs. What
-    the server has no place for is added to the bytes of a response; see `Scores` and `EventStream`.
+    The middleware reads the outputs of the server's engine, and changes the finish reason of halted ones. The server then makes
+    responses of these outputs. `Scores` and `EventStream` add to the bytes of a response what the server has no place for.
 
-    It answers `LABEL_ROUTES` by a request to the server's `/v1/completions`; see `label_routes`. If a head is unsure, a `Judge`
-    decides before the outputs go on. A request for unknown heads is refused. So is beam search beside `halt_on`: each step of
-    the search is a prompt of its own, and a beam that ended would be an error inside of vLLM.
+    A request to one of `LABEL_ROUTES` becomes a request to the server's `/v1/completions`; see `label_routes`. If a head is
+    unsure, a `Judge` decides before the outputs go on. A request for unknown heads is refused. Beam search is refused beside
+    `halt_on`: each step of the search is a prompt of its own, and a beam that ended would be an error inside of vLLM.
     """
 
     def __init__(self, app: ASGIApp):
         self.app = app
         self._settings: ProbeSettings | None = None
         self._formats: Formats | None = None
-        # A long list of texts must not keep streams waiting, and a tokenizer is for one thread.
+        # A long list of texts must not keep streams waiting, and a tokenizer serves one thread.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama-probe-texts")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        method = scope["method"] if scope["type"] == "http" else None
+        method = scope.get("method")  # none of a WebSocket
         if method != "POST":
             if method == "GET" and _path(scope).startswith(_STORED):
                 send = _Response(send, Scores(is_stored=True)).send
@@ -62,13 +60,13 @@ class ProbeStreams:
             return
         state = scope["app"].state
         if self._settings is None:
-            settings = ProbeSettings.of(state.engine_client.vllm_config)
-            _listen(state.engine_client, settings)  # may raise: then no request is answered
-            self._settings = settings
+            engine = state.engine_client
+            settings = ProbeSettings.of(engine.vllm_config)
+            engine.generate = functools.partial(_Listener(settings, engine).generate, engine.generate)
+            self._settings = settings  # last: if an error came before, the next request must raise it too
         settings = self._settings
-        args = state.args
-        scores = Scores(model=(args.served_model_name or [args.model])[0])
-        _REQUEST_SCORES.set(scores)  # for this request alone, which has a task of its own
+        scores = Scores(state.args.served_model_name[0])  # `server_arguments` sets one
+        _REQUEST_SCORES.set(scores)  # each request has a task of its own
         rewrite = functools.partial(check_request, settings, scores)
         if (route := LABEL_ROUTES.get(_path(scope))) is not None:
             scores.labels = route(settings, Request(scope).query_params)
@@ -77,7 +75,7 @@ class ProbeStreams:
         await self.app(scope, _rewritten(scope, receive, rewrite), _Response(send, scores).send)
 
     async def _completion(self, labels: LabelRequest, state: State, body: bytes) -> bytes:
-        """Return the body of the request for completions that a request for labels becomes."""
+        """Return the request for completions that a request for labels becomes."""
         if self._formats is None:
             self._formats = prompt_formats(labels.settings.configs, state.engine_client.get_tokenizer())
         loop = asyncio.get_running_loop()
@@ -85,7 +83,7 @@ class ProbeStreams:
 
 
 class _Response:
-    """One response on its way. Its start waits for its first body, when the scores are known."""
+    """Send one response. Its start waits for the first body, because the scores are known then."""
 
     def __init__(self, send: Send, scores: Scores):
         self._send, self._scores = send, scores
@@ -140,7 +138,7 @@ def _as_completion(scope: Scope) -> Scope:
 
 
 def _rewritten(scope: Scope, receive: Receive, rewrite: Callable[[bytes], Awaitable[bytes]]) -> Receive:
-    """Return `receive` with another body. It is made when the server reads it, after the server's authentication."""
+    """Return `receive` with another body, which is made when the server reads it, after the server's authentication."""
     is_read = False
 
     async def rewritten() -> Message:
@@ -156,11 +154,11 @@ def _rewritten(scope: Scope, receive: Receive, rewrite: Callable[[bytes], Awaita
 async def check_request(settings: ProbeSettings, scores: Scores, body: bytes) -> bytes:
     """Return a request's body, if its `kv_transfer_params.probes` is a list of the engine's heads; else raise status 400."""
     try:
-        # The body is read as the server reads it: the key may be written with escapes, or the body in UTF-16.
+        # Read the body as the server does: it may be in UTF-16, or have escapes in its keys.
         request = json.loads(body)
         scores.model = request.get("model") or scores.model
         probes = request["kv_transfer_params"].get("probes")
-    except (AttributeError, KeyError, TypeError, ValueError):  # the server says what is wrong, if anything is
+    except (AttributeError, KeyError, TypeError, ValueError):  # the server says what is wrong with it
         return body
     if probes is None or (isinstance(probes, list) and all(name in list(settings.heads) for name in probes)):
         return body
@@ -168,31 +166,27 @@ async def check_request(settings: ProbeSettings, scores: Scores, body: bytes) ->
     raise HTTPException(400, f"kv_transfer_params.probes is {json.dumps(probes)[:200]}; {allowed}")
 
 
-def _listen(engine: EngineClient, settings: ProbeSettings) -> None:
-    """Have an engine client note and count what its outputs say of heads."""
-    announce(settings.heads)
-    judge = None if settings.judge is None else Judge(settings, engine.get_tokenizer(), **settings.judge)
-    replace_generate(engine, _Listener(settings, judge).generate)
-
-
 class _Listener:
-    """Notes and counts what the outputs of an engine say of heads, and ends halted replies as clients see it."""
+    """Note and count what the outputs of an engine say of heads, and end halted replies as clients see them."""
 
-    def __init__(self, settings: ProbeSettings, judge: Judge | None):
-        self._settings, self._judge = settings, judge
+    def __init__(self, settings: ProbeSettings, engine: EngineClient):
+        announce(settings.heads)
+        self._settings = settings
+        self._judge = None if settings.judge is None else Judge(settings, engine.get_tokenizer(), **settings.judge)
         self._reply_guards = {rule.head for rule in settings.rules if rule.config.reads_reply}
 
     def generate(
         self,
-        generate: Generate,
+        generate: Callable[..., AsyncIterator[RequestOutput]],
         prompt: Any,
         sampling_params: SamplingParams,
         request_id: str,
         *args: Any,
         **kwargs: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Take the place of the engine's `generate`."""
-        scores, params = _REQUEST_SCORES.get(None) or Scores(), sampling_params
+        """Take the place of the engine's own `generate`, which is the first argument."""
+        scores = _REQUEST_SCORES.get(None) or Scores()
+        params = sampling_params
         labels = scores.labels
         if labels is None and "reply" in ((params.extra_args or {}).get("kv_transfer_params") or ()):
             # Without a reply no guard reads the prompt, whose logprobs could tell the reply token by token.
@@ -201,7 +195,7 @@ class _Listener:
             if self._settings.halt_on is not None:
                 raise ValueError("beam search does not go with --halt-on: leave use_beam_search out")
             return generate(prompt, params, request_id, *args, **kwargs)
-        # The server makes an engine's request for each prompt in order, and reads their outputs at the same time.
+        # The server asks the engine for each prompt in order, and reads the outputs of all at the same time.
         place = scores.add(request_id, params.n)
         if labels is not None:
             params = copy.copy(params)
@@ -220,9 +214,8 @@ class _Listener:
                 if scores.prompts[place] is None:
                     count(result, scores.labels)
                 scores.prompts[place] = result
-                if (
-                    prompt_halt(result) is not None
-                ):  # logprobs of a prompt with one token more would tell how it goes on
+                if prompt_halt(result) is not None:
+                    # The logprobs of this prompt and one more token would tell the next token of its reply.
                     output.prompt_logprobs = output.prompt_logprobs and [None] * len(output.prompt_logprobs)
                     output.prompt_token_id_logprobs = None
                 for reply in output.outputs:
@@ -231,10 +224,11 @@ class _Listener:
             yield output
 
     def _end(self, reply: CompletionOutput, result: JSON, scores: Scores, choice: int) -> None:
-        """Count a reply that has ended. If it was halted, give it the finish reason and the text of a halted one."""
-        own = reply_result(result, reply.index)
+        """Count a reply that has ended. If it was halted, set its finish reason and add the halt reply."""
+        replies = result.get("replies") or []
+        own = replies[reply.index] if reply.index < len(replies) else None  # see `Replies.summaries`
         count_reply(own)
-        # If another engine has written the reply, the reason to stop tells.
+        # If another engine has written the reply, its stop reason tells.
         is_halted = reply.stop_reason in self._reply_guards if own is None else bool(own["halted"])
         if is_halted or prompt_halt(result) is not None:
             scores.halted.add(choice)

@@ -1,6 +1,6 @@
 """vLLM's model classes with a cache for what heads read: `ProbedLlamaForCausalLM` and others.
 
-Each class is made on first use, from vLLM's class of the same name without `Probed`, and computes the same.
+Each class is made on first use. Its base is vLLM's class of the same name without `Probed`, and it computes the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils import (
     verify_supports_aux_hidden_states_over_pp,
 )
 
+from ..heads.probe import ProbeModel
 from .cache_plan import CachePlan
 from .compatibility import ARCHITECTURES, PREFIX
 from .paged_states import NAME, PagedStates
@@ -44,18 +45,18 @@ def _probed(name: str) -> type[nn.Module]:
             if not get_pp_group().is_last_rank:
                 return
             with torch.device("cpu"):  # vLLM builds a model for another device
-                plan = CachePlan(settings.read_heads())
+                heads = {name: ProbeModel.from_pretrained(folder) for name, folder in settings.heads.items()}
+                plan = CachePlan(heads)
             device, dtype = vllm_config.device_config.device, vllm_config.model_config.dtype
             plan.move(device, dtype, vllm_config.scheduler_config.max_num_seqs)
-            # vLLM orders its caches by the number in their names. The layers have the numbers below this one.
+            # vLLM orders caches by the number in their names, and the layers of the model have the numbers below this one.
             self.probe_states = PagedStates(vllm_config, plan, maybe_prefix(prefix, f"{NAME}.{last}"))
 
         @functools.wraps(base.forward)  # vLLM reads the signature
         def forward(self, *args, **kwargs) -> torch.Tensor:
             output = super().forward(*args, **kwargs)
-            if isinstance(
-                output, IntermediateTensors
-            ):  # for the next stage; the last stage gets the states of all layers
+            if isinstance(output, IntermediateTensors):
+                # The next stage gets the states of this stage's layers, and of all layers before.
                 for value in (*args, *kwargs.values()):
                     if isinstance(value, IntermediateTensors):
                         output.tensors = value.tensors | output.tensors

@@ -24,7 +24,7 @@ NAME = "probe_states"  # of the layer
 
 
 class _MetadataBuilder(CacheOnlyAttentionMetadataBuilder):
-    # Of the batch only the slots matter, and they lie in a buffer that stays in place: CUDA graphs can hold the write.
+    # A write needs only the slots of the batch. Their buffer stays in place, so CUDA graphs can hold the write.
     _cudagraph_support = AttentionCGSupport.ALWAYS
 
 
@@ -41,9 +41,9 @@ class _Backend(CacheOnlyAttentionBackend):
 class PagedStates(CacheOnlyAttentionLayer):
     """Store what heads read of every token in the engine's cache.
 
-    To vLLM this is one more attention layer, with one "head" and no values. It shares the block table of the attention layers:
-    a token's numbers are stored, evicted and found again together with its keys. With tensor parallelism each rank stores a
-    share of the numbers: `width / ranks`, rounded up.
+    For vLLM this layer is one more attention layer, with one "head" and no values. It shares the block table of the attention
+    layers: a token's numbers are stored, evicted and found again together with its keys. With tensor parallelism each rank
+    stores a share of the numbers: `width / ranks`, rounded up.
 
     Args:
         plan: which numbers are stored. The connector takes the heads from it.
@@ -59,8 +59,8 @@ class PagedStates(CacheOnlyAttentionLayer):
         self.start = get_tensor_model_parallel_rank() * share
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        # With the spec of a common attention layer, of another size, vLLM puts this layer into the group of the attention
-        # layers, which has one block table. A block then holds exactly the bytes of all layers.
+        # This spec is one of a common attention layer with another size. So vLLM puts this layer into the group of the
+        # attention layers, which has one block table, and a block holds exactly the bytes of all layers.
         return FullAttentionSpec(
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_heads,
@@ -71,15 +71,11 @@ class PagedStates(CacheOnlyAttentionLayer):
 
     @property
     def kernel_block_size(self) -> int:
-        """The number of tokens in a block of the cache. A block of the scheduler is one or several blocks of the cache."""
+        """Number of tokens in a block of the cache. A block of the scheduler is one or several blocks of the cache."""
         return self.kv_cache.shape[2]
 
     def forward(self, states: Mapping[int, torch.Tensor]) -> None:
-        """Write what the heads read of this step's tokens.
-
-        Args:
-            states: `[tokens, hidden_size]` by layer; padding may follow the tokens.
-        """
+        """Write what the heads read of this step's tokens. States are `[tokens, hidden_size]` by layer, maybe with padding."""
         slots = get_forward_context().slot_mapping.get(self.layer_name)
         if slots is None or not self.kv_cache.numel():  # a trial run, before there is a cache
             return
@@ -91,7 +87,7 @@ class PagedStates(CacheOnlyAttentionLayer):
             self.kv_cache[:, 0, :, : share.shape[1]][blocks[piece], places[piece]] = share
 
     def read(self, block_ids: torch.Tensor) -> torch.Tensor:
-        """Return what is stored of all tokens in blocks `[prompts, blocks]`: `[prompts, blocks * kernel_block_size, width]`.
+        """Return the stored numbers of blocks `[prompts, blocks]`: `[prompts, blocks * kernel_block_size, width]`.
 
         With tensor parallelism every rank must call this method.
         """
@@ -99,12 +95,9 @@ class PagedStates(CacheOnlyAttentionLayer):
         return self._whole(share.view(len(block_ids), -1, self.head_size))
 
     def read_tokens(self, places: torch.Tensor) -> torch.Tensor:
-        """Return what is stored of single tokens, `[tokens, width]`.
+        """Return the stored numbers of single tokens, `[tokens, width]`; see `scoring.ReplyTokens` for places `[tokens]`.
 
         With tensor parallelism every rank must call this method.
-
-        Args:
-            places: `[tokens]`. A place is the block's number times `kernel_block_size`, plus the token's number in the block.
         """
         return self._whole(self.kv_cache[:, 0][places // self.kernel_block_size, places % self.kernel_block_size])
 

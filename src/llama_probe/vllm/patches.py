@@ -1,23 +1,21 @@
-"""What is changed inside vLLM's server, a function each, and its imports that move between minor versions.
+"""The changed start of vLLM's server, with imports that move between minor versions.
 
-The classes of vLLM that heads extend are in `scheduler`, `connector`, `models` and `paged_states`.
+The classes of vLLM that heads extend are in `scheduler`, `connector`, `models` and `paged_states`. `middleware` replaces the
+`generate` of the server's engine client.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ProbeError
 
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput
     from vllm.engine.protocol import EngineClient
 
-Generate = Callable[..., AsyncIterator["RequestOutput"]]
 BuildAndServe = Callable[..., Awaitable[Awaitable[None]]]
 
 
@@ -48,9 +46,9 @@ def run_server(arguments: argparse.Namespace) -> None:
 
 
 def report_death(build_and_serve: BuildAndServe) -> BuildAndServe:
-    """Return vLLM's `build_and_serve`, which ends in silence if the engine dies, with an error in that case.
+    """Return vLLM's `build_and_serve` with an error if the engine dies, where vLLM's own ends in silence.
 
-    A server that is told to stop shuts its engine client down first. If nobody has done so, the server has stopped by itself.
+    A server that is told to stop shuts its engine client down first. Without such a shutdown, the server has stopped by itself.
     """
 
     async def build_and_serve_or_raise(engine: EngineClient, *args: Any, **kwargs: Any) -> Awaitable[None]:
@@ -73,14 +71,3 @@ def report_death(build_and_serve: BuildAndServe) -> BuildAndServe:
         )
 
     return build_and_serve_or_raise
-
-
-def replace_generate(engine: EngineClient, replacement: Callable[..., AsyncIterator[RequestOutput]]) -> None:
-    """Have an engine client call `replacement(generate, ...)` with its own `generate` and the arguments of a call."""
-    generate = engine.generate
-
-    @functools.wraps(generate)
-    def replaced(*args: Any, **kwargs: Any) -> AsyncIterator[RequestOutput]:
-        return replacement(generate, *args, **kwargs)
-
-    engine.generate = replaced

@@ -20,18 +20,17 @@ _LONGEST = 4000  # characters of a header; common proxies take headers of 8 KiB 
 
 @dataclass
 class Scores:
-    """What the engine says of the prompts of one HTTP request.
+    """The engine's results of the prompts of one HTTP request.
 
     Attributes:
-        model: the name that the request has for the model.
-        labels: the request if it asks for labels alone.
-        is_stored: the response is one to an earlier request, and has the scores in it.
-        copies: replies a prompt. A choice is one of all replies to all prompts, in order.
-        prompts: `kv_transfer_params` by prompt; `None` before they are known.
-        decisions: of the judge.
+        model: the name of the model in the request.
+        labels: the request, if it asks for labels alone.
+        is_stored: the response is one to an earlier request, and holds the scores.
+        copies: number of replies to each prompt. A choice is one of all replies to all prompts, in order.
+        prompts: `kv_transfer_params` of each prompt; `None` before they are known.
         halted: choices that were halted.
-        ends: by choice that has ended its `finish_reason` and `stop_reason`, until a stream has sent them.
-        request_id: of the newest prompt.
+        ends: `finish_reason` and `stop_reason` of each choice that has ended, until a stream has sent them.
+        request_id: that of the newest prompt.
     """
 
     model: str | None = None
@@ -45,7 +44,7 @@ class Scores:
     request_id: str = ""
 
     def add(self, request_id: str, copies: int) -> int:
-        """Return the place of a prompt that the server hands to the engine."""
+        """Add a prompt that the server hands to the engine. Return its place among the prompts."""
         self.request_id = request_id
         self.copies = copies
         self.prompts.append(None)
@@ -58,7 +57,7 @@ class Scores:
 
     @property
     def last(self) -> JSON | None:
-        """What is known of the newest prompt. A response with several turns has one prompt after the other."""
+        """The newest result. A response with several turns has one prompt after the other."""
         return next((result for result in reversed(self.prompts) if result), None)
 
     @property
@@ -71,14 +70,14 @@ class Scores:
         return value if 0 < len(value) <= _LONGEST else None
 
     def of_choice(self, index: int) -> JSON | None:
-        """Return what is known of the prompt of a choice."""
+        """Return the result of the prompt of a choice."""
         prompt = index // self.copies
         return self.prompts[prompt] if prompt < len(self.prompts) else None
 
     def complete(self, body: bytes) -> tuple[int, bytes]:
-        """Return status and body of a complete response, with scores in each of several choices, and with the halt."""
+        """Return status and body of a complete response with scores and halts in it."""
         status, payload = 200, json.loads(body)
-        if payload is None:  # the client has gone
+        if payload is None:  # the client is gone
             return status, body
         if self.labels is not None:
             status, payload = self.labels.response(payload, self.prompts)
@@ -103,14 +102,8 @@ def prompt_halt(result: JSON) -> JSON | None:
     return halted if halted and halted.get("token") is None else None
 
 
-def reply_result(result: JSON, index: int) -> JSON | None:
-    """Return what heads say of the reply of an index; `None` if another engine has written it. See `Replies.summaries`."""
-    replies = result.get("replies") or []
-    return replies[index] if index < len(replies) else None
-
-
 def is_halted(result: JSON | None) -> bool:
-    """Return True if a prompt or a reply was halted, by what the engine says of it."""
+    """Return True if a prompt, or a reply to it, was halted."""
     return bool(result and result.get("halted"))
 
 

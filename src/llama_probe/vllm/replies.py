@@ -1,4 +1,4 @@
-"""Replies that heads follow, in the scheduler's process: tokens that are held back, halts, and what heads say of each reply."""
+"""Replies that heads follow, in the scheduler's process: tokens that are held back, halts, and the result of each reply."""
 
 from __future__ import annotations
 
@@ -23,21 +23,19 @@ from .step_scores import StepScores
 
 
 class Reply:
-    """One reply, and what heads have said of it so far.
+    """One reply, and its results so far.
 
     Attributes:
         heads: names of the heads that the request asks for.
-        slot: of the reply's states in the workers; `None` while there are none.
+        slot: where the workers keep the reply's head states; `None` while there are none.
         held: tokens that were not delivered, with their logprobs if the request asks for logprobs.
         withheld: outputs since the last one that was sent.
         keeps_last: the last token ends the reply, and may be delivered without a score.
         scored: number of tokens that have scores.
         clear: number of newest tokens that no guard flags.
-        streaks: of each rule.
-        flagged: by rule the token at which its patience ended.
-        halt: why the reply was halted.
+        flagged: by rule, the token at which its patience ended.
         last: logits after the last scored token.
-        largest: by label the largest score, and its token.
+        largest: by label, the largest score and its token.
         token_logits: logits after each token, if the request asks for them.
     """
 
@@ -58,17 +56,11 @@ class Reply:
 
 
 class Replies:
-    """The replies that run in an engine.
+    """The replies that run in an engine. The workers keep the head states of as many replies as there are slots.
 
     If a rule of `halt_on` follows replies, a token is delivered once it has a score: one token is held back, and `hold_back`
-    more. A reply ends before its first flagged token, with patience before the first of so many in a row. A reply that ends by
-    itself is delivered whole. Only its last token has no score, and is left out unless it is an end of sequence.
-
-    Args:
-        slots: number of replies whose states the workers keep.
-
-    Attributes:
-        running: by request the replies that some head follows.
+    more. A reply ends before the first of the flagged tokens that exhaust a rule's patience. A reply that ends by itself is
+    delivered whole. Only its last token has no score, and is left out unless it ends the sequence.
     """
 
     def __init__(self, settings: ProbeSettings, slots: int):
@@ -78,14 +70,14 @@ class Replies:
         self._guards = [rule in settings.rules for rule in self.rules]
         self.holds_back = settings.guards_replies
         self._columns = side_by_side({name: config.num_labels for name, config in self.configs.items()})
-        self.running: dict[str, Reply] = {}
+        self.running: dict[str, Reply] = {}  # by request, the replies that some head follows
         self.free_slots = list(range(slots))
-        self._siblings: dict[str, dict[int, Reply]] = {}  # by request of a client the replies by index
+        self._siblings: dict[str, dict[int, Reply]] = {}  # by request of a client, its replies by index
         self._rows: dict[str, tuple[list[float], list[float], list[Halt | None]]] = {}  # of the newest step
         self._touched: dict[str, Reply] = {}  # in this step
 
     def add(self, request: Request, heads: list[str]) -> None:
-        """Follow the replies to a new request, or to the next piece of its prompt, with the heads of these names."""
+        """Follow the reply to a new request, or to the next piece of its prompt, with the heads of these names."""
         if not any(name in self.configs for name in heads) or has_no_reply(request):
             return
         self.free(request.request_id)
@@ -111,7 +103,7 @@ class Replies:
             self._siblings.pop(family, None)
 
     def has_ended(self, request_id: str) -> bool:
-        """Return True if one of the replies to the same prompt has ended."""
+        """Return True if some reply to the same prompt has ended."""
         siblings = self._siblings.get(_family(request_id)[0], {}).values()
         return any(reply.request.is_finished() for reply in siblings)
 
@@ -132,7 +124,7 @@ class Replies:
             self._rows[request_id] = logits[row].tolist(), scores[row], row_flags
 
     def flag_prompt(self, request_id: str, probes: Mapping[str, JSON]) -> None:
-        """Count what heads flag of a prompt as the first of a rule's patience."""
+        """Count a flag of the prompt as the first flagged token of a rule's patience."""
         reply = self.running.get(request_id)
         if reply is not None:
             for number, rule in enumerate(self.rules):
@@ -140,12 +132,12 @@ class Replies:
                 reply.streaks[number] = Streak(rule.patience, rule.window, flagged)
 
     def read_score(self, request_id: str) -> str | None:
-        """Add the score of a reply's newest token, as the next token comes. Return the head that halts the reply before it."""
+        """Add the score of a reply's newest token when the next token comes. Return the head that halts the reply."""
         reply = self.running.get(request_id)
         if reply is None:
             return None
         self._touched[request_id] = reply
-        if reply.request.num_output_tokens:  # the last one has no score
+        if reply.request.num_output_tokens:
             row = self._rows.get(request_id)
             if row is not None:
                 self._add(reply, *row)
@@ -155,11 +147,11 @@ class Replies:
         return reply.halt and reply.halt.head
 
     def end(self, request: Request) -> None:
-        """Note how a reply ends that vLLM has stopped."""
+        """Note how vLLM has ended a reply."""
         reply = self.running.get(request.request_id)
         if reply is None:
             return
-        self.free(request.request_id)  # it may wait for the next piece of its prompt
+        self.free(request.request_id)  # the request may wait for the next piece of its prompt
         if self.holds_back and request.num_output_tokens >= request.max_tokens:
             request.status, request.stop_reason = RequestStatus.FINISHED_LENGTH_CAPPED, None
         reply.keeps_last = request.status == RequestStatus.FINISHED_STOPPED  # by its last token
@@ -193,7 +185,7 @@ class Replies:
         output.new_token_ids = [token for token, _ in delivered]
         if output.new_logprobs is not None:
             output.new_logprobs = _joined([output.new_logprobs.slice_request(0, 0), *(rows for _, rows in delivered)])
-        # An output without a token is sent only at the end: the front end would give it an empty list of logprobs, and may join
+        # Send no output without a token before the end: the front end would give it an empty list of logprobs, and may join
         # later outputs to that list.
         reply.withheld.append(output)
         if not (ready or output.finished):
@@ -206,12 +198,12 @@ class Replies:
         return True
 
     def summaries(self, request_id: str) -> list[JSON | None] | None:
-        """Return what heads say of a request's replies so far, by index; `None` for a reply that another engine writes.
+        """Return the results of a request's replies so far, by index; `None` for a reply that another engine writes.
 
         A reply has `{"probes": {head: ...}, "halted": fields of a `Halt`, or None}`. A head has `tokens`, the number of tokens
-        that it scored. After the first token it also has logits, label and scores after the last token, and
-        `largest` (by label `score` and `token`). A head that can flag has `flagged`, its flagged labels, and `token`, at which
-        the first was flagged. If the request asks for `token_scores`, `token_logits` has a row a token, `None` if it is no number.
+        that it scored. After the first token a head also has logits, label and scores after the last token, and `largest`: by
+        label its `score` and `token`. A head that can flag has `flagged`, the flagged labels, and `token`, where the first label was
+        flagged. If the request asks for `token_scores`, `token_logits` has a row for each token, or `None` if it is not finite.
         """
         reply = self.running.get(request_id)
         if reply is None:
@@ -258,15 +250,15 @@ def reply_start(request: Request) -> int | None:
 
 
 def _family(request_id: str) -> tuple[str, int]:
-    """Return the id of a client's request and the index of a reply. vLLM calls the request of each reply `INDEX_ID`."""
+    """Return the id of a client's request, and the index of a reply. vLLM calls the request of each reply `INDEX_ID`."""
     index, _, family = request_id.partition("_")
     return (family, int(index)) if family and index.isdecimal() and len(index) < 5 else (request_id, 0)
 
 
 def _joined(parts: list[LogprobsLists]) -> LogprobsLists:
-    """Join the logprobs of several tokens.
+    """Join the logprobs of several tokens. vLLM's front end takes as many columns as it needs.
 
-    Another request in the same step may have made some of them wider. vLLM's front end takes as many columns as it needs.
+    Some rows may be wider than others, because another request of the step asked for more logprobs.
     """
     width = max(part.logprobs.shape[1] for part in parts)
     *wide, ranks = (list(column) for column in zip(*(part[:3] for part in parts), strict=True))

@@ -1,4 +1,4 @@
-"""What heads say of a prompt, as JSON in a request's output: logits, labels, scores and the halt."""
+"""The result of a prompt, as JSON in a request's output: logits, labels and scores of each head, and the halt."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from .settings import ProbeSettings
 
 
 def prompt_result(settings: ProbeSettings, rows: Mapping[str, list[float] | str]) -> JSON:
-    """Return what heads say of one prompt, in plain JSON types.
+    """Return the result of one prompt, in plain JSON types.
 
     Args:
-        rows: by head that ran its logits, or why there are none.
+        rows: the logits of each head that ran, or why there are none.
 
     Returns:
-        `"probes"`, by head its logits, label and scores, or `{"error": why}`. A head that can flag has
-        `"flagged"`, the labels that it flags. With `halt_on` also `"halted"`: the fields of a `Halt`, or `None`. A prompt that
-        a guard of prompts could not score is halted. If a judge has to decide on a prompt that no guard halts, `"unsure"` has
-        the fields of the `Halt`s that the judge may confirm. With `hide_scores` a head has its labels alone, and a `Halt` head
-        and label.
+        `"probes"` has the logits, label and scores of each head, or `{"error": why}`. A head that can flag has `"flagged"`, the
+        labels that it flags. With `halt_on`, `"halted"` has the fields of a `Halt`, or is `None`. A prompt that a guard of prompts
+        could not score is halted. If a judge must decide on a prompt that no guard halts, `"unsure"` has the fields of the
+        `Halt`s that the judge may confirm. With `hide_scores` only labels are left of a head, and head and label of a `Halt`.
     """
     probes: JSON = {}
     probs: dict[str, torch.Tensor] = {}
@@ -70,7 +69,7 @@ def _halts(
 
 
 def head_result(logits: list[float] | str, config: ProbeConfig) -> tuple[JSON, torch.Tensor | None]:
-    """Return what a head says with a row of logits, or why it has none, and its probabilities `[1, num_labels]` if it has some."""
+    """Return the result of a head for a row of logits, or for why there is none, and its probabilities `[1, num_labels]`."""
     if isinstance(logits, str):
         return {"error": logits}, None
     if not all(map(math.isfinite, logits)):
@@ -80,7 +79,7 @@ def head_result(logits: list[float] | str, config: ProbeConfig) -> tuple[JSON, t
 
 
 def visible(values: JSON, settings: ProbeSettings, *names: str) -> JSON:
-    """Return what clients may see of values: all of them, with `hide_scores` the entries of these names alone."""
+    """Return the values that clients may see: all of them, or with `hide_scores` those of these names."""
     if not settings.hide_scores:
         return values
     return {name: values[name] for name in names if name in values}

@@ -1,4 +1,4 @@
-"""vLLM's schedulers with two more duties: outputs carry results of heads, and halted requests end before a flagged token."""
+"""vLLM's schedulers with two more duties: outputs carry the results of heads, and halted requests end before a flagged token."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class _Probed:
         self.replies = self.probes.replies
 
     def update_from_output(self, scheduler_output, model_runner_output):
-        """As vLLM's. The scores of the step are read before, so that they go out with the first token."""
+        """Read the scores of the step first, so that they go out with the first token."""
         from_workers = model_runner_output.kv_connector_output
         scores: StepScores | None = from_workers and from_workers.kv_connector_worker_meta
         for request_id, rows in (scores.read_prompts() if scores else {}).items():
-            if request_id in self.requests:  # not aborted meanwhile
+            if request_id in self.requests:  # it may have been aborted
                 self.probes.add_result(request_id, rows)
         self.replies.begin_step(scores)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -35,11 +35,11 @@ class _Probed:
         return outputs
 
     def _complete(self, output: EngineCoreOutput) -> bool:
-        """Put scores and what is held back of a reply into an output. Return False if it has nothing to deliver."""
+        """Put results and held-back tokens into an output. Return False if it has nothing to deliver."""
         request = self.requests.get(output.request_id)
         params = request and request.sampling_params
-        # vLLM puts the result into the last output of a request. It may also deliver any output of a stream, or of a request with
-        # stop strings, and may merge outputs before, also those of several replies: so all of them carry the result.
+        # vLLM puts the result into the last output of a request alone. But it may deliver any output of a stream, or of a request
+        # with stop strings, and may merge outputs before, even of several replies. So all of these outputs carry the result.
         may_be_delivered = params is not None and (
             params.output_kind is not RequestOutputKind.FINAL_ONLY or bool(params.stop)
         )
@@ -49,7 +49,7 @@ class _Probed:
         return self.replies.edit(output)
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        """As vLLM's: a request whose prompt comes in pieces gets the next piece. The longer prompt is scored, and may be halted."""
+        """Give a request the next piece of its prompt. The longer prompt is scored, and may be halted."""
         super()._update_request_as_session(session, update)
         self.probes.on_new_request(session)
 
@@ -71,11 +71,11 @@ class _Probed:
 
 
 class ProbeScheduler(_Probed, Scheduler):
-    """One step after the other."""
+    """Schedules one step after the other."""
 
 
 class AsyncProbeScheduler(_Probed, AsyncScheduler):
-    """Schedules a step while another runs. A halted request may take part in the next step, whose result is dropped."""
+    """Schedules a step while another one runs. If a halted request takes part in the next step, its token is dropped."""
 
 
 def create_scheduler(vllm_config, **kwargs: Any) -> Scheduler:

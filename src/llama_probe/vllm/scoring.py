@@ -20,9 +20,9 @@ from .paged_states import PagedStates
 from .step_scores import PromptLogits
 
 
-# Pages are read in pieces of about this many hidden states: neither a long prompt nor many prompts lie in memory in fp32 at once.
+# Number of hidden states in a piece of pages: neither a long prompt nor many prompts lie in memory in fp32 at once.
 _TOKENS = 4096
-# In a batch no prompt is shorter than this part of the longest: shorter ones are padded, and padding is computed for nothing.
+# Smallest length of a prompt in a batch, as a part of the longest: padding is computed for nothing.
 _SHORTEST = 0.6
 
 
@@ -31,12 +31,12 @@ class ScoringRequest:
     """A prompt that is complete after this step, or a reply that heads are to follow from here on.
 
     Attributes:
-        token_ids: of the prompt; `None` if it was given as embeddings.
-        num_tokens: number of tokens to read. Those after the prompt are of its reply, which heads of prompts do not read.
+        token_ids: ids of the prompt; `None` if the prompt was given as embeddings.
+        num_tokens: number of tokens to read. Tokens after the prompt belong to its reply, which heads of prompts do not read.
         block_ids: blocks that hold the tokens, in order.
-        heads: names of the heads that score the prompt; `None` if it was scored before.
-        slot: where heads that follow the reply keep their states; `None` if no head follows it.
-        masks: by head that can read the request the tokens that count, `[num_tokens]` bool. Set by `Scorer`.
+        heads: names of the heads that score the prompt; `None` if the prompt was scored before.
+        slot: where the heads that follow the reply keep their states; `None` if no head does.
+        masks: for each head that can read the request, the tokens that count, `[num_tokens]` bool. `Scorer` sets them.
     """
 
     request_id: str
@@ -49,30 +49,31 @@ class ScoringRequest:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-# By request the place of the newest token of its reply, and the slot of the reply's states. A place is the number of the token's
-# block times the tokens of a block, plus the token's number in the block.
+# By request, the place of the newest token of its reply, and the slot of the reply's states. A place is the number of the token's
+# block times the number of tokens in a block, plus the token's number in the block.
 ReplyTokens = dict[str, tuple[int, int]]
 
 
 class Scorer:
-    """Runs heads on pages of the cache. It never waits for the device.
+    """Run heads on pages of the cache, and never wait for the device.
 
-    With tensor parallelism a read of the cache gathers the shares of all ranks: each rank must run the heads.
-
-    Args:
-        block_size: tokens in a block of the scheduler; the cache may split such a block.
+    With tensor parallelism a read of the cache gathers the shares of all ranks, so each rank must run the heads. `block_size` is
+    the number of tokens in a block of the scheduler, which may be several blocks of the cache.
     """
 
     def __init__(self, cache: PagedStates, block_size: int):
-        self.cache, self.plan = cache, cache.plan
-        self.block_size, self.kernel_block_size = block_size, cache.kernel_block_size
+        self.cache = cache
+        self.plan = cache.plan
+        self.block_size = block_size
+        self.kernel_block_size = cache.kernel_block_size
         self.device = cache.kv_cache.device
-        self.heads, self.states = self.plan.heads, self.plan.reply_states
+        self.heads = self.plan.heads
+        self.states = self.plan.reply_states
         self.followers = {name: head for name, head in self.heads.items() if head.config.reads_reply}
 
     @torch.no_grad()
     def score(self, requests: Sequence[ScoringRequest]) -> PromptLogits:
-        """Return the logits of prompts, finite or not, or why there are none. Begin the states of replies."""
+        """Return the logits of prompts, or why there are none. Begin the head states of replies."""
         scores: dict[str, dict[str, torch.Tensor | str]] = {
             request.request_id: dict.fromkeys(request.heads, "") for request in requests if request.heads is not None
         }
@@ -83,7 +84,7 @@ class Scorer:
                 try:
                     request.masks[name] = self._mask(self.heads[name], request)
                 except ProbeError as error:
-                    if name in wanted:  # else the reply has not begun
+                    if name in wanted:  # a head that only follows the reply has nothing to read before it
                         scores[request.request_id][name] = str(error)
         if slots := [request.slot for request in requests if request.slot is not None]:
             self.states.clear(async_tensor_h2d(slots, self.device))
@@ -96,10 +97,7 @@ class Scorer:
 
     @torch.no_grad()
     def follow(self, tokens: ReplyTokens) -> torch.Tensor:
-        """Return the scores of replies up to these tokens, `[replies, labels of all heads]`.
-
-        The number of operations does not depend on the number of replies.
-        """
+        """Return the logits of replies up to these tokens, `[replies, labels of all heads]`, in a fixed number of operations."""
         places, slots = async_tensor_h2d(list(zip(*tokens.values(), strict=True)), self.device)
         numbers = self.cache.read_tokens(places).unsqueeze(1)  # [replies, 1, width]
         scores = []
@@ -119,7 +117,7 @@ class Scorer:
             for name in requests[0].masks
         }  # [prompts, width] each
         blocks = pad_sequence([torch.tensor(request.block_ids) for request in requests], batch_first=True)
-        # The cache holds anything behind a shorter prompt, also values that are not numbers.
+        # Behind a shorter prompt the cache holds anything, NaN too.
         padding = async_tensor_h2d(torch.arange(width) >= lengths[:, None], self.device)
         splits = self.block_size // self.kernel_block_size
         blocks = (blocks[:, :, None] * splits + torch.arange(splits)).flatten(1)
@@ -147,9 +145,9 @@ class Scorer:
         """Return the states of heads that have read prompts in blocks `[prompts, blocks]`.
 
         Args:
-            masks: for each head the tokens that count, `[prompts, width]` bool on the CPU.
-            segments: `number_segments` of the heads that judge several, `[prompts, width]` on the CPU.
-            padding: the tokens that belong to no prompt, `[prompts, width]`.
+            masks: for each head, the tokens that count, `[prompts, width]` bool on the CPU.
+            segments: `number_segments` of the heads that judge several segments, `[prompts, width]` on the CPU.
+            padding: the tokens that belong to no prompt, `[prompts, width]` bool.
         """
         states = {name: self.heads[name].init_state(keep=name in self.followers) for name in masks}
         size, width = self.kernel_block_size, next(iter(masks.values())).shape[1]
@@ -161,7 +159,7 @@ class Scorer:
             numbers = numbers[:, : tokens.stop - start].masked_fill(padding[:, tokens, None], 0)
             for name, state in states.items():
                 head = self.heads[name]
-                # A part in which no token counts may be the last: its first token is read, and counts for nothing.
+                # The last piece may have no token that counts. Then its first token is read, and masked.
                 columns, mask = counted_columns(masks[name][:, tokens], move)
                 x = self.plan.inputs(name, numbers[:, columns])
                 parts = None
@@ -181,11 +179,9 @@ class Scorer:
 
 
 def _batches(requests: Sequence[ScoringRequest], size: int, most: int) -> Iterator[list[ScoringRequest]]:
-    """Yield batches of requests: of the same heads, of about one length, all of them followed or none.
+    """Yield batches of at most `most` tokens in whole blocks of `size`.
 
-    Args:
-        size: tokens in a block of the cache; blocks are read as a whole.
-        most: tokens in a batch.
+    The requests of a batch have the same heads and about the same length, and heads follow the replies to all of them or to none.
     """
     together: dict[tuple[bool | str, ...], list[ScoringRequest]] = {}
     for request in requests:

@@ -10,7 +10,6 @@ from ..errors import ProbeError
 from ..files import JSON
 from ..heads import import_head_types
 from ..heads.configuration import ProbeConfig, read_config, shared_layers
-from ..heads.probe import ProbeModel
 from ..serving.halting import Halter, HaltRule
 from .compatibility import KEY, check_config
 
@@ -23,18 +22,14 @@ NO_FUNCTIONS = "halt_on takes no functions here, where another process decides: 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The heads' settings, in plain JSON types.
+    """The heads' settings, in plain JSON types. See `engine_kwargs` for those that are not listed here.
 
     Attributes:
-        heads: folders by name; every process of the engine must be able to read them.
-        halt_on: options by name of the heads that may halt a request; see `Halter`. `None` halts nothing.
-        monitor: options by name of heads that flag as those in `halt_on` do, and halt nothing.
-        hold_back: tokens of a reply that are held back, beside the one that has no score yet.
+        heads: the head folders by name. Every process of the engine reads them.
         hide_scores: answer with labels alone.
-        halt_reply: text that the server sends to a halted request.
-        unsure: by name of heads in `halt_on` (low, high): the server's judge decides on prompts with low <= score < high.
+        halt_reply: text that the server sends for a halted request.
+        unsure: (low, high) of heads in `halt_on`, by name: the server's judge decides on prompts with low <= score < high.
         judge: fields of `Judge`. Only the server asks it.
-        import_files: Python files that register head types; every process of the engine runs them.
     """
 
     heads: dict[str, str]
@@ -49,7 +44,7 @@ class ProbeSettings:
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> ProbeSettings:
-        """Return the settings that `engine_kwargs` has put into an engine's config."""
+        """Return the settings that `engine_kwargs` has put into an engine's config. Import the files that register types."""
         additional = vllm_config.additional_config
         if not isinstance(additional, dict) or KEY not in additional:
             raise ProbeError("this engine has no heads: make its arguments with engine_kwargs(model, probe=...)")
@@ -64,7 +59,7 @@ class ProbeSettings:
 
     @cached_property
     def layers(self) -> list[int]:
-        """State indices that some head reads, ascending."""
+        """Indices of the states that some head reads, ascending."""
         return shared_layers(self.configs.values())
 
     @cached_property
@@ -84,11 +79,11 @@ class ProbeSettings:
 
     @cached_property
     def flags(self) -> list[HaltRule]:
-        """The rules by which labels are flagged, by head and label.
+        """The rules by which labels are flagged, in the order of heads and labels.
 
-        A head flags the labels that its config names (`flagged`), and a multi-label head that names none flags all of its
-        labels, from the head's thresholds on. For a multi-label head `halt_on` and `monitor` add rules, or replace the rule of
-        a label. For other heads they replace all rules.
+        A head flags the labels in its config's `flagged`. A multi-label head without `flagged` flags all of its labels. Rules of
+        `halt_on` and `monitor` come on top for a multi-label head, or replace the rule of their label. For another head they replace
+        all rules.
         """
         named = list(self.rules)
         try:
@@ -125,11 +120,7 @@ class ProbeSettings:
         """Raise `ProbeError` if a complete config does not go with these heads, or lacks a part of what they need."""
         check_config(config)
         self.check(config.speculative_config is not None)
-        # Sampling masks and experts of tokens cannot be held back with the tokens.
+        # vLLM sends sampling masks and experts of tokens by themselves, so they cannot be held back with the tokens.
         if self.guards_replies and (config.model_config.return_sampling_mask or config.aux_output_config.enabled):
             names = ", ".join(self.reply_heads)
             raise ProbeError(f"return_sampling_mask does not go with heads that follow replies: {names}")
-
-    def read_heads(self) -> dict[str, ProbeModel]:
-        """Load the heads, by name, in eval mode."""
-        return {name: ProbeModel.from_pretrained(folder) for name, folder in self.heads.items()}

@@ -1,4 +1,4 @@
-"""The results of one step, from a worker to the scheduler: nobody waits for the device before they are needed."""
+"""The logits of one step, from a worker to the scheduler, which waits for the device when it reads them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ PromptLogits = Mapping[str, Mapping[str, torch.Tensor | str]]
 
 
 class StepScores(KVConnectorWorkerMetadata):
-    """Logits that heads give in one step of the engine, on their way to the host in one copy.
-
-    To read and to pickle them waits for the copy.
+    """Logits of one step of the engine, which one copy moves to the host. Reading and pickling them waits for the copy.
 
     Args:
-        prompts: of the prompts that were scored.
+        prompts: logits of the prompts that were scored.
         replies: requests whose replies have one more token.
-        reply_logits: of these, `[replies, labels of all heads]`.
+        reply_logits: logits of these replies, `[replies, labels of all heads]`.
     """
 
     def __init__(self, prompts: PromptLogits, replies: Sequence[str] = (), reply_logits: torch.Tensor | None = None):
@@ -32,13 +30,9 @@ class StepScores(KVConnectorWorkerMetadata):
         tensors = [] if reply_logits is None else [reply_logits.flatten()]
         self._begin = sum(len(tensor) for tensor in tensors)  # of the prompts' logits
         for request_id, heads in prompts.items():
-            self._sizes[request_id] = sizes = {}
-            for name, logits in heads.items():
-                if isinstance(logits, str):
-                    sizes[name] = logits
-                else:
-                    sizes[name] = len(logits)
-                    tensors.append(logits)
+            sizes = {name: row if isinstance(row, str) else len(row) for name, row in heads.items()}
+            self._sizes[request_id] = sizes
+            tensors += [row for row in heads.values() if not isinstance(row, str)]
         numbers = torch.cat(tensors) if tensors else torch.empty(0)
         self._numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)  # in pinned memory
         self._event: torch.Event | None = None
@@ -53,7 +47,7 @@ class StepScores(KVConnectorWorkerMetadata):
         return self._numbers.numpy()
 
     def read_prompts(self) -> dict[str, dict[str, list[float] | str]]:
-        """Return by request and head the logits of the prompt, or why there are none."""
+        """Return the logits of each prompt by head, or why there are none."""
         numbers = iter(self._read()[self._begin :].tolist())
         return {
             request_id: {
@@ -71,5 +65,5 @@ class StepScores(KVConnectorWorkerMetadata):
         return self.__dict__
 
     def aggregate(self, other: StepScores) -> StepScores:
-        """Return the results of one of two ranks: both have run the heads."""
+        """Return the results of one rank: all ranks have run the heads."""
         return self
