@@ -51,7 +51,7 @@ _WORDS = {str: "text", bool: "true or false", int: "whole number", float: "numbe
 
 def meanings(docstring: str) -> dict[str, str]:
     """Return what the section `Args` of a docstring says of each name."""
-    section = re.search(r"\n    Args:\n(.*?)\n(\n|    $)", docstring, re.DOTALL)[1]
+    section = re.search(r"\n    Args:\n(.*?)(?=\n    \S|\s*$)", docstring, re.DOTALL)[1]
     by_name = {}
     for entry in re.split(r"\n(?= {8}\S)", section):
         names, text = entry.strip().split(": ", 1)

@@ -130,6 +130,8 @@ class TestFile:
             (changed(seeds=0), "seeds=0"),
             (changed(seed=2**32), "seed=4294967296"),
             (changed(search={"probe_types": ["lstm"]}), "lstm"),
+            (changed(search={"trials": -1}), "trials=-1"),
+            (changed(search={"trials": 2, "probe_types": []}), r"probe_types=\[\]"),
         ],
     )
     def test_wrong_fields(self, values, named):

@@ -64,7 +64,7 @@ COMMANDS = {
 _DIVIDED = ("train", "evaluate", "calibrate", "classify")
 
 # Packages of the extra `train`.
-_TRAIN = ("accelerate", "datasets", "evaluate", "peft", "pyarrow", "scipy", "sklearn")
+_TRAIN = ("accelerate", "datasets", "evaluate", "optuna", "peft", "pyarrow", "scipy", "sklearn")
 
 # The base of typer's errors about a command line: its own class or click's, depending on its version.
 _UsageError = typer.BadParameter.__base__

@@ -1,18 +1,17 @@
-"""A search: configurations that are drawn at random and trained side by side."""
+"""A search: configurations that Optuna draws, trained side by side."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import Any
 
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig
+from ..heads.rules import Rule, check_fields
 
 
 # Hyper-parameters of every head type, with the ranges of arXiv 2601.13288. A tuple is a range, a list has choices.
@@ -25,6 +24,10 @@ SEARCH_SPACE = {
 }
 # Training arguments that may differ among heads side by side.
 HEAD_ARGS = ("learning_rate", "weight_decay", "label_smoothing_factor", "focal_gamma", "class_weights")
+_RULES: dict[str, Rule] = {
+    "trials": ("at least 0", lambda value: value >= 0),
+    "probe_types": ("at least one head type", bool),
+}
 _ATTEMPTS = 100  # draws for one trial that fits the backbone
 
 
@@ -41,13 +44,19 @@ class Search:
     probe_types: list[str] = field(default_factory=lambda: ["pooling", "gate", "mha"])
 
     def __post_init__(self):
+        check_fields(self, _RULES)
         for name in self.probe_types:
             get_probe_type(name)  # raises
 
 
 @dataclass
 class Candidate:
-    """A head to train, with the values that a search drew, and the rows of `train` that the head does not learn from."""
+    """A head to train.
+
+    Attributes:
+        values: what a search drew for it, by name.
+        left_out: rows of `RecipeRows.train` that it does not learn from.
+    """
 
     seed: int
     config: ProbeConfig
@@ -61,30 +70,40 @@ class Candidate:
 
 
 def draw_candidates(search: Search, base: ProbeConfig, seed: int) -> dict[str, Candidate]:
-    """Draw the configurations of a search at random, for the head types in turn."""
-    generator = np.random.default_rng(seed)
+    """Draw the configurations of a search over `SEARCH_SPACE` and the head types' own `search_space`, by head."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # A study for each head type, because types may give a field of the same name other choices.
+    studies = {}
+    for place, name in enumerate(search.probe_types):
+        studies[name] = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed + place))
     candidates: dict[str, Candidate] = {}
     for number in range(search.trials):
         name = search.probe_types[number % len(search.probe_types)]
-        candidates[f"trial-{number}"] = _draw_candidate(generator, name, base, seed)
+        candidates[f"trial-{number}"] = _draw_candidate(studies[name], name, base, seed)
     return candidates
 
 
-def _draw_candidate(generator: np.random.Generator, name: str, base: ProbeConfig, seed: int) -> Candidate:
+def _draw_candidate(study: Any, name: str, base: ProbeConfig, seed: int) -> Candidate:
     """Draw configurations of a head type until one fits the backbone, whose sizes `base` has."""
     head_type = get_probe_type(name)
     for _ in range(_ATTEMPTS):
-        values: JSON = {}
-        for field_name, choices in (SEARCH_SPACE | head_type.search_space).items():
-            if isinstance(choices, list):
-                values[field_name] = choices[generator.integers(len(choices))]
-            elif field_name == "learning_rate":
-                values[field_name] = math.exp(generator.uniform(*map(math.log, choices)))
-            else:
-                values[field_name] = generator.uniform(*choices)
+        values = _draw(study.ask(), SEARCH_SPACE | head_type.search_space)
         options = {field: value for field, value in values.items() if field in head_type.options}
         head = {field: value for field, value in values.items() if field not in HEAD_ARGS and field not in options}
         with suppress(ProbeError):
             config = base.replace(probe_type=name, **head, options=options)
             return Candidate(seed, config, {"probe_type": name, **values})
     raise ProbeError(f"probe_type={name!r} has no choices that fit hidden_size={base.hidden_size}")
+
+
+def _draw(trial: Any, space: dict[str, tuple[float, float] | list[Any]]) -> JSON:
+    """Let an Optuna trial draw a value for each name: of a range, or of a list of choices."""
+    values: JSON = {}
+    for name, choices in space.items():
+        if isinstance(choices, list):
+            values[name] = trial.suggest_categorical(name, choices)
+        else:
+            values[name] = trial.suggest_float(name, *choices, log=name == "learning_rate")
+    return values
