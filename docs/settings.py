@@ -56,7 +56,7 @@ def meanings(docstring: str) -> dict[str, str]:
     for entry in re.split(r"\n(?= {8}\S)", section):
         names, text = entry.strip().split(": ", 1)
         for name in names.split(", "):
-            by_name[name] = " ".join(text.split())
+            by_name[name] = " ".join(text.replace("\n            - ", " ").split())
     return by_name
 
 

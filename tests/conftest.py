@@ -235,6 +235,7 @@ class Top(Aggregator):
 def own_type(tmp_path, monkeypatch):
     """A saved head of a type that is then forgotten, as in another process. `top.py` beside the folder registers it."""
     monkeypatch.setattr(registry, "_PROBE_TYPES", dict(registry._PROBE_TYPES))
+    forget_own_type()  # an earlier test may have imported it
     path = tmp_path / "top.py"
     path.write_text(OWN_TYPE)
     import_head_types(path)
