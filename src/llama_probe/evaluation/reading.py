@@ -1,4 +1,4 @@
-"""What a head looked at in a text: the weight of each token and layer."""
+"""The weight that a head gave to each token and layer of a text."""
 
 from __future__ import annotations
 

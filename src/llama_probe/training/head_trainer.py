@@ -152,7 +152,7 @@ class HeadTrainer(Trainer):
 
     @property
     def progress(self) -> dict[str, Progress]:
-        """How each head has done in the evaluations, by name."""
+        """The evaluations of each head so far, by name."""
         return self._best_epochs.progress
 
     @property

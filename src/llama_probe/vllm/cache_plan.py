@@ -1,4 +1,4 @@
-"""What an engine stores for its heads: states or features of each token, and head states of each reply."""
+"""The plan of an engine's cache for heads: states or features of each token, and head states of each reply."""
 
 from __future__ import annotations
 
