@@ -63,6 +63,7 @@ class ProbeConfig:
     normalize: str = "layernorm"
     layers: str | list[int] = "all"
     token_scope: str = "prompt"
+    window: int = 0
     causal: bool = False
     prefix_ids: list[int] = field(default_factory=list)
     turn_markers: dict[str, dict[str, Any]] | None = None

@@ -29,7 +29,20 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import cached_file
 
 from .configuration_llama_probe import ProbeConfig, ProbeError, get_probe_type, needs_package
-from .heads_llama_probe import check_rows, join_slots, normalize, number_segments, take_slots, token_mask, tokens_read
+from .heads_llama_probe import (
+    Rows,
+    Segments,
+    check_rows,
+    find_segments,
+    join_rows,
+    join_slots,
+    normalize,
+    number_segments,
+    select_rows,
+    take_slots,
+    token_mask,
+    tokens_read,
+)
 
 
 # Arguments of generate() that only the package has, and settings under which the LM does not run over the prompt as it is.
@@ -89,28 +102,102 @@ class ProbeHead(nn.Module):
         head.load_state_dict(tensors)
         return head
 
-    def read(self, states: list[Any], slots: slice, x: torch.Tensor, mask: torch.Tensor) -> None:
-        """Read further tokens `[S, B, n, D]` of some layers. `states` has the state of each layer, and is updated."""
+    def states(self) -> HeadStates:
+        """Return the states of a head that has read nothing."""
+        return HeadStates([None] * len(self.config.layer_indices), [[] for _ in self.config.layer_indices], [], [])
+
+    def read(
+        self, states: HeadStates, slots: slice, x: torch.Tensor, mask: torch.Tensor, segments: Segments | None
+    ) -> None:
+        """Read further tokens `[S, B, n, D]` of some layers into `states`."""
         if self.classifier.weight.device != x.device:
             self.to(x.device)
-        earlier = None if states[slots.start] is None else join_slots(states[slots])
-        x = normalize(x.float(), self.config.normalize)
+        x = self.token_stage.project(normalize(x.float(), self.config.normalize), slots)
+        if segments is not None:
+            self._read_segments(states, slots, x, segments)
+            if self.config.window:
+                return
+        earlier = None if states.tokens[slots.start] is None else join_slots(states.tokens[slots])
         mask = None if bool(mask.all()) else mask.to(x.device)
-        state = self.token_stage.update(earlier, x, mask, slots)
-        states[slots] = [take_slots(state, slice(place, place + 1)) for place in range(len(x))]
+        state = self.token_stage.absorb(earlier, x, mask, slots)
+        states.tokens[slots] = [take_slots(state, slice(place, place + 1)) for place in range(len(x))]
 
-    def score(self, states: Sequence[Any]) -> torch.Tensor:
-        """Return logits `[B, num_labels]`, from the state of each layer."""
-        summaries = self.token_stage.result(join_slots(states), slice(None))  # [S, B, D]
-        return self.classifier(self.layer_stage(summaries.transpose(0, 1).unsqueeze(0))[0])
+    def _read_segments(self, states: HeadStates, slots: slice, x: torch.Tensor, segments: Segments) -> None:
+        tokens = x.flatten(1, 2)  # [S, B n, ...]
+        parts = []
+        if segments.begun is not None:
+            begun = [join_slots(each) for each in zip(*states.open[slots], strict=True)][: segments.num_begun]
+            group = segments.begun
+            parts.append(self.token_stage.absorb(join_rows(begun), tokens[:, group.index], group.mask, slots))
+        parts += [
+            self.token_stage.absorb(None, tokens[:, group.index], group.mask, slots) for group in segments.groups
+        ]
+        if slots.start == 0:  # the first layers of a pass
+            states.ended.append([])
+            states.rows.append(segments.ended_rows)
+        if segments.ended_rows.most:
+            summaries = torch.cat([self.token_stage.result(part, slots) for part in parts], dim=1)
+            states.ended[-1].append(summaries if segments.ended is None else summaries[:, segments.ended])
+        open_states = [select_rows(join_rows(parts), rows) for rows in segments.open]
+        for place, slot in enumerate(range(slots.start, slots.stop)):
+            states.open[slot] = [take_slots(each, slice(place, place + 1)) for each in open_states]
+
+    def score(self, states: HeadStates) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return logits `[B, num_labels]`, and spans `[B, num_labels, 2]` of a head with several windows."""
+        items, rows = [], []
+        if states.tokens[0] is not None:
+            summaries = self.token_stage.result(join_slots(states.tokens), slice(None))  # [S, B, D]
+            items.append(summaries.unsqueeze(2))
+            rows.append(Rows.single(summaries))
+        for ended, of_pass in zip(states.ended, states.rows, strict=True):
+            if of_pass.most:
+                items.append(of_pass.arrange(torch.cat(ended)))
+                rows.append(of_pass)
+        summaries = torch.cat(items, dim=2)  # [S, B, K, D]
+        pooled = self.layer_stage(summaries.flatten(1, 2).transpose(0, 1).unsqueeze(0))[0]
+        logits = self.classifier(pooled).unflatten(0, summaries.shape[1:3])  # [B, K, C]
+        if not states.ended:
+            return logits[:, 0], None
+        counted = torch.cat([each.counted for each in rows], dim=1)[..., None]
+        scores = logits
+        if (flagged := self.config.flagged_index) is not None:
+            scores = (logits[..., flagged] - logits[..., 1 - flagged]).unsqueeze(-1)
+        places = (
+            scores.masked_fill(~counted, float("-inf")).argmax(dim=1).expand_as(logits[:, 0])[:, None]
+        )  # [B, 1, C]
+        spans = torch.cat([each.spans for each in rows], dim=1).unsqueeze(2).expand(*logits.shape, 2)
+        spans = spans.take_along_dim(places[..., None], dim=1).squeeze(1) if self.config.window else None
+        return logits.take_along_dim(places, dim=1).squeeze(1), spans
+
+
+@dataclass
+class HeadStates:
+    """What a head keeps of the tokens that it has read.
+
+    Attributes:
+        tokens: of each layer the state of all tokens, None before the first.
+        open: of each layer the states of the segments that further tokens may join.
+        ended: of each pass, and of each group of its layers, the summaries of the segments that ended in it.
+        rows: of each pass the rows of these segments.
+    """
+
+    tokens: list[Any]
+    open: list[list[Any]]
+    ended: list[list[torch.Tensor]]
+    rows: list[Rows]
 
 
 @dataclass
 class HeadOutput:
-    """The result of a head for some prompts: `logits` and `probabilities` `[B, num_labels]`, and the label of each prompt."""
+    """The result of a head for some prompts: `logits` and `probabilities` `[B, num_labels]`, and the label of each prompt.
+
+    `spans` `[B, num_labels, 2]` has the first token, and one past the last, of the window that gave each label its logit. It is None
+    if each prompt is one window, or the head has none.
+    """
 
     logits: torch.Tensor
     config: ProbeConfig
+    spans: torch.Tensor | None = None
 
     @property
     def probabilities(self) -> torch.Tensor:
@@ -222,7 +309,7 @@ class PromptReader:
         self._device: torch.device | None = None  # of the first state: an LM may be on several devices
         self.masks = {}
         self.segments = {}
-        self._states = {}  # of each layer: of all segments together and, if there are several, of each segment
+        self._states = {}
         host = ids.cpu()
         host_mask = None if mask is None else mask.cpu()
         for name, head in heads.items():
@@ -230,8 +317,7 @@ class PromptReader:
             check_rows(counted)
             self.masks[name] = tokens_read(head.config, counted)
             self.segments[name] = number_segments(head.config, counted)
-            count = 0 if self.segments[name] is None else int(self.segments[name].max())
-            self._states[name] = [[None] * len(head.config.layer_indices) for _ in range(1 + count)]
+            self._states[name] = head.states()
         self._seen = dict.fromkeys({layer for head in heads.values() for layer in head.config.layer_indices}, 0)
 
     @contextmanager
@@ -275,35 +361,34 @@ class PromptReader:
             if layers := [layer for layer in head.config.layer_indices if layer in held]:
                 first = head.config.layer_indices.index(layers[0])
                 x = torch.stack([held[layer] for layer in layers])
-                for segment, states in enumerate(self._states[name]):
-                    mask = self.segments[name] == segment if segment else self.masks[name]
-                    mask = mask[:, start : start + width]
-                    places = mask.any(dim=0).nonzero().flatten().tolist() or [0]
-                    columns = slice(places[0], places[-1] + 1)
-                    head.read(states, slice(first, first + len(layers)), x[:, :, columns], mask[:, columns])
+                mask = self.masks[name][:, start : start + width]
+                places = mask.any(dim=0).nonzero().flatten().tolist() or [0]
+                columns = slice(places[0], places[-1] + 1)
+                segments = self._segments(name, start, columns, start + width, x.device)
+                slots = slice(first, first + len(layers))
+                head.read(self._states[name], slots, x[:, :, columns], mask[:, columns], segments)
         self._seen.update(dict.fromkeys(held, start + width))
         self._held = {}
+
+    def _segments(self, name: str, start: int, columns: slice, stop: int, device: torch.device) -> Segments | None:
+        """Return the segments of the tokens of a pass, which has read the prompts from `start` to `stop`."""
+        if self.segments[name] is None:
+            return None
+        read = slice(start + columns.start, start + columns.stop)
+        ends = stop == self.ids.shape[1]
+        numbers, window = self.segments[name][:, :stop], self.heads[name].config.window
+        return find_segments(numbers, window, read, start, ends, lambda tensor: tensor.to(device))
 
     def finish(self) -> dict[str, HeadOutput]:
         """Return the result of each head."""
         if self.outputs is None:
             if any(seen < self.ids.shape[1] for seen in self._seen.values()):
                 raise ProbeError("the LM did not run over the whole prompt: no part is scored")
-            scores = {name: self._strongest(name, head) for name, head in self.heads.items()}
-            self.outputs = {name: HeadOutput(logits, self.heads[name].config) for name, logits in scores.items()}
+            scores = {name: head.score(self._states.pop(name)) for name, head in self.heads.items()}
+            self.outputs = {
+                name: HeadOutput(logits, self.heads[name].config, spans) for name, (logits, spans) in scores.items()
+            }
         return self.outputs
-
-    def _strongest(self, name: str, head: ProbeHead) -> torch.Tensor:
-        """Return the logits of all segments together or, if they are stronger, of one; of several labels each one's largest."""
-        logits = torch.stack([head.score(states) for states in self._states.pop(name)], dim=1)  # [B, 1 + segments, C]
-        if self.segments[name] is None:
-            return logits[:, 0]
-        missing = torch.arange(logits.shape[1]) > self.segments[name].amax(dim=1, keepdim=True)
-        missing = missing.to(logits.device)
-        if (flagged := head.config.flagged_index) is None:
-            return logits.masked_fill(missing[..., None], float("-inf")).amax(dim=1)
-        scores = (logits[..., flagged] - logits[..., 1 - flagged]).masked_fill(missing, float("-inf"))
-        return logits.take_along_dim(scores.argmax(dim=1)[:, None, None], dim=1).squeeze(1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.outputs is None:
@@ -471,7 +556,7 @@ class ProbedGenerationMixin:
                 chat = [*system, {"role": "user", "content": text}]
                 form = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
                 ids = tokenizer.apply_chat_template(chat, **form)["input_ids"]
-            if config.max_length is not None and ids.shape[1] > config.max_length:
+            if not config.window and config.max_length is not None and ids.shape[1] > config.max_length:
                 raise needs_package(f"a text of {ids.shape[1]} tokens, more than max_length={config.max_length},")
             logits.append(self.classify(ids.to(self.device), probes=name)[name].logits)
         return HeadOutput(torch.cat(logits), config)

@@ -9,7 +9,7 @@ from llama_probe.files import write_atomically
 
 _IMPORT = re.compile(r"^(import|from) .*?(\([^)]*\))?\n", re.MULTILINE)
 # Whole modules of `heads`, in the order of their imports.
-_MODULES = "aggregator low_rank pooling gate last multimax mean_attention attention turns scope"
+_MODULES = "aggregator low_rank pooling gate last multimax mean_attention attention turns scope segments"
 HEADS_FILE = ROOT / "modeling" / "heads_llama_probe.py"
 _HEADER = '''"""Head types, and the tokens that they read: modules of the package, without their imports.
 

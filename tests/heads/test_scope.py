@@ -6,7 +6,6 @@ from conftest import make_lm, make_probe, make_prompts, score_turns
 
 from llama_probe import ProbeConfig
 from llama_probe.heads.scope import token_mask
-from llama_probe.heads.segments import number_segments
 
 
 @pytest.mark.parametrize(
@@ -29,15 +28,6 @@ def test_tokens_that_count(changes, ids, attention_mask, expected):
 
 
 MARKERS = {"user": {"ids": [1], "skip": 0}, "assistant": {"ids": [2], "skip": 0}}
-
-
-def test_segments_are_tokens_side_by_side_that_count():
-    config = ProbeConfig(token_scope="user", turn_markers=MARKERS, flagged=["LABEL_1"])
-    mask = torch.tensor([[0, 1, 1, 0, 1], [0, 0, 1, 1, 1]], dtype=torch.bool)
-    assert number_segments(config, mask).tolist() == [[0, 1, 1, 0, 2], [0, 0, 1, 1, 1]]
-    assert number_segments(config, mask[1:]) is None, "one segment is all"
-    assert number_segments(config.replace(token_scope="turns"), mask) is None
-    assert number_segments(config.replace(probe_type="last"), mask) is None
 
 
 @pytest.mark.parametrize("probe_type", ["pooling", "gate", "multimax", "mha"])

@@ -38,6 +38,9 @@ FORMS = {
     "pair": {"id2label": {0: "no", 1: "yes"}},
     "guard": {"id2label": {0: "bad", 1: "fine"}, "flagged": ["bad"], "threshold": 0.4, "thresholds": {"all": 0.0}},
     **{scope: {"probe_type": "gate", "token_scope": scope, **TURNS} for scope in TURN_SCOPES},
+    "windows": {"probe_type": "multimax", "window": 4},
+    "turn-windows": {"probe_type": "mha", "window": 2, "token_scope": "user", **TURNS},
+    "label-windows": {"probe_type": "gate", "window": 4, **TOPICS},
 }  # fmt: skip
 
 
@@ -47,7 +50,7 @@ def test_the_heads_file_is_made_of_the_modules_of_the_package():
 
 def test_it_is_small_and_imports_what_every_user_of_transformers_has():
     texts = runtime_files()
-    assert sum(len(text.splitlines()) for text in texts.values()) <= 1600 and len(texts) <= 4
+    assert sum(len(text.splitlines()) for text in texts.values()) <= 1950 and len(texts) <= 4
     for file, text in texts.items():
         assert "SPDX-License-Identifier: Apache-2.0" in text
         known = {"numpy", "safetensors", "torch", "transformers", *sys.stdlib_module_names}

@@ -197,6 +197,16 @@ def map_state(state: State, change: Callable[[torch.Tensor], torch.Tensor]) -> S
     return None if state is None else change(state)
 
 
+def repeat_rows(state: State, repeats: int) -> State:
+    """Repeat each row of a state `repeats` times, as `torch.repeat_interleave` does."""
+    return state if repeats == 1 else map_state(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
+
+
+def select_rows(state: State, rows: torch.Tensor) -> State:
+    """Return the state of the rows in `rows`, `[new_rows]`, on any device."""
+    return map_state(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))
+
+
 def normalize(x: torch.Tensor, by: str | None) -> torch.Tensor:
     """Return hidden states `[..., D]`, normalised over the last dimension: `"layernorm"`, `"rms"` or `"none"`.
 

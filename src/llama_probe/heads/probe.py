@@ -24,7 +24,7 @@ from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
 from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
-from .aggregator import State, join_rows, map_state, normalize
+from .aggregator import State, join_rows, map_state, normalize, select_rows
 from .configuration import ProbeConfig, read_config
 from .decision import ProbeOutput, flagged_score, probe_loss, strongest, strongest_places, take_items
 from .match import check_backbone, describe, match
@@ -33,7 +33,7 @@ from .registry import get_probe_type
 from .saving import read_consistently, read_tensors, save_head
 from .scope import check_rows, token_mask
 from .segments import Rows, Segments, find_segments, judges_segments, number_segments, span_of
-from .stream import ProbeState, SlotStates, Strongest, as_slice, select_rows
+from .stream import ProbeState, SlotStates, Strongest, as_slice
 
 
 _HALF = (torch.bfloat16, torch.float16)

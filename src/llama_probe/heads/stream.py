@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .aggregator import State, join_slots, map_state, take_slots
+from .aggregator import State, join_slots, take_slots
 from .segments import Segments
 
 
@@ -134,13 +134,3 @@ def counted_columns(mask: torch.Tensor, move: Callable[[torch.Tensor], torch.Ten
     columns = slice(places[0], places[-1] + 1)
     mask = mask[:, columns]
     return columns, None if bool(mask.all()) else move(mask)
-
-
-def repeat_rows(state: State, repeats: int) -> State:
-    """Repeat each row of a state `repeats` times, as `torch.repeat_interleave` does."""
-    return state if repeats == 1 else map_state(state, lambda tensor: tensor.repeat_interleave(repeats, dim=1))
-
-
-def select_rows(state: State, rows: torch.Tensor) -> State:
-    """Return the state of the rows in `rows`, `[new_rows]`, on any device."""
-    return map_state(state, lambda tensor: tensor.index_select(1, rows.to(tensor.device)))

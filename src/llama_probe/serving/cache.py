@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import ProbeError
-from ..heads.aggregator import State
+from ..heads.aggregator import State, select_rows
 from ..heads.probe import ProbeModel
-from ..heads.stream import select_rows
 
 
 _NEEDS_IDS = "probe_state needs input_ids: later prompts are compared with them (not with inputs_embeds)"

@@ -12,13 +12,13 @@ import torch
 from ..backbone.capture import capturing, check_seen
 from ..backbone.decoder import Decoder
 from ..errors import ProbeError
-from ..heads.aggregator import State
+from ..heads.aggregator import State, repeat_rows
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask, tokens_read
 from ..heads.segments import Segments, find_segments, judges_turns, number_segments, span_of
-from ..heads.stream import ProbeState, repeat_rows
+from ..heads.stream import ProbeState
 from .cache import CachedHead, ProbeCache
 from .outputs import TokenScores, on_host
 

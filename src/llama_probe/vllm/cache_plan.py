@@ -8,11 +8,10 @@ from itertools import accumulate
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..heads.aggregator import State, normalize
+from ..heads.aggregator import State, normalize, select_rows
 from ..heads.configuration import shared_layers
 from ..heads.probe import ProbeModel
 from ..heads.split import split_head
-from ..heads.stream import select_rows
 from ..serving.reader import state_budget
 
 
