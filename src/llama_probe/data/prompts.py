@@ -26,6 +26,8 @@ from .turn_markers import DIFFERENT_TEXTS, Chat, as_tool_result, common_end, com
 logger = logging.get_logger(__name__)
 
 Text = str | Chat
+# The number of a turn of a text (0 of a text that is no chat), a character of its content, and the character behind the last one.
+Place = tuple[int, int, int]
 _MARGIN = 64  # tokens
 
 

@@ -105,13 +105,22 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
             raise ProbeError("the extra sources of train have no rows beside the validation and test rows")
     learned = _join([plain, extra])
     check_labels(", ".join(source.name for source in recipe.train), learned)
-    learned_texts = set(map(str, learned.texts))
+    documents = reader.documents()
+    learned_texts = set(map(str, learned.texts if documents is None else learned.texts + documents.texts))
     calibration = reader.calibration()
     for name, part in (("validation", validation), ("test", test), ("calibration", calibration)):
         if part is not None:
             _without(learned_texts, part, f"{name} rows have a text that is among the training rows")
+    augmentations = recipe.augmentations
     augmented = augment(
-        plain, recipe.augmentations.names, recipe.seed, reader.system_prompts(), recipe.augmentations.share
+        plain,
+        augmentations.names,
+        recipe.seed,
+        reader.system_prompts(),
+        augmentations.share,
+        documents=documents,
+        document_words=augmentations.document_words,
+        introduces=recipe.head.get("token_scope") != "tool",  # in the result of a tool, they are an instruction
     )
     train = LabelledTexts.join([learned, *augmented])
     measured = reader.measured(learned_texts)
@@ -141,6 +150,8 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
     rows.described = _describe(recipe, held_validation, held_test, rows)
+    if documents is not None:
+        rows.described["documents"] = {"source": _names(augmentations.documents), "rows": len(documents)}
     if left_out := +reader.not_commercial:  # without the sources that were not touched
         rows.described["train"]["not_commercial"] = dict(left_out)
     return rows
@@ -217,9 +228,19 @@ class _Reader:
         source = self.recipe.augmentations.system_prompts
         if source is None:
             return []
+        return [text for text in self._unlabelled(source, "all").texts if isinstance(text, str)]
+
+    def documents(self) -> LabelledTexts | None:
+        """Return the texts of documents, None if they are training rows."""
+        sources = self.recipe.augmentations.documents
+        rows = _join([self._unlabelled(source, "train") for source in sources])
+        if sources and rows is None:
+            raise ProbeError("augmentations.documents has no rows whose licence allows commercial use")
+        return rows
+
+    def _unlabelled(self, source: Source, split: str) -> LabelledTexts:
         labels = Labels(names=["text", "none"], problem_type="single_label_classification")
-        rows = self.read(replace(source, label="text"), "all", labels)
-        return [text for text in rows.texts if isinstance(text, str)]
+        return self.read(replace(source, label="text"), split, labels)
 
 
 def _join(parts: Sequence[LabelledTexts | None]) -> LabelledTexts | None:
@@ -247,23 +268,23 @@ def _rows_like(held: dict[str, LabelledTexts], rows: LabelledTexts, ablation: st
     return np.flatnonzero(is_held).tolist()
 
 
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(dict.fromkeys(short_path(source.rows) for source in sources))
+
+
 def _describe(recipe: Recipe, validation: Held, test: Held, rows: RecipeRows) -> dict[str, JSON]:
     """Return `source` and `rows` of each part, and the `weights` of extra rows."""
-
-    def names(sources: Sequence[Source]) -> str:
-        return ", ".join(dict.fromkeys(short_path(source.rows) for source in sources))
-
     extra = [source for source in recipe.train if source.extra]
     share = f"{validation.share or VALIDATION_SHARE:.0%} of train"
     parts = {
-        "train": (names([source for source in recipe.train if not source.extra]), len(rows.train) - rows.num_extra),
+        "train": (_names([source for source in recipe.train if not source.extra]), len(rows.train) - rows.num_extra),
         "validation": (
-            f"{len(rows.folds)} folds of train" if rows.folds else names(validation.sources) or share,
+            f"{len(rows.folds)} folds of train" if rows.folds else _names(validation.sources) or share,
             len(rows.judged),
         ),
-        "extra": (names(extra), rows.num_extra),
-        "test": (names(test.sources) or f"{test.share or 0:.0%} of train", len(rows.test or ())),
-        "calibration": (names(recipe.calibration.sources), len(rows.calibration or ())),
+        "extra": (_names(extra), rows.num_extra),
+        "test": (_names(test.sources) or f"{test.share or 0:.0%} of train", len(rows.test or ())),
+        "calibration": (_names(recipe.calibration.sources), len(rows.calibration or ())),
     }
     described: dict[str, JSON] = {
         name: {"source": source, "rows": count} for name, (source, count) in parts.items() if count

@@ -174,7 +174,8 @@ def calibrated_ablations(run: PreparedRun) -> dict[str, ProbeModel]:
 
 def _card(run: PreparedRun) -> CardFacts:
     facts = run.recipe.card
-    notes = dict.fromkeys(source.note for source in run.recipe.train if source.note)
+    sources = [*run.recipe.train, *run.recipe.augmentations.documents]
+    notes = dict.fromkeys(source.note for source in sources if source.note)
     stated = facts.data_note
     further = [note for note in notes if note not in (stated or "")]
     if further and any(source.licence is None for source in run.recipe.train):
