@@ -243,7 +243,7 @@ def augment(
     or what `places` of the original row tells; it is not known for chats of several turns.
 
     Half of the rows of `document` are a document alone. They have the first label that is not flagged (multi-label: no label), and
-    no place. A row with a reply stays as it is, because its label is about the reply.
+    no place. A row with a reply always keeps its texts, because its label is about the reply.
 
     Args:
         names: names of augmentations, of `AUGMENTATIONS`.
@@ -291,6 +291,28 @@ def augment(
                 part.columns[SOURCE][row] = "+".join(sorted(augmenter.sources))
         parts.append(part)
     return parts
+
+
+def harmless_documents(
+    rows: LabelledTexts, count: int, seed: int, document_words: Sequence[int] = DOCUMENT_WORDS, introduces: bool = True
+) -> LabelledTexts:
+    """Return documents of harmless rows, as the augmentation `document` makes them without a request; see `augment`.
+
+    Raises:
+        ProbeError: no row is a plain text.
+    """
+    texts = _plain_texts(rows)
+    if not len(texts):
+        raise ProbeError("documents need plain texts")
+    rng = np.random.default_rng(seed)
+    augmenter = Augmenter(texts, texts, [], rng, document_words, introduces)
+    made = texts.select(rng.integers(len(texts), size=count).tolist())
+    for row in range(count):
+        augmenter.sources.clear()
+        made.texts[row] = augmenter.document_alone()
+        if SOURCE in made.columns:
+            made.columns[SOURCE][row] = "+".join(sorted(augmenter.sources))
+    return made
 
 
 def _plain_texts(rows: LabelledTexts) -> LabelledTexts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,7 @@ _AUGMENTATION_RULES: dict[str, Rule] = {
         lambda value: len(value) == 2 and 1 <= value[0] <= value[1],
     ),
 }
+_CALIBRATION_RULES: dict[str, Rule] = {"documents": ("at least 0", lambda value: 0 <= value < math.inf)}
 # Names of augmentations in recipes that were written by earlier code.
 _EARLIER_NAMES = {"quote": "document", "document": "record"}
 
@@ -107,11 +109,17 @@ class Calibration:
     Args:
         sources: sources that the head does not learn from, or another `part` of one.
         rates: shares of the rows that may be flagged. The first gives the head's own threshold; the last are left out if no
-            threshold fits them.
+            threshold fits them. A head with windows keeps to them among the rows of up to 4 windows, and among the others.
+        documents: documents to add for a head with windows, made of the rows as the augmentation `document` makes them without
+            a request: their number, or a share of the rows, such as 0.5.
     """
 
     sources: list[Source] = field(default_factory=list)
     rates: list[float | int] = field(default_factory=lambda: [0.02, 0.01, 0.005])
+    documents: float | int = 0
+
+    def __post_init__(self):
+        check_fields(self, _CALIBRATION_RULES)
 
 
 @dataclass(kw_only=True)
@@ -262,6 +270,9 @@ class Recipe:
             raise ProbeError(f"head has no {unknown[0]!r}; it takes fields of ProbeConfig, and labels are a section")
         if (name := self.head.get("probe_type", AUTO)) != AUTO:
             get_probe_type(name)  # raises
+        if self.calibration.documents and not self.head.get("window"):
+            documents = self.calibration.documents
+            raise ProbeError(f"calibration.documents={documents} needs a head that judges windows: head.window=16")
         scope = self.head.get("token_scope", "last_user")
         turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.augmentations.names))
         if turns and scope == "tool":

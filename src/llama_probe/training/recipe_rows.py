@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from transformers.utils import logging
 
-from ..data.augmentation import augment
+from ..data.augmentation import augment, harmless_documents
 from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts, Labels, check_labels
 from ..data.row_files import Columns
@@ -120,7 +120,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         augmentations.share,
         documents=documents,
         document_words=augmentations.document_words,
-        introduces=recipe.head.get("token_scope") != "tool",  # in the result of a tool, they are an instruction
+        introduces=reader.introduces,
     )
     train = LabelledTexts.join([learned, *augmented])
     measured = reader.measured(learned_texts)
@@ -181,6 +181,8 @@ class _Reader:
         self.data_dir = data_dir
         self.labels = recipe.labels
         self.not_commercial: Counter[str] = Counter()
+        # In the result of a tool, words of a user around a document are an instruction.
+        self.introduces = recipe.head.get("token_scope") != "tool"
 
     def read(self, source: Source, split: str, labels: Labels | None = None) -> LabelledTexts:
         counted = None if self.recipe.licence is None else self.not_commercial
@@ -222,7 +224,13 @@ class _Reader:
         harmless = next((name for name in names if name not in (flagged or ())), None)
         if len(names) != 2 or flagged is None or harmless is None:
             raise ProbeError(f"calibration needs one flagged label of two, not {flagged} of {', '.join(names)}")
-        return self.join("calibration", [replace(source, label=harmless) for source in sources], "train")
+        rows = self.join("calibration", [replace(source, label=harmless) for source in sources], "train")
+        documents = self.recipe.calibration.documents
+        if not documents:
+            return rows
+        count = round(documents * len(rows)) if isinstance(documents, float) else documents
+        words = self.recipe.augmentations.document_words
+        return _join([rows, harmless_documents(rows, count, self.recipe.seed, words, self.introduces)])
 
     def system_prompts(self) -> Sequence[str]:
         source = self.recipe.augmentations.system_prompts

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..backbone.loading import DEMO, DEMO_NOTE
 from ..distributed import world_size
 from ..errors import ProbeError
-from ..evaluation.calibration import calibrate, thresholds_from, with_rates
+from ..evaluation.calibration import calibrate, length_groups, thresholds_from, with_rates
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, halting_rules
 from ..evaluation.metrics import summarize
 from ..evaluation.novelty_fit import can_fit, fit_novelty
@@ -140,11 +140,13 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     """
     rates = run.recipe.calibration.rates
     sources = [source.name for source in run.recipe.calibration.sources]
-    logits = predict_logits(probe, run.datasets["calibration"])
+    dataset = run.datasets["calibration"]
+    logits = predict_logits(probe, dataset)
+    groups = length_groups(probe.config, dataset)
     while rates:
         try:
-            probe.config = with_rates(probe.config, logits, rates)
-            return thresholds_from(probe.config, rates, sources, len(run.rows.calibration))
+            probe.config = with_rates(probe.config, logits, rates, groups)
+            return thresholds_from(probe.config, rates, sources, logits, groups)
         except ProbeError as error:
             logger.warning(f"no threshold for {rates[-1]:g} was fitted on the calibration rows: {error}")
             rates = rates[:-1]
