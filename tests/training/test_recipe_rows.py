@@ -117,6 +117,11 @@ class TestDocuments:
         assert rows.described["documents"]["rows"] == 8
         assert read(train, **sections).digest() == rows.digest() != read(train, seed=1, **sections).digest()
 
+    @pytest.mark.parametrize("scope, asks", [("user", True), ("tool", False)])
+    def test_a_tool_asks_for_no_summary(self, train, sections, scope, asks):
+        rows = read(train, **sections, head={"token_scope": scope})
+        assert any("ummarise" in text for text in rows.train.texts) == asks
+
     def test_ablations_leave_out_the_documents_of_their_sources(self, tmp_path, train, sections):
         other = write(tmp_path / "b.jsonl", [{"text": f"{w} b {i}", "label": i % 2} for i, w in enumerate("xy" * 20)])
         del sections["augmentations"]["documents"]  # the harmless rows of both sources
