@@ -9,7 +9,7 @@ from cases import MULTI
 from conftest import make_probe
 
 from llama_probe.heads.decision import ProbeOutput
-from llama_probe.training.loss import NEGATIVE_SHARE, ProbeLoss, window_loss
+from llama_probe.training.loss import OUTSIDE_WEIGHT, ProbeLoss, window_loss
 
 
 GUARD = {"id2label": {0: "fine", 1: "awful"}, "flagged": ["awful"]}
@@ -31,10 +31,10 @@ def outputs_of(config, odds=ODDS, exists=EXISTS, holds=HOLDS, weights=None):
     return output
 
 
-def loss_of(labels=LABELS, settings=None, share=NEGATIVE_SHARE, changes=GUARD, **output):
+def loss_of(labels=LABELS, settings=None, weight=OUTSIDE_WEIGHT, changes=GUARD, **output):
     config = make_probe(**changes).config
     loss = ProbeLoss(config, **(settings or {}))
-    return float(window_loss(loss, outputs_of(config, **output), labels, share))
+    return float(window_loss(loss, outputs_of(config, **output), labels, weight))
 
 
 def positive(odds):
@@ -51,23 +51,27 @@ def halves(odds):
     return (np.mean(losses) + max(losses)) / 2
 
 
-# By row: the loss of the row's own label, and that of its negative windows.
+# By row: the loss of the window with the row's flagged label, and that of the windows without one.
 EXPECTED = [
     (positive(2.0), halves([3.0, 0.5])),
-    (positive(1.0), None),
-    (negative(1.5), halves([-1.0, -3.0, 1.5, -2.0])),
-    (negative(-0.5), negative(-0.5)),
+    (positive(1.0), 0.0),
+    (0.0, halves([-1.0, -3.0, 1.5, -2.0])),
+    (0.0, negative(-0.5)),
 ]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_the_loss_is_what_it_says(share):
-    expected = sum(own if others is None else (1 - share) * own + share * others for own, others in EXPECTED)
-    assert loss_of(share=share) == pytest.approx(expected, rel=1e-5)
-    for row, (own, others) in enumerate(EXPECTED):
-        rows = [row]
-        found = loss_of(LABELS[rows], share=share, odds=ODDS[rows], exists=EXISTS[rows], holds=HOLDS[rows])
-        assert found == pytest.approx(own if others is None else (1 - share) * own + share * others, rel=1e-5)
+def weighted(row, weight):
+    own, others = EXPECTED[row]
+    return own + weight * others if LABELS[row] else others
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 2.0])
+def test_the_loss_is_what_it_says(weight):
+    assert loss_of(weight=weight) == pytest.approx(sum(weighted(row, weight) for row in range(4)), rel=1e-5)
+    for row in range(4):
+        part = slice(row, row + 1)
+        found = loss_of(LABELS[part], weight=weight, odds=ODDS[part], exists=EXISTS[part], holds=HOLDS[part])
+        assert found == pytest.approx(weighted(row, weight), rel=1e-5)
 
 
 def test_members_have_windows_of_their_own():
@@ -80,9 +84,7 @@ def test_members_have_windows_of_their_own():
 
 def test_weights_of_rows():
     weights = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 2.0], [0.0, 0.0]])
-    rows = [
-        (1 - NEGATIVE_SHARE) * own + NEGATIVE_SHARE * (own if others is None else others) for own, others in EXPECTED
-    ]
+    rows = [weighted(row, OUTSIDE_WEIGHT) for row in range(4)]
     both = torch.stack([ODDS, ODDS])
     expected = (rows[0] + 0.5 * rows[1] + 2 * rows[2]) / 2
     assert loss_of(odds=both, weights=weights) == pytest.approx(expected, rel=1e-5)
@@ -120,12 +122,12 @@ def test_several_labels():
     nowhere, middle = torch.zeros_like(exists), torch.tensor([[False, True, False]])
     both = loss_of(torch.tensor([[1.0, 1.0]]), holds=nowhere, **output)
     assert both == pytest.approx((positive(2) + positive(3)) / 2)
-    placed = loss_of(torch.tensor([[1.0, 0.0]]), holds=middle, share=1.0, **output)
-    assert placed == pytest.approx((halves([2.0, -2.0]) + halves([-1.0, 0.0])) / 2)
-    assert loss_of(torch.tensor([[1.0, 0.0]]), holds=middle, share=0.0, **output) == pytest.approx(
-        (positive(0.5) + negative(3.0)) / 2
-    )
-    unknown = loss_of(torch.tensor([[0.0, math.nan]]), holds=nowhere, share=1.0, **output)
+    rude = torch.tensor([[1.0, 0.0]])
+    inside = (positive(0.5) + negative(3.0)) / 2
+    assert loss_of(rude, holds=middle, weight=0.0, **output) == pytest.approx(inside)
+    outside = (halves([2.0, -2.0]) + halves([-1.0, 0.0])) / 2
+    assert loss_of(rude, holds=middle, weight=1.0, **output) == pytest.approx(inside + outside)
+    unknown = loss_of(torch.tensor([[0.0, math.nan]]), holds=nowhere, weight=1.0, **output)
     assert unknown == pytest.approx(halves([2.0, 0.5, -2.0]) / 2)
 
 

@@ -16,8 +16,8 @@ from ..heads.decision import ProbeOutput, flagged_score, probe_loss, strongest
 
 
 MONOTONE = "monotone"
-# Of the loss of a row with windows that must not be flagged: the part of these windows. The rest is of the row's own label.
-NEGATIVE_SHARE = 0.5
+# Weight of the windows outside a request. The window with the request has the weight 1.
+OUTSIDE_WEIGHT = 1.0
 
 
 @dataclass
@@ -123,19 +123,20 @@ def monotone_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -
 
 
 def window_loss(
-    loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor, negative_share: float = NEGATIVE_SHARE
+    loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor, outside_weight: float = OUTSIDE_WEIGHT
 ) -> torch.Tensor:
     """Return the loss of heads that judge windows, each with a label of its own.
 
-    The strongest window of a row learns the row's label. Where the place of the request is known, this is the strongest window that
-    holds the request. All windows that do not hold a known request, and all windows of a row without a flagged label, learn that
-    they have no flagged label: by half of their mean loss and half of the loss of the strongest. Each member of a head has
-    strongest windows of its own. A row of one window has the loss of a head without windows.
+    In a row with a flagged label, the strongest window learns the row's label. Where the place of the request is known, this is the
+    strongest window that holds the request, and all windows that do not hold it learn that they have no flagged label. In a row
+    without a flagged label all windows learn so. Windows that must not be flagged count by half of their mean loss and half of the
+    loss of the strongest. Each member of a head has strongest windows of its own. A row of one window has the loss of a head
+    without windows.
 
     Args:
         outputs: with `segment_logits`, `segment_mask` and `holds_request`.
         labels: as in `ProbeModel.forward`.
-        negative_share: part of the windows without a flagged label in the loss of a row that has such windows.
+        outside_weight: weight of the windows outside a known request.
 
     Returns:
         The sum over the rows of a batch, the mean over the members of a head.
@@ -168,6 +169,5 @@ def window_loss(
     each = loss.of_rows(logits.flatten(1, 2), unflagged.repeat_interleave(num_windows, dim=0), each_weight)
     mean = (each.unflatten(1, exists.shape) * is_negative).sum(dim=2) / count.clamp(min=1)  # [M, B]
     hardest = of_strongest(torch.where(has_negative[:, None], is_negative, exists), unflagged)
-    others = (mean + hardest) / 2
-    share = negative_share * has_negative
-    return (own * (1 - share) + others * share).sum(dim=1).mean()
+    others = (mean + hardest) / 2 * has_negative
+    return torch.where(is_flagged, own + outside_weight * others, others).sum(dim=1).mean()
