@@ -14,7 +14,7 @@ from kills import each_kill
 from llama_probe import ProbeConfig, ProbeError, ProbeModel
 from llama_probe.backbone import passes
 from llama_probe.data import disk_states
-from llama_probe.data.batches import collate
+from llama_probe.data.batches import collate, counted_lengths
 from llama_probe.data.disk_states import DiskStates
 from llama_probe.data.prompts import PromptDataset
 from llama_probe.evaluation.prediction import predict_logits
@@ -101,6 +101,24 @@ def test_only_what_the_head_reads_is_kept(tmp_path, lm, monkeypatch, changes, sh
     expected, output = (probe(**collate([data[row] for row in range(5)])) for data in (live, cached))
     torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output.loss, expected.loss)
+
+
+def test_requests_and_windows_are_of_the_rows_and_not_of_the_states(tmp_path, lm):
+    """Heads of several windows, and rows with and without a known place, share the states of a text."""
+    config = make_head(lm, flagged=["LABEL_1"], window=4).config
+    requests = [[i % 3 == 0 for i in range(len(ids))] for ids in PROMPTS]
+    live = PromptDataset(PROMPTS, LABELS, requests=requests)
+    cached = DiskStates(tmp_path, torch.float32).dataset(lm, config, live)
+    before = names(next(iter(tmp_path.iterdir())))
+    plain = DiskStates(tmp_path, torch.float32).dataset(lm, HEAD, ROWS)
+    assert names(next(iter(tmp_path.iterdir()))) == before and "request_mask" not in plain[0]
+    assert [cached[row]["request_mask"].tolist() for row in range(5)] == [mask[3:] for mask in requests]
+    assert (
+        collate(list(cached))["request_mask"].shape == (5, 11)
+        and collate(list(live))["request_mask"].dtype == torch.bool
+    )
+    lengths = [len(ids) - 3 for ids in PROMPTS]
+    assert counted_lengths(config, live) == counted_lengths(config, cached) == lengths
 
 
 def test_a_prompt_is_computed_once_and_only_for_the_same(tmp_path, lm):

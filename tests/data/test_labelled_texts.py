@@ -37,6 +37,20 @@ def test_a_label_of_one_text_stays_in_the_larger_part():
         rows.select([0, 1]).folds(3, seed=0)
 
 
+def test_places_stay_with_their_rows():
+    rows = rows_of([f"t{i}" for i in range(30)], [i % 2 for i in range(30)])
+    digest = rows.digest()
+    rows.places = [(0, i, i + 1) if i % 3 else None for i in range(30)]
+    parts = [rows.select([4, 3]), rows.at_most(9, seed=0), *rows.split(0.3, seed=0), LabelledTexts.join([rows, rows])]
+    for part in parts:
+        expected = [(0, i, i + 1) if i % 3 else None for i in part.columns["id"]]
+        assert part.places == expected
+    unplaced = rows_of(["a", "b"], [0, 1])
+    assert LabelledTexts.join([unplaced, rows]).places == [None, None, *rows.places]
+    assert LabelledTexts.join([unplaced, unplaced]).places is None
+    assert rows.digest() != digest == rows_of(rows.texts, rows.labels).digest()
+
+
 @pytest.mark.parametrize(
     "counts, warnings",
     [

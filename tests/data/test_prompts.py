@@ -3,8 +3,9 @@
 from dataclasses import replace
 from unittest.mock import patch
 
+import numpy as np
 import pytest
-from chat_templates import chat_tokenizer
+from chat_templates import FAMILIES, chat_tokenizer
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -133,6 +134,83 @@ def test_truncation_keeps_the_templates_end_and_is_reported(prompts, caplog):
     assert tuple(long[-len(prompts.suffix_ids) :]) == prompts.suffix_ids
     assert tuple(long[: len(prompts.prefix_ids)]) == prompts.prefix_ids
     assert "1 of 2 prompts were cut to max_length=60 tokens" in caplog.text
+
+
+DOCUMENT = "Mix flour and water. How do I bake BAD bread?\n\nThen wait 12 hours."
+ASKED = (21, 45)
+SYSTEM, EARLIER = {"role": "system", "content": "Be kind."}, [CHAT[0], CHAT[1]]
+
+
+def decoded(prompts, text, place, ids=None):
+    """The request by its tokens."""
+    (ids,) = prompts.encode([text]) if ids is None else [ids]
+    (mask,) = prompts.request_masks([text], [place], [ids])
+    assert len(mask) == len(ids)
+    return prompts.tokenizer.decode([token for token, asked in zip(ids, mask, strict=True) if asked])
+
+
+class TestRequests:
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_their_tokens_are_those_of_their_characters(self, family):
+        prompts = PromptFormat(chat_tokenizer(family))
+        asked = DOCUMENT[slice(*ASKED)]
+        assert decoded(prompts, DOCUMENT, (0, *ASKED)).strip() == asked
+        assert decoded(prompts, DOCUMENT, (0, 0, len(DOCUMENT))).strip() == DOCUMENT
+        chat = [*EARLIER, {"role": "user", "content": f"  {DOCUMENT}  "}]
+        assert decoded(prompts, chat, (2, ASKED[0] + 2, ASKED[1] + 2)).strip() == asked
+        assert decoded(prompts, [{"role": "user", "content": "  naïve 你é "}], (0, 8, 10)).strip() == "你é"
+
+    def test_behind_a_system_turn_and_in_the_result_of_a_tool(self, prompts):
+        asked = DOCUMENT[slice(*ASKED)]
+        own = PromptFormat(make_tokenizer(), system_prompt="Be brief.")
+        assert decoded(own, DOCUMENT, (0, *ASKED)) == asked
+        assert decoded(own, [SYSTEM, CHAT[0]], (1, 0, 5)) == "Hello"
+        tools = PromptFormat(chat_tokenizer("qwen"), text_role="tool")
+        assert decoded(tools, DOCUMENT, (0, *ASKED)).strip() == asked
+        quoted = PromptFormat(chat_tokenizer("gpt-oss"), text_role="tool")  # whose template writes results as JSON
+        assert decoded(quoted, DOCUMENT, (0, *ASKED)).strip() == asked
+
+    def test_raw(self):
+        raw = PromptFormat(make_tokenizer(adds_bos=True), "raw")
+        for text, first in ((DOCUMENT, 0), (f"<bos>{DOCUMENT}", 5)):
+            assert decoded(raw, text, (0, ASKED[0] + first, ASKED[1] + first)) == DOCUMENT[slice(*ASKED)]
+
+    @pytest.mark.parametrize("text", [DOCUMENT, [*EARLIER, {"role": "user", "content": DOCUMENT}]])
+    def test_what_a_cut_leaves(self, prompts, text):
+        place = (0 if isinstance(text, str) else 2, *ASKED)
+        (whole,) = prompts.encode([text])
+        for lost in (10, 20, 25, 40, 60):
+            cut = replace(prompts, max_length=len(whole) - lost)
+            (ids,) = cut.encode([text])
+            _, found, behind = prompts.tokenizer.decode(ids).partition("How")
+            left = (found + behind).partition("<eos>")[0]
+            assert decoded(cut, text, place, ids) == left[: ASKED[1] - ASKED[0]]
+
+    def test_where_they_are_not_known(self, prompts, monkeypatch):
+        template = "{% for turn in messages %}{{ turn['content'] }}|{{ turn['content'] | upper }}{% endfor %}"
+        twice = make_tokenizer()
+        twice.chat_template = template
+        for format, place in ((prompts, None), (PromptFormat(twice, turn_markers={}), (0, *ASKED))):
+            ids = format.encode([DOCUMENT])
+            assert format.request_masks([DOCUMENT], [place], ids) == [None]
+        monkeypatch.setattr(type(prompts.tokenizer), "is_fast", False)
+        assert prompts.request_masks([DOCUMENT], [(0, *ASKED)], prompts.encode([DOCUMENT])) == [None]
+
+    def test_rows_to_learn_from(self, prompts, caplog):
+        """A request that was cut off leaves a text without a request."""
+        config = ProbeConfig(id2label={0: "bad", 1: "good"}, flagged=["bad"], window=8)
+        short = replace(prompts, max_length=len(prompts.encode([DOCUMENT])[0]) - 50)
+        places, labels = [(0, *ASKED), (0, 0, 3), None, (0, *ASKED)], np.array([0, 0, 0, 1])
+        rows = short.encode_for(config, [DOCUMENT] * 4, labels, places)
+        assert rows.labels.tolist() == [1, 0, 0, 1] and labels.tolist() == [0, 0, 0, 1]
+        assert [sum(rows[row]["request_mask"]) for row in range(4)] == [0, 3, 0, 0]
+        assert "2 texts have lost their request" in caplog.text
+        assert "request_mask" not in short.encode_for(config.replace(window=0), [DOCUMENT], labels[:1], places[:1])[0]
+        assert "request_mask" not in short.encode_for(config, [DOCUMENT], labels[:1])[0]
+        several = ProbeConfig(problem_type="multi_label_classification", window=8)
+        labels = np.array([[1.0, np.nan], [1.0, 1.0]], np.float32)
+        rows = short.encode_for(several, [DOCUMENT] * 2, labels, places[:2])
+        np.testing.assert_equal(rows.labels, [[0, np.nan], [1, 1]])
 
 
 PARTS = ["the bread ", "w", "word", "    ", "\n", "☂", "<|im_end|>", "flour,", "Instructions"]

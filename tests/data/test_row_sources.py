@@ -125,6 +125,17 @@ class TestChoice:
             with pytest.raises(ProbeError, match="known_labels"):
                 take(labels, label=label, known_labels=[known])
 
+    def test_the_place_of_a_request_in_its_text(self, tmp_path):
+        chat = [{"role": "tool", "content": "x go"}, {"role": "user", "content": "Well?"}]
+        lines = [
+            {"text": "Dear all, go home.", "asks": "go"},
+            {"text": chat, "asks": "go"},
+            {"text": "No.", "asks": "go"},
+        ]
+        lines.append({"text": "Hello.", "asks": None})
+        source = Source(rows=write(tmp_path / "b.jsonl", lines), label="harmful", request_column="asks")
+        assert source.read(HARM).places == [(0, 10, 12), (0, 2, 4), None, None]
+
     def test_parts_share_no_text(self, take):
         first, rest = (set(take(**MAPPED, part=part).texts) for part in ([0, 0.6], [0.6, 1]))
         assert len(first) + len(rest) == 20 and not first & rest and len(first) > len(rest)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from llama_probe import ProbeConfig, ProbeError
+from llama_probe.data.prompts import PromptDataset
 from llama_probe.evaluation.calibration import (
     best_f1_threshold,
     calibrate,
@@ -16,8 +17,10 @@ from llama_probe.evaluation.calibration import (
     check_threshold_rule,
     expected_f1_threshold,
     highest_recall_threshold,
+    length_groups,
     reliability,
     threshold_table,
+    thresholds_from,
     with_rates,
 )
 from llama_probe.heads.decision import predictions, probabilities
@@ -156,6 +159,33 @@ def test_a_rate_is_kept_to_and_used_up(twentieths, rate):
     scores = probabilities(logits, found)[:, 1]
     assert (scores >= scores[flagged == 0].max()).float().mean() > rate, "one score less, and it is not kept to"
     assert found.thresholds["fpr-50%"] <= found.threshold
+
+
+def rows_of(lengths):
+    return PromptDataset([[5] * length for length in lengths])
+
+
+def test_a_rate_is_kept_to_in_each_group():
+    """A maximum over many windows is larger: long rows have higher scores."""
+    assert length_groups(CONFIG, rows_of([1, 2000])) is None, "a head without windows"
+    config = CONFIG.replace(window=16)
+    scores = [*(0.005 * i for i in range(1, 101)), *(0.5 + 0.02 * i for i in range(1, 21))]
+    logits = logits_of(scores)
+    groups = length_groups(config, rows_of([64] * 100 + [65] * 20))
+    assert {name: rows.tolist() for name, rows in groups.items()} == {
+        "short": list(range(100)), "long": list(range(100, 120)),
+    }  # fmt: skip
+    rated = with_rates(config, logits, [0.1, 0.04], groups)
+    assert with_rates(config, logits, [0.1]).threshold < 0.7 < rated.threshold < 0.88
+    assert rated.thresholds["fpr-4%"] > 0.9, "of a group of fewer than 25 rows none is flagged"
+    found = thresholds_from(rated, [0.1, 0.04], ["a"], logits, groups)
+    assert found["groups"] == {
+        "short": {"rows": 100, "flagged": {"fpr-10%": 0.0, "fpr-4%": 0.0}},
+        "long": {"rows": 20, "flagged": {"fpr-10%": 0.1, "fpr-4%": 0.0}},
+    }
+    low = with_rates(config, logits.flip(0), [0.1], length_groups(config, rows_of([64] * 20 + [65] * 100)))
+    assert low.threshold == rated.threshold, "of the group with the larger threshold, whichever it is"
+    assert length_groups(config, rows_of([3, 4])).keys() == {"short"}
 
 
 def test_either_label_can_be_the_flagged_one():

@@ -199,11 +199,12 @@ def test_what_was_measured_and_fitted_after_training(folder, trained):
     change_config(folder, threshold=0.31, thresholds={"fpr-2%": 0.31, "fpr-0.5%": 0.64})
     bare = {"source": "a", "rows": 3, "metrics": {}, "intervals": {}}
     rates = {"sources": ["sets/a.jsonl"], "rows": 2000, "rates": {"fpr-2%": 0.02, "fpr-0.5%": 0.005}}
+    rates["groups"] = {"short": {"rows": 1500, "flagged": {}}, "long": {"rows": 500, "flagged": {}}}
     later = {"evaluations": {"look|alikes": EVALUATION, "values": bare}, "thresholds_from": rates}
     (folder / "results.json").write_text(json.dumps(later | (read_results(folder) if trained else {})))
     text = create_card(folder).content
     for line in (
-        "| fpr-0.5% | 0.640 | 0.5% |", "2,000 rows", "sets/a.jsonl", "| values (a) | 3 | - | - | - | - |",
+        "| fpr-0.5% | 0.640 | 0.5% |", "2,000 rows", "sets/a.jsonl", "groups: short (1,500 rows), long (500 rows).", "| values (a) | 3 | - | - | - | - |",
         r"| look\|alikes (sets/b.jsonl) | 1,200 | 0.310 | 2.1% (1.4% to 3.1%) | 0.930 (0.910 to 0.950) | - |",
         "| tools | 40 | 0.95 | - | - |\n| base64 | 30 | 0.25 (0.12) | 0.00 (0.00) | - |",
         "| in 7,500 tokens | 4 | too long | - | - |\n\nIn brackets",

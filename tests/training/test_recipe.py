@@ -98,6 +98,9 @@ class TestFile:
     def test_a_recipe_of_earlier_code_is_read(self):
         names = {"names": ["lead_in"]}
         assert Recipe.load(changed(copies=names)) == Recipe.load(changed(augmentations=names))
+        earlier = Recipe.load(changed(augmentations={"names": ["quote", "document"]}))
+        assert earlier.augmentations.names == ["document", "record"]
+        assert "quote" in earlier.write(), "as it was written"
 
     @pytest.mark.parametrize(
         "values, named",
@@ -122,6 +125,8 @@ class TestFile:
             (changed(augmentations={"names": ["rot13"]}), "rot13"),
             (changed(augmentations={"names": ["lead_in"], "share": 1.5}), "1.5"),
             (changed(augmentations={"names": ["system_prompt"]}), "system_prompts"),
+            (changed(augmentations={"names": ["lead_in"], "documents": ["imdb"]}), "documents"),
+            (changed(augmentations={"names": ["document"], "document_words": [60, 50]}), "document_words"),
             (changed(augmentations={"names": ["later_turns"]}), "token_scope"),
             (changed(augmentations={"names": ["earlier_turns"]}, head={"token_scope": "tool"}), "earlier_turns"),
             (changed(search={"trials": 2}, hold_out={"ablation": ["toxicchat"]}), "hold_out"),

@@ -98,6 +98,45 @@ def test_only_training_rows_are_wrapped(tmp_path, train):
     assert rows.train.labels.tolist() == plain.train.labels.tolist() * 2
 
 
+class TestDocuments:
+    @pytest.fixture
+    def sections(self, tmp_path, train):
+        long = [{"text": " ".join([f"Line {i} of text {n}." for i in range(90)]), "label": "x"} for n in range(8)]
+        documents = {"rows": write(tmp_path / "long.jsonl", long), "name": "long"}
+        augmentations = {"names": ["document"], "share": 1.0, "documents": [documents], "document_words": [40, 200]}
+        return {"labels": {"flagged": ["LABEL_1"]}, "augmentations": augmentations}
+
+    def test_the_texts_are_of_the_sources_that_the_recipe_names(self, train, sections):
+        rows = read(train, **sections)
+        new = rows.train.select(range(rows.num_plain, len(rows.train)))
+        assert len(new) == rows.num_plain == 34 and all("Line" in text for text in new.texts)
+        alone = [row for row, place in enumerate(new.places) if place is None]
+        assert {new.columns["source"][row] for row in alone} == {"long"} and not new.labels[alone].any()
+        assert {new.columns["source"][row] for row in set(range(34)) - set(alone)} == {"a+long"}
+        assert rows.train.places[: rows.num_plain] == [None] * rows.num_plain
+        assert rows.described["documents"]["rows"] == 8
+        assert read(train, **sections).digest() == rows.digest() != read(train, seed=1, **sections).digest()
+
+    @pytest.mark.parametrize("scope, asks", [("user", True), ("tool", False)])
+    def test_a_tool_asks_for_no_summary(self, train, sections, scope, asks):
+        rows = read(train, **sections, head={"token_scope": scope})
+        assert any("ummarise" in text for text in rows.train.texts) == asks
+
+    def test_ablations_leave_out_the_documents_of_their_sources(self, tmp_path, train, sections):
+        other = write(tmp_path / "b.jsonl", [{"text": f"{w} b {i}", "label": i % 2} for i, w in enumerate("xy" * 20)])
+        del sections["augmentations"]["documents"]  # the harmless rows of both sources
+        sections["augmentations"]["document_words"] = [10, 40]
+        rows = read(train, other, hold_out={"x": ["b"]}, **sections)
+        new = range(rows.num_plain, len(rows.train))
+        left_out = {row for row in rows.ablations["x"].left_out if row in new}
+        assert left_out >= {row for row in new if " b " in rows.train.texts[row]} and len(left_out) < len(new) - 9
+
+    def test_calibration_rows_that_are_in_documents(self, train, sections, caplog):
+        long = sections["augmentations"]["documents"][0]
+        read(train, **sections, calibration={"sources": [{**long, "name": "rest"}], "rates": [0.5]})
+        assert "8 of 8 calibration rows" in caplog.text
+
+
 class TestExtraRows:
     def test_they_train_and_do_nothing_else(self, tmp_path, train):
         extra = {"rows": write(tmp_path / "b.jsonl", 60), "extra": True}

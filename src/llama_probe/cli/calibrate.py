@@ -50,7 +50,7 @@ def calibrate(
     scored = ScoredHead(probe, options)
     head = scored.head
     # These take seconds to import.
-    from ..evaluation.calibration import check_rates, own_threshold, thresholds_from, with_rates
+    from ..evaluation.calibration import check_rates, length_groups, own_threshold, thresholds_from, with_rates
     from ..evaluation.novelty_fit import fit_novelty
     from ..evaluation.prediction import predict_logits
 
@@ -74,8 +74,12 @@ def calibrate(
     results = head.results or {}
     shown: JSON = {}
     if benign:
-        head.config = with_rates(head.config, predict_logits(head, scored.dataset(texts)), rate)
-        results["thresholds_from"] = thresholds_from(head.config, rate, list(map(short_path, benign)), len(texts))
+        dataset = scored.dataset(texts)
+        logits = predict_logits(head, dataset)
+        groups = length_groups(head.config, dataset)
+        head.config = with_rates(head.config, logits, rate, groups)
+        sources = list(map(short_path, benign))
+        results["thresholds_from"] = thresholds_from(head.config, rate, sources, logits, groups)
         shown |= results["thresholds_from"]
         shown |= {"threshold": head.config.threshold, "thresholds": head.config.thresholds}
         # A new threshold may have the name of a threshold that was measured.

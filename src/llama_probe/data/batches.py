@@ -30,9 +30,9 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
     Returns:
         `attention_mask` `[B, T]`, and `input_ids` `[B, T]` or `hidden_states` `[B, S, T, D]`, whose memory is `[S, B, T, D]`, as
-        heads compute. If the rows have them, `labels`, `probe_mask` and `segments` `[B, T]`, and `learned_by` `[B, H]`; if the rows
-        have a `reply_length`, `reply_mask` `[B, T]`; and if a row has weights, `row_weights` `[B, W]`, where rows without weights
-        have 1.
+        heads compute. If the rows have them, `labels`, `probe_mask`, `segments` and `request_mask` `[B, T]`, and `learned_by`
+        `[B, H]`; if the rows have a `reply_length`, `reply_mask` `[B, T]`; and if a row has weights, `row_weights` `[B, W]`, where
+        rows without weights have 1.
     """
     ends = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
     columns = torch.arange(int(ends.max()))
@@ -55,6 +55,9 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     for name in ("probe_mask", "segments"):
         if name in rows[0]:
             batch[name] = pad_sequence([torch.as_tensor(row[name]) for row in rows], batch_first=True)
+    if any("request_mask" in row for row in rows):
+        masks = [torch.as_tensor(row.get("request_mask", [False] * len(row["input_ids"]))) for row in rows]
+        batch["request_mask"] = pad_sequence(masks, batch_first=True)
     if "reply_length" in rows[0]:
         starts = ends - torch.tensor([row["reply_length"] for row in rows])[:, None]
         batch["reply_mask"] = (columns >= starts) & (columns < ends)
@@ -76,6 +79,17 @@ def counted_tokens(config: ProbeConfig, batch: dict[str, torch.Tensor]) -> torch
     if "probe_mask" in batch:
         return batch["probe_mask"].bool()  # numbers would be indices of tokens
     return token_mask(config, batch["input_ids"], batch["attention_mask"])
+
+
+def counted_lengths(config: ProbeConfig, dataset: Dataset) -> list[int]:
+    """Return the number of the tokens of each row of a `PromptDataset` or a `StateDataset` that count for a head."""
+    lengths: list[int] = []
+    for chunk in row_chunks(dataset):
+        if "hidden_states" in chunk[0]:  # of the tokens that count alone
+            lengths += [len(row["input_ids"]) for row in chunk]
+        else:
+            lengths += counted_tokens(config, collate(chunk)).sum(dim=1).tolist()
+    return lengths
 
 
 def segments_of(config: ProbeConfig, batch: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor | None:

@@ -46,6 +46,7 @@ _SHARED_FIELDS = (
     "prompt_format",
     "system_prompt",
     "max_length",
+    "window",
 )
 
 
@@ -53,7 +54,8 @@ class StateDataset(PromptDataset):
     """Hidden states of rows, mapped from disk, and the labels of the rows.
 
     Items have `input_ids` (the counted tokens, T of them), `hidden_states` `[S, T, D]` and, if the rows have them, `labels`. For a
-    head that `judges_segments`, `segments` has the number of each token's segment.
+    head that `judges_segments`, `segments` has the number of each token's segment; if the rows tell of requests, `request_mask` has
+    the tokens of each request.
 
     Args:
         entry: a subfolder of `DiskStates` that has the states of all rows.
@@ -67,6 +69,8 @@ class StateDataset(PromptDataset):
         self.columns["hidden_states"] = [on_disk[key][1] for key in keys]
         if judges_segments(config):
             self.columns["segments"] = _segments(config, rows)
+        if rows.requests is not None:
+            self.columns["request_mask"] = _request_masks(config, rows)
         self.config = config
 
 
@@ -212,6 +216,16 @@ def _segments(config: ProbeConfig, rows: PromptDataset) -> list[torch.Tensor]:
         numbers = mask.long() if numbers is None else numbers
         segments += [row[row > 0] for row in numbers]
     return segments
+
+
+def _request_masks(config: ProbeConfig, rows: PromptDataset) -> list[torch.Tensor]:
+    """Return which of the counted tokens are of the request, `[T]` bool for each row."""
+    masks: list[torch.Tensor] = []
+    for chunk in row_chunks(rows):
+        batch = collate(chunk)
+        counted = counted_tokens(config, batch)
+        masks += [row[counts] for row, counts in zip(batch["request_mask"], counted, strict=True)]
+    return masks
 
 
 def _tensors_of_pass(items: list[dict], states: torch.Tensor, counted: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..errors import ProbeError
 from ..heads.rules import ProblemType
 from .labels import read_labels
-from .prompts import Text, exchange, has_reply, is_text
+from .prompts import Place, Text, exchange, has_reply, is_text
 from .row_files import MAX_TEXT, Columns, check_length, find_column, select_rows
 
 
@@ -33,6 +33,8 @@ class LabelledTexts:
             not known of a row; or values `[rows, 1]` float32 (regression). `[0]` for rows without labels.
         columns: further columns of the data, such as columns to report results by.
         flagged: names of the labels to flag; see `ProbeConfig`.
+        places: place of what gives each row its label, such as a request inside a document; None where it is not known, or if
+            no place is known.
     """
 
     texts: list[Text]
@@ -41,6 +43,7 @@ class LabelledTexts:
     problem_type: str
     columns: Columns
     flagged: list[str] | None = None
+    places: list[Place | None] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -48,7 +51,9 @@ class LabelledTexts:
     def select(self, rows: Sequence[int]) -> LabelledTexts:
         """Return some of the rows."""
         texts = [self.texts[row] for row in rows]
-        return replace(self, texts=texts, labels=self.labels[list(rows)], columns=select_rows(self.columns, rows))
+        places = None if self.places is None else [self.places[row] for row in rows]
+        columns = select_rows(self.columns, rows)
+        return replace(self, texts=texts, labels=self.labels[list(rows)], columns=columns, places=places)
 
     @classmethod
     def join(cls, parts: Sequence[LabelledTexts]) -> LabelledTexts:
@@ -57,11 +62,18 @@ class LabelledTexts:
         shared = [name for name in first.columns if all(name in part.columns for part in parts)]
         columns = {name: [value for part in parts for value in part.columns[name]] for name in shared}
         texts = [text for part in parts for text in part.texts]
-        return replace(first, texts=texts, labels=np.concatenate([part.labels for part in parts]), columns=columns)
+        places = None
+        if any(part.places is not None for part in parts):
+            places = [place for part in parts for place in part.places or [None] * len(part)]
+        labels = np.concatenate([part.labels for part in parts])
+        return replace(first, texts=texts, labels=labels, columns=columns, places=places)
 
     def digest(self) -> str:
-        """Return the sha256 of the texts and labels."""
-        named = json.dumps([self.texts, self.label_names], default=str)
+        """Return the sha256 of the texts, labels and places."""
+        values = [self.texts, self.label_names]
+        if self.places is not None and any(self.places):
+            values.append(self.places)
+        named = json.dumps(values, default=str)
         return hashlib.sha256(named.encode() + self.labels.tobytes()).hexdigest()
 
     def at_most(self, limit: int | None, seed: int) -> LabelledTexts:

@@ -26,19 +26,24 @@ from .turn_markers import DIFFERENT_TEXTS, Chat, as_tool_result, common_end, com
 logger = logging.get_logger(__name__)
 
 Text = str | Chat
+# The number of a turn of a text (0 of a text that is no chat), a character of its content, and the character behind the last one.
+Place = tuple[int, int, int]
 _MARGIN = 64  # tokens
+_MARK = "\ue000"  # stands for a request: a character for private use, which templates copy
 
 
 class PromptDataset(Dataset):
     """Token ids and labels of rows, for heads with the backbone in the loop.
 
-    Items have `input_ids` and, if the data set has them, `labels` and `probe_mask`.
+    Items have `input_ids` and, if the data set has them, `labels`, `probe_mask` and `request_mask`.
 
     Args:
         prompts: token ids of each row.
         labels (`[rows, ...]`): labels as in `LabelledTexts`.
         masks: True for each token of a row that counts. Defaults to the tokens of the head's scope.
         reply_lengths: number of tokens of the reply at the end of each row, for heads that read replies.
+        requests: True for each token of a row that gives the row its label, for heads with windows; see
+            `PromptFormat.request_masks`.
     """
 
     def __init__(
@@ -47,12 +52,14 @@ class PromptDataset(Dataset):
         labels: np.ndarray | None = None,
         masks: list[list[bool]] | None = None,
         reply_lengths: list[int] | None = None,
+        requests: list[list[bool]] | None = None,
     ):
         self.prompts = prompts
         self.labels = labels
         self.masks = masks
         self.reply_lengths = reply_lengths
-        self.columns = {"input_ids": prompts, "labels": labels, "probe_mask": masks}
+        self.requests = requests
+        self.columns = {"input_ids": prompts, "labels": labels, "probe_mask": masks, "request_mask": requests}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -141,7 +148,10 @@ class PromptFormat:
         prompts = list(map(self._encode_start, texts))
         is_long = [self.max_length is not None and len(ids) > self.max_length for ids in prompts]
         self._report_cut(is_long)
-        return [self._cut(ids) if long else ids for ids, long in zip(prompts, is_long, strict=True)]
+        return [
+            [*ids[self._kept(ids)], *self.suffix_ids] if long else ids
+            for ids, long in zip(prompts, is_long, strict=True)
+        ]
 
     def encode_replies(self, texts: Sequence[Text]) -> tuple[list[list[int]], list[list[bool]]]:
         """Return the token ids of prompts with replies as `generate()` has read them, and the masks of the replies.
@@ -173,12 +183,49 @@ class PromptFormat:
         self._report_cut(is_long)
         return encoded, masks
 
+    def request_masks(
+        self, texts: Sequence[Text], places: Sequence[Place | None], prompts: Sequence[Sequence[int]]
+    ) -> list[list[bool] | None]:
+        """Return which tokens of each prompt have characters of the request; None where that is not known.
+
+        It is not known without a place, with a slow tokenizer, or if the chat template writes the text in another way. No token
+        is of the request if the request was cut off.
+
+        Args:
+            places: the place of the request in each text.
+            prompts: the token ids of the texts, from `encode`.
+        """
+        masks: list[list[bool] | None] = []
+        for text, place, prompt in zip(texts, places, prompts, strict=True):
+            found = None
+            if place is not None and self.tokenizer.is_fast:
+                found = self._find_request(text, place)
+            masks.append(None if found is None else self._request_mask(*found, prompt))
+        return masks
+
     def encode_for(
-        self, config: ProbeConfig, texts: Sequence[Text], labels: np.ndarray | None = None
+        self,
+        config: ProbeConfig,
+        texts: Sequence[Text],
+        labels: np.ndarray | None = None,
+        places: Sequence[Place | None] | None = None,
     ) -> PromptDataset:
-        """Return a data set of the texts as a head reads them: prompts, or prompts with their replies."""
+        """Return a data set of the texts as a head reads them: prompts, or prompts with their replies.
+
+        Args:
+            places: the places of what gives the texts their labels, to learn from. A text that has lost this part because it was
+                cut gets the label that is not flagged.
+        """
         if not config.reads_reply:
-            return PromptDataset(self.encode(texts), labels)
+            prompts = self.encode(texts)
+            requests = None
+            if places is not None:
+                found = self.request_masks(texts, places, prompts)
+                lost = [row for row, mask in enumerate(found) if mask is not None and not any(mask)]
+                labels = _without_requests(labels, lost, config)
+                if config.window:
+                    requests = [mask or [False] * len(ids) for mask, ids in zip(found, prompts, strict=True)]
+            return PromptDataset(prompts, labels, requests=requests)
         ids, masks = self.encode_replies(texts)
         reply_lengths = list(map(sum, masks))
         return PromptDataset(ids, labels, masks if config.token_scope == "response" else None, reply_lengths)
@@ -207,14 +254,53 @@ class PromptFormat:
             if not isinstance(text, str):
                 raise ProbeError("prompt_format='raw' takes texts, not chat messages")
             ids = self._tokenize(text)
-            bos = self.tokenizer.bos_token_id
-            # A text that spells out its BOS token would get a second one from the tokenizer.
-            return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+            return ids[1:] if self._has_second_bos(ids) else ids
+        return self._encode_chat(self._messages(text))
+
+    def _messages(self, text: Text) -> Chat:
         is_result = isinstance(text, str) and self.text_role == "tool"
         messages = as_tool_result(text) if is_result else as_chat(text)
         if self.system_prompt is not None and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return self._encode_chat(messages)
+        return messages
+
+    def _has_second_bos(self, ids: list[int]) -> bool:
+        """Return True for a text that spells out its BOS token, which gets a second one from the tokenizer."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and ids[:2] == [bos, bos]
+
+    def _find_request(self, text: Text, place: Place) -> tuple[str, int, int] | None:
+        """Return a prompt as the tokenizer reads it, the first character of the request in it, and the character behind it."""
+        turn, first, end = place
+        if self.kind == "raw":
+            return text, first, end
+        messages = self._messages(text)
+        turn += len(messages) - len(as_chat(text))  # behind a system turn or the call of a tool
+        content = messages[turn]["content"]
+        prompt = self.render(messages)
+        messages[turn] = {**messages[turn], "content": content[:first] + _MARK + content[end:]}
+        before, *behind = self.render(messages).split(_MARK)
+        if len(behind) != 1 or not prompt.startswith(before) or not prompt.endswith(behind[0]):
+            return None
+        first = len(before)
+        end = len(prompt) - len(behind[0])
+        return (prompt, first, end) if first < end else None
+
+    def _request_mask(self, text: str, first: int, end: int, prompt: Sequence[int]) -> list[bool] | None:
+        """Return which tokens of a prompt have characters from `first` to before `end` of its text."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=self.kind == "raw", return_offsets_mapping=True, verbose=False
+        )
+        ids = encoded["input_ids"]
+        mask = [max(start, first) < min(stop, end) for start, stop in encoded["offset_mapping"]]
+        if self.kind == "raw" and self._has_second_bos(ids):
+            ids = ids[1:]
+            mask = mask[1:]
+        if self.max_length is not None and len(ids) > self.max_length:
+            kept = self._kept(ids)
+            ids = [*ids[kept], *self.suffix_ids]
+            mask = mask[kept] + [False] * len(self.suffix_ids)
+        return mask if ids == list(prompt) else None
 
     def _encode_chat(
         self, messages: Chat, generation_prompt: bool = True, documents: list[dict[str, str]] | None = None
@@ -236,7 +322,8 @@ class PromptFormat:
     def _tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
-    def _cut(self, ids: list[int]) -> list[int]:
+    def _kept(self, ids: list[int]) -> slice:
+        """Return the ids of a long prompt that stay before the constant suffix."""
         room = self.max_length - len(self.suffix_ids)
         first = 0
         if self.turn_markers is not None:
@@ -245,11 +332,24 @@ class PromptFormat:
             begins = (turns.diff(prepend=turns.new_zeros(1)) > 0).nonzero().flatten().tolist()
             last_turn = max(begins, default=0)
             first = max(0, last_turn - max(room // 2, len(self.prefix_ids)))
-        return [*ids[first : min(first + room, len(ids) - len(self.suffix_ids))], *self.suffix_ids]
+        return slice(first, min(first + room, len(ids) - len(self.suffix_ids)))
 
     def _report_cut(self, is_long: Sequence[bool]) -> None:
         if any(is_long):
             logger.warning(f"{sum(is_long)} of {len(is_long)} prompts were cut to max_length={self.max_length} tokens")
+
+
+def _without_requests(labels: np.ndarray | None, lost: Sequence[int], config: ProbeConfig) -> np.ndarray | None:
+    """Return labels in which the rows that have lost their request have no flagged label."""
+    if labels is None or not lost or not (labels.ndim == 2 or config.flagged):
+        return labels
+    labels = labels.copy()
+    if labels.ndim == 2:
+        labels[lost] *= 0  # a label that is not known stays NaN
+    else:
+        labels[lost] = next(index for index, name in config.id2label.items() if name not in config.flagged)
+    logger.warning(f"{len(lost)} texts have lost their request to max_length: they are learned as texts without one")
+    return labels
 
 
 @lru_cache(maxsize=4)

@@ -17,7 +17,7 @@ from ..files import JSON
 from ..hub.card import is_hub_id
 from .known import BENCHMARKS, Benchmark, find_benchmark
 from .labelled_texts import LabelledTexts, Labels, is_empty, label_rows
-from .prompts import Text
+from .prompts import Place, Text, as_chat
 from .row_files import MAX_TEXT, Columns, find_column, kind_of, select_rows
 from .tables import TablePlace, read_table
 
@@ -54,6 +54,8 @@ class Source:
         text_column: column of the texts.
         label_column: column of the labels.
         prompt_column: column of the prompts, if the texts are replies.
+        request_column: column of the part of each text that gives the row its label, such as an instruction in the result of a
+            tool. A head with windows learns where in a text this part stands.
         label: label of all rows; no label column is read. A list for several labels, `[]` for none.
         label_map: value of the label column: label. `null` leaves the rows out. `"*"` stands for all values that it does not name.
         known_labels: the labels of a head of several that the rows were labelled with. Nothing is learned of the other labels,
@@ -75,6 +77,7 @@ class Source:
     text_column: str = "text"
     label_column: str = "label"
     prompt_column: str | None = None
+    request_column: str | None = None
     label: str | list[str] | None = None
     label_map: dict[Any, str | list[str] | None] | None = None
     known_labels: list[str] | None = None
@@ -167,6 +170,9 @@ class Source:
         rows = label_rows(
             place.rows, columns, place.text_column, place.label_column, labels, stated, place.prompt_column, max_text
         )
+        if place.request_column is not None:
+            requests = find_column(place.rows, rows.columns, place.request_column)
+            rows.places = list(map(_find_request, rows.texts, requests))
         if place.known_labels is not None:
             rows = rows.known_only(place.known_labels)
         if place.part is not None:
@@ -260,6 +266,18 @@ def local_copies(name: str, data_dir: str | os.PathLike) -> dict[str, str]:
 def _short_name(rows: str) -> str:
     path = Path(rows if os.path.exists(rows) else TablePlace.parse(rows).id)
     return path.name.split(".")[0] if kind_of(path) else path.name
+
+
+def _find_request(text: Text, request: object) -> Place | None:
+    """Return the place of a request, in the last turn of a chat that has it; None without a request, or a turn that has it."""
+    if not isinstance(request, str) or not request:
+        return None
+    for number, turn in reversed(list(enumerate(as_chat(text)))):
+        content = turn.get("content")
+        first = content.find(request) if isinstance(content, str) else -1
+        if first >= 0:
+            return number, first, first + len(request)
+    return None
 
 
 def _hash_of(text: Text) -> float:

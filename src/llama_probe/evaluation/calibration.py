@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from sklearn.linear_model import LogisticRegression
+from torch.utils.data import Dataset
 from transformers.utils import logging
 
+from ..data.batches import counted_lengths
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
@@ -24,6 +26,7 @@ logger = logging.get_logger(__name__)
 _LOWEST, _HIGHEST = 0.001, 0.999
 # A head that gives the flagged label to a larger share of rows that should not be flagged has learned the other label.
 _MOST_FLAGGED = 0.9
+_SHORT_WINDOWS = 4  # a row of more windows is long
 _BINS = 10  # bins of equal width that compare confidence with frequency
 
 
@@ -105,12 +108,35 @@ def check_rates(config: ProbeConfig, rates: Sequence[float], rows: int | None = 
         raise ProbeError(f"rates={list(rates)}: {min(rates):g} needs at least {least:,} rows, not {rows:,}")
 
 
-def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]) -> ProbeConfig:
+def length_groups(config: ProbeConfig, dataset: Dataset) -> dict[str, np.ndarray] | None:
+    """Return the numbers of the `short` rows and of the `long` rows of a data set; None for a head without windows.
+
+    The tokens that count in a short row fill up to 4 windows side by side. A maximum over many windows is larger, so a threshold of
+    short rows would flag more long rows than it says.
+
+    Args:
+        dataset: a `PromptDataset` or a `StateDataset`.
+    """
+    if not config.window:
+        return None
+    is_long = np.array(counted_lengths(config, dataset)) > _SHORT_WINDOWS * config.window
+    groups = {"short": np.flatnonzero(~is_long), "long": np.flatnonzero(is_long)}
+    return {name: rows for name, rows in groups.items() if len(rows)}
+
+
+def with_rates(
+    config: ProbeConfig,
+    logits: torch.Tensor,
+    rates: Sequence[float],
+    groups: Mapping[str, np.ndarray] | None = None,
+) -> ProbeConfig:
     """Return `config` with a named threshold for each share of harmless rows that the head may flag; the first is the head's own.
 
     Args:
         logits (`torch.FloatTensor` of shape `[rows, 2]`): logits of rows that the flagged label does not fit.
         rates: shares of these rows; see `check_rates`. The threshold for 0.005 has the name `fpr-0.5%`.
+        groups: numbers of rows by the name of their group. A threshold keeps to its rate in each group. Of a group with fewer
+            rows than 1 / rate no row is flagged. Defaults to one group of all rows.
 
     Raises:
         ProbeError: most rows get the flagged label, the head reads nothing of them, or a threshold would flag nothing or
@@ -128,7 +154,8 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     thresholds = {}
     for rate in rates:
         name = f"fpr-{100 * rate:g}%"
-        limit = highest_unflagged(scores, rate)
+        parts = [scores] if groups is None else [scores[rows] for rows in groups.values()]
+        limit = max(highest_unflagged(part, rate) for part in parts)
         threshold = _halfway(scores[scores > limit].min(initial=1.0), limit)
         thresholds[name] = threshold
         if not _LOWEST <= threshold <= _HIGHEST:
@@ -137,10 +164,27 @@ def with_rates(config: ProbeConfig, logits: torch.Tensor, rates: Sequence[float]
     return config.replace(flagged=[label], threshold=next(iter(thresholds.values())), thresholds=thresholds)
 
 
-def thresholds_from(config: ProbeConfig, rates: Sequence[float], sources: Sequence[str], rows: int) -> JSON:
-    """Return what `results.json` keeps of the rows and rates that gave a config its thresholds in `with_rates`."""
+def thresholds_from(
+    config: ProbeConfig,
+    rates: Sequence[float],
+    sources: Sequence[str],
+    logits: torch.Tensor,
+    groups: Mapping[str, np.ndarray] | None = None,
+) -> JSON:
+    """Return what `results.json` keeps of the rows and rates that gave a config its thresholds in `with_rates`.
+
+    With `groups` there are `groups`: for each its `rows`, and the share that each threshold flags as `flagged`.
+    """
     by_name = dict(zip(config.thresholds, rates, strict=True))
-    return {"flagged": config.flagged[0], "sources": list(sources), "rows": rows, "rates": by_name}
+    found = {"flagged": config.flagged[0], "sources": list(sources), "rows": len(logits), "rates": by_name}
+    if groups is None:
+        return found
+    scores = probabilities(logits.float(), config)[:, config.flagged_index].numpy()
+    found["groups"] = {}
+    for name, rows in groups.items():
+        shares = {key: float((scores[rows] >= threshold).mean()) for key, threshold in config.thresholds.items()}
+        found["groups"][name] = {"rows": len(rows), "flagged": shares}
+    return found
 
 
 def own_threshold(config: ProbeConfig, index: int) -> float:

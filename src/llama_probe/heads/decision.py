@@ -260,6 +260,7 @@ def probe_loss(
             (multi-label).
         label_smoothing: share of the target spread evenly over the classes.
         focal_gamma: down-weights rows that are already right by `(1 - p)^gamma` (Lin et al., arXiv 1708.02002).
+        reduction: `"mean"` or `"sum"` over the rows, and the mean over the members; `"none"` for `[members, batch]`.
         row_weights (`[batch, W]`, *optional*): factors of each row's loss. Member m takes column m modulo W.
     """
     targets = targets.to(logits.device)
@@ -286,6 +287,8 @@ def probe_loss(
     if row_weights is not None:
         columns = [member % row_weights.shape[1] for member in range(members)]
         rows = rows * row_weights[:, columns].T.to(rows)
+    if reduction == "none":
+        return rows
     return (rows.sum(dim=1) if reduction == "sum" else rows.mean(dim=1)).mean()
 
 

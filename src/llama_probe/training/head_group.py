@@ -74,6 +74,7 @@ class HeadGroup(nn.Module):
         learned_by: torch.Tensor | None = None,
         reply_mask: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
+        request_mask: torch.Tensor | None = None,
     ) -> GroupOutput:
         """Score a batch of `collate` with each head.
 
@@ -106,7 +107,8 @@ class HeadGroup(nn.Module):
             with without_autocast(mask.device), torch.random.fork_rng(devices=[], enabled=seed is not None):
                 if seed is not None:
                     torch.manual_seed(seed)
-                outputs[name] = head.score(shared(head), mask, segments=segments, reply_mask=reply_mask)
+                masks = {"segments": segments, "reply_mask": reply_mask, "request_mask": request_mask}
+                outputs[name] = head.score(shared(head), mask, **masks)
             outputs[name].row_weights = weights
         logits = torch.stack([output.logits for output in outputs.values()], dim=1)
         if learned_by is not None and not self.training:

@@ -1,4 +1,4 @@
-"""The losses that heads learn by, of prompts, of whole replies, and of replies by the score after each token."""
+"""The losses that heads learn by, of prompts, of their windows, of whole replies, and of replies by the score after each token."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..heads.decision import ProbeOutput, flagged_score, probe_loss
+from ..heads.decision import ProbeOutput, flagged_score, probe_loss, strongest
 
 
 MONOTONE = "monotone"
+# Weight of the windows outside a request. The window with the request has the weight 1.
+OUTSIDE_WEIGHT = 1.0
 
 
 @dataclass
@@ -64,17 +66,23 @@ class ProbeLoss:
 
     def __call__(self, outputs: ProbeOutput, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
         """Return the mean loss over the rows of all accumulated batches; the Trainer counts their labels."""
-        if self.token_loss is None or outputs.token_logits is None:
-            total = self.total(outputs.learned_logits, labels, outputs.row_weights)
-        else:
+        if self.token_loss is not None and outputs.token_logits is not None:
             total = monotone_loss(self, outputs, labels)
+        elif outputs.segment_logits is not None:
+            total = window_loss(self, outputs, labels)
+        else:
+            total = self.total(outputs.learned_logits, labels, outputs.row_weights)
         rows = len(labels) if num_items_in_batch is None else num_items_in_batch * len(labels) / labels.numel()
         return total / rows
 
     def total(self, logits: torch.Tensor, targets: torch.Tensor, row_weights: torch.Tensor | None) -> torch.Tensor:
-        """Return the sum of the losses of rows; see `probe_loss`."""
+        """Return the sum of the losses of rows, the mean over the members; see `probe_loss`."""
+        return self.of_rows(logits, targets, row_weights).sum(dim=1).mean()
+
+    def of_rows(self, logits: torch.Tensor, targets: torch.Tensor, row_weights: torch.Tensor | None) -> torch.Tensor:
+        """Return the losses of rows, `[members, rows]`; see `probe_loss`."""
         weights = None if self.class_weights is None else torch.tensor(self.class_weights)
-        settings = weights, self.label_smoothing_factor, self.focal_gamma, "sum"
+        settings = weights, self.label_smoothing_factor, self.focal_gamma, "none"
         return probe_loss(logits, targets, self.config, *settings, row_weights=row_weights)
 
 
@@ -112,3 +120,54 @@ def monotone_loss(loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor) -
         weights = outputs.row_weights[:, torch.arange(len(wrong)) % outputs.row_weights.shape[1]]
         wrong = wrong * weights.T.to(wrong)
     return total + wrong.sum(dim=1).mean()
+
+
+def window_loss(
+    loss: ProbeLoss, outputs: ProbeOutput, labels: torch.Tensor, outside_weight: float = OUTSIDE_WEIGHT
+) -> torch.Tensor:
+    """Return the loss of heads that judge windows, each with a label of its own.
+
+    In a row with a flagged label, the strongest window learns the row's label. Where the place of the request is known, this is the
+    strongest window that holds the request, and all windows that do not hold it learn that they have no flagged label. In a row
+    without a flagged label all windows learn so. Windows that must not be flagged count by half of their mean loss and half of the
+    loss of the strongest. Each member of a head has strongest windows of its own. A row of one window has the loss of a head
+    without windows.
+
+    Args:
+        outputs: with `segment_logits`, `segment_mask` and `holds_request`.
+        labels: as in `ProbeModel.forward`.
+        outside_weight: weight of the windows outside a known request.
+
+    Returns:
+        The sum over the rows of a batch, the mean over the members of a head.
+    """
+    config = loss.config
+    exists = outputs.segment_mask  # [B, K]
+    logits = outputs.segment_logits.masked_fill(~exists[..., None], 0.0)  # [M, B, K, C]
+    weights = outputs.row_weights
+    members, _, num_windows, _ = logits.shape
+    labels = labels.to(logits.device)
+    if config.problem_type == "multi_label_classification":
+        is_flagged = labels.nan_to_num().any(dim=1)
+        unflagged = labels * 0  # a label that is not known stays NaN
+    else:
+        is_flagged = labels == config.flagged_index
+        unflagged = torch.full_like(labels, 1 - config.flagged_index)
+    holds_request = outputs.holds_request & exists
+    has_place = is_flagged & holds_request.any(dim=1)
+
+    def of_strongest(windows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss `[M, B]` of the strongest of some windows `[B, K]`."""
+        chosen = strongest(logits, config, windows.expand(members, -1, -1))
+        return loss.of_rows(chosen, targets, weights)
+
+    own = of_strongest(torch.where(has_place[:, None], holds_request, exists), labels)
+    is_negative = torch.where(has_place[:, None], ~holds_request, ~is_flagged[:, None]) & exists
+    count = is_negative.sum(dim=1)
+    has_negative = count > 0
+    each_weight = None if weights is None else weights.repeat_interleave(num_windows, dim=0)
+    each = loss.of_rows(logits.flatten(1, 2), unflagged.repeat_interleave(num_windows, dim=0), each_weight)
+    mean = (each.unflatten(1, exists.shape) * is_negative).sum(dim=2) / count.clamp(min=1)  # [M, B]
+    hardest = of_strongest(torch.where(has_negative[:, None], is_negative, exists), unflagged)
+    others = (mean + hardest) / 2 * has_negative
+    return torch.where(is_flagged, own + outside_weight * others, others).sum(dim=1).mean()

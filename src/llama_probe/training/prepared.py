@@ -97,9 +97,10 @@ class PreparedRun:
             raise ProbeError("a loaded backbone needs processing_class=, its tokenizer")
         self.prompts = prompts = PromptFormat.from_config(config, tokenizer or load_tokenizer(name))
         self.config = config = config.replace(**prompts.config_fields())
-        self.datasets: dict[str, Dataset] = {
-            part: prompts.encode_for(config, texts.texts, texts.labels) for part, texts in rows.parts().items()
-        }
+        self.datasets: dict[str, Dataset] = {}
+        for part, texts in rows.parts().items():
+            places = texts.places if part == "train" else None
+            self.datasets[part] = prompts.encode_for(config, texts.texts, texts.labels, places)
         self._prompts_once = {tuple(row["input_ids"]): row for part in self.datasets.values() for row in part}
         self._cache = cache = DiskStates(args.cache_dir or output / STATES)
         if args.cache_states is True:  # the states on the disk may all be of these rows

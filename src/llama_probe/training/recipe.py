@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-from ..data.augmentation import AUGMENTATIONS, SHARE
+from ..data.augmentation import AUGMENTATIONS, DOCUMENT_WORDS, SHARE
 from ..data.known import Benchmark, find_benchmark
 from ..data.labelled_texts import Labels
 from ..data.row_files import MAX_TEXT
@@ -40,7 +41,14 @@ _HELD_RULES: dict[str, Rule] = {
 _AUGMENTATION_RULES: dict[str, Rule] = {
     "names": (f"some of {', '.join(AUGMENTATIONS)}", lambda value: set(value) <= set(AUGMENTATIONS)),
     "share": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "document_words": (
+        "two numbers from 1, the first one not larger",
+        lambda value: len(value) == 2 and 1 <= value[0] <= value[1],
+    ),
 }
+_CALIBRATION_RULES: dict[str, Rule] = {"documents": ("at least 0", lambda value: 0 <= value < math.inf)}
+# Names of augmentations in recipes that were written by earlier code.
+_EARLIER_NAMES = {"quote": "document", "document": "record"}
 
 
 @dataclass(kw_only=True)
@@ -70,20 +78,28 @@ class Augmentations:
     """Training rows once more, wrapped or changed as users and deployers do.
 
     Args:
-        names: some of `lead_in`, `quote`, `document`, `layout`, `noise`, `earlier_turns`, `later_turns` and `system_prompt`. A
+        names: some of `lead_in`, `document`, `record`, `layout`, `noise`, `earlier_turns`, `later_turns` and `system_prompt`. A
             name may occur again.
         share: augmentations of each name, as a share of the training rows.
         system_prompts: source of the system prompts for `system_prompt`.
+        documents: sources of harmless texts for `document`. Defaults to the training rows without a flagged label.
+        document_words: the least and the most words of a document. The lengths are drawn log-uniformly.
     """
 
     names: list[str] = field(default_factory=list)
     share: float | int = SHARE
     system_prompts: Source | None = None
+    documents: list[Source] = field(default_factory=list)
+    document_words: list[int] = field(default_factory=lambda: list(DOCUMENT_WORDS))
 
     def __post_init__(self):
+        if "quote" in self.names:
+            self.names = [_EARLIER_NAMES.get(name, name) for name in self.names]
         check_fields(self, _AUGMENTATION_RULES)
         if "system_prompt" in self.names and self.system_prompts is None:
             raise ProbeError("names=['system_prompt'] draws from system_prompts: give some")
+        if self.documents and "document" not in self.names:
+            raise ProbeError("documents has sources, and names has no 'document' that draws from them")
 
 
 @dataclass(kw_only=True)
@@ -93,11 +109,17 @@ class Calibration:
     Args:
         sources: sources that the head does not learn from, or another `part` of one.
         rates: shares of the rows that may be flagged. The first gives the head's own threshold; the last are left out if no
-            threshold fits them.
+            threshold fits them. A head with windows keeps to them among the rows of up to 4 windows, and among the others.
+        documents: documents to add for a head with windows, made of the rows as the augmentation `document` makes them without
+            a request: their number, or a share of the rows, such as 0.5.
     """
 
     sources: list[Source] = field(default_factory=list)
     rates: list[float | int] = field(default_factory=lambda: [0.02, 0.01, 0.005])
+    documents: float | int = 0
+
+    def __post_init__(self):
+        check_fields(self, _CALIBRATION_RULES)
 
 
 @dataclass(kw_only=True)
@@ -248,6 +270,9 @@ class Recipe:
             raise ProbeError(f"head has no {unknown[0]!r}; it takes fields of ProbeConfig, and labels are a section")
         if (name := self.head.get("probe_type", AUTO)) != AUTO:
             get_probe_type(name)  # raises
+        if self.calibration.documents and not self.head.get("window"):
+            documents = self.calibration.documents
+            raise ProbeError(f"calibration.documents={documents} needs a head that judges windows: head.window=16")
         scope = self.head.get("token_scope", "last_user")
         turns = sorted({"earlier_turns", "later_turns", "system_prompt"} & set(self.augmentations.names))
         if turns and scope == "tool":

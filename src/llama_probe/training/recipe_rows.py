@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from transformers.utils import logging
 
-from ..data.augmentation import augment
+from ..data.augmentation import augment, harmless_documents
 from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts, Labels, check_labels
 from ..data.row_files import Columns
@@ -105,13 +105,22 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
             raise ProbeError("the extra sources of train have no rows beside the validation and test rows")
     learned = _join([plain, extra])
     check_labels(", ".join(source.name for source in recipe.train), learned)
-    learned_texts = set(map(str, learned.texts))
+    documents = reader.documents()
+    learned_texts = set(map(str, learned.texts if documents is None else learned.texts + documents.texts))
     calibration = reader.calibration()
     for name, part in (("validation", validation), ("test", test), ("calibration", calibration)):
         if part is not None:
             _without(learned_texts, part, f"{name} rows have a text that is among the training rows")
+    augmentations = recipe.augmentations
     augmented = augment(
-        plain, recipe.augmentations.names, recipe.seed, reader.system_prompts(), recipe.augmentations.share
+        plain,
+        augmentations.names,
+        recipe.seed,
+        reader.system_prompts(),
+        augmentations.share,
+        documents=documents,
+        document_words=augmentations.document_words,
+        introduces=reader.introduces,
     )
     train = LabelledTexts.join([learned, *augmented])
     measured = reader.measured(learned_texts)
@@ -141,6 +150,8 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
     rows.described = _describe(recipe, held_validation, held_test, rows)
+    if documents is not None:
+        rows.described["documents"] = {"source": _names(augmentations.documents), "rows": len(documents)}
     if left_out := +reader.not_commercial:  # without the sources that were not touched
         rows.described["train"]["not_commercial"] = dict(left_out)
     return rows
@@ -170,6 +181,8 @@ class _Reader:
         self.data_dir = data_dir
         self.labels = recipe.labels
         self.not_commercial: Counter[str] = Counter()
+        # In the result of a tool, words of a user around a document are an instruction.
+        self.introduces = recipe.head.get("token_scope") != "tool"
 
     def read(self, source: Source, split: str, labels: Labels | None = None) -> LabelledTexts:
         counted = None if self.recipe.licence is None else self.not_commercial
@@ -211,15 +224,31 @@ class _Reader:
         harmless = next((name for name in names if name not in (flagged or ())), None)
         if len(names) != 2 or flagged is None or harmless is None:
             raise ProbeError(f"calibration needs one flagged label of two, not {flagged} of {', '.join(names)}")
-        return self.join("calibration", [replace(source, label=harmless) for source in sources], "train")
+        rows = self.join("calibration", [replace(source, label=harmless) for source in sources], "train")
+        documents = self.recipe.calibration.documents
+        if not documents:
+            return rows
+        count = round(documents * len(rows)) if isinstance(documents, float) else documents
+        words = self.recipe.augmentations.document_words
+        return _join([rows, harmless_documents(rows, count, self.recipe.seed, words, self.introduces)])
 
     def system_prompts(self) -> Sequence[str]:
         source = self.recipe.augmentations.system_prompts
         if source is None:
             return []
+        return [text for text in self._unlabelled(source, "all").texts if isinstance(text, str)]
+
+    def documents(self) -> LabelledTexts | None:
+        """Return the texts of documents, None if they are training rows."""
+        sources = self.recipe.augmentations.documents
+        rows = _join([self._unlabelled(source, "train") for source in sources])
+        if sources and rows is None:
+            raise ProbeError("augmentations.documents has no rows whose licence allows commercial use")
+        return rows
+
+    def _unlabelled(self, source: Source, split: str) -> LabelledTexts:
         labels = Labels(names=["text", "none"], problem_type="single_label_classification")
-        rows = self.read(replace(source, label="text"), "all", labels)
-        return [text for text in rows.texts if isinstance(text, str)]
+        return self.read(replace(source, label="text"), split, labels)
 
 
 def _join(parts: Sequence[LabelledTexts | None]) -> LabelledTexts | None:
@@ -247,23 +276,23 @@ def _rows_like(held: dict[str, LabelledTexts], rows: LabelledTexts, ablation: st
     return np.flatnonzero(is_held).tolist()
 
 
+def _names(sources: Sequence[Source]) -> str:
+    return ", ".join(dict.fromkeys(short_path(source.rows) for source in sources))
+
+
 def _describe(recipe: Recipe, validation: Held, test: Held, rows: RecipeRows) -> dict[str, JSON]:
     """Return `source` and `rows` of each part, and the `weights` of extra rows."""
-
-    def names(sources: Sequence[Source]) -> str:
-        return ", ".join(dict.fromkeys(short_path(source.rows) for source in sources))
-
     extra = [source for source in recipe.train if source.extra]
     share = f"{validation.share or VALIDATION_SHARE:.0%} of train"
     parts = {
-        "train": (names([source for source in recipe.train if not source.extra]), len(rows.train) - rows.num_extra),
+        "train": (_names([source for source in recipe.train if not source.extra]), len(rows.train) - rows.num_extra),
         "validation": (
-            f"{len(rows.folds)} folds of train" if rows.folds else names(validation.sources) or share,
+            f"{len(rows.folds)} folds of train" if rows.folds else _names(validation.sources) or share,
             len(rows.judged),
         ),
-        "extra": (names(extra), rows.num_extra),
-        "test": (names(test.sources) or f"{test.share or 0:.0%} of train", len(rows.test or ())),
-        "calibration": (names(recipe.calibration.sources), len(rows.calibration or ())),
+        "extra": (_names(extra), rows.num_extra),
+        "test": (_names(test.sources) or f"{test.share or 0:.0%} of train", len(rows.test or ())),
+        "calibration": (_names(recipe.calibration.sources), len(rows.calibration or ())),
     }
     described: dict[str, JSON] = {
         name: {"source": source, "rows": count} for name, (source, count) in parts.items() if count

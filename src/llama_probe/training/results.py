@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..backbone.loading import DEMO, DEMO_NOTE
 from ..distributed import world_size
 from ..errors import ProbeError
-from ..evaluation.calibration import calibrate, thresholds_from, with_rates
+from ..evaluation.calibration import calibrate, length_groups, thresholds_from, with_rates
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, halting_rules
 from ..evaluation.metrics import summarize
 from ..evaluation.novelty_fit import can_fit, fit_novelty
@@ -140,11 +140,13 @@ def _calibrate(run: PreparedRun, probe: ProbeModel) -> JSON | None:
     """
     rates = run.recipe.calibration.rates
     sources = [source.name for source in run.recipe.calibration.sources]
-    logits = predict_logits(probe, run.datasets["calibration"])
+    dataset = run.datasets["calibration"]
+    logits = predict_logits(probe, dataset)
+    groups = length_groups(probe.config, dataset)
     while rates:
         try:
-            probe.config = with_rates(probe.config, logits, rates)
-            return thresholds_from(probe.config, rates, sources, len(run.rows.calibration))
+            probe.config = with_rates(probe.config, logits, rates, groups)
+            return thresholds_from(probe.config, rates, sources, logits, groups)
         except ProbeError as error:
             logger.warning(f"no threshold for {rates[-1]:g} was fitted on the calibration rows: {error}")
             rates = rates[:-1]
@@ -174,7 +176,8 @@ def calibrated_ablations(run: PreparedRun) -> dict[str, ProbeModel]:
 
 def _card(run: PreparedRun) -> CardFacts:
     facts = run.recipe.card
-    notes = dict.fromkeys(source.note for source in run.recipe.train if source.note)
+    sources = [*run.recipe.train, *run.recipe.augmentations.documents]
+    notes = dict.fromkeys(source.note for source in sources if source.note)
     stated = facts.data_note
     further = [note for note in notes if note not in (stated or "")]
     if further and any(source.licence is None for source in run.recipe.train):

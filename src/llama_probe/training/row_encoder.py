@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeGuard
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.disk_states import DiskStates
 from ..data.labelled_texts import LabelledTexts, check_labels
 from ..data.memory import is_tokenized, rows_in_memory
-from ..data.prompts import PromptDataset, PromptFormat
+from ..data.prompts import Place, PromptDataset, PromptFormat
 from ..distributed import is_main
 from ..errors import ProbeError
 from ..heads.configuration import ProbeConfig
@@ -89,7 +89,10 @@ class RowEncoder:
         lm = self.group.backbone
         if lm is None:
             raise ProbeError(f"{name} has texts or token ids, which need ProbeModel(config, backbone=lm)")
-        dataset = self._tokens_of(rows) if is_tokenized(rows) else self._prompts_of(name, rows)
+        if is_tokenized(rows):
+            dataset = self._tokens_of(rows)
+        else:
+            dataset = self._prompts_of(name, rows, rows.places if learned else None)
         config = self.group.config
         needed = self._cache.bytes_of(config, self._cache.missing(lm, config, [dataset]))
         if decide_caching(self.args, needed, self._cache.folder):
@@ -108,7 +111,7 @@ class RowEncoder:
             masks = [mask[:stop] for mask, stop in zip(masks, stops, strict=True)]
         return PromptDataset(ids, _labels_or_none(rows), masks, lengths)
 
-    def _prompts_of(self, name: str, rows: LabelledTexts) -> PromptDataset:
+    def _prompts_of(self, name: str, rows: LabelledTexts, places: Sequence[Place | None] | None) -> PromptDataset:
         if self.tokenizer is None:
             raise ProbeError(f"{name} has texts: pass the backbone's tokenizer, processing_class=tokenizer")
         config = self.group.config
@@ -116,7 +119,7 @@ class RowEncoder:
             config = config.replace(prompt_format="chat" if self.tokenizer.chat_template else "raw")
         prompts = PromptFormat.from_config(config, self.tokenizer)
         self.group.record(**prompts.config_fields())
-        return prompts.encode_for(self.group.config, rows.texts, _labels_or_none(rows))
+        return prompts.encode_for(self.group.config, rows.texts, _labels_or_none(rows), places)
 
     @cached_property
     def _cache(self) -> DiskStates:
