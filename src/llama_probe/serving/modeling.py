@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..backbone.decoder import find_decoder, target_of, without_peft
 from ..backbone.kv_cache import cached_tokens, copy_cache
 from ..backbone.loading import model_of, record_commit
+from ..backbone.passes import split_pass
 from ..data.prompts import Text
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
@@ -35,7 +36,7 @@ from .session import (
     generate_session,
     session_of,
 )
-from .texts import as_texts, classify_texts
+from .texts import as_texts, classify_texts, progress_bar
 
 
 logger = logging.get_logger(__name__)
@@ -294,8 +295,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 raise ProbeError("the cached part of the prompts has padding: pass position_ids, [batch, new_tokens]")
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
-        with torch.no_grad(), prompt.reading(inputs, whole=False) as inputs:
-            decoder.run(**inputs)
+        passes = [inputs] if output_attentions else split_pass(decoder, inputs, past)
+        with torch.no_grad(), progress_bar(prompt.length - past, "tokens", is_hidden=len(passes) == 1) as bar:
+            for arguments in passes:
+                seen = prompt.seen
+                with prompt.reading(arguments, whole=False) as arguments:
+                    decoder.run(**arguments)
+                bar.update(prompt.seen - seen)
         return abstaining(prompt.results, levels)
 
     def _warn_of_padding(self, input_ids: torch.Tensor | None, *masks: torch.Tensor | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..backbone.decoder import find_decoder
 from ..backbone.kv_cache import repeat_cache
@@ -84,17 +85,24 @@ def classify_texts(
         if not output_attentions:
             passes = plan_reading(model, dataset, partial(_tokens_that_some_head_reads, group))
         parts = []
-        for each in passes:
-            batch = collate([dataset[row] for row in each.rows])
-            inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
-            cache = None if each.prefix is None else repeat_cache(each.prefix, len(each.rows))
-            parts.append(model.classify(**inputs, cache=cache, probes=names, output_attentions=output_attentions))
+        with progress_bar(len(texts), "texts", is_hidden=len(passes) == 1) as bar:
+            for each in passes:
+                batch = collate([dataset[row] for row in each.rows])
+                inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
+                cache = None if each.prefix is None else repeat_cache(each.prefix, len(each.rows))
+                parts.append(model.classify(**inputs, cache=cache, probes=names, output_attentions=output_attentions))
+                bar.update(len(each.rows))
         if output_attentions:
             outputs |= parts[0]
             continue
         order = torch.tensor([row for each in passes for row in each.rows]).argsort()
         outputs |= {name: join_outputs([part[name] for part in parts], order, configs[name]) for name in names}
     return {name: outputs[name] for name in configs}
+
+
+def progress_bar(total: int, unit: str, is_hidden: bool) -> Any:
+    """Return a progress bar, which appears after three seconds and disappears at its end."""
+    return logging.tqdm(total=total, desc="reading", unit=f" {unit}", leave=False, delay=3, disable=is_hidden)
 
 
 def _tokens_that_some_head_reads(
