@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
-from .capture import prefill
-from .decoder import Decoder
+from .decoder import Decoder, find_decoder
 
 
 # Tokens of a batch, padding included. They bound the memory: the hidden states of a batch are there for all layers that are read.
@@ -56,6 +56,22 @@ def plan_passes(lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequenc
         (after if skip and unread[row] >= skip and list(ids[:skip]) == start else whole).append(row)
     passes = [Pass(rows, prefix, skip) for rows in _batches(after, prompts, skip // _CACHED_TOKENS - skip)]
     return passes + [Pass(rows) for rows in _batches(whole, prompts)]
+
+
+def prefill(lm: nn.Module, ids: Sequence[int]) -> transformers.Cache | None:
+    """Run the backbone over the first tokens of many prompts, and return its KV cache for one row.
+
+    Returns:
+        The cache, or None if it holds states of linear attention, which transformers cannot repeat for several rows.
+    """
+    decoder = find_decoder(lm)
+    output: Any = None
+    with torch.no_grad():
+        inputs = {"input_ids": torch.tensor([list(ids)], device=decoder.input_device), "use_cache": True}
+        for arguments in split_pass(decoder, inputs):
+            output = decoder.run(**arguments)
+    cache = output[decoder.cache_name]
+    return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
 
 
 def shared_start(prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> list[int]:
