@@ -5,7 +5,8 @@ import torch
 from conftest import make_lm, make_probe, make_prompts, score_turns
 
 from llama_probe import ProbeConfig
-from llama_probe.heads.scope import number_segments, token_mask
+from llama_probe.heads.scope import token_mask
+from llama_probe.heads.segments import number_segments
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from ..backbone.passes import Pass, length_batches, plan_passes
 from ..distributed import share, world_size
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
-from ..heads.scope import number_segments, token_mask
+from ..heads.scope import token_mask
+from ..heads.segments import number_segments
 
 
 _CHUNK = 512  # rows whose masks are computed together

@@ -27,7 +27,8 @@ from ..errors import ProbeError
 from ..files import make_folder, remove_leftovers, write_atomically
 from ..heads import get_probe_type
 from ..heads.configuration import ProbeConfig, shared_layers
-from ..heads.scope import check_rows, judges_segments, tokens_read
+from ..heads.scope import check_rows, tokens_read
+from ..heads.segments import judges_segments
 from .batches import collate, counted_tokens, iterate_states, row_chunks, segments_of
 from .prompts import PromptDataset
 

@@ -167,6 +167,24 @@ def join_slots(states: Sequence[State]) -> State:
     return None if states[0] is None else torch.cat(list(states))
 
 
+def join_rows(states: Sequence[State]) -> State:
+    """Join the states of some slots for further rows. Where they hold items of several numbers, items that do not count are added."""
+    if len(states) == 1:
+        return states[0]
+    if isinstance(states[0], (tuple, list)):
+        return type(states[0])(join_rows(parts) for parts in zip(*states, strict=True))
+    if states[0] is None:
+        return None
+    sizes = [max(sizes) for sizes in zip(*(part.shape[2:] for part in states), strict=True)]
+    padded = []
+    for part in states:
+        missing = [size - own for size, own in zip(sizes, part.shape[2:], strict=True)]
+        padded.append(
+            F.pad(part, [width for size in reversed(missing) for width in (0, size)]) if any(missing) else part
+        )
+    return torch.cat(padded, dim=1)
+
+
 def take_slots(state: State, slots: slice) -> State:
     """Return the state of some slots. It shares memory with `state`."""
     return map_state(state, lambda tensor: tensor[slots])

@@ -82,6 +82,9 @@ class ProbeConfig:
 
             Turns are found by `turn_markers`. Heads with `"user"` or `"tool"` also judge each turn by itself; see
             `judges_segments`.
+        window: number of tokens of a window, an even number; 0 for none. A head with windows judges each window of the tokens that
+            count, and the strongest window counts. Each window begins half a window behind the one before it. Needs a head that
+            flags one of two labels, or a multi-label head, and that reads all tokens of a prompt.
         causal: if True, what the token stage computes of a token does not depend on later tokens. Defaults to True for scopes
             with the reply, which need it, else to False. Of the head types here only `mha` depends on it.
         prefix_ids: token ids of the constant beginning of every prompt.
@@ -130,6 +133,7 @@ class ProbeConfig:
     layers: Literal["all"] | list[int] = "all"
 
     token_scope: TokenScope = "prompt"
+    window: int = 0
     causal: bool = filled_later()
     prefix_ids: list[int] = field(default_factory=list)
     turn_markers: dict[str, TurnMarker] | None = None
@@ -161,7 +165,15 @@ class ProbeConfig:
     transformers_version: str | None = None
 
     # Outputs for the loss, which a Trainer does not gather.
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["by_head", "token_logits", "token_mask"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "by_head",
+        "token_logits",
+        "token_mask",
+        "spans",
+        "segment_logits",
+        "segment_mask",
+        "holds_request",
+    ]
 
     def __post_init__(self):
         head_type = get_probe_type(self.probe_type)
@@ -184,7 +196,19 @@ class ProbeConfig:
             sized = self.layers != "all" or self.num_hidden_layers is not None
             if sized and not set(self.novelty["layers"]) <= set(self.layer_indices):
                 raise ProbeError(f"novelty={self.novelty!r} must name layers of the head: {self.layer_indices}")
+        self._check_window()
         head_type.check(self)
+
+    def _check_window(self) -> None:
+        if not self.window:
+            return
+        reads = get_probe_type(self.probe_type).reads
+        if self.reads_reply or reads != "all":
+            head = f"probe_type={self.probe_type!r}, token_scope={self.token_scope!r}"
+            raise ProbeError(f"window={self.window} needs a head that reads all tokens of a prompt, not {head}")
+        if self.flagged_index is None and self.problem_type != "multi_label_classification":
+            needed = "a head that flags one of two labels, or a multi-label head"
+            raise ProbeError(f"window={self.window} needs {needed}, not flagged={self.flagged}")
 
     def _check_flagged(self) -> None:
         names = list(self.id2label.values())

@@ -173,14 +173,25 @@ def strongest(logits: torch.Tensor, config: ProbeConfig, counted: torch.Tensor |
         logits (`[..., items, num_labels]`): of each item.
         counted (`[..., items]`, *optional*): true for the items that count. Defaults to all.
     """
-    counted = torch.ones_like(logits[..., 0], dtype=torch.bool) if counted is None else counted
+    return take_items(logits, strongest_places(logits, config, counted))
+
+
+def strongest_places(logits: torch.Tensor, config: ProbeConfig, counted: torch.Tensor | None = None) -> torch.Tensor:
+    """Return which item gives each label its logit, `[..., num_labels]`; see `strongest`."""
     if config.problem_type == "multi_label_classification":
-        return logits.masked_fill(~counted[..., None], float("-inf")).amax(dim=-2)
-    scores = flagged_score(logits, config)
-    if scores is None:
-        scores = counted.cumsum(dim=-1).to(logits.dtype)
-    place = scores.masked_fill(~counted, float("-inf")).argmax(dim=-1)
-    return logits.take_along_dim(place[..., None, None], dim=-2).squeeze(-2)
+        scores = logits
+    elif (flagged := flagged_score(logits, config)) is not None:
+        scores = flagged[..., None]
+    else:
+        scores = torch.ones_like(logits[..., :1]).cumsum(dim=-2)  # the last item
+    if counted is not None:
+        scores = scores.masked_fill(~counted[..., None], float("-inf"))
+    return scores.argmax(dim=-2).expand(*logits.shape[:-2], logits.shape[-1])
+
+
+def take_items(items: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return of items `[..., items, num_labels]` those at `places`, `[..., num_labels]`."""
+    return items.take_along_dim(places.unsqueeze(-2), dim=-2).squeeze(-2)
 
 
 def describe_predictions(
@@ -316,6 +327,11 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         row_weights (`[batch, W]`, *optional*): for the loss; see `probe_loss`.
         token_logits (`[members, batch, R, num_labels]`, *optional*): after R tokens of each reply; see `ProbeModel.score_replies`.
         token_mask (`[batch, R]`, *optional*): true for those of the R columns in which the reply has a token.
+        spans (`torch.LongTensor` of shape `[batch, num_labels, 2]`, *optional*): first token, and one past the last, of the window
+            that gave each label its logit; the columns are those of the input. Of heads with windows.
+        segment_logits (`[members, batch, K, num_labels]`, *optional*): in training, of the windows of each row, K at most.
+        segment_mask (`[batch, K]`, *optional*): true for the windows that a row has.
+        holds_request (`[batch, K]`, *optional*): true for the windows that hold the request; see `ProbeModel.score`.
     """
 
     loss: torch.Tensor | None = None
@@ -326,6 +342,10 @@ class ProbeOutput(DecidedMixin, ModelOutput):
     row_weights: torch.Tensor | None = None
     token_logits: torch.Tensor | None = None
     token_mask: torch.Tensor | None = None
+    spans: torch.Tensor | None = None
+    segment_logits: torch.Tensor | None = None
+    segment_mask: torch.Tensor | None = None
+    holds_request: torch.Tensor | None = None
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:

@@ -24,15 +24,16 @@ from ..hub.folder import CONFIG_NAME, read_results
 from ..hub.publish import push_folder
 from ..hub.resolve import Target, bundled_alias, default_name, resolve_head, with_subfolder
 from ..hub.transport import HubOptions
-from .aggregator import State, normalize
+from .aggregator import State, join_rows, map_state, normalize
 from .configuration import ProbeConfig, read_config
-from .decision import ProbeOutput, probe_loss, strongest
+from .decision import ProbeOutput, flagged_score, probe_loss, strongest, strongest_places, take_items
 from .match import check_backbone, describe, match
 from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .saving import read_consistently, read_tensors, save_head
-from .scope import check_rows, judges_segments, number_segments, token_mask
-from .stream import ProbeState, Segments, SlotStates, as_slice, split_segments
+from .scope import check_rows, token_mask
+from .segments import Rows, Segments, find_segments, judges_segments, number_segments, span_of
+from .stream import ProbeState, SlotStates, Strongest, as_slice, select_rows
 
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -229,6 +230,7 @@ class ProbeModel(nn.Module):
         row_weights: torch.Tensor | None = None,
         reply_mask: torch.Tensor | None = None,
         segments: torch.Tensor | None = None,
+        request_mask: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """Score prompts from their ids (with a backbone) or from their hidden states.
 
@@ -247,8 +249,10 @@ class ProbeModel(nn.Module):
                 A head with `token_scope="response"` needs it with `input_ids`.
             row_weights (`[batch, W]`, *optional*): weight of each row in the loss; see `probe_loss`.
             reply_mask (`[batch, tokens]`, *optional*): true for the tokens of replies, which `score_replies` then scores.
-            segments (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): number of the segment of each token in the mask;
-                see `number_segments`. By default a given mask is one segment.
+            segments (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): number of the turn of each token in the mask; see
+                `number_segments`. By default a given mask is one turn.
+            request_mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): true for the tokens that give a row its label;
+                see `score`.
 
         Raises:
             ProbeError: both inputs or none are given, sizes are wrong, or no token of a prompt counts.
@@ -266,7 +270,7 @@ class ProbeModel(nn.Module):
             mask = self._checked(attention_mask if probe_mask is None else probe_mask, x.shape[1:3])
         else:
             raise ProbeError("give either input_ids (with a backbone) or hidden_states")
-        output = self.score(self.normalize(x), mask, output_attentions, segments, reply_mask)
+        output = self.score(self.normalize(x), mask, output_attentions, segments, reply_mask, request_mask)
         output.row_weights = row_weights
         if labels is not None:
             output.loss = probe_loss(output.learned_logits, labels, self.config, row_weights=row_weights)
@@ -288,6 +292,7 @@ class ProbeModel(nn.Module):
         output_attentions: bool = False,
         segments: torch.Tensor | None = None,
         reply_mask: torch.Tensor | None = None,
+        request_mask: torch.Tensor | None = None,
     ) -> ProbeOutput:
         """Score normalised states, which several heads can share.
 
@@ -298,20 +303,34 @@ class ProbeModel(nn.Module):
             segments (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): as in `forward`. A head that judges no segments
                 ignores them.
             reply_mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): as in `forward`.
+            request_mask (`torch.BoolTensor` of shape `[batch, tokens]`, *optional*): true for the tokens that give a row its label.
+                In training it tells which windows hold them; see `Segments.holding`.
         """
         if reply_mask is not None:
             with without_autocast(self.device):
                 return self.score_replies(x, mask, reply_mask)
         state = self.init_state(output_attentions=output_attentions)
-        parts = None
-        counts = None
-        if segments is not None and judges_segments(self.config) and int(segments.max()) > 1:
-            # If a row has one segment, the score of all its tokens is the score of this segment.
-            segments = segments.masked_fill(segments.amax(dim=1, keepdim=True) == 1, 0)
-            parts = split_segments(segments.cpu(), partial(torch.Tensor.to, device=self.device))
-            counts = segments.amax(dim=1)
+        counted = torch.ones(x.shape[1:3], dtype=torch.bool, device="cpu") if mask is None else mask.cpu()
+        parts = self._segments_of(counted, segments)
         self.step(state, self.layer_indices, x, mask, segments=parts)
-        return self.finish(state, counts, learning=self.training)
+        output = self.finish(state, learning=self.training)
+        if self.config.window and parts is None:
+            output.spans = span_of(counted, self.config.num_labels).to(self.device)
+        if output.segment_logits is not None and parts is not None:
+            request = torch.zeros_like(counted) if request_mask is None else request_mask
+            output.holds_request = parts.holding(request.to(self.device).bool())
+        return output
+
+    def _segments_of(self, mask: torch.Tensor, numbers: torch.Tensor | None) -> Segments | None:
+        """Return the segments of whole prompts, `[batch, tokens]` on the CPU; `None` if no row has several."""
+        if not judges_segments(self.config):
+            return None
+        numbers = mask.long() if numbers is None else numbers.cpu()
+        is_short = self.config.window == 0 or int((numbers > 0).sum(dim=1).max()) <= self.config.window
+        if is_short and int(numbers.max()) <= 1:
+            return None
+        move = partial(torch.Tensor.to, device=self.device)
+        return find_segments(numbers, self.config.window, slice(0, numbers.shape[1]), move=move)
 
     def score_replies(self, x: torch.Tensor, mask: torch.Tensor | None, reply_mask: torch.Tensor) -> ProbeOutput:
         """Score replies at about 32 of their tokens, each as the end of the text so far. Differentiable.
@@ -379,18 +398,8 @@ class ProbeModel(nn.Module):
             keep: keep the state after the last token, to continue from it.
             output_attentions: also keep the token weights. The prompt must then come in one chunk.
         """
-        tokens, segments, means = (None, (), None) if state is None else state
-        sums = None if self.novelty is None else SlotStates(len(self.novelty.slots), means)
-        slots = len(self.layer_indices)
-        return ProbeState(
-            tokens=SlotStates(slots, tokens),
-            segments=[SlotStates(slots, segment) for segment in segments],
-            means=sums,
-            summaries=SlotStates(slots),
-            weights=SlotStates(slots),
-            keep=keep,
-            output_attentions=output_attentions,
-        )
+        mean_slots = 0 if self.novelty is None else len(self.novelty.slots)
+        return ProbeState.create(len(self.layer_indices), mean_slots, state, keep, output_attentions)
 
     def input_format(self, x: torch.Tensor) -> tuple[str | None, torch.dtype, torch.device]:
         """Return the normalisation, dtype and device of `prepare`. Heads that agree on all three can share its result.
@@ -429,7 +438,7 @@ class ProbeModel(nn.Module):
             x (`torch.Tensor` of shape `[len(layers), batch, n, hidden_size]`): their states, from `prepare`.
             token_mask (`torch.BoolTensor` of shape `[batch, n]`, *optional*): the tokens that count. Defaults to all.
             last: no token that counts follows.
-            segments: segments of these tokens, for a head that `judges_segments`, if a row has several.
+            segments: segments of these tokens, for a head that `judges_segments`, if a row has several or may get several.
 
         Raises:
             ProbeError: token weights are asked for, and the prompt comes in several chunks.
@@ -441,88 +450,186 @@ class ProbeModel(nn.Module):
             x = x[as_slice(places)]
         first = self._slots[layers[places[0]]]
         slots = slice(first, first + len(places))
+        ends = last and not state.keep
+        has_windows = segments is not None and self.config.window > 0
         with without_autocast(self.device):
             earlier = state.tokens.pop(slots)
             if state.output_attentions:
-                if earlier is not None or not last:
+                if earlier is not None or not ends:
                     raise ProbeError("output_attentions needs the prompt in one pass, without cache")
-                state.weights.put(slots, self.token_stage.weights(x, token_mask, slots))
+                state.weights.put(slots, self._weights(x, token_mask, slots, segments))
             if self.novelty is not None and state.means is not None:
                 self.novelty.update(state.means, slots, x, token_mask)
             projected = self.token_stage.project(x, slots)
             if segments is not None:
-                self._step_segments(state.segments, segments, projected, slots, earlier)
+                self._step_segments(state, segments, projected, slots)
+                if slots.stop == len(self.layer_indices) and not ends:
+                    self._end_pass(state, segments)
+            if has_windows:
+                return
             seen = self.token_stage.absorb(earlier, projected, token_mask, slots)
-            if state.keep or not last:
-                state.tokens.put(slots, seen)
-            else:
+            if ends:
                 state.summaries.put(slots, self.token_stage.result(seen, slots))
+            else:
+                state.tokens.put(slots, seen)
 
-    def _step_segments(
-        self, states: list[SlotStates], segments: Segments, projected: torch.Tensor, slots: slice, earlier: State
-    ) -> None:
-        """Read the next tokens, `[S, batch, n, ...]`, into the state of the segment that each belongs to.
+    def _weights(
+        self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice, segments: Segments | None
+    ) -> torch.Tensor | None:
+        """Return the token weights `[S, batch, tokens]`, of a head with several windows `[S, windows, window]`."""
+        if segments is None or not self.config.window:
+            return self.token_stage.weights(x, mask, slots)
+        (windows,) = segments.groups
+        return self.token_stage.weights(x.flatten(1, 2)[:, windows.index], windows.mask, slots)
 
-        Args:
-            projected: from `Aggregator.project`.
-            earlier: state of all segments together, before these tokens.
-        """
-        while len(states) < max(segments, default=0):
-            states.append(SlotStates(len(self.layer_indices)))
-        for number, state in enumerate(states, start=1):
-            seen = state.pop(slots)
-            if number == 1 and seen is None:
-                seen = earlier  # all tokens before these were in the first segment
-            if number in segments:
-                columns, mask = segments[number]
-                seen = self.token_stage.absorb(seen, projected[:, :, columns], mask, slots)
-            if seen is not None:  # no row may have a segment of this number
-                state.put(slots, seen)
+    def _step_segments(self, state: ProbeState, segments: Segments, projected: torch.Tensor, slots: slice) -> None:
+        """Read the next tokens, `[S, batch, n, ...]` from `Aggregator.project`, into the states of their segments."""
+        if segments is not state.segments:  # the first layers of a pass
+            state.segments = segments
+            state.next_open = [SlotStates(len(self.layer_indices)) for _ in segments.open]
+        stage = self.token_stage
+        tokens = projected.flatten(1, 2)  # [S, batch n, ...]
+        parts = []
+        if segments.begun is not None:
+            begun = join_rows([segment.pop(slots) for segment in state.open[: segments.num_begun]])
+            parts.append(stage.absorb(begun, tokens[:, segments.begun.index], segments.begun.mask, slots))
+        for group in segments.groups:
+            parts.append(stage.absorb(None, tokens[:, group.index], group.mask, slots))
+        if segments.ended_rows.most:
+            summaries = torch.cat([stage.result(part, slots) for part in parts], dim=1)  # [S, segments, width]
+            state.ended.put(slots, summaries if segments.ended is None else summaries[:, segments.ended])
+        for segment, rows in zip(state.next_open, segments.open, strict=True):
+            segment.put(slots, select_rows(join_rows(parts), rows))
 
-    def finish(self, state: ProbeState, counts: torch.Tensor | None = None, learning: bool = False) -> ProbeOutput:
+    def _end_pass(self, state: ProbeState, segments: Segments) -> None:
+        """Keep the strongest of the segments that have ended, and the states of the segments that are open."""
+        if state.ended.joined() is not None:
+            _, strongest_so_far = self._score_segments(state, segments, self._ended_of(state, segments))
+            state.strongest = map_state(strongest_so_far, lambda tensor: tensor.unsqueeze(0))
+        state.ended = SlotStates(len(self.layer_indices))
+        state.open = state.next_open
+
+    def finish(self, state: ProbeState, learning: bool = False) -> ProbeOutput:
         """Score what `step` has read so far: logits `[batch, num_labels]`. For `learning` see `score_summaries`.
-
-        Args:
-            counts (`[batch]`, *optional*): number of segments of each row, if `step` was given segments.
 
         Raises:
             ProbeError: not every layer has been read.
         """
         with without_autocast(self.device):
-            slots = len(self.layer_indices)
             summaries = state.summaries.joined()
             if summaries is None:
                 seen = state.tokens.joined()
                 summaries = None if seen is None else self.token_stage.result(seen, slice(None))
-            if summaries is None or len(summaries) != slots:
-                raise ProbeError(f"not all of {slots} layers have been read")
-            if state.segments and counts is not None:
-                output = self._score_segments(summaries, state, counts, learning)
-            else:
+            if state.segments is None:
+                self._check_layers(summaries)
                 output = self.score_summaries(summaries, state.output_attentions, learning)
-            weights = state.weights.joined()
-            output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
+                weights = state.weights.joined()
+                output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
+            else:
+                items = [*self._ended_of(state, state.segments), *self._open_of(state, state.segments)]
+                if not self.config.window:  # all turns together
+                    self._check_layers(summaries)
+                    items.insert(0, (summaries.unsqueeze(2), Rows.single(summaries)))
+                output, _ = self._score_segments(state, state.segments, items, learning)
             if self.novelty is not None and state.means is not None:
                 output.means = MeanStates(self.novelty, *state.means.joined())
         return output
 
+    def _check_layers(self, summaries: torch.Tensor | None) -> None:
+        slots = len(self.layer_indices)
+        if summaries is None or len(summaries) != slots:
+            raise ProbeError(f"not all of {slots} layers have been read")
+
+    def _ended_of(self, state: ProbeState, segments: Segments) -> list[tuple[torch.Tensor, Rows]]:
+        """Return the summaries `[S, batch, K, width]` of the segments that ended in this pass, if there are any."""
+        ended = state.ended.joined()
+        if ended is None:
+            return []
+        self._check_layers(ended)
+        rows = segments.ended_rows
+        return [(rows.arrange(ended), rows)]
+
+    def _open_of(self, state: ProbeState, segments: Segments) -> list[tuple[torch.Tensor, Rows]]:
+        """Return the summaries `[S, batch, K, width]` of the segments that later tokens may join, if there are any."""
+        if not segments.open:
+            return []
+        read = [self.token_stage.result(segment.joined(), slice(None)) for segment in state.open]
+        self._check_layers(read[0])
+        return [(torch.stack(read, dim=2), segments.open_rows)]
+
     def _score_segments(
-        self, summaries: torch.Tensor, state: ProbeState, counts: torch.Tensor, learning: bool
-    ) -> ProbeOutput:
-        """Score all segments together, `summaries`, and each segment; return the strongest of these scores for each row."""
-        read = (segment.joined() for segment in state.segments)
-        parts = [summaries if seen is None else self.token_stage.result(seen, slice(None)) for seen in read]
-        items = torch.stack([summaries, *parts], dim=2)  # [S, B, 1 + segments, width]
-        output = self.score_summaries(items, state.output_attentions, learning)
-        numbers = torch.arange(items.shape[2], device=self.device)  # 0: all segments together
-        counted = numbers <= counts.to(self.device, non_blocking=True)[:, None]  # [B, 1 + segments]
-        output.logits = strongest(output.logits.unflatten(0, counted.shape), self.config, counted)
-        if output.layer_weights is not None:
-            output.layer_weights = output.layer_weights[:: items.shape[2]]
-        if output.member_logits is not None:  # each member learns from the segment that it finds strongest
-            members = output.member_logits.unflatten(1, counted.shape)  # [M, B, 1 + segments, C]
+        self,
+        state: ProbeState,
+        segments: Segments,
+        items: list[tuple[torch.Tensor, Rows]],
+        learning: bool = False,
+    ) -> tuple[ProbeOutput, Strongest]:
+        """Score segments. Return the output and the `Strongest`, without its first dimension, of these and of earlier passes.
+
+        Args:
+            items: summaries `[S, batch, K, width]`, and the rows that have them.
+        """
+        config = self.config
+        parts: list[Strongest] = []  # logits `[B, K, C]`, spans `[B, K, C, 2]`, and which count `[B, K]`
+        nothing = torch.zeros(segments.batch, config.num_labels, device=self.device)
+        output = ProbeOutput.from_logits(nothing, config)
+        if items:
+            summaries = torch.cat([part for part, _ in items], dim=2)
+            rows = [rows for _, rows in items]
+            output = self.score_summaries(summaries, state.output_attentions, learning)
+            logits = output.logits.unflatten(0, summaries.shape[1:3])
+            spans = torch.cat([each.spans for each in rows], dim=1).unsqueeze(2)  # [B, K, 1, 2]
+            counted = torch.cat([each.counted for each in rows], dim=1)
+            self._reduce(output, logits, counted, learning)
+            if state.output_attentions:
+                self._choose_weights(output, state.weights.joined(), segments, logits, counted)
+            parts.append((logits, spans.expand(*logits.shape, 2), counted))
+        if state.strongest is not None:
+            parts.append(map_state(state.strongest, lambda tensor: tensor.transpose(0, 1)))
+        if not parts:  # no token has counted so far
+            parts.append(
+                (nothing[:, None], nothing[:, None, :, None].expand(-1, -1, -1, 2).long(), nothing[:, :1].bool())
+            )
+        logits, spans, counted = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+        places = strongest_places(logits, config, counted)  # [B, C]
+        output.logits = take_items(logits, places)
+        spans = spans.take_along_dim(places[:, None, :, None], dim=1).squeeze(1)
+        output.spans = spans if config.window else None
+        return output, (output.logits, spans, counted.any(dim=1))
+
+    def _reduce(self, output: ProbeOutput, logits: torch.Tensor, counted: torch.Tensor, learning: bool) -> None:
+        """Let each member learn from the segment that it finds strongest.
+
+        Args:
+            logits (`[batch, K, num_labels]`): of the segments.
+            counted (`[batch, K]` bool): the segments that a row has.
+        """
+        members = logits[None]
+        if output.member_logits is not None:
+            members = output.member_logits.unflatten(1, counted.shape)  # [M, B, K, C]
             output.member_logits = strongest(members, self.config, counted.expand(members.shape[:-1]))
-        return output
+        if learning and self.config.window:
+            output.segment_logits = members
+            output.segment_mask = counted
+
+    def _choose_weights(
+        self,
+        output: ProbeOutput,
+        weights: torch.Tensor | None,
+        segments: Segments,
+        logits: torch.Tensor,
+        counted: torch.Tensor,
+    ) -> None:
+        """Give an output the weights of the strongest window of each row, or of all turns together."""
+        place = torch.zeros_like(counted[:, 0], dtype=torch.long)  # [B]
+        scores = flagged_score(logits, self.config)
+        if self.config.window and scores is not None:
+            place = scores.masked_fill(~counted, float("-inf")).argmax(dim=1)
+            weights = None if weights is None else segments.spread(weights, place)
+        output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
+        if output.layer_weights is not None:
+            rows = torch.arange(len(place), device=place.device)
+            output.layer_weights = output.layer_weights.unflatten(0, counted.shape)[rows, place]
 
     # Shared by all
 

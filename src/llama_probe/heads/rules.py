@@ -43,6 +43,10 @@ def _is_int(value: object, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_SIZE
 
 
+def _is_even(value: object) -> bool:
+    return isinstance(value, int) and _is_int(value, least=0) and value % 2 == 0
+
+
 def _is_share(value: object) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
@@ -114,6 +118,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("num_labels", "num_attention_heads", "downcast", "max_length"), _SIZE),
     **dict.fromkeys(("hidden_size", "num_hidden_layers", "vocab_size"), _SIZE),
     **dict.fromkeys(("dropout", "layer_dropout"), _RATE),
+    "window": (f"an even number of tokens from 0 to {MAX_SIZE}", _is_even),
     # With a smaller temperature, logits of float32 overflow and give NaN.
     "temperature": ("a number above 0, at least 1e-6", lambda value: _is_number(value) and value >= 1e-6),
     "causal": ("True or False", lambda value: isinstance(value, bool)),

@@ -1,8 +1,7 @@
-"""The tokens of a prompt that a head reads, and the segments that it judges by themselves."""
+"""The tokens of a prompt that a head reads."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from transformers.utils import logging
 
@@ -71,37 +70,6 @@ def token_mask(
         )
     columns = torch.arange(width, device=input_ids.device)
     return mask & ~(begins & (columns >= first) & (columns < first + count))
-
-
-def number_segments(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor | None:
-    """Return the number of each token's segment, from 1, and 0 for tokens that do not count: `[batch, tokens]` int64.
-
-    A segment is a part of a prompt that a head judges by itself: a turn of a chat. Neighbouring tokens that count are in one
-    segment.
-
-    Args:
-        mask (`[batch, tokens]` bool): from `token_mask`.
-
-    Returns:
-        The numbers, on the device of the mask; `None` if the head judges no segments, or no row has several segments.
-    """
-    if not judges_segments(config):
-        return None
-    counted = mask.cpu().numpy()  # on the host, as in `turn_mask`
-    begins = counted & ~np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
-    if begins.sum(axis=1).max() <= 1:
-        return None
-    return torch.from_numpy(begins.cumsum(axis=1) * counted).to(mask.device)
-
-
-def judges_segments(config: ProbeConfig) -> bool:
-    """Return True if a head judges each segment of a prompt by itself, and all segments together; see `strongest`.
-
-    The head may miss a harmful turn if it judges only all turns together. Heads with `token_scope="user"` or `"tool"` judge
-    segments if they flag one of two labels, or are multi-label.
-    """
-    judges = config.flagged_index is not None or config.problem_type == "multi_label_classification"
-    return judges and config.token_scope in ("user", "tool") and get_probe_type(config.probe_type).reads == "all"
 
 
 def tokens_read(config: ProbeConfig, mask: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The state of a head's token stage while an LM runs, and the segments of a prompt."""
+"""The state of a head's token stage while an LM runs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from .aggregator import State, join_slots, map_state, take_slots
+from .segments import Segments
 
 
 # Some columns of a batch, and a mask of the tokens in them that count, `[batch, n]` bool; `None` if all count.
 Columns = tuple[slice, torch.Tensor | None]
-# The tokens of each segment, by the segment's number from 1.
-Segments = dict[int, Columns]
 
 
 class SlotStates:
@@ -53,6 +52,11 @@ class SlotStates:
         return state
 
 
+# Of each row the strongest segment that has ended: its logits `[1, batch, num_labels]`, spans `[1, batch, num_labels, 2]`, and if there
+# is one, `[1, batch]` bool.
+Strongest = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 @dataclass
 class ProbeState:
     """The token-stage state of one head between two calls of `ProbeModel.step`; see `ProbeModel.init_state`.
@@ -60,28 +64,55 @@ class ProbeState:
     The groups of layers may differ from one chunk of the prompt to the next.
 
     Attributes:
-        tokens: token-stage state of all segments together.
-        segments: token-stage state of each segment, if the head judges segments and a row has several.
-        means: sums for the mean states; `None` without novelty.
+        tokens: token-stage state of all tokens. A head with windows has it only if each row is one window.
         summaries: `[slots, batch, width]` of slots that have read the last token.
-        weights: how much each token counted, `[slots, batch, tokens]`, with `output_attentions`.
+        segments: segments of the pass that is being read, or was read last; `None` if it was given none.
+        open: token-stage state of segments that later tokens may join: of the first of each row, and of the second.
+        next_open: those of the slots that have read the pass.
+        ended: `[slots, segments, width]`, summaries of the segments that ended in the pass.
+        strongest: of the segments that ended in earlier passes; `None` if none has.
+        means: sums for the mean states; `None` without novelty.
+        weights: how much each token counted, `[slots, batch, tokens]`, with `output_attentions`. Of windows `[slots, segments, window]`.
     """
 
     tokens: SlotStates
-    segments: list[SlotStates]
-    means: SlotStates | None
     summaries: SlotStates
+    segments: Segments | None
+    open: list[SlotStates]
+    next_open: list[SlotStates]
+    ended: SlotStates
+    strongest: Strongest | None
+    means: SlotStates | None
     weights: SlotStates
     keep: bool
     output_attentions: bool
 
+    @classmethod
+    def create(cls, slots: int, mean_slots: int, state: State, keep: bool, output_attentions: bool) -> ProbeState:
+        """Go on from the result of `joined`, or start if it is `None`. `mean_slots` is 0 without novelty."""
+        tokens, open_segments, strongest, means = (None, (), None, None) if state is None else state
+        return cls(
+            tokens=SlotStates(slots, tokens),
+            summaries=SlotStates(slots),
+            segments=None,
+            open=[SlotStates(slots, segment) for segment in open_segments],
+            next_open=[],
+            ended=SlotStates(slots),
+            strongest=strongest,
+            means=SlotStates(mean_slots, means) if mean_slots else None,
+            weights=SlotStates(slots),
+            keep=keep,
+            output_attentions=output_attentions,
+        )
+
     def joined(self) -> State:
-        """Return the states of tokens, segments and means; `None` if nothing has been read."""
+        """Return what has been read of tokens, open segments, the strongest segment and means; `None` if nothing has been read."""
         tokens = self.tokens.joined()
-        if tokens is None:
+        open_segments = tuple(segment.joined() for segment in self.open)
+        if tokens is None and not open_segments and self.strongest is None:
             return None
         means = None if self.means is None else self.means.joined()
-        return tokens, tuple(segment.joined() for segment in self.segments), means
+        return tokens, open_segments, self.strongest, means
 
 
 def as_slice(places: Sequence[int]) -> slice | list[int]:
@@ -92,23 +123,12 @@ def as_slice(places: Sequence[int]) -> slice | list[int]:
     return slice(places[0], stop, step) if is_even else list(places)
 
 
-def split_segments(numbers: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> Segments:
-    """Return the tokens of each segment.
-
-    Args:
-        numbers (`[batch, tokens]`, on the CPU): from `number_segments`.
-        move: copies a mask to the device of the head.
-    """
-    found = numbers[numbers > 0].unique().tolist()
-    return {number: counted_columns(numbers == number, move) for number in found}
-
-
 def counted_columns(mask: torch.Tensor, move: Callable[[torch.Tensor], torch.Tensor]) -> Columns:
     """Return the columns from the first to the last token that counts. If no token counts, return the first column.
 
     Args:
         mask (`[batch, tokens]` bool, on the CPU): true for the tokens that count.
-        move: as in `split_segments`.
+        move: copies a mask to the device of the head.
     """
     places = mask.any(dim=0).nonzero().flatten().tolist() or [0]
     columns = slice(places[0], places[-1] + 1)

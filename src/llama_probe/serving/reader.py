@@ -16,8 +16,9 @@ from ..heads.aggregator import State
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput, fill_unread
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, judges_segments, number_segments, token_mask, tokens_read
-from ..heads.stream import ProbeState, repeat_rows, split_segments
+from ..heads.scope import check_rows, token_mask, tokens_read
+from ..heads.segments import Segments, find_segments, judges_turns, number_segments, span_of
+from ..heads.stream import ProbeState, repeat_rows
 from .cache import CachedHead, ProbeCache
 from .outputs import TokenScores, on_host
 
@@ -69,6 +70,9 @@ class StateReader:
             for name, head in self.heads.items()
         }
         self._whole, self._differentiable = output_attentions, differentiable
+        # Copies of the states in fp32 that exist at once: the states and their stack, or the stack and its normalised copy. Windows
+        # overlap, and a head type that projects nothing reads each state twice.
+        self._copies = 4 if any(head.config.window for head in self.heads.values()) else 2
         self._seen: list[int] = []
         self._held: list[torch.Tensor] = []  # states of the last of these layers
         self.begin({})
@@ -87,20 +91,34 @@ class StateReader:
                 Masks of several tokens are on the CPU: columns that no head reads are left out.
             last: no token that counts follows.
             repeats: rows of the LM for each row of the masks: beams or return sequences, which begin alike.
-            segments: `number_segments` of these tokens, `[batch, n]` on the CPU, for the heads that judge several.
+            segments: `number_segments` of all tokens up to the end of this pass, `[batch, tokens]` on the CPU, for the heads that
+                judge several.
         """
         self._seen, self._held, self._last, self._group = [], [], last, 1
         width = next(iter(token_masks.values())).shape[1] if token_masks else 0
         self._rows, self._columns = slice(None, None, repeats), slice(0, width)
         masks = self._trimmed(token_masks) if width > 1 and not self._whole else token_masks
-        self._segments = {
-            name: split_segments(numbers[:, self._columns], partial(self._moved, name))
-            for name, numbers in segments.items()
-        }
+        self._segments = self._found(segments, width)
         self._masks = {name: None if mask is None else self._moved(name, mask) for name, mask in masks.items()}
 
     def _moved(self, name: str, mask: torch.Tensor) -> torch.Tensor:
         return mask.to(self.heads[name].device, non_blocking=True)
+
+    def _found(self, segments: Mapping[str, torch.Tensor], width: int) -> dict[str, Segments]:
+        """Return the segments of the tokens of this pass for each head, those of heads that agree once."""
+        found: dict[Any, Segments] = {}
+        by_head = {}
+        for name, numbers in segments.items():
+            head = self.heads[name]
+            start = numbers.shape[1] - width
+            columns = slice(start + self._columns.start, start + self._columns.stop)
+            ends = self._last and not self.states[name].keep
+            key = id(numbers), head.config.window, ends, head.device
+            if key not in found:
+                move = partial(self._moved, name)
+                found[key] = find_segments(numbers, head.config.window, columns, start, ends, move)
+            by_head[name] = found[key]
+        return by_head
 
     def _trimmed(self, token_masks: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor | None]:
         """Leave out the tokens before the first, and behind the last, that counts for any head."""
@@ -120,8 +138,7 @@ class StateReader:
         if self._held and (hidden.device, hidden.dtype) != (self._held[0].device, self._held[0].dtype):
             self._flush()
         if not self._held:
-            # Two copies in fp32 exist at once: the states and their stack, or the stack and its normalised copy.
-            size = 2 * 4 * hidden[self._rows, self._columns].numel()
+            size = self._copies * 4 * hidden[self._rows, self._columns].numel()
             budget = state_budget(hidden.device)
             self._group = next((group for group in (len(self.layers), *_GROUPS) if group * size <= budget), 1)
         self._held.append(hidden)
@@ -158,14 +175,10 @@ class StateReader:
                 read = prepared[formats[name]], self._masks[name], self._last, self._segments.get(name)
                 head.step(self.states[name], layers, *read)
 
-    def results(self, counts: Mapping[str, torch.Tensor] = {}) -> dict[str, ProbeOutput]:
-        """Score what was read: a `ProbeOutput` of each head.
-
-        Args:
-            counts (`[batch]` by name): how many segments each row has, for heads that judge several.
-        """
+    def results(self) -> dict[str, ProbeOutput]:
+        """Score what was read: a `ProbeOutput` of each head."""
         with torch.set_grad_enabled(self._differentiable):
-            return {name: head.finish(self.states[name], counts.get(name)) for name, head in self.heads.items()}
+            return {name: head.finish(self.states[name]) for name, head in self.heads.items()}
 
 
 class PromptReader:
@@ -201,7 +214,11 @@ class PromptReader:
         host["inputs_embeds"] = embeds
         configs = {name: head.config for name, head in heads.items()}
         self.heads, self.decoder = heads, decoder
-        self.masks, self.segments = prompt_masks(configs, host, partial_prompt, past, decoder.placeholder_ids)
+        # The tokens of a conversation that continues may join any segment.
+        grows = return_state or earlier is not None
+        self.masks, self.segments = prompt_masks(
+            configs, host, partial_prompt, past, decoder.placeholder_ids, grows=grows
+        )
         source: Any = embeds if ids is None else ids
         self.prompts, self.length = source.shape[:2]
         self.input_ids: Any = host["input_ids"]  # on the CPU; None for embeddings
@@ -247,7 +264,8 @@ class PromptReader:
         masks, segments = self._read_masks, self.segments
         if (self.seen, stop) != (0, self.length):
             masks = {name: mask[:, self.seen : stop] for name, mask in masks.items()}
-            segments = {name: numbers[:, self.seen : stop] for name, numbers in segments.items()}
+            so_far = {id(numbers): numbers[:, :stop] for numbers in segments.values()}  # heads of one scope share them
+            segments = {name: so_far[id(numbers)] for name, numbers in segments.items()}
         self._reader.begin(masks, last=stop >= self.length, repeats=repeats, segments=segments)
         with capturing(self.decoder, self._reader.on_state, self._reader.layers, whole):
             yield self.decoder.whole(inputs)
@@ -265,9 +283,11 @@ class PromptReader:
         if not self.complete:
             raise ProbeError(f"the LM has run over {self.seen} of {self.length} tokens: no part is scored")
         results = {}
-        counts = {name: numbers.amax(dim=1) for name, numbers in self.segments.items()}
-        for name, output in self._reader.results(counts).items():
-            if self.heads[name].config.token_scope == "tool":
+        for name, output in self._reader.results().items():
+            config = self.heads[name].config
+            if config.window and name not in self.segments:  # each row is one window
+                output.spans = span_of(self.masks[name], config.num_labels).to(output.logits.device)
+            if config.token_scope == "tool":
                 results[name] = fill_unread(output, self.masks[name].any(dim=1))
             elif not self._partial_prompt or bool(self.masks[name].any(dim=1).all()):
                 results[name] = output
@@ -294,8 +314,11 @@ def prompt_masks(
     seen: int = 0,
     placeholder_ids: Sequence[int] = (),
     first_row: int = 0,
+    grows: bool = False,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return by head the prompt tokens that count, and `number_segments` where a head judges several: `[prompts, prompt_tokens]`.
+
+    With `grows` the prompts may go on, and a row that has one segment may get several.
 
     `inputs` has `input_ids` or `inputs_embeds`, and may have `attention_mask` and `probe_mask`. Errors count from `first_row`.
 
@@ -325,12 +348,12 @@ def prompt_masks(
     segments: dict[str, torch.Tensor] = {}
     by_scope: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}  # each is checked once
     for name, config in configs.items():
-        scope = repr((config.token_scope, config.prefix_ids, config.turn_markers, judges_segments(config)))
+        scope = repr((config.token_scope, config.prefix_ids, config.turn_markers, config.window, judges_turns(config)))
         if scope not in by_scope:
             mask, numbers = chosen, None
             if mask is None:
                 mask = token_mask(config, input_ids, attended, partial_prompt, seen)
-                numbers = number_segments(config, mask)
+                numbers = number_segments(config, mask, grows)
                 if placeholder_ids and input_ids is not None:
                     is_placeholder = torch.isin(input_ids, torch.tensor(placeholder_ids, device=input_ids.device))
                     mask = mask & ~is_placeholder
@@ -455,12 +478,24 @@ class ReplyReader:
         tokens, masks, states = zip(*self._waiting[:count], strict=True)
         self._waiting = self._waiting[count:]
         host = on_host({"tokens": torch.stack(tokens, dim=1), "token_mask": torch.stack(masks, dim=1)})  # [rows, n]
-        self._recorder.begin(dict.fromkeys(self._recorder.heads, host["token_mask"]), last=False)
+        self._recorder.begin(
+            dict.fromkeys(self._recorder.heads, host["token_mask"]),
+            last=False,
+            segments=self._numbers(host["token_mask"]),
+        )
         for layer in sorted(self._recorder.layers):
             self._recorder.on_state(layer, torch.cat([state[layer] for state in states], dim=1))  # [rows, n, D]
         self._recorder.end()
         kept = {name: state.joined() for name, state in self._recorder.states.items()}
         self._cache = self._cache.extended(**host, states=kept)
+
+    def _numbers(self, token_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return `number_segments` of the prompts and replies up to these tokens, for the heads that judge several."""
+        numbers = {}
+        for name, head in self._recorder.heads.items():
+            mask = torch.cat([self._cache.heads[name].mask, token_mask], dim=1)
+            numbers[name] = number_segments(head.config, mask, always=True)
+        return {name: each for name, each in numbers.items() if each is not None}
 
     def probe_cache(self, length: int) -> ProbeCache:
         """Return the state of the heads over prompts and replies, for a KV cache of `length` tokens. Needs a state of `prompt`."""

@@ -15,7 +15,8 @@ from ..data.disk_states import shared_config
 from ..heads.configuration import shared_layers
 from ..heads.decision import ProbeOutput
 from ..heads.probe import ProbeModel, without_autocast
-from ..heads.scope import check_rows, number_segments, token_mask
+from ..heads.scope import check_rows, token_mask
+from ..heads.segments import number_segments
 
 
 SINGLE = "head"  # the name of a head that was given without a name

@@ -14,8 +14,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from ..errors import ProbeError
 from ..heads.decision import fill_unread
 from ..heads.probe import ProbeModel
-from ..heads.scope import check_rows, number_segments, token_mask
-from ..heads.stream import ProbeState, counted_columns, split_segments
+from ..heads.scope import check_rows, token_mask
+from ..heads.segments import find_segments, number_segments
+from ..heads.stream import ProbeState, counted_columns
 from .paged_states import PagedStates
 from .step_scores import PromptLogits
 
@@ -102,7 +103,7 @@ class Scorer:
         numbers = self.cache.read_tokens(places).unsqueeze(1)  # [replies, 1, width]
         scores = []
         for name, head in self.followers.items():
-            state = head.init_state((self.states.get(name, slots), (), None), keep=True)
+            state = head.init_state((self.states.get(name, slots), (), None, None), keep=True)
             head.step(state, head.layer_indices, self.plan.inputs(name, numbers))
             self.states.put(name, slots, state.joined())
             scores.append(head.finish(state).logits)
@@ -130,8 +131,7 @@ class Scorer:
                 self.states.put(name, slots, states[name].joined())
         logits = {}
         for name, state in states.items():
-            counts = None if name not in segments else async_tensor_h2d(segments[name].amax(dim=1), self.device)
-            output = self.heads[name].finish(state, counts)
+            output = self.heads[name].finish(state)
             logits[name] = fill_unread(output, masks[name].any(dim=1), async_tensor_h2d).logits
         return logits
 
@@ -164,7 +164,9 @@ class Scorer:
                 x = self.plan.inputs(name, numbers[:, columns])
                 parts = None
                 if name in segments:
-                    parts = split_segments(segments[name][:, tokens][:, columns], move)
+                    window, ends = head.config.window, tokens.stop == width
+                    at = slice(start + columns.start, start + columns.stop)
+                    parts = find_segments(segments[name][:, : tokens.stop], window, at, start, ends, move)
                 head.step(state, head.layer_indices, x, mask, tokens.stop == width, parts)
         return states
 
