@@ -119,6 +119,9 @@ def join_outputs(parts: list[ProbeOutput], order: torch.Tensor, config: ProbeCon
     means = [part.means for part in parts if part.means is not None]
     if means:
         output.means = MeanStates.joined(means, order)
+    spans = [part.spans for part in parts if part.spans is not None]
+    if spans:
+        output.spans = torch.cat(spans)[order]
     return output
 
 
