@@ -1,6 +1,7 @@
 """Prompts of `llama-probe generate` and `classify`, and their table."""
 
 import io
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -60,6 +61,22 @@ def test_a_prompt_is_the_users_beside_a_head_of_tool_results(backbone_folder, tm
     succeed("classify", *probes, *args[1:3], "--input", chats, "--output", tmp_path / "labels")
     (cells,) = pq.read_table(tmp_path / "labels").to_pylist()
     assert cells["tool_label"] == "LABEL_0" and cells["tool_novelty"] is None and cells["user_novelty"] is not None
+
+
+def test_texts_are_cut_only_where_the_head_or_the_user_says_so(backbone_folder, tmp_path):
+    fields = PromptFormat(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
+    fields |= {"max_length": 90, "token_scope": "content", "flagged": ["LABEL_1"]}
+    make_probe(**fields).save_pretrained(tmp_path / "cut")
+    make_probe(**fields, window=16).save_pretrained(tmp_path / "windows")
+    text = "a text of which no head has seen the end, " * 4
+    rows = write(tmp_path / "rows.jsonl", [{"text": text, "label": 0}, {"text": "Hi", "label": 1}])
+    for command in (["classify", text, "Hi"], ["evaluate", "--data", rows, "--bootstrap", 0]):
+        warned = {}
+        for name, more in (("cut", []), ("windows", []), ("windows", ["--max-length", 70])):
+            done = call(*command, "--probe", tmp_path / name, "--backbone", backbone_folder, "--json", *more)
+            assert done.returncode == 0, done.stderr
+            warned[name, *more[1:]] = re.findall(r"(\d) of 2 prompts were cut to max_length=(\d+)", done.stderr)
+        assert warned == {("cut",): [("1", "90")], ("windows",): [], ("windows", 70): [("1", "70")]}
 
 
 def test_a_user_at_a_terminal_is_asked_for_prompts():

@@ -92,6 +92,7 @@ def classify(
     chunk_rows: Annotated[int, COUNT] = 2048,
     resume: bool = False,
     max_text: Annotated[int, COUNT] = MAX_TEXT,
+    max_length: Annotated[int | None, COUNT] = None,
     abstain_at: float | None = None,
 ) -> Result:
     """Label prompts, or the rows of files (--input), without a reply.
@@ -118,7 +119,7 @@ def classify(
 
         done = ScoringJob(
             files, output, probe, loading.backbone_of(probe[0]), text_column, prompt_column, keep_column or [],
-            chunk_rows, loading.dtype, resume, max_text,
+            chunk_rows, loading.dtype, resume, max_text, max_length,
         ).execute()  # fmt: skip
         if not is_main():
             return None
@@ -133,7 +134,7 @@ def classify(
         if config.reads_reply:
             raise ProbeError(f"{name!r} reads replies: give such rows (--input, --prompt-column), or use generate")
     model, tokenizer = loading.attach(heads, probe[0])
-    outputs = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
+    outputs = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at, max_length=max_length)
     described = {name: output.describe() for name, output in outputs.items()}
     rows = [
         {"prompt": text, "probes": {name: each[row] for name, each in described.items()}}

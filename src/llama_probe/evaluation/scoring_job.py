@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone
-from ..data.prompts import PromptFormat, Text, exchange, has_reply, is_text
+from ..data.prompts import Text, exchange, has_reply, is_text
 from ..data.row_files import MAX_TEXT, Columns, InputFile
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, rank, undivided, world_size
 from ..errors import ProbeError, first_line
@@ -26,7 +26,7 @@ from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.loading import ProbeSpec, read_heads
-from ..serving.texts import classify_texts, heads_by_format, join_outputs
+from ..serving.texts import classify_texts, format_to_score, heads_by_format, join_outputs
 from .prediction import predict_together
 from .resume import same_settings
 
@@ -44,9 +44,11 @@ class TextScorer:
     Args:
         probes: heads, as for `probe=`. All read prompts, or all read replies. Heads of one prompt format share the passes. A reply
             counts by its largest score, as in `evaluate`; see `strongest`.
+        max_length: number of tokens to which texts are cut; see `length_limit`.
     """
 
-    def __init__(self, probes: ProbeSpec, backbone: str = "demo", dtype: str = "auto"):
+    def __init__(self, probes: ProbeSpec, backbone: str = "demo", dtype: str = "auto", max_length: int | None = None):
+        self.max_length = max_length
         self.heads = _read_heads(probes, backbone)
         self.reads_replies = any(head.config.reads_reply for head in self.heads.values())
         lm, self.tokenizer = load_backbone(backbone, dtype)
@@ -86,13 +88,13 @@ class TextScorer:
     def _score(self, texts: list[Text]) -> dict[str, ProbeOutput]:
         configs = {name: head.config for name, head in self.heads.items()}
         if not self.reads_replies:
-            return classify_texts(self.model, configs, texts, self.tokenizer)
+            return classify_texts(self.model, configs, texts, self.tokenizer, max_length=self.max_length)
         outputs: dict[str, ProbeOutput] = {}
-        for names in heads_by_format(configs):
+        for names in heads_by_format(configs, self.max_length):
             config = configs[names[0]]
             heads = [self.heads[name] for name in names]
             heads[0].set_backbone(self.model)
-            dataset = PromptFormat.from_config(config, self.tokenizer).encode_for(config, texts)
+            dataset = format_to_score(config, self.tokenizer, self.max_length).encode_for(config, texts)
             with undivided():  # ranks divide the chunks
                 logits_by_head = predict_together(heads, dataset)
             for name, logits in zip(names, logits_by_head, strict=True):
@@ -115,6 +117,7 @@ class ScoringJob:
         text_column: column of the texts, or of chat messages.
         prompt_column: for heads that read replies, the column of the prompts that the texts reply to.
         chunk_rows, max_text: rows in memory, and characters of the longest text; see `InputFile`.
+        max_length: as of `TextScorer`.
     """
 
     inputs: Sequence[str]
@@ -128,6 +131,7 @@ class ScoringJob:
     dtype: str = "auto"
     resume: bool = False
     max_text: int = MAX_TEXT
+    max_length: int | None = None
 
     def execute(self) -> JSON:
         """Run the job.
@@ -169,7 +173,7 @@ class ScoringJob:
 
     def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> JSON:
         """Return the manifest. Write it if the job is new."""
-        names = ("backbone", "dtype", "text_column", "prompt_column", "chunk_rows")
+        names = ("backbone", "dtype", "text_column", "prompt_column", "chunk_rows", "max_length")
         settings: JSON = {name: getattr(self, name) for name in names}
         settings["keep_columns"] = list(self.keep_columns)
         settings["heads"] = [[name, _digest(head)] for name, head in heads.items()]
@@ -184,7 +188,7 @@ class ScoringJob:
         return same_settings(path, begun, {"complete": False})
 
     def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema) -> None:
-        scorer = TextScorer(heads, self.backbone, self.dtype)
+        scorer = TextScorer(heads, self.backbone, self.dtype, self.max_length)
         countable = all(file.kind == "parquet" for file in files)
         total = sum(pq.read_metadata(file.path).num_rows for file in files) // world_size() if countable else None
         with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:

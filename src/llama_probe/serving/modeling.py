@@ -229,6 +229,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probes: str | Iterable[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         abstain_at: float | dict[str, float] | None = None,
+        max_length: int | None = None,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Score prompts without generating. The backbone runs once, without its LM head.
@@ -240,7 +241,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): or a text, a chat, or a list of these.
                 They are rendered as each head was trained, and batched by length. The only other arguments are then
-                `probes`, `output_attentions`, `tokenizer` and `abstain_at`.
+                `probes`, `output_attentions`, `tokenizer`, `abstain_at` and `max_length`.
             attention_mask (`[batch, tokens]`, *optional*): 0 for padding on either side.
             inputs_embeds (`[batch, tokens, hidden_size]`, *optional*): instead of `input_ids`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
@@ -251,6 +252,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probes: names of the heads that run in this call. Defaults to the active heads.
             tokenizer: the backbone's tokenizer or processor, for texts.
             abstain_at: novelty from 0 to 1, such as 0.99, above which a row's label is `None`; or a dict of these by head.
+            max_length: number of tokens to which texts are cut, with a warning. By default a head with windows reads a text
+                whole, and any other head reads as many tokens as its training rows have (`ProbeConfig.max_length`).
             kwargs: passed to the backbone, with `pixel_values` and the like for models that read images. Image tokens do
                 not count unless `probe_mask` says so.
 
@@ -272,7 +275,9 @@ class ProbedGenerationMixin(ProbeHostMixin):
             refused = [name for name, value in others.items() if value is not None]
             if refused:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {refused[0]}")
-            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), levels)
+            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions, max_length), levels)
+        if max_length is not None:
+            raise ProbeError(f"max_length={max_length} is for texts, and these are input_ids or inputs_embeds")
         if probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
         inputs["input_ids"] = input_ids

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -24,6 +25,8 @@ from ..heads.novelty import MeanStates
 from ..heads.scope import tokens_read
 from .reader import prompt_masks
 
+
+logger = logging.get_logger(__name__)
 
 _INPUTS = ("input_ids", "attention_mask", "probe_mask")
 # The end of a prompt that asks for a reply without thoughts. It is not part of a turn's marker.
@@ -46,13 +49,45 @@ def as_texts(inputs: Any) -> list[Text] | None:
     return inputs if isinstance(first, str) or is_chat else None
 
 
-def heads_by_format(configs: Mapping[str, ProbeConfig]) -> list[list[str]]:
-    """Return the names of heads in groups. All heads of a group read a text as the same tokens."""
+def length_limit(config: ProbeConfig, max_length: int | None = None) -> int | None:
+    """Return the number of tokens to which the texts that a head scores are cut; `None` for no limit.
+
+    A head with windows reads a text whole. Any other head has learned from texts of at most `config.max_length` tokens.
+
+    Args:
+        max_length: the user's limit, which counts for all heads.
+    """
+    if max_length is not None:
+        return max_length
+    return None if config.window else config.max_length
+
+
+def format_to_score(
+    config: ProbeConfig, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> PromptFormat:
+    """Return the format in which a head scores texts: that of its training rows, cut to `length_limit`."""
+    return PromptFormat.from_config(config.replace(max_length=length_limit(config, max_length)), tokenizer)
+
+
+def heads_by_format(configs: Mapping[str, ProbeConfig], max_length: int | None = None) -> list[list[str]]:
+    """Return the names of heads in groups. All heads of a group read a text as the same tokens, cut to `length_limit`."""
     groups: dict[tuple, list[str]] = {}
     for name, config in configs.items():
         reads = config.token_scope if config.reads_reply or config.token_scope == "tool" else None
-        groups.setdefault((config.prompt_format, config.system_prompt, config.max_length, reads), []).append(name)
+        limit = length_limit(config, max_length)
+        groups.setdefault((config.prompt_format, config.system_prompt, limit, reads), []).append(name)
     return list(groups.values())
+
+
+def warn_beyond_backbone(model: nn.Module, prompts: Sequence[Sequence[int]]) -> None:
+    """Warn if prompts, as token ids, are longer than the backbone was trained to read."""
+    most = getattr(find_decoder(model).model.config, "max_position_embeddings", None)
+    longer = 0 if most is None else sum(len(ids) > most for ids in prompts)
+    if longer:
+        logger.warning(
+            f"{longer} of {len(prompts)} texts have more tokens than the backbone was trained to read "
+            f"(max_position_embeddings={most}): their scores are less reliable; max_length cuts them"
+        )
 
 
 def classify_texts(
@@ -61,6 +96,7 @@ def classify_texts(
     texts: list[Text],
     tokenizer: PreTrainedTokenizerBase | None,
     output_attentions: bool = False,
+    max_length: int | None = None,
 ) -> dict[str, ProbeOutput]:
     """Score texts or chats with heads of a model. Heads of one format share the passes.
 
@@ -69,6 +105,7 @@ def classify_texts(
     Args:
         configs: configs of the heads, by name.
         output_attentions: return weights too (see `classify`). All texts are then in one batch.
+        max_length: the user's limit; see `length_limit`.
 
     Returns:
         By head name the output for all texts, in their order.
@@ -78,9 +115,11 @@ def classify_texts(
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
     device = find_decoder(model).input_device
     outputs: dict[str, ProbeOutput] = {}
-    for names in heads_by_format(configs):
+    for names in heads_by_format(configs, max_length):
         group = {name: configs[name] for name in names}
-        dataset = PromptFormat.from_config(configs[names[0]], tokenizer).encode_for(configs[names[0]], texts)
+        config = configs[names[0]]
+        dataset = format_to_score(config, tokenizer, max_length).encode_for(config, texts)
+        warn_beyond_backbone(model, dataset.prompts)
         passes = [Pass(list(range(len(texts))))]
         if not output_attentions:
             passes = plan_reading(model, dataset, partial(_tokens_that_some_head_reads, group))
