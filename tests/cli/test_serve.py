@@ -79,6 +79,32 @@ def test_texts_are_cut_only_where_the_head_or_the_user_says_so(backbone_folder, 
         assert warned == {("cut",): [("1", "90")], ("windows",): [], ("windows", 70): [("1", "70")]}
 
 
+def test_passages(backbone_folder, tmp_path):
+    fields = PromptFormat(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
+    fields |= {"id2label": {0: "fine", 1: "[bad]"}, "flagged": ["[bad]"], "token_scope": "content", "threshold": 0.0}
+    make_probe(**fields, window=16).save_pretrained(tmp_path / "windows")
+    make_probe(**fields).save_pretrained(tmp_path / "plain")
+    text = "one two three\nfour [b]five[/b] six " * 20
+    args = ("--backbone", backbone_folder, "--spans")
+    found = succeed("classify", text, "Hi", "--probe", tmp_path / "windows", "--json", *args)
+    (passage,) = found[0]["probes"]["windows"]["passages"]
+    assert passage.keys() == {"label", "start", "end", "text"} and passage["label"] == "[bad]"
+    assert text[passage["start"] : passage["end"]] == passage["text"] and 0 < len(passage["text"]) <= 16
+    shown = succeed("classify", text, "Hi", "--probe", tmp_path / "windows", *args)
+    (line, *_) = (line for line in shown.splitlines() if line.startswith("prompt 1: windows: [bad], characters"))
+    assert f"{passage['start']:,} to {passage['end']:,}" in line
+    assert f"»{' '.join(passage['text'].split())}«" in shown.replace("\n", "") and len(shown) < 3 * len(text)
+    rows = write(
+        tmp_path / "rows.jsonl", [{"text": text}, {"text": [{"role": "user", "content": "Hi"}]}, {"text": ""}]
+    )
+    succeed("classify", "--probe", tmp_path / "windows", *args, "--input", rows, "--output", tmp_path / "labels")
+    first, chat, empty = pq.read_table(tmp_path / "labels").to_pylist()
+    assert first["windows_passages"] == [passage | {"message": None}] and empty["windows_passages"] is None
+    assert [each["message"] for each in chat["windows_passages"]] == [0]
+    for words in ([text], ["--input", rows, "--output", tmp_path / "other"]):
+        assert "'plain' judges no windows" in refuse("classify", *words, "--probe", tmp_path / "plain", *args)
+
+
 def test_a_user_at_a_terminal_is_asked_for_prompts():
     stdin = io.StringIO("\n")
     stdin.isatty = lambda: True

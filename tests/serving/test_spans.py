@@ -1,4 +1,4 @@
-"""The window that gave a head's score: in every output, and in halts."""
+"""The window that gave a head's score: in every output, in halts, and as a passage of the user's text."""
 
 import copy
 import pickle
@@ -10,7 +10,7 @@ from cases import MULTI
 from conftest import make_probe, make_prompts, make_tokenizer, padded, probed
 from transformers import pipeline
 
-from llama_probe import ProbeConfig
+from llama_probe import ProbeConfig, ProbeError
 from llama_probe.backbone import passes as passes_module
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.decision import describe_predictions
@@ -139,6 +139,42 @@ def test_texts_of_all_lengths_keep_their_order(reader, monkeypatch):
     assert torch.equal(found.spans, alone)
     picked = join_outputs([found], torch.tensor([2, 0]), found.config_of())
     assert torch.equal(picked.spans, alone[[2, 0]])
+
+
+def test_passages_are_the_tokens_of_the_spans(reader):
+    prompts = PromptFormat.from_config(reader.probes["bad"].config, TOKENIZER)
+    chat = [{"role": "user", "content": TEXTS[1]}]
+    found = reader.classify([*TEXTS, chat], tokenizer=TOKENIZER, passages=True)["bad"]
+    for text, ids, row in zip([*TEXTS, chat], prompts.encode([*TEXTS, chat]), found.describe(), strict=True):
+        first, end = row["span"]["bad"]
+        (passage,) = row["passages"]
+        assert passage["label"] == "bad" and passage.get("message") == (0 if text is chat else None)
+        content = TEXTS[1] if text is chat else text
+        if passage["start"] is not None:
+            assert content[passage["start"] : passage["end"]] == passage["text"]
+            assert passage["text"] in TOKENIZER.decode(ids[first:end])
+    assert found.describe()[1]["passages"][0]["start"] is not None, "or nothing was compared"
+    assert "passages" not in reader.classify(TEXTS, tokenizer=TOKENIZER)["bad"].describe()[0]
+    reader.probes["bad"].config.threshold = 1.0
+    assert [
+        row["passages"] for row in reader.classify(TEXTS, tokenizer=TOKENIZER, passages=True)["bad"].describe()
+    ] == [[]] * 4
+
+
+def test_a_text_without_numbers_has_no_passage(reader):
+    """One text must not stop a job over many."""
+    reader.probes["bad"].classifier.bias.data.fill_(float("nan"))
+    output = reader.classify(TEXTS, tokenizer=TOKENIZER, passages=True)["bad"]
+    assert output.passages == [[]] * 4
+    with pytest.raises(ProbeError, match="no number"):
+        output.describe()
+
+
+def test_passages_that_cannot_be_found(reader, model):
+    with pytest.raises(ProbeError, match=r"'plain' judges no windows"):
+        model.classify(TEXTS, tokenizer=TOKENIZER, passages=True)
+    with pytest.raises(ProbeError, match="passages is for texts"):
+        model.classify(make_prompts(), passages=True)
 
 
 def test_the_pipeline(reader):

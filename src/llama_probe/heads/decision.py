@@ -371,6 +371,8 @@ class ProbeOutput(DecidedMixin, ModelOutput):
     segment_logits: torch.Tensor | None = None
     segment_mask: torch.Tensor | None = None
     holds_request: torch.Tensor | None = None
+    # Of each row, from `classify(texts, passages=True)`. It is no field, because the Trainer would gather it.
+    passages = None
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
@@ -405,5 +407,11 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         return None if self.spans is None else found_spans(self.labels, self.spans, self.config_of())
 
     def describe(self) -> list[JSON]:
-        """Return the prediction of each row as JSON values; see `describe_predictions`."""
-        return describe_predictions(self.labels, self.probabilities, self.config_of(), self.novelty, self.spans)
+        """Return the prediction of each row as JSON values; see `describe_predictions`.
+
+        With `passages` a row also has `passages`, its passages as `serving.passages.locate` returns them.
+        """
+        rows = describe_predictions(self.labels, self.probabilities, self.config_of(), self.novelty, self.spans)
+        for row, passages in zip(rows, self.passages or [], strict=False):
+            row["passages"] = passages
+        return rows

@@ -230,6 +230,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         abstain_at: float | dict[str, float] | None = None,
         max_length: int | None = None,
+        passages: bool = False,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Score prompts without generating. The backbone runs once, without its LM head.
@@ -241,7 +242,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): or a text, a chat, or a list of these.
                 They are rendered as each head was trained, and batched by length. The only other arguments are then
-                `probes`, `output_attentions`, `tokenizer`, `abstain_at` and `max_length`.
+                `probes`, `output_attentions`, `tokenizer`, `abstain_at`, `max_length` and `passages`.
             attention_mask (`[batch, tokens]`, *optional*): 0 for padding on either side.
             inputs_embeds (`[batch, tokens, hidden_size]`, *optional*): instead of `input_ids`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
@@ -254,6 +255,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             abstain_at: novelty from 0 to 1, such as 0.99, above which a row's label is `None`; or a dict of these by head.
             max_length: number of tokens to which texts are cut, with a warning. By default a head with windows reads a text
                 whole, and any other head reads as many tokens as its training rows have (`ProbeConfig.max_length`).
+            passages: also find the passages of a text in which a head with windows found flagged labels: `describe()` of the
+                outputs returns them as `passages`. Needs a fast tokenizer.
             kwargs: passed to the backbone, with `pixel_values` and the like for models that read images. Image tokens do
                 not count unless `probe_mask` says so.
 
@@ -275,9 +278,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
             refused = [name for name, value in others.items() if value is not None]
             if refused:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {refused[0]}")
-            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions, max_length), levels)
-        if max_length is not None:
-            raise ProbeError(f"max_length={max_length} is for texts, and these are input_ids or inputs_embeds")
+            return classify_texts(
+                self, configs, texts, tokenizer, output_attentions, max_length, levels=levels, passages=passages
+            )
+        if max_length is not None or passages:
+            given = "passages" if max_length is None else f"max_length={max_length}"
+            raise ProbeError(f"{given} is for texts, and these are input_ids or inputs_embeds")
         if probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
         inputs["input_ids"] = input_ids

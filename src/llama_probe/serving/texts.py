@@ -19,10 +19,12 @@ from ..data.batches import collate, plan_reading
 from ..data.prompts import PromptFormat, Text
 from ..data.turn_markers import marker_mask
 from ..errors import ProbeError
+from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
 from ..heads.novelty import MeanStates
 from ..heads.scope import tokens_read
+from .passages import check_finds_passages, locate
 from .reader import prompt_masks
 
 
@@ -97,6 +99,8 @@ def classify_texts(
     tokenizer: PreTrainedTokenizerBase | None,
     output_attentions: bool = False,
     max_length: int | None = None,
+    levels: Mapping[str, float] = {},
+    passages: bool = False,
 ) -> dict[str, ProbeOutput]:
     """Score texts or chats with heads of a model. Heads of one format share the passes.
 
@@ -106,10 +110,14 @@ def classify_texts(
         configs: configs of the heads, by name.
         output_attentions: return weights too (see `classify`). All texts are then in one batch.
         max_length: the user's limit; see `length_limit`.
+        levels: novelty above which a head gives no label, by name.
+        passages: also find the passages of flagged labels; see `locate`.
 
     Returns:
         By head name the output for all texts, in their order.
     """
+    if passages:
+        check_finds_passages(configs)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
@@ -118,7 +126,8 @@ def classify_texts(
     for names in heads_by_format(configs, max_length):
         group = {name: configs[name] for name in names}
         config = configs[names[0]]
-        dataset = format_to_score(config, tokenizer, max_length).encode_for(config, texts)
+        prompts = format_to_score(config, tokenizer, max_length)
+        dataset = prompts.encode_for(config, texts)
         warn_beyond_backbone(model, dataset.prompts)
         passes = [Pass(list(range(len(texts))))]
         if not output_attentions:
@@ -133,9 +142,13 @@ def classify_texts(
                 bar.update(len(each.rows))
         if output_attentions:
             outputs |= parts[0]
-            continue
-        order = torch.tensor([row for each in passes for row in each.rows]).argsort()
-        outputs |= {name: join_outputs([part[name] for part in parts], order, configs[name]) for name in names}
+        else:
+            order = torch.tensor([row for each in passes for row in each.rows]).argsort()
+            outputs |= {name: join_outputs([part[name] for part in parts], order, configs[name]) for name in names}
+        for name in names:
+            outputs[name].abstain_at = levels.get(name)
+            if passages:
+                outputs[name].passages = _find_passages(prompts, texts, dataset.prompts, outputs[name])
     return {name: outputs[name] for name in configs}
 
 
@@ -161,7 +174,24 @@ def join_outputs(parts: list[ProbeOutput], order: torch.Tensor, config: ProbeCon
     spans = [part.spans for part in parts if part.spans is not None]
     if spans:
         output.spans = torch.cat(spans)[order]
+    passages = [row for part in parts for row in part.passages or []]
+    if passages:
+        output.passages = [passages[row] for row in order.tolist()]
     return output
+
+
+def _find_passages(
+    prompts: PromptFormat, texts: Sequence[Text], ids: Sequence[Sequence[int]], output: ProbeOutput
+) -> list[list[JSON]]:
+    """Return for each text the passages of its flagged labels. A text whose scores are not numbers has no label."""
+    rows = output.logits.isfinite().all(dim=-1).nonzero().flatten()
+    readable = join_outputs([output], rows, output.config_of())
+    readable.abstain_at = output.abstain_at
+    passages: list[list[JSON]] = [[] for _ in texts]
+    for row, spans in zip(rows.tolist(), readable.found_spans or [], strict=True):
+        if spans:
+            passages[row] = locate(prompts, texts[row], ids[row], spans)
+    return passages
 
 
 def texts_read(
