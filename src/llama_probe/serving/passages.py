@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from ..data.prompts import PromptFormat, Text, as_chat
 from ..data.turn_markers import Chat, as_tool_result
 from ..errors import ProbeError
@@ -20,8 +22,16 @@ def check_finds_passages(configs: Mapping[str, ProbeConfig]) -> None:
     """Raise `ProbeError` unless heads, by name, judge windows, which tell where in a text a label was found."""
     for name, config in configs.items():
         if not config.window:
-            hint = "train it with head.window, or ask without passages"
-            raise ProbeError(f"{name!r} judges no windows, so it cannot say where in a text a label was found: {hint}")
+            raise ProbeError(
+                f"{name!r} judges no windows, so it cannot say where in a text a label is: choose one that does"
+            )
+
+
+def check_knows_characters(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ProbeError` unless a tokenizer tells the characters of its tokens."""
+    if not tokenizer.is_fast:
+        kind = type(tokenizer).__name__
+        raise ProbeError(f"passages need a fast tokenizer, which knows the characters of its tokens, not a {kind}")
 
 
 def locate(prompts: PromptFormat, text: Text, ids: Sequence[int], spans: Mapping[str, Sequence[int]]) -> list[JSON]:
@@ -41,16 +51,13 @@ def locate(prompts: PromptFormat, text: Text, ids: Sequence[int], spans: Mapping
         the template writes a content in other characters, `start` and `end` are `None`, and `text` is as the template writes it.
 
     Raises:
-        ProbeError: the tokenizer is not a fast one, which alone knows the characters of its tokens.
+        ProbeError: the tokenizer is not a fast one, or `ids` are not those of the text.
     """
-    if not prompts.tokenizer.is_fast:
-        kind = type(prompts.tokenizer).__name__
-        raise ProbeError(f"{kind} does not know the characters of its tokens: passages need a fast tokenizer")
+    check_knows_characters(prompts.tokenizer)
     messages = _messages(prompts, text)
     rendered = str(text) if prompts.kind == "raw" else prompts.render(messages)
-    contents = _find_contents(prompts, messages, rendered)[
-        len(messages) - len(as_chat(text)) :
-    ]  # those of the user's messages
+    added = len(messages) - len(as_chat(text))  # a system turn, or the call of a tool
+    contents = _find_contents(prompts, messages, rendered)[added:]
     offsets = _offsets(prompts, rendered, ids)
     passages = []
     for label, (first, end) in spans.items():

@@ -24,7 +24,7 @@ from ..heads.configuration import ProbeConfig
 from ..heads.decision import ProbeOutput
 from ..heads.novelty import MeanStates
 from ..heads.scope import tokens_read
-from .passages import check_finds_passages, locate
+from .passages import check_finds_passages, check_knows_characters, locate
 from .reader import prompt_masks
 
 
@@ -116,11 +116,12 @@ def classify_texts(
     Returns:
         By head name the output for all texts, in their order.
     """
-    if passages:
-        check_finds_passages(configs)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # that of a processor
     if tokenizer is None:
         raise ProbeError("texts need the backbone's tokenizer: classify(texts, tokenizer=tokenizer)")
+    if passages:
+        check_finds_passages(configs)
+        check_knows_characters(tokenizer)
     device = find_decoder(model).input_device
     outputs: dict[str, ProbeOutput] = {}
     for names in heads_by_format(configs, max_length):
