@@ -8,12 +8,12 @@ import pytest
 import torch
 from cases import MULTI
 from conftest import make_probe, make_prompts, make_tokenizer, padded, probed
-from transformers import pipeline
 
 from llama_probe import ProbeConfig, ProbeError
 from llama_probe.backbone import passes as passes_module
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.decision import describe_predictions
+from llama_probe.serving.pipeline import ProbedTextGenerationPipeline
 from llama_probe.serving.texts import join_outputs
 
 
@@ -177,9 +177,15 @@ def test_passages_that_cannot_be_found(reader, model):
         model.classify(make_prompts(), passages=True)
 
 
-def test_the_pipeline(reader):
-    import llama_probe.serving.pipeline  # noqa: F401 - registers the task
-
-    pipe = pipeline("probed-text-generation", model=reader, tokenizer=TOKENIZER)
-    (record,) = pipe(TEXTS[1], halt_on="bad", **GREEDY)
-    assert record["halted"]["span"] == tuple(record["probes"]["bad"]["span"]["bad"])
+def test_the_pipeline_reads_a_text_whole():
+    fields = PromptFormat(TOKENIZER, max_length=60).config_fields()
+    head = make_probe(1, **BAD, **fields, token_scope="content", threshold=0.0)
+    model = probed({"bad": head}, vocab_size=260)
+    pipe = ProbedTextGenerationPipeline(model, TOKENIZER)
+    chat = [{"role": "user", "content": TEXTS[1] * 3}]
+    (record,) = pipe(chat, halt_on="bad", **GREEDY)
+    (whole,) = model.classify([chat], tokenizer=TOKENIZER)["bad"].describe()
+    (cut,) = model.classify([chat], tokenizer=TOKENIZER, max_length=60)["bad"].describe()
+    found = record["probes"]["bad"]
+    assert found["span"] == whole["span"] != cut["span"] and found["score"] == pytest.approx(whole["score"], abs=1e-4)
+    assert record["halted"]["span"] == tuple(found["span"]["bad"])
