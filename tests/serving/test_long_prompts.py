@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import FORMS
+from cases import FORMS, MARKERS, REPLY, TOOL, USER
 from conftest import HIDDEN, LAYERS, make_probe, make_prompts, make_tokenizer, padded, probed, with_novelty
 from memory import peak_memory
 from observers import passes_of
@@ -55,6 +55,24 @@ def test_scores_are_those_of_one_pass(in_pieces, side):
     torch.testing.assert_close(found["new"].novelty, expected["new"].novelty, atol=1e-4, rtol=1e-4)
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
     assert_same(model.classify(inputs_embeds=embeds, **inputs), expected)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("scope", ["user", "tool"])
+def test_turns_and_windows_over_several_pieces(in_pieces, scope, window):
+    head = make_probe(
+        1, probe_type="gate", token_scope=scope, turn_markers=MARKERS, window=window, flagged=["LABEL_1"]
+    )
+    model = probed({"a": head})
+    ids = torch.randint(TOOL, REPLY + 5, (4, 31), generator=torch.Generator().manual_seed(0))
+    ids[:, ::9] = TOOL if scope == "tool" else USER
+    ids[:, 4::9] = REPLY
+    expected = whole(model, input_ids=ids)
+    found = model.classify(ids)
+    assert_same(found, expected)
+    assert found["a"].logits[:, 1].unique().numel() > 1, "or nothing was compared"
+    assert (found["a"].spans is None) == (window == 0)
+    assert window == 0 or torch.equal(found["a"].spans, expected["a"].spans)
 
 
 @pytest.mark.parametrize("layers", ["all", [0, 1]])

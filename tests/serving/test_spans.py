@@ -141,6 +141,18 @@ def test_texts_of_all_lengths_keep_their_order(reader, monkeypatch):
     assert torch.equal(picked.spans, alone[[2, 0]])
 
 
+def test_spans_count_from_the_start_that_many_texts_share(reader):
+    texts = [f"text {number:02} of several windows" for number in range(12)]
+    alone = torch.cat([reader.classify(text, tokenizer=TOKENIZER)["bad"].spans for text in texts])
+    passes = []
+    reader.model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    assert torch.equal(reader.classify(texts, tokenizer=TOKENIZER)["bad"].spans, alone)
+    assert passes == [1, 12], "the start ran once"
+    assert alone.unique(dim=0).shape[0] > 1, "or any span would pass"
+
+
 def test_passages_are_the_tokens_of_the_spans(reader):
     prompts = PromptFormat.from_config(reader.probes["bad"].config, TOKENIZER)
     chat = [{"role": "user", "content": TEXTS[1]}]
