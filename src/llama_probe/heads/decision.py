@@ -357,6 +357,10 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         segment_logits (`[members, batch, K, num_labels]`, *optional*): in training, of the windows of each row, K at most.
         segment_mask (`[batch, K]`, *optional*): true for the windows that a row has.
         holds_request (`[batch, K]`, *optional*): true for the windows that hold the request; see `ProbeModel.score`.
+
+    Attributes:
+        passages: the passages of each row, from `classify(texts, passages=True)`; else `None`. See `describe`. It is not a field,
+            because the Trainer would gather it.
     """
 
     loss: torch.Tensor | None = None
@@ -371,8 +375,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
     segment_logits: torch.Tensor | None = None
     segment_mask: torch.Tensor | None = None
     holds_request: torch.Tensor | None = None
-    # Of each row, from `classify(texts, passages=True)`. It is no field, because the Trainer would gather it.
-    passages = None
+    passages = None  # without an annotation, which would make it a field
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
