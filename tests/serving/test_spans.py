@@ -9,7 +9,7 @@ import torch
 from cases import MULTI
 from conftest import make_probe, make_prompts, make_tokenizer, padded, probed
 
-from llama_probe import ProbeConfig, ProbeError
+from llama_probe import Halt, ProbeConfig, ProbeError
 from llama_probe.backbone import passes as passes_module
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.decision import describe_predictions
@@ -116,6 +116,10 @@ def test_a_halt_says_where(model):
     assert [list(halt.span) for halt in topic.probe_halts] == topic.probe_spans["topics"][:, 1].tolist()
     plain = model.generate(ids, halt_on={"plain": {"label": "LABEL_1", "threshold": 0.0}}, **GREEDY)
     assert all(halt.span is None for halt in plain.probe_halts)
+    asked = {"bad": {"unsure": (0.0, 1.0), "ask": lambda texts: [True, Halt(label="mine"), False]}}
+    answers = model.generate(ids, halt_on=asked, tokenizer=TOKENIZER, **GREEDY)
+    first, mine, none = answers.probe_halts
+    assert list(first.span) == answers.probe_spans["bad"][0, 1].tolist() and mine.span is none is None
     own = model.generate(ids, halt_on=lambda outputs: [True] * 3, **GREEDY)
     assert all(halt.span is None for halt in own.probe_halts), "a function has decided"
 

@@ -352,10 +352,12 @@ def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
 
 
 def _with_spans(flags: list[Halt | None], spans: torch.Tensor) -> list[Halt | None]:
-    """Return reasons to halt with the windows that gave them, `[rows, 2]`. A reason without a label is no window's."""
-    rows = []
+    """Return reasons to halt with the windows that gave them, `[rows, 2]`. A reason that names no head has no window."""
+    rows: list[Halt | None] = []
     for flag, (first, end) in zip(flags, spans.long().tolist(), strict=True):
-        rows.append(replace(flag, span=(first, end)) if flag is not None and flag.label is not None else flag)
+        if flag is not None and flag.head is not None:
+            flag = replace(flag, span=(first, end))
+        rows.append(flag)
     return rows
 
 
