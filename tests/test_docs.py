@@ -34,6 +34,7 @@ HEADS = {
     "toxicchat-mha": ("mha", ("non-toxic", "toxic")),
     "toxicchat-gate": ("gate", ("non-toxic", "toxic")),
     "sst2-mha": ("mha", ("negative", "positive")),
+    "my-guard": ("multimax", ("harmless", "harmful")),  # with windows
     "emotion-mha": ("mha", ("sadness", "joy", "love", "anger", "fear", "surprise")),
 }
 
@@ -46,7 +47,7 @@ def desk(backbone_folder, tmp_path, monkeypatch, hub, no_plots):
     for seed, (name, (head_type, labels)) in enumerate(HEADS.items()):
         probe = make_probe(
             seed, probe_type=head_type, id2label=dict(enumerate(labels)), base_model_name_or_path=str(backbone_folder),
-            token_scope="last_user", **({"thresholds": {"fpr-0.5%": 0.9}} if len(labels) == 2 else {}),
+            token_scope="last_user", window=16 if name == "my-guard" else 0, **({"thresholds": {"fpr-0.5%": 0.9}} if len(labels) == 2 else {}),
             problem_type=f"{'multi' if name == 'safety-categories' else 'single'}_label_classification", **fields,
         )  # fmt: skip
         save_head(with_novelty(probe) if name == "emotion-mha" else probe, tmp_path / name)

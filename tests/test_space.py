@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
+from html import escape
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +36,11 @@ def app(backbone_folder, tmp_path_factory):
     heads = tmp_path_factory.mktemp("heads")
     shared = {**PromptFormat(make_tokenizer()).config_fields(), "max_length": 40}
     for seed, (name, labels) in enumerate({"guard": ("good", "<bad>"), "mood": ("a", "b", "c")}.items(), 1):
-        own = {"threshold": 0.9968, "token_scope": "user"} if name == "guard" else {"token_scope": "last_user"}
+        own = (
+            {"threshold": 0.9968, "token_scope": "user", "window": 32}
+            if name == "guard"
+            else {"token_scope": "last_user"}
+        )
         save_head(make_probe(seed, id2label=dict(enumerate(labels)), **own, **shared), heads / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BACKBONE", str(backbone_folder))
@@ -88,6 +94,24 @@ def test_a_flagged_message_is_halted_shown_and_forgotten(app):
     assert off[app.chatbot][-1]["content"] != app.REFUSAL and "halting is off" in off[app.banner]
     assert "flagged" not in off[app.bars] and "threshold" not in off[app.bars]
     assert app.halts({"guard": {"<bad>": float("nan")}}, True, 0.5), "a score that is no number"
+
+
+def test_the_passage_is_marked_and_said_in_words(app):
+    text = "A harmless beginning. <b>And more of it</b>, up to the end of this message."
+    _, found = respond(app, text, threshold=0.0)
+    place = found[app.place]
+    assert place["content"] == text and text[place["start"] : place["end"]] == place["text"]
+    assert f"<mark>{escape(place['text'])}</mark>" in found[app.passage] and "<b>" not in found[app.passage]
+    words = f"guard found <bad> in characters {place['start'] + 1} to {place['end']} of your message"
+    assert escape(words) in found[app.passage]
+    assert app.limited(found[app.scores], place, True, 1.0)[app.passage] == "", "below the threshold"
+    page = app.Page(app.Chat(turns=[user(text), {"role": "assistant", "content": "Hm"}]))
+    assert app.preview("Hello", page, True, 0.0)[app.place]["which"] in ("your message", "message 1 of 3")
+    earlier = place | {"which": "message 1 of 3"}
+    assert "of message 1 of 3" in app.passage_of(found[app.scores], earlier, 0.0)
+    plain = {"guard": SimpleNamespace(spans=None)}
+    assert app.place_of(plain, [user(text)]) is None and app.passage_of(found[app.scores], None, 0.0) == ""
+    assert app.forget(page, True, 0.0)[app.passage] == ""
 
 
 def test_the_preview_says_the_same_but_not_of_a_message_that_was_sent(app):

@@ -28,6 +28,7 @@ from llama_probe.evaluation.heatmap import heat_map
 from llama_probe.evaluation.reading import Reading, token_texts
 from llama_probe.heads.decision import threshold_of
 from llama_probe.heads.scope import token_mask
+from llama_probe.serving.passages import locate
 
 
 BACKBONE = os.environ.get("BACKBONE") or (DEMO_MODEL_ID if "SPACE_ID" in os.environ else DEMO)
@@ -42,6 +43,7 @@ EXAMPLES = (
 )
 WELCOME = ("Type a message", "the heads read along")
 MESSAGES = 6  # number of earlier messages that the model sees
+AROUND = 200  # characters that are shown on either side of a passage
 
 tokenizer = load_tokenizer(BACKBONE)
 model = AutoModel.from_pretrained(BACKBONE, probe=HEADS, dtype="float32")
@@ -82,6 +84,20 @@ def scores_of(outputs):
     return {name: output.describe()[0]["scores"] for name, output in outputs.items()}
 
 
+def place_of(outputs, asked):
+    """Return the passage to which the guard gave its score, with the message around it; None for a guard without windows."""
+    spans = outputs[GUARD].spans
+    if spans is None:
+        return None
+    (ids,) = PROMPTS.encode([asked])
+    (passage,) = locate(PROMPTS, asked, ids, {FLAG: spans[0, FLAGGED].tolist()})
+    if passage["start"] is None:
+        return None
+    newest = len(asked) - 1
+    which = "your message" if passage["message"] == newest else f"message {passage['message'] + 1} of {newest + 1}"
+    return passage | {"content": asked[passage["message"]]["content"], "which": which}
+
+
 def halts(read, halting, threshold):
     """Return True if the guard halts the reply. A NaN score halts."""
     return halting and not read[GUARD][FLAG] < threshold
@@ -109,7 +125,7 @@ def respond(text, page, halting, threshold):
     def decide(outputs):
         """Publish the scores, before the first token."""
         read = scores_of(outputs)
-        said.put(read)
+        said.put((read, place_of(outputs, chat.asked)))
         return [Halt(GUARD, FLAG, read[GUARD][FLAG], threshold) if halts(read, halting, threshold) else None]
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -129,8 +145,8 @@ def respond(text, page, halting, threshold):
     # If the run fails, the page must not wait for it.
     run.add_done_callback(lambda _: (said.put(None), streamer.end()))
     try:
-        if (read := said.get()) is not None:
-            yield {scores: read, bars: bars_of(read, halting, threshold), banner: verdict(read, halting, threshold)}
+        if (found := said.get()) is not None:
+            yield shown(*found, halting, threshold, verdict(found[0], halting, threshold))
         reply = ""
         for piece in streamer:
             reply += piece
@@ -153,9 +169,21 @@ def preview(text, page, halting, threshold):
     if not text.strip() or {"role": "user", "content": text} in page.chat.asked[-1:]:
         return {banner: gr.skip()}
     asked = [*page.chat.turns[-MESSAGES:], {"role": "user", "content": text}]
-    read = scores_of(model.classify(**PROMPTS.batch([asked])))
+    outputs = model.classify(**PROMPTS.batch([asked]))
+    read = scores_of(outputs)
     told = verdict(read, halting, threshold, ("Would be halted", "Would pass"))
-    return {scores: read, bars: bars_of(read, halting, threshold), banner: told}
+    return shown(read, place_of(outputs, asked), halting, threshold, told)
+
+
+def shown(read, found, halting, threshold, told):
+    """Return the components for the scores of a prompt, the place of its passage, and a banner."""
+    parts = limited(read, found, halting, threshold)
+    return {scores: read, place: found, banner: told, **parts}
+
+
+def limited(read, found, halting, threshold):
+    """Return the components that change with the threshold."""
+    return {bars: bars_of(read, halting, threshold), passage: passage_of(read, found, threshold)}
 
 
 def forget(page, halting, threshold):
@@ -167,7 +195,7 @@ def forget(page, halting, threshold):
 def nothing_said(halting, threshold):
     """Return the components of an empty chat."""
     return {
-        chatbot: [], scores: {}, bars: bars_of({}, halting, threshold), banner: note(*WELCOME), plot: gr.update(visible=False)
+        chatbot: [], plot: gr.update(visible=False), **shown({}, None, halting, threshold, note(*WELCOME))
     }  # fmt: skip
 
 
@@ -209,6 +237,18 @@ def note(title, text, state="idle"):
     return f'<div class="note {state}" role="status"><b>{escape(title)}</b><br>{escape(text)}</div>'
 
 
+def passage_of(read, found, threshold):
+    """Return the passage marked in its message, from a score of `threshold` on. Words say the same as the mark."""
+    if found is None or read[GUARD][FLAG] < threshold:
+        return ""
+    content, start, end = found["content"], found["start"], found["end"]
+    before = ("…" if start > AROUND else "") + content[max(0, start - AROUND) : start]
+    behind = content[end : end + AROUND] + ("…" if end + AROUND < len(content) else "")
+    words = f"{GUARD} found {FLAG} in characters {start + 1:,} to {end:,} of {found['which']}, marked here:"
+    quote = f"{escape(before)}<mark>{escape(found['text'])}</mark>{escape(behind)}"
+    return f'<figure class="passage"><figcaption>{escape(words)}</figcaption><blockquote>{quote}</blockquote></figure>'
+
+
 def bars_of(read, halting, threshold):
     """Return a bar for each label of each head, with a line at the guard's threshold."""
     parts = []
@@ -227,7 +267,7 @@ def bars_of(read, halting, threshold):
 
 
 with gr.Blocks(title="llama_probe", fill_width=True) as demo:
-    page, scores = gr.State(Page()), gr.State({})
+    page, scores, place = gr.State(Page()), gr.State({}), gr.State(None)
     gr.Markdown(
         f"## One forward pass, text and labels\nProbe heads read the hidden states of {DEMO_MODEL_ID if BACKBONE == DEMO else BACKBONE} while it reads your "
         "message: their scores are there before the reply begins."
@@ -248,6 +288,7 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
             gr.Examples([[text] for text in EXAMPLES], message, label="Or one of these")
         with gr.Column(scale=4):
             banner = gr.HTML(note(*WELCOME), elem_id="banner")
+            passage = gr.HTML("", elem_id="passage")
             bars = gr.HTML(bars_of({}, True, OWN), elem_id="bars")
             with gr.Row():
                 halting = gr.Checkbox(True, label=f"Halt at {FLAG}", info=f"before the first token, by {GUARD}")
@@ -255,7 +296,7 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
     head = gr.Radio(list(CONFIGS), value=GUARD, label="What a head looked at, token by layer")
     plot = gr.Plot(show_label=False, elem_id="heatmap", visible=False)
 
-    chat_inputs, readings = [message, page, halting, threshold], [scores, bars, banner]
+    chat_inputs, readings = [message, page, halting, threshold], [scores, place, bars, passage, banner]
     model_queue = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
     # A message that is sent during a reply waits in the browser. By default Gradio would drop it.
     exchange = message.submit(
@@ -267,7 +308,7 @@ with gr.Blocks(title="llama_probe", fill_width=True) as demo:
     chatbot.clear(forget, chat_inputs[1:], [chatbot, *readings, plot], concurrency_limit=None, show_progress="hidden")
     head.change(look, [page, head], plot, **model_queue)
     limits = [halting.change, threshold.change]
-    gr.on(limits, bars_of, [scores, halting, threshold], bars, show_progress="hidden")
+    gr.on(limits, limited, [scores, place, halting, threshold], [bars, passage], show_progress="hidden")
 
 
 if __name__ == "__main__":

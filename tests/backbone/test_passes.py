@@ -44,6 +44,18 @@ def test_states_are_those_of_rows_run_whole_and_alone(rows, unread, batch_tokens
     assert all(count == 1 or count * width <= batch_tokens for count, width in sizes)
 
 
+def test_a_long_start_runs_in_pieces(lm, monkeypatch):
+    widths = []
+    whole = passes.prefill(lm, START)
+    monkeypatch.setattr(passes, "PASS_TOKENS", 8)
+    lm.model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    pieces = passes.prefill(lm, START)
+    assert widths == [7, 7, 6] and pieces.get_seq_length() == len(START)
+    for found, expected in zip(pieces.layers, whole.layers, strict=True):
+        torch.testing.assert_close(found.keys, expected.keys, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.values, expected.values, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rows, tokens", [(40, len(START) + 40 + 3), (4, 5 * (len(START) + 1))])
 def test_a_pass_over_a_data_set_runs_few_tokens(lm, rows, tokens):
     """A start runs once if that saves more than a further pass costs. Four rows run whole, with the padding of a fifth."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_probe.cli.console import escape, print_table, print_text, print_values
+from llama_probe.cli.console import escape, print_marked, print_table, print_text, print_values
 
 
 @pytest.mark.parametrize("width", [20, 80])
@@ -13,6 +13,20 @@ def test_nothing_of_a_cell_is_cut(capsys, monkeypatch, width):
     assert "…" not in printed and max(map(len, printed.splitlines())) <= width
     first = "".join(line.split("│")[1].strip() for line in printed.splitlines() if line.startswith("│"))
     assert first == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_part_of_a_text_is_marked_in_words_and_in_style(capsys, monkeypatch):
+    text = "a" * 100 + " before\x1b[31m\n[b]the\n part[/b] behind " + "b" * 100
+    start, end = text.index("[b]"), text.index("[/b]") + 4
+    print_marked("head: bad", text, start, end, around=20)
+    printed = capsys.readouterr().out
+    assert printed.startswith("head: bad: …aaa") and printed.rstrip().endswith("bbb…")
+    assert r" before\x1b[31m »[b]the part[/b]« behind bb" in printed.replace("\n", "")
+    print_marked("head: bad", "all of it", 0, 9)
+    assert capsys.readouterr().out == "head: bad: »all of it«\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    print_marked("head: bad", "all of it", 4, 6)
+    assert "\x1b[1;7m»of«" in capsys.readouterr().out
 
 
 def test_a_table_inside_a_record_is_printed_too(capsys):

@@ -1,6 +1,7 @@
 """Prompts of `llama-probe generate` and `classify`, and their table."""
 
 import io
+import re
 
 import pyarrow.parquet as pq
 import pytest
@@ -60,6 +61,48 @@ def test_a_prompt_is_the_users_beside_a_head_of_tool_results(backbone_folder, tm
     succeed("classify", *probes, *args[1:3], "--input", chats, "--output", tmp_path / "labels")
     (cells,) = pq.read_table(tmp_path / "labels").to_pylist()
     assert cells["tool_label"] == "LABEL_0" and cells["tool_novelty"] is None and cells["user_novelty"] is not None
+
+
+def test_texts_are_cut_only_where_the_head_or_the_user_says_so(backbone_folder, tmp_path):
+    fields = PromptFormat(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
+    fields |= {"max_length": 90, "token_scope": "content", "flagged": ["LABEL_1"]}
+    make_probe(**fields).save_pretrained(tmp_path / "cut")
+    make_probe(**fields, window=16).save_pretrained(tmp_path / "windows")
+    text = "a text of which no head has seen the end, " * 4
+    rows = write(tmp_path / "rows.jsonl", [{"text": text, "label": 0}, {"text": "Hi", "label": 1}])
+    for command in (["classify", text, "Hi"], ["evaluate", "--data", rows, "--bootstrap", 0]):
+        warned = {}
+        for name, more in (("cut", []), ("windows", []), ("windows", ["--max-length", 70])):
+            done = call(*command, "--probe", tmp_path / name, "--backbone", backbone_folder, "--json", *more)
+            assert done.returncode == 0, done.stderr
+            warned[name, *more[1:]] = re.findall(r"(\d) of 2 prompts were cut to max_length=(\d+)", done.stderr)
+        assert warned == {("cut",): [("1", "90")], ("windows",): [], ("windows", 70): [("1", "70")]}
+
+
+def test_passages(backbone_folder, tmp_path):
+    fields = PromptFormat(AutoTokenizer.from_pretrained(backbone_folder)).config_fields()
+    fields |= {"id2label": {0: "fine", 1: "[bad]"}, "flagged": ["[bad]"], "token_scope": "content", "threshold": 0.0}
+    make_probe(**fields, window=16).save_pretrained(tmp_path / "windows")
+    make_probe(**fields).save_pretrained(tmp_path / "plain")
+    text = "one two three\nfour [b]five[/b] six " * 20
+    args = ("--backbone", backbone_folder, "--spans")
+    found = succeed("classify", text, "Hi", "--probe", tmp_path / "windows", "--json", *args)
+    (passage,) = found[0]["probes"]["windows"]["passages"]
+    assert passage.keys() == {"label", "start", "end", "text"} and passage["label"] == "[bad]"
+    assert text[passage["start"] : passage["end"]] == passage["text"] and 0 < len(passage["text"]) <= 16
+    shown = succeed("classify", text, "Hi", "--probe", tmp_path / "windows", *args)
+    (line, *_) = (line for line in shown.splitlines() if line.startswith("prompt 1: windows: [bad], characters"))
+    assert f"{passage['start']:,} to {passage['end']:,}" in line
+    assert f"»{' '.join(passage['text'].split())}«" in shown.replace("\n", "") and len(shown) < 3 * len(text)
+    rows = write(
+        tmp_path / "rows.jsonl", [{"text": text}, {"text": [{"role": "user", "content": "Hi"}]}, {"text": ""}]
+    )
+    succeed("classify", "--probe", tmp_path / "windows", *args, "--input", rows, "--output", tmp_path / "labels")
+    first, chat, empty = pq.read_table(tmp_path / "labels").to_pylist()
+    assert first["windows_passages"] == [passage | {"message": None}] and empty["windows_passages"] is None
+    assert [each["message"] for each in chat["windows_passages"]] == [0]
+    for words in ([text], ["--input", rows, "--output", tmp_path / "other"]):
+        assert "'plain' judges no windows" in refuse("classify", *words, "--probe", tmp_path / "plain", *args)
 
 
 def test_a_user_at_a_terminal_is_asked_for_prompts():

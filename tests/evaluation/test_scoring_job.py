@@ -106,6 +106,19 @@ def test_rows_without_a_number_are_left_empty(tmp_path, backbone_folder, heads, 
     assert "mood_label, mood_probabilities" in first and "(5)" in first and "(9)" in second
 
 
+def test_a_limit_of_the_user(tmp_path, run, backbone_folder, heads):
+    """It counts in place of the heads' own, and a job goes on with the same."""
+    rows = write(tmp_path / "a.jsonl", [{"text": "a long text " * 20}, {"text": "short"}])
+    own = run(rows, output="own") and read(tmp_path / "own")
+    whole = run(rows, output="whole", max_length=500) and read(tmp_path / "whole")
+    columns = TextScorer(heads, str(backbone_folder), max_length=500)(["a long text " * 20])
+    assert whole[0]["mood_probabilities"] == pytest.approx(columns["mood_probabilities"][0], abs=1e-5)
+    assert own[0]["mood_probabilities"] != pytest.approx(whole[0]["mood_probabilities"], abs=1e-4)
+    assert own[1]["mood_probabilities"] == pytest.approx(whole[1]["mood_probabilities"], abs=1e-5)
+    with pytest.raises(ProbeError, match="max_length"):
+        run(rows, output="whole", max_length=400, resume=True)
+
+
 @pytest.mark.parametrize("scope", ["response", "all"])
 def test_replies(tmp_path, backbone_folder, heads, run, scope):
     """They count by their largest scores, as where thresholds are fitted and measured."""

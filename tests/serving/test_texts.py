@@ -1,6 +1,7 @@
 """classify(): text in, labels out."""
 
 import functools
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,10 +30,11 @@ def model():
     return probed(vocab_size=260)
 
 
-def alone(model, name, texts):
+def alone(model, name, texts, max_length=None):
     """What a head gives for texts that are rendered by hand, one at a time."""
     config = model.probes[name].config
     prompts = PromptFormat.from_config(config, TOKENIZER)
+    prompts.max_length = max_length or prompts.max_length
     return torch.cat([model.classify(**prompts.batch([text]), probes=name)[name].logits for text in texts])
 
 
@@ -111,6 +113,45 @@ def test_replies(model):
         model.classify(TEXTS, tokenizer=TOKENIZER)
 
 
+LONG = "a text of which no head has seen the end, " * 4
+WINDOWS = {"window": 16, "flagged": ["LABEL_1"], "token_scope": "content"}
+
+
+def cut_to(caplog):
+    """What the warnings since the last call say of cut texts: how many, and the limit."""
+    text, _ = caplog.text, caplog.clear()
+    return re.findall(r"(\d) of \d prompts were cut to max_length=(\d+)", text)
+
+
+def test_heads_with_windows_read_texts_whole(model, caplog):
+    """Other heads read as much as their training rows had. A limit of the user counts for all."""
+    model.add_probe("cut", make_probe(**fields(max_length=90)))
+    model.add_probe("windows", make_probe(**fields(max_length=90), **WINDOWS))
+    texts = ["Hi", LONG]
+    found = model.classify(texts, tokenizer=TOKENIZER)
+    assert cut_to(caplog) == [("1", "90")], "of the head without windows"
+    torch.testing.assert_close(found["cut"].logits, alone(model, "cut", texts))
+    whole = alone(model, "windows", texts, max_length=1000)
+    caplog.clear()
+    torch.testing.assert_close(found["windows"].logits, whole, atol=1e-5, rtol=1e-4)
+    shorter = model.classify(texts, tokenizer=TOKENIZER, max_length=70)
+    assert cut_to(caplog) == [("1", "70")], "both heads share one format now"
+    for name, output in shorter.items():
+        torch.testing.assert_close(output.logits, alone(model, name, texts, max_length=70), atol=1e-5, rtol=1e-4)
+    longer = model.classify(texts, tokenizer=TOKENIZER, max_length=1000, probes="cut")["cut"].logits
+    torch.testing.assert_close(longer, alone(model, "cut", texts, max_length=1000), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(longer[1], found["cut"].logits[1], atol=1e-3), "or any text would pass"
+
+
+def test_texts_that_the_backbone_was_not_made_for_are_warned_of(caplog):
+    model = probed(vocab_size=260, max_position_embeddings=100)
+    model.add_probe("windows", make_probe(**fields(), **WINDOWS))
+    model.classify(TEXTS, tokenizer=TOKENIZER)
+    assert "max_position_embeddings" not in caplog.text
+    model.classify([*TEXTS, LONG], tokenizer=TOKENIZER)
+    assert "1 of 5 texts" in caplog.text and "max_position_embeddings=100" in caplog.text
+
+
 def test_weights_and_mistakes(model):
     model.add_probe("a", make_probe(**fields()))
     processor = SimpleNamespace(tokenizer=TOKENIZER)  # as multimodal backbones have
@@ -120,6 +161,8 @@ def test_weights_and_mistakes(model):
         "attention_mask": {"input_ids": TEXTS, "tokenizer": TOKENIZER, "attention_mask": torch.ones(4, 4)},
         "input_ids": {"input_ids": [], "tokenizer": TOKENIZER},
         "input_ids must": {"input_ids": [[1, 2]]},
+        "max_length=9": {"input_ids": torch.ones(1, 4, dtype=torch.long), "max_length": 9},
+        "max_length=3": {"input_ids": TEXTS, "tokenizer": TOKENIZER, "max_length": 3},
     }.items():
         with pytest.raises(ProbeError, match=words):
             model.classify(**call)

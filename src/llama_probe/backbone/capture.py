@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
@@ -101,7 +101,7 @@ def collect_hidden_states(
         input_ids (`[B, T]`): token ids, on any device.
         attention_mask (`[B, T]`, *optional*): 1 for tokens, 0 for padding, on any device. Not needed for padding on the right: no
             token sees the padding after it, and attention without a mask is faster.
-        prefix: a KV cache from `prefill`, of tokens that come before every row. Not together with `attention_mask`.
+        prefix: a KV cache from `passes.prefill`, of tokens that come before every row. Not together with `attention_mask`.
 
     Returns:
         One tensor `[B, T, D]` for each of `layers`, in their order, in the backbone's dtype and on the device of its last layer.
@@ -116,19 +116,6 @@ def collect_hidden_states(
         decoder.run(input_ids=input_ids, attention_mask=attention_mask, cache=cache, use_cache=cache is not None)
     check_seen(layers, states)
     return [states[layer].to(decoder.device) for layer in layers]
-
-
-def prefill(lm: nn.Module, ids: Sequence[int]) -> transformers.Cache | None:
-    """Run the backbone over the first tokens of many prompts, and return its KV cache for one row.
-
-    Returns:
-        The cache, or None if it holds states of linear attention, which transformers cannot repeat for several rows.
-    """
-    decoder = find_decoder(lm)
-    input_ids = torch.tensor([list(ids)], device=decoder.input_device)
-    with torch.no_grad():
-        cache = decoder.model(input_ids=input_ids, use_cache=True)[decoder.cache_name]
-    return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
 
 
 def check_states(lm: nn.Module) -> None:

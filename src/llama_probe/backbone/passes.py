@@ -1,23 +1,31 @@
-"""Plans forward passes over many prompts: prompts of similar length together, and a common start only once."""
+"""Plans forward passes: prompts of similar length together, a common start only once, and a long prompt in pieces."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
-from .capture import prefill
+from .decoder import Decoder, find_decoder
 
 
 # Tokens of a batch, padding included. They bound the memory: the hidden states of a batch are there for all layers that are read.
 BATCH_TOKENS = 4096
+# Tokens of each row in one pass. A longer prompt runs in pieces, which bounds the memory beside the KV cache.
+PASS_TOKENS = 2048
 # Fixed cost of a forward pass, in tokens.
 _PASS_COST = 64
 # Tokens in the KV cache of a row that count as one token in a batch.
 _CACHED_TOKENS = 4
+# Arguments of a pass that can be cut into pieces, [B, n, ...]. The attention mask, [B, past + n], grows with the pieces.
+_CUT_BY_TOKENS = ("input_ids", "inputs_embeds", "position_ids")
+_IN_PIECES = {*_CUT_BY_TOKENS, "attention_mask", "cache", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,22 @@ def plan_passes(lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequenc
         (after if skip and unread[row] >= skip and list(ids[:skip]) == start else whole).append(row)
     passes = [Pass(rows, prefix, skip) for rows in _batches(after, prompts, skip // _CACHED_TOKENS - skip)]
     return passes + [Pass(rows) for rows in _batches(whole, prompts)]
+
+
+def prefill(lm: nn.Module, ids: Sequence[int]) -> transformers.Cache | None:
+    """Run the backbone over the first tokens of many prompts, and return its KV cache for one row.
+
+    Returns:
+        The cache, or None if it holds states of linear attention, which transformers cannot repeat for several rows.
+    """
+    decoder = find_decoder(lm)
+    output: Any = None
+    with torch.no_grad():
+        inputs = {"input_ids": torch.tensor([list(ids)], device=decoder.input_device), "use_cache": True}
+        for arguments in split_pass(decoder, inputs):
+            output = decoder.run(**arguments)
+    cache = output[decoder.cache_name]
+    return None if any(hasattr(layer, "recurrent_states") for layer in cache.layers) else cache
 
 
 def shared_start(prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> list[int]:
@@ -87,3 +111,35 @@ def length_batches(lengths: Sequence[int], batch_tokens: int | None = None) -> l
 def _batches(rows: list[int], prompts: Sequence[Sequence[int]], more: int = 0) -> list[list[int]]:
     batches = length_batches([len(prompts[row]) + more for row in rows])
     return [[rows[i] for i in batch] for batch in batches]
+
+
+def split_pass(decoder: Decoder, inputs: Mapping[str, Any], past: int = 0) -> list[dict[str, Any]]:
+    """Return the arguments of the passes over some prompts: of one pass, or for long prompts of several over one KV cache.
+
+    A model with linear attention, and a prompt with images, run in one pass.
+
+    Args:
+        inputs: arguments of the decoder, for one pass over n further tokens: `input_ids` `[B, n]` or `inputs_embeds`, an
+            `attention_mask` `[B, past + n]`, and the `cache` of the tokens before, which is filled.
+        past: number of tokens in the cache.
+    """
+    given = {name: value for name, value in inputs.items() if value is not None}
+    width = given["input_ids" if "input_ids" in given else "inputs_embeds"].shape[1]
+    count = math.ceil(width / PASS_TOKENS)
+    positions = given.get("position_ids")
+    can_be_cut = given.keys() <= _IN_PIECES and (positions is None or positions.dim() == 2)
+    if count == 1 or not can_be_cut:
+        return [given]
+    cache = given.get("cache")
+    cache = transformers.DynamicCache(config=decoder.model.config) if cache is None else cache
+    if any(hasattr(layer, "recurrent_states") for layer in cache.layers):
+        return [given]
+    size = math.ceil(width / count)
+    pieces = []
+    for start in range(0, width, size):
+        stop = min(start + size, width)
+        piece = {name: given[name][:, start:stop] for name in _CUT_BY_TOKENS if name in given}
+        if "attention_mask" in given:
+            piece["attention_mask"] = given["attention_mask"][:, : past + stop]
+        pieces.append(piece | {"cache": cache, "use_cache": True})
+    return pieces

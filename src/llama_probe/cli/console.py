@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from rich import markup
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..files import JSON
 
@@ -29,6 +30,26 @@ def escape(text: str) -> str:
 def print_text(text: str | Table) -> None:
     """Print a table, or a text as it is: neither markup nor names of emojis mean anything."""
     Console(emoji=False).print(escape(text) if isinstance(text, str) else text)
+
+
+def print_marked(title: str, text: str, start: int, end: int, around: int = 80) -> None:
+    """Print a part of a text on a few lines, with what stands around it: the part in another style, and between » and «.
+
+    Args:
+        start, end: the first character of the part, and one past the last.
+        around: characters before and behind the part.
+    """
+    before = _on_one_line(text[max(0, start - around) : start])
+    behind = _on_one_line(text[end : end + around])
+    quote = Text(f"{title}: ", style="dim")
+    quote.append(("…" if start > around else "") + before, style="not dim")
+    quote.append(f"»{_on_one_line(text[start:end])}«", style="not dim bold reverse")
+    quote.append(behind + ("…" if end + around < len(text) else ""), style="not dim")
+    Console(emoji=False).print(quote)
+
+
+def _on_one_line(text: str) -> str:
+    return printable(re.sub(r"\s+", " ", text))
 
 
 def cell(value: object, interval: Sequence[float] | None = None) -> str:

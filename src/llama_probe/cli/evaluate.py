@@ -32,6 +32,7 @@ def evaluate(
     attacks: bool = False,
     against: list[str] | None = None,
     bootstrap: Annotated[int, {"min": 0, "max": 100_000}] = 1000,
+    max_length: Annotated[int | None, COUNT] = None,
 ) -> Result:
     """Score a head on labelled rows, with its saved temperature and threshold.
 
@@ -46,13 +47,14 @@ def evaluate(
     """
     if record is not None:
         check_head_folder(probe, "--record")
-    scored = ScoredHead(probe, options)
+    scored = ScoredHead(probe, options, max_length)
     head = scored.head
     # These take seconds to import.
     from ..evaluation import detection, report
     from ..evaluation.novelty_fit import against_others
     from ..evaluation.prediction import predict_rows
     from ..evaluation.transformations import ATTACKS, check_transformable, kept_labels
+    from ..serving.texts import warn_beyond_backbone
 
     if against and head.novelty is None:
         raise ProbeError(f"--against {against[0]}: {probe} has no novelty; calibrate --novelty-data fits it")
@@ -65,6 +67,7 @@ def evaluate(
     others = {short_path(name): rows.texts(name, head.config, _MAX_AGAINST, "test") for name in against or ()}
     scored.attach()
     dataset = scored.prompts.encode_for(head.config, labelled.texts, labelled.labels)
+    warn_beyond_backbone(scored.model, dataset.prompts)
     logits, novelty, followed = predict_rows(head, dataset)
     novelties = {name: predict_rows(head, scored.dataset(texts))[1] for name, texts in others.items()}
     transformed = kept_labels(head, labelled, scored.prompts, groups) if groups else {}

@@ -57,21 +57,26 @@ class ScoredHead:
     """A head, and after `attach` its backbone `model` and the format `prompts` of its texts.
 
     A command checks its options and rows against the head before it loads the backbone.
+
+    Args:
+        max_length: number of tokens to which texts are cut; see `length_limit`.
     """
 
     model: transformers.PreTrainedModel
     prompts: PromptFormat
 
-    def __init__(self, probe: str, options: HeadOptions):
-        self.probe, self.options = probe, options
+    def __init__(self, probe: str, options: HeadOptions, max_length: int | None = None):
+        self.probe, self.options, self.max_length = probe, options, max_length
         self.heads = options.read([probe])
         (self.head,) = self.heads.values()
 
     def attach(self) -> None:
         """Load the backbone, and bind the head to it."""
+        from ..serving.texts import format_to_score  # takes seconds to import
+
         self.model, tokenizer = self.options.attach(self.heads, self.probe)
         self.head.set_backbone(self.model)
-        self.prompts = PromptFormat.from_config(self.head.config, tokenizer)
+        self.prompts = format_to_score(self.head.config, tokenizer, self.max_length)
 
     def dataset(self, texts: Sequence[Text]) -> PromptDataset:
         """Return texts without labels in the prompt format of the head."""

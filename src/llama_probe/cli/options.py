@@ -42,6 +42,8 @@ _SHARED = {
     "import_": "a Python file that registers a head type of your own.",
     "json": "print machine-readable results on standard output.",
     "label_column": "column of the labels.",
+    "max_length": "tokens of the longest text; what comes behind is not read. Default: no limit for a head with windows, for other heads "
+    "the longest text that they have learned from.",
     "max_text": "characters of the longest text; a file may have 512 times as many. Guards the memory.",
     "max_new_tokens": "tokens of each reply.",
     "probe": "the head.",

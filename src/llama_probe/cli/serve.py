@@ -17,12 +17,13 @@ from ..heads.decision import in_words
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
 from ..vllm.halting_words import read_halting
-from .console import print_table, print_text
+from .console import print_marked, print_table, print_text
 from .inputs import HeadOptions
 from .options import COUNT, PROBE, Result
 
 
 _BATCH = 8  # prompts of a pass
+_MAX_CELL = 300  # characters of a prompt in a table
 
 
 def generate(
@@ -92,7 +93,9 @@ def classify(
     chunk_rows: Annotated[int, COUNT] = 2048,
     resume: bool = False,
     max_text: Annotated[int, COUNT] = MAX_TEXT,
+    max_length: Annotated[int | None, COUNT] = None,
     abstain_at: float | None = None,
+    spans: bool = False,
 ) -> Result:
     """Label prompts, or the rows of files (--input), without a reply.
 
@@ -107,6 +110,7 @@ def classify(
         chunk_rows: rows in memory at a time, and in each output file.
         resume: resume a job that was stopped.
         max_text: characters of the longest text of --input; a chunk may have 64 times as many.
+        spans: also give the passage in which a head with windows found each flagged label.
     """
     if input or output is not None:
         if abstain_at is not None:
@@ -118,7 +122,7 @@ def classify(
 
         done = ScoringJob(
             files, output, probe, loading.backbone_of(probe[0]), text_column, prompt_column, keep_column or [],
-            chunk_rows, loading.dtype, resume, max_text,
+            chunk_rows, loading.dtype, resume, max_text, max_length, passages=spans,
         ).execute()  # fmt: skip
         if not is_main():
             return None
@@ -132,8 +136,13 @@ def classify(
     for name, config in configs.items():
         if config.reads_reply:
             raise ProbeError(f"{name!r} reads replies: give such rows (--input, --prompt-column), or use generate")
+    if spans:
+        from ..serving.passages import check_finds_passages  # takes seconds to import
+
+        check_finds_passages(configs)
     model, tokenizer = loading.attach(heads, probe[0])
-    outputs = model.classify(texts, tokenizer=tokenizer, abstain_at=abstain_at)
+    settings = {"abstain_at": abstain_at, "max_length": max_length, "passages": spans}
+    outputs = model.classify(texts, tokenizer=tokenizer, **settings)
     described = {name: output.describe() for name, output in outputs.items()}
     rows = [
         {"prompt": text, "probes": {name: each[row] for name, each in described.items()}}
@@ -155,15 +164,30 @@ def _read_prompts(prompts: list[str] | None) -> list[str]:
 
 
 def print_rows(rows: list[JSON]) -> None:
-    """Print a table of prompts, replies if there are any, and the prediction of each head."""
+    """Print a table of prompts, replies if there are any, and the prediction of each head; below it the passages, if there are any."""
     has_replies = "reply" in rows[0]
     columns = ["prompt", *(["reply"] if has_replies else []), *rows[0]["probes"]]
     lines = []
     for row in rows:
-        cells = [row["prompt"]]
+        prompt = row["prompt"]
+        cells = [prompt if len(prompt) <= _MAX_CELL else prompt[:_MAX_CELL] + "…"]
         if has_replies:
             cells.append(f"halted: {row['reply']}" if row.get("halted") else row["reply"])
         for prediction in row["probes"].values():
             cells.append("-" if prediction is None else in_words(prediction))
         lines.append(cells)
     print_table(None, columns, lines, left=len(columns), show_lines=has_replies)
+    for number, row in enumerate(rows, 1):
+        for head, prediction in row["probes"].items():
+            for passage in (prediction or {}).get("passages", ()):
+                title = f"{head}: {passage['label']}"
+                print_passage(title if len(rows) == 1 else f"prompt {number}: {title}", row["prompt"], passage)
+
+
+def print_passage(title: str, text: str, passage: JSON) -> None:
+    """Print a passage within its text, or alone if it is not of the text."""
+    if passage["start"] is None:
+        print_marked(f"{title}, in the chat template", passage["text"], 0, len(passage["text"]))
+    else:
+        place = f"characters {passage['start']:,} to {passage['end']:,}"
+        print_marked(f"{title}, {place}", text, passage["start"], passage["end"])

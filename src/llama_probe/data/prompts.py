@@ -336,7 +336,8 @@ class PromptFormat:
 
     def _report_cut(self, is_long: Sequence[bool]) -> None:
         if any(is_long):
-            logger.warning(f"{sum(is_long)} of {len(is_long)} prompts were cut to max_length={self.max_length} tokens")
+            cut = f"{sum(is_long)} of {len(is_long)} prompts were cut to max_length={self.max_length} tokens"
+            logger.warning(f"{cut}: what comes behind is not read")
 
 
 def _without_requests(labels: np.ndarray | None, lost: Sequence[int], config: ProbeConfig) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import in_words
 from ..heads.scope import token_mask
+from ..serving.texts import format_to_score
 
 
 _CONTINUATION = "◦"  # in place of a token that only continues the character before it
@@ -79,7 +80,7 @@ def read_weights(
         raise ProbeError(f"weights need one active head, not {active}: set_active_probes([name])")
     (head,) = model.active_probes
     config = model.probes[head].config
-    prompt_format = PromptFormat.from_config(config, tokenizer)
+    prompt_format = format_to_score(config, tokenizer)
     readings = []
     for text, ids in zip(texts, prompt_format.encode(texts), strict=True):
         input_ids = torch.tensor([ids], device=model.device)

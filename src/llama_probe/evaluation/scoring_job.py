@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone
-from ..data.prompts import PromptFormat, Text, exchange, has_reply, is_text
+from ..data.prompts import Text, exchange, has_reply, is_text
 from ..data.row_files import MAX_TEXT, Columns, InputFile
 from ..distributed import barrier, check_shared, claimed, is_main, on_main, rank, undivided, world_size
 from ..errors import ProbeError, first_line
@@ -26,7 +26,8 @@ from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.loading import ProbeSpec, read_heads
-from ..serving.texts import classify_texts, heads_by_format, join_outputs
+from ..serving.passages import check_finds_passages
+from ..serving.texts import classify_texts, format_to_score, heads_by_format, join_outputs
 from .prediction import predict_together
 from .resume import same_settings
 
@@ -36,6 +37,8 @@ logger = logging.get_logger(__name__)
 # Readers of parquet folders ignore names that begin with an underscore.
 MANIFEST_NAME = "_manifest.json"
 _FORMAT = 1
+_PASSAGE = {"label": pa.string(), "start": pa.int64(), "end": pa.int64(), "message": pa.int64(), "text": pa.string()}
+_PASSAGES = pa.list_(pa.struct(list(_PASSAGE.items())))
 
 
 class TextScorer:
@@ -44,10 +47,21 @@ class TextScorer:
     Args:
         probes: heads, as for `probe=`. All read prompts, or all read replies. Heads of one prompt format share the passes. A reply
             counts by its largest score, as in `evaluate`; see `strongest`.
+        max_length: number of tokens to which texts are cut; see `length_limit`.
+        passages: also find the passages of flagged labels. All heads must have windows.
     """
 
-    def __init__(self, probes: ProbeSpec, backbone: str = "demo", dtype: str = "auto"):
-        self.heads = _read_heads(probes, backbone)
+    def __init__(
+        self,
+        probes: ProbeSpec,
+        backbone: str = "demo",
+        dtype: str = "auto",
+        max_length: int | None = None,
+        passages: bool = False,
+    ):
+        self.max_length = max_length
+        self.passages = passages
+        self.heads = _read_heads(probes, backbone, passages)
         self.reads_replies = any(head.config.reads_reply for head in self.heads.values())
         lm, self.tokenizer = load_backbone(backbone, dtype)
         self.model = AutoModelForProbedGeneration.from_causal_lm(lm, self.heads)
@@ -60,18 +74,19 @@ class TextScorer:
 
         Returns:
             For each head `NAME_label` - a label, or a list of labels (multi-label) - and `NAME_probabilities`, by label;
-            for regression `NAME_values`, by label. `NAME_novelty` if the head tells it. A value is None if the text is not
+            for regression `NAME_values`, by label. `NAME_novelty` if the head tells it, and `NAME_passages` if they are asked for,
+            as `serving.passages.locate` returns them. A value is None if the text is not
             scored, or if the head gives no number: one text must not stop a job over millions of texts.
         """
         rows = self.scored_rows(texts)
-        columns: Columns = {name: [None] * len(texts) for name in output_fields(self.heads)}
+        columns: Columns = {name: [None] * len(texts) for name in output_fields(self.heads, self.passages)}
         outputs = self._score([texts[row] for row in rows]) if rows else {}
         for name, output in outputs.items():
             head = self.heads[name]
             numbers = output.logits.isfinite().all(dim=-1).nonzero().flatten()
             predictions = join_outputs([output], numbers, head.config).describe()
             for place, prediction in zip(numbers.tolist(), predictions, strict=True):
-                for kind, (_, key) in _columns(head).items():
+                for kind, (_, key) in _columns(head, self.passages).items():
                     columns[f"{name}_{kind}"][rows[place]] = prediction[key]
         return columns
 
@@ -86,13 +101,15 @@ class TextScorer:
     def _score(self, texts: list[Text]) -> dict[str, ProbeOutput]:
         configs = {name: head.config for name, head in self.heads.items()}
         if not self.reads_replies:
-            return classify_texts(self.model, configs, texts, self.tokenizer)
+            return classify_texts(
+                self.model, configs, texts, self.tokenizer, max_length=self.max_length, passages=self.passages
+            )
         outputs: dict[str, ProbeOutput] = {}
-        for names in heads_by_format(configs):
+        for names in heads_by_format(configs, self.max_length):
             config = configs[names[0]]
             heads = [self.heads[name] for name in names]
             heads[0].set_backbone(self.model)
-            dataset = PromptFormat.from_config(config, self.tokenizer).encode_for(config, texts)
+            dataset = format_to_score(config, self.tokenizer, self.max_length).encode_for(config, texts)
             with undivided():  # ranks divide the chunks
                 logits_by_head = predict_together(heads, dataset)
             for name, logits in zip(names, logits_by_head, strict=True):
@@ -115,6 +132,7 @@ class ScoringJob:
         text_column: column of the texts, or of chat messages.
         prompt_column: for heads that read replies, the column of the prompts that the texts reply to.
         chunk_rows, max_text: rows in memory, and characters of the longest text; see `InputFile`.
+        max_length, passages: as of `TextScorer`.
     """
 
     inputs: Sequence[str]
@@ -128,6 +146,8 @@ class ScoringJob:
     dtype: str = "auto"
     resume: bool = False
     max_text: int = MAX_TEXT
+    max_length: int | None = None
+    passages: bool = False
 
     def execute(self) -> JSON:
         """Run the job.
@@ -142,12 +162,14 @@ class ScoringJob:
         with claimed(self.output):
             check_shared(self.output)
             files, kept = on_main(self._survey)
-            heads = _read_heads(self.probes, self.backbone)
-            if clash := {"file", "row", *output_fields(heads)} & set(self.keep_columns):
+            heads = _read_heads(self.probes, self.backbone, self.passages)
+            if clash := {"file", "row", *output_fields(heads, self.passages)} & set(self.keep_columns):
                 raise ProbeError(f"keep_columns: the output has its own {', '.join(sorted(clash))}")
             manifest = on_main(lambda: self._begin(files, heads))
             if not manifest.get("complete"):
-                schema = pa.schema({"file": pa.string(), "row": pa.int64(), **kept, **output_fields(heads)})
+                schema = pa.schema(
+                    {"file": pa.string(), "row": pa.int64(), **kept, **output_fields(heads, self.passages)}
+                )
                 self._score(files, heads, schema)
                 barrier()
                 manifest = on_main(lambda: self._complete(manifest))
@@ -169,7 +191,7 @@ class ScoringJob:
 
     def _begin(self, files: list[InputFile], heads: dict[str, ProbeModel]) -> JSON:
         """Return the manifest. Write it if the job is new."""
-        names = ("backbone", "dtype", "text_column", "prompt_column", "chunk_rows")
+        names = ("backbone", "dtype", "text_column", "prompt_column", "chunk_rows", "max_length", "passages")
         settings: JSON = {name: getattr(self, name) for name in names}
         settings["keep_columns"] = list(self.keep_columns)
         settings["heads"] = [[name, _digest(head)] for name, head in heads.items()]
@@ -184,7 +206,7 @@ class ScoringJob:
         return same_settings(path, begun, {"complete": False})
 
     def _score(self, files: list[InputFile], heads: dict[str, ProbeModel], schema: pa.Schema) -> None:
-        scorer = TextScorer(heads, self.backbone, self.dtype)
+        scorer = TextScorer(heads, self.backbone, self.dtype, self.max_length, self.passages)
         countable = all(file.kind == "parquet" for file in files)
         total = sum(pq.read_metadata(file.path).num_rows for file in files) // world_size() if countable else None
         with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
@@ -224,27 +246,31 @@ class ScoringJob:
         return manifest
 
 
-def _read_heads(probes: ProbeSpec, backbone: str) -> dict[str, ProbeModel]:
+def _read_heads(probes: ProbeSpec, backbone: str, passages: bool) -> dict[str, ProbeModel]:
     heads = read_heads(probes, backbone_target(backbone))
+    if passages:
+        check_finds_passages({name: head.config for name, head in heads.items()})
     by_reads = {head.config.reads_reply: name for name, head in heads.items()}
     if len(by_reads) == 2:
         raise ProbeError(f"{by_reads[True]!r} reads replies and {by_reads[False]!r} prompts: score them apart")
     return heads
 
 
-def output_fields(heads: dict[str, ProbeModel]) -> dict[str, pa.DataType]:
+def output_fields(heads: dict[str, ProbeModel], passages: bool = False) -> dict[str, pa.DataType]:
     """Return names and types of the columns of `TextScorer`."""
     fields = {}
     for name, head in heads.items():
-        for kind, (type_, _) in _columns(head).items():
+        for kind, (type_, _) in _columns(head, passages).items():
             fields[f"{name}_{kind}"] = type_
     return fields
 
 
-def _columns(head: ProbeModel) -> dict[str, tuple[pa.DataType, str]]:
-    """Return the columns of a head, each with its type and its key in `describe_predictions`."""
+def _columns(head: ProbeModel, passages: bool) -> dict[str, tuple[pa.DataType, str]]:
+    """Return the columns of a head, each with its type and its key in what `ProbeOutput.describe` returns."""
     problem = head.config.problem_type
     columns = {} if head.novelty is None else {"novelty": (pa.float32(), "novelty")}
+    if passages:
+        columns["passages"] = (_PASSAGES, "passages")
     by_label = pa.struct([(name, pa.float32()) for name in head.config.id2label.values()])
     if problem == "regression":
         return columns | {"values": (by_label, "scores")}

@@ -194,8 +194,29 @@ def take_items(items: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return items.take_along_dim(places.unsqueeze(-2), dim=-2).squeeze(-2)
 
 
+def found_spans(labels: list[Label], spans: torch.Tensor, config: ProbeConfig) -> list[dict[str, list[int]]]:
+    """Return for each row the span `[first, end]` of the window that gave each flagged label that the row has, by label.
+
+    Labels that the head does not flag are everywhere in a text. A multi-label head that flags no label flags them all.
+
+    Args:
+        labels: what `labels` returned for the rows.
+        spans (`[rows, num_labels, 2]`): as in `ProbeOutput`.
+    """
+    flagged = config.flagged or list(config.id2label.values())
+    rows: list[dict[str, list[int]]] = []
+    for label, row in zip(labels, spans.tolist(), strict=True):
+        found = [label] if isinstance(label, str) else label or []
+        rows.append({name: row[config.label2id[name]] for name in flagged if name in found})
+    return rows
+
+
 def describe_predictions(
-    labels: list[Label], probs: torch.Tensor, config: ProbeConfig, novelty: torch.Tensor | None = None
+    labels: list[Label],
+    probs: torch.Tensor,
+    config: ProbeConfig,
+    novelty: torch.Tensor | None = None,
+    spans: torch.Tensor | None = None,
 ) -> list[JSON]:
     """Return the prediction of each row as JSON values.
 
@@ -203,11 +224,13 @@ def describe_predictions(
         labels: what `labels` returned for the rows.
         probs (`[rows, num_labels]`): probabilities (regression: values).
         novelty (`[rows]`, *optional*): of a head with novelty; NaN in rows without a token that counts.
+        spans (`[rows, num_labels, 2]`, *optional*): of a head with windows.
 
     Returns:
         For each row `label`, the probability of the label as `score`, and `scores`, the probabilities by label. For multi-label
         heads `label` and `score` are lists. If the head abstains, both are None. Regression heads have no `label`; `scores` are
-        their values, and `score` is the value of a head that has only one. With `novelty` there is `novelty`, None for NaN.
+        their values, and `score` is the value of a head that has only one. With `novelty` there is `novelty`, None for NaN. With
+        `spans` there is `span`: by flagged label that the row has, the first token and one past the last of its window.
     """
     rows: list[JSON] = []
     for label, values in zip(labels, probs.tolist(), strict=True):
@@ -222,6 +245,8 @@ def describe_predictions(
         rows.append(row)
     for row, value in zip(rows, [] if novelty is None else novelty.tolist(), strict=False):
         row["novelty"] = None if math.isnan(value) else value
+    for row, found in zip(rows, [] if spans is None else found_spans(labels, spans, config), strict=False):
+        row["span"] = found
     return rows
 
 
@@ -335,6 +360,10 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         segment_logits (`[members, batch, K, num_labels]`, *optional*): in training, of the windows of each row, K at most.
         segment_mask (`[batch, K]`, *optional*): true for the windows that a row has.
         holds_request (`[batch, K]`, *optional*): true for the windows that hold the request; see `ProbeModel.score`.
+
+    Attributes:
+        passages: the passages of each row, from `classify(texts, passages=True)`; else `None`. See `describe`. It is not a field,
+            because the Trainer would gather it.
     """
 
     loss: torch.Tensor | None = None
@@ -349,6 +378,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
     segment_logits: torch.Tensor | None = None
     segment_mask: torch.Tensor | None = None
     holds_request: torch.Tensor | None = None
+    passages = None  # without an annotation, which would make it a field
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, config: ProbeConfig) -> ProbeOutput:
@@ -377,6 +407,17 @@ class ProbeOutput(DecidedMixin, ModelOutput):
         """Label names a row, with the saved temperature and threshold; `None` for a row where the head abstains."""
         return labels(self.probabilities, self.config_of(), self.novelty, self.abstain_at)
 
+    @property
+    def found_spans(self) -> list[dict[str, list[int]]] | None:
+        """For each row, by label, the span of each flagged label that the row has; `None` without `spans`."""
+        return None if self.spans is None else found_spans(self.labels, self.spans, self.config_of())
+
     def describe(self) -> list[JSON]:
-        """Return the prediction of each row as JSON values; see `describe_predictions`."""
-        return describe_predictions(self.labels, self.probabilities, self.config_of(), self.novelty)
+        """Return the prediction of each row as JSON values; see `describe_predictions`.
+
+        With `passages` a row also has `passages`, its passages as `serving.passages.locate` returns them.
+        """
+        rows = describe_predictions(self.labels, self.probabilities, self.config_of(), self.novelty, self.spans)
+        for row, passages in zip(rows, self.passages or [], strict=False):
+            row["passages"] = passages
+        return rows

@@ -295,11 +295,16 @@ class Halter:
         if self.policy is not None:
             halts = _decisions("the halting policy", self.policy(outputs), prompts)
         copies = copies if self.follows else 1
-        logits = on_host(self._logits(outputs))
+        spans = {rule.head: outputs[rule.head].spans for rule in self.rules if rule.head in outputs}
+        # As floats, so that they come from the device in the copy of the logits. They are exact: prompts are shorter than 2^24 tokens.
+        floats = {(name,): each.float() for name, each in spans.items() if each is not None}
+        host: dict[Any, torch.Tensor] = on_host({**self._logits(outputs), **floats})
         for rule in self.rules:
             flags: list[Halt | None] = [None] * prompts
-            if rule.head in logits:
-                flags = _flags_of(rule, probabilities(logits[rule.head], rule.config), texts)
+            if rule.head in host:
+                flags = _flags_of(rule, probabilities(host[rule.head], rule.config), texts)
+            if (rule.head,) in host:
+                flags = _with_spans(flags, host[(rule.head,)][:, rule.index])
             streaks = (Streak(rule.patience, rule.window, flag is not None) for flag in flags for _ in range(copies))
             self._streaks.append(list(streaks))
             halts = [halt or (flag if rule.ends(flag) else None) for halt, flag in zip(halts, flags, strict=True)]
@@ -344,6 +349,16 @@ def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
     if not is_list or not all(isinstance(item, Halt) or item in (None, False, True) for item in items):
         raise ProbeError(f"{function} returned {str(returned)[:60]}, not a list of {rows}: true, false or a Halt")
     return [item if isinstance(item, Halt) else Halt() if item else None for item in items]
+
+
+def _with_spans(flags: list[Halt | None], spans: torch.Tensor) -> list[Halt | None]:
+    """Return reasons to halt with the windows that gave them, `[rows, 2]`. A reason that names no head has no window."""
+    rows: list[Halt | None] = []
+    for flag, (first, end) in zip(flags, spans.long().tolist(), strict=True):
+        if flag is not None and flag.head is not None:
+            flag = replace(flag, span=(first, end))
+        rows.append(flag)
+    return rows
 
 
 def _flags_of(rule: HaltRule, probs: torch.Tensor, texts: PromptTexts | None) -> list[Halt | None]:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..backbone.decoder import find_decoder, target_of, without_peft
 from ..backbone.kv_cache import cached_tokens, copy_cache
 from ..backbone.loading import model_of, record_commit
+from ..backbone.passes import split_pass
 from ..data.prompts import Text
 from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
@@ -35,7 +36,7 @@ from .session import (
     generate_session,
     session_of,
 )
-from .texts import as_texts, classify_texts
+from .texts import as_texts, classify_texts, progress_bar
 
 
 logger = logging.get_logger(__name__)
@@ -228,6 +229,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
         probes: str | Iterable[str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         abstain_at: float | dict[str, float] | None = None,
+        max_length: int | None = None,
+        passages: bool = False,
         **kwargs,
     ) -> dict[str, ProbeOutput]:
         """Score prompts without generating. The backbone runs once, without its LM head.
@@ -239,7 +242,7 @@ class ProbedGenerationMixin(ProbeHostMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `[batch, tokens]`, *optional*): or a text, a chat, or a list of these.
                 They are rendered as each head was trained, and batched by length. The only other arguments are then
-                `probes`, `output_attentions`, `tokenizer` and `abstain_at`.
+                `probes`, `output_attentions`, `tokenizer`, `abstain_at`, `max_length` and `passages`.
             attention_mask (`[batch, tokens]`, *optional*): 0 for padding on either side.
             inputs_embeds (`[batch, tokens, hidden_size]`, *optional*): instead of `input_ids`.
             probe_mask (`[batch, tokens]`, *optional*): true for the tokens that count, in place of the heads' own
@@ -250,6 +253,10 @@ class ProbedGenerationMixin(ProbeHostMixin):
             probes: names of the heads that run in this call. Defaults to the active heads.
             tokenizer: the backbone's tokenizer or processor, for texts.
             abstain_at: novelty from 0 to 1, such as 0.99, above which a row's label is `None`; or a dict of these by head.
+            max_length: number of tokens to which texts are cut, with a warning. By default a head with windows reads a text
+                whole, and any other head reads as many tokens as its training rows have (`ProbeConfig.max_length`).
+            passages: also find the passages of a text in which a head with windows found flagged labels: `describe()` of the
+                outputs returns them as `passages`. Needs a fast tokenizer.
             kwargs: passed to the backbone, with `pixel_values` and the like for models that read images. Image tokens do
                 not count unless `probe_mask` says so.
 
@@ -271,7 +278,12 @@ class ProbedGenerationMixin(ProbeHostMixin):
             refused = [name for name, value in others.items() if value is not None]
             if refused:
                 raise ProbeError(f"classify(texts) makes its own inputs and takes no {refused[0]}")
-            return abstaining(classify_texts(self, configs, texts, tokenizer, output_attentions), levels)
+            return classify_texts(
+                self, configs, texts, tokenizer, output_attentions, max_length, levels=levels, passages=passages
+            )
+        if max_length is not None or passages:
+            given = "passages" if max_length is None else f"max_length={max_length}"
+            raise ProbeError(f"{given} is for texts, and these are input_ids or inputs_embeds")
         if probe_state is True:
             raise ProbeError("classify returns no probe_state; generate() and model(..., use_cache=True) do")
         inputs["input_ids"] = input_ids
@@ -294,8 +306,13 @@ class ProbedGenerationMixin(ProbeHostMixin):
                 raise ProbeError("the cached part of the prompts has padding: pass position_ids, [batch, new_tokens]")
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
-        with torch.no_grad(), prompt.reading(inputs, whole=False) as inputs:
-            decoder.run(**inputs)
+        passes = [inputs] if output_attentions else split_pass(decoder, inputs, past)
+        with torch.no_grad(), progress_bar(prompt.length - past, "tokens", is_hidden=len(passes) == 1) as bar:
+            for arguments in passes:
+                seen = prompt.seen
+                with prompt.reading(arguments, whole=False) as arguments:
+                    decoder.run(**arguments)
+                bar.update(prompt.seen - seen)
         return abstaining(prompt.results, levels)
 
     def _warn_of_padding(self, input_ids: torch.Tensor | None, *masks: torch.Tensor | None) -> None:

@@ -31,6 +31,8 @@ class Halt:
         score: the label's probability; for regression heads the value. `None` if it is not a number, or there is none.
         threshold: the score from which the rule halts.
         token: index of the reply's last token, from 0. `None` if the reply was not begun.
+        span: of a prompt that a head with windows flagged: its first token in the window and one past the last, as in `probe_spans`.
+            Else `None`.
     """
 
     head: str | None = None
@@ -38,6 +40,7 @@ class Halt:
     score: float | None = None
     threshold: float | None = None
     token: int | None = None
+    span: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class ProbedOutputMixin(DecidedMixin):
 
     Attributes:
         probe_logits: `[prompts, num_labels]` by head name. `None` if no head ran.
+        probe_spans: `[prompts, num_labels, 2]` int64 by head name, for heads with windows: the first token and one past the last of
+            the window that gave each label its logit. Tokens are columns of the prompts, padding included. `None` without such
+            heads.
         probe_mean_states: total and count of a `MeanStates` by head name, from which `probe_novelty` is computed.
         probe_halts: a `Halt` or `None` for each prompt, or for each row if replies could be halted. `None` if the call
             halts nothing.
@@ -72,6 +78,7 @@ class ProbedOutputMixin(DecidedMixin):
     """
 
     probe_logits: dict[str, torch.Tensor] | None
+    probe_spans: dict[str, torch.Tensor] | None
     probe_mean_states: dict[str, tuple[torch.Tensor, torch.Tensor]] | None
     probe_halts: list[Halt | None] | None
     probe_token_logits: dict[str, torch.Tensor] | None
@@ -147,9 +154,10 @@ class ProbedOutputMixin(DecidedMixin):
             `halted`: the fields of a `Halt`, or `None`.
         """
         records: list[JSON] = [{"probes": {}} for _ in range(rows)]
-        labels, novelty = self.probe_labels or {}, self.probe_novelty or {}
+        labels, novelty, spans = self.probe_labels or {}, self.probe_novelty or {}, self.probe_spans or {}
         for name, probs in (self.probe_probabilities or {}).items():
-            prompts = describe_predictions(labels[name], probs, self.config_of(name), novelty.get(name))
+            extras = novelty.get(name), spans.get(name)
+            prompts = describe_predictions(labels[name], probs, self.config_of(name), *extras)
             for row, record in enumerate(records):
                 record["probes"][name] = prompts[row * len(prompts) // rows]
         for name, logits in (self.probe_token_logits or {}).items():
@@ -190,6 +198,9 @@ def with_results(
     if not isinstance(output, ModelOutput):
         state = fields.get("probe_state")
         return (*output, logits, *([] if state is None else [state]))
+    fields["probe_spans"] = {
+        name: each.spans for name, each in (results or {}).items() if each.spans is not None
+    } or None
     means = {name: each.means for name, each in (results or {}).items() if each.means is not None}
     fields["probe_mean_states"] = {name: (each.total, each.count) for name, each in means.items()} or None
     probed = probed_output_class(type(output))(**output, probe_logits=logits, **fields)
