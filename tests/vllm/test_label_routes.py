@@ -9,6 +9,7 @@ from played_server import TOKENIZER, play, save_heads
 from prometheus_client import REGISTRY
 
 from llama_probe.data.prompts import PromptFormat
+from llama_probe.vllm.results import prompt_result
 from llama_probe.vllm.settings import ProbeSettings
 
 
@@ -19,6 +20,7 @@ HEADS = {
     "mood": {"id2label": {0: "sad", 1: "glad", 2: "calm"}},
     "topics": {"id2label": {0: "a", 1: "b"}, "problem_type": "multi_label_classification", "threshold": [0.3, 0.9]},
     "size": {"num_labels": 1, "problem_type": "regression"},
+    "windows": {"id2label": {0: "fine", 1: "bad"}, "threshold": 0.25, "window": 4, "max_length": 8},
     "watch": {"id2label": {0: "fine", 1: "bad"}, "flagged": ["bad"], "token_scope": "response", "max_length": 120},
 }
 LOGITS = {"guard": [0.9, 0.0], "raw": [2.0, 0.0], "mood": [0.0, 2.0, 1.0], "topics": [0.0, 2.0], "size": [1.5]}
@@ -77,6 +79,18 @@ class TestModerations:
         assert result["category_scores"]["size/LABEL_0"] == 1.5
         post, _ = serve(["guard"], guard=[9.0, -9.0])
         assert post(MODERATIONS, input="a").json()["results"][0]["flagged"] is False
+
+    def test_a_head_with_windows_says_where_it_flags_and_reads_a_text_whole(self, serve):
+        text = "kind words and then bad ones"
+        (ids,) = encode(text)
+        first = len(ids) - len(encode("bad ones")[0]) + encode("bad ones")[0].index(TOKENIZER.encode("b")[0])
+        post, engine = serve(["windows"], windows=[0.0, 2.0, first, first + 3, first, first + 3])
+        (result,) = post(MODERATIONS, input=text).json()["results"]
+        place = text.index("bad")
+        assert result["category_passages"] == {"windows/bad": {"start": place, "end": place + 3, "text": "bad"}}
+        assert engine.prompts == [ids]
+        post, _ = serve(["windows"], windows=[2.0, 0.0, 0, 4, 0, 4])
+        assert "category_passages" not in post(MODERATIONS, input=text).json()["results"][0]
 
     def test_flagged_text_is_not_counted_as_a_halted_prompt(self, serve):
         post, _ = serve(["guard"], halt_on={"guard": {}}, guard=[0.0, 9.0])
@@ -138,6 +152,18 @@ class TestClassify:
         post, _ = serve(["mood"])
         assert post("/classify", input="a").status_code == 200
         assert post(MODERATIONS, input="a").status_code == 400, "mood flags nothing"
+
+
+def test_a_result_has_the_window_of_each_flagged_label(tmp_path):
+    folders = save_heads(tmp_path, {"windows": HEADS["windows"]})
+    settings = ProbeSettings(folders, {"windows": {"threshold": 0.1}})
+    result = prompt_result(settings, {"windows": [2.0, 0.0, 1.0, 5.0, 3.0, 7.0]})  # fine, by the head's own threshold
+    assert result["probes"]["windows"]["label"] == "fine"
+    assert result["probes"]["windows"]["span"] == {"bad": [3, 7]} and result["halted"]["span"] == (3, 7)
+    assert (
+        "span"
+        not in prompt_result(ProbeSettings(folders, hide_scores=True), {"windows": [0.0] * 6})["probes"]["windows"]
+    )
 
 
 def test_hidden_scores_are_decisions(serve):

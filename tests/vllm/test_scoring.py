@@ -200,6 +200,27 @@ class TestPrompts:
             expected = score_turns(head, states[request.request_id][:, None].unbind(), mask)
             close(found.read_prompts()[request.request_id]["guard"], expected[0])
 
+    @pytest.mark.parametrize("tokens", [4096, 64])
+    @pytest.mark.parametrize("head_type", ["multimax", "mha"])
+    def test_the_strongest_window_counts_and_says_where_it_is(self, monkeypatch, projected, tokens, head_type):
+        torch.manual_seed(0)
+        monkeypatch.setattr(scoring, "_TOKENS", tokens)
+        head = make_probe(7, probe_type=head_type, window=8)
+        served = Served({"guard": head}, projected, 60)
+        requests, states = served.fill([60, 45, 9, 5], [["guard"]] * 4)
+        with Accelerator() as device:
+            served.scorer = served.move()
+            found = served.score(requests)
+        assert device.reads == 1
+        for request in requests:
+            written = states[request.request_id]
+            with torch.no_grad():
+                segments = torch.ones(1, len(written[0]), dtype=torch.long)
+                expected = head(hidden_states=written[:, None].unbind(), segments=segments)
+            numbers = found.read_prompts()[request.request_id]["guard"]
+            close(numbers[:2], expected.logits[0])
+            assert numbers[2:] == expected.spans.flatten().tolist()
+
     def test_without_a_tool_result_nothing_is_flagged(self, projected):
         markers = {role: {"ids": [ids], "skip": 0} for role, ids in (("user", 5), ("assistant", 6), ("tool", 20))}
         head = make_probe(6, probe_type="gate", token_scope="tool", turn_markers=markers, flagged=["LABEL_1"])

@@ -304,7 +304,7 @@ class Halter:
             if rule.head in host:
                 flags = _flags_of(rule, probabilities(host[rule.head], rule.config), texts)
             if (rule.head,) in host:
-                flags = _with_spans(flags, host[(rule.head,)][:, rule.index])
+                flags = with_spans(flags, host[(rule.head,)][:, rule.index])
             streaks = (Streak(rule.patience, rule.window, flag is not None) for flag in flags for _ in range(copies))
             self._streaks.append(list(streaks))
             halts = [halt or (flag if rule.ends(flag) else None) for halt, flag in zip(halts, flags, strict=True)]
@@ -351,7 +351,7 @@ def _decisions(function: str, returned: Any, rows: int) -> list[Halt | None]:
     return [item if isinstance(item, Halt) else Halt() if item else None for item in items]
 
 
-def _with_spans(flags: list[Halt | None], spans: torch.Tensor) -> list[Halt | None]:
+def with_spans(flags: list[Halt | None], spans: torch.Tensor) -> list[Halt | None]:
     """Return reasons to halt with the windows that gave them, `[rows, 2]`. A reason that names no head has no window."""
     rows: list[Halt | None] = []
     for flag, (first, end) in zip(flags, spans.long().tolist(), strict=True):

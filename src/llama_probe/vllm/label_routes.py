@@ -22,7 +22,8 @@ from ..data.prompts import PromptFormat, exchange, is_text
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
-from ..serving.texts import heads_by_format
+from ..serving.passages import locate
+from ..serving.texts import format_to_score, heads_by_format
 from .settings import ProbeSettings
 
 
@@ -33,9 +34,9 @@ Formats = Callable[[str], PromptFormat]  # from a head's name
 
 
 def prompt_formats(configs: Mapping[str, ProbeConfig], tokenizer: PreTrainedTokenizerBase) -> Formats:
-    """Return a function from a head's name to the format in which that head was trained to read texts."""
+    """Return a function from a head's name to the format in which that head reads texts."""
     tokenizer = copy.deepcopy(tokenizer)  # the server's own may be at work in another thread
-    return functools.cache(lambda name: PromptFormat.from_config(configs[name], tokenizer))
+    return functools.cache(lambda name: format_to_score(configs[name], tokenizer))
 
 
 class LabelRequest(ABC):
@@ -45,6 +46,7 @@ class LabelRequest(ABC):
         is_judged: the response depends on flags, and so on a judge.
         have_replies: the inputs are chats that end with a reply, and heads score the reply.
         prompt_params: `kv_transfer_params` of each prompt: the heads that read it, and where its reply begins.
+        locators: of each prompt, a function from the spans of labels to passages of its text; see `serving.passages.locate`.
     """
 
     def __init__(self, settings: ProbeSettings, query: Mapping[str, str]):
@@ -53,6 +55,7 @@ class LabelRequest(ABC):
         self.is_judged = True
         self.have_replies = False
         self.prompt_params: list[JSON] = []
+        self.locators: list[Callable[[Mapping[str, Sequence[int]]], list[JSON]] | None] = []
 
     @abstractmethod
     def read(self, body: JSON) -> tuple[list[str], list[Any]]:
@@ -78,15 +81,21 @@ class LabelRequest(ABC):
         return json.dumps(completion).encode()
 
     def _prompts(self, heads: Sequence[str], inputs: list[Any], formats: Formats) -> list[list[int]]:
-        """Return the token ids of each input, for each format of the heads. Set `prompt_params`."""
+        """Return the token ids of each input, for each format of the heads. Set `prompt_params` and `locators`."""
         prompts: list[list[int]] = []
         for group in heads_by_format({name: self.settings.configs[name] for name in heads}):
             starts: list[int | None] = [None] * len(inputs)
+            locators: list[Callable[..., list[JSON]] | None] = [None] * len(inputs)
             if self.have_replies:
                 encoded, masks = formats(group[0]).encode_replies(inputs)
                 starts = [len(mask) - sum(mask) for mask in masks]
             else:
-                encoded = inputs if all(map(_is_ids, inputs)) else formats(group[0]).encode(inputs)
+                encoded = inputs
+                if not all(map(_is_ids, inputs)):
+                    encoded = formats(group[0]).encode(inputs)
+                    texts = zip(inputs, encoded, strict=True)
+                    locators = [functools.partial(locate, formats(group[0]), text, ids) for text, ids in texts]
+            self.locators += locators
             self.prompt_params += [{"probes": group, "reply": False, "reply_start": start} for start in starts]
             prompts += encoded
         return prompts
@@ -94,18 +103,23 @@ class LabelRequest(ABC):
     def response(self, completion: JSON, prompts: Sequence[JSON]) -> tuple[int, JSON]:
         """Return status and body, for the completion and the engine's result of each prompt."""
         by_head: dict[str, list[JSON]] = {}
-        for params, prompt in zip(self.prompt_params, prompts, strict=True):
+        for params, prompt, find in zip(self.prompt_params, prompts, self.locators, strict=True):
             for name in params["probes"]:
                 results, result = by_head.setdefault(name, []), prompt["probes"][name]
                 if "error" in result:  # an input without a score must not pass for harmless
                     message = f"input {len(results)} has no score of {name}: {result['error']}"
                     return 400, {"error": {"message": message, "type": "BadRequestError", "code": 400}}
+                if result.get("span") and find is not None:
+                    result = {**result, "passages": find(result["span"])}
                 results.append(result)
         return 200, self.body(by_head, completion)
 
 
 class Moderations(LabelRequest):
-    """OpenAI's moderations. A category is `HEAD/LABEL`, for each label that can be flagged; see `ProbeSettings.flags`."""
+    """OpenAI's moderations. A category is `HEAD/LABEL`, for each label that can be flagged; see `ProbeSettings.flags`.
+
+    Where a head with windows flags a text, `category_passages` says where; see `serving.passages.locate`.
+    """
 
     def read(self, body):
         return self.flagging(), _moderated(body.get("input"))
@@ -127,6 +141,7 @@ class Moderations(LabelRequest):
         for row in range(len(next(iter(by_head.values())))):
             categories: dict[str, bool] = {}
             scores: dict[str, float] = {}
+            passages: JSON = {}
             for rule in self.flags:
                 label, result = rule.config.id2label[rule.index], by_head[rule.head][row]
                 category = f"{rule.head}/{label}"
@@ -134,11 +149,15 @@ class Moderations(LabelRequest):
                 # Where scores are hidden, the score is 1 for a flagged label and 0 otherwise.
                 score = result.get("scores", {}).get(label, result.get("score"))
                 scores[category] = float(categories[category]) if score is None else score
+                found = [passage for passage in result.get("passages", ()) if passage["label"] == label]
+                if categories[category] and found:
+                    passages[category] = {name: value for name, value in found[0].items() if name != "label"}
             results.append({
                 "flagged": any(categories.values()),
                 "categories": categories,
                 "category_scores": scores,
                 "category_applied_input_types": {category: ["text"] for category in categories},
+                **({"category_passages": passages} if passages else {}),
             })  # fmt: skip
         name = completion["id"].removeprefix("cmpl-")
         return {"id": f"modr-{name}", "model": completion["model"], "results": results}

@@ -226,9 +226,9 @@ class Replies:
         labels = {number: config.id2label[rule.index] for number, rule in enumerate(self.rules) if rule.head == name}
         flagged = {label: reply.flagged[number] for number, label in labels.items() if number in reply.flagged}
         if reply.last is not None:
-            result, probs = head_result(reply.last[columns], config)
+            result, output = head_result(reply.last[columns], config)
             summary |= result
-            if probs is not None:
+            if output is not None:
                 largest = [{"score": score, "token": token} for score, token in reply.largest[columns]]
                 summary["largest"] = dict(zip(config.id2label.values(), largest, strict=True))
         if labels:

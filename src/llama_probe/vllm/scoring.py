@@ -15,10 +15,10 @@ from ..errors import ProbeError
 from ..heads.decision import fill_unread
 from ..heads.probe import ProbeModel
 from ..heads.scope import check_rows, token_mask
-from ..heads.segments import find_segments, number_segments
+from ..heads.segments import find_segments, number_segments, span_of
 from ..heads.stream import ProbeState, counted_columns
 from .paged_states import PagedStates
-from .step_scores import PromptLogits
+from .step_scores import PromptScores
 
 
 # Number of hidden states in a piece of pages: neither a long prompt nor many prompts lie in memory in fp32 at once.
@@ -73,8 +73,8 @@ class Scorer:
         self.followers = {name: head for name, head in self.heads.items() if head.config.reads_reply}
 
     @torch.no_grad()
-    def score(self, requests: Sequence[ScoringRequest]) -> PromptLogits:
-        """Return the logits of prompts, or why there are none. Begin the head states of replies."""
+    def score(self, requests: Sequence[ScoringRequest]) -> PromptScores:
+        """Return the scores of prompts, or why there are none. Begin the head states of replies."""
         scores: dict[str, dict[str, torch.Tensor | str]] = {
             request.request_id: dict.fromkeys(request.heads, "") for request in requests if request.heads is not None
         }
@@ -90,8 +90,8 @@ class Scorer:
         if slots := [request.slot for request in requests if request.slot is not None]:
             self.states.clear(async_tensor_h2d(slots, self.device))
         for batch in _batches(requests, self.kernel_block_size, _TOKENS // self.plan.depth):
-            for name, logits in self._score(batch).items():
-                for request, row in zip(batch, logits, strict=True):
+            for name, rows in self._score(batch).items():
+                for request, row in zip(batch, rows, strict=True):
                     if name in (request.heads or ()):
                         scores[request.request_id][name] = row
         return scores
@@ -110,7 +110,7 @@ class Scorer:
         return torch.cat(scores, dim=1)
 
     def _score(self, requests: Sequence[ScoringRequest]) -> dict[str, torch.Tensor]:
-        """Return the logits of a batch of prompts by head, `[prompts, num_labels]`."""
+        """Return the `PromptScores` of a batch of prompts by head, `[prompts, numbers]`."""
         lengths = torch.tensor([request.num_tokens for request in requests])
         width = int(lengths.max())
         masks = {
@@ -129,11 +129,17 @@ class Scorer:
             slots = async_tensor_h2d([request.slot for request in requests], self.device)
             for name in states.keys() & self.followers.keys():
                 self.states.put(name, slots, states[name].joined())
-        logits = {}
+        scores = {}
         for name, state in states.items():
-            output = self.heads[name].finish(state)
-            logits[name] = fill_unread(output, masks[name].any(dim=1), async_tensor_h2d).logits
-        return logits
+            config = self.heads[name].config
+            output = fill_unread(self.heads[name].finish(state), masks[name].any(dim=1), async_tensor_h2d)
+            scores[name] = output.logits
+            if config.window:
+                spans = output.spans
+                if name not in segments:  # each prompt is one window
+                    spans = async_tensor_h2d(span_of(masks[name], config.num_labels), self.device)
+                scores[name] = torch.cat([output.logits, spans.flatten(1).to(output.logits.dtype)], dim=1)
+        return scores
 
     def _read(
         self,

@@ -10,22 +10,23 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 
 
-# By request and head the logits of a prompt, `[num_labels]`, or why there are none.
-PromptLogits = Mapping[str, Mapping[str, torch.Tensor | str]]
+# By request and head the numbers of a prompt, or why there are none: the logits, `num_labels` of them, and for a head with windows the
+# span of each label, first and end, as floats, which are exact up to 2^24 tokens.
+PromptScores = Mapping[str, Mapping[str, torch.Tensor | str]]
 
 
 class StepScores(KVConnectorWorkerMetadata):
     """Logits of one step of the engine, which one copy moves to the host. Reading and pickling them waits for the copy.
 
     Args:
-        prompts: logits of the prompts that were scored.
+        prompts: scores of the prompts that were read.
         replies: requests whose replies have one more token.
         reply_logits: logits of these replies, `[replies, labels of all heads]`.
     """
 
-    def __init__(self, prompts: PromptLogits, replies: Sequence[str] = (), reply_logits: torch.Tensor | None = None):
+    def __init__(self, prompts: PromptScores, replies: Sequence[str] = (), reply_logits: torch.Tensor | None = None):
         self.replies = replies
-        # By request and head the number of logits, or why there are none.
+        # By request and head how many numbers there are, or why there are none.
         self._sizes: dict[str, dict[str, int | str]] = {}
         tensors = [] if reply_logits is None else [reply_logits.flatten()]
         self._begin = sum(len(tensor) for tensor in tensors)  # of the prompts' logits
@@ -47,7 +48,7 @@ class StepScores(KVConnectorWorkerMetadata):
         return self._numbers.numpy()
 
     def read_prompts(self) -> dict[str, dict[str, list[float] | str]]:
-        """Return the logits of each prompt by head, or why there are none."""
+        """Return the `PromptScores`, with lists of numbers."""
         numbers = iter(self._read()[self._begin :].tolist())
         return {
             request_id: {
