@@ -127,6 +127,7 @@ class TestFile:
             (changed(augmentations={"names": ["system_prompt"]}), "system_prompts"),
             (changed(augmentations={"names": ["lead_in"], "documents": ["imdb"]}), "documents"),
             (changed(augmentations={"names": ["document"], "document_words": [60, 50]}), "document_words"),
+            (changed(augmentations={"names": ["document"], "document_weight": 0}), "document_weight"),
             (changed(augmentations={"names": ["later_turns"]}), "token_scope"),
             (changed(augmentations={"names": ["earlier_turns"]}, head={"token_scope": "tool"}), "earlier_turns"),
             (changed(search={"trials": 2}, hold_out={"ablation": ["toxicchat"]}), "hold_out"),

@@ -117,6 +117,11 @@ class TestDocuments:
         assert rows.described["documents"]["rows"] == 8
         assert read(train, **sections).digest() == rows.digest() != read(train, seed=1, **sections).digest()
 
+    def test_their_weight(self, train, sections):
+        sections["augmentations"] |= {"names": ["lead_in", "document"], "share": 0.5, "document_weight": 4}
+        rows = read(train, **sections)
+        assert rows.weights == [None] * (rows.num_plain + 17) + [[4.0]] * 17
+
     @pytest.mark.parametrize("scope, asks", [("user", True), ("tool", False)])
     def test_a_tool_asks_for_no_summary(self, train, sections, scope, asks):
         rows = read(train, **sections, head={"token_scope": scope})

@@ -45,6 +45,7 @@ _AUGMENTATION_RULES: dict[str, Rule] = {
         "two numbers from 1, the first one not larger",
         lambda value: len(value) == 2 and 1 <= value[0] <= value[1],
     ),
+    "document_weight": ("above 0", lambda value: 0 < value < math.inf),
 }
 _CALIBRATION_RULES: dict[str, Rule] = {"documents": ("at least 0", lambda value: 0 <= value < math.inf)}
 # Names of augmentations in recipes that were written by earlier code.
@@ -84,6 +85,7 @@ class Augmentations:
         system_prompts: source of the system prompts for `system_prompt`.
         documents: sources of harmless texts for `document`. Defaults to the training rows without a flagged label.
         document_words: the least and the most words of a document. The lengths are drawn log-uniformly.
+        document_weight: weight of the documents in the loss. Other augmentations have the weight 1.
     """
 
     names: list[str] = field(default_factory=list)
@@ -91,6 +93,7 @@ class Augmentations:
     system_prompts: Source | None = None
     documents: list[Source] = field(default_factory=list)
     document_words: list[int] = field(default_factory=lambda: list(DOCUMENT_WORDS))
+    document_weight: float | int = 1
 
     def __post_init__(self):
         if "quote" in self.names:

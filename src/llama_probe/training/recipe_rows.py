@@ -131,8 +131,12 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
             ablations[ablation] = Ablation(left_out, _rows_like(held, validation, ablation), held)
     _check_slice_columns(recipe, [measured, *(ablation.measured for ablation in ablations.values())])
     named_test = held_test.sources[0].rows if len(held_test.sources) == 1 else None
-    # Augmentations are learned once, with the weight 1.
+    # Augmentations are learned once.
     num_augmented = len(train) - len(learned)
+    augmented_weights: list[list[float] | None] = []
+    for name, part in zip(augmentations.names, augmented, strict=True):
+        weight = augmentations.document_weight if name == "document" else 1
+        augmented_weights += [None if weight == 1 else [float(weight)]] * len(part)
     by_name = {source.name: source for source in recipe.train}
     sources = [by_name[name] for name in train.columns[SOURCE][: len(learned)]]
     rows = RecipeRows(
@@ -145,7 +149,7 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         calibration=calibration,
         measured=measured,
         repeats=[source.repeat for source in sources] + [1] * num_augmented,
-        weights=[source.weights for source in sources] + [None] * num_augmented,
+        weights=[source.weights for source in sources] + augmented_weights,
         ablations=ablations,
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
