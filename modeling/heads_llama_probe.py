@@ -77,6 +77,7 @@ class Aggregator(nn.Module, ABC):
             choices. Combinations that `check` refuses are skipped.
         options: names of `ProbeConfig.options`, each with its default and a help text.
         reads_half: if True, `update` takes states in the LM's half precision if there are many of them. Else it gets fp32.
+        is_idempotent: if True, an item that is read twice counts once, as in a maximum. Filling of short windows then needs no mask.
         causal: of an instance; if True, an item may only depend on itself and earlier items.
     """
 
@@ -92,6 +93,7 @@ class Aggregator(nn.Module, ABC):
     search_space: ClassVar[dict[str, tuple[float, float] | list[float | str]]] = {}
     options: ClassVar[dict[str, tuple[float | None, str]]] = {}
     reads_half: ClassVar[bool] = False
+    is_idempotent: ClassVar[bool] = False
     causal: bool = False
 
     def __init__(self, num_slots: int, config: ProbeConfig):
@@ -408,6 +410,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     training_defaults = LowRankAggregator.training_defaults | {"learning_rate": 3e-3, "dropout": 0.1}
     auto_up_to = math.inf
+    is_idempotent = True
     search_space = {"num_maxima": [1, 2, 4, 8], "num_members": [1, 4, 8, 16]}
     options = {
         "num_maxima": (4, "directions of each member, of which each layer gives the maximum"),
@@ -429,7 +432,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     @classmethod
     def create_classifier(cls, config: ProbeConfig) -> Classifier:
-        return AveragedClassifier(cls.members(config), len(config.layer_indices) * _maxima(config), config.num_labels)
+        return AveragedClassifier(cls.members(config), len(config.layer_indices), _maxima(config), config.num_labels)
 
     def projection(self, slots: slice) -> torch.Tensor:
         return self.value[slots]
@@ -465,13 +468,18 @@ class WeightedLayers(Aggregator):
         return x if state is None else torch.cat([state, x], dim=2)
 
     def _shares(self, items: torch.Tensor) -> torch.Tensor:
-        """Return the softmax over the layers of `[S, B, L', M, R]`: `[S, B, L', M]`."""
-        return ((items * self.gate).sum(dim=-1) + self.bias).softmax(dim=2)
+        """Return the softmax over the layers of `[1, B, L', M, R]`: `[1, B, L', M]`."""
+        # One operation for all layers and members: a GPU launches three for product, sum and bias.
+        by_pair = items[0].permute(1, 2, 0, 3).flatten(0, 1)  # [L' M, B, R]
+        scores = torch.baddbmm(
+            self.bias.view(-1, 1, 1), by_pair, self.gate.flatten(0, 1).unsqueeze(-1)
+        )  # [L' M, B, 1]
+        return scores.view(*self.bias.shape, -1).softmax(dim=0).permute(2, 0, 1).unsqueeze(0)
 
     def result(self, state: State, slots: slice) -> torch.Tensor:
-        """Weigh and join the layers: `[S, B, L', M R]` to `[S, B, M L' R]`."""
+        """Weigh and join the layers: `[S, B, L', M R]` to `[S, B, M L' R]`. `AveragedClassifier` multiplies by L'."""
         items = state.unflatten(-1, (self.num_members, -1))
-        weighted = items * (self._shares(items) * items.shape[2]).unsqueeze(-1)
+        weighted = items * self._shares(items).unsqueeze(-1)
         return weighted.transpose(2, 3).flatten(2)
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
@@ -480,24 +488,25 @@ class WeightedLayers(Aggregator):
 
 
 class AveragedClassifier(Classifier):
-    """Average several linear maps, each of a part of the pooled vector."""
+    """Average several linear maps, each of a part of the pooled vector, which is multiplied by the number of layers."""
 
-    def __init__(self, num_members: int, width: int, num_labels: int):
+    def __init__(self, num_members: int, num_layers: int, maxima: int, num_labels: int):
+        width = num_layers * maxima
         super().__init__(num_members * width, num_labels)
-        self.num_members = num_members
+        self.num_members, self.num_layers = num_members, num_layers
         if num_members > 1:  # as nn.Linear would set each member's map alone
             bound = 1.0 / math.sqrt(width)
             nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.bias, pooled, self.weight.t(), alpha=1 / self.num_members)
+        return torch.addmm(self.bias, pooled, self.weight.t(), alpha=self.num_layers / self.num_members)
 
     def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
         if self.num_members == 1:
             return None
         parts = pooled.unflatten(-1, (self.num_members, -1))  # [B, M, L' R]
         maps = self.weight.unflatten(-1, (self.num_members, -1))  # [C, M, L' R]
-        return torch.einsum("bmf,cmf->mbc", parts, maps) + self.bias
+        return torch.einsum("bmf,cmf->mbc", parts, maps) * self.num_layers + self.bias
 
 
 def _maxima(config: ProbeConfig) -> int:
@@ -946,7 +955,8 @@ class Group:
     """Tokens of several segments, side by side.
 
     Attributes:
-        index (`[segments, width]` int64): place of each token among the tokens that are read, `row * n + column`.
+        index (`[segments, width]` int64): place of each token among the tokens that are read, `row * n + column`. Filling has the
+            place of a token of the segment, if it has one.
         mask (`[segments, width]` bool): false for filling; `None` if there is none.
     """
 
@@ -960,20 +970,19 @@ class Rows:
 
     Attributes:
         places (`[batch, K]` int64): of each segment in a list of segments; `None` if the list has K segments of each row in turn.
-        counted (`[batch, K]` bool): false for filling.
+        counted (`[batch, K]` bool): false for filling; `None` if there is none.
         spans (`[batch, K, 2]` int64): first column of each segment, and one past its last; 0 for filling.
     """
 
     places: torch.Tensor | None
-    counted: torch.Tensor
+    counted: torch.Tensor | None
     spans: torch.Tensor
 
     @classmethod
     def single(cls, summaries: torch.Tensor) -> Rows:
         """Return rows of one segment each, all turns together, for summaries `[S, batch, width]`. They have no span."""
         batch, device = summaries.shape[1], summaries.device
-        counted = torch.ones(batch, 1, dtype=torch.bool, device=device)
-        return cls(None, counted, torch.zeros(batch, 1, 2, dtype=torch.long, device=device))
+        return cls(None, None, torch.zeros(batch, 1, 2, dtype=torch.long, device=device))
 
     @property
     def most(self) -> int:
@@ -1030,7 +1039,7 @@ class Segments:
         both = torch.stack([torch.cat(counts), torch.cat([mask.sum(dim=1) for mask in masks])])
         count, size = self.ended_rows.arrange(both if self.ended is None else both[:, self.ended])  # [batch, K]
         holds = (count > 0) & ((2 * count >= tokens.sum(dim=1, keepdim=True)) | (2 * count >= size))
-        return holds & self.ended_rows.counted
+        return holds if self.ended_rows.counted is None else holds & self.ended_rows.counted
 
     def spread(self, weights: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Return the token weights of one segment of each row in the columns of its tokens: `[S, batch, width]`, 0 elsewhere.
@@ -1048,6 +1057,19 @@ class Segments:
         spread = weights.new_zeros(len(weights), self.batch, self.width)
         # Filling has the weight 0 and may have the column of a token.
         return spread.scatter_add_(2, columns.clamp_min(0).expand_as(chosen), chosen)
+
+
+def join_counted(parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor | None:
+    """Join which segments count, `[batch, K]` of each part with logits `[batch, K, num_labels]`; `None` if all count."""
+    if all(counted is None for _, counted in parts):
+        return None
+    masks = [torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask for logits, mask in parts]
+    return join(masks)
+
+
+def join(parts: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
+    """Return `torch.cat(parts, dim)`, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def span_of(mask: torch.Tensor, num_labels: int) -> torch.Tensor:
@@ -1185,7 +1207,9 @@ def _group(segments: np.ndarray, index: np.ndarray, masked: bool, move: Move) ->
     length = max((segments["stop"] - segments["read"]).max(), 1)
     tokens = segments["read"][:, None] + np.arange(length)  # [segments, length]
     mask = tokens < segments["stop"][:, None]
-    places = np.where(mask, index[np.where(mask, tokens, 0)], 0)
+    has_tokens = segments["stop"] > segments["read"]
+    places = np.zeros(tokens.shape, int)
+    places[has_tokens] = index[np.minimum(tokens, segments["stop"][:, None] - 1)[has_tokens]]
     is_masked = masked or not mask.all()
     return Group(move(torch.from_numpy(places)), move(torch.from_numpy(mask)) if is_masked else None)
 
@@ -1200,6 +1224,6 @@ def _rows(segments: np.ndarray, batch: int, columns: np.ndarray, move: Move) -> 
     spans[at] = np.stack([columns[segments["first"]], columns[segments["stop"] - 1] + 1], axis=-1)
     return Rows(
         places=None if places.size == len(segments) else move(torch.from_numpy(places)),
-        counted=move(torch.from_numpy(counted)),
+        counted=None if counted.all() else move(torch.from_numpy(counted)),
         spans=move(torch.from_numpy(spans)),
     )

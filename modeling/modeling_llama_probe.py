@@ -34,6 +34,7 @@ from .heads_llama_probe import (
     Segments,
     check_rows,
     find_segments,
+    join_counted,
     join_rows,
     join_slots,
     normalize,
@@ -158,13 +159,14 @@ class ProbeHead(nn.Module):
         logits = self.classifier(pooled).unflatten(0, summaries.shape[1:3])  # [B, K, C]
         if not states.ended:
             return logits[:, 0], None
-        counted = torch.cat([each.counted for each in rows], dim=1)[..., None]
+        parts = logits.split([each.most for each in rows], dim=1)
+        counted = join_counted([(part, each.counted) for part, each in zip(parts, rows, strict=True)])
         scores = logits
         if (flagged := self.config.flagged_index) is not None:
             scores = (logits[..., flagged] - logits[..., 1 - flagged]).unsqueeze(-1)
-        places = (
-            scores.masked_fill(~counted, float("-inf")).argmax(dim=1).expand_as(logits[:, 0])[:, None]
-        )  # [B, 1, C]
+        if counted is not None:
+            scores = scores.masked_fill(~counted[..., None], float("-inf"))
+        places = scores.argmax(dim=1).expand_as(logits[:, 0])[:, None]  # [B, 1, C]
         spans = torch.cat([each.spans for each in rows], dim=1).unsqueeze(2).expand(*logits.shape, 2)
         spans = spans.take_along_dim(places[..., None], dim=1).squeeze(1) if self.config.window else None
         return logits.take_along_dim(places, dim=1).squeeze(1), spans

@@ -12,6 +12,7 @@ from llama_probe.heads import probe_types
 # Operations over those of the plain model: one head, eight heads, and a decoding step with a head that follows the reply.
 ONE, EIGHT, STEP = 1.03, 1.10, 1.05
 EIGHT_HEADS = [f"mha-{number}" for number in range(8)]
+WINDOWS = [f"{head_type}-windows" for head_type in probe_types() if head_type != "last"]
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,8 @@ def count():
     for head_type in probe_types():
         model.add_probe(head_type, ProbeConfig(probe_type=head_type))
         model.add_probe(f"{head_type}-reply", ProbeConfig(probe_type=head_type, token_scope="response"))
+    for name in WINDOWS:
+        model.add_probe(name, ProbeConfig(probe_type=name.split("-")[0], window=16))
     with_novelty(model.add_probe("multimax-novelty", ProbeConfig(probe_type="multimax")))
     for name in EIGHT_HEADS:
         model.add_probe(name, ProbeConfig(probe_type="mha"))
@@ -51,8 +54,8 @@ def count():
 @pytest.mark.parametrize("tokens", [16, 512])
 @pytest.mark.parametrize(
     "heads, limit",
-    [*(([head_type], ONE) for head_type in probe_types()), (["multimax-novelty"], ONE), (EIGHT_HEADS, EIGHT)],
-    ids=[*probe_types(), "novelty", "eight"],
+    [*(([name], ONE) for name in (*probe_types(), *WINDOWS, "multimax-novelty")), (EIGHT_HEADS, EIGHT)],
+    ids=[*probe_types(), *WINDOWS, "novelty", "eight"],
 )
 def test_operations_of_the_pass_over_the_prompt(count, heads, limit, tokens):
     (base, base_step), (prefill, step) = count([], tokens), count(heads, tokens)

@@ -71,6 +71,7 @@ class Aggregator(nn.Module, ABC):
             choices. Combinations that `check` refuses are skipped.
         options: names of `ProbeConfig.options`, each with its default and a help text.
         reads_half: if True, `update` takes states in the LM's half precision if there are many of them. Else it gets fp32.
+        is_idempotent: if True, an item that is read twice counts once, as in a maximum. Filling of short windows then needs no mask.
         causal: of an instance; if True, an item may only depend on itself and earlier items.
     """
 
@@ -86,6 +87,7 @@ class Aggregator(nn.Module, ABC):
     search_space: ClassVar[dict[str, tuple[float, float] | list[float | str]]] = {}
     options: ClassVar[dict[str, tuple[float | None, str]]] = {}
     reads_half: ClassVar[bool] = False
+    is_idempotent: ClassVar[bool] = False
     causal: bool = False
 
     def __init__(self, num_slots: int, config: ProbeConfig):

@@ -191,7 +191,7 @@ def strongest_places(logits: torch.Tensor, config: ProbeConfig, counted: torch.T
 
 def take_items(items: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Return of items `[..., items, num_labels]` those at `places`, `[..., num_labels]`."""
-    return items.take_along_dim(places.unsqueeze(-2), dim=-2).squeeze(-2)
+    return items.gather(-2, places.unsqueeze(-2)).squeeze(-2)  # one operation, unlike take_along_dim
 
 
 def found_spans(labels: list[Label], spans: torch.Tensor, config: ProbeConfig) -> list[dict[str, list[int]]]:

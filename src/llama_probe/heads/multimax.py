@@ -27,6 +27,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     training_defaults = LowRankAggregator.training_defaults | {"learning_rate": 3e-3, "dropout": 0.1}
     auto_up_to = math.inf
+    is_idempotent = True
     search_space = {"num_maxima": [1, 2, 4, 8], "num_members": [1, 4, 8, 16]}
     options = {
         "num_maxima": (4, "directions of each member, of which each layer gives the maximum"),
@@ -48,7 +49,7 @@ class MultiMaxAggregator(LowRankAggregator):
 
     @classmethod
     def create_classifier(cls, config: ProbeConfig) -> Classifier:
-        return AveragedClassifier(cls.members(config), len(config.layer_indices) * _maxima(config), config.num_labels)
+        return AveragedClassifier(cls.members(config), len(config.layer_indices), _maxima(config), config.num_labels)
 
     def projection(self, slots: slice) -> torch.Tensor:
         return self.value[slots]
@@ -84,13 +85,18 @@ class WeightedLayers(Aggregator):
         return x if state is None else torch.cat([state, x], dim=2)
 
     def _shares(self, items: torch.Tensor) -> torch.Tensor:
-        """Return the softmax over the layers of `[S, B, L', M, R]`: `[S, B, L', M]`."""
-        return ((items * self.gate).sum(dim=-1) + self.bias).softmax(dim=2)
+        """Return the softmax over the layers of `[1, B, L', M, R]`: `[1, B, L', M]`."""
+        # One operation for all layers and members: a GPU launches three for product, sum and bias.
+        by_pair = items[0].permute(1, 2, 0, 3).flatten(0, 1)  # [L' M, B, R]
+        scores = torch.baddbmm(
+            self.bias.view(-1, 1, 1), by_pair, self.gate.flatten(0, 1).unsqueeze(-1)
+        )  # [L' M, B, 1]
+        return scores.view(*self.bias.shape, -1).softmax(dim=0).permute(2, 0, 1).unsqueeze(0)
 
     def result(self, state: State, slots: slice) -> torch.Tensor:
-        """Weigh and join the layers: `[S, B, L', M R]` to `[S, B, M L' R]`."""
+        """Weigh and join the layers: `[S, B, L', M R]` to `[S, B, M L' R]`. `AveragedClassifier` multiplies by L'."""
         items = state.unflatten(-1, (self.num_members, -1))
-        weighted = items * (self._shares(items) * items.shape[2]).unsqueeze(-1)
+        weighted = items * self._shares(items).unsqueeze(-1)
         return weighted.transpose(2, 3).flatten(2)
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None, slots: slice) -> torch.Tensor:
@@ -99,24 +105,25 @@ class WeightedLayers(Aggregator):
 
 
 class AveragedClassifier(Classifier):
-    """Average several linear maps, each of a part of the pooled vector."""
+    """Average several linear maps, each of a part of the pooled vector, which is multiplied by the number of layers."""
 
-    def __init__(self, num_members: int, width: int, num_labels: int):
+    def __init__(self, num_members: int, num_layers: int, maxima: int, num_labels: int):
+        width = num_layers * maxima
         super().__init__(num_members * width, num_labels)
-        self.num_members = num_members
+        self.num_members, self.num_layers = num_members, num_layers
         if num_members > 1:  # as nn.Linear would set each member's map alone
             bound = 1.0 / math.sqrt(width)
             nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, pooled: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.bias, pooled, self.weight.t(), alpha=1 / self.num_members)
+        return torch.addmm(self.bias, pooled, self.weight.t(), alpha=self.num_layers / self.num_members)
 
     def member_logits(self, pooled: torch.Tensor) -> torch.Tensor | None:
         if self.num_members == 1:
             return None
         parts = pooled.unflatten(-1, (self.num_members, -1))  # [B, M, L' R]
         maps = self.weight.unflatten(-1, (self.num_members, -1))  # [C, M, L' R]
-        return torch.einsum("bmf,cmf->mbc", parts, maps) + self.bias
+        return torch.einsum("bmf,cmf->mbc", parts, maps) * self.num_layers + self.bias
 
 
 def _maxima(config: ProbeConfig) -> int:

@@ -32,7 +32,7 @@ from .novelty import MeanStates, Novelty
 from .registry import get_probe_type
 from .saving import read_consistently, read_tensors, save_head
 from .scope import check_rows, token_mask
-from .segments import Rows, Segments, find_segments, judges_segments, number_segments, span_of
+from .segments import Rows, Segments, find_segments, join, join_counted, judges_segments, number_segments, span_of
 from .stream import ProbeState, SlotStates, Strongest, as_slice
 
 
@@ -494,9 +494,10 @@ class ProbeModel(nn.Module):
             begun = join_rows([segment.pop(slots) for segment in state.open[: segments.num_begun]])
             parts.append(stage.absorb(begun, tokens[:, segments.begun.index], segments.begun.mask, slots))
         for group in segments.groups:
-            parts.append(stage.absorb(None, tokens[:, group.index], group.mask, slots))
+            mask = None if stage.is_idempotent else group.mask
+            parts.append(stage.absorb(None, tokens[:, group.index], mask, slots))
         if segments.ended_rows.most:
-            summaries = torch.cat([stage.result(part, slots) for part in parts], dim=1)  # [S, segments, width]
+            summaries = join([stage.result(part, slots) for part in parts])  # [S, segments, width]
             state.ended.put(slots, summaries if segments.ended is None else summaries[:, segments.ended])
         for segment, rows in zip(state.next_open, segments.open, strict=True):
             segment.put(slots, select_rows(join_rows(parts), rows))
@@ -571,46 +572,56 @@ class ProbeModel(nn.Module):
         """
         config = self.config
         parts: list[Strongest] = []  # logits `[B, K, C]`, spans `[B, K, C, 2]`, and which count `[B, K]`
-        nothing = torch.zeros(segments.batch, config.num_labels, device=self.device)
-        output = ProbeOutput.from_logits(nothing, config)
+        output = ProbeOutput()
         if items:
-            summaries = torch.cat([part for part, _ in items], dim=2)
+            summaries = join([part for part, _ in items], dim=2)
             rows = [rows for _, rows in items]
             output = self.score_summaries(summaries, state.output_attentions, learning)
             logits = output.logits.unflatten(0, summaries.shape[1:3])
-            spans = torch.cat([each.spans for each in rows], dim=1).unsqueeze(2)  # [B, K, 1, 2]
-            counted = torch.cat([each.counted for each in rows], dim=1)
+            spans = join([each.spans for each in rows]).unsqueeze(2).expand(*logits.shape, 2)
+            sizes = [each.most for each in rows]
+            counted = join_counted(
+                [(part, each.counted) for part, each in zip(logits.split(sizes, 1), rows, strict=True)]
+            )
             self._reduce(output, logits, counted, learning)
             if state.output_attentions:
                 self._choose_weights(output, state.weights.joined(), segments, logits, counted)
-            parts.append((logits, spans.expand(*logits.shape, 2), counted))
+            parts.append((logits, spans, counted))
         if state.strongest is not None:
             parts.append(map_state(state.strongest, lambda tensor: tensor.transpose(0, 1)))
         if not parts:  # no token has counted so far
-            parts.append(
-                (nothing[:, None], nothing[:, None, :, None].expand(-1, -1, -1, 2).long(), nothing[:, :1].bool())
-            )
-        logits, spans, counted = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+            nothing = torch.zeros(segments.batch, 1, config.num_labels, 2, device=self.device)
+            parts.append((nothing[..., 0], nothing.long(), nothing[:, :, 0, 0].bool()))
+        logits = join([part for part, _, _ in parts])
+        counted = join_counted([(part, mask) for part, _, mask in parts])
         places = strongest_places(logits, config, counted)  # [B, C]
-        output.logits = take_items(logits, places)
-        spans = spans.take_along_dim(places[:, None, :, None], dim=1).squeeze(1)
-        output.spans = spans if config.window else None
-        return output, (output.logits, spans, counted.any(dim=1))
+        chosen = take_items(logits, places)
+        if output.logits is None:
+            output = ProbeOutput.from_logits(chosen, config)
+        output.logits = chosen
+        if config.window:
+            spans = join([part for _, part, _ in parts if part is not None])
+            output.spans = spans.gather(1, places[:, None, :, None].expand(-1, -1, -1, 2)).squeeze(1)
+        return output, (chosen, output.spans, None if counted is None else counted.any(dim=1))
 
-    def _reduce(self, output: ProbeOutput, logits: torch.Tensor, counted: torch.Tensor, learning: bool) -> None:
+    def _reduce(self, output: ProbeOutput, logits: torch.Tensor, counted: torch.Tensor | None, learning: bool) -> None:
         """Let each member learn from the segment that it finds strongest.
 
         Args:
             logits (`[batch, K, num_labels]`): of the segments.
-            counted (`[batch, K]` bool): the segments that a row has.
+            counted (`[batch, K]` bool): the segments that a row has; `None` for all.
         """
+        shape = logits.shape[:2]
         members = logits[None]
         if output.member_logits is not None:
-            members = output.member_logits.unflatten(1, counted.shape)  # [M, B, K, C]
-            output.member_logits = strongest(members, self.config, counted.expand(members.shape[:-1]))
+            members = output.member_logits.unflatten(1, shape)  # [M, B, K, C]
+            of_each = None if counted is None else counted.expand(members.shape[:-1])
+            output.member_logits = strongest(members, self.config, of_each)
         if learning and self.config.window:
             output.segment_logits = members
-            output.segment_mask = counted
+            output.segment_mask = (
+                torch.ones(shape, dtype=torch.bool, device=self.device) if counted is None else counted
+            )
 
     def _choose_weights(
         self,
@@ -618,18 +629,19 @@ class ProbeModel(nn.Module):
         weights: torch.Tensor | None,
         segments: Segments,
         logits: torch.Tensor,
-        counted: torch.Tensor,
+        counted: torch.Tensor | None,
     ) -> None:
         """Give an output the weights of the strongest window of each row, or of all turns together."""
-        place = torch.zeros_like(counted[:, 0], dtype=torch.long)  # [B]
+        place = torch.zeros(len(logits), dtype=torch.long, device=self.device)
         scores = flagged_score(logits, self.config)
         if self.config.window and scores is not None:
-            place = scores.masked_fill(~counted, float("-inf")).argmax(dim=1)
+            scores = scores if counted is None else scores.masked_fill(~counted, float("-inf"))
+            place = scores.argmax(dim=1)
             weights = None if weights is None else segments.spread(weights, place)
         output.token_weights = None if weights is None else weights.transpose(0, 1)  # [B, S, T]
         if output.layer_weights is not None:
             rows = torch.arange(len(place), device=place.device)
-            output.layer_weights = output.layer_weights.unflatten(0, counted.shape)[rows, place]
+            output.layer_weights = output.layer_weights.unflatten(0, logits.shape[:2])[rows, place]
 
     # Shared by all
 

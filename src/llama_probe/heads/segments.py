@@ -5,7 +5,7 @@ The strongest segment counts; see `strongest`. Windows overlap by half: each beg
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -65,7 +65,8 @@ class Group:
     """Tokens of several segments, side by side.
 
     Attributes:
-        index (`[segments, width]` int64): place of each token among the tokens that are read, `row * n + column`.
+        index (`[segments, width]` int64): place of each token among the tokens that are read, `row * n + column`. Filling has the
+            place of a token of the segment, if it has one.
         mask (`[segments, width]` bool): false for filling; `None` if there is none.
     """
 
@@ -79,20 +80,19 @@ class Rows:
 
     Attributes:
         places (`[batch, K]` int64): of each segment in a list of segments; `None` if the list has K segments of each row in turn.
-        counted (`[batch, K]` bool): false for filling.
+        counted (`[batch, K]` bool): false for filling; `None` if there is none.
         spans (`[batch, K, 2]` int64): first column of each segment, and one past its last; 0 for filling.
     """
 
     places: torch.Tensor | None
-    counted: torch.Tensor
+    counted: torch.Tensor | None
     spans: torch.Tensor
 
     @classmethod
     def single(cls, summaries: torch.Tensor) -> Rows:
         """Return rows of one segment each, all turns together, for summaries `[S, batch, width]`. They have no span."""
         batch, device = summaries.shape[1], summaries.device
-        counted = torch.ones(batch, 1, dtype=torch.bool, device=device)
-        return cls(None, counted, torch.zeros(batch, 1, 2, dtype=torch.long, device=device))
+        return cls(None, None, torch.zeros(batch, 1, 2, dtype=torch.long, device=device))
 
     @property
     def most(self) -> int:
@@ -149,7 +149,7 @@ class Segments:
         both = torch.stack([torch.cat(counts), torch.cat([mask.sum(dim=1) for mask in masks])])
         count, size = self.ended_rows.arrange(both if self.ended is None else both[:, self.ended])  # [batch, K]
         holds = (count > 0) & ((2 * count >= tokens.sum(dim=1, keepdim=True)) | (2 * count >= size))
-        return holds & self.ended_rows.counted
+        return holds if self.ended_rows.counted is None else holds & self.ended_rows.counted
 
     def spread(self, weights: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Return the token weights of one segment of each row in the columns of its tokens: `[S, batch, width]`, 0 elsewhere.
@@ -167,6 +167,19 @@ class Segments:
         spread = weights.new_zeros(len(weights), self.batch, self.width)
         # Filling has the weight 0 and may have the column of a token.
         return spread.scatter_add_(2, columns.clamp_min(0).expand_as(chosen), chosen)
+
+
+def join_counted(parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor | None:
+    """Join which segments count, `[batch, K]` of each part with logits `[batch, K, num_labels]`; `None` if all count."""
+    if all(counted is None for _, counted in parts):
+        return None
+    masks = [torch.ones_like(logits[..., 0], dtype=torch.bool) if mask is None else mask for logits, mask in parts]
+    return join(masks)
+
+
+def join(parts: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
+    """Return `torch.cat(parts, dim)`, without a copy of a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def span_of(mask: torch.Tensor, num_labels: int) -> torch.Tensor:
@@ -304,7 +317,9 @@ def _group(segments: np.ndarray, index: np.ndarray, masked: bool, move: Move) ->
     length = max((segments["stop"] - segments["read"]).max(), 1)
     tokens = segments["read"][:, None] + np.arange(length)  # [segments, length]
     mask = tokens < segments["stop"][:, None]
-    places = np.where(mask, index[np.where(mask, tokens, 0)], 0)
+    has_tokens = segments["stop"] > segments["read"]
+    places = np.zeros(tokens.shape, int)
+    places[has_tokens] = index[np.minimum(tokens, segments["stop"][:, None] - 1)[has_tokens]]
     is_masked = masked or not mask.all()
     return Group(move(torch.from_numpy(places)), move(torch.from_numpy(mask)) if is_masked else None)
 
@@ -319,6 +334,6 @@ def _rows(segments: np.ndarray, batch: int, columns: np.ndarray, move: Move) -> 
     spans[at] = np.stack([columns[segments["first"]], columns[segments["stop"] - 1] + 1], axis=-1)
     return Rows(
         places=None if places.size == len(segments) else move(torch.from_numpy(places)),
-        counted=move(torch.from_numpy(counted)),
+        counted=None if counted.all() else move(torch.from_numpy(counted)),
         spans=move(torch.from_numpy(spans)),
     )

@@ -52,9 +52,9 @@ class SlotStates:
         return state
 
 
-# Of each row the strongest segment that has ended: its logits `[1, batch, num_labels]`, spans `[1, batch, num_labels, 2]`, and if there
-# is one, `[1, batch]` bool.
-Strongest = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Of each row the strongest segment that has ended: its logits `[1, batch, num_labels]`, spans `[1, batch, num_labels, 2]` (`None` without
+# windows), and if there is one, `[1, batch]` bool (`None` if there is one in each row).
+Strongest = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 @dataclass

@@ -71,8 +71,9 @@ class StateReader:
         }
         self._whole, self._differentiable = output_attentions, differentiable
         # Copies of the states in fp32 that exist at once: the states and their stack, or the stack and its normalised copy. Windows
-        # overlap, and a head type that projects nothing reads each state twice.
-        self._copies = 4 if any(head.config.window for head in self.heads.values()) else 2
+        # overlap, and a head type that projects nothing, and reads fp32, then has each state twice more.
+        has_twice = any(head.config.window and not head.token_stage.reads_half for head in self.heads.values())
+        self._copies = 4 if has_twice else 2
         self._seen: list[int] = []
         self._held: list[torch.Tensor] = []  # states of the last of these layers
         self.begin({})
