@@ -27,6 +27,7 @@ def test_transformers_may_be_imported_first():
     exec(CHANGED, {})
 
 
+@pytest.mark.slow
 def test_this_package_may_be_imported_first_and_imports_little_before_a_command_is_known_and_allowed():
     """In one process, since what is imported stays."""
     code = """

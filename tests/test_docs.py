@@ -23,6 +23,7 @@ from llama_probe.data.prompts import PromptFormat
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+TRAINING = ("recipes.md", "training.md")  # each trains several heads
 WRITTEN = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *DOCS.glob("*.md")))
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -83,7 +84,9 @@ def run_python(block: str, page: str, backbone: Path, names: dict) -> None:
     exec(compile(block.replace(MODEL, str(backbone)), page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in TRAINING else page for page in PAGES]
+)
 def test_the_blocks_run(page, desk, backbone_folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", sys.argv)
     names = {"__name__": "__main__"}

@@ -17,7 +17,7 @@ START = list(range(10, 30))
 TOKENS = st.integers(3, VOCAB - 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.tuples(st.booleans(), st.lists(TOKENS, min_size=1, max_size=9)), min_size=1, max_size=12),
     st.integers(0, 22),

@@ -129,6 +129,7 @@ def test_generate_and_classify(trained, served, backbone_folder, tmp_path, comma
             assert set(succeed(*options, "--json")[0]["probes"]) == {"mood", name}
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_head_of_replies(backbone_folder, tmp_path):
     lines = [{"ask": f"number {i}?", "text": "bad, bad" if i % 2 else "good, good", "label": i % 2} for i in range(40)]
     rows, guard = write(tmp_path / "rows.jsonl", lines), tmp_path / "guard"

@@ -41,6 +41,12 @@ def rows(tmp_path):
     return rows
 
 
+@pytest.fixture
+def not_drawn(monkeypatch):
+    """Files without a picture: test_texts draws one, and test_plots.py each kind of figure."""
+    monkeypatch.setattr("llama_probe.cli.plot.png", lambda figure: b"")
+
+
 def names_of(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -58,6 +64,7 @@ def test_texts(make_head, backbone_folder, tmp_path):
     assert drawn["shows"].endswith(f"{drawn['label']} ({drawn['score']:.0%})")
 
 
+@pytest.mark.usefixtures("not_drawn")
 def test_labelled_rows(make_head, backbone_folder, rows, tmp_path):
     args = ("plot", make_head(inspection=INSPECTION), "--backbone", backbone_folder, "--output", tmp_path / "out")
     found = succeed(*args, *rows([0, 1, 0, 1, 1, 0, 1]), "--text", "hello", "--json")
@@ -65,6 +72,7 @@ def test_labelled_rows(make_head, backbone_folder, rows, tmp_path):
     assert [item["file"].split("/")[-1] for item in found["files"]] == names
 
 
+@pytest.mark.usefixtures("not_drawn")
 def test_heads_without_a_confusion(make_head, backbone_folder, rows, tmp_path):
     head = make_head(problem_type="multi_label_classification")
     succeed("plot", head, *rows([[0], [1], [0, 1], []]), "--backbone", backbone_folder, "--output", tmp_path / "out")
@@ -74,6 +82,7 @@ def test_heads_without_a_confusion(make_head, backbone_folder, rows, tmp_path):
     assert names_of(tmp_path / "score") == ["layer_weights.png"]
 
 
+@pytest.mark.usefixtures("not_drawn")
 def test_measurements_of_the_head_need_no_backbone(make_head, tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "load_backbone", None)
     shown = succeed("plot", make_head(inspection=INSPECTION), "--output", tmp_path / "out")

@@ -77,7 +77,7 @@ def test_a_threshold_between_neighbours_keeps_them_apart(place):
         assert predictions(probs, CONFIG.replace(threshold=threshold)).tolist() == [1, 0, 0, 0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=2, max_size=40),
     rate=st.sampled_from([0.0, 0.01, 0.1, 0.25, 0.3, 0.5, 0.9]),
@@ -148,7 +148,7 @@ def test_reliability_by_hand():
     assert sum(part["rows"] for part in several["bins"]) == 4
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 19), min_size=20, max_size=60), st.sampled_from([0.05, 0.1, 0.3]))
 def test_a_rate_is_kept_to_and_used_up(twentieths, rate):
     assume(np.mean([number >= 10 for number in twentieths]) <= 0.9)  # others are refused

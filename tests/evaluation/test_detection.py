@@ -96,7 +96,7 @@ def replies(seed, harmless=20, harmful=10):
 CONFIG = make_probe(token_scope="response", id2label={0: "fine", 1: "awful"}, flagged=["awful"]).config
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 999), limit=st.sampled_from([0.0, 0.05, 0.3]))
 def test_rules_keep_to_the_false_halts(seed, limit):
     followed, labels = replies(seed)

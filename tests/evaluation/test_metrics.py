@@ -61,7 +61,7 @@ def by_scikit_learn(config, logits, labels):
 
 
 @pytest.mark.parametrize("problem", CONFIGS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(rows=st.integers(1, 25), seed=st.integers(0, 10**6), steps=st.integers(2, 50))
 def test_weights_count_as_rows_written_out(problem, rows, seed, steps):
     config = CONFIGS[problem]

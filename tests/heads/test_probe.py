@@ -90,7 +90,7 @@ def read(probe, state, states, columns, mask, sizes=(1,), last=True):
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(), SIZES, st.booleans(), st.booleans(), st.booleans())
 def test_streamed_and_resumed_equal_whole(case, sizes, keep, resume, novelty):
     probe, states, mask, cuts = made(case, novelty)
@@ -107,7 +107,7 @@ def test_streamed_and_resumed_equal_whole(case, sizes, keep, resume, novelty):
         assert found.shape == (len(mask),) and ((found >= 0) & (found <= 1)).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases(), st.booleans())
 def test_a_head_of_projected_states_scores_as_the_head_does(case, novelty):
     probe, states, mask, cuts = made(case, novelty)
@@ -128,7 +128,7 @@ def test_a_head_of_projected_states_scores_as_the_head_does(case, novelty):
     torch.testing.assert_close(reader.finish(state).logits, whole, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases(), st.integers(1, 2), SIZES)
 def test_what_follows_a_prompt_is_scored_as_the_whole_is(case, repeats, sizes):
     """Token by token from the first cut on, each score is that of all tokens so far, read at once."""
@@ -150,7 +150,7 @@ def test_what_follows_a_prompt_is_scored_as_the_whole_is(case, repeats, sizes):
             torch.testing.assert_close(probe.finish(reply).logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(cases(), st.integers(1, 12), st.booleans())
 def test_replies_are_scored_token_by_token_as_they_are_streamed(case, blocks, learning):
     config, *rest = case
@@ -192,7 +192,7 @@ def test_segments_are_told_apart_by_their_numbers_alone(head_type):
         torch.testing.assert_close(alone[0], expected[row], rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(cases(), st.booleans())
 def test_padding_and_batching_change_nothing(case, novelty):
     probe, states, mask, _ = made(case, novelty)
@@ -208,7 +208,7 @@ def test_padding_and_batching_change_nothing(case, novelty):
             torch.testing.assert_close(novelties, batched.novelty, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(cases())
 def test_weights_are_distributions(case):
     probe, states, mask, _ = made(case)

@@ -90,7 +90,7 @@ def score(head, states, prompt_tokens, ids=None):
         return head(hidden_states=states, attention_mask=mask).logits
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
     drawn=st.lists(configs(("prompt", "content", *TURN_SCOPES)), min_size=1, max_size=3),
@@ -122,7 +122,7 @@ def test_text_and_scores(family, drawn, alike, batch, way, budget):
         torch.testing.assert_close(found, wanted, **TOLERANCE)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
     config=configs(("response", "all")),

@@ -91,7 +91,7 @@ def test_a_turn_runs_its_new_tokens_alone_and_is_scored_as_the_whole_conversatio
         ids = torch.cat([out.sequences, make_prompts(1, 4, seed=turn + 1)], 1)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     padding=st.lists(st.integers(0, 5), min_size=1, max_size=3),
     more=st.integers(1, 9),

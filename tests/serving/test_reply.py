@@ -25,7 +25,7 @@ def model():
     return probed({"guard": guard(), "mood": make_probe(seed=3)})
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     mode=st.sampled_from(sorted(MODES)),
     padding=st.lists(st.integers(0, 5), min_size=1, max_size=3),

@@ -16,7 +16,7 @@ def model():
     return probed({"guard": guard()})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.booleans(), max_size=20), st.integers(0, 5), st.booleans())
 def test_a_token_is_shown_once_it_and_what_follows_is_clear(flags, tokens, ends):
     recorder = Recorder()

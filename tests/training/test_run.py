@@ -107,6 +107,7 @@ class TestAblations:
             },
         }
 
+    @pytest.mark.slow
     def test_what_is_measured(self, recipe, backbone_folder, tmp_path, monkeypatch):
         monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (2, 2)))
         trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
@@ -258,25 +259,36 @@ class TestResuming:
 class TestMeasuring:
     """A run that ends while it measures leaves its head, and a resumed run measures the rest."""
 
-    @pytest.fixture
-    def run(self, backbone_folder, tmp_path):
-        """A function that starts or resumes a run with three things to measure, and counts the steps of its training."""
-        sources = [{"rows": write(tmp_path / f"{name}.jsonl", 20, (f"{name}?", f"{name}!"))} for name in "abc"]
+    @pytest.fixture(scope="class")
+    def place(self, tmp_path_factory):
+        return tmp_path_factory.mktemp("measuring")
+
+    @pytest.fixture(scope="class")
+    def run(self, backbone_folder, place):
+        """A function that starts or resumes a run with three things to measure."""
+        sources = [{"rows": write(place / f"{name}.jsonl", 12, (f"{name}?", f"{name}!"))} for name in "abc"]
 
         def start(resume=False):
             settings = {"num_train_epochs": 2, "save_strategy": "no"}
             return train(
-                tmp_path, backbone_folder, resume=resume, training=settings, test={"share": 0.2},
+                place, backbone_folder, resume=resume, training=settings, test={"share": 0.2},
                 measure={"sources": sources, "wrappings": "b"},
             )  # fmt: skip
 
         return start
 
+    @pytest.fixture(scope="class")
+    def expected(self, run):
+        """The results of a run that is not interrupted."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("llama_probe.evaluation.plots.find_spec", lambda name: None)
+            return run()
+
     @pytest.fixture
-    def expected(self, run, tmp_path):
-        results = run()
-        shutil.rmtree(tmp_path / "head")
-        return results
+    def head(self, expected, place):
+        """The folder of the head, with nothing in it."""
+        shutil.rmtree(place / "head")
+        return place / "head"
 
     def is_left(self, folder):
         assert read_head(folder).config.threshold is not None and "flag" in (folder / "README.md").read_text()
@@ -297,20 +309,20 @@ class TestMeasuring:
         numbers, measure_part = count(), measurements._measure_part
         return lambda *given: fail() if next(numbers) == number else measure_part(*given)
 
-    def test_an_exception_in_the_middle(self, run, expected, tmp_path, monkeypatch, caplog):
+    def test_an_exception_in_the_middle(self, run, expected, head, place, monkeypatch, caplog):
         with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of order"):
             fail = Mock(side_effect=RuntimeError("out of order"))
             patched.setattr(measurements, "_measure_part", self.fail_at(1, fail))
             run()
         assert "--resume" in caplog.text
-        left = self.is_left(tmp_path / "head")
+        left = self.is_left(head)
         assert [part["name"] for part in left["measured"]["parts"]] == ["a"] and left["summary"]["test"]
         with pytest.raises(ProbeError, match=r"stopped run.*--resume"):
-            train_recipe(recipe_of(tmp_path), "never-loaded", tmp_path / "head")
+            train_recipe(recipe_of(place), "never-loaded", head)
         self.assert_resumes(run, expected, monkeypatch, ["b", "c"])
-        assert not (tmp_path / "head" / ".states").exists() and not (tmp_path / "head" / CHECKPOINTS).exists()
+        assert not (head / ".states").exists() and not (head / CHECKPOINTS).exists()
 
-    def test_a_kill(self, run, expected, tmp_path, monkeypatch):
+    def test_a_kill(self, run, expected, head, monkeypatch):
         kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
         child = os.fork()
         if child == 0:
@@ -320,10 +332,10 @@ class TestMeasuring:
             finally:
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        assert [part["name"] for part in self.is_left(tmp_path / "head")["measured"]["parts"]] == ["a", "b"]
+        assert [part["name"] for part in self.is_left(head)["measured"]["parts"]] == ["a", "b"]
         self.assert_resumes(run, expected, monkeypatch, ["c"])
 
-    def test_on_the_test_rows(self, run, expected, tmp_path, monkeypatch):
+    def test_on_the_test_rows(self, run, expected, head, monkeypatch):
         numbers, real = count(), training_results.report
 
         def report(*given):
@@ -334,7 +346,7 @@ class TestMeasuring:
         with monkeypatch.context() as patched, pytest.raises(MemoryError):
             patched.setattr(training_results, "report", report)
             run()
-        assert "measured" not in self.is_left(tmp_path / "head")
+        assert "measured" not in self.is_left(head)
         self.assert_resumes(run, expected, monkeypatch, ["a", "b", "c"])
 
     def test_a_form_that_needs_too_much_memory_is_told(self, backbone_folder, tmp_path, monkeypatch, caplog):

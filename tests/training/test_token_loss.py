@@ -43,7 +43,7 @@ def test_the_loss_is_what_it_says():
     assert loss_of(labels=((math.nan, math.nan),) * 2, **several) == 0
 
 
-def reply_rows(count=24, seed=0):
+def reply_rows(count=12, seed=0):
     """Replies to one prompt, awful if token 11 occurs, and the tokens of each reply."""
     replies = [make_prompts(1, 3 + row % 40, seed=1000 * seed + row)[0].tolist() for row in range(count)]
     replies = [[12 if token == 11 else token for token in reply] for reply in replies]

@@ -283,6 +283,7 @@ def test_own_callables(tmp_path, names):
     own["data_collator"] = lambda rows: sizes.append(len(rows)) or collate(rows)
     own["callbacks"] = [curious := Curious()]
     probe = {name: head(lm) for name in names} or head(lm)
+    own["per_device_train_batch_size"] = 16
     curious.trainer = trainer = mood(tmp_path, model=probe, num_train_epochs=1, **own)
     trainer.train()
     for progress in trainer.progress.values():
