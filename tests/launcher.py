@@ -48,7 +48,7 @@ class ForkedRun:
 
     def __init__(self, *args, nodes: int = 1, node: int = 0, port: int | None = None):
         self.args = list(map(str, args))
-        self._files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self._files = [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]  # noqa: SIM115
         words = [*options(nodes, node, port), *self.args]
         self._process = get_context("fork").Process(target=self._supervise, args=(words,))
         self._process.start()
@@ -57,7 +57,7 @@ class ForkedRun:
     def _supervise(self, words: list[str]) -> None:
         for number, file in enumerate(self._files, 1):
             os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.environ.update(ENVIRONMENT)
         settings = parse_args(words)
         config, _, _ = config_from_args(settings)
@@ -80,8 +80,9 @@ class ForkedRun:
             raise subprocess.TimeoutExpired(self.args, timeout)
         texts = []
         for file in self._files:
-            file.seek(0)
-            texts.append(file.read())
+            with file:
+                file.seek(0)
+                texts.append(file.read())
         return tuple(texts)
 
 
