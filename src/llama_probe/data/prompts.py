@@ -255,9 +255,10 @@ class PromptFormat:
                 raise ProbeError("prompt_format='raw' takes texts, not chat messages")
             ids = self._tokenize(text)
             return ids[1:] if self._has_second_bos(ids) else ids
-        return self._encode_chat(self._messages(text))
+        return self._encode_chat(self.messages(text))
 
-    def _messages(self, text: Text) -> Chat:
+    def messages(self, text: Text) -> Chat:
+        """Return a text or chat as messages for the chat template, with the system prompt, and with the call of a tool's result."""
         is_result = isinstance(text, str) and self.text_role == "tool"
         messages = as_tool_result(text) if is_result else as_chat(text)
         if self.system_prompt is not None and messages[0]["role"] != "system":
@@ -274,7 +275,7 @@ class PromptFormat:
         turn, first, end = place
         if self.kind == "raw":
             return text, first, end
-        messages = self._messages(text)
+        messages = self.messages(text)
         turn += len(messages) - len(as_chat(text))  # behind a system turn or the call of a tool
         content = messages[turn]["content"]
         prompt = self.render(messages)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import PromptFormat, Text, as_chat
-from ..data.turn_markers import Chat, as_tool_result
+from ..data.turn_markers import Chat
 from ..errors import ProbeError
 from ..files import JSON
 from ..heads.configuration import ProbeConfig
@@ -54,8 +54,9 @@ def locate(prompts: PromptFormat, text: Text, ids: Sequence[int], spans: Mapping
         ProbeError: the tokenizer is not a fast one, or `ids` are not those of the text.
     """
     check_knows_characters(prompts.tokenizer)
-    messages = _messages(prompts, text)
-    rendered = str(text) if prompts.kind == "raw" else prompts.render(messages)
+    is_raw = prompts.kind == "raw"
+    messages = as_chat(text) if is_raw else prompts.messages(text)
+    rendered = str(text) if is_raw else prompts.render(messages)
     added = len(messages) - len(as_chat(text))  # a system turn, or the call of a tool
     contents = _find_contents(prompts, messages, rendered)[added:]
     offsets = _offsets(prompts, rendered, ids)
@@ -94,14 +95,6 @@ def _cut_to_message(rendered: str, contents: list[_Content | None], start: int, 
     start += len(text) - len(text.lstrip()) + content.missing - content.first
     text = text.strip()
     return {"start": start, "end": start + len(text), "message": message, "text": text}
-
-
-def _messages(prompts: PromptFormat, text: Text) -> Chat:
-    is_result = isinstance(text, str) and prompts.text_role == "tool"
-    messages = as_tool_result(text) if is_result else as_chat(text)
-    if prompts.kind == "chat" and prompts.system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": prompts.system_prompt})
-    return messages
 
 
 def _find_contents(prompts: PromptFormat, messages: Chat, rendered: str) -> list[_Content | None]:
