@@ -57,6 +57,7 @@ def read_options(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--probe-type", nargs="*", help=f"fresh heads of these types; default, without --probe: {HEAD_TYPES}"
     )
     parser.add_argument("--many", type=int, default=8, help="fresh mha heads to measure at once; 0 for none")
+    parser.add_argument("--window", type=int, default=0, help="tokens of a window of the fresh heads; 0 for none")
     parser.add_argument("--tokens", nargs="+", type=_positive, default=[64, 512], help="tokens of a prompt")
     parser.add_argument("--batch-size", nargs="+", type=_positive, default=[1], help="prompts of a batch")
     parser.add_argument("--new-tokens", type=_positive, default=1, help="with more than 1, also the time of a token")
@@ -96,7 +97,7 @@ def load_model(options: argparse.Namespace) -> tuple[ProbedGenerationMixin, dict
         )
     model.generation_config.eos_token_id = None  # a reply has as many tokens as it is asked for
     for probe_type in options.probe_type:
-        model.add_probe(probe_type, ProbeConfig(probe_type=probe_type))
+        model.add_probe(probe_type, ProbeConfig(probe_type=probe_type, window=options.window))
         if options.operations:
             model.add_probe(f"{probe_type}-reply", ProbeConfig(probe_type=probe_type, token_scope="response"))
     systems = {BASE: [], **{name: [name] for name in model.probes}}
@@ -104,7 +105,7 @@ def load_model(options: argparse.Namespace) -> tuple[ProbedGenerationMixin, dict
         names = [f"mha-{number}-of-{options.many}" for number in range(1, options.many + 1)]
         systems[f"{options.many} x mha"] = names
         for name in names:
-            model.add_probe(name, ProbeConfig(probe_type="mha"))
+            model.add_probe(name, ProbeConfig(probe_type="mha", window=options.window))
     return model, systems
 
 

@@ -1024,22 +1024,26 @@ class Segments:
     open: list[torch.Tensor]
     open_rows: Rows
 
-    def holding(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return which segments hold at least half of some tokens, or have these tokens as at least half of their own.
+    def holding(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which segments hold some tokens: at least half of these, or these as at least half of their own; and which touch them.
+
+        A segment touches tokens if it has one of them.
 
         Args:
             tokens (`[batch, n]` bool): of the tokens that are read, which must be whole prompts.
 
         Returns:
-            `[batch, K]` bool, false for filling.
+            `[batch, K]` bool each, false for filling.
         """
         flat = tokens.flatten()
         masks = [group.index >= 0 if group.mask is None else group.mask for group in self.groups]
         counts = [(flat[group.index] & mask).sum(dim=1) for group, mask in zip(self.groups, masks, strict=True)]
         both = torch.stack([torch.cat(counts), torch.cat([mask.sum(dim=1) for mask in masks])])
         count, size = self.ended_rows.arrange(both if self.ended is None else both[:, self.ended])  # [batch, K]
-        holds = (count > 0) & ((2 * count >= tokens.sum(dim=1, keepdim=True)) | (2 * count >= size))
-        return holds if self.ended_rows.counted is None else holds & self.ended_rows.counted
+        touches = count > 0
+        if self.ended_rows.counted is not None:
+            touches = touches & self.ended_rows.counted
+        return touches & ((2 * count >= tokens.sum(dim=1, keepdim=True)) | (2 * count >= size)), touches
 
     def spread(self, weights: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Return the token weights of one segment of each row in the columns of its tokens: `[S, batch, width]`, 0 elsewhere.

@@ -149,6 +149,10 @@ def test_training_gives_the_logits_of_each_window_and_which_hold_the_request():
     assert found.segment_logits.shape == (3, 2, 4, 2)
     assert found.segment_mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert found.holds_request.tolist() == [[False, True, True, True], [False] * 4]
+    assert found.touches_request.tolist() == [[False, True, True, True], [False] * 4]
+    request[0, :2] = True  # the windows from 2 to 6 and from 6 to 9 now have one of four tokens
+    found = probe(hidden_states=states, attention_mask=mask, request_mask=request)
+    assert found.holds_request[0].tolist() == [True, False, True, False] and found.touches_request[0].all()
     with torch.no_grad():
         alone = probe(hidden_states=[state[:1, 4:8] for state in states])
     torch.testing.assert_close(found.segment_logits[:, 0, 2], alone.member_logits[:, 0])

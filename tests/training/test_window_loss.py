@@ -21,13 +21,14 @@ HOLDS = torch.tensor([[False, True, True, False], *[[False] * 4] * 3])
 LABELS = torch.tensor([1, 1, 0, 0])
 
 
-def outputs_of(config, odds=ODDS, exists=EXISTS, holds=HOLDS, weights=None):
+def outputs_of(config, odds=ODDS, exists=EXISTS, holds=HOLDS, weights=None, touches=None):
     """An output with these log odds, `[rows, windows]` or `[members, rows, windows]`; of multi-label heads the logits themselves."""
     odds = odds if odds.dim() >= 3 else odds[None]
     output = ProbeOutput.from_logits(None, config)
     is_multi_label = config.problem_type == "multi_label_classification"
     output.segment_logits = odds if is_multi_label else torch.stack([torch.zeros_like(odds), odds], dim=-1)
     output.segment_mask, output.holds_request, output.row_weights = exists, holds, weights
+    output.touches_request = holds if touches is None else touches
     return output
 
 
@@ -74,6 +75,13 @@ def test_the_loss_is_what_it_says(weight):
         assert found == pytest.approx(weighted(row, weight), rel=1e-5)
 
 
+def test_windows_that_have_a_part_of_the_request_and_do_not_hold_it_are_left_out():
+    touches = HOLDS.clone()
+    touches[0, 0] = True
+    found = loss_of(LABELS[:1], odds=ODDS[:1], exists=EXISTS[:1], holds=HOLDS[:1], touches=touches[:1])
+    assert found == pytest.approx(positive(2.0) + OUTSIDE_WEIGHT * negative(0.5), rel=1e-5)
+
+
 def test_members_have_windows_of_their_own():
     moved = ODDS.roll(1, dims=1)
     holds, whole = HOLDS | True, torch.ones_like(EXISTS)
@@ -109,7 +117,7 @@ def test_rows_of_one_window_have_the_loss_of_a_head_without_windows(problem_type
     expected = loss(output, labels)
     output.segment_logits, output.segment_mask = logits[:, :, None], torch.ones(5, 1, dtype=torch.bool)
     for holds in (False, True):
-        output.holds_request = torch.full((5, 1), holds)
+        output.holds_request = output.touches_request = torch.full((5, 1), holds)
         torch.testing.assert_close(loss(output, labels), expected)
 
 

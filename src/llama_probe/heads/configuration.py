@@ -173,6 +173,7 @@ class ProbeConfig:
         "segment_logits",
         "segment_mask",
         "holds_request",
+        "touches_request",
     ]
 
     def __post_init__(self):

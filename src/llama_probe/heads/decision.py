@@ -359,7 +359,8 @@ class ProbeOutput(DecidedMixin, ModelOutput):
             that gave each label its logit; the columns are those of the input. Of heads with windows.
         segment_logits (`[members, batch, K, num_labels]`, *optional*): in training, of the windows of each row, K at most.
         segment_mask (`[batch, K]`, *optional*): true for the windows that a row has.
-        holds_request (`[batch, K]`, *optional*): true for the windows that hold the request; see `ProbeModel.score`.
+        holds_request (`[batch, K]`, *optional*): true for the windows that hold the request; see `Segments.holding`.
+        touches_request (`[batch, K]`, *optional*): true for the windows that have a token of the request.
 
     Attributes:
         passages: the passages of each row, from `classify(texts, passages=True)`; else `None`. See `describe`. It is not a field,
@@ -378,6 +379,7 @@ class ProbeOutput(DecidedMixin, ModelOutput):
     segment_logits: torch.Tensor | None = None
     segment_mask: torch.Tensor | None = None
     holds_request: torch.Tensor | None = None
+    touches_request: torch.Tensor | None = None
     passages = None  # without an annotation, which would make it a field
 
     @classmethod

@@ -318,7 +318,7 @@ class ProbeModel(nn.Module):
             output.spans = span_of(counted, self.config.num_labels).to(self.device)
         if output.segment_logits is not None and parts is not None:
             request = torch.zeros_like(counted) if request_mask is None else request_mask
-            output.holds_request = parts.holding(request.to(self.device).bool())
+            output.holds_request, output.touches_request = parts.holding(request.to(self.device).bool())
         return output
 
     def _segments_of(self, mask: torch.Tensor, numbers: torch.Tensor | None) -> Segments | None:

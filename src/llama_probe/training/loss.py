@@ -128,13 +128,13 @@ def window_loss(
     """Return the loss of heads that judge windows, each with a label of its own.
 
     In a row with a flagged label, the strongest window learns the row's label. Where the place of the request is known, this is the
-    strongest window that holds the request, and all windows that do not hold it learn that they have no flagged label. In a row
+    strongest window that holds the request, and all windows that have no token of it learn that they have no flagged label. In a row
     without a flagged label all windows learn so. Windows that must not be flagged count by half of their mean loss and half of the
     loss of the strongest. Each member of a head has strongest windows of its own. A row of one window has the loss of a head
     without windows.
 
     Args:
-        outputs: with `segment_logits`, `segment_mask` and `holds_request`.
+        outputs: with `segment_logits`, `segment_mask`, `holds_request` and `touches_request`.
         labels: as in `ProbeModel.forward`.
         outside_weight: weight of the windows outside a known request.
 
@@ -162,7 +162,7 @@ def window_loss(
         return loss.of_rows(chosen, targets, weights)
 
     own = of_strongest(torch.where(has_place[:, None], holds_request, exists), labels)
-    is_negative = torch.where(has_place[:, None], ~holds_request, ~is_flagged[:, None]) & exists
+    is_negative = torch.where(has_place[:, None], ~outputs.touches_request, ~is_flagged[:, None]) & exists
     count = is_negative.sum(dim=1)
     has_negative = count > 0
     each_weight = None if weights is None else weights.repeat_interleave(num_windows, dim=0)
