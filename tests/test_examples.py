@@ -17,7 +17,7 @@ import pytest
 from conftest import make_lm, make_probe, save_head
 from repository import ROOT
 
-from llama_probe import ProbeError
+from llama_probe import ProbedGenerationMixin, ProbeError
 from llama_probe.backbone import loading
 from llama_probe.evaluation.scoring_job import ScoringJob
 from llama_probe.training import arguments
@@ -42,6 +42,17 @@ def run(name: str, *options: str, lines: tuple[str, ...] = ()) -> str:
             if ended.code:
                 raise
     return printed.getvalue()
+
+
+@pytest.fixture
+def short_replies(monkeypatch):
+    """Replies of at most 16 tokens, whatever an example asks for."""
+    generate = ProbedGenerationMixin.generate
+
+    def cut(model, *inputs, max_new_tokens, **options):
+        return generate(model, *inputs, max_new_tokens=min(max_new_tokens, 16), **options)
+
+    monkeypatch.setattr(ProbedGenerationMixin, "generate", cut)
 
 
 @pytest.fixture
@@ -84,7 +95,7 @@ def test_the_baselines_of_the_paper(tables, backbone_folder):
 
 @pytest.mark.slow
 def test_the_tables_of_the_paper_on_the_demo_backbone(tables, tmp_path):
-    options = ("--data", "toxicchat", "--seeds", "1", "--max-rows", "16", "--trials", "1")
+    options = ("--data", "toxicchat", "--seeds", "1", "--max-rows", "8", "--trials", "1")
     text = tables("demo", "--methods", "tfidf,muli,mha", "--only", "main,sensitivity", *options)
     assert "| `mha` | 1,328,258 |" in text and "| `muli` |" in text and "## Sensitivity on toxicchat" in text
 
@@ -161,6 +172,7 @@ def test_the_notebook_trains_a_head_that_is_right(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_replies")
 @pytest.mark.parametrize("name", sorted(EXAMPLES - TESTED))
 def test_it_runs_and_halts_what_is_flagged(name):
     printed = run(name)

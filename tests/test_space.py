@@ -162,7 +162,7 @@ def page(tmp_path):
     """The Space on the demo backbone, in a browser. In the end no other host was asked, and no error was raised."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     port = free_port()
-    settings = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "MAX_NEW_TOKENS": "24"}
+    settings = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "MAX_NEW_TOKENS": "12"}
     log, address = tmp_path / "log", f"http://127.0.0.1:{port}/"
     asked, errors, command = [], [], [sys.executable, "-u", SPACE / "app.py"]
     with log.open("w") as out, sync_api.sync_playwright() as playwright:

@@ -320,7 +320,7 @@ def test_threads(tally):
     guest = threading.Thread(target=come_and_go)
     guest.start()
     with ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(call, tally.times(100_000)))
+        outcomes = list(pool.map(call, tally.times(40_000)))
     over.set()
     guest.join()
     for outcome in outcomes:

@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoTokenizer
 from llama_probe import AutoModelForProbedGeneration, ProbeError
 from llama_probe.backbone import loading as backbones
 from llama_probe.backbone.loading import demo_backbone, load_backbone
+from llama_probe.cli import demo
 from llama_probe.data.prompts import PromptFormat
 from llama_probe.heads.scope import token_mask
 
@@ -60,7 +61,7 @@ def test_text_and_labels_from_one_pass(model):
 def test_half_precision_rounds_off_less_than_the_lm_does(model):
     """Heads that apply their maps in bf16, against what the LM's own bf16 changes of their logits."""
     sentences = "I loved every minute of it.", "What a shame, nobody came.", "You are an idiot.", "Rain fell all day."
-    texts = [" ".join(sentences[(first + number) % 4] for number in range(30)) for first in range(2)]
+    texts = [" ".join(sentences[number % 4] for number in range(30))]
     half, _ = load_backbone("demo", "bfloat16")
     half = AutoModelForProbedGeneration.from_causal_lm(half, dict(model.probes.items()))
     heads, lms = [], []
@@ -79,8 +80,10 @@ def test_half_precision_rounds_off_less_than_the_lm_does(model):
 
 
 @pytest.mark.slow
-def test_the_demo_command():
-    shown = succeed("demo", "--max-new-tokens", 5)
+def test_the_demo_command(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(demo, "PROMPTS", demo.PROMPTS[:5:4])
+        shown = succeed("demo", "--max-new-tokens", 5)
     for words in ("I finally got the job", "joy", "harmful", "token for token"):
         assert words in shown
     assert len(shown.splitlines()) < 30

@@ -42,10 +42,19 @@ def test_usual_arguments_work_beside_a_head_in_memory(backbone_folder):
 
 LOADS = """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-for auto_class in (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM):
-    for place in ("org/tiny", "org/nothing", "alice/mood", "toxicchat-gate", "demo"):
-        try: print(type(auto_class.from_pretrained(place)).__name__)
-        except Exception as error: print(type(error).__name__, error)
+def load_all():
+    for auto_class in (AutoConfig, AutoTokenizer, AutoModel, AutoModelForCausalLM):
+        for place in ("org/tiny", "org/nothing", "alice/mood", "toxicchat-gate", "demo"):
+            try: print(type(auto_class.from_pretrained(place)).__name__)
+            except Exception as error: print(type(error).__name__, error)
+load_all()
+import shutil, huggingface_hub
+print("with the package")
+shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
+try: huggingface_hub.HfApi().model_info("org/between")
+except Exception: pass
+import llama_probe
+load_all()
 """
 
 
@@ -54,14 +63,13 @@ def test_without_probe_the_hub_gets_the_requests_of_plain_transformers(hub, tmp_
     """Of models, of what is no model, of heads and of the package's own names."""
     plant_model(hub, plain(hub), make_tokenizer())
     plant_model(hub, "alice/mood", make_probe())
-    asked, printed = [], []
-    for number, first in enumerate(("", "import llama_probe\n")):
-        hub.requests.clear()
-        env = {**os.environ, "HF_HOME": str(tmp_path / str(number)), "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", first + LOADS], capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr
-        asked.append(list(hub.requests))
-        printed.append(done.stdout)
+    hub.requests.clear()
+    env = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    (between,) = [number for number, (_, path, _) in enumerate(hub.requests) if "org/between" in path]
+    asked = hub.requests[:between], hub.requests[between + 1 :]
+    printed = done.stdout.split("with the package\n")
     assert asked[0] == asked[1] and printed[0] == printed[1]
     assert "LlamaModel\n" in printed[0] and "LlamaForCausalLM\n" in printed[0]
     assert {"tiny", "nothing", "mood", "toxicchat-gate"} <= {

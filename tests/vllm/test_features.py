@@ -73,6 +73,7 @@ def test_draft_model(tiny, tmp_path):
 def test_ranks(tiny, kind):
     """With heads that follow replies beside those of prompts, and where all is shared a guard of replies."""
     # vLLM's stages on a CPU fail if nothing is compiled.
-    compiled = {"enforce_eager": False, "compilation_config": {"backend": "eager"}} if kind == "pipeline" else {}
+    traced = {"mode": 2, "backend": "eager"}  # another mode would compile C++, whatever the back end
+    compiled = {"enforce_eager": False, "compilation_config": traced} if kind == "pipeline" else {}
     with tiny.running(**{f"{kind}_parallel_size": 2}, **compiled) as llm:
         check(llm, tiny, times=2)
