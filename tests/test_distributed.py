@@ -1,4 +1,4 @@
-"""Runs of several processes: they see each other, divide the work, and agree. test_scoring_job.py starts torchrun itself."""
+"""Runs of several processes, started by the real torchrun: they see each other, divide the work, and agree."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import ranks_at_work
 import torch
 from command_line import settings
 from conftest import LAYERS, make_lm, make_probe, make_prompts, read_head
-from launcher import ForkedRun, finish, free_port, kill_rank
+from launcher import finish, free_port, kill_rank, torchrun
 from ranks_at_work import LABELS, prompts
 from training_runs import write
 from transformers import AutoModelForCausalLM
@@ -74,7 +74,7 @@ class TestTwoNodes:
     @pytest.fixture(scope="class")
     def found(self, folder) -> list[dict]:
         port = free_port()
-        nodes = [ForkedRun(ranks_at_work.__file__, folder, nodes=2, node=node, port=port) for node in (0, 1)]
+        nodes = [torchrun(ranks_at_work.__file__, folder, nodes=2, node=node, port=port) for node in (0, 1)]
         for node in nodes:
             done = finish(node)
             assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     words = settings(validation={"folds": 0}, head=head, training=training)
     places = (tmp_path / "rows.jsonl", "--backbone", backbone_folder, "--output", output)
     arguments = ["-m", "llama_probe.cli", "train", *places, *words, "--resume", "--json"]
-    process = ForkedRun(*arguments)
+    process = torchrun(*arguments)
     saved = output / CHECKPOINTS
     ranks = kill_rank(process, lambda: list(saved.glob("checkpoint-*/trainer_state.json")))
     done = finish(process, 60)
@@ -159,7 +159,7 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     assert weights and all(path.name == "model.safetensors" for path in weights), "each was written once"
     last = max(int(path.parent.name.split("-")[1]) for path in saved.glob("checkpoint-*/trainer_state.json"))
 
-    done = finish(ForkedRun(*arguments))
+    done = finish(torchrun(*arguments))
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)  # the main rank alone prints
     (run,) = results["runs"]
