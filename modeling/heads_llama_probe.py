@@ -924,23 +924,26 @@ def judges_segments(config: ProbeConfig) -> bool:
     return config.window > 0 or judges_turns(config)
 
 
-def number_segments(config: ProbeConfig, mask: torch.Tensor, always: bool = False) -> torch.Tensor | None:
+def number_segments(
+    config: ProbeConfig, mask: torch.Tensor, always: bool = False, is_turn: bool = False
+) -> torch.Tensor | None:
     """Return the number of each token's turn, from 1, and 0 for tokens that do not count: `[batch, tokens]` int64.
 
     Neighbouring tokens that count are in one turn. For a head that does not judge turns, all tokens are in one. `find_segments`
     cuts turns into windows.
 
     Args:
-        mask (`[batch, tokens]` bool): from `token_mask`.
+        mask (`[batch, tokens]` bool): the tokens that count.
         always: return the numbers also if no row has several segments. Later tokens may then join them.
+        is_turn: all tokens of a row are one turn, because the user chose them (`probe_mask`).
 
     Returns:
         The numbers, on the device of the mask; `None` if the head judges no segments, or no row has several segments.
     """
-    if not judges_segments(config):
+    if not judges_segments(config) or (is_turn and config.window == 0):
         return None
     counted = mask.cpu().numpy()  # on the host, as in `turn_mask`
-    if judges_turns(config):
+    if judges_turns(config) and not is_turn:
         begins = counted & ~np.pad(counted, ((0, 0), (1, 0)))[:, :-1]
     else:
         begins = counted & (counted.cumsum(axis=1) == 1)

@@ -22,7 +22,8 @@ from llama_probe.serving.session import session_of
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 RESPONSE = {"probe_type": "gate", "token_scope": "response"}
-HEADS = {**FORMS, "follows": {"probe_type": "mha", "token_scope": "all"}, "reply": RESPONSE}
+WINDOWS = {"windows": {"probe_type": "multimax", "window": 4}, "mha-windows": {"probe_type": "mha", "window": 2}}
+HEADS = {**FORMS, **WINDOWS, "follows": {"probe_type": "mha", "token_scope": "all"}, "reply": RESPONSE}
 
 
 def with_heads(*names, **lm_changes):
@@ -175,7 +176,7 @@ class TestTurnScopes:
     @pytest.fixture(params=(*TURN_SCOPES, "tool"))
     def model(self, request):
         scope = {"token_scope": request.param, "turn_markers": MARKERS}
-        return probed({name: make_probe(**form, **scope) for name, form in FORMS.items()})
+        return probed({name: make_probe(**form, **scope) for name, form in {**FORMS, **WINDOWS}.items()})
 
     def test_turns_of_a_tool_and_of_a_user_go_on(self, model):
         """The first turn holds no result of a tool. The last one is a reply that goes on."""

@@ -62,6 +62,17 @@ def test_each_call_returns_them(model):
     assert model.generate(ids, probes="plain", **GREEDY).probe_spans is None
 
 
+def test_tokens_that_the_user_chooses_have_windows_too(model):
+    ids = make_prompts(2, 19)
+    chosen = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    with torch.no_grad():
+        states = model(ids, output_hidden_states=True, probes=[]).hidden_states
+        expected = model.probes["bad"](hidden_states=states, attention_mask=chosen)
+    found = model.classify(ids, probe_mask=chosen, probes=["bad"])["bad"]
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(found.spans, expected.spans)
+
+
 def test_long_prompts_and_copies_of_outputs(model, monkeypatch):
     ids = make_prompts(2, 31)
     out = model.generate(ids, **GREEDY)

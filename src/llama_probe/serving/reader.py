@@ -351,8 +351,10 @@ def prompt_masks(
     for name, config in configs.items():
         scope = repr((config.token_scope, config.prefix_ids, config.turn_markers, config.window, judges_turns(config)))
         if scope not in by_scope:
-            mask, numbers = chosen, None
-            if mask is None:
+            if chosen is not None:
+                mask = chosen
+                numbers = number_segments(config, mask, grows, is_turn=True)
+            else:
                 mask = token_mask(config, input_ids, attended, partial_prompt, seen)
                 numbers = number_segments(config, mask, grows)
                 if placeholder_ids and input_ids is not None:
