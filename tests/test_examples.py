@@ -25,7 +25,14 @@ from llama_probe.training import arguments
 
 FOLDER = ROOT / "examples"
 EXAMPLES = {path.name for path in FOLDER.glob("*.py")}
-TESTED = {"benchmark.py", "routing.py", "chat.py", "fingerprint_distances.py", "ray_scoring.py"}  # by other tests
+TESTED = {
+    "benchmark.py",
+    "routing.py",
+    "chat.py",
+    "fingerprint_distances.py",
+    "long_texts.py",
+    "ray_scoring.py",
+}  # by other tests
 HALTED = {"moderation.py": [False, True, False], "agent_loop.py": [False, True], "streaming_guard.py": [False, True]}
 REFUSAL = "Sorry, I would rather not reply to that."
 
@@ -98,6 +105,29 @@ def test_the_tables_of_the_paper_on_the_demo_backbone(tables, tmp_path):
     options = ("--data", "toxicchat", "--seeds", "1", "--max-rows", "8", "--trials", "1")
     text = tables("demo", "--methods", "tfidf,muli,mha", "--only", "main,sensitivity", *options)
     assert "| `mha` | 1,328,258 |" in text and "| `muli` |" in text and "## Sensitivity on toxicchat" in text
+
+
+def test_requests_are_looked_for_in_long_texts(backbone_folder, tmp_path):
+    guard = {"id2label": {0: "fine", 1: "bad"}, "flagged": ["bad"], "window": 4, "threshold": 0.0}
+    save_head(make_probe(probe_type="multimax", **guard), tmp_path / "all")
+    save_head(make_probe(probe_type="multimax", **guard | {"threshold": 1.0}), tmp_path / "none")
+    rows = [
+        {"text": f"{word} {word}", "label": label}
+        for word, label in (("run", "bad"), ("hide", "bad"), ("eat", "fine"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    places = ("--backbone", str(backbone_folder), "--requests", str(tmp_path / "rows.jsonl"), "--harmful", "bad")
+    heads = ("--probe", str(tmp_path / "all"), str(tmp_path / "none"))
+    sizes = ("--words", "8", "120", "--texts", "2", "--paragraphs", "--output", str(tmp_path / "out"))
+    assert "| manuals | 120 | 1.00 | 1.00 | 1.00 | 1.00 |" in run("long_texts.py", *places, *heads, *sizes)
+    report = json.loads((tmp_path / "out" / "long-texts.json").read_text())
+    assert (tmp_path / "out" / "long-texts.png").read_bytes().startswith(b"\x89PNG")
+    assert set(report["cells"]) == {"all", "none", "all, each paragraph alone", "none, each paragraph alone"}
+    assert {cell["kind"] for cell in report["cells"]["all"]} == {"all", "manuals", "code", "packages"}
+    assert {cell["place"] for cell in report["cells"]["all"]} == {None, "first", "in the middle", "last"}
+    without = [cell for cell in report["cells"]["none"] if cell["place"] is None]
+    assert report["cells"]["none"] == without, "of the requests that are flagged alone, and there are none"
+    assert all(cell["share"] == 0 for cell in without)
 
 
 class TestBenchmark:
