@@ -127,8 +127,9 @@ class TestDocuments:
 
     def test_introductions(self):
         texts = self.of()[1].texts
+        defended = sum("ny instruction" in text or "instructions that" in text or "commands" in text for text in texts)
         asked = sum("ummarise" in text or "Here is a document" in text or "text " in text[-30:] for text in texts)
-        assert 60 < asked < 180, "half of them"
+        assert 15 < defended < 100 and 60 < defended + asked < 180, "half of them"
         assert "ummarise" not in str(self.of(introduces=False)[1].texts)
 
     def test_a_document_is_of_one_source_as_long_as_it_has_texts(self):
