@@ -216,3 +216,23 @@ def test_the_pipeline_reads_a_text_whole():
     found = record["probes"]["bad"]
     assert found["span"] == whole["span"] != cut["span"] and found["score"] == pytest.approx(whole["score"], abs=1e-4)
     assert record["halted"]["span"] == tuple(found["span"]["bad"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_pipeline_gives_passages_of_the_prompt(batch_size):
+    tokenizer = make_tokenizer()
+    guard = make_probe(1, **BAD, threshold=0.0, **PromptFormat(tokenizer).config_fields())
+    pipe = ProbedTextGenerationPipeline(probed({}, vocab_size=260), tokenizer, probe={"bad": guard}, device="cpu")
+    texts = ["A text of some length that is read.", "Short."]
+    chats = [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": text}] for text in texts]
+    for prompts in (texts, chats):
+        for prompt, (record,) in zip(prompts, pipe(prompts, batch_size=batch_size, **GREEDY), strict=True):
+            (passage,) = record["probes"]["bad"]["passages"]
+            assert passage["label"] == "bad" and passage["text"]
+            if passage["start"] is not None:
+                source = prompt if isinstance(prompt, str) else prompt[passage["message"]]["content"]
+                assert source[passage["start"] : passage["end"]] == passage["text"]
+            alone = pipe(prompt, **GREEDY)[0]["probes"]["bad"]["passages"]
+            assert alone == [passage], "padding does not move it"
+    (record,) = pipe(texts[0], prefix="Words before. ", **GREEDY)
+    assert "span" in record["probes"]["bad"] and "passages" not in record["probes"]["bad"], "it is more than the text"

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextGenerationPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import ModelOutput
 
+from ..data.prompts import PromptFormat
+from ..errors import ProbeError
+from ..files import JSON
 from .auto import AutoModelForProbedGeneration
 from .loading import ProbeSpec
+from .passages import locate
 
 
 TASK = "probed-text-generation"
@@ -20,7 +25,8 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
     """`TextGenerationPipeline` with heads that read the prompt in the pass that starts the text.
 
     It takes and returns what `TextGenerationPipeline` does. Each record has one more key, `"probes"`: what `describe_predictions`
-    returns, by head name. With `halt_on=` a record has `"halted"` as well: the fields of a `Halt`, or `None`. A text as
+    returns, by head name; a head with windows also gives the `passages` of `classify(passages=True)`, in characters of the prompt
+    or of a message. With `halt_on=` a record has `"halted"` as well: the fields of a `Halt`, or `None`. A text as
     `halt_reply=` needs no `tokenizer=` here.
 
     A head that reads replies alone (`token_scope="response"`) scores each sequence as far as the LM has read it. It gives `None`
@@ -71,6 +77,7 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
                         output[name] = None
             return output
 
+        texts, ids, mask = (model_inputs.get(name) for name in ("prompt_text", "input_ids", "attention_mask"))
         # Copies of pipeline and model for this call alone, so that two threads can share the pipeline.
         pipeline = copy.copy(self)
         listening = copy.copy(model)
@@ -81,8 +88,24 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         (output,) = generated
         rows = prompts * copies
         keys = output.describe(rows) if hasattr(output, "probe_logits") else [{"probes": {}}] * rows
+        if self.tokenizer is not None and self.tokenizer.is_fast and ids.shape[1]:
+            for prompt, text in enumerate([texts] if prompts == 1 and not isinstance(texts, list) else texts):
+                kept = slice(None) if mask is None else mask[prompt].bool()
+                for record in keys[prompt * copies : (prompt + 1) * copies]:
+                    self._add_passages(record["probes"], text, ids[prompt][kept].tolist(), ids.shape[1])
         outputs["probed"] = [tuple(keys[row : row + copies]) for row in range(0, len(keys), copies)]
         return outputs
+
+    def _add_passages(self, probes: JSON, text: Any, ids: list[int], columns: int) -> None:
+        """Add the passages of a prompt that was padded on the left to a number of columns; none if it is more than its text."""
+        padding = columns - len(ids)
+        text = getattr(text, "messages", text)  # of the Chat of transformers
+        for prediction in probes.values():
+            if prediction is not None and "span" in prediction:
+                spans = {label: [first - padding, end - padding] for label, (first, end) in prediction["span"].items()}
+                prompts = PromptFormat(self.tokenizer, "raw" if isinstance(text, str) else "chat")
+                with suppress(ProbeError):
+                    prediction["passages"] = locate(prompts, text, ids, spans)
 
     def postprocess(self, model_outputs, *args, **kwargs):
         probed = model_outputs.pop("probed")
