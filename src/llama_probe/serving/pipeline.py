@@ -100,10 +100,11 @@ class ProbedTextGenerationPipeline(TextGenerationPipeline):
         """Add the passages of a prompt that was padded on the left to a number of columns; none if it is more than its text."""
         padding = columns - len(ids)
         text = getattr(text, "messages", text)  # of the Chat of transformers
+        tokenizer: Any = self.tokenizer
+        prompts = PromptFormat(tokenizer, "raw" if isinstance(text, str) else "chat")
         for prediction in probes.values():
             if prediction is not None and "span" in prediction:
                 spans = {label: [first - padding, end - padding] for label, (first, end) in prediction["span"].items()}
-                prompts = PromptFormat(self.tokenizer, "raw" if isinstance(text, str) else "chat")
                 with suppress(ProbeError):
                     prediction["passages"] = locate(prompts, text, ids, spans)
 
