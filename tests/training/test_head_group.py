@@ -9,6 +9,7 @@ from training_runs import Kill, head_of, token_rows, trainer_of
 from transformers import set_seed
 
 from llama_probe import ProbeError, ProbeModel, ProbeTrainer, ProbeTrainingArguments
+from llama_probe.data import batches
 from llama_probe.data.batches import collate
 from llama_probe.data.disk_states import DiskStates
 from llama_probe.data.prompts import PromptDataset
@@ -172,3 +173,28 @@ def test_without_evaluations(tmp_path):
 def test_heads_and_names_that_do_not_fit_together(tmp_path, changes, given, named):
     with pytest.raises(ProbeError, match=named):
         train({"a": head(), "b": ProbeModel(head().config.replace(**changes))}, tmp_path, **given)
+
+
+def test_a_batch_of_many_tokens_is_computed_in_parts(tmp_path, monkeypatch):
+    """The gradient, the scores and the loss of an evaluation are those of the whole batch, and no part has more tokens."""
+    padded, forward = [], HeadGroup.forward
+
+    def counted(group, **batch):
+        padded.append(batch["attention_mask"].numel())
+        return forward(group, **batch)
+
+    def run(name):
+        padded.clear()
+        heads = {"all": head_of(dropout=0, layer_dropout=0), "few": head_of(layers=[1, 3], dropout=0, layer_dropout=0)}
+        trainer = train(heads, tmp_path / name, num_train_epochs=2, gradient_accumulation_steps=2)
+        return trainer, max(padded), trainer.evaluate()["eval_loss"], trainer.predict(trainer.eval_dataset).predictions
+
+    monkeypatch.setattr(HeadGroup, "forward", counted)
+    whole, most, loss, logits = run("whole")
+    assert most > 16
+    monkeypatch.setattr(batches, "PART_TOKENS", 16)
+    parts, most, loss_of_parts, logits_of_parts = run("parts")
+    assert most <= 16
+    assert all(same(parts.heads[name], whole.heads[name]) for name in whole.heads)
+    assert loss_of_parts == pytest.approx(loss, abs=1e-5)
+    assert logits_of_parts == pytest.approx(logits, abs=1e-4), "in the order of the rows"

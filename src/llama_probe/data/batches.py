@@ -23,6 +23,8 @@ from ..heads.segments import number_segments
 
 
 _CHUNK = 512  # rows whose masks are computed together
+# Tokens of a part of a training batch, padding included: 32 rows of 512 tokens are one part.
+PART_TOKENS = 32 * 512
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -37,13 +39,10 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     ends = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
     columns = torch.arange(int(ends.max()))
     batch = {"attention_mask": (columns < ends).long()}
-    for name in ("labels", "learned_by"):
-        if name in rows[0]:
-            batch[name] = torch.from_numpy(np.stack([row[name] for row in rows]))
-    if "labels" in batch and batch["labels"].is_floating_point():
-        # The Trainer ignores the label -100, which may be a value of a regression.
-        labels = batch["labels"]
-        batch["labels"] = torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
+    if "labels" in rows[0]:
+        batch["labels"] = _labels_of(rows)
+    if "learned_by" in rows[0]:
+        batch["learned_by"] = torch.from_numpy(np.stack([row["learned_by"] for row in rows]))
     if "hidden_states" in rows[0]:
         first = rows[0]["hidden_states"]
         states = first.new_zeros(len(first), len(rows), len(columns), first.shape[-1])
@@ -65,6 +64,47 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     if any("row_weights" in row for row in rows):
         count = math.lcm(*map(len, weights))  # the members of a group take the weights in turn
         batch["row_weights"] = torch.tensor([row * (count // len(row)) for row in weights])
+    return batch
+
+
+def _labels_of(rows: list[dict]) -> torch.Tensor:
+    labels = torch.from_numpy(np.stack([row["labels"] for row in rows]))
+    if not labels.is_floating_point():
+        return labels
+    # The Trainer ignores the label -100, which may be a value of a regression.
+    return torch.where(labels == -100, torch.nextafter(labels, torch.zeros_like(labels)), labels)
+
+
+class BatchParts:
+    """The rows of a batch with many tokens, which are padded and stacked a part at a time.
+
+    32 rows of 8,000 tokens hold gigabytes of hidden states. `Trainer` and `accelerate` hand an object of this class on as it is,
+    and rows of a `StateDataset` are read from disk when their part is stacked.
+    """
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+        self.places = length_batches([len(row["input_ids"]) for row in rows], PART_TOKENS)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the batch of `collate` of the rows at each of `places`."""
+        for places in self.places:
+            yield collate([self.rows[place] for place in places])
+
+
+def collate_in_parts(rows: list[dict]) -> dict[str, torch.Tensor | BatchParts]:
+    """Return the batch of `collate`. Return `parts` and the `labels` of all rows instead if the batch has many tokens."""
+    padded = len(rows) * max(len(row["input_ids"]) for row in rows)
+    # A backbone that is sharded over the ranks runs equally often on each rank.
+    needs_equal_passes = world_size() > 1 and "hidden_states" not in rows[0]
+    if padded <= PART_TOKENS or needs_equal_passes:
+        return collate(rows)
+    batch: dict[str, torch.Tensor | BatchParts] = {"parts": BatchParts(rows)}
+    if "labels" in rows[0]:
+        batch["labels"] = _labels_of(rows)
     return batch
 
 

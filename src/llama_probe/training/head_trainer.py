@@ -7,6 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.trainer_utils import EvalPrediction, HubStrategy, IntervalStra
 from transformers.utils import logging
 
 from ..backbone.decoder import is_tensor_parallel
-from ..data.batches import collate
+from ..data.batches import collate_in_parts
 from ..data.labelled_texts import LabelledTexts
 from ..distributed import meet
 from ..errors import ProbeError
@@ -135,7 +136,7 @@ class HeadTrainer(Trainer):
             super().__init__(
                 model=group,
                 args=args,
-                data_collator=data_collator or collate,
+                data_collator=data_collator or collate_in_parts,
                 train_dataset=learned,
                 eval_dataset=judged.get("", judged),
                 processing_class=encoder.tokenizer,
@@ -240,6 +241,18 @@ class HeadTrainer(Trainer):
         self.optimizer = optimizer(groups, **kwargs)
         return self.optimizer
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Compute the gradient of a batch, of a batch with many tokens part by part; see `Trainer.training_step`."""
+        if "parts" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        parts = inputs["parts"]
+        losses = []
+        for number, batch in enumerate(parts, 1):
+            # The ranks may have different numbers of parts, and meet once a step.
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        return torch.stack(losses).sum()
+
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         self.accelerator.unscale_gradients()
         limit = self.args.max_grad_norm
@@ -273,6 +286,32 @@ class HeadTrainer(Trainer):
             stops = self._best_epochs.note(scores, self.state.epoch, self.args.patience)
             self.control.should_training_stop |= stops
         return metrics
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Score a batch, a batch with many tokens part by part; see `Trainer.prediction_step`."""
+        if "parts" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        parts = inputs["parts"]
+        rows = torch.tensor([place for places in parts.places for place in places])
+        losses: list[torch.Tensor] = []
+        logits: list[torch.Tensor] = []
+        for places, batch in zip(parts.places, parts, strict=True):
+            loss, part, _ = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
+            if loss is not None:
+                losses.append(loss * (len(places) / len(rows)))
+            if part is not None:
+                logits.append(part)
+        mean_loss = torch.stack(losses).sum() if losses else None
+        if not logits:
+            return mean_loss, None, None
+        labels = self._prepare_inputs({"labels": inputs["labels"]})["labels"] if "labels" in inputs else None
+        return mean_loss, torch.cat(logits)[rows.argsort()], labels
 
     def metric_name(self, head: str, metric: str) -> str:
         """Return the name of a head's metric in an evaluation. The metrics of a single head have no prefix."""

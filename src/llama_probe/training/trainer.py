@@ -45,7 +45,7 @@ class ProbeTrainer(HeadTrainer):
         model: a head, new or from `ProbeModel.from_pretrained`, or heads by name; with a backbone if the rows are texts or token
             ids. Heads by name read the same tokens; their layers, types and seeds may differ.
         args: defaults to `ProbeTrainingArguments()`.
-        data_collator, compute_loss_func, compute_metrics: default to `collate`, the `ProbeLoss` that `args` describe, and
+        data_collator, compute_loss_func, compute_metrics: default to `collate_in_parts`, the `ProbeLoss` that `args` describe, and
             the metrics of the head's problem type. `compute_metrics` adds to these. With it the loss chooses a single head by
             default; of several heads it gets predictions `[rows, heads, num_labels]`.
         train_dataset, eval_dataset: a `datasets.Dataset`, a DataFrame, a dict of columns or a list of rows, with the columns
