@@ -24,7 +24,9 @@ from llama_probe.data.prompts import PromptDataset
 from llama_probe.distributed import claimed
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.evaluation.report import inspect_head, report
-from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
+from llama_probe.training.plan import compute_states, make_plan
+from llama_probe.training.recipe_rows import read_rows
+from llama_probe.training.run_folder import CHECKPOINTS
 
 
 def write_rows(path: Path) -> None:
@@ -170,11 +172,12 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     # The states on disk are those of one process, and so are the scores of the head on them.
     training = {"cache_dir": str(tmp_path / "one")}
     alone = ranks_at_work.recipe(tmp_path / "rows.jsonl", test={}, head=head, training=training)
-    prepared = PreparedRun(alone, tmp_path / "alone", str(backbone_folder)).prepare()
+    plan = make_plan(alone, read_rows(alone), tmp_path / "alone", str(backbone_folder))
+    states = compute_states(plan)
     for entry in (tmp_path / "one").iterdir():
         one, two = (rows_on_disk(tmp_path / name / entry.name) for name in ("one", "two"))
         assert one.keys() == two.keys() and one
         assert all(torch.equal(states, two[key][1]) for key, (_, states) in one.items())
     trained = read_head(output)
-    logits = predict_logits(trained, prepared.datasets["validation"])
-    assert run["validation"] == json.loads(json.dumps(report(trained.config, logits, prepared.rows.validation.labels)))
+    logits = predict_logits(trained, states["validation"])
+    assert run["validation"] == json.loads(json.dumps(report(trained.config, logits, plan.rows.validation.labels)))

@@ -37,7 +37,7 @@ def test_a_finished_head_is_not_replaced_in_silence(rows, backbone_folder, tmp_p
 def test_a_stopped_run_says_how_to_go_on(rows, backbone_folder, tmp_path, monkeypatch):
     words = ("train", rows, "--backbone", backbone_folder, "--output", tmp_path / "a", *SHORT)
     with monkeypatch.context() as patched:
-        patched.setattr("llama_probe.training.trainer.choose_head", Mock(side_effect=KeyboardInterrupt))
+        patched.setattr("llama_probe.training.run.choose", Mock(side_effect=KeyboardInterrupt))
         stopped = call(*words)
     assert stopped.returncode == 130 and "--resume" in stopped.stderr
     assert "runs" in succeed(*words, "--resume", "--json")

@@ -15,17 +15,18 @@ from training_runs import recipe_of, train, write
 
 from llama_probe import ProbeError, ProbeTrainer
 from llama_probe.backbone.loading import load_backbone
+from llama_probe.data.disk_states import DiskStates
 from llama_probe.distributed import claimed
 from llama_probe.evaluation import transformations
 from llama_probe.evaluation.calibration import reliability
 from llama_probe.evaluation.metrics import score_logits
 from llama_probe.evaluation.prediction import predict_logits
-from llama_probe.training import estimate, measurements, prepared
-from llama_probe.training import results as training_results
-from llama_probe.training import trainer as training_trainer
-from llama_probe.training.head_trainer import HeadTrainer
-from llama_probe.training.prepared import CHECKPOINTS, PreparedRun
+from llama_probe.training import choosing, estimate, measurements, measuring, plan
+from llama_probe.training import run as training_run
+from llama_probe.training.plan import make_plan
+from llama_probe.training.recipe_rows import read_rows
 from llama_probe.training.run import train_recipe
+from llama_probe.training.run_folder import CHECKPOINTS
 
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -39,7 +40,7 @@ def test_folds(backbone_folder, tmp_path):
     trainer = ProbeTrainer.from_recipe(recipe_of(tmp_path, 30, **sections), **place)
     assert list(trainer.heads) == [f"seed-{seed}{fold}" for seed in (4, 5) for fold in ("", "-fold-0", "-fold-1")]
     trainer.train()
-    results, rows, learned = trainer.results, trainer.run.rows, trainer.run.datasets["train"]
+    results, rows, learned = trainer.results, trainer.plan.rows, trainer.states["train"]
     assert results["data"]["train"]["rows"] == results["data"]["validation"]["rows"] == 30
     assert results["data"]["validation"]["source"] == "2 folds of train"
     assert [run["epochs"] for run in results["runs"]] == [2.0, 2.0], "nothing stops it early"
@@ -112,7 +113,7 @@ class TestAblations:
         monkeypatch.setattr(transformations, "GROUPS", dict.fromkeys(transformations.GROUPS, (2, 2)))
         trainer = ProbeTrainer.from_recipe(recipe, backbone=str(backbone_folder), output_dir=tmp_path / "head")
         assert list(trainer.heads) == ["seed-0", "ablation-lists", "ablation-talks"]
-        rows, run, learned = trainer.run.rows, trainer.run, trainer.train_dataset
+        rows, learned = trainer.plan.rows, trainer.train_dataset
 
         def rows_of(source, part):
             return [row for row, text in enumerate(part.texts) if f" {source}-" in str(text)]
@@ -121,7 +122,7 @@ class TestAblations:
             held = rows_of(source, rows.train)
             assert rows.ablations[ablation].left_out == held, "augmentations with a lead-in from these rows as well"
             assert rows.ablations[ablation].excluded_from_validation == rows_of(source, rows.validation)
-            by_ablation = learned.learned_by[:, list(run.heads).index(f"ablation-{ablation}")]
+            by_ablation = learned.learned_by[:, list(trainer.heads).index(f"ablation-{ablation}")]
             assert sorted({row for row, learns in zip(learned.rows, by_ablation, strict=True) if not learns}) == held
         assert max(map(learned.rows.count, learned.rows)) == 2, "repeated rows"
         trainer.train()
@@ -144,7 +145,7 @@ class TestAblations:
         assert counts == {"bad!": 22, "kind": 8} and "slices" not in shares["seen, int8 copy of the backbone"]
         whole, int8 = (shares[name]["labels"]["harmful"]["fpr-10%"]["share"] for name in list(shares)[::4])
         assert abs(whole - int8) <= 0.1, "int8 weights change little"
-        assert trainer.chosen.backbone is run.lm
+        assert trainer.chosen.head.backbone is trainer.plan.lm
         saved = read_head(tmp_path / "head")
         assert saved.config.layers == [2, 4] and saved.config.thresholds.keys() == {"fpr-10%", "fpr-5%"}
         assert saved.results["measured"] == measured and saved.results["data"]["calibration"]["rows"] == 60
@@ -218,7 +219,7 @@ class TestResuming:
             return train(tmp_path, tmp_path / "backbone", rows, resume, training=changes)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(training_trainer, "choose_head", Mock(side_effect=KeyboardInterrupt))
+            patched.setattr(training_run, "choose", Mock(side_effect=KeyboardInterrupt))
             resumed(resume=False)
         assert list((tmp_path / "head" / CHECKPOINTS).glob("checkpoint-*"))
         assert (tmp_path / "head" / ".states").is_dir()
@@ -227,7 +228,7 @@ class TestResuming:
     def test_the_same_training(self, stopped, backbone_folder, tmp_path, monkeypatch):
         with pytest.raises(ProbeError, match=r"stopped run.*--resume"):
             train_recipe(recipe_of(tmp_path), str(backbone_folder), tmp_path / "head")
-        monkeypatch.setattr(HeadTrainer, "training_step", lambda *_: pytest.fail("nothing is left to train"))
+        monkeypatch.setattr(ProbeTrainer, "training_step", lambda *_: pytest.fail("nothing is left to train"))
         assert stopped()["runs"]
         assert not (tmp_path / "head" / CHECKPOINTS).exists() and not (tmp_path / "head" / ".states").exists()
 
@@ -239,7 +240,7 @@ class TestResuming:
 
     def test_before_the_first_checkpoint(self, backbone_folder, tmp_path, monkeypatch):
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(HeadTrainer, "training_step", Mock(side_effect=KeyboardInterrupt))
+            patched.setattr(ProbeTrainer, "training_step", Mock(side_effect=KeyboardInterrupt))
             train(tmp_path, backbone_folder)
         assert train(tmp_path, backbone_folder, resume=True)["runs"]
 
@@ -300,7 +301,7 @@ class TestMeasuring:
         parts, measure_part = [], measurements._measure_part
         counted = lambda *given: parts.append(given[2].texts[0][0]) or measure_part(*given)  # noqa: E731
         monkeypatch.setattr(measurements, "_measure_part", counted)
-        monkeypatch.setattr(HeadTrainer, "training_step", lambda *_: pytest.fail("it is trained already"))
+        monkeypatch.setattr(ProbeTrainer, "training_step", lambda *_: pytest.fail("it is trained already"))
         assert json.loads(json.dumps(run(resume=True))) == json.loads(json.dumps(expected))
         assert parts == measured
 
@@ -308,6 +309,20 @@ class TestMeasuring:
         """A `_measure_part` that fails at the part with a number."""
         numbers, measure_part = count(), measurements._measure_part
         return lambda *given: fail() if next(numbers) == number else measure_part(*given)
+
+    @pytest.mark.parametrize("step", ["compute_states", "train", "choose", "save", "measure"])
+    def test_a_stop_before_each_step(self, step, run, expected, head, monkeypatch):
+        """No step that has ended is done again, and the head is written before it is measured."""
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(training_run, step, Mock(side_effect=KeyboardInterrupt))
+            run()
+        assert (head / "probe_config.json").exists() == (step == "measure")
+        if step != "compute_states":
+            monkeypatch.setattr(DiskStates, "_compute", lambda *_: pytest.fail("the states are there already"))
+        if step not in ("compute_states", "train"):
+            monkeypatch.setattr(ProbeTrainer, "training_step", lambda *_: pytest.fail("it is trained already"))
+        assert json.loads(json.dumps(run(resume=True))) == json.loads(json.dumps(expected))
+        assert not (head / ".states").exists() and not (head / CHECKPOINTS).exists()
 
     def test_an_exception_in_the_middle(self, run, expected, head, place, monkeypatch, caplog):
         with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="out of order"):
@@ -336,15 +351,8 @@ class TestMeasuring:
         self.assert_resumes(run, expected, monkeypatch, ["c"])
 
     def test_on_the_test_rows(self, run, expected, head, monkeypatch):
-        numbers, real = count(), training_results.report
-
-        def report(*given):
-            if next(numbers):  # the first report is that of the validation rows
-                raise MemoryError
-            return real(*given)
-
         with monkeypatch.context() as patched, pytest.raises(MemoryError):
-            patched.setattr(training_results, "report", report)
+            patched.setattr(measuring, "report", Mock(side_effect=MemoryError))
             run()
         assert "measured" not in self.is_left(head)
         self.assert_resumes(run, expected, monkeypatch, ["a", "b", "c"])
@@ -366,7 +374,7 @@ class TestMeasuring:
 
 def test_folders_of_ones_own_stay_where_the_training_fails(backbone_folder, tmp_path, monkeypatch):
     (tmp_path / "head" / "checkpoints").mkdir(parents=True)
-    monkeypatch.setattr(training_trainer, "choose_head", Mock(side_effect=RuntimeError("out of order")))
+    monkeypatch.setattr(training_run, "choose", Mock(side_effect=RuntimeError("out of order")))
     with pytest.raises(RuntimeError, match="out of order"):
         train(tmp_path, backbone_folder)
     assert (tmp_path / "head" / ".states").exists() and (tmp_path / "head" / "checkpoints").is_dir()
@@ -399,7 +407,7 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
 def test_refused_before_the_backbone_is_loaded(tmp_path, backbone_folder, monkeypatch, sections, named):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "alike.jsonl", 1)
-    monkeypatch.setattr(prepared, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
+    monkeypatch.setattr(plan, "load_backbone", lambda *_: pytest.fail("refused after the backbone loads"))
     monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
     with pytest.raises(ProbeError, match=named):
         train(tmp_path, backbone_folder, **sections)
@@ -417,14 +425,16 @@ def test_states_are_cached_if_they_fit_or_are_there(tmp_path, backbone_folder, m
     train(tmp_path, backbone_folder, training=kept)
     monkeypatch.setattr(estimate, "free_bytes", lambda _: 1000)
     for rows, passes in ((40, 0.0), (60, 2.0)):
-        plan = PreparedRun(recipe_of(tmp_path, rows, kept), tmp_path / "b", str(backbone_folder)).plan()
-        assert plan.passes == passes and plan.rows == rows and not plan.bytes and not (tmp_path / "b").exists()
+        recipe = recipe_of(tmp_path, rows, kept)
+        planned = make_plan(recipe, read_rows(recipe), tmp_path / "b", str(backbone_folder)).estimate
+        assert planned.passes == passes and planned.rows == rows and not planned.bytes
+        assert not (tmp_path / "b").exists()
     assert train(tmp_path, backbone_folder, rows)["runs"] and "no hidden states on disk" in caplog.text
 
 
 def test_rates_without_a_threshold_are_left_out(backbone_folder, tmp_path, monkeypatch):
     odds = torch.tensor([2e4, 1e4, 3.0, 2.0, 1.0, *[-1.0] * 95])  # the first two have the probability 1
-    monkeypatch.setattr(training_results, "predict_logits", lambda *_: torch.stack([0 * odds, odds], dim=1))
+    monkeypatch.setattr(choosing, "predict_logits", lambda *_: torch.stack([0 * odds, odds], dim=1))
     calm = write(tmp_path / "calm.jsonl", 100, words=("calm",))
     for rates, fitted in (([0.05, 0.01], {"fpr-5%": 0.05}), ([0.01], None)):
         results = train(tmp_path, backbone_folder, calibration={"sources": [calm], "rates": rates})

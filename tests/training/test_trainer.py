@@ -25,9 +25,8 @@ from llama_probe.data.prompts import PromptDataset, PromptFormat
 from llama_probe.evaluation.prediction import predict_logits
 from llama_probe.heads.decision import probe_loss
 from llama_probe.hub.folder import CARD_NAME, CONFIG_NAME, HEAD_FILES, WEIGHTS_NAME
-from llama_probe.training.head_trainer import HeadTrainer
 from llama_probe.training.row_encoder import STATES
-from llama_probe.training.trainer import RecipeTrainer
+from llama_probe.training.trainer import ProbeTrainer, RecipeTrainer
 
 
 TRAIN, VALIDATION = token_rows(48), token_rows(16, 1)
@@ -245,15 +244,15 @@ def test_a_hook_of_transformers_is_where_it_was(name):
 
 
 def test_each_hook_that_is_overridden_is_listed_and_called(tmp_path, monkeypatch):
-    overridden = {name for owner in (HeadTrainer, RecipeTrainer) for name in vars(owner) if hasattr(Trainer, name)}
+    overridden = {name for owner in (ProbeTrainer, RecipeTrainer) for name in vars(owner) if hasattr(Trainer, name)}
     hooks = {name for name in overridden if re.match("_[a-z]", name)}
     assert hooks == set(HOOKS) - {"_get_dataloader"}
     called = set()
     for name in hooks:
-        real = getattr(HeadTrainer, name)
+        real = getattr(ProbeTrainer, name)
         spy = lambda *given, name=name, real=real: called.add(name) or real(*given)  # noqa: E731
-        monkeypatch.setattr(HeadTrainer, name, spy)
-    monkeypatch.setattr(HeadTrainer, "push_to_hub", lambda *_: None)
+        monkeypatch.setattr(ProbeTrainer, name, spy)
+    monkeypatch.setattr(ProbeTrainer, "push_to_hub", lambda *_: None)
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
     trainer_for(head(make_lm()), tmp_path, num_train_epochs=1, push_to_hub=True).train()
     assert called == hooks, "a release of transformers does not call the others any more"

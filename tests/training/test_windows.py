@@ -83,10 +83,10 @@ def test_a_keyword_in_long_texts(recipe, backbone_folder, tmp_path, no_plots):
     trainer, shares = trained(recipe, backbone_folder, tmp_path / "windows")
     assert shares == [0.0, 0.9]
     learned = trainer.train_dataset
-    places = trainer.run.rows.train.places
+    places = trainer.plan.rows.train.places
     with_request = [row for row, place in enumerate(places) if place is not None]
     assert with_request == [row for row in range(len(learned)) if any(learned[row]["request_mask"])]
-    assert len(with_request) == (len(learned) - trainer.run.rows.num_plain) / 2
+    assert len(with_request) == (len(learned) - trainer.plan.rows.num_plain) / 2
     kept = trainer.results["thresholds_from"]
     assert kept["rows"] == 60 + 30 == sum(group["rows"] for group in kept["groups"].values())
     for group in kept["groups"].values():

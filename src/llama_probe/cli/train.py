@@ -76,14 +76,15 @@ def train(
     loaded = Recipe.load(source, [*(set_ or []), *settings])
     loaded.card.command = command_line()
     backbone_target(backbone)  # raises if the Hub must be asked and does not answer
-    from ..training.run import PreparedRun, train_recipe  # takes seconds to import
+    from ..training.plan import make_plan  # these take seconds to import
+    from ..training.recipe_rows import read_rows
+    from ..training.run import train_recipe
 
-    place = {"recipe": loaded, "backbone": backbone, "output": output, "dtype": dtype, "data_dir": data_dir}
     if dry_run:
-        estimate = PreparedRun(**place).plan()
+        estimate = make_plan(loaded, read_rows(loaded, data_dir), output, backbone, dtype=dtype).estimate
         values = vars(estimate) | {"seconds": estimate.seconds}
         return (values, partial(print_text, str(estimate))) if is_main() else None
-    results = train_recipe(**place, resume=resume, overwrite=overwrite)
+    results = train_recipe(loaded, backbone, output, dtype, data_dir, resume, overwrite)
     return (results, partial(_print, results, output)) if is_main() else None
 
 

@@ -19,12 +19,19 @@ from .prediction import predict_logits, score_rows
 from .transformations import GROUPS
 
 
-def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, logits: torch.Tensor | None = None) -> JSON:
+def inspect_head(
+    probe: ProbeModel,
+    dataset: Dataset,
+    labels: np.ndarray,
+    logits: torch.Tensor | None = None,
+    config: ProbeConfig | None = None,
+) -> JSON:
     """Return what cards and plots show of a head beyond its metrics.
 
     Args:
         logits (`[rows, num_labels]`, *optional*): logits in place of those of `predict_logits`, such as those of heads that have
             not learned from the rows.
+        config: the config whose threshold counts. Defaults to that of the head.
 
     Returns:
         `layer_weights`, if the head type has such weights: `layers`, and `by_label`: for each label that occurs the mean weight
@@ -32,7 +39,7 @@ def inspect_head(probe: ProbeModel, dataset: Dataset, labels: np.ndarray, logits
         But for regression: `calibration` (see `reliability`), `confusion` (single-label) or `outcomes` (multi-label), and
         `thresholds` (see `threshold_table`) if the head has a threshold.
     """
-    config = probe.config
+    config = config or probe.config
     head_logits, *weights = score_rows(
         [probe], dataset, lambda output: [output.logits, output.layer_weights], output_attentions=True
     )

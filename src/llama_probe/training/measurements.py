@@ -29,7 +29,7 @@ from ..files import JSON
 from ..heads.configuration import ProbeConfig
 from ..heads.decision import predictions, probabilities
 from ..heads.probe import ProbeModel
-from .prepared import PreparedRun
+from .plan import Plan, States
 from .recipe_rows import Ablation
 
 
@@ -55,8 +55,8 @@ class Baseline:
     labels has a model. The thresholds have the rates of the head with this config.
     """
 
-    def __init__(self, run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False):
-        rows = run.rows
+    def __init__(self, plan: Plan, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False):
+        rows = plan.rows
         learned = sorted(set(range(rows.num_plain + rows.num_extra)) - set(without))
         texts = [_plain_text(rows.train.texts[row]) for row in learned]
         self.models = []
@@ -66,7 +66,7 @@ class Baseline:
             self.models.append(model.fit([texts[row] for row in known], labels[known]))
         self.config = config.replace(temperature=1.0, threshold=None, thresholds=None)
         if rows.calibration is not None and config.thresholds:
-            self.config = with_rates(self.config, self.logits(rows.calibration.texts), run.recipe.calibration.rates)
+            self.config = with_rates(self.config, self.logits(rows.calibration.texts), plan.recipe.calibration.rates)
 
     def logits(self, texts: Sequence[Text]) -> torch.Tensor:
         """Return logits `[rows, num_labels]` of texts."""
@@ -81,8 +81,8 @@ class Baseline:
         return predictions(probabilities(self.logits(texts), self.config), self.config).numpy()
 
 
-def measure(
-    run: PreparedRun, head: ProbeModel, ablations: Mapping[str, ProbeModel], before: JSON | None = None
+def measurements(
+    plan: Plan, states: States, head: ProbeModel, ablations: Mapping[str, ProbeModel], before: JSON | None = None
 ) -> Iterator[JSON]:
     """Measure a head on the further rows of its recipe, and each ablation on the rows of the sources that it leaves out.
 
@@ -92,8 +92,8 @@ def measure(
     Yields:
         The section `measured` of `results.json` after each measurement; `docs/recipes.md` explains its keys.
     """
-    recipe = run.recipe
-    rows = run.rows
+    recipe = plan.recipe
+    rows = plan.rows
     rates = list(head.config.thresholds or {}) or ["threshold"] * (head.config.flagged_index is not None)
     num_bytes = sum(tensor.nbytes for tensor in head.state_dict().values())
     results = before or {"rates": rates, "parts": [], "bytes": num_bytes}
@@ -101,11 +101,11 @@ def measure(
     for ablation, probe in {None: head, **ablations}.items():
         held = Ablation([], [], rows.measured) if ablation is None else rows.ablations[ablation]
         left = {name: part for name, part in held.measured.items() if (name, ablation) not in done}
-        baseline = _baseline(run, probe.config, held.left_out) if left else None
+        baseline = _baseline(plan, probe.config, held.left_out) if left else None
         for name, part in left.items():
-            dataset = run.datasets[f"measure.{name}" if ablation is None else f"ablation-{ablation}.{name}"]
+            dataset = states[f"measure.{name}" if ablation is None else f"ablation-{ablation}.{name}"]
             scores = _measure_part(probe, dataset, part, baseline, recipe.measure.slice_columns)
-            results["parts"].append({"name": name, "ablation": ablation, **scores})
+            results = _with_part(results, {"name": name, "ablation": ablation, **scores})
             yield results
     if rows.measured:
         first = next(iter(rows.measured))
@@ -113,26 +113,30 @@ def measure(
             name = f"{first}, {form} copy of the backbone"
             if (name, None) in done:
                 continue
-            scores = _measure_quantised(run, head, form, rows.measured[first])
+            scores = _measure_quantised(plan, head, form, rows.measured[first])
             if scores is not None:
-                results["parts"].append({"name": name, "ablation": None, **scores})
+                results = _with_part(results, {"name": name, "ablation": None, **scores})
                 yield results
     if recipe.measure.wrappings in rows.measured and "wrappings" not in results:
-        results |= _kept(run, head, rows.measured[recipe.measure.wrappings], ["wrappings"])
+        results = results | _kept(plan, head, rows.measured[recipe.measure.wrappings], ["wrappings"])
         yield results
     if recipe.measure.attacks in rows.measured and not results.keys() & set(ATTACKS):
         around = rows.calibration and rows.calibration.at_most(500, recipe.seed)
-        baselines = {"tfidf": _baseline(run, head.config), "length": _baseline(run, head.config, by_length=True)}
+        baselines = {"tfidf": _baseline(plan, head.config), "length": _baseline(plan, head.config, by_length=True)}
         labellers = {name: baseline.labels for name, baseline in baselines.items() if baseline is not None}
-        results |= _kept(run, head, rows.measured[recipe.measure.attacks], ATTACKS, around, labellers)
+        results = results | _kept(plan, head, rows.measured[recipe.measure.attacks], ATTACKS, around, labellers)
         yield results
 
 
-def _measure_quantised(run: PreparedRun, head: ProbeModel, form: str, rows: LabelledTexts) -> JSON | None:
+def _with_part(results: JSON, part: JSON) -> JSON:
+    return results | {"parts": [*results["parts"], part]}
+
+
+def _measure_quantised(plan: Plan, head: ProbeModel, form: str, rows: LabelledTexts) -> JSON | None:
     """Measure a head on a quantised copy of the backbone; None, with a warning, if there is no memory for the copy."""
-    prompts = run.prompts.encode_for(head.config, rows.texts, rows.labels)
+    prompts = plan.prompts.encode_for(head.config, rows.texts, rows.labels)
     try:
-        head.set_backbone(quantised(run.lm, form))
+        head.set_backbone(quantised(plan.lm, form))
         return _measure_part(head, prompts, rows, None)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
@@ -140,27 +144,27 @@ def _measure_quantised(run: PreparedRun, head: ProbeModel, form: str, rows: Labe
         logger.warning(f"the {form} copy of the backbone is not measured, it needs more memory: {first_line(error)}")
         return None
     finally:
-        head.set_backbone(run.lm)
+        head.set_backbone(plan.lm)
 
 
-def _kept(run: PreparedRun, head: ProbeModel, rows: LabelledTexts, groups: Sequence[str], *others) -> JSON:
+def _kept(plan: Plan, head: ProbeModel, rows: LabelledTexts, groups: Sequence[str], *others) -> JSON:
     """Return the results of `kept_labels`, or nothing, with a warning, if the head finds none of the rows."""
     try:
-        return kept_labels(head, rows, run.prompts, groups, *others)
+        return kept_labels(head, rows, plan.prompts, groups, *others)
     except ProbeError as error:
         logger.warning(f"{error}: not measured")
         return {}
 
 
 def _baseline(
-    run: PreparedRun, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False
+    plan: Plan, config: ProbeConfig, without: Sequence[int] = (), by_length: bool = False
 ) -> Baseline | None:
     """Return a baseline beside a head with labels to find, if the recipe wants one and its thresholds can be fitted."""
     has_several = config.problem_type == "multi_label_classification"
-    if not run.recipe.measure.tfidf or (config.flagged_index is None and not has_several):
+    if not plan.recipe.measure.tfidf or (config.flagged_index is None and not has_several):
         return None
     try:
-        return Baseline(run, config, without, by_length)
+        return Baseline(plan, config, without, by_length)
     except (
         ProbeError,
         ValueError,

@@ -17,6 +17,7 @@ from ..data.known import slices_of
 from ..data.labelled_texts import LabelledTexts, Labels, check_labels
 from ..data.row_files import Columns
 from ..data.row_sources import SOURCE, Source
+from ..distributed import on_main, world_size
 from ..errors import ProbeError
 from ..files import JSON, short_path
 from .recipe import FEW_ROWS, FOLDS, VALIDATION_SHARE, Held, Recipe
@@ -25,7 +26,7 @@ from .recipe import FEW_ROWS, FOLDS, VALIDATION_SHARE, Held, Recipe
 logger = logging.get_logger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ablation:
     """A head that leaves out sources."""
 
@@ -34,7 +35,7 @@ class Ablation:
     measured: dict[str, LabelledTexts]  # the rows of the sources, to measure the head on
 
 
-@dataclass
+@dataclass(frozen=True)
 class RecipeRows:
     """The rows of a recipe, by what they are for. A part that the recipe does not have is None."""
 
@@ -76,6 +77,12 @@ class RecipeRows:
 
 def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> RecipeRows:
     """Read and divide the rows of a recipe."""
+    if world_size() > 1:  # other ranks find the rows that the main rank has fetched
+        on_main(lambda: bool(_read_rows(recipe, data_dir)))
+    return _read_rows(recipe, data_dir)
+
+
+def _read_rows(recipe: Recipe, data_dir: str | os.PathLike | None) -> RecipeRows:
     reader = _Reader(recipe, data_dir)
     held_validation, held_test = recipe.named_parts(data_dir)
     for source in recipe.train:
@@ -153,12 +160,12 @@ def read_rows(recipe: Recipe, data_dir: str | os.PathLike | None = None) -> Reci
         ablations=ablations,
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
-    rows.described = _describe(recipe, held_validation, held_test, rows)
+    described = _describe(recipe, held_validation, held_test, rows)
     if documents is not None:
-        rows.described["documents"] = {"source": _names(augmentations.documents), "rows": len(documents)}
+        described["documents"] = {"source": _names(augmentations.documents), "rows": len(documents)}
     if left_out := +reader.not_commercial:  # without the sources that were not touched
-        rows.described["train"]["not_commercial"] = dict(left_out)
-    return rows
+        described["train"]["not_commercial"] = dict(left_out)
+    return replace(rows, described=described)
 
 
 def _number_of_folds(recipe: Recipe, validation: Held, rows: LabelledTexts) -> int | None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from transformers import ProgressCallback
 from transformers.utils import logging
 
 from ..distributed import claimed, on_main
-from ..errors import ProbeError
-from ..evaluation.resume import same_settings
 from ..files import JSON
-from ..hub.folder import check_output, is_head_folder
-from .prepared import CHECKPOINTS, SETUP_NAME, PreparedRun
+from ..hub.folder import check_output
+from .choosing import TrainedHeads, choose, save
+from .measuring import measure
+from .plan import Plan, States, compute_states, make_plan
 from .recipe import Recipe
+from .recipe_rows import read_rows
+from .run_folder import RunFolder
 from .trainer import RecipeTrainer
 
 
@@ -41,39 +42,36 @@ def train_recipe(
             may differ.
         overwrite: replace the head, or the stopped run, that `output` holds.
     """
-    setup = output / CHECKPOINTS / SETUP_NAME
-
-    def check_free() -> None:
-        if overwrite or (resume and setup.is_file()):
-            return
-        if setup.is_file():
-            raise ProbeError(f"{output} holds a stopped run: --resume continues it, --overwrite starts anew")
-        if is_head_folder(output):
-            raise ProbeError(f"{output} holds a finished head: --overwrite replaces it")
-
-    def open_checkpoints() -> None:
-        """Keep the checkpoints to resume from, or start with none. Checkpoints of another training are refused."""
-        if not (resume and setup.is_file()):
-            shutil.rmtree(setup.parent, ignore_errors=True)
-        same_settings(setup, run.settings())
-
     check_output(output)
-    on_main(check_free)
+    on_main(lambda: RunFolder(output).check_free(resume, overwrite))
     with claimed(output):
-        run = PreparedRun(recipe, output, backbone, data_dir=data_dir, dtype=dtype).prepare()
-        on_main(open_checkpoints)  # an error here leaves the states for the run that can be resumed
+        rows = read_rows(recipe, data_dir)
+        plan = make_plan(recipe, rows, output, backbone, dtype=dtype)
+        states = compute_states(plan)
+        on_main(
+            lambda: plan.folder.open(plan.settings(), resume)
+        )  # an error here leaves the states of the stopped run
         try:
-            trainer = RecipeTrainer(run)
-            if trainer.pop_callback(ProgressCallback) is not None:
-                trainer.add_callback(_ProgressBar)
-            trainer.train(resume)
-            trainer.save_model()
+            heads = train(plan, states, resume)
+            chosen = choose(plan, states, heads)
+            save(plan, chosen)
+            measured = measure(plan, states, heads, chosen)
+            save(plan, measured)
         except Exception:
             logger.warning(
                 f"{output} keeps what was done, and hidden states, which can reveal the texts: --resume goes on"
             )
             raise
-        return trainer.results
+        plan.folder.clean(keep_states=plan.args.cache_dir is not None)
+        return measured.results
+
+
+def train(plan: Plan, states: States, resume: bool) -> TrainedHeads:
+    """Train the heads of a plan side by side, or read the heads of a stopped run whose training has ended."""
+    trainer = RecipeTrainer(plan, states)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_ProgressBar)
+    return trainer.train_heads(resume)
 
 
 class _ProgressBar(ProgressCallback):
