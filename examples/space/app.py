@@ -46,7 +46,7 @@ MESSAGES = 6  # number of earlier messages that the model sees
 AROUND = 200  # characters that are shown on either side of a passage
 
 tokenizer = load_tokenizer(BACKBONE)
-model = AutoModel.from_pretrained(BACKBONE, probe=HEADS, dtype="float32")
+model = AutoModel.from_pretrained(BACKBONE, probe=HEADS)
 CONFIGS = {name: head.config for name, head in model.probes.items()}
 GUARD = next(iter(CONFIGS))
 FLAGGED = CONFIGS[GUARD].need_flagged_index("the first of the heads")

@@ -27,6 +27,7 @@ from ..files import new_folder
 from ..hub.resolve import Target
 from ..hub.transport import HubOptions, HubReference, hub_api
 from .decoder import find_decoder
+from .dtype import settle_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -191,12 +192,14 @@ def record_commit(lm: transformers.PreTrainedModel, kwargs: Mapping[str, Any]) -
 
 
 def load_backbone(
-    name: str, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+    name: str, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None, is_copied: bool = False
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """Load a causal LM in eval mode with its tokenizer.
 
     Args:
         name: `"demo"`, a folder, a GGUF file, or a Hub id.
+        dtype: `"auto"` is that of the checkpoint, or float32 on a processor that does not compute it; see `settle_dtype`.
+        is_copied: the weights are saved again, so `"auto"` is that of the checkpoint on each processor.
     """
     tokenizer = load_tokenizer(name)
     path = resolve_backbone(name)
@@ -204,7 +207,9 @@ def load_backbone(
         lm = load_causal_lm(_find_gguf(path) or path, dtype=dtype)
     if path != name:
         lm.config.base_model_name_or_path = DEMO_MODEL_ID
-    device = choose_device() if device is None else device
+    device = choose_device() if device is None else torch.device(device)
+    if device.type == "cpu" and not is_copied:
+        settle_dtype(lm, dtype)
     return lm.to(device).eval(), tokenizer  # pyrefly: ignore[bad-argument-type]
 
 

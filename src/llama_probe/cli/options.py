@@ -38,7 +38,7 @@ _SHARED = {
     "benign": "the rows need no label column: none of them has the label that the head flags.",
     "data": "labelled rows to measure the head on.",
     "data_dir": "local copies of the data sets, read instead of the Hub: DIR/NAME/SPLIT.jsonl.gz.",
-    "dtype": "dtype of the backbone.",
+    "dtype": "dtype of the backbone. auto: that of the checkpoint, or float32 on a processor without instructions for it.",
     "import_": "a Python file that registers a head type of your own.",
     "json": "print machine-readable results on standard output.",
     "label_column": "column of the labels.",

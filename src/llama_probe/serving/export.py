@@ -76,7 +76,7 @@ def export_repository(
             )
     if (target := backbone_target(backbone)) is not None:
         _check_family(target.model_type)
-    lm, tokenizer = load_backbone(backbone, dtype, device="cpu")
+    lm, tokenizer = load_backbone(backbone, dtype, device="cpu", is_copied=True)
     _check_family(model_type := lm.config.model_type)
     if any(type(module).__module__.startswith("peft.") for module in lm.modules()):
         raise ProbeError("the backbone carries a PEFT adapter: merge it first (model.merge_and_unload())")

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..backbone.decoder import target_of
-from ..backbone.loading import model_of, read_target, resolve_backbone
+from ..backbone.dtype import settle_dtype
+from ..backbone.loading import choose_device, model_of, read_target, resolve_backbone
 from ..errors import ProbeError
 from ..heads.configuration import read_config
 from ..heads.probe import ProbeModel
@@ -46,7 +47,7 @@ def load_with_heads(
     head = _head_at(place, kwargs) if is_alias(place) and not os.path.isdir(place) else None
     if head is None:
         try:
-            loaded = load(place, *args, **kwargs)
+            loaded = _load(load, place, args, kwargs)
         except (OSError, ValueError):
             head = _head_at(place, kwargs)
             if head is None:
@@ -57,6 +58,14 @@ def load_with_heads(
     return load_with_heads(load, backbone, args, kwargs, sources)
 
 
+def _load(load: Callable[..., Any], place: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    loaded = load(place, *args, **kwargs)
+    # Without a device map the caller may move the model to an accelerator, if there is one.
+    if "device_map" in kwargs or choose_device().type == "cpu":
+        settle_dtype(model_of(loaded), kwargs.get("dtype", kwargs.get("torch_dtype")))
+    return loaded
+
+
 def _load_with_named_heads(
     load: Callable[..., Any], place: Any, args: tuple, kwargs: Mapping[str, Any], sources: dict[str, ProbeSource]
 ) -> tuple[Any, dict[str, ProbeModel]]:
@@ -65,10 +74,10 @@ def _load_with_named_heads(
     if any(map(is_alias, sources.values())):
         target = read_target(place, kwargs, options)
         if target is None:  # `gguf_file` and remote code tell nothing before the model is loaded
-            loaded = load(place, *args, **kwargs)
+            loaded = _load(load, place, args, kwargs)
             return loaded, read_heads(sources, target_of(model_of(loaded)), options)
     heads = read_heads(sources, target, options)
-    return load(place, *args, **kwargs), heads
+    return _load(load, place, args, kwargs), heads
 
 
 def _head_at(place: Any, kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, ProbeSource]] | None:
