@@ -1,5 +1,7 @@
 """The rows of a recipe: which train, which are held back, and which are left out."""
 
+import re
+
 import pytest
 from training_runs import write
 
@@ -116,6 +118,35 @@ class TestDocuments:
         assert rows.train.places[: rows.num_plain] == [None] * rows.num_plain
         assert rows.described["documents"]["rows"] == 8
         assert read(train, **sections).digest() == rows.digest() != read(train, seed=1, **sections).digest()
+
+    def test_validation_rows_stand_in_documents_that_are_not_learned(self, train, sections):
+        """So that the best epoch is not chosen by short rows alone: as many documents a row as in training."""
+        sections["validation"] = {"share": 0.5}
+        rows = read(train, **sections)
+        around = rows.validation.select(range(20, len(rows.validation)))
+        assert len(around) == 20 == rows.described["validation"]["documents"]
+        of_validation, of_training = (
+            {number for text in part.texts for number in re.findall(r"of text (\d)", text)}
+            for part in (around, rows.train)
+        )
+        assert len(of_validation) == 2 and len(of_training) == 6 and not of_validation & of_training
+        assert {*around.columns["source"]} == {"long", "a+long"} and around.labels.any() and not around.labels.all()
+        own = read(train, **sections | {"validation": {"sources": [train]}})
+        assert len(own.validation) == 40, "rows of one's own stay as they are"
+        del sections["augmentations"]["documents"]
+        sections["augmentations"]["document_words"] = [10, 40]
+        assert len(read(train, **sections).validation) == 40, "made of other validation rows"
+
+    def test_an_ablation_without_a_kind_of_documents(self, tmp_path, train, sections):
+        lines = [{"text": f"Cell {i}, cell {n}. " * 20, "label": "x"} for n in range(8) for i in range(2)]
+        sections["augmentations"]["documents"].append(write(tmp_path / "tables.jsonl", lines))
+        rows = read(train, **sections, validation={"share": 0.5}, hold_out={"no-tables": ["tables"]})
+        ablation = rows.ablations["no-tables"]
+        for part, left_out in ((rows.train, ablation.left_out), (rows.validation, ablation.excluded_from_validation)):
+            assert left_out == [row for row, text in enumerate(part.texts) if "Cell" in text] != []
+        measured = ablation.measured["tables"]
+        assert len(measured) == 20 and all("Cell" in text for text in measured.texts)
+        assert measured.labels.any() and not measured.labels.all()
 
     def test_their_weight(self, train, sections):
         sections["augmentations"] |= {"names": ["lead_in", "document"], "share": 0.5, "document_weight": 4}

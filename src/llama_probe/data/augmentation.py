@@ -269,7 +269,7 @@ def augment(
     if rows.problem_type == "regression":
         raise ProbeError(f"augmentations ({shown}) need rows with labels, not {rows.problem_type}")
     harmless = rows.select([])
-    if set(names) != {"system_prompt"}:
+    if set(names) - ({"system_prompt"} if documents is None else {"system_prompt", "document"}):
         harmless = _plain_texts(rows.select(_harmless_rows(rows)))
         if not len(harmless):
             raise ProbeError(f"augmentations ({shown}) need plain texts without a flagged label")

@@ -57,7 +57,8 @@ class Held:
     """Rows that a head does not learn from: to choose by (`validation`), or to measure on (`test`).
 
     Args:
-        share: share of the training rows that is held back.
+        share: share of the training rows that is held back. For `validation` with the augmentation `document`, documents are added,
+            of texts that no training row has.
         folds: number of parts, each judged by a head that has not learned from it; 0 holds a part back. For `validation` alone.
         sources: sources of rows, instead of training rows that are held back.
         max_rows: rows at most, drawn at random.
@@ -193,7 +194,7 @@ class Recipe:
         seed: first seed, also of draws and splits.
         search: configurations to try instead of `seeds`.
         calibration: rows that should rarely be flagged.
-        hold_out: ablations by name: the training sources that a second head does not learn from.
+        hold_out: ablations by name: the sources of `train` and of `augmentations.documents` that a second head does not learn from.
         measure: further rows to measure on.
         card: facts for the card.
         values: the recipe as it was written, with the settings that were changed; no field of a file.
@@ -254,8 +255,11 @@ class Recipe:
         for ablation, held in self.hold_out.items():
             if not re.fullmatch(r"[\w-]+", ablation):
                 raise ProbeError(f"hold_out: the name {ablation!r} must have letters, digits, - and _ alone")
-            if unknown := [name for name in held if name not in names]:
-                raise ProbeError(f"hold_out.{ablation} names {unknown[0]!r}, no source of train: {', '.join(names)}")
+            known = [*names, *(source.name for source in self.augmentations.documents)]
+            if unknown := [name for name in held if name not in known]:
+                raise ProbeError(
+                    f"hold_out.{ablation} names {unknown[0]!r}, no source of train or of documents: {', '.join(known)}"
+                )
         for name in ("wrappings", "attacks"):
             if (source := getattr(self.measure, name)) not in (None, *measured):
                 raise ProbeError(f"measure.{name}={source!r} must be in measure.sources: {', '.join(measured)}")

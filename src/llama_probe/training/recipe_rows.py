@@ -113,29 +113,34 @@ def _read_rows(recipe: Recipe, data_dir: str | os.PathLike | None) -> RecipeRows
     learned = _join([plain, extra])
     check_labels(", ".join(source.name for source in recipe.train), learned)
     documents = reader.documents()
-    learned_texts = set(map(str, learned.texts if documents is None else learned.texts + documents.texts))
+    all_documents = list(documents.values())
+    learned_texts = {str(text) for part in (learned, *all_documents) for text in part.texts}
     calibration = reader.calibration()
     for name, part in (("validation", validation), ("test", test), ("calibration", calibration)):
         if part is not None:
             _without(learned_texts, part, f"{name} rows have a text that is among the training rows")
     augmentations = recipe.augmentations
-    augmented = augment(
-        plain,
-        augmentations.names,
-        recipe.seed,
-        reader.system_prompts(),
-        augmentations.share,
-        documents=documents,
-        document_words=augmentations.document_words,
-        introduces=reader.introduces,
-    )
+    learned_documents, held_documents = all_documents, []
+    judged = validation
+    has_documents = "document" in augmentations.names and validation is not None and not held_validation.sources
+    if has_documents:
+        learned_documents, held_documents = _split_documents(all_documents, recipe.seed)
+    augmented = reader.augmented(plain, augmentations.names, _join(learned_documents), reader.system_prompts())
     train = LabelledTexts.join([learned, *augmented])
+    if has_documents and (held_documents or not all_documents):
+        validation = _join([validation, *reader.documents_around(validation, _join(held_documents))])
     measured = reader.measured(learned_texts)
     ablations: dict[str, Ablation] = {}
     for ablation, names in recipe.hold_out.items():
-        if held := {name: by_source[name] for name in names if by_source[name]}:
-            left_out = _rows_like(held, train, ablation)
-            ablations[ablation] = Ablation(left_out, _rows_like(held, validation, ablation), held)
+        held = {name: by_source.get(name) or documents.get(name) for name in names}
+        held = {name: rows for name, rows in held.items() if rows}
+        if not held:
+            continue
+        left_out = _rows_like(held, train, ablation)
+        excluded = _rows_like(held, validation, ablation)
+        for name in held.keys() - by_source.keys():  # a kind of documents: measured with and without requests inside
+            held[name] = _join(reader.documents_around(judged, held[name]))
+        ablations[ablation] = Ablation(left_out, excluded, held)
     _check_slice_columns(recipe, [measured, *(ablation.measured for ablation in ablations.values())])
     named_test = held_test.sources[0].rows if len(held_test.sources) == 1 else None
     # Augmentations are learned once.
@@ -161,8 +166,13 @@ def _read_rows(recipe: Recipe, data_dir: str | os.PathLike | None) -> RecipeRows
         slices=slices_of({} if test is None else test.columns, named_test, recipe.slice_columns),
     )
     described = _describe(recipe, held_validation, held_test, rows)
-    if documents is not None:
-        described["documents"] = {"source": _names(augmentations.documents), "rows": len(documents)}
+    if judged is not validation:
+        described["validation"]["documents"] = len(validation) - len(judged)
+    if all_documents:
+        described["documents"] = {
+            "source": _names(augmentations.documents),
+            "rows": sum(map(len, all_documents)),
+        }
     if left_out := +reader.not_commercial:  # without the sources that were not touched
         described["train"]["not_commercial"] = dict(left_out)
     return replace(rows, described=described)
@@ -249,13 +259,39 @@ class _Reader:
             return []
         return [text for text in self._unlabelled(source, "all").texts if isinstance(text, str)]
 
-    def documents(self) -> LabelledTexts | None:
-        """Return the texts of documents, None if they are training rows."""
+    def documents(self) -> dict[str, LabelledTexts]:
+        """Return the texts of documents by source. Without sources documents are made of other rows."""
         sources = self.recipe.augmentations.documents
-        rows = _join([self._unlabelled(source, "train") for source in sources])
-        if sources and rows is None:
+        by_source = {source.name: self._unlabelled(source, "train") for source in sources}
+        by_source = {name: rows for name, rows in by_source.items() if len(rows)}
+        if sources and not by_source:
             raise ProbeError("augmentations.documents has no rows whose licence allows commercial use")
-        return rows
+        return by_source
+
+    def augmented(
+        self,
+        rows: LabelledTexts,
+        names: Sequence[str],
+        documents: LabelledTexts | None,
+        system_prompts: Sequence[str] = (),
+    ) -> list[LabelledTexts]:
+        """Return changed rows for each augmentation, with the settings of the recipe; see `augment`."""
+        settings = self.recipe.augmentations
+        return augment(
+            rows,
+            names,
+            self.recipe.seed,
+            system_prompts,
+            settings.share,
+            documents=documents,
+            document_words=settings.document_words,
+            introduces=self.introduces,
+        )
+
+    def documents_around(self, rows: LabelledTexts, documents: LabelledTexts | None) -> list[LabelledTexts]:
+        """Return documents with rows inside, and documents alone: as many a row as there are for the training rows."""
+        names = [name for name in self.recipe.augmentations.names if name == "document"]
+        return self.augmented(rows, names, documents)
 
     def _unlabelled(self, source: Source, split: str) -> LabelledTexts:
         labels = Labels(names=["text", "none"], problem_type="single_label_classification")
@@ -266,6 +302,19 @@ def _join(parts: Sequence[LabelledTexts | None]) -> LabelledTexts | None:
     """Return the rows of all parts, None if there are no rows."""
     with_rows = list(filter(None, parts))
     return LabelledTexts.join(with_rows) if with_rows else None
+
+
+def _split_documents(documents: Sequence[LabelledTexts], seed: int) -> tuple[list[LabelledTexts], list[LabelledTexts]]:
+    """Return the texts of documents to learn from, and texts for the validation rows. A source of one text is learned from."""
+    learned, held = [], []
+    for rows in documents:
+        if len(set(map(str, rows.texts))) < 2:
+            learned.append(rows)
+            continue
+        more, less = rows.split(VALIDATION_SHARE, seed)
+        learned.append(more)
+        held.append(less)
+    return learned, held
 
 
 def _without(texts: set[str], rows: LabelledTexts, warning: str) -> LabelledTexts:
