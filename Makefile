@@ -24,7 +24,7 @@ WORKERS = --tx "$(1)*popen//env:PYTEST_ADDOPTS="
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
 PYTEST := $(HANDS_OUT) $(BIN)/python -m pytest $(call WORKERS,$(shell getconf _NPROCESSORS_ONLN)) --dist worksteal
 
-.PHONY: demo test test-slow test-all attack test-vllm runtime style quality versions audit docs package clean
+.PHONY: demo test test-slow test-all attack test-vllm runtime style quality versions audit pictures docs package clean
 
 SCALE ?= 1
 SEED ?= 0
@@ -84,6 +84,10 @@ audit: $(VENV)/.check
 		($(PYTHON) -m venv --without-pip $(VENV)/audit && PIP_PYTHON=$(VENV)/audit/bin/python $(PIP) pip-audit pip-licenses)
 	$(VENV)/audit/bin/pip-licenses --python $(BIN)/python --summary
 	$(VENV)/audit/bin/pip-audit --strict --progress-spinner off -r tested-versions.txt --no-deps --disable-pip
+
+# The pictures of the pages, docs/*.svg.
+pictures: $(VENV)/.check
+	$(BIN)/python docs/pictures.py
 
 # The site in build/site. A warning is an error. The pages are read, not run: tests/test_docs.py runs them.
 docs: $(VENV)/docs/.done
