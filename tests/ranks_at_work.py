@@ -102,6 +102,21 @@ def in_parts(folder: Path) -> dict:
     return {"logits": logits.tolist(), "scores": scores.tolist(), "split": list(split)}
 
 
+def computed_in_parts(folder: Path) -> float:
+    """How far weights are apart that are trained on whole batches, and on batches of which each rank has other parts."""
+    config = make_probe(probe_type="gate").config
+    states = DiskStates(folder / "parts", torch.float32).dataset(make_lm(), config, PromptDataset(prompts(), LABELS))
+    weights = []
+    for most in (batches.PART_TOKENS, 9):
+        head = make_probe(probe_type="gate")
+        settings = {"num_train_epochs": 2, "save_strategy": "no", "optim": "sgd", "learning_rate": 1.0}
+        arguments = ProbeTrainingArguments(str(folder / f"parts-{most}"), **settings)
+        with patch.object(batches, "PART_TOKENS", most):
+            ProbeTrainer(head, arguments, None, states).train()
+        weights.append(torch.cat([tensor.flatten() for tensor in head.state_dict().values()]))
+    return (weights[0] - weights[1]).abs().max().item()
+
+
 def checkpointed(folder: Path) -> list[str]:
     """The files of a checkpoint when it is marked as complete; the other rank is late."""
     heads = {name: make_probe(probe_type="gate") for name in "ab"}
@@ -157,6 +172,7 @@ def main(folder: Path) -> None:
         "search": train(folder, "search", search=SEARCH),
         "sharded": sharded(folder),
         "in_parts": in_parts(folder),
+        "computed_in_parts": computed_in_parts(folder),
         "checkpointed": checkpointed(folder),
     }
     (folder / f"rank-{rank()}.json").write_text(json.dumps(found))

@@ -303,10 +303,14 @@ class ProbeTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         parts = inputs["parts"]
         losses = []
-        for number, batch in enumerate(parts, 1):
-            # The ranks may have different numbers of parts, and meet once a step.
-            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, batch, num_items_in_batch))
+        # One number of the global generator a batch: the order of the rows does not depend on the number of parts.
+        seed = int(torch.randint(2**62, ()))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for number, batch in enumerate(parts, 1):
+                # The ranks may have different numbers of parts, and meet once a step.
+                with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, batch, num_items_in_batch))
         return torch.stack(losses).sum()
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
