@@ -87,7 +87,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def write_atomically(path: Path, content: Content) -> None:
     """Write a file under a temporary name, then rename it; on an error it does not change."""
     finish_interrupted_save(path.parent)  # else a file that a killed save has left would replace the new one later
-    with _staged(path.parent, {path.name: content}) as stage, _explained(path):
+    with _staged(path.parent, {path.name: content}) as stage, _named_errors(path):
         (stage / path.name).replace(path)
 
 
@@ -142,7 +142,7 @@ def finish_interrupted_save(folder: str | os.PathLike) -> None:
     pending = folder / PENDING
     if not pending.is_dir() or pending.is_symlink():
         return
-    with _explained(folder), suppress(FileNotFoundError):  # another process finishes the save, and was faster
+    with _named_errors(folder), suppress(FileNotFoundError):  # another process finishes the save, and was faster
         for name in sorted(os.listdir(pending)):
             with suppress(FileNotFoundError):  # another process finishes the save, too
                 if name.endswith(_GONE):
@@ -174,7 +174,7 @@ def _staged(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()
     handle = None
     while handle is None:
         stage = folder / f"{PENDING}.{uuid.uuid4().hex}{_TEMPORARY}"
-        with _explained(folder):
+        with _named_errors(folder):
             stage.mkdir()
         handle = lock(stage)
         if handle is not None and not stage.exists():  # taken for a leftover before it was locked
@@ -182,13 +182,13 @@ def _staged(folder: Path, contents: dict[str, Content], gone: Iterable[str] = ()
             handle = None
     try:
         for name, content in contents.items():
-            with _explained(folder / name):
+            with _named_errors(folder / name):
                 if callable(content):
                     content(stage / name)
                 else:
                     (stage / name).write_bytes(content.encode() if isinstance(content, str) else content)
         for name in gone:
-            with _explained(folder / name):
+            with _named_errors(folder / name):
                 (stage / f"{name}{_GONE}").touch()
         yield stage
     finally:
@@ -220,7 +220,7 @@ def lock(path: Path) -> int | None:
 
 
 @contextmanager
-def _explained(target: Path) -> Iterator[None]:
+def _named_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -51,7 +51,7 @@ def test_train_writes_a_head_folder(trained):
     assert config.max_length == 64 and config.threshold is not None and config.chat_template_hash
     assert [found["seed"] for found in results["runs"]] == [0, 1]
     assert set(results["summary"]["test"]["slices"]["half"]) == {"0", "1"}
-    assert results["recipe"]["max_false_positive_rate"] == 0.1
+    assert results["training"]["max_false_positive_rate"] == 0.1
     card = (output / "README.md").read_text()
     for part in ("license: cc0-1.0", "- me/moods", "`awful`", "other moods"):
         assert part in card

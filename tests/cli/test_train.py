@@ -82,7 +82,7 @@ class TestRecipes:
         assert "60 rows" in shown and "tokens a second" in shown and "no hidden states" not in shown
         assert not (tmp_path / "a").exists()
         results = succeed(*recipe, "--set", "training.learning_rate=1e-3", "--set", "seed=3", "--json")
-        assert results["recipe"]["learning_rate"] == 1e-3 and results["chosen_seed"] == 3
+        assert results["training"]["learning_rate"] == 1e-3 and results["chosen_seed"] == 3
         assert read_config(tmp_path / "a").layers == [2, 4] and read_config(tmp_path / "a").flagged == ["bad"]
         written = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
         assert written["training"] == {"num_train_epochs": 1, "learning_rate": 1e-3} and written["seed"] == 3

@@ -28,7 +28,7 @@ def folder(tmp_path):
     results = {
         "num_parameters": 1234,
         "data": {"train": {"source": "a/b.csv", "rows": 90}, "test": {"source": "c.csv", "rows": 10}},
-        "recipe": {
+        "training": {
             "learning_rate": 0.01, "weight_decay": 0.0, "per_device_train_batch_size": 8, "metric": "auprc",
             "gradient_accumulation_steps": 2, "num_train_epochs": 3, "label_smoothing_factor": 0.0,
         },
@@ -118,11 +118,11 @@ def test_the_usage_block_works_when_pasted(case, tmp_path, backbone_folder, monk
 def test_bundled_cards_are_what_their_folders_give(alias):
     folder = bundled_heads()[alias]
     assert card_of(folder) == str(create_card(folder))
-    results = json.loads((folder / "results.json").read_text())
+    results = read_results(folder)
     assert results["card"]["license"] and results["card"]["command"]
     others = results.get("evaluations") or results.get("measured")
     assert len(results["runs"]) >= 3 or others, "three seeds, or intervals on rows of other sources"
-    best = max(results["runs"], key=lambda run: run["validation"][results["recipe"]["metric"]])
+    best = max(results["runs"], key=lambda run: run["validation"][results["training"]["metric"]])
     assert best["seed"] == results["chosen_seed"], "chosen by validation"
 
 
@@ -234,7 +234,7 @@ def test_measures_of_before_a_calibration_are_said_to_be(folder):
 
 
 def test_results_of_earlier_code_make_the_same_card(folder):
-    """They have the keys `twin` and `label_smoothing`."""
+    """They have the keys `twin`, `recipe` and `label_smoothing`."""
     results = read_results(folder)
     harmful = {"rows": 9, "threshold": {"share": 0.5, "interval": [0.4, 0.6]}}
     parts = [
@@ -243,7 +243,11 @@ def test_results_of_earlier_code_make_the_same_card(folder):
     ]
     results["measured"] = {"rates": ["threshold"], "bytes": 1, "parts": parts}
     text = json.dumps(results)
-    old = text.replace('"ablation"', '"twin"').replace('"label_smoothing_factor"', '"label_smoothing"')
+    old = (
+        text.replace('"ablation"', '"twin"')
+        .replace('"training": {', '"recipe": {')
+        .replace('"label_smoothing_factor"', '"label_smoothing"')
+    )
     cards = []
     for written in (text, old):
         (folder / "results.json").write_text(written)

@@ -76,7 +76,7 @@ def report(
     Args:
         slices: columns by name, one value a row.
     """
-    return _scores(config, logits, labels, slices)[0]
+    return _report_by_label(config, logits, labels, slices)[0]
 
 
 def detailed_report(
@@ -98,7 +98,7 @@ def detailed_report(
         With resamples `bootstrap`: `resamples`, `seed` and `level`; and `intervals` beside the metrics of all rows, of each slice
         and of each label: by metric `[low, high]`, or None if the metric is undefined in all resamples.
     """
-    result, by_label = _scores(config, logits, labels, slices, resamples)
+    result, by_label = _report_by_label(config, logits, labels, slices, resamples)
     result = _without_undefined(result, labels, config)
     if config.problem_type != "regression":
         result["labels"] = {}
@@ -113,7 +113,7 @@ def detailed_report(
     return result
 
 
-def _scores(
+def _report_by_label(
     config: ProbeConfig,
     logits: torch.Tensor,
     labels: np.ndarray,
@@ -133,7 +133,7 @@ def _scores(
         groups = result.setdefault("slices", {})[column] = {}
         for value in sorted(set(texts)):
             rows = texts == value
-            part, _ = _scores(config, logits[rows], labels[rows], None, resamples)
+            part, _ = _report_by_label(config, logits[rows], labels[rows], None, resamples)
             groups[value] = _without_undefined(part, labels[rows], config)
     return result, parts
 

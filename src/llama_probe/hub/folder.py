@@ -135,9 +135,11 @@ def read_results(folder: str | os.PathLike) -> JSON | None:
 
 def _renamed(results: JSON) -> JSON:
     """Give the keys that earlier versions wrote their present names."""
-    recipe = results.get("recipe")
-    if isinstance(recipe, dict) and "label_smoothing" in recipe:
-        recipe["label_smoothing_factor"] = recipe.pop("label_smoothing")
+    if "recipe" in results and "training" not in results:
+        results["training"] = results.pop("recipe")
+    training = results.get("training")
+    if isinstance(training, dict) and "label_smoothing" in training:
+        training["label_smoothing_factor"] = training.pop("label_smoothing")
     measured = results.get("measured")
     parts = measured.get("parts") if isinstance(measured, dict) else None
     for part in parts if isinstance(parts, list) else []:

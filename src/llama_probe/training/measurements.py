@@ -208,21 +208,21 @@ def _measure_part(
     slice_columns: Sequence[str] = (),
 ) -> JSON:
     logits, novelty, _ = predict_rows(head, dataset)
-    part = {"rows": len(rows), **_scores(head.config, logits, rows.labels)}
+    part = {"rows": len(rows), **_scores_of_part(head.config, logits, rows.labels)}
     for column in slice_columns:
         values = np.array([str(value) for value in rows.columns.get(column, ())])
         for value in sorted(set(values)):
             places = np.flatnonzero(values == value)
-            scores = {"rows": len(places), **_scores(head.config, logits[places], rows.labels[places])}
+            scores = {"rows": len(places), **_scores_of_part(head.config, logits[places], rows.labels[places])}
             part.setdefault("slices", {}).setdefault(column, {})[value] = scores
     if novelty is not None:
         part["novel"] = far_share(novelty)["far"]
     if baseline is not None:
-        part["tfidf"] = _scores(baseline.config, baseline.logits(rows.texts), rows.labels)
+        part["tfidf"] = _scores_of_part(baseline.config, baseline.logits(rows.texts), rows.labels)
     return part
 
 
-def _scores(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray) -> JSON:
+def _scores_of_part(config: ProbeConfig, logits: torch.Tensor, labels: np.ndarray) -> JSON:
     scores: JSON = {}
     if config.problem_type != "single_label_classification" or len(set(labels.tolist())) > 1:
         report = detailed_report(config, logits, labels)

@@ -41,7 +41,7 @@ def basic_results(
         "flagged": probe.config.flagged or [],
         "num_parameters": probe.num_parameters(),
         "data": rows,
-        "recipe": args.describe() | head_args,
+        "training": args.describe() | head_args,
         "runs": runs,
         "chosen_seed": runs[0]["seed"],
         "summary": summary_of(runs),
