@@ -25,6 +25,7 @@ from llama_probe.vllm.settings import ProbeSettings
 
 
 TOKENIZER, NEW = make_tokenizer(), 5
+LONGEST = 1024  # tokens of a prompt
 
 
 class Engine:
@@ -37,7 +38,9 @@ class Engine:
     """
 
     def __init__(self, settings: ProbeSettings, logits: dict):
-        self.vllm_config = SimpleNamespace(additional_config={KEY: asdict(settings)})
+        self.vllm_config = SimpleNamespace(
+            additional_config={KEY: asdict(settings)}, model_config=SimpleNamespace(max_model_len=LONGEST + 1)
+        )
         self.settings, self.logits, self.known = settings, logits, prompt_result(settings, logits)
         self.prompts, self.asked = [], []
         self.written = self.aborted = self.running = self.outputs = 0

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from played_server import TOKENIZER, play, save_heads
+from played_server import LONGEST, TOKENIZER, play, save_heads
 from prometheus_client import REGISTRY
 
 from llama_probe.data.prompts import PromptFormat
@@ -183,6 +183,31 @@ def test_other_inputs_are_refused_before_the_engine_is_asked(serve, path):
     for value in (None, [], 7, {}, ["a", 7], [image], [{"type": "text"}], [[]], [True], [[5, False]], "\udc80"):
         assert post(path, input=value).status_code == 400, value
     assert engine.prompts == []
+
+
+def test_text_that_is_too_long_for_the_engine_is_refused_with_its_tokens(serve):
+    post, engine = serve(["windows"], {"windows": {}}, windows=[2.0, 0.0, 1.0, 5.0, 3.0, 7.0])
+    head = HEADS["windows"]["max_length"]
+    text = "a " * LONGEST
+    (ids,) = encode(text)
+    assert len(ids) > LONGEST > head
+    guarded = {"input_type": "request", "texts": ["b", text]}
+    for path, body in (
+        (MODERATIONS, {"input": ["b", text]}),
+        ("/classify", {"input": ["b", text]}),
+        (GUARDRAIL, guarded),
+    ):
+        response = post(path, **body)
+        assert response.status_code == 400
+        assert (
+            f"input 1 has {len(ids)} tokens" in response.json()["detail"] and str(LONGEST) in response.json()["detail"]
+        )
+    assert engine.prompts == []
+    most = [5] * LONGEST
+    assert post("/classify", input=most).status_code == 200 and engine.prompts == [most], (
+        "a text that fits is read whole"
+    )
+    assert post("/classify", input=[*most, 5]).status_code == 400
 
 
 def test_input_without_a_score_is_an_error(serve):

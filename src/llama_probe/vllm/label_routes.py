@@ -65,8 +65,12 @@ class LabelRequest(ABC):
     def body(self, by_head: Mapping[str, list[JSON]], completion: JSON) -> JSON:
         """Return the body of the response, for the results of each head, one an input."""
 
-    def completion(self, body: bytes, formats: Formats) -> bytes:
-        """Return the request for completions. Raise status 400 for a body that this route does not take."""
+    def completion(self, body: bytes, formats: Formats, limit: int) -> bytes:
+        """Return the request for completions. Raise status 400 for a body that this route does not take.
+
+        Args:
+            limit: largest number of tokens of a prompt that the engine reads.
+        """
         try:
             request = json.loads(body)
             if not isinstance(request, dict):
@@ -75,6 +79,7 @@ class LabelRequest(ABC):
             if not inputs:
                 raise ProbeError("there is no text to label")
             prompts = self._prompts(heads, inputs, formats)
+            _check_lengths(prompts, len(inputs), limit)
         except ValueError as error:  # a ProbeError is one, and so is a body that is not JSON
             raise HTTPException(400, str(error)) from None
         completion = {"model": request.get("model"), "prompt": prompts, "max_tokens": 1, "temperature": 0}
@@ -269,6 +274,14 @@ def _classified(result: JSON, config: ProbeConfig) -> tuple[str | None, list[flo
     else:
         scores = {name: float(name in labels) for name in config.id2label.values()}
     return max(labels, key=scores.get, default=None), list(scores.values())
+
+
+def _check_lengths(prompts: list[list[int]], inputs: int, limit: int) -> None:
+    """Raise `ProbeError` if a prompt is longer than the limit. Each format has one prompt for each of the inputs, in order."""
+    for number, ids in enumerate(prompts):
+        if len(ids) > limit:
+            mend = "shorten it, or serve with a larger --max-model-len"
+            raise ProbeError(f"input {number % inputs} has {len(ids)} tokens, and this server reads {limit}: {mend}")
 
 
 def _is_ids(value: object) -> bool:

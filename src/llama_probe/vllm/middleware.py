@@ -78,8 +78,10 @@ class ProbeStreams:
         """Return the request for completions that a request for labels becomes."""
         if self._formats is None:
             self._formats = prompt_formats(labels.settings.configs, state.engine_client.get_tokenizer())
+        # vLLM refuses a prompt that leaves no room for a token of a reply.
+        limit = state.engine_client.vllm_config.model_config.max_model_len - 1
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, labels.completion, body, self._formats)
+        return await loop.run_in_executor(self._thread, labels.completion, body, self._formats, limit)
 
 
 class _Response:
