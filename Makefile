@@ -24,7 +24,7 @@ WORKERS = --tx "$(1)*popen//env:PYTEST_ADDOPTS="
 # Each worker takes its share of the files in order, so that fixtures of a module are made once, and steals at the end.
 PYTEST := $(HANDS_OUT) $(BIN)/python -m pytest $(call WORKERS,$(shell getconf _NPROCESSORS_ONLN)) --dist worksteal
 
-.PHONY: demo test test-slow test-all attack test-vllm runtime style quality versions audit pictures docs package clean
+.PHONY: demo test test-slow test-all attack test-vllm surface runtime style quality versions audit pictures docs package clean
 
 SCALE ?= 1
 SEED ?= 0
@@ -59,6 +59,12 @@ test-vllm: $(VLLM_VENV)/.test-vllm $(VENV)/.test
 	test -f $(DEMO)/config.json || $(BIN)/python -c "from llama_probe.backbone.loading import demo_backbone; demo_backbone()"
 	$(HANDS_OUT) $(VLLM_ENV) $(VLLM_BIN)/python -m pytest $(VLLM_TESTS) $(call WORKERS,2) \
 		--dist loadfile --no-loadscope-reorder --timeout 300
+
+# The names of vLLM that heads depend on, in the wheel of a release: make surface VLLM=0.34.0. Nothing of it is installed.
+surface:
+	rm -rf build/surface
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest build/surface vllm==$(VLLM)
+	PYTHONPATH=src $(PYTHON) -m llama_probe.vllm.surface build/surface/*.whl
 
 # modeling/heads_llama_probe.py, after a change of src/llama_probe/heads.
 runtime: $(VENV)/.test

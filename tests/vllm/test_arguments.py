@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.weight_utils import download_weights_from_
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from llama_probe import AutoModelForProbedGeneration, ProbeConfig, ProbeError, ProbeModel
+from llama_probe.compatibility import VLLM
 from llama_probe.heads.match import describe
 from llama_probe.vllm import __main__ as server
 from llama_probe.vllm import compatibility, engine_kwargs
@@ -121,11 +122,25 @@ class TestEngine:
         with pytest.raises(ProbeError, match="cannot be read"):
             engine_kwargs(tmp_path, tiny.heads)
 
-    def test_refuses_versions_that_were_not_tested(self, tiny, monkeypatch):
-        monkeypatch.setattr("vllm.version.__version__", "0.33.1")
-        with pytest.raises(ProbeError, match=r"0\.33\.1"):
+    def test_tries_versions_that_are_newer_than_the_tested_ones(self, tiny, monkeypatch):
+        major, minor = map(int, VLLM.newest.split("."))
+        newer = f"{major}.{minor + 1}.0"
+        monkeypatch.setattr("vllm.version.__version__", newer)
+        monkeypatch.setattr(compatibility, "missing_here", lambda version: ())
+        with pytest.warns(UserWarning, match=f"vllm {newer}"):
+            assert engine_kwargs(tiny.backbone, tiny.heads)
+        with pytest.raises(ProbeError, match=f"vllm {newer}"):
+            engine_kwargs(tiny.backbone, tiny.heads, strict_versions=True)
+
+    def test_refuses_versions_that_are_too_old_or_lack_a_name(self, tiny, monkeypatch):
+        monkeypatch.setattr(
+            compatibility, "missing_here", lambda version: ("vllm.a.B is missing", "vllm.c is missing")
+        )
+        with pytest.raises(ProbeError, match=r"vllm\.a\.B is missing \(and 1 more\)"):
             engine_kwargs(tiny.backbone, tiny.heads)
-        assert engine_kwargs(tiny.backbone, tiny.heads, allow_untested_vllm=True)
+        monkeypatch.setattr("vllm.version.__version__", "0.31.2")
+        with pytest.raises(ProbeError, match=r"0\.31\.2 is older"):
+            engine_kwargs(tiny.backbone, tiny.heads)
 
     def test_imports_head_types_in_each_process(self, own_type, tmp_path):
         make_lm().save_pretrained(tmp_path / "lm")

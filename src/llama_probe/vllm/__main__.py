@@ -32,7 +32,7 @@ def server_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ours.unsure, ours.judge = _judge(ours)
     for_server = {name: options.pop(name) for name in ("hide_scores", "halt_reply", "unsure", "judge")}
     # All options of heads are checked above, because the imports from here on take seconds.
-    check_version(ours.allow_untested_vllm)
+    check_version(ours.strict_versions)
     words = [ours.model, *rest]  # with the model among them, one word too many is an error
     theirs = parse_server_arguments(_PROGRAM, "%(prog)s MODEL --probe HEAD [options]", words)
     if theirs.headless or theirs.grpc or theirs.api_server_count not in (None, 1):
@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--skip-fingerprints", dest="compare_fingerprints", action="store_false", help=sizes)
     importing = "a Python file that registers a head type of your own, for every process; repeatable"
     parser.add_argument("--import", dest="import_files", action="append", metavar="FILE.py", help=importing)
-    parser.add_argument("--allow-untested-vllm", action="store_true", help="go on with another version of vLLM")
+    newer = "refuse releases of vLLM and transformers that are newer than the tested ones, instead of a warning"
+    parser.add_argument("--strict-versions", action="store_true", help=newer)
     return parser
 
 

