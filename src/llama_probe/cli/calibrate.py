@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated
 
-import numpy as np
-
 from ..data.prompts import Text
 from ..distributed import is_main
 from ..errors import ProbeError
@@ -51,7 +49,7 @@ def calibrate(
     head = scored.head
     # These take seconds to import.
     from ..evaluation.calibration import check_rates, length_groups, own_threshold, thresholds_from, with_rates
-    from ..evaluation.novelty_fit import fit_novelty
+    from ..evaluation.novelty_fit import fit_novelty, held_quarter
     from ..evaluation.prediction import predict_logits
 
     if novelty_data:
@@ -89,7 +87,7 @@ def calibrate(
             results["measured"] = {"before_calibration": then, **results["measured"]}
     if novelty_data:
         if not validation:
-            held = set(np.random.default_rng(0).permutation(len(train))[: len(train) // 4].tolist())
+            held = set(held_quarter(len(train)))
             validation = [text for row, text in enumerate(train) if row in held]
             train = [text for row, text in enumerate(train) if row not in held]
         fitted = fit_novelty(head, scored.dataset(train), scored.dataset(validation))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections import Counter
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from ..errors import ProbeError
 from ..files import JSON
+from ..heads.rules import Rule, check_fields
 from ..hub.card import is_hub_id
 from .known import BENCHMARKS, Benchmark, find_benchmark
 from .labelled_texts import LabelledTexts, Labels, is_empty, label_rows
@@ -24,6 +26,19 @@ from .tables import TablePlace, read_table
 
 logger = logging.get_logger(__name__)
 
+_COUNT: Rule = ("a whole number from 1", lambda value: value >= 1)
+_RULES: dict[str, Rule] = {
+    "max_rows": _COUNT,
+    "repeat": _COUNT,
+    "part": (
+        "two numbers from 0 to 1, the first one smaller",
+        lambda value: len(value) == 2 and 0 <= value[0] < value[1] <= 1,
+    ),
+    "weights": (
+        "numbers from 0, not all 0",
+        lambda value: min(value, default=0) >= 0 and 0 < sum(value) < math.inf,
+    ),
+}
 ROWS_HELP = (
     f"a data set by name or NAME:SPLIT ({', '.join(BENCHMARKS)}), a csv, jsonl(.gz) or parquet file, a folder, or a Hub data set, "
     "ID@REVISION:CONFIGURATION:SPLIT or less of it"
@@ -102,14 +117,7 @@ class Source:
             prompts = benchmark.exchange[0] if benchmark.exchange else None
             if (self.text_column, self.label_column) != ("text", "label") or self.prompt_column not in (None, prompts):
                 raise ProbeError(f"text_column, label_column and prompt_column are for files, not for {self.rows}")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ProbeError(f"max_rows={self.max_rows} must be a whole number from 1")
-        if self.repeat < 1:
-            raise ProbeError(f"repeat={self.repeat} must be a whole number from 1")
-        if self.part is not None and not (len(self.part) == 2 and 0 <= self.part[0] < self.part[1] <= 1):
-            raise ProbeError(f"part={self.part} must be two numbers, from 0 to 1, the first one smaller")
-        if self.weights is not None and (min(self.weights) < 0 or not 0 < sum(self.weights) < float("inf")):
-            raise ProbeError(f"weights={self.weights} must be at least 0, and not all 0")
+        check_fields(self, _RULES)
         if self.label_map is not None:
             self.label_map = {str(value): label for value, label in self.label_map.items()}
         if self.local is not None:

@@ -25,6 +25,11 @@ def can_fit(config: ProbeConfig, train: Dataset, validation: Dataset) -> bool:
     return config.supports_novelty and min(len(train), len(validation)) >= MIN_ROWS
 
 
+def held_quarter(rows: int) -> list[int]:
+    """Return a random quarter of the numbers of rows, ascending, to calibrate novelty on: it is fitted on the others."""
+    return sorted(np.random.default_rng(0).permutation(rows)[: rows // 4].tolist())
+
+
 def fit_novelty(probe: ProbeModel, train: Dataset, validation: Dataset) -> JSON:
     """Fit a head's `Novelty` on training rows, and calibrate it on validation rows.
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 from torch.utils.data import Dataset
 
 from ..distributed import on_main
 from ..evaluation.detection import MAX_FALSE_HALTS, apply_rules, halting_rules
+from ..evaluation.novelty_fit import held_quarter
 from ..evaluation.prediction import follow_replies, predict_logits
 from ..evaluation.report import report
 from ..files import JSON
@@ -88,6 +88,6 @@ def _novelty_rows(plan: Plan, states: States) -> tuple[Dataset, Dataset]:
     plain = plan.rows.num_plain
     if not plan.rows.folds:
         return train, states["validation"]
-    held = sorted(np.random.default_rng(0).permutation(plain).tolist()[: plain // 4])
+    held = held_quarter(plain)
     rest = sorted(set(range(len(train))) - set(held))
     return TrainingRows(train, rest), TrainingRows(train, held)
