@@ -19,9 +19,6 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from transformers import AutoTokenizer
 
 from llama_probe import AutoModelForProbedGeneration
@@ -29,6 +26,7 @@ from llama_probe.backbone.loading import demo_backbone
 from llama_probe.data.row_sources import Source
 from llama_probe.evaluation.bootstrap import share_of
 from llama_probe.evaluation.plots import new_figure, png
+from llama_probe.training.measurements import tfidf_classifier
 from llama_probe.training.recipe import Recipe
 from llama_probe.training.recipe_rows import read_rows
 
@@ -99,9 +97,7 @@ def tfidf_guard(recipe: str, data_dir: str | None, rate: float):
     rows = read_rows(Recipe.load(recipe), data_dir)
     flagged = [rows.train.label_names.index(name) for name in rows.train.flagged]
     plain = [row for row, text in enumerate(rows.train.texts) if isinstance(text, str)]
-    model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)
-    )
+    model = tfidf_classifier()
     model.fit([rows.train.texts[row] for row in plain], np.isin(np.asarray(rows.train.labels)[plain], flagged))
     harmless = [text for text in rows.calibration.texts if isinstance(text, str)]
     threshold = np.quantile(model.predict_proba(harmless)[:, 1], 1 - rate)

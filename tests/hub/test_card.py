@@ -27,7 +27,7 @@ def folder(tmp_path):
     runs = [{"seed": seed, "validation": dict(scores), "test": test} for seed, test in enumerate(tests)]
     results = {
         "num_parameters": 1234,
-        "data": {"train": {"source": "a/b.csv", "rows": 90}, "test": {"source": "c.csv", "rows": 10}},
+        "data": {"train": {"source": "a/b.csv", "rows": 90}, "test": {"source": "c.csv", "rows": 10, "documents": 4}},
         "training": {
             "learning_rate": 0.01, "weight_decay": 0.0, "per_device_train_batch_size": 8, "metric": "auprc",
             "gradient_accumulation_steps": 2, "num_train_epochs": 3, "label_smoothing_factor": 0.0,
@@ -58,7 +58,15 @@ def card_of(folder) -> str:
 
 def test_the_chosen_seed_and_the_spread(folder):
     text = write_card(folder).read_text()
-    parts = "0.600 (0.550 ± 0.071)", "seed 1, the best of 2 by auprc", "test, who = a", "| - |", "batch 16", "- hail."
+    parts = (
+        "0.600 (0.550 ± 0.071)",
+        "seed 1, the best of 2 by auprc",
+        "test, who = a",
+        "| - |",
+        "batch 16",
+        "- hail.",
+        "4 of them documents)",
+    )
     for part in parts:
         assert part in text
     data = create_card(folder).data
