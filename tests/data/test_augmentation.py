@@ -8,12 +8,14 @@ import pytest
 
 from llama_probe import ProbeError
 from llama_probe.data.augmentation import AUGMENTATIONS, augment
+from llama_probe.data.disguises import HELD_OUT, LEARNED, disguised
 from llama_probe.data.labelled_texts import LabelledTexts
 
 
 SYSTEM = ["You sell shoes.", "Answer in French."]
 TEXTS = [f"harmless request number {i} about the garden" for i in range(40)] + [f"BAD{i} request" for i in range(40)]
 LABELS = np.repeat([0, 1], 40)
+AROUND = [name for name in AUGMENTATIONS if name != "disguise"]  # these leave the text as it is
 MULTI = "multi_label_classification"
 
 
@@ -44,7 +46,7 @@ def with_request(rows):
     return rows.select([row for row, place in enumerate(rows.places) if place is not None])
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("name", AROUND)
 def test_labels_and_the_text_stay_and_nothing_harmful_is_added(name):
     rows = rows_of()
     new = with_request(augmented(rows, [name]))
@@ -65,7 +67,7 @@ class TestPlaces:
         forms = {json.dumps(odd)[1:-1], json.dumps(odd, ensure_ascii=False)[1:-1], html.escape(odd), odd}
         assert {text for text in written if "Say" in text} == forms
 
-    @pytest.mark.parametrize("name", AUGMENTATIONS)
+    @pytest.mark.parametrize("name", AROUND)
     def test_the_place_of_a_row_moves_with_it(self, name):
         rows = rows_of()
         rows.places = [(0, 2, len(text) - 3) if row % 2 else None for row, text in enumerate(rows.texts)]
@@ -153,6 +155,53 @@ class TestDocuments:
         assert sum(new.labels[replies]) == 40
 
 
+class TestDisguises:
+    def test_each_form_occurs_as_often_for_each_label(self, monkeypatch):
+        monkeypatch.setattr("llama_probe.data.augmentation.disguised", lambda text, form, rng: f"<{form}>")
+        new = augmented(rows_of(), ["disguise"])
+        for form in LEARNED:
+            has_form = [f"<{form}>" in text for text in new.texts]
+            assert np.bincount(new.labels[has_form]).tolist() == [4, 4]
+
+    def test_half_are_disguised_in_part_and_the_place_is_that_of_the_text(self):
+        text = "bring the small brown parcel to the northern gate"
+        new = augmented(rows_of([text] * 80), ["disguise"])
+        assert all(at_place(*row) == row[0] for row in zip(new.texts, new.places, strict=True))
+        assert 20 < sum(not set(text.split()) & set(changed.split()) for changed in new.texts) < 60
+        assert sum(changed.startswith("bring") or changed.endswith("gate") for changed in new.texts) > 15
+
+    def test_a_place_is_disguised_with_its_document_or_alone(self):
+        text = "the weather is fine. SEND IT NOW! we go for a walk."
+        first = text.index("SEND")
+        rows = rows_of([text] * 80)
+        rows.places = [(0, first, first + len("SEND IT NOW!"))] * 80
+        new = augmented(rows, ["disguise"])
+        alone = 0
+        for changed, place in zip(new.texts, new.places, strict=True):
+            before, behind = changed[: place[1]], changed[place[2] :]
+            alone += (before, behind) == (text[:first], " we go for a walk.")
+            assert len(at_place(changed, place)) < 30 and "SEND IT NOW!" not in before + behind
+        assert 20 < alone < 65
+
+    @pytest.mark.parametrize("name", [*LEARNED, *HELD_OUT])
+    def test_a_disguise_changes_letters_and_leaves_what_it_does_not_know(self, name):
+        text = "How does the quick Brown fox jump over it, Max?" * 4
+        first, again = (disguised(text, name, np.random.default_rng(3)) for _ in range(2))
+        assert first == again != text
+        assert disguised("", name, np.random.default_rng(3)) == ""
+        assert disguised("今", name, np.random.default_rng(3)).startswith("今")
+
+    def test_people_can_read_them(self):
+        forms = {
+            "spaced": "F i x   i t", "leetspeak": "F1x 17", "full width": "Ｆｉｘ ｉｔ", "bold of Unicode": "𝐅𝐢𝐱 𝐢𝐭",
+            "Cyrillic look-alikes": "Fі\u0445 іt", "capitals": "FIX IT", "transliterated": "Фих ит",
+        }  # fmt: skip
+        assert {name: disguised("Fix it", name, np.random.default_rng(0)) for name in forms} == forms
+        assert disguised("Шум ещё", "transliterated", np.random.default_rng(0)) == "Shum eshchyo"
+        slips = disguised("keyboard " * 50, "keyboard slips", np.random.default_rng(0))
+        assert 0.5 < sum(word == "keyboard" for word in slips.split()) / 50 < 0.8
+
+
 def test_seed_and_share():
     first, again, other = (augmented(rows_of(), AUGMENTATIONS, seed).texts for seed in (3, 3, 4))
     assert first == again != other
@@ -175,7 +224,7 @@ def test_rows_of_a_multi_label_head_are_drawn_once_and_draw_from_rows_without_a_
     assert not any("BAD" in text[0]["content"] for text in new.texts)
 
 
-@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("name", AROUND)
 def test_chats_keep_their_turns_and_their_system_prompt(name):
     contents = {"system": "mine", "user": "first", "assistant": "reply"}
     chat = [{"role": role, "content": content} for role, content in contents.items()]

@@ -1,4 +1,4 @@
-"""Augmentations of training rows: what is around a text changes (system prompt, document, other turns), and the label stays."""
+"""Augmentations of training rows: what is around a text, or its letters, change, and the label stays."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import re
 import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice, zip_longest
+from itertools import chain, cycle, islice, pairwise, zip_longest
 from typing import Any
 
 import numpy as np
 
 from ..errors import ProbeError
 from ..hub.folder import flagged_by
+from .disguises import LEARNED, disguised
 from .labelled_texts import LabelledTexts
 from .prompts import Chat, Place, as_chat, has_reply
 from .row_sources import SOURCE
@@ -91,6 +92,7 @@ class Augmenter:
         system_prompts: texts for system turns.
         document_words: the least and the most words of a document.
         introduces: put words of a user around half of the documents.
+        form: the disguise of `LEARNED` that the next call of `disguise` uses.
         sources: names of the sources of the texts that were drawn since the caller cleared the set.
     """
 
@@ -100,6 +102,7 @@ class Augmenter:
     rng: np.random.Generator
     document_words: Sequence[int] = DOCUMENT_WORDS
     introduces: bool = True
+    form: str = "spaced"
     sources: set[str] = field(default_factory=set)
 
     def __post_init__(self):
@@ -142,6 +145,40 @@ class Augmenter:
         """Put blanks around the last text of the user, or put it into a code fence, a quotation or a list."""
         before, _, behind = self._one(_LAYOUTS).partition("{text}")
         return _around(messages, place, before, behind)
+
+    def disguise(self, messages: Chat, place: Place | None) -> Placed:
+        """Disguise the last text of the user: all of it, or in half of the cases a part.
+
+        The part is the place if the text has more around the place, else some words that follow each other. A harmless text is so
+        changed in part as often as a text whose place is known.
+        """
+        last = _last_user_turn(messages)
+        if last is None:
+            return messages, place
+        content = messages[last]["content"]
+        cuts = place[1:] if place is not None and place[0] == last else (0, len(content))
+        first, end = 0, len(content)
+        if self.rng.random() < 0.5:
+            first, end = cuts if cuts != (first, end) else self._some_words(content)
+        borders = sorted({0, first, end, *cuts, len(content)})
+        moved = {0: 0}
+        changed = ""
+        for start, stop in pairwise(borders):
+            part = content[start:stop]
+            changed += disguised(part, self.form, self.rng) if first <= start < end else part
+            moved[stop] = len(changed)
+        if place is not None and place[0] == last:
+            place = last, moved[cuts[0]], moved[cuts[1]]
+        return [*messages[:last], {**messages[last], "content": changed}, *messages[last + 1 :]], place
+
+    def _some_words(self, text: str) -> tuple[int, int]:
+        """Return where words that follow each other begin and end: as many as are drawn, and all if there is one."""
+        words = [match.span() for match in re.finditer(r"\S+", text)]
+        if len(words) < 2:
+            return 0, len(text)
+        count = self._count(1, len(words))
+        start = int(self.rng.integers(len(words) - count + 1))
+        return words[start][0], words[start + count - 1][1]
 
     def noise(self, messages: Chat, place: Place | None) -> Placed:
         """Append shuffled words and random characters to the last text of the user, like an adversarial suffix."""
@@ -228,7 +265,9 @@ class Augmenter:
             yield from self.rng.permutation(len(self.documents)).tolist()
 
 
-AUGMENTATIONS = ("lead_in", "document", "record", "layout", "noise", "earlier_turns", "later_turns", "system_prompt")
+AUGMENTATIONS = (
+    "lead_in", "document", "record", "layout", "disguise", "noise", "earlier_turns", "later_turns", "system_prompt"
+)  # fmt: skip
 
 
 def augment(
@@ -251,6 +290,8 @@ def augment(
 
     Half of the rows of `document` are a document alone. They have the first label that is not flagged (multi-label: no label), and
     no place. A row with a reply always keeps its texts, because its label is about the reply.
+
+    `disguise` draws each form of `disguises.LEARNED` equally often for each label, so that no form is a sign of a label.
 
     Args:
         names: names of augmentations, of `AUGMENTATIONS`.
@@ -281,6 +322,7 @@ def augment(
     for name in names:
         part = rows.select(_draw(groups, max(1, round(share * len(rows))), rng))
         alone = _half_of(part, rng) if name == "document" else []
+        forms = _forms(part.labels, rng) if name == "disguise" else []
         part.places = [_place_of(part, row) for row in range(len(part))]
         for row, text in enumerate(part.texts):
             augmenter.sources.clear()
@@ -289,6 +331,8 @@ def augment(
                 part.labels[row] = _harmless_label(rows)
                 part.places[row] = None
             else:
+                if forms:
+                    augmenter.form = forms[row]
                 messages, part.places[row] = getattr(augmenter, name)(as_chat(text), part.places[row])
                 stays_text = isinstance(text, str) and len(messages) == 1
                 part.texts[row] = messages[0]["content"] if stays_text else messages
@@ -330,6 +374,16 @@ def _half_of(rows: LabelledTexts, rng: np.random.Generator) -> set[int]:
     """Return the numbers of a random half of the rows that have no reply."""
     without_reply = [row for row, text in enumerate(rows.texts) if not has_reply(text)]
     return set(rng.permutation(without_reply)[: len(without_reply) // 2].tolist())
+
+
+def _forms(labels: np.ndarray, rng: np.random.Generator) -> list[str]:
+    """Return a disguise for each row, each equally often for each label or combination of labels."""
+    by_label: dict[bytes, Iterator[str]] = {}
+    forms = []
+    for label in labels:
+        form = by_label.setdefault(label.tobytes(), cycle(rng.permutation(list(LEARNED)).tolist()))
+        forms.append(next(form))
+    return forms
 
 
 def _place_of(rows: LabelledTexts, row: int) -> Place | None:
@@ -391,8 +445,8 @@ def _around(
     Args:
         write: how the changed turn writes the content, such as with escapes.
     """
-    last = max((number for number, turn in enumerate(messages) if turn["role"] == "user"), default=None)
-    if last is None or not isinstance(messages[last].get("content"), str):
+    last = _last_user_turn(messages)
+    if last is None:
         return messages, place
     content = messages[last]["content"]
     changed = {**messages[last], "content": before + write(content) + behind}
@@ -401,6 +455,12 @@ def _around(
         start = len(before) + len(write(content[:first]))
         place = last, start, start + len(write(content[first:end]))
     return [*messages[:last], changed, *messages[last + 1 :]], place
+
+
+def _last_user_turn(messages: Chat) -> int | None:
+    """Return the number of the user's last turn if its content is a text."""
+    last = max((number for number, turn in enumerate(messages) if turn["role"] == "user"), default=None)
+    return last if last is not None and isinstance(messages[last].get("content"), str) else None
 
 
 def _in_later_turn(place: Place | None, turns: int) -> Place | None:

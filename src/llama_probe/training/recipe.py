@@ -80,8 +80,8 @@ class Augmentations:
     """Training rows once more, wrapped or changed as users and deployers do.
 
     Args:
-        names: some of `lead_in`, `document`, `record`, `layout`, `noise`, `earlier_turns`, `later_turns` and `system_prompt`. A
-            name may occur again.
+        names: some of `lead_in`, `document`, `record`, `layout`, `disguise`, `noise`, `earlier_turns`, `later_turns` and
+            `system_prompt`. A name may occur again.
         share: augmentations of each name, as a share of the training rows.
         system_prompts: source of the system prompts for `system_prompt`.
         documents: sources of harmless texts for `document`. Defaults to the training rows without a flagged label.
