@@ -90,8 +90,9 @@ def choose(plan: Plan, states: States, heads: TrainedHeads) -> ChosenHead:
     results |= {"chosen_seed": runs[chosen]["seed"], "dtype": plan.dtype, "card": asdict(_card(plan))}
     if is_search:
         results["search"] = _describe_search(plan, heads, runs)
-    if plan.rows.calibration is not None and (fitted := _calibrate(plan, states, head)) is not None:
-        results["thresholds_from"] = fitted
+    if plan.rows.calibration is not None:
+        fitted = _calibrate(plan, states, head)
+        results |= {} if fitted is None else {"thresholds_from": fitted}
     return ChosenHead(head, results, kept, chosen, logits_by_head[chosen])
 
 

@@ -279,6 +279,7 @@ def _describe(recipe: Recipe, validation: Held, test: Held, rows: RecipeRows) ->
     described: dict[str, JSON] = {
         name: {"source": source, "rows": count} for name, (source, count) in parts.items() if count
     }
-    if "extra" in described and (weights := next((source.weights for source in extra if source.weights), None)):
+    weights = next((source.weights for source in extra if source.weights), None)
+    if "extra" in described and weights:
         described["extra"]["weights"] = weights
     return described

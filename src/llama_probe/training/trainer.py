@@ -510,7 +510,8 @@ class RecipeTrainer(ProbeTrainer):
 
     def _learn(self, resume_from_checkpoint: str | bool | None, trial: Any = None, **kwargs) -> TrainOutput:
         folder = self.plan.folder
-        if resume_from_checkpoint and (trained := folder.read_trained()) is not None:
+        trained = folder.read_trained() if resume_from_checkpoint else None
+        if trained is not None:
             self._best_epochs.progress = trained
             self._best_epochs.load_weights()
             return TrainOutput(0, 0.0, {})
