@@ -23,8 +23,8 @@ from llama_probe.data.prompts import PromptFormat
 
 DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-TRAINING = ("recipes.md", "training.md")  # each trains several heads
-WRITTEN = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *DOCS.glob("*.md")))
+TRAINING = ("training.md", "tutorial-classifier.md")  # each trains several heads
+WRITTEN = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *DOCS.rglob("*.md")))
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -98,14 +98,22 @@ def test_the_blocks_run(page, desk, backbone_folder, monkeypatch):
             run_python(block, page, backbone_folder, names)
 
 
-def test_the_blocks_of_the_readme_run(desk, backbone_folder, hub):
-    rows = [f"{'what a lovely' if i % 2 else 'such an awful'} day {i},{'good' if i % 2 else 'bad'}" for i in range(40)]
-    (desk / "rows.csv").write_text("\n".join(["text,label", *rows]))
+def test_the_blocks_of_the_readme_run(desk, backbone_folder):
     names = {"__name__": "__main__"}
     for language, block in BLOCK.findall((ROOT / "README.md").read_text()):
         if language == "python":
             run_python(block, "README.md", backbone_folder, names)
-    assert names["trainer"].model.config.id2label == {0: "bad", 1: "good"} and "README.md" in hub.files("user/mood")
+    assert len(names["out"].texts) == 1 and set(names["out"].probe_labels) == {"safety"}
+
+
+def test_the_commands_of_the_readme_train_a_head_and_use_it(desk, backbone_folder):
+    rows = [f"{'what a lovely' if i % 2 else 'such a rude'} day {i},{'good' if i % 2 else 'rude'}" for i in range(40)]
+    (desk / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    section = (ROOT / "README.md").read_text().split("## Train a head")[1].split("\n## ")[0]
+    commands = re.findall(r"^    (llama-probe .*)$", section, re.MULTILINE)
+    assert len(commands) == 2
+    run_shell("\n".join(commands).replace("Qwen/Qwen2.5-1.5B-Instruct", str(backbone_folder)), backbone_folder)
+    assert ProbeConfig.from_pretrained("my-head").flagged == ["rude"]
 
 
 def test_a_head_type_as_the_page_writes_it_runs_where_the_model_is():
@@ -131,30 +139,34 @@ def test_the_links_lead_somewhere(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
-def table_of(monkeypatch, capsys, *names):
-    monkeypatch.setattr(sys, "argv", ["tables.py", *names])
-    runpy.run_path(str(DOCS / "tables.py"), run_name="__main__")
-    return capsys.readouterr().out.strip()
+def test_the_tables_are_those_of_the_measurements():
+    """As `python docs/tables.py --write` writes them."""
+    script = runpy.run_path(str(DOCS / "tables.py"))
+    pages = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *DOCS.glob("*.md"))}
+    shown = [name for page in pages.values() for _, name, _ in script["MARKED"].findall(page)]
+    assert sorted(set(shown)) == sorted(script["TABLES"]), "a table of the script that no page shows"
+    stale = [path.name for path, page in pages.items() if script["written"](page) != page]
+    assert not stale, f"{stale} differ from hub_cards: python docs/tables.py --write"
 
 
-@pytest.mark.parametrize("page, mark, names", [("heads.md", "results", ()), ("guard.md", "measured", ("safety",))])
-def test_the_pages_show_the_tables_of_the_script(monkeypatch, capsys, page, mark, names):
-    shown = (DOCS / page).read_text(encoding="utf-8").split(f"<!-- {mark} -->\n")[1].split(f"\n<!-- /{mark} -->")[0]
-    assert shown == table_of(monkeypatch, capsys, *names)
-
-
-def test_the_table_of_a_head_with_several_labels_to_find(monkeypatch, capsys):
-    table = table_of(monkeypatch, capsys, "safety-categories")
-    for row in ("requests*, 190 crime of 357 | AUROC |", "wrapped: code fence | all labels stay |"):
-        (line,) = [line for line in table.splitlines() if row in line]
-        assert line.count(" | ") == 3
-    with pytest.raises(SystemExit, match="emotion-mha"):
-        table_of(monkeypatch, capsys, "emotion-mha")
+def test_the_table_of_a_report_of_long_texts(tmp_path, monkeypatch):
+    cells = [
+        {"kind": "all", "words": 300, "place": place, "texts": 4, "share": share, "interval": [0.1, 0.9]}
+        for place, share in (("first", 0.25), ("in the middle", 0.5), ("last", 0.75), (None, 0.0))
+    ]
+    alone = {"safety": {"share": 1.0, "interval": [0.6, 1.0]}}
+    report = {"tokens": 1200, "seconds": {"whole": 3.0}, "alone": alone, "cells": {"safety": cells}}
+    (tmp_path / "long-texts.json").write_text(json.dumps(report))
+    script = runpy.run_path(str(DOCS / "tables.py"))
+    make = script["TABLES"]["long-texts"]
+    monkeypatch.setitem(make.__globals__, "LONG_TEXTS", tmp_path / "long-texts.json")
+    shares = " | ".join(f"{share:.2f} [0.10, 0.90]" for share in (0.25, 0.5, 0.75, 0.0))
+    assert f"| safety | 300 words | {shares} |" in make() and "1,200 tokens" in make()
 
 
 def test_every_page_is_on_the_first():
     listed = {link for link in LINK.findall((DOCS / "README.md").read_text()) if not link.startswith("../")}
-    assert listed == set(PAGES) - {"README.md"}
+    assert listed == {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} - {"README.md"}
 
 
 def test_every_folder_is_on_the_map():

@@ -37,7 +37,7 @@ LLAMA4 = {
     "head_dim": 8,
 }
 
-# One for each family of the table: its name in the README, its class, and what its config has beside `SIZES`.
+# One for each family of the table: its name, its class, and what its config has beside `SIZES`.
 TINY = {
     "deepseek_v3": ("DeepSeek-V3", "DeepseekV3ForCausalLM", {
         "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,

@@ -1,8 +1,11 @@
 """The main job on the demo backbone. Slow: the first test prepares it."""
 
+import re
+
 import pytest
 import torch
 from command_line import succeed
+from repository import ROOT
 from transformers import AutoModel, AutoTokenizer
 
 from llama_probe import AutoModelForProbedGeneration, ProbeError
@@ -91,3 +94,10 @@ def test_the_demo_command(monkeypatch):
     assert [row["probes"]["safety"]["label"] for row in rows] == ["harmless"] * 4 + ["harmful"] * 2
     emotions = [row["probes"]["emotion-mha"]["label"] for row in rows]
     assert emotions == ["joy", "sadness", "anger", None, None, None], "None where the prompt tells of no feeling"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^    (\S.*?)(?: \.\.\.)?  +(harmless|harmful) +(.*)$", readme, re.MULTILINE)
+    assert len(shown) == 3
+    for prompt, safety, emotion in shown:
+        (probes,) = [row["probes"] for row in rows if row["prompt"].startswith(prompt)]
+        assert probes["safety"]["label"] == safety
+        assert (probes["emotion-mha"]["label"] or "no label: unlike the training data") == emotion

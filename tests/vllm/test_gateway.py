@@ -43,7 +43,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gateway(server, tmp_path_factory):
     """A function that sends a message to a model behind the gateway, and returns the response."""
-    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8")
     (config,) = re.findall(r"^    model_list:\n(?:    .*\n)+", page, re.MULTILINE)
     config = config.replace("localhost:8000", f"127.0.0.1:{server[0]}").replace("sk-...", "sk-1")
     path, port = tmp_path_factory.mktemp("gateway") / "config.yaml", free_port()

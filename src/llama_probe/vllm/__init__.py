@@ -2,7 +2,7 @@
 
 `vllm.LLM(**engine_kwargs(model, probe=...))` loads an engine; `python -m llama_probe.vllm MODEL --probe HEAD` serves one over
 HTTP. The result of a request is in its output's `kv_transfer_params`. This is the only field that vLLM lets a plugin fill in the
-engine and carries to the HTTP response; see `results` and docs/scaling.md.
+engine and carries to the HTTP response; see `results` and docs/http.md.
 
 A request passes these files:
 
