@@ -1,6 +1,7 @@
 """An engine that says what it is told to, and a server of one route before it, with the middleware in front."""
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -98,8 +99,13 @@ def save_heads(folder, configs: dict[str, dict]) -> dict[str, str]:
 
 def stream(outputs: list[AsyncGenerator[RequestOutput, None]], n: int, is_chat: bool) -> AsyncGenerator[str, None]:
     """The events that vLLM's server makes of outputs."""
-    names = "enable_force_include_usage enable_log_outputs enable_prompt_tokens_details parser_cls system_fingerprint"
-    server = SimpleNamespace(**dict.fromkeys([*names.split(), "_include_reasoning_tokens_details"]))
+    names = "enable_auto_tools enable_force_include_usage enable_log_outputs enable_prompt_tokens_details parser_cls"
+    server = SimpleNamespace(
+        **dict.fromkeys([*names.split(), "system_fingerprint", "_include_reasoning_tokens_details"])
+    )
+    chunks = "chat_completion_stream_generator_raw"  # from vLLM 0.33 on, what the events are made of
+    if hasattr(OpenAIServingChat, chunks):
+        setattr(server, chunks, functools.partial(getattr(OpenAIServingChat, chunks), server))
     server._raise_if_error, server.get_chat_request_role = print, lambda request: "assistant"
     server._extract_prompt_text, known = str, RequestResponseMetadata(request_id="1")
     if is_chat:

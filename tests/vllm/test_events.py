@@ -37,6 +37,12 @@ STREAMS = {
         {"type": "response.created", "response": {}},
         {"type": "response.completed", "response": {"kv_transfer_params": RESULT}},
     ),
+    "incomplete response": encode(
+        {
+            "type": "response.incomplete",
+            "response": {"kv_transfer_params": RESULT, "incomplete_details": {"reason": "x"}},
+        },
+    ),
     "message": encode(
         {"type": "message_start", "message": {}}, {"type": "message_delta", "delta": {"stop_reason": "x"}}
     ),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib import import_module
 from urllib.parse import unquote
 
 import pytest
@@ -9,8 +10,9 @@ from fastapi import HTTPException
 from fastapi.testclient import TestClient
 from played_server import play, save_heads
 from vllm import CompletionOutput, RequestOutput, SamplingParams
-from vllm.entrypoints.generate.structured_decisions.strategies import READ_STRATEGIES
+from vllm.version import __version__
 
+from llama_probe.compatibility import minor
 from llama_probe.vllm.compatibility import ARCHITECTURES, PREFIX
 from llama_probe.vllm.payloads import Scores
 from llama_probe.vllm.results import prompt_result
@@ -132,8 +134,10 @@ def test_each_choice_of_a_stream_ends_with_what_heads_say_of_it(serve, path, is_
 
 
 def test_structured_decisions_are_off():
-    """vLLM answers /v1/systemone for classes of some names, and a halted prompt has no probabilities for it."""
-    assert READ_STRATEGIES and not READ_STRATEGIES.keys() & {PREFIX + name for name in ARCHITECTURES}
+    """vLLM answers /v1/systemone or /v1/decisions for classes of some names, and a halted prompt has no probabilities for it."""
+    folder = "openai.decisions" if minor(__version__) >= (0, 33) else "generate.structured_decisions"
+    strategies = import_module(f"vllm.entrypoints.{folder}.strategies").READ_STRATEGIES
+    assert strategies and not strategies.keys() & {PREFIX + name for name in ARCHITECTURES}
 
 
 def header(probes: dict, prompts: int = 1) -> str | None:

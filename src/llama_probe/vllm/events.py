@@ -13,9 +13,8 @@ from .payloads import INCOMPLETE, REFUSAL, Scores, is_halted
 _BLANK_LINE = b"\n\n"  # ends an event
 _DATA = b"data: "
 _UNSCORED = b"event: response."  # a stream of /v1/responses begins before the engine has read the prompt
-_CHANGED = tuple(
-    b"event: " + name for name in (b"message_start", b"message_delta", b"response.created", b"response.completed")
-)
+_CHANGED_NAMES = b"message_start message_delta response.created response.completed response.incomplete"
+_CHANGED = tuple(b"event: " + name for name in _CHANGED_NAMES.split())
 
 
 class EventStream:
@@ -60,10 +59,11 @@ class EventStream:
                     payload["delta"] |= REFUSAL
                 if result and "replies" in result:
                     payload["kv_transfer_params"] = result
-            case "response.completed" if is_halted(payload["response"].get("kv_transfer_params")):
-                payload["type"] = "response.incomplete"
-                payload["response"] |= INCOMPLETE
-                name = b"event: response.incomplete\n"
+            case "response.completed" | "response.incomplete":  # from 0.33 on the second one at `max_output_tokens`
+                if is_halted(payload["response"].get("kv_transfer_params")):
+                    payload["type"] = "response.incomplete"
+                    payload["response"] |= INCOMPLETE
+                    name = b"event: response.incomplete\n"
         return name + _data(payload)
 
     def _changed_chunk(self, event: bytes) -> bytes:
@@ -81,7 +81,10 @@ class EventStream:
         if not result:
             return event
         if index in self._begun and not (is_end and "replies" in result):
-            return event
+            if "kv_transfer_params" not in chunk:
+                return event
+            del chunk["kv_transfer_params"]  # vLLM 0.33 says once more at the end what the first chunk has said
+            return _data(chunk)
         self._begun.add(index)
         return _data({**chunk, "kv_transfer_params": result})
 
