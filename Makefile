@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 # One thread a process: on tiny models more of them only wait for each other.
-VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+VLLM_ENV := VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive}
 # Python compiles a module when it is first imported. pip would compile every file of every package, which takes longer than the
 # rest. Python keeps the compiled files even if the environment says no: without them each process compiles torch and vLLM again.
 unexport PYTHONDONTWRITEBYTECODE

@@ -9,6 +9,9 @@ import os
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is: its waiting threads would take the processors from the page
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace

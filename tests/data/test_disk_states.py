@@ -1,7 +1,9 @@
 """Cached hidden states give the logits of the backbone in the loop, whatever else happens to the cache."""
 
 import errno
+import os
 import shutil
+import signal
 from unittest.mock import patch
 
 import numpy as np
@@ -162,6 +164,31 @@ def test_a_run_continues_where_a_killed_one_has_stopped(tmp_path, monkeypatch):
         left = {path.suffix for path in entry.iterdir()} - {".safetensors"}
         assert not (count and left), "a run that writes leaves nothing else"
     assert any(0 < count < len(PROMPTS) for count in counts), "finished rows are not computed again"
+
+
+def test_a_kill_in_the_middle_of_long_rows(tmp_path, lm, monkeypatch, caplog):
+    """Each long row is a pass of its own. The rows before the kill are there, and the next run says so."""
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 20)
+    prompts = [PREFIX + make_prompts(1, length, seed=length)[0].tolist() for length in (30, 31, 32, 33)]
+    parts = {"train": PromptDataset(prompts[:3]), "validation": PromptDataset(prompts[2:])}
+    ran = []
+    child = os.fork()
+
+    def note(module, args):
+        ran.append(len(args[0]))
+        if child == 0 and len(ran) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    lm.model.layers[1].register_forward_pre_hook(note)
+    if child == 0:
+        try:
+            DiskStates(tmp_path).datasets(lm, HEAD, parts)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    found = DiskStates(tmp_path).datasets(lm, HEAD, parts)
+    assert "2 of 4 rows are there" in caplog.text and ran == [1, 1]
+    assert [len(row["input_ids"]) for part in found.values() for row in part] == [30, 31, 32, 32, 33]
 
 
 def test_two_runs_may_compute_the_same(tmp_path, lm):

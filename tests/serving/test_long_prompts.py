@@ -10,12 +10,12 @@ from memory import peak_memory
 from observers import passes_of
 from tiny_families import LAYERS as FAMILY_LAYERS
 from tiny_families import TINY, make, tiny
-from transformers.utils import logging
 
 from llama_probe import AutoModelForProbedGeneration
 from llama_probe.backbone import passes as passes_module
+from llama_probe.data import batches
 from llama_probe.data.prompts import PromptFormat
-from llama_probe.serving import reader
+from llama_probe.serving import modeling, reader
 
 
 PIECE = 5
@@ -141,8 +141,8 @@ def test_a_long_text_shows_its_progress(in_pieces, monkeypatch):
     bars = []
 
     class Bar:
-        def __init__(self, total, unit, disable, **_):
-            self.total, self.unit, self.hidden, self.updates = total, unit, disable, []
+        def __init__(self, total, title, unit, delay, is_hidden):
+            self.total, self.unit, self.hidden, self.updates = total, unit, is_hidden, []
             bars.append(self)
 
         def __enter__(self):
@@ -154,14 +154,13 @@ def test_a_long_text_shows_its_progress(in_pieces, monkeypatch):
         def update(self, count):
             self.updates.append(count)
 
-    monkeypatch.setattr(logging, "tqdm", Bar)
+    for module in (batches, modeling):
+        monkeypatch.setattr(module, "ProgressBar", Bar)
     tokenizer = make_tokenizer()
     model = probed({"a": make_probe(**PromptFormat(tokenizer).config_fields())}, vocab_size=260)
     model.classify(["A text of some length", "Hi"], tokenizer=tokenizer)
-    texts, *passes = bars
-    assert texts.unit == " texts" and sum(texts.updates) == texts.total == 2
-    for tokens in passes:
-        assert tokens.unit == " tokens" and sum(tokens.updates) == tokens.total
+    assert all(bar.unit == "tokens" and sum(bar.updates) == bar.total for bar in bars)
+    for tokens in bars[1:]:
         assert len(tokens.updates) > 2 and not tokens.hidden
     bars.clear()
     monkeypatch.setattr(passes_module, "PASS_TOKENS", 2048)

@@ -6,14 +6,17 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from .decoder import Decoder, find_decoder
 
+
+T = TypeVar("T")
 
 # Tokens of a batch, padding included. They bound the memory: the hidden states of a batch are there for all layers that are read.
 BATCH_TOKENS = 4096
@@ -35,6 +38,72 @@ class Pass:
     rows: list[int]
     prefix: transformers.Cache | None = None
     skip: int = 0
+
+
+class Work(NamedTuple):
+    """What passes compute: tokens, padding included, and pairs of a token and a token that it may attend to."""
+
+    tokens: int
+    pairs: int
+
+
+def work_of(passes: Iterable[Pass], lengths: Sequence[int]) -> Work:
+    """Return the work of passes over rows of these numbers of tokens."""
+    all_tokens = 0
+    all_pairs = 0
+    for run in passes:
+        width = max(lengths[row] for row in run.rows)
+        tokens = len(run.rows) * (width - run.skip)
+        all_tokens += tokens
+        all_pairs += tokens * width
+    return Work(all_tokens, all_pairs)
+
+
+class Pace:
+    """The seconds that passes took, and what they say of passes to come.
+
+    A row of L tokens takes a time in proportion to L + L^2 / c, because each token attends to those before it. The seconds of a token
+    and of a pair of tokens are fitted to the passes so far by least squares, then scaled to the time that these passes took.
+    """
+
+    def __init__(self):
+        self._squares = np.zeros((2, 2))
+        self._products = np.zeros(2)
+        self._done = np.zeros(2)
+        self._seconds = 0.0
+
+    def note(self, work: Work, seconds: float) -> None:
+        """Note a pass that has run."""
+        numbers = np.array(work, dtype=float)
+        self._squares += np.outer(numbers, numbers)
+        self._products += numbers * seconds
+        self._done += numbers
+        self._seconds += seconds
+
+    def seconds_of(self, work: Work) -> float:
+        """Return the seconds that passes with this work will take together, after one pass at least."""
+        rates = self._rates()
+        return self._seconds * float(np.array(work) @ rates) / float(self._done @ rates)
+
+    def _rates(self) -> np.ndarray:
+        """Return what a token takes and what a pair takes, in some unit."""
+        (tokens, both), (_, pairs) = self._squares
+        determinant = tokens * pairs - both**2
+        if determinant < 1e-9 * tokens * pairs:  # passes of one length
+            return np.array([1.0, 0.0])
+        rates = np.linalg.solve(self._squares, self._products)
+        if rates.min() >= 0 and rates.any():
+            return rates
+        return np.array([1.0, 0.0] if rates[1] <= 0 else [0.0, 1.0])
+
+
+def fair_order(items: Sequence[T]) -> list[T]:
+    """Return items, sorted by size, in an order in which each beginning is a sample of all: the first, the middle, the quarters, ...
+
+    The time of the first tenth then tells the time of the rest. A batch that is too large for the memory fails at once.
+    """
+    bits = max(len(items) - 1, 1).bit_length()
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: f"{i:0{bits}b}"[::-1])]
 
 
 def plan_passes(lm: nn.Module, prompts: Sequence[Sequence[int]], unread: Sequence[int]) -> list[Pass]:

@@ -127,6 +127,7 @@ def _prepare_process(
 
 def main() -> None:
     """Run a command. An error that the user can mend becomes one line and exit status 2."""
+    _prepare_environment()
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal's encoding lacks are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -146,6 +147,18 @@ def main() -> None:
         _refuse(f"{str(error.filename)[:300]}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _prepare_environment() -> None:
+    """Set what packages read when they are imported, unless the user has set it."""
+    if (
+        not sys.stderr.isatty()
+    ):  # bars of other packages, such as `Loading weights`, would fill a log; see `ProgressBar`
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    if (
+        "LOCAL_RANK" in os.environ
+    ):  # torchrun: threads of OpenMP that wait would take the processors from the other ranks
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def _refuse(message: str) -> None:

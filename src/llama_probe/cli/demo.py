@@ -8,12 +8,12 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from ..backbone.loading import demo_backbone
 from ..errors import ProbeError
 from ..files import JSON
+from ..progress_bar import ProgressBar
 from ..serving.auto import AutoModelForProbedGeneration
 from .options import COUNT, Result
 from .serve import print_rows
@@ -43,24 +43,29 @@ def demo(*, max_new_tokens: Annotated[int, COUNT] = 24) -> Result:
     model = AutoModelForProbedGeneration.from_pretrained(path, probe=list(HEADS))
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "tokenizer": tokenizer}
     rows = []
-    for turn, prompt in enumerate(tqdm((PROMPTS[0], *PROMPTS))):  # turn 0 is a warm-up
-        chat = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        outputs = {}
-        seconds = {}
-        # The order alternates, so that neither run always has the warmer cache.
-        for heads in ((), HEADS) if turn % 2 else (HEADS, ()):
-            model.set_active_probes(heads)
-            start = time.perf_counter()
-            outputs[heads] = model.generate(**inputs, **settings, abstain_at=ABSTAIN_AT if heads else None)
-            seconds[heads] = time.perf_counter() - start
-        out = outputs[HEADS]
-        if not torch.equal(out.sequences, outputs[()]):
-            raise ProbeError(f"the reply to {prompt!r} changed with heads attached; please report this")
-        if turn:
-            (record,) = out.describe(1)
-            row = {"prompt": prompt, **record, "reply": " ".join(out.texts[0].split())}
-            rows.append(row | {"seconds": seconds[HEADS], "seconds_without_heads": seconds[()]})
+    turns = (PROMPTS[0], *PROMPTS)  # turn 0 is a warm-up
+    with ProgressBar(len(turns), "replies", "prompts") as bar:
+        for turn, prompt in enumerate(turns):
+            chat = [{"role": "user", "content": prompt}]
+            inputs = tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+            outputs = {}
+            seconds = {}
+            # The order alternates, so that neither run always has the warmer cache.
+            for heads in ((), HEADS) if turn % 2 else (HEADS, ()):
+                model.set_active_probes(heads)
+                start = time.perf_counter()
+                outputs[heads] = model.generate(**inputs, **settings, abstain_at=ABSTAIN_AT if heads else None)
+                seconds[heads] = time.perf_counter() - start
+            out = outputs[HEADS]
+            if not torch.equal(out.sequences, outputs[()]):
+                raise ProbeError(f"the reply to {prompt!r} changed with heads attached; please report this")
+            if turn:
+                (record,) = out.describe(1)
+                row = {"prompt": prompt, **record, "reply": " ".join(out.texts[0].split())}
+                rows.append(row | {"seconds": seconds[HEADS], "seconds_without_heads": seconds[()]})
+            bar.update()
     return rows, partial(_print, rows)
 
 

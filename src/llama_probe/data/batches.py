@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -10,16 +11,16 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from transformers.utils import logging
 
 from ..backbone.capture import collect_hidden_states
 from ..backbone.decoder import is_tensor_parallel
-from ..backbone.passes import Pass, length_batches, plan_passes
+from ..backbone.passes import Pace, Pass, Work, fair_order, length_batches, plan_passes, work_of
 from ..distributed import share, world_size
 from ..heads.configuration import ProbeConfig
 from ..heads.probe import ProbeModel
 from ..heads.scope import token_mask
 from ..heads.segments import number_segments
+from ..progress_bar import ProgressBar
 
 
 _CHUNK = 512  # rows whose masks are computed together
@@ -153,6 +154,35 @@ def plan_reading(
     return plan_passes(lm, prompts, unread)
 
 
+def plan_states(lm: nn.Module, dataset: Dataset, config: ProbeConfig) -> list[Pass]:
+    """Plan the passes of an LM over the tokens of a data set that count for a head."""
+    return plan_reading(lm, dataset, lambda batch, first_row: counted_tokens(config, batch))
+
+
+def follow_progress(
+    passes: Sequence[Pass], lengths: Sequence[int], title: str, delay: float = 0, is_hidden: bool = False
+) -> Iterator[Pass]:
+    """Yield passes in `fair_order`, and show the progress in tokens, with the time that is left.
+
+    In a process group the bar counts the tokens of all ranks, as if each had as many.
+
+    Args:
+        lengths: number of tokens of each row.
+    """
+    pace = Pace()
+    left = work_of(passes, lengths)
+    total = world_size() * sum(lengths[row] for run in passes for row in run.rows)
+    with ProgressBar(total, title, "tokens", delay, is_hidden) as bar:
+        for run in fair_order(passes):
+            start = time.monotonic()
+            yield run
+            work = work_of([run], lengths)
+            pace.note(work, time.monotonic() - start)
+            left = Work(left.tokens - work.tokens, left.pairs - work.pairs)
+            bar.seconds_left = pace.seconds_of(left)
+            bar.update(world_size() * sum(lengths[row] for row in run.rows))
+
+
 def iterate_states(
     dataset: Dataset,
     config: ProbeConfig,
@@ -173,27 +203,24 @@ def iterate_states(
         Row numbers, hidden states `[S, B, T, D]`, the mask `[B, T]` of the counted tokens, and their segments `[B, T]`, `None`
         if there are none (see `number_segments`). Leading tokens that no row counts may be missing.
     """
-    if lm is None:
-        lengths = [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
-        passes = [Pass(rows) for rows in length_batches(lengths)]
-    else:
-        passes = plan_reading(lm, dataset, lambda batch, first_row: counted_tokens(config, batch))
+    lengths = [len(dataset[row]["input_ids"]) for row in range(len(dataset))]
+    passes = [Pass(rows) for rows in length_batches(lengths)] if lm is None else plan_states(lm, dataset, config)
+    if not is_tensor_parallel(lm):
+        passes = share(passes)
     title = "scoring" if lm is None else "hidden states"
-    with logging.tqdm(total=len(dataset), desc=title, unit=" rows", leave=False) as bar:
-        for run in passes if is_tensor_parallel(lm) else share(passes):
-            batch = collate([dataset[row] for row in run.rows])
-            if lm is None:
-                states = batch["hidden_states"].transpose(0, 1)
-                mask = batch.get("probe_mask", batch["attention_mask"]).bool()
-                segments = batch.get("segments")
-            else:
-                ids = batch["input_ids"][:, run.skip :]
-                mask = counted_tokens(config, batch)[:, run.skip :]
-                segments = segments_of(config, batch, mask)
-                read = config.layer_indices if layers is None else layers
-                states = torch.stack(collect_hidden_states(lm, read, ids, prefix=run.prefix))
-            yield run.rows, states, mask, segments
-            bar.update(len(run.rows) * world_size())
+    for run in follow_progress(passes, lengths, title):
+        batch = collate([dataset[row] for row in run.rows])
+        if lm is None:
+            states = batch["hidden_states"].transpose(0, 1)
+            mask = batch.get("probe_mask", batch["attention_mask"]).bool()
+            segments = batch.get("segments")
+        else:
+            ids = batch["input_ids"][:, run.skip :]
+            mask = counted_tokens(config, batch)[:, run.skip :]
+            segments = segments_of(config, batch, mask)
+            read = config.layer_indices if layers is None else layers
+            states = torch.stack(collect_hidden_states(lm, read, ids, prefix=run.prefix))
+        yield run.rows, states, mask, segments
 
 
 class SharedStates:

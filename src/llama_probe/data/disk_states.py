@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -93,26 +93,34 @@ class DiskStates:
 
     def dataset(self, lm: nn.Module, config: ProbeConfig, rows: PromptDataset) -> StateDataset:
         """Return the hidden states that a head with this config reads of prompts. Compute the states that are not on disk."""
+        return self.datasets(lm, config, {"rows": rows})["rows"]
+
+    def datasets(
+        self, lm: nn.Module, config: ProbeConfig, parts: Mapping[str, PromptDataset]
+    ) -> dict[str, StateDataset]:
+        """Return the hidden states of several data sets by name, as `dataset` does, and compute them in one go."""
         entry = self._entry(lm, config)
-        keys = _keys_of(rows)
-        done = on_main(lambda: set(rows_on_disk(entry)))
-        missing = {key: row for row, key in enumerate(keys) if key not in done}
+        keys = {name: _keys_of(rows) for name, rows in parts.items()}
+        missing = self._missing(entry, parts.values())
         if missing:
-            on_main(lambda: self._begin(entry))
-            self._compute(entry, lm, config, rows, missing)  # an error or a kill leaves the finished files
+            total = len({key for part in keys.values() for key in part})
+            on_main(lambda: self._begin(entry, total - len(missing), total))
+            self._compute(entry, lm, config, missing)  # an error or a kill leaves the finished files
             barrier()
-        return StateDataset(entry, keys, rows, config)
+        return {name: StateDataset(entry, keys[name], rows, config) for name, rows in parts.items()}
 
     def missing(self, lm: nn.Module, config: ProbeConfig, parts: Iterable[PromptDataset]) -> list[dict]:
-        """Return the items of data sets whose states `dataset` would compute, each prompt once."""
-        entry = self._entry(lm, config)
+        """Return the items of data sets whose states `datasets` would compute, each prompt once."""
+        return list(self._missing(self._entry(lm, config), parts).values())
+
+    def _missing(self, entry: Path, parts: Iterable[PromptDataset]) -> dict[str, dict]:
         done = on_main(lambda: set(rows_on_disk(entry)))
         items = {}
         for part in parts:
             for row, key in enumerate(_keys_of(part)):
                 if key not in done:
                     items[key] = part[row]
-        return list(items.values())
+        return items
 
     def bytes_of(self, config: ProbeConfig, rows: Sequence[dict]) -> int:
         """Return the bytes that the states of items of a `PromptDataset` take on disk, for a head with this config."""
@@ -132,19 +140,18 @@ class DiskStates:
         reads = [get_probe_type(config.probe_type).reads, config.layer_indices]
         return self.folder / _digest([_FORMAT, str(self._dtype_for(lm)), scope, reads, weights_digest(lm)])
 
-    def _begin(self, entry: Path) -> None:
+    def _begin(self, entry: Path, there: int, total: int) -> None:
         logger.warning_once(f"caching hidden states in {self.folder} (they can reveal the texts: protect them alike)")
+        if there:
+            logger.warning(f"hidden states: {there:,} of {total:,} rows are there")
         make_folder(entry)
         remove_leftovers(entry)
 
-    def _compute(
-        self, entry: Path, lm: nn.Module, config: ProbeConfig, rows: PromptDataset, missing: dict[str, int]
-    ) -> None:
-        """Run the LM over the rows that `missing` gives by key, and write a file for each pass."""
+    def _compute(self, entry: Path, lm: nn.Module, config: ProbeConfig, missing: Mapping[str, dict]) -> None:
+        """Run the LM over the items that `missing` gives by key, and write a file for each pass."""
         keys = list(missing)
-        masks = [_tokens_read(config, [rows[row]])[0].tolist() for row in missing.values()]
-        check_rows(torch.tensor([[any(mask)] for mask in masks]))
-        prompts = PromptDataset([rows.prompts[row] for row in missing.values()], masks=masks)
+        prompts = prompts_to_read(config, list(missing.values()))
+        check_rows(torch.tensor([[any(mask)] for mask in prompts.masks]))
         for places, states, counted, _ in iterate_states(prompts, config, lm):
             items = [prompts[place] for place in places]
             tensors = _tensors_of_pass(items, states.to("cpu", self._dtype_for(lm)), counted)
@@ -154,6 +161,12 @@ class DiskStates:
                 # A pass is done when its complete file gets its name.
                 save = partial(save_file, tensors, metadata=metadata)
                 write_atomically(entry / f"{uuid.uuid4().hex}.safetensors", save)
+
+
+def prompts_to_read(config: ProbeConfig, items: Sequence[dict]) -> PromptDataset:
+    """Return the prompts of items, with masks of the tokens whose states a head needs."""
+    masks = [_tokens_read(config, [item])[0].tolist() for item in items]
+    return PromptDataset([item["input_ids"] for item in items], masks=masks)
 
 
 def rows_on_disk(entry: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..backbone.loading import backbone_target, load_backbone
@@ -24,6 +23,7 @@ from ..errors import ProbeError, first_line
 from ..files import JSON, remove_leftovers, write_atomically
 from ..heads.decision import NO_NUMBER_BECAUSE, ProbeOutput
 from ..heads.probe import ProbeModel
+from ..progress_bar import ProgressBar
 from ..serving.auto import AutoModelForProbedGeneration
 from ..serving.loading import ProbeSpec, read_heads
 from ..serving.passages import check_finds_passages
@@ -209,7 +209,7 @@ class ScoringJob:
         scorer = TextScorer(heads, self.backbone, self.dtype, self.max_length, self.passages)
         countable = all(file.kind == "parquet" for file in files)
         total = sum(pq.read_metadata(file.path).num_rows for file in files) // world_size() if countable else None
-        with tqdm(total=total, desc="scoring", unit=" rows a process", disable=not is_main()) as bar:
+        with ProgressBar(total, "scoring", "rows a process", is_hidden=not is_main()) as bar:
             for index, file in enumerate(files):
                 for number, (rows, cells) in enumerate(file.chunks(self._needed, self.chunk_rows)):
                     part = self.output / f"part-{index:05d}-{number:07d}.parquet"

@@ -22,6 +22,7 @@ from ..errors import ProbeError
 from ..heads.decision import ProbeOutput, abstaining
 from ..heads.novelty import abstain_levels
 from ..heads.probe import ProbeModel
+from ..progress_bar import ProgressBar
 from .cache import ProbeCache, asks_for_state, refuse_without_heads
 from .host import ProbeHostMixin, change_class, fitting_heads
 from .loading import ProbeSpec, load_with_heads, read_heads
@@ -36,7 +37,7 @@ from .session import (
     generate_session,
     session_of,
 )
-from .texts import as_texts, classify_texts, progress_bar
+from .texts import as_texts, classify_texts
 
 
 logger = logging.get_logger(__name__)
@@ -307,7 +308,8 @@ class ProbedGenerationMixin(ProbeHostMixin):
             inputs |= {name: inputs[name][:, past:] for name in ("input_ids", "inputs_embeds") if name in inputs}
             inputs |= {"cache": copy_cache(cache), "use_cache": True}
         passes = [inputs] if output_attentions else split_pass(decoder, inputs, past)
-        with torch.no_grad(), progress_bar(prompt.length - past, "tokens", is_hidden=len(passes) == 1) as bar:
+        bar = ProgressBar(prompt.length - past, "reading", "tokens", delay=3, is_hidden=len(passes) == 1)
+        with torch.no_grad(), bar:
             for arguments in passes:
                 seen = prompt.seen
                 with prompt.reading(arguments, whole=False) as arguments:

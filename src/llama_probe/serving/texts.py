@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..backbone.decoder import find_decoder
 from ..backbone.kv_cache import repeat_cache
 from ..backbone.passes import Pass
-from ..data.batches import collate, plan_reading
+from ..data.batches import collate, follow_progress, plan_reading
 from ..data.prompts import PromptFormat, Text
 from ..data.turn_markers import marker_mask
 from ..errors import ProbeError
@@ -134,28 +134,24 @@ def classify_texts(
         if not output_attentions:
             passes = plan_reading(model, dataset, partial(_tokens_that_some_head_reads, group))
         parts = []
-        with progress_bar(len(texts), "texts", is_hidden=len(passes) == 1) as bar:
-            for each in passes:
-                batch = collate([dataset[row] for row in each.rows])
-                inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
-                cache = None if each.prefix is None else repeat_cache(each.prefix, len(each.rows))
-                parts.append(model.classify(**inputs, cache=cache, probes=names, output_attentions=output_attentions))
-                bar.update(len(each.rows))
+        order: list[int] = []
+        lengths = list(map(len, dataset.prompts))
+        for each in follow_progress(passes, lengths, "reading", delay=3, is_hidden=len(passes) == 1):
+            batch = collate([dataset[row] for row in each.rows])
+            inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
+            cache = None if each.prefix is None else repeat_cache(each.prefix, len(each.rows))
+            parts.append(model.classify(**inputs, cache=cache, probes=names, output_attentions=output_attentions))
+            order += each.rows
         if output_attentions:
             outputs |= parts[0]
         else:
-            order = torch.tensor([row for each in passes for row in each.rows]).argsort()
-            outputs |= {name: join_outputs([part[name] for part in parts], order, configs[name]) for name in names}
+            places = torch.tensor(order).argsort()
+            outputs |= {name: join_outputs([part[name] for part in parts], places, configs[name]) for name in names}
         for name in names:
             outputs[name].abstain_at = levels.get(name)
             if passages:
                 outputs[name].passages = _find_passages(prompts, texts, dataset.prompts, outputs[name])
     return {name: outputs[name] for name in configs}
-
-
-def progress_bar(total: int, unit: str, is_hidden: bool) -> Any:
-    """Return a progress bar, which appears after three seconds and disappears at its end."""
-    return logging.tqdm(total=total, desc="reading", unit=f" {unit}", leave=False, delay=3, disable=is_hidden)
 
 
 def _tokens_that_some_head_reads(

@@ -15,8 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ..backbone.capture import collect_hidden_states
-from ..backbone.passes import length_batches
+from ..backbone.passes import Pace, Pass, fair_order, length_batches, work_of
+from ..data.batches import plan_states
+from ..data.disk_states import prompts_to_read
 from ..errors import ProbeError
+from ..heads.configuration import ProbeConfig
 from .arguments import ProbeTrainingArguments
 
 
@@ -33,7 +36,7 @@ class Estimate:
 
     Attributes:
         rows, tokens: prompts, and their tokens, each once.
-        tokens_per_second: of the backbone, from a trial pass.
+        tokens_per_second: of the backbone on these rows, from a trial; long rows take more time a token.
         bytes: of the hidden states that are added on disk, if they are cached.
         passes: times that the backbone reads the rows: with a cache 1, or the share that is not there yet.
     """
@@ -83,18 +86,27 @@ def free_bytes(folder: Path) -> int:
 
 
 @torch.no_grad()
-def trial_speed(lm: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[int]) -> float:
-    """Return the tokens a second of a backbone on some of the prompts, by a trial of a few seconds."""
-    batches = length_batches(list(map(len, prompts)), _TRIAL_TOKENS)
-    middle = len(batches) // 2
-    tokens = []
-    ends = []
-    for rows in [batches[middle], *batches[middle:]]:
-        ids = pad_sequence([torch.tensor(prompts[row]) for row in rows], batch_first=True)
+def trial_pace(lm: nn.Module, prompts: Sequence[Sequence[int]], layers: Sequence[int]) -> Pace:
+    """Return the pace of a backbone on some of the prompts, by a trial of a few seconds."""
+    lengths = list(map(len, prompts))
+    largest, *others = fair_order([Pass(rows) for rows in length_batches(lengths, _TRIAL_TOKENS)])
+    runs = others or [largest]  # the longest row alone may take a minute
+    pace = Pace()
+    begin = time.monotonic()
+    for number, run in enumerate([runs[0], *runs]):
+        ids = pad_sequence([torch.tensor(prompts[row]) for row in run.rows], batch_first=True)
+        start = time.monotonic()
         collect_hidden_states(lm, layers, ids)[-1].cpu()  # waits for an accelerator
-        tokens.append(ids.numel())
-        ends.append(time.monotonic())
-        if ends[-1] - ends[0] > _TRIAL_SECONDS:
-            break
-    # The first pass does not count: it also sets up what later passes use.
-    return sum(tokens[1:]) / max(ends[-1] - ends[0], 1e-6)
+        if number:  # the first pass also sets up what later passes use
+            pace.note(work_of([run], lengths), time.monotonic() - start)
+            if time.monotonic() - begin > _TRIAL_SECONDS:
+                break
+    return pace
+
+
+def seconds_of_reading(pace: Pace, lm: nn.Module, config: ProbeConfig, items: Sequence[dict]) -> float:
+    """Return the seconds in which one process computes the states that a head reads of the items of a `PromptDataset`."""
+    if not items:
+        return 0.0
+    prompts = prompts_to_read(config, items)
+    return pace.seconds_of(work_of(plan_states(lm, prompts, config), list(map(len, prompts.prompts))))

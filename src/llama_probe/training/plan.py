@@ -25,7 +25,7 @@ from ..heads.match import describe
 from ..heads.probe import ProbeModel
 from .arguments import ProbeTrainingArguments
 from .defaults import head_config
-from .estimate import Estimate, decide_caching, trial_speed
+from .estimate import Estimate, decide_caching, seconds_of_reading, trial_pace
 from .loss import ProbeLoss
 from .recipe import Recipe
 from .recipe_rows import RecipeRows
@@ -138,13 +138,15 @@ def make_plan(
     needed = cache.bytes_of(read, left)
     is_cached = decide_caching(args, needed, cache.folder, further_passes=1)
     tokens = sum(map(len, prompts_once))
-    left_share = sum(len(row["input_ids"]) for row in left) / tokens
+    pace = trial_pace(lm, datasets["train"].prompts, read.layer_indices)
+    seconds = seconds_of_reading(pace, lm, read, list(prompts_once.values()))
+    seconds_left = seconds_of_reading(pace, lm, read, left) if len(left) < len(prompts_once) else seconds
     estimate = Estimate(
         rows=len(prompts_once),
         tokens=tokens,
         bytes=needed if is_cached else 0,
-        tokens_per_second=world_size() * trial_speed(lm, datasets["train"].prompts, read.layer_indices),
-        passes=left_share if is_cached else args.num_train_epochs + 1,
+        tokens_per_second=world_size() * tokens / seconds,
+        passes=seconds_left / seconds if is_cached else args.num_train_epochs + 1,
     )
     if is_main():
         logger.warning(f"{recipe.name or 'training'} on {config.base_model_name_or_path}: {estimate}")
@@ -173,8 +175,7 @@ def compute_states(plan: Plan) -> States:
     check_shared(plan.folder.path)
     states: dict[str, Dataset] = dict(plan.datasets)
     if plan.is_cached:
-        for part, prompts in plan.datasets.items():
-            states[part] = plan.cache.dataset(plan.lm, plan.read, prompts)
+        states |= plan.cache.datasets(plan.lm, plan.read, plan.datasets)
     if plan.rows.folds:  # the plain rows of `train` are judged by heads that have not learned from them
         states["validation"] = TrainingRows(states["train"], range(plan.rows.num_plain))
     return states

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..distributed import claimed, on_main
 from ..files import JSON
 from ..hub.folder import check_output
+from ..progress_bar import ProgressBar
 from .choosing import TrainedHeads, choose, save
 from .measuring import measure
 from .plan import Plan, States, compute_states, make_plan
@@ -75,10 +76,23 @@ def train(plan: Plan, states: States, resume: bool) -> TrainedHeads:
 
 
 class _ProgressBar(ProgressCallback):
-    """Shows the metrics of the last epoch behind the bar, where the parent prints a dict for each."""
+    """Shows `ProgressBar`s, and the metrics of the last epoch behind the bar, where the parent prints a dict for each."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Open the bar."""
+        self.current_step = 0
+        if state.is_world_process_zero:
+            self.training_bar = ProgressBar(state.max_steps, "training", "steps")
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """Open the bar of an evaluation, and move it."""
+        if state.is_world_process_zero and self.prediction_bar is None:
+            self.prediction_bar = ProgressBar(len(eval_dataloader), "evaluating", "batches")
+        super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the loss and the metric of the validation rows."""
         if self.training_bar is not None:
             numbers = {name.removeprefix("eval_"): value for name, value in (logs or {}).items()}
-            self.training_bar.set_postfix({key: numbers[key] for key in ("loss", args.metric) if key in numbers})
+            shown = {key: numbers[key] for key in ("loss", args.metric) if key in numbers}
+            self.training_bar.set_postfix(shown, refresh=False)

@@ -13,6 +13,7 @@ from ..data.augmentation import augment, harmless_documents
 from ..data.labelled_texts import LabelledTexts, Labels
 from ..data.row_sources import Source
 from ..errors import ProbeError
+from ..progress_bar import ProgressBar
 from .recipe import Recipe
 
 
@@ -35,8 +36,12 @@ class SourceReader:
         for source in self.recipe.train:
             source.find(self.data_dir)  # raises before anything is read
         # Closed also where a source is refused: the message begins a line.
-        with logging.tqdm(self.recipe.train, desc="sources", unit=" sources", leave=False) as bar:
-            return {source.name: self.read(source, "train") for source in bar}
+        rows = {}
+        with ProgressBar(len(self.recipe.train), "sources", "sources") as bar:
+            for source in self.recipe.train:
+                rows[source.name] = self.read(source, "train")
+                bar.update()
+        return rows
 
     def read(self, source: Source, split: str, labels: Labels | None = None) -> LabelledTexts:
         """Return the rows of a source with the labels of the recipe, or with other labels."""
