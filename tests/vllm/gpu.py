@@ -15,11 +15,14 @@ import sys
 from pathlib import Path
 
 import torch
+from vllm.version import __version__
+
+from llama_probe.compatibility import minor
 
 
 FOLDER = Path(__file__).parent
 ENGINES = ("test_engine.py", "test_features.py", "test_server.py")
-RUNNERS = {"V1": "0", "V2": "1"}
+RUNNERS = {"V1": "0", "V2": "1"} if minor(__version__) < (0, 34) else {"V2": "1"}
 GRAPHS = {"eager": "0", "graphs": "1"}
 
 

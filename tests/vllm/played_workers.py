@@ -150,7 +150,11 @@ class Player:
         ids = np.array([sampled or [0] for sampled in tokens]).reshape(-1, 1)
         logprobs = LogprobsLists(np.repeat(ids, self.columns, axis=1), ids / 1000.0 * np.ones(self.columns), ids[:, 0])
         places = {name: place for place, name in enumerate(ends)}
-        output = ModelRunnerOutput(list(ends), places, tokens, logprobs=logprobs, kv_connector_output=from_workers)
+        # From 0.34 on the order of the ids tells the places.
+        by_id = {"req_id_to_index": places} if "req_id_to_index" in ModelRunnerOutput.__annotations__ else {}
+        output = ModelRunnerOutput(
+            list(ends), sampled_token_ids=tokens, logprobs=logprobs, kv_connector_output=from_workers, **by_id
+        )
         for batch in self.scheduler.update_from_output(step, output).values():
             for each in batch.outputs:
                 self.delivered[each.request_id].append(each)

@@ -22,6 +22,11 @@ from .settings import ProbeSettings
 from .step_scores import StepScores
 
 
+# Fields that vLLM fills in one output of a request alone; `watermarking` from 0.34 on.
+_FIELDS = ("prefill_stats", "new_prompt_logprobs_tensors", "prompt_token_id_logprobs", "watermarking")
+_SENT_ONCE = [name for name in _FIELDS if name in EngineCoreOutput.__struct_fields__]
+
+
 class Reply:
     """One reply, and its results so far.
 
@@ -192,7 +197,7 @@ class Replies:
             return False
         withheld, reply.withheld = reply.withheld, []
         output.events = [event for each in withheld for event in each.events or ()] or None
-        for name in ("prefill_stats", "new_prompt_logprobs_tensors", "prompt_token_id_logprobs"):
+        for name in _SENT_ONCE:
             values = (getattr(each, name) for each in withheld)
             setattr(output, name, next((value for value in values if value is not None), None))
         return True

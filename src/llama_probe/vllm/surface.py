@@ -79,6 +79,7 @@ SURFACE: tuple[Name, ...] = (
         "new_prompt_logprobs_tensors prompt_token_id_logprobs",
     ),
     Name("v1.engine:EngineCoreOutput.finished", "0.34"),
+    Name("v1.engine:EngineCoreOutput.watermarking", "0.34", first="0.34"),
     *_fields("v1.engine:EngineCoreOutputs", "outputs"),
     Name("v1.outputs:LogprobsLists.slice_request", "0.34", "req_idx, num_positions"),
     # connector.py overrides these methods; the last ones of the list are called.
