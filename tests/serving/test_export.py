@@ -62,7 +62,7 @@ def test_what_is_in_it(export, tmp_path):
 def test_the_card(export, tmp_path):
     """Labels come from data: whatever is in them, a head is one row of the table."""
     heads = {"toxic": toxic(base_model_name_or_path="org/tiny"), "mood": make_probe(1, id2label={0: "a|b", 1: "c d"})}
-    heads["toxic"].results = json.loads((bundled_heads()["toxicchat-gate"] / "results.json").read_text())
+    heads["toxic"].results = read_results(bundled_heads()["toxicchat-gate"])
     folder, facts = export(tmp_path / "x", heads, license="mit", repo_id=REPO), heads["toxic"].results["card"]
     card = ModelCard.load(folder / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("llama_probe", "text-generation")
