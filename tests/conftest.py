@@ -12,9 +12,7 @@ from itertools import pairwise
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 gc.disable()  # while modules are loaded, none of which is garbage; see pytest_collection_finish
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side, and their models gain nothing from threads
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # nor do waiting threads of one take the processors from the others
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait leave the processors to the other tests
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -169,8 +169,7 @@ def test_train_with_two_processes_ends_with_a_killed_rank_and_resumes(tmp_path, 
     results = json.loads(done.stdout)  # the main rank alone prints
     (run,) = results["runs"]
     assert run["epochs"] == 10.0 and results["environment"]["processes"] == 2
-    assert " 50/50 " in done.stderr
-    assert not any(f" {step}/50 " in done.stderr for step in range(1, last + 1)), "it did only what was left"
+    assert f"{last} of 50 steps are done" in done.stderr, "it does only what is left"
     assert not (output / CHECKPOINTS).exists()
     # The states on disk are those of one process, and so are the scores of the head on them.
     training = {"cache_dir": str(tmp_path / "one")}

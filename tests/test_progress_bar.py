@@ -63,6 +63,15 @@ def test_a_line_every_30_seconds_where_there_is_no_terminal(clock, monkeypatch):
     assert len(shown(io.StringIO(), clock, monkeypatch, total=500).splitlines()) == 10, "more than was expected"
 
 
+def test_what_was_done_before_takes_no_time(clock, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ProgressBar(1000, "training", "steps", initial=900) as bar:
+        clock.now += 40
+        bar.update(50)
+    assert stream.getvalue() == "training: 950 of 1,000 steps, 00:40 so far, 00:40 left\n"
+
+
 def test_a_bar_on_a_terminal(clock, monkeypatch):
     written = shown(Terminal(), clock, monkeypatch)
     assert written.count("\r") > 100 and "\n" not in written.rstrip("\n")

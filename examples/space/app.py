@@ -9,9 +9,8 @@ import os
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch is: its waiting threads would take the processors from the page
+# Before torch is imported: its waiting threads would take the processors from the page.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace

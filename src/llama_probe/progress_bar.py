@@ -23,12 +23,15 @@ class ProgressBar(tqdm):
         total: how much there is to do; None if it is not known.
         unit: what is counted, such as `"tokens"`.
         delay: seconds before the bar appears.
+        initial: how much was done before.
 
     Attributes:
-        seconds_left: the time until the end. Without it, each unit counts as long as those before.
+        seconds_left: the time until the end. Without it, each unit takes as long as those since the beginning of the bar.
     """
 
-    def __init__(self, total: int | None, title: str, unit: str, delay: float = 0, is_hidden: bool = False):
+    def __init__(
+        self, total: int | None, title: str, unit: str, delay: float = 0, is_hidden: bool = False, initial: int = 0
+    ):
         self.seconds_left: float | None = None
         self._on_terminal = sys.stderr.isatty()
         pace: dict[str, Any] = {} if self._on_terminal else {"mininterval": _SECONDS_OF_LINE, "miniters": 0}
@@ -37,6 +40,7 @@ class ProgressBar(tqdm):
             total=total,
             unit=unit,
             delay=delay,
+            initial=initial,
             leave=False,
             dynamic_ncols=self._on_terminal,
             smoothing=0,
@@ -51,8 +55,9 @@ class ProgressBar(tqdm):
         """The values of `bar_format`."""
         values = super().format_dict
         left = self.seconds_left
-        if left is None and self.n and self.total:
-            left = values["elapsed"] * (self.total - self.n) / self.n
+        done = self.n - values["initial"] if self.total else 0
+        if left is None and done:
+            left = values["elapsed"] * (self.total - self.n) / done
         values["left"] = "?" if left is None else tqdm.format_interval(left)
         values["percentage"] = 100  # of more than was expected; the parent replaces it otherwise
         values["n_fmt"] = f"{self.n:,}"

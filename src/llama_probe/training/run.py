@@ -79,10 +79,12 @@ class _ProgressBar(ProgressCallback):
     """Shows `ProgressBar`s, and the metrics of the last epoch behind the bar, where the parent prints a dict for each."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Open the bar."""
-        self.current_step = 0
+        """Open the bar, and say how many steps a stopped run has done."""
+        self.current_step = state.global_step
         if state.is_world_process_zero:
-            self.training_bar = ProgressBar(state.max_steps, "training", "steps")
+            if state.global_step:
+                logger.warning(f"training: {state.global_step:,} of {state.max_steps:,} steps are done")
+            self.training_bar = ProgressBar(state.max_steps, "training", "steps", initial=state.global_step)
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         """Open the bar of an evaluation, and move it."""
