@@ -41,7 +41,7 @@ class Pass:
 
 
 class Work(NamedTuple):
-    """What passes compute: tokens, padding included, and pairs of a token and a token that it may attend to."""
+    """The work of passes: tokens, padding included, and pairs of a token and a token that it may attend to."""
 
     tokens: int
     pairs: int

@@ -1,4 +1,4 @@
-"""What a `ProbeTrainer` makes of its arguments: checks, the rows that choose, the arguments of each head, and the loss."""
+"""The arguments of a `ProbeTrainer`, checked and completed: the rows that choose, the arguments of each head, and the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must differ between minor versions of vLLM, and the changed start of its server. Each function says where it was read.
+"""The functions that differ between minor versions of vLLM, and the changed start of its server. Each function says where it was read.
 
 The classes of vLLM that heads extend are in `scheduler`, `connector`, `models` and `paged_states`. `middleware` replaces the
 `generate` of the server's engine client. `surface` lists every name of vLLM that these files use.
